@@ -1,0 +1,146 @@
+"""Files that are either complete or not there: written to a temporary name in the same folder, flushed, then renamed."""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modules.errors import OutputError
+
+SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it is flushed to disk and takes the name `path`.
+
+    The temporary name ends in `.tmp`, so no pattern for finished files matches it; leftovers of a killed run are removed.
+    size_bytes: what will be written, compared with the free space first.
+    Raises OutputError where the folder cannot be written or the disk is full; the file that was there before is untouched then.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        check_space(path, size_bytes)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; when the block ends well it takes the name `path`, whole or not at all.
+
+    A folder of that name is moved aside first and deleted last; `recover_folder` undoes a kill between the two renames.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(path)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            _flush_folder(temporary)
+            aside = path.with_name(f".{path.name}.old")
+            if path.exists():
+                os.replace(path, aside)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            recover_folder(path)
+            raise
+        _flush_folder(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Bring back the earlier folder where a kill came between the two renames of `atomic_folder`; remove half-built ones."""
+    aside = path.with_name(f".{path.name}.old")
+    if aside.exists():
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, path)
+    remove_leftovers(path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files and folders that a killed run left for `path`."""
+    if not path.parent.is_dir():
+        return
+    start = f".{path.name}."
+    for entry in os.scandir(path.parent):
+        if entry.name.startswith(start) and entry.name.endswith(".tmp"):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, complete or not at all."""
+    with atomic_path(path, len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, complete or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, complete or not at all. Tensors may lie anywhere; they are made contiguous on the CPU."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    size_bytes = sum(tensor.nbytes for tensor in ready.values())
+    with atomic_path(path, size_bytes) as temporary:
+        try:
+            save_file(ready, temporary, metadata=dict(metadata) if metadata is not None else None)
+        except SafetensorError as error:  # it reports a full disk in its own way
+            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
+
+
+def check_space(path: Path, size_bytes: int) -> None:
+    """Raise OutputError where the volume of `path` has no room for `size_bytes`."""
+    free = shutil.disk_usage(path.parent).free
+    if size_bytes and free < size_bytes + SPARE_BYTES:
+        raise OutputError(f"{path}: the disk has {free / 1e6:.0f} MB free, this file needs {size_bytes / 1e6:.0f} MB. Free some space and run again.")
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder; NTFS orders the rename itself
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise OutputError(f"{path} cannot be written: {reason}. Nothing of it was kept; free the space or choose another folder and run again.") from error

@@ -1,0 +1,64 @@
+"""Which device to run on, names of dtypes, and giving memory back."""
+
+import gc
+
+import torch
+
+from modules.errors import OptionError
+
+# every spelling that the known command lines accept
+DTYPES: dict[str, torch.dtype] = {
+    "float": torch.float32,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "float8": torch.float8_e4m3fn,
+    **{
+        prefix + name: getattr(torch, f"float8_{name}")
+        for prefix in ("", "fp8_", "float8_")
+        for name in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
+    },
+}
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; without one CUDA, else MPS, else the CPU. Raises OptionError where it is not there."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"--device {name}: not a device name. Use cuda, cuda:1, mps or cpu.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device {name}: torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise OptionError(f"--device {name}: torch sees no Apple GPU. Use --device cpu.")
+    return device
+
+
+def dtype_named(name: str, option: str) -> torch.dtype:
+    """The torch dtype for an option's value. Raises OptionError listing the names."""
+    try:
+        return DTYPES[name.lower()]
+    except KeyError:
+        raise OptionError(f"{option} {name}: unknown dtype. Use one of {', '.join(DTYPES)}.") from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bfloat16`, the spelling in cache tensor names and metadata."""
+    return str(dtype).removeprefix("torch.")
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that nothing refers to any more back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

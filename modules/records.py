@@ -1,0 +1,163 @@
+"""The frozen records that cross folder borders."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are the tensor names of
+# the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one entry per sample.
+Conditions = Mapping[str, Tensor | list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch as read from caches: tensors by cache name (`latents` B C F H W, as the format stores them)."""
+
+    tensors: Conditions
+    captions: tuple[str, ...]
+    keys: tuple[str, ...]  # which items, for messages
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def tensor(self, name: str) -> Tensor:
+        """The stacked tensor of that name. Raises KeyError where the caches have none."""
+        value = self.tensors[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a list of tensors of different lengths")
+        return value
+
+
+@dataclass(frozen=True)
+class MediaBatch:
+    """Frames to encode. All items have one size and number of frames."""
+
+    frames: Tensor  # B F H W C uint8, RGB
+    keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
+    spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
+    control: tuple[Tensor, ...] = ()  # each B F H W C uint8; C = 4 where a control image has alpha
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype (`latents`, `clip`)."""
+
+    tensors: Mapping[str, Tensor]
+    section: int | None = None  # FramePack: which section of the video
+    grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to encode, with weights for parts of it as (start, end, weight) in characters."""
+
+    text: str
+    spans: tuple[tuple[int, int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of one section: what to show, what to avoid, and the empty prompt where a guidance idea needs it."""
+
+    positive: Prompt
+    negative: Prompt | None = None
+    blank: Prompt | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video or image to make. None = not said; `Family.prepare` fills it from the task, the images and the options."""
+
+    prompt: str
+    seed: int
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    embedded_guidance: float | None = None
+    flow_shift: float | None = None
+    solver: str | None = None  # euler, unipc, dpm++
+    fps: float | None = None
+    negative_prompt: str | None = None
+    cfg_schedule: str | None = None
+    image_path: Path | None = None
+    end_image_path: Path | None = None
+    control_path: Path | None = None
+    video_path: Path | None = None
+    extra: Mapping[str, str] = field(default_factory=dict)  # family-only prompt options, as text
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """The conditions of one section's texts, without batch dimension, on the CPU."""
+
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+
+    def section(self, noise: Tensor, inputs: Conditions | None = None, source: Tensor | None = None) -> "Section":
+        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised."""
+
+        def joined(text: Conditions | None) -> Conditions | None:
+            return None if text is None else {**batched(text), **(inputs or {})}
+
+        positive = joined(self.positive)
+        assert positive is not None
+        return Section(noise, positive, joined(self.negative), joined(self.blank), source)
+
+
+def batched(conditions: Conditions) -> Conditions:
+    """Give conditions of a single sample their batch dimension: tensors gain an axis, lists stay (one entry per sample)."""
+    return {name: value if isinstance(value, list) else value.unsqueeze(0) for name, value in conditions.items()}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run of the denoising loop. Conditions have a batch dimension."""
+
+    noise: Tensor  # B C F H W, model space, float32
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+    source: Tensor | None = None  # clean latents to start from (video-to-video), B C F H W
+    so_far: Tensor | None = None  # finished latents before this section, for previews
+
+
+@dataclass(frozen=True)
+class MediaEncoders:
+    """The networks that turn pixels into conditions and latents into pixels, on their device."""
+
+    vae: Any  # the family's own VAE class
+    image_encoder: Any = None
+
+
+WeightPatch = Callable[[str, Tensor], Tensor]  # (parameter name, loaded weight) -> weight with LoRA deltas added, same dtype
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a network is loaded."""
+
+    device: torch.device
+    storage_dtype: torch.dtype | None = None  # None: as the file stores it (fp8 files: upcast to the compute dtype)
+    compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
+    attention: str = "sdpa"
+    patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
+    swap_plan: Any = None
+
+
+@dataclass(frozen=True)
+class Tweaks:
+    """Ideas that change a single call of the network."""
+
+    skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
+
+
+NO_TWEAKS = Tweaks()
+Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
+DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call

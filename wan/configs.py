@@ -1,0 +1,72 @@
+"""Wan2.1 variants as data: the dimensions of a transformer, and what each `--task` means."""
+
+from dataclasses import dataclass
+
+HEAD_WIDTH = 128  # nothing in a Wan file tells it; all released sizes have it
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Dimensions of a Wan2.1 transformer, read off a checkpoint's tensors."""
+
+    dim: int
+    ffn_dim: int
+    freq_dim: int
+    text_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int
+    out_dim: int
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    has_image: bool = False  # cross-attention to image tokens: k_img, v_img and img_emb are there
+    image_dim: int = 1280  # width of the CLIP features that img_emb takes
+    image_positions: int = 0  # length of img_emb.emb_pos (FLF2V: 514), 0 = none
+    has_ref_conv: bool = False  # Fun-Control v1.1
+
+
+@dataclass(frozen=True)
+class WanTask:
+    """What a `--task` asks of the checkpoint and of a generation."""
+
+    name: str
+    kind: str  # t2v, i2v, flf2v: what conditions the video
+    has_control: bool
+    dim: int  # of the released checkpoint; another size is used with a note
+    steps: int
+    frames: int
+    sizes: tuple[tuple[int, int], ...]  # width, height as trained
+
+    @property
+    def in_dim(self) -> int:
+        """Input channels: noise 16, plus control 16 + image 16, or mask 4 + image 16."""
+        if self.has_control:
+            return 48
+        return 16 if self.kind == "t2v" else 36
+
+
+_480P = ((480, 832), (832, 480))
+_720P = ((720, 1280), (1280, 720), *_480P)
+
+TASKS: dict[str, WanTask] = {
+    task.name: task
+    for task in (
+        WanTask("t2v-14B", "t2v", False, 5120, 50, 81, _720P),
+        WanTask("t2v-1.3B", "t2v", False, 1536, 50, 81, _480P),
+        WanTask("i2v-14B", "i2v", False, 5120, 40, 81, _720P),
+        WanTask("flf2v-14B", "flf2v", False, 5120, 40, 81, _720P),
+        WanTask("t2i-14B", "t2v", False, 5120, 50, 1, (*_720P, (1024, 1024))),
+        WanTask("t2v-1.3B-FC", "t2v", True, 1536, 50, 81, _480P),
+        WanTask("t2v-14B-FC", "t2v", True, 5120, 50, 81, _720P),
+        WanTask("i2v-14B-FC", "i2v", True, 5120, 40, 81, _720P),
+    )
+}
+
+FLOW_SHIFT = 5.0
+IMAGE_480P_FLOW_SHIFT = 3.0  # i2v at 480x832 or 832x480
+
+
+def default_flow_shift(task: WanTask, width: int, height: int) -> float:
+    """The released code's shift for a task and size."""
+    return IMAGE_480P_FLOW_SHIFT if task.kind in {"i2v", "flf2v"} and (width, height) in _480P else FLOW_SHIFT
