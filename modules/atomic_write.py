@@ -119,7 +119,9 @@ def check_space(path: Path, size_bytes: int) -> None:
     """Raise OutputError where the volume of `path` has no room for `size_bytes`."""
     free = shutil.disk_usage(path.parent).free
     if size_bytes and free < size_bytes + SPARE_BYTES:
-        raise OutputError(f"{path}: the disk has {free / 1e6:.0f} MB free, this file needs {size_bytes / 1e6:.0f} MB. Free some space and run again.")
+        raise OutputError(
+            f"{path}: the disk has {free / 1e6:.0f} MB free, this file needs {size_bytes / 1e6:.0f} MB. Free some space and run again."
+        )
 
 
 def _flush(path: Path) -> None:
@@ -143,4 +145,6 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise OutputError(f"{path} cannot be written: {reason}. Nothing of it was kept; free the space or choose another folder and run again.") from error
+        raise OutputError(
+            f"{path} cannot be written: {reason}. Nothing of it was kept; free the space or choose another folder and run again."
+        ) from error

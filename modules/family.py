@@ -95,7 +95,9 @@ class TextEncoder(Protocol):
 
     def load(self, device: torch.device) -> None: ...
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]: ...  # one per prompt, without batch dimension (lists: one entry)
+    def encode(
+        self, prompts: Sequence[Prompt]
+    ) -> list[Conditions]: ...  # one per prompt, without batch dimension (lists: one entry)
 
     def free(self) -> None: ...
 
@@ -142,9 +144,7 @@ class Family(Protocol):
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions: ...  # latents in model space
 
-    def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
-    ) -> Tensor: ...
+    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor: ...
 
     # generation only
     def prepare(self, request: Request) -> Request: ...  # final sizes and numbers, or raises; nothing loaded

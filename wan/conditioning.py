@@ -57,7 +57,9 @@ def read_control(path: Path, width: int, height: int, frames: int) -> Tensor:
         if len(found) == frames:
             break
     if len(found) < frames:
-        raise MediaError(f"--control_path {path}: it has {len(found)} frames, {frames} are needed. Lower the length or give a longer one.")
+        raise MediaError(
+            f"--control_path {path}: it has {len(found)} frames, {frames} are needed. Lower the length or give a longer one."
+        )
     return to_pixels(torch.from_numpy(numpy.stack(found)[None]))
 
 

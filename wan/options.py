@@ -124,7 +124,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoints of a generation."""
     group = parser.add_argument_group("Wan2.1")
-    group.add_argument("--ckpt_dir", type=str, default=None, help="folder of the official release: VAE, T5 and CLIP are found in it")
+    group.add_argument(
+        "--ckpt_dir", type=str, default=None, help="folder of the official release: VAE, T5 and CLIP are found in it"
+    )
     _add_dit(group)
     _add_vae(group)
     _add_text(group, required=False)
@@ -153,12 +155,17 @@ def _add_vae(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--vae_dtype", type=str, default=None, help="dtype of the VAE")
     group.add_argument("--vae_cache_cpu", action="store_true", help="keep the VAE's features between frames in host memory")
     group.add_argument("--vae_tiling", action="store_true", help=f"encode and decode in tiles of {VAE_TILE} pixels: less memory")
-    group.add_argument("--vae_spatial_tile_sample_min_size", type=int, default=None, help="edge of a tile in pixels; implies tiling")
+    group.add_argument(
+        "--vae_spatial_tile_sample_min_size", type=int, default=None, help="edge of a tile in pixels; implies tiling"
+    )
 
 
 def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
     group.add_argument("--t5", type=str, default=None, required=required, help="umT5 text encoder checkpoint")
     group.add_argument(
-        "--t5_tokenizer", type=str, default=None, help="its tokenizer: a folder or a file; default: beside the checkpoint, else the hub"
+        "--t5_tokenizer",
+        type=str,
+        default=None,
+        help="its tokenizer: a folder or a file; default: beside the checkpoint, else the hub",
     )
     add_unsupported(group, "--fp8_t5", action="store_true", reason=T5_FP8, help="text encoder weights in fp8")

@@ -1,0 +1,452 @@
+"""Wan2.1 as the shared loops see it."""
+
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoint import fingerprint
+from modules.devices import dtype_name, dtype_named
+from modules.errors import CacheError, CheckpointError, OptionError
+from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.media import image_size
+from modules.options import require
+from modules.records import (
+    NO_TWEAKS,
+    Batch,
+    CacheEntry,
+    Conditions,
+    EncodedPrompts,
+    MediaBatch,
+    MediaEncoders,
+    Placement,
+    Prompt,
+    Prompts,
+    Request,
+    Section,
+    Tweaks,
+)
+from wan import conditioning
+from wan.checkpoints import check_task, load_dit, read_dit_header
+from wan.clip import load_clip
+from wan.configs import TASKS, WanTask, default_flow_shift
+from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTextCachingOptions, WanTrainingOptions, WanVaeOptions
+from wan.t5 import WanTextEncoder
+from wan.vae import load_vae
+
+logger = logging.getLogger(__name__)
+
+# the release's text; a model trained against it expects it
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+FIRST_LAST_NEGATIVE_PROMPT = "镜头切换，" + NEGATIVE_PROMPT  # no cut between the two given frames
+
+LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
+DIT = DitSpec(
+    block_lists=("blocks",),
+    fp8_exclude=(
+        "norm",
+        "patch_embedding",
+        "text_embedding",
+        "time_embedding",
+        "time_projection",
+        "head",
+        "modulation",
+        "img_emb",
+    ),
+)
+CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
+CLIP_WIDTH = 1280
+FPS = 16.0
+
+
+@dataclass(frozen=True)
+class WanFiles:
+    """Paths as given; each is asked for when something needs it."""
+
+    dit: Path | None = None
+    vae: Path | None = None
+    t5: Path | None = None
+    t5_tokenizer: Path | None = None
+    clip: Path | None = None
+
+
+@dataclass(frozen=True)
+class Wan:
+    """The description of Wan2.1 for one run. Made by the `family_for_...` functions below."""
+
+    task: WanTask
+    files: WanFiles
+    vae_dtype: torch.dtype | None = None  # None: the DiT's when there is one, else bfloat16
+    vae_cache_cpu: bool = False
+    vae_tile: int | None = None
+    image_kind: str | None = None  # caching: i2v, flf2v, or None for text-to-video caches
+    rope: str = "default"
+    keep_file_dtypes: bool = False
+    text_as_image_tokens: bool = False
+    image_noise: float = 0.0
+    sizes_follow_image: bool = True  # generation: the video takes the image's aspect; training samples: the image is cropped
+
+    name: str = field(default="wan", init=False)
+    cache_tag: str = field(default="wan", init=False)
+    lora_module: str = field(default="networks.lora_wan", init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    experts: tuple[float, ...] = field(default=(0.0,), init=False)
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """What a generation of the task uses where nothing is said."""
+        task = self.task
+        return SamplingDefaults(task.steps, FPS, 5.0, None, 5.0, "unipc", 256, 256, task.frames)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """How saved files name this model."""
+        names = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
+        return {
+            "architecture": "wan2.1",
+            "model_type": "wan",
+            "task": self.task.name,
+            **{key: path.name for key, path in names.items() if path is not None},
+        }
+
+    # encoding
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """umT5; its file is opened when it is loaded."""
+        path = require(self.files.t5, "--t5", "the prompts are encoded by the umT5 text encoder")
+        return [WanTextEncoder(path, self.files.t5_tokenizer)]
+
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        """The encoders and switches that cached latents depend on."""
+        identity = {"vae": fingerprint(self._vae_path), "vae_dtype": dtype_name(self._vae_dtype()), "tile": str(self.vae_tile)}
+        if self.image_kind is not None:
+            identity |= {"clip": fingerprint(self._clip_path), "image": self.image_kind}
+        return identity
+
+    def media_encoders(self, device: torch.device) -> MediaEncoders:
+        """The VAE, and the image encoder where a model or a cache is conditioned on images."""
+        vae = load_vae(self._vae_path, device, self._vae_dtype(), cache_on_cpu=self.vae_cache_cpu, tile=self.vae_tile)
+        wants_image = self.image_kind is not None or self.task.kind != "t2v"
+        image_encoder = load_clip(self._clip_path, device) if wants_image and self.files.clip is not None else None
+        return MediaEncoders(vae, image_encoder)
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Latents of every clip; with an image kind also the CLIP features and the condition; latents of a control video.
+
+        Stored in the VAE's dtype, CLIP features in float16: formats.md, section 3.
+        """
+        if len(media.control) > 1:
+            raise CacheError(
+                f"{media.keys[0]}: Wan takes one control video or image for each item, this one has {len(media.control)}"
+            )
+        vae, store = encoders.vae, self._vae_dtype()
+        pixels = conditioning.to_pixels(media.frames).to(vae.device)
+        tensors = {"latents": vae.encode(pixels).to(store)}
+        if media.control:
+            tensors["latents_control"] = vae.encode(conditioning.to_pixels(media.control[0]).to(vae.device)).to(store)
+        if self.image_kind is not None:
+            first, last, frames = pixels[:, :, :1], pixels[:, :, -1:], pixels.shape[2]
+            if self.image_kind == "flf2v":
+                condition = conditioning.first_last_condition(vae, first, last, frames)
+                features = torch.cat([encoders.image_encoder.encode(image[:, :, 0]) for image in (first, last)], dim=1)
+            else:
+                condition = conditioning.image_condition(vae, first, frames)
+                features = encoders.image_encoder.encode(first[:, :, 0])
+            tensors |= {"latents_image": condition.to(store), "clip": features.to(torch.float16)}
+        return [[CacheEntry({name: tensor[item] for name, tensor in tensors.items()})] for item in range(len(pixels))]
+
+    # the network
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """The transformer, checked against --task."""
+        path = self._dit_path
+        self._check_dit()
+        return load_dit(path, replace(placement, keep_file_dtypes=self.keep_file_dtypes), rope=self.rope)
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """What training gives `predict`: text, and by task CLIP features and further channels (`condition_latents` B C F H W)."""
+        needed = {"t5": "a text cache"}
+        if self.task.kind != "t2v":
+            needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}
+        if self.task.has_control:
+            needed["latents_control"] = "a dataset with control_directory"
+        for name, remedy in needed.items():
+            if name not in batch.tensors:
+                raise CacheError(
+                    f"{batch.keys[0]}: the cache has no {name}, which --task {self.task.name} needs. Cache again with {remedy}."
+                )
+        conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
+        if self.task.kind != "t2v":
+            conditions["clip"] = self._checked_clip(batch)
+        if self.task.has_control:
+            image = batch.tensor("latents_image")[:, -LATENT.channels :].float() if self.task.kind != "t2v" else None
+            conditions["condition_latents"] = conditioning.control_condition(batch.tensor("latents_control").float(), image)
+        elif self.task.kind != "t2v":
+            conditions["condition_latents"] = batch.tensor("latents_image").float()
+        return conditions
+
+    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
+        """Velocity B C F H W in float32. cond: t5 (list of n D), clip (B T 1280), condition_latents (B C F H W)."""
+        device = noisy.device
+        text = [embeds.to(device) for embeds in cond["t5"]]
+        extra, clip = cond.get("condition_latents"), cond.get("clip")
+        if isinstance(extra, Tensor):
+            noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
+        features = clip.to(device) if isinstance(clip, Tensor) else None
+        if features is None and self.task.has_control and not self.text_as_image_tokens:
+            features = noisy.new_zeros(len(noisy), CLIP_TOKENS, CLIP_WIDTH)
+        return dit(noisy, timesteps, text, features, skip_blocks=tweaks.skip_blocks)
+
+    # generation
+
+    def prepare(self, request: Request) -> Request:
+        """Fill what the request leaves open, settle the size, and check files and images. Nothing is loaded.
+
+        Raises OptionError where a needed image or control video is missing or a size cannot be made, CheckpointError where
+        a file is missing or not what --task says.
+        """
+        task = self.task
+        self._check_dit()
+        self._check_inputs(request)
+        width, height = request.width or self.defaults.width, request.height or self.defaults.height
+        flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
+        image = request.image_path if task.kind != "t2v" else None
+        if image is not None and self.sizes_follow_image:
+            width, height = size_like_image(image_size(image), width * height)
+        if width % LATENT.pixel_step or height % LATENT.pixel_step or min(width, height) < LATENT.pixel_step:
+            nearest = [max(LATENT.pixel_step, round(side / LATENT.pixel_step) * LATENT.pixel_step) for side in (height, width)]
+            raise OptionError(
+                f"--video_size {height} {width} (height width): both must be multiples of 16. Nearest: {nearest[0]} {nearest[1]}"
+            )
+        return replace(
+            request,
+            width=width,
+            height=height,
+            frames=self._frames(request),
+            steps=request.steps or task.steps,
+            guidance_scale=5.0 if request.guidance_scale is None else request.guidance_scale,
+            flow_shift=flow_shift,
+            solver=request.solver or "unipc",
+            fps=request.fps or FPS,
+            negative_prompt=request.negative_prompt or (FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT),
+        )
+
+    def prompts(self, request: Request) -> Mapping[int, Prompts]:
+        """One section: the prompt and the negative prompt."""
+        return {0: Prompts(Prompt(request.prompt), Prompt(request.negative_prompt or NEGATIVE_PROMPT))}
+
+    def needs_media(self, request: Request) -> bool:
+        """Whether images or a control video have to be encoded before denoising."""
+        return self.task.kind != "t2v" or self.task.has_control
+
+    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
+        """CLIP features and condition channels of the request's images and control video, on the CPU, with batch dimension."""
+        width, height, frames = _sizes(request)
+        vae, task = encoders.vae, self.task
+        conditions: dict[str, Tensor | list[Tensor]] = {}
+        image: Tensor | None = None
+        end = request.end_image_path
+
+        def pixels(path: Path) -> Tensor:
+            return conditioning.image_pixels(path, width, height, keep_aspect=not self.sizes_follow_image).to(vae.device)
+
+        if task.kind != "t2v" and request.image_path is not None:
+            paths = [request.image_path] + ([end] if task.kind == "flf2v" and end is not None else [])
+            if encoders.image_encoder is not None:
+                features = [encoders.image_encoder.encode(conditioning.read_pixels(path).to(vae.device)[:, :, 0]) for path in paths]
+                conditions["clip"] = torch.cat(features, dim=1).cpu()
+            if task.kind == "flf2v" and end is not None:
+                image = conditioning.first_last_condition(vae, pixels(request.image_path), pixels(end), frames)
+            else:
+                image = conditioning.image_condition(vae, pixels(request.image_path), frames, pixels(end) if end else None)
+            conditions["condition_latents"] = image.cpu()
+        if task.has_control and request.control_path is not None:
+            length = frames + (4 if self._appends_end(request) else 0)
+            control = vae.encode(conditioning.read_control(request.control_path, width, height, length).to(vae.device))
+            start = None if image is None else image[:, -LATENT.channels :]
+            conditions["condition_latents"] = conditioning.control_condition(control, start, self._appends_end(request)).cpu()
+        return {0: conditions}
+
+    def sections(
+        self,
+        request: Request,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """One run of the denoising loop. Noise is one draw of C F H W; the condition's extra noise follows it."""
+        width, height, frames = _sizes(request)
+        batch, channels, latent_frames, rows, columns = LATENT.shape(frames, height, width)
+        start = noise.draw((batch, channels, latent_frames + self._appends_end(request), rows, columns))
+        conditions = dict(inputs.get(0, {}))
+        extra = conditions.get("condition_latents")
+        if self.image_noise and self.task.kind != "t2v" and isinstance(extra, Tensor):
+            # drawn for all channels so that seeds stay comparable with the known tools, added to those of the image only
+            drawn = noise.draw(extra.shape)[:, -LATENT.channels :].to(extra)
+            noisy = extra[:, -LATENT.channels :] + self.image_noise * drawn
+            conditions["condition_latents"] = torch.cat([extra[:, : -LATENT.channels], noisy], dim=1)
+        return (yield prompts[0].section(start, conditions))
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
+        yield from encoders.vae.decode(latents.to(encoders.vae.device))
+
+    # what the above shares
+
+    @property
+    def _dit_path(self) -> Path:
+        return _existing(self.files.dit, "--dit", "the transformer checkpoint")
+
+    @property
+    def _vae_path(self) -> Path:
+        return _existing(self.files.vae, "--vae", "it turns pixels into latents and back")
+
+    @property
+    def _clip_path(self) -> Path:
+        return _existing(self.files.clip, "--clip", f"--task {self.task.name} is conditioned on image features")
+
+    def _vae_dtype(self) -> torch.dtype:
+        if self.vae_dtype is not None:
+            return self.vae_dtype
+        return torch.bfloat16 if self.files.dit is None else read_dit_header(self.files.dit).compute_dtype
+
+    def _check_dit(self) -> None:
+        check_task(read_dit_header(self._dit_path), self.task, self._dit_path)
+
+    def _checked_clip(self, batch: Batch) -> Tensor:
+        clip, images = batch.tensor("clip"), 2 if self.task.kind == "flf2v" else 1
+        if clip.shape[1] != images * CLIP_TOKENS:
+            raise CacheError(
+                f"{batch.keys[0]}: the cached CLIP features are of {clip.shape[1] // CLIP_TOKENS} image(s), --task {self.task.name} needs "
+                f"{images}. Cache again with wan_cache_latents.py --clip{' --flf2v' if images == 2 else ' and without --flf2v'}."
+            )
+        return clip
+
+    def _frames(self, request: Request) -> int:
+        frames = request.frames or self.task.frames
+        if self.task.frames == 1 and frames != 1:
+            raise OptionError(f"--video_length {frames}: --task {self.task.name} makes one image. Leave it out, or use a t2v task.")
+        whole = (frames - 1) // LATENT.frame_step * LATENT.frame_step + 1
+        if whole != frames:
+            logger.warning("--video_length %d is made %d: the model works in steps of 4 frames after the first", frames, whole)
+        return whole
+
+    def _appends_end(self, request: Request) -> bool:
+        """Whether an end image takes one more latent frame (image-to-video; FLF2V models keep it inside the clip)."""
+        return self.task.kind == "i2v" and request.end_image_path is not None
+
+    def _check_inputs(self, request: Request) -> None:
+        task = self.task
+        if task.kind != "t2v":
+            require(request.image_path, "--image_path", f"--task {task.name} starts from an image")
+            if not task.has_control:
+                _ = self._clip_path
+        if task.kind == "flf2v":
+            require(request.end_image_path, "--end_image_path", f"--task {task.name} ends with an image")
+        if task.has_control:
+            require(request.control_path, "--control_path", f"--task {task.name} follows a control video")
+        unused = {"--image_path": request.image_path, "--end_image_path": request.end_image_path} if task.kind == "t2v" else {}
+        if not task.has_control:
+            unused["--control_path"] = request.control_path
+        for option, path in unused.items():
+            if path is not None:
+                logger.warning("%s %s is ignored because --task %s does not take it", option, path, task.name)
+        for path in (request.image_path, request.end_image_path, request.control_path):
+            if path is not None and not path.exists():
+                raise OptionError(f"{path}: no such file or folder")
+
+
+def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
+    """For wan_cache_latents.py."""
+    image_kind = None if options.clip is None else ("flf2v" if options.flf2v else "i2v")
+    files = WanFiles(vae=options.vae.vae, clip=options.clip)
+    return Wan(TASKS["t2v-14B"], files, **_vae_settings(options.vae, torch.bfloat16), image_kind=image_kind)
+
+
+def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
+    """For wan_cache_text_encoder_outputs.py."""
+    return Wan(TASKS["t2v-14B"], WanFiles(t5=options.text.t5, t5_tokenizer=options.text.t5_tokenizer))
+
+
+def family_for_training(options: WanTrainingOptions) -> Wan:
+    """For wan_train_network.py. Samples are made at exactly the size their prompt line says."""
+    files = WanFiles(options.dit, options.vae.vae, options.text.t5, options.text.t5_tokenizer, options.clip)
+    return Wan(
+        TASKS[options.task],
+        files,
+        **_vae_settings(options.vae, None),
+        rope=options.rope_func,
+        keep_file_dtypes=options.mixed_precision_transformer,
+        text_as_image_tokens=options.text_as_image_tokens,
+        sizes_follow_image=False,
+    )
+
+
+def family_for_generation(options: WanGenerationOptions) -> Wan:
+    """For wan_generate_video.py. Files that --ckpt_dir holds need not be named."""
+    files = WanFiles(options.dit, options.vae.vae, options.text.t5, options.text.t5_tokenizer, options.clip)
+    if options.ckpt_dir is not None:
+        files = _files_of_release(files, options.ckpt_dir)
+    return Wan(
+        TASKS[options.task],
+        files,
+        **_vae_settings(options.vae, None),
+        rope=options.rope_func,
+        keep_file_dtypes=options.mixed_precision_transformer,
+        text_as_image_tokens=options.text_as_image_tokens,
+        image_noise=options.i2v_extra_noise or 0.0,
+    )
+
+
+def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
+    """Width and height of the image's aspect whose area comes near `area`, multiples of 16. image: width, height.
+
+    Source: the released image-to-video code: latent sides are floored to multiples of the patch.
+    """
+    aspect = image[1] / image[0]
+    step = LATENT.pixel_step
+    width, height = ((area / aspect) ** 0.5 // step * step, (area * aspect) ** 0.5 // step * step)
+    return max(int(width), step), max(int(height), step)
+
+
+def _vae_settings(options: WanVaeOptions, default_dtype: torch.dtype | None) -> Mapping[str, Any]:
+    dtype = default_dtype if options.vae_dtype is None else dtype_named(options.vae_dtype, "--vae_dtype")
+    return {"vae_dtype": dtype, "vae_cache_cpu": options.vae_cache_cpu, "vae_tile": options.tile}
+
+
+def _files_of_release(files: WanFiles, folder: Path) -> WanFiles:
+    """The given files, and those of the official release's folder where none was given."""
+    if not folder.is_dir():
+        raise OptionError(f"--ckpt_dir {folder}: no such folder")
+    names = {
+        "vae": "Wan2.1_VAE.pth",
+        "t5": "models_t5_umt5-xxl-enc-bf16.pth",
+        "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+        "t5_tokenizer": "google/umt5-xxl",
+    }
+    found = {key: folder / name for key, name in names.items() if getattr(files, key) is None and (folder / name).exists()}
+    return replace(files, **found)
+
+
+def _existing(path: Path | None, option: str, why: str) -> Path:
+    given = require(path, option, why)
+    if not given.exists():
+        raise CheckpointError(f"{option} {given}: no such file or folder", given)
+    return given
+
+
+def _sizes(request: Request) -> tuple[int, int, int]:
+    assert request.width is not None and request.height is not None and request.frames is not None  # `prepare` has set them
+    return request.width, request.height, request.frames
+
+
+_: type[Family] = Wan
