@@ -1,0 +1,368 @@
+"""Model files: open any container, say how each of our tensors is made from the file's, load a network tensor by tensor.
+
+    with open_checkpoint(path) as checkpoint:
+        sources = plain_sources(checkpoint)              # or a dialect's table of Sources
+        with torch.device("meta"):
+            network = Network(config)
+        load_module(network, checkpoint, sources, device=device, dtype=lambda name, stored: torch.bfloat16, what="--vae")
+
+Host memory never holds more than the network in its target dtype and one tensor of the file.
+"""
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoint_files import TensorFile, TensorInfo, open_file
+from modules.errors import CheckpointError
+from modules.records import WeightPatch
+
+__all__ = ["Checkpoint", "Source", "TensorInfo", "fingerprint", "load_module", "open_checkpoint", "plain_sources"]
+
+SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+
+class Checkpoint:
+    """The named tensors of one or several files, listed but not read. Use it as a context manager."""
+
+    def __init__(self, path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> None:
+        self.path = path
+        self._files = files
+        self._places = dict(places)  # our name -> file and the name there
+        self.tensors: dict[str, TensorInfo] = {name: file.tensors[stored] for name, (file, stored) in self._places.items()}
+        self.metadata: dict[str, str] = {key: value for file in files for key, value in file.metadata.items()}
+
+    def read(self, name: str) -> Tensor:
+        """That tensor on the CPU, contiguous, in memory of its own. Raises CheckpointError where the file ends too soon."""
+        file, stored = self._places[name]
+        try:
+            return file.read(stored)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.", self.path) from error
+
+    def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
+        """The same tensors, each of `prefixes` cut off in turn where every name begins with it.
+
+        others: beginnings of names that belong to other networks in an all-in-one file; these names are left out once a prefix
+        was found. The files stay shared: close one of the two.
+        """
+        places = self._places
+        for prefix in prefixes:
+            own = {name: place for name, place in places.items() if name.startswith(prefix)}
+            rest = places.keys() - own.keys()
+            if own and all(name.startswith(tuple(others)) for name in rest):
+                places = {name.removeprefix(prefix): place for name, place in own.items()}
+        return Checkpoint(self.path, places, self._files)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
+
+    Raises CheckpointError where it is not there, incomplete, damaged, of another kind, or holds code.
+    """
+    files: list[TensorFile] = []
+    places: dict[str, tuple[TensorFile, str]] = {}
+    try:
+        for part in checkpoint_paths(path):
+            file = open_file(part)
+            files.append(file)
+            for name in file.tensors:
+                if name in places:
+                    raise CheckpointError(f"{path}: {name} stands in two files, the second is {part.name}. Give one file.", path)
+                places[name] = (file, name)
+        if not places:
+            raise CheckpointError(f"{path} holds no tensors.", path)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return Checkpoint(path, places, files)
+
+
+def checkpoint_paths(path: Path) -> list[Path]:
+    """The files that belong to what the user named, in order. Raises CheckpointError where one is not there."""
+    if path.is_dir():
+        return _folder_paths(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file or folder.", path)
+    if path.name.endswith(".index.json"):
+        return _indexed_paths(path)
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None:
+        return [path]
+    count = int(shard["count"])
+    names = [f"{shard['stem']}-{number:05d}-of-{count:05d}{shard['suffix']}" for number in range(1, count + 1)]
+    return _existing(path, names)
+
+
+def _indexed_paths(path: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no index of model files: {error!r}. Give the first of the files instead.", path
+        ) from error
+    return _existing(path, names)
+
+
+def _existing(path: Path, names: Sequence[str]) -> list[Path]:
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{path}: {len(missing)} of its {len(names)} files are not beside it: {', '.join(missing)}.", path)
+    return [path.parent / name for name in names]
+
+
+def _folder_paths(folder: Path) -> list[Path]:
+    """An index where there is one, else all safetensors files, else the only other model file."""
+    indexes = sorted(folder.glob("*.index.json"))
+    if len(indexes) == 1:
+        return _indexed_paths(indexes[0])
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    safe = [file for file in files if file.suffix in {".safetensors", ".sft"}]
+    if not indexes and safe:
+        return safe
+    if not indexes and len(files) == 1:
+        return files
+    found = ", ".join(file.name for file in indexes + files) or "none"
+    raise CheckpointError(
+        f"{folder} is a folder from which no single model can be chosen (model files: {found}). Name the file.", folder
+    )
+
+
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+def fingerprint(path: Path) -> str:
+    """A short identity of a model file's content: sizes, beginnings, and chunks spread over the files. Reads about 2 MB a file.
+
+    Equal content gives equal text under any name; for cache records. Raises CheckpointError as `open_checkpoint` does.
+    """
+    digest = hashlib.sha256()
+    for part in checkpoint_paths(path):
+        try:
+            with part.open("rb") as file:
+                size = part.stat().st_size
+                digest.update(size.to_bytes(8, "little"))
+                digest.update(file.read(1 << 20))  # a safetensors header lies here
+                for sample in range(_SAMPLES):
+                    file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        except OSError as error:
+            raise CheckpointError(f"{part} cannot be read: {error.strerror or error}.", path) from error
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one tensor of ours is made: the names in the file, and what to do with these tensors (None: take the only one).
+
+    `build` also runs on meta tensors, to compare shapes before anything is read.
+    """
+
+    names: tuple[str, ...]
+    build: Callable[..., Tensor] | None = None
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> "Source":
+        """The same source with a further step, such as cutting rows or transposing."""
+        build = self.build
+        return Source(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
+
+    def make(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0] if self.build is None else self.build(*tensors)
+
+
+_SCALES = (".scale_weight", ".weight_scale")
+_QUANT_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")  # of no use once the weights are plain
+_QUANT_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
+_FOREIGN = ("*.absmax", "*.quant_map", "*.quant_state.*", "*.weight_scale_2", "*.qweight", "*.qzeros")  # nf4, nvfp4, GPTQ
+
+
+def plain_sources(checkpoint: Checkpoint) -> dict[str, Source]:
+    """Each tensor of the file by its own name; fp8 weights stored with scales are multiplied out, their scales left out.
+
+    Raises CheckpointError where the file is quantised in a way that cannot be undone here.
+    """
+    _refuse_foreign_quantisation(checkpoint)
+    scales = {
+        name.removesuffix(ending) + ".weight": name for name in checkpoint.tensors for ending in _SCALES if name.endswith(ending)
+    }
+    sources = {}
+    for name in checkpoint.tensors:
+        if name in scales.values() or any(fnmatch.fnmatchcase(name, pattern) for pattern in _QUANT_EXTRAS):
+            continue
+        sources[name] = Source((name, scales[name]), dequantise) if name in scales else Source((name,))
+    return sources
+
+
+def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight * scale in float32.
+
+    weight: rows x columns. scale: one number, one per row, or one per block of a row (rows x blocks x 1).
+    """
+    if scale.numel() == 1:
+        return weight.float() * scale.float().reshape(())
+    if scale.ndim == 3:
+        blocks = weight.float().unflatten(1, (scale.shape[1], -1))  # rows x blocks x width of a block
+        return (blocks * scale.float()).flatten(1)
+    return weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:
+    kinds = [name for name in checkpoint.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in _FOREIGN)]
+    formats: set[str] = set()
+    try:
+        layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        formats |= {layer["format"] for layer in layers.values()}
+        for name in checkpoint.tensors:
+            if name.endswith(".comfy_quant"):
+                formats.add(json.loads(bytes(checkpoint.read(name).tolist()))["format"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
+        ) from error
+    if kinds or formats - _QUANT_FORMATS:
+        how = ", ".join(sorted(formats - _QUANT_FORMATS)) or f"it has {kinds[0]}"
+        raise CheckpointError(
+            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or fp8 file of the model.",
+            checkpoint.path,
+        )
+
+
+def load_module(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    *,
+    device: torch.device,
+    dtype: Callable[[str, torch.dtype], torch.dtype],
+    patch: WeightPatch | None = None,
+    ignore: Sequence[str] = (),
+    what: str = "this model",
+) -> None:
+    """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device and dtype.
+
+    sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
+    patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
+    ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for messages.
+    Parameters come out with `requires_grad` off. On the meta device nothing is read.
+    Raises CheckpointError listing every missing, unexpected and misshaped tensor, before anything is read.
+    """
+    wanted = module.state_dict()
+    _check_fit(wanted, checkpoint, sources, ignore, what)
+    # largest first: what a tensor needs beside its place comes while little else is there
+    for name in sorted(wanted, key=lambda name: -sum(checkpoint.tensors[part].size_bytes for part in sources[name].names)):
+        target = dtype(name, checkpoint.tensors[sources[name].names[0]].dtype)
+        if device.type == "meta":
+            tensor = torch.empty(wanted[name].shape, dtype=target, device="meta")
+        else:
+            tensor = _made(name, sources[name], checkpoint, device, target, patch)
+        _put(module, name, tensor)
+
+
+def _made(
+    name: str, source: Source, checkpoint: Checkpoint, device: torch.device, target: torch.dtype, patch: WeightPatch | None
+) -> Tensor:
+    parts = [checkpoint.read(part).to(device) for part in source.names]
+    tensor = source.make(parts)
+    del parts
+    if patch is not None:
+        if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+            tensor = tensor.to(target if target.itemsize > 1 else torch.float32)  # fp8 cannot take a small delta
+        tensor = patch(name, tensor)
+    tensor = tensor.to(target).contiguous()
+    if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        tensor = tensor.clone()  # a slice would keep the whole file tensor alive
+    return tensor
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    if leaf in parent._parameters:
+        parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        parent._buffers[leaf] = tensor
+
+
+def _check_fit(
+    wanted: Mapping[str, Tensor], checkpoint: Checkpoint, sources: Mapping[str, Source], ignore: Sequence[str], what: str
+) -> None:
+    used = {part for name in wanted if name in sources for part in sources[name].names}
+    absent = {name for name in wanted if name not in sources or any(part not in checkpoint.tensors for part in sources[name].names)}
+    known = used | {part for name, source in sources.items() if name not in wanted for part in source.names}
+    unused = [name for name in checkpoint.tensors if name not in used and not any(fnmatch.fnmatchcase(name, p) for p in ignore)]
+    unused = [name for name in unused if name in known or not any(fnmatch.fnmatchcase(name, p) for p in _QUANT_EXTRAS)]
+    lines = [f"  missing: {line}" for line in compress_names(absent)]
+    lines += [f"  unexpected: {line}" for line in compress_names(unused)]
+    for name, tensor in wanted.items():
+        if name not in absent:
+            shape = _built_shape(sources[name], checkpoint)
+            if shape != tuple(tensor.shape):
+                lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(tuple(tensor.shape))} is needed")
+    if lines:
+        text = "\n".join(lines)
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the file of that model, complete.", checkpoint.path
+        )
+
+
+def _built_shape(source: Source, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    infos = [checkpoint.tensors[part] for part in source.names]
+    if source.build is None:
+        return infos[0].shape
+    try:
+        return tuple(source.make([torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]).shape)
+    except (RuntimeError, IndexError):
+        return None  # the parts do not even go together
+
+
+def _sizes(shape: tuple[int, ...] | None) -> str:
+    if shape is None:
+        return "parts that do not go together"
+    return " x ".join(str(size) for size in shape) or "a single number"
+
+
+def compress_names(names: Iterable[str]) -> list[str]:
+    """Names in order, those that differ only in their first number joined: `blocks.{0..39}.norm3.weight`."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        found = re.search(r"(?<=\.)\d+(?=\.)", name)
+        key = (name[: found.start()], name[found.end() :]) if found else (name, "")
+        groups.setdefault(key, []).extend([int(found[0])] if found else [])
+    lines = []
+    for (before, after), numbers in sorted(groups.items()):
+        for first, last in _runs(sorted(numbers)):
+            lines.append(f"{before}{first}{after}" if first == last else f"{before}{{{first}..{last}}}{after}")
+        if not numbers:
+            lines.append(before)
+    return lines
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return runs
