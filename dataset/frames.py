@@ -1,0 +1,92 @@
+"""Which frames of a video become items: dropping frames to reach a rate, and the five ways to cut spans out of what is kept.
+
+A span is (first frame, number of frames), counted in kept frames. Plain numbers only.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Span = tuple[int, int]
+
+MODES = ("head", "chunk", "slide", "uniform", "full")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The keys of a video table that say which spans are cut."""
+
+    mode: str  # one of MODES
+    target_frames: tuple[int, ...]  # ascending, each 4n + 1
+    frame_stride: int  # slide: distance between starts
+    frame_sample: int  # uniform: number of starts
+    max_frames: int  # full: longest span
+
+
+def spans(extraction: Extraction, kept_frames: int, frame_step: int = 4) -> tuple[Span, ...]:
+    """The spans that `kept_frames` frames give; none where the clip is too short for every target.
+
+    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for every known family).
+    Spans come by ascending target, then by start; equal ones come once.
+    """
+    if extraction.mode == "full":
+        length = min(kept_frames, extraction.max_frames)
+        return ((0, (length - 1) // frame_step * frame_step + 1),) if length > 0 else ()
+    found = [
+        (start, target)
+        for target in extraction.target_frames
+        if target <= kept_frames
+        for start in _starts(extraction, kept_frames, target)
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _starts(extraction: Extraction, kept_frames: int, target: int) -> Iterator[int]:
+    last = kept_frames - target
+    match extraction.mode:
+        case "head":
+            yield 0
+        case "chunk":
+            yield from range(0, last + 1, target)
+        case "slide":
+            yield from range(0, last + 1, extraction.frame_stride)
+        case "uniform":
+            yield from _even_starts(last, extraction.frame_sample)
+        case mode:
+            raise ValueError(f"unknown frame extraction {mode!r}")
+
+
+def _even_starts(last: int, count: int) -> Iterator[int]:
+    """`count` whole numbers from 0 to `last`, rounded down: the float64 arithmetic of numpy.linspace, so that caches agree."""
+    if count == 1:
+        yield 0
+        return
+    step = last / (count - 1)
+    yield from (int(index * step) for index in range(count - 1))
+    yield last
+
+
+def frames_wanted(extraction: Extraction) -> int | None:
+    """How many kept frames are enough, so that decoding can stop; None where all of the clip is needed."""
+    if extraction.mode == "head":
+        return max(extraction.target_frames)
+    return extraction.max_frames if extraction.mode == "full" else None
+
+
+def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
+    """For each decoded frame in order, without end: whether it is kept on the way from `source_fps` to `target_fps`.
+
+    Frames are only dropped, never doubled: a source slower than the target keeps all. Without source_fps all are kept.
+    The running sum is added up in float64 on purpose: its rounding decides some frames, as in the caches users have.
+    """
+    ratio = 1.0 if source_fps is None else target_fps / source_fps
+    position, last = 0.0, -1
+    while True:
+        slot = int(position)
+        position += ratio
+        yield slot != last
+        last = slot
+
+
+def resample_indices(num_frames: int, source_fps: float | None, target_fps: float) -> tuple[int, ...]:
+    """Which of `num_frames` decoded frames are kept."""
+    return tuple(index for index, keep in zip(range(num_frames), keep_pattern(source_fps, target_fps), strict=False) if keep)
