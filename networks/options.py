@@ -1,0 +1,192 @@
+"""Options of LoRA networks: training one, adding some to a model, merging and converting files. Standard library only."""
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.errors import OptionError
+
+MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network that `--network_module` builds and trains."""
+
+    network_module: str | None  # None: the family's own LoRA module
+    network_dim: int | None  # rank; None: the module's default
+    network_alpha: float
+    network_dropout: float | None
+    network_args: tuple[str, ...] | None  # "key=value" each
+    network_weights: Path | None
+    dim_from_weights: bool
+    scale_weight_norms: float | None
+    base_weights: tuple[Path, ...] | None
+    base_weights_multiplier: tuple[float, ...] | None
+
+    def __post_init__(self) -> None:
+        if self.network_dim is not None and self.network_dim < 1:
+            raise OptionError(f"--network_dim {self.network_dim}: the rank is at least 1")
+        if not math.isfinite(self.network_alpha) or self.network_alpha < 0:
+            raise OptionError(f"--network_alpha {self.network_alpha}: give a positive number, or 0 for alpha = rank")
+        if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
+            raise OptionError(f"--network_dropout {self.network_dropout}: give a share from 0 to below 1")
+        if self.dim_from_weights and self.network_weights is None:
+            raise OptionError("--dim_from_weights takes ranks and alphas from the file of --network_weights; give that too")
+        if self.scale_weight_norms is not None and not self.scale_weight_norms > 0:
+            raise OptionError(f"--scale_weight_norms {self.scale_weight_norms}: give a positive norm, or leave it out")
+        if self.base_weights_multiplier and not self.base_weights:
+            raise OptionError("--base_weights_multiplier is given without --base_weights")
+        self.arguments()
+
+    def arguments(self) -> dict[str, str]:
+        """`--network_args` as a dictionary of texts."""
+        return key_values(self.network_args or (), "--network_args")
+
+    def base_multipliers(self) -> tuple[float, ...]:
+        """One multiplier for each of `--base_weights`; missing ones are 1."""
+        return multipliers_for(self.base_weights or (), self.base_weights_multiplier or (), "--base_weights_multiplier")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """LoRA files to add to a model."""
+
+    lora_weight: tuple[Path, ...] | None
+    lora_multiplier: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        self.multipliers()
+
+    def multipliers(self) -> tuple[float, ...]:
+        """One multiplier for each of `--lora_weight`; missing ones are 1."""
+        return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier")
+
+
+@dataclass(frozen=True)
+class LoraPatternOptions:
+    """Which parts of each LoRA file are used: one regular expression per file, searched in its tensor names."""
+
+    include_patterns: tuple[str, ...] | None
+    exclude_patterns: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        for option, patterns in (("--include_patterns", self.include_patterns), ("--exclude_patterns", self.exclude_patterns)):
+            for pattern in patterns or ():
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise OptionError(f"{option} {pattern!r} is no regular expression: {error}") from None
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What `merge_lora.py` does."""
+
+    dit: Path
+    dit_in_channels: int
+    lora: LoraOptions
+    save_merged_model: Path
+    device: str | None
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What `convert_lora.py` does."""
+
+    input: Path
+    output: Path
+    target: str  # default or other
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `NetworkOptions`."""
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--network_module",
+        help="module that builds the network, e.g. networks.lora_wan or lycoris.kohya; without it the family's LoRA",
+    )
+    group.add_argument("--network_dim", type=int, help="rank; without it 4")
+    group.add_argument("--network_alpha", type=float, default=1, help="strength is alpha / rank; 0 means alpha = rank")
+    group.add_argument(
+        "--network_dropout", type=float, help="share of the values between the two factors that is zeroed while training"
+    )
+    group.add_argument(
+        "--network_args",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="further settings, e.g. rank_dropout=0.1 \"exclude_patterns=[r'.*ffn.*']\"",
+    )
+    group.add_argument("--network_weights", help="LoRA file to start from; parts that do not fit are listed")
+    group.add_argument(
+        "--dim_from_weights", action="store_true", help="take the rank and alpha of each module from --network_weights"
+    )
+    group.add_argument(
+        "--scale_weight_norms", type=float, help="after each step scale modules down to this norm (1 is a good start)"
+    )
+    group.add_argument("--base_weights", nargs="*", help="LoRA files added to the model before training")
+    group.add_argument(
+        "--base_weights_multiplier", type=float, nargs="*", help="strength of each of --base_weights; missing ones are 1"
+    )
+
+
+def add_lora_arguments(group: argparse._ActionsContainer, default_multiplier: float | list[float] = 1.0) -> None:
+    """Declare the options of `LoraOptions`."""
+    group.add_argument("--lora_weight", nargs="*", help="LoRA files to add to the model (LoRA, LoHa or LoKr, any dialect)")
+    group.add_argument(
+        "--lora_multiplier", type=float, nargs="*", default=default_multiplier, help="strength of each; missing ones are 1"
+    )
+
+
+def add_lora_pattern_arguments(group: argparse._ActionsContainer) -> None:
+    """Declare the options of `LoraPatternOptions`."""
+    text = "regular expression per --lora_weight, searched in tensor names such as lora_unet_blocks_9_cross_attn_k.lora_up.weight"
+    group.add_argument("--include_patterns", nargs="*", help=f"use only what matches: one {text}")
+    group.add_argument("--exclude_patterns", nargs="*", help=f"leave out what matches: one {text}")
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `MergeOptions`."""
+    parser.add_argument("--dit", required=True, help="checkpoint of the model: a file, one of its shards, an index, or a folder")
+    parser.add_argument(
+        "--dit_in_channels",
+        type=int,
+        default=MERGE_CHANNELS_UNCHECKED,
+        help="refuse a checkpoint whose first layer takes another number of channels; 16, the default, accepts any",
+    )
+    add_lora_arguments(parser, [1.0])
+    parser.add_argument("--save_merged_model", required=True, help="safetensors file to write")
+    parser.add_argument("--device", help="where the deltas are computed; without it CUDA if there is one, else the CPU")
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `ConvertOptions`."""
+    parser.add_argument("--input", required=True, help="LoRA file, any dialect")
+    parser.add_argument("--output", required=True, help="safetensors file to write")
+    targets = "other: diffusion_model. with lora_A and lora_B, alpha folded in; default: lora_unet_ with lora_down and lora_up"
+    parser.add_argument("--target", required=True, choices=["other", "default"], help=targets)
+
+
+def key_values(items: Sequence[str], option: str) -> dict[str, str]:
+    """`["a=1", "b=x=y"]` -> `{"a": "1", "b": "x=y"}`: the first "=" splits. Raises OptionError where there is none."""
+    pairs = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not sign or not key.strip():
+            raise OptionError(f"{option} {item!r}: write KEY=VALUE")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def multipliers_for(files: Sequence[Path], multipliers: Sequence[float], option: str) -> tuple[float, ...]:
+    """One multiplier per file: those given, then 1.0.
+
+    Multipliers beyond the files are ignored, as one default stands where no file is given. Raises OptionError for infinities.
+    """
+    for value in multipliers:
+        if not math.isfinite(value):
+            raise OptionError(f"{option} {value}: give a finite number")
+    return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))
