@@ -1,4 +1,4 @@
-"""The frame around every script: logging, clean error output, exit codes. Imports the standard library only, so `--help` answers at once."""
+"""The frame around every script: logging, clean error output, exit codes. Standard library only, so `--help` answers at once."""
 
 import logging
 import sys

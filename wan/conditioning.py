@@ -11,14 +11,26 @@ import cv2
 import numpy
 import torch
 from einops import rearrange
+from modules.media import read_image, resize_cover, video_frames
 from torch import Tensor
 
 from modules.errors import MediaError
-from modules.media import read_image, resize_cover, video_frames
 from wan.vae import WanVae
 
 FRAMES_PER_LATENT = 4  # and so the mask has 4 channels
-LATENT_CHANNELS = 16
+SIZE_STEP = 16  # pixels: VAE stride 8, patch 2
+
+
+def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
+    """Width and height of the image's aspect whose area comes near `area`, floored to multiples of 16. image: width, height.
+
+    Source: the released image-to-video code: latent sides are floored to multiples of the patch.
+    """
+    aspect = image[1] / image[0]
+    sides = ((area / aspect) ** 0.5, (area * aspect) ** 0.5)
+    # a hair is added because the root of an exact square may come out below it
+    width, height = (max(int((side + 1e-6) // SIZE_STEP) * SIZE_STEP, SIZE_STEP) for side in sides)
+    return width, height
 
 
 def to_pixels(frames: Tensor) -> Tensor:

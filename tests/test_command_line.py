@@ -1,0 +1,71 @@
+"""Every option of the frozen manifests stands in the scripts with its type, default and choices."""
+
+import argparse
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
+WIDER_CHOICES = {"--task", "--timestep_sampling", "--dynamo_backend"}  # ours may offer more, never less
+TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
+
+
+class _ParserFound(Exception):
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser = parser
+
+
+def _parser_of(script: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser a script builds, caught at the moment it would parse."""
+
+    def caught(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
+        raise _ParserFound(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", caught)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", caught)
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(_ParserFound) as found:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return found.value.parser
+
+
+def _cases() -> list[Any]:
+    return [pytest.param(path, id=path.stem) for path in MANIFESTS]
+
+
+@pytest.mark.parametrize("manifest", _cases())
+def test_every_known_option_is_there(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    description = json.loads(manifest.read_text(encoding="utf-8"))
+    actions = {flag: action for action in _parser_of(description["script"], monkeypatch)._actions for flag in action.option_strings}
+    for option in description["options"]:
+        for flag in option["flags"]:
+            assert flag in actions, f"{flag} is missing"
+            _compare(flag, option, actions[flag])
+
+
+def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None:
+    assert action.dest == option["dest"]
+    assert action.nargs == option["nargs"] or (option["nargs"] is None and action.nargs == 0)
+    if flag != "--mixed_precision":  # unset means the launcher's setting, which is "no" without one
+        default = list(action.default) if isinstance(action.default, tuple) else action.default
+        assert default == option["default"], f"{flag}: default {default!r}"
+    if option["choices"]:
+        ours = set(action.choices or ())
+        assert ours >= set(option["choices"]), flag
+        assert flag in WIDER_CHOICES or ours == set(option["choices"]), flag
+    if option["action"] == "store_true":
+        assert isinstance(action, argparse._StoreTrueAction), flag
+    elif option["type"] in TYPES:
+        assert action.type in TYPES[option["type"]], flag
+
+
+@pytest.mark.parametrize("manifest", _cases())
+def test_every_known_option_is_in_the_help(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    description = json.loads(manifest.read_text(encoding="utf-8"))
+    text = _parser_of(description["script"], monkeypatch).format_help()
+    assert not [flag for option in description["options"] for flag in option["flags"] if flag not in text]

@@ -1,0 +1,92 @@
+"""The import arrows of docs/architecture.md, and that options load nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "modules": set(),
+    "dataset": {"modules"},
+    "networks": {"modules"},
+    "blissful_tuner": {"modules"},
+    "wan": {"modules"},
+    "generation": {"modules", "networks", "blissful_tuner"},
+    "training": {"modules", "networks", "dataset", "generation"},
+    "families": {"wan"},
+}
+LIGHT_FILES = {"modules/options.py", "modules/command.py", "modules/errors.py", "generation/prompt_lines.py", "dataset/config.py"}
+HEAVY = ("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops")
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name not in {"families.py", "run_tests.py", "quickstart.py"})
+
+
+def _sources() -> list[Path]:
+    return [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))] + [ROOT / "families.py"]
+
+
+def _imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _is_light(path: Path) -> bool:
+    return path.name.endswith("options.py") or path.relative_to(ROOT).as_posix() in LIGHT_FILES
+
+
+@pytest.mark.parametrize("path", _sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_follow_the_arrows(path: Path) -> None:
+    home = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    ours = {name.split(".")[0] for name in _imported(path)} & (set(MAY_IMPORT) | {Path(script).stem for script in SCRIPTS})
+    assert ours <= MAY_IMPORT[home] | {home}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in _sources() if _is_light(path)], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_option_files_import_the_standard_library_and_each_other(path: Path) -> None:
+    for name in _imported(path):
+        top = name.split(".")[0]
+        if top in MAY_IMPORT:
+            file = ROOT / (name.replace(".", "/") + ".py")
+            assert not file.exists() or _is_light(file) or file.name == "configs.py", f"{name} is not light"
+        else:
+            assert top in sys.stdlib_module_names, f"{name} is not in the standard library"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    files = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in _sources()}
+    graph = {name: _imported(path) & set(files) for name, path in files.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"circle: {' -> '.join((*trail, name))}"
+        if name not in done:
+            for target in graph[name]:
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_heavy_library(script: str) -> None:
+    blocker = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); sys.argv = [{script!r}, '--help']; "
+    code = blocker + f"import runpy; runpy.run_path({script!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "quickstart.py", "run_tests.py"])
+def test_root_scripts_are_thin(script: str) -> None:
+    assert len((ROOT / script).read_text(encoding="utf-8").splitlines()) <= 150
