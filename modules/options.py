@@ -5,9 +5,11 @@ these, or another option record; where the public name misleads, the field says 
 """
 
 import argparse
+import ast
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +43,8 @@ def _convert(value: Any, hint: Any) -> Any:
     if value is None:
         return None
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(value) in kinds:
+        return value
     for kind in kinds:
         if kind is Path:
             return Path(value).expanduser()
@@ -85,3 +89,55 @@ def require(value: T | None, option: str, why: str) -> T:
     if value is None:
         raise OptionError(f"{option} is missing: {why}")
     return value
+
+
+def check_at_least(option: str, value: float | None, minimum: float, meaning: str) -> None:
+    """Raise OptionError where a value is given and below `minimum` (or not a number); `meaning` says what to give instead."""
+    if value is not None and not value >= minimum:
+        raise OptionError(f"{option} {value}: has to be at least {minimum} ({meaning})")
+
+
+def check_below(option: str, value: float | None, limit: float, meaning: str) -> None:
+    """Raise OptionError where a value is given and not below `limit`; `meaning` says what to give instead."""
+    if value is not None and not value < limit:
+        raise OptionError(f"{option} {value}: has to be below {limit} ({meaning})")
+
+
+def int_or_float(text: str) -> int | float:
+    """A number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05. Raises ArgumentTypeError, for 1.5 too."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a percentage") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps and not a fraction from 0 to 1")
+    if text.endswith("%") or value < 1:
+        if value > 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run")
+        return value if value else 0
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of steps; fractions of the run lie between 0 and 1")
+    return int(value)
+
+
+def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
+    """`key=value` texts as a dictionary; the value may hold further `=`. Raises OptionError for an item without one."""
+    pairs: dict[str, str] = {}
+    for item in items or ():
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise OptionError(f"{option} {item!r}: write key=value, without blanks around the = or with the whole in quotes")
+        pairs[key.strip()] = value
+    return pairs
+
+
+def read_literals(option: str, items: Sequence[str] | None) -> dict[str, Any]:
+    """`key=value` texts with the values as Python literals (0.9,0.95 is a tuple); bare words stay text."""
+    return {key: _literal(value) for key, value in split_pairs(option, items).items()}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):  # a bare word
+        return text

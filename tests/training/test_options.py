@@ -1,0 +1,200 @@
+"""The options that training has in every family."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modules.errors import OptionError, UserError
+from modules.options import read_options
+from training.options import TrainingOptions, read_arguments, training_parser
+from wan.options import add_training_arguments
+
+MANIFEST = Path(__file__).parents[1] / "data" / "cli" / "wan_train_network.json"
+NEEDED = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = training_parser("Train.")
+    add_training_arguments(made)
+    return made
+
+
+def options(*argv: str, environment: dict[str, str] | None = None) -> TrainingOptions:
+    return read_options(TrainingOptions, read_arguments(parser(), [*NEEDED, *argv], environment or {}))
+
+
+def manifest() -> list[dict[str, Any]]:
+    return json.loads(MANIFEST.read_text(encoding="utf-8"))["options"]
+
+
+@pytest.mark.parametrize("entry", manifest(), ids=lambda entry: entry["dest"])
+def test_each_option_of_the_manifest_agrees_with_the_parser(entry: dict[str, Any]) -> None:
+    actions = {flag: action for action in parser()._actions for flag in action.option_strings}
+
+    for flag in entry["flags"]:
+        action = actions[flag]
+        kind = "bool" if action.nargs == 0 else getattr(action.type, "__name__", "str").lower()
+        assert (action.dest, kind, action.default, action.required) == (
+            entry["dest"],
+            entry["type"],
+            entry["default"],
+            entry["required"],
+        )
+        assert action.nargs == (0 if entry["type"] == "bool" else entry["nargs"])
+        assert set(entry["choices"] or ()) <= set(action.choices or ())
+
+
+def test_defaults_make_complete_options() -> None:
+    made = options()
+
+    assert made.loop.max_train_steps == 1600
+    assert made.loop.dataset_config == Path("d.toml")
+    assert made.accelerator.mixed_precision == "no"
+    assert made.speed.attention == "sdpa"
+    assert made.logs.trackers == ()
+    assert made.saving.save_every_n_minutes is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--flash_attn"], "--flash_attn is not supported yet"),
+        (["--fp8_base"], "--fp8_base is not supported yet"),
+        (["--blocks_to_swap", "20"], "--blocks_to_swap is not supported yet"),
+        (["--dynamo_backend", "inductor"], "--dynamo_backend is not supported yet"),
+        (["--max_train_steps", "0"], "--max_train_steps 0"),
+        (["--validation_split", "1"], "--validation_split 1.0"),
+        (["--min_timestep", "500", "--max_timestep", "400"], "--min_timestep 500 --max_timestep 400"),
+        (["--network_args", "loraplus"], "--network_args 'loraplus'"),
+        (["--sample_at_first"], "--sample_prompts"),
+        (["--log_with", "tensorboard"], "--logging_dir"),
+        (["--lr_scheduler", "cosin"], "--lr_scheduler cosin: unknown"),
+        (["--lr_warmup_steps", "10"], "--lr_scheduler constant has no warm-up"),
+        (["--dim_from_weights"], "--network_weights"),
+        (["--output_name", "a/b"], "--output_name 'a/b'"),
+        (["--async_upload"], "--huggingface_repo_id"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_by_name(argv: list[str], expected: str) -> None:
+    with pytest.raises(OptionError) as error:
+        options(*argv)
+
+    assert expected in str(error.value)
+
+
+def test_what_has_to_be_given_depends_on_what_is_asked_for() -> None:
+    def made(*argv: str) -> TrainingOptions:
+        return read_options(TrainingOptions, read_arguments(parser(), argv, {}))
+
+    made("--show_timesteps", "console")
+    made("--check", "--dataset_config", "d.toml")
+    with pytest.raises(OptionError, match="--dataset_config"):
+        made("--output_dir", "o", "--output_name", "x")
+    with pytest.raises(OptionError, match="--output_name"):
+        made("--dataset_config", "d.toml", "--output_dir", "o")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("100", 100), ("1", 1), ("0", 0), ("0.05", 0.05), ("5%", 0.05), ("100%", 1.0), ("1e3", 1000)]
+)
+def test_warmup_takes_steps_and_fractions(text: str, expected: float) -> None:
+    warmup = options("--lr_scheduler", "linear", "--lr_warmup_steps", text).lr_schedule.lr_warmup_steps
+
+    assert (warmup, type(warmup)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize("text", ["1.5", "-1", "150%", "soon", "nan"])
+def test_warmup_refuses_what_is_neither(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options("--lr_scheduler", "linear", f"--lr_warmup_steps={text}")
+
+    assert "--lr_warmup_steps" in capsys.readouterr().err
+
+
+def test_optimizer_arguments_are_literals_and_bare_words_are_text() -> None:
+    made = options("--optimizer_args", "betas=0.9,0.95", "weight_decay=1e-2", "fused=True", "mode=fast=er", "name='x'")
+
+    expected = {"betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True, "mode": "fast=er", "name": "x"}
+    assert made.optimizer.arguments() == expected
+
+
+def test_the_launchers_precision_holds_unless_one_is_given(tmp_path: Path) -> None:
+    launcher = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    file = tmp_path / "c.toml"
+    file.write_text('mixed_precision = "fp16"')
+
+    assert options(environment=launcher).accelerator.mixed_precision == "bf16"
+    assert options("--mixed_precision", "no", environment=launcher).accelerator.mixed_precision == "no"
+    assert options("--config_file", str(file), environment=launcher).accelerator.mixed_precision == "fp16"
+    with pytest.raises(OptionError, match="fp8"):
+        options(environment={"ACCELERATE_MIXED_PRECISION": "fp8"})
+
+
+def test_the_command_line_goes_before_the_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(
+        '[any]\nmax_train_steps = 7\nlearning_rate = 1\nnetwork_args = ["a=b"]\n[other]\nseed = 5\nsdpa = true\n'
+        'lr_warmup_steps = "10%"\nlr_scheduler = "linear"\ntask = "t2v-1.3B"\n'
+    )
+
+    made = options("--config_file", str(file.with_suffix("")), "--seed", "6")
+
+    assert (made.loop.max_train_steps, made.loop.seed, made.optimizer.learning_rate) == (7, 6, 1.0)
+    assert made.network.arguments() == {"a": "b"}
+    assert made.lr_schedule.lr_warmup_steps == 0.1
+    assert made.speed.sdpa
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('max_train_steps = "many"', "max_train_steps = 'many': expected a whole number"),
+        ("max_train_steps = 1.5", "expected a whole number"),
+        ("max_train_steps = true", "expected a whole number"),
+        ("gradient_checkpointing = 1", "expected true or false"),
+        ("output_name = 3", "expected text in quotes"),
+        ('timestep_sampling = "sigm"', "choose from sigma, uniform"),
+        ("network_args = [1]", "expected text in quotes, or a list of them"),
+        ("fp8_base = true", "--fp8_base is not supported yet"),
+        ("lr_warmup_steps = 1.5", "expected steps, or a fraction"),
+    ],
+)
+def test_a_config_file_is_checked_like_the_command_line(tmp_path: Path, line: str, expected: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(line)
+
+    with pytest.raises(OptionError) as error:
+        options("--config_file", str(file))
+
+    assert expected in str(error.value)
+
+
+def test_an_unknown_key_of_the_config_file_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("max_train_step = 5")
+
+    with caplog.at_level(logging.WARNING):
+        assert options("--config_file", str(file)).loop.max_train_steps == 1600
+
+    assert "max_train_step is ignored" in caplog.text
+    assert "max_train_steps?" in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, "a = ", "\ud800"])
+def test_a_missing_or_broken_config_file_is_one_clear_error(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "c.toml"
+    if content is not None:
+        file.write_bytes(content.encode("utf-16", "surrogatepass"))
+
+    with pytest.raises(UserError, match=r"--config_file .*c\.toml"):
+        options("--config_file", str(file))
+
+
+def test_missing_multipliers_of_base_weights_are_one() -> None:
+    made = options("--base_weights", "a", "b", "--base_weights_multiplier", "0.5")
+
+    assert made.network.weighted_base_weights() == ((Path("a"), 0.5), (Path("b"), 1.0))

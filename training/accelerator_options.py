@@ -1,0 +1,42 @@
+"""Options of mixed precision and several processes."""
+
+import argparse
+from dataclasses import dataclass
+
+from modules.errors import OptionError
+from modules.options import check_at_least
+
+PRECISIONS = ("no", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class AcceleratorOptions:
+    """How the computation is run. Where --mixed_precision is not given, the launcher's setting stands here."""
+
+    mixed_precision: str
+    ddp_timeout: int | None  # minutes
+    ddp_gradient_as_bucket_view: bool
+    ddp_static_graph: bool
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in PRECISIONS:  # from the launcher; argparse checks the rest
+            raise OptionError(
+                f"accelerate launch asks for mixed precision {self.mixed_precision}: give --mixed_precision {', '.join(PRECISIONS)}"
+            )
+        check_at_least("--ddp_timeout", self.ddp_timeout, 1, "minutes that processes wait for each other")
+
+
+def add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `AcceleratorOptions`."""
+    group = parser.add_argument_group("precision and processes")
+    group.add_argument(
+        "--mixed_precision",
+        default="no",
+        choices=PRECISIONS,
+        help="autocast; when not given, what accelerate launch was told, else no",
+    )
+    group.add_argument("--ddp_timeout", type=int, help="minutes that processes wait for each other")
+    group.add_argument(
+        "--ddp_gradient_as_bucket_view", action="store_true", help="accepted; gradients are averaged without a DDP wrapper"
+    )
+    group.add_argument("--ddp_static_graph", action="store_true", help="accepted; gradients are averaged without a DDP wrapper")

@@ -1,0 +1,100 @@
+"""--config_file: options from a TOML file, checked as strictly as the command line."""
+
+import argparse
+import difflib
+import logging
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.errors import OptionError, UserError
+from modules.options import int_or_float
+
+logger = logging.getLogger(__name__)
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --config_file."""
+    parser.add_argument("--config_file", help="TOML file with options by name; tables only group them; the command line goes first")
+
+
+def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options that the file `name` (".toml" may be left out) sets, converted as the command line would.
+
+    Tables are flattened, the last of equal keys wins. A key that is no option is warned about and left out.
+    Raises UserError where the file is missing or no TOML, OptionError for a value of a wrong type or outside the choices.
+    """
+    path = Path(name if name.endswith(".toml") else f"{name}.toml").expanduser()
+    actions = {action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}}
+    values = {}
+    for key, value in _flatten(_load(path)):
+        if key in actions:
+            values[key] = _converted(path, actions[key], value)
+        else:
+            close = difflib.get_close_matches(key, actions, n=1)
+            logger.warning(
+                f"{path}: {key} is ignored because no option has that name{f'; do you mean {close[0]}?' if close else ''}"
+            )
+    return values
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--config_file {path}: cannot be read ({error.strerror}). Give the path of a TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config_file {path} is not valid TOML: {error}") from None
+
+
+def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value)
+        else:
+            yield key, value
+
+
+def _converted(path: Path, action: argparse.Action, value: Any) -> Any:
+    """The TOML value as the command line would give it."""
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise _wrong(path, action, value)
+        return value
+    if action.nargs is None:
+        return _single(path, action, value)
+    items = value if isinstance(value, list) else [value]
+    if isinstance(action.nargs, int) and len(items) != action.nargs:
+        raise _wrong(path, action, value)
+    return [_single(path, action, item) for item in items]
+
+
+def _single(path: Path, action: argparse.Action, value: Any) -> Any:
+    if isinstance(value, (bool, list)) or (action.type is None and not isinstance(value, str)):
+        raise _wrong(path, action, value)
+    try:
+        converted = value if action.type is None else action.type(str(value))  # type: ignore[operator]
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        raise _wrong(path, action, value) from None
+    if action.choices is not None and converted not in action.choices:
+        raise OptionError(f"{path}: {action.dest} = {value!r}: choose from {', '.join(map(str, action.choices))}")
+    return converted
+
+
+def _wrong(path: Path, action: argparse.Action, value: Any) -> OptionError:
+    kind = bool if action.nargs == 0 else action.type
+    names: dict[Any, str] = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        int_or_float: "steps, or a fraction as 0.05",
+    }
+    many = (
+        ""
+        if action.nargs in {None, 0}
+        else f", {action.nargs} in a list"
+        if isinstance(action.nargs, int)
+        else ", or a list of them"
+    )
+    return OptionError(f"{path}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{many}")

@@ -1,0 +1,44 @@
+"""Options of the optimizer."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from modules.options import check_at_least, read_literals
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Which optimizer, with which arguments."""
+
+    optimizer_type: str  # a name or an import path; "" means AdamW
+    optimizer_args: tuple[str, ...] | None  # key=value
+    learning_rate: float
+    max_grad_norm: float  # 0 turns clipping off
+
+    def __post_init__(self) -> None:
+        check_at_least("--learning_rate", self.learning_rate, 0, "0 only makes sense with an optimizer that finds its own rate")
+        check_at_least("--max_grad_norm", self.max_grad_norm, 0, "0 turns clipping off")
+        read_literals("--optimizer_args", self.optimizer_args)
+
+    def arguments(self) -> dict[str, Any]:
+        """`optimizer_args` with their values read as Python literals."""
+        return read_literals("--optimizer_args", self.optimizer_args)
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `OptimizerOptions`."""
+    group = parser.add_argument_group("optimizer")
+    group.add_argument(
+        "--optimizer_type",
+        default="",
+        help="AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim class or pkg.module.Class",
+    )
+    group.add_argument(
+        "--optimizer_args",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help='arguments of the optimizer, e.g. weight_decay=0.01 "betas=0.9,0.95"',
+    )
+    group.add_argument("--learning_rate", type=float, default=2.0e-6)
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; 0 turns clipping off")

@@ -1,0 +1,89 @@
+"""All options that training has in every family, composed; and reading them from the command line and --config_file."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from modules.options import refuse_unsupported, require
+from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
+from training.accelerator_options import AcceleratorOptions, add_accelerator_arguments
+from training.config_options import add_config_argument, read_config_file
+from training.log_options import LogOptions, add_log_arguments
+from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
+from training.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
+from training.network_options import NetworkOptions, add_network_arguments
+from training.optimizer_options import OptimizerOptions, add_optimizer_arguments
+from training.sample_options import SampleOptions, add_sample_arguments
+from training.saving_options import (
+    HubOptions,
+    MetadataOptions,
+    SavingOptions,
+    add_hub_arguments,
+    add_metadata_arguments,
+    add_saving_arguments,
+)
+from training.timestep_options import TimestepOptions, add_timestep_arguments
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Everything but the family's own options."""
+
+    loop: LoopOptions
+    validation: ValidationOptions
+    optimizer: OptimizerOptions
+    lr_schedule: LrScheduleOptions
+    timesteps: TimestepOptions
+    network: NetworkOptions
+    saving: SavingOptions
+    hub: HubOptions
+    metadata: MetadataOptions
+    samples: SampleOptions
+    logs: LogOptions
+    accelerator: AcceleratorOptions
+    speed: TrainingSpeedOptions
+
+    def __post_init__(self) -> None:
+        if self.timesteps.show_timesteps is not None:
+            return
+        require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
+        if self.loop.check:
+            return
+        require(self.saving.output_dir, "--output_dir", "the folder to save into")
+        require(self.saving.output_name, "--output_name", "the name of the file to train, without its ending")
+
+
+def training_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with all options that every family's training has. `doc`: the script's docstring."""
+    parser = argparse.ArgumentParser(description=doc)
+    add_config_argument(parser)
+    add_loop_arguments(parser)
+    add_network_arguments(parser)
+    add_optimizer_arguments(parser)
+    add_lr_schedule_arguments(parser)
+    add_timestep_arguments(parser)
+    add_training_speed_arguments(parser)
+    add_accelerator_arguments(parser)
+    add_saving_arguments(parser)
+    add_sample_arguments(parser)
+    add_log_arguments(parser)
+    add_metadata_arguments(parser)
+    add_hub_arguments(parser)
+    return parser
+
+
+def read_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
+) -> argparse.Namespace:
+    """Parse: command line over --config_file over what `accelerate launch` was told (mixed precision) over defaults.
+
+    Raises OptionError for a wrong value in the file and for an option that is not supported yet; ends the program for a wrong
+    command line, as argparse does.
+    """
+    config_file = parser.parse_args(argv).config_file
+    prefilled = {"mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION", "no")}
+    from_file = {} if config_file is None else read_config_file(config_file, parser)
+    args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
+    refuse_unsupported(parser, args)
+    return args

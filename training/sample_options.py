@@ -1,0 +1,40 @@
+"""Options of the samples made while training."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.errors import OptionError
+from modules.options import check_at_least
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """When to make samples, and from which prompts."""
+
+    sample_prompts: Path | None  # txt, toml or json
+    sample_every_n_steps: int | None
+    sample_every_n_epochs: int | None
+    sample_at_first: bool
+
+    def __post_init__(self) -> None:
+        check_at_least("--sample_every_n_steps", self.sample_every_n_steps, 1, "leave it out for no samples by step")
+        check_at_least("--sample_every_n_epochs", self.sample_every_n_epochs, 1, "leave it out for no samples by epoch")
+        if self.is_timed and self.sample_prompts is None:
+            raise OptionError(
+                "--sample_every_n_steps, _epochs and --sample_at_first need --sample_prompts: the file with the prompts"
+            )
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether a time for samples is given."""
+        return self.sample_every_n_steps is not None or self.sample_every_n_epochs is not None or self.sample_at_first
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `SampleOptions`."""
+    group = parser.add_argument_group("samples while training")
+    group.add_argument("--sample_prompts", help="file with prompts (txt, toml, json) to make samples from")
+    group.add_argument("--sample_every_n_steps", type=int)
+    group.add_argument("--sample_every_n_epochs", type=int)
+    group.add_argument("--sample_at_first", action="store_true", help="also before the first step")

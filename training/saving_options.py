@@ -1,0 +1,122 @@
+"""Options of what is saved, when, under which name, and what a run continues from."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modules.errors import OptionError
+from modules.options import check_at_least
+
+SAVE_PRECISIONS = ("float", "fp16", "bf16")
+LATEST = "latest"  # --resume latest: the newest complete state of this output name
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    """Files and state folders of a run. `output_dir` and `output_name` are there unless the run only shows something and exits."""
+
+    output_dir: Path | None
+    output_name: str | None
+    save_precision: str | None  # None: the model's dtype
+    save_every_n_epochs: int | None
+    save_every_n_steps: int | None
+    save_every_n_minutes: float | None  # saved after the step that passes this time, named by the step
+    save_last_n_epochs: int | None  # None: keep all
+    save_last_n_epochs_state: int | None
+    save_last_n_steps: int | None
+    save_last_n_steps_state: int | None
+    save_state: bool
+    save_state_on_train_end: bool
+    resume: str | None  # a state folder, "latest", or with resume_from_huggingface owner/repo/path[:revision[:type]]
+
+    def __post_init__(self) -> None:
+        for name in ("save_every_n_epochs", "save_every_n_steps"):
+            check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to save at the end only")
+        if self.save_every_n_minutes is not None and not self.save_every_n_minutes > 0:
+            raise OptionError(f"--save_every_n_minutes {self.save_every_n_minutes}: has to be positive")
+        for name in ("save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state"):
+            check_at_least(f"--{name}", getattr(self, name), 0, "leave it out to keep all")
+        if self.output_name is not None and ("/" in self.output_name or "\\" in self.output_name or not self.output_name.strip()):
+            raise OptionError(f"--output_name {self.output_name!r}: a file name without folders; the folder goes to --output_dir")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Upload to and resume from the Hugging Face hub."""
+
+    huggingface_repo_id: str | None  # None: no upload
+    huggingface_repo_type: str | None  # None: model
+    huggingface_path_in_repo: str | None
+    huggingface_token: str | None
+    huggingface_repo_visibility: str | None  # private unless "public"
+    save_state_to_huggingface: bool
+    resume_from_huggingface: bool
+    async_upload: bool
+
+    def __post_init__(self) -> None:
+        if self.huggingface_repo_type not in {None, "model", "dataset", "space"}:
+            raise OptionError(f"--huggingface_repo_type {self.huggingface_repo_type}: use model, dataset or space")
+        if self.huggingface_repo_visibility not in {None, "public", "private"}:
+            raise OptionError(f"--huggingface_repo_visibility {self.huggingface_repo_visibility}: use public or private")
+        if self.huggingface_repo_id is None and (self.save_state_to_huggingface or self.async_upload):
+            raise OptionError(
+                "--save_state_to_huggingface and --async_upload need --huggingface_repo_id: where to upload, as owner/name"
+            )
+
+
+@dataclass(frozen=True)
+class MetadataOptions:
+    """What stands in the metadata of saved files."""
+
+    no_metadata: bool
+    training_comment: str | None
+    title: str | None = field(metadata={"option": "metadata_title"})
+    author: str | None = field(metadata={"option": "metadata_author"})
+    description: str | None = field(metadata={"option": "metadata_description"})
+    license: str | None = field(metadata={"option": "metadata_license"})
+    tags: str | None = field(metadata={"option": "metadata_tags"})
+
+
+def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `SavingOptions`."""
+    group = parser.add_argument_group("saving")
+    group.add_argument("--output_dir", help="folder for what is trained, its states and samples")
+    group.add_argument("--output_name", help="begin of their names")
+    group.add_argument("--save_precision", choices=SAVE_PRECISIONS, help="dtype of saved weights; that of the model when not given")
+    group.add_argument("--save_every_n_epochs", type=int)
+    group.add_argument("--save_every_n_steps", type=int)
+    group.add_argument("--save_every_n_minutes", type=float, help="save after the first step past this time, under the step's name")
+    group.add_argument("--save_last_n_epochs", type=int, help="keep the files of the last N epochs only")
+    group.add_argument(
+        "--save_last_n_epochs_state", type=int, help="the same for state folders; --save_last_n_epochs when not given"
+    )
+    group.add_argument("--save_last_n_steps", type=int, help="keep the files of the last N steps only")
+    group.add_argument("--save_last_n_steps_state", type=int, help="the same for state folders; --save_last_n_steps when not given")
+    group.add_argument("--save_state", action="store_true", help="with each file also save all that resuming needs")
+    group.add_argument("--save_state_on_train_end", action="store_true", help="save that at the end only")
+    group.add_argument("--resume", help="a state folder to continue from, or latest")
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `HubOptions`."""
+    group = parser.add_argument_group("Hugging Face hub")
+    group.add_argument("--huggingface_repo_id", help="upload each saved file to this repository, as owner/name")
+    group.add_argument("--huggingface_repo_type", help="model (when not given), dataset or space")
+    group.add_argument("--huggingface_path_in_repo", help="folder in the repository")
+    group.add_argument("--huggingface_token", help="access token; the one stored on this machine when not given")
+    group.add_argument("--huggingface_repo_visibility", help="public, else a new repository is private")
+    group.add_argument("--save_state_to_huggingface", action="store_true", help="upload state folders as well")
+    group.add_argument("--resume_from_huggingface", action="store_true", help="--resume names owner/repo/path[:revision[:type]]")
+    group.add_argument("--async_upload", action="store_true", help="upload while training goes on; the final file is waited for")
+
+
+def add_metadata_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `MetadataOptions`."""
+    group = parser.add_argument_group("metadata of saved files")
+    group.add_argument("--no_metadata", action="store_true", help="keep only what loading the file needs")
+    group.add_argument("--training_comment", help="free text")
+    group.add_argument("--metadata_title", help="title; --output_name when not given")
+    group.add_argument("--metadata_author")
+    group.add_argument("--metadata_description")
+    group.add_argument("--metadata_license")
+    group.add_argument("--metadata_tags", help="words, separated by commas")

@@ -1,0 +1,85 @@
+"""Options of how noisy the training samples are, and how their losses are weighted."""
+
+import argparse
+from dataclasses import dataclass, field
+
+from modules.errors import OptionError
+from modules.options import check_at_least
+
+SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
+WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
+NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
+
+
+@dataclass(frozen=True)
+class TimestepOptions:
+    """Distribution of timesteps and loss weights."""
+
+    timestep_sampling: str
+    flow_shift: float = field(metadata={"option": "discrete_flow_shift"})
+    sigmoid_scale: float
+    weighting_scheme: str
+    logit_mean: float
+    logit_std: float
+    mode_scale: float
+    min_timestep: int | None
+    max_timestep: int | None
+    preserve_distribution_shape: bool
+    num_timestep_buckets: int | None
+    show_timesteps: str | None  # image, console: draw the distribution and exit
+
+    def __post_init__(self) -> None:
+        if self.flow_shift <= 0:
+            raise OptionError(f"--discrete_flow_shift {self.flow_shift}: has to be positive; 1 means no shift")
+        check_at_least("--logit_std", self.logit_std, 0, "the width of the normal distribution")
+        check_at_least("--num_timestep_buckets", self.num_timestep_buckets, 1, "leave it out for independent draws")
+        if not 0 <= self.lowest < self.highest <= NUM_TIMESTEPS:
+            raise OptionError(f"--min_timestep {self.lowest} --max_timestep {self.highest}: need 0 <= min < max <= {NUM_TIMESTEPS}")
+
+    @property
+    def lowest(self) -> int:
+        """The lower bound in thousandths."""
+        return 0 if self.min_timestep is None else self.min_timestep
+
+    @property
+    def highest(self) -> int:
+        """The upper bound in thousandths."""
+        return NUM_TIMESTEPS if self.max_timestep is None else self.max_timestep
+
+
+def add_timestep_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `TimestepOptions`."""
+    group = parser.add_argument_group("timesteps and loss weights")
+    group.add_argument("--timestep_sampling", default="sigma", choices=SAMPLERS, help="how timesteps are drawn")
+    group.add_argument(
+        "--discrete_flow_shift", type=float, default=1.0, help="time shift of --timestep_sampling shift; no other sampler uses it"
+    )
+    group.add_argument("--sigmoid_scale", type=float, default=1.0, help="factor on the normal number of sigmoid and shift")
+    group.add_argument(
+        "--weighting_scheme",
+        default="none",
+        choices=WEIGHTINGS,
+        help="logit_normal and mode shape the draws of --timestep_sampling sigma; cosmap and sigma_sqrt weight the loss",
+    )
+    group.add_argument("--logit_mean", type=float, default=0.0, help="mean of logit_normal and logsnr")
+    group.add_argument("--logit_std", type=float, default=1.0, help="width of logit_normal and logsnr")
+    group.add_argument("--mode_scale", type=float, default=1.29, help="scale of the weighting scheme mode")
+    group.add_argument(
+        "--min_timestep", type=int, help="lower bound, 0 to 999; with --timestep_sampling sigma it counts from the noisy end"
+    )
+    group.add_argument(
+        "--max_timestep", type=int, help="upper bound, 1 to 1000; with --timestep_sampling sigma it counts from the noisy end"
+    )
+    group.add_argument(
+        "--preserve_distribution_shape",
+        action="store_true",
+        help="draw again outside min_timestep..max_timestep instead of squeezing the range",
+    )
+    group.add_argument(
+        "--num_timestep_buckets",
+        type=int,
+        help="spread the draws evenly: each run of N samples takes one from each of N equal parts, shuffled",
+    )
+    group.add_argument(
+        "--show_timesteps", choices=("image", "console"), help="show the distribution of timesteps and weights, then exit"
+    )
