@@ -1,0 +1,79 @@
+"""Options that all caching scripts share."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.errors import OptionError
+
+COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
+
+
+@dataclass(frozen=True)
+class CachingOptions:
+    """What is cached, where, and what is kept."""
+
+    dataset_config: Path
+    device: str | None  # None: CUDA or MPS where there is one, else the CPU
+    batch_size: int | None  # None: that of each dataset table
+    num_workers: int | None  # None: one less than the machine has cores
+    skip_existing: bool
+    keep_cache: bool
+    check: bool
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise OptionError(f"--batch_size {self.batch_size}: give a number of at least 1")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise OptionError(f"--num_workers {self.num_workers}: give a number of at least 1")
+
+
+@dataclass(frozen=True)
+class DebugOptions:
+    """Showing what the model will see instead of caching it."""
+
+    debug_mode: str | None  # image, console or video
+    console_width: int  # characters
+    console_back: str | None  # one of COLOURS
+    console_num_images: int | None  # None: all
+
+    def __post_init__(self) -> None:
+        if self.console_width < 8:
+            raise OptionError(f"--console_width {self.console_width}: give at least 8 characters")
+        if self.console_back is not None and self.console_back.lower() not in COLOURS:
+            raise OptionError(f"--console_back {self.console_back}: use one of {', '.join(COLOURS)}")
+        if self.console_num_images is not None and self.console_num_images < 1:
+            raise OptionError(f"--console_num_images {self.console_num_images}: give a number of at least 1")
+
+
+def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of both caching scripts."""
+    group = parser.add_argument_group("caching")
+    group.add_argument("--dataset_config", type=str, required=True, help="dataset configuration, .toml or .json")
+    group.add_argument("--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; default: the best there is")
+    group.add_argument("--batch_size", type=int, default=None, help="items encoded at once; default: batch_size of each dataset")
+    group.add_argument(
+        "--num_workers", type=int, default=None, help="threads that read ahead of the encoder; default: all cores but one"
+    )
+    group.add_argument(
+        "--skip_existing", action="store_true", help="also keep files made by other programs where their size is the right one"
+    )
+    group.add_argument("--keep_cache", action="store_true", help="do not remove cache files that belong to no item any more")
+    group.add_argument(
+        "--check", action="store_true", help="say what would be cached and what is wrong with the dataset, then exit (0 or 1)"
+    )
+
+
+def add_debug_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the latent caching scripts that show the frames instead of encoding them."""
+    group = parser.add_argument_group("looking at the dataset")
+    group.add_argument(
+        "--debug_mode",
+        type=str,
+        default=None,
+        choices=["image", "console", "video"],
+        help="show what the model will see and cache nothing: in a window (or PNG files), as coloured text, as mp4 files",
+    )
+    group.add_argument("--console_width", type=int, default=80, help="console: width in characters")
+    group.add_argument("--console_back", type=str, default=None, help=f"console: background ({', '.join(COLOURS)})")
+    group.add_argument("--console_num_images", type=int, default=None, help="console: at most this many items of each dataset")
