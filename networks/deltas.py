@@ -1,0 +1,108 @@
+"""What a LoRA, LoHa or LoKr adds to a weight. Factors of one module go by the end of their tensor names, as files store them.
+
+Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their tensor forms, Yeh et al. 2023, arXiv 2309.14859.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
+
+LORA = ("lora_down.weight", "lora_up.weight")
+PARTS = (
+    *LORA,
+    *("lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", "dora_scale"),
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+)
+_PAIRS = (LORA, ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
+
+
+def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`{"lora_unet_x.lora_down.weight": t}` -> `{"lora_unet_x": {"lora_down.weight": t}}`."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.partition(".")
+        modules.setdefault(module, {})[part] = tensor
+    return modules
+
+
+def fault(factors: Factors) -> str | None:
+    """Why these factors give no change to a weight, or None where they do."""
+    if "dora_scale" in factors:
+        return "it has DoRA magnitudes, which are not supported"
+    for pair in _PAIRS:
+        if (pair[0] in factors) != (pair[1] in factors):
+            there, absent = pair if pair[0] in factors else pair[::-1]
+            return f"it has {there} but no {absent}"
+    if not any(part in factors for part in (*LORA, "diff", "diff_b", "hada_w1_a", "lokr_w1", "lokr_w1_a")):
+        return f"it has only {', '.join(factors)}"
+    if "hada_w1_a" in factors and "hada_w2_a" not in factors:
+        return "it has hada_w1_a but no hada_w2_a"
+    if ("lokr_w1" in factors or "lokr_w1_a" in factors) and not ("lokr_w2" in factors or "lokr_w2_a" in factors):
+        return "it has lokr_w1 but no lokr_w2"
+    return None
+
+
+def rank_of(factors: Factors) -> int | None:
+    """The inner size of the factors; None where they are stored whole."""
+    for part in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if part in factors:
+            return int(factors[part].shape[0])
+    return None
+
+
+def strength(factors: Factors) -> float:
+    """alpha / rank. A missing or zero alpha means alpha = rank; factors stored whole are not scaled."""
+    rank = rank_of(factors)
+    alpha = float(factors["alpha"]) if "alpha" in factors else 0.0
+    return 1.0 if rank is None or alpha == 0 else alpha / rank
+
+
+def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
+    """What is added to the module's weight at multiplier 1, float32: out x in (x kernel); None where only the bias changes.
+
+    Raises RuntimeError where the factors do not go together.
+    """
+    f = {part: tensor.to(device, torch.float32) for part, tensor in factors.items()}
+    if "diff" in f:
+        return f["diff"]
+    if LORA[0] in f:
+        return strength(f) * _lora(f)
+    if "hada_w1_a" in f:
+        first = _product(f["hada_w1_a"], f["hada_w1_b"], f.get("hada_t1"))
+        return strength(f) * first * _product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))
+    if "lokr_w1" in f or "lokr_w1_a" in f:
+        return strength(f) * _lokr(f)
+    return None
+
+
+def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:
+    """What is added to the module's bias at multiplier 1, float32, or None."""
+    if "diff_b" in factors:
+        return factors["diff_b"].to(device, torch.float32)
+    if "lora_up.bias" in factors:
+        return strength(factors) * factors["lora_up.bias"].to(device, torch.float32)
+    return None
+
+
+def _lora(f: Factors) -> Tensor:
+    down, up = f[LORA[0]], f[LORA[1]]  # r x in (x kernel), out x r (x 1 x 1)
+    if "lora_mid.weight" in f:
+        down = torch.einsum("r s ..., s i -> r i ...", f["lora_mid.weight"], down.flatten(1))
+    return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+
+def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
+    """a @ b, or with a core r x r x kernel: b acts on its second axis, a (stored r x out) on its first."""
+    if core is None:
+        return a @ b
+    return torch.einsum("p q ..., p o, q i -> o i ...", core, a, b)
+
+
+def _lokr(f: Factors) -> Tensor:
+    first = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
+    second = f["lokr_w2"] if "lokr_w2" in f else _product(f["lokr_w2_a"], f["lokr_w2_b"], f.get("lokr_t2"))
+    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())

@@ -1,0 +1,123 @@
+"""Read LoRA files of any dialect, and import the modules that build networks."""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.checkpoint import open_checkpoint
+from modules.errors import CheckpointError, OptionError
+from networks.deltas import fault, group_by_module, rank_of
+from networks.hashes import is_damaged
+from networks.key_formats import to_native
+
+logger = getLogger(__name__)
+SHOWN = 6  # names listed in a message
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA, LoHa or LoKr under our names: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, on the CPU, dtype of the file."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    dialect: str
+
+    def modules(self) -> dict[str, dict[str, Tensor]]:
+        """The factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`."""
+        return group_by_module(self.tensors)
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a warning.
+
+    Raises CheckpointError where it is missing, damaged, no LoRA, or of a kind that is not supported.
+    """
+    with open_checkpoint(path) as checkpoint:
+        stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        metadata = dict(checkpoint.metadata)
+    if path.is_file() and is_damaged(path, stored, metadata):
+        raise CheckpointError(f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.", path)
+    native = to_native(stored, metadata.get("ss_base_model_version"))
+    if not native.tensors:
+        raise CheckpointError(f"{path} is no LoRA for a video model: it has tensors such as {listed(sorted(stored), 3)}.", path)
+    if native.text_encoder:
+        logger.warning(
+            f"{path}: {len(native.text_encoder)} tensors change a text encoder and are ignored: {listed(native.text_encoder)}"
+        )
+    if native.unknown:
+        logger.warning(f"{path}: {len(native.unknown)} tensors are no part of a LoRA and are ignored: {listed(native.unknown)}")
+    for module, factors in group_by_module(native.tensors).items():
+        reason = fault(factors)
+        if reason is not None:
+            raise CheckpointError(f"{path} cannot be used: {module}: {reason}.", path)
+    alphas = _peft_alphas(native.tensors, _peft_config(path, metadata))
+    logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}")
+    return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
+
+
+def listed(names: Sequence[str], most: int = SHOWN) -> str:
+    """`a, b, c and 9 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {} without them."""
+    folder = path if path.is_dir() else path.parent
+    config_path = folder / "adapter_config.json"
+    try:
+        if "lora_adapter_metadata" in metadata:
+            entries = json.loads(metadata["lora_adapter_metadata"])
+            return {key.removeprefix("transformer."): value for key, value in entries.items()}
+        if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
+            return dict(json.loads(config_path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its PEFT settings cannot be read ({error}).", path) from error
+    return {}
+
+
+def _peft_alphas(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Alphas that stand in PEFT's settings rather than beside the factors."""
+    if config.get("lora_alpha") is None:
+        return {}
+    patterns = {key.replace(".", "_"): value for key, value in (config.get("alpha_pattern") or {}).items()}
+    alphas = {}
+    for module, factors in group_by_module(tensors).items():
+        rank = rank_of(factors)
+        if rank is None or "alpha" in factors:
+            continue
+        alpha = next((value for key, value in patterns.items() if re.search(rf"(^|_){key}$", module)), config["lora_alpha"])
+        if config.get("use_rslora"):
+            alpha = alpha * rank**0.5  # PEFT scales by alpha / sqrt(rank) then
+        alphas[f"{module}.alpha"] = torch.tensor(float(alpha))
+    return alphas
+
+
+def import_network_module(name: str) -> ModuleType:
+    """The module that `--network_module` names: one of ours (`networks.lora_wan`) or any that offers `create_network(...)`.
+
+    The folder the command runs in is searched too. Raises OptionError where it is not there or builds no network.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise OptionError(
+            f"--network_module {name} cannot be imported: {error}. Install the package, or use networks.lora_wan or networks.lora."
+        ) from error
+    if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
+        raise OptionError(f"--network_module {name} offers neither create_arch_network nor create_network, so it builds no network")
+    return module
