@@ -1,1 +1,25 @@
-"""Caption files, and captions that are missing."""
+"""Caption files: text beside an image or a clip."""
+
+from pathlib import Path
+
+from modules.errors import DatasetError
+
+
+def caption_path(media: Path, extension: str) -> Path:
+    """Where the caption of `media` lies: its path without suffix plus `extension` (with the dot)."""
+    return media.with_name(media.stem + extension)
+
+
+def read_caption(path: Path) -> str | None:
+    """The text of a caption file without white space at either end; None where there is no file.
+
+    Raises DatasetError where it is not UTF-8 or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except OSError as error:
+        raise DatasetError(f"{path}: this caption cannot be read: {error.strerror}") from error

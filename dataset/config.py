@@ -1,13 +1,30 @@
-"""The dataset configuration: a TOML or JSON file -> frozen tables. Standard library only."""
+"""The dataset configuration: a TOML or JSON file -> frozen tables. Standard library only.
 
+The reading is a table of keys (`KEYS`): what a value may be, its default, and where the key may stand. Paths are relative to the
+working folder. Every problem of a file is reported at once.
+"""
+
+import difflib
+import json
+import logging
+import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from modules.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+MODES = ("head", "chunk", "slide", "uniform", "full")  # of frame_extraction; what they do: dataset/frames.py
+FRAME_STEP = 4  # target_frames are 4n + 1 for every family
+Table = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """One `[[datasets]]` entry with everything filled in."""
+    """One `[[datasets]]` entry with everything filled in. Keys of the other kind of table have their defaults."""
 
     config_path: Path
     index: int  # place in the file, from 0
@@ -37,21 +54,39 @@ class DatasetTable:
     @property
     def name(self) -> str:
         """For messages: `data.toml, [[datasets]] 2 (clips)`."""
-        raise NotImplementedError
+        return f"{self.config_path}, [[datasets]] {self.index + 1} ({self.source})"
 
     @property
     def source(self) -> Path:
         """The folder or list the items come from."""
-        raise NotImplementedError
+        source = self.directory or self.jsonl_file
+        assert source is not None
+        return source
 
     @property
     def control_count(self) -> int:
-        """How many control images an image has where it has any."""
-        raise NotImplementedError
+        """How many control images an image has, where it has any."""
+        return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
-        """The entry of the metadata list `ss_datasets`. has_control: default: whether there is a control_directory."""
-        raise NotImplementedError
+        """The entry of the metadata list `ss_datasets`. has_control: None means whether there is a control_directory."""
+        entry: dict[str, Any] = {
+            "resolution": list(self.resolution),
+            "caption_extension": self.caption_extension,
+            "batch_size_per_device": self.batch_size,
+            "num_repeats": self.num_repeats,
+            "enable_bucket": self.enable_bucket,
+            "bucket_no_upscale": self.bucket_no_upscale,
+            f"{self.kind}_{'directory' if self.directory else 'jsonl_file'}": self.source.name,
+        }
+        if self.control_directory is not None:
+            entry["control_directory"] = self.control_directory.name
+        entry["has_control"] = self.control_directory is not None if has_control is None else has_control
+        if self.kind == "video":
+            entry["target_frames"] = list(self.target_frames)
+            names = ("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
+            entry |= {name: getattr(self, name) for name in names}
+        return entry
 
 
 @dataclass(frozen=True)
@@ -67,4 +102,302 @@ def load_dataset_config(path: Path) -> DatasetConfig:
 
     Raises DatasetError naming file, table, key, the value found and the values allowed.
     """
-    raise NotImplementedError
+    problems: list[str] = []
+    content = _parse(path)
+    problems += [_unknown(name, value, ("general", "datasets")) for name, value in content.items() if name not in _TOP_LEVEL]
+    general = _without_nulls(content.get("general"), "[general]", problems)
+    entries = content.get("datasets")
+    if not isinstance(entries, list) or not entries:
+        problems.append("there is no [[datasets]] table; the file needs one per folder or list of images or videos")
+        entries = []
+    _check_general(general, problems)
+    tables = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
+    datasets = tuple(table for table in tables if table is not None)
+    _check_cache_directories(datasets, problems)
+    if problems:
+        raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems]))
+    return DatasetConfig(path, datasets)
+
+
+_TOP_LEVEL = frozenset({"general", "datasets"})
+
+
+# --- what each key may be ---------------------------------------------------------------------------------------------------------
+
+
+class _Unfit(Exception):
+    """The value is not one of those allowed."""
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _Unfit
+    return value
+
+
+def _count(value: Any) -> int:
+    if _whole(value) < 1:
+        raise _Unfit
+    return int(value)
+
+
+def _rate(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise _Unfit
+    return float(value)
+
+
+def _yes_no(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Unfit
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise _Unfit
+    return value
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(value)).expanduser()
+
+
+def _resolution(value: Any) -> tuple[int, int]:
+    if isinstance(value, list):
+        if len(value) != 2:
+            raise _Unfit
+        return _count(value[0]), _count(value[1])
+    return _count(value), _count(value)
+
+
+def _counts(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise _Unfit
+    return tuple(_count(item) for item in value)
+
+
+def _indices(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise _Unfit
+    return tuple(_whole(item) for item in value)
+
+
+def _caption_extension(value: Any) -> str:
+    if "." not in _text(value):
+        raise _Unfit
+    return str(value)
+
+
+def _mode(value: Any) -> str:
+    if value not in MODES:
+        raise _Unfit
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a table: `read` turns its value into the field or raises _Unfit; `allowed` says in words what fits."""
+
+    read: Callable[[Any], Any]
+    allowed: str
+    default: Any
+    kinds: tuple[str, ...] = ("image", "video")
+    in_general: bool = False
+
+
+_POSITIVE = "a whole number, 1 or more"
+_BOOL = "true or false, without quotes"
+_FOLDER = "a path in quotes"
+
+KEYS: Mapping[str, Key] = {
+    "resolution": Key(_resolution, "a whole number or [width, height], such as 512 or [960, 544]", (960, 544), in_general=True),
+    "caption_extension": Key(_caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True),
+    "batch_size": Key(_count, _POSITIVE, 1, in_general=True),
+    "num_repeats": Key(_count, _POSITIVE, 1, in_general=True),
+    "enable_bucket": Key(_yes_no, _BOOL, False, in_general=True),
+    "bucket_no_upscale": Key(_yes_no, _BOOL, False, in_general=True),
+    "cache_directory": Key(_path, _FOLDER, None),
+    "image_directory": Key(_path, _FOLDER, None, ("image",)),
+    "image_jsonl_file": Key(_path, _FOLDER, None, ("image",)),
+    "video_directory": Key(_path, _FOLDER, None, ("video",)),
+    "video_jsonl_file": Key(_path, _FOLDER, None, ("video",)),
+    "control_directory": Key(_path, _FOLDER, None),
+    "validation": Key(_yes_no, _BOOL, False),
+    "target_frames": Key(_counts, "a list of whole numbers, each 1 or more, such as [1, 25, 45]", (1,), ("video",)),
+    "frame_extraction": Key(_mode, "one of " + ", ".join(f'"{mode}"' for mode in MODES), "head", ("video",)),
+    "frame_stride": Key(_count, _POSITIVE, 1, ("video",)),
+    "frame_sample": Key(_count, _POSITIVE, 1, ("video",)),
+    "max_frames": Key(_count, _POSITIVE, 129, ("video",)),
+    "source_fps": Key(_rate, "a number above 0, such as 30 or 29.97", None, ("video",)),
+    "fp_latent_window_size": Key(_count, _POSITIVE, 9),
+    "fp_1f_clean_indices": Key(_indices, "a list of whole numbers, such as [0, 10]", None, ("image",)),
+    "fp_1f_target_index": Key(_whole, "a whole number", None, ("image",)),
+    "fp_1f_no_post": Key(_yes_no, _BOOL, False, ("image",)),
+}
+_SOURCES = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------------
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() not in {".toml", ".json"}:
+        raise DatasetError(f"{path}: a dataset configuration ends in .toml or .json, this ends in {path.suffix or 'nothing'}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor.") from None
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}. Give --dataset_config the file's path.") from error
+    try:
+        content = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text, object_pairs_hook=_no_repeats)
+    except ValueError as error:  # both parsers' errors are ValueErrors with line and column
+        hint = "\n  A Windows path needs forward slashes or single quotes: 'C:\\data'." if "\\" in text else ""
+        raise DatasetError(f"{path} is no valid {path.suffix[1:].upper()}: {error}{hint}") from None
+    if not isinstance(content, dict):
+        raise DatasetError(f'{path}: the top level has to be an object with "datasets"')
+    return content
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+    return content
+
+
+def _without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
+    if table is None:
+        return {}
+    if not isinstance(table, dict):
+        problems.append(f"{name} = {_shown(table)} is no table of keys")
+        return {}
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def _check_general(general: Table, problems: list[str]) -> None:
+    allowed = [name for name, key in KEYS.items() if key.in_general]
+    for name, value in general.items():
+        if name in allowed:
+            _read_value(name, value, "[general]", problems)
+        elif name in KEYS:
+            problems.append(f"[general]: {name} = {_shown(value)} may only stand in a [[datasets]] table; move it there")
+        else:
+            problems.append(f"[general]: {_unknown(name, value, allowed)}")
+
+
+def _read_table(path: Path, index: int, entry: Any, general: Table, problems: list[str]) -> DatasetTable | None:
+    where = f"[[datasets]] {index + 1}"
+    before = len(problems)
+    entry = _without_nulls(entry, where, problems)
+    source_key = _source_key(entry, where, problems)
+    if source_key is None:
+        return None
+    kind: Literal["image", "video"] = "image" if source_key.startswith("image") else "video"
+    _check_names(entry, kind, source_key, where, problems)
+    values = {name: key.default for name, key in KEYS.items()}
+    for name, value in {**general, **entry}.items():
+        if name in KEYS:
+            place = where if name in entry else "[general]"
+            values[name] = _read_value(name, value, place, problems if name in entry else [])
+    if len(problems) > before or any(values[name] is _BAD for name in values):
+        return None
+    return _finish_table(path, index, kind, values, problems)
+
+
+def _source_key(entry: Table, where: str, problems: list[str]) -> str | None:
+    given = [name for name in _SOURCES if name in entry]
+    if len(given) == 1:
+        return given[0]
+    if given:
+        problems.append(f"{where}: {' and '.join(given)} exclude each other; make a [[datasets]] table for each")
+    else:
+        near = [name for key in entry if key not in KEYS for name in difflib.get_close_matches(key, _SOURCES, 1)]
+        hint = f" Did you mean {near[0]}?" if near else ""
+        problems.append(f"{where}: nothing says where its items are; it needs one of {', '.join(_SOURCES)}.{hint}")
+    return None
+
+
+def _check_names(entry: Table, kind: str, source_key: str, where: str, problems: list[str]) -> None:
+    allowed = [name for name, key in KEYS.items() if kind in key.kinds]
+    for name, value in entry.items():
+        if name not in KEYS:
+            problems.append(f"{where}: {_unknown(name, value, allowed)}")
+        elif name not in allowed:
+            other = "video" if kind == "image" else "image"
+            problems.append(f"{where}: {name} = {_shown(value)} is for {other} tables; {source_key} makes this one {kind}s")
+
+
+_BAD = object()  # stands for a value that has been reported
+
+
+def _read_value(name: str, value: Any, where: str, problems: list[str]) -> Any:
+    key = KEYS[name]
+    try:
+        return key.read(value)
+    except _Unfit:
+        near = difflib.get_close_matches(value, MODES, 1) if name == "frame_extraction" and isinstance(value, str) else []
+        hint = f'. Did you mean "{near[0]}"?' if near else ""
+        problems.append(f"{where}: {name} = {_shown(value)} ({_kind_of(value)}); allowed: {key.allowed}{hint}")
+        return _BAD
+
+
+def _finish_table(
+    path: Path, index: int, kind: Literal["image", "video"], values: dict[str, Any], problems: list[str]
+) -> DatasetTable | None:
+    where = f"[[datasets]] {index + 1}"
+    directory = values.pop("image_directory") or values.pop("video_directory")
+    jsonl_file = values.pop("image_jsonl_file") or values.pop("video_jsonl_file")
+    fields = {name: value for name, value in values.items() if name not in _SOURCES}
+    if jsonl_file and fields["control_directory"]:
+        logger.warning("%s, %s: control_directory is ignored because a list names control files itself (control_path)", path, where)
+        fields["control_directory"] = None
+    if fields["cache_directory"] is None and jsonl_file:
+        problems.append(f"{where}: cache_directory is required with {kind}_jsonl_file")
+        return None
+    fields["cache_directory"] = fields["cache_directory"] or directory
+    fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
+    fields["target_frames"] = _rounded_targets(fields["target_frames"], f"{path}, {where}")
+    if fields["frame_extraction"] == "uniform" and fields["frame_sample"] == 1:
+        logger.warning('%s, %s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', path, where)
+        fields["frame_extraction"] = "head"
+    return DatasetTable(path, index, kind, directory, jsonl_file, **fields)
+
+
+def _rounded_targets(targets: tuple[int, ...], where: str) -> tuple[int, ...]:
+    rounded = tuple(sorted({(target - 1) // FRAME_STEP * FRAME_STEP + 1 for target in targets}))
+    if not set(targets) <= set(rounded):
+        logger.warning("%s: target_frames %s become %s: clips are 4n + 1 frames long", where, list(targets), list(rounded))
+    return rounded
+
+
+def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[str]) -> None:
+    users: dict[str, DatasetTable] = {}
+    for table in datasets:
+        first = users.setdefault(str(table.cache_directory.resolve()), table)
+        if first is not table:
+            problems.append(
+                f"[[datasets]] {first.index + 1} and {table.index + 1} share the cache directory {table.cache_directory}; "
+                "give each its own cache_directory (without one it is the folder of the images or videos)"
+            )
+
+
+# --- words ------------------------------------------------------------------------------------------------------------------------
+
+
+def _unknown(name: str, value: Any, allowed: tuple[str, ...] | list[str]) -> str:
+    near = difflib.get_close_matches(name, allowed, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown key {name} = {_shown(value)}.{hint} Allowed: {', '.join(allowed)}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _kind_of(value: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a table"}
+    return names.get(type(value), type(value).__name__)

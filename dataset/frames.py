@@ -4,53 +4,38 @@ A span is (first frame, number of frames), counted in kept frames. Plain numbers
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from dataset.config import DatasetTable
 
 Span = tuple[int, int]
 
-MODES = ("head", "chunk", "slide", "uniform", "full")
 
-
-@dataclass(frozen=True)
-class Extraction:
-    """The keys of a video table that say which spans are cut."""
-
-    mode: str  # one of MODES
-    target_frames: tuple[int, ...]  # ascending, each 4n + 1
-    frame_stride: int  # slide: distance between starts
-    frame_sample: int  # uniform: number of starts
-    max_frames: int  # full: longest span
-
-
-def spans(extraction: Extraction, kept_frames: int, frame_step: int = 4) -> tuple[Span, ...]:
+def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[Span, ...]:
     """The spans that `kept_frames` frames give; none where the clip is too short for every target.
 
     frame_step: "full" rounds its length down to frame_step * n + 1 (4 for every known family).
     Spans come by ascending target, then by start; equal ones come once.
     """
-    if extraction.mode == "full":
-        length = min(kept_frames, extraction.max_frames)
+    if table.frame_extraction == "full":
+        length = min(kept_frames, table.max_frames)
         return ((0, (length - 1) // frame_step * frame_step + 1),) if length > 0 else ()
     found = [
-        (start, target)
-        for target in extraction.target_frames
-        if target <= kept_frames
-        for start in _starts(extraction, kept_frames, target)
+        (start, target) for target in table.target_frames if target <= kept_frames for start in _starts(table, kept_frames, target)
     ]
     return tuple(dict.fromkeys(found))
 
 
-def _starts(extraction: Extraction, kept_frames: int, target: int) -> Iterator[int]:
+def _starts(table: DatasetTable, kept_frames: int, target: int) -> Iterator[int]:
     last = kept_frames - target
-    match extraction.mode:
+    match table.frame_extraction:
         case "head":
             yield 0
         case "chunk":
             yield from range(0, last + 1, target)
         case "slide":
-            yield from range(0, last + 1, extraction.frame_stride)
+            yield from range(0, last + 1, table.frame_stride)
         case "uniform":
-            yield from _even_starts(last, extraction.frame_sample)
+            yield from _even_starts(last, table.frame_sample)
         case mode:
             raise ValueError(f"unknown frame extraction {mode!r}")
 
@@ -65,11 +50,11 @@ def _even_starts(last: int, count: int) -> Iterator[int]:
     yield last
 
 
-def frames_wanted(extraction: Extraction) -> int | None:
+def frames_wanted(table: DatasetTable) -> int | None:
     """How many kept frames are enough, so that decoding can stop; None where all of the clip is needed."""
-    if extraction.mode == "head":
-        return max(extraction.target_frames)
-    return extraction.max_frames if extraction.mode == "full" else None
+    if table.frame_extraction == "head":
+        return max(table.target_frames)
+    return table.max_frames if table.frame_extraction == "full" else None
 
 
 def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:

@@ -1,15 +1,22 @@
 """From a source to the items that are encoded: decode once, keep and resize frames, choose the bucket, cut spans."""
 
-from collections.abc import Iterable
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.frames import Span
+from dataset.config import DatasetTable
+from dataset.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
 from dataset.sources import Source
-from modules.buckets import Size
-from modules.media import Frame
+from modules.buckets import Size, bucket_sizes, choose_bucket
+from modules.errors import DatasetError, MediaError
+from modules.media import Frame, image_size, read_image, resize_cover, video_frames, video_info
+
+IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 
 
 @dataclass(frozen=True)
@@ -35,23 +42,25 @@ class DecodedSource:
     source: Source
     size: Size
     bucket: Size
-    frames: tuple[Frame, ...]  # each H W 3
+    frames: tuple[Frame, ...]  # each H W 3; () from `plan_source`
     control: tuple[tuple[Frame, ...], ...]  # per control image or clip: as many frames; C = 4 where a control image has alpha
     spans: tuple[Span, ...]
-    reason: str | None  # why there is no span: "12 frames, the shortest target_frames is 17"
+    reason: str | None  # why there is no span: "12 frames, the shortest of target_frames is 17"
 
     @property
     def items(self) -> tuple[Item, ...]:
         """One item per span."""
-        raise NotImplementedError
+        is_image = self.source.table.kind == "image"
+        keys = [self.source.stem if is_image else f"{self.source.stem}_{start:05d}-{length:03d}" for start, length in self.spans]
+        return tuple(Item(self.source, key, span, self.size, self.bucket) for key, span in zip(keys, self.spans, strict=True))
 
     def crop(self, span: Span) -> NDArray[np.uint8]:
         """F H W 3 of a span, copied."""
-        raise NotImplementedError
+        return _stacked(self.frames, span)
 
     def control_crops(self, span: Span) -> tuple[NDArray[np.uint8], ...]:
         """F H W C of a span, for each control, copied."""
-        raise NotImplementedError
+        return tuple(_stacked(frames, span) for frames in self.control)
 
 
 def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
@@ -60,17 +69,102 @@ def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 
     fps: the family's rate, reached by dropping frames where the table has source_fps. step, frame_step: of the family's LatentSpec.
     Raises MediaError (unreadable, too small), DatasetError (a resolution that is no multiple of `step`).
     """
-    raise NotImplementedError
+    table = source.table
+    if table.kind == "image":
+        image = read_image(source.path)
+        size = (image.shape[1], image.shape[0])
+        bucket = bucket_of(table, size, step, source.path)
+        control = tuple((resize_cover(read_image(path, alpha=True), bucket),) for path in source.control)
+        return DecodedSource(source, size, bucket, (resize_cover(image, bucket),), control, IMAGE_SPANS, None)
+    decoded = _kept_frames(source.path, table, fps)
+    first = next(decoded)
+    size = (first.shape[1], first.shape[0])
+    bucket = bucket_of(table, size, step, source.path)
+    frames = tuple(resize_cover(frame, bucket) for frame in itertools.chain([first], decoded))
+    found, reason = _spans_or_reason(table, len(frames), frame_step)
+    control = tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control) if found else ()
+    return DecodedSource(source, size, bucket, frames, control, found, reason)
 
 
 def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
-    """As `decode_source`, but from headers alone and without frames: for `--check`. A clip whose header has no count is decoded.
+    """As `decode_source`, but from headers and without frames: for `--check`. A clip whose header has no count is decoded.
 
     Raises as `decode_source`, as far as headers tell.
     """
-    raise NotImplementedError
+    table = source.table
+    if table.kind == "image":
+        size = image_size(source.path)
+        return DecodedSource(source, size, bucket_of(table, size, step, source.path), (), (), IMAGE_SPANS, None)
+    info = video_info(source.path)
+    size = (info.width, info.height)
+    if info.frames is None:
+        kept = sum(1 for _ in _kept_frames(source.path, table, fps))
+    else:
+        kept = len(resample_indices(info.frames, table.source_fps, fps))
+    found, reason = _spans_or_reason(table, kept, frame_step)
+    return DecodedSource(source, size, bucket_of(table, size, step, source.path), (), (), found, reason)
+
+
+def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
+    """The size that a picture of `size` is resized to. path: for messages.
+
+    Raises MediaError (the picture is too small to keep its size), DatasetError (the resolution does not suit `step`).
+    """
+    width, height = table.resolution
+    if not table.enable_bucket:
+        if width % step or height % step:
+            down, up = (width // step * step, height // step * step), (-(-width // step) * step, -(-height // step) * step)
+            options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
+            raise DatasetError(
+                f"{table.name}: resolution = [{width}, {height}] is no multiple of {step}, and enable_bucket is false. "
+                f"Use {options}, or enable_bucket = true."
+            )
+        return table.resolution
+    try:
+        sizes = _bucket_sizes(width, height, step)
+    except ValueError as error:
+        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}") from None
+    try:
+        return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
+    except ValueError as error:
+        raise MediaError(f"{path or 'an image'} is too small: {error}") from None
 
 
 def check_unique(names: Iterable[tuple[str, Item]]) -> None:
     """Raise DatasetError where two items would write one cache file; `names` are (file name, item)."""
-    raise NotImplementedError
+    first: dict[str, Item] = {}
+    for name, item in names:
+        other = first.setdefault(name, item)
+        if other is not item:
+            raise DatasetError(
+                f"{other.source.path} and {item.source.path} would both be cached as {name}; rename one, or give them two tables"
+            )
+
+
+_bucket_sizes = functools.cache(bucket_sizes)
+
+
+def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]:
+    """The frames of a clip that stay after dropping to `fps`, at their own size; no more of them than the table wants."""
+    kept = (frame for frame, keep in zip(video_frames(path), keep_pattern(table.source_fps, fps), strict=False) if keep)
+    return itertools.islice(kept, frames_wanted(table))
+
+
+def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num_frames: int) -> tuple[Frame, ...]:
+    """As many control frames as the clip has: a longer one is cut, a shorter one repeats its last frame."""
+    kept = itertools.islice(_kept_frames(path, table, fps), num_frames)
+    frames = [resize_cover(frame, bucket) for frame in kept]
+    return (*frames, *[frames[-1]] * (num_frames - len(frames)))
+
+
+def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
+    found = spans(table, kept, frame_step)
+    if found:
+        return found, None
+    rate = f" after dropping from source_fps = {table.source_fps:g}" if table.source_fps else ""
+    return (), f"{kept} frames{rate}, the shortest of target_frames is {min(table.target_frames)}"
+
+
+def _stacked(frames: tuple[Frame, ...], span: Span) -> NDArray[np.uint8]:
+    start, length = span
+    return np.stack(frames[start : start + length])

@@ -4,23 +4,39 @@ A frame is `H W C` uint8 RGB (C = 4 with alpha); sizes are (width, height). A "v
 name order. Colours are converted by what the file says of itself. Every failure is a MediaError naming the file and the reason.
 """
 
+import contextlib
+import errno
+import functools
+import importlib
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
+import cv2
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from modules.buckets import Size
+from modules.atomic_write import atomic_path
+from modules.buckets import Size, fit_cover
+from modules.errors import MediaError
 
 Frame = NDArray[np.uint8]  # H W C
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})  # lower case
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those that Pillow always reads
+ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the header says; None where it does not."""
+    """Size of the upright frames; count and rate where the header has them."""
 
     width: int
     height: int
@@ -28,34 +44,195 @@ class VideoInfo:
     fps: float | None
 
 
+# --- images -----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
 def image_suffixes() -> frozenset[str]:
     """Image suffixes that can be read here, lower case; .avif and .jxl only where Pillow can decode them."""
-    raise NotImplementedError
+    for plugin in ("pillow_jxl", "pillow_avif"):  # optional packages that register themselves with Pillow
+        with contextlib.suppress(ImportError):
+            importlib.import_module(plugin)
+    has_avif = features.check("avif") or "AVIF" in Image.OPEN and "pillow_avif" in str(Image.OPEN["AVIF"])
+    Image.init()
+    registered = {".jxl"} & Image.registered_extensions().keys()
+    return IMAGE_SUFFIXES | registered | ({".avif"} if has_avif else set())
 
 
 def read_image(path: Path, alpha: bool = False) -> Frame:
     """H W 3 RGB, upright; with `alpha`, H W 4 where the image has transparency. Raises MediaError."""
-    raise NotImplementedError
+    with _reading(path), Image.open(path) as file:
+        image: Image.Image = ImageOps.exif_transpose(file)
+        has_alpha = image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info
+        if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return np.array(image.convert("RGBA" if alpha and has_alpha else "RGB"))
 
 
 def image_size(path: Path) -> Size:
     """Width and height of the upright image, from the header alone. Raises MediaError."""
-    raise NotImplementedError
+    with _reading(path), Image.open(path) as image:
+        width, height = image.size
+        return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
 
 
-def video_frames(path: Path) -> Iterator[Frame]:
-    """All frames in playing order, H W 3, one at a time; of a file that FFmpeg reads or of a folder of images. Raises MediaError."""
-    raise NotImplementedError
-
-
-def video_info(path: Path) -> VideoInfo:
-    """Size, number of frames and rate from the header (of a folder: its first image and its count). Raises MediaError."""
-    raise NotImplementedError
+def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
+    """Write one frame (H W 3 or H W 4) as PNG, with text chunks in UTF-8, complete or not at all. Raises OutputError."""
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        add = chunks.add_text if value.isascii() else chunks.add_itxt  # a plain chunk is Latin-1, iTXt is UTF-8
+        add(name, value)
+    with atomic_path(path, frame.nbytes) as temporary:
+        Image.fromarray(frame).save(temporary, format="PNG", pnginfo=chunks)
 
 
 def resize_cover(frame: Frame, bucket: Size) -> Frame:
-    """Resize a frame until it covers `bucket`, crop the centre. Lanczos when enlarging, else area average."""
-    raise NotImplementedError
+    """Resize a frame until it covers `bucket`, crop the centre. Lanczos when enlarging, else area average. Source: cache format."""
+    fit = fit_cover((frame.shape[1], frame.shape[0]), bucket)
+    if fit.interpolation == "none":
+        return frame
+    if fit.interpolation == "lanczos":
+        resized = np.asarray(Image.fromarray(frame).resize(fit.resized, Image.Resampling.LANCZOS))
+    else:
+        resized = np.asarray(cv2.resize(frame, fit.resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    left, top = fit.crop
+    return np.ascontiguousarray(resized[top : top + bucket[1], left : left + bucket[0]])
+
+
+# --- videos: reading --------------------------------------------------------------------------------------------------------------
+
+
+def video_frames(path: Path) -> Iterator[Frame]:
+    """All frames in playing order, H W 3, upright, one at a time; of a file FFmpeg reads or of a folder of images.
+
+    Raises MediaError: missing, empty, no video in it, not decodable, or cut short (a download that stopped).
+    """
+    if path.is_dir():
+        yield from (read_image(image) for image in _folder_images(path))
+        return
+    num_frames = 0
+    end_seconds = 0.0
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise MediaError(f"{path} is damaged or cut short: only {num_frames} frames could be read")
+            for frame in packet.decode():
+                num_frames += 1
+                end_seconds = max(end_seconds, frame.time or 0.0)
+                yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+        _check_whole(path, container, stream, num_frames, end_seconds)
+
+
+def video_info(path: Path) -> VideoInfo:
+    """Size, number of frames and rate (of a folder: its first image and its count); one frame is decoded. Raises MediaError."""
+    if path.is_dir():
+        images = _folder_images(path)
+        width, height = image_size(images[0])
+        return VideoInfo(width, height, len(images), None)
+    with _opened(path) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise MediaError(f"{path} holds no frame that can be decoded")
+        sideways = round(first.rotation / 90) % 2 == 1
+        width, height = (first.height, first.width) if sideways else (first.width, first.height)
+        return VideoInfo(width, height, stream.frames or None, float(stream.average_rate) if stream.average_rate else None)
+
+
+def read_tags(path: Path) -> dict[str, str]:
+    """Text stored in a PNG or a video, {} where there is none. Keys of videos in lower case: mkv stores them in upper case.
+
+    Raises MediaError.
+    """
+    if path.suffix.lower() in image_suffixes():
+        with _reading(path), Image.open(path) as image:
+            return {str(name): str(value) for name, value in getattr(image, "text", {}).items()}
+    with _opened(path) as (container, _):
+        return {name.lower(): value for name, value in container.metadata.items()}
+
+
+def _folder_images(folder: Path) -> list[Path]:
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in image_suffixes() and not path.name.startswith("."))
+    if not images:
+        raise MediaError(f"{folder} is a folder without images")
+    return images
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream."""
+    with _reading(path), av.open(_url(path), metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise MediaError(
+                f"{path} has no video stream, only {', '.join(other.type for other in container.streams) or 'nothing'}"
+            )
+        yield container, stream
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what Pillow and FFmpeg raise into MediaError."""
+    if not path.exists():
+        raise MediaError(f"{path} does not exist")
+    if path.is_file() and path.stat().st_size == 0:
+        raise MediaError(f"{path} is empty (0 bytes)")
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise MediaError(f"{path} is no image that can be read, or it is damaged") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, av.FFmpegError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MediaError(f"{path} cannot be read: {reason}") from error
+
+
+def _url(path: Path) -> str:
+    """Without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol."""
+    return f"file:{path}"
+
+
+def _upright(frame: Frame, degrees: float) -> Frame:
+    """Turn a frame by the rotation a phone has written beside it, counter-clockwise; only quarter turns occur."""
+    turns = round(degrees / 90) % 4
+    return np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame
+
+
+def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_seconds: float) -> None:
+    """Raise MediaError where a file ends before the length it states.
+
+    Most demuxers report a cut file themselves; Matroska's ends quietly, but each stream has its length as a tag.
+    """
+    if not num_frames:
+        raise MediaError(f"{path} holds no frame that can be decoded")
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if "matroska" not in container.format.name or match is None:
+        return
+    seconds = int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+    frame_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
+    if end_seconds + max(4 * frame_seconds, 0.3) < seconds:
+        raise MediaError(
+            f"{path} is cut short: it should last {seconds:.2f} s, the last of {num_frames} frames is at {end_seconds:.2f} s"
+        )
+
+
+# --- videos: writing --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Codec:
+    encoder: str
+    pixel_format: str
+    options: Mapping[str, str]
+    has_crf: bool  # whether it knows crf and preset
+    suffixes: tuple[str, ...]
+
+
+_CODECS = {
+    "h264": _Codec("libx264", "yuv420p", {}, True, (".mp4", ".mkv", ".mov")),
+    "h265": _Codec("libx265", "yuv420p", {"x265-params": "log-level=error"}, True, (".mp4", ".mkv", ".mov")),
+    "prores": _Codec("prores_ks", "yuv422p10le", {"profile": "3"}, False, (".mkv", ".mov")),
+}
+_MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
 def write_video(
@@ -70,17 +247,60 @@ def write_video(
 ) -> None:
     """Encode frames (H W 3, consumed one at a time) to `path` (.mp4, .mkv or .mov), complete or not at all.
 
-    codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf. tags: only .mkv holds them.
-    The last row or column of an odd size is cut off. Equal input gives equal bytes. Raises MediaError, OutputError.
+    codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf. tags: kept by .mkv only.
+    The last row or column of an odd size is cut off. Colours are BT.709 and say so. Equal input gives equal bytes.
+    Raises MediaError (no frame, codec not for this suffix), OutputError.
     """
-    raise NotImplementedError
+    kind = _CODECS[codec]
+    suffix = path.suffix.lower()
+    if suffix not in kind.suffixes:
+        raise MediaError(f"{path}: {codec} is written to {', '.join(kind.suffixes)}, not to {suffix or 'a name without suffix'}")
+    remaining = iter(frames)
+    first = next(remaining, None)
+    if first is None:
+        raise MediaError(f"{path}: there is no frame to write")
+    with atomic_path(path) as temporary, _writing():
+        container = av.open(_url(temporary), "w", format=_MUXERS[suffix], options={"fflags": "+bitexact"})  # no random ids
+        with container:
+            container.metadata.update(tags if tags and suffix == ".mkv" else {})
+            stream = _add_stream(container, kind, first, fps)
+            if bit_rate is not None:
+                stream.bit_rate = bit_rate
+            elif kind.has_crf:
+                stream.options = {**stream.options, "crf": str(crf)}
+            if kind.has_crf:
+                stream.options = {**stream.options, "preset": preset}
+            for index, frame in enumerate(itertools.chain([first], remaining)):
+                container.mux(stream.encode(_video_frame(frame, stream, index)))
+            container.mux(stream.encode())
 
 
-def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
-    """Write one frame (H W 3 or H W 4) as PNG, with text chunks in UTF-8, complete or not at all. Raises OutputError."""
-    raise NotImplementedError
+def _add_stream(container: Any, kind: _Codec, first: Frame, fps: float) -> Any:
+    stream = container.add_stream(kind.encoder, rate=Fraction(fps).limit_denominator(1001))
+    stream.height, stream.width = (side // 2 * 2 for side in first.shape[:2])
+    stream.pix_fmt = kind.pixel_format
+    stream.options = dict(kind.options)
+    context = stream.codec_context
+    context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
+    context.color_range = ColorRange.MPEG.value
+    return stream
 
 
-def read_tags(path: Path) -> dict[str, str]:
-    """Text stored in an mkv (keys in lower case: FFmpeg writes them in upper case) or a PNG; {} where there is none. Raises MediaError."""
-    raise NotImplementedError
+def _video_frame(frame: Frame, stream: Any, index: int) -> av.VideoFrame:
+    even = np.ascontiguousarray(frame[: stream.height, : stream.width])
+    converted = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
+        format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
+    converted.pts = index
+    converted.time_base = 1 / stream.codec_context.framerate
+    return converted
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """FFmpeg's own errors as OSError, which `atomic_path` explains."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        number = error.errno if error.errno in errno.errorcode else errno.EIO
+        raise OSError(number, error.strerror) from error

@@ -1,0 +1,72 @@
+"""Which control files belong to which picture or clip of a folder."""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from modules.errors import DatasetError
+from modules.media import VIDEO_SUFFIXES, image_suffixes
+
+
+class ControlFolder:
+    """The contents of a `control_directory`, listed once."""
+
+    def __init__(self, folder: Path, stems: Collection[str]) -> None:
+        """stems: of all pictures or clips of the table. Raises DatasetError where the folder cannot be listed."""
+        self._folder = folder
+        self._stems = stems
+        self._entries = list_folder(folder, "control_directory")
+        self._images = [entry for entry in self._entries if entry.suffix.lower() in image_suffixes()]
+
+    def for_image(self, stem: str, count: int) -> tuple[Path, ...]:
+        """The first `count` control images of a picture: `<stem>.*` first, then by the number after the last underscore.
+
+        Raises DatasetError where there are fewer, or where a name that begins with `stem` has no number.
+        """
+        ranked = [(self._rank(path, stem), path) for path in self._images if self._may_belong(path, stem)]
+        if len(ranked) < count:
+            wanted = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
+            raise DatasetError(
+                f"{self._folder} has {len(ranked)} control images for {stem}; needed: {wanted} (or another image type)"
+            )
+        return tuple(path for _, path in sorted(ranked)[:count])
+
+    def for_video(self, video: Path) -> Path:
+        """The control clip of a video: the same file name, else a folder `<stem>` of images, else `<stem>` with a video suffix.
+
+        Raises DatasetError where there is none.
+        """
+        same = [path for path in self._entries if path.name == video.name]
+        folders = [path for path in self._entries if path.name == video.stem and path.is_dir()]
+        clips = [path for path in self._entries if path.stem == video.stem and path.suffix.lower() in VIDEO_SUFFIXES]
+        found = [*same, *folders, *clips]
+        if not found:
+            raise DatasetError(
+                f"{self._folder} has no control clip for {video.name}: neither {video.name} nor a folder {video.stem}"
+            )
+        return found[0]
+
+    def _may_belong(self, path: Path, stem: str) -> bool:
+        """Whether a control image is named after `stem`, and not after a longer stem of the table (`pic_1` against `pic_10`)."""
+        if not path.stem.startswith(stem):
+            return False
+        if re.fullmatch(r"(_\d+)?", path.stem[len(stem) :]):
+            return True
+        return not any(len(other) > len(stem) and path.stem.startswith(other) for other in self._stems)
+
+    def _rank(self, path: Path, stem: str) -> int:
+        if path.stem == stem:
+            return -1
+        number = path.stem.rsplit("_", 1)[-1]
+        if not number.isdecimal():
+            raise DatasetError(f"{path}: a control image of {stem} is named {stem}{path.suffix} or {stem}_<number>{path.suffix}")
+        return int(number)
+
+
+def list_folder(folder: Path, key: str) -> Sequence[Path]:
+    """What a folder holds, sorted, without names that begin with a dot. Raises DatasetError with the key that names the folder."""
+    try:
+        return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=str)
+    except OSError as error:
+        looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
+        raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}") from error
