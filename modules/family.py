@@ -93,7 +93,7 @@ class TextEncoder(Protocol):
     @property
     def identity(self) -> Mapping[str, str]: ...  # what an output depends on beside the text; found without loading the weights
 
-    def load(self, device: torch.device) -> None: ...
+    def load(self, device: torch.device) -> None: ...  # one that is loaded already moves there
 
     def encode(
         self, prompts: Sequence[Prompt]

@@ -1,0 +1,56 @@
+"""`--cfg_schedule`: at which steps classifier-free guidance runs, and how strongly. Standard library only."""
+
+from modules.errors import OptionError
+
+
+def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int, float]:
+    """The guidance scale by step number, counted from 1; steps that are not in it run without guidance.
+
+    text: comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`; `!` in front excludes. Later
+    entries win over earlier ones, exclusions over all, wherever they stand. Without a scale `guidance_scale` holds.
+    Raises OptionError naming the entry for what is no number, lies outside 1..steps, or runs backwards.
+    """
+    scales: dict[int, float] = {}
+    excluded: set[int] = set()
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        numbers, colon, scale = entry.removeprefix("!").partition(":")
+        chosen = _steps_of(numbers.strip(), steps, entry)
+        if entry.startswith("!"):
+            excluded.update(chosen)
+        else:
+            scales.update(dict.fromkeys(chosen, _scale(scale, entry) if colon else guidance_scale))
+    return {step: scales[step] for step in sorted(scales.keys() - excluded)}
+
+
+def _steps_of(numbers: str, steps: int, entry: str) -> range:
+    if numbers.startswith("e~"):
+        every = _whole(numbers[2:], entry)
+        if every < 1:
+            raise _problem(entry, "every how many steps has to be at least 1")
+        return range(every, steps + 1, every)
+    first_text, dash, last_text = numbers.partition("-")
+    first = _whole(first_text, entry)
+    last = _whole(last_text, entry) if dash else first
+    if first > last:
+        raise _problem(entry, f"it runs backwards, from {first} to {last}")
+    if first < 1 or last > steps:
+        raise _problem(entry, f"there are steps 1 to {steps}")
+    return range(first, last + 1)
+
+
+def _whole(text: str, entry: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise _problem(entry, f"{text.strip()!r} is no whole number") from None
+
+
+def _scale(text: str, entry: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise _problem(entry, f"the scale {text.strip()!r} is no number") from None
+
+
+def _problem(entry: str, reason: str) -> OptionError:
+    return OptionError(f"--cfg_schedule entry {entry!r}: {reason}. Write entries such as 1-10, 20, e~3 or 1-10:6.5, !5")

@@ -1,0 +1,139 @@
+"""Options of guidance, of output formats, and of the further ideas of this folder. Standard library only."""
+
+import argparse
+import logging
+import math
+from dataclasses import dataclass
+
+from modules.errors import OptionError
+from modules.options import add_unsupported
+
+logger = logging.getLogger(__name__)
+
+CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """How classifier-free guidance is varied beyond its scale."""
+
+    cfg_skip_mode: str  # which steps run without guidance; "none": all run with it
+    cfg_apply_ratio: float | None  # share of the steps that keep guidance
+    slg_mode: str | None  # skip-layer guidance: original, uncond
+    slg_layers: str | None  # block numbers, "9,10"
+    slg_scale: float
+    slg_start: float  # shares of the steps
+    slg_end: float
+
+    def __post_init__(self) -> None:
+        if self.cfg_skip_mode != "none" and self.cfg_apply_ratio is None:
+            raise OptionError(f"--cfg_skip_mode {self.cfg_skip_mode} needs --cfg_apply_ratio: the share of the steps with guidance")
+        if self.cfg_apply_ratio is not None and not 0 <= self.cfg_apply_ratio <= 1:
+            raise OptionError(f"--cfg_apply_ratio {self.cfg_apply_ratio}: give a share of the steps from 0 to 1")
+        for option, share in (("--slg_start", self.slg_start), ("--slg_end", self.slg_end)):
+            if not math.isfinite(share):
+                raise OptionError(f"{option} {share}: give a share of the steps from 0 to 1")
+        if (self.slg_mode is None) != (self.slg_layers is None):
+            given, missing = ("--slg_mode", "--slg_layers") if self.slg_layers is None else ("--slg_layers", "--slg_mode")
+            logger.warning("%s is ignored because %s is not given", given, missing)
+        _ = self.skipped_layers
+
+    @property
+    def skipped_layers(self) -> frozenset[int]:
+        """The blocks that skip-layer guidance leaves out; none where it is off."""
+        if self.slg_mode is None or not self.slg_layers:
+            return frozenset()
+        try:
+            layers = frozenset(int(part) for part in self.slg_layers.split(",") if part.strip())
+        except ValueError:
+            raise OptionError(f"--slg_layers {self.slg_layers!r}: give block numbers separated by commas, such as 9,10") from None
+        if any(layer < 0 for layer in layers):
+            raise OptionError(f"--slg_layers {self.slg_layers!r}: blocks are counted from 0")
+        return layers
+
+
+# guidance at every step, nothing else: training samples
+PLAIN_GUIDANCE = GuidanceOptions("none", None, None, None, 3.0, 0.0, 0.3)
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """How videos are encoded."""
+
+    codec: str  # h264, h265, prores
+    container: str  # mp4, mkv
+    keep_pngs: bool  # also keep every frame as PNG
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of a video file. ProRes needs Matroska."""
+        return ".mkv" if self.codec == "prores" else f".{self.container}"
+
+
+def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `GuidanceOptions` and --cfg_schedule; guidance ideas that are not built yet are refused."""
+    group = parser.add_argument_group("guidance")
+    group.add_argument(
+        "--cfg_schedule",
+        type=str,
+        default=None,
+        help="steps with guidance, counted from 1, e.g. '1-10, e~3:6.5, !7': numbers, ranges, every n-th, own scale, exclusion",
+    )
+    group.add_argument(
+        "--cfg_skip_mode", type=str, default="none", choices=CFG_SKIP_MODES, help="which steps go without guidance, to save time"
+    )
+    group.add_argument("--cfg_apply_ratio", type=float, default=None, help="share of the steps that keep guidance, 0 to 1")
+    group.add_argument(
+        "--slg_mode",
+        type=str,
+        default=None,
+        choices=["original", "uncond"],
+        help="skip-layer guidance: original adds a third pass that skips the layers, uncond skips them in the negative pass",
+    )
+    group.add_argument("--slg_layers", type=str, default=None, help="numbers of the blocks to skip, e.g. 9,10")
+    group.add_argument("--slg_scale", type=float, default=3.0, help="strength of --slg_mode original")
+    group.add_argument("--slg_start", type=float, default=0.0, help="share of the steps at which it begins")
+    group.add_argument("--slg_end", type=float, default=0.3, help="share of the steps at which it ends")
+    later = "use --guidance_scale, --cfg_schedule or skip-layer guidance"
+    add_unsupported(group, "--cfgzerostar_scaling", action="store_true", reason=later, help="CFG-Zero* scaling")
+    add_unsupported(group, "--cfgzerostar_init_steps", type=int, default=-1, reason=later, help="CFG-Zero* zero initialisation")
+    add_unsupported(group, "--perp_neg", type=float, default=None, reason=later, help="perpendicular negative guidance")
+
+
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `FormatOptions`."""
+    group = parser.add_argument_group("video format")
+    group.add_argument("--codec", type=str, default="h264", choices=["prores", "h264", "h265"])
+    group.add_argument("--container", type=str, default="mp4", choices=["mkv", "mp4"], help="only mkv holds metadata")
+    group.add_argument("--keep_pngs", action="store_true", help="also keep the frames as PNG files in a folder `frames`")
+
+
+def add_later_arguments(parser: argparse.ArgumentParser) -> None:
+    """List the ideas of this folder that are not built yet; using one is refused with its reason."""
+    group = parser.add_argument_group("not supported yet")
+    preview = "watch the progress bar instead"
+    add_unsupported(group, "--preview_latent_every", type=int, default=None, reason=preview, help="preview every n steps")
+    add_unsupported(group, "--preview_vae", type=str, default=None, reason=preview, help="small VAE for previews")
+    prompts = "write the prompt out"
+    add_unsupported(group, "--prompt_wildcards", type=str, default=None, reason=prompts, help="folder of wildcard files")
+    add_unsupported(group, "--prompt_weighting", action="store_true", reason=prompts, help="(word:1.2) in prompts")
+    add_unsupported(
+        group, "--riflex_index", type=int, default=0, reason="make videos of the trained length", help="longer videos with RIFLEx"
+    )
+    add_unsupported(
+        group,
+        "--optimized",
+        action="store_true",
+        reason="it turns on fp8, compilation and SageAttention, which are not built yet",
+        help="a preset of faster settings",
+    )
+    _add_video_to_video(group)
+
+
+def _add_video_to_video(group: argparse._ActionsContainer) -> None:
+    reason = "videos start from noise; use an image-to-video or a Fun-Control task"
+    add_unsupported(group, "--video_path", type=str, default=None, reason=reason, help="video to start from")
+    add_unsupported(group, "--v2v_denoise", type=float, default=0.5, reason=reason, help="how much of it is made anew")
+    add_unsupported(group, "--v2v_extra_noise", type=float, default=None, reason=reason, help="noise added to it")
+    add_unsupported(group, "--v2v_pad_mode", type=str, default="end", choices=["front", "end"], reason=reason)
+    add_unsupported(group, "--v2v_noise_mode", type=str, default="traditional", choices=["traditional", "direct"], reason=reason)

@@ -1,0 +1,22 @@
+"""The random numbers of one request."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class SeededNoise:
+    """One generator, continued by every draw.
+
+    By default it runs on the device, whose stream differs from other devices'; with `cpu_noise` on the CPU: the stream of
+    `torch.manual_seed(seed)`, the same everywhere and that of ComfyUI.
+    """
+
+    def __init__(self, seed: int, device: torch.device, cpu_noise: bool = False) -> None:
+        self._device = device
+        self._generator = torch.Generator(device="cpu" if cpu_noise else device).manual_seed(seed)
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal numbers of that shape on the device."""
+        return torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype).to(self._device)

@@ -1,0 +1,149 @@
+"""What a generation leaves on disk: latent files, videos, images, and their names."""
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from blissful_tuner.metadata import as_tags
+from generation.options import OutputOptions
+from modules.atomic_write import atomic_folder, save_tensors
+from modules.errors import CheckpointError
+from modules.media import write_png, write_video
+
+logger = logging.getLogger(__name__)
+
+Frame = NDArray[np.uint8]  # H W 3, RGB
+LATENT_SUFFIX = "_latent.safetensors"
+
+
+def output_stem(when: datetime, seed: int, origin: Path | None = None) -> str:
+    """The name of an output without suffix: time, seed, and the latent file it was decoded from."""
+    stem = f"{when:%Y%m%d-%H%M%S}_{seed}"
+    return stem if origin is None else f"{stem}_{origin.stem}"
+
+
+def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
+    """`stem` with as many `_` behind it as it takes that no file of these suffixes exists."""
+    suffixes = list(suffixes)
+    while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
+        stem += "_"
+    return stem
+
+
+@dataclass(frozen=True)
+class SavedLatents:
+    """A latent file."""
+
+    latents: Tensor  # B C F H W
+    metadata: Mapping[str, str]
+
+
+def save_latents(path: Path, latents: Tensor, metadata: Mapping[str, str] | None) -> None:
+    """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space."""
+    save_tensors(path, {"latent": latents[0].float()}, metadata)
+    logger.info("Latents: %s", path)
+
+
+def load_latents(path: Path) -> SavedLatents:
+    """Read a latent file: safetensors, or a pickled tensor. Raises CheckpointError where it holds no latents."""
+    metadata: Mapping[str, str] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                found = file.get_tensor("latent") if "latent" in file.keys() else None  # noqa: SIM118 (it is no dictionary)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            found = content.get("latent") if isinstance(content, dict) else content
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"--latent_path {path} cannot be read: {error}", path) from None
+    except Exception as error:  # torch.load names unpicklable content by an exception of pickle
+        raise CheckpointError(f"--latent_path {path} holds more than a tensor and is not opened: {error}", path) from None
+    if not isinstance(found, Tensor):
+        raise CheckpointError(f"--latent_path {path} has no tensor `latent`. Give a file written with --output_type latent", path)
+    if found.ndim == 4:
+        found = found[None]
+    if found.ndim != 5:
+        raise CheckpointError(f"--latent_path {path}: `latent` has the shape {tuple(found.shape)}; C F H W is needed", path)
+    return SavedLatents(found.float(), metadata)
+
+
+def save_pixels(
+    options: OutputOptions, stem: str, chunks: Iterable[Tensor], fps: float, metadata: Mapping[str, str] | None
+) -> Path:
+    """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come, and say where.
+
+    A video; one PNG where there is a single frame; or with `--output_type images` a folder of PNG files.
+    """
+    frames = without_tail(frames_of(chunks), options.trim_tail_frames)
+    tags = as_tags(metadata or {})
+    if options.output_type == "images":
+        path = options.save_path / free_stem(options.save_path, stem, [""])
+        with atomic_folder(path) as folder:
+            count = sum(1 for _ in written(frames, folder, f"{path.name}_{{:03d}}.png", tags))
+        logger.info("Images: %s (%d)", path, count)
+        return path
+    first = list(islice(frames, 2))
+    if len(first) == 1:
+        path = options.save_path / (free_stem(options.save_path, stem, [".png"]) + ".png")
+        write_png(path, first[0], tags)
+        logger.info("Image: %s", path)
+        return path
+    suffix = options.format.suffix
+    if suffix != f".{options.format.container}":
+        logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
+    path = options.save_path / (free_stem(options.save_path, stem, [suffix]) + suffix)
+    playing: Iterable[Frame] = chain(first, frames)
+    if options.format.keep_pngs:
+        pngs = options.save_path / free_stem(options.save_path, "frames", [""])
+        pngs.mkdir(parents=True)
+        playing = written(playing, pngs, "{:06d}.png", tags)
+        logger.info("Frames: %s", pngs)
+    write_video(path, playing, fps, codec=options.format.codec, tags=tags)
+    logger.info("Video: %s", path)
+    return path
+
+
+def written(frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]) -> Iterator[Frame]:
+    """Pass the frames on, each written as PNG; `name` takes the number."""
+    for index, frame in enumerate(frames):
+        write_png(folder / name.format(index), frame, tags)
+        yield frame
+
+
+def frames_of(chunks: Iterable[Tensor]) -> Iterator[Frame]:
+    """Single frames of chunks of pixels (1 3 F H W in -1..1)."""
+    for chunk in chunks:
+        yield from pixels_to_uint8(chunk)
+
+
+def pixels_to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
+    """The first video of B 3 F H W (-1..1) as F H W 3, 0..255, rounded."""
+    values = (pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255
+    array: NDArray[np.uint8] = rearrange(values.round().to(torch.uint8), "c f h w -> f h w c").cpu().numpy()
+    return array
+
+
+def without_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
+    """All but the last `count` frames; holds back so many. Of a shorter video the first frame stays."""
+    held: deque[Frame] = deque()
+    passed = False
+    for frame in frames:
+        held.append(frame)
+        if len(held) > count:
+            passed = True
+            yield held.popleft()
+    if not passed and held:
+        logger.warning("--trim_tail_frames %d would leave nothing of %d frames; the first one is kept", count, len(held))
+        yield held[0]

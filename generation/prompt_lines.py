@@ -1,0 +1,262 @@
+"""Prompt lines: `a cat --w 832 --d 7` of --from_file and --interactive, and the prompt files of training samples.
+
+Standard library only. Both grammars split a line at every ` --`; the first part is the prompt, in the others the first word is the
+option and the rest its value. Unknown options are reported and skipped.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+Value = int | float | str
+SEED_BITS = 32
+
+
+@dataclass(frozen=True)
+class LineOption:
+    """Where an option's value goes and how it is read. `read` raises ValueError."""
+
+    key: str
+    read: Callable[[str], Value]
+    repeats: bool = False  # each use adds to a list; otherwise the last one wins
+
+
+def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
+    """The seed that a text stands for: a whole number is itself, any other text is hashed to `bits` bits.
+
+    Source: the known tools; the measured values are in tests/golden/string_seeds.json.
+    """
+    if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
+        return int(text)
+    digest = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest(), "big")
+    return abs(digest - _walk(text)) % 2**bits
+
+
+def _walk(text: str) -> int:
+    """A number that depends on the order of the characters: their codes added, subtracted, divided or multiplied by position."""
+    total: float = 0
+    try:
+        for position, code in enumerate(map(ord, text)):
+            if position % 2 == 0:
+                total += code
+            elif position % 3 == 0:
+                total -= code
+            elif position % 5 == 0:
+                total /= code
+            else:
+                for digit in map(int, str(code)):
+                    total *= digit or 0.31415
+        if math.isfinite(total):
+            return int(total)
+    except (OverflowError, ZeroDivisionError):
+        pass
+    return len(text) + 314159 * ord(text[len(text) // 2]) - ord(text[len(text) // 4])
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise ValueError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no number") from None
+
+
+# --from_file and --interactive; the letters of the known Wan script, and its newer `ei`
+GENERATION_OPTIONS: Mapping[str, LineOption] = {
+    "w": LineOption("video_size_width", _whole),
+    "h": LineOption("video_size_height", _whole),
+    "f": LineOption("video_length", _whole),
+    "d": LineOption("seed", text_to_seed),
+    "s": LineOption("infer_steps", _whole),
+    "g": LineOption("guidance_scale", _number),
+    "l": LineOption("guidance_scale", _number),
+    "fs": LineOption("flow_shift", _number),
+    "i": LineOption("image_path", str),
+    "ei": LineOption("end_image_path", str),
+    "cn": LineOption("control_path", str),
+    "n": LineOption("negative_prompt", str),
+    "cs": LineOption("cfg_schedule", str),
+}
+
+
+def _leading_whole(text: str) -> int:
+    return int(_leading(r"[+-]?[0-9]+", text))
+
+
+def _leading_number(text: str) -> float:
+    return float(_leading(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text))
+
+
+def _leading(pattern: str, text: str) -> str:
+    found = re.match(pattern, text)
+    if found is None:
+        raise ValueError(f"{text!r} does not begin with a number")
+    return found[0]
+
+
+def _steps(text: str) -> int:
+    return min(max(_leading_whole(text), 1), 1000)
+
+
+# prompt files of training samples; numbers are read from their leading digits, as the known trainers do
+SAMPLE_OPTIONS: Mapping[str, LineOption] = {
+    "w": LineOption("width", _leading_whole),
+    "h": LineOption("height", _leading_whole),
+    "f": LineOption("frame_count", _leading_whole),
+    "d": LineOption("seed", _leading_whole),
+    "s": LineOption("sample_steps", _steps),
+    "g": LineOption("guidance_scale", _leading_number),
+    "l": LineOption("cfg_scale", _leading_number),
+    "fs": LineOption("discrete_flow_shift", _leading_number),
+    "n": LineOption("negative_prompt", str),
+    "i": LineOption("image_path", str),
+    "ei": LineOption("end_image_path", str),
+    "cn": LineOption("control_video_path", str),
+    "ci": LineOption("control_image_path", str, repeats=True),
+    "of": LineOption("one_frame", str),
+}
+
+
+def parse_generation_line(line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS) -> dict[str, Any]:
+    """`prompt` and the options of a line by their keys. Option words are case-sensitive.
+
+    Raises OptionError where a value cannot be read.
+    """
+    values, problems = _split_line(line, options, fold_case=False)
+    if problems:
+        raise OptionError("; ".join(problems))
+    return values
+
+
+def parse_sample_line(line: str) -> dict[str, Any]:
+    """`prompt` and the options of a line of a training prompt file by their keys; values that cannot be read are reported."""
+    values, problems = _split_line(line, SAMPLE_OPTIONS, fold_case=True)
+    for problem in problems:
+        logger.warning("in the sample prompt %r: %s; the option is ignored", line.strip(), problem)
+    return values
+
+
+def _split_line(line: str, options: Mapping[str, LineOption], fold_case: bool) -> tuple[dict[str, Any], list[str]]:
+    prompt, *parts = line.split(" --")
+    values: dict[str, Any] = {"prompt": prompt.strip()}
+    problems = []
+    for part in parts:
+        word, _, text = part.partition(" ")
+        option = options.get(word.lower() if fold_case else word)
+        if option is None:
+            logger.warning("unknown option --%s in the prompt line %r is ignored", part.strip(), line.strip())
+            continue
+        try:
+            value = option.read(text.strip())
+        except ValueError as error:
+            problems.append(f"--{word}: {error}")
+            continue
+        if option.repeats:
+            values.setdefault(option.key, []).append(value)
+        else:
+            values[option.key] = value
+    return values, problems
+
+
+def is_blank(line: str) -> bool:
+    """Whether a line holds no prompt: empty, or a comment."""
+    return not line.strip() or line.lstrip().startswith("#")
+
+
+def read_generation_lines(path: Path) -> list[tuple[int, str]]:
+    """The prompt lines of a --from_file file with their numbers, counted from 1. Raises OptionError where there is none."""
+    lines = [(number, line) for number, line in enumerate(_read_text(path, "--from_file").splitlines(), 1) if not is_blank(line)]
+    if not lines:
+        raise OptionError(f"--from_file {path}: it has no prompt. Write one per line.")
+    return lines
+
+
+def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
+    """The samples of a training prompt file (.txt, .toml or .json) as dictionaries with the keys of `SAMPLE_OPTIONS` and `prompt`.
+
+    toml: `[prompt]` holds what all `[[prompt.subset]]` share; a subset wins. json: a list of lines and objects.
+    Raises OptionError naming the file, the entry and the key for what cannot be read.
+    """
+    text = _read_text(path, "--sample_prompts")
+    match path.suffix.lower():
+        case ".txt":
+            return [parse_sample_line(line) for line in text.splitlines() if not is_blank(line)]
+        case ".toml":
+            entries = _toml_entries(path, text)
+        case ".json":
+            entries = _json_entries(path, text)
+        case suffix:
+            raise OptionError(f"--sample_prompts {path}: {suffix or 'a file without suffix'} is not read. Use .txt, .toml or .json")
+    return [_checked_entry(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, 1)]
+
+
+def _toml_entries(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        shared = tomllib.loads(text).get("prompt")
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"--sample_prompts {path}: {error}") from None
+    if not isinstance(shared, dict) or not isinstance(shared.get("subset", []), list):
+        raise OptionError(f"--sample_prompts {path}: it needs a table [prompt] with tables [[prompt.subset]]")
+    common = {key: value for key, value in shared.items() if key != "subset"}
+    return [{**common, **subset} for subset in shared.get("subset", [])]
+
+
+def _json_entries(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OptionError(f"--sample_prompts {path}: {error}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
+        raise OptionError(f"--sample_prompts {path}: it has to be a list of prompts (texts or objects)")
+    return [parse_sample_line(entry) if isinstance(entry, str) else entry for entry in entries]
+
+
+def _checked_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    kinds = {option.key: _kind_of(option) for option in SAMPLE_OPTIONS.values()} | {"prompt": str}
+    values = {}
+    for key, value in entry.items():
+        kind = kinds.get(key)
+        if kind is None:
+            logger.warning("%s: the unknown key %s is ignored. Known: %s", where, key, ", ".join(sorted(kinds)))
+            continue
+        if kind is list and isinstance(value, str):
+            value = [value]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise OptionError(f"{where}: {key} = {value!r} has to be of type {kind.__name__}")
+        values[key] = _steps(str(value)) if key == "sample_steps" else value
+    return values
+
+
+def _kind_of(option: LineOption) -> type:
+    if option.repeats:
+        return list
+    if option.read is _leading_number:
+        return float
+    return int if option.read in (_leading_whole, _steps) else str
+
+
+def _read_text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OptionError(f"{option} {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{option} {path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -1,0 +1,141 @@
+"""From options, a prompt line and defaults to a checked `Request`."""
+
+import logging
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blissful_tuner.guidance import guidance_scales
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from generation.options import RequestOptions
+from generation.prompt_lines import SEED_BITS, text_to_seed
+from modules.errors import OptionError
+from modules.family import LatentSpec
+from modules.records import Request
+
+logger = logging.getLogger(__name__)
+
+SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.solvers
+
+# what a training prompt file means where it says nothing; None: the family's own
+SAMPLE_SIZE = 256
+SAMPLE_STEPS = 20
+SAMPLE_FLOW_SHIFT = 14.5
+
+
+def draw_seed() -> int:
+    """A seed from the system's entropy."""
+    return secrets.randbelow(2**SEED_BITS)
+
+
+def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = None) -> Request:
+    """The request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
+
+    Without a seed each call draws its own. What is not said stays None; `check_request` has the family fill it.
+    Raises OptionError for numbers that make no sense.
+    """
+    line = overrides or {}
+    seed = line.get("seed")
+    if seed is None:
+        seed = draw_seed() if options.seed is None else text_to_seed(options.seed)
+        if options.seed is not None and str(seed) != options.seed.strip():
+            logger.info("Seed of the text %r: %d", options.seed, seed)
+
+    def path(name: str) -> Path | None:
+        value = line.get(name, getattr(options, name))
+        return None if value is None or str(value) == "" else Path(value).expanduser()
+
+    request = Request(
+        prompt=line.get("prompt", options.prompt) or "",
+        seed=seed,
+        width=line.get("video_size_width", options.video_size[1]),
+        height=line.get("video_size_height", options.video_size[0]),
+        frames=line.get("video_length", options.video_length),
+        steps=line.get("infer_steps", options.infer_steps),
+        guidance_scale=line.get("guidance_scale", options.guidance_scale),
+        flow_shift=line.get("flow_shift", options.flow_shift),
+        solver=SOLVERS[options.sample_solver],
+        fps=options.fps,
+        negative_prompt=line.get("negative_prompt", options.negative_prompt) or None,
+        cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
+        image_path=path("image_path"),
+        end_image_path=path("end_image_path"),
+        control_path=path("control_path"),
+    )
+    _check_numbers(request)
+    return request
+
+
+def sample_request(entry: Mapping[str, Any], latent: LatentSpec) -> Request:
+    """The request of an entry of a training prompt file (`read_sample_prompts`).
+
+    Sizes and frames are rounded down to what the model can make. What is not said is that of the known trainers: 256 x 256, one
+    frame, 20 steps, flow shift 14.5; the rest stays None. Raises OptionError for numbers that make no sense.
+    """
+
+    def path(name: str) -> Path | None:
+        return Path(entry[name]).expanduser() if entry.get(name) else None
+
+    frames = entry.get("frame_count", 1)
+    request = Request(
+        prompt=entry.get("prompt", ""),
+        seed=entry.get("seed", draw_seed()),
+        width=entry.get("width", SAMPLE_SIZE) // latent.pixel_step * latent.pixel_step,
+        height=entry.get("height", SAMPLE_SIZE) // latent.pixel_step * latent.pixel_step,
+        frames=(frames - 1) // latent.frame_step * latent.frame_step + 1,
+        steps=entry.get("sample_steps", SAMPLE_STEPS),
+        guidance_scale=entry.get("cfg_scale"),
+        embedded_guidance=entry.get("guidance_scale"),
+        flow_shift=entry.get("discrete_flow_shift", SAMPLE_FLOW_SHIFT),
+        negative_prompt=entry.get("negative_prompt") or None,
+        image_path=path("image_path"),
+        end_image_path=path("end_image_path"),
+        control_path=path("control_video_path"),
+        extra={key: entry[key] for key in ("one_frame",) if key in entry},
+    )
+    if (request.width, request.height, request.frames) != tuple(
+        entry.get(key, default) for key, default in (("width", SAMPLE_SIZE), ("height", SAMPLE_SIZE), ("frame_count", 1))
+    ):
+        logger.warning(
+            "the sample %r is made with %d x %d pixels and %d frames: the model works in steps of %d pixels and %d frames",
+            request.prompt,
+            request.width,
+            request.height,
+            request.frames,
+            latent.pixel_step,
+            latent.frame_step,
+        )
+    _check_numbers(request)
+    return request
+
+
+def check_guidance(request: Request, options: GuidanceOptions = PLAIN_GUIDANCE) -> Request:
+    """The request that `Family.prepare` has filled, if its guidance can be made. Raises OptionError otherwise."""
+    assert request.steps is not None
+    scales = guidance_scales(request, options, request.steps)
+    if options.skipped_layers and not any(scales):
+        logger.warning("--slg_mode %s is ignored because no step uses guidance", options.slg_mode)
+    return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
+
+
+def _check_numbers(request: Request) -> None:
+    counts = {
+        "the width": request.width,
+        "the height": request.height,
+        "the number of frames": request.frames,
+        "the number of steps": request.steps,
+    }
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise OptionError(f"{name} is {count}: it has to be at least 1")
+    for name, value in {"the guidance scale": request.guidance_scale, "the flow shift": request.flow_shift}.items():
+        if value is not None and not math.isfinite(value):
+            raise OptionError(f"{name} is {value}: give a finite number")
+    for name, value in {"the flow shift": request.flow_shift, "the frame rate": request.fps}.items():
+        if value is not None and value <= 0:
+            raise OptionError(f"{name} is {value:g}: it has to be above 0")
+    if not -(2**63) <= request.seed < 2**64:
+        raise OptionError(f"the seed {request.seed} does not fit 64 bits")

@@ -1,0 +1,68 @@
+"""From a checked request to clean latents: the family says what to denoise, one section after the other, and gets the results."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from generation.denoise import OnStep, Start, denoise
+from generation.noise import SeededNoise
+from modules.family import Family
+from modules.records import Conditions, DitAt, EncodedPrompts, Request, Section
+from modules.solvers import solver_for
+
+
+def make_latents(
+    family: Family,
+    dit_at: DitAt,
+    request: Request,
+    prompts: Mapping[int, EncodedPrompts],
+    inputs: Mapping[int, Conditions],
+    device: torch.device,
+    cpu_noise: bool = False,
+    guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
+    on_step: OnStep | None = None,
+    split: bool = True,
+) -> Tensor:
+    """Make the latents of one request that `Family.prepare` has filled. Returns B C F H W in model space, float32, on the device.
+
+    prompts, inputs: by section, from `session.encode_texts` and `session.encode_inputs` (on the CPU). dit_at: timestep -> the
+    network to call, which is left as it is: evaluation mode and its device are the caller's. split: see `denoise`.
+    """
+    assert request.steps is not None  # `prepare` has set them
+    assert request.flow_shift is not None
+    assert request.solver is not None
+    noise = SeededNoise(request.seed, device, cpu_noise)
+    sections = family.sections(request, prompts, inputs, noise)
+    try:
+        section = next(sections)
+        while True:
+            section = on_device(section, device)
+            solver = solver_for(request.solver, request.steps, request.flow_shift)
+            guidance = make_guidance(request, guidance_options, request.steps)
+            latents = denoise(family, dit_at, section, Start(section.noise), solver, guidance, on_step, split)
+            section = sections.send(latents)
+    except StopIteration as end:
+        return end.value
+
+
+def on_device(section: Section, device: torch.device) -> Section:
+    """The section with everything the network is given on `device`."""
+
+    def moved(conditions: Conditions | None) -> Conditions | None:
+        return None if conditions is None else conditions_to(conditions, device)
+
+    positive = conditions_to(section.positive, device)
+    return Section(
+        section.noise.to(device), positive, moved(section.negative), moved(section.blank), section.source, section.so_far
+    )
+
+
+def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:
+    """Conditions whose tensors lie on `device`."""
+    return {
+        name: [item.to(device) for item in value] if isinstance(value, list) else value.to(device)
+        for name, value in conditions.items()
+    }

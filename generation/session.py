@@ -1,0 +1,171 @@
+"""The networks of a family over a run: loaded when first needed, one kind at a time on the device.
+
+The kinds are the text encoders, the media encoders (VAE and image encoder) and the DiT. Between its phases a kind is kept on the
+CPU or freed.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from generation.sections import conditions_to
+from modules.devices import free_memory
+from modules.family import Family, TextEncoder
+from modules.records import Conditions, DitAt, EncodedPrompts, MediaEncoders, Prompt, Prompts, Request
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+NO_ENCODERS = MediaEncoders(vae=None)
+
+Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encoders' outputs, on the CPU
+
+
+def encode_texts(family: Family, requests: Sequence[Request], device: torch.device) -> list[Mapping[int, EncodedPrompts]]:
+    """The conditions of each request's texts by section, on the CPU, without batch dimension.
+
+    Each text encoder is loaded once, encodes each distinct text once and alone (a text's conditions depend on no other), and is
+    freed before the next is loaded.
+    """
+    return encode_texts_with(family.text_encoders(), family, requests, device, {}, keep=False)
+
+
+def encode_texts_with(
+    encoders: Sequence[TextEncoder],
+    family: Family,
+    requests: Sequence[Request],
+    device: torch.device,
+    known: Texts,
+    keep: bool,
+) -> list[Mapping[int, EncodedPrompts]]:
+    """`encode_texts` with given encoders; texts that are `known` are not encoded again, new ones are added.
+
+    keep: leave the encoders loaded on the CPU.
+    """
+    wanted = [family.prompts(request) for request in requests]
+    new = [text for text in dict.fromkeys(_texts_of(wanted)) if text not in known]
+    outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
+    for encoder in encoders if new else ():
+        encoder.load(device)
+        try:
+            with torch.no_grad():
+                for text in new:
+                    (conditions,) = encoder.encode([text])
+                    outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
+        finally:
+            _put_away(encoder, keep)
+            free_memory(device)
+    known.update(outputs)  # only now: an interrupted text is not known by half
+    return [{section: _encoded(prompts, known) for section, prompts in by_section.items()} for by_section in wanted]
+
+
+def encode_inputs(family: Family, encoders: MediaEncoders, requests: Sequence[Request]) -> list[Mapping[int, Conditions]]:
+    """The conditions of each request's images and videos by section, on the CPU, with batch dimension.
+
+    encoders: on their device; `NO_ENCODERS` will do where no request `needs_media`.
+    """
+    found: list[Mapping[int, Conditions]] = []
+    with torch.no_grad():
+        for request in requests:
+            by_section = family.request_conditions(encoders, request)
+            found.append({section: conditions_to(conditions, CPU) for section, conditions in by_section.items()})
+    return found
+
+
+@dataclass
+class Session:
+    """The loaded networks of one run of the generation script."""
+
+    family: Family
+    device: torch.device
+    load_dit: Callable[[int], nn.Module]  # expert -> network on the device
+    keep: bool  # whether networks stay on the CPU between their phases, for the next prompt
+    _known: Texts = field(default_factory=dict)
+    _text_encoders: Sequence[TextEncoder] | None = None
+    _media: MediaEncoders | None = None
+    _dits: list[nn.Module] = field(default_factory=list)
+
+    def texts(self, requests: Sequence[Request]) -> list[Mapping[int, EncodedPrompts]]:
+        """The encoded texts of the requests."""
+        if self._text_encoders is None:
+            self._text_encoders = self.family.text_encoders()
+        return encode_texts_with(self._text_encoders, self.family, requests, self.device, self._known, self.keep)
+
+    @contextmanager
+    def media(self, again: bool = True) -> Iterator[MediaEncoders]:
+        """The VAE and the image encoder on the device; `again`: they will be needed later and wait on the CPU."""
+        if self._media is None:
+            self._media = self.family.media_encoders(self.device)
+        else:
+            _move(self._media, self.device)
+        try:
+            with torch.no_grad():
+                yield self._media
+        finally:
+            if again or self.keep:
+                _move(self._media, CPU)
+            else:
+                self._media = None
+            free_memory(self.device)
+
+    def drop_image_encoder(self) -> None:
+        """Free what only inputs need, where the inputs of all requests are encoded."""
+        if self._media is not None and not self.keep:
+            self._media = replace(self._media, image_encoder=None)
+
+    @contextmanager
+    def dit(self) -> Iterator[DitAt]:
+        """The denoising network (all experts) on the device, as timestep -> network."""
+        experts = self.family.experts
+        if self._dits:
+            for dit in self._dits:
+                dit.to(self.device)
+        else:
+            self._dits = [self.load_dit(expert).eval().requires_grad_(False) for expert in range(len(experts))]
+        dits = self._dits
+
+        def dit_at(timestep: float) -> nn.Module:
+            return dits[max((lowest, index) for index, lowest in enumerate(experts) if lowest <= max(timestep, min(experts)))[1]]
+
+        try:
+            yield dit_at
+        finally:
+            if self.keep:
+                for dit in self._dits:
+                    dit.to(CPU)
+            else:
+                self._dits = []
+                dits.clear()
+            free_memory(self.device)
+
+
+def _texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
+    for by_section in wanted:
+        for prompts in by_section.values():
+            yield from (text for text in (prompts.positive, prompts.negative, prompts.blank) if text is not None)
+
+
+def _encoded(prompts: Prompts, known: Texts) -> EncodedPrompts:
+    def of(text: Prompt | None) -> Conditions | None:
+        return None if text is None else known[text]
+
+    return EncodedPrompts(known[prompts.positive], of(prompts.negative), of(prompts.blank))
+
+
+def _put_away(encoder: TextEncoder, keep: bool) -> None:
+    if keep:
+        encoder.load(CPU)  # a loaded encoder moves
+    else:
+        encoder.free()
+
+
+def _move(encoders: MediaEncoders, device: torch.device) -> None:
+    networks: tuple[Any, ...] = (encoders.vae, encoders.image_encoder)
+    for network in networks:
+        if network is not None:
+            network.to(device)
