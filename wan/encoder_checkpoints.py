@@ -1,0 +1,335 @@
+"""Which files hold Wan2.1's VAE, umT5 and CLIP: their dialects, how each is recognised, and the dimensions read off the tensors.
+
+Our modules have the names of the official files, so these need no table. Each other dialect is a list of (pattern, our name).
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from modules.checkpoint import Checkpoint, Source, plain_sources
+from modules.errors import CheckpointError
+from wan.vae_blocks import VaeConfig, VaeLayer
+
+Config = TypeVar("Config")
+Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our name
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Dimensions of an umT5 encoder."""
+
+    vocabulary: int
+    dim: int
+    attention_dim: int  # all heads together
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    num_buckets: int  # of relative positions
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Dimensions of a CLIP image tower, without its last block, whose output is never used."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    image_size: int
+    patch_size: int
+
+
+@dataclass(frozen=True)
+class LoadPlan(Generic[Config]):
+    """All that loading needs: dimensions, where each of our tensors comes from, and what in the file may stay unused."""
+
+    config: Config
+    checkpoint: Checkpoint  # without prefixes
+    sources: Mapping[str, Source]
+    ignore: tuple[str, ...] = ()
+
+
+# The VAE
+
+CLIP_HEAD_WIDTH = 80  # nothing in a ViT-H file tells it
+LATENT_CHANNELS = 16
+VAE_STRIDE = (4, 8, 8)
+
+DIFFUSERS_VAE: Names = (
+    (r"(encoder|decoder)\.conv_in\.(.+)", r"\1.conv1.\2"),
+    (r"(encoder|decoder)\.norm_out\.(.+)", r"\1.head.0.\2"),
+    (r"(encoder|decoder)\.conv_out\.(.+)", r"\1.head.2.\2"),
+    (r"quant_conv\.(.+)", r"conv1.\1"),
+    (r"post_quant_conv\.(.+)", r"conv2.\1"),
+    (r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)", r"\1.middle.1.\2"),
+    (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.middle.0.\2"),
+    (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.middle.2.\2"),
+    (r"encoder\.down_blocks\.(.+)", r"encoder.downsamples.\1"),
+)
+DIFFUSERS_RESIDUAL: Names = (  # inside a layer of a list, whose number stands before
+    (r"(.+\.\d+)\.norm1\.gamma", r"\1.residual.0.gamma"),
+    (r"(.+\.\d+)\.conv1\.(weight|bias)", r"\1.residual.2.\2"),
+    (r"(.+\.\d+)\.norm2\.gamma", r"\1.residual.3.gamma"),
+    (r"(.+\.\d+)\.conv2\.(weight|bias)", r"\1.residual.6.\2"),
+    (r"(.+\.\d+)\.conv_shortcut\.(weight|bias)", r"\1.shortcut.\2"),
+)
+_UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)")
+
+
+def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
+    """How to load a Wan2.1 VAE: official or ComfyUI file, or diffusers layout. Raises CheckpointError for any other file."""
+    checkpoint = checkpoint.without_prefix("first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders."))
+    names = checkpoint.tensors
+    if "encoder.downsamples.0.residual.2.weight" in names and "decoder.conv1.weight" in names:
+        sources = plain_sources(checkpoint)
+    elif "encoder.down_blocks.0.conv1.weight" in names and "quant_conv.weight" in names:
+        up_layers = _diffusers_up_layers(names)
+        sources = _renamed(plain_sources(checkpoint), lambda name: _diffusers_vae_name(name, up_layers))
+    else:
+        raise _other_kind(checkpoint, "a Wan2.1 VAE", "--vae", "Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers vae folder")
+    shape = _shapes(checkpoint, sources)
+    config = VaeConfig(
+        shape("conv2.weight")[0],
+        _vae_layers(checkpoint, sources, "encoder.downsamples"),
+        _vae_layers(checkpoint, sources, "decoder.upsamples"),
+    )
+    _check_vae(config, checkpoint)
+    return LoadPlan(config, checkpoint, sources)
+
+
+def _diffusers_up_layers(names: Iterable[str]) -> dict[tuple[int, str, int], int]:
+    """(level, kind, index in it) -> index in the official list, where residual blocks and upsamplers of all levels form one row."""
+    found = {(int(up[1]), up[2], int(up[3])) for up in map(_UP_BLOCK.fullmatch, names) if up}
+    return {layer: index for index, layer in enumerate(sorted(found))}  # "resnets" sorts before "upsamplers"
+
+
+def _diffusers_vae_name(name: str, up_layers: Mapping[tuple[int, str, int], int]) -> str:
+    up = _UP_BLOCK.fullmatch(name)
+    if up:
+        name = f"decoder.upsamples.{up_layers[int(up[1]), up[2], int(up[3])]}.{up[4]}"
+    return _translated(_translated(name, DIFFUSERS_VAE), DIFFUSERS_RESIDUAL)
+
+
+def _vae_layers(checkpoint: Checkpoint, sources: Mapping[str, Source], start: str) -> tuple[VaeLayer, ...]:
+    shape = _shapes(checkpoint, sources)
+    layers = []
+    for index in range(_count(sources, rf"{re.escape(start)}\.\d+")):
+        name = f"{start}.{index}"
+        if f"{name}.resample.1.weight" in sources:
+            width_out, width_in = shape(f"{name}.resample.1.weight")[:2]
+            layers.append(VaeLayer("temporal" if f"{name}.time_conv.weight" in sources else "spatial", width_in, width_out))
+        else:
+            width_out, width_in = shape(f"{name}.residual.2.weight")[:2]
+            layers.append(VaeLayer("residual", width_in, width_out))
+    return tuple(layers)
+
+
+def _check_vae(config: VaeConfig, checkpoint: Checkpoint) -> None:
+    path = checkpoint.path
+    if config.latent_channels != LATENT_CHANNELS:
+        raise CheckpointError(
+            f"{path}: this VAE has {config.latent_channels} latent channels, that of Wan2.1 has {LATENT_CHANNELS}. "
+            "Give Wan2.1_VAE.pth (or a file of the same model) to --vae.",
+            path,
+        )
+    for part, layers in (("encoder", config.encoder), ("decoder", config.decoder)):
+        kinds = [layer.kind for layer in layers]
+        stride = (2 ** kinds.count("temporal"), 2 ** (kinds.count("temporal") + kinds.count("spatial")))
+        if stride != VAE_STRIDE[:2]:
+            raise CheckpointError(
+                f"{path}: its {part} scales time by {stride[0]} and space by {stride[1]}, that of Wan2.1 by {VAE_STRIDE[0]} and "
+                f"{VAE_STRIDE[1]}. The file is of another model, or tensors are missing. Give Wan2.1_VAE.pth to --vae.",
+                path,
+            )
+
+
+# umT5
+
+HF_T5: Names = (
+    (r"shared\.weight", "token_embedding.weight"),
+    (r"(?:encoder\.)?embed_tokens\.weight", "token_embedding.weight"),
+    (r"(?:encoder\.)?final_layer_norm\.weight", "norm.weight"),
+    (
+        r"(?:encoder\.)?block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",
+        r"blocks.\1.pos_embedding.embedding.weight",
+    ),
+    (r"(?:encoder\.)?block\.(\d+)\.layer\.0\.SelfAttention\.([qkvo])\.weight", r"blocks.\1.attn.\2.weight"),
+    (r"(?:encoder\.)?block\.(\d+)\.layer\.0\.layer_norm\.weight", r"blocks.\1.norm1.weight"),
+    (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.layer_norm\.weight", r"blocks.\1.norm2.weight"),
+    (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.weight", r"blocks.\1.ffn.gate.0.weight"),
+    (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.weight", r"blocks.\1.ffn.fc1.weight"),
+    (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.weight", r"blocks.\1.ffn.fc2.weight"),
+)
+SPIECE_MODEL = "spiece_model"  # the tokenizer's bytes inside ComfyUI's files
+_T5_PREFIXES = ("text_encoders.", "umt5xxl.", "text_encoder.", "transformer.")
+_NOT_T5 = ("model.diffusion_model.", "vae.", "clip_vision.", SPIECE_MODEL, "logit_scale")
+_T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
+
+
+def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
+    """How to load an umT5 encoder: official or Kijai's names, Hugging Face's names (ComfyUI, transformers), fp8 or not.
+
+    Raises CheckpointError for any other file.
+    """
+    checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
+    if "encoder.token_embedding.weight" in checkpoint.tensors:  # official names; in Hugging Face's the same prefix is part of them
+        checkpoint = checkpoint.without_prefix("encoder.", others=_NOT_T5)
+    tied = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""  # the same tensor, stored twice
+    sources = _renamed(plain_sources(checkpoint), lambda name: name if name == tied else _translated(name, HF_T5))
+    layers = _count(sources, r"blocks\.\d+")
+    if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
+        raise _other_kind(checkpoint, "an umT5 encoder", "--t5", "models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors")
+    if layers > 1 and "blocks.1.pos_embedding.embedding.weight" not in sources:
+        raise CheckpointError(
+            f"{checkpoint.path} is a T5 encoder, not umT5: only its first block has a table of relative positions. "
+            "Give models_t5_umt5-xxl-enc-bf16.pth or a file of the same model to --t5.",
+            checkpoint.path,
+        )
+    shape = _shapes(checkpoint, sources)
+    vocabulary, dim = shape("token_embedding.weight")
+    buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
+    attention_dim, ffn_dim = shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0]
+    if attention_dim % heads:
+        raise CheckpointError(
+            f"{checkpoint.path}: {attention_dim} attention channels cannot be shared by {heads} heads.", checkpoint.path
+        )
+    config = T5Config(vocabulary, dim, attention_dim, ffn_dim, heads, layers, buckets)
+    return LoadPlan(config, checkpoint, sources, (*_T5_UNUSED, tied))
+
+
+# CLIP ViT-H
+
+HF_CLIP: Names = (
+    (r"embeddings\.class_embedding", "cls_embedding"),
+    (r"embeddings\.position_embedding\.weight", "pos_embedding"),
+    (r"embeddings\.patch_embedding\.weight", "patch_embedding.weight"),
+    (r"pre_layrnorm\.(weight|bias)", r"pre_norm.\1"),
+    (r"encoder\.layers\.(\d+)\.layer_norm([12])\.(weight|bias)", r"transformer.\1.norm\2.\3"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", r"transformer.\1.attn.\2.\3"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.(weight|bias)", r"transformer.\1.attn.proj.\2"),
+    (r"encoder\.layers\.(\d+)\.mlp\.fc1\.(weight|bias)", r"transformer.\1.mlp.0.\2"),
+    (r"encoder\.layers\.(\d+)\.mlp\.fc2\.(weight|bias)", r"transformer.\1.mlp.2.\2"),
+)
+_OTHER_TOWERS = ("textual.", "log_scale", "text_model.", "text_projection.", "visual_projection.", "logit_scale")
+
+
+def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
+    """How to load the CLIP image tower: the official file with both towers, its visual half, or Hugging Face's names.
+
+    Raises CheckpointError for any other file.
+    """
+    checkpoint = checkpoint.without_prefix("model.", "visual.", "vision_model.", others=_OTHER_TOWERS)
+    sources = _renamed(plain_sources(checkpoint), lambda name: _translated(name, HF_CLIP))
+    if "cls_embedding" not in sources or "pos_embedding" not in sources or _count(sources, r"transformer\.\d+") < 2:
+        raise _other_kind(
+            checkpoint,
+            "a CLIP image encoder",
+            "--clip",
+            "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth or clip_vision_h.safetensors",
+        )
+    if "embeddings.class_embedding" in checkpoint.tensors:
+        sources["cls_embedding"] = sources["cls_embedding"].then(_with_two_axes)
+        sources["pos_embedding"] = sources["pos_embedding"].then(_with_axis)
+    last = _count(sources, r"transformer\.\d+") - 1
+    _join_qkv(sources, last)
+    shape = _shapes(checkpoint, sources)
+    dim, _, patch, _ = shape("patch_embedding.weight")
+    if dim % CLIP_HEAD_WIDTH:
+        raise CheckpointError(
+            f"{checkpoint.path}: width {dim} is no multiple of {CLIP_HEAD_WIDTH}, the head width of ViT-H.", checkpoint.path
+        )
+    side = math.isqrt(shape("pos_embedding")[-2] - 1)
+    config = ClipConfig(dim, shape("transformer.0.mlp.0.weight")[0], dim // CLIP_HEAD_WIDTH, last, side * patch, patch)
+    unused = ("head", "post_norm.*", "post_layernorm.*", "*.position_ids", f"transformer.{last}.*", f"encoder.layers.{last}.*")
+    return LoadPlan(config, checkpoint, sources, unused)
+
+
+def _join_qkv(sources: dict[str, Source], blocks: int) -> None:
+    """Where q, k and v are apart, replace them by one source of their joined rows."""
+    for index in range(blocks):
+        for leaf in ("weight", "bias"):
+            names = [f"transformer.{index}.attn.{part}.{leaf}" for part in "qkv"]
+            if all(name in sources for name in names):
+                parts = [sources.pop(name) for name in names]
+                sources[f"transformer.{index}.attn.to_qkv.{leaf}"] = Source(tuple(part.names[0] for part in parts), _rows)
+
+
+def _rows(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def _with_axis(tensor: Tensor) -> Tensor:
+    return tensor[None]
+
+
+def _with_two_axes(tensor: Tensor) -> Tensor:
+    return tensor[None, None]
+
+
+# What the above shares
+
+
+def _translated(name: str, table: Names) -> str:
+    """Our name for one in the file; itself where the table does not have it, to be reported as unexpected."""
+    for pattern, ours in table:
+        found = re.fullmatch(pattern, name)
+        if found:
+            return found.expand(ours)
+    return name
+
+
+def _renamed(sources: Mapping[str, Source], name_of: Callable[[str], str]) -> dict[str, Source]:
+    return {name_of(name): source for name, source in sources.items()}
+
+
+def _count(names: Iterable[str], start: str) -> int:
+    """How many different beginnings of names match the pattern."""
+    pattern = re.compile(rf"({start})\.")
+    return len({found[1] for found in map(pattern.match, names) if found})
+
+
+def _shapes(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Callable[[str], tuple[int, ...]]:
+    """A function: our name -> shape of the tensor in the file. It raises CheckpointError where the file has no such tensor."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in sources:
+            raise CheckpointError(
+                f"{checkpoint.path} is incomplete: {name} is missing. Download or copy it again.", checkpoint.path
+            )
+        return checkpoint.tensors[sources[name].names[0]].shape
+
+    return shape
+
+
+KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> what the file is
+    ("decoder.upsamples.0.upsamples.0.residual.2.weight", "the Wan2.2 VAE (48 channels), which Wan2.1 models cannot use"),
+    ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
+    ("quant_conv.weight", "a VAE of another model"),
+    ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
+    ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
+    ("blocks.0.self_attn.q.weight", "a Wan transformer (--dit)"),
+    ("blocks.0.attn1.to_q.weight", "a Wan transformer in diffusers layout (--dit)"),
+    ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
+    ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
+    ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
+    ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
+    ("vision_model.embeddings.class_embedding", "a CLIP image encoder (--clip)"),
+    ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder"),
+    ("model.embed_tokens.weight", "a language model"),
+)
+
+
+def _other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
+    bare = {name.removeprefix("model.diffusion_model.") for name in checkpoint.tensors}
+    kind = next((text for name, text in KINDS if name in bare), None)
+    if kind is None:
+        some = ", ".join(sorted(checkpoint.tensors)[:3])
+        kind = "a LoRA" if any("lora_" in name for name in checkpoint.tensors) else f"an unknown model with tensors such as {some}"
+    return CheckpointError(f"{checkpoint.path} is not {wanted}; it looks like {kind}.\n  Give {give} to {option}.", checkpoint.path)

@@ -1,0 +1,143 @@
+"""The Wan2.1 video VAE: pixels to latents and back, frame group by frame group, so that memory does not grow with the length."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoint import load_module, open_checkpoint
+from wan.encoder_checkpoints import read_vae
+from wan.vae_blocks import Decoder, Encoder, TimeMemory, VaeConfig
+from wan.vae_tiles import Tile, add_tile, tiles
+
+logger = logging.getLogger(__name__)
+
+FRAMES = 4  # pixel frames of one latent frame; the first latent frame holds one
+PIXELS = 8  # height and width of one latent pixel
+
+# Statistics of the latents, per channel: released code, wan/modules/vae.py
+MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
+STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+
+class WanVae(nn.Module):
+    """Encoder and decoder. Build it on the meta device and load a checkpoint (`load_vae`).
+
+    cache_on_cpu: keep the features between frame groups in host memory. tile: edge in pixels from which on pictures are
+    cut into overlapping tiles; each tile goes through the whole clip before the next.
+    """
+
+    def __init__(self, config: VaeConfig, cache_on_cpu: bool = False, tile: int | None = None) -> None:
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.conv1 = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.conv2 = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
+        self.cache_on_cpu = cache_on_cpu
+        self.tile = tile
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.conv1.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.conv1.weight.device
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised means of the posterior.
+
+        pixels: B 3 F H W in -1..1, on any device (moved group by group); F = 4n + 1, H and W multiples of 8.
+        Returns B Z n+1 H/8 W/8, float32, on the VAE's device. Raises ValueError for other sizes.
+        """
+        batch, _, frames, height, width = pixels.shape
+        if (frames - 1) % FRAMES or height % PIXELS or width % PIXELS:
+            raise ValueError(
+                f"{frames} frames of {height} x {width}: the VAE takes 4n + 1 frames with sides that are multiples of 8"
+            )
+        rows, columns = self._tiles(height // PIXELS), self._tiles(width // PIXELS)
+        if len(rows) == len(columns) == 1:
+            return self._encode(pixels)
+        latents = torch.zeros(
+            (batch, self.conv2.in_channels, (frames - 1) // FRAMES + 1, height // PIXELS, width // PIXELS), device=self.device
+        )
+        for row in rows:
+            for column in columns:
+                add_tile(latents, self._encode(pixels[..., row.pick(PIXELS), column.pick(PIXELS)]), row, column, 1)
+        return latents
+
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Pixels in playing order: first one frame, then four at a time. B 3 F H W, float32, -1..1.
+
+        latents: B Z f h w, normalised, on any device. The chunks lie on the VAE's device; with tiles in host memory, and then the
+        first one comes when the last tile is done.
+        """
+        for chunk in self.decode_unclamped(latents):
+            yield chunk.clamp_(-1, 1)
+
+    @torch.no_grad()
+    def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
+        """As `decode`, before the values are limited to -1..1."""
+        rows, columns = self._tiles(latents.shape[-2]), self._tiles(latents.shape[-1])
+        if len(rows) == len(columns) == 1:
+            yield from self._decode(latents)
+            return
+        batch, _, frames, height, width = latents.shape
+        pixels = torch.zeros(batch, 3, (frames - 1) * FRAMES + 1, height * PIXELS, width * PIXELS)
+        for row in rows:
+            for column in columns:
+                start = 0
+                for chunk in self._decode(latents[..., row.pick(1), column.pick(1)]):
+                    add_tile(pixels[:, :, start : start + chunk.shape[2]], chunk, row, column, PIXELS)
+                    start += chunk.shape[2]
+        yield from pixels.split([1] + [FRAMES] * (frames - 1), dim=2)
+
+    def _tiles(self, size: int) -> tuple[Tile, ...]:
+        """The tiles of an axis of so many latent pixels."""
+        return tiles(size, size if self.tile is None else max(1, self.tile // PIXELS))
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        frames = pixels.shape[2]
+        memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
+        groups = pixels.split([1] + [FRAMES] * ((frames - 1) // FRAMES), dim=2)
+        moments = [self.conv1(self.encoder(group.to(self.device, self.dtype), memory)) for group in groups]
+        means = torch.cat([moment.chunk(2, dim=1)[0].float() for moment in moments], dim=2)
+        mean, std = self._statistics()
+        return (means - mean) / std
+
+    def _decode(self, latents: Tensor) -> Iterator[Tensor]:
+        frames = latents.shape[2]
+        memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
+        mean, std = self._statistics()
+        for index in range(frames):
+            latent = latents[:, :, index : index + 1].to(self.device).float() * std + mean
+            yield self.decoder(self.conv2(latent.to(self.dtype)), memory).float()
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, 1 Z 1 1 1, float32: rounded to 16 bits they would tint every video."""
+        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
+        return mean, std
+
+
+def load_vae(path: Path, device: torch.device, dtype: torch.dtype, cache_on_cpu: bool = False, tile: int | None = None) -> WanVae:
+    """Load a Wan2.1 VAE from any of its file layouts. Raises CheckpointError where the file is damaged or of another model."""
+    with open_checkpoint(path) as checkpoint:
+        plan = read_vae(checkpoint)
+        with torch.device("meta"):
+            vae = WanVae(plan.config, cache_on_cpu, tile)
+        load_module(
+            vae,
+            plan.checkpoint,
+            plan.sources,
+            device=device,
+            dtype=lambda *_: dtype,
+            ignore=plan.ignore,
+            what="the Wan2.1 VAE (--vae)",
+        )
+    logger.info("VAE: %s, %s", path, str(dtype).removeprefix("torch."))
+    return vae.eval()

@@ -1,0 +1,267 @@
+"""Pieces of the Wan2.1 video VAE. All of them see a clip chunk by chunk: what an earlier chunk leaves behind lies in a `TimeMemory`.
+
+Module names follow the published checkpoint. Source: the released VAE of Wan2.1 (arXiv 2503.20314, section 4.1).
+"""
+# Letters: B batch, C channels, T frames of the chunk, H height, W width (at the layer's own resolution)
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TIME_KERNEL = 3  # every causal convolution sees its frame and the two before it
+
+
+@dataclass(frozen=True)
+class VaeLayer:
+    """One entry of the encoder's `downsamples` or the decoder's `upsamples`."""
+
+    kind: str  # "residual", "spatial" (resampled in height and width), "temporal" (in time as well)
+    width_in: int
+    width_out: int
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Dimensions of a VAE, read off a checkpoint's tensors."""
+
+    latent_channels: int
+    encoder: tuple[VaeLayer, ...]
+    decoder: tuple[VaeLayer, ...]
+
+
+class TimeMemory:
+    """The last frames that each layer saw of the chunks so far. One per clip; a layer never sees another one's frames."""
+
+    def __init__(self, on_cpu: bool = False) -> None:
+        self._on_cpu = on_cpu
+        self._frames: dict[nn.Module, Tensor] = {}
+
+    def __contains__(self, layer: nn.Module) -> bool:
+        return layer in self._frames
+
+    def take(self, layer: nn.Module, device: torch.device) -> Tensor | None:
+        """The frames kept for that layer on `device`, or None at the beginning of the clip."""
+        frames = self._frames.get(layer)
+        return None if frames is None else frames.to(device, non_blocking=True)
+
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        """Keep a copy of `frames`, so that the tensor they are part of can go."""
+        if not self._on_cpu:
+            self._frames[layer] = frames.clone()
+            return
+        held = self._frames.get(layer)
+        if held is None or held.shape != frames.shape:
+            held = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=frames.is_cuda)
+        # both directions run on the device's own stream, in order: the host never has to wait for a copy
+        self._frames[layer] = held.copy_(frames, non_blocking=True)
+
+
+class RmsNorm(nn.Module):
+    """x / max(|x|, 1e-12) * sqrt(C) * gamma over the channels (not the root mean square with an epsilon)."""
+
+    def __init__(self, width: int, spatial_axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width, *[1] * spatial_axes))
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x: B C ... ; out: where to write the result, else a new tensor."""
+        exact = torch.float32 if x.dtype.itemsize < 4 else None  # a 16-bit length would scale a whole pixel wrongly
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).clamp_min_(1e-12)
+        out = torch.empty_like(x) if out is None else out
+        return torch.mul(x, x.shape[1] ** 0.5 / length, out=out).mul_(self.gamma)
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3x3x3 convolution that sees no later frame: zeros in space around it, zeros in time before the clip."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out, (TIME_KERNEL, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, memory: TimeMemory | None, norm: RmsNorm | None = None) -> Tensor:
+        """x: B C T H W, the next frames of the clip; through `norm` and SiLU first if one is given. Returns B C' T H W.
+
+        memory: of the clip, or None where the chunk is the whole of it.
+        """
+        before = None if memory is None else memory.take(self, x.device)
+        if before is None and x.shape[2] == 1:
+            h = x if norm is None else F.silu(norm(x), inplace=True)
+            if memory is not None:
+                memory.keep(self, h)
+            # of three taps in time two would see only zeros: the last is an image convolution
+            return F.conv2d(h.squeeze(2), self.weight[:, :, -1], self.bias, padding=1).unsqueeze(2)
+        h = _with_earlier(x, before, norm)
+        if memory is not None:
+            memory.keep(self, h[:, :, 1 - TIME_KERNEL :])
+        return super().forward(h)
+
+
+def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
+    """B C T+2 H W: zeros where the clip has not begun, frames kept from before, then x. Written once, without a later join."""
+    batch, channels, frames, height, width = x.shape
+    joined = x.new_empty(batch, channels, frames + TIME_KERNEL - 1, height, width)
+    known = 0 if before is None else before.shape[2]
+    joined[:, :, : TIME_KERNEL - 1 - known] = 0
+    if before is not None:
+        joined[:, :, TIME_KERNEL - 1 - known : TIME_KERNEL - 1] = before
+    now = joined[:, :, TIME_KERNEL - 1 :]
+    if norm is None:
+        now.copy_(x)
+    else:
+        F.silu(norm(x, out=now), inplace=True)
+    return joined
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, twice, beside a shortcut."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": RmsNorm(width_in),
+                "2": CausalConv3d(width_in, width_out),
+                "3": RmsNorm(width_out),
+                "6": CausalConv3d(width_out, width_out),
+            }
+        )
+        self.shortcut = nn.Conv3d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+
+    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        h = conv2(conv1(x, memory, norm1), memory, norm2)
+        return h.add_(self.shortcut(x))
+
+
+class FrameAttention(nn.Module):
+    """Attention with one head among the pixels of each frame."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = RmsNorm(width, spatial_axes=2)
+        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        batch, channels, _, height, width = x.shape
+        frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)  # B*T 1 H*W 3C
+        q, k, v = qkv.chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+        h = self.proj(h.squeeze(1).transpose(1, 2).reshape(-1, channels, height, width))
+        return x + h.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class Downsample(nn.Module):
+    """Half the height and width; `temporal` also joins two frames into one, all but the clip's first."""
+
+    def __init__(self, width: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(width, width, 3, stride=2)})
+        self.time_conv = nn.Conv3d(width, width, (TIME_KERNEL, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        x = _each_frame(self.resample["1"], x, pad=True)
+        if self.time_conv is None or memory is None:  # the only frame of a clip passes as it is
+            return x
+        before = memory.take(self, x.device)
+        joined = x if before is None else torch.cat([before, x], dim=2)
+        memory.keep(self, x[:, :, -1:])
+        return x if before is None else self.time_conv(joined)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width at half the channels; `temporal` also makes two frames of one, all but the clip's first."""
+
+    def __init__(self, width: int, width_out: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(width, width_out, 3, padding=1)})
+        self.time_conv = nn.Conv3d(width, 2 * width, (TIME_KERNEL, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        if self.time_conv is not None and memory is not None:
+            x = self._doubled(self.time_conv, x, memory)
+        return _each_frame(self.resample["1"], x, enlarge=True)
+
+    def _doubled(self, time_conv: nn.Module, x: Tensor, memory: TimeMemory) -> Tensor:
+        """B C 2T H W, or x itself where it is the clip's first frame, of which later ones are not told either."""
+        if self not in memory:
+            memory.keep(self, x[:, :, :0])
+            return x
+        h = _with_earlier(x, memory.take(self, x.device), None)
+        memory.keep(self, h[:, :, 1 - TIME_KERNEL :])
+        pairs = time_conv(h).unflatten(1, (2, -1))  # B 2 C T H W
+        return pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+
+
+def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = False) -> Tensor:
+    """An image convolution on every frame; pad: one row below, one column right; enlarge: repeat each pixel twice before."""
+    batch = x.shape[0]
+    frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
+    if pad:
+        frames = F.pad(frames, (0, 1, 0, 1))
+    if enlarge:
+        frames = F.interpolate(frames, scale_factor=2, mode="nearest-exact")
+    return conv(frames).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class Encoder(nn.Module):
+    """Pixels B 3 T H W to means and log variances B 2Z t h w, chunk by chunk."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        narrow, wide = config.encoder[0].width_in, config.encoder[-1].width_out
+        self.conv1 = CausalConv3d(3, narrow)
+        self.downsamples = nn.ModuleList(_down(layer) for layer in config.encoder)
+        self.middle = _middle(wide)
+        self.head = _head(wide, 2 * config.latent_channels)
+
+    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        x = self.conv1(x, memory)
+        x = _through(self.middle, _through(self.downsamples, x, memory), memory)
+        return self.head["2"](x, memory, self.head["0"])
+
+
+class Decoder(nn.Module):
+    """Latents B Z t h w to pixels B 3 T H W, chunk by chunk."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        wide, narrow = config.decoder[0].width_in, config.decoder[-1].width_out
+        self.conv1 = CausalConv3d(config.latent_channels, wide)
+        self.middle = _middle(wide)
+        self.upsamples = nn.ModuleList(_up(layer) for layer in config.decoder)
+        self.head = _head(narrow, 3)
+
+    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        x = self.conv1(x, memory)
+        x = _through(self.upsamples, _through(self.middle, x, memory), memory)
+        return self.head["2"](x, memory, self.head["0"])
+
+
+def _down(layer: VaeLayer) -> nn.Module:
+    if layer.kind == "residual":
+        return ResidualBlock(layer.width_in, layer.width_out)
+    return Downsample(layer.width_in, layer.kind == "temporal")
+
+
+def _up(layer: VaeLayer) -> nn.Module:
+    if layer.kind == "residual":
+        return ResidualBlock(layer.width_in, layer.width_out)
+    return Upsample(layer.width_in, layer.width_out, layer.kind == "temporal")
+
+
+def _middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(width, width), FrameAttention(width), ResidualBlock(width, width)])
+
+
+def _head(width: int, width_out: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": RmsNorm(width), "2": CausalConv3d(width, width_out)})
+
+
+def _through(layers: Iterable[nn.Module], x: Tensor, memory: TimeMemory | None) -> Tensor:
+    for layer in layers:
+        x = layer(x, memory)
+    return x
