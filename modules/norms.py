@@ -1,0 +1,38 @@
+"""Normalisation layers of the transformers; both compute in float32, because bf16 sums over a thousand channels lose digits."""
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+
+class Float32LayerNorm(nn.Module):
+    """LayerNorm over the last axis. Returns float32, ready for modulation; the caller casts."""
+
+    def __init__(self, dim: int, eps: float, affine: bool = False) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return functional.layer_norm(x.float(), (self.dim,), weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch's kernel accumulates and scales in float32 and rounds once at the end
+        return functional.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps).to(x.dtype)

@@ -1,0 +1,274 @@
+"""The Wan2.1 transformer. Module names follow the published checkpoints, so official files load without renaming.
+
+Source: the released model code and Wan Team 2025, arXiv 2503.20314. What is always float32: the residual stream, time and
+modulation, norms, rotary angles (float64), the final layer. All else computes in the dtype of its weights, or in autocast's.
+"""
+# Letters: B batch, L video tokens, T text tokens, I image tokens, N heads, D head width, C = N * D
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from modules.attention import attend
+from modules.norms import Float32LayerNorm, RMSNorm
+from modules.precision import activation_dtype, run, run_float32
+from modules.rope import TABLES, rotate
+from wan.configs import WanConfig
+
+TEXT_ROWS_AS_IMAGE = 257  # how many text rows older tools mistook for image tokens
+REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` takes
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the blocks need beside the video tokens; built once a forward pass by `WanModel.embed`."""
+
+    grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
+    rotary: Tensor  # turns by position, L 1 D/2 complex64, or L 1 D/2 2 float32
+    text: Tensor  # B T C
+    image: Tensor | None  # B I C
+    time: Tensor  # B C float32
+    modulation: Tensor  # B 6 C float32, the same for all tokens
+    dtype: torch.dtype  # of activations between layers
+    attention: str
+
+
+class SelfAttention(nn.Module):
+    """Attention among the video tokens, q and k normalised over the full width and rotated by position."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        heads = (self.num_heads, -1)
+        q = rotate(self.norm_q(run(self.q, x)).unflatten(-1, heads), tokens.rotary)
+        k = rotate(self.norm_k(run(self.k, x)).unflatten(-1, heads), tokens.rotary)
+        v = run(self.v, x).unflatten(-1, heads)
+        seen = _attend(q, k, v, tokens)  # B L N D
+        return run(self.o, seen.flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text, and with keys and values of their own to the image; both results are added. Nothing is masked."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+        if config.has_image:
+            self.k_img = nn.Linear(config.dim, config.dim)
+            self.v_img = nn.Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim, config.eps)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        heads = (self.num_heads, -1)
+        q = self.norm_q(run(self.q, x)).unflatten(-1, heads)
+        k = self.norm_k(run(self.k, tokens.text)).unflatten(-1, heads)
+        v = run(self.v, tokens.text).unflatten(-1, heads)
+        seen = _attend(q, k, v, tokens)
+        if tokens.image is not None:
+            k = self.norm_k_img(run(self.k_img, tokens.image)).unflatten(-1, heads)
+            v = run(self.v_img, tokens.image).unflatten(-1, heads)
+            seen = seen + _attend(q, k, v, tokens)
+        return run(self.o, seen.flatten(2))
+
+
+class WanAttentionBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward. The time embedding shifts, scales and gates the first and the last."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.norm1 = Float32LayerNorm(config.dim, config.eps)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = Float32LayerNorm(config.dim, config.eps, affine=True)  # before cross-attention, in the published numbering
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = Float32LayerNorm(config.dim, config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        # x: B L C float32, also between the branches
+        modulation = self.modulation.float() + tokens.modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)  # each B 1 C
+        h = torch.addcmul(shift1, self.norm1(x), 1 + scale1).to(tokens.dtype)
+        x = torch.addcmul(x, gate1, self.self_attn(h, tokens).float())  # x + gate * branch, in one pass over the tokens
+        x = x + self.cross_attn(self.norm3(x).to(tokens.dtype), tokens)
+        h = torch.addcmul(shift2, self.norm2(x), 1 + scale2).to(tokens.dtype)
+        h = run(self.ffn[2], self.ffn[1](run(self.ffn[0], h)))
+        return torch.addcmul(x, gate2, h.float())
+
+
+class Head(nn.Module):
+    """The final norm, modulated by the time embedding, and the projection to patches; float32 as in the released code."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        frames, rows, columns = config.patch_size
+        self.norm = Float32LayerNorm(config.dim, config.eps)
+        self.head = nn.Linear(config.dim, frames * rows * columns * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        shift, scale = (self.modulation.float() + tokens.time.unsqueeze(1)).unsqueeze(2).unbind(1)  # each B 1 C
+        return run_float32(self.head, torch.addcmul(shift, self.norm(x), 1 + scale))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP features to image tokens: B I image_dim -> B I C. First-and-last-frame models add learned positions first."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            Float32LayerNorm(config.image_dim, 1e-5, affine=True),
+            nn.Linear(config.image_dim, config.image_dim),
+            nn.GELU(),
+            nn.Linear(config.image_dim, config.dim),
+            Float32LayerNorm(config.dim, 1e-5, affine=True),
+        )
+        if config.image_positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_positions, config.image_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if hasattr(self, "emb_pos"):
+            if features.shape[1] != self.emb_pos.shape[1]:
+                raise ValueError(
+                    f"{features.shape[1]} image tokens, the model takes {self.emb_pos.shape[1]}: one image and the other"
+                )
+            features = features.float() + self.emb_pos.float()
+        norm1, linear1, gelu, linear2, norm2 = self.proj
+        return norm2(run(linear2, gelu(run(linear1, norm1(features)))))
+
+
+class WanModel(nn.Module):
+    """Predicts the velocity of noisy video latents, given text and, by variant, image features and further input channels."""
+
+    def __init__(self, config: WanConfig, attention: str = "sdpa", rope: str = "default") -> None:
+        """attention: a back end of modules.attention. rope: a key of modules.rope.TABLES."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        self.rope = rope
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanAttentionBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        if config.has_image:
+            self.img_emb = ImageEmbedding(config)
+        if config.has_ref_conv:
+            self.ref_conv = nn.Conv2d(REF_CHANNELS, dim, 2, 2)  # takes a reference image; not called without one
+        self._rotary: tuple[tuple[int, int, int], Tensor] | None = None  # of the last grid: every step of a run has the same
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the blocks compute in where no autocast says otherwise."""
+        return self.get_parameter("blocks.0.ffn.0.weight").dtype
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Sequence[Tensor] | Tensor,
+        image_embeds: Tensor | None = None,
+        skip_blocks: Set[int] = frozenset(),
+    ) -> Tensor:
+        """Velocity B out_dim F H W in float32.
+
+        noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000.
+        text: per sample n text_dim, at most text_len rows; or B n text_dim. skip_blocks: blocks that pass their input through.
+        image_embeds: B I image_dim of the image encoder, for models with image attention. Such a model without them takes its
+        first 257 rows of text for the image, as older tools ran Fun-Control models; give zeros for no image.
+        Raises ValueError where sizes do not go together.
+        """
+        x, tokens = self.embed(noisy, timesteps, text, image_embeds)
+        for index, block in enumerate(self.blocks):
+            if index not in skip_blocks:
+                x = block(x, tokens)
+        return self.unembed(x, tokens)
+
+    def embed(
+        self, noisy: Tensor, timesteps: Tensor, text: Sequence[Tensor] | Tensor, image_embeds: Tensor | None
+    ) -> tuple[Tensor, Tokens]:
+        """Video tokens B L C in float32, and what belongs to them."""
+        self._check(noisy, image_embeds)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        patches = run(self.patch_embedding, noisy).float()  # B C f h w
+        grid = (patches.shape[2], patches.shape[3], patches.shape[4])
+        time = run_float32(self.time_embedding[2], functional.silu(run_float32(self.time_embedding[0], self._sinusoid(timesteps))))
+        modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
+        rows = run(self.text_embedding[0], _padded(text, self.config.text_len))
+        text_tokens = run(self.text_embedding[2], self.text_embedding[1](rows)).to(dtype)
+        image_tokens = None
+        if image_embeds is not None:
+            image_tokens = self.img_emb(image_embeds).to(dtype)
+        elif self.config.has_image:
+            image_tokens, text_tokens = text_tokens[:, :TEXT_ROWS_AS_IMAGE], text_tokens[:, TEXT_ROWS_AS_IMAGE:]
+        rotary = self._rotary_table(grid, noisy.device)
+        tokens = Tokens(grid, rotary, text_tokens, image_tokens, time, modulation, dtype, self.attention)
+        return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
+
+    def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Video tokens B L C to velocity B out_dim F H W, float32."""
+        frames, rows, columns = tokens.grid
+        pf, ph, pw = self.config.patch_size
+        patches = self.head(x, tokens)
+        return rearrange(
+            patches, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=frames, h=rows, w=columns, pf=pf, ph=ph, pw=pw
+        )
+
+    def _sinusoid(self, timesteps: Tensor) -> Tensor:
+        """Cosines, then sines, of the timesteps at falling frequencies: B freq_dim float32."""
+        half = self.config.freq_dim // 2
+        device = torch.device("cpu") if timesteps.device.type == "mps" else timesteps.device  # Apple GPUs have no float64
+        frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
+        angles = torch.outer(timesteps.to(device, torch.float64), frequencies)
+        return torch.cat([angles.cos(), angles.sin()], dim=1).to(timesteps.device, torch.float32)
+
+    def _rotary_table(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        if self._rotary is None or self._rotary[0] != grid or self._rotary[1].device != device:
+            width = self.config.dim // self.config.num_heads
+            side = 2 * (width // 6)  # rows and columns have a third of the pairs each, rounded down; frames the rest
+            with torch.inference_mode(False):  # a table made for a sample also serves the next training step
+                self._rotary = grid, TABLES[self.rope](grid, (width - 2 * side, side, side)).to(device)
+        return self._rotary[1]
+
+    def _check(self, noisy: Tensor, image_embeds: Tensor | None) -> None:
+        if noisy.shape[1] != self.config.in_dim:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
+        if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
+            raise ValueError(f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}")
+        if image_embeds is not None and not self.config.has_image:
+            raise ValueError("image features for a model without image attention")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+    """Attention in one dtype; q, k and v differ only where a file mixes dtypes."""
+    return attend(q.to(tokens.dtype), k.to(tokens.dtype), v.to(tokens.dtype), mode=tokens.attention)
+
+
+def _padded(text: Sequence[Tensor] | Tensor, length: int) -> Tensor:
+    """Texts of any length as one tensor B length text_dim, filled up with zeros. The model was trained with these rows unmasked."""
+    longest = max(len(rows) for rows in text)
+    if longest > length:
+        raise ValueError(f"a text has {longest} tokens, the model takes {length}")
+    return torch.stack([functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in text])
