@@ -1,0 +1,266 @@
+"""Files that hold a Wan2.1 transformer: the dialects, which variant a file is, and loading one."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modules.attention import backend
+from modules.checkpoint import Checkpoint, Source, load_module, open_checkpoint, plain_sources
+from modules.devices import dtype_name
+from modules.errors import CheckpointError
+from modules.records import Placement
+from wan.configs import HEAD_WIDTH, TASKS, WanConfig, WanTask
+from wan.model import WanModel
+
+logger = logging.getLogger(__name__)
+
+PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "scaled_fp8")  # all-in-one
+FLOAT32_LAYERS = ("time_embedding.", "time_projection.", "head.head.")  # kept so, as they compute so; under 1 % of the model
+FP8_COMPUTE = torch.bfloat16  # what an fp8 file computes in
+
+# Names in diffusers' layout -> the published ones. Source: checkpoints of Wan-AI/*-Diffusers; norm2 and norm3 change places.
+FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
+    (r"condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+    (r"condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+    (r"condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+    (r"condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
+    (r"scale_shift_table$", "head.modulation"),
+    (r"proj_out\.", "head.head."),
+    (r"(blocks\.\d+\.)scale_shift_table$", r"\1modulation"),
+    (r"(blocks\.\d+\.)attn1\.to_([qkv])\.", r"\1self_attn.\2."),
+    (r"(blocks\.\d+\.)attn1\.to_out\.0\.", r"\1self_attn.o."),
+    (r"(blocks\.\d+\.)attn1\.norm_([qk])\.", r"\1self_attn.norm_\2."),
+    (r"(blocks\.\d+\.)attn2\.to_([qkv])\.", r"\1cross_attn.\2."),
+    (r"(blocks\.\d+\.)attn2\.to_out\.0\.", r"\1cross_attn.o."),
+    (r"(blocks\.\d+\.)attn2\.norm_([qk])\.", r"\1cross_attn.norm_\2."),
+    (r"(blocks\.\d+\.)attn2\.add_([kv])_proj\.", r"\1cross_attn.\2_img."),
+    (r"(blocks\.\d+\.)attn2\.norm_added_k\.", r"\1cross_attn.norm_k_img."),
+    (r"(blocks\.\d+\.)norm2\.", r"\1norm3."),
+    (r"(blocks\.\d+\.)ffn\.net\.0\.proj\.", r"\1ffn.0."),
+    (r"(blocks\.\d+\.)ffn\.net\.2\.", r"\1ffn.2."),
+)
+
+
+@dataclass(frozen=True)
+class DitHeader:
+    """What a transformer file says of itself without its weights being read."""
+
+    config: WanConfig
+    dialect: str  # official, diffusers
+    block_dtype: torch.dtype  # of the block weights in the file
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.config)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the model computes in unless an option says otherwise."""
+        return FP8_COMPUTE if self.block_dtype.itemsize == 1 else self.block_dtype
+
+
+def read_dit_header(path: Path) -> DitHeader:
+    """Variant, dialect and dtype of a file. Raises CheckpointError where it is no Wan2.1 transformer that can run."""
+    with open_checkpoint(path) as checkpoint:
+        return _header(_named(checkpoint))
+
+
+def read_dit_config(checkpoint: Checkpoint) -> tuple[WanConfig, str]:
+    """Dimensions and dialect ("official", "diffusers") of an open file, from names and shapes. Raises CheckpointError."""
+    header = _header(_named(checkpoint))
+    return header.config, header.dialect
+
+
+def kind_of(config: WanConfig) -> str:
+    """t2v, i2v, flf2v or fun-control: what the model is conditioned on."""
+    if config.in_dim == 48:
+        return "fun-control"
+    if config.image_positions:
+        return "flf2v"
+    return "i2v" if config.has_image else "t2v"
+
+
+def check_task(header: DitHeader, task: WanTask, path: Path) -> None:
+    """Compare a file with --task: another size of its kind is used, with one log line; another kind raises CheckpointError."""
+    config, kind = header.config, "fun-control" if task.has_control else task.kind
+    if header.kind != kind:
+        raise CheckpointError(
+            f"{path} does not fit --task {task.name}:\n"
+            f"  {_difference(config, task)} The file looks like {_names_of(header)}.\n"
+            f"  Use --task {_names_of(header)}, or give a {'Fun-Control' if task.has_control else kind} checkpoint to --dit.",
+            path,
+        )
+    if config.dim != task.dim:
+        logger.info(
+            "%s has %d blocks of width %d, the released %s has width %d: it is used as it is",
+            path.name,
+            config.num_layers,
+            config.dim,
+            task.name,
+            task.dim,
+        )
+
+
+def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanModel:
+    """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
+
+    Weights are kept in what they compute in: `placement.compute_dtype`, else `storage_dtype`, else the dtype of the file's block
+    weights (bfloat16 for fp8 files). `keep_file_dtypes`: each layer in its own dtype instead. Time embedding and final layer are
+    kept in float32. `placement.patch` is given the published parameter names.
+    Raises CheckpointError where the file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
+    """
+    backend(placement.attention)
+    with open_checkpoint(path) as opened:
+        checkpoint = _named(opened)
+        header = _header(checkpoint)
+        target = placement.compute_dtype or placement.storage_dtype or header.compute_dtype
+        logger.info("Loading %s: Wan2.1 %s, %d blocks of width %d, as %s", path, header.kind, *_size(header), dtype_name(target))
+        with torch.device("meta"):
+            dit = WanModel(header.config, placement.attention, rope)
+        sources = _sources(checkpoint, header)
+
+        def kept(name: str, stored: torch.dtype) -> torch.dtype:
+            if name.startswith(FLOAT32_LAYERS):
+                return torch.float32
+            if not placement.keep_file_dtypes:
+                return target
+            weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name  # a layer has one dtype
+            own = checkpoint.tensors[sources[weight].names[0]].dtype if weight in sources else stored
+            return own if own.itemsize > 1 else target
+
+        load_module(
+            dit, checkpoint, sources, device=placement.device, dtype=kept, patch=placement.patch, what=f"Wan2.1 {header.kind}"
+        )
+    return dit.eval()
+
+
+def _size(header: DitHeader) -> tuple[int, int]:
+    return header.config.num_layers, header.config.dim
+
+
+def _named(checkpoint: Checkpoint) -> Checkpoint:
+    """The file without the prefixes that trainers and all-in-one files put before a transformer's names."""
+    return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
+
+
+def _published_name(name: str) -> str:
+    for pattern, replacement in FROM_DIFFUSERS:
+        new, count = re.subn("^" + pattern, replacement, name)
+        if count:
+            return new
+    return name
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader) -> Mapping[str, Source]:
+    plain = plain_sources(checkpoint)
+    return {_published_name(name): source for name, source in plain.items()} if header.dialect == "diffusers" else plain
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader:
+    names = checkpoint.tensors
+    dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
+    shapes = {(_published_name(name) if dialect == "diffusers" else name): info.shape for name, info in names.items()}
+    if len(shapes.get("patch_embedding.weight", ())) != 5 or "blocks.0.self_attn.q.weight" not in shapes:
+        raise CheckpointError(
+            f"{checkpoint.path} is not a Wan2.1 transformer: {_what_else(shapes)}.\n  Give the transformer's checkpoint to --dit.",
+            checkpoint.path,
+        )
+    _refuse_other_variants(checkpoint.path, shapes)
+    block_weight = "blocks.0.attn1.to_q.weight" if dialect == "diffusers" else "blocks.0.self_attn.q.weight"
+    return DitHeader(_config(checkpoint.path, shapes), dialect, names[block_weight].dtype)
+
+
+def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
+    needed = ("blocks.0.ffn.0.weight", "time_embedding.0.weight", "text_embedding.0.weight", "head.head.weight")
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise CheckpointError(f"{path} is an incomplete Wan2.1 transformer: {', '.join(missing)} not there. Copy it again.", path)
+    dim, in_dim, *patch = shapes["patch_embedding.weight"]
+    if dim % HEAD_WIDTH:
+        raise CheckpointError(f"{path}: width {dim} is no multiple of {HEAD_WIDTH}, the head width of every Wan2.1 model.", path)
+    image = shapes.get("img_emb.proj.0.weight")
+    return WanConfig(
+        dim=dim,
+        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+        freq_dim=shapes["time_embedding.0.weight"][1],
+        text_dim=shapes["text_embedding.0.weight"][1],
+        num_heads=dim // HEAD_WIDTH,
+        num_layers=1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"blocks\.\d+\.", name)),
+        in_dim=in_dim,
+        out_dim=shapes["head.head.weight"][0] // (patch[0] * patch[1] * patch[2]),
+        patch_size=(patch[0], patch[1], patch[2]),
+        has_image="blocks.0.cross_attn.k_img.weight" in shapes,
+        image_dim=image[0] if image else WanConfig.image_dim,
+        image_positions=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else 0,
+        has_ref_conv="ref_conv.weight" in shapes,
+    )
+
+
+def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError for relatives of Wan2.1 that have its names but need other inputs."""
+    in_dim, has_image = shapes["patch_embedding.weight"][1], "blocks.0.cross_attn.k_img.weight" in shapes
+    name = None
+    if any(key.startswith("control_adapter.") for key in shapes):
+        name = "Wan2.1 Fun-Control-Camera (camera control)" if has_image else "Wan2.2 Fun-Control-Camera (camera control)"
+    elif any(key.startswith("vace_blocks.") for key in shapes):
+        name = "Wan2.1 VACE"
+    elif in_dim == 48 and not has_image:
+        name = "Wan2.2 TI2V-5B"
+    elif in_dim == 36 and not has_image:
+        name = "Wan2.2 I2V-A14B"
+    elif in_dim == 52:
+        name = "Wan2.2 Fun-Control"
+    elif (in_dim, has_image) not in {(16, False), (36, True), (48, True)}:
+        name = f"an unknown relative of Wan2.1 with {in_dim} input channels"
+    if name is not None:
+        raise CheckpointError(
+            f"{path} is {name}, which is not supported.\n"
+            "  Give a Wan2.1 T2V, I2V, FLF2V, Fun-InP or Fun-Control checkpoint to --dit.",
+            path,
+        )
+
+
+def _what_else(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What a file is that is no Wan transformer, in a few words."""
+    for name, what in (
+        ("decoder.conv1.weight", "it looks like the Wan VAE (--vae)"),
+        ("decoder.conv_in.weight", "it looks like a VAE (--vae)"),
+        ("token_embedding.weight", "it looks like the umT5 text encoder (--t5)"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "it looks like a T5 text encoder (--t5)"),
+        ("visual.patch_embedding.weight", "it looks like the CLIP image encoder (--clip)"),
+        ("vision_model.embeddings.patch_embedding.weight", "it looks like a CLIP image encoder (--clip)"),
+        ("double_blocks.0.img_attn_qkv.weight", "it looks like a HunyuanVideo transformer"),
+        ("double_blocks.0.img_attn.qkv.weight", "it looks like a FLUX transformer"),
+    ):
+        if name in shapes:
+            return what
+    if any(re.search(r"\.(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1)\b", name) for name in shapes):
+        return "it looks like a LoRA (--lora_weight, --network_weights)"
+    return "it has no patch_embedding.weight with five axes and no blocks.0.self_attn.q.weight"
+
+
+def _names_of(header: DitHeader) -> str:
+    """The tasks a file serves, of its size where there are such."""
+    kind = header.kind
+    tasks = [task for task in TASKS.values() if ("fun-control" if task.has_control else task.kind) == kind and task.frames > 1]
+    sized = [task for task in tasks if task.dim == header.config.dim]
+    return " or ".join(task.name for task in sized or tasks)
+
+
+def _difference(config: WanConfig, task: WanTask) -> str:
+    if config.in_dim != task.in_dim:
+        return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
+    if config.image_positions:
+        return f"img_emb.emb_pos has places for two images, {task.name} is conditioned on one."
+    return f"img_emb.emb_pos is not there, with which {task.name} tells two images apart."
