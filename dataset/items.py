@@ -74,8 +74,8 @@ def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 
         image = read_image(source.path)
         size = (image.shape[1], image.shape[0])
         bucket = bucket_of(table, size, step, source.path)
-        control = tuple((resize_cover(read_image(path, alpha=True), bucket),) for path in source.control)
-        return DecodedSource(source, size, bucket, (resize_cover(image, bucket),), control, IMAGE_SPANS, None)
+        control = tuple(_one_frame(read_image(path, alpha=True), bucket) for path in source.control)
+        return DecodedSource(source, size, bucket, _one_frame(image, bucket), control, IMAGE_SPANS, None)
     decoded = _kept_frames(source.path, table, fps)
     first = next(decoded)
     size = (first.shape[1], first.shape[0])
@@ -148,6 +148,10 @@ def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]
     """The frames of a clip that stay after dropping to `fps`, at their own size; no more of them than the table wants."""
     kept = (frame for frame, keep in zip(video_frames(path), keep_pattern(table.source_fps, fps), strict=False) if keep)
     return itertools.islice(kept, frames_wanted(table))
+
+
+def _one_frame(image: Frame, bucket: Size) -> tuple[Frame, ...]:
+    return (resize_cover(image, bucket),)
 
 
 def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num_frames: int) -> tuple[Frame, ...]:
