@@ -3,6 +3,7 @@
 Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their tensor forms, Yeh et al. 2023, arXiv 2309.14859.
 """
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -67,16 +68,15 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     Raises RuntimeError where the factors do not go together.
     """
     f = {part: tensor.to(device, torch.float32) for part, tensor in factors.items()}
-    if "diff" in f:
-        return f["diff"]
+    changes = [f["diff"]] if "diff" in f else []
     if LORA[0] in f:
-        return strength(f) * _lora(f)
+        changes.append(strength(factors) * _lora(f))
     if "hada_w1_a" in f:
         first = _product(f["hada_w1_a"], f["hada_w1_b"], f.get("hada_t1"))
-        return strength(f) * first * _product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))
+        changes.append(strength(factors) * first * _product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2")))
     if "lokr_w1" in f or "lokr_w1_a" in f:
-        return strength(f) * _lokr(f)
-    return None
+        changes.append(strength(factors) * _lokr(f))
+    return functools.reduce(torch.add, changes) if changes else None
 
 
 def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:

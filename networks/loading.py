@@ -18,7 +18,8 @@ from modules.checkpoint import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import fault, group_by_module, rank_of
 from networks.hashes import is_damaged
-from networks.key_formats import to_native
+from networks.key_formats import rename_modules, to_native
+from networks.module_names import underscored
 
 logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
@@ -91,7 +92,9 @@ def _peft_alphas(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
     """Alphas that stand in PEFT's settings rather than beside the factors."""
     if config.get("lora_alpha") is None:
         return {}
-    patterns = {key.replace(".", "_"): value for key, value in (config.get("alpha_pattern") or {}).items()}
+    given = {underscored(key): value for key, value in (config.get("alpha_pattern") or {}).items()}
+    ours = rename_modules(given)
+    patterns = {ours[key]: value for key, value in given.items()}
     alphas = {}
     for module, factors in group_by_module(tensors).items():
         rank = rank_of(factors)

@@ -1,0 +1,29 @@
+"""Add LoRAs to a model file, one tensor at a time. All options: python merge_lora.py --help"""
+
+import argparse
+from collections.abc import Sequence
+
+from modules.command import command_line
+from modules.options import read_options
+from networks.options import MERGE_CHANNELS_UNCHECKED, MergeOptions, add_merge_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_merge_arguments(parser)
+    options = read_options(MergeOptions, parser.parse_args(argv))
+
+    from modules.devices import choose_device
+    from networks.merge import lora_uses, merge_into_file
+
+    merge_into_file(
+        options.dit,
+        lora_uses(options.lora),
+        options.save_merged_model,
+        choose_device(options.device),
+        None if options.dit_in_channels == MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,
+    )
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,267 @@
+"""LoRA for the Linear layers of a network's blocks. As `--network_module networks.lora` it targets HunyuanVideo."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.atomic_write import save_tensors
+from modules.errors import CheckpointError, OptionError
+from networks.deltas import LORA, group_by_module
+from networks.hashes import saved_dtype, with_hashes
+from networks.key_formats import OURS, to_native, with_rank_as_alpha
+from networks.loading import listed, read_lora
+from networks.lora_layer import DropoutSeed, LoraLayer
+from networks.lora_settings import LoraSettings, read_settings
+from networks.module_names import underscored
+
+logger = getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoraTargets:
+    """Which modules of a family's network take part when nothing is said."""
+
+    block_classes: frozenset[str]  # class names; their Linear and Conv2d modules take part
+    always_excluded: str  # regular expression, matched at the start of the module path
+
+
+HUNYUAN_VIDEO = LoraTargets(frozenset({"MMDoubleStreamBlock", "MMSingleStreamBlock"}), r".*(img_mod|txt_mod|modulation).*")
+
+
+def create_arch_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: object,
+    text_encoders: object,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **arguments: Any,
+) -> "LoraNetwork":
+    """A network for HunyuanVideo, in the call that LoRA tuners share. `vae` and `text_encoders` are not used."""
+    return build_network(HUNYUAN_VIDEO, multiplier, network_dim, network_alpha, unet, neuron_dropout, arguments)
+
+
+def create_arch_network_from_weights(
+    multiplier: float,
+    weights_sd: Mapping[str, Tensor],
+    text_encoders: object = None,
+    unet: nn.Module | None = None,
+    **arguments: Any,
+) -> "LoraNetwork":
+    """A network with the modules, ranks and alphas of a LoRA file's tensors; their values are not taken."""
+    return build_network_from_weights(multiplier, weights_sd, unet, arguments)
+
+
+def build_network(
+    targets: LoraTargets,
+    multiplier: float,
+    rank: int | None,
+    alpha: float | None,
+    unet: nn.Module,
+    neuron_dropout: float | None,
+    arguments: Mapping[str, Any],
+) -> "LoraNetwork":
+    """A network on the modules that targets and patterns choose.
+
+    arguments: `--network_args` and, not from the command line, `generator` (torch.Generator on the CPU) for the initial values.
+    Raises OptionError where no module is left.
+    """
+    generator = arguments.get("generator")
+    settings = read_settings(rank, alpha, neuron_dropout, {key: value for key, value in arguments.items() if key != "generator"})
+    settings = replace(settings, exclude=(*settings.exclude, re.compile(targets.always_excluded)))
+    layers = {}
+    for path, module in _modules_in_blocks(unet, targets.block_classes):
+        size = _size(module, settings)
+        chosen = size is not None and settings.takes(path)
+        if settings.verbose:
+            logger.info(f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}")
+        if size is not None and chosen:
+            layers[OURS + underscored(path)] = LoraLayer(module, *size, generator)
+    if not layers:
+        raise OptionError(
+            "the LoRA has no module: --network_args exclude_patterns leaves none, or --network_module is for another model"
+        )
+    return LoraNetwork(layers, settings, multiplier)
+
+
+def build_network_from_weights(
+    multiplier: float, weights: Mapping[str, Tensor], unet: nn.Module | None, arguments: Mapping[str, Any]
+) -> "LoraNetwork":
+    """A network with the modules, ranks and alphas of these tensors (any dialect); modules that the model lacks are listed.
+
+    Raises CheckpointError where nothing fits, or where the tensors are no plain LoRA.
+    """
+    if unet is None:
+        raise TypeError("create_arch_network_from_weights needs unet")
+    settings = read_settings(
+        None, None, arguments.get("neuron_dropout"), {k: v for k, v in arguments.items() if k in _FROM_WEIGHTS}
+    )
+    known = {
+        OURS + underscored(path): module for path, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    stored = group_by_module(with_rank_as_alpha(to_native(weights).tensors))
+    layers, missed = {}, []
+    for name, factors in stored.items():
+        if LORA[0] not in factors or not isinstance(factors.get("alpha"), Tensor):
+            raise CheckpointError(f"--dim_from_weights needs a plain LoRA; {name} has {', '.join(factors)}")
+        if name in known:
+            layers[name] = LoraLayer(known[name], factors[LORA[0]].shape[0], float(factors["alpha"]), arguments.get("generator"))
+        else:
+            missed.append(name)
+    if not layers:
+        raise CheckpointError(f"--dim_from_weights: the model has none of the file's modules, such as {listed(missed, 3)}")
+    if missed:
+        logger.warning(f"--dim_from_weights: {len(missed)} modules of the file are not in this model: {listed(missed)}")
+    return LoraNetwork(layers, settings, multiplier)
+
+
+_FROM_WEIGHTS = {"rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"}
+
+
+def _modules_in_blocks(unet: nn.Module, block_classes: frozenset[str]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """(path, module) of each Linear and Conv2d inside a block, in the model's order."""
+    blocks = tuple(f"{path}." for path, module in unet.named_modules() if type(module).__name__ in block_classes)
+    for path, module in unet.named_modules():
+        if path.startswith(blocks) and isinstance(module, (nn.Linear, nn.Conv2d)):
+            yield path, module
+
+
+def _size(module: nn.Linear | nn.Conv2d, settings: LoraSettings) -> tuple[int, float] | None:
+    """(rank, alpha), or None where the module takes no part."""
+    if isinstance(module, nn.Linear) or module.kernel_size == (1, 1):
+        return settings.rank, settings.alpha
+    return None if settings.conv_rank is None else (settings.conv_rank, settings.conv_alpha)
+
+
+class LoraNetwork(nn.Module):
+    """The LoRAs of a model. Its state dict has the tensors of a LoRA file in our dialect."""
+
+    def __init__(self, layers: Mapping[str, LoraLayer], settings: LoraSettings, multiplier: float = 1.0) -> None:
+        super().__init__()
+        self.settings = settings
+        self._seed = DropoutSeed()
+        self.layers = list(layers.values())
+        for index, (name, layer) in enumerate(layers.items()):
+            layer.set_dropouts(settings.dropouts, self._seed, index)
+            self.add_module(name, layer)
+        self.set_multiplier(multiplier)
+        ranks = sorted({layer.rank for layer in self.layers})
+        logger.info(f"LoRA on {len(self.layers)} modules, rank {listed([str(rank) for rank in ranks])}")
+
+    def apply_to(self, text_encoders: object, unet: nn.Module, apply_text_encoder: bool = False, apply_unet: bool = True) -> None:
+        """Put the LoRAs into the model they were made for. Raises ValueError where text encoders are asked for."""
+        if apply_text_encoder:
+            raise ValueError("this network has no modules for text encoders")
+        if apply_unet:
+            for layer in self.layers:
+                layer.attach()
+
+    def remove(self) -> None:
+        """Take the LoRAs out of the model again."""
+        for layer in self.layers:
+            layer.detach()
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
+        for layer in self.layers:
+            layer.multiplier = multiplier
+
+    def set_dropout_seed(self, seed: int) -> None:
+        """Call before each micro-batch: all dropout masks until the next call follow from this number."""
+        self._seed.value = seed
+
+    def prepare_optimizer_params(self, unet_lr: float | None = None, **_: Any) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups for the optimizer and a name of each for logs; with LoRA+ the up matrices are a second group."""
+        rate = {} if unet_lr is None else {"lr": unet_lr}
+        ratio = self.settings.loraplus_lr_ratio
+        if ratio is None:
+            return [{"params": list(self.parameters()), **rate}], ["unet"]
+        ups = [layer.lora_up.weight for layer in self.layers]
+        downs = [layer.lora_down.weight for layer in self.layers]
+        faster = {key: value * ratio for key, value in rate.items()}
+        return [{"params": downs, **rate}, {"params": ups, **faster}], ["unet", "unet plus"]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: a LoRA lies inside the blocks that are checkpointed."""
+
+    def prepare_grad_etc(self, unet: nn.Module) -> None:
+        self.requires_grad_(True)
+
+    def on_epoch_start(self, unet: nn.Module) -> None:
+        self.train()
+
+    def on_step_start(self) -> None:
+        """Nothing to do."""
+
+    def get_trainable_params(self) -> Iterator[nn.Parameter]:
+        return self.parameters()
+
+    def load_weights(self, file: str | Path) -> list[str]:
+        """Start from a LoRA file of any dialect; returns (and warns of) what did not fit on either side.
+
+        The file's alphas come along. Raises CheckpointError where no module fits.
+        """
+        path = Path(file)
+        stored = group_by_module(with_rank_as_alpha(read_lora(path).tensors))
+        own = group_by_module(self.state_dict())
+        wrong = [name for name, factors in stored.items() if name in own and not _same_shapes(factors, own[name])]
+        unknown = [name for name in stored if name not in own]
+        fitting = {name: factors for name, factors in stored.items() if name not in {*wrong, *unknown}}
+        if not fitting:
+            example = (
+                f"{wrong[0]} has {_shapes(stored[wrong[0]])}, here {_shapes(own[wrong[0]])}"
+                if wrong
+                else f"there is no {unknown[0]}"
+            )
+            raise CheckpointError(
+                f"{path} does not fit this network: {example}. Try --dim_from_weights, or another --network_module.", path
+            )
+        self.load_state_dict(
+            {f"{name}.{part}": t for name, factors in fitting.items() for part, t in factors.items()}, strict=False
+        )
+        problems = [f"{name} has another shape" for name in wrong] + [f"{name} is not in this network" for name in unknown]
+        problems += [f"{name} is not in the file" for name in own if name not in stored]
+        if problems:
+            logger.warning(f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {listed(problems)}")
+        return problems
+
+    def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write a LoRA file, complete or not at all, with the hashes of its tensors among the metadata."""
+        tensors = saved_dtype(self.state_dict(), dtype)
+        save_tensors(Path(file), tensors, with_hashes(tensors, metadata or {}))
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(self, max_norm: float, device: torch.device | None = None) -> tuple[int, float, float]:
+        """Scale both factors of each LoRA whose norm ||alpha / rank * up @ down|| is above `max_norm` down to it.
+
+        Returns how many were scaled, and mean and largest norm afterwards. `device` is not needed.
+        """
+        norms = torch.stack([_norm(layer) for layer in self.layers])
+        ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
+        for layer, root in zip(self.layers, ratios.sqrt(), strict=True):
+            layer.lora_down.weight.mul_(root)
+            layer.lora_up.weight.mul_(root)
+        after = norms * ratios
+        scaled, mean, largest = torch.stack([(ratios < 1).sum(), after.mean(), after.max()]).tolist()
+        return int(scaled), mean, largest
+
+
+def _norm(layer: LoraLayer) -> Tensor:
+    """Frobenius norm of alpha / rank * up @ down, from the two R x R products, without the large one."""
+    down, up = layer.lora_down.weight.flatten(1).double(), layer.lora_up.weight.flatten(1).double()  # R x in, out x R
+    return layer.scale * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+
+
+def _same_shapes(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    return {part: t.shape for part, t in factors.items()} == {part: t.shape for part, t in own.items()}
+
+
+def _shapes(factors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in factors.items() if part != "alpha")

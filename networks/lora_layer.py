@@ -1,0 +1,138 @@
+"""One LoRA: what it adds to the output of a frozen Linear or Conv2d, and its dropouts.
+
+Source: Hu et al. 2021, arXiv 2106.09685.
+"""
+# Letters: B batch, L tokens, R rank
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modules.seeds import derive_seed
+
+_32_BITS = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Dropouts:
+    """Shares dropped while training. None of them acts in eval mode."""
+
+    neuron: float = 0.0  # of single values between the factors
+    rank: float = 0.0  # of whole ranks, per sample
+    module: float = 0.0  # of whole LoRAs
+
+    def __bool__(self) -> bool:
+        return max(self.neuron, self.rank, self.module) > 0
+
+
+class DropoutSeed:
+    """The number that all masks of one micro-batch derive from, shared by the layers of a network."""
+
+    def __init__(self) -> None:
+        self.value: int | None = None
+
+    def derive(self, layer: int, kind: str) -> int:
+        """The seed of one layer's mask. Without a value set, each call draws one from torch's global generator."""
+        value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
+        return derive_seed(value, layer, kind)
+
+
+class LoraLayer(nn.Module):
+    """`y + multiplier * alpha / rank * up(down(x))` in place of the forward of a frozen module.
+
+    The factors are float32 whatever the model's dtype; under autocast they compute in its dtype, without it in float32.
+    """
+
+    def __init__(self, original: nn.Linear | nn.Conv2d, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
+        """alpha: 0 means rank. generator: for the initial values, on the CPU."""
+        super().__init__()
+        self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
+        if isinstance(original, nn.Linear):
+            down: nn.Module = nn.utils.skip_init(nn.Linear, original.in_features, rank, bias=False)
+            up: nn.Module = nn.utils.skip_init(nn.Linear, rank, original.out_features, bias=False)
+        else:
+            places = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
+            down = nn.utils.skip_init(nn.Conv2d, original.in_channels, rank, original.kernel_size, bias=False, **places)
+            up = nn.utils.skip_init(nn.Conv2d, rank, original.out_channels, 1, bias=False)
+        self.lora_down, self.lora_up = down.float(), up.float()
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.lora_up.weight)
+        self.rank = rank
+        self.multiplier = 1.0
+        self.scale = 1.0
+        self.dropouts, self.index, self.seed = Dropouts(), 0, DropoutSeed()
+        self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
+        self._original_forward = original.forward
+        self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
+        self.read_alpha()
+
+    def read_alpha(self) -> None:
+        """Take the scale from the alpha buffer, as after loading."""
+        self.scale = float(self.alpha) / self.rank
+
+    def set_dropouts(self, dropouts: Dropouts, seed: DropoutSeed, index: int) -> None:
+        """index: the layer's number in its network, so that each layer has masks of its own."""
+        self.dropouts, self.seed, self.index = dropouts, seed, index
+
+    def attach(self) -> None:
+        """From now on the original module's forward is this one's."""
+        self._original[0].forward = self.forward
+
+    def detach(self) -> None:
+        """Give the original module its own forward back."""
+        self._original[0].forward = self._original_forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x: B L in, or B in H W
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, rather than in both the original and the LoRA
+        out = self._original_forward(x)
+        dropping = self.training and bool(self.dropouts)
+        if self.multiplier == 0 or (dropping and self._skips()):
+            return out
+        if x.dtype != torch.float32 and not torch.is_autocast_enabled(x.device.type):
+            x = x.float()
+        hidden = self.lora_down(x) * (self.multiplier * self.scale)  # B L R: scaled here, where the tensor is small
+        if dropping:
+            hidden = self._dropped(hidden)
+        return out + self.lora_up(hidden).to(out.dtype)
+
+    def _skips(self) -> bool:
+        share = self.dropouts.module
+        return share > 0 and (self.seed.derive(self.index, "module") & _32_BITS) < share * (_32_BITS + 1)
+
+    def _dropped(self, hidden: Tensor) -> Tensor:
+        if self.dropouts.neuron > 0:
+            hidden = hidden * self._mask("neuron", hidden.shape, self.dropouts.neuron, hidden)
+        if self.dropouts.rank > 0:
+            axes = [1] * hidden.ndim
+            axes[0], axes[-1 if isinstance(self.lora_down, nn.Linear) else 1] = hidden.shape[0], self.rank
+            hidden = hidden * self._mask("rank", axes, self.dropouts.rank, hidden)
+        return hidden
+
+    def _mask(self, kind: str, shape: Sequence[int], share: float, like: Tensor) -> Tensor:
+        """0 where dropped, 1 / (1 - share) elsewhere."""
+        keep = keep_mask(shape, share, self.seed.derive(self.index, kind), like.device)
+        return keep.to(like.dtype) / (1 - share)
+
+
+def keep_mask(shape: Sequence[int], share: float, seed: int, device: torch.device) -> Tensor:
+    """Booleans, false with probability `share`, equal on every device and at every call with the same seed.
+
+    Each element's number is hashed in integers on the device, so a mask costs no transfer, and the recomputation of a checkpointed
+    block draws the mask of its first pass.
+    """
+    numbers = torch.arange(math.prod(shape), device=device)  # int64
+    numbers = _hashed(numbers ^ (seed & _32_BITS))
+    numbers = _hashed((numbers + (seed >> 32)) & _32_BITS)
+    return (numbers >= int(share * (_32_BITS + 1))).view(*shape)
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """A mixing of 32-bit numbers held in int64. Source: C. Wellons, "Prospecting for hash functions", lowbias32."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _32_BITS
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _32_BITS
+    return x ^ (x >> 16)

@@ -1,0 +1,98 @@
+"""What `--network_dim`, `--network_alpha`, `--network_dropout` and `--network_args` ask of a LoRA network."""
+
+import ast
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from logging import getLogger
+from typing import Any
+
+from modules.errors import OptionError
+from networks.lora_layer import Dropouts
+
+logger = getLogger(__name__)
+DEFAULT_RANK = 4
+DEFAULT_ALPHA = 1.0
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Ranks, dropouts and which modules take part."""
+
+    rank: int = DEFAULT_RANK
+    alpha: float = DEFAULT_ALPHA
+    conv_rank: int | None = None  # None: convolutions larger than 1 x 1 take no part
+    conv_alpha: float = DEFAULT_ALPHA
+    dropouts: Dropouts = Dropouts()
+    include: tuple[re.Pattern[str], ...] = ()  # matched at the start of module paths
+    exclude: tuple[re.Pattern[str], ...] = ()
+    loraplus_lr_ratio: float | None = None
+    verbose: bool = False
+
+    def takes(self, path: str) -> bool:
+        """Whether the module of that path takes part: it is not excluded, or included again."""
+        return not any(p.match(path) for p in self.exclude) or any(p.match(path) for p in self.include)
+
+
+def read_settings(
+    rank: int | None, alpha: float | None, neuron_dropout: float | None, arguments: Mapping[str, Any]
+) -> LoraSettings:
+    """Settings from the options and from `--network_args`, whose values may be texts.
+
+    A key that is not known is warned about. Raises OptionError for values out of range.
+    """
+    rest = {key: value for key, value in arguments.items() if value is not None}
+    conv_rank = _number(rest, "conv_dim", int, 1, math.inf)
+    settings = LoraSettings(
+        rank=DEFAULT_RANK if rank is None else int(rank),
+        alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
+        conv_rank=None if conv_rank is None else int(conv_rank),
+        conv_alpha=_number(rest, "conv_alpha", float, 0, math.inf) or DEFAULT_ALPHA,
+        dropouts=Dropouts(
+            neuron_dropout or 0.0,
+            _number(rest, "rank_dropout", float, 0, 1) or 0.0,
+            _number(rest, "module_dropout", float, 0, 1) or 0.0,
+        ),
+        include=_patterns(rest, "include_patterns"),
+        exclude=_patterns(rest, "exclude_patterns"),
+        loraplus_lr_ratio=_number(rest, "loraplus_lr_ratio", float, 0, math.inf),
+        verbose=str(rest.pop("verbose", False)) == "True",
+    )
+    for key in rest:
+        logger.warning(f"--network_args {key} is ignored, because this network has no such setting")
+    return settings
+
+
+def _number(rest: dict[str, Any], key: str, kind: type[int] | type[float], low: float, high: float) -> float | None:
+    """Take the number out of `rest`; None where it is not there. `low` is allowed, `high` is not."""
+    text = rest.pop(key, None)
+    if text is None or text == "None":
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value < high:
+        limits = f"from {low:g} to below {high:g}" if high < math.inf else f"of at least {low:g}"
+        raise OptionError(f"--network_args {key}={text}: give {'a whole' if kind is int else 'a'} number {limits}")
+    return value
+
+
+def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
+    """Take a list of regular expressions, or its text as a Python list, out of `rest`. Invalid expressions are warned about."""
+    given = rest.pop(key, ())
+    if isinstance(given, str):
+        try:
+            given = ast.literal_eval(given)
+        except (ValueError, SyntaxError):
+            given = None
+    if not isinstance(given, (list, tuple)) or not all(isinstance(pattern, str) for pattern in given):
+        raise OptionError(f"""--network_args {key}: write a Python list of texts, such as "{key}=[r'.*ffn.*']".""")
+    compiled = []
+    for pattern in given:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            logger.warning(f"--network_args {key}: {pattern!r} is ignored, because it is no regular expression ({error})")
+    return tuple(compiled)

@@ -1,0 +1,38 @@
+"""LoRA for Wan: `--network_module networks.lora_wan`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from networks.lora import LoraNetwork, LoraTargets, build_network, build_network_from_weights
+
+WAN = LoraTargets(
+    frozenset({"WanAttentionBlock"}),
+    r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*",
+)
+
+
+def create_arch_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: object,
+    text_encoders: object,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **arguments: Any,
+) -> LoraNetwork:
+    """A network for Wan, in the call that LoRA tuners share. `vae` and `text_encoders` are not used."""
+    return build_network(WAN, multiplier, network_dim, network_alpha, unet, neuron_dropout, arguments)
+
+
+def create_arch_network_from_weights(
+    multiplier: float,
+    weights_sd: Mapping[str, Tensor],
+    text_encoders: object = None,
+    unet: nn.Module | None = None,
+    **arguments: Any,
+) -> LoraNetwork:
+    """A network with the modules, ranks and alphas of a LoRA file's tensors; their values are not taken."""
+    return build_network_from_weights(multiplier, weights_sd, unet, arguments)

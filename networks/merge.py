@@ -1,0 +1,208 @@
+"""Add LoRAs to the weights of a model: while it is loaded, or from one model file to another."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from modules.devices import dtype_name
+from modules.errors import CheckpointError, OptionError
+from modules.tensor_stream import stream_tensors
+from networks.deltas import Factors, bias_delta, weight_delta
+from networks.key_formats import OURS, module_of_tensor, rename_modules
+from networks.loading import LoraFile, listed, read_lora
+from networks.options import LoraOptions, LoraPatternOptions
+
+logger = getLogger(__name__)
+_FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")  # out x in x kernel
+_STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """One LoRA file and how it is used. Patterns are regular expressions searched in its tensor names (ours)."""
+
+    lora: LoraFile
+    multiplier: float = 1.0
+    include: str | None = None
+    exclude: str | None = None
+
+    def modules(self) -> dict[str, dict[str, Tensor]]:
+        """The factors of each module of which the patterns keep a tensor. Raises OptionError where a pattern is none."""
+        try:
+            kept = {
+                name.partition(".")[0]
+                for name in self.lora.tensors
+                if (self.include is None or re.search(self.include, name))
+                and (self.exclude is None or not re.search(self.exclude, name))
+            }
+        except re.error as error:
+            raise OptionError(f"a LoRA pattern for {self.lora.path} is no regular expression: {error}") from None
+        return {module: factors for module, factors in self.lora.modules().items() if module in kept}
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What one LoRA does to one parameter."""
+
+    use: LoraUse
+    factors: Factors
+    delta: Callable[[Factors, torch.device], Tensor | None]
+
+
+class LoraPatch:
+    """Adds LoRAs to weights that it is handed by name: `patch(name, weight) -> weight`, a `WeightPatch`.
+
+    W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the weight's dtype.
+    After loading, `check()` tells what found no weight.
+    """
+
+    def __init__(self, uses: Sequence[LoraUse], parameter_names: Iterable[str] | None = None) -> None:
+        """parameter_names: of a file in another layout than ours, such as the diffusers one."""
+        self._uses = tuple(uses)
+        self._changes: dict[str, list[_Change]] = {}  # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
+        for use in uses:
+            for module, factors in use.modules().items():
+                for leaf, delta in _leaves(factors).items():
+                    self._changes.setdefault(f"{module}.{leaf}", []).append(_Change(use, factors, delta))
+        self._seen: set[str] = set()
+        self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        """The weight with all that changes it. Raises CheckpointError where a LoRA is of another size."""
+        key = self._key(name)
+        changes = self._changes.get(key)
+        if not changes:
+            return weight
+        self._seen.add(key)
+        total = weight.to(torch.float32, copy=True)
+        for change in changes:
+            total.add_(_fitted(change, weight, name), alpha=change.use.multiplier)
+        return total.to(weight.dtype)
+
+    def touches(self, name: str) -> bool:
+        """Whether some LoRA changes the parameter of that name."""
+        return self._key(name) in self._changes
+
+    def unused(self) -> list[str]:
+        """What no weight handed over so far belongs to, as `file: module.weight`."""
+        return [f"{use.lora.path.name}: {key}" for use in self._uses for key in self._keys(use) if key not in self._seen]
+
+    def check(self) -> None:
+        """Warn of all that found no weight. Raises CheckpointError for a file of which nothing did."""
+        for use in self._uses:
+            path, keys = use.lora.path, self._keys(use)
+            missed = [key for key in keys if key not in self._seen]
+            if not keys:
+                logger.warning(f"{path} changes nothing, because its patterns leave no tensor")
+            elif len(missed) == len(keys):
+                raise CheckpointError(
+                    f"{path} does not fit this model, which has none of its {len(keys)} weights, such as {listed(missed, 2)}.\n"
+                    "  Give a LoRA that was trained for this model.",
+                    path,
+                )
+            else:
+                logger.info(f"{path}: {len(keys) - len(missed)} weights changed, multiplier {use.multiplier:g}")
+            if keys and missed:
+                logger.warning(f"{path}: {len(missed)} of {len(keys)} weights are not in this model: {listed(missed)}")
+
+    def _key(self, name: str) -> str:
+        module, leaf = module_of_tensor(name)
+        return f"{OURS}{self._renamed.get(module, module)}.{leaf}"
+
+    def _keys(self, use: LoraUse) -> list[str]:
+        return [key for key, changes in self._changes.items() if any(change.use is use for change in changes)]
+
+
+def _leaves(factors: Factors) -> Mapping[str, Callable[[Factors, torch.device], Tensor | None]]:
+    """Which parameters of a module the factors change, and what makes the delta of each."""
+    bias = {"diff_b", "lora_up.bias"}
+    return ({"bias": bias_delta} if factors.keys() & bias else {}) | (
+        {"weight": weight_delta} if factors.keys() - bias - {"alpha"} else {}
+    )
+
+
+def _fitted(change: _Change, weight: Tensor, name: str) -> Tensor:
+    """The delta in the shape of the weight."""
+    path = change.use.lora.path
+    try:
+        delta = change.delta(change.factors, weight.device)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the factors for {name} do not go together ({error}).", path) from error
+    assert delta is not None
+    if delta.numel() != weight.numel() or delta.shape[:1] != weight.shape[:1]:
+        raise CheckpointError(
+            f"{path} does not fit this model: for {name} it has {list(delta.shape)}, the model {list(weight.shape)}.\n"
+            "  Give a LoRA that was trained for a model of this size.",
+            path,
+        )
+    return delta.reshape(weight.shape)
+
+
+def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) -> list[LoraUse]:
+    """The files of `--lora_weight`, read, with the multiplier and patterns of each."""
+    files = loras.lora_weight or ()
+    includes = _per_file(files, patterns.include_patterns if patterns else None, "--include_patterns")
+    excludes = _per_file(files, patterns.exclude_patterns if patterns else None, "--exclude_patterns")
+    rows = zip(files, loras.multipliers(), includes, excludes, strict=True)
+    return [LoraUse(read_lora(path), multiplier, include, exclude) for path, multiplier, include, exclude in rows]
+
+
+def _per_file(files: Sequence[Path], patterns: Sequence[str] | None, option: str) -> list[str | None]:
+    """One pattern per file; files beyond them have none."""
+    given = list(patterns or ())
+    if len(given) > len(files):
+        raise OptionError(f"{option} has {len(given)} patterns for {len(files)} LoRA files: give one per file, in the same order")
+    return [*given, *[None] * (len(files) - len(given))]
+
+
+def merge_into_file(
+    model: Path, uses: Sequence[LoraUse], output: Path, device: torch.device, in_channels: int | None = None
+) -> None:
+    """Write the model with the LoRAs added as one safetensors file; names, dtypes and metadata as in the model.
+
+    Memory: the LoRAs, and one tensor of the model at a time with its delta in float32 on `device`.
+    in_channels: what the model's first layer has to take.
+    Raises CheckpointError where a file is unusable or a LoRA fits nothing, OutputError where the result cannot be written.
+    """
+    with open_checkpoint(model) as checkpoint:
+        if in_channels is not None:
+            _check_in_channels(checkpoint, in_channels)
+        patch = LoraPatch(uses, checkpoint.tensors)
+        for name, info in checkpoint.tensors.items():  # a LoRA of another model is found out before anything is written
+            _refuse_rounded(patch, name, info, model)
+            patch(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
+        patch.check()
+
+        def read(name: str) -> Tensor:
+            tensor = checkpoint.read(name)
+            return patch(name, tensor.to(device)) if patch.touches(name) else tensor
+
+        metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
+        if not uses:
+            logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
+        else:
+            metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
+        stream_tensors(output, checkpoint.tensors, read, metadata)
+
+
+def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:
+    if patch.touches(name) and info.dtype not in {torch.bfloat16, torch.float16, torch.float32, torch.float64}:
+        raise CheckpointError(
+            f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
+            "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
+            model,
+        )
+
+
+def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
+    first = [name for name in checkpoint.tensors if name.endswith(_FIRST_LAYERS)]
+    found = checkpoint.tensors[first[0]].shape[1] if first else None
+    if found != in_channels:
+        what = f"{first[0]} takes {found} channels" if first else "it has no first layer that is known"
+        raise CheckpointError(f"{checkpoint.path}: {what}, --dit_in_channels asks for {in_channels}.", checkpoint.path)
