@@ -195,10 +195,12 @@ class WanTextEncoder:
         return {"t5": fingerprint(self.path), "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity}
 
     def load(self, device: torch.device) -> None:
-        """Tokenizer first: what is wrong with it shows before gigabytes are read."""
+        """Tokenizer first: what is wrong with it shows before gigabytes are read. A loaded encoder moves to the device."""
         if self._loaded is None:
             tokenize = load_tokenizer(self.tokenizer, self.path)
             self._loaded = (load_t5(self.path, device), tokenize)
+        else:
+            self._loaded[0].to(device)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
