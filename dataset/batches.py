@@ -16,7 +16,7 @@ from dataset.cache_files import Entry, LatentName, parse_latent_name, read_entry
 from dataset.cache_records import FileIdentity, LatentRecord, is_unchanged, latent_record, text_records, verify_tensors
 from dataset.captions import read_caption
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.items import bucket_for
+from dataset.items import bucket_of
 from modules.errors import CacheError
 from modules.family import LatentSpec
 from modules.records import Batch
@@ -109,7 +109,8 @@ def split_validation(items: Sequence[TrainingItem], fraction: float) -> tuple[tu
     if fraction > 0:
         count = min(max(count, 1), len(stems) - 1)
     held_back = set(stems[: max(count, 0)])
-    training, validation = [], []
+    training: list[TrainingItem] = []
+    validation: list[TrainingItem] = []
     for item in items:
         (validation if item.table.validation or item.source_stem in held_back else training).append(item)
     return tuple(training), tuple(validation)
@@ -180,7 +181,7 @@ class _ReadItem:
 def _training_item(table: DatasetTable, file_name: str, name: LatentName, tag: str, latent: LatentSpec) -> TrainingItem:
     bucket: tuple[int, ...] = name.size  # a video's name holds the size after bucketing
     if table.kind == "image":
-        bucket = bucket_for(table, name.size, latent.pixel_step)
+        bucket = bucket_of(table, name.size, latent.pixel_step)
     elif name.span is not None:
         bucket = (*name.size, name.span[1])
     folder = table.cache_directory
@@ -228,7 +229,7 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
     size, made_for = record.options.get("size"), record.options.get("bucket")
     if size is None or made_for is None:
         raise CacheError(f"{item.latent_path}: its record names no sizes")
-    bucket = bucket_for(item.table, (size[0], size[1]), latent.pixel_step)
+    bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step)
     if tuple(made_for) != bucket:
         raise CacheError(f"{item.latent_path}: made for {_by(made_for)} pixels, {item.table.name} asks for {_by(bucket)}")
     rate = record.options.get("source_fps")
@@ -261,7 +262,7 @@ def _checked_caption(item: TrainingItem, text: Entry) -> str:
 
 @functools.cache
 def _current_caption(path: Path) -> str | None:
-    return read_caption(path) if path.is_file() else None
+    return read_caption(path)
 
 
 def _stacked(

@@ -49,6 +49,7 @@ class LatentRecord:
     options: Mapping[str, Any]  # what else the latents depend on: span, sizes, frame rate; JSON values
     files: tuple[FileIdentity, ...]  # the source, then its control media
     clip: ClipFacts | None  # None for images
+    parts: int  # how many files the item has (one, or one per section)
     crc32: Mapping[str, str]  # checksum by tensor name
 
 
@@ -85,6 +86,7 @@ def latent_record(header: Header) -> LatentRecord | None:
             options=dict(data["options"]),
             files=tuple(FileIdentity(**file) for file in data["files"]),
             clip=None if clip is None else ClipFacts(tuple(clip["size"]), clip["kept_frames"], clip["complete"]),
+            parts=int(data["parts"]),
             crc32=dict(data["crc32"]),
         )
     except (KeyError, TypeError, ValueError) as error:

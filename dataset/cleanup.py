@@ -1,0 +1,57 @@
+"""Removing cache files that belong to no item any more. A file goes only where its tensor names show that it is one."""
+
+import logging
+from collections.abc import Callable, Container, Iterable
+from pathlib import Path
+
+from dataset.cache_files import SUFFIX, Header, is_latent_cache, is_text_cache, parse_latent_name, parse_text_name, read_header
+from dataset.config import DatasetTable
+from modules.errors import CacheError
+from modules.family import Family
+
+logger = logging.getLogger(__name__)
+
+
+def remove_stale_latents(table: DatasetTable, family: Family, names: Container[str], failed_stems: Container[str]) -> int:
+    """Remove latent caches not in `names`, sparing those of sources that failed in this run. Returns how many were removed."""
+    tag = family.cache_tag
+    stale = []
+    for path in _listed(table):
+        name = parse_latent_name(path.name, tag, table.kind)
+        if name is not None and path.name not in names and name.stem not in failed_stems:
+            stale.append(path)
+    _remove_leftovers(table, f"_{tag}{SUFFIX}.")
+    return _remove(stale, lambda header: is_latent_cache(header, family.name))
+
+
+def remove_stale_texts(table: DatasetTable, family: Family, names: Container[str]) -> int:
+    """Remove text caches not in `names`. Returns how many were removed."""
+    tag = family.cache_tag
+    stale = [path for path in _listed(table) if parse_text_name(path.name, tag) is not None and path.name not in names]
+    _remove_leftovers(table, f"_{tag}_te{SUFFIX}.")
+    return _remove(stale, lambda header: is_text_cache(header, family.name))
+
+
+def _listed(table: DatasetTable) -> list[Path]:
+    return sorted(table.cache_directory.iterdir()) if table.cache_directory.is_dir() else []
+
+
+def _remove(paths: Iterable[Path], is_cache: Callable[[Header], bool]) -> int:
+    count = 0
+    for path in paths:
+        try:
+            is_ours = path.is_file() and is_cache(read_header(path))
+        except CacheError as error:
+            logger.warning("%s. It belongs to no item and is left alone, as it cannot be told whether it is a cache file.", error)
+            continue
+        if is_ours:
+            path.unlink(missing_ok=True)
+            count += 1
+    return count
+
+
+def _remove_leftovers(table: DatasetTable, end: str) -> None:
+    """Remove temporary files of cache files that a killed run left behind (see modules/atomic_write.py for their names)."""
+    for path in _listed(table):
+        if path.name.startswith(".") and end in path.name and path.suffix == ".tmp":
+            path.unlink(missing_ok=True)

@@ -1,0 +1,212 @@
+"""Encoding the items that have no valid latent cache: decoded ahead, encoded in batches of one size, written behind."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset.cache_files import FORMAT_VERSION, LatentName, checksum, tensor_name, write_tensors
+from dataset.cache_records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
+from dataset.frames import Span, frames_wanted
+from dataset.items import DecodedSource, decode_source
+from dataset.planning import ExistingNames, Names, Plan, Recipe, compare, is_reportable, names_of, paths_of
+from dataset.prefetch import WriteBehind, run_ahead
+from dataset.reports import Failure
+from dataset.sources import Source
+from modules.devices import free_memory
+from modules.errors import MediaError, UserError
+from modules.family import Family
+from modules.media import video_info
+from modules.records import CacheEntry, MediaBatch, MediaEncoders
+
+logger = logging.getLogger(__name__)
+
+DECODED_BYTES = 3 << 29  # 1.5 GiB of frames that wait for the encoder
+PARTIAL_BYTES = 1 << 29  # frames of items that wait until their batch is full
+SMALLEST_SIDE = 8  # pixels: one latent
+UNKNOWN_FRAMES = 256  # a clip whose header has no count is taken to have as many
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A source whose frames are in memory."""
+
+    plan: Plan  # its `missing` is known
+    media: DecodedSource
+    files: tuple[FileIdentity, ...]
+    clip: ClipFacts | None
+
+
+def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
+    """Read the frames of a source, find out what is missing where only decoding tells, and hash its files.
+
+    Raises MediaError, DatasetError, OSError.
+    """
+    source = plan.source
+    media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    if min(media.bucket) < SMALLEST_SIDE:
+        width, height = media.bucket
+        raise MediaError(f"{source.path}: {width}x{height} pixels are too few to encode, a side has at least {SMALLEST_SIDE}")
+    if plan.missing is None:
+        plan = dataclasses.replace(compare(source, media.size, media.spans, existing, recipe), reason=media.reason)
+    files = tuple(map(identify, paths_of(source))) if plan.missing else ()
+    return Decoded(plan, media, files, _clip_facts(media))
+
+
+def decoded_bytes(source: Source) -> int:
+    """About what `decode` will hold, from the header."""
+    width, height = source.table.resolution
+    frames = 1.0
+    if source.table.kind == "video":
+        try:
+            frames = video_info(source.path).frames or UNKNOWN_FRAMES
+        except UserError:
+            frames = 0.0  # `decode` will say why
+        frames = min(frames, frames_wanted(source.table) or frames)
+    return int(frames * width * height * 3 * (1 + len(source.control)))
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """One item that waits for its batch to be full."""
+
+    table_index: int
+    path: Path  # of its cache file; where a family makes sections, their names differ
+    name: LatentName
+    span: Span
+    record: LatentRecord  # without checksums
+    frames: Tensor = field(repr=False)  # F H W C uint8
+    control: tuple[Tensor, ...] = field(repr=False)  # each F H W C uint8
+
+    @property
+    def size_bytes(self) -> int:
+        return self.frames.nbytes + sum(control.nbytes for control in self.control)
+
+
+class LatentEncoding:
+    """One run over the sources that need encoding. Afterwards its public members say what was done."""
+
+    def __init__(self, family: Family, recipe: Recipe, device: torch.device, batch_size: int | None) -> None:
+        self.finished: list[Plan] = []
+        self.failures: list[Failure] = []
+        self.written: set[tuple[int, str]] = set()  # table index and name of each file
+        self._family = family
+        self._recipe = recipe
+        self._device = device
+        self._batch_size = batch_size
+        self._encoders: MediaEncoders | None = None
+        self._pending: dict[tuple[object, ...], list[_Pending]] = {}  # by what items must share to be one batch
+        self._writer = WriteBehind()
+
+    def run(self, plans: Sequence[Plan], existing: ExistingNames, workers: int, show_progress: bool) -> None:
+        """Decode and encode what the plans miss. Raises CheckpointError, OutputError; unreadable sources become failures."""
+
+        def work(plan: Plan) -> Decoded:
+            return decode(plan, names_of(existing, plan.source), self._recipe)
+
+        ahead = run_ahead(plans, work, workers, lambda plan: decoded_bytes(plan.source), DECODED_BYTES)
+        bar = tqdm(total=len(plans), desc="encoding", unit="source", disable=not show_progress)
+        with bar, self._writer, contextlib.closing(ahead), torch.no_grad():
+            for plan, result in ahead:
+                if isinstance(result, Decoded):
+                    self._add(result)
+                elif is_reportable(result):
+                    self.failures.append(Failure.of(plan.source, result))
+                else:
+                    raise result
+                bar.update()
+                del result  # gives its frames back before the next source is waited for
+            for group in list(self._pending):
+                self._encode(group)
+        self._encoders = None
+        free_memory(self._device)
+
+    def _add(self, decoded: Decoded) -> None:
+        """Put the missing items of a source into their batches; encode those that are full."""
+        plan, table = decoded.plan, decoded.plan.source.table
+        self.finished.append(plan)
+        for span in plan.missing or ():
+            item = self._item(decoded, span)
+            group = (table.index, *(tensor.shape for tensor in (item.frames, *item.control)))
+            self._pending.setdefault(group, []).append(item)
+            if len(self._pending[group]) >= (self._batch_size or table.batch_size):
+                self._encode(group)
+        sizes = {group: sum(item.size_bytes for item in items) for group, items in self._pending.items()}
+        if sum(sizes.values()) > PARTIAL_BYTES:
+            self._encode(max(sizes, key=lambda group: sizes[group]))
+
+    def _item(self, decoded: Decoded, span: Span) -> _Pending:
+        source, media, recipe = decoded.plan.source, decoded.media, self._recipe
+        is_image = source.table.kind == "image"
+        name = LatentName(source.stem, media.size if is_image else media.bucket, None if is_image else span)
+        options = recipe.options(source.table, media.size, media.bucket, span)
+        return _Pending(
+            table_index=source.table.index,
+            path=source.table.cache_directory / name.file_name(recipe.tag),
+            name=name,
+            span=span,
+            record=LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
+            frames=torch.from_numpy(media.crop(span)),
+            control=tuple(torch.from_numpy(control) for control in media.control_crops(span)),
+        )
+
+    def _encode(self, group: tuple[object, ...]) -> None:
+        items = self._pending.pop(group)
+        if self._encoders is None:
+            self._encoders = self._family.media_encoders(self._device)
+        media = MediaBatch(
+            frames=torch.stack([item.frames for item in items]),
+            keys=tuple(item.path.stem for item in items),
+            spans=tuple(item.span for item in items),
+            control=tuple(torch.stack(controls) for controls in zip(*(item.control for item in items), strict=True)),
+        )
+        for item, entries in zip(items, self._family.encode_media(self._encoders, media), strict=True):
+            for entry in entries:
+                name = dataclasses.replace(item.name, section=entry.section)
+                path = item.path.with_name(name.file_name(self._recipe.tag))
+                tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+                record = dataclasses.replace(item.record, parts=len(entries))
+                self._writer.submit(
+                    partial(write_latents, path, name, record, dataclasses.replace(entry, tensors=tensors), self._family.name)
+                )
+                self.written.add((item.table_index, path.name))
+
+
+def write_latents(path: Path, name: LatentName, record: LatentRecord, entry: CacheEntry, architecture: str) -> None:
+    """Write one latent cache file with its record. NaN becomes 0, with a warning. Raises OutputError."""
+    named = {
+        tensor_name(key, tensor, grid=entry.grid): without_nan(tensor, path.name, key) for key, tensor in entry.tensors.items()
+    }
+    metadata = {
+        "architecture": architecture,
+        "width": str(name.size[0]),
+        "height": str(name.size[1]),
+        "format_version": FORMAT_VERSION,
+    }
+    if name.span is not None:
+        metadata["frame_count"] = str(name.span[1])
+    sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
+    write_tensors(path, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
+
+
+def without_nan(tensor: Tensor, file: str, key: str) -> Tensor:
+    """The tensor with 0 in place of NaN, which would spread through all of training."""
+    if not tensor.is_floating_point() or not bool(tensor.isnan().any()):
+        return tensor
+    logger.warning("%s: %s has %d NaN values; they are stored as 0", file, key, int(tensor.isnan().sum()))
+    return tensor.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _clip_facts(media: DecodedSource) -> ClipFacts | None:
+    """What decoding showed of a clip: unless it stopped at the frames that are enough, its whole length."""
+    if media.source.table.kind == "image":
+        return None
+    enough = frames_wanted(media.source.table)
+    return ClipFacts(media.size, len(media.frames), complete=enough is None or len(media.frames) < enough)

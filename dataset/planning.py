@@ -1,0 +1,213 @@
+"""Which cache files a source yields, and which of them are still right: decided from records, without decoding where possible."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dataset.cache_files import Entry, LatentName, parse_latent_name, read_entry, read_header
+from dataset.cache_records import ClipFacts, LatentRecord, difference, is_unchanged, latent_record, verify_tensors
+from dataset.config import DatasetTable
+from dataset.frames import Span, frames_wanted, spans
+from dataset.items import bucket_of, plan_source
+from dataset.prefetch import run_ahead
+from dataset.reports import Failure
+from dataset.sources import Source
+from modules.buckets import Size
+from modules.errors import CacheError, MediaError
+from modules.family import LatentSpec
+from modules.media import image_size
+
+logger = logging.getLogger(__name__)
+
+Names = Mapping[str, LatentName]  # latent cache files of one source: what their names say
+ExistingNames = Mapping[int, Mapping[str, Names]]  # by table index and stem
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How this run makes latents: all that the cache files depend on beside the sources and their tables."""
+
+    tag: str  # in file names
+    encoder: Mapping[str, str]
+    latent: LatentSpec
+    fps: float
+    skip_existing: bool  # files without a record count as right where their sizes are
+
+    def options(self, table: DatasetTable, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
+        """What the record of an item says beside the encoders."""
+        options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
+        if table.kind == "video":
+            options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
+        framepack = {"fp_latent_window_size": 9, "fp_1f_clean_indices": None, "fp_1f_target_index": None, "fp_1f_no_post": False}
+        given = {key: getattr(table, key) for key, default in framepack.items() if getattr(table, key) != default}
+        return options | {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done for one source."""
+
+    source: Source
+    kept: frozenset[str]  # file names that are right
+    foreign: int  # how many of them have no record
+    missing: tuple[Span, ...] | None  # what is to be encoded; None: only decoding can tell
+    reason: str | None = None  # why there is no item at all
+
+
+def list_names(table: DatasetTable, tag: str) -> dict[str, dict[str, LatentName]]:
+    """The latent cache files of a table by the stem of their source. One listing, no file opened."""
+    found: dict[str, dict[str, LatentName]] = {}
+    folder = table.cache_directory
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name = parse_latent_name(path.name, tag, table.kind)
+        if name is not None:
+            found.setdefault(name.stem, {})[path.name] = name
+    return found
+
+
+def names_of(existing: ExistingNames, source: Source) -> Names:
+    """Those of one source."""
+    return existing[source.table.index].get(source.stem, {})
+
+
+def plan_all(
+    sources: Sequence[Source], existing: ExistingNames, recipe: Recipe, workers: int, show_progress: bool = True
+) -> tuple[list[Plan], list[Failure]]:
+    """Compare all sources with their cache files. Sources whose header cannot be read become failures."""
+    plans: list[Plan] = []
+    failures: list[Failure] = []
+
+    def work(source: Source) -> Plan:
+        return plan_latents(source, names_of(existing, source), recipe)
+
+    ahead = run_ahead(sources, work, workers, lambda _: 0, limit_bytes=1)
+    for source, result in tqdm(
+        ahead, total=len(sources), desc="comparing", unit="source", leave=False, delay=1, disable=not show_progress
+    ):
+        if isinstance(result, Plan):
+            plans.append(result)
+        elif is_reportable(result):
+            failures.append(Failure.of(source, result))
+        else:
+            raise result
+    return plans, failures
+
+
+def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
+    """Compare the cache files of a source with what this run would make. Raises MediaError where its header cannot be read."""
+    if source.table.kind == "image":
+        return compare(source, image_size(source.path), [(0, 1)], existing, recipe)
+    if not existing:
+        return Plan(source, frozenset(), 0, None)
+    table, step = source.table, recipe.latent.frame_step
+    clip = _known_clip(source, existing, recipe)
+    if clip is not None:
+        wanted = frames_wanted(table)
+        if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
+            return compare(source, clip.size, spans(table, clip.kept_frames, step), existing, recipe)
+    if recipe.skip_existing:
+        # the header may be wrong about the number of frames, so it counts only where it agrees with the files that are there
+        headers = plan_source(source, recipe.fps, recipe.latent.pixel_step, step)
+        plan = compare(source, headers.size, headers.spans, existing, recipe)
+        if plan.kept == existing.keys() and not plan.missing:
+            return plan
+    return Plan(source, frozenset(), 0, None)
+
+
+def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names, recipe: Recipe) -> Plan:
+    """The plan for a source whose size and spans are known."""
+    bucket = bucket_of(source.table, size, recipe.latent.pixel_step, source.path)
+    kept: set[str] = set()
+    foreign = 0
+    missing: list[Span] = []
+    for span in wanted:
+        files = _files_of_item(source.table, size, bucket, span, existing)
+        try:
+            foreign += _check_item(source, size, bucket, span, files, recipe)
+            kept |= set(files)
+        except CacheError as error:
+            logger.debug("%s", error)
+            missing.append(span)
+    return Plan(source, frozenset(kept), foreign, tuple(missing))
+
+
+def _files_of_item(table: DatasetTable, size: Size, bucket: Size, span: Span, existing: Names) -> list[str]:
+    """Names of the files of one item, by section."""
+    in_name = (size, None) if table.kind == "image" else (bucket, span)
+    found = [(name.section or 0, file) for file, name in existing.items() if (name.size, name.span) == in_name]
+    return [file for _, file in sorted(found)]
+
+
+def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Sequence[str], recipe: Recipe) -> int:
+    """Raise CacheError where the files of an item are not what this run would write. Returns how many have no record."""
+    foreign = 0
+    if not files:
+        raise CacheError(f"{source.path}: not cached yet")
+    for file in files:
+        path = source.table.cache_directory / file
+        entry = read_entry(path)
+        record = latent_record(entry.header)
+        if record is None:
+            _check_foreign(entry, bucket, span, recipe)
+            foreign += 1
+            continue
+        if record.parts != len(files):
+            raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} are there")
+        expected = recipe.options(source.table, size, bucket, span)
+        changed = difference(record.encoder, recipe.encoder) or difference(record.options, expected) or _changed(source, record)
+        if changed is not None:
+            raise CacheError(f"{path}: {changed}")
+        verify_tensors(entry, record.crc32)
+    return foreign
+
+
+def _check_foreign(entry: Entry, bucket: Size, span: Span, recipe: Recipe) -> None:
+    """Raise CacheError where a file made elsewhere is not to be kept."""
+    path = entry.header.path
+    if not recipe.skip_existing:
+        raise CacheError(f"{path}: it has no record of what it was made from")
+    frames, height, width = recipe.latent.shape(span[1], bucket[1], bucket[0])[2:]
+    name = parse_latent_name(path.name, recipe.tag, "video")
+    is_section = name is not None and name.section is not None  # FramePack: as long as its window, not as the clip
+    if not any(grid == (frames, height, width) or (is_section and grid[1:] == (height, width)) for grid in entry.header.grids):
+        found = ", ".join("x".join(map(str, grid)) for grid in sorted(entry.header.grids)) or "no latents"
+        raise CacheError(f"{path}: it holds {found}, this configuration writes {frames}x{height}x{width}")
+
+
+def _changed(source: Source, record: LatentRecord) -> str | None:
+    paths = paths_of(source)
+    if len(paths) != len(record.files):
+        return f"made from {len(record.files)} source files, now there are {len(paths)}"
+    changed = [str(path) for path, then in zip(paths, record.files, strict=True) if not is_unchanged(then, path)]
+    return f"{', '.join(changed)} changed since" if changed else None
+
+
+def _known_clip(source: Source, existing: Names, recipe: Recipe) -> ClipFacts | None:
+    """What an earlier run found when it decoded the source, if any file of it says so and the source is the same."""
+    rate = recipe.options(source.table, (0, 0), (0, 0), (0, 0))
+    known = []
+    for file in existing:
+        try:
+            record = latent_record(read_header(source.table.cache_directory / file))
+        except CacheError:
+            continue
+        if record is None or record.clip is None or not record.files:
+            continue
+        same_rate = all(record.options.get(key) == rate[key] for key in ("source_fps", "fps"))
+        if same_rate and is_unchanged(record.files[0], source.path):
+            known.append(record.clip)
+    return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
+
+
+def paths_of(source: Source) -> tuple[Path, ...]:
+    """The files or folders a source's latents are made from."""
+    return (source.path, *source.control)
+
+
+def is_reportable(error: Exception) -> bool:
+    """Whether a failure concerns one source only, so that the others go on."""
+    return isinstance(error, (MediaError, OSError))

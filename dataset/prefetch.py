@@ -1,0 +1,68 @@
+"""Work done ahead of need in threads, in order and within a limit of memory; and files written behind."""
+
+import collections
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+AHEAD_PER_WORKER = 2  # results waiting for each worker, so that one slow clip does not stop the encoder
+WRITES_BEHIND = 4
+
+
+def run_ahead(
+    jobs: Sequence[T], work: Callable[[T], R], workers: int, size_bytes: Callable[[T], int], limit_bytes: int
+) -> Generator[tuple[T, R | Exception], None, None]:
+    """Yield (job, its result or the exception it raised) in the order of `jobs`, while later ones are worked on in threads.
+
+    Threads are enough: FFmpeg, OpenCV and hashing run outside the interpreter's lock, and frames need no copy between processes.
+    size_bytes: what a result will take, asked just before a job starts. Jobs start as long as results that are worked on or not yet
+    given back (a result is, when the next one is asked for) stay under `limit_bytes`; one alone may be larger.
+    """
+    waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
+    used, given, started = 0, 0, 0
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead")
+    try:
+        while waiting or started < len(jobs):
+            used, given = used - given, 0
+            while started < len(jobs) and len(waiting) < workers * (1 + AHEAD_PER_WORKER):
+                size = size_bytes(jobs[started])
+                if waiting and used + size > limit_bytes:
+                    break
+                waiting.append((jobs[started], size, pool.submit(work, jobs[started])))
+                used, started = used + size, started + 1
+            job, given, future = waiting.popleft()
+            error = future.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            yield job, future.result() if error is None else error
+            del future
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class WriteBehind:
+    """One thread that writes files while the next items are encoded. A failure is raised by a later call, or at the end."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._waiting: collections.deque[Future[None]] = collections.deque()
+
+    def __enter__(self) -> "WriteBehind":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self._collect(0)
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Run `write` soon; waits while too many are outstanding."""
+        self._collect(WRITES_BEHIND)
+        self._waiting.append(self._pool.submit(write))
+
+    def _collect(self, most: int) -> None:
+        while len(self._waiting) > most or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()

@@ -1,0 +1,70 @@
+"""The share of one process in work that several processes do together (`accelerate launch`, torchrun)."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+PATIENCE = datetime.timedelta(days=7)  # one share may take far longer than another
+
+
+@dataclass(frozen=True)
+class Share:
+    """Process `rank` of `count`."""
+
+    rank: int
+    count: int
+    local_rank: int  # among the processes of this machine
+    group: Any = None  # of torch.distributed; None for a single process
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process does what only one may do."""
+        return self.rank == 0
+
+    def of(self, work: Sequence[T]) -> Sequence[T]:
+        """Every `count`-th piece of the same list that all processes have."""
+        return work[self.rank :: self.count]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; returns when all have come here."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def device_name(self, name: str | None) -> str | None:
+        """The device asked for; where none is and several processes run, the GPU of this process."""
+        if name is None and self.count > 1 and torch.cuda.is_available():
+            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return name
+
+
+@contextlib.contextmanager
+def joined_processes(environment: Mapping[str, str] | None = None) -> Iterator[Share]:
+    """This process's share, from the variables that launchers set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+
+    Processes talk through gloo, on the CPU, whatever device they encode on.
+    """
+    variables = os.environ if environment is None else environment
+    count = int(variables.get("WORLD_SIZE", "1"))
+    if count <= 1:
+        yield Share(0, 1, 0)
+        return
+    started_here = not dist.is_initialized()
+    if started_here:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Share(int(variables["RANK"]), count, int(variables.get("LOCAL_RANK", "0")), group)
+    finally:
+        if started_here:
+            dist.destroy_process_group()
