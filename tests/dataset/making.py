@@ -1,0 +1,45 @@
+"""Tables, images and clips for the tests of this folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dataset.config import DatasetTable, load_dataset_config
+from modules.media import write_video
+
+GREY_STEP = 4  # frame i of a clip made here is grey 4 * i + 4
+
+
+def make_table(folder: Path, source: str = "video_directory", **changes: Any) -> DatasetTable:
+    """A table over `folder` (or over `folder / list.jsonl`) with some fields changed."""
+    target = folder if source.endswith("directory") else folder / "list.jsonl"
+    path = folder / "data.toml"
+    path.write_text(f"[[datasets]]\n{source} = {str(target)!r}\ncache_directory = {str(folder / 'cache')!r}\n", encoding="utf-8")
+    return dataclasses.replace(load_dataset_config(path).datasets[0], **changes)
+
+
+def make_image(path: Path, size: tuple[int, int] = (32, 32), colour: tuple[int, ...] = (40, 80, 120)) -> Path:
+    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(path)
+    return path
+
+
+def make_clip(path: Path, num_frames: int, size: tuple[int, int] = (32, 32)) -> Path:
+    frames = (np.full((size[1], size[0], 3), GREY_STEP * (index + 1), np.uint8) for index in range(num_frames))
+    write_video(path, frames, 24, crf=1, preset="ultrafast")
+    return path
+
+
+def make_frames(folder: Path, num_frames: int, size: tuple[int, int] = (32, 32)) -> Path:
+    """A clip as a folder of images."""
+    folder.mkdir()
+    for index in range(num_frames):
+        make_image(folder / f"{index:04d}.png", size, (GREY_STEP * (index + 1),) * 3)
+    return folder
+
+
+def frame_numbers(frames: Any) -> list[int]:
+    """Which frames of a made clip these are (F H W C)."""
+    return [round(float(frame.mean()) / GREY_STEP) - 1 for frame in frames]

@@ -1,0 +1,271 @@
+"""Dataset configurations: defaults, look-up order, and errors that say what to change."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from dataset.config import DatasetTable, load_dataset_config
+from modules.errors import DatasetError
+
+
+def write(folder: Path, text: str, name: str = "data.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def tables(folder: Path, text: str) -> tuple[DatasetTable, ...]:
+    return load_dataset_config(write(folder, text)).datasets
+
+
+def problem(folder: Path, text: str) -> str:
+    with pytest.raises(DatasetError) as caught:
+        tables(folder, text)
+    return str(caught.value)
+
+
+def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
+    (table,) = tables(tmp_path, '[[datasets]]\nimage_directory = "pics"')
+
+    assert table == DatasetTable(
+        config_path=tmp_path / "data.toml",
+        index=0,
+        kind="image",
+        directory=Path("pics"),
+        jsonl_file=None,
+        control_directory=None,
+        cache_directory=Path("pics"),
+        resolution=(960, 544),
+        caption_extension=None,
+        batch_size=1,
+        num_repeats=1,
+        enable_bucket=False,
+        bucket_no_upscale=False,
+        validation=False,
+        target_frames=(1,),
+        frame_extraction="head",
+        frame_stride=1,
+        frame_sample=1,
+        max_frames=129,
+        source_fps=None,
+        fp_latent_window_size=9,
+        fp_1f_clean_indices=None,
+        fp_1f_target_index=None,
+        fp_1f_no_post=False,
+    )
+
+
+def test_the_table_goes_before_general_before_the_default(tmp_path: Path) -> None:
+    first, second = tables(
+        tmp_path,
+        """
+        [general]
+        resolution = 512
+        batch_size = 2
+        caption_extension = ".txt"
+        [[datasets]]
+        image_directory = "a"
+        batch_size = 3
+        [[datasets]]
+        video_directory = "b"
+        resolution = [960, 544]
+        """,
+    )
+
+    assert (first.resolution, first.batch_size, first.caption_extension, first.num_repeats) == ((512, 512), 3, ".txt", 1)
+    assert (second.resolution, second.batch_size, second.caption_extension) == ((960, 544), 2, ".txt")
+
+
+def test_json_has_the_same_structure_and_null_counts_as_absent(tmp_path: Path) -> None:
+    content = {
+        "general": {"batch_size": None, "resolution": [64, 48]},
+        "datasets": [{"video_directory": "v", "image_directory": None, "cache_directory": "c", "target_frames": [1, 9]}],
+    }
+
+    (table,) = load_dataset_config(write(tmp_path, json.dumps(content), "data.json")).datasets
+
+    assert (table.kind, table.batch_size, table.resolution) == ("video", 1, (64, 48))
+    assert (table.cache_directory, table.target_frames) == (Path("c"), (1, 9))
+
+
+@pytest.mark.parametrize(
+    ("given", "rounded", "warns"), [([10, 25], (9, 25), True), ([9, 10], (9,), True), ([25, 1, 1], (1, 25), False)]
+)
+def test_target_frames_become_4n_plus_1(tmp_path: Path, caplog, given: list[int], rounded: tuple[int, ...], warns: bool) -> None:
+    (table,) = tables(tmp_path, f'[[datasets]]\nvideo_directory = "v"\ntarget_frames = {given}')
+
+    assert table.target_frames == rounded
+    assert ("4n + 1" in caplog.text) == warns
+
+
+def test_a_uniform_sample_of_one_is_head(tmp_path: Path, caplog) -> None:
+    (table,) = tables(tmp_path, '[[datasets]]\nvideo_directory = "v"\nframe_extraction = "uniform"')
+
+    assert table.frame_extraction == "head"
+    assert 'the same as "head"' in caplog.text
+
+
+@pytest.mark.parametrize("value", ["30", "30.0"])
+def test_source_fps_may_be_whole(tmp_path: Path, value: str) -> None:
+    (table,) = tables(tmp_path, f'[[datasets]]\nvideo_directory = "v"\nsource_fps = {value}\nfp_latent_window_size = 5')
+
+    assert table.source_fps == 30.0
+    assert isinstance(table.source_fps, float)
+    assert table.fp_latent_window_size == 5
+
+
+def test_no_upscale_needs_buckets(tmp_path: Path) -> None:
+    (table,) = tables(tmp_path, '[[datasets]]\nimage_directory = "a"\nbucket_no_upscale = true')
+
+    assert not table.bucket_no_upscale
+
+
+def test_a_table_can_be_held_back_for_validation(tmp_path: Path) -> None:
+    first, second = tables(tmp_path, '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nimage_directory = "b"\nvalidation = true')
+
+    assert (first.validation, second.validation) == (False, True)
+
+
+def test_control_directory_beside_a_list_is_ignored_with_a_warning(tmp_path: Path, caplog) -> None:
+    (table,) = tables(tmp_path, '[[datasets]]\nimage_jsonl_file = "a.jsonl"\ncache_directory = "c"\ncontrol_directory = "d"')
+
+    assert table.control_directory is None
+    assert "control_directory is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("batchsize = 4", ["unknown key batchsize = 4", "Did you mean batch_size?"]),
+        ('batch_size = "4"', ['batch_size = "4" (text)', "a whole number, 1 or more"]),
+        ("batch_size = true", ["batch_size = true (true or false)"]),
+        ("num_repeats = 0", ["num_repeats = 0 (a whole number)", "1 or more"]),
+        ("resolution = [960, 544, 1]", ["resolution = [960, 544, 1] (a list)", "512 or [960, 544]"]),
+        ("resolution = 512.5", ["resolution = 512.5 (a number)"]),
+        ('enable_bucket = "true"', ['enable_bucket = "true" (text)', "true or false, without quotes"]),
+        ('caption_extension = "txt"', ['caption_extension = "txt"', "with its dot"]),
+        ('frame_extraction = "slid"', ['frame_extraction = "slid"', '"slide", "uniform"', 'Did you mean "slide"?']),
+        ("target_frames = 25", ["target_frames = 25 (a whole number)", "[1, 25, 45]"]),
+        ("target_frames = []", ["target_frames = [] (a list)"]),
+        ("source_fps = 0", ["source_fps = 0", "above 0"]),
+        ("fp_1f_target_index = 1", ["fp_1f_target_index = 1 is for image tables", "video_directory makes this one videos"]),
+        ('image_directory = "x"', ["image_directory and video_directory exclude each other"]),
+        ("max_frames = 0", ["max_frames = 0"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_value_and_remedy(tmp_path: Path, line: str, parts: list[str]) -> None:
+    text = problem(tmp_path, f'[[datasets]]\nimage_directory = "ok"\n[[datasets]]\nvideo_directory = "v"\n{line}')
+
+    for part in [str(tmp_path / "data.toml"), "[[datasets]] 2", *parts]:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "there is no [[datasets]] table"),
+        ('dataset = 1\n[[datasets]]\nimage_directory = "a"', "unknown key dataset = 1. Did you mean datasets?"),
+        ('[general]\ntarget_frames = [1]\n[[datasets]]\nvideo_directory = "a"', "may only stand in a [[datasets]] table"),
+        (
+            '[general]\nresolutoin = 1\n[[datasets]]\nvideo_directory = "a"',
+            "[general]: unknown key resolutoin = 1. Did you mean resolution?",
+        ),
+        ('[general]\nbatch_size = "1"\n[[datasets]]\nvideo_directory = "a"', '[general]: batch_size = "1"'),
+        ("[[datasets]]\nbatch_size = 1", "nothing says where its items are"),
+        ('[[datasets]]\nvideo_dir = "v"', "Did you mean video_directory?"),
+        ('[[datasets]]\nvideo_jsonl_file = "a.jsonl"', "cache_directory is required with video_jsonl_file"),
+        ('[[datasets]]\nimage_directory = "a"\nbatch_size = 1\nbatch_size = 2', "is no valid TOML"),
+        ('[[datasets]]\nimage_directory = "C:\\data"', "forward slashes or single quotes"),
+        (
+            '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nvideo_directory = "b"\ncache_directory = "./a"',
+            "1 and 2 share the cache directory",
+        ),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    assert part in problem(tmp_path, text)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    text = problem(
+        tmp_path,
+        '[[datasets]]\nimage_directory = "a"\nbatch_size = 0\nrepeats = 2\n[[datasets]]\nvideo_directory = "b"\nframe_stride = 0',
+    )
+
+    assert all(part in text for part in ("batch_size", "repeats", "frame_stride"))
+
+
+def test_a_key_twice_in_json_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"datasets": [{"image_directory": "a", "batch_size": 1, "batch_size": 2}]}', "data.json")
+
+    with pytest.raises(DatasetError, match="'batch_size' stands twice"):
+        load_dataset_config(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="ends in .toml or .json"):
+        load_dataset_config(tmp_path / "data.yaml")
+    with pytest.raises(DatasetError, match="cannot be read: No such file"):
+        load_dataset_config(tmp_path / "data.toml")
+    (tmp_path / "latin.toml").write_bytes('[[datasets]]\nimage_directory = "é"'.encode("latin-1"))
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        load_dataset_config(tmp_path / "latin.toml")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "data.toml"
+    path.write_text('[[datasets]]\nimage_directory = "a"', encoding="utf-8-sig")
+
+    assert len(load_dataset_config(path).datasets) == 1
+
+
+def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
+    images, videos = tables(
+        tmp_path,
+        """
+        [[datasets]]
+        image_directory = "data/pics"
+        control_directory = "data/control"
+        caption_extension = ".txt"
+        [[datasets]]
+        video_jsonl_file = "data/clips.jsonl"
+        cache_directory = "cache"
+        target_frames = [1, 17]
+        source_fps = 30
+        """,
+    )
+
+    assert images.describe() == {
+        "resolution": [960, 544],
+        "caption_extension": ".txt",
+        "batch_size_per_device": 1,
+        "num_repeats": 1,
+        "enable_bucket": False,
+        "bucket_no_upscale": False,
+        "image_directory": "pics",
+        "control_directory": "control",
+        "has_control": True,
+    }
+    assert videos.describe(has_control=True) | {"resolution": None} == {
+        "resolution": None,
+        "caption_extension": None,
+        "batch_size_per_device": 1,
+        "num_repeats": 1,
+        "enable_bucket": False,
+        "bucket_no_upscale": False,
+        "video_jsonl_file": "clips.jsonl",
+        "has_control": True,
+        "target_frames": [1, 17],
+        "frame_extraction": "head",
+        "frame_stride": 1,
+        "frame_sample": 1,
+        "max_frames": 129,
+        "source_fps": 30.0,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_seen(caplog) -> None:
+    caplog.set_level(logging.WARNING)
