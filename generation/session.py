@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blissful_tuner.guidance import uses_guidance
 from generation.sections import conditions_to
 from modules.devices import free_memory
 from modules.family import Family, TextEncoder
@@ -47,7 +48,7 @@ def encode_texts_with(
 
     keep: leave the encoders loaded on the CPU.
     """
-    wanted = [family.prompts(request) for request in requests]
+    wanted = [_wanted_texts(family, request) for request in requests]
     new = [text for text in dict.fromkeys(_texts_of(wanted)) if text not in known]
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
     for encoder in encoders if new else ():
@@ -142,6 +143,13 @@ class Session:
                 self._dits = []
                 dits.clear()
             free_memory(self.device)
+
+
+def _wanted_texts(family: Family, request: Request) -> Mapping[int, Prompts]:
+    prompts = family.prompts(request)
+    if uses_guidance(request):
+        return prompts
+    return {section: replace(texts, negative=None) for section, texts in prompts.items()}
 
 
 def _texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:

@@ -1,0 +1,323 @@
+"""The modes of a generation script: one prompt, a file of prompts, a conversation, decoding only, and saving a merged model."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from blissful_tuner.metadata import number_in, output_metadata
+from generation.denoise import StepDone
+from generation.options import GenerationOptions
+from generation.outputs import LATENT_SUFFIX, SavedLatents, free_stem, load_latents, output_stem, save_latents, save_pixels
+from generation.prompt_lines import is_blank, parse_generation_line, read_generation_lines
+from generation.request import check_guidance, make_request
+from generation.sections import make_latents
+from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
+from modules.atomic_write import save_tensors
+from modules.devices import choose_device
+from modules.errors import CheckpointError, UserError
+from modules.family import Family
+from modules.records import Conditions, EncodedPrompts, Placement, Request
+from networks.merge import LoraPatch, lora_uses
+
+logger = logging.getLogger(__name__)
+
+PROMPT_SIGN = "> "
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to make; `label` names it in messages ("line 3")."""
+
+    label: str
+    request: Request  # as `Family.prepare` returned it
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """The latents of a job (1 C F H W, on the CPU), also kept in a file until its pixels are written."""
+
+    job: Job
+    latents: Tensor
+    latent_path: Path
+    stem: str
+
+
+@dataclass
+class Failures:
+    """What could not be made, and why. strict: the first failure ends the run."""
+
+    strict: bool = False
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def noted(self, label: str) -> Iterator[None]:
+        """Note an error of the block and go on after it."""
+        try:
+            yield
+        except Exception as error:
+            if self.strict:
+                raise
+            self.reasons[label] = f"{type(error).__name__}: {error}"
+            logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not isinstance(error, UserError))
+
+    def raise_if_any(self, total: int) -> None:
+        """Raise UserError listing what failed."""
+        if self.reasons:
+            lines = "\n".join(f"  {label}: {reason}" for label, reason in self.reasons.items())
+            raise UserError(f"{len(self.reasons)} of {total} failed:\n{lines}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every mode works with."""
+
+    family: Family
+    options: GenerationOptions
+    session: Session
+
+    def metadata(self, request: Request) -> Mapping[str, str] | None:
+        """What an output says about itself; None with --no_metadata."""
+        if self.options.output.no_metadata:
+            return None
+        lora = self.options.lora
+        names = [path.name for path in lora.lora_weight or ()]
+        return output_metadata(request, self.family.metadata, list(zip(names, lora.multipliers(), strict=True)))
+
+
+def generate(family: Family, options: GenerationOptions) -> None:
+    """Do what the options say. Raises UserError; with --from_file only after all lines that work are made."""
+    device = choose_device(options.device)
+    if options.lycoris:
+        logger.info("--lycoris is not needed: LoHa and LoKr files are recognised without it")
+    if options.speed.fp16_accumulation:
+        allow_fp16_accumulation()
+    load_dit = dit_loader(family, options, CPU if options.save_merged_model else device)
+    if options.save_merged_model is not None:
+        save_merged_model(family, load_dit, options.save_merged_model)
+        return
+    run = Run(family, options, Session(family, device, load_dit, keep=options.interactive))
+    if options.latent_path:
+        decode_files(run, options.latent_path)
+    elif options.from_file is not None:
+        make_from_file(run, options.from_file)
+    elif options.interactive:
+        converse(run)
+    else:
+        make(run, [prepared(run, "the prompt", {})], Failures(strict=True))
+
+
+def allow_fp16_accumulation() -> None:
+    """Let CUDA sum fp16 matrix products in fp16, where torch can."""
+    if hasattr(torch.backends.cuda.matmul, "allow_fp16_accumulation"):
+        torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    else:
+        logger.warning("--fp16_accumulation is ignored because it needs torch 2.7 or later; this is %s", torch.__version__)
+
+
+def dit_loader(family: Family, options: GenerationOptions, device: torch.device) -> Callable[[int], nn.Module]:
+    """expert -> its network on the device with the LoRAs merged. The LoRA files are read now, so that a wrong one shows at once."""
+    uses = lora_uses(options.lora, options.lora_patterns)
+
+    def load_dit(expert: int) -> nn.Module:
+        patch = LoraPatch(uses) if uses else None
+        dit = family.load_dit(Placement(device, attention=options.speed.attention, patch=patch), expert)
+        if patch is not None:
+            patch.check()
+        return dit
+
+    return load_dit
+
+
+def save_merged_model(family: Family, load_dit: Callable[[int], nn.Module], path: Path) -> None:
+    """Write the network with the LoRAs merged in; further experts get `_1`, `_2` behind the name."""
+    for expert in range(len(family.experts)):
+        target = path if expert == 0 else path.with_name(f"{path.stem}_{expert}{path.suffix}")
+        save_tensors(target, load_dit(expert).state_dict(), {"format": "pt"})
+        logger.info("Merged model: %s", target)
+
+
+def make_from_file(run: Run, path: Path) -> None:
+    """Make every line of a prompt file; phase by phase, so that each network is loaded once."""
+    lines = read_generation_lines(path)
+    failures = Failures()
+    jobs = []
+    for number, line in lines:
+        with failures.noted(label := f"line {number}"):
+            jobs.append(prepared(run, label, parse_generation_line(line)))
+    if jobs:
+        make(run, jobs, failures)
+    failures.raise_if_any(len(lines))
+
+
+def converse(run: Run) -> None:
+    """Ask for prompts until the end of input. Ctrl-C abandons the current prompt."""
+    try:
+        import readline  # noqa: F401 (line editing and history for input(); not there on Windows)
+    except ImportError:
+        logger.info("Line editing is as the console offers it: this Python has no readline")
+    logger.info("Write a prompt and options such as --w 832 --h 480 --d 7. Ctrl-C drops the current prompt, Ctrl-D ends.")
+    while True:
+        try:
+            line = input(PROMPT_SIGN)
+            if not is_blank(line):
+                failures = Failures()
+                with failures.noted("the prompt"):
+                    make(run, [prepared(run, "the prompt", parse_generation_line(line))], failures)
+        except EOFError:
+            sys.stdout.write("\n")
+            return
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            logger.warning("The prompt is abandoned. Ctrl-D ends.")
+
+
+def prepared(run: Run, label: str, overrides: Mapping[str, Any]) -> Job:
+    """The job of a prompt line (or of the command line alone), checked as far as that goes without loading a network."""
+    request = run.family.prepare(make_request(run.options.request, overrides))
+    return Job(label, check_guidance(request, run.options.guidance))
+
+
+def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
+    """Encode all texts, encode all images and videos, denoise all, decode all."""
+    if run.options.output.decodes or any(run.family.needs_media(job.request) for job in jobs):
+        _ = run.family.media_identity  # raises where a file is missing, before gigabytes are loaded
+    texts = run.session.texts([job.request for job in jobs])
+    inputs = encode_all_inputs(run, jobs, failures)
+    ready = [(job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs]
+    done = denoise_all(run, ready, failures) if ready else []
+    if run.options.output.decodes and done:
+        decode_all(run, done, failures)
+
+
+def encode_all_inputs(run: Run, jobs: Sequence[Job], failures: Failures) -> Mapping[str, Mapping[int, Conditions]]:
+    """The media conditions of each job by its label; a job that failed is left out."""
+    inputs: dict[str, Mapping[int, Conditions]] = {}
+    with_media = [job for job in jobs if run.family.needs_media(job.request)]
+    without = [job for job in jobs if not run.family.needs_media(job.request)]
+    found = encode_inputs(run.family, NO_ENCODERS, [job.request for job in without])
+    inputs.update(zip([job.label for job in without], found, strict=True))
+    if with_media:
+        with run.session.media(again=run.options.output.decodes) as encoders:
+            for job in with_media:
+                with failures.noted(job.label):
+                    (inputs[job.label],) = encode_inputs(run.family, encoders, [job.request])
+        run.session.drop_image_encoder()
+    return inputs
+
+
+Ready = tuple[Job, Mapping[int, EncodedPrompts], Mapping[int, Conditions]]
+
+
+def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[Denoised]:
+    """The latents of each job, each written as soon as it is there: a kill loses at most the one being made."""
+    done = []
+    with run.session.dit() as dit_at:
+        for job, texts, inputs in ready:
+            with failures.noted(job.label):
+                describe(job)
+                with progress(job.request) as on_step:
+                    latents = make_latents(
+                        run.family,
+                        dit_at,
+                        job.request,
+                        texts,
+                        inputs,
+                        run.session.device,
+                        run.options.cpu_noise,
+                        run.options.guidance,
+                        on_step,
+                    ).to(CPU)
+                done.append(kept(run, job, latents))
+    return done
+
+
+def kept(run: Run, job: Job, latents: Tensor) -> Denoised:
+    """Write the latents of a job under a name that nothing has yet."""
+    folder = run.options.output.save_path
+    stem = free_stem(folder, output_stem(datetime.now(), job.request.seed), [LATENT_SUFFIX, ".mp4", ".mkv", ".png", ""])
+    path = folder / f"{stem}{LATENT_SUFFIX}"
+    save_latents(path, latents, run.metadata(job.request))
+    return Denoised(job, latents, path, stem)
+
+
+def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
+    """Turn latents into videos or images. Latent files that are no part of the result go when theirs is written."""
+    output = run.options.output
+    with run.session.media(again=False) as encoders:
+        for one in done:
+            with failures.noted(one.job.label):
+                request = one.job.request
+                assert request.fps is not None
+                chunks = run.family.decode(encoders, one.latents)
+                save_pixels(output, one.stem, chunks, request.fps, run.metadata(request))
+                if not output.keeps_latents:
+                    one.latent_path.unlink(missing_ok=True)
+
+
+def decode_files(run: Run, paths: Sequence[Path]) -> None:
+    """Decode latent files; what they say about themselves is passed on."""
+    saved = [checked_latents(run.family, path) for path in paths]
+    output = run.options.output
+    failures = Failures(strict=len(paths) == 1)
+    with run.session.media(again=False) as encoders:
+        for path, one in zip(paths, saved, strict=True):
+            with failures.noted(str(path)):
+                stem = output_stem(datetime.now(), int(number_in(one.metadata, "seeds") or 0), path)
+                metadata = None if output.no_metadata else one.metadata
+                save_pixels(output, stem, run.family.decode(encoders, one.latents), frame_rate(run, one), metadata)
+    failures.raise_if_any(len(paths))
+
+
+def checked_latents(family: Family, path: Path) -> SavedLatents:
+    """A latent file of this family's latent space. Raises CheckpointError."""
+    saved = load_latents(path)
+    _, channels, frames, rows, columns = saved.latents.shape
+    if channels != family.latent.channels:
+        raise CheckpointError(f"--latent_path {path} has {channels} channels, {family.name} has {family.latent.channels}", path)
+    step, vertical, horizontal = family.latent.stride
+    from_tensor = {"video_length": (frames - 1) * step + 1, "height": rows * vertical, "width": columns * horizontal}
+    height, width, length = (
+        int(number_in(saved.metadata, name) or from_tensor[name]) for name in ("height", "width", "video_length")
+    )
+    logger.info("%s: %d x %d (width x height), %d frames", path, width, height, length)
+    return saved
+
+
+def frame_rate(run: Run, saved: SavedLatents) -> float:
+    """--fps where it differs from the model's, else what the latent file says, else the model's."""
+    given, usual = run.options.request.fps, run.family.defaults.fps
+    return given if given != usual else number_in(saved.metadata, "fps") or usual
+
+
+def describe(job: Job) -> None:
+    """One line about what is being made."""
+    request = job.request
+    logger.info(
+        "%s: %s x %s (width x height), %s frames, %s steps, seed %d",
+        job.label,
+        request.width,
+        request.height,
+        request.frames,
+        request.steps,
+        request.seed,
+    )
+
+
+@contextmanager
+def progress(request: Request) -> Iterator[Callable[[StepDone], None]]:
+    """A bar over the steps; the value is what the loop calls after each."""
+    with tqdm(total=request.steps, desc="denoising", unit="step") as bar:
+
+        def advance(done: StepDone) -> None:
+            bar.update()
+
+        yield advance
