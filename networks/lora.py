@@ -70,11 +70,9 @@ def build_network(
 ) -> "LoraNetwork":
     """A network on the modules that targets and patterns choose.
 
-    arguments: `--network_args` and, not from the command line, `generator` (torch.Generator on the CPU) for the initial values.
     Raises OptionError where no module is left.
     """
-    generator = arguments.get("generator")
-    settings = read_settings(rank, alpha, neuron_dropout, {key: value for key, value in arguments.items() if key != "generator"})
+    settings = read_settings(rank, alpha, neuron_dropout, arguments)
     settings = replace(settings, exclude=(*settings.exclude, re.compile(targets.always_excluded)))
     layers = {}
     for path, module in _modules_in_blocks(unet, targets.block_classes):
@@ -83,7 +81,7 @@ def build_network(
         if settings.verbose:
             logger.info(f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}")
         if size is not None and chosen:
-            layers[OURS + underscored(path)] = LoraLayer(module, *size, generator)
+            layers[OURS + underscored(path)] = LoraLayer(module, *size)
     if not layers:
         raise OptionError(
             "the LoRA has no module: --network_args exclude_patterns leaves none, or --network_module is for another model"
@@ -112,7 +110,7 @@ def build_network_from_weights(
         if LORA[0] not in factors or not isinstance(factors.get("alpha"), Tensor):
             raise CheckpointError(f"--dim_from_weights needs a plain LoRA; {name} has {', '.join(factors)}")
         if name in known:
-            layers[name] = LoraLayer(known[name], factors[LORA[0]].shape[0], float(factors["alpha"]), arguments.get("generator"))
+            layers[name] = LoraLayer(known[name], factors[LORA[0]].shape[0], float(factors["alpha"]))
         else:
             missed.append(name)
     if not layers:
@@ -188,9 +186,6 @@ class LoraNetwork(nn.Module):
         faster = {key: value * ratio for key, value in rate.items()}
         return [{"params": downs, **rate}, {"params": ups, **faster}], ["unet", "unet plus"]
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Nothing to do: a LoRA lies inside the blocks that are checkpointed."""
-
     def prepare_grad_etc(self, unet: nn.Module) -> None:
         self.requires_grad_(True)
 
@@ -198,7 +193,7 @@ class LoraNetwork(nn.Module):
         self.train()
 
     def on_step_start(self) -> None:
-        """Nothing to do."""
+        """Nothing to do at the start of a step."""
 
     def get_trainable_params(self) -> Iterator[nn.Parameter]:
         return self.parameters()

@@ -5,11 +5,13 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 # Letters: B batch, L tokens, R rank
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from modules.seeds import derive_seed
 
@@ -46,26 +48,22 @@ class LoraLayer(nn.Module):
     The factors are float32 whatever the model's dtype; under autocast they compute in its dtype, without it in float32.
     """
 
-    def __init__(self, original: nn.Linear | nn.Conv2d, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
-        """alpha: 0 means rank. generator: for the initial values, on the CPU."""
+    alpha: Tensor
+    lora_down: nn.Linear | nn.Conv2d
+    lora_up: nn.Linear | nn.Conv2d
+
+    def __init__(self, original: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
+        """alpha: 0 means rank. Initial values come from torch's global CPU generator, as LoRA modules of other tools do it."""
         super().__init__()
         self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
-        if isinstance(original, nn.Linear):
-            down: nn.Module = nn.utils.skip_init(nn.Linear, original.in_features, rank, bias=False)
-            up: nn.Module = nn.utils.skip_init(nn.Linear, rank, original.out_features, bias=False)
-        else:
-            places = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
-            down = nn.utils.skip_init(nn.Conv2d, original.in_channels, rank, original.kernel_size, bias=False, **places)
-            up = nn.utils.skip_init(nn.Conv2d, rank, original.out_channels, 1, bias=False)
-        self.lora_down, self.lora_up = down.float(), up.float()
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
+        self.lora_down, self.lora_up = _factors(original, rank)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
-        self.scale = 1.0
         self.dropouts, self.index, self.seed = Dropouts(), 0, DropoutSeed()
         self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
-        self._original_forward = original.forward
+        self._original_forward: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
         self.read_alpha()
 
@@ -79,22 +77,24 @@ class LoraLayer(nn.Module):
 
     def attach(self) -> None:
         """From now on the original module's forward is this one's."""
-        self._original[0].forward = self.forward
+        self._original_forward = self._original[0].forward
+        self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def detach(self) -> None:
         """Give the original module its own forward back."""
-        self._original[0].forward = self._original_forward
+        self._original[0].forward = self._original_forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         # x: B L in, or B in H W
-        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast and x.dtype == torch.float32:
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, rather than in both the original and the LoRA
         out = self._original_forward(x)
         dropping = self.training and bool(self.dropouts)
         if self.multiplier == 0 or (dropping and self._skips()):
             return out
-        if x.dtype != torch.float32 and not torch.is_autocast_enabled(x.device.type):
-            x = x.float()
+        if not autocast:
+            x = x.to(self.lora_down.weight.dtype)
         hidden = self.lora_down(x) * (self.multiplier * self.scale)  # B L R: scaled here, where the tensor is small
         if dropping:
             hidden = self._dropped(hidden)
@@ -117,6 +117,16 @@ class LoraLayer(nn.Module):
         """0 where dropped, 1 / (1 - share) elsewhere."""
         keep = keep_mask(shape, share, self.seed.derive(self.index, kind), like.device)
         return keep.to(like.dtype) / (1 - share)
+
+
+def _factors(original: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
+    """The empty down and up modules, float32 on the CPU."""
+    made: Any = {"bias": False, "dtype": torch.float32}
+    if isinstance(original, nn.Linear):
+        return skip_init(nn.Linear, original.in_features, rank, **made), skip_init(nn.Linear, rank, original.out_features, **made)
+    places = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
+    down = skip_init(nn.Conv2d, original.in_channels, rank, original.kernel_size, **places, **made)
+    return down, skip_init(nn.Conv2d, rank, original.out_channels, 1, **made)
 
 
 def keep_mask(shape: Sequence[int], share: float, seed: int, device: torch.device) -> Tensor:

@@ -1,0 +1,182 @@
+"""One interface for the trainer to a network built by any `--network_module`, ours or foreign (LyCORIS and the like)."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.atomic_write import save_tensors
+from modules.errors import OptionError
+from modules.seeds import derive_seed
+from networks.hashes import saved_dtype, with_hashes
+from networks.loading import import_network_module, read_lora
+from networks.lora_settings import DEFAULT_RANK
+from networks.options import NetworkOptions
+
+logger = getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NormReport:
+    """What `--scale_weight_norms` did at a step: how many modules were scaled, and the norms afterwards."""
+
+    keys_scaled: int
+    mean_norm: float
+    max_norm: float
+
+
+@dataclass(frozen=True)
+class TrainableNetwork:
+    """A network inside the DiT it was made for. `module` holds the parameters; its state dict is what a LoRA file holds."""
+
+    module: nn.Module
+    dit: nn.Module
+    module_name: str  # `--network_module`, or the family's own
+
+    def parameter_groups(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
+        """Groups for the optimizer, and a name of each for logs."""
+        prepare = self._offered("prepare_optimizer_params")
+        if prepare is None:
+            return [{"params": self.parameters(), "lr": learning_rate}], ["unet"]
+        result = _call(
+            prepare,
+            text_encoder_lr=None,
+            unet_lr=learning_rate,
+            learning_rate=learning_rate,
+            default_lr=learning_rate,
+            lr=learning_rate,
+        )
+        groups, names = result if isinstance(result, tuple) else (result, None)
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        names = list(names) if names else ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
+        return groups, names
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def set_dropout_seed(self, seed: int) -> None:
+        """Make all dropout until the next call follow from this number.
+
+        A foreign network draws from torch's global generators, so these are seeded for it.
+        """
+        own = self._offered("set_dropout_seed")
+        if own is None:
+            torch.manual_seed(seed)
+        else:
+            own(seed)
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """The strength of the network; 1 while training."""
+        own = self._offered("set_multiplier")
+        if own is not None:
+            own(multiplier)
+            return
+        for part in self.module.modules():
+            if hasattr(part, "multiplier"):
+                setattr(part, "multiplier", multiplier)  # noqa: B010
+
+    def on_epoch_start(self) -> None:
+        self.module.train()
+        own = self._offered("on_epoch_start")
+        if own is not None:
+            _call(own, text_encoder=None, unet=self.dit, transformer=self.dit)
+
+    def on_step_start(self) -> None:
+        own = self._offered("on_step_start")
+        if own is not None:
+            own()
+
+    def scale_norms(self, max_norm: float, device: torch.device) -> NormReport:
+        """`--scale_weight_norms`: after an optimizer step, scale modules above this norm down to it."""
+        scale = self._offered("apply_max_norm_regularization")
+        assert scale is not None  # make_network refuses the option without it
+        return NormReport(*scale(max_norm, device))
+
+    def load_weights(self, path: Path) -> None:
+        """Start from a file; what does not fit is listed in the log."""
+        own = self._offered("load_weights")
+        result = self.module.load_state_dict(dict(read_lora(path).tensors), strict=False) if own is None else own(str(path))
+        logger.info(f"{path}: loaded, {result or 'everything fits'}")
+
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """Write the network as a file, complete or not at all, in that dtype (None: as trained), with hashes among the metadata."""
+        tensors = saved_dtype(self.module.state_dict(), dtype)
+        save_tensors(path, tensors, with_hashes(tensors, metadata))
+
+    def _offered(self, name: str) -> Callable[..., Any] | None:
+        """A method that networks of this interface may have."""
+        method: Callable[..., Any] | None = getattr(self.module, name, None)
+        return method
+
+
+def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, seed: int) -> TrainableNetwork:
+    """Build the network that the options ask for, load `--network_weights`, and put it into the DiT.
+
+    seed: for the initial values, which are the same on every machine. Parameters are on the CPU; move `.module` to the device.
+    Raises OptionError or CheckpointError where the module, its settings or the file cannot be used.
+    """
+    name = options.network_module or default_module
+    builder = import_network_module(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "network"))
+        module = _build_from_weights(builder, options, dit) if options.dim_from_weights else _build(builder, options, dit)
+        module.apply_to(None, dit, apply_text_encoder=False, apply_unet=True)
+    network = TrainableNetwork(module, dit, name)
+    if options.scale_weight_norms is not None and not hasattr(module, "apply_max_norm_regularization"):
+        raise OptionError(f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms")
+    if options.network_weights is not None:
+        network.load_weights(options.network_weights)
+    prepare = network._offered("prepare_grad_etc")
+    if prepare is None:
+        network.module.requires_grad_(True)
+    else:
+        _call(prepare, text_encoder=None, unet=dit, transformer=dit)
+    return network
+
+
+def _build(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:
+    rank = options.network_dim or DEFAULT_RANK
+    arguments = options.arguments()
+    if hasattr(builder, "create_arch_network"):
+        return builder.create_arch_network(
+            1.0, rank, options.network_alpha, None, None, dit, neuron_dropout=options.network_dropout, **arguments
+        )
+    if options.network_dropout is not None:
+        logger.warning(
+            f"--network_dropout is ignored, because {builder.__name__} takes its own settings; try --network_args dropout=..."
+        )
+    return builder.create_network(1.0, rank, options.network_alpha, None, None, dit, **arguments)
+
+
+def _build_from_weights(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:
+    assert options.network_weights is not None
+    create: Callable[..., Any] | None = next(
+        (
+            getattr(builder, name)
+            for name in ("create_arch_network_from_weights", "create_network_from_weights")
+            if hasattr(builder, name)
+        ),
+        None,
+    )
+    if create is None:
+        raise OptionError(f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not offer it")
+    tensors: Mapping[str, Tensor] = read_lora(options.network_weights).tensors
+    given: dict[str, Any] = {"multiplier": 1.0, "weights_sd": tensors, "file": str(options.network_weights), "unet": dit}
+    nothing: Iterable[str] = ("vae", "text_encoder", "text_encoders")
+    result = _call(create, **given, **dict.fromkeys(nothing), neuron_dropout=options.network_dropout, **options.arguments())
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _call(function: Callable[..., Any], **values: Any) -> Any:
+    """Call with those of the values whose names the function has; modules of other tools differ in what they take."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return function(**values)
+    return function(**{parameter.name: values[parameter.name] for parameter in parameters if parameter.name in values})
