@@ -55,7 +55,6 @@ DIT = DitSpec(
     ),
 )
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
-CLIP_WIDTH = 1280
 FPS = 16.0
 
 
@@ -180,6 +179,8 @@ class Wan:
         conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
         if self.task.kind != "t2v":
             conditions["clip"] = self._checked_clip(batch)
+        else:
+            conditions |= self._no_image(len(batch))
         if self.task.has_control:
             image = batch.tensor("latents_image")[:, -LATENT.channels :].float() if self.task.kind != "t2v" else None
             conditions["condition_latents"] = conditioning.control_condition(batch.tensor("latents_control").float(), image)
@@ -195,8 +196,6 @@ class Wan:
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
         features = clip.to(device) if isinstance(clip, Tensor) else None
-        if features is None and self.task.has_control and not self.text_as_image_tokens:
-            features = noisy.new_zeros(len(noisy), CLIP_TOKENS, CLIP_WIDTH)
         return dit(noisy, timesteps, text, features, skip_blocks=tweaks.skip_blocks)
 
     # generation
@@ -245,7 +244,7 @@ class Wan:
         """CLIP features and condition channels of the request's images and control video, on the CPU, with batch dimension."""
         width, height, frames = _sizes(request)
         vae, task = encoders.vae, self.task
-        conditions: dict[str, Tensor | list[Tensor]] = {}
+        conditions = self._no_image(1)
         image: Tensor | None = None
         end = request.end_image_path
 
@@ -314,6 +313,13 @@ class Wan:
 
     def _check_dit(self) -> None:
         check_task(read_dit_header(self._dit_path), self.task, self._dit_path)
+
+    def _no_image(self, batch_size: int) -> dict[str, Tensor | list[Tensor]]:
+        """All-zero CLIP features for a Fun-Control model without an image, as its official pipeline feeds them."""
+        if not self.task.has_control or self.text_as_image_tokens:
+            return {}
+        width = read_dit_header(self._dit_path).config.image_dim
+        return {"clip": torch.zeros(batch_size, CLIP_TOKENS, width)}
 
     def _checked_clip(self, batch: Batch) -> Tensor:
         clip, images = batch.tensor("clip"), 2 if self.task.kind == "flf2v" else 1

@@ -1,0 +1,81 @@
+"""What a user has on disk before typing a command: models under their usual names, clips with captions, a dataset file."""
+
+from pathlib import Path
+
+import numpy
+import torch
+
+from modules.atomic_write import save_tensors
+from modules.media import write_png, write_video
+from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.tiny.wan_encoders import CLIP_DIM, write_encoders
+
+CAPTIONS = ("a red square moves right", "a blue circle moves left", "a green dot falls", "two dogs play on the beach")
+DATASET = """[general]
+resolution = [{size}, {size}]
+caption_extension = ".txt"
+enable_bucket = true
+batch_size = {batch_size}
+
+[[datasets]]
+video_directory = "{folder}/clips"
+cache_directory = "{folder}/cache"
+target_frames = [{frames}]
+frame_extraction = "head"
+{more}
+"""
+
+
+def moving_square(frames: int, width: int, height: int, seed: int) -> list[numpy.ndarray]:
+    """A coloured square that moves over a plain ground: F of H W 3 uint8."""
+    random = numpy.random.default_rng(seed)
+    ground, colour = random.integers(0, 256, (2, 3))
+    step = random.integers(1, 4)
+    clip = []
+    for index in range(frames):
+        frame = numpy.full((height, width, 3), ground, dtype=numpy.uint8)
+        left = int(index * step) % max(width - 12, 1)
+        frame[height // 3 : height // 3 + 12, left : left + 12] = colour
+        clip.append(frame)
+    return clip
+
+
+def write_clips(folder: Path, count: int = 4, frames: int = 9, width: int = 48, height: int = 48) -> None:
+    """Short real video files, each with a caption beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        write_video(folder / f"clip {index}.mp4", moving_square(frames, width, height, index), fps=16)
+        (folder / f"clip {index}.txt").write_text(CAPTIONS[index % len(CAPTIONS)], encoding="utf-8")
+
+
+def write_dataset(folder: Path, size: int = 32, frames: str = "1, 5", batch_size: int = 1, more: str = "") -> Path:
+    """dataset.toml for the clips in `folder`/clips."""
+    path = folder / "dataset.toml"
+    text = DATASET.format(folder=folder.as_posix(), size=size, frames=frames, batch_size=batch_size, more=more)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_image(path: Path, width: int, height: int) -> None:
+    """A small picture."""
+    write_png(path, moving_square(1, width, height, 5)[0])
+
+
+def write_lora(path: Path, dit: Path, rank: int = 2) -> None:
+    """A LoRA with effect for the attention of the first block of a tiny transformer."""
+    generator = torch.Generator().manual_seed(len(path.name))
+    tensors = {}
+    for module in ("self_attn_q", "cross_attn_v", "ffn_0"):
+        rows = 256 if module == "ffn_0" else 128
+        tensors[f"lora_unet_blocks_0_{module}.lora_down.weight"] = torch.randn(rank, 128, generator=generator) * 0.1
+        tensors[f"lora_unet_blocks_0_{module}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.1
+        tensors[f"lora_unet_blocks_0_{module}.alpha"] = torch.tensor(float(rank))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, tensors)
+
+
+def lay_out_models(folder: Path) -> None:
+    """Tiny models under the names that the documents use."""
+    write_encoders(folder)
+    write_dit(folder, tiny_state("t2v", dtype=torch.bfloat16), name="wan2.1_t2v_1.3B_bf16")
+    write_dit(folder, tiny_state("i2v", dtype=torch.bfloat16, image_dim=CLIP_DIM), name="wan2.1_i2v_480p_14B_bf16")

@@ -1,0 +1,37 @@
+"""A complete tiny Wan2.1 on disk, in the released file layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.tiny.wan_encoders import CLIP_DIM, clip_official_tensors, clip_tensors, t5_tensors, vae_tensors, write_tokenizer
+
+
+@dataclass(frozen=True)
+class TinyWan:
+    """Paths of a tiny checkpoint set, as given to --dit, --vae, --t5, --clip."""
+
+    dit: Path
+    vae: Path
+    t5: Path
+    clip: Path
+
+    @property
+    def models(self) -> list[str]:
+        """The options that name the models of a training or generation."""
+        return ["--dit", str(self.dit), "--vae", str(self.vae), "--t5", str(self.t5), "--clip", str(self.clip)]
+
+
+def write_tiny_wan(folder: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32) -> TinyWan:
+    """Write transformer, VAE, text encoder with tokenizer, and image encoder as safetensors below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = TinyWan(*(folder / f"{name}.safetensors" for name in ("dit", "vae", "t5", "clip")))
+    write_dit(folder, tiny_state(kind, dtype=dtype, image_dim=CLIP_DIM), name="dit")
+    save_file(vae_tensors(), files.vae)
+    save_file(t5_tensors(), files.t5)
+    save_file({name: tensor.contiguous() for name, tensor in clip_official_tensors(clip_tensors()).items()}, files.clip)
+    write_tokenizer(folder / "google" / "umt5-xxl")
+    return files
