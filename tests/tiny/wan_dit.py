@@ -1,0 +1,194 @@
+"""Tiny random Wan2.1 transformers, as files of every dialect a user may have."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wan.configs import WanConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+_BASE = WanConfig(dim=128, ffn_dim=256, freq_dim=32, text_dim=32, num_heads=1, num_layers=2, in_dim=16, out_dim=16)
+CONFIGS: dict[str, WanConfig] = {
+    "t2v": _BASE,
+    "i2v": replace(_BASE, in_dim=36, has_image=True),
+    "flf2v": replace(_BASE, in_dim=36, has_image=True, image_positions=514),
+    "fun-control": replace(_BASE, in_dim=48, has_image=True),
+    "fun-control-v1.1": replace(_BASE, in_dim=48, has_image=True, has_ref_conv=True),
+    "camera": replace(_BASE, in_dim=32, has_image=True),
+}
+KIND_OF = {"fun-control-v1.1": "fun-control"}  # the others are of the kind they are called
+DIALECTS = (
+    "pth",
+    "pth_wrapped",
+    "safetensors",
+    "sharded",
+    "prefixed",
+    "all_in_one",
+    "compiled",
+    "diffusers",
+    "diffusers_sharded",
+)
+FP8_DIALECTS = ("fp8", "fp8_scaled", "fp8_weight_scale", "fp8_row_scale")
+SHARDS = 3
+
+
+def tiny_state(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
+    """Random weights under the published names. sizes: fields of WanConfig to change, such as dim=256 or text_dim=64."""
+    config = replace(CONFIGS[kind], **sizes)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    return {name: _draw(name, shape, generator).to(dtype) for name, shape in shapes(config, kind == "camera").items()}
+
+
+def shapes(config: WanConfig, camera: bool = False) -> Shapes:
+    """Names and shapes of a transformer, written down from the published files."""
+    dim, found = config.dim, Shapes()
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        found[f"{name}.weight"], found[f"{name}.bias"] = (rows, columns), (rows,)
+
+    found["patch_embedding.weight"], found["patch_embedding.bias"] = (dim, config.in_dim, *config.patch_size), (dim,)
+    for name, rows, columns in (
+        ("text_embedding.0", dim, config.text_dim),
+        ("text_embedding.2", dim, dim),
+        ("time_embedding.0", dim, config.freq_dim),
+        ("time_embedding.2", dim, dim),
+        ("time_projection.1", 6 * dim, dim),
+        ("head.head", config.out_dim * 4, dim),
+    ):
+        linear(name, rows, columns)
+    found["head.modulation"] = (1, 2, dim)
+    for block in (f"blocks.{index}" for index in range(config.num_layers)):
+        found[f"{block}.modulation"] = (1, 6, dim)
+        found[f"{block}.norm3.weight"] = found[f"{block}.norm3.bias"] = (dim,)
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                linear(f"{block}.{attention}.{part}", dim, dim)
+            found[f"{block}.{attention}.norm_q.weight"] = found[f"{block}.{attention}.norm_k.weight"] = (dim,)
+        if config.has_image:
+            linear(f"{block}.cross_attn.k_img", dim, dim)
+            linear(f"{block}.cross_attn.v_img", dim, dim)
+            found[f"{block}.cross_attn.norm_k_img.weight"] = (dim,)
+        linear(f"{block}.ffn.0", config.ffn_dim, dim)
+        linear(f"{block}.ffn.2", dim, config.ffn_dim)
+    if config.has_image:
+        width = config.image_dim
+        found["img_emb.proj.0.weight"] = found["img_emb.proj.0.bias"] = (width,)
+        linear("img_emb.proj.1", width, width)
+        linear("img_emb.proj.3", dim, width)
+        found["img_emb.proj.4.weight"] = found["img_emb.proj.4.bias"] = (dim,)
+    if config.image_positions:
+        found["img_emb.emb_pos"] = (1, config.image_positions, config.image_dim)
+    if config.has_ref_conv:
+        found["ref_conv.weight"], found["ref_conv.bias"] = (dim, 16, 2, 2), (dim,)
+    if camera:
+        found["control_adapter.conv.weight"], found["control_adapter.conv.bias"] = (dim, 64, 2, 2), (dim,)
+    return found
+
+
+def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    values = torch.randn(shape, generator=generator)
+    if name.endswith((".bias", "modulation", "emb_pos")):
+        return 0.1 * values
+    if len(shape) == 1:
+        return 1 + 0.1 * values  # weights of norms
+    return values / values[0].numel() ** 0.5
+
+
+def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "wan") -> Path:
+    """Write a transformer as one of DIALECTS or FP8_DIALECTS. Returns what a user gives to --dit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.safetensors"
+    match dialect:
+        case "pth" | "pth_wrapped":
+            path = path.with_suffix(".pth")
+            torch.save(dict(state) if dialect == "pth" else {"module": dict(state), "step": 7}, path)
+        case "safetensors":
+            save_file(dict(state), path, metadata={"format": "pt"})
+        case "sharded":
+            return _write_shards(folder, state, "diffusion_pytorch_model")
+        case "prefixed" | "compiled":
+            prefix = "model.diffusion_model." if dialect == "prefixed" else "_orig_mod."
+            save_file({prefix + key: tensor for key, tensor in state.items()}, path)
+        case "all_in_one":
+            other = {"vae.encoder.conv1.weight": torch.zeros(2), "text_encoders.t5xxl.shared.weight": torch.zeros(3)}
+            save_file({"model.diffusion_model." + key: tensor for key, tensor in state.items()} | other, path)
+        case "diffusers":
+            save_file({diffusers_name(key): tensor for key, tensor in state.items()}, path)
+        case "diffusers_sharded":
+            named = {diffusers_name(key): tensor for key, tensor in state.items()}
+            return _write_shards(folder / "transformer", named, "diffusion_pytorch_model").parent
+        case _:
+            save_file(_as_fp8(state, dialect), path)
+    return path
+
+
+def _write_shards(folder: Path, state: Mapping[str, Tensor], stem: str) -> Path:
+    """As the official repository: numbered files and an index. Returns the index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, weight_map = list(state), {}
+    for number in range(SHARDS):
+        file = f"{stem}-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
+        part = {name: state[name] for name in names[number::SHARDS]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / f"{stem}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    return index
+
+
+def _as_fp8(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
+    """Matrices in float8_e4m3fn, plain or with scales beside them; the rest in bfloat16."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.ndim < 2 or name.endswith(("modulation", "emb_pos")):
+            stored[name] = tensor.to(torch.bfloat16)
+            continue
+        if dialect == "fp8" or tensor.ndim > 2:
+            stored[name] = tensor.to(torch.float8_e4m3fn)
+            continue
+        peak = tensor.abs().amax(dim=1, keepdim=True) if dialect == "fp8_row_scale" else tensor.abs().max()
+        scale = peak.float() / 448  # the largest float8_e4m3fn
+        ending = "weight_scale" if dialect == "fp8_weight_scale" else "scale_weight"
+        stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        stored[name.removesuffix("weight") + ending] = scale
+    if dialect == "fp8_scaled":
+        stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+        stored["blocks.0.ffn.0.scale_input"] = torch.ones(())
+    return stored
+
+
+def diffusers_name(name: str) -> str:
+    """A published name in diffusers' layout."""
+    for pattern, replacement in (
+        (r"^text_embedding\.0", "condition_embedder.text_embedder.linear_1"),
+        (r"^text_embedding\.2", "condition_embedder.text_embedder.linear_2"),
+        (r"^time_embedding\.0", "condition_embedder.time_embedder.linear_1"),
+        (r"^time_embedding\.2", "condition_embedder.time_embedder.linear_2"),
+        (r"^time_projection\.1", "condition_embedder.time_proj"),
+        (r"^img_emb\.proj\.0", "condition_embedder.image_embedder.norm1"),
+        (r"^img_emb\.proj\.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+        (r"^img_emb\.proj\.3", "condition_embedder.image_embedder.ff.net.2"),
+        (r"^img_emb\.proj\.4", "condition_embedder.image_embedder.norm2"),
+        (r"^img_emb\.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+        (r"^head\.head", "proj_out"),
+        (r"^(blocks\.\d+|head)\.modulation", r"\1.scale_shift_table"),
+        (r"^head\.scale_shift_table", "scale_shift_table"),
+        (r"\.norm3\.", ".norm2."),
+        (r"\.norm_k_img\.", ".norm_added_k."),
+        (r"\.cross_attn\.([kv])_img\.", r".attn2.add_\1_proj."),
+        (r"_attn\.([qkv])\.", r"_attn.to_\1."),
+        (r"_attn\.o\.", "_attn.to_out.0."),
+        (r"\.self_attn\.", ".attn1."),
+        (r"\.cross_attn\.", ".attn2."),
+        (r"\.ffn\.0\.", ".ffn.net.0.proj."),
+        (r"\.ffn\.2\.", ".ffn.net.2."),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name

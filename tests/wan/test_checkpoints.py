@@ -1,0 +1,256 @@
+"""Files of Wan2.1 transformers: every dialect, every variant, and what is refused."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modules.checkpoint import open_checkpoint
+from modules.errors import CheckpointError, OptionError
+from modules.records import Placement
+from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
+from tests.tiny.wan_dit import CONFIGS, DIALECTS, FP8_DIALECTS, KIND_OF, tiny_state, write_dit
+from wan.checkpoints import check_task, kind_of, load_dit, read_dit_config, read_dit_header
+from wan.configs import TASKS
+
+CPU = Placement(torch.device("cpu"))
+META = Placement(torch.device("meta"))
+FULL_SIZE = [name for name in manifest_names("wan2.1") if "vae" not in name]
+RUNNABLE = [name for name in FULL_SIZE if "camera" not in name]
+LOADABLE = [kind for kind in CONFIGS if kind != "camera"]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("kind", ["t2v", "flf2v"])
+def test_every_dialect_gives_the_same_weights(tmp_path: Path, kind: str, dialect: str) -> None:
+    state = tiny_state(kind)
+
+    dit = load_dit(write_dit(tmp_path, state, dialect), CPU)
+
+    loaded = dit.state_dict()
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", LOADABLE)
+def test_each_variant_is_recognised_from_its_tensors(tmp_path: Path, kind: str) -> None:
+    path = write_dit(tmp_path, tiny_state(kind))
+
+    with open_checkpoint(path) as checkpoint:
+        config, dialect = read_dit_config(checkpoint)
+
+    assert config == CONFIGS[kind]
+    assert dialect == "official"
+    assert kind_of(config) == KIND_OF.get(kind, kind)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, name: str) -> None:
+    tensors = tensor_list(name)
+
+    dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
+
+    assert sum(weight.numel() for weight in dit.parameters()) == sum(torch.Size(shape).numel() for _, shape in tensors.values())
+    expected = "fun-control" if "control" in name else "flf2v" if "flf2v" in name else "t2v" if "t2v" in name else "i2v"
+    assert kind_of(dit.config) == expected
+    assert dit.config.dim == (1536 if "1.3b" in name else 5120)
+    assert dit.config.num_heads == dit.config.dim // 128
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "prefix"), [("wan2.1-t2v-1.3b", "BF16", "model.diffusion_model."), ("wan2.1-t2v-14b", "F8_E4M3", "")]
+)
+def test_repackaged_files_of_full_size_load(tmp_path: Path, name: str, dtype: str, prefix: str) -> None:
+    tensors = {key: (dtype if len(shape) > 1 or dtype == "BF16" else "F16", shape) for key, (_, shape) in tensor_list(name).items()}
+
+    dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors, prefix), META)
+
+    assert dit.compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", [name for name in FULL_SIZE if "camera" in name])
+def test_camera_control_of_full_size_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"camera control\), which is not supported"):
+        load_dit(write_hollow(tmp_path / "dit.safetensors", tensor_list(name)), META)
+
+
+def _relative(in_dim: int, out_dim: int = 16, camera: bool = False) -> TensorList:
+    """A Wan2.2 file: no image attention."""
+    state = tiny_state("camera" if camera else "t2v", in_dim=in_dim, out_dim=out_dim, has_image=False)
+    return {name: ("F32", tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "name"),
+    [
+        (_relative(48, 48), "Wan2.2 TI2V-5B"),
+        (_relative(36), "Wan2.2 I2V-A14B"),
+        (_relative(52), "Wan2.2 Fun-Control"),
+        (_relative(36, camera=True), "Wan2.2 Fun-Control-Camera"),
+        (_relative(16) | {"vace_blocks.0.modulation": ("F32", (1, 6, 128))}, "Wan2.1 VACE"),
+        (_relative(20), "an unknown relative of Wan2.1 with 20 input channels"),
+    ],
+)
+def test_relatives_are_refused_by_name(tmp_path: Path, tensors: TensorList, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"is {name}.*not supported"):
+        read_dit_header(write_hollow(tmp_path / "dit.safetensors", tensors))
+
+
+@pytest.mark.parametrize("dialect", FP8_DIALECTS)
+def test_fp8_files_compute_in_bfloat16_with_their_scales_applied(tmp_path: Path, dialect: str) -> None:
+    state = tiny_state("i2v")
+
+    dit = load_dit(write_dit(tmp_path, state, dialect), CPU)
+
+    assert dit.compute_dtype == torch.bfloat16
+    for name, tensor in dit.state_dict().items():
+        assert tensor.dtype.itemsize > 1, name
+        torch.testing.assert_close(tensor.float(), state[name], rtol=0.07, atol=0.01, msg=name)  # fp8 has three digits of mantissa
+
+
+def test_fp8_scales_are_exact_where_the_stored_numbers_are(tmp_path: Path) -> None:
+    state = tiny_state("t2v")
+    path = write_dit(tmp_path, state, "fp8_row_scale")
+    stored = load_file(path)
+
+    dit = load_dit(path, replace(CPU, compute_dtype=torch.float32))
+
+    name = "blocks.1.ffn.0"
+    expected = stored[f"{name}.weight"].float() * stored[f"{name}.scale_weight"]
+    assert torch.equal(dit.get_parameter(f"{name}.weight"), expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [("float32", None, "float32"), ("float16", None, "float16"), ("float32", "bfloat16", "bfloat16")],
+)
+def test_weights_take_the_file_dtype_or_the_one_asked_for(tmp_path: Path, stored: str, asked: str | None, expected: str) -> None:
+    path = write_dit(tmp_path, tiny_state("t2v", dtype=getattr(torch, stored)))
+
+    dit = load_dit(path, replace(CPU, compute_dtype=getattr(torch, asked) if asked else None))
+
+    assert dit.compute_dtype == getattr(torch, expected)
+    assert dit.get_parameter("blocks.0.norm3.weight").dtype == getattr(torch, expected)
+    assert dit.get_parameter("time_projection.1.weight").dtype == torch.float32  # the modulation is always computed in float32
+
+
+def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> None:
+    state = {
+        name: tensor.to(torch.bfloat16) if name.startswith("blocks.") and name.endswith("weight") and tensor.ndim == 2 else tensor
+        for name, tensor in tiny_state("t2v").items()
+    }
+
+    dit = load_dit(write_dit(tmp_path, state), replace(CPU, keep_file_dtypes=True))
+
+    assert dit.get_parameter("patch_embedding.weight").dtype == torch.float32
+    assert dit.get_parameter("blocks.0.norm3.weight").dtype == torch.float32
+    assert dit.get_parameter("blocks.0.ffn.0.weight").dtype == torch.bfloat16
+    assert dit.get_parameter("blocks.0.ffn.0.bias").dtype == torch.bfloat16  # a layer has one dtype
+    assert dit(torch.zeros(1, 16, 1, 2, 2), torch.zeros(1), [torch.zeros(3, 32)]).isfinite().all()
+
+
+def test_a_patch_sees_published_names_and_unrounded_weights(tmp_path: Path) -> None:
+    path, seen = write_dit(tmp_path, tiny_state("t2v"), "diffusers"), {}
+
+    def patch(name: str, weight: torch.Tensor) -> torch.Tensor:
+        seen[name] = weight.dtype
+        return weight + 1 if name == "blocks.0.ffn.0.weight" else weight
+
+    dit = load_dit(path, replace(CPU, compute_dtype=torch.bfloat16, patch=patch))
+
+    assert set(seen.values()) == {torch.float32}
+    expected = (tiny_state("t2v")["blocks.0.ffn.0.weight"] + 1).to(torch.bfloat16)
+    assert torch.equal(dit.get_parameter("blocks.0.ffn.0.weight"), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "difference", "advice"),
+    [
+        ("i2v", "t2v-14B", "takes 36 input channels, t2v-14B has 16", "Use --task i2v-14B, or give a t2v checkpoint"),
+        ("t2v", "i2v-14B", "takes 16 input channels, i2v-14B has 36", "Use --task t2v-14B or t2v-1.3B, or give a i2v checkpoint"),
+        ("fun-control", "t2v-1.3B", "takes 48 input", "Use --task t2v-1.3B-FC or t2v-14B-FC or i2v-14B-FC, or"),
+        ("flf2v", "i2v-14B", "img_emb.emb_pos has places for two images", "Use --task flf2v-14B"),
+        ("i2v", "flf2v-14B", "img_emb.emb_pos is not there", "Use --task i2v-14B"),
+        ("t2v", "i2v-14B-FC", "takes 16 input channels, i2v-14B-FC has 48", "give a Fun-Control checkpoint to --dit"),
+    ],
+)
+def test_another_kind_than_the_task_is_an_error_that_names_the_right_task(
+    tmp_path: Path, kind: str, task: str, difference: str, advice: str
+) -> None:
+    path = write_dit(tmp_path, tiny_state(kind))
+
+    with pytest.raises(CheckpointError) as caught:
+        check_task(read_dit_header(path), TASKS[task], path)
+
+    first, second, third = str(caught.value).splitlines()
+    assert first == f"{path} does not fit --task {task}:"
+    assert difference in second
+    assert advice in third
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [("t2v", "t2v-14B"), ("t2v", "t2i-14B"), ("fun-control", "i2v-14B-FC"), ("fun-control-v1.1", "t2v-1.3B-FC")]
+)
+def test_another_size_of_the_right_kind_is_used_with_one_log_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, task: str
+) -> None:
+    path = write_dit(tmp_path, tiny_state(kind))
+
+    with caplog.at_level(logging.INFO):
+        check_task(read_dit_header(path), TASKS[task], path)
+
+    assert [record.message for record in caplog.records] == [
+        f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: it is used as it is"
+    ]
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path) -> None:
+    state = tiny_state("t2v")
+    for block in (0, 1):
+        del state[f"blocks.{block}.ffn.2.bias"]
+    state["blocks.1.norm3.bias"] = torch.zeros(7)
+    state["blocks.0.extra.weight"] = torch.zeros(2)
+
+    with pytest.raises(CheckpointError) as caught:
+        load_dit(write_dit(tmp_path, state), CPU)
+
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("does not fit Wan2.1 t2v:")
+    assert "  missing: blocks.{0..1}.ffn.2.bias" in lines
+    assert "  unexpected: blocks.0.extra.weight" in lines
+    assert "  blocks.1.norm3.bias: the file has 7, 128 is needed" in lines
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        ("decoder.conv1.weight", "Wan VAE"),
+        ("token_embedding.weight", "umT5"),
+        ("diffusion_model.blocks.0.ffn.0.lora_A.weight", "LoRA"),
+        ("lora_unet_blocks_0_ffn_0.lora_down.weight", "LoRA"),
+        ("double_blocks.0.img_attn_qkv.weight", "HunyuanVideo"),
+        ("something.weight", "no patch_embedding.weight"),
+    ],
+)
+def test_a_file_of_another_network_is_refused_with_what_it_looks_like(tmp_path: Path, tensor: str, what: str) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({tensor: torch.zeros(2)}, path)
+
+    with pytest.raises(CheckpointError, match=f"is not a Wan2.1 transformer.*{what}") as caught:
+        read_dit_header(path)
+
+    assert caught.value.path == path
+
+
+def test_a_width_that_no_head_of_128_divides_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="width 96 is no multiple of 128"):
+        read_dit_header(write_dit(tmp_path, tiny_state("t2v", dim=96)))
+
+
+def test_an_unknown_attention_mode_is_refused_before_the_file_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="flash3 is not supported yet"):
+        load_dit(tmp_path / "not there", replace(CPU, attention="flash3"))
