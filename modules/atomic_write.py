@@ -109,10 +109,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size_bytes = sum(tensor.nbytes for tensor in ready.values())
     with atomic_path(path, size_bytes) as temporary:
+        temporary.touch()
+        rights = temporary.stat().st_mode  # as the user's umask says; the library makes the file anew, for the owner only
         try:
             save_file(ready, temporary, metadata=dict(metadata) if metadata is not None else None)
         except SafetensorError as error:  # it reports a full disk in its own way
             raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
+        temporary.chmod(rights)
 
 
 def check_space(path: Path, size_bytes: int) -> None:

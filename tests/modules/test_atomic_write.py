@@ -1,0 +1,100 @@
+"""Files and folders that are complete or not there."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modules.atomic_write import atomic_folder, atomic_path, recover_folder, save_tensors, write_bytes, write_text
+from modules.errors import OutputError
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a b" / "ä.txt", "text")
+
+    assert (tmp_path / "a b" / "ä.txt").read_text(encoding="utf-8") == "text"
+    assert _names(tmp_path / "a b") == ["ä.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"old")
+
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+
+    assert path.read_bytes() == b"old"
+    assert _names(tmp_path) == ["a.bin"]
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".a.bin.1234abcd.tmp").write_bytes(b"half")
+    (tmp_path / ".other.bin.1234abcd.tmp").write_bytes(b"half")
+
+    write_bytes(tmp_path / "a.bin", b"new")
+
+    assert _names(tmp_path) == [".other.bin.1234abcd.tmp", "a.bin"]
+
+
+def test_tensors_come_back_and_others_may_read_them(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"x": torch.arange(6).view(2, 3).T}, {"key": "value"})
+
+    assert torch.equal(load_file(path)["x"], torch.arange(6).view(2, 3).T)
+    if os.name != "nt":
+        (tmp_path / "plain").touch()
+        assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_a_file_that_does_not_fit_is_refused_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="MB free"), atomic_path(tmp_path / "big", size_bytes=1 << 60):
+        pass
+
+    assert _names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt" or not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="disk is full"), atomic_path(tmp_path / "a") as temporary:
+        temporary.symlink_to("/dev/full")
+        temporary.write_bytes(b"x" * 100_000)
+
+    assert _names(tmp_path) == []
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        with atomic_folder(tmp_path / "state") as temporary:
+            (temporary / "a").write_text(content)
+            assert (tmp_path / "state").exists() == (content == "second")
+
+    assert (tmp_path / "state" / "a").read_text() == "second"
+    assert _names(tmp_path) == ["state"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "state") as temporary:
+        (temporary / "a").write_text("first")
+
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "state"):
+        raise RuntimeError
+
+    assert (tmp_path / "state" / "a").read_text() == "first"
+    assert _names(tmp_path) == ["state"]
+
+
+def test_a_kill_between_the_renames_of_a_folder_is_undone(tmp_path: Path) -> None:
+    (tmp_path / ".state.old").mkdir()
+    (tmp_path / ".state.1234abcd.tmp").mkdir()
+
+    recover_folder(tmp_path / "state")
+
+    assert _names(tmp_path) == ["state"]
