@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from modules.rope import TABLES, axis_angles, complex_table, grid_angles, real_table, rotate
+from tests.golden_cases import read_case
+
+WIDTHS = (44, 42, 42)  # frames, rows, columns of a Wan head of 128
+
+
+def test_table_equals_the_recorded_one() -> None:
+    _, tensors = read_case("wan_dit_t2v")  # heads of 64, latents 3 x 6 x 8 cut into patches 1 x 2 x 2
+
+    table = complex_table((3, 3, 4), (24, 20, 20))
+
+    torch.testing.assert_close(torch.view_as_real(table.squeeze(1)), tensors["freqs_i_real"], atol=1e-6, rtol=0)
+
+
+def test_angles_are_position_times_falling_frequency() -> None:
+    angles = axis_angles(1001, 42)
+
+    assert angles.dtype == torch.float64
+    assert angles[1, 0] == 1
+    assert angles[1000, 3] == pytest.approx(1000 * 10000 ** (-6 / 42), rel=1e-12)
+
+
+def test_tokens_run_through_columns_first_then_rows_then_frames() -> None:
+    angles = grid_angles((2, 3, 4), (2, 2, 2))
+
+    assert angles.shape == (24, 3)
+    assert angles[1 * 12 + 2 * 4 + 3].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_pair_is_turned_by_its_angle(kind: str) -> None:
+    table = TABLES[kind]((2,), (2,))
+    x = torch.tensor([[3.0, 0.0], [3.0, 0.0]]).view(1, 2, 1, 2)
+
+    turned = rotate(x, table)
+
+    angle = torch.tensor(1.0)
+    torch.testing.assert_close(
+        turned[0, :, 0], torch.stack([torch.tensor([3.0, 0.0]), 3 * torch.stack([angle.cos(), angle.sin()])])
+    )
+
+
+def test_real_and_complex_rotation_agree_to_float32() -> None:
+    x = torch.randn(2, 5 * 6 * 7, 2, 128, generator=torch.Generator().manual_seed(0))
+
+    torch.testing.assert_close(
+        rotate(x, real_table((5, 6, 7), WIDTHS)), rotate(x, complex_table((5, 6, 7), WIDTHS)), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_dot_products_depend_on_the_distance_only(kind: str) -> None:
+    query, key = torch.randn(2, 1, 1, 1, 42, generator=torch.Generator().manual_seed(0)).unbind()
+    table = TABLES[kind]((300,), (42,))
+
+    def product(first: int, second: int) -> torch.Tensor:
+        return (rotate(query, table[first : first + 1]) * rotate(key, table[second : second + 1])).sum()
+
+    torch.testing.assert_close(product(3, 10), product(280, 287), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_bfloat16_comes_back_as_bfloat16_rounded_once(kind: str) -> None:
+    x = torch.randn(1, 300, 1, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    table = TABLES[kind]((300, 1, 1), WIDTHS)
+
+    turned = rotate(x, table)
+
+    assert torch.equal(turned, rotate(x.float(), table).to(torch.bfloat16))

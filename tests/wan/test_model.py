@@ -1,0 +1,234 @@
+"""The Wan2.1 transformer against recorded vectors, against diffusers, and against itself."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.activation import checkpoint_blocks
+from modules.family import DitSpec
+from tests.golden_cases import make_input, make_weights, read_case
+from tests.tiny.wan_dit import CONFIGS, diffusers_name, tiny_state
+from wan.configs import WanConfig
+from wan.model import WanModel
+
+CASES = ("wan_dit_t2v", "wan_dit_i2v", "wan_dit_fun_control", "wan_dit_flf2v")
+BLOCKS = DitSpec(block_lists=("blocks",))
+
+
+def golden_model(case: str, rope: str = "default") -> tuple[WanModel, dict[str, Any], dict[str, Tensor]]:
+    """The model of a golden case, the inputs of its forward pass, and its stored tensors."""
+    description, tensors = read_case(case)
+    fields = {field.name for field in dataclasses.fields(WanConfig)}
+    sizes = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in description["config"].items() if key in fields
+    }
+    config = WanConfig(**sizes, has_image=case != "wan_dit_t2v", image_positions=514 if case == "wan_dit_flf2v" else 0)
+    model = WanModel(config, rope=rope)
+    model.load_state_dict(make_weights(description["weights_model_key"], description["weights"]))
+    inputs = {
+        "noisy": torch.cat([tensors[name] for name in ("x", "y") if name in tensors], dim=1),
+        "timesteps": tensors["t"],
+        "text": [tensors["context_0"], tensors["context_1"]],
+    }
+    for name, rule in description["inputs_by_rule"].items():
+        inputs["image_embeds"] = make_input(case, name, rule["shape"], rule["scale"]).reshape(2, -1, 1280)
+    return model.eval().requires_grad_(False), inputs, tensors | {"tolerance": description["tolerance"]}
+
+
+def tiny_model(kind: str, **options: str) -> WanModel:
+    model = WanModel(CONFIGS[kind], **options)
+    model.load_state_dict(tiny_state(kind))
+    return model.requires_grad_(False)
+
+
+def tiny_inputs(kind: str, batch: int = 2, frames: int = 3) -> dict[str, Any]:
+    config, generator = CONFIGS[kind], torch.Generator().manual_seed(7)
+    inputs: dict[str, Any] = {
+        "noisy": torch.randn(batch, config.in_dim, frames, 4, 6, generator=generator),
+        "timesteps": torch.linspace(900.0, 100.0, batch),
+        "text": [torch.randn(5 + 40 * sample, config.text_dim, generator=generator) for sample in range(batch)],
+    }
+    if config.has_image:
+        tokens = config.image_positions or 257
+        inputs["image_embeds"] = torch.randn(batch, tokens, config.image_dim, generator=generator)
+    return inputs
+
+
+@pytest.mark.parametrize("rope", ["default", "comfy"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_equals_the_recorded_output(case: str, rope: str) -> None:
+    model, inputs, expected = golden_model(case, rope)
+
+    velocity = model(**inputs)
+
+    assert velocity.dtype == torch.float32
+    torch.testing.assert_close(velocity, expected["out"], **expected["tolerance"]["out"])
+
+
+def test_a_skipped_block_passes_its_input_through() -> None:
+    model, inputs, expected = golden_model("wan_dit_t2v")
+
+    velocity = model(**inputs, skip_blocks={1})
+
+    torch.testing.assert_close(velocity, expected["out_skip_block_1"], **expected["tolerance"]["out_skip_block_1"])
+
+
+def test_float32_weights_attend_in_float32_not_as_older_tools_in_bfloat16() -> None:
+    model, inputs, expected = golden_model("wan_dit_t2v")
+
+    velocity = model(**inputs)
+
+    assert (velocity - expected["out"]).abs().max() < 1e-2 * (expected["out_bf16_attention"] - expected["out"]).abs().max()
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("case", CASES[:3])
+def test_bfloat16_weights_and_bfloat16_autocast_stay_near_float32(case: str, how: str) -> None:
+    model, inputs, expected = golden_model(case)
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        velocity = model(**inputs)
+
+    assert velocity.dtype == torch.float32
+    torch.testing.assert_close(velocity, expected["out"], atol=expected["tolerance"]["out_bf16_attention"]["atol"], rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
+def test_forward_equals_diffusers_with_the_same_weights(kind: str) -> None:
+    from diffusers import WanTransformer3DModel
+
+    config = CONFIGS[kind]
+    theirs = WanTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        image_dim=config.image_dim if config.has_image else None,
+        added_kv_proj_dim=config.dim if config.has_image else None,
+        pos_embed_seq_len=config.image_positions or None,
+    )
+    theirs.load_state_dict({diffusers_name(name): tensor for name, tensor in tiny_state(kind).items()})
+    inputs = tiny_inputs(kind)
+    text = torch.stack([torch.nn.functional.pad(rows, (0, 0, 0, 512 - len(rows))) for rows in inputs["text"]])
+    image = inputs.get("image_embeds")
+    if kind == "flf2v":
+        image = image.reshape(4, 257, -1)  # diffusers takes the two images as two samples
+
+    velocity = tiny_model(kind)(**inputs)
+
+    with torch.no_grad():
+        expected = theirs(inputs["noisy"], inputs["timesteps"], text, image, return_dict=False)[0]
+    assert (velocity - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_a_sample_of_a_batch_equals_that_sample_alone(kind: str) -> None:
+    model, inputs = tiny_model(kind), tiny_inputs(kind)
+
+    together = model(**inputs)
+
+    for sample in range(2):
+        alone = model(**{name: value[sample : sample + 1] for name, value in inputs.items()})
+        torch.testing.assert_close(alone, together[sample : sample + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_text_may_come_as_one_padded_tensor() -> None:
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
+    padded = torch.stack([torch.nn.functional.pad(rows, (0, 0, 0, 60 - len(rows))) for rows in inputs["text"]])
+
+    assert torch.equal(model(**inputs), model(**inputs | {"text": padded}))
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_the_residual_stream_stays_float32_in_bfloat16(how: str) -> None:
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        x, tokens = model.embed(inputs["noisy"], inputs["timesteps"], inputs["text"], None)
+        out = model.blocks[0](x, tokens)
+
+    assert tokens.dtype == tokens.text.dtype == torch.bfloat16
+    assert {x.dtype, out.dtype, tokens.time.dtype, tokens.modulation.dtype} == {torch.float32}
+
+
+def test_autocast_leaves_the_time_embedding_in_float32() -> None:
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
+    arguments = inputs["noisy"], inputs["timesteps"], inputs["text"], None
+
+    with torch.autocast("cpu", torch.bfloat16):
+        _, mixed = model.embed(*arguments)
+    _, plain = model.embed(*arguments)
+
+    assert torch.equal(mixed.time, plain.time)
+    assert torch.equal(mixed.modulation, plain.modulation)
+
+
+def _gradients(model: WanModel) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**tiny_inputs("i2v")).square().mean().backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def test_checkpointed_blocks_give_equal_gradients() -> None:
+    model = tiny_model("i2v").requires_grad_(True).train()
+    expected = _gradients(model)
+
+    checkpoint_blocks(model, BLOCKS)
+
+    found = _gradients(model)
+    assert len(found) == len(list(model.parameters()))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_model_that_made_a_sample_in_inference_mode_trains_on() -> None:
+    model = tiny_model("i2v").requires_grad_(True).train()
+
+    with torch.inference_mode():
+        model(**tiny_inputs("i2v"))
+
+    assert _gradients(model)
+
+
+def test_the_rotary_table_follows_the_grid() -> None:
+    model = tiny_model("t2v")
+    expected = tiny_model("t2v")(**tiny_inputs("t2v", frames=2))
+
+    model(**tiny_inputs("t2v", frames=3))
+
+    assert torch.equal(model(**tiny_inputs("t2v", frames=2)), expected)
+
+
+def test_image_attention_without_features_reads_the_first_text_rows() -> None:
+    model, inputs = tiny_model("fun-control"), tiny_inputs("fun-control")
+    del inputs["image_embeds"]
+
+    _, tokens = model.embed(**inputs, image_embeds=None)
+
+    assert tokens.image is not None
+    assert tokens.image.shape[1] == 257
+    assert tokens.text.shape[1] == 512 - 257
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("t2v", {"noisy": torch.zeros(2, 36, 1, 4, 4)}, "36 input channels, the model takes 16"),
+        ("t2v", {"noisy": torch.zeros(2, 16, 1, 5, 4)}, "cannot be cut into patches"),
+        ("t2v", {"text": [torch.zeros(513, 32)] * 2}, "513 tokens, the model takes 512"),
+        ("t2v", {"image_embeds": torch.zeros(2, 257, 1280)}, "model without image attention"),
+        ("flf2v", {"image_embeds": torch.zeros(2, 257, 1280)}, "257 image tokens, the model takes 514"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model_are_an_error(kind: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model(kind)(**tiny_inputs(kind) | change)
