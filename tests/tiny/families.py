@@ -1,0 +1,75 @@
+"""Every family and variant as the parametrised tests drive it: how to write it to disk, and the commands a user would type."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.tiny.project import write_clips, write_dataset, write_image
+from tests.tiny.wan import write_tiny_wan
+
+Command = list[str]  # script, then arguments
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """The commands of one variant; they are run in a folder laid out by `prepare`."""
+
+    name: str
+    prepare: Callable[[Path], None]
+    cache_latents: Command
+    cache_texts: Command
+    train: Command
+    generate: Command
+    sample_line: str = "a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3"
+
+
+def _wan(task: str, kind: str, *, with_clip: Command, media: Command, line: str = "", more: str = "") -> TinyFamily:
+    def prepare(folder: Path) -> None:
+        write_tiny_wan(folder / "model", kind)
+        write_clips(folder / "clips")
+        write_clips(folder / "control")
+        write_dataset(folder, more=more.format(folder=folder.as_posix()))
+        write_image(folder / "start.png", 32, 32)
+        write_image(folder / "end.png", 32, 32)
+
+    models = ["--task", task, "--dit", "model/dit.safetensors", "--vae", "model/vae.safetensors", "--t5", "model/t5.safetensors"]
+    clip = ["--clip", "model/clip.safetensors"] if with_clip else []
+    network = ["--network_module", "networks.lora_wan", "--network_dim", "4", "--learning_rate", "1e-2"]
+    return TinyFamily(
+        name=f"wan {task}",
+        prepare=prepare,
+        cache_latents=[
+            "wan_cache_latents.py",
+            "--dataset_config",
+            "dataset.toml",
+            "--vae",
+            "model/vae.safetensors",
+            "--vae_dtype",
+            "float32",
+            *with_clip,
+        ],
+        cache_texts=["wan_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", "--t5", "model/t5.safetensors"],
+        train=["wan_train_network.py", *models, *clip, "--dataset_config", "dataset.toml", "--sdpa", *network],
+        generate=["wan_generate_video.py", *models, *clip, *media],
+        sample_line=f"{TinyFamily.sample_line} {line}".strip(),
+    )
+
+
+CLIP = ["--clip", "model/clip.safetensors"]
+CONTROL = 'control_directory = "{folder}/control"'
+START, END, FOLLOW = ["--image_path", "start.png"], ["--end_image_path", "end.png"], ["--control_path", "control/clip 0.mp4"]
+
+FAMILIES = (
+    _wan("t2v-1.3B", "t2v", with_clip=[], media=[]),
+    _wan("i2v-14B", "i2v", with_clip=CLIP, media=START, line="--i start.png"),
+    _wan("flf2v-14B", "flf2v", with_clip=[*CLIP, "--flf2v"], media=[*START, *END], line="--i start.png --ei end.png"),
+    _wan("t2v-1.3B-FC", "fun-control", with_clip=[], media=FOLLOW, line="--cn control/clip 0.mp4", more=CONTROL),
+    _wan(
+        "i2v-14B-FC",
+        "fun-control-v1.1",
+        with_clip=CLIP,
+        media=[*START, *FOLLOW],
+        line="--i start.png --cn control/clip 0.mp4",
+        more=CONTROL,
+    ),
+)
