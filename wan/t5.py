@@ -215,7 +215,7 @@ class WanTextEncoder:
         largest, known = max((max(prompt) for prompt in ids), default=0), t5.token_embedding.num_embeddings
         if largest >= known:
             raise CheckpointError(
-                f"{self.path} knows {known} tokens, its tokenizer has more (token {largest}). Give the one made for it to --t5_tokenizer.",
+                f"{self.path} knows {known} tokens, its tokenizer has more (token {largest}). Give its own to --t5_tokenizer.",
                 self.path,
             )
         results: list[Conditions] = []

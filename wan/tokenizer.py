@@ -156,6 +156,6 @@ def _from_hub(checkpoint_path: Path) -> Path:
 def _unreadable(file: Path, error: Exception) -> CheckpointError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return CheckpointError(
-        f"{file} is no tokenizer that can be read ({reason}). Give the folder {OFFICIAL_FOLDER} of a Wan2.1 release to --t5_tokenizer.",
+        f"{file} is no tokenizer that can be read ({reason}). Give --t5_tokenizer the folder {OFFICIAL_FOLDER} of a release.",
         file,
     )

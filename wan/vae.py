@@ -18,8 +18,12 @@ FRAMES = 4  # pixel frames of one latent frame; the first latent frame holds one
 PIXELS = 8  # height and width of one latent pixel
 
 # Statistics of the latents, per channel: released code, wan/modules/vae.py
-MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
-STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+# fmt: off
+MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+       3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
 
 
 class WanVae(nn.Module):
@@ -137,7 +141,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, cache_on_cpu:
             device=device,
             dtype=lambda *_: dtype,
             ignore=plan.ignore,
-            what="the Wan2.1 VAE (--vae)",
+            what="the Wan2.1 VAE",
         )
     logger.info("VAE: %s, %s", path, str(dtype).removeprefix("torch."))
     return vae.eval()

@@ -1,4 +1,4 @@
-"""Pieces of the Wan2.1 video VAE. All of them see a clip chunk by chunk: what an earlier chunk leaves behind lies in a `TimeMemory`.
+"""Pieces of the Wan2.1 video VAE. They see a clip chunk by chunk; what an earlier chunk leaves behind lies in a `TimeMemory`.
 
 Module names follow the published checkpoint. Source: the released VAE of Wan2.1 (arXiv 2503.20314, section 4.1).
 """
@@ -80,7 +80,9 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, (TIME_KERNEL, 3, 3), padding=(0, 1, 1))
 
-    def forward(self, x: Tensor, memory: TimeMemory | None, norm: RmsNorm | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # a stream needs more than its next frames
+        self, x: Tensor, memory: TimeMemory | None, norm: RmsNorm | None = None
+    ) -> Tensor:
         """x: B C T H W, the next frames of the clip; through `norm` and SiLU first if one is given. Returns B C' T H W.
 
         memory: of the clip, or None where the chunk is the whole of it.

@@ -23,12 +23,16 @@ class Tile:
         return slice(self.start * unit, (self.start + self.size) * unit)
 
     def weights(self, unit: int) -> Tensor:
-        """How much of each pixel this tile gives: 1 inside, rising and falling linearly where tiles overlap. Sums to 1 with its neighbours'."""
+        """How much of each pixel this tile gives: 1 inside, a linear ramp where tiles overlap. They sum to 1."""
+        rise, fall = self.before * unit, self.after * unit
         weights = torch.ones(self.size * unit)
-        for length, piece in ((self.before * unit, weights), (self.after * unit, weights.flip(0))):
-            ramp = (torch.arange(length) + 0.5) / length
-            piece[:length] = ramp
+        weights[:rise] = _ramp(rise)
+        weights[self.size * unit - fall :] = _ramp(fall).flip(0)
         return weights
+
+
+def _ramp(length: int) -> Tensor:
+    return (torch.arange(length) + 0.5) / length
 
 
 def tiles(size: int, largest: int) -> tuple[Tile, ...]:

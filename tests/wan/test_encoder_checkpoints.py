@@ -1,0 +1,270 @@
+"""Every published file layout of the three encoders loads; everything else is refused with a clear message."""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from modules.checkpoint import Checkpoint, load_module
+from modules.checkpoint_files import SAFETENSORS_DTYPES, TensorInfo
+from modules.errors import CheckpointError
+from tests.tiny.wan_encoders import (
+    clip_hf_tensors,
+    clip_official_tensors,
+    clip_tensors,
+    t5_comfy_fp8_tensors,
+    t5_hf_tensors,
+    t5_tensors,
+    vae_diffusers_tensors,
+    vae_tensors,
+)
+from wan.clip import ClipVision, load_clip
+from wan.encoder_checkpoints import LoadPlan, read_clip, read_t5, read_vae
+from wan.t5 import UmT5, load_t5
+from wan.vae import WanVae, load_vae
+
+MANIFESTS = Path(__file__).parents[1] / "data" / "checkpoints"
+CPU = torch.device("cpu")
+READERS: tuple[tuple[str, Callable[[Checkpoint], LoadPlan[object]], Callable[[object], nn.Module]], ...] = (
+    ("wan2.1-vae*", read_vae, WanVae),  # type: ignore[assignment]
+    ("umt5*", read_t5, UmT5),
+    ("clip-*", read_clip, ClipVision),
+)
+FILES = [
+    pytest.param(file, read, build, id=file.stem)
+    for pattern, read, build in READERS
+    for file in sorted(MANIFESTS.glob(f"{pattern}.json"))
+]
+
+
+class Listed:
+    """A file of which only the list of tensors is there."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = tensors
+        self.metadata: Mapping[str, str] = {}
+
+    def read(self, name: str) -> Tensor:
+        raise AssertionError(f"{name} is read, though only its shape is needed")
+
+    def close(self) -> None:
+        pass
+
+
+def listed(path: Path, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
+    file = Listed(tensors)
+    return Checkpoint(path, {name: (file, name) for name in tensors}, [file])
+
+
+def manifest(file: Path) -> dict[str, TensorInfo]:
+    """All tensors of a manifest, whose names hold ranges such as {0..23}."""
+    tensors = {}
+    for pattern, (dtype, shape) in json.loads(file.read_text(encoding="utf-8"))["tensors"].items():
+        parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+        ranges = [range(int(low), int(high) + 1) for low, high in zip(parts[1::3], parts[2::3], strict=True)]
+        for numbers in itertools.product(*ranges):
+            name = parts[0] + "".join(f"{number}{text}" for number, text in zip(numbers, parts[3::3], strict=True))
+            tensors[name] = TensorInfo(SAFETENSORS_DTYPES[dtype], tuple(shape))
+    return tensors
+
+
+@pytest.mark.parametrize(("file", "read", "build"), FILES)
+def test_published_files_fit_at_full_size(
+    file: Path, read: Callable[..., LoadPlan[object]], build: Callable[..., nn.Module]
+) -> None:
+    tensors = manifest(file)
+    plan = read(listed(Path(file.stem), tensors))
+    with torch.device("meta"):
+        network = build(plan.config)
+
+    load_module(
+        network, plan.checkpoint, plan.sources, device=torch.device("meta"), dtype=lambda name, stored: stored, ignore=plan.ignore
+    )  # raises for every leftover
+
+    loaded = sum(tensor.numel() for tensor in network.state_dict().values())
+    assert loaded <= sum(math.prod(info.shape) for info in tensors.values())
+    if build is not ClipVision:
+        assert loaded == json.loads(file.read_text(encoding="utf-8"))["param_count"]
+
+
+def test_no_manifest_is_forgotten() -> None:
+    names = {file.values[0].stem for file in FILES}  # type: ignore[union-attr]
+    assert names == {
+        "wan2.1-vae",
+        "wan2.1-vae-diffusers",
+        "umt5-xxl-comfy",
+        "umt5-xxl-enc-wan",
+        "clip-vision-h",
+        "clip-xlm-roberta-vit-h-14",
+    }
+
+
+def saved(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    else:
+        torch.save(dict(tensors), path)
+    return path
+
+
+def prefixed(tensors: Mapping[str, Tensor], prefix: str, **others: Tensor) -> dict[str, Tensor]:
+    return {**{prefix + name: tensor for name, tensor in tensors.items()}, **others}
+
+
+@pytest.mark.parametrize("name", ["vae.pth", "vae.safetensors"])
+@pytest.mark.parametrize("layout", ["official", "diffusers", "prefixed", "all-in-one", "wrapped"])
+def test_every_vae_layout_gives_the_same_weights(tmp_path: Path, name: str, layout: str) -> None:
+    tensors = vae_tensors()
+    other = {"model.diffusion_model.head.weight": torch.ones(2), "text_encoders.umt5xxl.shared.weight": torch.ones(2)}
+    layouts: dict[str, dict[str, Tensor]] = {
+        "official": tensors,
+        "diffusers": vae_diffusers_tensors(tensors),
+        "prefixed": prefixed(tensors, "first_stage_model."),
+        "all-in-one": prefixed(tensors, "vae.", **other),
+        "wrapped": tensors,
+    }
+    if layout == "wrapped" and name == "vae.pth":
+        torch.save({"state_dict": tensors}, tmp_path / name)
+    else:
+        saved(tmp_path / name, layouts[layout])
+    assert_equal(load_vae(tmp_path / name, CPU, torch.float32), tensors)
+
+
+@pytest.mark.parametrize("layout", ["official", "encoder prefix", "hf", "hf tied", "comfy", "all-in-one", "bare hf"])
+def test_every_t5_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> None:
+    tensors = t5_tensors()
+    hf = t5_hf_tensors(tensors)
+    blob = torch.arange(9, dtype=torch.uint8)
+    layouts = {
+        "official": tensors,
+        "encoder prefix": prefixed(tensors, "encoder."),
+        "hf": hf,
+        "hf tied": {**hf, "encoder.embed_tokens.weight": hf["shared.weight"]},
+        "comfy": {**hf, "spiece_model": blob},
+        "all-in-one": {
+            **prefixed(hf, "text_encoders.umt5xxl.transformer."),
+            "text_encoders.umt5xxl.spiece_model": blob,
+            "vae.conv1.weight": torch.ones(2),
+        },
+        "bare hf": {"encoder.embed_tokens.weight" if name == "shared.weight" else name: value for name, value in hf.items()},
+    }
+    path = saved(tmp_path / "t5.safetensors", layouts[layout])
+    assert_equal(load_t5(path, CPU), tensors)
+
+
+def test_a_sharded_t5_loads_from_its_folder_its_index_and_any_shard(tmp_path: Path) -> None:
+    tensors = t5_tensors()
+    hf = t5_hf_tensors(tensors)
+    names = sorted(hf)
+    shards = {f"model-0000{index + 1}-of-00002.safetensors": names[index::2] for index in range(2)}
+    for file, part in shards.items():
+        saved(tmp_path / "text_encoder" / file, {name: hf[name] for name in part})
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (tmp_path / "text_encoder" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map}), encoding="utf-8"
+    )
+    for given in ("", "model.safetensors.index.json", "model-00002-of-00002.safetensors"):
+        assert_equal(load_t5(tmp_path / "text_encoder" / given, CPU), tensors)
+
+
+def test_plain_and_scaled_fp8_t5_files_load(tmp_path: Path) -> None:
+    tensors = t5_tensors()
+    plain = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor.bfloat16() for name, tensor in tensors.items()}
+    loaded = load_t5(saved(tmp_path / "plain.safetensors", plain), CPU)
+    assert_equal(loaded, {name: tensor.float().bfloat16() for name, tensor in plain.items()})
+    stored, meant = t5_comfy_fp8_tensors(tensors)
+    loaded = load_t5(saved(tmp_path / "scaled.safetensors", stored), CPU)
+    weight = "blocks.1.attn.q.weight"
+    assert torch.equal(loaded.state_dict()[weight], meant[weight].bfloat16())
+
+
+@pytest.mark.parametrize("layout", ["official", "half", "prefixed half", "hf"])
+def test_every_clip_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> None:
+    tensors = clip_tensors()
+    layouts = {
+        "official": clip_official_tensors(tensors),
+        "half": tensors,
+        "prefixed half": prefixed(tensors, "visual."),
+        "hf": {**clip_hf_tensors(tensors), "vision_model.embeddings.position_ids": torch.arange(257)[None]},
+    }
+    assert_equal(load_clip(saved(tmp_path / "clip.safetensors", layouts[layout]), CPU), tensors)
+
+
+def assert_equal(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+LOADERS: dict[str, Callable[[Path], object]] = {
+    "vae": lambda path: load_vae(path, CPU, torch.float32),
+    "t5": lambda path: load_t5(path, CPU),
+    "clip": lambda path: load_clip(path, CPU),
+}
+TENSORS: dict[str, Callable[[], dict[str, Tensor]]] = {"vae": vae_tensors, "t5": t5_tensors, "clip": clip_tensors}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_truncated_file_is_refused(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = saved(tmp_path / f"model{suffix}", TENSORS[kind]())
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        LOADERS[kind](path)
+
+
+class Code:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return (print, ("this must never run",))
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_a_file_with_code_is_refused_and_the_code_does_not_run(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({**TENSORS[kind](), "more": Code()}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="program code"):
+        LOADERS[kind](tmp_path / "model.pth")
+    assert "must never run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("wanted", "given"), list(itertools.permutations(TENSORS, 2)))
+def test_a_file_of_another_model_is_named(tmp_path: Path, wanted: str, given: str) -> None:
+    layouts = {"vae": vae_tensors, "t5": t5_tensors, "clip": lambda: clip_official_tensors(clip_tensors())}
+    path = saved(tmp_path / "model.safetensors", layouts[given]())
+    with pytest.raises(CheckpointError, match=rf"looks like [^;]*\(--{given}\)(.|\n)*to --{wanted}\."):
+        LOADERS[wanted](path)
+
+
+def test_missing_and_additional_tensors_are_listed(tmp_path: Path) -> None:
+    tensors = vae_tensors()
+    del tensors["decoder.middle.0.residual.2.bias"]
+    tensors["surplus.weight"] = torch.ones(1)
+    with pytest.raises(CheckpointError, match=r"missing: decoder.middle.0.residual.2.bias(.|\n)*unexpected: surplus.weight"):
+        load_vae(saved(tmp_path / "vae.safetensors", tensors), CPU, torch.float32)
+
+
+def test_a_t5_whose_blocks_share_one_position_table_is_refused(tmp_path: Path) -> None:
+    tensors = t5_tensors()
+    del tensors["blocks.1.pos_embedding.embedding.weight"]
+    with pytest.raises(CheckpointError, match="T5 encoder, not umT5"):
+        load_t5(saved(tmp_path / "t5.safetensors", tensors), CPU)
+
+
+def test_the_wan22_vae_is_refused_by_name(tmp_path: Path) -> None:
+    tensors = {
+        "encoder.conv1.weight": torch.ones(8, 12, 3, 3, 3),
+        "encoder.downsamples.0.downsamples.0.residual.2.weight": torch.ones(8, 8, 3, 3, 3),
+        "decoder.conv1.weight": torch.ones(8, 48, 3, 3, 3),
+        "decoder.upsamples.0.upsamples.0.residual.2.weight": torch.ones(8, 8, 3, 3, 3),
+    }
+    with pytest.raises(CheckpointError, match=r"Wan2\.2 VAE"):
+        load_vae(saved(tmp_path / "vae.safetensors", tensors), CPU, torch.float32)

@@ -1,0 +1,166 @@
+"""The umT5 encoder against recorded numbers and transformers, and what the prompts go through before it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from modules.errors import CheckpointError
+from modules.records import Prompt
+from tests.golden_cases import make_weights, read_case
+from tests.tiny.wan_encoders import T5_FILE, TEXT_DIM, t5_comfy_fp8_tensors, t5_config, t5_hf_tensors, t5_tensors, write_tokenizer
+from wan.t5 import UmT5, WanTextEncoder, clean_text, load_t5, relative_bucket
+
+CPU = torch.device("cpu")
+PROMPTS = ("a rabbit in the grass", "", "the sun rises over the hills while a squirrel laughs; rain falls outside")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.save(t5_tensors(), tmp_path / T5_FILE)
+    write_tokenizer(tmp_path / "google" / "umt5-xxl")
+    return tmp_path
+
+
+def encoded(encoder: WanTextEncoder, *texts: str) -> list[Tensor]:
+    return [conditions["t5"][0] for conditions in encoder.encode([Prompt(text) for text in texts])]
+
+
+def test_recorded_embeddings_are_met(tmp_path: Path) -> None:
+    description, tensors = read_case("umt5_encoder")
+    save_file(make_weights(description["weights_model_key"], description["weights"]), tmp_path / "t5.safetensors")
+    t5 = load_t5(tmp_path / "t5.safetensors", CPU)
+    lengths = tensors["attention_mask"].sum(1).tolist()
+
+    with torch.no_grad():
+        ours = t5([ids[:length] for ids, length in zip(tensors["input_ids"], lengths, strict=True)])
+
+    for index, embeds in enumerate(ours):
+        assert (embeds - tensors[f"out_{index}_trimmed"]).abs().max() <= description["tolerance"]["out_*"]["atol"]
+
+
+def test_recorded_buckets_are_met_exactly() -> None:
+    _, tensors = read_case("umt5_encoder")
+    assert torch.equal(relative_bucket(tensors["relative_position"], 32), tensors["bucket"])
+
+
+def test_embeddings_equal_those_of_transformers(folder: Path) -> None:
+    config = t5_config()
+    theirs = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=config.vocabulary,
+            d_model=config.dim,
+            d_kv=config.attention_dim // config.num_heads,
+            d_ff=config.ffn_dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            feed_forward_proj="gated-gelu",
+        )
+    ).eval()
+    missing, unexpected = theirs.load_state_dict(t5_hf_tensors(t5_tensors()), strict=False)
+    assert set(missing) <= {"encoder.embed_tokens.weight"}
+    assert not unexpected
+    ids = torch.randint(2, 200, (2, 300), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 40:] = 0
+
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask).last_hidden_state
+        ours = load_t5(folder / T5_FILE, CPU)([ids[0], ids[1, :40]])
+
+    assert (ours[0] - expected[0]).abs().max() <= 1e-4 * expected.abs().max()
+    assert (ours[1] - expected[1, :40]).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_prompts_encoded_together_equal_each_alone(folder: Path) -> None:
+    encoder = WanTextEncoder(folder / T5_FILE)
+    encoder.load(CPU)
+    together = encoded(encoder, *PROMPTS)
+    for text, embeds in zip(PROMPTS, together, strict=True):
+        torch.testing.assert_close(encoded(encoder, text)[0], embeds, rtol=1e-5, atol=1e-5)
+
+
+def test_an_embedding_is_as_long_as_its_prompt_and_at_most_512(folder: Path) -> None:
+    encoder = WanTextEncoder(folder / T5_FILE)
+    encoder.load(CPU)
+    empty, long = encoded(encoder, "", "rabbit " * 600)
+    assert empty.shape == (1, TEXT_DIM)  # the end token
+    assert long.shape == (512, TEXT_DIM)
+    assert empty.untyped_storage().nbytes() == empty.nbytes  # not a view that holds the others
+
+
+def test_a_float32_file_computes_in_float32_and_a_bfloat16_one_in_bfloat16(folder: Path) -> None:
+    assert load_t5(folder / T5_FILE, CPU).norm.weight.dtype == torch.float32
+    torch.save(t5_tensors(dtype=torch.bfloat16), folder / "half.pth")
+    encoder = WanTextEncoder(folder / "half.pth")
+    encoder.load(CPU)
+    exact = WanTextEncoder(folder / T5_FILE)
+    exact.load(CPU)
+    half, full = encoded(encoder, PROMPTS[0])[0], encoded(exact, PROMPTS[0])[0]
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - full).abs().max() < 0.1 * full.abs().max()
+
+
+def test_scaled_fp8_weights_are_multiplied_out(tmp_path: Path) -> None:
+    stored, meant = t5_comfy_fp8_tensors(t5_tensors())
+    save_file(stored, tmp_path / "fp8.safetensors")
+    loaded = load_t5(tmp_path / "fp8.safetensors", CPU)
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.float(), meant[name], rtol=2**-7, atol=1e-6)
+
+
+def test_float16_activations_stay_finite() -> None:
+    t5 = UmT5(t5_config()).half()
+    tensors = {name: tensor.half() for name, tensor in t5_tensors().items()}
+    tensors["blocks.0.ffn.fc2.weight"] *= 60000
+    t5.load_state_dict(tensors)
+    with torch.no_grad():
+        assert t5([torch.tensor([5, 6, 1])])[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("  a \n\t b  ", "a b"),
+        ("a &amp;amp; b", "a & b"),
+        ("schÃ¶n", "schön"),
+        ("一，二", "一,二"),  # ftfy turns full-width punctuation into plain
+        ("", ""),
+    ],
+)
+def test_text_is_cleaned(text: str, clean: str) -> None:
+    assert clean_text(text) == clean
+
+
+def test_identity_follows_the_content_of_checkpoint_and_tokenizer(folder: Path) -> None:
+    encoder = WanTextEncoder(folder / T5_FILE)
+    before = dict(encoder.identity)
+    assert encoder.identity == before
+    torch.save(t5_tensors(seed=9), folder / T5_FILE)
+    after = encoder.identity
+    assert after["t5"] != before["t5"]
+    assert after["t5_tokenizer"] == before["t5_tokenizer"]
+
+
+def test_free_gives_the_encoder_up_and_load_brings_it_back(folder: Path) -> None:
+    encoder = WanTextEncoder(folder / T5_FILE)
+    encoder.load(CPU)
+    first = encoded(encoder, PROMPTS[0])[0]
+    encoder.free()
+    encoder.free()
+    encoder.load(CPU)
+    assert torch.equal(encoded(encoder, PROMPTS[0])[0], first)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(folder: Path) -> None:
+    tensors = t5_tensors()
+    tensors["token_embedding.weight"] = tensors["token_embedding.weight"][:20].clone()
+    torch.save(tensors, folder / T5_FILE)
+    encoder = WanTextEncoder(folder / T5_FILE)
+    encoder.load(CPU)
+    with pytest.raises(CheckpointError, match="knows 20 tokens"):
+        encoded(encoder, PROMPTS[2])
