@@ -1,0 +1,44 @@
+"""The manual says what the code does: its examples load, and it names every key."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dataset.config import KEYS, MODES, load_dataset_config
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MANUAL = (ROOT / "docs" / "dataset.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", MANUAL, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("text", blocks("toml"), ids=range(len(blocks("toml"))))
+def test_its_configurations_load(tmp_path: Path, text: str, caplog) -> None:
+    path = tmp_path / "data.toml"
+    path.write_text(text, encoding="utf-8")
+
+    load_dataset_config(path)
+
+    assert not caplog.records
+
+
+def test_its_lists_are_valid() -> None:
+    records = [json.loads(line) for text in blocks("jsonl") for line in text.splitlines()]
+
+    assert records
+    assert all({"caption"} < record.keys() for record in records)
+
+
+def test_it_names_every_key_and_mode_with_where_it_may_stand() -> None:
+    rows = {match[1]: match[0].split("|") for match in re.finditer(r"^\| `(\w+)` \|.*$", MANUAL, re.MULTILINE)}
+
+    assert rows.keys() == KEYS.keys()
+    for name, key in KEYS.items():
+        assert (rows[name][-2].strip() == "yes") == key.in_general, name
+        assert bool(rows[name][-4].strip()) == ("image" in key.kinds), name
+        assert bool(rows[name][-3].strip()) == ("video" in key.kinds), name
+    assert all(f'`"{mode}"`' in MANUAL for mode in MODES)
