@@ -7,13 +7,14 @@ command. What is encoded stands in latent_caching.py and text_caching.py.
 
 import logging
 import os
+from collections.abc import Sequence
 
 from dataset.cache_files import text_file_name
 from dataset.cleanup import remove_stale_latents, remove_stale_texts
 from dataset.config import DatasetConfig
 from dataset.latent_caching import LatentEncoding
 from dataset.options import CachingOptions
-from dataset.planning import Recipe, list_names, plan_all
+from dataset.planning import Plan, Recipe, list_names, plan_all
 from dataset.reports import CacheReport, Failure, joined
 from dataset.share import Share, joined_processes
 from dataset.sources import find_sources, require_captions
@@ -42,6 +43,7 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
         if to_do:
             encoding.run(to_do, existing, workers, share.is_main)
         finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
+        log_outdated(finished)
         report = CacheReport(
             written=len(encoding.written),
             kept=sum(len(plan.kept) for plan in finished),
@@ -79,6 +81,13 @@ def cache_texts(family: Family, config: DatasetConfig, options: CachingOptions) 
                 names = {text_file_name(one.stem, family.cache_tag) for one in sources if one.table.index == table.index}
                 removed += remove_stale_texts(table, family, names)
         return joined(reports, sum(share.gather(removed)))
+
+
+def log_outdated(plans: Sequence[Plan]) -> None:
+    """Say why files that were there are made again: a surprise should have its reason in the log."""
+    reasons = [plan.outdated for plan in plans if plan.outdated is not None]
+    if reasons:
+        logger.info("%d sources had outdated cache files, which were made again. The first: %s", len(reasons), reasons[0])
 
 
 def recipe_of(family: Family, skip_existing: bool) -> Recipe:

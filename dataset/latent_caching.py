@@ -1,6 +1,5 @@
 """Encoding the items that have no valid latent cache: decoded ahead, encoded in batches of one size, written behind."""
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -10,28 +9,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset.cache_files import FORMAT_VERSION, LatentName, checksum, tensor_name, write_tensors
 from dataset.cache_records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
 from dataset.frames import Span, frames_wanted
 from dataset.items import DecodedSource, decode_source
-from dataset.planning import ExistingNames, Names, Plan, Recipe, compare, is_reportable, names_of, paths_of
-from dataset.prefetch import WriteBehind, run_ahead
+from dataset.planning import ExistingNames, Names, Plan, Recipe, complete, names_of, paths_of
+from dataset.prefetch import WriteBehind
 from dataset.reports import Failure
-from dataset.sources import Source
+from dataset.source_jobs import decode_ahead, progress
 from modules.devices import free_memory
-from modules.errors import MediaError, UserError
+from modules.errors import MediaError
 from modules.family import Family
-from modules.media import video_info
 from modules.records import CacheEntry, MediaBatch, MediaEncoders
 
 logger = logging.getLogger(__name__)
 
-DECODED_BYTES = 3 << 29  # 1.5 GiB of frames that wait for the encoder
 PARTIAL_BYTES = 1 << 29  # frames of items that wait until their batch is full
 SMALLEST_SIDE = 8  # pixels: one latent
-UNKNOWN_FRAMES = 256  # a clip whose header has no count is taken to have as many
 
 
 @dataclass(frozen=True)
@@ -54,23 +49,9 @@ def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket
         raise MediaError(f"{source.path}: {width}x{height} pixels are too few to encode, a side has at least {SMALLEST_SIDE}")
-    if plan.missing is None:
-        plan = dataclasses.replace(compare(source, media.size, media.spans, existing, recipe), reason=media.reason)
+    plan = complete(plan, media, existing, recipe)
     files = tuple(map(identify, paths_of(source))) if plan.missing else ()
     return Decoded(plan, media, files, _clip_facts(media))
-
-
-def decoded_bytes(source: Source) -> int:
-    """About what `decode` will hold, from the header."""
-    width, height = source.table.resolution
-    frames = 1.0
-    if source.table.kind == "video":
-        try:
-            frames = video_info(source.path).frames or UNKNOWN_FRAMES
-        except UserError:
-            frames = 0.0  # `decode` will say why
-        frames = min(frames, frames_wanted(source.table) or frames)
-    return int(frames * width * height * 3 * (1 + len(source.control)))
 
 
 @dataclass(frozen=True)
@@ -111,17 +92,13 @@ class LatentEncoding:
         def work(plan: Plan) -> Decoded:
             return decode(plan, names_of(existing, plan.source), self._recipe)
 
-        ahead = run_ahead(plans, work, workers, lambda plan: decoded_bytes(plan.source), DECODED_BYTES)
-        bar = tqdm(total=len(plans), desc="encoding", unit="source", disable=not show_progress)
-        with bar, self._writer, contextlib.closing(ahead), torch.no_grad():
-            for plan, result in ahead:
-                if isinstance(result, Decoded):
-                    self._add(result)
-                elif is_reportable(result):
-                    self.failures.append(Failure.of(plan.source, result))
+        bar = progress(len(plans), "encoding", shown=show_progress)
+        with self._writer, torch.no_grad():
+            for _, result in decode_ahead(plans, lambda plan: plan.source, work, workers, bar):
+                if isinstance(result, Failure):
+                    self.failures.append(result)
                 else:
-                    raise result
-                bar.update()
+                    self._add(result)
                 del result  # gives its frames back before the next source is waited for
             for group in list(self._pending):
                 self._encode(group)

@@ -1,27 +1,23 @@
 """Which cache files a source yields, and which of them are still right: decided from records, without decoding where possible."""
 
-import logging
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dataset.cache_files import Entry, LatentName, parse_latent_name, read_entry, read_header
 from dataset.cache_records import ClipFacts, LatentRecord, difference, is_unchanged, latent_record, verify_tensors
 from dataset.config import DatasetTable
 from dataset.frames import Span, frames_wanted, spans
-from dataset.items import bucket_of, plan_source
-from dataset.prefetch import run_ahead
+from dataset.items import DecodedSource, bucket_of, plan_source
 from dataset.reports import Failure
+from dataset.source_jobs import progress, read_ahead
 from dataset.sources import Source
 from modules.buckets import Size
-from modules.errors import CacheError, MediaError
+from modules.errors import CacheError
 from modules.family import LatentSpec
 from modules.media import image_size
-
-logger = logging.getLogger(__name__)
 
 Names = Mapping[str, LatentName]  # latent cache files of one source: what their names say
 ExistingNames = Mapping[int, Mapping[str, Names]]  # by table index and stem
@@ -55,7 +51,9 @@ class Plan:
     kept: frozenset[str]  # file names that are right
     foreign: int  # how many of them have no record
     missing: tuple[Span, ...] | None  # what is to be encoded; None: only decoding can tell
+    items: tuple[tuple[int, ...], ...] = ()  # width, height and for videos frames of every item, where `missing` is known
     reason: str | None = None  # why there is no item at all
+    outdated: str | None = None  # why a file that is there is made again
 
 
 def list_names(table: DatasetTable, tag: str) -> dict[str, dict[str, LatentName]]:
@@ -84,16 +82,12 @@ def plan_all(
     def work(source: Source) -> Plan:
         return plan_latents(source, names_of(existing, source), recipe)
 
-    ahead = run_ahead(sources, work, workers, lambda _: 0, limit_bytes=1)
-    for source, result in tqdm(
-        ahead, total=len(sources), desc="comparing", unit="source", leave=False, delay=1, disable=not show_progress
-    ):
-        if isinstance(result, Plan):
-            plans.append(result)
-        elif is_reportable(result):
-            failures.append(Failure.of(source, result))
+    bar = progress(len(sources), "comparing", shown=show_progress)
+    for _, result in read_ahead(sources, lambda source: source, work, workers, bar):
+        if isinstance(result, Failure):
+            failures.append(result)
         else:
-            raise result
+            plans.append(result)
     return plans, failures
 
 
@@ -108,7 +102,9 @@ def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
     if clip is not None:
         wanted = frames_wanted(table)
         if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
-            return compare(source, clip.size, spans(table, clip.kept_frames, step), existing, recipe)
+            found = spans(table, clip.kept_frames, step)
+            reason = None if found else f"{clip.kept_frames} frames, target_frames are {', '.join(map(str, table.target_frames))}"
+            return dataclasses.replace(compare(source, clip.size, found, existing, recipe), reason=reason)
     if recipe.skip_existing:
         # the header may be wrong about the number of frames, so it counts only where it agrees with the files that are there
         headers = plan_source(source, recipe.fps, recipe.latent.pixel_step, step)
@@ -124,15 +120,29 @@ def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names,
     kept: set[str] = set()
     foreign = 0
     missing: list[Span] = []
+    outdated: str | None = None
+    is_image = source.table.kind == "image"
+    wanted = tuple(wanted)
     for span in wanted:
         files = _files_of_item(source.table, size, bucket, span, existing)
+        if not files:
+            missing.append(span)
+            continue
         try:
             foreign += _check_item(source, size, bucket, span, files, recipe)
             kept |= set(files)
         except CacheError as error:
-            logger.debug("%s", error)
             missing.append(span)
-    return Plan(source, frozenset(kept), foreign, tuple(missing))
+            outdated = outdated or str(error)
+    items = tuple(bucket if is_image else (*bucket, frames) for _, frames in wanted)
+    return Plan(source, frozenset(kept), foreign, tuple(missing), items, outdated=outdated)
+
+
+def complete(plan: Plan, media: DecodedSource, existing: Names, recipe: Recipe) -> Plan:
+    """The plan of a source that has been decoded."""
+    if plan.missing is not None:
+        return plan
+    return dataclasses.replace(compare(plan.source, media.size, media.spans, existing, recipe), reason=media.reason)
 
 
 def _files_of_item(table: DatasetTable, size: Size, bucket: Size, span: Span, existing: Names) -> list[str]:
@@ -145,8 +155,6 @@ def _files_of_item(table: DatasetTable, size: Size, bucket: Size, span: Span, ex
 def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Sequence[str], recipe: Recipe) -> int:
     """Raise CacheError where the files of an item are not what this run would write. Returns how many have no record."""
     foreign = 0
-    if not files:
-        raise CacheError(f"{source.path}: not cached yet")
     for file in files:
         path = source.table.cache_directory / file
         entry = read_entry(path)
@@ -206,8 +214,3 @@ def _known_clip(source: Source, existing: Names, recipe: Recipe) -> ClipFacts | 
 def paths_of(source: Source) -> tuple[Path, ...]:
     """The files or folders a source's latents are made from."""
     return (source.path, *source.control)
-
-
-def is_reportable(error: Exception) -> bool:
-    """Whether a failure concerns one source only, so that the others go on."""
-    return isinstance(error, (MediaError, OSError))

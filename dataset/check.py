@@ -1,0 +1,207 @@
+"""`--check`: what a configuration comes to, and what is wrong with it, before hours are spent on it."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingItem, find_items, read_batch
+from dataset.cache_files import text_file_name
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.items import decode_source
+from dataset.planning import Plan, Recipe, complete, list_names, names_of, plan_all
+from dataset.reports import Failure
+from dataset.source_jobs import decode_ahead, progress
+from dataset.sources import Source, find_sources, missing_captions
+from dataset.text_caching import find_present
+from modules.errors import CacheError, DatasetError, OptionError
+from modules.family import Family, LatentSpec
+
+LISTED = 50  # lines of one kind
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Lines to print, and whether nothing is wrong."""
+
+    lines: tuple[str, ...]
+    ok: bool
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.ok else 1
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What a table comes to."""
+
+    sources: Sequence[Source]
+    plans: Sequence[Plan]
+    unreadable: Sequence[Failure]
+
+    @property
+    def buckets(self) -> Counter[tuple[int, ...]]:
+        """Items by (width, height[, frames])."""
+        return Counter(item for plan in self.plans for item in plan.items)
+
+
+def check_media(family: Family, config: DatasetConfig, workers: int, skip_existing: bool) -> CheckResult:
+    """What latent caching would do. Every source that records do not tell about is decoded; nothing is encoded or written."""
+    try:
+        encoder, files = dict(family.media_identity), [f"{name}: {value}" for name, value in family.media_identity.items()]
+    except OptionError as error:
+        encoder, files = {}, [f"caches are not compared: {error}"]
+    recipe = Recipe(family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing)
+    lines, ok = ["Files recognised:", *_indented(files)], True
+    batches = 0
+    for table in config.datasets:
+        found = _look_at(table, recipe, workers)
+        captions = missing_captions(found.sources)
+        dropped = [Failure.of(plan.source, plan.reason) for plan in found.plans if plan.reason is not None]
+        kept = sum(len(plan.kept) for plan in found.plans)
+        to_encode = sum(len(plan.missing or ()) for plan in found.plans)
+        lines += [f"{table.name}: {len(found.sources)} {table.kind}s, {found.buckets.total()} items"]
+        lines += _indented(_bucket_lines(table, found.buckets))
+        if encoder:
+            lines += _indented([f"caches: {kept} files are right, {to_encode} items are to be encoded"])
+        batches += _num_batches(table, found.buckets)
+        lines += _listed("give no item", dropped)
+        lines += _listed("cannot be read", found.unreadable)
+        lines += _listed("have no caption", captions)
+        ok = ok and not captions and not found.unreadable
+    lines += [f"Training on all of it: {batches} batches an epoch, as many steps without accumulation"]
+    return CheckResult((*lines, _verdict(ok)), ok)
+
+
+def check_texts(family: Family, config: DatasetConfig, skip_existing: bool) -> CheckResult:
+    """What text caching would do. No encoder is loaded."""
+    encoders = family.text_encoders()
+    identities = {encoder.name: dict(encoder.identity) for encoder in encoders}
+    lines, ok = ["Files recognised:"], True
+    lines += _indented(f"{name} {key}: {value}" for name, identity in identities.items() for key, value in identity.items())
+    for table in config.datasets:
+        sources = find_sources(table)
+        captions = missing_captions(sources)
+        lines += [f"{table.name}: {len(sources)} {table.kind}s"]
+        for encoder in encoders:
+            paths = [(table.cache_directory / text_file_name(source.stem, family.cache_tag), source) for source in sources]
+            present = [find_present(path, one, encoder, identities[encoder.name], skip_existing) for path, one in paths]
+            kept = sum(one is not None for one in present)
+            lines += _indented([f"caches of {encoder.name}: {kept} are right, {len(present) - kept} captions are to be encoded"])
+        lines += _listed("have no caption", captions)
+        ok = ok and not captions
+    return CheckResult((*lines, _verdict(ok)), ok)
+
+
+def check_training(
+    config: DatasetConfig,
+    cache_tag: str,
+    latent: LatentSpec,
+    commands: CachingCommands = NO_COMMANDS,
+    accumulation: int = 1,
+    processes: int = 1,
+    files: Iterable[str] = (),
+) -> CheckResult:
+    """What a training run would see in its caches; every cache file is read and verified.
+
+    accumulation, processes: batches per optimizer step. files: lines about the checkpoints, as the caller recognised them.
+    """
+    found = find_items(config, cache_tag, latent)
+    lines, ok = ["Files recognised:", *_indented(files)], True
+    for table in config.datasets:
+        items = [item for item in found.items if item.table.index == table.index]
+        buckets = Counter(item.bucket for item in items)
+        lines += [f"{table.name}: {len(items)} cached items" + (", for validation" if table.validation else "")]
+        lines += _indented(_bucket_lines(table, buckets))
+        missing = [path for path in found.missing_text if path.parent == table.cache_directory]
+        faults = _unusable(items, latent, commands)
+        lines += _listed("text caches are missing", missing)
+        lines += _listed("cannot be used", faults)
+        lines += _source_lines(table, items)
+        ok = ok and not missing and not faults and bool(items)
+    training = [item for item in found.items if not item.table.validation]
+    order = BatchOrder(training, seed=0)
+    steps = -(-order.num_batches // (accumulation * processes))
+    lines += [
+        f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps} steps"
+        f" ({accumulation} accumulated, {processes} processes)"
+    ]
+    if not ok:
+        lines += ["Caches are made by:", *_indented([commands.latents, commands.text])]
+    return CheckResult((*lines, _verdict(ok)), ok)
+
+
+def _look_at(table: DatasetTable, recipe: Recipe, workers: int) -> _Table:
+    sources = find_sources(table)
+    existing = {table.index: list_names(table, recipe.tag)}
+    plans, unreadable = plan_all(sources, existing, recipe, workers)
+
+    def decoded(plan: Plan) -> Plan:
+        media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+        return complete(plan, media, names_of(existing, plan.source), recipe)
+
+    known = [plan for plan in plans if plan.missing is not None]
+    unknown = [plan for plan in plans if plan.missing is None]
+    for _, result in decode_ahead(unknown, lambda plan: plan.source, decoded, workers, progress(len(unknown), "decoding")):
+        if isinstance(result, Failure):
+            unreadable.append(result)
+        else:
+            known.append(result)
+    return _Table(sources, known, unreadable)
+
+
+def _bucket_lines(table: DatasetTable, buckets: Mapping[tuple[int, ...], int]) -> list[str]:
+    size = table.batch_size
+    lines = []
+    for bucket, count in sorted(buckets.items()):
+        repeated = count * table.num_repeats
+        frames = "" if len(bucket) == 2 else f", {bucket[2]} frames"
+        lines.append(
+            f"{bucket[0]}x{bucket[1]}{frames}: {count} items x {table.num_repeats}, {-(-repeated // size)} batches of {size}"
+        )
+    return lines
+
+
+def _num_batches(table: DatasetTable, buckets: Mapping[tuple[int, ...], int]) -> int:
+    return sum(-(-count * table.num_repeats // table.batch_size) for count in buckets.values())
+
+
+def _unusable(items: Sequence[TrainingItem], latent: LatentSpec, commands: CachingCommands) -> list[str]:
+    """Why items cannot be trained on, by reading every one."""
+    faults = []
+    for item in items:
+        try:
+            read_batch([item], latent, commands)
+        except CacheError as error:
+            faults.append(str(error).splitlines()[0])
+    return faults
+
+
+def _source_lines(table: DatasetTable, items: Sequence[TrainingItem]) -> list[str]:
+    """Sources without a cache and without a caption, where the sources are there at all: training needs only the caches."""
+    try:
+        sources = find_sources(table)
+    except DatasetError as error:
+        return _indented([f"its sources are not looked at: {error}"])
+    stems = {item.source_stem for item in items}
+    uncached = [one.path for one in sources if one.stem not in stems]
+    return [
+        *_listed("have no cache: too short, unreadable, or not cached yet", uncached),
+        *_listed("have no caption", missing_captions(sources)),
+    ]
+
+
+def _listed(what: str, ones: Sequence[object]) -> list[str]:
+    """A count and at most LISTED of them."""
+    if not ones:
+        return []
+    more = [f"... and {len(ones) - LISTED} more"] if len(ones) > LISTED else []
+    return _indented([f"{len(ones)} {what}:", *_indented([str(one) for one in ones[:LISTED]]), *more])
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def _verdict(ok: bool) -> str:
+    return "Nothing is wrong." if ok else "Something is wrong: see above."

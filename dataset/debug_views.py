@@ -1,0 +1,181 @@
+"""Showing the frames that the model will see, as pictures, clips or coloured text, without encoding anything."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.items import DecodedSource, Item, decode_source
+from dataset.options import COLOURS, DebugOptions
+from dataset.reports import CacheReport, Failure
+from dataset.source_jobs import decode_ahead, progress
+from dataset.sources import find_sources
+from modules.family import Family
+from modules.media import Frame, write_png, write_video
+
+logger = logging.getLogger(__name__)
+
+SHEET_FRAMES = 8  # frames of a clip in one picture
+WINDOW_WIDTH = 1600  # pixels
+CONSOLE_FRAMES = 4
+SHADES = " .:-=+*#%@"  # dark to light, for text on a background
+
+NEXT, NEXT_DATASET, QUIT = "next", "next dataset", "quit"
+Show = Callable[[Item, NDArray[np.uint8]], str]  # an item and its frames F H W 3 -> one of the three above
+
+
+def show_datasets(family: Family, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
+    """Show every item the way `debug` says. Sources that cannot be read become failures of the report."""
+    show = _viewer(family, config, debug)
+    failures: list[Failure] = []
+    dropped: list[Failure] = []
+    for table in config.datasets:
+        logger.info("%s", table.name)
+        shown = 0
+        for result in _decoded(family, table, workers):
+            if isinstance(result, Failure):
+                failures.append(result)
+                continue
+            if result.reason is not None:
+                dropped.append(Failure.of(result.source, result.reason))
+            answer = NEXT
+            for item in result.items:
+                if shown == (debug.console_num_images if debug.debug_mode == "console" else None):
+                    answer = NEXT_DATASET
+                    break
+                logger.info("%s: %s", _title(item), item.source.caption or "(no caption)")
+                answer = show(item, side_by_side(result, item))
+                shown += 1
+                if answer != NEXT:
+                    break
+            if answer == QUIT:
+                return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+            if answer == NEXT_DATASET:
+                break
+    return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+
+
+def side_by_side(media: DecodedSource, item: Item) -> NDArray[np.uint8]:
+    """The frames of an item, F H W 3, with those of its control media to the right; transparent parts are grey."""
+    parts = [media.crop(item.span), *map(_opaque, media.control_crops(item.span))]
+    return np.concatenate(parts, axis=2)
+
+
+def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
+    """At most `most` frames, evenly spread from the first to the last, in one row."""
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
+    return np.concatenate([frames[index] for index in chosen], axis=1)
+
+
+def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
+    """A picture as lines for a terminal with 24-bit colours.
+
+    Without a background each character is two pixels, one above the other; on a background it is a letter, denser where it is light.
+    """
+    rows = max(round(picture.shape[0] / picture.shape[1] * columns / 2), 1)
+    if background is None:
+        small = cv2.resize(picture, (columns, 2 * rows), interpolation=cv2.INTER_AREA)
+        cells = [
+            [f"\033[38;2;{_rgb(upper)};48;2;{_rgb(lower)}m▀" for upper, lower in zip(small[row], small[row + 1], strict=True)]
+            for row in range(0, 2 * rows, 2)
+        ]
+    else:
+        small = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_AREA)
+        back = 40 + COLOURS.index(background.lower())
+        cells = [
+            [f"\033[{back};38;2;{_rgb(pixel)}m{SHADES[int(pixel.mean()) * len(SHADES) // 256]}" for pixel in row] for row in small
+        ]
+    return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
+
+
+def _decoded(family: Family, table: DatasetTable, workers: int) -> Iterator[DecodedSource | Failure]:
+    latent, fps = family.latent, family.defaults.fps
+    sources = find_sources(table)
+    bar = progress(len(sources), "decoding", shown=False)
+    found = decode_ahead(
+        sources, lambda one: one, lambda one: decode_source(one, fps, latent.pixel_step, latent.frame_step), workers, bar
+    )
+    for _, result in found:
+        yield result
+
+
+def _viewer(family: Family, config: DatasetConfig, debug: DebugOptions) -> Show:
+    folder = config.path.absolute().parent / "debug_views"
+    match debug.debug_mode:
+        case "console":
+            return lambda item, frames: _to_console(frames, debug)
+        case "video":
+            logger.info("writing clips to %s", folder)
+            return lambda item, frames: _to_clip(_file(folder, item), frames, family.defaults.fps)
+        case "image" if _has_window():
+            logger.info("keys in the window: d next dataset, q quit, any other the next item")
+            return lambda item, frames: _to_window(frames)
+        case _:
+            logger.info("there is no window to show pictures in; writing them to %s", folder)
+            return lambda item, frames: _to_picture(_file(folder, item), sheet(frames))
+
+
+def _file(folder: Path, item: Item) -> Path:
+    return folder / f"{item.source.table.index}_{item.key}"
+
+
+def _title(item: Item) -> str:
+    width, height = item.bucket
+    size = f"{width}x{height} from {item.size[0]}x{item.size[1]}"
+    return f"{item.key}, {size}" if item.source.table.kind == "image" else f"{item.key}, {item.span[1]} frames of {size}"
+
+
+def _to_console(frames: NDArray[np.uint8], debug: DebugOptions) -> str:
+    sys.stdout.write(coloured_text(sheet(frames, CONSOLE_FRAMES), debug.console_width, debug.console_back))
+    sys.stdout.flush()
+    return NEXT
+
+
+def _to_clip(path: Path, frames: NDArray[np.uint8], fps: float) -> str:
+    if len(frames) == 1:
+        return _to_picture(path, frames[0])
+    write_video(path.with_name(f"{path.name}.mp4"), frames, fps)
+    return NEXT
+
+
+def _to_picture(path: Path, picture: Frame) -> str:
+    write_png(path.with_name(f"{path.name}.png"), picture)
+    return NEXT
+
+
+def _to_window(frames: NDArray[np.uint8]) -> str:
+    picture = sheet(frames)
+    scale = min(1.0, WINDOW_WIDTH / picture.shape[1])
+    small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
+    cv2.imshow("dataset", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+    key = cv2.waitKey(0) & 0xFF
+    return {ord("d"): NEXT_DATASET, ord("q"): QUIT}.get(key, NEXT)
+
+
+def _has_window() -> bool:
+    """Whether OpenCV can open a window here: the headless build cannot, and without a display it would end the process."""
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return False
+    try:
+        cv2.namedWindow("dataset")
+    except cv2.error:
+        return False
+    return True
+
+
+def _opaque(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """F H W 3; alpha, where there is some, is blended over grey."""
+    if frames.shape[-1] == 3:
+        return frames
+    alpha = frames[..., 3:].astype(np.float32) / 255
+    return np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)
+
+
+def _rgb(pixel: NDArray[np.uint8]) -> str:
+    return ";".join(str(int(value)) for value in pixel)
