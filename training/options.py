@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from modules.options import refuse_unsupported, require
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
+from networks.options import NetworkOptions, add_network_arguments
 from training.accelerator_options import AcceleratorOptions, add_accelerator_arguments
 from training.config_options import add_config_argument, read_config_file
 from training.log_options import LogOptions, add_log_arguments
 from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
 from training.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
-from training.network_options import NetworkOptions, add_network_arguments
 from training.optimizer_options import OptimizerOptions, add_optimizer_arguments
 from training.sample_options import SampleOptions, add_sample_arguments
 from training.saving_options import (

@@ -197,4 +197,4 @@ def test_a_missing_or_broken_config_file_is_one_clear_error(tmp_path: Path, cont
 def test_missing_multipliers_of_base_weights_are_one() -> None:
     made = options("--base_weights", "a", "b", "--base_weights_multiplier", "0.5")
 
-    assert made.network.weighted_base_weights() == ((Path("a"), 0.5), (Path("b"), 1.0))
+    assert made.network.base_multipliers() == (0.5, 1.0)
