@@ -1,10 +1,13 @@
 """Which device to run on, names of dtypes, and giving memory back."""
 
 import gc
+import logging
 
 import torch
 
 from modules.errors import OptionError
+
+logger = logging.getLogger(__name__)
 
 # every spelling that the known command lines accept
 DTYPES: dict[str, torch.dtype] = {
@@ -62,3 +65,12 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def allow_fp16_accumulation() -> None:
+    """Let fp16 matrix products add up in fp16. A warning where this torch cannot."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "allow_fp16_accumulation"):
+        matmul.allow_fp16_accumulation = True
+    else:
+        logger.warning(f"--fp16_accumulation has no effect: it needs torch 2.7 or later, this is {torch.__version__}.")

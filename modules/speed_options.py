@@ -39,7 +39,6 @@ class TrainingSpeedOptions:
     """What training can choose today."""
 
     sdpa: bool  # the only back end there is, so the flag only says so
-    fp16_accumulation: bool
 
     @property
     def attention(self) -> str:
@@ -76,9 +75,6 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
     add_unsupported(group, "--flash3", reason=NO_ATTENTION, action="store_true", help="FlashAttention 3")
     add_unsupported(group, "--split_attn", reason=NO_ATTENTION, action="store_true", help="attention one sample at a time")
     group = parser.add_argument_group("memory and speed")
-    group.add_argument(
-        "--fp16_accumulation", action="store_true", help="sum fp16 matrix products in fp16: faster on some GPUs, less exact"
-    )
     add_unsupported(group, "--fp8_base", reason=NO_FP8, action="store_true", help="store the model's weights in fp8")
     add_unsupported(group, "--fp8_scaled", reason=NO_FP8, action="store_true", help="scale fp8 weights per tensor")
     add_unsupported(group, "--upcast_quantization", reason=NO_FP8, action="store_true", help="compute fp8 scales in float32")

@@ -14,6 +14,7 @@ class AcceleratorOptions:
     """How the computation is run. Where --mixed_precision is not given, the launcher's setting stands here."""
 
     mixed_precision: str
+    fp16_accumulation: bool
     ddp_timeout: int | None  # minutes
     ddp_gradient_as_bucket_view: bool
     ddp_static_graph: bool
@@ -34,6 +35,9 @@ def add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
         default="no",
         choices=PRECISIONS,
         help="autocast; when not given, what accelerate launch was told, else no",
+    )
+    group.add_argument(
+        "--fp16_accumulation", action="store_true", help="sum fp16 matrix products in fp16: faster on some GPUs, less exact"
     )
     group.add_argument("--ddp_timeout", type=int, help="minutes that processes wait for each other")
     group.add_argument(

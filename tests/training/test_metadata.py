@@ -1,0 +1,83 @@
+"""Metadata of saved files."""
+
+import json
+from datetime import datetime
+
+from modules.options import read_options
+from training.metadata import RunFacts, file_metadata, run_metadata
+from training.options import TrainingOptions, read_arguments, training_parser
+
+NOW = datetime(2030, 1, 2, 3, 4, 5, 678)
+FAMILY = {"architecture": "wan2.1", "implementation": "https://example.org/model", "sd_model_name": "dit.safetensors"}
+FACTS = RunFacts(
+    session_id=7,
+    started_at=12.5,
+    seed=42,
+    num_items=6,
+    batches_per_epoch=3,
+    num_epochs=2,
+    total_steps=6,
+    warmup_steps=1,
+    optimizer="torch.optim.adamw.AdamW(weight_decay=0.1)",
+    lr_scheduler="constant",
+    network_module="networks.lora_wan",
+    datasets=[{"resolution": [64, 64], "image_directory": "cats"}],
+)
+# formats.md, section 4
+TRAINING_KEYS = (
+    "ss_session_id ss_ss_session_id ss_training_started_at ss_training_finished_at ss_output_name ss_learning_rate "
+    "ss_num_train_items ss_num_batches_per_epoch ss_num_epochs ss_gradient_checkpointing ss_gradient_accumulation_steps "
+    "ss_max_train_steps ss_lr_warmup_steps ss_lr_scheduler ss_network_dropout ss_mixed_precision ss_seed ss_training_comment "
+    "ss_optimizer ss_max_grad_norm ss_fp8_base ss_full_fp16 ss_full_bf16 ss_weighting_scheme ss_logit_mean ss_logit_std "
+    "ss_mode_scale ss_guidance_scale ss_timestep_sampling ss_sigmoid_scale ss_discrete_flow_shift ss_datasets ss_sd_model_name "
+    "ss_vae_name ss_steps ss_epoch"
+)
+KEPT_KEYS = "ss_base_model_version ss_network_module ss_network_dim ss_network_alpha ss_network_args"
+
+
+def metadata(*argv: str, is_network: bool = True) -> dict[str, str]:
+    needed = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
+    options = read_options(TrainingOptions, read_arguments(training_parser(None), [*needed, *argv], {}))
+    run = run_metadata(options, "wan", FAMILY, FACTS)
+    return file_metadata(run, options, FAMILY, step=5, epoch=2, now=NOW, is_network=is_network)
+
+
+def test_every_key_of_the_format_is_there_as_text() -> None:
+    made = metadata("--network_args", "loraplus_lr_ratio=4", "--network_dim", "8")
+
+    assert {key for key in made if key.startswith("ss_")} == {*TRAINING_KEYS.split(), *KEPT_KEYS.split()}
+    assert all(isinstance(value, str) for value in made.values())
+    assert made["ss_session_id"] == made["ss_ss_session_id"] == "7"
+    assert (made["ss_steps"], made["ss_epoch"]) == ("5", "2")
+    assert float(made["ss_training_finished_at"]) == NOW.timestamp()
+    assert json.loads(made["ss_network_args"]) == {"loraplus_lr_ratio": "4"}
+    assert json.loads(made["ss_datasets"])[0]["image_directory"] == "cats"
+    assert (made["ss_network_dim"], made["ss_network_dropout"], made["ss_vae_name"]) == ("8", "None", "None")
+    assert made["ss_sd_model_name"] == "dit.safetensors"
+
+
+def test_without_metadata_only_what_loading_needs_stays() -> None:
+    made = metadata("--no_metadata")
+
+    assert {key for key in made if key.startswith("ss_")} == set(KEPT_KEYS.split())
+    assert made["ss_network_dim"] == "4"
+    assert made["modelspec.title"] == "x"
+
+
+def test_the_model_specification_says_what_the_file_is() -> None:
+    made = metadata("--metadata_author", "me", "--metadata_tags", "a,b", "--min_timestep", "100")
+
+    spec = {key.removeprefix("modelspec."): value for key, value in made.items() if key.startswith("modelspec.")}
+    assert spec == {
+        "sai_model_spec": "1.0.0",
+        "architecture": "wan2.1/lora",
+        "implementation": "https://example.org/model",
+        "title": "x",
+        "resolution": "1280x720",
+        "date": "2030-01-02T03:04:05",
+        "author": "me",
+        "tags": "a,b",
+        "timestep_range": "100,1000",
+    }
+    assert metadata(is_network=False)["modelspec.architecture"] == "wan2.1"
+    assert metadata("--metadata_title", "y")["modelspec.title"] == "y"

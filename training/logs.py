@@ -1,0 +1,170 @@
+"""What a run reports: a progress bar, and TensorBoard or wandb through accelerate's trackers. Only the main process reports."""
+
+import dataclasses
+import logging
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from modules.errors import OptionError, UserError
+from training.log_options import LogOptions
+
+logger = logging.getLogger(__name__)
+
+TRACKER_NAME = "network_train"
+SECRETS = {"wandb_api_key", "huggingface_token"}
+# what the bar shows, under which name
+SHOWN = {"loss/average": "avr_loss", "max_norm/keys_scaled": "keys_scaled", "max_norm/average_key_norm": "average_key_norm"}
+
+
+@dataclass
+class Logs:
+    """The reports of one run. Use it as a context manager: leaving it closes bar and trackers."""
+
+    accelerator: Accelerator
+    bar: "tqdm[Any]"
+    now: Callable[[], float] = time.monotonic
+    _last: float | None = field(default=None, init=False)
+    _redirect: Any = field(default=None, init=False)
+
+    def __enter__(self) -> "Logs":
+        self._redirect = logging_redirect_tqdm()  # log lines go above the bar, not through it
+        self._redirect.__enter__()
+        self.restart_clock()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        self._redirect.__exit__(*error)
+        self.accelerator.end_training()
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last step (a sample, a save) out of the steps per second."""
+        self._last = self.now()
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Report an optimizer step (from 1) and move the bar.
+
+        values: `loss/current`, `loss/average`, rates from `named_rates`, `grad_norm`, `max_norm/...`. Steps per second are added.
+        """
+        now = self.now()
+        seconds = now - self._last if self._last is not None else 0.0
+        self._last = now
+        self.bar.set_postfix({SHOWN[name]: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
+        self.bar.update(step - self.bar.n)
+        self._send(step, {**values, "steps_per_second": 1 / seconds} if seconds > 0 else values)
+
+    def epoch(self, step: int, epoch: int, loss: float) -> None:
+        """Report the mean loss of an epoch (from 1) that ended with `step`."""
+        self.bar.set_description(f"epoch {epoch}", refresh=False)
+        self._send(step, {"loss/epoch": loss, "epoch": epoch})
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Report validation losses by name after `step`."""
+        if self.accelerator.is_main_process:
+            logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self._send(step, values)
+
+    def _send(self, step: int, values: Mapping[str, float]) -> None:
+        if self.accelerator.trackers:
+            self.accelerator.log(dict(values), step=step)
+
+
+def start_logs(
+    accelerator: Accelerator,
+    options: LogOptions,
+    total_steps: int,
+    first_step: int = 0,
+    config: Mapping[str, Any] | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> Logs:
+    """Start the trackers that `make_accelerator` was given, and the bar at `first_step` of `total_steps`.
+
+    config: what to store with the run, from `public_config`; None stores nothing. now: gives seconds.
+    Raises OptionError where wandb is missing, UserError where --log_tracker_config cannot be read.
+    """
+    if options.trackers:
+        arguments = tracker_arguments(options)
+        if accelerator.is_main_process and "wandb" in options.trackers and options.wandb_api_key is not None:
+            _log_in(options.wandb_api_key)
+        accelerator.init_trackers(
+            options.log_tracker_name or TRACKER_NAME, config=dict(config) if config else None, init_kwargs=arguments
+        )
+    bar = tqdm(total=total_steps, initial=first_step, desc="steps", smoothing=0.1, disable=not accelerator.is_main_process)
+    return Logs(accelerator, bar, now)
+
+
+def run_folder(options: LogOptions, started: datetime) -> Path | None:
+    """Where this run's TensorBoard files go: `{logging_dir}/{log_prefix}{YYYYmmddHHMMSS}`."""
+    if options.logging_dir is None:
+        return None
+    return options.logging_dir / f"{options.log_prefix or ''}{started:%Y%m%d%H%M%S}"
+
+
+def check_trackers(options: LogOptions) -> None:
+    """Raise OptionError, naming what to install, where a tracker's package is missing."""
+    for tracker in options.trackers:
+        try:
+            __import__(tracker)
+        except ImportError:
+            raise OptionError(f"--log_with {tracker}: the package is not installed. Run: pip install {tracker}") from None
+
+
+def tracker_arguments(options: LogOptions) -> dict[str, Any]:
+    """Arguments for each tracker by its name: the file --log_tracker_config, else the name of the wandb run."""
+    if options.log_tracker_config is None:
+        return {} if options.wandb_run_name is None else {"wandb": {"name": options.wandb_run_name}}
+    path = options.log_tracker_config
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--log_tracker_config {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--log_tracker_config {path} is not valid TOML: {error}") from None
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UserError(
+                f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under [wandb] or [tensorboard]"
+            )
+    return tables
+
+
+def public_config(*records: Any) -> dict[str, int | float | str | bool]:
+    """All options of these records by their public names, without keys and paths: for --log_config."""
+    config: dict[str, int | float | str | bool] = {}
+    for record in records:
+        for item in dataclasses.fields(record):
+            value, name = getattr(record, item.name), item.metadata.get("option", item.name)
+            if dataclasses.is_dataclass(value):
+                config |= public_config(value)
+            elif name not in SECRETS and not _is_path(item.type):
+                config[name] = value if isinstance(value, (int, float, str)) else str(value)
+    return config
+
+
+def named_rates(rates: Sequence[float], group_names: Sequence[str], optimizer: Optimizer) -> dict[str, float]:
+    """Learning rates by tracker name, `lr/unet`; and `lr/d*lr/unet` where the optimizer estimates a factor d itself (Prodigy)."""
+    named = {f"lr/{name}": float(rate) for name, rate in zip(group_names, rates, strict=False)}
+    for name, group in zip(group_names, optimizer.param_groups, strict=False):
+        if "d" in group:
+            named[f"lr/d*lr/{name}"] = float(group["d"]) * float(group["lr"])
+    return named
+
+
+def _is_path(annotation: Any) -> bool:
+    return "Path" in str(annotation)
+
+
+def _log_in(key: str) -> None:
+    import wandb  # optional; `check_trackers` has found it
+
+    wandb.login(key=key)

@@ -1,0 +1,127 @@
+"""Metadata of saved files: `ss_*` says how the file was trained, `modelspec.*` what it is. All are text, "None" where absent."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from training.options import TrainingOptions
+
+DEFAULT_RANK = 4
+RESOLUTION = "1280x720"  # constant in all files of the known tuners
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run knows beside its options."""
+
+    session_id: int
+    started_at: float  # unix seconds
+    seed: int
+    num_items: int  # with repeats
+    batches_per_epoch: int
+    num_epochs: int
+    total_steps: int
+    warmup_steps: int
+    optimizer: str  # as `make_optimizer` names it
+    lr_scheduler: str
+    network_module: str
+    datasets: Sequence[Mapping[str, Any]]  # `DatasetTable.describe()` of each
+
+
+def run_metadata(options: TrainingOptions, family_name: str, family_metadata: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
+    """The `ss_*` entries that stay the same over the run; with --no_metadata only what loading needs.
+
+    family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name, vae_name).
+    """
+    network = options.network
+    values: dict[str, Any] = {
+        "ss_base_model_version": family_name,
+        "ss_network_module": facts.network_module,
+        "ss_network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or DEFAULT_RANK,
+        "ss_network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
+        "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
+    }
+    if not options.metadata.no_metadata:
+        values |= _training_values(options, facts)
+        values |= {f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", "vae_name")}
+    return {key: str(value) for key, value in values.items()}
+
+
+def file_metadata(
+    run: Mapping[str, str],
+    options: TrainingOptions,
+    family_metadata: Mapping[str, str],
+    step: int,
+    epoch: int,
+    now: datetime,
+    is_network: bool = True,
+) -> dict[str, str]:
+    """The metadata of a file saved at this moment: those of the run, where it stands, and what the file is (`modelspec.*`).
+
+    epoch: the one under way or just ended, from 1. is_network: a LoRA, not a whole model. Hashes are added when the tensors are
+    written.
+    """
+    values = dict(run)
+    if not options.metadata.no_metadata:
+        values |= {"ss_training_finished_at": str(now.timestamp()), "ss_steps": str(step), "ss_epoch": str(epoch)}
+    return values | _modelspec(options, family_metadata, now, is_network)
+
+
+def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
+    loop, times = options.loop, options.timesteps
+    return {
+        "ss_session_id": facts.session_id,
+        "ss_ss_session_id": facts.session_id,  # a misspelling that files of the known tuners carry
+        "ss_training_started_at": facts.started_at,
+        "ss_output_name": options.saving.output_name,
+        "ss_learning_rate": options.optimizer.learning_rate,
+        "ss_num_train_items": facts.num_items,
+        "ss_num_batches_per_epoch": facts.batches_per_epoch,
+        "ss_num_epochs": facts.num_epochs,
+        "ss_gradient_checkpointing": loop.gradient_checkpointing,
+        "ss_gradient_accumulation_steps": loop.gradient_accumulation_steps,
+        "ss_max_train_steps": facts.total_steps,
+        "ss_lr_warmup_steps": facts.warmup_steps,
+        "ss_lr_scheduler": facts.lr_scheduler,
+        "ss_network_dropout": options.network.network_dropout,
+        "ss_mixed_precision": options.accelerator.mixed_precision,
+        "ss_seed": facts.seed,
+        "ss_training_comment": options.metadata.training_comment,
+        "ss_optimizer": facts.optimizer,
+        "ss_max_grad_norm": options.optimizer.max_grad_norm,
+        "ss_fp8_base": False,
+        "ss_full_fp16": False,
+        "ss_full_bf16": False,
+        "ss_weighting_scheme": times.weighting_scheme,
+        "ss_logit_mean": times.logit_mean,
+        "ss_logit_std": times.logit_std,
+        "ss_mode_scale": times.mode_scale,
+        "ss_guidance_scale": loop.embedded_guidance,
+        "ss_timestep_sampling": times.timestep_sampling,
+        "ss_sigmoid_scale": times.sigmoid_scale,
+        "ss_discrete_flow_shift": times.flow_shift,
+        "ss_datasets": json.dumps(list(facts.datasets), ensure_ascii=False),
+    }
+
+
+def _modelspec(options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime, is_network: bool) -> dict[str, str]:
+    """Source: https://github.com/Stability-AI/ModelSpec, version 1.0.0."""
+    given, times = options.metadata, options.timesteps
+    architecture = family_metadata.get("architecture")
+    values = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{architecture}/lora" if architecture and is_network else architecture,
+        "implementation": family_metadata.get("implementation"),
+        "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
+        "resolution": RESOLUTION,
+        "date": now.isoformat(timespec="seconds"),
+        "author": given.author,
+        "description": given.description,
+        "license": given.license,
+        "tags": given.tags,
+    }
+    if times.min_timestep is not None or times.max_timestep is not None:
+        values["timestep_range"] = f"{times.lowest},{times.highest}"
+    return {f"modelspec.{key}": value for key, value in values.items() if value is not None}
