@@ -36,9 +36,7 @@ def make_accelerator(options: AcceleratorOptions, trackers: Sequence[str] = (), 
     except ValueError as error:
         raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
     if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would go on without it
-        raise OptionError(
-            f"--mixed_precision {options.mixed_precision} does nothing on {accelerator.device.type}: use --mixed_precision bf16 or no"
-        )
+        raise OptionError(f"--mixed_precision {options.mixed_precision} does nothing on {accelerator.device.type}: use bf16 or no")
     if accelerator.is_main_process:
         _report(options, accelerator)
     if options.fp16_accumulation:

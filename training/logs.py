@@ -16,14 +16,25 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modules.errors import OptionError, UserError
+from networks.adapter import NormReport
 from training.log_options import LogOptions
 
 logger = logging.getLogger(__name__)
 
 TRACKER_NAME = "network_train"
 SECRETS = {"wandb_api_key", "huggingface_token"}
-# what the bar shows, under which name
-SHOWN = {"loss/average": "avr_loss", "max_norm/keys_scaled": "keys_scaled", "max_norm/average_key_norm": "average_key_norm"}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The numbers of one optimizer step."""
+
+    step: int  # from 1
+    loss: float
+    average: float  # of the losses of the last epoch-length window
+    rates: Mapping[str, float]  # as `named_rates` gives them
+    gradient_norm: float | None = None  # before clipping
+    norms: NormReport | None = None  # of --scale_weight_norms
 
 
 @dataclass
@@ -51,30 +62,28 @@ class Logs:
         """Leave what happened since the last step (a sample, a save) out of the steps per second."""
         self._last = self.now()
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Report an optimizer step (from 1) and move the bar.
-
-        values: `loss/current`, `loss/average`, rates from `named_rates`, `grad_norm`, `max_norm/...`. Steps per second are added.
-        """
+    def step(self, report: StepReport) -> None:
+        """Report an optimizer step and move the bar."""
         now = self.now()
         seconds = now - self._last if self._last is not None else 0.0
         self._last = now
-        self.bar.set_postfix({SHOWN[name]: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
-        self.bar.update(step - self.bar.n)
-        self._send(step, {**values, "steps_per_second": 1 / seconds} if seconds > 0 else values)
+        values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
+        shown: dict[str, Any] = {"avr_loss": f"{report.average:.4g}"}
+        if report.gradient_norm is not None:
+            values["grad_norm"] = report.gradient_norm
+        if seconds > 0:
+            values["steps_per_second"] = 1 / seconds
+        if report.norms is not None:
+            values["max_norm/keys_scaled"] = report.norms.keys_scaled
+            values["max_norm/average_key_norm"] = report.norms.mean_norm
+            values["max_norm/max_key_norm"] = report.norms.max_norm
+            shown |= {"keys_scaled": report.norms.keys_scaled, "average_key_norm": f"{report.norms.mean_norm:.4g}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(report.step - self.bar.n)
+        self.values(values, report.step)
 
-    def epoch(self, step: int, epoch: int, loss: float) -> None:
-        """Report the mean loss of an epoch (from 1) that ended with `step`."""
-        self.bar.set_description(f"epoch {epoch}", refresh=False)
-        self._send(step, {"loss/epoch": loss, "epoch": epoch})
-
-    def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Report validation losses by name after `step`."""
-        if self.accelerator.is_main_process:
-            logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        self._send(step, values)
-
-    def _send(self, step: int, values: Mapping[str, float]) -> None:
+    def values(self, values: Mapping[str, float], step: int) -> None:
+        """Report other numbers at a step: `loss/epoch`, validation losses."""
         if self.accelerator.trackers:
             self.accelerator.log(dict(values), step=step)
 

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from modules.errors import OptionError, UserError
 from modules.options import read_options
+from networks.adapter import NormReport
 from training.accelerator import make_accelerator
 from training.accelerator_options import AcceleratorOptions
-from training.logs import Logs, check_trackers, named_rates, public_config, run_folder, start_logs, tracker_arguments
+from training.logs import Logs, StepReport, check_trackers, named_rates, public_config, run_folder, start_logs, tracker_arguments
 from training.options import TrainingOptions, read_arguments, training_parser
 
 PLAIN = AcceleratorOptions("no", False, None, False, False)
@@ -46,9 +47,8 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
 
     with start_logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
         for step in (2, 3, 4):
-            logs.step(step, {"loss/current": 1 / step, "loss/average": 0.5, "lr/unet": 1e-4, "grad_norm": 2.0})
-        logs.epoch(4, 1, 0.4)
-        logs.validation(4, {"validation/loss": 0.3})
+            logs.step(StepReport(step, 1 / step, 0.5, {"lr/unet": 1e-4}, 2.0, NormReport(3, 0.5, 0.9)))
+        logs.values({"loss/epoch": 0.4, "validation/loss": 0.3}, 4)
 
     events = EventAccumulator(str(folder / "network_train"))
     events.Reload()
@@ -58,7 +58,9 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
         (4, 0.25),
     ]
     assert [event.value for event in events.Scalars("steps_per_second")] == [2, 2, 2]
-    assert {"loss/average", "lr/unet", "grad_norm", "loss/epoch", "validation/loss"} <= set(events.Tags()["scalars"])
+    assert {"loss/average", "lr/unet", "grad_norm", "loss/epoch", "validation/loss", "max_norm/keys_scaled"} <= set(
+        events.Tags()["scalars"]
+    )
     assert list((folder / "network_train").glob("*/hparams.yml"))
 
 
@@ -66,7 +68,7 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
 def test_without_trackers_only_the_bar_moves() -> None:
     out = io.StringIO()
     with Logs(make_accelerator(PLAIN), tqdm(total=10, initial=4, file=out, mininterval=0)) as logs:
-        logs.step(5, {"loss/current": 1.0, "loss/average": 0.123456})
+        logs.step(StepReport(5, 1.0, 0.123456, {}))
         assert logs.bar.n == 5
 
     assert "avr_loss=0.1235" in out.getvalue()
@@ -88,9 +90,9 @@ def test_the_clock_leaves_out_what_is_no_training() -> None:
     logs = Logs(Accelerator(), tqdm(disable=True), lambda: next(times))  # type: ignore[arg-type]
     logs.restart_clock()
     logs.restart_clock()  # a sample took 90 seconds
-    logs.step(1, {})
+    logs.step(StepReport(1, 1.0, 1.0, {}))
 
-    assert sent == [{"steps_per_second": 0.5}]
+    assert sent[0]["steps_per_second"] == 0.5
 
 
 def test_the_config_that_is_logged_has_no_keys_and_no_paths() -> None:
