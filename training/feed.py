@@ -1,0 +1,120 @@
+"""Micro-batches ahead of need: cache files are read, noise and timesteps are drawn, in workers where there are any.
+
+All that is random about a micro-batch comes from CPU generators seeded by the run's seed and the micro-batch's number in the run.
+So it depends on no device, no number of workers or processes, and on nothing that was done before.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.batches import BatchOrder, CachingCommands, TrainingItem, read_batch
+from modules.family import LatentSpec
+from modules.records import Batch
+from modules.seeds import derive_seed
+from training.loss import NoisyBatch
+from training.plan import Plan
+from training.timestep_options import TimestepOptions
+from training.timesteps import draw, loss_weights
+
+Key = tuple[int, int]  # epoch, micro-batch in it
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch, ready to be sent to the device."""
+
+    number: int  # in the whole run, over all processes
+    data: NoisyBatch
+
+    def pin_memory(self) -> "MicroBatch":
+        """In page-locked memory. The data loader calls this."""
+        return MicroBatch(self.number, self.data.pin_memory())
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What the random numbers of a micro-batch are made from."""
+
+    timesteps: TimestepOptions
+    seed: int
+
+    def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
+        """Draw noise and timesteps for micro-batch `number` of the run. first_sample: how many samples the run has seen before."""
+        noise = torch.randn(batch.tensor("latents").shape, generator=seeded(self.seed, "noise", number))
+        times = draw(self.timesteps, len(batch), seeded(self.seed, "timesteps", number), self.seed, first_sample)
+        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, loss_weights(self.timesteps, times))
+
+
+def seeded(*parts: int | str) -> torch.Generator:
+    """A CPU generator of its own for what `parts` name."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+class MicroBatches:
+    """Every micro-batch of every epoch, by key: a map-style data set for the data loader, copied into each worker."""
+
+    def __init__(self, order: BatchOrder, latent: LatentSpec, randomness: Randomness, commands: CachingCommands) -> None:
+        self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
+        self._epoch = -1  # the last one asked for, its batches, and how many samples the run has seen before each of them
+        self._batches: tuple[tuple[TrainingItem, ...], ...] = ()
+        self._first_samples: tuple[int, ...] = ()
+
+    def __getitem__(self, key: Key) -> MicroBatch:
+        """Raises CacheError with the caching command where a cache file of it cannot be used."""
+        epoch, index = key
+        if self._epoch != epoch:
+            self._epoch, self._batches = epoch, self.order.epoch(epoch)
+            self._first_samples = tuple(accumulate(map(len, self._batches), initial=epoch * self.order.num_items))
+        number = epoch * self.order.num_batches + index
+        batch = read_batch(self._batches[index], self.latent, self.commands)
+        return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The micro-batches of one process, in the order of the plan."""
+
+    batches: MicroBatches
+    plan: Plan
+    process: int
+    workers: int  # as asked for; never more than there are CPUs
+    keep_workers: bool  # from one epoch to the next
+    pin_memory: bool
+
+    def start(self, epoch: int, position: int) -> Iterator[MicroBatch]:
+        """All micro-batches from that place on to the end of the run."""
+        if self.keep_workers:
+            yield from self._load(epoch, position, self.plan.num_epochs)
+            return
+        for number in range(epoch, self.plan.num_epochs):
+            yield from self._load(number, position if number == epoch else 0, 1)
+
+    def _load(self, epoch: int, position: int, num_epochs: int) -> Iterator[MicroBatch]:
+        keys = self.plan.keys(self.process, epoch, position, num_epochs)
+        workers = min(self.workers, os.cpu_count() or 1, len(keys))
+        loader: DataLoader[MicroBatch] = DataLoader(
+            self.batches,  # type: ignore[arg-type]  # anything with __getitem__ serves
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            collate_fn=_unchanged,  # type: ignore[arg-type]  # without batching it is given one item
+            pin_memory=self.pin_memory,
+            worker_init_fn=_start_worker,
+        )
+        return iter(loader)
+
+
+def _unchanged(micro_batch: MicroBatch) -> MicroBatch:
+    return micro_batch
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C reaches the workers too; it is the main process that decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,52 @@
+"""Gradients between processes: summed once per optimizer step, in flat buffers. No wrapper around the model is needed for that."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+BUCKET_ELEMENTS = 64 << 20  # a LoRA fits into one buffer, a whole DiT is sent in pieces
+
+
+def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
+    """Give parameters that no micro-batch of this step reached a zero gradient.
+
+    Whether a parameter was reached must not depend on how the micro-batches were spread over processes.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
+    """Add up all gradients over the processes, in place, and `numbers` (float32, 1-D) with them; returns the sums of `numbers`."""
+    sent = False
+    for bucket in _buckets(parameters):
+        gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        extra = not sent and flat.dtype == numbers.dtype
+        if extra:
+            flat = torch.cat([flat, numbers])
+        torch.distributed.all_reduce(flat)
+        if extra:
+            numbers, flat, sent = flat[-len(numbers) :].clone(), flat[: -len(numbers)], True
+        for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+    if not sent:
+        torch.distributed.all_reduce(numbers)
+    return numbers
+
+
+def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
+    """Parameters in runs of one dtype, each run at most BUCKET_ELEMENTS long."""
+    bucket: list[Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and (size + parameter.numel() > BUCKET_ELEMENTS or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel()
+    if bucket:
+        yield bucket

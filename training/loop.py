@@ -1,0 +1,263 @@
+"""THE training loop: micro-batches -> loss -> gradients -> optimizer step; then log, validate, sample, save where due.
+
+The DiT carries no wrapper. Each process works on its share of a step's micro-batches (plan.py), gradients are summed over the
+processes once per step, and the loss of a micro-batch is divided by the number of micro-batches the step really has. A run's
+numbers depend on its settings and its seed alone: not on samples, validation, saving, or on where it was stopped and resumed.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from modules.errors import UserError
+from modules.family import Family
+from modules.seeds import derive_seed
+from training.evaluation import evaluation
+from training.feed import Feed, MicroBatch
+from training.gradients import fill_missing_gradients, sum_over_processes
+from training.logs import Logs, StepReport, named_rates
+from training.loss import Autocast, training_loss
+from training.lr_schedule import LrSchedule
+from training.options import TrainingOptions
+from training.plan import Plan
+from training.readings import Notes, Reading, Readings
+from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
+from training.saving import MinuteClock, Saver
+from training.state import Progress
+from training.stopping import StopRequest
+from training.trainable import Trainable
+from training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop works with. `progress` changes; so do the network, the optimizer and the schedule, of course."""
+
+    options: TrainingOptions
+    family: Family
+    dit: nn.Module
+    trainable: Trainable
+    optimizer: Optimizer
+    schedule: LrSchedule
+    plan: Plan
+    feed: Feed
+    progress: Progress
+    device: torch.device
+    autocast: Autocast
+    logs: Logs
+    scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
+    saver: Saver | None = None  # in the main process only
+    sampler: Sampler | None = None
+    validation: Validation | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
+    readings: Readings = field(default_factory=Readings)
+
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        """What learns, in the optimizer's order."""
+        return self.trainable.parameters
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for from outside during a step. All processes have the same."""
+
+    stop: bool = False
+    save: bool = False  # by the clock
+
+
+def train(run: Run) -> bool:
+    """Train from where `run.progress` stands to the last step. Returns False where the run was asked to end before."""
+    progress, plan = run.progress, run.plan
+    with run.stop.listening():
+        _begin(run)
+        micro_batches = run.feed.start(progress.epoch, progress.position)
+        for epoch in range(progress.epoch, plan.num_epochs):
+            run.trainable.start_epoch()
+            first_step = progress.step
+            for group in plan.groups(epoch, progress.position):
+                wishes = take_step(run, group, micro_batches)
+                progress.step, progress.position = progress.step + 1, group.stop
+                stops = wishes.stop and progress.step < plan.total_steps
+                _after_step(run, wishes.save or stops, stops)
+                if stops:
+                    logger.info("Ended after step %d of %d; go on with --resume latest.", progress.step, plan.total_steps)
+                    return False
+            if progress.step > first_step or progress.position >= plan.num_batches:
+                _after_epoch(run)
+        _settle(run)
+        if run.saver is not None:
+            run.saver.save_final()
+    return True
+
+
+def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> Wishes:
+    """One optimizer step on the micro-batches of `group`."""
+    run.trainable.start_step()
+    loss, keys = _accumulate(run, group, micro_batches)
+    numbers = loss.view(1)
+    is_alone = run.plan.processes == 1
+    if not is_alone:
+        wishes = torch.tensor([run.stop.asked, run.clock.is_due()], dtype=torch.float32)
+        numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes.to(run.device)]))
+    rates = named_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
+    norm = _update(run)
+    norms = None if run.trainable.limit_norms is None else run.trainable.limit_norms()
+    reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, norm.view(1)]), Notes(keys, rates, norms))
+    if reading is not None:
+        _note(run, reading)
+    if is_alone:
+        return Wishes(run.stop.asked, run.clock.is_due())
+    # processes must agree: what was asked for during the step before, which all have read by now
+    return Wishes() if reading is None else Wishes(reading.values[1] > 0, reading.values[2] > 0)
+
+
+def _accumulate(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, tuple[str, ...]]:
+    """Gradients of this process' share of the group. Returns its part of the step's loss, on the device, and the items in it."""
+    total = torch.zeros((), device=run.device)
+    keys: tuple[str, ...] = ()
+    for _ in run.plan.share(group, run.feed.process):
+        micro_batch = next(micro_batches)
+        _seed(run, micro_batch.number)
+        loss = training_loss(run.family, run.dit, micro_batch.data.to(run.device), run.autocast) / len(group)
+        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        total += loss.detach()
+        keys += micro_batch.data.batch.keys
+    fill_missing_gradients(run.parameters)
+    return total, keys
+
+
+def _seed(run: Run, number: int) -> None:
+    """Make dropout a function of the seed and the micro-batch; the global generators too, for networks that use them."""
+    run.trainable.set_dropout_seed(derive_seed(run.progress.seed, "dropout", number))
+    torch.manual_seed(derive_seed(run.progress.seed, "global", number))
+
+
+def _update(run: Run) -> Tensor:
+    """Clip, step optimizer and schedule, clear the gradients. Returns the gradients' norm before clipping, on the device."""
+    max_norm = run.options.optimizer.max_grad_norm
+    if run.scaler is not None:
+        run.scaler.unscale_(run.optimizer)
+    if max_norm > 0:
+        norm = torch.nn.utils.clip_grad_norm_(run.parameters, max_norm)
+    else:
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in run.parameters if parameter.grad is not None])
+    if run.scaler is not None:
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    else:
+        run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm.detach().float()
+
+
+def _note(run: Run, reading: Reading) -> None:
+    """Log a step; raise UserError where its loss is no number, before anything that came of it is saved."""
+    loss, norm = reading.values[0], reading.values[-1]
+    if not (math.isfinite(loss) and math.isfinite(norm)) and run.scaler is None:
+        keys = reading.notes.keys
+        items = f" The items of this process in that step: {', '.join(keys)}." if keys else ""
+        raise UserError(
+            f"step {reading.step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was saved.{items}\n"
+            "  Lower --learning_rate, or look for a damaged clip among these items, and go on with --resume latest."
+        )
+    losses = run.progress.losses
+    if math.isfinite(loss):  # with a gradient scaler, which skips such steps until it has found its scale
+        losses.append(loss)
+    del losses[: -run.plan.steps_per_epoch]
+    average = sum(losses) / max(len(losses), 1)
+    run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, reading.notes.norms))
+
+
+def _settle(run: Run) -> None:
+    """Wait for the last step's numbers, so that it is known to be sound and its loss is counted."""
+    reading = run.readings.flush()
+    if reading is not None:
+        _note(run, reading)
+
+
+def _begin(run: Run) -> None:
+    """What is due before the first step of the run, or was when a resumed one was saved."""
+    progress = run.progress
+    if progress.step == 0 and is_due_at_step(run.options.samples, 0) and progress.sampled_step != 0:
+        progress.sample_pending = "e000000"
+    if progress.sample_pending:
+        _sample(run)
+    if progress.step == 0 and run.validation is not None:
+        _validate(run)
+
+
+def _after_step(run: Run, saves: bool, stops: bool) -> None:
+    """What is due after an optimizer step. Samples come before saving; a run that is to stop leaves them to its resumption."""
+    progress, options = run.progress, run.options
+    every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
+    saves = saves or (every is not None and progress.step % every == 0)
+    validates = run.validation is not None and validate_every is not None and progress.step % validate_every == 0
+    samples = is_due_at_step(options.samples, progress.step)
+    if not (saves or validates or samples):
+        return
+    _settle(run)
+    if validates:
+        _validate(run)
+    if samples:
+        progress.sample_pending = f"{progress.step:06d}"
+        if not stops:
+            _sample(run)
+    if saves:
+        run.clock.restart()
+        if run.saver is not None:
+            run.saver.save_step(progress.step, with_state=True if stops else None)
+
+
+def _after_epoch(run: Run) -> None:
+    """What is due at the end of an epoch: save, then samples. An epoch cut short by --max_train_steps stays unfinished."""
+    progress, options = run.progress, run.options
+    epoch = progress.epoch + 1
+    is_whole = progress.position >= run.plan.num_batches
+    _settle(run)
+    run.logs.values({"loss/epoch": sum(progress.losses) / max(len(progress.losses), 1)}, progress.step)
+    if is_due_after_epoch(options.samples, epoch) and progress.sampled_step != progress.step:
+        progress.sample_pending = f"e{epoch:06d}"
+    if is_whole:
+        progress.epoch, progress.position = epoch, 0
+    every = options.saving.save_every_n_epochs
+    if is_whole and every is not None and epoch % every == 0 and epoch < run.plan.num_epochs and run.saver is not None:
+        run.saver.save_epoch(epoch)
+    if progress.sample_pending:
+        _sample(run)
+    if run.validation is not None and options.validation.validate_every_n_steps is None:
+        _validate(run)
+
+
+def _sample(run: Run) -> None:
+    """Make the samples that are pending, unless the run is asked to stop meanwhile."""
+    progress = run.progress
+    if run.sampler is not None:
+        modules = (run.dit, *run.trainable.modules.values())
+        try:
+            with evaluation(modules, run.optimizer, run.parameters):
+                run.sampler.make(run.dit, run.autocast, progress.sample_pending, lambda: run.stop.asked)
+        except SamplingStopped:
+            logger.info("Samples of step %d are left for later.", progress.step)
+            return
+    progress.sample_pending, progress.sampled_step = "", progress.step
+
+
+def _validate(run: Run) -> None:
+    assert run.validation is not None
+    with evaluation((run.dit, *run.trainable.modules.values()), run.optimizer, run.parameters):
+        losses = run.validation.measure(run.dit, run.autocast)
+    run.logs.values(losses, run.progress.step)
+    logger.info("Step %d: %s", run.progress.step, ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()))

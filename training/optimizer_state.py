@@ -1,0 +1,136 @@
+"""An optimizer's state as JSON and named tensors, and back to the same bits.
+
+`Optimizer.load_state_dict` alone is not enough: it casts what it restores to the parameters' dtype, which ruins 8-bit states and
+float32 moments of bf16 parameters. Parameters are known by name, so a state fits only the network it was made with.
+"""
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from modules.errors import CheckpointError, OptionError
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+def encode(value: Any, name: str, tensors: MutableMapping[str, Tensor]) -> Any:
+    """`value` as JSON; tensors in it go to `tensors` under names that start with `name`. Raises OptionError for other objects."""
+    if isinstance(value, Tensor):
+        # a copy: some optimizers share one lookup table between all parameters, and safetensors refuses shared memory
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name, "on_cpu": value.device.type == "cpu"}
+    if isinstance(value, Mapping):
+        # pairs, because keys may be numbers
+        return {"mapping": [[encode(key, name, tensors), encode(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [encode(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]}
+    if isinstance(value, PLAIN):
+        return value
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a numpy number
+        return value.item()
+    raise OptionError(
+        f"the optimizer keeps a {type(value).__name__} in {name}, which cannot be saved.\n"
+        "  Leave out --save_state, or use another --optimizer_type."
+    )
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `encode` was given. Tensors lie on the CPU."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "mapping" in value:
+        return {decode(key, tensors): decode(item, tensors) for key, item in value["mapping"]}
+    if "tuple" in value:
+        return tuple(decode(item, tensors) for item in value["tuple"])
+    return [decode(item, tensors) for item in value["list"]]
+
+
+def encode_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Everything `restore_optimizer` needs, as JSON and tensors. names: the name of every parameter."""
+    tensors: dict[str, Tensor] = {}
+    groups, states = [], {}
+    for index, group in enumerate(optimizer.param_groups):
+        rest = {key: value for key, value in group.items() if key != "params"}
+        groups.append(
+            {"params": [names[parameter] for parameter in group["params"]], "rest": encode(rest, f"group{index}", tensors)}
+        )
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                name = names[parameter]
+                states[name] = encode(dict(optimizer.state[parameter]), name, tensors)
+    return {"class": type(optimizer).__name__, "groups": groups, "states": states}, tensors
+
+
+def restore_optimizer(
+    optimizer: Optimizer, names: Mapping[Tensor, str], description: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Bring the optimizer into the recorded state, bit by bit, on the devices of its parameters.
+
+    Raises CheckpointError where the parameters are not those of the record.
+    """
+    here = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    there = [group["params"] for group in description["groups"]]
+    if here != there:
+        raise CheckpointError(_difference(here, there))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
+    states = {name: decode(state, tensors) for name, state in description["states"].items()}
+    groups = [
+        {**decode(group["rest"], tensors), "params": [numbers[name] for name in group["params"]]} for group in description["groups"]
+    ]
+    optimizer.load_state_dict({"state": {numbers[name]: dict(state) for name, state in states.items()}, "param_groups": groups})
+    for parameter in parameters:  # again, past the casts of load_state_dict
+        name = names[parameter]
+        if name in states:
+            optimizer.state[parameter] = _placed(description["states"][name], tensors, parameter.device)
+
+
+def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Take over a `state_dict` of another program, but for the learning rates. Raises CheckpointError where it does not fit."""
+    rates: list[dict[str, Any]] = [
+        {key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(dict(state))
+        for group, own in zip(optimizer.param_groups, rates, strict=True):
+            group.update(own)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the optimizer state does not fit this run: {error}\n"
+            "  Use its --optimizer_type and --network_dim, or start a new run from the LoRA: --network_weights FILE"
+        ) from error
+
+
+def _placed(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """As `decode`, with tensors where they were: step counters on the CPU, the rest beside the parameter."""
+    if not isinstance(encoded, dict):
+        return encoded
+    if "tensor" in encoded:
+        tensor = tensors[encoded["tensor"]]
+        # when saved on a CPU run, only step counters (0-dim) stay behind
+        return tensor.clone() if encoded["on_cpu"] and not tensor.dim() else tensor.clone().to(device)
+    if "mapping" in encoded:
+        return {decode(key, tensors): _placed(item, tensors, device) for key, item in encoded["mapping"]}
+    kind = "tuple" if "tuple" in encoded else "list"
+    items = [_placed(item, tensors, device) for item in encoded[kind]]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _difference(here: list[list[str]], there: list[list[str]]) -> str:
+    here_names, there_names = {name for group in here for name in group}, {name for group in there for name in group}
+    missing, new = sorted(there_names - here_names)[:3], sorted(here_names - there_names)[:3]
+    if missing or new:
+        text = f"only in the state: {', '.join(missing) or 'none'}; only in this run: {', '.join(new) or 'none'}"
+    else:
+        sizes = [len(group) for group in there], [len(group) for group in here]
+        text = f"the parameters are grouped otherwise: {sizes[0]} in the state, {sizes[1]} here"
+    return (
+        f"the saved optimizer state belongs to other parameters ({text}).\n"
+        "  Use the network options of the run that made it, or start a new run from the LoRA: --network_weights FILE"
+    )

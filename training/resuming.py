@@ -1,0 +1,174 @@
+"""Between a run and its state folders: what is stored, what has to agree, what is put back."""
+
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from torch.optim import Optimizer
+
+from dataset.batches import BatchOrder
+from modules.errors import CheckpointError
+from training.logs import public_config
+from training.lr_schedule import LrSchedule
+from training.optimizer_state import encode_optimizer, restore_foreign_optimizer, restore_optimizer
+from training.options import TrainingOptions
+from training.plan import Plan
+from training.saving_options import LATEST
+from training.state import (
+    ForeignState,
+    Progress,
+    SavedState,
+    check_identity,
+    find_latest,
+    load_module,
+    read_state,
+    warn_of_changes,
+)
+from training.trainable import Trainable
+from training.upload import download_state
+
+logger = logging.getLogger(__name__)
+
+# options that a resumed run shares with the saved one, and those it may change
+IDENTITY = ("network_module", "network_dim", "network_alpha", "network_args", "optimizer_type", "optimizer_args", "learning_rate")
+HABITS = (
+    "max_grad_norm",
+    "lr_scheduler",
+    "lr_scheduler_type",
+    "lr_warmup_steps",
+    "lr_decay_steps",
+    "timestep_sampling",
+    "discrete_flow_shift",
+    "sigmoid_scale",
+    "weighting_scheme",
+    "logit_mean",
+    "logit_std",
+    "mode_scale",
+    "min_timestep",
+    "max_timestep",
+    "preserve_distribution_shape",
+    "num_timestep_buckets",
+    "network_dropout",
+    "scale_weight_norms",
+    "mixed_precision",
+    "guidance_scale",
+)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """All that changes from step to step, beside the progress."""
+
+    trainable: Trainable
+    optimizer: Optimizer
+    schedule: LrSchedule
+    scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
+
+
+def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
+    """The state that --resume names, read; None where none is asked for, or `latest` finds none.
+
+    All processes have to call it. Raises OptionError or CheckpointError where it cannot be used.
+    """
+    saving = options.saving
+    if saving.resume is None:
+        return None
+    assert saving.output_dir is not None  # TrainingOptions has asked for both
+    assert saving.output_name is not None
+    if saving.resume == LATEST and not options.hub.resume_from_huggingface:
+        # found by one process, which also tidies up after a kill
+        found = [find_latest(saving.output_dir, saving.output_name) if is_main_process else None]
+        folder = broadcast_object_list(found)[0]
+        if folder is None:
+            logger.info("--resume latest: no state of %s in %s yet; starting afresh.", saving.output_name, saving.output_dir)
+            return None
+    elif options.hub.resume_from_huggingface:
+        folder = download_state(saving.resume, options.hub.huggingface_token, saving.output_dir / "resumed")
+    else:
+        folder = Path(saving.resume).expanduser()
+    logger.info("Resuming from %s", folder)
+    return read_state(folder)
+
+
+def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | None) -> Progress:
+    """Where the run begins. A resumed one keeps its seed; without any, a seed is drawn that all processes share."""
+    if isinstance(saved, SavedState):
+        return saved.progress
+    drawn = broadcast_object_list([secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()])
+    seed = options.loop.seed if options.loop.seed is not None else drawn[0]
+    if options.loop.seed is None:
+        logger.info("--seed %d was drawn.", seed)
+    return Progress(seed=seed, session_id=drawn[1], started_at=drawn[2])
+
+
+def identity_of(options: TrainingOptions, seed: int, order: BatchOrder, plan: Plan, network_module: str) -> dict[str, Any]:
+    """What has to be the same in a resumed run, by the words a user knows it by."""
+    config = {**public_config(options), "network_module": network_module}
+    epoch = "\n".join(",".join(item.key for item in batch) for batch in order.epoch(0))
+    batches = f"{plan.num_batches}, {hashlib.sha256(epoch.encode()).hexdigest()[:12]}"
+    return {
+        "--seed": seed if options.loop.seed is None else options.loop.seed,
+        **{f"--{name}": config[name] for name in IDENTITY},
+        "micro-batches per step (processes x --gradient_accumulation_steps)": plan.group_size,
+        "batches of an epoch (--dataset_config and its caches)": batches,
+    }
+
+
+def habits_of(options: TrainingOptions) -> dict[str, Any]:
+    """What a resumed run may change, with a warning."""
+    config = public_config(options)
+    return {f"--{name}": config[name] for name in HABITS}
+
+
+def capture(progress: Progress, learning: Learning, identity: Mapping[str, Any], habits: Mapping[str, Any]) -> SavedState:
+    """Everything that resuming needs. For between two steps, with the training weights in place."""
+    description, optimizer_tensors = encode_optimizer(learning.optimizer, learning.trainable.names)
+    parts = {name: module.state_dict() for name, module in learning.trainable.modules.items()}
+    described = {
+        "optimizer": description,
+        "schedule": learning.schedule.state_dict(),
+        "scaler": None if learning.scaler is None else learning.scaler.state_dict(),
+    }
+    return SavedState(Path(), progress, identity, habits, described, {**parts, "optimizer": optimizer_tensors})
+
+
+def check_resumable(saved: SavedState | ForeignState | None, identity: Mapping[str, Any], habits: Mapping[str, Any]) -> None:
+    """Raise OptionError where the saved run is another one; warn of what has changed. For before anything large is loaded."""
+    if isinstance(saved, SavedState):
+        check_identity(saved.identity, identity, saved.folder)
+        warn_of_changes(saved.habits, habits)
+
+
+def restore(saved: SavedState | ForeignState, learning: Learning) -> None:
+    """Put everything back. Raises CheckpointError where something does not fit."""
+    if isinstance(saved, ForeignState):
+        _restore_foreign(saved, learning)
+        return
+    trainable = learning.trainable
+    for name, module in trainable.modules.items():
+        if name not in saved.parts:
+            raise CheckpointError(f"{saved.folder} holds no {name}: it is the state of another kind of run", path=saved.folder)
+        load_module(module, saved.parts[name], saved.folder)
+    restore_optimizer(learning.optimizer, trainable.names, saved.described["optimizer"], saved.parts["optimizer"])
+    learning.schedule.load_state_dict(saved.described["schedule"])
+    if learning.scaler is not None and saved.described["scaler"] is not None:
+        learning.scaler.load_state_dict(saved.described["scaler"])
+    logger.info("Going on at step %d, epoch %d.", saved.progress.step, saved.progress.epoch + 1)
+
+
+def _restore_foreign(saved: ForeignState, learning: Learning) -> None:
+    (module,) = learning.trainable.modules.values()
+    load_module(module, saved.network, saved.folder)
+    if saved.optimizer is not None:
+        restore_foreign_optimizer(learning.optimizer, saved.optimizer)
+    logger.warning(
+        "%s was made by another program and does not say how far its run was: weights and optimizer are taken over, while steps, "
+        "epochs and the learning-rate schedule count from 0.",
+        saved.folder,
+    )

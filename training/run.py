@@ -1,0 +1,319 @@
+"""From options to a run: every part is built in order, and what can be checked is checked before gigabytes are loaded."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingItem, find_items, require_items, split_validation
+from dataset.check import check_training
+from dataset.config import DatasetConfig, load_dataset_config
+from modules.activation import checkpoint_blocks
+from modules.devices import DTYPES, dtype_name
+from modules.errors import DatasetError, OptionError
+from modules.family import Family
+from modules.options import require
+from modules.records import Placement
+from networks.adapter import make_network
+from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
+from training.accelerator import make_accelerator
+from training.evaluation import finished_weights
+from training.feed import Feed, MicroBatches, Randomness
+from training.logs import check_trackers, public_config, run_folder, start_logs
+from training.loop import Run, train
+from training.lr_schedule import make_lr_schedule, warmup_steps
+from training.metadata import RunFacts, file_metadata, run_metadata
+from training.optimizer import make_optimizer, set_training
+from training.options import TrainingOptions
+from training.plan import Plan, total_steps
+from training.resuming import Learning, capture, check_resumable, find_state, first_progress, habits_of, identity_of, restore
+from training.samples import Sampler, prepare_samples
+from training.saving import MinuteClock, Names, Saver
+from training.state import ForeignState, Progress, SavedState, write_state
+from training.timesteps import show_timesteps
+from training.trainable import train_network as as_trainable
+from training.upload import Uploads, make_uploads
+from training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+# names in the metadata of saved files: what a family says of itself -> where it stands
+_FAMILY_METADATA = {
+    "architecture": "modelspec.architecture",
+    "implementation": "modelspec.implementation",
+    "sd_model_name": "ss_sd_model_name",
+    "vae_name": "ss_vae_name",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What everything below is built from."""
+
+    family: Family
+    options: TrainingOptions
+    commands: CachingCommands
+    accelerator: Accelerator
+    saved: SavedState | ForeignState | None
+    progress: Progress
+
+    @property
+    def output_dir(self) -> Path:
+        return require(self.options.saving.output_dir, "--output_dir", "the folder to save into")
+
+    @property
+    def output_name(self) -> str:
+        return require(self.options.saving.output_name, "--output_name", "the name of the file to train")
+
+    @property
+    def network_module(self) -> str:
+        return self.options.network.network_module or self.family.lora_module
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained and validated on."""
+
+    config: DatasetConfig
+    order: BatchOrder
+    validation: Sequence[TrainingItem]
+    plan: Plan
+
+
+def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
+    """Train a network (a LoRA) for a family's DiT, from the first step or from a saved state. Returns the program's exit code.
+
+    commands: what to type for missing caches. Raises a UserError for all that the user can mend.
+    """
+    if options.timesteps.show_timesteps is not None:
+        show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
+        return 0
+    config = load_dataset_config(require(options.loop.dataset_config, "--dataset_config", "the clips to train on"))
+    if options.loop.check:
+        return _check(family, options, config, commands)
+    job = _start(family, options, commands)
+    data = _find_data(job, config)
+    identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
+    habits = habits_of(options)
+    check_resumable(job.saved, identity, habits)
+    sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
+    dit = _load_dit(job)
+    learning, optimizer_name = _make_learning(job, dit, data.plan.total_steps)
+    if job.saved is not None:
+        restore(job.saved, learning)
+
+    uploads = make_uploads(options.hub)
+    facts = _facts(job, data, optimizer_name, learning.schedule.name)
+    saver = _make_saver(job, dit, learning, facts, uploads, lambda: capture(job.progress, learning, identity, habits))
+    log_config = public_config(options) if options.logs.log_config else None
+    with start_logs(job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config) as logs:
+        run = Run(
+            options=options,
+            family=family,
+            dit=dit,
+            trainable=learning.trainable,
+            optimizer=learning.optimizer,
+            schedule=learning.schedule,
+            plan=data.plan,
+            feed=_make_feed(job, data),
+            progress=job.progress,
+            device=job.accelerator.device,
+            autocast=job.accelerator.autocast,
+            logs=logs,
+            scaler=learning.scaler,
+            saver=saver,
+            sampler=sampler,
+            validation=_make_validation(job, data),
+            clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
+        )
+        logger.info(_summary(job, data))
+        train(run)
+        uploads.wait()
+        job.accelerator.wait_for_everyone()
+    return 0
+
+
+def _check(family: Family, options: TrainingOptions, config: DatasetConfig, commands: CachingCommands) -> int:
+    """--check: say what would be trained on."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    files = [f"{name}: {value}" for name, value in family.metadata.items()]
+    accumulation = options.loop.gradient_accumulation_steps
+    result = check_training(config, family.cache_tag, family.latent, commands, accumulation, processes, files)
+    sys.stdout.write("\n".join(result.lines) + "\n")
+    return result.exit_code
+
+
+def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> Job:
+    """Join the processes; find where to begin."""
+    check_trackers(options.logs)
+    accelerator = make_accelerator(options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now()))
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
+    saved = find_state(options, accelerator.is_main_process)
+    return Job(family, options, commands, accelerator, saved, first_progress(options, saved))
+
+
+def _find_data(job: Job, config: DatasetConfig) -> Data:
+    """Find the caches by their names and plan the steps. Raises CacheError with the caching commands where there are none."""
+    loop, family = job.options.loop, job.family
+    found = require_items(find_items(config, family.cache_tag, family.latent), job.commands)
+    training, validation = split_validation(found, job.options.validation.validation_split)
+    if not training:
+        raise DatasetError(f"{config.path}: all {len(found)} items are for validation. Leave a table without `validation = true`.")
+    if not validation and job.options.validation.validate_every_n_steps is not None:
+        raise OptionError(
+            "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = true` in a table"
+        )
+    order = BatchOrder(training, job.progress.seed)
+    processes, accumulation = job.accelerator.num_processes, loop.gradient_accumulation_steps
+    steps = total_steps(loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation)
+    return Data(config, order, validation, Plan(order.num_batches, processes, accumulation, steps))
+
+
+def _make_sampler(job: Job) -> Sampler | None:
+    """Encode what the samples need. Raises OptionError where an encoder is missing, before the DiT is loaded."""
+    options, accelerator = job.options.samples, job.accelerator
+    if options.sample_prompts is None:
+        return None
+    if not options.is_timed:
+        logger.warning("--sample_prompts is ignored, because neither --sample_every_n_steps nor another time for samples is given.")
+        return None
+    share = accelerator.process_index, accelerator.num_processes
+    return prepare_samples(
+        job.family, options.sample_prompts, job.output_dir / "sample", job.output_name, accelerator.device, *share
+    )
+
+
+def _load_dit(job: Job) -> nn.Module:
+    """The frozen DiT on the device, with --base_weights merged while loading."""
+    network, precision = job.options.network, job.options.accelerator.mixed_precision
+    files = network.base_weights or ()
+    uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in zip(files, network.base_multipliers(), strict=True)]
+    patch = LoraPatch(uses) if uses else None
+    dit = job.family.load_dit(Placement(job.accelerator.device, attention=job.options.speed.attention, patch=patch))
+    if patch is not None:
+        patch.check()
+    dtype, autocast = _dtype_of(dit), {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    if autocast is not None and dtype not in {autocast, torch.float32}:
+        raise OptionError(
+            f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no or that of the model."
+        )
+    return dit.requires_grad_(False)
+
+
+def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]:
+    """Dress the DiT (network, then checkpointing), make optimizer and schedule; also how metadata name the optimizer."""
+    options, device = job.options, job.accelerator.device
+    network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
+    trainable = as_trainable(network, options.optimizer.learning_rate, options.network.scale_weight_norms, device)
+    checkpointing = options.loop.gradient_checkpointing
+    if checkpointing:
+        checkpoint_blocks(dit, job.family.dit)
+    dit.train(checkpointing)  # it has no dropout; checkpointing is what acts in training mode
+    optimizer, name = make_optimizer(options.optimizer, trainable.groups)
+    schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
+    set_training(optimizer, True)
+    return Learning(trainable, optimizer, schedule, job.accelerator.scaler), name
+
+
+def _make_feed(job: Job, data: Data) -> Feed:
+    loop, accelerator = job.options.loop, job.accelerator
+    randomness = Randomness(job.options.timesteps, job.progress.seed)
+    return Feed(
+        MicroBatches(data.order, job.family.latent, randomness, job.commands),
+        data.plan,
+        accelerator.process_index,
+        loop.max_data_loader_n_workers,
+        loop.persistent_data_loader_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _make_validation(job: Job, data: Data) -> Validation | None:
+    if not data.validation:
+        return None
+    accelerator = job.accelerator
+    share = accelerator.device, accelerator.process_index, accelerator.num_processes
+    return Validation(job.family, data.validation, job.options.timesteps, job.commands, *share)
+
+
+def _make_saver(
+    job: Job, dit: nn.Module, learning: Learning, facts: RunFacts, uploads: Uploads, take_state: Callable[[], SavedState]
+) -> Saver | None:
+    """For the main process; the others save nothing."""
+    if not job.accelerator.is_main_process:
+        return None
+    options, progress, trainable = job.options, job.progress, learning.trainable
+    family_metadata = _family_metadata(job.family)
+    run_values = run_metadata(options, job.family.name, family_metadata, facts)
+    precision = options.saving.save_precision
+    dtype = _dtype_of(dit) if precision is None else DTYPES[precision]
+
+    def write_file(path: Path) -> None:
+        epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
+        metadata = file_metadata(run_values, options, family_metadata, progress.step, epoch, datetime.now())
+        with finished_weights(learning.optimizer, trainable.parameters):
+            trainable.write(path, dtype, metadata)
+
+    saver = Saver(
+        options.saving,
+        Names(job.output_dir, job.output_name),
+        write_file,
+        lambda folder: write_state(folder, take_state()),
+        uploads.publish,
+        uploads.publish_state,
+    )
+    saver.remove_leftovers()
+    if job.saved is not None:  # what a run that was killed had no time for
+        saver.tidy_steps(progress.step)
+        saver.tidy_epochs(progress.epoch)
+    return saver
+
+
+def _facts(job: Job, data: Data, optimizer: str, schedule: str) -> RunFacts:
+    progress, plan = job.progress, data.plan
+    return RunFacts(
+        session_id=progress.session_id,
+        started_at=progress.started_at,
+        seed=progress.seed,
+        num_items=data.order.num_items,
+        batches_per_epoch=plan.num_batches,
+        num_epochs=plan.num_epochs,
+        total_steps=plan.total_steps,
+        warmup_steps=warmup_steps(job.options.lr_schedule, plan.total_steps),
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        network_module=job.network_module,
+        datasets=[table.describe() for table in data.config.datasets],
+    )
+
+
+def _family_metadata(family: Family) -> dict[str, str]:
+    """What the family says of itself, under the names of saved files."""
+    values = {_FAMILY_METADATA[name]: value for name, value in family.metadata.items() if name in _FAMILY_METADATA}
+    if "modelspec.architecture" in values:
+        values["modelspec.architecture"] += "/lora"
+    return values
+
+
+def _dtype_of(dit: nn.Module) -> torch.dtype:
+    """What the DiT computes in without autocast."""
+    own = getattr(dit, "compute_dtype", None)
+    return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
+
+
+def _summary(job: Job, data: Data) -> str:
+    plan = data.plan
+    held_back = f", {len(data.validation)} items for validation" if data.validation else ""
+    return (
+        f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches, {plan.steps_per_epoch} steps an epoch, "
+        f"{plan.total_steps} steps in {plan.num_epochs} epochs, seed {job.progress.seed}"
+    )

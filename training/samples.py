@@ -1,0 +1,162 @@
+"""Samples while training: the network as it is now, through the same loops that generation uses."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from generation.denoise import StepDone
+from generation.outputs import pixels_to_uint8
+from generation.prompt_lines import read_sample_prompts
+from generation.sections import make_latents
+from generation.session import Session, encode_inputs
+from modules.errors import OptionError
+from modules.family import Family
+from modules.media import write_png, write_video
+from modules.records import Conditions, EncodedPrompts, Request
+from training.loss import Autocast
+from training.sample_options import SampleOptions
+
+logger = logging.getLogger(__name__)
+
+BIT_RATE = 8_000_000  # of the known tuners' samples
+DEFAULTS = {"width": 256, "height": 256, "frame_count": 1, "sample_steps": 20, "discrete_flow_shift": 14.5}  # formats.md, section 7
+
+
+class SamplingStopped(Exception):
+    """Raised out of the denoising loop when the run is asked to end."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt of the file with everything encoded. `index` counts the prompts of the file."""
+
+    index: int
+    request: Request
+    is_seeded: bool  # else a new seed each time
+    prompts: Mapping[int, EncodedPrompts]
+    inputs: Mapping[int, Conditions]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Makes this process' share of the samples."""
+
+    samples: Sequence[Sample]
+    session: Session  # holds the VAE, on the CPU between uses
+    folder: Path
+    name: str  # --output_name
+
+    def make(self, dit: nn.Module, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
+        """Write one file for each prompt; mark: `e000001` at the end of an epoch, `000020` at a step.
+
+        The network is in evaluation mode and on its device. No random state but its own is touched.
+        Raises SamplingStopped soon after `stopped()` is true.
+        """
+
+        def watch(_: StepDone) -> None:
+            if stopped():
+                raise SamplingStopped
+
+        paths = []
+        for sample in self.samples:
+            request = sample.request if sample.is_seeded else replace(sample.request, seed=secrets.randbelow(1 << 32))
+            with autocast():
+                latents = make_latents(
+                    self.session.family, lambda _: dit, request, sample.prompts, sample.inputs, self.session.device, on_step=watch
+                )
+            seed = f"_{request.seed}" if sample.is_seeded else ""
+            stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
+            paths.append(self._write(latents, request, stem))
+            logger.info("Sample %s", paths[-1])
+        return paths
+
+    @torch.no_grad()
+    def _write(self, latents: torch.Tensor, request: Request, stem: str) -> Path:
+        with self.session.media() as encoders:
+            frames = (frame for chunk in self.session.family.decode(encoders, latents) for frame in pixels_to_uint8(chunk)[0])
+            if request.frames == 1:
+                path = self.folder / f"{stem}_000.png"
+                write_png(path, next(frames))
+            else:
+                path = self.folder / f"{stem}.mp4"
+                assert request.fps is not None  # `prepare` has set it
+                write_video(path, frames, request.fps, bit_rate=BIT_RATE)
+        return path
+
+
+def prepare_samples(
+    family: Family, prompt_file: Path, folder: Path, name: str, device: torch.device, process: int, processes: int
+) -> Sampler:
+    """Read the prompts, check them, and encode this process' share of texts and images. For before the DiT is loaded.
+
+    A prompt that cannot be made (no image for an image-to-video model) is reported and skipped.
+    Raises OptionError where the file or an encoder is missing, CheckpointError where a model file cannot be used.
+    """
+    entries = read_sample_prompts(prompt_file)
+    chosen: list[tuple[int, Request, bool]] = []
+    for index, entry in list(enumerate(entries))[process::processes]:
+        try:
+            chosen.append((index, family.prepare(sample_request(entry, family)), entry.get("seed") is not None))
+        except (OptionError, ValueError, TypeError) as error:  # the latter two: a text where a number belongs, in toml or json
+            logger.error("%s: prompt %d is skipped: %s", prompt_file, index, error)
+    requests = [request for _, request, _ in chosen]
+    session = Session(family, device, _no_dit, keep=False)
+    texts = session.texts(requests)
+    with session.media() as encoders:
+        inputs = encode_inputs(family, encoders, requests)
+    session.drop_image_encoder()
+    samples = [Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)]
+    return Sampler(samples, session, folder, name)
+
+
+def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
+    """One entry of a prompt file (keys of formats.md, section 7) as a request, sizes rounded down to what the family can make."""
+    values = {**DEFAULTS, **{key: value for key, value in entry.items() if value is not None}}
+    latent = family.latent
+
+    def path(key: str) -> Path | None:
+        return Path(values[key]).expanduser() if values.get(key) else None
+
+    controls = values.get("control_image_path") or []
+    extra = {"one_frame": str(values["one_frame"])} if values.get("one_frame") is not None else {}
+    if controls:
+        extra["control_image_path"] = "\n".join([controls] if isinstance(controls, str) else map(str, controls))
+    return Request(
+        prompt=str(values.get("prompt", "")),
+        seed=int(values.get("seed", 0)),
+        width=max(int(values["width"]) // latent.pixel_step, 1) * latent.pixel_step,
+        height=max(int(values["height"]) // latent.pixel_step, 1) * latent.pixel_step,
+        frames=max(int(values["frame_count"]) - 1, 0) // latent.frame_step * latent.frame_step + 1,
+        steps=min(max(int(values["sample_steps"]), 1), 1000),
+        guidance_scale=None if values.get("cfg_scale") is None else float(values["cfg_scale"]),
+        embedded_guidance=None if values.get("guidance_scale") is None else float(values["guidance_scale"]),
+        flow_shift=float(values["discrete_flow_shift"]),
+        negative_prompt=values.get("negative_prompt"),
+        image_path=path("image_path"),
+        end_image_path=path("end_image_path"),
+        control_path=path("control_video_path"),
+        extra=extra,
+    )
+
+
+def is_due_at_step(options: SampleOptions, step: int) -> bool:
+    """Whether samples are due after optimizer step `step`; 0: before the first."""
+    if step == 0:
+        return options.sample_at_first
+    return options.sample_every_n_steps is not None and step % options.sample_every_n_steps == 0
+
+
+def is_due_after_epoch(options: SampleOptions, epoch: int) -> bool:
+    """Whether samples are due at the end of epoch `epoch`, counted from 1."""
+    return options.sample_every_n_epochs is not None and epoch % options.sample_every_n_epochs == 0
+
+
+def _no_dit(expert: int) -> nn.Module:
+    raise AssertionError("training samples use the network that is being trained")

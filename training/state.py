@@ -1,0 +1,219 @@
+"""Everything a run needs to continue as if it had never stopped: written to a folder, found again, checked, read.
+
+A state folder holds `state.json` and one safetensors file per named part (`network`, `optimizer`, ...). It is built beside its
+place and renamed, so one that is there is whole. Nothing random is stored: all of it follows from the seed and the micro-batch.
+"""
+
+import json
+import logging
+import pickle
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modules.atomic_write import atomic_folder, recover_folder, save_tensors
+from modules.errors import CheckpointError, OptionError
+
+logger = logging.getLogger(__name__)
+
+RECORD = "state.json"
+FORMAT = "reelsmith training state"
+VERSION = 1
+
+
+@dataclass
+class Progress:
+    """Where a run stands. The one record of it that changes."""
+
+    seed: int
+    session_id: int
+    started_at: float  # unix seconds
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    position: int = 0  # micro-batches done of the epoch that is under way
+    sample_pending: str = ""  # mark of the samples that were due when the state was saved, not made yet
+    sampled_step: int = -1  # of the last samples
+    losses: list[float] = field(default_factory=list)  # of the last steps, up to an epoch's length
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state folder as read. `identity` are the settings a resumed run has to share, `habits` those it may change."""
+
+    folder: Path
+    progress: Progress
+    identity: Mapping[str, Any]
+    habits: Mapping[str, Any]
+    described: Mapping[str, Any]  # schedule, optimizer, scaler: as JSON
+    parts: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ForeignState:
+    """What a state folder of a known tuner holds: no position, so counting starts at 0."""
+
+    folder: Path
+    network: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any] | None
+
+
+def write_state(folder: Path, state: SavedState) -> None:
+    """Write `state` as `folder`, whole or not at all. Raises OutputError where the disk does not allow it."""
+    with atomic_folder(folder) as temporary:
+        files = {}
+        for part, tensors in state.parts.items():
+            path = temporary / f"{part}.safetensors"
+            save_tensors(path, tensors, metadata={"format": "pt"})
+            files[part] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "progress": asdict(state.progress),
+            "identity": dict(state.identity),
+            "habits": dict(state.habits),
+            "described": dict(state.described),
+            "parts": files,
+        }
+        (temporary / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def read_state(folder: Path) -> SavedState | ForeignState:
+    """Read a state folder of ours or of a known tuner.
+
+    Raises CheckpointError where it is missing, damaged, or holds none; OptionError where it is not a folder.
+    """
+    if not folder.is_dir():
+        raise OptionError(f"--resume {folder}: no such folder. Give a ...-state folder, or the word latest.")
+    if not (folder / RECORD).exists():
+        return _read_foreign(folder)
+    record = _read_record(folder)
+    parts = {part: _read_part(folder, part, size) for part, size in record["parts"].items()}
+    return SavedState(folder, Progress(**record["progress"]), record["identity"], record["habits"], record["described"], parts)
+
+
+def find_latest(output_dir: Path, name: str) -> Path | None:
+    """The whole state of run `name` with the most steps, or None. Undoes what a kill left half done."""
+    if not output_dir.is_dir():
+        return None
+    pattern = re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
+    for entry in list(output_dir.iterdir()):  # moved aside by a run that was killed between two renames
+        if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
+            recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
+    found = []
+    for folder in output_dir.iterdir():
+        if folder.is_dir() and pattern.fullmatch(folder.name) and (folder / RECORD).exists():
+            try:
+                record = _read_record(folder)
+            except CheckpointError as error:
+                logger.warning("%s is left out of the search for the latest state: %s", folder, error)
+                continue
+            found.append((record["progress"]["step"], folder.name, folder))
+    return max(found)[2] if found else None
+
+
+def check_identity(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
+    """Raise OptionError where a setting that decides the numbers differs from that of the saved run. Keys name the options."""
+    changed = {name: value for name, value in here.items() if saved.get(name) != value}
+    lines = [f"  {name}: {_short(saved.get(name))} in the state, {_short(value)} now" for name, value in changed.items()]
+    if lines:
+        raise OptionError(
+            f"--resume {folder}: this run is not the one that was saved.\n" + "\n".join(lines) + "\n"
+            "  Use the saved values, or start a new run from the LoRA: --network_weights FILE"
+        )
+
+
+def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Name the settings that may change between the runs and did."""
+    for name, value in here.items():
+        if name in saved and saved[name] != value:
+            logger.warning("%s was %s when the state was saved; it is %s from here on.", name, _short(saved[name]), _short(value))
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy saved weights into a learning module, all of them. Raises CheckpointError naming what does not fit."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    misshaped = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or unexpected or misshaped:
+        raise CheckpointError(
+            f"{folder} holds another network: {len(missing)} tensors missing {missing[:2]}, {len(unexpected)} unexpected "
+            f"{unexpected[:2]}, {len(misshaped)} of another shape {sorted(misshaped)[:2]}.\n"
+            "  Use --network_module, --network_dim and --network_args of the run that saved it.",
+            path=folder,
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT or record["version"] > VERSION:
+            raise CheckpointError(f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder)
+        for part, file in record["parts"].items():
+            path = folder / f"{part}.safetensors"
+            size_bytes = path.stat().st_size if path.exists() else 0
+            if size_bytes != file["bytes"]:
+                raise _damaged(path, f"{size_bytes} bytes, {file['bytes']} were written")
+        Progress(**record["progress"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder / RECORD, str(error)) from error
+    return record
+
+
+def _read_part(folder: Path, part: str, file: Mapping[str, int]) -> dict[str, Tensor]:
+    path = folder / f"{part}.safetensors"
+    if _checksum(path) != file["crc32"]:
+        raise _damaged(path, "its checksum is not the recorded one")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _read_foreign(folder: Path) -> ForeignState:
+    """A folder of accelerate: model.safetensors and optimizer.bin. Its schedule and random states need a count it does not hold."""
+    weights, optimizer = folder / "model.safetensors", folder / "optimizer.bin"
+    if weights.exists():
+        try:
+            network = load_file(weights)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(weights, str(error)) from error
+    elif (folder / "pytorch_model.bin").exists():
+        network = _load_safely(folder / "pytorch_model.bin")
+    else:
+        raise CheckpointError(f"{folder} is no state folder: it has neither {RECORD} nor model.safetensors.", path=folder)
+    return ForeignState(folder, network, _load_safely(optimizer) if optimizer.exists() else None)
+
+
+def _load_safely(path: Path) -> dict[str, Any]:
+    """Unpickle tensors and plain values; code in the file is refused, not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as tensors and plain values: {reason}", path=path) from error
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {reason}.\n  Resume from another state folder.", path=path)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

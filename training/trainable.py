@@ -1,0 +1,93 @@
+"""What learns: a network beside the frozen DiT (a LoRA), or the DiT itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from modules.atomic_write import save_tensors
+from modules.errors import OptionError
+from networks.adapter import NormReport, TrainableNetwork
+
+Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Parameters for the optimizer, and what the loop does with the modules they belong to."""
+
+    modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
+    groups: Sequence[Mapping[str, Any]]  # of the optimizer: {"params": [...], "lr": ...}
+    group_names: tuple[str, ...]  # "unet", "unet plus": for logs
+    write: Write
+    set_dropout_seed: Callable[[int], None]  # before each micro-batch
+    start_epoch: Callable[[], None]
+    start_step: Callable[[], None]
+    limit_norms: Callable[[], NormReport] | None = None  # after each optimizer step
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All that learn, in the optimizer's order."""
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """The name of each parameter: part, dot, name in the module."""
+        return {
+            parameter: f"{part}.{name}" for part, module in self.modules.items() for name, parameter in module.named_parameters()
+        }
+
+
+def train_network(network: TrainableNetwork, learning_rate: float, max_norm: float | None, device: torch.device) -> Trainable:
+    """A network that is already in its DiT, moved to the device in float32. Raises OptionError where nothing in it can learn."""
+    network.module.to(device=device, dtype=torch.float32)
+    groups, names = network.parameter_groups(learning_rate)
+    if not any(group["params"] for group in groups):
+        raise OptionError("the network has no parameters to train: check include_patterns and exclude_patterns in --network_args")
+    return Trainable(
+        modules={"network": network.module},
+        groups=groups,
+        group_names=tuple(names),
+        write=network.save,
+        set_dropout_seed=network.set_dropout_seed,
+        start_epoch=network.on_epoch_start,
+        start_step=network.on_step_start,
+        limit_norms=None if max_norm is None else lambda: network.scale_norms(max_norm, device),
+    )
+
+
+def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:
+    """The whole DiT, or those of its parameters whose name contains one of `name_parts`; the rest is frozen.
+
+    Raises OptionError where no name matches.
+    """
+    learning = []
+    for name, parameter in dit.named_parameters():
+        learns = not name_parts or any(part in name for part in name_parts)
+        parameter.requires_grad_(learns)
+        if learns:
+            learning.append(parameter)
+    if not learning:
+        raise OptionError(f"--trainable_modules {' '.join(name_parts)}: no parameter of the model has such a name")
+
+    def write(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        tensors = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in dit.state_dict().items()}
+        save_tensors(path, tensors, metadata)
+
+    return Trainable(
+        modules={"dit": dit},
+        groups=[{"params": learning, "lr": learning_rate}],
+        group_names=("dit",),
+        write=write,
+        set_dropout_seed=_nothing,
+        start_epoch=_nothing,
+        start_step=_nothing,
+    )
+
+
+def _nothing(*_: object) -> None:
+    """A DiT needs no call at this point."""

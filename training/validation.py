@@ -1,0 +1,68 @@
+"""The validation loss: held-out items at fixed noise and fixed timesteps, in bands from little to much noise.
+
+The loss of a training step says nothing by itself, because its timestep and its noise are drawn. Here both belong to the item, so
+values of two steps, and of two runs with the same items, can be compared.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dataset.batches import CachingCommands, TrainingItem, read_batch
+from modules.family import Family
+from training.feed import seeded
+from training.loss import Autocast, NoisyBatch, squared_errors
+from training.timestep_options import TimestepOptions
+from training.timesteps import timesteps_at
+
+NUM_BANDS = 5
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is measured and by which share of the processes."""
+
+    family: Family
+    items: Sequence[TrainingItem]  # of all processes; repeats are left out
+    timesteps: TimestepOptions
+    commands: CachingCommands
+    device: torch.device
+    process: int
+    processes: int
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The noise level in the middle of each band."""
+        return tuple((band + 0.5) / NUM_BANDS for band in range(NUM_BANDS))
+
+    @torch.no_grad()
+    def measure(self, dit: nn.Module, autocast: Autocast) -> dict[str, float]:
+        """The mean loss over the items: `validation/loss`, and each band's `validation/loss_100` (timestep in its middle).
+
+        The networks are in evaluation mode. All processes have to call it and get the same numbers.
+        """
+        sums = torch.zeros(NUM_BANDS + 1, dtype=torch.float64)
+        for item in self.items[self.process :: self.processes]:
+            sums += torch.tensor([*self._losses(item, dit, autocast), 1.0], dtype=torch.float64)
+        if self.processes > 1:
+            shared = sums.to(self.device)
+            torch.distributed.all_reduce(shared)
+            sums = shared.cpu()
+        means = (sums[:-1] / sums[-1]).tolist()
+        bands = {f"validation/loss_{round(1000 * sigma):03d}": loss for sigma, loss in zip(self.sigmas, means, strict=True)}
+        return {"validation/loss": sum(means) / NUM_BANDS, **bands}
+
+    def _losses(self, item: TrainingItem, dit: nn.Module, autocast: Autocast) -> list[float]:
+        """The loss of one item in every band."""
+        batch = read_batch((item,), self.family.latent, self.commands)
+        shape = batch.tensor("latents").shape
+        losses = []
+        for band, sigma in enumerate(self.sigmas):
+            # seeded by the item alone: not by the run's seed, so that runs can be compared
+            noise = torch.randn(shape, generator=seeded("validation", item.key, band))
+            sigmas = torch.tensor([sigma])
+            noisy_batch = NoisyBatch(batch, noise, sigmas, timesteps_at(self.timesteps, sigmas), torch.ones(1)).to(self.device)
+            losses.append(squared_errors(self.family, dit, noisy_batch, autocast))
+        return torch.cat(losses).tolist()

@@ -1,0 +1,41 @@
+"""Train a LoRA for Wan2.1. All options: python wan_train_network.py --help"""
+
+import shlex
+from collections.abc import Sequence
+
+from modules.command import command_line
+from modules.options import read_options
+from training.options import TrainingOptions, read_arguments, training_parser
+from wan.options import WanTrainingOptions, add_training_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = training_parser(__doc__)
+    add_training_arguments(parser)
+    args = read_arguments(parser, argv)  # command line over --config_file over defaults
+    options, wan_options = read_options(TrainingOptions, args), read_options(WanTrainingOptions, args)
+
+    from dataset.batches import CachingCommands
+    from training.run import train_network  # torch loads here, after every option has been read
+    from wan.family import family_for_training
+
+    commands = CachingCommands(*caching_commands(options, wan_options))
+    code = train_network(family_for_training(wan_options), options, commands)
+    if code:
+        raise SystemExit(code)
+
+
+def caching_commands(options: TrainingOptions, wan_options: WanTrainingOptions) -> tuple[str, str]:
+    """What to type where caches of latents, or of texts, are missing."""
+    dataset = ["--dataset_config", str(options.loop.dataset_config)]
+    latents = ["python", "wan_cache_latents.py", *dataset, "--vae", str(wan_options.vae.vae or "VAE_FILE")]
+    if wan_options.task.startswith(("i2v", "flf2v")):
+        latents += ["--clip", str(wan_options.clip or "CLIP_FILE")]
+    if wan_options.task.startswith("flf2v"):
+        latents.append("--flf2v")
+    text = ["python", "wan_cache_text_encoder_outputs.py", *dataset, "--t5", str(wan_options.text.t5 or "T5_FILE")]
+    return shlex.join(latents), shlex.join(text)
+
+
+if __name__ == "__main__":
+    command_line(main)
