@@ -68,7 +68,8 @@ def package(name: str) -> Any:
 )
 def test_each_optimizer_makes_a_quadratic_smaller(name: str) -> None:
     parameter = nn.Parameter(torch.ones(8, 8))
-    made, _ = make_optimizer(options(name), groups(parameter))
+    rate = 1.0 if name == "Prodigy" else 0.05  # it multiplies this by a rate that it finds itself, from 1e-6 upwards
+    made, _ = make_optimizer(options(name, rate=rate), groups(parameter, rate))
     set_training(made, True)
 
     for _ in range(5):
@@ -76,7 +77,7 @@ def test_each_optimizer_makes_a_quadratic_smaller(name: str) -> None:
         (parameter**2).sum().backward()
         made.step()
 
-    assert float((parameter**2).sum()) < 63.99
+    assert bool((parameter < 1).all())
 
 
 def test_the_description_is_the_class_with_its_arguments() -> None:

@@ -77,8 +77,8 @@ def test_keeping_the_shape_means_the_distribution_cut_to_the_range(sampling: str
     base = ("--timestep_sampling", sampling, "--discrete_flow_shift", "3")
     low, high = (0.55, 0.7) if sampling == "sigma" else (0.3, 0.45)
 
-    kept = drawn(options(*base, *limits, *buckets, "--preserve_distribution_shape"))
-    whole = drawn(options(*base), 400_000)
+    kept = drawn(options(*base, *limits, *buckets, "--preserve_distribution_shape"), 50_000)
+    whole = drawn(options(*base), 200_000)
 
     assert float(kept.min()) >= low - 1e-6
     assert float(kept.max()) <= high + 1e-6
