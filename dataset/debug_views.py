@@ -76,7 +76,7 @@ def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
 def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
     """A picture as lines for a terminal with 24-bit colours.
 
-    Without a background each character is two pixels, one above the other; on a background it is a letter, denser where it is light.
+    Without a background a character is two pixels, one above the other; on a background it is a letter, denser where it is light.
     """
     rows = max(round(picture.shape[0] / picture.shape[1] * columns / 2), 1)
     if background is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dataset.planning import ExistingNames, Names, Plan, Recipe, complete, names
 from dataset.prefetch import WriteBehind
 from dataset.reports import Failure
 from dataset.source_jobs import decode_ahead, progress
+from modules.buckets import Size
 from modules.devices import free_memory
 from modules.errors import MediaError
 from modules.family import Family
@@ -34,7 +36,10 @@ class Decoded:
     """A source whose frames are in memory."""
 
     plan: Plan  # its `missing` is known
-    media: DecodedSource
+    size: Size  # of the original
+    bucket: Size
+    frames: Tensor  # F H W C uint8, all that are kept
+    control: tuple[Tensor, ...]  # likewise
     files: tuple[FileIdentity, ...]
     clip: ClipFacts | None
 
@@ -51,7 +56,9 @@ def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
         raise MediaError(f"{source.path}: {width}x{height} pixels are too few to encode, a side has at least {SMALLEST_SIDE}")
     plan = complete(plan, media, existing, recipe)
     files = tuple(map(identify, paths_of(source))) if plan.missing else ()
-    return Decoded(plan, media, files, _clip_facts(media))
+    frames = torch.from_numpy(np.stack(media.frames)) if plan.missing else torch.empty(0)
+    control = tuple(torch.from_numpy(np.stack(frames)) for frames in media.control) if plan.missing else ()
+    return Decoded(plan, media.size, media.bucket, frames, control, files, _clip_facts(media))
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,12 @@ class _Pending:
     @property
     def size_bytes(self) -> int:
         return self.frames.nbytes + sum(control.nbytes for control in self.control)
+
+    def on_its_own(self) -> "_Pending":
+        """The same with frames of its own where they are a part of a longer clip's."""
+        if self.frames.untyped_storage().nbytes() == self.frames.nbytes:
+            return self
+        return dataclasses.replace(self, frames=self.frames.clone(), control=tuple(one.clone() for one in self.control))
 
 
 class LatentEncoding:
@@ -115,23 +128,26 @@ class LatentEncoding:
             self._pending.setdefault(group, []).append(item)
             if len(self._pending[group]) >= (self._batch_size or table.batch_size):
                 self._encode(group)
+        for items in self._pending.values():  # what waits shall not hold whole clips in memory
+            items[:] = [item.on_its_own() for item in items]
         sizes = {group: sum(item.size_bytes for item in items) for group, items in self._pending.items()}
         if sum(sizes.values()) > PARTIAL_BYTES:
             self._encode(max(sizes, key=lambda group: sizes[group]))
 
     def _item(self, decoded: Decoded, span: Span) -> _Pending:
-        source, media, recipe = decoded.plan.source, decoded.media, self._recipe
+        source, recipe = decoded.plan.source, self._recipe
+        taken = slice(span[0], span[0] + span[1])
         is_image = source.table.kind == "image"
-        name = LatentName(source.stem, media.size if is_image else media.bucket, None if is_image else span)
-        options = recipe.options(source.table, media.size, media.bucket, span)
+        name = LatentName(source.stem, decoded.size if is_image else decoded.bucket, None if is_image else span)
+        options = recipe.options(source.table, decoded.size, decoded.bucket, span)
         return _Pending(
             table_index=source.table.index,
             path=source.table.cache_directory / name.file_name(recipe.tag),
             name=name,
             span=span,
             record=LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
-            frames=torch.from_numpy(media.crop(span)),
-            control=tuple(torch.from_numpy(control) for control in media.control_crops(span)),
+            frames=decoded.frames[taken],
+            control=tuple(control[taken] for control in decoded.control),
         )
 
     def _encode(self, group: tuple[object, ...]) -> None:
@@ -139,10 +155,10 @@ class LatentEncoding:
         if self._encoders is None:
             self._encoders = self._family.media_encoders(self._device)
         media = MediaBatch(
-            frames=torch.stack([item.frames for item in items]),
+            frames=_batched([item.frames for item in items]),
             keys=tuple(item.path.stem for item in items),
             spans=tuple(item.span for item in items),
-            control=tuple(torch.stack(controls) for controls in zip(*(item.control for item in items), strict=True)),
+            control=tuple(_batched(controls) for controls in zip(*(item.control for item in items), strict=True)),
         )
         for item, entries in zip(items, self._family.encode_media(self._encoders, media), strict=True):
             for entry in entries:
@@ -179,6 +195,11 @@ def without_nan(tensor: Tensor, file: str, key: str) -> Tensor:
         return tensor
     logger.warning("%s: %s has %d NaN values; they are stored as 0", file, key, int(tensor.isnan().sum()))
     return tensor.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _batched(tensors: Sequence[Tensor]) -> Tensor:
+    """Stacked; a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _clip_facts(media: DecodedSource) -> ClipFacts | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -40,16 +41,17 @@ def progress(total: int, what: str, unit: str = "source", shown: bool = True) ->
 
 
 def decoded_bytes(source: Source) -> int:
-    """About what the decoded frames of a source take, from its header."""
+    """About what the decoded frames of a source take. Its header is read only where the table wants all of a clip."""
     width, height = source.table.resolution
-    frames = 1
-    if source.table.kind == "video":
-        try:
-            frames = video_info(source.path).frames or UNKNOWN_FRAMES
-        except UserError:
-            return 0  # decoding will say why
-        frames = min(frames, frames_wanted(source.table) or frames)
+    frames = 1 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source.path)
     return frames * width * height * 3 * (1 + len(source.control))
+
+
+def _frames_in_header(path: Path) -> int:
+    try:
+        return video_info(path).frames or UNKNOWN_FRAMES
+    except UserError:
+        return 0  # decoding will say why
 
 
 def _settled(
