@@ -26,7 +26,7 @@ from modules.devices import choose_device
 from modules.errors import CheckpointError, UserError
 from modules.family import Family
 from modules.records import Conditions, EncodedPrompts, Placement, Request
-from networks.merge import LoraPatch, lora_uses
+from networks.merge import LoraPatch, LoraUse, lora_uses
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +100,11 @@ def generate(family: Family, options: GenerationOptions) -> None:
         logger.info("--lycoris is not needed: LoHa and LoKr files are recognised without it")
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation()
-    load_dit = dit_loader(family, options, CPU if options.save_merged_model else device)
+    uses = lora_uses(options.lora, options.lora_patterns)  # read first, so that a wrong file shows at once
     if options.save_merged_model is not None:
-        save_merged_model(family, load_dit, options.save_merged_model)
+        save_merged_model(family, uses, options.save_merged_model)
         return
+    load_dit = dit_loader(family, uses, device, options.speed.attention)
     run = Run(family, options, Session(family, device, load_dit, keep=options.interactive))
     if options.latent_path:
         decode_files(run, options.latent_path)
@@ -123,13 +124,12 @@ def allow_fp16_accumulation() -> None:
         logger.warning("--fp16_accumulation is ignored because it needs torch 2.7 or later; this is %s", torch.__version__)
 
 
-def dit_loader(family: Family, options: GenerationOptions, device: torch.device) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device with the LoRAs merged. The LoRA files are read now, so that a wrong one shows at once."""
-    uses = lora_uses(options.lora, options.lora_patterns)
+def dit_loader(family: Family, uses: Sequence[LoraUse], device: torch.device, attention: str) -> Callable[[int], nn.Module]:
+    """expert -> its network on the device, the LoRAs merged."""
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        dit = family.load_dit(Placement(device, attention=options.speed.attention, patch=patch), expert)
+        dit = family.load_dit(Placement(device, attention=attention, patch=patch), expert)
         if patch is not None:
             patch.check()
         return dit
@@ -137,11 +137,20 @@ def dit_loader(family: Family, options: GenerationOptions, device: torch.device)
     return load_dit
 
 
-def save_merged_model(family: Family, load_dit: Callable[[int], nn.Module], path: Path) -> None:
-    """Write the network with the LoRAs merged in; further experts get `_1`, `_2` behind the name."""
+def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path) -> None:
+    """Write the network with the LoRAs merged in, in the dtypes of its file; further experts get `_1`, `_2` behind the name."""
     for expert in range(len(family.experts)):
+        patch = LoraPatch(uses)
+        merged: dict[str, Tensor] = {}
+
+        def keep(name: str, weight: Tensor, patch: LoraPatch = patch, merged: dict[str, Tensor] = merged) -> Tensor:
+            merged[name] = patch(name, weight)  # before it is cast to what the network computes in
+            return merged[name]
+
+        family.load_dit(Placement(CPU, patch=keep), expert)
+        patch.check()
         target = path if expert == 0 else path.with_name(f"{path.stem}_{expert}{path.suffix}")
-        save_tensors(target, load_dit(expert).state_dict(), {"format": "pt"})
+        save_tensors(target, merged, {"format": "pt"})
         logger.info("Merged model: %s", target)
 
 
@@ -206,7 +215,7 @@ def encode_all_inputs(run: Run, jobs: Sequence[Job], failures: Failures) -> Mapp
     found = encode_inputs(run.family, NO_ENCODERS, [job.request for job in without])
     inputs.update(zip([job.label for job in without], found, strict=True))
     if with_media:
-        with run.session.media(again=run.options.output.decodes) as encoders:
+        with run.session.media(images=True, again=run.options.output.decodes) as encoders:
             for job in with_media:
                 with failures.noted(job.label):
                     (inputs[job.label],) = encode_inputs(run.family, encoders, [job.request])
@@ -252,7 +261,7 @@ def kept(run: Run, job: Job, latents: Tensor) -> Denoised:
 def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
     """Turn latents into videos or images. Latent files that are no part of the result go when theirs is written."""
     output = run.options.output
-    with run.session.media(again=False) as encoders:
+    with run.session.media(images=False, again=False) as encoders:
         for one in done:
             with failures.noted(one.job.label):
                 request = one.job.request
@@ -268,7 +277,7 @@ def decode_files(run: Run, paths: Sequence[Path]) -> None:
     saved = [checked_latents(run.family, path) for path in paths]
     output = run.options.output
     failures = Failures(strict=len(paths) == 1)
-    with run.session.media(again=False) as encoders:
+    with run.session.media(images=False, again=False) as encoders:
         for path, one in zip(paths, saved, strict=True):
             with failures.noted(str(path)):
                 stem = output_stem(datetime.now(), int(number_in(one.metadata, "seeds") or 0), path)

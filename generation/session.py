@@ -98,18 +98,18 @@ class Session:
         return encode_texts_with(self._text_encoders, self.family, requests, self.device, self._known, self.keep)
 
     @contextmanager
-    def media(self, again: bool = True) -> Iterator[MediaEncoders]:
-        """The VAE and the image encoder on the device; `again`: they will be needed later and wait on the CPU."""
+    def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
+        """The VAE on the device, with the image encoder where `images`; `again`: they are needed later and wait on the CPU."""
         if self._media is None:
             self._media = self.family.media_encoders(self.device)
         else:
-            _move(self._media, self.device)
+            _move(self._media, self.device, images)
         try:
             with torch.no_grad():
                 yield self._media
         finally:
             if again or self.keep:
-                _move(self._media, CPU)
+                _move(self._media, CPU, images=True)
             else:
                 self._media = None
             free_memory(self.device)
@@ -172,8 +172,8 @@ def _put_away(encoder: TextEncoder, keep: bool) -> None:
         encoder.free()
 
 
-def _move(encoders: MediaEncoders, device: torch.device) -> None:
-    networks: tuple[Any, ...] = (encoders.vae, encoders.image_encoder)
+def _move(encoders: MediaEncoders, device: torch.device, images: bool) -> None:
+    networks: tuple[Any, ...] = (encoders.vae, encoders.image_encoder if images else None)
     for network in networks:
         if network is not None:
             network.to(device)

@@ -1,0 +1,120 @@
+"""Guidance strategies on passes whose results are known."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from blissful_tuner.guidance import applied_steps, guidance_scales, make_guidance
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from modules.errors import OptionError
+from modules.records import NO_TWEAKS, Conditions, Request, Section, Tweaks
+from tests.golden_cases import read_case
+
+REQUEST = Request("p", 0, guidance_scale=5.0)
+
+
+class Passes:
+    """Answers with given velocities; skipped blocks take a tenth off for each. Counts."""
+
+    def __init__(self, positive: Tensor, negative: Tensor) -> None:
+        self.section = Section(positive, {"v": positive}, {"v": negative})
+        self.made: list[tuple[bool, frozenset[int]]] = []  # is positive, skipped blocks
+
+    def __call__(self, *conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
+        self.made += [(one is self.section.positive, tweaks.skip_blocks) for one in conditions]
+        velocities = [one["v"] for one in conditions]
+        return tuple(value * (1 - 0.1 * len(tweaks.skip_blocks)) for value in velocities if isinstance(value, Tensor))
+
+
+def passes() -> Passes:
+    return Passes(torch.full((1, 1, 1, 2, 2), 2.0), torch.full((1, 1, 1, 2, 2), 1.0))
+
+
+def test_plain_guidance_equals_the_recorded_values() -> None:
+    _, tensors = read_case("guidance")
+    recorded = Passes(tensors["cond"], tensors["uncond"])
+    velocity = make_guidance(REQUEST, PLAIN_GUIDANCE, 1)(0, recorded, recorded.section)
+    torch.testing.assert_close(velocity, tensors["plain_cfg"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("none", "AAAAAAAAAA"),
+        ("early", "SSSSAAAAAA"),
+        ("late", "AAAAAASSSS"),
+        ("early_late", "SSAAAAAASS"),
+        ("middle", "AAASSSSAAA"),
+        ("alternate", "SASASAASAS"),
+    ],
+)
+def test_skip_modes_follow_the_documented_pattern(mode: str, expected: str) -> None:
+    assert "".join("A" if applied else "S" for applied in applied_steps(mode, 0.6, 10)) == expected
+
+
+def test_a_skipped_step_makes_one_pass() -> None:
+    options = replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.5)
+    guidance, network = make_guidance(REQUEST, options, 2), passes()
+    assert float(guidance(0, network, network.section).mean()) == 6.0
+    assert len(network.made) == 2
+    assert float(guidance(1, network, network.section).mean()) == 2.0
+    assert len(network.made) == 3
+
+
+def test_scale_1_and_a_missing_negative_make_one_pass() -> None:
+    network = passes()
+    make_guidance(replace(REQUEST, guidance_scale=1.0), PLAIN_GUIDANCE, 1)(0, network, network.section)
+    make_guidance(REQUEST, PLAIN_GUIDANCE, 1)(0, network, replace(network.section, negative=None))
+    assert network.made == [(True, frozenset())] * 2
+
+
+def test_a_schedule_turns_guidance_on_where_it_says_even_at_scale_1() -> None:
+    request = replace(REQUEST, guidance_scale=1.0, cfg_schedule="2:3")
+    assert guidance_scales(request, PLAIN_GUIDANCE, 3) == (None, 3.0, None)
+
+
+def test_a_schedule_and_a_skip_mode_exclude_each_other() -> None:
+    options = replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.5)
+    with pytest.raises(OptionError, match="give one of them"):
+        guidance_scales(replace(REQUEST, cfg_schedule="1"), options, 3)
+
+
+def skipping(mode: str, layers: str) -> GuidanceOptions:
+    return replace(PLAIN_GUIDANCE, slg_mode=mode, slg_layers=layers, slg_end=0.5)
+
+
+def test_skip_layer_uncond_weakens_the_negative_pass_while_active() -> None:
+    guidance, network = make_guidance(REQUEST, skipping("uncond", "1,3"), 4), passes()
+    velocity = guidance(0, network, network.section)
+    assert network.made == [(True, frozenset()), (False, frozenset({1, 3}))]
+    torch.testing.assert_close(velocity, torch.full_like(velocity, 0.8 + 5 * (2 - 0.8)))
+    assert float(guidance(2, network, network.section).mean()) == 6.0
+
+
+def test_skip_layer_original_adds_a_third_pass_while_active() -> None:
+    guidance, network = make_guidance(REQUEST, skipping("original", "1"), 4), passes()
+    velocity = guidance(1, network, network.section)
+    assert network.made == [(True, frozenset()), (False, frozenset()), (False, frozenset({1}))]
+    torch.testing.assert_close(velocity, torch.full_like(velocity, 6.0 + 3.0 * (2 - 0.9)))
+    guidance(2, network, network.section)
+    assert len(network.made) == 5
+
+
+@pytest.mark.parametrize("mode", ["original", "uncond"])
+def test_no_layers_mean_no_skip_layer_guidance(mode: str) -> None:
+    network = passes()
+    assert float(make_guidance(REQUEST, skipping(mode, ""), 4)(0, network, network.section).mean()) == 6.0
+    assert len(network.made) == 2
+
+
+@pytest.mark.parametrize("layers", ["a", "-1", "1;2"])
+def test_layers_that_are_no_numbers_are_refused(layers: str) -> None:
+    with pytest.raises(OptionError, match="--slg_layers"):
+        skipping("uncond", layers)
+
+
+def test_a_skip_mode_needs_its_ratio() -> None:
+    with pytest.raises(OptionError, match="--cfg_apply_ratio"):
+        replace(PLAIN_GUIDANCE, cfg_skip_mode="early")

@@ -1,0 +1,46 @@
+"""What outputs say about themselves."""
+
+import tomllib
+from pathlib import Path
+
+from blissful_tuner.metadata import TUNER_VERSION, as_tags, number_in, output_metadata
+from modules.records import Request
+
+REQUEST = Request("a\ncat ä", 7, 832, 480, 81, 50, 5.0, None, 5.0, "unipc", 16.0, "bad")
+
+
+def test_metadata_has_the_known_keys_and_the_sizes() -> None:
+    found = output_metadata(REQUEST, {"model_type": "wan", "task": "t2v-14B"}, [("style.safetensors", 0.8)])
+    assert found == {
+        "bt_model_type": "wan",
+        "bt_task": "t2v-14B",
+        "bt_tunerver": TUNER_VERSION,
+        "bt_seeds": "7",
+        "bt_prompt": "a\ncat ä",
+        "bt_negative_prompt": "bad",
+        "bt_infer_steps": "50",
+        "bt_guidance_scale": "5.0",
+        "bt_cfg_schedule": "N/A",
+        "bt_flow_shift": "5.0",
+        "bt_height": "480",
+        "bt_width": "832",
+        "bt_video_length": "81",
+        "bt_fps": "16",
+        "bt_lora_0": "style.safetensors: 0.8",
+    }
+
+
+def test_tags_are_one_line_and_keep_their_letters() -> None:
+    assert as_tags({"bt_prompt": "a\r\nb\nä"}) == {"bt_prompt": "a\\nb\\nä"}
+
+
+def test_numbers_that_are_missing_or_no_numbers_are_none() -> None:
+    metadata = {"bt_fps": "24", "bt_seeds": "N/A"}
+    assert number_in(metadata, "fps") == 24.0
+    assert number_in(metadata, "seeds") is None
+    assert number_in(metadata, "width") is None
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"reelsmith {project['version']}" == TUNER_VERSION

@@ -1,0 +1,143 @@
+"""Names, latent files, videos and images."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from blissful_tuner.options import FormatOptions
+from generation.options import OutputOptions
+from generation.outputs import free_stem, load_latents, output_stem, pixels_to_uint8, save_latents, save_pixels, without_tail
+from modules.errors import CheckpointError, OptionError
+from modules.media import read_image, read_tags, video_frames, video_info
+
+
+def options(
+    folder: Path, output_type: str = "video", trim: int = 0, codec: str = "h264", container: str = "mp4", pngs: bool = False
+) -> OutputOptions:
+    return OutputOptions(folder, output_type, False, trim, FormatOptions(codec, container, pngs))
+
+
+def clip(frames: int = 5) -> Iterator[Tensor]:
+    """One chunk of one frame, then the rest; frame i has the grey value i / 10."""
+    pixels = torch.stack([torch.full((1, 3, 16, 32), index / 10) for index in range(frames)], dim=2)
+    yield pixels[:, :, :1]
+    if frames > 1:
+        yield pixels[:, :, 1:]
+
+
+def test_names_hold_time_seed_and_origin() -> None:
+    when = datetime(2025, 1, 2, 3, 4, 5)
+    assert output_stem(when, 7) == "20250102-030405_7"
+    assert output_stem(when, 7, Path("a/x_latent.safetensors")) == "20250102-030405_7_x_latent"
+
+
+def test_a_taken_name_gets_underscores(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a_.png").touch()
+    assert free_stem(tmp_path, "a", [".mp4", ".png"]) == "a__"
+
+
+def test_latents_come_back_with_their_metadata(tmp_path: Path) -> None:
+    latents = torch.randn(1, 16, 2, 3, 4)
+    save_latents(tmp_path / "x_latent.safetensors", latents, {"bt_seeds": "7", "bt_prompt": "ä\n"})
+    assert load_file(tmp_path / "x_latent.safetensors")["latent"].shape == (16, 2, 3, 4)
+    saved = load_latents(tmp_path / "x_latent.safetensors")
+    assert torch.equal(saved.latents, latents)
+    assert saved.metadata == {"bt_seeds": "7", "bt_prompt": "ä\n"}
+
+
+def test_a_pickled_tensor_is_read_too(tmp_path: Path) -> None:
+    torch.save(torch.ones(16, 1, 2, 2, dtype=torch.bfloat16), tmp_path / "x.pt")
+    assert load_latents(tmp_path / "x.pt").latents.dtype == torch.float32
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (eval, ("1",))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "other tensor", "wrong shape", "code", "text"])
+def test_files_without_latents_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("x.pt" if kind in {"code", "text"} else "x.safetensors")
+    if kind == "truncated":
+        save_latents(path, torch.zeros(1, 4, 1, 2, 2), None)
+        path.write_bytes(path.read_bytes()[:-8])
+    elif kind == "other tensor":
+        save_file({"weight": torch.zeros(2)}, path)
+    elif kind == "wrong shape":
+        save_file({"latent": torch.zeros(2)}, path)
+    elif kind == "code":
+        torch.save({"latent": Harmful()}, path)
+    else:
+        path.write_text("hello")
+    with pytest.raises(CheckpointError, match=path.name):
+        load_latents(path)
+
+
+def test_pixels_are_limited_and_rounded() -> None:
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]).view(1, 1, 1, 1, 6).repeat(1, 3, 1, 1, 1)
+    assert pixels_to_uint8(pixels)[0, 0, :, 0].tolist() == [0, 0, 128, 191, 255, 255]
+
+
+def test_a_video_has_its_frames_and_rate(tmp_path: Path) -> None:
+    path = save_pixels(options(tmp_path), "a", clip(), 16.0, {"bt_seeds": "1"})
+    info = video_info(path)
+    assert path == tmp_path / "a.mp4"
+    assert (info.width, info.height, info.fps) == (32, 16, 16.0)
+    assert len(list(video_frames(path))) == 5
+    assert "bt_seeds" not in read_tags(path)  # mp4 holds no tags
+
+
+def test_matroska_and_png_hold_the_metadata(tmp_path: Path) -> None:
+    metadata = {"bt_prompt": "a\nä", "bt_seeds": "1"}
+    video = save_pixels(options(tmp_path, container="mkv"), "a", clip(), 16.0, metadata)
+    image = save_pixels(options(tmp_path), "a", clip(1), 16.0, metadata)
+    assert read_tags(video)["bt_prompt"] == read_tags(image)["bt_prompt"] == "a\\nä"
+
+
+def test_a_single_frame_becomes_a_png(tmp_path: Path) -> None:
+    path = save_pixels(options(tmp_path), "a", clip(1), 16.0, None)
+    assert path == tmp_path / "a.png"
+    assert read_tags(path) == {}
+    assert read_image(path).shape == (16, 32, 3)
+
+
+def test_images_go_into_a_folder(tmp_path: Path) -> None:
+    path = save_pixels(options(tmp_path, "images"), "a", clip(3), 16.0, {"bt_seeds": "1"})
+    assert sorted(file.name for file in path.iterdir()) == ["a_000.png", "a_001.png", "a_002.png"]
+    assert int(read_image(path / "a_002.png")[0, 0, 0]) == round((0.2 / 2 + 0.5) * 255)
+
+
+def test_prores_is_written_as_matroska(tmp_path: Path) -> None:
+    assert save_pixels(options(tmp_path, codec="prores"), "a", clip(), 16.0, None).suffix == ".mkv"
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    first = save_pixels(options(tmp_path), "a", clip(1), 16.0, None)
+    second = save_pixels(options(tmp_path), "a", clip(1), 16.0, None)
+    assert (first.name, second.name) == ("a.png", "a_.png")
+
+
+def test_pngs_are_kept_beside_the_video(tmp_path: Path) -> None:
+    for _ in range(2):
+        save_pixels(options(tmp_path, pngs=True), "a", clip(3), 16.0, None)
+    assert sorted(file.name for file in (tmp_path / "frames").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    assert len(list((tmp_path / "frames_").iterdir())) == 3
+
+
+@pytest.mark.parametrize(("count", "left"), [(0, [0, 1, 2]), (1, [0, 1]), (2, [0]), (5, [0])])
+def test_the_tail_is_cut_but_one_frame_stays(count: int, left: list[int]) -> None:
+    frames = [np.full((1, 1, 3), index, dtype=np.uint8) for index in range(3)]
+    assert [int(frame[0, 0, 0]) for frame in without_tail(iter(frames), count)] == left
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(OptionError, match="it is a file"):
+        options(tmp_path / "x")

@@ -1,0 +1,128 @@
+"""Prompt lines against the measured ones, and what is mended in them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generation.prompt_lines import (
+    LineOption,
+    parse_generation_line,
+    parse_sample_line,
+    read_generation_lines,
+    read_sample_prompts,
+    text_to_seed,
+)
+from modules.errors import OptionError
+from tests.golden_cases import read_case
+
+CASE, _ = read_case("prompt_lines")
+SEEDS, _ = read_case("string_seeds")
+
+
+@pytest.mark.parametrize(("line", "expected"), CASE["training_sample_lines"])
+def test_sample_lines_are_read_as_measured(line: str, expected: dict[str, Any]) -> None:
+    assert parse_sample_line(line) == expected
+
+
+@pytest.mark.parametrize(("line", "expected"), CASE["wan_generation_lines"])
+def test_generation_lines_are_read_as_measured(line: str, expected: dict[str, Any]) -> None:
+    assert parse_generation_line(line) == expected
+
+
+@pytest.mark.parametrize(("line", "expected"), CASE["framepack_generation_lines"])
+def test_a_family_may_bring_its_own_letters(line: str, expected: dict[str, Any]) -> None:
+    letters = {
+        "f": LineOption("video_seconds", float),
+        "vs": LineOption("video_sections", int),
+        "ei": LineOption("end_image_path", str),
+        "ci": LineOption("control_image_path", str, repeats=True),
+        "cim": LineOption("control_image_mask_path", str, repeats=True),
+        "of": LineOption("one_frame_inference", str),
+        "d": LineOption("seed", text_to_seed),
+        "g": LineOption("guidance_scale", float),
+    }
+    assert parse_generation_line(line, letters) == expected
+
+
+@pytest.mark.parametrize(("text", "seeds"), SEEDS["cases"])
+def test_text_seeds_are_the_measured_ones(text: str, seeds: dict[str, int]) -> None:
+    assert {bits: text_to_seed(text, int(bits)) for bits in seeds} == seeds
+
+
+@pytest.mark.parametrize(
+    ("text", "seed"),
+    [("blissful", 408225803), ("日本語", 779165735), ("0x10", 2719962801), ("1.5", 2138210904), ("42", 42), ("-3", -3)],
+)
+def test_documented_text_seeds(text: str, seed: int) -> None:
+    assert text_to_seed(text) == seed
+
+
+@pytest.mark.parametrize("text", ["a" * 3000, "x\0x\0x\0x\0", "zzzzzzzzzzzzzzz" * 400])
+def test_every_text_has_a_seed_of_32_bits(text: str) -> None:
+    assert 0 <= text_to_seed(text) < 2**32
+
+
+def test_a_prompt_is_not_taken_for_an_option() -> None:
+    assert parse_sample_line("I am here --w 64") == {"prompt": "I am here", "width": 64}
+
+
+def test_numbers_may_be_negative() -> None:
+    assert parse_sample_line("p --l -1.5")["cfg_scale"] == -1.5
+
+
+def test_a_generation_line_with_a_wrong_number_is_refused() -> None:
+    with pytest.raises(OptionError, match="--w: '5x' is no whole number"):
+        parse_generation_line("p --w 5x")
+
+
+def test_unknown_options_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    parse_generation_line("p --zz 3")
+    assert "--zz 3" in caplog.text
+
+
+def test_comments_and_empty_lines_are_no_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n# no\n  # nor this\na cat --d 1\n\na dog\n", encoding="utf-8")
+    assert read_generation_lines(path) == [(4, "a cat --d 1"), (6, "a dog")]
+    assert [entry["prompt"] for entry in read_sample_prompts(path)] == ["a cat", "a dog"]
+
+
+def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("# nothing\n", encoding="utf-8")
+    with pytest.raises(OptionError, match="no prompt"):
+        read_generation_lines(path)
+
+
+def test_a_toml_subset_wins_over_what_all_share(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.toml"
+    path.write_text(
+        '[prompt]\nwidth = 64\nseed = 1\n[[prompt.subset]]\nprompt = "a"\nwidth = 32\n[[prompt.subset]]\nprompt = "b"\n'
+    )
+    assert read_sample_prompts(path) == [{"prompt": "a", "width": 32, "seed": 1}, {"prompt": "b", "width": 64, "seed": 1}]
+
+
+def test_json_holds_lines_and_objects(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(["a --w 32", {"prompt": "b", "sample_steps": 5000, "cfg_scale": 2}]))
+    assert read_sample_prompts(path) == [
+        {"prompt": "a", "width": 32},
+        {"prompt": "b", "sample_steps": 1000, "cfg_scale": 2.0},
+    ]
+
+
+def test_a_wrong_type_names_file_entry_and_key(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([{"prompt": "b", "width": "wide"}]))
+    with pytest.raises(OptionError, match=r"prompts\.json, entry 1: width = 'wide' has to be of type int"):
+        read_sample_prompts(path)
+
+
+@pytest.mark.parametrize(("name", "text"), [("p.toml", "x ="), ("p.json", "{"), ("p.json", '{"a": 1}'), ("p.csv", "a")])
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(OptionError, match="--sample_prompts"):
+        read_sample_prompts(path)

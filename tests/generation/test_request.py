@@ -1,0 +1,96 @@
+"""From options and prompt lines to requests."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blissful_tuner.options import PLAIN_GUIDANCE
+from generation.options import RequestOptions
+from generation.request import check_guidance, make_request, sample_request
+from modules.errors import OptionError
+from modules.family import LatentSpec
+from modules.records import Request
+
+LATENT = LatentSpec(16, (4, 8, 8), 16, 4)
+OPTIONS = RequestOptions("a cat", None, (480, 832), None, 16.0, None, None, 5.0, None, None, "unipc", None, None, None)
+
+
+def test_the_size_is_height_then_width_and_nothing_said_stays_open() -> None:
+    request = make_request(OPTIONS)
+    assert (request.width, request.height) == (832, 480)
+    assert request.frames is request.steps is request.flow_shift is request.negative_prompt is None
+
+
+def test_a_line_wins_over_the_command_line() -> None:
+    line = {
+        "prompt": "a dog",
+        "video_size_width": 64,
+        "video_length": 9,
+        "seed": 3,
+        "infer_steps": 4,
+        "guidance_scale": 2.0,
+        "flow_shift": 1.5,
+        "image_path": "~/x.png",
+        "cfg_schedule": "1-2",
+    }
+    request = make_request(replace(OPTIONS, seed="9", control_path=Path("c.mp4")), line)
+    assert (request.prompt, request.width, request.height, request.frames, request.seed) == ("a dog", 64, 480, 9, 3)
+    assert (request.steps, request.guidance_scale, request.flow_shift, request.cfg_schedule) == (4, 2.0, 1.5, "1-2")
+    assert request.image_path == Path("~/x.png").expanduser()
+    assert request.control_path == Path("c.mp4")
+
+
+def test_lines_without_a_seed_draw_their_own() -> None:
+    assert len({make_request(OPTIONS).seed for _ in range(8)}) > 1
+
+
+@pytest.mark.parametrize(("text", "seed"), [("42", 42), ("hello", 2475399061)])
+def test_a_given_seed_is_kept_or_hashed(text: str, seed: int) -> None:
+    assert make_request(replace(OPTIONS, seed=text)).seed == seed
+
+
+def test_vanilla_is_euler() -> None:
+    assert make_request(replace(OPTIONS, sample_solver="vanilla")).solver == "euler"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"video_length": 0},
+        {"infer_steps": -1},
+        {"video_size_width": 0},
+        {"guidance_scale": float("nan")},
+        {"flow_shift": 0.0},
+        {"seed": 2**70},
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(line: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        make_request(OPTIONS, line)
+
+
+def test_sample_entries_have_the_trainers_defaults() -> None:
+    request = sample_request({"prompt": "p"}, LATENT)
+    assert (request.width, request.height, request.frames, request.steps, request.flow_shift) == (256, 256, 1, 20, 14.5)
+    assert request.guidance_scale is request.solver is request.negative_prompt is None
+
+
+def test_sample_sizes_are_rounded_down_to_what_can_be_made(caplog: pytest.LogCaptureFixture) -> None:
+    entry = {"prompt": "p", "width": 100, "height": 70, "frame_count": 8, "cfg_scale": 2.0, "guidance_scale": 6.0, "seed": 1}
+    request = sample_request(entry, LATENT)
+    assert (request.width, request.height, request.frames) == (96, 64, 5)
+    assert (request.guidance_scale, request.embedded_guidance, request.seed) == (2.0, 6.0, 1)
+    assert "96 x 64" in caplog.text
+
+
+def test_a_schedule_beyond_the_steps_is_found_before_anything_is_loaded() -> None:
+    with pytest.raises(OptionError, match="1 to 4"):
+        check_guidance(Request("p", 0, steps=4, guidance_scale=5.0, cfg_schedule="1-9"))
+
+
+def test_skip_layer_guidance_without_guidance_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    options = replace(PLAIN_GUIDANCE, slg_mode="uncond", slg_layers="1")
+    check_guidance(Request("p", 0, steps=4, guidance_scale=1.0), options)
+    assert "--slg_mode uncond is ignored" in caplog.text

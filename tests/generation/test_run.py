@@ -1,0 +1,192 @@
+"""The modes of a generation script, with toy networks that note what happens to them."""
+
+import builtins
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.run import generate
+from modules.errors import CheckpointError, MediaError, OptionError, UserError
+from modules.media import video_frames
+from modules.options import read_options
+from tests.generation.toy_family import ToyFamily
+
+
+def options(folder: Path, *arguments: object) -> GenerationOptions:
+    parser = generation_parser(None, fps=16, guidance_scale=5.0)
+    common = ["--save_path", str(folder), "--device", "cpu", "--video_size", "32", "48", "--video_length", "5"]
+    return read_options(GenerationOptions, read_arguments(parser, [*common, *map(str, arguments)]))
+
+
+def run(folder: Path, *arguments: object) -> list[str]:
+    """What the toy networks noted, without the single passes."""
+    family = ToyFamily()
+    try:
+        generate(family, options(folder, *arguments))
+    finally:
+        family.diary[:] = [line for line in family.diary if not line.startswith("pass")]
+    return family.diary
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def prompts(folder: Path, *lines: str) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_one_prompt_makes_one_video_and_nothing_else(tmp_path: Path) -> None:
+    diary = run(tmp_path / "out", "--prompt", "cat", "--seed", 7)
+    assert diary == ["load text", "encode cat", "encode bad", "free text", "load dit", "load vae", "decode"]
+    path = only(tmp_path / "out", "*")
+    assert path.name.endswith("_7.mp4")
+    assert [frame.shape for frame in video_frames(path)] == [(32, 48, 3)] * 5
+
+
+def test_without_guidance_the_negative_text_is_not_encoded(tmp_path: Path) -> None:
+    assert "encode bad" not in run(tmp_path, "--prompt", "cat", "--guidance_scale", 1)
+
+
+def test_a_file_loads_each_network_once_and_goes_phase_by_phase(tmp_path: Path) -> None:
+    path = prompts(tmp_path, "cat --d 1", "# no", "dog --d 2 --i a.png", "cat --d 3 --n worse")
+    diary = run(tmp_path / "out", "--from_file", path, "--output_type", "both")
+    assert diary == [
+        *["load text", "encode cat", "encode bad", "encode dog", "encode worse", "free text"],
+        *["load vae", "encode a.png", "load dit", "decode", "decode", "decode"],
+    ]
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == len(list((tmp_path / "out").glob("*_latent.safetensors"))) == 3
+
+
+def test_lines_of_a_file_equal_single_runs(tmp_path: Path) -> None:
+    path = prompts(tmp_path, "cat --d 1", "dog --d 2 --n worse", "cat --d 3 --g 2")
+    run(tmp_path / "file", "--from_file", path, "--output_type", "latent")
+    for seed, more in ((1, ["--prompt", "cat"]), (2, ["--prompt", "dog", "--negative_prompt", "worse"])):
+        run(tmp_path / "single", *more, "--seed", seed, "--output_type", "latent")
+        ours, theirs = (load_file(only(tmp_path / name, f"*_{seed}_latent.safetensors")) for name in ("file", "single"))
+        assert torch.equal(ours["latent"], theirs["latent"])
+
+
+def test_failing_lines_are_skipped_and_listed(tmp_path: Path) -> None:
+    path = prompts(tmp_path, "impossible", "cat --i missing.png", "p --w x", "dog --d 5", "cat --cs 99")
+    with pytest.raises(UserError, match="4 of 5 failed") as caught:
+        run(tmp_path / "out", "--from_file", path)
+    for words in ("line 1: OptionError: this cannot", "line 2: MediaError: missing.png", "line 3: OptionError: --w", "line 5"):
+        assert words in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert only(tmp_path / "out", "*").name.endswith("_5.mp4")
+
+
+def test_all_lines_may_fail(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 of 2 failed"):
+        run(tmp_path / "out", "--from_file", prompts(tmp_path, "impossible", "impossible"))
+
+
+def test_a_single_prompt_fails_with_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(MediaError):
+        run(tmp_path, "--prompt", "cat", "--image_path", "missing.png")
+    with pytest.raises(OptionError):
+        run(tmp_path, "--prompt", "impossible")
+
+
+def test_latents_stay_where_decoding_fails(tmp_path: Path) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(ToyFamily(can_decode=False), options(tmp_path, "--prompt", "cat", "--seed", 1))
+    saved = only(tmp_path, "*")
+    assert saved.name.endswith("_1_latent.safetensors")
+    run(tmp_path / "again", "--latent_path", saved)
+    assert only(tmp_path / "again", "*.mp4").name.endswith(f"_1_{saved.stem}.mp4")
+
+
+def test_decoding_saved_latents_gives_the_same_frames(tmp_path: Path) -> None:
+    run(tmp_path / "a", "--prompt", "cat", "--seed", 1, "--output_type", "both")
+    diary = run(tmp_path / "b", "--latent_path", only(tmp_path / "a", "*.safetensors"))
+    assert diary == ["load vae", "decode"]
+    first, second = (list(video_frames(only(tmp_path / name, "*.mp4"))) for name in "ab")
+    assert all((ours == theirs).all() for ours, theirs in zip(first, second, strict=True))
+
+
+def test_latents_of_another_model_are_refused(tmp_path: Path) -> None:
+    save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="16 channels, toy has 2"):
+        run(tmp_path, "--latent_path", tmp_path / "x.safetensors")
+
+
+def test_no_metadata_leaves_none(tmp_path: Path) -> None:
+    for name, more in (("with", ()), ("without", ("--no_metadata",))):
+        run(tmp_path / name, "--prompt", "cat", "--output_type", "latent", *more)
+    with safe_open(only(tmp_path / "with", "*"), "pt") as file:
+        assert file.metadata()["bt_prompt"] == "cat"
+    with safe_open(only(tmp_path / "without", "*"), "pt") as file:
+        assert not file.metadata()
+
+
+def test_images_are_images_in_every_mode(tmp_path: Path) -> None:
+    run(tmp_path / "a", "--prompt", "cat", "--output_type", "images", "--trim_tail_frames", 2)
+    assert len(list(only(tmp_path / "a", "*").glob("*.png"))) == 3
+    run(tmp_path / "b", "--prompt", "cat", "--output_type", "latent")
+    run(tmp_path / "c", "--latent_path", only(tmp_path / "b", "*"), "--output_type", "images")
+    assert len(list(only(tmp_path / "c", "*").glob("*.png"))) == 5
+
+
+def lora(path: Path, module: str = "blocks_0_scale") -> Path:
+    factors = {f"lora_unet_{module}.lora_{part}.weight": torch.ones(1, 1) for part in ("down", "up")}
+    save_file(factors, path)
+    return path
+
+
+def test_a_lora_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not fit"):
+        run(tmp_path, "--prompt", "cat", "--lora_weight", lora(tmp_path / "l.safetensors"))
+
+
+class Typing:
+    """Stands for the keyboard: lines, or an exception to raise."""
+
+    def __init__(self, *lines: str | type[BaseException]) -> None:
+        self.lines = iter(lines)
+        self.signs: list[str] = []
+
+    def __call__(self, sign: str) -> str:
+        self.signs.append(sign)
+        line = next(self.lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+
+def test_a_conversation_keeps_networks_and_survives_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    typed = Typing("cat --d 1", "", "# note", KeyboardInterrupt, "impossible", "dog --d 2")
+    monkeypatch.setattr(builtins, "input", typed)
+    with caplog.at_level(logging.INFO):
+        diary = run(tmp_path, "--interactive")
+    assert typed.signs == ["> "] * 7
+    assert diary == [
+        *["load text", "encode cat", "encode bad", "move text", "load dit", "load vae", "decode"],
+        *["move text", "encode dog", "move text", "decode"],
+    ]
+    assert "this cannot be made" in caplog.text
+    assert sorted(path.name[-6:] for path in tmp_path.glob("*")) == ["_1.mp4", "_2.mp4"]
+
+
+def test_ctrl_c_abandons_only_the_current_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtins, "input", Typing("a long one --d 1", "cat --d 2"))
+    generate(ToyFamily(interrupt_at="a long one"), options(tmp_path, "--interactive"))
+    assert only(tmp_path, "*").name.endswith("_2.mp4")
+
+
+def test_ctrl_c_ends_a_batch_but_finished_latents_stay(tmp_path: Path) -> None:
+    path = prompts(tmp_path, "cat --d 1", "a long one --d 2")
+    with pytest.raises(KeyboardInterrupt):
+        generate(ToyFamily(interrupt_at="a long one"), options(tmp_path / "out", "--from_file", path))
+    assert only(tmp_path / "out", "*").name.endswith("_1_latent.safetensors")

@@ -1,0 +1,148 @@
+"""From a request to latents: the loop against recorded runs, batched passes, noise."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from generation.denoise import Start, StepDone, denoise
+from generation.noise import SeededNoise
+from generation.sections import make_latents
+from modules.records import EncodedPrompts, Request, Section
+from modules.solvers import solver_for
+from tests.generation.toy_family import ToyDit, ToyFamily
+from tests.golden_cases import make_weights, read_case
+from wan.configs import TASKS, WanConfig
+from wan.family import Wan, WanFiles
+from wan.model import WanModel
+
+CPU = torch.device("cpu")
+REQUEST = Request("p", 3, 32, 32, 5, 4, 5.0, None, 3.0, "unipc", 16.0)
+
+
+def toy_texts(positive: float = 3, negative: float | None = 8) -> dict[int, EncodedPrompts]:
+    def letters(value: float) -> dict[str, Tensor | list[Tensor]]:
+        return {"letters": [torch.full((1, 1), float(value))]}
+
+    return {0: EncodedPrompts(letters(positive), None if negative is None else letters(negative))}
+
+
+def golden_wan() -> WanModel:
+    description, _ = read_case("wan_dit_t2v")
+    names = {"dim", "ffn_dim", "freq_dim", "text_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_len"}
+    config = WanConfig(**{key: value for key, value in description["config"].items() if key in names})
+    model = WanModel(config)
+    model.load_state_dict(make_weights(description["weights_model_key"], description["weights"]))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("solver", "recorded"), [("unipc", "latent_unipc"), ("dpm++", "latent_dpmpp"), ("euler", "latent_vanilla")]
+)
+def test_a_whole_wan_run_equals_the_recorded_one(solver: str, recorded: str) -> None:
+    description, tensors = read_case("wan_sampling")
+    _, _, latent_frames, rows, columns = (1, *tensors["noise"].shape)
+    request = Request(
+        "p",
+        description["seed"],
+        width=columns * 8,
+        height=rows * 8,
+        frames=(latent_frames - 1) * 4 + 1,
+        steps=description["steps"],
+        guidance_scale=description["guidance_scale"],
+        flow_shift=description["flow_shift"],
+        solver=solver,
+    )
+    texts = {0: EncodedPrompts({"t5": [tensors["context"]]}, {"t5": [tensors["context_null"]]})}
+    family, dit = Wan(TASKS["t2v-1.3B"], WanFiles()), golden_wan()
+    starts: list[Tensor] = []
+
+    latents = make_latents(
+        family,
+        lambda timestep: dit,
+        request,
+        texts,
+        {0: {}},
+        CPU,
+        cpu_noise=True,
+        on_step=lambda done: starts.append(done.noisy),
+    )
+
+    torch.testing.assert_close(starts[0][0], tensors["noise"], atol=0, rtol=0)
+    torch.testing.assert_close(latents[0], tensors[recorded], atol=2e-3, rtol=2e-3)
+
+
+def test_cpu_noise_is_the_global_generators_stream() -> None:
+    noise = SeededNoise(5, CPU, cpu_noise=True)
+    first, second = noise.draw((1, 2, 3)), noise.draw((4,))
+    torch.manual_seed(5)
+    assert torch.equal(first, torch.randn(1, 2, 3))
+    assert torch.equal(second, torch.randn(4))
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(1)
+    expected = torch.randn(3)
+    torch.manual_seed(1)
+    dit = ToyDit()
+    make_latents(ToyFamily(), lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU)
+    assert torch.equal(torch.randn(3), expected)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_passes_as_a_batch_and_one_by_one_agree(split: bool) -> None:
+    dit, family = ToyDit(), ToyFamily()
+    latents = make_latents(family, lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU, split=split)
+    alone = make_latents(ToyFamily(), lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU)
+    torch.testing.assert_close(latents, alone, atol=1e-5, rtol=0)
+    assert len(family.diary) == REQUEST.steps * (2 if split else 1)  # type: ignore[operator]
+
+
+def test_conditions_of_different_shapes_are_not_batched() -> None:
+    family, dit = ToyFamily(), ToyDit()
+    texts = toy_texts()
+    negative = {"letters": [torch.ones(1, 1)], "extra": torch.ones(2)}
+    make_latents(family, lambda timestep: dit, REQUEST, {0: replace(texts[0], negative=negative)}, {0: {}}, CPU, split=False)
+    assert len(family.diary) == 2 * REQUEST.steps  # type: ignore[operator]
+
+
+def test_the_positive_pass_comes_first() -> None:
+    family, dit = ToyFamily(), ToyDit()
+    make_latents(family, lambda timestep: dit, replace(REQUEST, steps=1), toy_texts(3, 8), {0: {}}, CPU)
+    assert family.diary == ["pass 3", "pass 8"]
+
+
+def test_the_network_of_each_timestep_is_asked_for() -> None:
+    asked: list[float] = []
+    dit = ToyDit()
+
+    def dit_at(timestep: float) -> ToyDit:
+        asked.append(timestep)
+        return dit
+
+    make_latents(ToyFamily(), dit_at, REQUEST, toy_texts(negative=None), {0: {}}, CPU)
+    assert asked == [999.0, 899.0, 749.0, 499.0]
+
+
+def test_watchers_see_each_step_and_the_clean_estimate() -> None:
+    seen: list[StepDone] = []
+    dit = ToyDit()
+    latents = make_latents(ToyFamily(), lambda t: dit, REQUEST, toy_texts(), {0: {}}, CPU, on_step=seen.append)
+    assert [(done.step, done.num_steps) for done in seen] == [(step, 4) for step in range(4)]
+    assert seen[-1].clean.shape == latents.shape
+    assert not latents.requires_grad
+
+
+def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
+    family, dit = ToyFamily(), ToyDit()
+    section = Section(torch.zeros(1, 2, 1, 2, 2), toy_texts()[0].positive)
+    steps: list[int] = []
+
+    def positive_only(step: int, predict: object, section: Section) -> Tensor:
+        steps.append(step)
+        return predict(section.positive)[0]  # type: ignore[operator]
+
+    start = Start(torch.ones(1, 2, 1, 2, 2), step=3)
+    denoise(family, lambda timestep: dit, section, start, solver_for("unipc", 5, 3.0), positive_only)
+    assert steps == [0, 1]

@@ -1,0 +1,92 @@
+"""Networks are loaded when first needed, and freed or kept between their phases."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from generation.session import NO_ENCODERS, Session, encode_inputs, encode_texts
+from modules.records import Placement, Request
+from tests.generation.toy_family import ToyFamily
+
+CPU = torch.device("cpu")
+CAT = Request("cat", 0, guidance_scale=5.0)
+DOG = Request("a dog", 0, guidance_scale=5.0, negative_prompt="bad")
+
+
+def session(family: ToyFamily, keep: bool) -> Session:
+    def load(expert: int) -> nn.Module:
+        return family.load_dit(Placement(CPU), expert)
+
+    return Session(family, CPU, load, keep)
+
+
+def test_each_text_is_encoded_once_and_the_encoder_is_freed() -> None:
+    family = ToyFamily()
+    first, second = encode_texts(family, [CAT, DOG], CPU)
+    assert family.diary == ["load text", "encode cat", "encode ", "encode a dog", "encode bad", "free text"]
+    assert float(first[0].positive["letters"][0]) == 3.0
+    assert second[0].negative is not None
+    assert float(second[0].negative["letters"][0]) == 3.0
+
+
+def test_lines_of_one_prompt_keep_their_own_negative_text() -> None:
+    requests = [Request("cat", 0, guidance_scale=2.0, negative_prompt=text) for text in ("a", "bb")]
+    found = encode_texts(ToyFamily(), requests, CPU)
+    negatives = [by_section[0].negative for by_section in found]
+    assert [float(negative["letters"][0]) for negative in negatives if negative is not None] == [1.0, 2.0]
+
+
+def test_known_texts_do_not_wake_the_encoder() -> None:
+    family = ToyFamily()
+    kept = session(family, keep=True)
+    kept.texts([CAT])
+    family.diary.clear()
+    kept.texts([CAT])
+    assert family.diary == []
+
+
+def test_a_freed_network_is_really_gone() -> None:
+    family = ToyFamily()
+    freeing = session(family, keep=False)
+    with freeing.dit() as dit_at:
+        dit = weakref.ref(dit_at(500.0))
+    gc.collect()
+    assert dit() is None
+    with freeing.media(images=True, again=True) as encoders:
+        vae = weakref.ref(encoders.vae)
+    with freeing.media(images=False, again=False) as encoders:
+        assert vae() is encoders.vae
+    del encoders
+    gc.collect()
+    assert vae() is None
+
+
+def test_a_kept_network_is_loaded_once() -> None:
+    family = ToyFamily()
+    kept = session(family, keep=True)
+    for _ in range(2):
+        with kept.dit():
+            pass
+        with kept.media(images=False, again=False):
+            pass
+    assert family.diary == ["load dit", "load vae"]
+
+
+def test_the_expert_of_a_timestep_is_the_last_that_begins_below_it() -> None:
+    family = ToyFamily(experts=(0.0, 900.0))
+    with session(family, keep=False).dit() as dit_at:
+        assert dit_at(950.0) is dit_at(900.0)
+        assert dit_at(899.0) is dit_at(0.0)
+        assert dit_at(950.0) is not dit_at(0.0)
+    assert family.diary == ["load dit", "load dit"]
+
+
+def test_inputs_without_media_need_no_encoders() -> None:
+    (inputs,) = encode_inputs(ToyFamily(), NO_ENCODERS, [CAT])
+    assert inputs == {0: {}}
+    family = ToyFamily()
+    (inputs,) = encode_inputs(family, family.media_encoders(CPU), [Request("p", 0, image_path=Path("a.png"))])
+    assert isinstance(inputs[0]["image"], torch.Tensor)
