@@ -1,0 +1,78 @@
+"""Tiny Wan transformers and LoRAs for them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.records import Placement
+from networks import lora_wan
+from networks.lora import LoraNetwork
+from tests.golden_cases import make_weights
+from tests.tiny.wan_dit import tiny_state, write_dit
+from wan.checkpoints import load_dit
+from wan.configs import WanConfig
+from wan.model import WanModel
+
+
+def golden_dit(description: dict[str, Any]) -> WanModel:
+    """The network of a golden case."""
+    config = description["config"]
+    dit = WanModel(
+        WanConfig(
+            **{
+                key: config[key]
+                for key in ("dim", "ffn_dim", "freq_dim", "text_dim", "num_heads", "num_layers", "in_dim", "out_dim")
+            },
+            text_len=config["text_len"],
+            has_image=config["model_type"] == "i2v",
+        )
+    )
+    table = [[name, list(tensor.shape)] for name, tensor in dit.state_dict().items()]
+    dit.load_state_dict(make_weights(description["weights_model_key"], table))
+    return dit.requires_grad_(False)
+
+
+def golden_lora(network: LoraNetwork, model_key: str, up_scale: float) -> dict[str, Tensor]:
+    """Fill a network by the golden rule; returns its tensors."""
+    own = network.state_dict()
+    table = [[name, list(tensor.shape)] for name, tensor in own.items() if not name.endswith(".alpha")]
+    values = {name: tensor * (up_scale if "lora_up" in name else 1) for name, tensor in make_weights(model_key, table).items()}
+    network.load_state_dict(own | values)
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def tiny_dit(folder: Path, kind: str = "t2v", **sizes: int) -> WanModel:
+    """A random transformer in evaluation mode, without gradients."""
+    return load_dit(write_dit(folder, tiny_state(kind, **sizes)), Placement(torch.device("cpu"))).eval().requires_grad_(False)
+
+
+def wan_network(dit: nn.Module, rank: int = 4, alpha: float = 2.0, dropout: float | None = None, **arguments: Any) -> LoraNetwork:
+    """A LoRA for a Wan transformer with random up factors, not attached yet."""
+    network = lora_wan.create_arch_network(1.0, rank, alpha, None, None, dit, dropout, **arguments)
+    randomize(network)
+    return network
+
+
+def randomize(network: nn.Module, scale: float = 0.05, seed: int = 0) -> None:
+    """Random values for all parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def inputs(dit: WanModel, seed: int = 1) -> dict[str, Any]:
+    """What the transformer's forward takes, batch of two."""
+    generator = torch.Generator().manual_seed(seed)
+    config = dit.config
+    texts = [torch.randn(length, config.text_dim, generator=generator) for length in (5, 7)]
+    given: dict[str, Any] = {
+        "noisy": torch.randn(2, config.in_dim, 2, 4, 4, generator=generator),
+        "timesteps": torch.tensor([250.0, 900.0]),
+        "text": texts,
+    }
+    if config.has_image:
+        given["image_embeds"] = torch.randn(2, 257, config.image_dim, generator=generator)
+    return given

@@ -1,0 +1,137 @@
+"""Networks of any module behind the trainer's one interface."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modules.errors import OptionError
+from networks.adapter import make_network
+from networks.hashes import model_hashes
+from networks.loading import read_lora
+from networks.options import NetworkOptions
+from tests.networks.making import inputs, tiny_dit, wan_network
+
+OURS, FOREIGN = "networks.lora_wan", "tests.networks.foreign_network"
+
+
+def options(**changed: Any) -> NetworkOptions:
+    values: dict[str, Any] = dict.fromkeys(NetworkOptions.__dataclass_fields__)
+    return NetworkOptions(**{**values, "network_alpha": 1.0, "dim_from_weights": False, **changed})
+
+
+@pytest.mark.parametrize("module", [OURS, FOREIGN])
+def test_a_network_of_any_module_learns(tmp_path: Path, module: str) -> None:
+    dit = tiny_dit(tmp_path).train()
+    network = make_network(options(network_module=module, network_dim=8), OURS, dit, seed=1)
+    groups, names = network.parameter_groups(1e-2)
+    optimizer = torch.optim.AdamW(groups)
+    network.on_epoch_start()
+    losses = []
+    for step in range(8):
+        network.on_step_start()
+        network.set_dropout_seed(step)
+        loss = dit(**inputs(dit)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+
+    assert losses[-1] < 0.95 * losses[0]
+    assert names == ["unet"]
+    assert groups[0]["lr"] == 1e-2
+    assert all(not parameter.requires_grad for parameter in dit.parameters())
+
+
+@pytest.mark.parametrize("module", [OURS, FOREIGN])
+def test_initial_values_and_dropout_follow_the_seeds(tmp_path: Path, module: str) -> None:
+    outputs = []
+    for noise, seed in ((1, 5), (2, 5), (3, 6)):
+        torch.manual_seed(noise)  # what was drawn before has no influence
+        dit = tiny_dit(tmp_path).train()
+        network = make_network(options(network_module=module, network_dropout=0.3 if module == OURS else None), OURS, dit, seed=1)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.05)
+        network.set_dropout_seed(seed)
+        outputs.append(dit(**inputs(dit)))
+
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("module", [OURS, FOREIGN])
+def test_building_a_network_leaves_the_global_generator_alone(tmp_path: Path, module: str) -> None:
+    dit = tiny_dit(tmp_path)
+    before = torch.get_rng_state()
+
+    make_network(options(network_module=module), OURS, dit, seed=1)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_foreign_module_gets_rank_alpha_and_arguments(tmp_path: Path) -> None:
+    made: Any = make_network(
+        options(network_module=FOREIGN, network_alpha=3.0, network_args=("algo=a=b",)), OURS, tiny_dit(tmp_path), 1
+    )
+
+    assert (made.module.dim, made.module.alpha, made.module.arguments) == (4, 3.0, {"algo": "a=b"})
+    made.set_multiplier(0.5)
+    assert made.module.multiplier == 0.5
+
+
+def test_a_foreign_network_is_saved_with_hashes_and_loaded_again(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    network = make_network(options(network_module=FOREIGN), OURS, dit, seed=1)
+
+    network.save(tmp_path / "x.safetensors", torch.bfloat16, {"ss_seed": "1"})
+
+    stored = load_file(tmp_path / "x.safetensors")
+    assert stored.keys() == network.module.state_dict().keys()
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert model_hashes(stored, {})["sshs_model_hash"] == model_hashes(stored, {"ss_x": "y"})["sshs_model_hash"]
+
+
+def test_without_a_module_the_familys_own_is_used(tmp_path: Path) -> None:
+    network = make_network(options(), OURS, tiny_dit(tmp_path), seed=1)
+
+    assert network.module_name == OURS
+
+
+def test_ranks_come_from_the_weights_on_request(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    path = tmp_path / "x.safetensors"
+    wan_network(dit, rank=6, alpha=3.0).save_weights(path, None, {})
+
+    network: Any = make_network(options(network_weights=path, dim_from_weights=True), OURS, dit, seed=1)
+
+    assert {(layer.rank, layer.scale) for layer in network.module.layers} == {(6, 0.5)}
+    state = network.module.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in read_lora(path).tensors.items())
+
+
+def test_scaling_norms_reports_and_is_refused_where_it_is_not_offered(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    network = make_network(options(scale_weight_norms=0.5), OURS, dit, seed=1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(0.1)
+
+    report = network.scale_norms(0.5, torch.device("cpu"))
+
+    assert report.keys_scaled == 20
+    assert report.max_norm == pytest.approx(0.5)
+    with pytest.raises(OptionError, match="--scale_weight_norms cannot be used"):
+        make_network(options(scale_weight_norms=0.5, network_module=FOREIGN), OURS, dit, seed=1)
+
+
+def test_dim_from_weights_is_refused_where_the_module_lacks_it(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    wan_network(dit).save_weights(tmp_path / "x.safetensors", None, {})
+
+    with pytest.raises(OptionError, match="--dim_from_weights cannot be used"):
+        make_network(
+            options(network_module=FOREIGN, network_weights=tmp_path / "x.safetensors", dim_from_weights=True), OURS, dit, seed=1
+        )

@@ -1,0 +1,121 @@
+"""Reading LoRA files: damage, foreign content, PEFT's settings; network modules by name."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modules.errors import CheckpointError, OptionError
+from networks.deltas import strength
+from networks.loading import import_network_module, read_lora
+from tests.networks.making import tiny_dit, wan_network
+from tests.tiny.wan_dit import tiny_state
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "x.safetensors"
+    wan_network(tiny_dit(tmp_path)).save_weights(path, torch.bfloat16, {"ss_seed": "1"})
+    return path
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("position", [-1, -5000])
+def test_a_flipped_bit_is_found_out(saved: Path, position: int) -> None:
+    read_lora(saved)
+    flip(saved, position)
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_lora(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 500, 20000])
+def test_a_truncated_file_is_refused(saved: Path, keep: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+
+    with pytest.raises(CheckpointError, match=str(saved)):
+        read_lora(saved)
+
+
+def test_old_hashes_that_another_tool_copied_do_no_harm(saved: Path) -> None:
+    metadata = dict(read_lora(saved).metadata)
+    renamed = {
+        "diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 4),
+        "diffusion_model.blocks.0.ffn.0.lora_B.weight": torch.ones(4, 2),
+    }
+    save_file(renamed, saved, metadata=metadata)
+
+    assert read_lora(saved).dialect == "other"
+
+
+def test_code_in_a_pickle_is_refused(tmp_path: Path) -> None:
+    torch.save({"lora_unet_a.diff": torch.ones(1), "call": print}, tmp_path / "x.pt")
+
+    with pytest.raises(CheckpointError, match="code"):
+        read_lora(tmp_path / "x.pt")
+
+
+def test_a_whole_model_is_no_lora(tmp_path: Path) -> None:
+    save_file(tiny_state("t2v"), tmp_path / "x.safetensors")
+
+    with pytest.raises(CheckpointError, match="is no LoRA"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_incomplete_modules_are_refused(saved: Path) -> None:
+    tensors = dict(read_lora(saved).tensors)
+    del tensors["lora_unet_blocks_1_ffn_0.lora_up.weight"]
+    save_file(tensors, saved)
+
+    with pytest.raises(CheckpointError, match="lora_unet_blocks_1_ffn_0: it has lora_down.weight but no lora_up.weight"):
+        read_lora(saved)
+
+
+def test_keys_that_cannot_be_used_are_listed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = dict(read_lora(saved).tensors)
+    save_file(tensors | {"lora_te_x.lora_down.weight": torch.ones(2, 2), "emb_params": torch.ones(2)}, saved)
+
+    with caplog.at_level(logging.WARNING):
+        assert read_lora(saved).tensors.keys() == tensors.keys()
+
+    assert "1 tensors change a text encoder and are ignored: lora_te_x.lora_down.weight" in caplog.text
+    assert "1 tensors are no part of a LoRA and are ignored: emb_params" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lora_alpha": 8, "r": 2}, [4.0, 4.0]),
+        ({"lora_alpha": 8, "r": 2, "use_rslora": True}, [8 / 2**0.5] * 2),
+        ({"lora_alpha": 8, "r": 2, "alpha_pattern": {"blocks.0.attn1.to_q": 2}}, [1.0, 4.0]),
+    ],
+)
+@pytest.mark.parametrize("place", ["metadata", "folder"])
+def test_alphas_in_peft_settings_count(tmp_path: Path, place: str, settings: dict[str, object], expected: list[float]) -> None:
+    prefix = "transformer." if place == "metadata" else "base_model.model."
+    names = [f"{prefix}blocks.0.attn1.{part}.lora_{factor}.weight" for part in ("to_q", "to_k") for factor in "AB"]
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: torch.ones(2, 2) for name in names}, path, metadata=metadata if place == "metadata" else None)
+    if place == "folder":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+    modules = read_lora(path if place == "metadata" else tmp_path).modules()
+
+    assert [strength(modules[f"lora_unet_blocks_0_self_attn_{part}"]) for part in "qk"] == pytest.approx(expected)
+
+
+def test_network_modules_are_imported_by_name() -> None:
+    assert import_network_module("networks.lora_wan").__name__ == "networks.lora_wan"
+    with pytest.raises(OptionError, match="--network_module no_such_module cannot be imported"):
+        import_network_module("no_such_module")
+    with pytest.raises(OptionError, match="builds no network"):
+        import_network_module("json")

@@ -1,0 +1,338 @@
+"""The LoRA network on Wan: fidelity, which modules take part, dropout, gradients, saving and loading."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from modules.activation import checkpoint_blocks
+from modules.errors import CheckpointError, OptionError
+from modules.family import DitSpec
+from networks import lora, lora_wan
+from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, keep_mask
+from tests.golden_cases import make_input, read_case
+from tests.networks.making import golden_dit, golden_lora, inputs, randomize, tiny_dit, wan_network
+
+BLOCKS = DitSpec(block_lists=("blocks",))
+
+
+@pytest.mark.parametrize("case", ["wan_lora_t2v", "wan_lora_i2v"])
+def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str) -> None:
+    description, tensors = read_case(case)
+    settings = description["lora"]
+    dit = golden_dit(description)
+    network = lora_wan.create_arch_network(settings["multiplier"], settings["rank"], settings["alpha"], None, None, dit)
+    assert [[name, list(t.shape), str(t.dtype)[6:]] for name, t in network.state_dict().items()] == settings["tensors"]
+    golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
+    network.apply_to(None, dit)
+    sigmas = torch.tensor(description["t_in_0_1"]).view(-1, 1, 1, 1, 1)
+    noisy = (1 - sigmas) * tensors["latents"] + sigmas * tensors["noise"]
+    image = None
+    if "y" in tensors:
+        noisy = torch.cat([noisy, tensors["y"]], dim=1)
+        rule = description["inputs_by_rule"]["clip_fea"]
+        image = make_input(case, "clip_fea", rule["shape"], rule["scale"])
+
+    out = dit(noisy, tensors["timesteps"], [tensors["context_0"], tensors["context_1"]], image)
+    loss = nn.functional.mse_loss(out, tensors["noise"] - tensors["latents"])
+    loss.backward()
+
+    torch.testing.assert_close(out, tensors["out"], **description["tolerance"]["out"])
+    torch.testing.assert_close(loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"])
+    rtol = description["tolerance"]["grads"]["rtol"]
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None
+        total, norm = description["grad_sum_and_l2norm"][name]
+        assert float(parameter.grad.norm()) == pytest.approx(norm, rel=rtol)
+        assert float(parameter.grad.sum()) == pytest.approx(total, rel=rtol, abs=rtol * norm)
+        if f"grad.{name}" in tensors:
+            torch.testing.assert_close(
+                parameter.grad, tensors[f"grad.{name}"], rtol=rtol, atol=rtol * float(parameter.grad.abs().max())
+            )
+    assert all(parameter.grad is None for parameter in dit.parameters())
+
+
+@pytest.mark.parametrize("which", ["default", "exclude_ffn", "include_norm_modulation_head", "only_self_attn_q"])
+def test_patterns_choose_the_recorded_modules(which: str) -> None:
+    description, _ = read_case("lora_merge_convert")
+    expected = description["module_lists"][which]
+
+    network = lora_wan.create_arch_network(1.0, 4, 2.0, None, None, golden_dit(description), **expected["network_args"])
+
+    assert list(dict.fromkeys(name.partition(".")[0] for name in network.state_dict())) == expected["modules"]
+
+
+def test_hunyuan_video_blocks_are_the_targets_of_the_shared_module() -> None:
+    class MMSingleStreamBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear1 = nn.Linear(8, 8)
+            self.modulation = nn.ModuleDict({"linear": nn.Linear(8, 8)})
+
+    dit = nn.Module()
+    dit.single_blocks = nn.ModuleList([MMSingleStreamBlock()])
+    dit.final = nn.Linear(8, 8)
+
+    network = lora.create_arch_network(1.0, 4, 1.0, None, None, dit)
+
+    assert {name.partition(".")[0] for name in network.state_dict()} == {"lora_unet_single_blocks_0_linear1"}
+
+
+def test_a_new_lora_changes_nothing(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    plain = dit(**inputs(dit))
+
+    lora_wan.create_arch_network(1.0, 4, 1.0, None, None, dit).apply_to(None, dit)
+
+    assert torch.equal(dit(**inputs(dit)), plain)
+
+
+def test_multiplier_zero_and_removal_give_the_plain_model_back(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    plain = dit(**inputs(dit))
+    network = wan_network(dit)
+    network.apply_to(None, dit)
+    assert not torch.equal(dit(**inputs(dit)), plain)
+
+    network.set_multiplier(0.0)
+    assert torch.equal(dit(**inputs(dit)), plain)
+
+    network.set_multiplier(1.0)
+    network.remove()
+    assert torch.equal(dit(**inputs(dit)), plain)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_factors_train_with_any_model_dtype_and_with_autocast(tmp_path: Path, dtype: torch.dtype, autocast: bool) -> None:
+    dit = tiny_dit(tmp_path)
+    exact = wan_network(dit)
+    exact.apply_to(None, dit)
+    expected = dit(**inputs(dit))
+    exact.remove()
+    dit.to(dtype)
+    network = wan_network(dit)
+    network.apply_to(None, dit)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = dit(**inputs(dit))
+    out.float().square().mean().backward()
+
+    assert torch.nn.functional.mse_loss(out.float(), expected) < 1e-3 * expected.square().mean()
+    for parameter in network.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("arguments", [{"dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"}])
+def test_recomputation_of_checkpointed_blocks_draws_the_same_dropout(tmp_path: Path, arguments: dict[str, float]) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        dit = tiny_dit(tmp_path).train()
+        network = wan_network(dit, **arguments)
+        network.apply_to(None, dit)
+        if checkpointed:
+            checkpoint_blocks(dit, BLOCKS)
+        network.train()
+        network.set_dropout_seed(5)
+        dit(**inputs(dit)).square().mean().backward()
+        gradients.append([torch.zeros(1) if p.grad is None else p.grad for p in network.parameters()])
+
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("arguments", [{"dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"}])
+def test_dropout_follows_the_seed_and_rests_in_eval_mode(tmp_path: Path, arguments: dict[str, float]) -> None:
+    dit = tiny_dit(tmp_path)
+    network = wan_network(dit, **arguments)
+    network.apply_to(None, dit)
+    outputs = []
+    for seed in (1, 1, 2):
+        network.train()
+        network.set_dropout_seed(seed)
+        outputs.append(dit(**inputs(dit)))
+
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    network.eval()
+    assert not torch.equal(dit(**inputs(dit)), outputs[0])
+
+
+def test_masks_have_the_asked_share_and_differ_between_seeds() -> None:
+    shape, cpu = (64, 1000), torch.device("cpu")
+
+    first, second = keep_mask(shape, 0.25, 11, cpu), keep_mask(shape, 0.25, 12, cpu)
+
+    assert float(first.float().mean()) == pytest.approx(0.75, abs=0.01)
+    assert float((first == second).float().mean()) == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
+    assert float(first.float().mean(0).std()) == pytest.approx((0.75 * 0.25 / 64) ** 0.5, rel=0.1)
+
+
+def test_rank_dropout_drops_whole_ranks_of_a_sample() -> None:
+    linear = nn.Linear(8, 8)
+    layer = LoraLayer(linear, 4, 4.0)
+    with torch.no_grad():
+        layer.lora_down.weight.copy_(torch.eye(4, 8))
+        layer.lora_up.weight.copy_(torch.eye(8, 4))
+    layer.set_dropouts(Dropouts(rank=0.5), DropoutSeed(), 0)
+    layer.seed.value = 3
+
+    change = layer(torch.ones(2, 16, 8)) - linear(torch.ones(2, 16, 8))
+
+    ranks = change[:, :, :4]
+    assert torch.equal(ranks, ranks[:, :1].expand_as(ranks))
+    assert set(ranks.round(decimals=4).unique().tolist()) <= {0.0, 2.0}
+
+
+def test_loraplus_puts_the_up_factors_into_a_faster_group(tmp_path: Path) -> None:
+    network = wan_network(tiny_dit(tmp_path), loraplus_lr_ratio="4")
+
+    groups, names = network.prepare_optimizer_params(unet_lr=0.5)
+
+    assert names == ["unet", "unet plus"]
+    assert [group["lr"] for group in groups] == [0.5, 2.0]
+    assert groups[1]["params"][0] is network.layers[0].lora_up.weight
+    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
+
+
+def test_norms_above_the_limit_are_scaled_down_to_it(tmp_path: Path) -> None:
+    network = wan_network(tiny_dit(tmp_path), alpha=2.0)
+    with torch.no_grad():
+        network.layers[0].lora_up.weight.mul_(1e-3)
+
+    @torch.no_grad()
+    def norms() -> list[float]:
+        return [float((layer.scale * layer.lora_up.weight @ layer.lora_down.weight).norm()) for layer in network.layers]
+
+    before = norms()
+    limit = sorted(before)[len(before) // 2]
+    scaled, mean, largest = network.apply_max_norm_regularization(limit)
+
+    expected = [min(norm, limit) for norm in before]
+    assert norms() == pytest.approx(expected, rel=1e-5)
+    assert scaled == sum(norm > limit for norm in before)
+    assert largest == pytest.approx(limit, rel=1e-5)
+    assert mean == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
+    class WanAttentionBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(4, 6, 1)
+            self.three = nn.Conv2d(4, 6, 3, padding=1, stride=2)
+
+    dit = nn.Sequential(WanAttentionBlock())
+    plain = lora_wan.create_arch_network(1.0, 2, 1.0, None, None, dit)
+    network = lora_wan.create_arch_network(1.0, 2, 1.0, None, None, dit, conv_dim="3", conv_alpha="1")
+    randomize(network)
+    pixels = torch.randn(1, 4, 8, 8)
+    before = dit[0].three(pixels)
+    network.apply_to(None, dit)
+
+    assert len(plain.layers) == 1
+    factors = network.state_dict()
+    assert factors["lora_unet_0_three.lora_down.weight"].shape == (3, 4, 3, 3)
+    assert factors["lora_unet_0_three.lora_up.weight"].shape == (6, 3, 1, 1)
+    delta = (
+        torch.einsum("orxy,rikl->oikl", factors["lora_unet_0_three.lora_up.weight"], factors["lora_unet_0_three.lora_down.weight"])
+        / 3
+    )
+    expected = before + nn.functional.conv2d(pixels, delta, padding=1, stride=2)
+    torch.testing.assert_close(dit[0].three(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_file_has_the_dtype_asked_for_and_its_hashes(tmp_path: Path) -> None:
+    network = wan_network(tiny_dit(tmp_path))
+
+    network.save_weights(tmp_path / "x.safetensors", torch.bfloat16, {"ss_seed": "1"})
+
+    stored = load_file(tmp_path / "x.safetensors")
+    assert stored.keys() == network.state_dict().keys()
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata()["ss_seed"] == "1"
+        assert len(file.metadata()["sshs_model_hash"]) == 64
+
+
+def test_weights_and_alphas_come_back_from_a_file(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    saved = wan_network(dit, alpha=3.0)
+    saved.save_weights(tmp_path / "x.safetensors", None, {})
+    network = lora_wan.create_arch_network(1.0, 4, 1.0, None, None, dit)
+
+    assert network.load_weights(tmp_path / "x.safetensors") == []
+
+    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in network.state_dict().items())
+    assert network.layers[0].scale == 3.0 / 4
+
+
+def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dit = tiny_dit(tmp_path)
+    wan_network(tiny_dit(tmp_path / "i2v", "i2v")).save_weights(tmp_path / "x.safetensors", None, {})
+    network = wan_network(dit, exclude_patterns="[r'.*ffn.*']")
+
+    with caplog.at_level(logging.WARNING):
+        problems = network.load_weights(tmp_path / "x.safetensors")
+
+    assert "lora_unet_blocks_0_cross_attn_k_img is not in this network" in problems
+    assert "lora_unet_blocks_1_ffn_2 is not in this network" in problems
+    assert len(problems) == 8
+    assert "16 modules loaded, 8 not" in caplog.text
+
+
+def test_a_file_of_another_rank_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    wan_network(dit, rank=8).save_weights(tmp_path / "x.safetensors", None, {})
+
+    with pytest.raises(CheckpointError, match=r"lora_down.weight \[8, 128\].*\[4, 128\].*--dim_from_weights"):
+        wan_network(dit, rank=4).load_weights(tmp_path / "x.safetensors")
+
+
+def test_ranks_and_alphas_can_come_from_a_file(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    tensors = wan_network(dit, rank=6, alpha=3.0, include_patterns="[r'.*self_attn.*']", exclude_patterns="[r'.*']").state_dict()
+    del tensors["lora_unet_blocks_1_self_attn_o.alpha"]  # no alpha: that of the rank
+
+    network = lora_wan.create_arch_network_from_weights(1.0, tensors, unet=dit)
+
+    assert len(network.layers) == 8
+    assert {layer.rank for layer in network.layers} == {6}
+    assert [layer.scale for layer in network.layers] == [0.5] * 7 + [1.0]
+
+
+def test_unknown_network_args_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        wan_network(tiny_dit(tmp_path), rank_droput="0.1")
+
+    assert "--network_args rank_droput is ignored" in caplog.text
+
+
+def test_an_invalid_pattern_is_warned_about_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        network = wan_network(tiny_dit(tmp_path), exclude_patterns="[r'(', r'.*ffn.*']")
+
+    assert "'(' is ignored" in caplog.text
+    assert len(network.layers) == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rank_dropout": "1.5"}, "rank_dropout=1.5"),
+        ({"module_dropout": "many"}, "module_dropout=many"),
+        ({"conv_dim": "0"}, "conv_dim=0"),
+        ({"exclude_patterns": ".*ffn.*"}, "exclude_patterns"),
+        ({"exclude_patterns": "__import__('os')"}, "exclude_patterns"),
+        ({"exclude_patterns": "[r'.*']"}, "no module"),
+    ],
+)
+def test_network_args_that_cannot_be_used_are_refused(tmp_path: Path, arguments: dict[str, str], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        wan_network(tiny_dit(tmp_path), **arguments)

@@ -1,0 +1,134 @@
+"""LoRAs added to a model's weights while it is loaded."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modules.errors import CheckpointError, OptionError
+from modules.records import Placement
+from networks import lora_wan
+from networks.loading import LoraFile, read_lora
+from networks.merge import LoraPatch, LoraUse, lora_uses
+from networks.options import LoraOptions, LoraPatternOptions
+from tests.golden_cases import read_case
+from tests.networks.making import golden_dit, golden_lora, inputs, tiny_dit, wan_network
+from tests.tiny.wan_dit import tiny_state, write_dit
+from wan.checkpoints import load_dit
+
+
+def lora_file(tensors: dict[str, Tensor], name: str = "x.safetensors") -> LoraFile:
+    return LoraFile(Path(name), tensors, {}, "ours")
+
+
+def test_merged_weights_equal_the_recorded_ones() -> None:
+    description, expected = read_case("lora_merge_convert")
+    dit = golden_dit(description)
+    network = lora_wan.create_arch_network(1.0, description["rank"], description["alpha"], None, None, dit)
+    tensors = golden_lora(network, description["lora_weights_model_key"], description["lora_up_extra_scale"])
+    patch = LoraPatch([LoraUse(lora_file(tensors), description["multiplier"])])
+
+    merged = {name: patch(name, weight) for name, weight in dit.state_dict().items()}
+
+    assert [name for name, weight in dit.state_dict().items() if not torch.equal(weight, merged[name])] == description[
+        "merged_changed_tensors"
+    ]
+    for name in (name for name in expected if name.startswith("merged.")):
+        torch.testing.assert_close(merged[name[7:]], expected[name], rtol=0, **description["tolerance"]["merged.*"])
+    assert patch.unused() == []
+    patch.check()
+
+
+def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    network = wan_network(dit)
+    network.save_weights(tmp_path / "x.safetensors", None, {})
+    network.apply_to(None, dit)
+    expected = dit(**inputs(dit))
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"))])
+
+    merged = load_dit(write_dit(tmp_path, tiny_state("t2v")), Placement(torch.device("cpu"), patch=patch))
+    patch.check()
+
+    torch.testing.assert_close(merged(**inputs(merged)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_several_loras_are_summed_before_rounding() -> None:
+    weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbours are 2 apart
+    one = {"lora_unet_a.lora_down.weight": torch.full((1, 4), 0.6), "lora_unet_a.lora_up.weight": torch.ones(4, 1)}
+    patch = LoraPatch([LoraUse(lora_file(one)), LoraUse(lora_file(one))])
+
+    assert torch.equal(patch("a.weight", weight), torch.full((4, 4), 258.0, dtype=torch.bfloat16))  # 257.2: one alone would be lost
+
+
+def test_patterns_choose_parts_of_a_lora(tmp_path: Path) -> None:
+    tensors = dict(wan_network(tiny_dit(tmp_path)).state_dict())
+    use = LoraUse(lora_file(tensors), 1.0, include=r"self_attn", exclude=r"_1_self_attn_[qk]")
+
+    assert sorted(use.modules()) == [
+        f"lora_unet_blocks_{part}"
+        for part in ("0_self_attn_k", "0_self_attn_o", "0_self_attn_q", "0_self_attn_v", "1_self_attn_o", "1_self_attn_v")
+    ]
+
+
+def test_whole_and_bias_differences_change_norms_and_biases() -> None:
+    tensors = {"lora_unet_blocks_0_norm3.diff": torch.ones(4), "lora_unet_blocks_0_norm3.diff_b": torch.full((4,), 2.0)}
+    patch = LoraPatch([LoraUse(lora_file(tensors), 0.5)])
+
+    assert torch.equal(patch("blocks.0.norm3.weight", torch.ones(4)), torch.full((4,), 1.5))
+    assert torch.equal(patch("blocks.0.norm3.bias", torch.zeros(4)), torch.ones(4))
+    assert patch.unused() == []
+
+
+def test_weights_that_a_model_lacks_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = dict(wan_network(tiny_dit(tmp_path, "i2v")).state_dict())
+    patch = LoraPatch([LoraUse(lora_file(tensors))])
+    for name, weight in tiny_dit(tmp_path / "t2v").state_dict().items():
+        patch(name, weight)
+
+    with caplog.at_level(logging.WARNING):
+        patch.check()
+
+    assert "4 of 24 weights are not in this model" in caplog.text
+    assert "lora_unet_blocks_0_cross_attn_k_img.weight" in caplog.text
+    assert len(patch.unused()) == 4
+
+
+def test_a_lora_of_another_model_is_refused() -> None:
+    tensors = {"lora_unet_double_blocks_0_img_attn_qkv.diff": torch.ones(2, 2)}
+    patch = LoraPatch([LoraUse(lora_file(tensors))])
+    patch("blocks.0.ffn.0.weight", torch.ones(2, 2))
+
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        patch.check()
+
+
+def test_a_lora_of_another_size_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    tensors = dict(wan_network(tiny_dit(tmp_path, dim=256, num_heads=2)).state_dict())
+    patch = LoraPatch([LoraUse(lora_file(tensors))])
+
+    with pytest.raises(CheckpointError, match=r"x.safetensors.*\[256, 256\].*\[128, 128\]"):
+        patch("blocks.0.self_attn.q.weight", torch.ones(128, 128))
+
+
+def test_factors_that_do_not_go_together_are_refused() -> None:
+    tensors = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 3)}
+
+    with pytest.raises(CheckpointError, match="do not go together"):
+        LoraPatch([LoraUse(lora_file(tensors))])("a.weight", torch.ones(4, 4))
+
+
+def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> None:
+    tensors = {"lora_unet_a.diff": torch.ones(2, 2)}
+    files = (tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    for file in files:
+        save_file(tensors, file)
+
+    uses = lora_uses(LoraOptions(files, (0.5,)), LoraPatternOptions(("a",), None))
+
+    assert [(use.multiplier, use.include, use.exclude) for use in uses] == [(0.5, "a", None), (1.0, None, None)]
+    with pytest.raises(OptionError, match="--exclude_patterns has 3 patterns for 2"):
+        lora_uses(LoraOptions(files, (1.0,)), LoraPatternOptions(None, ("a", "b", "c")))

@@ -1,0 +1,91 @@
+"""convert_lora.py through its command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import convert_lora
+from modules.errors import CheckpointError
+from networks.hashes import model_hashes
+from tests.commands import assert_user_error, run_script
+from tests.networks.making import tiny_dit, wan_network
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, "pt") as file:
+        return load_file(path), dict(file.metadata() or {})
+
+
+def convert(source: Path, output: Path, target: str) -> None:
+    convert_lora.main(["--input", str(source), "--output", str(output), "--target", target])
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "lora.safetensors"
+    wan_network(tiny_dit(tmp_path)).save_weights(path, torch.bfloat16, {"ss_output_name": "lora", "modelspec.title": "A title"})
+    return path
+
+
+def test_metadata_are_copied_and_hashes_made_anew(tmp_path: Path, saved: Path) -> None:
+    convert(saved, tmp_path / "other.safetensors", "other")
+    convert(tmp_path / "other.safetensors", tmp_path / "back.safetensors", "default")
+
+    _, before = read(saved)
+    for name in ("other", "back"):
+        tensors, metadata = read(tmp_path / f"{name}.safetensors")
+        assert metadata["ss_output_name"] == "lora"
+        assert metadata["modelspec.title"] == "A title"
+        hashes = model_hashes(tensors, metadata)
+        assert {key: metadata[key] for key in hashes} == hashes
+        assert metadata["sshs_model_hash"] != before["sshs_model_hash"]
+
+
+def test_there_and_back_and_there_again_is_the_same_file_content(tmp_path: Path, saved: Path) -> None:
+    for source, target in ((saved, "other"), ("other1", "default"), ("default2", "other"), ("other3", "default")):
+        number = {"lora": 1, "other1": 2, "default2": 3, "other3": 4}[Path(source).stem]
+        convert(tmp_path / Path(source).with_suffix(".safetensors").name, tmp_path / f"{target}{number}.safetensors", target)
+
+    for first, second in (("other1", "other3"), ("default2", "default4")):
+        one, two = read(tmp_path / f"{first}.safetensors"), read(tmp_path / f"{second}.safetensors")
+        assert one[1] == two[1]
+        assert one[0].keys() == two[0].keys()
+        assert all(torch.equal(tensor, two[0][name]) for name, tensor in one[0].items())
+
+
+def test_a_file_in_the_target_dialect_stays_as_it_is(tmp_path: Path, saved: Path) -> None:
+    convert(saved, tmp_path / "same.safetensors", "default")
+
+    tensors, metadata = read(tmp_path / "same.safetensors")
+    expected, before = read(saved)
+    assert metadata == before
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+def test_a_lokr_cannot_become_the_other_dialect(tmp_path: Path) -> None:
+    save_file(
+        {"lora_unet_blocks_0_ffn_0.lokr_w1": torch.ones(2, 2), "lora_unet_blocks_0_ffn_0.lokr_w2": torch.ones(2, 2)},
+        tmp_path / "x.safetensors",
+    )
+
+    with pytest.raises(CheckpointError, match="has no form in that dialect"):
+        convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "other")
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_any_folder_and_explains_a_wrong_file(tmp_path: Path, saved: Path) -> None:
+    run_script("convert_lora.py", "--input", saved.name, "--output", "out.safetensors", "--target", "other", folder=tmp_path)
+    assert all(name.startswith("diffusion_model.blocks.") for name in load_file(tmp_path / "out.safetensors"))
+
+    (tmp_path / "bad.safetensors").write_text(json.dumps({"no": "tensors"}))
+    done = run_script(
+        "convert_lora.py", "--input", "bad.safetensors", "--output", "o", "--target", "other", folder=tmp_path, check=False
+    )
+    assert_user_error(done, "bad.safetensors", "CheckpointError")
+    assert not (tmp_path / "o").exists()

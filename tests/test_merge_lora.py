@@ -1,0 +1,126 @@
+"""merge_lora.py through its command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import merge_lora
+from modules.errors import CheckpointError, OptionError
+from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
+from tests.commands import assert_user_error, run_script
+from tests.networks.making import tiny_dit, wan_network
+from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
+
+
+def merge(*arguments: object) -> None:
+    merge_lora.main([*map(str, arguments), "--device", "cpu"])
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    path = tmp_path / "lora.safetensors"
+    wan_network(tiny_dit(tmp_path / "model")).save_weights(path, torch.bfloat16, {})
+    return path
+
+
+@pytest.mark.parametrize("dialect", ["pth", "safetensors", "sharded", "prefixed", "all_in_one", "diffusers", "diffusers_sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layout_of_a_model_is_merged_under_its_own_names(
+    tmp_path: Path, lora: Path, dialect: str, dtype: torch.dtype
+) -> None:
+    state = tiny_state("t2v", dtype=dtype)
+    model = write_dit(tmp_path, state, dialect)
+
+    merge("--dit", model, "--lora_weight", lora, "--lora_multiplier", 0.5, "--save_merged_model", tmp_path / "merged.safetensors")
+
+    patch = LoraPatch([LoraUse(read_lora(lora), 0.5)])
+    expected = {name: patch(name, tensor) for name, tensor in state.items()}
+    merged = load_file(tmp_path / "merged.safetensors")
+    for name, tensor in expected.items():
+        stored = diffusers_name(name) if "diffusers" in dialect else name
+        stored = f"model.diffusion_model.{name}" if dialect in {"prefixed", "all_in_one"} else stored
+        assert torch.equal(merged[stored], tensor), name
+    assert len(merged) == len(expected) + (2 if dialect == "all_in_one" else 0)
+
+
+def test_hunyuan_video_names_work_too(tmp_path: Path) -> None:
+    weight = torch.randn(6, 4)
+    save_file(
+        {"double_blocks.0.img_mlp.fc1.weight": weight, "final_layer.linear.bias": torch.ones(3)}, tmp_path / "dit.safetensors"
+    )
+    factors = {"lora_A.weight": torch.randn(2, 4), "lora_B.weight": torch.randn(6, 2)}
+    save_file(
+        {f"diffusion_model.double_blocks.0.img_mlp.fc1.{part}": t for part, t in factors.items()}, tmp_path / "lora.safetensors"
+    )
+
+    merge(
+        "--dit",
+        tmp_path / "dit.safetensors",
+        "--lora_weight",
+        tmp_path / "lora.safetensors",
+        "--save_merged_model",
+        tmp_path / "out.safetensors",
+    )
+
+    merged = load_file(tmp_path / "out.safetensors")
+    expected = weight + factors["lora_B.weight"] @ factors["lora_A.weight"]
+    torch.testing.assert_close(merged["double_blocks.0.img_mlp.fc1.weight"], expected)
+    assert torch.equal(merged["final_layer.linear.bias"], torch.ones(3))
+
+
+def test_metadata_are_kept_but_for_stale_hashes(tmp_path: Path, lora: Path) -> None:
+    save_file(
+        tiny_state("t2v"), tmp_path / "dit.safetensors", metadata={"modelspec.title": "A title", "modelspec.hash_sha256": "0x1"}
+    )
+
+    merge("--dit", tmp_path / "dit.safetensors", "--lora_weight", lora, "--save_merged_model", tmp_path / "out.safetensors")
+
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"modelspec.title": "A title", "modelspec.merged_from": "dit.safetensors, lora.safetensors"}
+
+
+def test_a_lora_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = write_dit(tmp_path, tiny_state("t2v"))
+    wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2)).save_weights(tmp_path / "lora.safetensors", None, {})
+
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        merge("--dit", model, "--lora_weight", tmp_path / "lora.safetensors", "--save_merged_model", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("dialect", ["fp8", "fp8_scaled"])
+def test_fp8_weights_are_refused(tmp_path: Path, lora: Path, dialect: str) -> None:
+    model = write_dit(tmp_path, tiny_state("t2v"), dialect)
+
+    with pytest.raises(CheckpointError, match="too coarse to add a LoRA to"):
+        merge("--dit", model, "--lora_weight", lora, "--save_merged_model", tmp_path / "out.safetensors")
+
+
+def test_the_number_of_input_channels_can_be_demanded(tmp_path: Path, lora: Path) -> None:
+    model = write_dit(tmp_path, tiny_state("t2v"))
+
+    with pytest.raises(CheckpointError, match="patch_embedding.weight takes 16 channels, --dit_in_channels asks for 36"):
+        merge("--dit", model, "--lora_weight", lora, "--save_merged_model", tmp_path / "o.safetensors", "--dit_in_channels", 36)
+
+
+def test_an_infinite_multiplier_is_refused(tmp_path: Path, lora: Path) -> None:
+    with pytest.raises(OptionError, match="--lora_multiplier inf"):
+        merge("--dit", "x", "--lora_weight", lora, "--lora_multiplier", "inf", "--save_merged_model", "o")
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_any_folder_and_explains_a_missing_file(tmp_path: Path, lora: Path) -> None:
+    write_dit(tmp_path, tiny_state("t2v"))
+    arguments = ("--dit", "wan.safetensors", "--save_merged_model", "merged.safetensors", "--device", "cpu")
+
+    run_script("merge_lora.py", *arguments, "--lora_weight", lora.name, folder=tmp_path)
+    assert not torch.equal(
+        load_file(tmp_path / "merged.safetensors")["blocks.0.ffn.0.weight"], tiny_state("t2v")["blocks.0.ffn.0.weight"]
+    )
+
+    done = run_script("merge_lora.py", *arguments, "--lora_weight", "nothing.safetensors", folder=tmp_path, check=False)
+    assert_user_error(done, "nothing.safetensors")
