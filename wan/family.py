@@ -104,6 +104,7 @@ class Wan:
         names = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
         return {
             "architecture": "wan2.1",
+            "implementation": "https://github.com/Wan-Video/Wan2.1",
             "model_type": "wan",
             "task": self.task.name,
             **{key: path.name for key, path in names.items() if path is not None},
