@@ -30,6 +30,8 @@ class GuidanceOptions:
             raise OptionError(f"--cfg_skip_mode {self.cfg_skip_mode} needs --cfg_apply_ratio: the share of the steps with guidance")
         if self.cfg_apply_ratio is not None and not 0 <= self.cfg_apply_ratio <= 1:
             raise OptionError(f"--cfg_apply_ratio {self.cfg_apply_ratio}: give a share of the steps from 0 to 1")
+        if self.cfg_apply_ratio is not None and self.cfg_skip_mode == "none":
+            logger.warning("--cfg_apply_ratio is ignored because --cfg_skip_mode is none")
         for option, share in (("--slg_start", self.slg_start), ("--slg_end", self.slg_end)):
             if not math.isfinite(share):
                 raise OptionError(f"{option} {share}: give a share of the steps from 0 to 1")

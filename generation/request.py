@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blissful_tuner.guidance import guidance_scales
+from blissful_tuner.guidance import guidance_scales, uses_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.options import RequestOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
@@ -66,6 +66,8 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         control_path=path("control_path"),
     )
     _check_numbers(request)
+    if request.negative_prompt is not None and not uses_guidance(request):
+        logger.warning("the negative prompt %r is ignored because --guidance_scale 1 turns guidance off", request.negative_prompt)
     return request
 
 

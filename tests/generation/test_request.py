@@ -94,3 +94,8 @@ def test_skip_layer_guidance_without_guidance_is_warned_about(caplog: pytest.Log
     options = replace(PLAIN_GUIDANCE, slg_mode="uncond", slg_layers="1")
     check_guidance(Request("p", 0, steps=4, guidance_scale=1.0), options)
     assert "--slg_mode uncond is ignored" in caplog.text
+
+
+def test_a_negative_prompt_without_guidance_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    make_request(replace(OPTIONS, guidance_scale=1.0, negative_prompt="bad"))
+    assert "'bad' is ignored" in caplog.text
