@@ -62,11 +62,12 @@ def conclude(report: CacheReport) -> None:
         logger.warning(
             "%d kept files were made by another program: only their sizes could be compared (--skip_existing)", report.foreign
         )
-    logger.info("cache files: %d written, %d kept, %d removed", report.written, report.kept, report.removed)
+    if report.written or report.kept or report.removed:
+        logger.info("cache files: %d written, %d kept, %d removed", report.written, report.kept, report.removed)
     if report.failures:
         lines = "\n  ".join(map(str, report.failures))
         raise DatasetError(
-            f"{len(report.failures)} sources could not be cached; all others are done:\n  {lines}\n"
+            f"{len(report.failures)} of the sources could not be used; all others are done:\n  {lines}\n"
             "  Mend or remove these files, then run the same command again."
         )
 

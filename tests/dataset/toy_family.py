@@ -1,0 +1,84 @@
+"""A family whose encoders are arithmetic: what is cached can be foretold, and what was asked of it is counted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset.options import CachingOptions
+from modules.family import LatentSpec, SamplingDefaults
+from modules.records import CacheEntry, Conditions, MediaBatch, MediaEncoders, Prompt
+
+LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
+OPTIONS = CachingOptions(
+    dataset_config=Path("data.toml"),
+    device="cpu",
+    batch_size=None,
+    num_workers=1,
+    skip_existing=False,
+    keep_cache=False,
+    check=False,
+)
+
+
+def options(**changes: Any) -> CachingOptions:
+    return replace(OPTIONS, **changes)
+
+
+@dataclass
+class ToyText:
+    """A prompt becomes as many rows as it has words."""
+
+    name: str = "t5"
+    variable_length: frozenset[str] = frozenset({"t5"})
+    identity: Mapping[str, str] = field(default_factory=lambda: {"t5": "first"})
+    calls: list[str] = field(default_factory=list)
+    loaded: int = 0
+
+    def load(self, device: torch.device) -> None:
+        self.loaded += 1
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        self.calls += [prompt.text for prompt in prompts]
+        return [{self.name: [torch.full((len(prompt.text.split()), 4), float(len(prompt.text)))]} for prompt in prompts]
+
+    def free(self) -> None: ...
+
+
+@dataclass
+class ToyFamily:
+    """Latents hold the mean of each clip; `seen` lists what was encoded, batch by batch."""
+
+    name: str = "toy"
+    cache_tag: str = "toy"
+    latent: LatentSpec = LATENT
+    defaults: SamplingDefaults = SamplingDefaults(4, 16.0, 5.0, None, 5.0, "unipc", 32, 32, 5)
+    media_identity: Mapping[str, str] = field(default_factory=lambda: {"vae": "first"})
+    sections: int = 0  # more than 0: as FramePack, that many files for each item
+    value: float | None = None  # instead of the mean
+    text: list[ToyText] = field(default_factory=lambda: [ToyText()])
+    seen: list[tuple[str, ...]] = field(default_factory=list)
+    loaded: int = 0
+
+    def text_encoders(self) -> Sequence[Any]:
+        return self.text
+
+    def media_encoders(self, device: torch.device) -> MediaEncoders:
+        self.loaded += 1
+        return MediaEncoders(vae=None)
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        self.seen.append(media.keys)
+        _, frames, height, width, _ = media.frames.shape
+        shape = self.latent.shape(frames, height, width)[1:]
+        found = []
+        for index in range(len(media.keys)):
+            mean = media.frames[index].float().mean().item() if self.value is None else self.value
+            tensors = {"latents": torch.full(shape, mean, dtype=torch.bfloat16)}
+            for control in media.control:
+                tensors["latents_control"] = torch.full(shape, control[index].float().mean().item(), dtype=torch.bfloat16)
+            sections = range(self.sections) if self.sections else [None]
+            found.append([CacheEntry(tensors, section=section) for section in sections])
+        return found
