@@ -36,6 +36,7 @@ def stream_tensors(
             if (tensor.dtype, tuple(tensor.shape)) != (tensors[name].dtype, tensors[name].shape):
                 raise ValueError(f"{name} was announced as {tensors[name]}, but is {tensor.dtype} {tuple(tensor.shape)}")
             _write_data(file, tensor)
+            del tensor  # before the next one is read
 
 
 def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:

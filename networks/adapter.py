@@ -97,7 +97,8 @@ class TrainableNetwork:
         """`--scale_weight_norms`: after an optimizer step, scale modules above this norm down to it."""
         scale = self._offered("apply_max_norm_regularization")
         assert scale is not None  # make_network refuses the option without it
-        return NormReport(*scale(max_norm, device))
+        keys_scaled, mean, largest = scale(max_norm, device)
+        return NormReport(int(keys_scaled), float(mean), float(largest))
 
     def load_weights(self, path: Path) -> None:
         """Start from a file; what does not fit is listed in the log."""

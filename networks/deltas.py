@@ -63,33 +63,34 @@ def strength(factors: Factors) -> float:
 
 
 def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
-    """What is added to the module's weight at multiplier 1, float32: out x in (x kernel); None where only the bias changes.
+    """What is added to the module's weight at multiplier 1: out x in (x kernel), float32, in memory of its own.
 
-    Raises RuntimeError where the factors do not go together.
+    None where only the bias changes. Raises RuntimeError where the factors do not go together.
     """
     f = {part: tensor.to(device, torch.float32) for part, tensor in factors.items()}
-    changes = [f["diff"]] if "diff" in f else []
+    scale = strength(factors)
+    changes = [f["diff"].clone()] if "diff" in f else []
     if LORA[0] in f:
-        changes.append(strength(factors) * _lora(f))
+        changes.append(_lora(f, scale))
     if "hada_w1_a" in f:
-        first = _product(f["hada_w1_a"], f["hada_w1_b"], f.get("hada_t1"))
-        changes.append(strength(factors) * first * _product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2")))
+        first = _product(f["hada_w1_a"] * scale, f["hada_w1_b"], f.get("hada_t1"))
+        changes.append(first.mul_(_product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))))
     if "lokr_w1" in f or "lokr_w1_a" in f:
-        changes.append(strength(factors) * _lokr(f))
-    return functools.reduce(torch.add, changes) if changes else None
+        changes.append(_lokr(f, scale))
+    return functools.reduce(Tensor.add_, changes) if changes else None
 
 
 def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:
-    """What is added to the module's bias at multiplier 1, float32, or None."""
+    """What is added to the module's bias at multiplier 1, float32, in memory of its own, or None."""
     if "diff_b" in factors:
-        return factors["diff_b"].to(device, torch.float32)
+        return factors["diff_b"].to(device, torch.float32, copy=True)
     if "lora_up.bias" in factors:
         return strength(factors) * factors["lora_up.bias"].to(device, torch.float32)
     return None
 
 
-def _lora(f: Factors) -> Tensor:
-    down, up = f[LORA[0]], f[LORA[1]]  # r x in (x kernel), out x r (x 1 x 1)
+def _lora(f: Factors, scale: float) -> Tensor:
+    down, up = f[LORA[0]], f[LORA[1]] * scale  # r x in (x kernel), out x r (x 1 x 1)
     if "lora_mid.weight" in f:
         down = torch.einsum("r s ..., s i -> r i ...", f["lora_mid.weight"], down.flatten(1))
     return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
@@ -102,7 +103,7 @@ def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     return torch.einsum("p q ..., p o, q i -> o i ...", core, a, b)
 
 
-def _lokr(f: Factors) -> Tensor:
+def _lokr(f: Factors, scale: float) -> Tensor:
     first = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
     second = f["lokr_w2"] if "lokr_w2" in f else _product(f["lokr_w2_a"], f["lokr_w2_b"], f.get("lokr_t2"))
-    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
+    return torch.kron((first * scale).reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())

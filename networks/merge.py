@@ -20,6 +20,7 @@ from networks.options import LoraOptions, LoraPatternOptions
 
 logger = getLogger(__name__)
 _FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")  # out x in x kernel
+_ROWS = 512
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
 
 
@@ -80,9 +81,11 @@ class LoraPatch:
         if not changes:
             return weight
         self._seen.add(key)
-        total = weight.to(torch.float32, copy=True)
-        for change in changes:
+        total = _fitted(changes[0], weight, name).mul_(changes[0].use.multiplier)
+        for change in changes[1:]:
             total.add_(_fitted(change, weight, name), alpha=change.use.multiplier)
+        for rows, weight_rows in zip(total.split(_ROWS), weight.split(_ROWS), strict=True):
+            rows.add_(weight_rows)  # piece by piece: adding another dtype makes a copy of it
         return total.to(weight.dtype)
 
     def touches(self, name: str) -> bool:
@@ -128,7 +131,7 @@ def _leaves(factors: Factors) -> Mapping[str, Callable[[Factors, torch.device], 
 
 
 def _fitted(change: _Change, weight: Tensor, name: str) -> Tensor:
-    """The delta in the shape of the weight."""
+    """The delta in the shape of the weight, float32, in memory of its own."""
     path = change.use.lora.path
     try:
         delta = change.delta(change.factors, weight.device)
