@@ -9,11 +9,12 @@
 Host memory never holds more than the network in its target dtype and one tensor of the file.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,8 +46,19 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """That tensor on the CPU, contiguous, in memory of its own. Raises CheckpointError where the file ends too soon."""
         file, stored = self._places[name]
-        try:
+        with self._explained():
             return file.read(stored)
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """That tensor on the CPU, to be copied from before anything else is read. scratch: bytes (uint8) that may be used."""
+        file, stored = self._places[name]
+        with self._explained():
+            return file.borrow(stored, scratch)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.", self.path) from error
 
@@ -219,12 +231,13 @@ def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
 
     weight: rows x columns. scale: one number, one per row, or one per block of a row (rows x blocks x 1).
     """
+    plain, scale = weight.to(torch.float32, copy=True), scale.float()  # multiplied in place: one copy, not two
     if scale.numel() == 1:
-        return weight.float() * scale.float().reshape(())
+        return plain.mul_(scale.reshape(()))
     if scale.ndim == 3:
-        blocks = weight.float().unflatten(1, (scale.shape[1], -1))  # rows x blocks x width of a block
-        return (blocks * scale.float()).flatten(1)
-    return weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
+        plain.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
+        return plain
+    return plain.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
 def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:
@@ -269,30 +282,53 @@ def load_module(
     """
     wanted = module.state_dict()
     _check_fit(wanted, checkpoint, sources, ignore, what)
-    # largest first: what a tensor needs beside its place comes while little else is there
-    for name in sorted(wanted, key=lambda name: -sum(checkpoint.tensors[part].size_bytes for part in sources[name].names)):
-        target = dtype(name, checkpoint.tensors[sources[name].names[0]].dtype)
-        if device.type == "meta":
-            tensor = torch.empty(wanted[name].shape, dtype=target, device="meta")
+    plan = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
+    as_stored = {name for name in wanted if patch is None and _is_as_stored(sources[name], checkpoint, plan[name], device)}
+    # one piece of memory for all reading: temporary tensors would leave holes in the heap between those that stay
+    room = max((_room(sources[name], checkpoint) for name in wanted.keys() - as_stored), default=0)
+    scratch = torch.empty(0 if device.type == "meta" else room, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for name, target in plan.items():
+        if name in as_stored:
+            tensor = checkpoint.read(sources[name].names[0])
         else:
-            tensor = _made(name, sources[name], checkpoint, device, target, patch)
+            tensor = torch.empty(wanted[name].shape, dtype=target, device=device)
+            if device.type != "meta":
+                tensor.copy_(_made(name, sources[name], checkpoint, scratch, device, target, patch))
         _put(module, name, tensor)
 
 
+_ALIGNMENT = 64  # bytes; where tensors begin in `scratch`
+
+
+def _is_as_stored(source: Source, checkpoint: Checkpoint, target: torch.dtype, device: torch.device) -> bool:
+    return device.type == "cpu" and source.build is None and checkpoint.tensors[source.names[0]].dtype == target
+
+
+def _room(source: Source, checkpoint: Checkpoint) -> int:
+    """Bytes that reading all parts of a tensor takes."""
+    return sum(checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in source.names)
+
+
 def _made(
-    name: str, source: Source, checkpoint: Checkpoint, device: torch.device, target: torch.dtype, patch: WeightPatch | None
+    name: str,
+    source: Source,
+    checkpoint: Checkpoint,
+    scratch: Tensor,
+    device: torch.device,
+    target: torch.dtype,
+    patch: WeightPatch | None,
 ) -> Tensor:
-    parts = [checkpoint.read(part).to(device) for part in source.names]
+    """One of our tensors on its device, not yet rounded to its dtype; it may lie in `scratch`."""
+    parts, start = [], 0
+    for part in source.names:
+        parts.append(checkpoint.borrow(part, scratch[start:]).to(device))
+        start += -(-checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
     tensor = source.make(parts)
-    del parts
-    if patch is not None:
-        if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
-            tensor = tensor.to(target if target.itemsize > 1 else torch.float32)  # fp8 cannot take a small delta
-        tensor = patch(name, tensor)
-    tensor = tensor.to(target).contiguous()
-    if tensor.untyped_storage().nbytes() > tensor.nbytes:
-        tensor = tensor.clone()  # a slice would keep the whole file tensor alive
-    return tensor
+    if patch is None:
+        return tensor
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+        tensor = tensor.to(target if target.itemsize > 1 else torch.float32)  # fp8 cannot take a small delta
+    return patch(name, tensor)
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -66,6 +66,8 @@ class TensorFile(Protocol):
 
     def read(self, name: str) -> Tensor: ...  # on the CPU, in memory of its own
 
+    def borrow(self, name: str, scratch: Tensor) -> Tensor: ...  # to be copied from at once; bytes may lie in `scratch` (uint8)
+
     def close(self) -> None: ...
 
 
@@ -112,16 +114,22 @@ class SafetensorsFile:
         self.tensors = {name: info for name, (info, _) in self._entries.items()}
 
     def read(self, name: str) -> Tensor:
-        info, offset = self._entries[name]
+        info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         if info.size_bytes:
-            buffer = memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
-            self._file.seek(self._start + offset)
-            if self._file.readinto(buffer) != info.size_bytes:
-                raise CheckpointError(
-                    f"{self._path} ends inside {name}: it was cut short while being read. Copy it again.", self._path
-                )
+            self._read_into(name, tensor.reshape(-1).view(torch.uint8))
         return tensor
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        info = self.tensors[name]
+        room = scratch[: info.size_bytes]
+        self._read_into(name, room)
+        return room.view(info.dtype).view(info.shape)
+
+    def _read_into(self, name: str, room: Tensor) -> None:
+        self._file.seek(self._start + self._entries[name][1])
+        if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
+            raise CheckpointError(f"{self._path} ends inside {name}: it was cut short while being read. Copy it again.", self._path)
 
     def close(self) -> None:
         self._file.close()
@@ -173,6 +181,9 @@ class TorchFile:
         # a tensor that is a view (of a larger storage, or transposed) becomes one of its own size
         return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        return self._tensors[name].detach()  # mapped: its pages belong to the file
+
     def close(self) -> None:
         self._tensors = {}
 
@@ -193,7 +204,7 @@ class TorchFile:
                 f"  {_refused_global(str(error))}Use a safetensors version of the file.",
                 self._path,
             ) from error
-        except (OSError, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
             raise self._damaged(error) from error
