@@ -1,0 +1,87 @@
+from pathlib import Path
+from typing import Any, cast
+
+from dataset.batches import CachingCommands
+from dataset.caching import cache_media, cache_texts
+from dataset.check import check_media, check_texts, check_training
+from modules.errors import OptionError
+from tests.dataset.test_caching import change, make_config
+from tests.dataset.toy_family import LATENT, ToyFamily, options
+
+COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
+
+
+def test_a_sound_dataset_is_described(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 9, 12), target_frames=(5, 9), batch_size=2, num_repeats=3)
+    family = ToyFamily()
+    result = check_media(family, config, workers=1, skip_existing=False)
+    text = "\n".join(result.lines)
+    assert result.exit_code == 0
+    assert "3 videos, 6 items" in text
+    assert "32x32, 9 frames: 3 items x 3, 5 batches of 2" in text
+    assert "10 batches an epoch" in text
+    assert "vae: first" in text
+    assert "0 files are right, 6 items are to be encoded" in text
+    assert not (tmp_path / "cache").exists()
+    assert family.loaded == 0
+
+
+def test_everything_wrong_is_listed_with_its_reason(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 3, 9, 9))
+    (tmp_path / "clip_2.txt").unlink()
+    (tmp_path / "clip_3.mp4").write_bytes(b"no video")
+    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
+    text = "\n".join(result.lines)
+    assert result.exit_code == 1
+    assert "clip_1.mp4: 3 frames, the shortest of target_frames is 5" in text
+    assert "clip_3.mp4 cannot be read" in text
+    assert "clip_2.mp4: no clip_2.txt beside it" in text
+
+
+def test_without_the_encoder_the_rest_is_checked(tmp_path: Path) -> None:
+    class NoFiles:
+        """A family whose encoder was not named on the command line."""
+
+        cache_tag, latent, defaults = "toy", LATENT, ToyFamily().defaults
+
+        @property
+        def media_identity(self) -> dict[str, str]:
+            raise OptionError("--vae is missing")
+
+    result = check_media(cast(Any, NoFiles()), make_config(tmp_path), workers=1, skip_existing=False)
+    assert result.ok
+    assert any("caches are not compared: --vae is missing" in line for line in result.lines)
+
+
+def test_text_caches_are_counted(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_texts(ToyFamily(), config, options())
+    (tmp_path / "clip_0.txt").write_text("new", encoding="utf-8")
+    result = check_texts(ToyFamily(), config, skip_existing=False)
+    assert "  caches of t5: 1 are right, 1 captions are to be encoded" in result.lines
+    (tmp_path / "clip_1.txt").unlink()
+    assert not check_texts(ToyFamily(), config, skip_existing=False).ok
+
+
+def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
+    config = make_config(tmp_path, num_repeats=5)
+    cache_media(ToyFamily(), config, options())
+    cache_texts(ToyFamily(), config, options())
+    result = check_training(config, "toy", LATENT, COMMANDS, accumulation=2, processes=2, files=["--dit: a tiny model"])
+    text = "\n".join(result.lines)
+    assert result.ok
+    assert "10 items with repeats, 10 batches, 3 steps" in text
+    assert "--dit: a tiny model" in text
+
+
+def test_training_is_told_what_it_cannot_use_and_what_to_run(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    result = check_training(change(config, resolution=(64, 64)), "toy", LATENT, COMMANDS)
+    text = "\n".join(result.lines)
+    assert result.exit_code == 1
+    assert "2 text caches are missing" in text
+    assert "python cache_text.py --y" in text
+    cache_texts(ToyFamily(), config, options())
+    text = "\n".join(check_training(change(config, resolution=(64, 64)), "toy", LATENT, COMMANDS).lines)
+    assert "made for 32x32 pixels" in text
