@@ -41,6 +41,8 @@ class NetworkOptions:
         if self.base_weights_multiplier and not self.base_weights:
             raise OptionError("--base_weights_multiplier is given without --base_weights")
         self.arguments()
+        require_files("--network_weights", [self.network_weights] if self.network_weights else [])
+        require_files("--base_weights", self.base_weights or ())
 
     def arguments(self) -> dict[str, str]:
         """`--network_args` as a dictionary of texts."""
@@ -60,6 +62,7 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         self.multipliers()
+        require_files("--lora_weight", self.lora_weight or ())
 
     def multipliers(self) -> tuple[float, ...]:
         """One multiplier for each of `--lora_weight`; missing ones are 1."""
@@ -92,6 +95,9 @@ class MergeOptions:
     save_merged_model: Path
     device: str | None
 
+    def __post_init__(self) -> None:
+        require_files("--dit", [self.dit])
+
 
 @dataclass(frozen=True)
 class ConvertOptions:
@@ -100,6 +106,9 @@ class ConvertOptions:
     input: Path
     output: Path
     target: str  # default or other
+
+    def __post_init__(self) -> None:
+        require_files("--input", [self.input])
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +177,13 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="safetensors file to write")
     targets = "other: diffusion_model. with lora_A and lora_B, alpha folded in; default: lora_unet_ with lora_down and lora_up"
     parser.add_argument("--target", required=True, choices=["other", "default"], help=targets)
+
+
+def require_files(option: str, paths: Sequence[Path]) -> None:
+    """Raise OptionError for the first of the paths where nothing is, before anything heavy is loaded."""
+    for path in paths:
+        if not path.exists():
+            raise OptionError(f"{option} {path}: there is no such file")
 
 
 def key_values(items: Sequence[str], option: str) -> dict[str, str]:

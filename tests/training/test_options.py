@@ -194,7 +194,11 @@ def test_a_missing_or_broken_config_file_is_one_clear_error(tmp_path: Path, cont
         options("--config_file", str(file))
 
 
-def test_missing_multipliers_of_base_weights_are_one() -> None:
-    made = options("--base_weights", "a", "b", "--base_weights_multiplier", "0.5")
+def test_missing_multipliers_of_base_weights_are_one(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in "ab"]
+    for file in files:
+        file.touch()
+
+    made = options("--base_weights", *map(str, files), "--base_weights_multiplier", "0.5")
 
     assert made.network.base_multipliers() == (0.5, 1.0)
