@@ -52,14 +52,15 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
             dropped=tuple(Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None),
         )
         right = {(plan.source.table.index, name) for plan in finished for name in plan.kept} | encoding.written
-        reports, names = zip(*share.gather((report, right)), strict=True)
+        gathered = share.gather((report, right))
+        reports, names = [one for one, _ in gathered], [theirs for _, theirs in gathered]
         removed = 0
         if share.is_main and not options.keep_cache:
             for table in config.datasets:
                 belongs = {name for of_process in names for index, name in of_process if index == table.index}
                 failed = {one.stem for one in joined(reports).failures if one.table == table.index}
                 removed += remove_stale_latents(table, family, belongs, failed)
-        return joined(reports, sum(share.gather(removed)))
+        return joined(reports, sum(share.gather(removed)), share.is_main)
 
 
 def cache_texts(family: Family, config: DatasetConfig, options: CachingOptions) -> CacheReport:
@@ -80,7 +81,7 @@ def cache_texts(family: Family, config: DatasetConfig, options: CachingOptions) 
             for table in config.datasets:
                 names = {text_file_name(one.stem, family.cache_tag) for one in sources if one.table.index == table.index}
                 removed += remove_stale_texts(table, family, names)
-        return joined(reports, sum(share.gather(removed)))
+        return joined(reports, sum(share.gather(removed)), share.is_main)
 
 
 def log_outdated(plans: Sequence[Plan]) -> None:

@@ -39,9 +39,10 @@ class CacheReport:
     removed: int = 0
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that are fine but give no item
+    is_main: bool = True  # whether this process speaks for all
 
 
-def joined(reports: Sequence[CacheReport], removed: int = 0) -> CacheReport:
+def joined(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = True) -> CacheReport:
     """One report of several processes."""
     return CacheReport(
         written=sum(report.written for report in reports),
@@ -50,11 +51,16 @@ def joined(reports: Sequence[CacheReport], removed: int = 0) -> CacheReport:
         removed=removed,
         failures=tuple(sorted((one for report in reports for one in report.failures), key=_by_path)),
         dropped=tuple(sorted((one for report in reports for one in report.dropped), key=_by_path)),
+        is_main=is_main,
     )
 
 
 def conclude(report: CacheReport) -> None:
-    """Log what was done. Raises DatasetError where a source failed: the program then ends with exit code 1."""
+    """Log what was done. Where a source failed, the program ends with exit code 1: DatasetError, in other processes SystemExit."""
+    if not report.is_main:
+        if report.failures:
+            raise SystemExit(DatasetError.exit_code)
+        return
     if report.dropped:
         lines = "\n  ".join(map(str, report.dropped))
         logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)

@@ -10,8 +10,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from modules.errors import OptionError
+
 T = TypeVar("T")
 
+# torchrun and accelerate, then Intel MPI, Open MPI, MVAPICH
+RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 PATIENCE = datetime.timedelta(days=7)  # one share may take far longer than another
 
 
@@ -50,21 +56,28 @@ class Share:
 
 @contextlib.contextmanager
 def joined_processes(environment: Mapping[str, str] | None = None) -> Iterator[Share]:
-    """This process's share, from the variables that launchers set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+    """This process's share, from the variables that launchers set (torchrun's and accelerate's, or those of an mpirun).
 
-    Processes talk through gloo, on the CPU, whatever device they encode on.
+    Processes talk through gloo, on the CPU, whatever device they encode on. Raises OptionError where only half is set.
     """
     variables = os.environ if environment is None else environment
-    count = int(variables.get("WORLD_SIZE", "1"))
-    if count <= 1:
+    rank, count, local_rank = (_first(variables, names) for names in (RANK, COUNT, LOCAL_RANK))
+    if count is None or count <= 1:
         yield Share(0, 1, 0)
         return
+    if rank is None:
+        raise OptionError(f"WORLD_SIZE is {count}, but RANK is not set: start the processes with accelerate launch or torchrun")
     started_here = not dist.is_initialized()
     if started_here:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        address = f"tcp://{variables.get('MASTER_ADDR', '127.0.0.1')}:{variables.get('MASTER_PORT', '29500')}"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count, timeout=PATIENCE)
     try:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield Share(int(variables["RANK"]), count, int(variables.get("LOCAL_RANK", "0")), group)
+        yield Share(rank, count, local_rank or 0, group)
     finally:
         if started_here:
             dist.destroy_process_group()
+
+
+def _first(variables: Mapping[str, str], names: Sequence[str]) -> int | None:
+    return next((int(variables[name]) for name in names if name in variables), None)

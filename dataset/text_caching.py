@@ -25,6 +25,7 @@ from dataset.cache_files import (
 from dataset.cache_records import FileIdentity, TextRecord, difference, identify, text_metadata, text_records, verify_tensors
 from dataset.latent_caching import without_nan
 from dataset.prefetch import WriteBehind, run_ahead
+from dataset.source_jobs import progress
 from dataset.sources import Source
 from modules.errors import CacheError
 from modules.family import Family, TextEncoder
@@ -75,7 +76,7 @@ class TextEncoding:
             return
         encoder.load(self._device)
         try:
-            with tqdm(total=len(to_do), desc=encoder.name, unit="caption", disable=not self._show_progress) as bar:
+            with progress(len(to_do), encoder.name, "caption", self._show_progress) as bar:
                 self._encode(encoder, identity, to_do, bar)
         finally:
             encoder.free()
