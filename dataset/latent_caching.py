@@ -2,12 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +17,7 @@ from dataset.items import DecodedSource, decode_source
 from dataset.planning import ExistingNames, Names, Plan, Recipe, complete, names_of, paths_of
 from dataset.prefetch import WriteBehind
 from dataset.reports import Failure
-from dataset.source_jobs import decode_ahead, progress
-from modules.buckets import Size
+from dataset.source_jobs import check_memory, decode_ahead, progress
 from modules.devices import free_memory
 from modules.errors import MediaError
 from modules.family import Family
@@ -32,16 +30,26 @@ SMALLEST_SIDE = 8  # pixels: one latent
 
 
 @dataclass(frozen=True)
+class Crop:
+    """The frames of one item."""
+
+    frames: Tensor  # F H W C uint8
+    control: tuple[Tensor, ...]  # each F H W C uint8
+
+
+@dataclass(frozen=True)
 class Decoded:
     """A source whose frames are in memory."""
 
     plan: Plan  # its `missing` is known
-    size: Size  # of the original
-    bucket: Size
-    frames: Tensor  # F H W C uint8, all that are kept
-    control: tuple[Tensor, ...]  # likewise
+    media: DecodedSource  # without frames where all crops are cut already
+    crops: Mapping[Span, Crop]
     files: tuple[FileIdentity, ...]
     clip: ClipFacts | None
+
+    def crop(self, span: Span) -> Crop:
+        """One of the missing items, as memory of its own."""
+        return self.crops[span] if span in self.crops else cut(self.media, span)
 
 
 def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
@@ -50,15 +58,23 @@ def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
     Raises MediaError, DatasetError, OSError.
     """
     source = plan.source
+    check_memory(source)
     media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket
         raise MediaError(f"{source.path}: {width}x{height} pixels are too few to encode, a side has at least {SMALLEST_SIDE}")
-    plan = complete(plan, media, existing, recipe)
-    files = tuple(map(identify, paths_of(source))) if plan.missing else ()
-    frames = torch.from_numpy(np.stack(media.frames)) if plan.missing else torch.empty(0)
-    control = tuple(torch.from_numpy(np.stack(frames)) for frames in media.control) if plan.missing else ()
-    return Decoded(plan, media.size, media.bucket, frames, control, files, _clip_facts(media))
+    plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
+    missing = plan.missing or ()
+    files = tuple(map(identify, paths_of(source))) if missing else ()
+    if sum(length for _, length in missing) > len(media.frames):  # they overlap: cut one by one when their turn comes
+        return Decoded(plan, media, {}, files, clip)
+    crops = {span: cut(media, span) for span in missing}
+    return Decoded(plan, dataclasses.replace(media, frames=(), control=()), crops, files, clip)
+
+
+def cut(media: DecodedSource, span: Span) -> Crop:
+    """Copy the frames of a span."""
+    return Crop(torch.from_numpy(media.crop(span)), tuple(torch.from_numpy(control) for control in media.control_crops(span)))
 
 
 @dataclass(frozen=True)
@@ -70,18 +86,11 @@ class _Pending:
     name: LatentName
     span: Span
     record: LatentRecord  # without checksums
-    frames: Tensor = field(repr=False)  # F H W C uint8
-    control: tuple[Tensor, ...] = field(repr=False)  # each F H W C uint8
+    crop: Crop
 
     @property
     def size_bytes(self) -> int:
-        return self.frames.nbytes + sum(control.nbytes for control in self.control)
-
-    def on_its_own(self) -> "_Pending":
-        """The same with frames of its own where they are a part of a longer clip's."""
-        if self.frames.untyped_storage().nbytes() == self.frames.nbytes:
-            return self
-        return dataclasses.replace(self, frames=self.frames.clone(), control=tuple(one.clone() for one in self.control))
+        return sum(tensor.nbytes for tensor in (self.crop.frames, *self.crop.control))
 
 
 class LatentEncoding:
@@ -124,30 +133,26 @@ class LatentEncoding:
         self.finished.append(plan)
         for span in plan.missing or ():
             item = self._item(decoded, span)
-            group = (table.index, *(tensor.shape for tensor in (item.frames, *item.control)))
+            group = (table.index, *(tensor.shape for tensor in (item.crop.frames, *item.crop.control)))
             self._pending.setdefault(group, []).append(item)
             if len(self._pending[group]) >= (self._batch_size or table.batch_size):
                 self._encode(group)
-        for items in self._pending.values():  # what waits shall not hold whole clips in memory
-            items[:] = [item.on_its_own() for item in items]
         sizes = {group: sum(item.size_bytes for item in items) for group, items in self._pending.items()}
         if sum(sizes.values()) > PARTIAL_BYTES:
             self._encode(max(sizes, key=lambda group: sizes[group]))
 
     def _item(self, decoded: Decoded, span: Span) -> _Pending:
-        source, recipe = decoded.plan.source, self._recipe
-        taken = slice(span[0], span[0] + span[1])
+        source, media, recipe = decoded.plan.source, decoded.media, self._recipe
         is_image = source.table.kind == "image"
-        name = LatentName(source.stem, decoded.size if is_image else decoded.bucket, None if is_image else span)
-        options = recipe.options(source.table, decoded.size, decoded.bucket, span)
+        name = LatentName(source.stem, media.size if is_image else media.bucket, None if is_image else span)
+        options = recipe.options(source.table, media.size, media.bucket, span)
         return _Pending(
             table_index=source.table.index,
             path=source.table.cache_directory / name.file_name(recipe.tag),
             name=name,
             span=span,
             record=LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
-            frames=decoded.frames[taken],
-            control=tuple(control[taken] for control in decoded.control),
+            crop=decoded.crop(span),
         )
 
     def _encode(self, group: tuple[object, ...]) -> None:
@@ -155,10 +160,10 @@ class LatentEncoding:
         if self._encoders is None:
             self._encoders = self._family.media_encoders(self._device)
         media = MediaBatch(
-            frames=_batched([item.frames for item in items]),
+            frames=_batched([item.crop.frames for item in items]),
             keys=tuple(item.path.stem for item in items),
             spans=tuple(item.span for item in items),
-            control=tuple(_batched(controls) for controls in zip(*(item.control for item in items), strict=True)),
+            control=tuple(_batched(controls) for controls in zip(*(item.crop.control for item in items), strict=True)),
         )
         for item, entries in zip(items, self._family.encode_media(self._encoders, media), strict=True):
             for entry in entries:

@@ -1,8 +1,8 @@
 """Work on many sources in threads ahead of need: what concerns one source only becomes a Failure, all else ends the run."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -18,6 +18,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 DECODED_BYTES = 3 << 29  # 1.5 GiB of frames that wait for their consumer
+FASTEST_FPS = 30.0  # of the known families; faster sources lose frames
 UNKNOWN_FRAMES = 256  # a clip whose header has no count is taken to have as many
 
 
@@ -43,15 +44,36 @@ def progress(total: int, what: str, unit: str = "source", shown: bool = True) ->
 def decoded_bytes(source: Source) -> int:
     """About what the decoded frames of a source take. Its header is read only where the table wants all of a clip."""
     width, height = source.table.resolution
-    frames = 1 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source.path)
-    return frames * width * height * 3 * (1 + len(source.control))
+    frames = 1.0 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source)
+    return int(frames) * width * height * 3 * (1 + len(source.control))
 
 
-def _frames_in_header(path: Path) -> int:
+def check_memory(source: Source) -> None:
+    """Raise MediaError where a clip's frames cannot fit this machine: better than the system ending the program."""
+    needed, limit = decoded_bytes(source), machine_bytes()
+    if limit and needed > 0.6 * limit:
+        width, height = source.table.resolution
+        raise MediaError(
+            f"{source.path}: its frames take about {needed / 1e9:.0f} GB at {width}x{height}, this machine has"
+            f" {limit / 1e9:.0f} GB. "
+            'Cut it into shorter clips, or use frame_extraction = "head".'
+        )
+
+
+def machine_bytes() -> int | None:
+    """Physical memory; None where the system does not say."""
     try:
-        return video_info(path).frames or UNKNOWN_FRAMES
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _frames_in_header(source: Source) -> float:
+    try:
+        frames = video_info(source.path).frames or UNKNOWN_FRAMES
     except UserError:
         return 0  # decoding will say why
+    return frames * min(1.0, FASTEST_FPS / (source.table.source_fps or FASTEST_FPS))
 
 
 def _settled(
