@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from families import identify
 from modules.command import command_line
 from modules.options import read_options
 from networks.options import ConvertOptions, add_convert_arguments
@@ -19,4 +20,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, explain=identify)

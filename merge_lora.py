@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from families import identify
 from modules.command import command_line
 from modules.options import read_options
 from networks.options import MERGE_CHANNELS_UNCHECKED, MergeOptions, add_merge_arguments
@@ -26,4 +27,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, explain=identify)

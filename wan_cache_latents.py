@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from dataset.config import load_dataset_config
 from dataset.options import CachingOptions, DebugOptions, add_caching_arguments, add_debug_arguments
+from families import identify
 from modules.command import command_line
 from modules.options import read_options, refuse_unsupported, require
 from wan.options import WanLatentCachingOptions, add_latent_caching_arguments
@@ -43,4 +44,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, explain=identify)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dataset.config import load_dataset_config
 from dataset.options import CachingOptions, add_caching_arguments
+from families import identify
 from modules.command import command_line
 from modules.options import read_options, refuse_unsupported
 from wan.options import WanTextCachingOptions, add_text_caching_arguments
@@ -37,4 +38,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, explain=identify)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from families import identify
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from modules.command import command_line
 from modules.options import read_options
@@ -21,4 +22,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, explain=identify)

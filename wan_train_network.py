@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
+from families import identify
 from modules.command import command_line
 from modules.options import read_options
 from training.options import TrainingOptions, read_arguments, training_parser
@@ -38,4 +39,4 @@ def caching_commands(options: TrainingOptions, wan_options: WanTrainingOptions) 
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, explain=identify)

@@ -34,7 +34,7 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         path = error.path if isinstance(error, CheckpointError) else None
         hint = explain(path) if explain is not None and path is not None else None
-        if hint:
+        if hint and hint not in str(error):
             print(f"  {hint}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:

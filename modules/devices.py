@@ -30,6 +30,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 def choose_device(name: str | None) -> torch.device:
     """The device of that name; without one CUDA, else MPS, else the CPU. Raises OptionError where it is not there."""
+    keep_float32_exact()
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -43,6 +44,11 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"--device {name}: torch sees no Apple GPU. Use --device cpu.")
     return device
+
+
+def keep_float32_exact() -> None:
+    """Have CUDA's convolutions compute float32 in float32: torch lets them round to TF32, though not its matrix products."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def dtype_named(name: str, option: str) -> torch.dtype:

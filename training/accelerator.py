@@ -1,6 +1,7 @@
 """The accelerator: device, mixed precision, processes and trackers. Accumulation and averaging of gradients are the loop's own."""
 
 import logging
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin
 
-from modules.devices import allow_fp16_accumulation
+from modules.devices import allow_fp16_accumulation, keep_float32_exact
 from modules.errors import OptionError
 from training.accelerator_options import AcceleratorOptions
 
@@ -22,9 +23,12 @@ def make_accelerator(options: AcceleratorOptions, trackers: Sequence[str] = (), 
     trackers, logging_folder: `LogOptions.trackers` and `logs.run_folder`.
     Raises OptionError where the device cannot compute in this precision or a tracker is not installed.
     """
+    keep_float32_exact()
     groups = [] if options.ddp_timeout is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout))]
     try:
         accelerator = Accelerator(
+            # launched as several processes without a GPU, accelerate would let each of them train alone
+            cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
             mixed_precision=options.mixed_precision,
             # a step count of 1, whatever the launcher was told: the loop accumulates itself, backward() must not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

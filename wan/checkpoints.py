@@ -91,8 +91,22 @@ def kind_of(config: WanConfig) -> str:
     return "i2v" if config.has_image else "t2v"
 
 
+def identify(path: Path) -> str | None:
+    """What a file is, where it is a Wan2.1 transformer or one of the files known beside it; None where nothing is known."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            named = _named(checkpoint)
+            shapes = {_published_name(name): tuple(info.shape) for name, info in named.tensors.items()}
+            what = _what_else(shapes)
+            if what.startswith("it looks like"):
+                return f"{path.name}: {what}."
+            return f"{path.name}: it is a Wan2.1 transformer (--dit) for --task {_names_of(_header(named))}."
+    except CheckpointError:
+        return None
+
+
 def check_task(header: DitHeader, task: WanTask, path: Path) -> None:
-    """Compare a file with --task: another size of its kind is used, with one log line; another kind raises CheckpointError."""
+    """Compare a file with --task: a file of another kind raises CheckpointError. Another size of its kind is used."""
     config, kind = header.config, "fun-control" if task.has_control else task.kind
     if header.kind != kind:
         raise CheckpointError(
@@ -101,6 +115,11 @@ def check_task(header: DitHeader, task: WanTask, path: Path) -> None:
             f"  Use --task {_names_of(header)}, or give a {'Fun-Control' if task.has_control else kind} checkpoint to --dit.",
             path,
         )
+
+
+def note_size(header: DitHeader, task: WanTask, path: Path) -> None:
+    """Say so where a file is of another size than the task's released checkpoint."""
+    config = header.config
     if config.dim != task.dim:
         logger.info(
             "%s has %d blocks of width %d, the released %s has width %d: it is used as it is",

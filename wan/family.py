@@ -31,7 +31,7 @@ from modules.records import (
     Tweaks,
 )
 from wan import conditioning
-from wan.checkpoints import check_task, load_dit, read_dit_header
+from wan.checkpoints import check_task, load_dit, note_size, read_dit_header
 from wan.clip import load_clip
 from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
 from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTextCachingOptions, WanTrainingOptions, WanVaeOptions
@@ -162,7 +162,9 @@ class Wan:
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --task."""
         path = self._dit_path
-        self._check_dit()
+        header = read_dit_header(path)
+        check_task(header, self.task, path)
+        note_size(header, self.task, path)
         return load_dit(path, replace(placement, keep_file_dtypes=self.keep_file_dtypes), rope=self.rope)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:

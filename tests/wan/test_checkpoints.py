@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from safetensors.torch import load_file, save_file
 
 from modules.checkpoint import open_checkpoint
@@ -13,7 +14,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.records import Placement
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_dit import CONFIGS, DIALECTS, FP8_DIALECTS, KIND_OF, tiny_state, write_dit
-from wan.checkpoints import check_task, kind_of, load_dit, read_dit_config, read_dit_header
+from wan.checkpoints import check_task, identify, kind_of, load_dit, note_size, read_dit_config, read_dit_header
 from wan.configs import TASKS
 
 CPU = Placement(torch.device("cpu"))
@@ -202,10 +203,24 @@ def test_another_size_of_the_right_kind_is_used_with_one_log_line(
 
     with caplog.at_level(logging.INFO):
         check_task(read_dit_header(path), TASKS[task], path)
+        note_size(read_dit_header(path), TASKS[task], path)
 
     assert [record.message for record in caplog.records] == [
         f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: it is used as it is"
     ]
+
+
+def test_a_file_says_what_it_is(tmp_path: Path) -> None:
+    dit = write_dit(tmp_path, tiny_state("i2v"), "diffusers")
+    vae = tmp_path / "vae.safetensors"
+    save_file({"decoder.conv1.weight": torch.zeros(1)}, vae)
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other)
+
+    assert identify(dit) == f"{dit.name}: it is a Wan2.1 transformer (--dit) for --task i2v-14B."
+    assert identify(vae) == "vae.safetensors: it looks like the Wan VAE (--vae)."
+    assert identify(other) is None
+    assert identify(tmp_path / "nothing.safetensors") is None
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path) -> None:
