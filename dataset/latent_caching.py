@@ -1,5 +1,6 @@
 """Encoding the items that have no valid latent cache: decoded ahead, encoded in batches of one size, written behind."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -115,8 +116,9 @@ class LatentEncoding:
             return decode(plan, names_of(existing, plan.source), self._recipe)
 
         bar = progress(len(plans), "encoding", shown=show_progress)
-        with self._writer, torch.no_grad():
-            for _, result in decode_ahead(plans, lambda plan: plan.source, work, workers, bar):
+        ahead = decode_ahead(plans, lambda plan: plan.source, work, workers, bar)
+        with self._writer, contextlib.closing(ahead), torch.no_grad():
+            for _, result in ahead:
                 if isinstance(result, Failure):
                     self.failures.append(result)
                 else:

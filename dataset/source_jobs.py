@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -24,14 +24,14 @@ UNKNOWN_FRAMES = 256  # a clip whose header has no count is taken to have as man
 
 def read_ahead(
     jobs: Sequence[T], source_of: Callable[[T], Source], work: Callable[[T], R], workers: int, bar: "tqdm[None]"
-) -> Iterator[tuple[T, R | Failure]]:
+) -> Generator[tuple[T, R | Failure], None, None]:
     """Yield (job, result or Failure) in order while later jobs are worked on; for work that only reads a little."""
     return _settled(jobs, source_of, work, workers, lambda _: 0, bar)
 
 
 def decode_ahead(
     jobs: Sequence[T], source_of: Callable[[T], Source], work: Callable[[T], R], workers: int, bar: "tqdm[None]"
-) -> Iterator[tuple[T, R | Failure]]:
+) -> Generator[tuple[T, R | Failure], None, None]:
     """Likewise for work that decodes its source: the frames that wait stay under DECODED_BYTES."""
     return _settled(jobs, source_of, work, workers, lambda job: decoded_bytes(source_of(job)), bar)
 
@@ -83,7 +83,7 @@ def _settled(
     workers: int,
     size_bytes: Callable[[T], int],
     bar: "tqdm[None]",
-) -> Iterator[tuple[T, R | Failure]]:
+) -> Generator[tuple[T, R | Failure], None, None]:
     with bar, contextlib.closing(run_ahead(jobs, work, workers, size_bytes, DECODED_BYTES)) as ahead:
         for job, result in ahead:
             if not isinstance(result, Exception):
