@@ -1,0 +1,240 @@
+"""What a Wan2.1 generation is, written out with diffusers' pieces after the documented formulas. Nothing of ours is imported."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy
+import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler, WanTransformer3DModel
+from PIL import Image
+from torch import Tensor, nn
+
+from tests.parity.theirs import Theirs, pad_text
+
+
+@dataclass(frozen=True)
+class SkippedLayers:
+    """Skip-layer guidance: `original` (a third pass) or `uncond` (the second pass skips)."""
+
+    mode: str
+    layers: frozenset[int]
+    scale: float = 3.0
+    start: float = 0.0
+    end: float = 0.3
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How noise becomes latents. scales: guidance of each step, None where the prompt is used alone."""
+
+    solver: str = "unipc"
+    flow_shift: float = 5.0
+    scales: Sequence[float | None] = (5.0,) * 8
+    skipped: SkippedLayers | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.scales)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the transformer is given. Text: n D; clip: rows I D of one or two images; extra: C F h w beside the noisy latents."""
+
+    noise: Tensor  # 16 F h w
+    positive: Tensor
+    negative: Tensor
+    clip: Tensor | None = None
+    extra: Tensor | None = None
+
+
+def draw_noise(seed: int, frames: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+    """16 F h w float32 for a video of that size in pixels."""
+    generator = generator or torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((16, (frames - 1) // 4 + 1, height // 8, width // 8), generator=generator, dtype=torch.float32)
+
+
+def text_seed(text: str) -> int:
+    """The seed of a text, 32 bits (formats.md, section 7)."""
+    value: float = 0
+    for index, character in enumerate(text):
+        code = ord(character)
+        if index % 2 == 0:
+            value += code
+        elif index % 3 == 0:
+            value -= code
+        elif index % 5 == 0:
+            value /= code
+        else:
+            for digit in str(code):
+                value *= int(digit) or 0.31415
+    if math.isinf(value):
+        value = len(text) + 314159 * ord(text[len(text) // 2]) - ord(text[len(text) // 4])
+    whole = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest(), "big")
+    return abs(whole - int(value)) & 0xFFFFFFFF
+
+
+def schedule(sampling: Sampling) -> tuple[Tensor, list[float]]:
+    """Sigmas (N + 1) and what the transformer is fed (N), formats.md section 9."""
+    top = 0.999 if sampling.solver == "unipc" else 1.0
+    line = numpy.linspace(top, 0, sampling.steps + 1)
+    shifted = sampling.flow_shift * line / (1 + (sampling.flow_shift - 1) * line)
+    timesteps = [float(sigma * 1000) for sigma in shifted[:-1]]
+    if sampling.solver != "vanilla":
+        timesteps = [float(int(timestep)) for timestep in timesteps]
+    return torch.from_numpy(shifted).float(), timesteps
+
+
+class TheirSolver:
+    """diffusers' multistep solvers on our sigmas and timesteps; Euler by hand."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sigmas, self.timesteps = schedule(sampling)
+        self.scheduler: Any = None
+        if sampling.solver != "vanilla":
+            kinds = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
+            settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "final_sigmas_type": "zero"}
+            self.scheduler = kinds[sampling.solver](solver_order=2, **settings)
+            self.scheduler.set_timesteps(sampling.steps)
+            self.scheduler.sigmas, self.scheduler.timesteps = self.sigmas, torch.tensor(self.timesteps).long()
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        if self.scheduler is None:
+            return sample + (self.sigmas[index + 1] - self.sigmas[index]) * velocity
+        return self.scheduler.step(velocity, self.scheduler.timesteps[index], sample, return_dict=False)[0]
+
+
+@contextmanager
+def without(dit: WanTransformer3DModel, layers: frozenset[int]) -> Iterator[None]:
+    """The transformer as if these blocks were not there."""
+    blocks = dit.blocks
+    dit.blocks = nn.ModuleList(block for index, block in enumerate(blocks) if index not in layers)
+    try:
+        yield
+    finally:
+        dit.blocks = blocks
+
+
+@torch.no_grad()
+def velocity(dit: WanTransformer3DModel, noisy: Tensor, timestep: float, text: Tensor, inputs: Inputs) -> Tensor:
+    """One pass: 16 F h w."""
+    given = noisy if inputs.extra is None else torch.cat([noisy, inputs.extra])
+    images = None if inputs.clip is None else inputs.clip.reshape(-1, 257, inputs.clip.shape[-1])  # one or two of 257 rows
+    return dit(given[None], torch.tensor([timestep]), pad_text(text), images, return_dict=False)[0][0]
+
+
+def guided(dit: WanTransformer3DModel, noisy: Tensor, timestep: float, step: int, inputs: Inputs, sampling: Sampling) -> Tensor:
+    """The velocity that guidance makes of two or three passes (features.md, sections 3.3, 3.4, 3.8)."""
+    scale, skip = sampling.scales[step], sampling.skipped
+    positive = velocity(dit, noisy, timestep, inputs.positive, inputs)
+    if scale is None:
+        return positive
+    active = skip is not None and int(skip.start * sampling.steps) <= step < int(skip.end * sampling.steps)
+    if skip is None or not active:
+        negative = velocity(dit, noisy, timestep, inputs.negative, inputs)
+        return negative + scale * (positive - negative)
+    with without(dit, skip.layers):
+        skipped = velocity(dit, noisy, timestep, inputs.negative, inputs)
+    if skip.mode == "uncond":
+        return skipped + scale * (positive - skipped)
+    negative = velocity(dit, noisy, timestep, inputs.negative, inputs)
+    return negative + scale * (positive - negative) + skip.scale * (positive - skipped)
+
+
+def denoise(dit: WanTransformer3DModel, inputs: Inputs, sampling: Sampling) -> Tensor:
+    """Clean latents 16 F h w."""
+    solver, latents = TheirSolver(sampling), inputs.noise
+    for step, timestep in enumerate(solver.timesteps):
+        latents = solver.step(step, guided(dit, latents, timestep, step, inputs, sampling), latents)
+    return latents
+
+
+# images and control videos
+
+
+def to_pixels(frames: Sequence[numpy.ndarray]) -> Tensor:
+    """H W 3 uint8 each -> 1 3 F H W in -1..1."""
+    return (torch.from_numpy(numpy.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1)[None]
+
+
+def open_image(path: Path) -> numpy.ndarray:
+    """H W 3 uint8."""
+    return numpy.asarray(Image.open(path).convert("RGB"))
+
+
+def video_size_for(image: numpy.ndarray, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the video that starts with an image: near height * width in area (features.md, section 3.5)."""
+    aspect, area = image.shape[0] / image.shape[1], height * width
+    sides = (math.sqrt(area * aspect), math.sqrt(area / aspect))
+    latent_height, latent_width = (round(side // 8 // 2 * 2) for side in sides)
+    return latent_height * 8, latent_width * 8
+
+
+def stretched(image: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
+    """Resized without regard to aspect: area where the height shrinks, else cubic."""
+    method = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_CUBIC
+    return cv2.resize(image, (width, height), interpolation=method)
+
+
+def covering(image: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
+    """Scaled to cover and cropped in the middle (formats.md, section 2)."""
+    if image.shape[:2] == (height, width):
+        return image
+    scale = max(width / image.shape[1], height / image.shape[0])
+    new_width, new_height = int(image.shape[1] * scale + 0.5), int(image.shape[0] * scale + 0.5)
+    if scale > 1:
+        resized = numpy.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.LANCZOS))
+    else:
+        resized = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_AREA)
+    left, top = (new_width - width) // 2, (new_height - height) // 2
+    return resized[top : top + height, left : left + width]
+
+
+def image_condition(theirs: Theirs, first: Tensor, frames: int, end: Tensor | None = None) -> Tensor:
+    """4 channels of mask and 16 of latents: image-to-video, with an end image as one more latent frame. Images: 1 3 1 H W."""
+    clip = torch.cat([first, torch.zeros_like(first).repeat(1, 1, frames - 1, 1, 1)], dim=2)
+    latents = theirs.encode(clip)[0]
+    mask = torch.zeros(4, *latents.shape[1:])
+    mask[:, 0] = 1
+    if end is not None:
+        latents = torch.cat([latents, theirs.encode(end)[0]], dim=1)
+        mask = torch.cat([mask, torch.ones(4, 1, *latents.shape[2:])], dim=1)
+    return torch.cat([mask, latents])
+
+
+def first_last_condition(theirs: Theirs, first: Tensor, last: Tensor, frames: int) -> Tensor:
+    """The same for flf2v: both images inside one clip; of the last latent frame's mask only the last channel is 1."""
+    middle = torch.zeros_like(first).repeat(1, 1, frames - 2, 1, 1)
+    latents = theirs.encode(torch.cat([first, middle, last], dim=2))[0]
+    mask = torch.zeros(4, *latents.shape[1:])
+    mask[:, 0] = 1
+    mask[3, -1] = 1
+    return torch.cat([mask, latents])
+
+
+def control_condition(theirs: Theirs, control: Tensor, image_latents: Tensor | None, has_end: bool = False) -> Tensor:
+    """16 channels of control video and 16 of the start image, of which only the first (and an end image's) frame stays."""
+    latents = theirs.encode(control)[0]
+    image = torch.zeros_like(latents)
+    if image_latents is not None:
+        image[:, 0] = image_latents[:, 0]
+        if has_end:
+            image[:, -1] = image_latents[:, -1]
+    return torch.cat([latents, image])
+
+
+def features_of(theirs: Theirs, *images: numpy.ndarray) -> Tensor:
+    """Rows of the image tower for one or two images at their own size: 1 I D."""
+    return torch.cat([theirs.image_features(to_pixels([image])[:, :, 0]) for image in images], dim=1)
+
+
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest expected magnitude."""
+    assert ours.shape == expected.shape, f"{tuple(ours.shape)} instead of {tuple(expected.shape)}"
+    return float((ours.float() - expected.float()).abs().max() / expected.float().abs().max())

@@ -1,0 +1,47 @@
+"""Commands as a judge types them: from another folder, in a process of their own."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+import wan_generate_video
+from tests.commands import run_script
+from tests.parity.reference import relative_error
+
+TOLERANCE = 1e-4  # of the largest value, float32: what the project promises. Measured errors are some 1e-6; see the tests.
+
+
+def models_in(folder: Path) -> list[str]:
+    """The options that name the models of a folder written by `write_tiny_wan`."""
+    return [word for name in ("dit", "vae", "t5", "clip") for word in (f"--{name}", str(folder / f"{name}.safetensors"))]
+
+
+def generate(
+    out: Path, models: Path, task: str, *arguments: object, output: str = "latent", in_process: bool = False
+) -> dict[int, Tensor]:
+    """Run wan_generate_video.py in `out`; the latent files it leaves in `made`, by seed: 16 F h w.
+
+    in_process: call the script's main function here, which saves the start of Python.
+    """
+    made = out / "made"
+    out.mkdir(parents=True, exist_ok=True)
+    options = [*models_in(models), "--task", task, "--output_type", output, "--device", "cpu"]
+    if in_process:
+        wan_generate_video.main([*options, "--save_path", str(made), *map(str, arguments)])
+    else:
+        run_script("wan_generate_video.py", *options, "--save_path", "made", *arguments, folder=out)
+    return {int(path.name.split("_")[1]): load_file(path)["latent"] for path in made.glob("*_latent.safetensors")}
+
+
+def generate_one(out: Path, models: Path, task: str, *arguments: object, in_process: bool = False) -> Tensor:
+    """The same where one latent file is made."""
+    (latents,) = generate(out, models, task, *arguments, in_process=in_process).values()
+    return latents
+
+
+def assert_equal(ours: Tensor, expected: Tensor, what: str = "", tolerance: float = TOLERANCE) -> None:
+    """Within the tolerance of the largest expected value; says by how much they differ."""
+    error = relative_error(ours, expected)
+    print(f"parity {what}: {error:.2e}")  # noqa: T201 (shown with pytest -s, and where a test fails)
+    assert error <= tolerance, f"{what}: relative error {error:.2e}, allowed {tolerance:.0e}"

@@ -1,0 +1,95 @@
+"""What the generation script writes as images equals diffusers' decoder, to the rounding of a level."""
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.commands import run_script
+from tests.golden_cases import read_case
+from tests.parity.reference import Inputs, Sampling, denoise, draw_noise, open_image
+from tests.parity.running import assert_equal, generate, models_in
+from tests.parity.theirs import Theirs
+from tests.tiny.wan import write_tiny_wan
+
+NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    write_tiny_wan(path)
+    return path
+
+
+def levels(pixels: Tensor) -> Tensor:
+    """1 3 F H W in -1..1 -> F H W 3 in 0..255, not yet rounded."""
+    return (pixels[0].permute(1, 2, 3, 0) / 2 + 0.5) * 255
+
+
+def assert_rounded(paths: list[Path], expected: Tensor) -> None:
+    """Every stored level is the expected number rounded; 1e-4 of the range beside a half may fall on either side."""
+    stored = torch.from_numpy(numpy.stack([open_image(path) for path in paths])).float()
+    assert stored.shape == expected.shape
+    assert float((stored - expected).abs().max()) <= 0.5 + 255e-4
+
+
+def test_latent_files_are_decoded_to_images(tmp_path: Path, folder: Path) -> None:
+    """Ours (C F H W) and those that other tools write; several at once."""
+    latents = {"one": torch.randn(16, 3, 4, 6), "two": 1.5 * torch.randn(16, 1, 2, 2)}
+    for index, (name, values) in enumerate(latents.items()):
+        torch.manual_seed(index)
+        latents[name] = values = torch.randn(values.shape) * (1 + 0.5 * index)
+        save_file({"latent": values}, tmp_path / f"{name}.safetensors", {"bt_seeds": str(70 + index)})
+    files = [f"{name}.safetensors" for name in latents]
+    options = ["--latent_path", *files, "--output_type", "images", "--save_path", "out", "--device", "cpu", "--task", "t2v-1.3B"]
+
+    run_script("wan_generate_video.py", *models_in(folder), *options, folder=tmp_path)
+
+    theirs = Theirs(folder)
+    for index, name in enumerate(latents):
+        (made,) = (tmp_path / "out").glob(f"*_{70 + index}_{name}")
+        paths = sorted(made.iterdir())
+        assert [path.name for path in paths] == [f"{made.name}_{frame:03d}.png" for frame in range(len(paths))]
+        assert_rounded(paths, levels(theirs.decode(latents[name][None])))
+
+
+def test_latents_and_images_of_one_run_belong_together(tmp_path: Path, folder: Path) -> None:
+    """`--output_type images` of a prompt decodes what `--output_type latent` would have left."""
+    ask = ("--prompt", "a cat", "--seed", 4, "--video_size", 32, 32, "--video_length", 5, "--infer_steps", 2)
+    (latents,) = generate(tmp_path, folder, "t2v-14B", *ask, in_process=True).values()
+
+    generate(tmp_path / "images", folder, "t2v-14B", *ask, output="images", in_process=True)
+
+    (made,) = (tmp_path / "images" / "made").iterdir()
+    assert_rounded(sorted(made.iterdir()), levels(Theirs(folder).decode(latents[None])))
+
+
+def test_text_to_image_writes_one_png(tmp_path: Path, folder: Path) -> None:
+    """t2i-14B: one frame without being told, the same seed as a latent file and as a picture."""
+    ask = ("--prompt", "a red apple", "--seed", "apple", "--video_size", 32, 48, "--infer_steps", 4)
+    seed = 0
+
+    made = generate(tmp_path / "latent", folder, "t2i-14B", *ask, in_process=True)
+    generate(tmp_path, folder, "t2i-14B", *ask, output="video")
+
+    theirs = Theirs(folder)
+    ((seed, latents),) = made.items()
+    inputs = Inputs(draw_noise(seed, 1, 32, 48), theirs.text("a red apple"), theirs.text(NEGATIVE))
+    expected = denoise(theirs.dit, inputs, Sampling(scales=(5.0,) * 4))
+    assert_equal(latents, expected, "t2i")
+    (picture,) = (tmp_path / "made").iterdir()
+    assert picture.suffix == ".png"
+    assert_rounded([picture], levels(theirs.decode(expected[None])))
+
+
+def test_both_writes_the_latents_that_latent_writes(tmp_path: Path, folder: Path) -> None:
+    ask = ("--prompt", "a cat", "--seed", 4, "--video_size", 32, 32, "--video_length", 5, "--infer_steps", 2)
+    (alone,) = generate(tmp_path / "latent", folder, "t2v-1.3B", *ask, in_process=True).values()
+    (both,) = generate(tmp_path / "both", folder, "t2v-1.3B", *ask, output="both", in_process=True).values()
+    assert torch.equal(alone, both)
+    assert sorted(path.suffix for path in (tmp_path / "both" / "made").iterdir()) == [".mp4", ".safetensors"]
+    assert list(load_file(next((tmp_path / "both" / "made").glob("*.safetensors")))) == ["latent"]
