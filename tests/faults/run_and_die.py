@@ -1,50 +1,53 @@
 """Run a script and kill this process at a chosen moment: `python run_and_die.py POINT COUNT SCRIPT ARGUMENTS...`.
 
-Only libraries are hooked, never the project: the renames and flushes of the operating system, torch's backward and optimizer
-step, safetensors' writer, PyAV's encoder.
+At the COUNT-th use of what POINT stands for the process dies, as by SIGKILL. `python run_and_die.py count FILE SCRIPT ...` kills
+nothing and writes to FILE how often each point was passed, so that a test can choose a COUNT that will come.
+
+Only libraries are hooked, never the project: the renames of the operating system, torch's backward and optimizer step,
+safetensors' writer, PyAV's muxer.
 """
 
+import atexit
+import json
 import os
 import runpy
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 POINTS = ("mid_write", "before_rename", "after_rename", "mid_epoch", "mid_accumulation", "while_sampling")
 
+IsTime = Callable[[], bool]  # told that the point is passed; whether the process dies now
+
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
 
 
-def dying_at(count: int, call: Callable[..., Any], *, before: bool) -> Callable[..., Any]:
-    """`call`, but the process dies before or after its `count`-th use."""
-    calls = 0
+def dying(call: Callable[..., Any], is_time: IsTime, *, before: bool = False) -> Callable[..., Any]:
+    """`call`, but the process dies before or after the use that it is time for."""
 
     def hooked(*arguments: Any, **settings: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == count and before:
+        now = is_time()
+        if now and before:
             die()
         result = call(*arguments, **settings)
-        if calls == count:
+        if now:
             die()
         return result
 
     return hooked
 
 
-def half_written(count: int, save: Callable[..., Any]) -> Callable[..., Any]:
-    """A safetensors writer that leaves half a file at its `count`-th use and dies."""
-    calls = 0
+def half_written(save: Callable[..., Any], is_time: IsTime) -> Callable[..., Any]:
+    """A safetensors writer that leaves half a file and dies."""
 
     def hooked(tensors: Any, filename: Any, *arguments: Any, **settings: Any) -> Any:
-        nonlocal calls
-        calls += 1
         result = save(tensors, filename, *arguments, **settings)
-        if calls == count:
+        if is_time():
             path = Path(filename)
             with path.open("rb+") as file:
                 file.truncate(path.stat().st_size // 2)
@@ -54,48 +57,80 @@ def half_written(count: int, save: Callable[..., Any]) -> Callable[..., Any]:
     return hooked
 
 
-def place(point: str, count: int) -> None:
+class DyingContainer:
+    """A video that is being written: the process dies when some of its packets are in the file and its end is not."""
+
+    def __init__(self, container: Any, is_time: IsTime) -> None:
+        self._container, self._is_time = container, is_time
+
+    def mux(self, packets: Any) -> None:
+        self._container.mux(packets)
+        if self._is_time():
+            die()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._container, name)
+
+    def __enter__(self) -> "DyingContainer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._container.close()
+
+
+def place(point: str, is_time: IsTime) -> None:
     """Hook the library call that `point` stands for."""
     if point in {"before_rename", "after_rename"}:
-        os.replace = dying_at(count, os.replace, before=point == "before_rename")
+        os.replace = dying(os.replace, is_time, before=point == "before_rename")
     elif point == "mid_write":
         import safetensors.torch
 
-        safetensors.torch.save_file = half_written(count, safetensors.torch.save_file)
+        safetensors.torch.save_file = half_written(safetensors.torch.save_file, is_time)
     elif point == "mid_epoch":
         import torch
 
-        torch.optim.AdamW.step = dying_at(count, torch.optim.AdamW.step, before=False)  # type: ignore[method-assign]
+        torch.optim.AdamW.step = dying(torch.optim.AdamW.step, is_time)  # type: ignore[method-assign]
     elif point == "mid_accumulation":
         import torch
 
-        torch.Tensor.backward = dying_at(count, torch.Tensor.backward, before=False)  # type: ignore[method-assign]
+        torch.Tensor.backward = dying(torch.Tensor.backward, is_time)  # type: ignore[method-assign]
     elif point == "while_sampling":
         import av
 
-        av.open = _dying_writer(count, av.open)
+        opened = av.open
+
+        def hooked(file: Any, mode: Any = None, *arguments: Any, **settings: Any) -> Any:
+            container = opened(file, mode, *arguments, **settings)
+            return DyingContainer(container, is_time) if mode == "w" else container
+
+        av.open = hooked
     else:
         raise SystemExit(f"{point}: not one of {POINTS}")
 
 
-def _dying_writer(count: int, opened: Callable[..., Any]) -> Callable[..., Any]:
-    written = 0
+def counting(passed: Counter[str], point: str, last: int | None) -> IsTime:
+    """Count how often a point is passed; it is time at the `last`."""
 
-    def hooked(file: Any, mode: Any = None, *arguments: Any, **settings: Any) -> Any:
-        nonlocal written
-        container = opened(file, mode, *arguments, **settings)
-        if mode == "w":
-            written += 1
-            if written == count:
-                die()
-        return container
+    def is_time() -> bool:
+        passed[point] += 1
+        return passed[point] == last
 
-    return hooked
+    return is_time
+
+
+def main() -> None:
+    point, count, script = sys.argv[1], sys.argv[2], sys.argv[3]
+    sys.argv = sys.argv[3:]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    passed: Counter[str] = Counter(dict.fromkeys(POINTS, 0))
+    if point == "count":
+        for each in POINTS:
+            place(each, counting(passed, each, None))
+        atexit.register(lambda: Path(count).write_text(json.dumps(passed), encoding="utf-8"))
+    else:
+        place(point, counting(passed, point, int(count)))
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":
-    point, count, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    sys.argv = sys.argv[3:]
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    place(point, count)
-    runpy.run_path(script, run_name="__main__")
+    main()

@@ -1,0 +1,124 @@
+"""The commands that tests of faults run, and how their results are judged: is everything whole, and is it the same?"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modules.media import read_image, video_frames
+from tests.tiny.project import write_clips, write_dataset
+from tests.tiny.wan import write_tiny_wan
+from training.state import SavedState, read_state
+
+MODELS = ("--task", "t2v-1.3B", "--dit", "model/dit.safetensors", "--vae", "model/vae.safetensors", "--t5", "model/t5.safetensors")
+CACHE_LATENTS = (
+    "wan_cache_latents.py",
+    *("--dataset_config", "dataset.toml", "--vae", "model/vae.safetensors", "--vae_dtype", "float32"),
+)
+CACHE_TEXTS = ("wan_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", "--t5", "model/t5.safetensors")
+# 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps, the second of one micro-batch; 8 steps in all
+TRAIN = (
+    *("wan_train_network.py", *MODELS, "--dataset_config", "dataset.toml", "--sdpa", "--seed", "7"),
+    *("--network_module", "networks.lora_wan", "--network_dim", "4", "--network_alpha", "2"),
+    *("--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.05"),
+    *("--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
+    *("--timestep_sampling", "shift", "--discrete_flow_shift", "3", "--num_timestep_buckets", "5"),
+    *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4"),
+    *("--validation_split", "0.2", "--validate_every_n_steps", "3"),
+    *("--sample_prompts", "samples.txt", "--sample_every_n_steps", "3"),
+    *("--save_state", "--save_every_n_steps", "3", "--save_last_n_steps", "2", "--save_every_n_epochs", "2", "--resume", "latest"),
+    *("--max_data_loader_n_workers", "0", "--output_name", "x"),
+)
+GENERATE = ("wan_generate_video.py", *MODELS, "--from_file", "prompts.txt", "--output_type", "both")
+SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3
+a dog --w 32 --h 32 --f 1 --d 8 --s 1 --fs 5
+"""
+PROMPTS = """a cat --w 32 --h 32 --f 5 --d 1 --s 2
+a dog --w 32 --h 32 --f 1 --d 2 --s 2
+two dogs --w 32 --h 48 --f 5 --d 3 --s 2
+"""
+_TIME = re.compile(r"\d{14}|\d{8}-\d{6}")
+
+
+def write_project(folder: Path) -> None:
+    """Models, clips with captions, dataset.toml, prompts; no caches."""
+    write_tiny_wan(folder / "model")
+    write_clips(folder / "clips", count=6)
+    write_dataset(folder, frames="5", batch_size=2)
+    (folder / "samples.txt").write_text(SAMPLES, encoding="utf-8")
+    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+
+
+def assert_whole(folder: Path) -> None:
+    """Everything below `folder` that has a final name can be read to its end."""
+    for path in visible_files(folder):
+        if path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".mp4":
+            assert len(list(video_frames(path))) == 5, path
+        elif path.suffix == ".png":
+            read_image(path)
+        else:
+            assert path.name == "state.json", f"{path} is no finished file"
+    for state in folder.glob("x*-state"):
+        assert isinstance(read_state(state), SavedState)
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files that are not below a hidden name."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def assert_same_tensors(file: Path, other: Path) -> None:
+    """Two files hold equal tensors, to the byte."""
+    one, two = load_file(file), load_file(other)
+    assert one.keys() == two.keys()
+    different = [name for name in one if as_bytes(one[name]) != as_bytes(two[name])]
+    assert not different, f"{file.name}: {len(different)} of {len(one)} tensors differ, such as {different[:3]}"
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.numpy().tobytes())
+
+
+def assert_same_training(output: Path, undisturbed: Path) -> None:
+    """A training that was killed has left what the undisturbed one did: weights, states, samples, and nothing else."""
+    assert_whole(output)
+    assert _names(output) == _names(undisturbed)
+    assert_same_end(output, undisturbed)
+
+
+def assert_same_end(output: Path, undisturbed: Path) -> None:
+    """The final LoRA, the final state and the samples are those of the undisturbed training."""
+    for name in ("x.safetensors", "x-state/network.safetensors", "x-state/optimizer.safetensors"):
+        assert_same_tensors(output / name, undisturbed / name)
+    assert _progress(output) == _progress(undisturbed)
+    expected = {timeless(path): path for path in (undisturbed / "sample").iterdir()}
+    found = {timeless(path): path for path in (output / "sample").iterdir() if not path.name.startswith(".")}
+    assert found.keys() == expected.keys()
+    for name, path in found.items():
+        assert_same_pixels(path, expected[name])
+
+
+def assert_same_pixels(one: Path, two: Path) -> None:
+    """Two videos or images show the same."""
+    frames = [list(video_frames(path)) if path.suffix == ".mp4" else [read_image(path)] for path in (one, two)]
+    assert np.array_equal(frames[0], frames[1]), f"{one.name} shows something else than {two.name}"
+
+
+def timeless(path: Path) -> str:
+    """A file's name without the time in it."""
+    return _TIME.sub("TIME", path.name)
+
+
+def _names(folder: Path) -> set[str]:
+    return {timeless(path) for path in folder.rglob("*")}
+
+
+def _progress(output: Path) -> dict[str, object]:
+    record = json.loads((output / "x-state" / "state.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in record["progress"].items() if name not in {"session_id", "started_at"}}

@@ -1,0 +1,249 @@
+"""A run that is killed at any instant leaves nothing corrupt, and the same command again ends where it would have ended."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.commands import QUIET, ROOT, run_python, run_script
+from tests.faults.run_and_die import POINTS
+from tests.faults.runs import (
+    CACHE_LATENTS,
+    CACHE_TEXTS,
+    GENERATE,
+    TRAIN,
+    assert_same_end,
+    assert_same_pixels,
+    assert_same_tensors,
+    assert_same_training,
+    assert_whole,
+    timeless,
+    visible_files,
+)
+
+DYING = ROOT / "tests" / "faults" / "run_and_die.py"
+KILLED = 1 if os.name == "nt" else -9
+PATIENCE = 300  # seconds until a process that does not go on counts as hanging
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A training that nothing happened to, and how often it passed each point of run_and_die.py."""
+
+    output: Path
+    passed: dict[str, int]
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def undisturbed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    started = time.monotonic()
+    run_python(DYING, "count", folder / "passed.json", ROOT / TRAIN[0], *TRAIN[1:], "--output_dir", folder / "out", folder=project)
+    seconds = time.monotonic() - started
+    assert_whole(folder / "out")
+    return Undisturbed(folder / "out", json.loads((folder / "passed.json").read_text(encoding="utf-8")), seconds)
+
+
+def start(project: Path, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start a script of the project; what it says goes to `log`."""
+    script, *arguments = command
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=project,
+            env={**os.environ, **QUIET},
+            stdout=file,
+            stderr=file,
+        )
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    """Look often, until it is so or the process has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "the process hangs"
+        time.sleep(0.002)
+
+
+def kill_after(process: "subprocess.Popen[bytes]", seconds: float) -> int:
+    """Kill a process unless it ends before; returns its exit code."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_training_killed_at_a_chosen_point_ends_as_if_it_had_not_been(
+    point: str, project: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    count = random.Random(f"kill at {point}").randint(1, undisturbed.passed[point])
+    command = [*TRAIN, "--output_dir", str(tmp_path / "out")]
+    killed = run_python(DYING, point, count, ROOT / TRAIN[0], *command[1:], folder=project, check=False)
+    assert killed.returncode == KILLED, killed.stderr[-3000:]
+    assert_whole(tmp_path / "out")
+    run_script(*command, folder=project)
+    assert_same_training(tmp_path / "out", undisturbed.output)
+
+
+def test_training_killed_from_outside_ends_as_if_it_had_not_been(project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [*TRAIN, "--output_dir", str(output)]
+    process = start(project, command, tmp_path / "log")
+    wait_until((output / "x-step00000003.safetensors").exists, process)
+    assert kill_after(process, random.uniform(0, 0.3)) == KILLED, (tmp_path / "log").read_text(encoding="utf-8")
+    assert_whole(output)
+    run_script(*command, folder=project)
+    assert_same_training(output, undisturbed.output)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(
+            getattr(signal, name, None), id=name, marks=pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+        )
+        for name in ("SIGINT", "SIGTERM")
+    ],
+)
+def test_a_signal_ends_training_after_its_step_with_everything_saved(
+    number: signal.Signals, project: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    command = [*TRAIN, "--output_dir", str(output)]
+    process = start(project, command, log)
+    wait_until((output / "x-step00000003.safetensors").exists, process)
+    process.send_signal(number)
+    code = process.wait(timeout=PATIENCE)
+    said = log.read_text(encoding="utf-8")
+    ended = re.search(r"Ended after step (\d+) of 8", said)
+    assert code == 0, said
+    assert ended is not None, said
+    assert "Traceback" not in said
+    assert (output / f"x-step{int(ended[1]):08d}-state" / "state.json").exists()
+    assert_whole(output)
+    run_script(*command, folder=project)
+    assert_whole(output)
+    assert_same_end(output, undisturbed.output)
+
+
+@pytest.mark.slow
+def test_200_random_kills_of_training_change_nothing(project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Of runs that are killed again and again until they come to their end. Half of the kills come from outside."""
+    dice = random.Random(200)
+    kills, runs = 0, 0
+    while kills < 200:
+        output = tmp_path / f"run {runs}"
+        workers = str(dice.choice([0, 0, 2]))
+        command = [*TRAIN, "--output_dir", str(output), "--max_data_loader_n_workers", workers]
+        while kills < 200 and _killed(dice, project, undisturbed, command, tmp_path / "log"):
+            kills += 1
+            if output.exists():
+                assert_whole(output)
+        run_script(*command, folder=project)
+        assert_same_training(output, undisturbed.output)
+        shutil.rmtree(output)
+        runs += 1
+
+
+def _killed(dice: random.Random, project: Path, undisturbed: Undisturbed, command: Sequence[str], log: Path) -> bool:
+    """Run a training that may be killed; returns whether it was."""
+    if dice.random() < 0.5:
+        code = kill_after(start(project, command, log), dice.uniform(0.2, 1) * undisturbed.seconds)
+    else:
+        point = dice.choice(POINTS)
+        count = dice.randint(1, undisturbed.passed[point])
+        code = run_python(DYING, point, count, ROOT / command[0], *command[1:], folder=project, check=False).returncode
+    assert code in {0, KILLED}
+    return code == KILLED
+
+
+# --- caching ----------------------------------------------------------------------------------------------------------------------
+
+
+def copy_without_caches(project: Path, folder: Path) -> Path:
+    """The same project at another place, nothing cached."""
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns("cache", "out*", ".*"))
+    text = (folder / "dataset.toml").read_text(encoding="utf-8")
+    (folder / "dataset.toml").write_text(text.replace(project.as_posix(), folder.as_posix()), encoding="utf-8")
+    return folder
+
+
+def assert_same_caches(folder: Path, undisturbed: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
+    for path in folder.iterdir():
+        assert_same_tensors(path, undisturbed / path.name)
+
+
+def test_latent_caching_killed_from_outside_goes_on_where_it_was(project: Path, tmp_path: Path) -> None:
+    for attempt in range(5):  # the run is short: it may be over before it is killed
+        folder = copy_without_caches(project, tmp_path / str(attempt))
+        process = start(folder, CACHE_LATENTS, tmp_path / "log")
+        wait_until(lambda cache=folder / "cache": cache.is_dir() and any(cache.iterdir()), process)  # type: ignore[misc]
+        if kill_after(process, random.uniform(0, 0.05)) == KILLED:
+            break
+    else:
+        pytest.fail("the run was never killed in time")
+    assert_whole(folder / "cache")
+    run_script(*CACHE_LATENTS, folder=folder)
+    run_script(*CACHE_TEXTS, folder=folder)
+    assert_same_caches(folder / "cache", project / "cache")
+
+
+@pytest.mark.slow
+def test_40_random_kills_of_caching_change_nothing(project: Path, tmp_path: Path) -> None:
+    dice = random.Random(40)
+    for number in range(20):
+        folder = copy_without_caches(project, tmp_path / str(number))
+        for command, files in ((CACHE_LATENTS, 6), (CACHE_TEXTS, 6)):
+            point, count = dice.choice(["mid_write", "before_rename", "after_rename"]), dice.randint(1, files)
+            killed = run_python(DYING, point, count, ROOT / command[0], *command[1:], folder=folder, check=False)
+            assert killed.returncode == KILLED, killed.stderr[-3000:]
+            assert_whole(folder / "cache")
+            run_script(*command, folder=folder)
+        assert_same_caches(folder / "cache", project / "cache")
+        shutil.rmtree(folder)
+
+
+# --- generation -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_20_random_kills_of_generation_leave_whole_files_and_change_nothing(project: Path, tmp_path: Path) -> None:
+    dice = random.Random(20)
+    expected, passed = tmp_path / "undisturbed", tmp_path / "passed.json"
+    run_python(DYING, "count", passed, ROOT / GENERATE[0], *GENERATE[1:], "--save_path", expected, folder=project)
+    counts = {point: count for point, count in json.loads(passed.read_text(encoding="utf-8")).items() if count}
+    for number in range(20):
+        output = tmp_path / str(number)
+        point = dice.choice(sorted(counts))
+        count = dice.randint(1, counts[point])
+        command = [*GENERATE, "--save_path", str(output)]
+        killed = run_python(DYING, point, count, ROOT / GENERATE[0], *command[1:], folder=project, check=False)
+        assert killed.returncode == KILLED, killed.stderr[-3000:]
+        assert_whole(output)
+        before = set(visible_files(output))
+        run_script(*command, folder=project)
+        assert_whole(output)
+        made = {timeless(path): path for path in visible_files(output) if path not in before}
+        assert made.keys() == {timeless(path) for path in visible_files(expected)}
+        for path in visible_files(expected):
+            if path.suffix == ".safetensors":
+                assert_same_tensors(made[timeless(path)], path)
+            else:
+                assert_same_pixels(made[timeless(path)], path)
