@@ -1,6 +1,7 @@
 """Samples while training: the network as it is now, through the same loops that generation uses."""
 
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from generation.denoise import StepDone
-from generation.outputs import pixels_to_uint8
+from generation.outputs import frames_of
 from generation.prompt_lines import read_sample_prompts
 from generation.sections import make_latents
 from generation.session import Session, encode_inputs
@@ -79,8 +80,8 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, request: Request, stem: str) -> Path:
-        with self.session.media() as encoders:
-            frames = (frame for chunk in self.session.family.decode(encoders, latents) for frame in pixels_to_uint8(chunk)[0])
+        with self.session.media(images=False, again=True) as encoders:
+            frames = frames_of(self.session.family.decode(encoders, latents))
             if request.frames == 1:
                 path = self.folder / f"{stem}_000.png"
                 write_png(path, next(frames))
@@ -106,10 +107,12 @@ def prepare_samples(
             chosen.append((index, family.prepare(sample_request(entry, family)), entry.get("seed") is not None))
         except (OptionError, ValueError, TypeError) as error:  # the latter two: a text where a number belongs, in toml or json
             logger.error("%s: prompt %d is skipped: %s", prompt_file, index, error)
+    if process == 0:
+        _remove_leftovers(folder, name)
     requests = [request for _, request, _ in chosen]
     session = Session(family, device, _no_dit, keep=False)
     texts = session.texts(requests)
-    with session.media() as encoders:
+    with session.media(images=True, again=True) as encoders:
         inputs = encode_inputs(family, encoders, requests)
     session.drop_image_encoder()
     samples = [Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)]
@@ -156,6 +159,14 @@ def is_due_at_step(options: SampleOptions, step: int) -> bool:
 def is_due_after_epoch(options: SampleOptions, epoch: int) -> bool:
     """Whether samples are due at the end of epoch `epoch`, counted from 1."""
     return options.sample_every_n_epochs is not None and epoch % options.sample_every_n_epochs == 0
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """Remove samples that a killed run of this name left half written."""
+    pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _no_dit(expert: int) -> nn.Module:
