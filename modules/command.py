@@ -32,10 +32,10 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
         main()
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        path = error.path if isinstance(error, CheckpointError) else None
-        hint = explain(path) if explain is not None and path is not None else None
-        if hint and hint not in str(error):
-            print(f"  {hint}", file=sys.stderr)
+        if isinstance(error, CheckpointError) and error.path is not None and explain is not None:
+            hint = explain(error.path)
+            if hint and hint not in str(error):
+                print(f"  {error.path.name}: {hint}.", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

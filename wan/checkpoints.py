@@ -99,8 +99,8 @@ def identify(path: Path) -> str | None:
             shapes = {_published_name(name): tuple(info.shape) for name, info in named.tensors.items()}
             what = _what_else(shapes)
             if what.startswith("it looks like"):
-                return f"{path.name}: {what}."
-            return f"{path.name}: it is a Wan2.1 transformer (--dit) for --task {_names_of(_header(named))}."
+                return what
+            return f"it is a Wan2.1 transformer (--dit) for --task {_names_of(_header(named))}"
     except CheckpointError:
         return None
 

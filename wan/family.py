@@ -1,8 +1,9 @@
 """Wan2.1 as the shared loops see it."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from modules.media import image_size
 from torch import Tensor, nn
 
-from modules.checkpoint import fingerprint
+from modules.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -31,9 +32,10 @@ from modules.records import (
     Tweaks,
 )
 from wan import conditioning
-from wan.checkpoints import check_task, load_dit, note_size, read_dit_header
+from wan.checkpoints import DitHeader, check_task, load_dit, note_size, read_dit_header
 from wan.clip import load_clip
 from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
+from wan.encoder_checkpoints import read_clip, read_t5, read_vae
 from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTextCachingOptions, WanTrainingOptions, WanVaeOptions
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
@@ -211,6 +213,7 @@ class Wan:
         """
         task = self.task
         self._check_dit()
+        self._check_encoders()
         self._check_inputs(request)
         width, height = request.width or self.defaults.width, request.height or self.defaults.height
         flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
@@ -312,16 +315,25 @@ class Wan:
     def _vae_dtype(self) -> torch.dtype:
         if self.vae_dtype is not None:
             return self.vae_dtype
-        return torch.bfloat16 if self.files.dit is None else read_dit_header(self.files.dit).compute_dtype
+        return torch.bfloat16 if self.files.dit is None else _header_of(self._dit_path).compute_dtype
 
     def _check_dit(self) -> None:
-        check_task(read_dit_header(self._dit_path), self.task, self._dit_path)
+        check_task(_header_of(self._dit_path), self.task, self._dit_path)
+
+    def _check_encoders(self) -> None:
+        """Raise CheckpointError where a given file is another kind of network, before any is loaded."""
+        if self.files.vae is not None:
+            _check_file(self._vae_path, read_vae)
+        if self.files.t5 is not None:
+            _check_file(_existing(self.files.t5, "--t5", ""), read_t5)
+        if self.files.clip is not None:
+            _check_file(self._clip_path, read_clip)
 
     def _no_image(self, batch_size: int) -> dict[str, Tensor | list[Tensor]]:
         """All-zero CLIP features for a Fun-Control model without an image, as its official pipeline feeds them."""
         if not self.task.has_control or self.text_as_image_tokens:
             return {}
-        width = read_dit_header(self._dit_path).config.image_dim
+        width = _header_of(self._dit_path).config.image_dim
         return {"clip": torch.zeros(batch_size, CLIP_TOKENS, width)}
 
     def _checked_clip(self, batch: Batch) -> Tensor:
@@ -427,6 +439,17 @@ def _files_of_release(files: WanFiles, folder: Path) -> WanFiles:
     }
     found = {key: folder / name for key, name in names.items() if getattr(files, key) is None and (folder / name).exists()}
     return replace(files, **found)
+
+
+@lru_cache(maxsize=8)  # asked for with every prompt of a long list
+def _header_of(path: Path) -> DitHeader:
+    return read_dit_header(path)
+
+
+@lru_cache(maxsize=8)
+def _check_file(path: Path, read: Callable[[Checkpoint], object]) -> None:
+    with open_checkpoint(path) as checkpoint:
+        read(checkpoint)
 
 
 def _existing(path: Path | None, option: str, why: str) -> Path:

@@ -217,8 +217,8 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, other)
 
-    assert identify(dit) == f"{dit.name}: it is a Wan2.1 transformer (--dit) for --task i2v-14B."
-    assert identify(vae) == "vae.safetensors: it looks like the Wan VAE (--vae)."
+    assert identify(dit) == "it is a Wan2.1 transformer (--dit) for --task i2v-14B"
+    assert identify(vae) == "it looks like the Wan VAE (--vae)"
     assert identify(other) is None
     assert identify(tmp_path / "nothing.safetensors") is None
 
