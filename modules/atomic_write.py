@@ -3,9 +3,12 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +17,8 @@ from torch import Tensor
 
 from modules.errors import OutputError
 
+LEFTOVER_SECONDS = 3600.0  # a temporary file this old belongs to no writer any more
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
 
 
@@ -21,13 +26,13 @@ SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, dir
 def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is flushed to disk and takes the name `path`.
 
-    The temporary name ends in `.tmp`, so no pattern for finished files matches it; leftovers of a killed run are removed.
+    The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed runs are removed.
     size_bytes: what will be written, compared with the free space first.
     Raises OutputError where the folder cannot be written or the disk is full; the file that was there before is untouched then.
     """
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
+        _sweep(path.parent)
         check_space(path, size_bytes)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
@@ -77,20 +82,26 @@ def recover_folder(path: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(aside, path)
-    remove_leftovers(path)
+    if path.parent.is_dir():
+        remove_leftovers(path.parent, f".{path.name}.", 0)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove temporary files and folders that a killed run left for `path`."""
-    if not path.parent.is_dir():
-        return
-    start = f".{path.name}."
-    for entry in os.scandir(path.parent):
-        if entry.name.startswith(start) and entry.name.endswith(".tmp"):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                Path(entry.path).unlink(missing_ok=True)
+def remove_leftovers(folder: Path, start: str = ".", older_seconds: float = LEFTOVER_SECONDS) -> None:
+    """Remove temporary files and folders of killed runs whose names begin with `start` and that nobody has touched for a while."""
+    newest = time.time() - older_seconds
+    for entry in os.scandir(folder):
+        if entry.name.startswith(start) and _TEMPORARY.fullmatch(entry.name):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                elif entry.stat().st_mtime < newest:
+                    Path(entry.path).unlink()
+
+
+@lru_cache(maxsize=64)
+def _sweep(folder: Path) -> None:
+    """`remove_leftovers`, once a run for each folder: listing a large cache with every file would take longer than writing it."""
+    remove_leftovers(folder)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -123,7 +134,7 @@ def check_space(path: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if size_bytes and free < size_bytes + SPARE_BYTES:
         raise OutputError(
-            f"{path}: the disk has {free / 1e6:.0f} MB free, this file needs {size_bytes / 1e6:.0f} MB. Free some space and run again."
+            f"{path}: the disk has {free / 1e6:.0f} MB free, it needs {size_bytes / 1e6:.0f} MB. Free some space and run again."
         )
 
 

@@ -1,4 +1,4 @@
-"""The virtual environment of the two front doors, quickstart.py and run_tests.py: made when missing, completed when the lists change.
+"""The virtual environment of the two front doors, quickstart.py and run_tests.py: made if missing, completed if the lists change.
 
 Standard library only: it runs before anything is installed.
 """
