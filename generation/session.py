@@ -89,6 +89,7 @@ class Session:
     _known: Texts = field(default_factory=dict)
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
+    _has_image_encoder: bool = False
     _dits: list[nn.Module] = field(default_factory=list)
 
     def texts(self, requests: Sequence[Request]) -> list[Mapping[int, EncodedPrompts]]:
@@ -100,8 +101,9 @@ class Session:
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
         """The VAE on the device, with the image encoder where `images`; `again`: they are needed later and wait on the CPU."""
-        if self._media is None:
-            self._media = self.family.media_encoders(self.device)
+        if self._media is None or (images and not self._has_image_encoder):
+            self._media = None  # the VAE comes again with the image encoder: rare, and two at once would not fit
+            self._media, self._has_image_encoder = self.family.media_encoders(self.device, images), images
         else:
             _move(self._media, self.device, images)
         try:
@@ -117,7 +119,7 @@ class Session:
     def drop_image_encoder(self) -> None:
         """Free what only inputs need, where the inputs of all requests are encoded."""
         if self._media is not None and not self.keep:
-            self._media = replace(self._media, image_encoder=None)
+            self._media, self._has_image_encoder = replace(self._media, image_encoder=None), False
 
     @contextmanager
     def dit(self) -> Iterator[DitAt]:

@@ -135,7 +135,7 @@ class Family(Protocol):
     @property
     def media_identity(self) -> Mapping[str, str]: ...  # what encoded media depend on; found without loading the weights
 
-    def media_encoders(self, device: torch.device) -> MediaEncoders: ...
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders: ...  # images: what conditions need too
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...  # per item at least one
 

@@ -1,20 +1,19 @@
 """Wan2.1 as the shared loops see it."""
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from modules.media import image_size
 from torch import Tensor, nn
 
-from modules.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from modules.checkpoint import fingerprint
 from modules.devices import dtype_name, dtype_named
-from modules.errors import CacheError, CheckpointError, OptionError
+from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.media import image_size
 from modules.options import require
 from modules.records import (
     NO_TWEAKS,
@@ -32,10 +31,10 @@ from modules.records import (
     Tweaks,
 )
 from wan import conditioning
-from wan.checkpoints import DitHeader, check_task, load_dit, note_size, read_dit_header
+from wan.checkpoints import check_task, load_dit, note_size, read_dit_header
 from wan.clip import load_clip
 from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
-from wan.encoder_checkpoints import read_clip, read_t5, read_vae
+from wan.files import WanFiles
 from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTextCachingOptions, WanTrainingOptions, WanVaeOptions
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
@@ -58,17 +57,6 @@ DIT = DitSpec(
 )
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 FPS = 16.0
-
-
-@dataclass(frozen=True)
-class WanFiles:
-    """Paths as given; each is asked for when something needs it."""
-
-    dit: Path | None = None
-    vae: Path | None = None
-    t5: Path | None = None
-    t5_tokenizer: Path | None = None
-    clip: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -116,22 +104,21 @@ class Wan:
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """umT5; its file is opened when it is loaded."""
-        path = require(self.files.t5, "--t5", "the prompts are encoded by the umT5 text encoder")
-        return [WanTextEncoder(path, self.files.t5_tokenizer)]
+        return [WanTextEncoder(self.files.t5_path, self.files.t5_tokenizer)]
 
     @property
     def media_identity(self) -> Mapping[str, str]:
         """The encoders and switches that cached latents depend on."""
-        identity = {"vae": fingerprint(self._vae_path), "vae_dtype": dtype_name(self._vae_dtype()), "tile": str(self.vae_tile)}
+        identity = {"vae": fingerprint(self.files.vae_path), "vae_dtype": dtype_name(self._vae_dtype()), "tile": str(self.vae_tile)}
         if self.image_kind is not None:
-            identity |= {"clip": fingerprint(self._clip_path), "image": self.image_kind}
+            identity |= {"clip": fingerprint(self.files.clip_path), "image": self.image_kind}
         return identity
 
-    def media_encoders(self, device: torch.device) -> MediaEncoders:
-        """The VAE, and the image encoder where a model or a cache is conditioned on images."""
-        vae = load_vae(self._vae_path, device, self._vae_dtype(), cache_on_cpu=self.vae_cache_cpu, tile=self.vae_tile)
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """The VAE; with `images` also the image encoder, where a model or a cache is conditioned on images."""
+        vae = load_vae(self.files.vae_path, device, self._vae_dtype(), cache_on_cpu=self.vae_cache_cpu, tile=self.vae_tile)
         wants_image = self.image_kind is not None or self.task.kind != "t2v"
-        image_encoder = load_clip(self._clip_path, device) if wants_image and self.files.clip is not None else None
+        image_encoder = load_clip(self.files.clip_path, device) if images and wants_image and self.files.clip is not None else None
         return MediaEncoders(vae, image_encoder)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -163,7 +150,7 @@ class Wan:
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --task."""
-        path = self._dit_path
+        path = self.files.dit_path
         header = read_dit_header(path)
         check_task(header, self.task, path)
         note_size(header, self.task, path)
@@ -212,8 +199,8 @@ class Wan:
         a file is missing or not what --task says.
         """
         task = self.task
-        self._check_dit()
-        self._check_encoders()
+        check_task(self.files.dit_header(), self.task, self.files.dit_path)
+        self.files.check_encoders()
         self._check_inputs(request)
         width, height = request.width or self.defaults.width, request.height or self.defaults.height
         flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
@@ -300,40 +287,16 @@ class Wan:
 
     # what the above shares
 
-    @property
-    def _dit_path(self) -> Path:
-        return _existing(self.files.dit, "--dit", "the transformer checkpoint")
-
-    @property
-    def _vae_path(self) -> Path:
-        return _existing(self.files.vae, "--vae", "it turns pixels into latents and back")
-
-    @property
-    def _clip_path(self) -> Path:
-        return _existing(self.files.clip, "--clip", f"--task {self.task.name} is conditioned on image features")
-
     def _vae_dtype(self) -> torch.dtype:
         if self.vae_dtype is not None:
             return self.vae_dtype
-        return torch.bfloat16 if self.files.dit is None else _header_of(self._dit_path).compute_dtype
-
-    def _check_dit(self) -> None:
-        check_task(_header_of(self._dit_path), self.task, self._dit_path)
-
-    def _check_encoders(self) -> None:
-        """Raise CheckpointError where a given file is another kind of network, before any is loaded."""
-        if self.files.vae is not None:
-            _check_file(self._vae_path, read_vae)
-        if self.files.t5 is not None:
-            _check_file(_existing(self.files.t5, "--t5", ""), read_t5)
-        if self.files.clip is not None:
-            _check_file(self._clip_path, read_clip)
+        return torch.bfloat16 if self.files.dit is None else self.files.dit_header().compute_dtype
 
     def _no_image(self, batch_size: int) -> dict[str, Tensor | list[Tensor]]:
         """All-zero CLIP features for a Fun-Control model without an image, as its official pipeline feeds them."""
         if not self.task.has_control or self.text_as_image_tokens:
             return {}
-        width = _header_of(self._dit_path).config.image_dim
+        width = self.files.dit_header().config.image_dim
         return {"clip": torch.zeros(batch_size, CLIP_TOKENS, width)}
 
     def _checked_clip(self, batch: Batch) -> Tensor:
@@ -364,7 +327,7 @@ class Wan:
         if task.kind != "t2v":
             require(request.image_path, "--image_path", f"--task {task.name} starts from an image")
             if not task.has_control:
-                _ = self._clip_path
+                _ = self.files.clip_path
         if task.kind == "flf2v":
             require(request.end_image_path, "--end_image_path", f"--task {task.name} ends with an image")
         if task.has_control:
@@ -410,7 +373,7 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
     """For wan_generate_video.py. Files that --ckpt_dir holds need not be named."""
     files = WanFiles(options.dit, options.vae.vae, options.text.t5, options.text.t5_tokenizer, options.clip)
     if options.ckpt_dir is not None:
-        files = _files_of_release(files, options.ckpt_dir)
+        files = files.with_release(options.ckpt_dir)
     return Wan(
         TASKS[options.task],
         files,
@@ -425,38 +388,6 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
 def _vae_settings(options: WanVaeOptions, default_dtype: torch.dtype | None) -> Mapping[str, Any]:
     dtype = default_dtype if options.vae_dtype is None else dtype_named(options.vae_dtype, "--vae_dtype")
     return {"vae_dtype": dtype, "vae_cache_cpu": options.vae_cache_cpu, "vae_tile": options.tile}
-
-
-def _files_of_release(files: WanFiles, folder: Path) -> WanFiles:
-    """The given files, and those of the official release's folder where none was given."""
-    if not folder.is_dir():
-        raise OptionError(f"--ckpt_dir {folder}: no such folder")
-    names = {
-        "vae": "Wan2.1_VAE.pth",
-        "t5": "models_t5_umt5-xxl-enc-bf16.pth",
-        "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
-        "t5_tokenizer": "google/umt5-xxl",
-    }
-    found = {key: folder / name for key, name in names.items() if getattr(files, key) is None and (folder / name).exists()}
-    return replace(files, **found)
-
-
-@lru_cache(maxsize=8)  # asked for with every prompt of a long list
-def _header_of(path: Path) -> DitHeader:
-    return read_dit_header(path)
-
-
-@lru_cache(maxsize=8)
-def _check_file(path: Path, read: Callable[[Checkpoint], object]) -> None:
-    with open_checkpoint(path) as checkpoint:
-        read(checkpoint)
-
-
-def _existing(path: Path | None, option: str, why: str) -> Path:
-    given = require(path, option, why)
-    if not given.exists():
-        raise CheckpointError(f"{option} {given}: no such file or folder", given)
-    return given
 
 
 def _sizes(request: Request) -> tuple[int, int, int]:

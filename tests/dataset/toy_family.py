@@ -65,7 +65,7 @@ class ToyFamily:
     def text_encoders(self) -> Sequence[Any]:
         return self.text
 
-    def media_encoders(self, device: torch.device) -> MediaEncoders:
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         self.loaded += 1
         return MediaEncoders(vae=None)
 

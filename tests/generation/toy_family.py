@@ -101,7 +101,7 @@ class ToyFamily:
     def text_encoders(self) -> Sequence[TextEncoder]:
         return [ToyTextEncoder(self.diary)]
 
-    def media_encoders(self, device: torch.device) -> MediaEncoders:
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         self.diary.append("load vae")
         return MediaEncoders(ToyVae(self.diary))
 
