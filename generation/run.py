@@ -21,12 +21,11 @@ from generation.prompt_lines import is_blank, parse_generation_line, read_genera
 from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
-from modules.atomic_write import save_tensors
 from modules.devices import choose_device
 from modules.errors import CheckpointError, UserError
 from modules.family import Family
 from modules.records import Conditions, EncodedPrompts, Placement, Request
-from networks.merge import LoraPatch, LoraUse, lora_uses
+from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def generate(family: Family, options: GenerationOptions) -> None:
         allow_fp16_accumulation()
     uses = lora_uses(options.lora, options.lora_patterns)  # read first, so that a wrong file shows at once
     if options.save_merged_model is not None:
-        save_merged_model(family, uses, options.save_merged_model)
+        save_merged_model(family, uses, options.save_merged_model, device)
         return
     load_dit = dit_loader(family, uses, device, options.speed.attention)
     run = Run(family, options, Session(family, device, load_dit, keep=options.interactive))
@@ -137,20 +136,11 @@ def dit_loader(family: Family, uses: Sequence[LoraUse], device: torch.device, at
     return load_dit
 
 
-def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path) -> None:
-    """Write the network with the LoRAs merged in, in the dtypes of its file; further experts get `_1`, `_2` behind the name."""
-    for expert in range(len(family.experts)):
-        patch = LoraPatch(uses)
-        merged: dict[str, Tensor] = {}
-
-        def keep(name: str, weight: Tensor, patch: LoraPatch = patch, merged: dict[str, Tensor] = merged) -> Tensor:
-            merged[name] = patch(name, weight)  # before it is cast to what the network computes in
-            return merged[name]
-
-        family.load_dit(Placement(CPU, patch=keep), expert)
-        patch.check()
+def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:
+    """Write the network's file with the LoRAs merged in, tensor by tensor; further experts get `_1`, `_2` behind the name."""
+    for expert, file in enumerate(family.dit_files):
         target = path if expert == 0 else path.with_name(f"{path.stem}_{expert}{path.suffix}")
-        save_tensors(target, merged, {"format": "pt"})
+        merge_into_file(file, uses, target, device)
         logger.info("Merged model: %s", target)
 
 

@@ -7,6 +7,7 @@ frozen dataclass made by `family_for_training/caching/generation(options)` in it
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -140,6 +141,9 @@ class Family(Protocol):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...  # per item at least one
 
     # the network: training and generation
+    @property
+    def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module: ...
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions: ...  # latents in model space

@@ -148,6 +148,12 @@ class Wan:
 
     # the network
 
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        """The transformer's checkpoint, checked against --task."""
+        check_task(self.files.dit_header(), self.task, self.files.dit_path)
+        return (self.files.dit_path,)
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --task."""
         path = self.files.dit_path
