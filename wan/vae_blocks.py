@@ -68,7 +68,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: B C ... ; out: where to write the result, else a new tensor."""
-        exact = torch.float32 if x.dtype.itemsize < 4 else None  # a 16-bit length would scale a whole pixel wrongly
+        exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype  # a 16-bit length would scale a whole pixel wrongly
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).clamp_min_(1e-12)
         out = torch.empty_like(x) if out is None else out
         return torch.mul(x, x.shape[1] ** 0.5 / length, out=out).mul_(self.gamma)
@@ -103,7 +103,9 @@ class CausalConv3d(nn.Conv3d):
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
     """B C T+2 H W: zeros where the clip has not begun, frames kept from before, then x. Written once, without a later join."""
     batch, channels, frames, height, width = x.shape
-    joined = x.new_empty(batch, channels, frames + TIME_KERNEL - 1, height, width)
+    layout = torch.channels_last_3d if x.is_contiguous(memory_format=torch.channels_last_3d) else torch.contiguous_format
+    size = (batch, channels, frames + TIME_KERNEL - 1, height, width)
+    joined = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
     known = 0 if before is None else before.shape[2]
     joined[:, :, : TIME_KERNEL - 1 - known] = 0
     if before is not None:
