@@ -80,7 +80,6 @@ CASES = {
 AS_PROGRAMS = {"unipc", "dpm++", "vanilla", "skip alternate", "slg original"}  # the others run in this process, to save time
 
 
-
 @pytest.mark.parametrize("name", CASES)
 def test_latents_equal_those_of_diffusers(tmp_path: Path, folder: Path, theirs: Theirs, name: str) -> None:
     options, sampling = CASES[name]
@@ -103,9 +102,7 @@ def test_few_steps_equal_those_of_diffusers(tmp_path: Path, folder: Path, theirs
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "vanilla"])
-def test_the_tasks_own_number_of_steps_equals_that_of_diffusers(
-    tmp_path: Path, folder: Path, theirs: Theirs, solver: str
-) -> None:
+def test_the_tasks_own_number_of_steps_equals_that_of_diffusers(tmp_path: Path, folder: Path, theirs: Theirs, solver: str) -> None:
     more = ("--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--sample_solver", solver, "--prompt", PROMPT, "--seed", SEED)
 
     latents = generate_one(tmp_path, folder, "t2v-1.3B", *more)
@@ -142,9 +139,7 @@ def test_cpu_noise_is_the_stream_of_the_global_generator(tmp_path: Path, folder:
     noise = torch.randn(16, 3, HEIGHT // 8, WIDTH // 8)
     inputs = Inputs(noise, theirs.text(PROMPT), theirs.text(NEGATIVE))
 
-    latents = generate_one(
-        tmp_path, folder, "t2v-1.3B", *SIZE, "--prompt", PROMPT, "--seed", SEED, "--cpu_noise", in_process=True
-    )
+    latents = generate_one(tmp_path, folder, "t2v-1.3B", *SIZE, "--prompt", PROMPT, "--seed", SEED, "--cpu_noise", in_process=True)
 
     assert_equal(latents, denoise(theirs.dit, inputs, Sampling()), "cpu noise")
 
@@ -167,9 +162,7 @@ def test_a_wider_model_equals_diffusers(tmp_path: Path, folder: Path) -> None:
     write_dit(tmp_path / "models", tiny_state("t2v", seed=5, dim=256, num_heads=2, num_layers=3, ffn_dim=384), name="dit")
     theirs = Theirs(tmp_path / "models")
 
-    latents = generate_one(
-        tmp_path, tmp_path / "models", "t2v-1.3B", *SIZE, "--prompt", PROMPT, "--seed", SEED, in_process=True
-    )
+    latents = generate_one(tmp_path, tmp_path / "models", "t2v-1.3B", *SIZE, "--prompt", PROMPT, "--seed", SEED, in_process=True)
 
     assert_equal(latents, denoise(theirs.dit, inputs_of(theirs), Sampling()), "two heads")
 

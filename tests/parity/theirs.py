@@ -146,7 +146,7 @@ def load_t5(path: Path) -> UMT5EncoderModel:
         "ffn.fc2": "layer.1.DenseReluDense.wo",
     }
     parts |= {f"attn.{letter}": f"layer.0.SelfAttention.{letter}" for letter in "qkvo"}
-    renamed = {name: tensors["token_embedding.weight"] for name in ("shared.weight", "encoder.embed_tokens.weight")}
+    renamed = dict.fromkeys(("shared.weight", "encoder.embed_tokens.weight"), tensors["token_embedding.weight"])
     renamed["encoder.final_layer_norm.weight"] = tensors["norm.weight"]
     for name, tensor in tensors.items():
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
@@ -208,5 +208,11 @@ def load_clip(path: Path) -> CLIPVisionModel:
 def _clip_block(start: str, part: str, leaf: str, tensor: Tensor) -> Mapping[str, Tensor]:
     if part == "attn.to_qkv":
         return {f"{start}self_attn.{letter}_proj.{leaf}": rows for letter, rows in zip("qkv", tensor.chunk(3), strict=True)}
-    names = {"attn.proj": "self_attn.out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
+    names = {
+        "attn.proj": "self_attn.out_proj",
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "mlp.0": "mlp.fc1",
+        "mlp.2": "mlp.fc2",
+    }
     return {f"{start}{names[part]}.{leaf}": tensor}

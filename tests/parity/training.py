@@ -1,0 +1,119 @@
+"""A step of LoRA training, written out with diffusers' transformer after the documented formulas. Nothing of ours is imported."""
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tests.parity.theirs import dit_names, pad_text
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # module in our names, `blocks_0_self_attn_q` -> down (R in), up (out R)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the caches hold of one item, without batch dimension."""
+
+    latents: Tensor  # 16 F h w
+    text: Tensor  # n D
+    clip: Tensor | None = None  # I D
+    extra: Tensor | None = None  # C F h w, beside the noisy latents
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is random about a micro-batch. All but the noise: B."""
+
+    noise: Tensor  # B 16 F h w
+    sigmas: Tensor
+    timesteps: Tensor
+    weights: Tensor
+
+
+def stream_seed(*parts: int | str) -> int:
+    """The seed of a random stream: 63 bits of the SHA-256 over its parts. Resumed runs depend on it."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 1
+
+
+def stream(*parts: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(stream_seed(*parts))
+
+
+def shuffled(items: Sequence[Item], seed: int, epoch: int) -> list[Item]:
+    """The order of an epoch (from 0) within the only bucket of a dataset. items: sorted by name."""
+    order = list(items)
+    random.Random(stream_seed(seed, "items", epoch)).shuffle(order)
+    return order
+
+
+def noise_of(batch: Sequence[Item], seed: int, number: int) -> Tensor:
+    """The noise of micro-batch `number` of a run (from 0)."""
+    return torch.randn(len(batch), *batch[0].latents.shape, generator=stream(seed, "noise", number))
+
+
+def uniform_of(batch: Sequence[Item], seed: int, number: int) -> Tensor:
+    """The uniform numbers that timesteps are made from: B float64."""
+    return torch.rand(len(batch), generator=stream(seed, "timesteps", number), dtype=torch.float64)
+
+
+def read_factors(path: Path) -> tuple[Factors, float]:
+    """The factors of a LoRA file in our dialect, and its alpha / rank, the same for all modules."""
+    tensors = load_file(path)
+    names = {name.partition(".")[0] for name in tensors}
+    scales = {float(tensors[f"{name}.alpha"]) / tensors[f"{name}.lora_down.weight"].shape[0] for name in names}
+    (scale,) = scales
+    factors = {
+        name.removeprefix("lora_unet_"): (tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]) for name in names
+    }
+    return factors, scale
+
+
+def linear_modules(dit_file: Path) -> dict[str, str]:
+    """Every Linear inside the blocks: its name in LoRA files -> its path in diffusers' transformer."""
+    paths = [
+        name.removesuffix(".weight")
+        for name, tensor in load_file(dit_file).items()
+        if name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2
+    ]
+    names = dit_names([f"{path}.weight" for path in paths])
+    return {path.replace(".", "_"): names[f"{path}.weight"].removesuffix(".weight") for path in paths}
+
+
+def loss_and_gradients(
+    dit: WanTransformer3DModel, modules: Mapping[str, str], factors: Factors, scale: float, batch: Sequence[Item], drawn: Drawn
+) -> tuple[float, Factors]:
+    """The loss of one batch and its gradients by the factors."""
+    learning = {name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()}
+    hooks = []
+    for name, (down, up) in learning.items():
+
+        def add(_: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, up: Tensor = up) -> Tensor:
+            return out + scale * (given[0] @ down.T) @ up.T
+
+        hooks.append(dit.get_submodule(modules[name]).register_forward_hook(add))
+    try:
+        latents = torch.stack([item.latents.float() for item in batch])
+        mix = drawn.sigmas.float().view(-1, 1, 1, 1, 1)
+        noisy = (1 - mix) * latents + mix * drawn.noise
+        if batch[0].extra is not None:
+            noisy = torch.cat([noisy, torch.stack([item.extra for item in batch if item.extra is not None]).float()], dim=1)
+        text = torch.cat([pad_text(item.text.float()) for item in batch])
+        clip = None
+        if batch[0].clip is not None:
+            clip = torch.stack([item.clip for item in batch if item.clip is not None]).float()
+            clip = clip.reshape(-1, 257, clip.shape[-1])
+        predicted = dit(noisy, drawn.timesteps.float(), text, clip, return_dict=False)[0]
+        errors = (predicted - (drawn.noise - latents)).square().flatten(1).mean(1)
+        loss = (errors * drawn.weights.float()).mean()
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return float(loss.detach()), {name: (down.grad, up.grad) for name, (down, up) in learning.items()}
