@@ -23,6 +23,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipAttention(nn.Module):
+    """Attention among all tokens; q, k and v from one matrix."""
+
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads

@@ -210,7 +210,7 @@ def clip_hf_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sentencepiece_model() -> bytes:
-    """A unigram model with umT5's special tokens: padding 0, end 1, begin 2, unknown 3."""
+    """A unigram model; padding is 0 and the end token 1, as in umT5's."""
     stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),

@@ -11,7 +11,17 @@ from transformers import UMT5Config, UMT5EncoderModel
 from modules.errors import CheckpointError
 from modules.records import Prompt
 from tests.golden_cases import make_weights, read_case
-from tests.tiny.wan_encoders import T5_FILE, TEXT_DIM, t5_comfy_fp8_tensors, t5_config, t5_hf_tensors, t5_tensors, write_tokenizer
+from tests.tiny.wan_encoders import (
+    T5_FILE,
+    TEXT_DIM,
+    t5_comfy_fp8_tensors,
+    t5_config,
+    t5_hf_tensors,
+    t5_tensors,
+    write_comfy_encoders,
+    write_encoders,
+    write_tokenizer,
+)
 from wan.t5 import UmT5, WanTextEncoder, clean_text, load_t5, relative_bucket
 
 CPU = torch.device("cpu")
@@ -90,6 +100,16 @@ def test_an_embedding_is_as_long_as_its_prompt_and_at_most_512(folder: Path) -> 
     assert empty.shape == (1, TEXT_DIM)  # the end token
     assert long.shape == (512, TEXT_DIM)
     assert empty.untyped_storage().nbytes() == empty.nbytes  # not a view that holds the others
+
+
+def test_the_official_and_the_comfy_layout_give_the_same_embeddings(tmp_path: Path) -> None:
+    results = []
+    for files in (write_encoders(tmp_path / "official"), write_comfy_encoders(tmp_path / "comfy")):
+        encoder = WanTextEncoder(files["t5"])  # the tokenizer lies beside the one and inside the other
+        encoder.load(CPU)
+        results.append(encoded(encoder, *PROMPTS))
+    for official, comfy in zip(*results, strict=True):
+        torch.testing.assert_close(official, comfy)
 
 
 def test_a_float32_file_computes_in_float32_and_a_bfloat16_one_in_bfloat16(folder: Path) -> None:
