@@ -69,4 +69,4 @@ def list_folder(folder: Path, key: str) -> Sequence[Path]:
         return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=str)
     except OSError as error:
         looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
-        raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}") from error
+        raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}. Correct the path.") from error

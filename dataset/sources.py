@@ -40,7 +40,7 @@ def find_sources(table: DatasetTable, captions: bool = True) -> list[Source]:
     if not sources:
         kinds = ", ".join(sorted(_suffixes(table)))
         holds = f"holds no {table.kind}s ({kinds}; folders inside it are not searched)" if table.directory else "has no line"
-        raise DatasetError(f"{table.name}: {table.source} {holds}")
+        raise DatasetError(f"{table.name}: {table.source} {holds}. Put some there, or correct the path.")
     sources.sort(key=lambda source: str(source.path))
     _check_stems(table, sources)
     return sources
@@ -53,7 +53,7 @@ def missing_captions(sources: Iterable[Source]) -> list[str]:
 
 def require_captions(sources: Sequence[Source]) -> None:
     """Raise DatasetError listing the sources without a caption."""
-    _raise_listed(f"of {len(sources)} captions are missing", missing_captions(sources))
+    _raise_listed(f"of {len(sources)} captions are missing; write them, then run again", missing_captions(sources))
 
 
 def _where_caption(source: Source) -> str:
@@ -128,7 +128,7 @@ def _from_list(table: DatasetTable) -> list[Source]:
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except OSError as error:
-        raise DatasetError(f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}") from error
+        raise DatasetError(f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path.") from error
     if not lines[-1]:  # the end of the last line
         lines.pop()
     sources = [_from_line(table, f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blissful_tuner.metadata import as_tags
 from generation.options import OutputOptions
 from modules.atomic_write import atomic_folder, save_tensors
+from modules.checkpoint import open_checkpoint
+from modules.checkpoint_files import load_pickled
 from modules.errors import CheckpointError
 from modules.media import write_png, write_video
 
@@ -56,20 +57,15 @@ def save_latents(path: Path, latents: Tensor, metadata: Mapping[str, str] | None
 
 
 def load_latents(path: Path) -> SavedLatents:
-    """Read a latent file: safetensors, or a pickled tensor. Raises CheckpointError where it holds no latents."""
+    """Read a latent file: safetensors, or a pickled tensor. Raises CheckpointError where it is damaged or holds no latents."""
     metadata: Mapping[str, str] = {}
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                found = file.get_tensor("latent") if "latent" in file.keys() else None  # noqa: SIM118 (it is no dictionary)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            found = content.get("latent") if isinstance(content, dict) else content
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"--latent_path {path} cannot be read: {error}", path) from None
-    except Exception as error:  # torch.load names unpicklable content by an exception of pickle
-        raise CheckpointError(f"--latent_path {path} holds more than a tensor and is not opened: {error}", path) from None
+    if path.suffix == ".safetensors":
+        with open_checkpoint(path) as file:
+            metadata = file.metadata
+            found = file.read("latent") if "latent" in file.tensors else None
+    else:
+        content = load_pickled(path)
+        found = content.get("latent") if isinstance(content, dict) else content
     if not isinstance(found, Tensor):
         raise CheckpointError(f"--latent_path {path} has no tensor `latent`. Give a file written with --output_type latent", path)
     if found.ndim == 4:

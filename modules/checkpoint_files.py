@@ -81,9 +81,11 @@ def open_file(path: Path) -> TensorFile:
             start = file.read(16)
         if not start:
             raise CheckpointError(f"{path} is empty. Download or copy it again.", path)
+        if start[8:9] == b"{":  # first: the length before it may begin like a pickle
+            return SafetensorsFile(path)
         if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
             return TorchFile(path)
-        if start[8:9] == b"{" or path.suffix in {".safetensors", ".sft"}:
+        if path.suffix in {".safetensors", ".sft"}:
             return SafetensorsFile(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
@@ -174,7 +176,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.metadata: dict[str, str] = {}
-        self._tensors = _unwrapped(self._load(), path)
+        self._tensors = _unwrapped(load_pickled(path), path)
         self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
@@ -187,36 +189,37 @@ class TorchFile:
     def close(self) -> None:
         self._tensors = {}
 
-    def _load(self) -> Any:
-        with self._path.open("rb") as file:
+
+def load_pickled(path: Path) -> Any:
+    """What `torch.save` wrote: tensors, mapped where the format allows, in plain containers. Code in the file is refused, not run.
+
+    Raises CheckpointError saying which of the two is wrong, or that the file is damaged.
+    """
+    try:
+        with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # notes on the pickle protocol, which say nothing to a user
-                return torch.load(
-                    self._path, map_location="cpu", weights_only=True, mmap=is_zip
-                )  # the older format cannot be mapped
-        except pickle.UnpicklingError as error:
-            if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
-                raise self._damaged(error) from error
-            raise CheckpointError(
-                f"{self._path} holds program code beside its tensors and is refused: opening it would run that code.\n"
-                f"  {_refused_global(str(error))}Use a safetensors version of the file.",
-                self._path,
-            ) from error
-        except MemoryError:
-            raise
-        except Exception as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> CheckpointError:
-        reason = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else type(error).__name__
-        return CheckpointError(f"{self._path} is damaged or incomplete: {reason}. Download or copy it again.", self._path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on the pickle protocol, which say nothing to a user
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # the older format cannot be mapped
+    except pickle.UnpicklingError as error:
+        nonsense = re.search(r"Unsupported operand \d+", str(error))
+        if nonsense is not None or "weights_only" not in str(error):
+            raise _damaged_pickle(path, nonsense[0] if nonsense else str(error)) from error
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise CheckpointError(
+            f"{path} holds program code beside its tensors and is refused: opening it would run that code.\n"
+            f"  {f'It asks for {refused[1]}. ' if refused else ''}Use a safetensors version of the file.",
+            path,
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
+        raise _damaged_pickle(path, str(error) or type(error).__name__) from error
 
 
-def _refused_global(message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", message)
-    return f"It asks for {found[1]}. " if found else ""
+def _damaged_pickle(path: Path, reason: str) -> CheckpointError:
+    reason = reason.strip().splitlines()[0].split(". ")[0]
+    return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:

@@ -51,7 +51,9 @@ def read_lora(path: Path) -> LoraFile:
         raise CheckpointError(f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.", path)
     native = to_native(stored, metadata.get("ss_base_model_version"))
     if not native.tensors:
-        raise CheckpointError(f"{path} is no LoRA for a video model: it has tensors such as {listed(sorted(stored), 3)}.", path)
+        raise CheckpointError(
+            f"{path} is no LoRA for a video model: it has tensors such as {listed(sorted(stored), 3)}. Give a LoRA file.", path
+        )
     if native.text_encoder:
         logger.warning(
             f"{path}: {len(native.text_encoder)} tensors change a text encoder and are ignored: {listed(native.text_encoder)}"
@@ -61,7 +63,9 @@ def read_lora(path: Path) -> LoraFile:
     for module, factors in group_by_module(native.tensors).items():
         reason = fault(factors)
         if reason is not None:
-            raise CheckpointError(f"{path} cannot be used: {module}: {reason}.", path)
+            raise CheckpointError(
+                f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another LoRA.", path
+            )
     alphas = _peft_alphas(native.tensors, _peft_config(path, metadata))
     logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}")
     return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
@@ -84,7 +88,7 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
             return dict(json.loads(config_path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its PEFT settings cannot be read ({error}).", path) from error
+        raise CheckpointError(f"{path}: its PEFT settings cannot be read ({error}). Copy it again.", path) from error
     return {}
 
 

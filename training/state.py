@@ -6,7 +6,6 @@ place and renamed, so one that is there is whole. Nothing random is stored: all 
 
 import json
 import logging
-import pickle
 import re
 import zlib
 from collections.abc import Mapping
@@ -14,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modules.atomic_write import atomic_folder, recover_folder, save_tensors
+from modules.checkpoint_files import load_pickled
 from modules.errors import CheckpointError, OptionError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +81,8 @@ def write_state(folder: Path, state: SavedState) -> None:
             "described": dict(state.described),
             "parts": files,
         }
+        record = _as_read(record)
+        record["crc32"] = _record_checksum(record)
         (temporary / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
@@ -157,6 +158,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["format"] != FORMAT or record["version"] > VERSION:
             raise CheckpointError(f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder)
+        if record.pop("crc32", None) != _record_checksum(record):
+            raise _damaged(folder / RECORD, "its checksum is not the recorded one")
         for part, file in record["parts"].items():
             path = folder / f"{part}.safetensors"
             size_bytes = path.stat().st_size if path.exists() else 0
@@ -187,19 +190,21 @@ def _read_foreign(folder: Path) -> ForeignState:
         except (SafetensorError, OSError) as error:
             raise _damaged(weights, str(error)) from error
     elif (folder / "pytorch_model.bin").exists():
-        network = _load_safely(folder / "pytorch_model.bin")
+        network = load_pickled(folder / "pytorch_model.bin")
     else:
-        raise CheckpointError(f"{folder} is no state folder: it has neither {RECORD} nor model.safetensors.", path=folder)
-    return ForeignState(folder, network, _load_safely(optimizer) if optimizer.exists() else None)
+        raise CheckpointError(
+            f"{folder} is no state folder: it has neither {RECORD} nor model.safetensors. Give a ...-state folder.", path=folder
+        )
+    return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else None)
 
 
-def _load_safely(path: Path) -> dict[str, Any]:
-    """Unpickle tensors and plain values; code in the file is refused, not run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as tensors and plain values: {reason}", path=path) from error
+def _as_read(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as it comes back from JSON, with texts for keys and lists for tuples."""
+    return dict(json.loads(json.dumps(record)))
+
+
+def _record_checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _checksum(path: Path) -> int:
