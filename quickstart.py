@@ -16,7 +16,7 @@ from modules.environment import ROOT, prepare_environment
 from modules.errors import UserError
 
 FOLDER = ROOT / "quickstart"
-STEPS = 60
+STEPS = 80
 PROMPTS = """a big white rabbit in a green meadow --d 1
 people ride bicycles along a street --d 2
 """

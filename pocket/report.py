@@ -19,7 +19,7 @@ from modules.media import read_image, resize_cover, video_frames, write_png
 
 SHEET_FRAMES = 5
 SHEET_TILE = 96
-LOSS_WINDOW = 10  # steps averaged at the start and at the end
+LOSS_WINDOW = 5  # steps averaged at the start and at the end
 FALL = 2 / 3  # the loss has to fall by a third
 STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{background:#f3f3f3;padding:1em;overflow-x:auto}"
@@ -87,7 +87,8 @@ def figure(folder: Path, *videos: Path) -> str:
         write_png(sheet, contact_sheet(video))
         place, name = (html.escape(path.relative_to(folder).as_posix()) for path in (sheet, video))
         sheets.append(f"<a href='{name}'><img src='{place}' alt='{name}'></a>")
-    return f"<figure>{' '.join(sheets)}<figcaption>{html.escape(' | '.join(video.name for video in videos))}</figcaption></figure>"
+    names = " and ".join(f"{video.parent.name}/{video.name}" for video in videos)
+    return f"<figure>{'<br>'.join(sheets)}<figcaption>{html.escape(names)}</figcaption></figure>"
 
 
 def contact_sheet(path: Path) -> numpy.ndarray:
@@ -104,7 +105,8 @@ def change(before: Path, after: Path) -> float:
 
 
 def _samples(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in {".mp4", ".png"})
+    made = [path for path in folder.iterdir() if path.suffix in {".mp4", ".png"}]
+    return sorted(made, key=lambda path: path.stat().st_mtime)
 
 
 def _commands(folder: Path) -> str:
