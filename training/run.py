@@ -39,6 +39,7 @@ from training.samples import Sampler, prepare_samples
 from training.saving import MinuteClock, Names, Saver
 from training.state import ForeignState, Progress, SavedState, write_state
 from training.timesteps import show_timesteps
+from training.trainable import train_dit
 from training.trainable import train_network as as_trainable
 from training.upload import Uploads, make_uploads
 from training.validation import Validation
@@ -64,6 +65,7 @@ class Job:
     accelerator: Accelerator
     saved: SavedState | ForeignState | None
     progress: Progress
+    whole_dit: bool  # else a network beside it learns
 
     @property
     def output_dir(self) -> Path:
@@ -75,7 +77,7 @@ class Job:
 
     @property
     def network_module(self) -> str:
-        return self.options.network.network_module or self.family.lora_module
+        return "" if self.whole_dit else self.options.network.network_module or self.family.lora_module
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,22 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
 
     commands: what to type for missing caches. Raises a UserError for all that the user can mend.
     """
+    return _train(family, options, commands, whole_dit=False)
+
+
+def train_whole_dit(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
+    """The same, but every weight of the DiT itself learns, and is what is saved."""
+    return _train(family, options, commands, whole_dit=True)
+
+
+def _train(family: Family, options: TrainingOptions, commands: CachingCommands, whole_dit: bool) -> int:
     if options.timesteps.show_timesteps is not None:
         show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
         return 0
     config = load_dataset_config(require(options.loop.dataset_config, "--dataset_config", "the clips to train on"))
     if options.loop.check:
         return _check(family, options, config, commands)
-    job = _start(family, options, commands)
+    job = _start(family, options, commands, whole_dit)
     data = _find_data(job, config)
     identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
     habits = habits_of(options)
@@ -151,14 +162,14 @@ def _check(family: Family, options: TrainingOptions, config: DatasetConfig, comm
     return result.exit_code
 
 
-def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> Job:
+def _start(family: Family, options: TrainingOptions, commands: CachingCommands, whole_dit: bool) -> Job:
     """Join the processes; find where to begin."""
     check_trackers(options.logs)
     accelerator = make_accelerator(options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now()))
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     saved = find_state(options, accelerator.is_main_process)
-    return Job(family, options, commands, accelerator, saved, first_progress(options, saved))
+    return Job(family, options, commands, accelerator, saved, first_progress(options, saved), whole_dit)
 
 
 def _find_data(job: Job, config: DatasetConfig) -> Data:
@@ -212,8 +223,11 @@ def _load_dit(job: Job) -> nn.Module:
 def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]:
     """Dress the DiT (network, then checkpointing), make optimizer and schedule; also how metadata name the optimizer."""
     options, device = job.options, job.accelerator.device
-    network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
-    trainable = as_trainable(network, options.optimizer.learning_rate, options.network.scale_weight_norms, device)
+    if job.whole_dit:
+        trainable = train_dit(dit, options.optimizer.learning_rate)
+    else:
+        network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
+        trainable = as_trainable(network, options.optimizer.learning_rate, options.network.scale_weight_norms, device)
     checkpointing = options.loop.gradient_checkpointing
     if checkpointing:
         checkpoint_blocks(dit, job.family.dit)
@@ -259,7 +273,7 @@ def _make_saver(
 
     def write_file(path: Path) -> None:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        metadata = file_metadata(run_values, options, family_metadata, progress.step, epoch, datetime.now())
+        metadata = file_metadata(run_values, options, family_metadata, progress.step, epoch, datetime.now(), not job.whole_dit)
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
 

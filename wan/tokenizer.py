@@ -48,7 +48,7 @@ def find_tokenizer(path: Path | None, checkpoint_path: Path) -> TokenizerPlace:
         return TokenizerPlace(_given_file(path))
     folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
     # official repositories; diffusers pipelines, where text_encoder and tokenizer are neighbours; a text encoder saved with it
-    for place in (folder / OFFICIAL_FOLDER, folder.parent / "tokenizer", folder):
+    for place in (folder / OFFICIAL_FOLDER, folder / "tokenizer", folder.parent / "tokenizer", folder):
         file = _file_in(place)
         if file is not None:
             return TokenizerPlace(file)

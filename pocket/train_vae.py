@@ -1,0 +1,230 @@
+"""The pocket VAE's own short loop: single frames, then clips, then the decoder alone. Called by pocket/train.py.
+
+Once the encoder has stopped learning its latents are final: they can be cached while the decoder still learns.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modules.atomic_write import atomic_path, save_tensors
+from modules.media import video_frames
+from modules.seeds import derive_seed
+from pocket import drawing, vae_learning
+from pocket.muon import Muon
+from pocket.vae_learning import decode, encode
+from wan.vae import WanVae
+from wan.vae_blocks import VaeConfig, VaeLayer
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 16  # base width; levels of 1, 2, 4, 4 times it
+NOISE = 0.1  # added to latents of standard deviation 1: the decoder forgives what a transformer gets slightly wrong
+REAL = 0.35  # share of real footage in a batch
+HELD_OUT = 33  # first frames of each real clip, never learned from
+SCALES = (64, 88)  # short side of the real frames that 64 x 64 pieces are cut from
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of the training. Batches are (clips, frames, side in pixels), used in turn; the rate falls as a cosine."""
+
+    name: str
+    steps: int
+    batches: tuple[tuple[int, int, int], ...]
+    first_rate: float
+    last_rate: float
+    learns_encoder: bool = True
+
+
+PHASES = (
+    Phase("frames", 900, ((24, 1, 32),), 1.2e-3, 8e-4),
+    Phase("clips", 1500, ((8, 5, 32), (6, 9, 32), (24, 1, 32), (2, 9, 64)), 8e-4, 1e-4),
+    Phase("decoder", 2000, ((6, 9, 32), (2, 9, 64), (1, 17, 64)), 5e-4, 1e-5, learns_encoder=False),
+)
+
+
+def config(width: int = WIDTH) -> VaeConfig:
+    """The released structure with one residual block a level (two in the decoder, as there it is one more)."""
+    widths = [width, width, 2 * width, 4 * width, 4 * width]
+    down, up = [], []
+    for level, kind in enumerate(("spatial", "temporal", "temporal", None)):
+        down.append(VaeLayer("residual", widths[level], widths[level + 1]))
+        down += [VaeLayer(kind, widths[level + 1], widths[level + 1])] if kind else []
+    for level, kind in enumerate(("temporal", "temporal", "spatial", None)):
+        wide = widths[4 - level]
+        first = wide if level == 0 else widths[5 - level] // 2
+        up += [VaeLayer("residual", first, wide), VaeLayer("residual", wide, wide)]
+        up += [VaeLayer(kind, wide, wide // 2)] if kind else []
+    return VaeConfig(16, tuple(down), tuple(up))
+
+
+def train(folder: Path, clips: Mapping[str, Path], phases: tuple[Phase, ...] = PHASES, seed: int = 0, every: int = 200) -> Path:
+    """Train from nothing, or on from `folder`/vae_state.pt; returns the path of the finished vae.safetensors in `folder`.
+
+    clips: real footage. The file `encoder_final.safetensors` appears when the encoder has stopped learning. every: steps between states.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    vae = WanVae(config())
+    vae_learning.begin(vae)
+    optimizer = Muon(vae.parameters())
+    source = Source(clips, seed)
+    state_path, step = folder / "vae_state.pt", 0
+    if state_path.exists():
+        state = torch.load(state_path)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    total = sum(phase.steps for phase in phases)
+    while step < total:
+        phase, position = _phase_at(phases, step)
+        if not phase.learns_encoder and position == 0:
+            finish_encoder(vae, source)
+            save_tensors(folder / "encoder_final.safetensors", _half(vae))
+            optimizer = Muon(vae.parameters())
+        loss = _step(vae, optimizer, phase, position, source.batch(step, *phase.batches[position % len(phase.batches)]), step)
+        step += 1
+        if step % every == 0 or step == total:
+            quality = measure(vae, source)
+            logger.info("%s %d/%d loss %.4f %s", phase.name, step, total, loss, " ".join(f"{k} {v:.1f}" for k, v in quality.items()))
+            with atomic_path(state_path) as temporary:
+                torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
+            save_tensors(folder / "vae.safetensors", _half(vae))
+    return folder / "vae.safetensors"
+
+
+class Source:
+    """Training batches by step: drawn clips and pieces of real footage, in -1..1."""
+
+    def __init__(self, clips: Mapping[str, Path], seed: int) -> None:
+        self._seed = seed
+        self.held_out: dict[str, NDArray[np.uint8]] = {}
+        self._real: list[NDArray[np.uint8]] = []
+        for name, path in clips.items():
+            frames = list(video_frames(path))
+            self.held_out[name] = np.stack([fitted(frame, 64)[:64, :64] for frame in _middle(frames[: drawing.FRAMES])])
+            self._real += [np.stack([fitted(frame, side) for frame in frames[HELD_OUT:]]) for side in SCALES]
+
+    def batch(self, step: int, clips: int, frames: int, side: int) -> Tensor:
+        """B 3 F H W for that step, whatever came before it; H = W = side."""
+        random = np.random.default_rng(derive_seed(self._seed, "vae batch", step))
+        return as_pixels(np.stack([self._clip(random, frames, side) for _ in range(clips)]))
+
+    def _clip(self, random: np.random.Generator, frames: int, side: int) -> NDArray[np.uint8]:
+        if self._real and random.uniform() < REAL:
+            whole = self._real[random.integers(len(self._real))]
+            start = random.integers(len(whole) - frames + 1)
+            top, left = (random.integers(size - side + 1) for size in whole.shape[1:3])
+            piece = whole[start : start + frames, top : top + side, left : left + side]
+            return piece[:, :, ::-1] if random.uniform() < 0.5 else piece
+        scene, start = any_scene(random), int(random.integers(drawing.FRAMES - frames + 1))
+        middle = scene.things[0].centre(start + frames // 2)  # a piece of the clip shows some of the thing
+        left, top = (int(np.clip(place - side / 2 + random.uniform(-16, 16), 0, drawing.SIZE - side)) for place in middle)
+        return drawing.draw(scene, start, frames)[:, top : top + side, left : left + side]
+
+
+def any_scene(random: np.random.Generator) -> drawing.Scene:
+    """Scenes beyond what captions tell: any colour and form now and then, so that the VAE can show what a LoRA is to teach."""
+    scene = drawing.scene(random, two=0.3)
+    if random.uniform() < 0.5:
+        return scene
+    things = []
+    for each in scene.things:
+        colour = tuple(random.integers(0, 256, 3).tolist())
+        form = drawing.pick(random, drawing.FORMS)
+        things.append(drawing.Thing(each.colour, form, each.direction, each.speed, each.width, colour, each.pixels, each.start, each.velocity))
+    ground = tuple(random.integers(0, 256, 3).tolist()) if random.uniform() < 0.3 else scene.ground_rgb
+    return drawing.Scene(tuple(things), scene.ground, ground)
+
+
+def finish_encoder(vae: WanVae, source: Source) -> None:
+    """Freeze the encoder, and have normalised latents of drawn clips come out with mean 0 and standard deviation 1."""
+    random = np.random.default_rng(derive_seed("latent statistics"))
+    with torch.no_grad():
+        latents = [encode(vae, as_pixels(drawing.draw(drawing.scene(random, two=0.1))[None])) for _ in range(300)]
+    values = torch.cat(latents).transpose(0, 1).flatten(1)
+    vae_learning.fold_statistics(vae, values.mean(1), values.std(1))
+    for part in (vae.encoder, vae.conv1):
+        part.requires_grad_(False)
+
+
+@torch.no_grad()
+def measure(vae: WanVae, source: Source) -> dict[str, float]:
+    """PSNR in dB of held-out drawn and real clips, and the range of the latents' means and deviations before normalisation."""
+    random = np.random.default_rng(derive_seed("held-out clips"))
+    drawn = as_pixels(np.stack([drawing.draw(drawing.scene(random, two=0.1)) for _ in range(12)]))
+    figures = {"drawn": psnr(drawn, decode(vae, encode(vae, drawn)))}
+    for name, clip in source.held_out.items():
+        pixels = as_pixels(clip[None])
+        figures[name] = psnr(pixels, decode(vae, encode(vae, pixels)))
+    return figures
+
+
+def psnr(pixels: Tensor, other: Tensor) -> float:
+    """Peak signal to noise ratio in dB, of all clips together; pixels in -1..1."""
+    error = (pixels - other.clamp(-1, 1)).square().mean().item()
+    return 10 * math.log10(4 / max(error, 1e-12))
+
+
+def as_pixels(clips: NDArray[np.uint8]) -> Tensor:
+    """B F H W 3 uint8 to B 3 F H W float32 in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def fitted(frame: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
+    """The frame made smaller until its short side has so many pixels."""
+    height, width = frame.shape[:2]
+    scale = short_side / min(height, width)
+    size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
+    return drawing.cv2.resize(frame, size, interpolation=drawing.cv2.INTER_AREA)
+
+
+def _middle(frames: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """The middle square of each frame."""
+    side = min(frames[0].shape[:2])
+    top, left = ((size - side) // 2 for size in frames[0].shape[:2])
+    return [frame[top : top + side, left : left + side] for frame in frames]
+
+
+def _phase_at(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
+    for phase in phases:
+        if step < phase.steps:
+            return phase, step
+        step -= phase.steps
+    raise ValueError("after the last phase")
+
+
+def _step(
+    vae: WanVae, optimizer: torch.optim.Optimizer, phase: Phase, position: int, pixels: Tensor, step: int
+) -> float:
+    fall = 0.5 + 0.5 * math.cos(math.pi * position / phase.steps)
+    warm = min(1.0, (position + 1) / 50)
+    for group in optimizer.param_groups:
+        group["lr"] = warm * (phase.last_rate + (phase.first_rate - phase.last_rate) * fall)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.set_grad_enabled(phase.learns_encoder):
+            means = encode(vae, pixels)
+        channels = means.transpose(0, 1).flatten(1)  # Z B*f*h*w
+        scale = 1.0 if phase.learns_encoder else channels.std(1).view(1, -1, 1, 1, 1)
+        generator = torch.Generator().manual_seed(derive_seed("latent noise", step))
+        result = decode(vae, means + NOISE * scale * torch.randn(means.shape, generator=generator))
+    error = result - pixels
+    loss = error.abs().mean() + error.square().mean()
+    if phase.learns_encoder:  # each channel near mean 0 and deviation 1, so that NOISE means something
+        loss = loss + 0.01 * (channels.mean(1).square() + channels.std(1).clamp_min(1e-3).log().square()).mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _half(vae: WanVae) -> dict[str, Tensor]:
+    return {name: tensor.to(torch.float16) for name, tensor in vae.state_dict().items()}
