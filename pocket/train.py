@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 DIT = WanConfig(
     dim=128, ffn_dim=512, freq_dim=256, text_dim=train_text.CONFIG.dim, num_heads=1, num_layers=8, in_dim=16, out_dim=16
 )
-BATCH = 32
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/pocket"), help="folder for clips, caches and states")
     parser.add_argument("--clips", type=int, default=2000, help="how many clips the transformer learns from")
     parser.add_argument("--steps", type=int, default=6000, help="training steps of the transformer")
-    parser.add_argument("--rate", type=float, default=1e-3, help="its learning rate")
+    parser.add_argument("--rate", type=float, default=2e-3, help="its learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="of the transformer's training")
@@ -112,6 +112,8 @@ def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
     code = train_whole_dit(family, read_options(TrainingOptions, args))
     if code:
         raise SystemExit(code)
+    if not (output / "trained.safetensors").exists():  # it was asked to end early
+        raise SystemExit(0)
     with open_checkpoint(output / "trained.safetensors") as trained:
         tensors = {name: trained.read(name).to(torch.bfloat16) for name in trained.tensors}
     save_tensors(output / "dit.safetensors", tensors, {"modelspec.title": "Reelsmith pocket Wan2.1 T2V"})
@@ -124,7 +126,7 @@ def dit_options(settings: Settings, dataset: Path, start: Path, vae: Path, t5: P
     models = ["--task", "t2v-1.3B", "--dit", str(start), "--vae", str(vae), "--t5", str(t5), "--sdpa"]
     times = ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--mixed_precision", settings.precision]
     learning = ["--optimizer_type", "pocket.muon.Muon", "--learning_rate", str(settings.rate), "--max_train_steps", str(settings.steps)]
-    schedule = ["--lr_scheduler", "warmup_stable_decay", "--lr_warmup_steps", "50", "--lr_decay_steps", "0.4"]
+    schedule = ["--lr_scheduler", "warmup_stable_decay", "--lr_warmup_steps", "0.02", "--lr_decay_steps", "0.4"]
     saving = ["--save_every_n_steps", "250", "--save_last_n_steps", "500", "--save_state", "--save_precision", "float"]
     names = ["--output_dir", str(output), "--output_name", "trained", "--logging_dir", str(settings.work / "logs")]
     resume = ["--resume", "latest"] if any(output.glob("*-state")) else []

@@ -46,8 +46,8 @@ class Phase:
 
 PHASES = (
     Phase("frames", 900, ((24, 1, 32),), 1.2e-3, 8e-4),
-    Phase("clips", 1000, ((8, 5, 32), (6, 9, 32), (24, 1, 32), (2, 9, 64)), 8e-4, 1e-4),
-    Phase("decoder", 1800, ((6, 9, 32), (2, 9, 64), (1, 17, 64)), 5e-4, 1e-5, learns_encoder=False),
+    Phase("clips", 700, ((8, 5, 32), (6, 9, 32), (24, 1, 32), (2, 9, 64)), 8e-4, 1e-4),
+    Phase("decoder", 1600, ((6, 9, 32), (2, 9, 64), (1, 17, 64)), 5e-4, 1e-5, learns_encoder=False),
 )
 
 
