@@ -1,0 +1,108 @@
+"""How often the pocket model draws what it is asked for: prompts in the plain wording through wan_generate_video.py, read by the
+detectors of the tests.
+
+python -m pocket.measure --prompts 100 --save_path build/measured [--model FOLDER] [options of wan_generate_video.py]
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import wan_generate_video
+from modules.atomic_write import write_text
+from modules.command import command_line
+from modules.media import video_frames
+from modules.seeds import derive_seed
+from pocket import drawing
+from tests.pocket.detectors import Verdict, look
+
+POCKET = Path(__file__).resolve().parent
+CLIP = ("--video_size", "64", "64", "--video_length", "17")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a prompt in the plain wording asks for."""
+
+    colour: str
+    shape: str
+    direction: str
+
+    @property
+    def prompt(self) -> str:
+        return f"a {self.colour} {self.shape} moving {self.direction}"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of clips, 0..1."""
+
+    clips: int
+    shape: float
+    colour: float
+    direction: float
+    all_three: float
+    colour_in_every_frame: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--first_seed", type=int, default=1000)
+    parser.add_argument("--model", type=Path, default=POCKET, help="folder of dit, vae and t5")
+    parser.add_argument("--save_path", type=Path, required=True)
+    args, others = parser.parse_known_args(argv)
+    asked = some_prompts(args.prompts, args.first_seed)
+    args.save_path.mkdir(parents=True, exist_ok=True)
+    lines = args.save_path / "prompts.txt"
+    write_text(lines, "".join(f"{each.prompt} --d {seed}\n" for seed, each in asked.items()))
+    clip = ["--from_file", str(lines), "--save_path", str(args.save_path / "clips")]
+    wan_generate_video.main([*model_options(args.model), *CLIP, *clip, *others])
+    accuracy = judged(asked, read_verdicts(args.save_path / "clips"))
+    text = json.dumps({"options": others, **asdict(accuracy)})
+    write_text(args.save_path / "accuracy.json", text + "\n")
+    sys.stdout.write(text + "\n")
+
+
+def model_options(folder: Path) -> list[str]:
+    """The options of wan_generate_video.py that name the pocket model in a folder."""
+    return ["--task", "t2v-1.3B", *(part for name in ("dit", "vae", "t5") for part in (f"--{name}", str(folder / f"{name}.safetensors")))]
+
+
+def some_prompts(count: int, first_seed: int) -> dict[int, Asked]:
+    """What is asked for, by seed."""
+    asked = {}
+    for seed in range(first_seed, first_seed + count):
+        random = np.random.default_rng(derive_seed("asked", seed))
+        values = (drawing.pick(random, tuple(names)) for names in (drawing.COLOURS, drawing.SHAPES, drawing.DIRECTIONS))
+        asked[seed] = Asked(*values)
+    return asked
+
+
+def read_verdicts(folder: Path) -> dict[int, Verdict]:
+    """What each clip in a folder shows, by the seed at the end of its name."""
+    found = {}
+    for path in sorted(folder.glob("*.mp4")):
+        seed = re.search(r"_(\d+)$", path.stem)
+        if seed:
+            found[int(seed[1])] = look(np.stack(list(video_frames(path))))
+    return found
+
+
+def judged(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accuracy:
+    """How often the clips show what was asked for. Raises KeyError where a clip is missing."""
+    pairs = [(each, verdicts[seed]) for seed, each in asked.items()]
+    rows = np.array([(v.shape == a.shape, v.colour == a.colour, v.direction == a.direction) for a, v in pairs])
+    steady = np.mean([verdict.keeps_colour and verdict.colour == each.colour for each, verdict in pairs])
+    shape, colour, direction = rows.mean(0).tolist()
+    return Accuracy(len(pairs), shape, colour, direction, float(rows.all(1).mean()), float(steady))
+
+
+if __name__ == "__main__":
+    command_line(main)
