@@ -5,6 +5,7 @@ processes once per step, and the loss of a micro-batch is divided by the number 
 numbers depend on its settings and its seed alone: not on samples, validation, saving, or on where it was stopped and resumed.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
@@ -82,24 +83,30 @@ def train(run: Run) -> bool:
     progress, plan = run.progress, run.plan
     with run.stop.listening():
         _begin(run)
-        micro_batches = run.feed.start(progress.epoch, progress.position)
-        for epoch in range(progress.epoch, plan.num_epochs):
-            run.trainable.start_epoch()
-            first_step = progress.step
-            for group in plan.groups(epoch, progress.position):
-                wishes = take_step(run, group, micro_batches)
-                progress.step, progress.position = progress.step + 1, group.stop
-                stops = wishes.stop and progress.step < plan.total_steps
-                _after_step(run, wishes.save or stops, stops)
-                if stops:
-                    logger.info("Ended after step %d of %d; go on with --resume latest.", progress.step, plan.total_steps)
-                    return False
-            if progress.step > first_step or progress.position >= plan.num_batches:
-                _after_epoch(run)
+        with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
+            for epoch in range(progress.epoch, plan.num_epochs):
+                run.trainable.start_epoch()
+                first_step = progress.step
+                for group in plan.groups(epoch, progress.position):
+                    if _take_and_note(run, group, micro_batches):
+                        logger.info("Ended after step %d of %d; go on with --resume latest.", progress.step, plan.total_steps)
+                        return False
+                if progress.step > first_step or progress.position >= plan.num_batches:
+                    _after_epoch(run)
         _settle(run)
         if run.saver is not None:
             run.saver.save_final()
     return True
+
+
+def _take_and_note(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
+    """A step and what is due after it. Returns whether the run has to end here."""
+    wishes = take_step(run, group, micro_batches)
+    progress = run.progress
+    progress.step, progress.position = progress.step + 1, group.stop
+    stops = wishes.stop and progress.step < run.plan.total_steps
+    _after_step(run, wishes.save or stops, stops)
+    return stops
 
 
 def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> Wishes:

@@ -45,14 +45,6 @@ from training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-# names in the metadata of saved files: what a family says of itself -> where it stands
-_FAMILY_METADATA = {
-    "architecture": "modelspec.architecture",
-    "implementation": "modelspec.implementation",
-    "sd_model_name": "ss_sd_model_name",
-    "vae_name": "ss_vae_name",
-}
-
 
 @dataclass(frozen=True)
 class Job:
@@ -252,14 +244,13 @@ def _make_saver(
     if not job.accelerator.is_main_process:
         return None
     options, progress, trainable = job.options, job.progress, learning.trainable
-    family_metadata = _family_metadata(job.family)
-    run_values = run_metadata(options, job.family.name, family_metadata, facts)
+    run_values = run_metadata(options, job.family.name, job.family.metadata, facts)
     precision = options.saving.save_precision
     dtype = _dtype_of(dit) if precision is None else DTYPES[precision]
 
     def write_file(path: Path) -> None:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        metadata = file_metadata(run_values, options, family_metadata, progress.step, epoch, datetime.now())
+        metadata = file_metadata(run_values, options, job.family.metadata, progress.step, epoch, datetime.now())
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
 
@@ -294,14 +285,6 @@ def _facts(job: Job, data: Data, optimizer: str, schedule: str) -> RunFacts:
         network_module=job.network_module,
         datasets=[table.describe() for table in data.config.datasets],
     )
-
-
-def _family_metadata(family: Family) -> dict[str, str]:
-    """What the family says of itself, under the names of saved files."""
-    values = {_FAMILY_METADATA[name]: value for name, value in family.metadata.items() if name in _FAMILY_METADATA}
-    if "modelspec.architecture" in values:
-        values["modelspec.architecture"] += "/lora"
-    return values
 
 
 def _dtype_of(dit: nn.Module) -> torch.dtype:
