@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.batches import BatchOrder, CachingCommands, TrainingItem, read_batch
+from modules.errors import UserError
 from modules.family import LatentSpec
 from modules.records import Batch
 from modules.seeds import derive_seed
@@ -101,8 +102,8 @@ class Feed:
     def _load(self, epoch: int, position: int, num_epochs: int) -> Generator[MicroBatch]:
         keys = self.plan.keys(self.process, epoch, position, num_epochs)
         ending = multiprocessing.Event()
-        loader: DataLoader[MicroBatch] = DataLoader(
-            self.batches,  # type: ignore[arg-type]  # anything with __getitem__ serves
+        loader: DataLoader[MicroBatch | UserError] = DataLoader(
+            _HandedOver(self.batches),  # type: ignore[arg-type]  # anything with __getitem__ serves
             batch_size=None,
             sampler=keys,
             num_workers=min(self.workers, os.cpu_count() or 1, len(keys)),
@@ -111,12 +112,28 @@ class Feed:
             worker_init_fn=functools.partial(_start_worker, ending),
         )
         try:
-            yield from loader
+            for micro_batch in loader:
+                if isinstance(micro_batch, UserError):
+                    raise micro_batch
+                yield micro_batch
         finally:
             ending.set()
 
 
-def _unchanged(micro_batch: MicroBatch) -> MicroBatch:
+@dataclass(frozen=True)
+class _HandedOver:
+    """The micro-batches as workers hand them over: errors as values, as raised ones would arrive as traceback texts."""
+
+    batches: MicroBatches
+
+    def __getitem__(self, key: Key) -> MicroBatch | UserError:
+        try:
+            return self.batches[key]
+        except UserError as error:
+            return error
+
+
+def _unchanged(micro_batch: MicroBatch | UserError) -> MicroBatch | UserError:
     return micro_batch
 
 

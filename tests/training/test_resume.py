@@ -84,7 +84,7 @@ def test_every_optimizer_goes_on_with_equal_bytes(tmp_path: Path, optimizer: lis
         pytest.importorskip(package)
     write_caches(tmp_path)
     which = ["--optimizer_type", optimizer[0], *(["--optimizer_args", *optimizer[1:]] if optimizer[1:] else [])]
-    which += ["--network_dim", 64]  # bitsandbytes keeps small tensors in 32 bits
+    which += ["--network_dim", "64"]  # bitsandbytes keeps small tensors in 32 bits
     expected = train_toy(tmp_path, *which)
     states = [*which, "--output_dir", tmp_path / "killed", "--save_every_n_steps", 1, "--save_state", "--resume", "latest"]
 

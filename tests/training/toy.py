@@ -119,6 +119,10 @@ class ToyFamily:
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         raise NotImplementedError
 
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        return ()
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
