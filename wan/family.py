@@ -306,12 +306,14 @@ class Wan:
         return {"clip": torch.zeros(batch_size, CLIP_TOKENS, width)}
 
     def _checked_clip(self, batch: Batch) -> Tensor:
-        clip, images = batch.tensor("clip"), 2 if self.task.kind == "flf2v" else 1
-        if clip.shape[1] != images * CLIP_TOKENS:
-            how = "--clip --flf2v" if images == 2 else "--clip, without --flf2v"
+        """The cached image features, if they are of as many images as the model takes."""
+        clip, positions = batch.tensor("clip"), self.files.dit_header().config.image_positions
+        fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
+        if not fits:
+            how, images = ("--clip --flf2v", "two images") if positions else ("--clip, without --flf2v", "one image")
             raise CacheError(
-                f"{batch.keys[0]}: the cached CLIP features are of {clip.shape[1] // CLIP_TOKENS} image(s), "
-                f"--task {self.task.name} needs {images}. Cache again with wan_cache_latents.py {how}."
+                f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {self.task.name} needs "
+                f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {how}."
             )
         return clip
 
