@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modules.media import read_image, video_frames
+from tests.commands import ROOT
 from tests.tiny.project import write_clips, write_dataset
 from tests.tiny.wan import write_tiny_wan
 from training.state import SavedState, read_state
@@ -40,7 +43,17 @@ PROMPTS = """a cat --w 32 --h 32 --f 5 --d 1 --s 2
 a dog --w 32 --h 32 --f 1 --d 2 --s 2
 two dogs --w 32 --h 48 --f 5 --d 3 --s 2
 """
+DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 _TIME = re.compile(r"\d{14}|\d{8}-\d{6}")
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A training that nothing happened to, and how often it passed each point of run_and_die.py."""
+
+    output: Path
+    passed: dict[str, int]
+    seconds: float
 
 
 def write_project(folder: Path) -> None:
@@ -50,6 +63,23 @@ def write_project(folder: Path) -> None:
     write_dataset(folder, frames="5", batch_size=2)
     (folder / "samples.txt").write_text(SAMPLES, encoding="utf-8")
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+
+
+def copy_data(project: Path, folder: Path, *, cached: bool) -> Path:
+    """The project's clips, and its caches, once more below `folder`. Returns the dataset configuration that names them."""
+    shutil.copytree(project / "clips", folder / "clips")
+    if cached:
+        shutil.copytree(project / "cache", folder / "cache")
+    text = (project / "dataset.toml").read_text(encoding="utf-8").replace(project.as_posix(), folder.as_posix())
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+    return folder / "dataset.toml"
+
+
+def assert_same_caches(folder: Path, undisturbed: Path) -> None:
+    """Two cache folders hold the same files with equal tensors, and nothing else."""
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
+    for path in folder.iterdir():
+        assert_same_tensors(path, undisturbed / path.name)
 
 
 def assert_whole(folder: Path) -> None:
