@@ -1,11 +1,12 @@
 """Image-to-video, first-and-last-frame and Fun-Control generations through the command line equal diffusers' networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from modules.media import write_png, write_video
@@ -16,6 +17,8 @@ from tests.parity.running import assert_equal, generate_one
 from tests.parity.theirs import Theirs
 from tests.tiny.project import moving_square
 from tests.tiny.wan import write_tiny_wan
+from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.tiny.wan_encoders import CLIP_DIM, clip_official_tensors, clip_tensors
 
 PROMPT, SEED, FRAMES, STEPS = "close up of a butterfly", 31, 9, 4
 HEIGHT, WIDTH = 32, 64  # asked for; images set the aspect
@@ -125,6 +128,35 @@ def test_first_and_last_image(tmp_path: Path, media: Path, models: Callable[[str
     noise = draw_noise(SEED, FRAMES, height, width)
     inputs = Inputs(noise, *texts(theirs, "镜头切换，" + NEGATIVE), clip, condition)
     assert_equal(latents, denoise(theirs.dit, inputs, Sampling(solver, scales=(5.0,) * STEPS)), "flf2v")
+
+
+@pytest.mark.parametrize("kind", ["i2v", "flf2v"])
+def test_an_image_tower_of_another_size(tmp_path: Path, media: Path, kind: str) -> None:
+    """Five rows an image instead of 257: the number comes from the files."""
+    write_tiny_wan(tmp_path / "models", kind)
+    save_file(contiguous(clip_official_tensors(clip_tensors(image_size=28))), tmp_path / "models" / "clip.safetensors")
+    positions = {"image_positions": 10} if kind == "flf2v" else {}
+    write_dit(tmp_path / "models", tiny_state(kind, image_dim=CLIP_DIM, **positions), name="dit")
+    more = ["--image_path", media / "exact.png", *(["--end_image_path", media / "exact.png"] if positions else [])]
+
+    latents = generate_one(tmp_path, tmp_path / "models", f"{kind}-14B", *OPTIONS, *more, in_process=True)
+
+    theirs, image = Theirs(tmp_path / "models"), open_image(media / "exact.png")
+    pixels, noise = to_pixels([image]), draw_noise(SEED, FRAMES, HEIGHT, WIDTH)
+    if positions:
+        clip, condition = (
+            reference.features_of(theirs, image, image),
+            reference.first_last_condition(theirs, pixels, pixels, FRAMES),
+        )
+    else:
+        clip, condition = reference.features_of(theirs, image), reference.image_condition(theirs, pixels, FRAMES)
+    assert clip.shape[1:] == (5, CLIP_DIM)
+    inputs = Inputs(noise, *texts(theirs, ("镜头切换，" if positions else "") + NEGATIVE), clip, condition)
+    assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"{kind}, small tower")
+
+
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def control_pixels(media: Path, height: int, width: int, frames: int) -> Tensor:

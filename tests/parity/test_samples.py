@@ -15,9 +15,11 @@ import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from torch import Tensor
 
+from modules.media import write_png
 from modules.options import read_options
 from modules.records import MediaEncoders, Placement
 from networks.adapter import make_network
+from tests.golden_cases import read_case
 from tests.parity import reference
 from tests.parity.datasets import decoded
 from tests.parity.projects import Project, train, write_project
@@ -96,11 +98,17 @@ def sample_latents(project: Project, line: str, folder: Path) -> Tensor:
     return latents
 
 
-def with_diffusers(project: Project, frames: int = FRAMES) -> Tensor:
-    """The same with diffusers' transformer and the LoRA file."""
+def with_lora(project: Project) -> Theirs:
+    """diffusers' networks, the transformer with the LoRA file."""
     theirs = Theirs(project.models)
     state = WanLoraLoaderMixin.lora_state_dict(str(project.folder / "out" / "lora.safetensors"))
     theirs.dit.load_lora_adapter(state, prefix="transformer")
+    return theirs
+
+
+def with_diffusers(project: Project, frames: int = FRAMES) -> Tensor:
+    """The latents of the sample line as diffusers makes them."""
+    theirs = with_lora(project)
     clip = extra = None
     images = [open_image(path) for path in (project.folder / "start.png", project.folder / "end.png") if path.exists()]
     pixels = [to_pixels([image]) for image in images]
@@ -129,6 +137,33 @@ def test_latents_of_a_sample_equal_those_of_the_generation_script(
     generated = generate_one(tmp_path, project.models, project.task, *ASK, *lora, *media, in_process=True)
     assert_equal(sample, generated, f"sample {kind} and generation")
     assert_equal(sample, with_diffusers(project), f"sample {kind} and diffusers")
+
+
+def test_what_a_line_leaves_out_is_that_of_the_known_trainers(tmp_path: Path, projects: Callable[[str], Project]) -> None:
+    """One frame, 20 steps, flow shift 14.5, guidance 5 with the release's negative text; sizes rounded down to multiples of 16."""
+    project = projects("t2v")
+    theirs = with_lora(project)
+    negative = read_case("text_constants")[0]["wan_default_negative_prompt"]
+    inputs = Inputs(draw_noise(3, 1, 32, 48), theirs.text("a squirrel"), theirs.text(negative))
+
+    sample = sample_latents(project, "a squirrel --w 50 --h 47 --d 3", tmp_path)
+
+    assert_equal(sample, denoise(theirs.dit, inputs, Sampling(flow_shift=14.5, scales=(5.0,) * 20)), "sample with defaults")
+
+
+def test_the_image_of_a_sample_is_cropped_to_its_size(tmp_path: Path, projects: Callable[[str], Project]) -> None:
+    """As training sees images; the image tower sees the whole image."""
+    project, path = projects("i2v"), tmp_path / "wide.png"
+    write_png(path, numpy.random.default_rng(0).integers(0, 256, (40, 100, 3), dtype=numpy.uint8))
+    theirs, image = with_lora(project), open_image(path)
+    pixels = to_pixels([reference.covering(image, HEIGHT, WIDTH)])
+    clip, extra = reference.features_of(theirs, image), reference.image_condition(theirs, pixels, FRAMES)
+    inputs = Inputs(draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text(NEGATIVE), clip, extra)
+
+    sample = sample_latents(project, f"{LINE} --f {FRAMES} --i {path}", tmp_path)
+
+    expected = denoise(theirs.dit, inputs, Sampling(flow_shift=SHIFT, scales=(SCALE,) * STEPS))
+    assert_equal(sample, expected, "sample with a cropped image")
 
 
 @pytest.mark.parametrize("precision", [[], ["--save_precision", "float"]])
