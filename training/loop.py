@@ -88,7 +88,7 @@ def train(run: Run) -> bool:
                 run.trainable.start_epoch()
                 first_step = progress.step
                 for group in plan.groups(epoch, progress.position):
-                    if _take_and_note(run, group, micro_batches):
+                    if advance(run, group, micro_batches):
                         logger.info("Ended after step %d of %d; go on with --resume latest.", progress.step, plan.total_steps)
                         return False
                 if progress.step > first_step or progress.position >= plan.num_batches:
@@ -99,7 +99,7 @@ def train(run: Run) -> bool:
     return True
 
 
-def _take_and_note(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
+def advance(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
     """A step and what is due after it. Returns whether the run has to end here."""
     wishes = take_step(run, group, micro_batches)
     progress = run.progress
@@ -148,7 +148,14 @@ def _accumulate(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> 
 def _seed(run: Run, number: int) -> None:
     """Make dropout a function of the seed and the micro-batch; the global generators too, for networks that use them."""
     run.trainable.set_dropout_seed(derive_seed(run.progress.seed, "dropout", number))
-    torch.manual_seed(derive_seed(run.progress.seed, "global", number))
+    seed = derive_seed(run.progress.seed, "global", number)
+    torch.default_generator.manual_seed(
+        seed
+    )  # torch.manual_seed itself notes every call for each kind of device that is not in use
+    if run.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif run.device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _update(run: Run) -> Tensor:
@@ -204,6 +211,7 @@ def _begin(run: Run) -> None:
         _sample(run)
     if progress.step == 0 and run.validation is not None:
         _validate(run)
+    run.logs.restart_clock()
 
 
 def _after_step(run: Run, saves: bool, stops: bool) -> None:
@@ -226,6 +234,7 @@ def _after_step(run: Run, saves: bool, stops: bool) -> None:
         run.clock.restart()
         if run.saver is not None:
             run.saver.save_step(progress.step, with_state=True if stops else None)
+    run.logs.restart_clock()
 
 
 def _after_epoch(run: Run) -> None:
@@ -246,6 +255,7 @@ def _after_epoch(run: Run) -> None:
         _sample(run)
     if run.validation is not None and options.validation.validate_every_n_steps is None:
         _validate(run)
+    run.logs.restart_clock()
 
 
 def _sample(run: Run) -> None:

@@ -1,9 +1,10 @@
 """From options to a run: every part is built in order, and what can be checked is checked before gigabytes are loaded."""
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -88,9 +89,17 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
     if options.timesteps.show_timesteps is not None:
         show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
         return 0
-    config = load_dataset_config(require(options.loop.dataset_config, "--dataset_config", "the clips to train on"))
     if options.loop.check:
-        return _check(family, options, config, commands)
+        return _check(family, options, commands)
+    with prepared_run(family, options, commands) as run:
+        train(run)
+    return 0
+
+
+@contextlib.contextmanager
+def prepared_run(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> Iterator[Run]:
+    """A run with everything loaded; leaving it ends logs and waits for uploads. Raises as `train_network`."""
+    config = _read_config(options)  # a fault in it is told before anything is started
     job = _start(family, options, commands)
     data = _find_data(job, config)
     identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
@@ -107,7 +116,8 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
     saver = _make_saver(job, dit, learning, facts, uploads, lambda: capture(job.progress, learning, identity, habits))
     log_config = public_config(options) if options.logs.log_config else None
     with start_logs(job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config) as logs:
-        run = Run(
+        logger.info(_summary(job, data))
+        yield Run(
             options=options,
             family=family,
             dit=dit,
@@ -126,15 +136,13 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
             validation=_make_validation(job, data),
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
-        logger.info(_summary(job, data))
-        train(run)
         uploads.wait()
         job.accelerator.wait_for_everyone()
-    return 0
 
 
-def _check(family: Family, options: TrainingOptions, config: DatasetConfig, commands: CachingCommands) -> int:
+def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
     """--check: say what would be trained on."""
+    config = _read_config(options)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
@@ -151,6 +159,10 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     saved = find_state(options, accelerator.is_main_process)
     return Job(family, options, commands, accelerator, saved, first_progress(options, saved))
+
+
+def _read_config(options: TrainingOptions) -> DatasetConfig:
+    return load_dataset_config(require(options.loop.dataset_config, "--dataset_config", "the clips to train on"))
 
 
 def _find_data(job: Job, config: DatasetConfig) -> Data:
