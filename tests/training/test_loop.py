@@ -1,7 +1,9 @@
 """The training loop on a toy family."""
 
+import contextlib
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from modules.errors import CacheError, UserError
 from modules.flow_matching import add_noise
 from modules.records import Placement
 from networks.adapter import make_network
-from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import LATENT, ToyDit, ToyFamily, same, toy_options, train_toy, write_caches
 from training.feed import Randomness
-from training.run import train_network
+from training.loop import take_step
+from training.run import prepared_run, train_network
 
 
 def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
@@ -150,3 +153,22 @@ def test_mixed_precision_trains_float32_factors_of_a_half_precision_model(tmp_pa
     state = load_file(tmp_path / "output" / "x-state" / "network.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path: Path) -> None:
+    """fp16's gradient scaler; on the CPU it is put in by hand."""
+    write_caches(tmp_path)
+    weights = {}
+    for scale in (None, 2.0**10, float("inf")):
+        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        with prepared_run(ToyFamily(), toy_options(tmp_path, "--gradient_accumulation_steps", 2)) as prepared:
+            run = replace(prepared, scaler=scaler)
+            with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
+                take_step(run, range(2), micro_batches)
+            weights[scale] = {name: tensor.clone() for name, tensor in run.trainable.modules["network"].state_dict().items()}
+            initial = make_network(run.options.network, "networks.lora_wan", ToyDit(), seed=3).module.state_dict()
+
+    for name, tensor in weights[None].items():
+        torch.testing.assert_close(weights[2.0**10][name], tensor, rtol=1e-5, atol=1e-7)
+    assert same(weights[float("inf")], initial)
+    assert not same(weights[None], initial)
