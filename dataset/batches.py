@@ -163,9 +163,11 @@ def read_batch(items: Sequence[TrainingItem], latent: LatentSpec, commands: Cach
     for item, other in zip(items, read, strict=True):
         if other.tensors.keys() != first.tensors.keys():
             odd = ", ".join(sorted(other.tensors.keys() ^ first.tensors.keys()))
+            in_text = other.text != first.text
+            paths = (item.text_path, items[0].text_path) if in_text else (item.latent_path, items[0].latent_path)
             raise CacheError(
-                f"{item.latent_path} and {items[0].latent_path} do not hold the same tensors: {odd}.\n"
-                f"  Make them again with the same options: {commands.latents}"
+                f"{paths[0]} and {paths[1]} do not hold the same tensors: {odd}.\n"
+                f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
             )
     tensors = {name: _stacked(name, items, read, commands) for name in first.tensors}
     return Batch(tensors, tuple(one.caption for one in read), tuple(item.key for item in items))
@@ -174,6 +176,7 @@ def read_batch(items: Sequence[TrainingItem], latent: LatentSpec, commands: Cach
 @dataclass(frozen=True)
 class _ReadItem:
     tensors: Mapping[str, Tensor]
+    text: frozenset[str]  # names of those that come from the text cache
     variable: frozenset[str]
     caption: str
 
@@ -197,7 +200,8 @@ def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands
     with _remedy(commands.text):
         text = read_entry(item.text_path)
         caption = _checked_caption(item, text)
-    return _ReadItem({**latents.tensors, **text.tensors}, latents.variable | text.variable, caption)
+    tensors = {**latents.tensors, **text.tensors}
+    return _ReadItem(tensors, frozenset(text.tensors), latents.variable | text.variable, caption)
 
 
 def _read_latents(item: TrainingItem, latent: LatentSpec) -> Entry:

@@ -23,17 +23,19 @@ CACHE_LATENTS = (
 )
 CACHE_TEXTS = ("wan_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", "--t5", "model/t5.safetensors")
 # 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps, the second of one micro-batch; 8 steps in all
-TRAIN = (
+TRAIN_ONLY = (
     *("wan_train_network.py", *MODELS, "--dataset_config", "dataset.toml", "--sdpa", "--seed", "7"),
     *("--network_module", "networks.lora_wan", "--network_dim", "4", "--network_alpha", "2"),
     *("--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.05"),
     *("--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
     *("--timestep_sampling", "shift", "--discrete_flow_shift", "3", "--num_timestep_buckets", "5"),
-    *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4"),
-    *("--validation_split", "0.2", "--validate_every_n_steps", "3"),
-    *("--sample_prompts", "samples.txt", "--sample_every_n_steps", "3"),
+    *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4", "--validation_split", "0.2"),
     *("--save_state", "--save_every_n_steps", "3", "--save_last_n_steps", "2", "--save_every_n_epochs", "2", "--resume", "latest"),
     *("--max_data_loader_n_workers", "0", "--output_name", "x"),
+)
+TRAIN = (
+    *TRAIN_ONLY,
+    *("--validate_every_n_steps", "3", "--sample_prompts", "samples.txt", "--sample_every_n_steps", "3"),
 )
 GENERATE = ("wan_generate_video.py", *MODELS, "--from_file", "prompts.txt", "--output_type", "both")
 SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3

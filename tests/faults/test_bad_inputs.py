@@ -30,14 +30,14 @@ from tests.faults.damage import (
     web_page,
 )
 from tests.faults.messages import assert_one_message, run_here
-from tests.faults.runs import CACHE_LATENTS, CACHE_TEXTS, MODELS, TRAIN, Undisturbed, as_bytes, assert_same_tensors
+from tests.faults.runs import CACHE_LATENTS, CACHE_TEXTS, MODELS, TRAIN, TRAIN_ONLY, Undisturbed, as_bytes, assert_same_tensors
 from tests.tiny.wan_dit import tiny_state
 from training.state import ForeignState, SavedState, read_state
 
 TOKENIZER = ("--t5_tokenizer", "model/google/umt5-xxl")
 SMALL = ("--video_size", "32", "32", "--video_length", "5", "--infer_steps", "1")
 GENERATE = ("wan_generate_video.py", *MODELS, *SMALL, *TOKENIZER, "--prompt", "a cat", "--save_path", "made")
-SHORT_TRAINING = (*TRAIN, "--output_dir", "made", "--max_train_epochs", "1", *TOKENIZER)
+SHORT_TRAINING = (*TRAIN_ONLY, "--output_dir", "made", "--max_train_epochs", "1", *TOKENIZER)
 DAMAGES: dict[str, tuple[str, Damage]] = {
     "truncated": ("bad.safetensors", truncated),
     "one byte short": ("bad.safetensors", one_byte_short),
