@@ -264,8 +264,8 @@ class Wan:
                 image = conditioning.image_condition(vae, pixels(request.image_path), frames, pixels(end) if end else None)
             conditions["condition_latents"] = image.cpu()
         if task.has_control and request.control_path is not None:
-            length = frames + (4 if self._appends_end(request) else 0)
-            control = vae.encode(conditioning.read_control(request.control_path, width, height, length).to(vae.device))
+            end_frames = conditioning.FRAMES_PER_LATENT if self._appends_end(request) else 0
+            control = vae.encode(conditioning.read_control(request.control_path, width, height, frames, end_frames).to(vae.device))
             start = None if image is None else image[:, -LATENT.channels :]
             conditions["condition_latents"] = conditioning.control_condition(control, start, self._appends_end(request)).cpu()
         return {0: conditions}
