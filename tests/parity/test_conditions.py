@@ -15,7 +15,7 @@ from tests.golden_cases import read_case
 from tests.parity import reference
 from tests.parity.datasets import decoded
 from tests.parity.reference import Inputs, Sampling, denoise, draw_noise, open_image, to_pixels
-from tests.parity.running import assert_equal, generate_one
+from tests.parity.running import assert_equal, generate, generate_one
 from tests.parity.theirs import Theirs
 from tests.tiny.project import moving_square
 from tests.tiny.wan import write_tiny_wan
@@ -83,6 +83,23 @@ def test_image_to_video(tmp_path: Path, media: Path, models: Callable[[str], Pat
     clip = reference.features_of(theirs, open_image(path))
     inputs = Inputs(draw_noise(SEED, FRAMES, height, width), *texts(theirs), clip, condition)
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"i2v {image} {height}x{width}")
+
+
+def test_lines_of_a_prompt_file_have_images_of_their_own(tmp_path: Path, media: Path, models: Callable[[str], Path]) -> None:
+    images = {1: "high", 2: "wide"}
+    lines = [f"{PROMPT} --d {seed} --i {media / name}.png" for seed, name in images.items()]
+    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    made = generate(tmp_path, models("i2v"), "i2v-14B", *OPTIONS[4:], "--from_file", tmp_path / "lines.txt", in_process=True)
+
+    theirs = Theirs(models("i2v"))
+    for seed, name in images.items():
+        image = open_image(media / f"{name}.png")
+        height, width = reference.video_size_for(image, HEIGHT, WIDTH)
+        condition = reference.image_condition(theirs, resized(media / f"{name}.png", height, width), FRAMES)
+        noise, clip = draw_noise(seed, FRAMES, height, width), reference.features_of(theirs, image)
+        expected = denoise(theirs.dit, Inputs(noise, *texts(theirs), clip, condition), SAMPLING)
+        assert_equal(made[seed], expected, f"line with {name}")
 
 
 def test_image_to_video_with_an_end_image(tmp_path: Path, media: Path, models: Callable[[str], Path]) -> None:
