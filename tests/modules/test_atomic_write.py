@@ -100,3 +100,13 @@ def test_a_kill_between_the_renames_of_a_folder_is_undone(tmp_path: Path) -> Non
     recover_folder(tmp_path / "state")
 
     assert _names(tmp_path) == ["state"]
+
+
+def test_what_another_run_is_building_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".other-state.1234abcd.tmp").mkdir()
+    (tmp_path / ".state.safetensors.1234abcd.tmp").touch()
+
+    write_bytes(tmp_path / "a.bin", b"new")
+    recover_folder(tmp_path / "state")
+
+    assert _names(tmp_path) == [".other-state.1234abcd.tmp", ".state.safetensors.1234abcd.tmp", "a.bin"]
