@@ -32,6 +32,7 @@ def run_here(script: str, *arguments: object, folder: Path) -> tuple[int, str]:
     level, threads = root.level, torch.get_num_threads()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+    torch.set_num_threads(1)  # as QUIET has it for programs
     code: Any = 0
     try:
         with (
