@@ -184,7 +184,7 @@ class _ReadItem:
 def _training_item(table: DatasetTable, file_name: str, name: LatentName, tag: str, latent: LatentSpec) -> TrainingItem:
     bucket: tuple[int, ...] = name.size  # a video's name holds the size after bucketing
     if table.kind == "image":
-        bucket = bucket_of(table, name.size, latent.pixel_step)
+        bucket = bucket_of(table, name.size, latent.pixel_step, table.cache_directory / file_name)
     elif name.span is not None:
         bucket = (*name.size, name.span[1])
     folder = table.cache_directory
@@ -233,7 +233,7 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
     size, made_for = record.options.get("size"), record.options.get("bucket")
     if size is None or made_for is None:
         raise CacheError(f"{item.latent_path}: its record names no sizes")
-    bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step)
+    bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step, item.latent_path)
     if tuple(made_for) != bucket:
         raise CacheError(f"{item.latent_path}: made for {_by(made_for)} pixels, {item.table.name} asks for {_by(bucket)}")
     rate = record.options.get("source_fps")

@@ -86,9 +86,7 @@ def recover_folder(path: Path) -> None:
         remove_leftovers(path.parent, lambda name: name == path.name, 0)
 
 
-def remove_leftovers(
-    folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS
-) -> None:
+def remove_leftovers(folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS) -> None:
     """Remove temporary files and folders of killed runs that nobody has touched for `older_seconds`.
 
     of: told the name that a temporary file would have got, says whether it is meant.
