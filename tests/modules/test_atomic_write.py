@@ -27,9 +27,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "a.bin"
     write_bytes(path, b"old")
 
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise RuntimeError
+    def write_half() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
 
     assert path.read_bytes() == b"old"
     assert _names(tmp_path) == ["a.bin"]
@@ -65,9 +69,13 @@ def test_a_file_that_does_not_fit_is_refused_before_writing(tmp_path: Path) -> N
 
 @pytest.mark.skipif(os.name == "nt" or not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="disk is full"), atomic_path(tmp_path / "a") as temporary:
-        temporary.symlink_to("/dev/full")
-        temporary.write_bytes(b"x" * 100_000)
+    def fill() -> None:
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.symlink_to("/dev/full")
+            temporary.write_bytes(b"x" * 100_000)
+
+    with pytest.raises(OutputError, match="disk is full"):
+        fill()
 
     assert _names(tmp_path) == []
 
