@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 
 SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.solvers
 
-# what a training prompt file means where it says nothing; None: the family's own
-
 
 def draw_seed() -> int:
     """A seed from the system's entropy."""
