@@ -38,6 +38,7 @@ TOKENIZER = ("--t5_tokenizer", "model/google/umt5-xxl")
 SMALL = ("--video_size", "32", "32", "--video_length", "5", "--infer_steps", "1")
 GENERATE = ("wan_generate_video.py", *MODELS, *SMALL, *TOKENIZER, "--prompt", "a cat", "--save_path", "made")
 SHORT_TRAINING = (*TRAIN_ONLY, "--output_dir", "made", "--max_train_epochs", "1", *TOKENIZER)
+NEVER_MERGED = ("--save_merged_model", "never.safetensors")
 DAMAGES: dict[str, tuple[str, Damage]] = {
     "truncated": ("bad.safetensors", truncated),
     "one byte short": ("bad.safetensors", one_byte_short),
@@ -71,6 +72,9 @@ PLACES = (
     Place(SHORT_TRAINING, "lora", "dit", "--network_weights"),
     Place(SHORT_TRAINING, "lora", "t5", "--base_weights"),
     Place(GENERATE, "latent", "vae", "--latent_path"),
+    Place(("merge_lora.py", "--lora_weight", "lora.safetensors", *NEVER_MERGED), "dit", "vae", "--dit"),
+    Place(("merge_lora.py", "--dit", "model/dit.safetensors", *NEVER_MERGED), "lora", "clip", "--lora_weight"),
+    Place(("convert_lora.py", "--target", "other", "--output", "never.safetensors"), "lora", "dit", "--input"),
 )
 
 
@@ -82,6 +86,7 @@ def good(project: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempP
         shutil.copy(project / "model" / f"{name}.safetensors", folder)
     save_file(tiny_state("i2v"), folder / "i2v.safetensors")
     shutil.copy(undisturbed.output / "x.safetensors", folder / "lora.safetensors")
+    shutil.copy(undisturbed.output / "x.safetensors", project / "lora.safetensors")
     made = folder / "made"
     code, said = run_here(*GENERATE, "--output_type", "latent", "--save_path", made, folder=project)
     assert code == 0, said
@@ -114,9 +119,10 @@ def test_a_bad_file_is_refused_in_one_message(place: Place, damage: str, project
     assert_one_message(code, said, name)
     assert not proof_of(tmp_path / name).exists(), "the code in the file was run"
     assert before.items() <= everything(project).items()
+    assert not (project / "never.safetensors").exists()
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.command[0]} {place.option}")
+@pytest.mark.parametrize("place", [*PLACES[:-3], *PLACES[-2:]], ids=lambda place: f"{place.command[0]} {place.option}")
 def test_a_file_of_another_kind_is_refused_in_one_message(place: Place, project: Path, good: Path) -> None:
     before = everything(project)
 
@@ -124,6 +130,16 @@ def test_a_file_of_another_kind_is_refused_in_one_message(place: Place, project:
 
     assert_one_message(code, said, f"{place.wrong}.safetensors")
     assert before.items() <= everything(project).items()
+    assert not (project / "never.safetensors").exists()
+
+
+def test_a_lora_is_not_merged_into_a_model_it_does_not_fit(project: Path, good: Path) -> None:
+    code, said = run_here(
+        "merge_lora.py", "--lora_weight", "lora.safetensors", *NEVER_MERGED, "--dit", good / "vae.safetensors", folder=project
+    )
+
+    assert_one_message(code, said, "lora.safetensors does not fit")
+    assert not (project / "never.safetensors").exists()
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.command[0]} {place.option}")

@@ -151,6 +151,17 @@ def test_a_folder_without_a_single_model_asks_for_the_file(tmp_path: Path) -> No
         checkpoint_paths(tmp_path)
 
 
+def test_a_header_whose_length_begins_like_a_pickle_is_still_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2)}, path, metadata={"note": "x"})
+    header = path.read_bytes()[8:-8].rstrip()
+    path.write_bytes((0x80).to_bytes(8, "little") + header.ljust(0x80) + path.read_bytes()[-8:])
+
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.metadata == {"note": "x"}
+        assert torch.equal(checkpoint.read("a"), torch.ones(2))
+
+
 @pytest.mark.parametrize("name", ["zip.pth", "old.pth"])
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     path = write(tmp_path / name, {"a": torch.ones(2), "b": Code()}, _use_new_zipfile_serialization=name == "zip.pth")
