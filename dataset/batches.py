@@ -163,9 +163,11 @@ def read_batch(items: Sequence[TrainingItem], latent: LatentSpec, commands: Cach
     for item, other in zip(items, read, strict=True):
         if other.tensors.keys() != first.tensors.keys():
             odd = ", ".join(sorted(other.tensors.keys() ^ first.tensors.keys()))
+            in_text = other.text != first.text
+            paths = (item.text_path, items[0].text_path) if in_text else (item.latent_path, items[0].latent_path)
             raise CacheError(
-                f"{item.latent_path} and {items[0].latent_path} do not hold the same tensors: {odd}.\n"
-                f"  Make them again with the same options: {commands.latents}"
+                f"{paths[0]} and {paths[1]} do not hold the same tensors: {odd}.\n"
+                f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
             )
     tensors = {name: _stacked(name, items, read, commands) for name in first.tensors}
     return Batch(tensors, tuple(one.caption for one in read), tuple(item.key for item in items))
@@ -174,6 +176,7 @@ def read_batch(items: Sequence[TrainingItem], latent: LatentSpec, commands: Cach
 @dataclass(frozen=True)
 class _ReadItem:
     tensors: Mapping[str, Tensor]
+    text: frozenset[str]  # names of those that come from the text cache
     variable: frozenset[str]
     caption: str
 
@@ -181,7 +184,7 @@ class _ReadItem:
 def _training_item(table: DatasetTable, file_name: str, name: LatentName, tag: str, latent: LatentSpec) -> TrainingItem:
     bucket: tuple[int, ...] = name.size  # a video's name holds the size after bucketing
     if table.kind == "image":
-        bucket = bucket_of(table, name.size, latent.pixel_step)
+        bucket = bucket_of(table, name.size, latent.pixel_step, table.cache_directory / file_name)
     elif name.span is not None:
         bucket = (*name.size, name.span[1])
     folder = table.cache_directory
@@ -197,7 +200,8 @@ def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands
     with _remedy(commands.text):
         text = read_entry(item.text_path)
         caption = _checked_caption(item, text)
-    return _ReadItem({**latents.tensors, **text.tensors}, latents.variable | text.variable, caption)
+    tensors = {**latents.tensors, **text.tensors}
+    return _ReadItem(tensors, frozenset(text.tensors), latents.variable | text.variable, caption)
 
 
 def _read_latents(item: TrainingItem, latent: LatentSpec) -> Entry:
@@ -229,7 +233,7 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
     size, made_for = record.options.get("size"), record.options.get("bucket")
     if size is None or made_for is None:
         raise CacheError(f"{item.latent_path}: its record names no sizes")
-    bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step)
+    bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step, item.latent_path)
     if tuple(made_for) != bucket:
         raise CacheError(f"{item.latent_path}: made for {_by(made_for)} pixels, {item.table.name} asks for {_by(bucket)}")
     rate = record.options.get("source_fps")

@@ -19,7 +19,6 @@ from torch import Tensor
 from modules.atomic_write import save_tensors
 from modules.devices import dtype_name
 from modules.errors import CacheError
-from modules.records import CacheEntry
 
 FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
 SUFFIX = ".safetensors"
@@ -155,7 +154,8 @@ def read_header(path: Path) -> Header:
 def read_entry(path: Path) -> Entry:
     """Everything in a cache file, on the CPU. Raises CacheError where the file is missing or damaged."""
     with _opened(path) as file:
-        named = {name: file.get_tensor(name) for name in tuple(file.keys())}
+        # copies: what the library gives maps the file, and Windows does not replace one that is mapped
+        named = {name: file.get_tensor(name).clone() for name in tuple(file.keys())}
         return Entry(Header(path, file.metadata() or {}, tuple(named)), named)
 
 
@@ -169,11 +169,6 @@ def checksum(name: str, tensor: Tensor) -> str:
     start = zlib.crc32(f"{name} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}".encode())
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{zlib.crc32(data.data, start):08x}"
-
-
-def latent_tensors(entry: CacheEntry) -> dict[str, Tensor]:
-    """The tensors of a family's entry by the names they have in a file, on the CPU."""
-    return {tensor_name(key, tensor, grid=entry.grid): tensor.detach().cpu() for key, tensor in entry.tensors.items()}
 
 
 def is_latent_cache(header: Header, architecture: str) -> bool:

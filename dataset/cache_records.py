@@ -16,6 +16,7 @@ from typing import Any
 
 from dataset.cache_files import Entry, Header, checksum
 from modules.errors import CacheError
+from modules.media import folder_images
 
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
@@ -129,15 +130,20 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 
 
 def identify(path: Path) -> FileIdentity:
-    """Size, time and content hash of a file, or of all files in a folder."""
+    """Size, time and content hash of a file, or of the images in a folder."""
     size_bytes, mtime_ns = _stamp(path)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns))
 
 
 def is_unchanged(then: FileIdentity, path: Path) -> bool:
-    """Whether a file still is what it was. Its content is read only where size or time differ. Raises OSError where it is gone."""
-    stamp = _stamp(path)
-    return stamp == (then.size_bytes, then.mtime_ns) or _content_hash(path, *stamp) == then.sha256
+    """Whether a file still is what it was. Its content is read only where its time alone differs.
+
+    Raises OSError where it is gone, MediaError where a folder has no image any more.
+    """
+    size_bytes, mtime_ns = _stamp(path)
+    if size_bytes != then.size_bytes:
+        return False
+    return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns) == then.sha256
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -147,7 +153,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)  # training asks again for every item of a dataset that was copied without its times
 def _content_hash(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """SHA-256 of a file; of a folder: over the names and hashes of its files. Size and time are part of the cache's key only."""
+    """SHA-256 of a file; of a folder: over the names and hashes of its images. Size and time are part of the cache's key only."""
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -159,7 +165,7 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return folder_images(path) if path.is_dir() else [path]
 
 
 def _guarded(content: Mapping[str, Any]) -> dict[str, str]:

@@ -4,8 +4,9 @@ import logging
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
-from dataset.cache_files import SUFFIX, Header, is_latent_cache, is_text_cache, parse_latent_name, parse_text_name, read_header
+from dataset.cache_files import Header, is_latent_cache, is_text_cache, parse_latent_name, parse_text_name, read_header
 from dataset.config import DatasetTable
+from modules.atomic_write import remove_leftovers
 from modules.errors import CacheError
 from modules.family import Family
 
@@ -20,7 +21,7 @@ def remove_stale_latents(table: DatasetTable, family: Family, names: Container[s
         name = parse_latent_name(path.name, tag, table.kind)
         if name is not None and path.name not in names and name.stem not in failed_stems:
             stale.append(path)
-    _remove_leftovers(table, f"_{tag}{SUFFIX}.")
+    _remove_leftovers(table, lambda name: parse_latent_name(name, tag, table.kind) is not None)
     return _remove(stale, lambda header: is_latent_cache(header, family.name))
 
 
@@ -28,7 +29,7 @@ def remove_stale_texts(table: DatasetTable, family: Family, names: Container[str
     """Remove text caches not in `names`. Returns how many were removed."""
     tag = family.cache_tag
     stale = [path for path in _listed(table) if parse_text_name(path.name, tag) is not None and path.name not in names]
-    _remove_leftovers(table, f"_{tag}_te{SUFFIX}.")
+    _remove_leftovers(table, lambda name: parse_text_name(name, tag) is not None)
     return _remove(stale, lambda header: is_text_cache(header, family.name))
 
 
@@ -50,8 +51,7 @@ def _remove(paths: Iterable[Path], is_cache: Callable[[Header], bool]) -> int:
     return count
 
 
-def _remove_leftovers(table: DatasetTable, end: str) -> None:
-    """Remove temporary files of cache files that a killed run left behind (see modules/atomic_write.py for their names)."""
-    for path in _listed(table):
-        if path.name.startswith(".") and end in path.name and path.suffix == ".tmp":
-            path.unlink(missing_ok=True)
+def _remove_leftovers(table: DatasetTable, of: Callable[[str], bool]) -> None:
+    """Remove temporary files of cache files that a killed run left behind; all processes of this one have finished writing."""
+    if table.cache_directory.is_dir():
+        remove_leftovers(table.cache_directory, of, older_seconds=0)

@@ -1,7 +1,8 @@
 """Which control files belong to which picture or clip of a folder."""
 
+import bisect
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from modules.errors import DatasetError
@@ -9,21 +10,25 @@ from modules.media import VIDEO_SUFFIXES, image_suffixes
 
 
 class ControlFolder:
-    """The contents of a `control_directory`, listed once."""
+    """The contents of a `control_directory`, listed once and ordered so that finding a file does not look at all others."""
 
-    def __init__(self, folder: Path, stems: Collection[str]) -> None:
+    def __init__(self, folder: Path, stems: Container[str]) -> None:
         """stems: of all pictures or clips of the table. Raises DatasetError where the folder cannot be listed."""
         self._folder = folder
         self._stems = stems
-        self._entries = list_folder(folder, "control_directory")
-        self._images = [entry for entry in self._entries if entry.suffix.lower() in image_suffixes()]
+        entries = list_folder(folder, "control_directory")
+        self._by_name = {path.name: path for path in entries}
+        self._clips = {path.stem: path for path in reversed(entries) if path.suffix.lower() in VIDEO_SUFFIXES}  # the first stays
+        self._images = sorted((path for path in entries if path.suffix.lower() in image_suffixes()), key=lambda path: path.stem)
+        self._image_stems = [path.stem for path in self._images]
 
     def for_image(self, stem: str, count: int) -> tuple[Path, ...]:
         """The first `count` control images of a picture: `<stem>.*` first, then by the number after the last underscore.
 
         Raises DatasetError where there are fewer, or where a name that begins with `stem` has no number.
         """
-        ranked = [(self._rank(path, stem), path) for path in self._images if self._may_belong(path, stem)]
+        first, end = (bisect.bisect_left(self._image_stems, text) for text in (stem, stem + chr(0x10FFFF)))  # begin with `stem`
+        ranked = [(self._rank(path, stem), path) for path in self._images[first:end] if self._may_belong(path, stem)]
         if len(ranked) < count:
             wanted = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
             raise DatasetError(
@@ -36,23 +41,19 @@ class ControlFolder:
 
         Raises DatasetError where there is none.
         """
-        same = [path for path in self._entries if path.name == video.name]
-        folders = [path for path in self._entries if path.name == video.stem and path.is_dir()]
-        clips = [path for path in self._entries if path.stem == video.stem and path.suffix.lower() in VIDEO_SUFFIXES]
-        found = [*same, *folders, *clips]
-        if not found:
+        same, folder = self._by_name.get(video.name), self._by_name.get(video.stem)
+        found = same or (folder if folder is not None and folder.is_dir() else self._clips.get(video.stem))
+        if found is None:
             raise DatasetError(
                 f"{self._folder} has no control clip for {video.name}: neither {video.name} nor a folder {video.stem}"
             )
-        return found[0]
+        return found
 
     def _may_belong(self, path: Path, stem: str) -> bool:
-        """Whether a control image is named after `stem`, and not after a longer stem of the table (`pic_1` against `pic_10`)."""
-        if not path.stem.startswith(stem):
-            return False
+        """Whether an image whose name begins with `stem` is named after it, not after a longer one (`pic_1` against `pic_10`)."""
         if re.fullmatch(r"(_\d+)?", path.stem[len(stem) :]):
             return True
-        return not any(len(other) > len(stem) and path.stem.startswith(other) for other in self._stems)
+        return not any(path.stem[:length] in self._stems for length in range(len(stem) + 1, len(path.stem) + 1))
 
     def _rank(self, path: Path, stem: str) -> int:
         if path.stem == stem:

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +28,6 @@ class Item:
     span: Span  # first kept frame, number of frames; (0, 1) for images
     size: Size  # of the original, upright
     bucket: Size  # of the frames
-
-    @property
-    def name_size(self) -> Size:
-        """The size that stands in the cache name: the original's for images, the bucket for videos."""
-        return self.size if self.source.table.kind == "image" else self.bucket
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,9 @@ def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 
 
 
 def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
-    """As `decode_source`, but from headers and without frames: for `--check`. A clip whose header has no count is decoded.
+    """As `decode_source`, but from headers and without frames: to compare with cache files that have no record.
 
+    A header may be wrong about the number of frames; a clip whose header has none is decoded.
     Raises as `decode_source`, as far as headers tell.
     """
     table = source.table
@@ -128,17 +124,6 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
         return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
-
-
-def check_unique(names: Iterable[tuple[str, Item]]) -> None:
-    """Raise DatasetError where two items would write one cache file; `names` are (file name, item)."""
-    first: dict[str, Item] = {}
-    for name, item in names:
-        other = first.setdefault(name, item)
-        if other is not item:
-            raise DatasetError(
-                f"{other.source.path} and {item.source.path} would both be cached as {name}; rename one, or give them two tables"
-            )
 
 
 _bucket_sizes = functools.cache(bucket_sizes)

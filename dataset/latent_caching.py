@@ -67,8 +67,9 @@ def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
     plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
     missing = plan.missing or ()
     files = tuple(map(identify, paths_of(source))) if missing else ()
-    if sum(length for _, length in missing) > len(media.frames):  # they overlap: cut one by one when their turn comes
-        return Decoded(plan, media, {}, files, clip)
+    size_bytes = sum(frame.nbytes for frames in (media.frames, *media.control) for frame in frames)
+    if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
+        return Decoded(plan, media, {}, files, clip)  # overlapping or large: cut one by one when their turn comes
     crops = {span: cut(media, span) for span in missing}
     return Decoded(plan, dataclasses.replace(media, frames=(), control=()), crops, files, clip)
 

@@ -123,8 +123,9 @@ def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names,
     outdated: str | None = None
     is_image = source.table.kind == "image"
     wanted = tuple(wanted)
+    there = _by_item(existing)
     for span in wanted:
-        files = _files_of_item(source.table, size, bucket, span, existing)
+        files = there.get((size, None) if is_image else (bucket, span), [])
         if not files:
             missing.append(span)
             continue
@@ -145,11 +146,12 @@ def complete(plan: Plan, media: DecodedSource, existing: Names, recipe: Recipe) 
     return dataclasses.replace(compare(plan.source, media.size, media.spans, existing, recipe), reason=media.reason)
 
 
-def _files_of_item(table: DatasetTable, size: Size, bucket: Size, span: Span, existing: Names) -> list[str]:
-    """Names of the files of one item, by section."""
-    in_name = (size, None) if table.kind == "image" else (bucket, span)
-    found = [(name.section or 0, file) for file, name in existing.items() if (name.size, name.span) == in_name]
-    return [file for _, file in sorted(found)]
+def _by_item(existing: Names) -> dict[tuple[Size, Span | None], list[str]]:
+    """The file names of each item, in the order of their sections, by what stands in them."""
+    found: dict[tuple[Size, Span | None], list[str]] = {}
+    for file, name in sorted(existing.items(), key=lambda pair: pair[1].section or 0):
+        found.setdefault((name.size, name.span), []).append(file)
+    return found
 
 
 def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Sequence[str], recipe: Recipe) -> int:

@@ -77,20 +77,38 @@ class TextEncoding:
         encoder.load(self._device)
         try:
             with progress(len(to_do), encoder.name, "caption", self._show_progress) as bar:
-                self._encode(encoder, identity, to_do, bar)
+                self._encode(encoder, identity, sources, to_do, bar)
         finally:
             encoder.free()
 
-    def _encode(self, encoder: TextEncoder, identity: Mapping[str, str], sources: Sequence[Source], bar: "tqdm[None]") -> None:
+    def _encode(
+        self,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        sources: Sequence[Source],
+        to_do: Sequence[Source],
+        bar: "tqdm[None]",
+    ) -> None:
+        """Encode every batch of `sources` in which something is to do, and write that.
+
+        Whole batches, because the last bits of an embedding depend on its neighbours: so a run that was killed ends as one that
+        was not.
+        """
+        paths = {self._path(source) for source in to_do}
         with WriteBehind() as writer, torch.no_grad():
             for batch in _batches(sources, self._batch_size):
+                missing = [source for source in batch if self._path(source) in paths]
+                if not missing:
+                    continue
                 encoded = encoder.encode([Prompt(source.caption or "") for source in batch])
                 for source, conditions in zip(batch, encoded, strict=True):
+                    if source not in missing:
+                        continue
                     tensors = _named_tensors(conditions, encoder, source.stem)
                     record = TextRecord(identity, source.caption or "", _caption_file(source), crc32={})
                     writer.submit(partial(write_text, self._path(source), tensors, encoder.name, record, self._family.name))
                     self.written += 1
-                bar.update(len(batch))
+                bar.update(len(missing))
 
     def _path(self, source: Source) -> Path:
         return source.table.cache_directory / text_file_name(source.stem, self._family.cache_tag)

@@ -13,17 +13,11 @@ from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.options import RequestOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from modules.errors import OptionError
-from modules.family import LatentSpec
 from modules.records import Request
 
 logger = logging.getLogger(__name__)
 
 SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.solvers
-
-# what a training prompt file means where it says nothing; None: the family's own
-SAMPLE_SIZE = 256
-SAMPLE_STEPS = 20
-SAMPLE_FLOW_SHIFT = 14.5
 
 
 def draw_seed() -> int:
@@ -68,49 +62,6 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
     _check_numbers(request)
     if request.negative_prompt is not None and not uses_guidance(request):
         logger.warning("the negative prompt %r is ignored because --guidance_scale 1 turns guidance off", request.negative_prompt)
-    return request
-
-
-def sample_request(entry: Mapping[str, Any], latent: LatentSpec) -> Request:
-    """The request of an entry of a training prompt file (`read_sample_prompts`).
-
-    Sizes and frames are rounded down to what the model can make. What is not said is that of the known trainers: 256 x 256, one
-    frame, 20 steps, flow shift 14.5; the rest stays None. Raises OptionError for numbers that make no sense.
-    """
-
-    def path(name: str) -> Path | None:
-        return Path(entry[name]).expanduser() if entry.get(name) else None
-
-    frames = entry.get("frame_count", 1)
-    request = Request(
-        prompt=entry.get("prompt", ""),
-        seed=entry.get("seed", draw_seed()),
-        width=entry.get("width", SAMPLE_SIZE) // latent.pixel_step * latent.pixel_step,
-        height=entry.get("height", SAMPLE_SIZE) // latent.pixel_step * latent.pixel_step,
-        frames=(frames - 1) // latent.frame_step * latent.frame_step + 1,
-        steps=entry.get("sample_steps", SAMPLE_STEPS),
-        guidance_scale=entry.get("cfg_scale"),
-        embedded_guidance=entry.get("guidance_scale"),
-        flow_shift=entry.get("discrete_flow_shift", SAMPLE_FLOW_SHIFT),
-        negative_prompt=entry.get("negative_prompt") or None,
-        image_path=path("image_path"),
-        end_image_path=path("end_image_path"),
-        control_path=path("control_video_path"),
-        extra={key: entry[key] for key in ("one_frame",) if key in entry},
-    )
-    if (request.width, request.height, request.frames) != tuple(
-        entry.get(key, default) for key, default in (("width", SAMPLE_SIZE), ("height", SAMPLE_SIZE), ("frame_count", 1))
-    ):
-        logger.warning(
-            "the sample %r is made with %d x %d pixels and %d frames: the model works in steps of %d pixels and %d frames",
-            request.prompt,
-            request.width,
-            request.height,
-            request.frames,
-            latent.pixel_step,
-            latent.frame_step,
-        )
-    _check_numbers(request)
     return request
 
 

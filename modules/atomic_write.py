@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from modules.errors import OutputError
 
 LEFTOVER_SECONDS = 3600.0  # a temporary file this old belongs to no writer any more
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
 
 
@@ -83,18 +83,26 @@ def recover_folder(path: Path) -> None:
         else:
             os.replace(aside, path)
     if path.parent.is_dir():
-        remove_leftovers(path.parent, f".{path.name}.", 0)
+        remove_leftovers(path.parent, lambda name: name == path.name, 0)
 
 
-def remove_leftovers(folder: Path, start: str = ".", older_seconds: float = LEFTOVER_SECONDS) -> None:
-    """Remove temporary files and folders of killed runs whose names begin with `start` and that nobody has touched for a while."""
+def remove_leftovers(folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS) -> None:
+    """Remove temporary files and folders of killed runs that nobody has touched for `older_seconds`.
+
+    of: told the name that a temporary file would have got, says whether it is meant.
+    """
     newest = time.time() - older_seconds
-    for entry in os.scandir(folder):
-        if entry.name.startswith(start) and _TEMPORARY.fullmatch(entry.name):
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            temporary = _TEMPORARY.fullmatch(entry.name)
+            if temporary is None or not of(temporary["name"]):
+                continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if entry.stat(follow_symlinks=False).st_mtime > newest:  # a folder's changes with every file put into it
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
-                elif entry.stat().st_mtime < newest:
+                else:
                     Path(entry.path).unlink()
 
 

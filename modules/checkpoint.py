@@ -29,6 +29,7 @@ from modules.records import WeightPatch
 
 __all__ = ["Checkpoint", "Source", "TensorInfo", "fingerprint", "load_module", "open_checkpoint", "plain_sources"]
 
+LISTED = 8  # file names in a message
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
@@ -129,8 +130,11 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 def _indexed_paths(path: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(Path(name)) for name in named.values()})
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no index of model files: {error!r}. Give the first of the files instead.", path
         ) from error
@@ -140,7 +144,8 @@ def _indexed_paths(path: Path) -> list[Path]:
 def _existing(path: Path, names: Sequence[str]) -> list[Path]:
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
-        raise CheckpointError(f"{path}: {len(missing)} of its {len(names)} files are not beside it: {', '.join(missing)}.", path)
+        which = ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else "")
+        raise CheckpointError(f"{path}: {len(missing)} of its {len(names)} files are not beside it: {which}.", path)
     return [path.parent / name for name in names]
 
 
@@ -245,11 +250,11 @@ def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:
     formats: set[str] = set()
     try:
         layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        formats |= {layer["format"] for layer in layers.values()}
+        formats |= {str(layer["format"]) for layer in layers.values()}
         for name in checkpoint.tensors:
             if name.endswith(".comfy_quant"):
-                formats.add(json.loads(bytes(checkpoint.read(name).tolist()))["format"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                formats.add(str(json.loads(bytes(checkpoint.read(name).tolist()))["format"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
         ) from error

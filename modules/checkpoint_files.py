@@ -21,6 +21,7 @@ from torch import Tensor
 from modules.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
 WRAPPERS = ("module", "state_dict", "model_state_dict", "ema", "model")  # keys under which trainers hide the tensors
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -143,10 +144,11 @@ class SafetensorsFile:
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise self._damaged(f"its header claims {length} bytes, the file has {size}")
         try:
-            header = json.loads(self._file.read(length).decode("utf-8"))
-            metadata = header.pop("__metadata__", None) or {}
+            header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_without_repeats)
+            metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
             entries = {name: self._entry(name, entry) for name, entry in header.items()}
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+            "".join([*header, *metadata, *metadata.values()]).encode("utf-8")  # raises for what could not be written again
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._damaged(f"its header cannot be read ({error})") from error
         end = 0
         for name, (info, offset) in sorted(entries.items(), key=lambda item: (item[1][1], item[1][0].size_bytes)):
@@ -155,19 +157,30 @@ class SafetensorsFile:
             end += info.size_bytes
         if 8 + length + end != size:
             raise self._damaged(f"it has {size} bytes, its header describes {8 + length + end}")
-        return {str(key): str(value) for key, value in metadata.items()}, entries, 8 + length
+        return metadata, entries, 8 + length
 
     def _entry(self, name: str, entry: Mapping[str, Any]) -> tuple[TensorInfo, int]:
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise ValueError(f"{name} has the unknown type {entry['dtype']}")
-        info = TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
-        begin, end = entry["data_offsets"]
-        if min(info.shape, default=0) < 0 or end - begin != info.size_bytes:
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
+        if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+            raise ValueError(f"{name} has the impossible shape {shape}")
+        info = TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(shape))
+        if end - begin != info.size_bytes:
             raise ValueError(f"{name} has {end - begin} bytes for shape {list(info.shape)}")
         return info, begin
 
     def _damaged(self, how: str) -> CheckpointError:
         return CheckpointError(f"{self._path} is damaged or incomplete: {how}. Download or copy it again.", self._path)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return content
 
 
 class TorchFile:
@@ -178,6 +191,10 @@ class TorchFile:
         self.metadata: dict[str, str] = {}
         self._tensors = _unwrapped(load_pickled(path), path)
         self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+        size = path.stat().st_size
+        for name, info in self.tensors.items():
+            if info.size_bytes > size:  # a few bytes repeated over a shape that no memory holds, or a tensor without data
+                raise CheckpointError(f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path)
 
     def read(self, name: str) -> Tensor:
         # a tensor that is a view (of a larger storage, or transposed) becomes one of its own size
@@ -223,13 +240,15 @@ def _damaged_pickle(path: Path, reason: str) -> CheckpointError:
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    """The named tensors inside whatever a trainer wrapped around them."""
-    while isinstance(content, dict):
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if tensors:
-            return tensors
-        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
-        if not inner:
+    """The named tensors inside whatever a trainer wrapped around them; a step count beside a wrapper may be a tensor too."""
+    for _ in range(1 + len(WRAPPERS)):  # a harmful file may wrap a dictionary in itself
+        if not isinstance(content, dict):
             break
-        content = inner[0]
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
+            break
+        content = inner
     raise CheckpointError(f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path)

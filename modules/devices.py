@@ -29,7 +29,10 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; without one CUDA, else MPS, else the CPU. Raises OptionError where it is not there."""
+    """The device of that name; without one CUDA, else MPS, else the CPU. Has CUDA compute float32 exactly from now on.
+
+    Raises OptionError where it is not there.
+    """
     keep_float32_exact()
     if name is None:
         if torch.cuda.is_available():
@@ -41,6 +44,8 @@ def choose_device(name: str | None) -> torch.device:
         raise OptionError(f"--device {name}: not a device name. Use cuda, cuda:1, mps or cpu.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"--device {name}: torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from cuda:0.")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"--device {name}: torch sees no Apple GPU. Use --device cpu.")
     return device

@@ -10,6 +10,8 @@ import functools
 import importlib
 import itertools
 import re
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,6 +34,12 @@ Frame = NDArray[np.uint8]  # H W C
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})  # lower case
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those that Pillow always reads
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
+
+# what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
+_DAMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, av.FFmpegError),
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ def video_frames(path: Path) -> Iterator[Frame]:
     Raises MediaError: missing, empty, no video in it, not decodable, or cut short (a download that stopped).
     """
     if path.is_dir():
-        yield from (read_image(image) for image in _folder_images(path))
+        yield from (read_image(image) for image in folder_images(path))
         return
     num_frames = 0
     end_seconds = 0.0
@@ -127,7 +135,7 @@ def video_frames(path: Path) -> Iterator[Frame]:
 def video_info(path: Path) -> VideoInfo:
     """Size, number of frames and rate (of a folder: its first image and its count); one frame is decoded. Raises MediaError."""
     if path.is_dir():
-        images = _folder_images(path)
+        images = folder_images(path)
         width, height = image_size(images[0])
         return VideoInfo(width, height, len(images), None)
     with _opened(path) as (container, stream):
@@ -151,7 +159,8 @@ def read_tags(path: Path) -> dict[str, str]:
         return {name.lower(): value for name, value in container.metadata.items()}
 
 
-def _folder_images(folder: Path) -> list[Path]:
+def folder_images(folder: Path) -> list[Path]:
+    """The images that are the frames of a folder given as a video, in name order. Raises MediaError where there is none."""
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in image_suffixes() and not path.name.startswith("."))
     if not images:
         raise MediaError(f"{folder} is a folder without images")
@@ -181,7 +190,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except UnidentifiedImageError:
         raise MediaError(f"{path} is no image that can be read, or it is damaged") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, av.FFmpegError) as error:
+    except _DAMAGE as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"{path} cannot be read: {reason}") from error
 

@@ -41,6 +41,15 @@ class MediaBatch:
     spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
     control: tuple[Tensor, ...] = ()  # each B F H W C uint8; C = 4 where a control image has alpha
 
+    def singly(self) -> "list[MediaBatch]":
+        """The items as batches of one."""
+        return [
+            MediaBatch(
+                self.frames[i : i + 1], self.keys[i : i + 1], self.spans[i : i + 1], tuple(c[i : i + 1] for c in self.control)
+            )
+            for i in range(len(self.keys))
+        ]
+
 
 @dataclass(frozen=True)
 class CacheEntry:

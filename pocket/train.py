@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/pocket"), help="folder for clips, caches and states")
     parser.add_argument("--clips", type=int, default=2000, help="how many clips the transformer learns from")
     parser.add_argument("--steps", type=int, default=6000, help="training steps of the transformer")
-    parser.add_argument("--rate", type=float, default=2e-3, help="its learning rate")
+    parser.add_argument("--rate", type=float, default=6e-3, help="its learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="of the transformer's training")
@@ -109,11 +109,8 @@ def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
     add_training_arguments(parser)
     args = read_arguments(parser, dit_options(settings, dataset, start, vae, t5))
     family = family_for_training(read_options(WanTrainingOptions, args))
-    code = train_whole_dit(family, read_options(TrainingOptions, args))
-    if code:
-        raise SystemExit(code)
-    if not (output / "trained.safetensors").exists():  # it was asked to end early
-        raise SystemExit(0)
+    if not train_whole_dit(family, read_options(TrainingOptions, args)):
+        raise SystemExit(0)  # it was asked to end; the next run goes on
     with open_checkpoint(output / "trained.safetensors") as trained:
         tensors = {name: trained.read(name).to(torch.bfloat16) for name in trained.tensors}
     save_tensors(output / "dit.safetensors", tensors, {"modelspec.title": "Reelsmith pocket Wan2.1 T2V"})

@@ -4,11 +4,14 @@ All that is random about a micro-batch comes from CPU generators seeded by the r
 So it depends on no device, no number of workers or processes, and on nothing that was done before.
 """
 
+import functools
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import accumulate
+from multiprocessing.synchronize import Event
 
 import torch
 from torch.utils.data import DataLoader
@@ -88,7 +91,7 @@ class Feed:
     keep_workers: bool  # from one epoch to the next
     pin_memory: bool
 
-    def start(self, epoch: int, position: int) -> Iterator[MicroBatch]:
+    def start(self, epoch: int, position: int) -> Generator[MicroBatch]:
         """All micro-batches from that place on to the end of the run."""
         if self.keep_workers:
             yield from self._load(epoch, position, self.plan.num_epochs)
@@ -96,22 +99,25 @@ class Feed:
         for number in range(epoch, self.plan.num_epochs):
             yield from self._load(number, position if number == epoch else 0, 1)
 
-    def _load(self, epoch: int, position: int, num_epochs: int) -> Iterator[MicroBatch]:
+    def _load(self, epoch: int, position: int, num_epochs: int) -> Generator[MicroBatch]:
         keys = self.plan.keys(self.process, epoch, position, num_epochs)
-        workers = min(self.workers, os.cpu_count() or 1, len(keys))
+        ending = multiprocessing.Event()
         loader: DataLoader[MicroBatch | UserError] = DataLoader(
             _HandedOver(self.batches),  # type: ignore[arg-type]  # anything with __getitem__ serves
             batch_size=None,
             sampler=keys,
-            num_workers=workers,
+            num_workers=min(self.workers, os.cpu_count() or 1, len(keys)),
             collate_fn=_unchanged,  # type: ignore[arg-type]  # without batching it is given one item
             pin_memory=self.pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, ending),
         )
-        for micro_batch in loader:
-            if isinstance(micro_batch, UserError):
-                raise micro_batch
-            yield micro_batch
+        try:
+            for micro_batch in loader:
+                if isinstance(micro_batch, UserError):
+                    raise micro_batch
+                yield micro_batch
+        finally:
+            ending.set()
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,10 @@ def _unchanged(micro_batch: MicroBatch | UserError) -> MicroBatch | UserError:
     return micro_batch
 
 
-def _start_worker(_: int) -> None:
-    """Ctrl-C reaches the workers too; it is the main process that decides when they end."""
+def _start_worker(ending: Event, _: int) -> None:
+    """Signals to end that reach the workers too are no matter of theirs: the main process wants to finish its step first.
+
+    ending: set when it is through with them; then its own SIGTERM ends them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)

@@ -5,6 +5,7 @@ processes once per step, and the loss of a micro-batch is divided by the number 
 numbers depend on its settings and its seed alone: not on samples, validation, saving, or on where it was stopped and resumed.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
@@ -82,24 +83,30 @@ def train(run: Run) -> bool:
     progress, plan = run.progress, run.plan
     with run.stop.listening():
         _begin(run)
-        micro_batches = run.feed.start(progress.epoch, progress.position)
-        for epoch in range(progress.epoch, plan.num_epochs):
-            run.trainable.start_epoch()
-            first_step = progress.step
-            for group in plan.groups(epoch, progress.position):
-                wishes = take_step(run, group, micro_batches)
-                progress.step, progress.position = progress.step + 1, group.stop
-                stops = wishes.stop and progress.step < plan.total_steps
-                _after_step(run, wishes.save or stops, stops)
-                if stops:
-                    logger.info("Ended after step %d of %d; go on with --resume latest.", progress.step, plan.total_steps)
-                    return False
-            if progress.step > first_step or progress.position >= plan.num_batches:
-                _after_epoch(run)
+        with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
+            for epoch in range(progress.epoch, plan.num_epochs):
+                run.trainable.start_epoch()
+                first_step = progress.step
+                for group in plan.groups(epoch, progress.position):
+                    if advance(run, group, micro_batches):
+                        logger.info("Ended after step %d of %d; go on with --resume latest.", progress.step, plan.total_steps)
+                        return False
+                if progress.step > first_step or progress.position >= plan.num_batches:
+                    _after_epoch(run)
         _settle(run)
         if run.saver is not None:
             run.saver.save_final()
     return True
+
+
+def advance(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
+    """A step and what is due after it. Returns whether the run has to end here."""
+    wishes = take_step(run, group, micro_batches)
+    progress = run.progress
+    progress.step, progress.position = progress.step + 1, group.stop
+    stops = wishes.stop and progress.step < run.plan.total_steps
+    _after_step(run, wishes.save or stops, stops)
+    return stops
 
 
 def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> Wishes:
@@ -141,7 +148,14 @@ def _accumulate(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> 
 def _seed(run: Run, number: int) -> None:
     """Make dropout a function of the seed and the micro-batch; the global generators too, for networks that use them."""
     run.trainable.set_dropout_seed(derive_seed(run.progress.seed, "dropout", number))
-    torch.manual_seed(derive_seed(run.progress.seed, "global", number))
+    seed = derive_seed(run.progress.seed, "global", number)
+    torch.default_generator.manual_seed(
+        seed
+    )  # torch.manual_seed itself notes every call for each kind of device that is not in use
+    if run.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif run.device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _update(run: Run) -> Tensor:
@@ -197,6 +211,7 @@ def _begin(run: Run) -> None:
         _sample(run)
     if progress.step == 0 and run.validation is not None:
         _validate(run)
+    run.logs.restart_clock()
 
 
 def _after_step(run: Run, saves: bool, stops: bool) -> None:
@@ -219,6 +234,7 @@ def _after_step(run: Run, saves: bool, stops: bool) -> None:
         run.clock.restart()
         if run.saver is not None:
             run.saver.save_step(progress.step, with_state=True if stops else None)
+    run.logs.restart_clock()
 
 
 def _after_epoch(run: Run) -> None:
@@ -239,6 +255,7 @@ def _after_epoch(run: Run) -> None:
         _sample(run)
     if run.validation is not None and options.validation.validate_every_n_steps is None:
         _validate(run)
+    run.logs.restart_clock()
 
 
 def _sample(run: Run) -> None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from modules.errors import CheckpointError, OptionError
 
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"})  # shaped as their parameter
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -100,11 +101,20 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) ->
         optimizer.load_state_dict(dict(state))
         for group, own in zip(optimizer.param_groups, rates, strict=True):
             group.update(own)
+        _check_shapes(optimizer)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the optimizer state does not fit this run: {error}\n"
             "  Use its --optimizer_type and --network_dim, or start a new run from the LoRA: --network_weights FILE"
         ) from error
+
+
+def _check_shapes(optimizer: Optimizer) -> None:
+    """A state that is numbered, not named, may belong to other parameters. Raises ValueError then."""
+    for parameter, state in optimizer.state.items():
+        for name in MOMENTS & state.keys():
+            if state[name].shape != parameter.shape:
+                raise ValueError(f"{name} has the shape {list(state[name].shape)}, its parameter {list(parameter.shape)}")
 
 
 def _placed(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:

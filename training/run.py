@@ -1,9 +1,10 @@
 """From options to a run: every part is built in order, and what can be checked is checked before gigabytes are loaded."""
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,14 +47,6 @@ from training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-# names in the metadata of saved files: what a family says of itself -> where it stands
-_FAMILY_METADATA = {
-    "architecture": "modelspec.architecture",
-    "implementation": "modelspec.implementation",
-    "sd_model_name": "ss_sd_model_name",
-    "vae_name": "ss_vae_name",
-}
-
 
 @dataclass(frozen=True)
 class Job:
@@ -95,21 +88,28 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
 
     commands: what to type for missing caches. Raises a UserError for all that the user can mend.
     """
-    return _train(family, options, commands, whole_dit=False)
-
-
-def train_whole_dit(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
-    """The same, but every weight of the DiT itself learns, and is what is saved."""
-    return _train(family, options, commands, whole_dit=True)
-
-
-def _train(family: Family, options: TrainingOptions, commands: CachingCommands, whole_dit: bool) -> int:
     if options.timesteps.show_timesteps is not None:
         show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
         return 0
-    config = load_dataset_config(require(options.loop.dataset_config, "--dataset_config", "the clips to train on"))
     if options.loop.check:
-        return _check(family, options, config, commands)
+        return _check(family, options, commands)
+    with prepared_run(family, options, commands) as run:
+        train(run)
+    return 0
+
+
+def train_whole_dit(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> bool:
+    """Train every weight of the DiT itself; the DiT is what is saved. Returns False where the run was asked to end before."""
+    with prepared_run(family, options, commands, whole_dit=True) as run:
+        return train(run)
+
+
+@contextlib.contextmanager
+def prepared_run(
+    family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS, whole_dit: bool = False
+) -> Iterator[Run]:
+    """A run with everything loaded; leaving it ends logs and waits for uploads. Raises as `train_network`."""
+    config = _read_config(options)  # a fault in it is told before anything is started
     job = _start(family, options, commands, whole_dit)
     data = _find_data(job, config)
     identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
@@ -126,7 +126,8 @@ def _train(family: Family, options: TrainingOptions, commands: CachingCommands, 
     saver = _make_saver(job, dit, learning, facts, uploads, lambda: capture(job.progress, learning, identity, habits))
     log_config = public_config(options) if options.logs.log_config else None
     with start_logs(job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config) as logs:
-        run = Run(
+        logger.info(_summary(job, data))
+        yield Run(
             options=options,
             family=family,
             dit=dit,
@@ -145,15 +146,13 @@ def _train(family: Family, options: TrainingOptions, commands: CachingCommands, 
             validation=_make_validation(job, data),
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
-        logger.info(_summary(job, data))
-        train(run)
         uploads.wait()
         job.accelerator.wait_for_everyone()
-    return 0
 
 
-def _check(family: Family, options: TrainingOptions, config: DatasetConfig, commands: CachingCommands) -> int:
+def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
     """--check: say what would be trained on."""
+    config = _read_config(options)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
@@ -170,6 +169,10 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands, 
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     saved = find_state(options, accelerator.is_main_process)
     return Job(family, options, commands, accelerator, saved, first_progress(options, saved), whole_dit)
+
+
+def _read_config(options: TrainingOptions) -> DatasetConfig:
+    return load_dataset_config(require(options.loop.dataset_config, "--dataset_config", "the clips to train on"))
 
 
 def _find_data(job: Job, config: DatasetConfig) -> Data:
@@ -266,14 +269,13 @@ def _make_saver(
     if not job.accelerator.is_main_process:
         return None
     options, progress, trainable = job.options, job.progress, learning.trainable
-    family_metadata = _family_metadata(job.family)
-    run_values = run_metadata(options, job.family.name, family_metadata, facts)
+    run_values = run_metadata(options, job.family.name, job.family.metadata, facts)
     precision = options.saving.save_precision
     dtype = _dtype_of(dit) if precision is None else DTYPES[precision]
 
     def write_file(path: Path) -> None:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        metadata = file_metadata(run_values, options, family_metadata, progress.step, epoch, datetime.now(), not job.whole_dit)
+        metadata = file_metadata(run_values, options, job.family.metadata, progress.step, epoch, datetime.now(), not job.whole_dit)
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
 
@@ -308,14 +310,6 @@ def _facts(job: Job, data: Data, optimizer: str, schedule: str) -> RunFacts:
         network_module=job.network_module,
         datasets=[table.describe() for table in data.config.datasets],
     )
-
-
-def _family_metadata(family: Family) -> dict[str, str]:
-    """What the family says of itself, under the names of saved files."""
-    values = {_FAMILY_METADATA[name]: value for name, value in family.metadata.items() if name in _FAMILY_METADATA}
-    if "modelspec.architecture" in values:
-        values["modelspec.architecture"] += "/lora"
-    return values
 
 
 def _dtype_of(dit: nn.Module) -> torch.dtype:

@@ -131,12 +131,18 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     extra = {"one_frame": str(values["one_frame"])} if values.get("one_frame") is not None else {}
     if controls:
         extra["control_image_path"] = "\n".join([controls] if isinstance(controls, str) else map(str, controls))
+    asked = int(values["width"]), int(values["height"]), int(values["frame_count"])
+    width, height = (max(side // latent.pixel_step, 1) * latent.pixel_step for side in asked[:2])
+    frames = max(asked[2] - 1, 0) // latent.frame_step * latent.frame_step + 1
+    if asked != (width, height, frames):
+        made = f"{width} x {height} pixels and {frames} frames"
+        logger.warning("the sample %r is made with %s: the model takes no other sizes nearby", values.get("prompt", ""), made)
     return Request(
         prompt=str(values.get("prompt", "")),
         seed=int(values.get("seed", 0)),
-        width=max(int(values["width"]) // latent.pixel_step, 1) * latent.pixel_step,
-        height=max(int(values["height"]) // latent.pixel_step, 1) * latent.pixel_step,
-        frames=max(int(values["frame_count"]) - 1, 0) // latent.frame_step * latent.frame_step + 1,
+        width=width,
+        height=height,
+        frames=frames,
         steps=min(max(int(values["sample_steps"]), 1), 1000),
         guidance_scale=None if values.get("cfg_scale") is None else float(values["cfg_scale"]),
         embedded_guidance=None if values.get("guidance_scale") is None else float(values["guidance_scale"]),

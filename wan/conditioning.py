@@ -5,16 +5,17 @@ frames, the rest mid-grey. Fun-Control models take 32: 16 of the control video's
 Source: the released Wan2.1 code (Wan team 2025, arXiv 2503.20314, section 5) and VideoX-Fun for Fun-Control.
 """
 
+from itertools import islice
 from pathlib import Path
 
 import cv2
 import numpy
 import torch
 from einops import rearrange
-from modules.media import read_image, resize_cover, video_frames
 from torch import Tensor
 
 from modules.errors import MediaError
+from modules.media import read_image, resize_cover, video_frames
 from wan.vae import WanVae
 
 FRAMES_PER_LATENT = 4  # and so the mask has 4 channels
@@ -58,20 +59,19 @@ def image_pixels(path: Path, width: int, height: int, keep_aspect: bool) -> Tens
     return to_pixels(torch.from_numpy(image[None, None]))
 
 
-def read_control(path: Path, width: int, height: int, frames: int) -> Tensor:
-    """The first frames of a control video or folder of images, scaled to cover, as 1 3 F H W float32 in -1..1.
+def read_control(path: Path, width: int, height: int, frames: int, end_frames: int = 0) -> Tensor:
+    """A control video or folder of images, its frames scaled to cover, as 1 3 F+E H W float32 in -1..1.
 
-    Raises MediaError where it is too short.
+    Its first `frames` are taken. An end image takes `end_frames` (E) more, of which the video has to have one: the last one it has
+    stands for those it lacks. Raises MediaError where it is too short.
     """
-    found = []
-    for frame in video_frames(path):
-        found.append(resize_cover(frame, (width, height)))
-        if len(found) == frames:
-            break
-    if len(found) < frames:
+    needed = frames + min(end_frames, 1)
+    found = [resize_cover(frame, (width, height)) for frame in islice(video_frames(path), frames + end_frames)]
+    if len(found) < needed:
         raise MediaError(
-            f"--control_path {path}: it has {len(found)} frames, {frames} are needed. Lower the length or give a longer one."
+            f"--control_path {path}: it has {len(found)} frames, {needed} are needed. Lower the length or give a longer one."
         )
+    found += [found[-1]] * (frames + end_frames - len(found))
     return to_pixels(torch.from_numpy(numpy.stack(found)[None]))
 
 

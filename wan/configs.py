@@ -55,7 +55,7 @@ TASKS: dict[str, WanTask] = {
         WanTask("t2v-14B", "t2v", False, 5120, 50, 81, _720P),
         WanTask("t2v-1.3B", "t2v", False, 1536, 50, 81, _480P),
         WanTask("i2v-14B", "i2v", False, 5120, 40, 81, _720P),
-        WanTask("flf2v-14B", "flf2v", False, 5120, 40, 81, _720P),
+        WanTask("flf2v-14B", "flf2v", False, 5120, 50, 81, _720P),
         WanTask("t2i-14B", "t2v", False, 5120, 50, 1, (*_720P, (1024, 1024))),
         WanTask("t2v-1.3B-FC", "t2v", True, 1536, 50, 81, _480P),
         WanTask("t2v-14B-FC", "t2v", True, 5120, 50, 81, _720P),
@@ -72,8 +72,11 @@ FIRST_LAST_NEGATIVE_PROMPT = "镜头切换，" + NEGATIVE_PROMPT  # no cut betwe
 
 FLOW_SHIFT = 5.0
 IMAGE_480P_FLOW_SHIFT = 3.0  # i2v at 480x832 or 832x480
+FIRST_LAST_FLOW_SHIFT = 16.0
 
 
 def default_flow_shift(task: WanTask, width: int, height: int) -> float:
-    """The released code's shift for a task and size."""
-    return IMAGE_480P_FLOW_SHIFT if task.kind in {"i2v", "flf2v"} and (width, height) in _480P else FLOW_SHIFT
+    """The released code's shift for a task and the size that is asked for."""
+    if task.kind == "flf2v":
+        return FIRST_LAST_FLOW_SHIFT
+    return IMAGE_480P_FLOW_SHIFT if task.kind == "i2v" and (width, height) in _480P else FLOW_SHIFT

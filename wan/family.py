@@ -131,6 +131,9 @@ class Wan:
                 f"{media.keys[0]}: Wan takes one control video or image for each item, this one has {len(media.control)}"
             )
         vae, store = encoders.vae, self._vae_dtype()
+        if len(media.keys) > 1 and vae.device.type == "cpu":
+            # a batch gains nothing here, and singly an item's numbers do not depend on what else a killed run had left to do
+            return [entries for one in media.singly() for entries in self.encode_media(encoders, one)]
         pixels = conditioning.to_pixels(media.frames).to(vae.device)
         tensors = {"latents": vae.encode(pixels).to(store)}
         if media.control:
@@ -261,8 +264,8 @@ class Wan:
                 image = conditioning.image_condition(vae, pixels(request.image_path), frames, pixels(end) if end else None)
             conditions["condition_latents"] = image.cpu()
         if task.has_control and request.control_path is not None:
-            length = frames + (4 if self._appends_end(request) else 0)
-            control = vae.encode(conditioning.read_control(request.control_path, width, height, length).to(vae.device))
+            end_frames = conditioning.FRAMES_PER_LATENT if self._appends_end(request) else 0
+            control = vae.encode(conditioning.read_control(request.control_path, width, height, frames, end_frames).to(vae.device))
             start = None if image is None else image[:, -LATENT.channels :]
             conditions["condition_latents"] = conditioning.control_condition(control, start, self._appends_end(request)).cpu()
         return {0: conditions}
@@ -306,12 +309,14 @@ class Wan:
         return {"clip": torch.zeros(batch_size, CLIP_TOKENS, width)}
 
     def _checked_clip(self, batch: Batch) -> Tensor:
-        clip, images = batch.tensor("clip"), 2 if self.task.kind == "flf2v" else 1
-        if clip.shape[1] != images * CLIP_TOKENS:
-            how = "--clip --flf2v" if images == 2 else "--clip, without --flf2v"
+        """The cached image features, if they are of as many images as the model takes."""
+        clip, positions = batch.tensor("clip"), self.files.dit_header().config.image_positions
+        fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
+        if not fits:
+            how, images = ("--clip --flf2v", "two images") if positions else ("--clip, without --flf2v", "one image")
             raise CacheError(
-                f"{batch.keys[0]}: the cached CLIP features are of {clip.shape[1] // CLIP_TOKENS} image(s), "
-                f"--task {self.task.name} needs {images}. Cache again with wan_cache_latents.py {how}."
+                f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {self.task.name} needs "
+                f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {how}."
             )
         return clip
 

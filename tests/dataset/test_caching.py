@@ -15,7 +15,7 @@ from dataset.caching import cache_media, cache_texts
 from dataset.config import DatasetConfig
 from dataset.reports import conclude
 from modules.errors import DatasetError
-from tests.dataset.making import make_clip, make_image, make_table
+from tests.dataset.making import make_clip, make_frames, make_image, make_table
 from tests.dataset.toy_family import ToyFamily, ToyText, options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,44 @@ def test_a_touched_source_is_kept_by_its_content(tmp_path: Path) -> None:
     cache_media(ToyFamily(), config, options())
     os.utime(tmp_path / "clip_0.mp4", ns=(0, 0))
     assert cache_media(ToyFamily(), config, options()).kept == 2
+
+
+def test_how_the_work_is_done_makes_nothing_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    others = change(config, batch_size=7, num_repeats=3, caption_extension=".cap")
+    report = cache_media(ToyFamily(), others, options(batch_size=5, num_workers=3, skip_existing=True))
+    assert (report.kept, report.written, report.foreign) == (2, 0, 0)
+
+
+def test_a_note_beside_the_images_of_a_clip_changes_nothing(tmp_path: Path) -> None:
+    make_frames(tmp_path / "clip", 5)
+    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
+    table = make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), target_frames=(5,))
+    config = DatasetConfig(table.config_path, (table,))
+    cache_media(ToyFamily(), config, options())
+
+    (tmp_path / "clip" / "notes.txt").write_text("bright")
+    assert cache_media(ToyFamily(), config, options()).kept == 1
+    make_image(tmp_path / "clip" / "0002.png", colour=(9, 9, 9))
+    assert cache_media(ToyFamily(), config, options()).written == 1
+
+
+def test_caches_beside_the_clips_and_names_of_any_script_do_no_harm(tmp_path: Path) -> None:
+    folder = tmp_path / "мои видео ü 1"
+    folder.mkdir()
+    make_clip(folder / "clip à_2_wan.v1 .mp4", 9)
+    (folder / "clip à_2_wan.v1 .txt").write_text("日本", encoding="utf-8")
+    before = sorted(path.name for path in folder.iterdir())
+    table = make_table(folder, resolution=(32, 32), target_frames=(5,), caption_extension=".txt", cache_directory=folder)
+    config = DatasetConfig(table.config_path, (table,))
+
+    for written in (1, 0):
+        assert cache_media(ToyFamily(), config, options()).written == written
+        assert cache_texts(ToyFamily(), config, options()).written == written
+
+    made = {"clip à_2_wan.v1 _00000-005_0032x0032_toy.safetensors", "clip à_2_wan.v1 _toy_te.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {*before, "data.toml", *made}
 
 
 def test_a_changed_source_is_encoded_again(tmp_path: Path) -> None:

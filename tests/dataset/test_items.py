@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dataset.config import load_dataset_config
-from dataset.items import check_unique, decode_source, plan_source
+from dataset.items import decode_source, plan_source
 from dataset.sources import find_sources
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table
@@ -80,7 +80,7 @@ def test_videos_follow_the_bucket_keys_of_their_table(tmp_path: Path, keys: dict
     decoded = decode_source(source, 16.0)
 
     (item,) = decoded.items
-    assert (item.size, item.bucket, item.name_size) == ((60, 24), bucket, bucket)
+    assert (item.size, item.bucket) == ((60, 24), bucket)
     assert decoded.crop(item.span).shape == (1, bucket[1], bucket[0], 3)
 
 
@@ -91,7 +91,7 @@ def test_images_are_named_by_their_own_size(tmp_path: Path) -> None:
     decoded = decode_source(source, 16.0)
 
     (item,) = decoded.items
-    assert (item.key, item.span, item.name_size, item.bucket) == ("pic", (0, 1), (120, 90), (64, 48))
+    assert (item.key, item.span, item.size, item.bucket) == ("pic", (0, 1), (120, 90), (64, 48))
     assert decoded.crop(item.span).shape == (1, 48, 64, 3)
 
 
@@ -171,19 +171,6 @@ def test_pictures_too_small_are_named(tmp_path: Path) -> None:
 
     with pytest.raises(MediaError, match="pic.png is too small: 10x50"):
         decode_source(source, 16.0)
-
-
-def test_two_items_of_one_cache_name_are_refused(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png"):
-        make_image(tmp_path / name)
-    first, second = (
-        decode_source(source, 16.0).items[0]
-        for source in find_sources(make_table(tmp_path, "image_directory", resolution=(32, 32)))
-    )
-
-    check_unique([("a_wan", first), ("b_wan", second)])
-    with pytest.raises(DatasetError, match="a.png and .*b.png would both be cached as x_wan"):
-        check_unique([("x_wan", first), ("x_wan", second)])
 
 
 def test_crops_are_copies(tmp_path: Path) -> None:

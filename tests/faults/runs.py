@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modules.media import read_image, video_frames
+from tests.commands import ROOT
 from tests.tiny.project import write_clips, write_dataset
 from tests.tiny.wan import write_tiny_wan
 from training.state import SavedState, read_state
@@ -20,17 +23,19 @@ CACHE_LATENTS = (
 )
 CACHE_TEXTS = ("wan_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", "--t5", "model/t5.safetensors")
 # 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps, the second of one micro-batch; 8 steps in all
-TRAIN = (
+TRAIN_ONLY = (
     *("wan_train_network.py", *MODELS, "--dataset_config", "dataset.toml", "--sdpa", "--seed", "7"),
     *("--network_module", "networks.lora_wan", "--network_dim", "4", "--network_alpha", "2"),
     *("--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.05"),
     *("--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
     *("--timestep_sampling", "shift", "--discrete_flow_shift", "3", "--num_timestep_buckets", "5"),
-    *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4"),
-    *("--validation_split", "0.2", "--validate_every_n_steps", "3"),
-    *("--sample_prompts", "samples.txt", "--sample_every_n_steps", "3"),
+    *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4", "--validation_split", "0.2"),
     *("--save_state", "--save_every_n_steps", "3", "--save_last_n_steps", "2", "--save_every_n_epochs", "2", "--resume", "latest"),
     *("--max_data_loader_n_workers", "0", "--output_name", "x"),
+)
+TRAIN = (
+    *TRAIN_ONLY,
+    *("--validate_every_n_steps", "3", "--sample_prompts", "samples.txt", "--sample_every_n_steps", "3"),
 )
 GENERATE = ("wan_generate_video.py", *MODELS, "--from_file", "prompts.txt", "--output_type", "both")
 SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3
@@ -40,7 +45,17 @@ PROMPTS = """a cat --w 32 --h 32 --f 5 --d 1 --s 2
 a dog --w 32 --h 32 --f 1 --d 2 --s 2
 two dogs --w 32 --h 48 --f 5 --d 3 --s 2
 """
+DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 _TIME = re.compile(r"\d{14}|\d{8}-\d{6}")
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A training that nothing happened to, and how often it passed each point of run_and_die.py."""
+
+    output: Path
+    passed: dict[str, int]
+    seconds: float
 
 
 def write_project(folder: Path) -> None:
@@ -50,6 +65,23 @@ def write_project(folder: Path) -> None:
     write_dataset(folder, frames="5", batch_size=2)
     (folder / "samples.txt").write_text(SAMPLES, encoding="utf-8")
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+
+
+def copy_data(project: Path, folder: Path, *, cached: bool) -> Path:
+    """The project's clips, and its caches, once more below `folder`. Returns the dataset configuration that names them."""
+    shutil.copytree(project / "clips", folder / "clips")
+    if cached:
+        shutil.copytree(project / "cache", folder / "cache")
+    text = (project / "dataset.toml").read_text(encoding="utf-8").replace(project.as_posix(), folder.as_posix())
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+    return folder / "dataset.toml"
+
+
+def assert_same_caches(folder: Path, undisturbed: Path) -> None:
+    """Two cache folders hold the same files with equal tensors, and nothing else."""
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
+    for path in folder.iterdir():
+        assert_same_tensors(path, undisturbed / path.name)
 
 
 def assert_whole(folder: Path) -> None:

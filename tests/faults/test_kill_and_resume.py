@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,39 +19,23 @@ from tests.faults.run_and_die import POINTS
 from tests.faults.runs import (
     CACHE_LATENTS,
     CACHE_TEXTS,
+    DYING,
     GENERATE,
     TRAIN,
+    Undisturbed,
+    assert_same_caches,
     assert_same_end,
     assert_same_pixels,
     assert_same_tensors,
     assert_same_training,
     assert_whole,
+    copy_data,
     timeless,
     visible_files,
 )
 
-DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 KILLED = 1 if os.name == "nt" else -9
 PATIENCE = 300  # seconds until a process that does not go on counts as hanging
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A training that nothing happened to, and how often it passed each point of run_and_die.py."""
-
-    output: Path
-    passed: dict[str, int]
-    seconds: float
-
-
-@pytest.fixture(scope="session")
-def undisturbed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    started = time.monotonic()
-    run_python(DYING, "count", folder / "passed.json", ROOT / TRAIN[0], *TRAIN[1:], "--output_dir", folder / "out", folder=project)
-    seconds = time.monotonic() - started
-    assert_whole(folder / "out")
-    return Undisturbed(folder / "out", json.loads((folder / "passed.json").read_text(encoding="utf-8")), seconds)
 
 
 def start(project: Path, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
@@ -176,46 +159,34 @@ def _killed(dice: random.Random, project: Path, undisturbed: Undisturbed, comman
 # --- caching ----------------------------------------------------------------------------------------------------------------------
 
 
-def copy_without_caches(project: Path, folder: Path) -> Path:
-    """The same project at another place, nothing cached."""
-    shutil.copytree(project, folder, ignore=shutil.ignore_patterns("cache", "out*", ".*"))
-    text = (folder / "dataset.toml").read_text(encoding="utf-8")
-    (folder / "dataset.toml").write_text(text.replace(project.as_posix(), folder.as_posix()), encoding="utf-8")
-    return folder
-
-
-def assert_same_caches(folder: Path, undisturbed: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
-    for path in folder.iterdir():
-        assert_same_tensors(path, undisturbed / path.name)
-
-
 def test_latent_caching_killed_from_outside_goes_on_where_it_was(project: Path, tmp_path: Path) -> None:
     for attempt in range(5):  # the run is short: it may be over before it is killed
-        folder = copy_without_caches(project, tmp_path / str(attempt))
-        process = start(folder, CACHE_LATENTS, tmp_path / "log")
-        wait_until(lambda cache=folder / "cache": cache.is_dir() and any(cache.iterdir()), process)  # type: ignore[misc]
+        cache = tmp_path / str(attempt) / "cache"
+        data = ["--dataset_config", str(copy_data(project, cache.parent, cached=False))]
+        process = start(project, [*CACHE_LATENTS, *data], tmp_path / "log")
+        wait_until(lambda cache=cache: cache.is_dir() and any(cache.iterdir()), process)  # type: ignore[misc]
         if kill_after(process, random.uniform(0, 0.05)) == KILLED:
             break
     else:
         pytest.fail("the run was never killed in time")
-    assert_whole(folder / "cache")
-    run_script(*CACHE_LATENTS, folder=folder)
-    run_script(*CACHE_TEXTS, folder=folder)
-    assert_same_caches(folder / "cache", project / "cache")
+    assert_whole(cache)
+    run_script(*CACHE_LATENTS, *data, folder=project)
+    run_script(*CACHE_TEXTS, *data, folder=project)
+    assert_same_caches(cache, project / "cache")
 
 
 @pytest.mark.slow
 def test_40_random_kills_of_caching_change_nothing(project: Path, tmp_path: Path) -> None:
     dice = random.Random(40)
     for number in range(20):
-        folder = copy_without_caches(project, tmp_path / str(number))
-        for command, files in ((CACHE_LATENTS, 6), (CACHE_TEXTS, 6)):
-            point, count = dice.choice(["mid_write", "before_rename", "after_rename"]), dice.randint(1, files)
-            killed = run_python(DYING, point, count, ROOT / command[0], *command[1:], folder=folder, check=False)
+        folder = tmp_path / str(number)
+        data = ["--dataset_config", copy_data(project, folder, cached=False)]
+        for command in (CACHE_LATENTS, CACHE_TEXTS):
+            point, count = dice.choice(["mid_write", "before_rename", "after_rename"]), dice.randint(1, 6)  # files
+            killed = run_python(DYING, point, count, ROOT / command[0], *command[1:], *data, folder=project, check=False)
             assert killed.returncode == KILLED, killed.stderr[-3000:]
             assert_whole(folder / "cache")
-            run_script(*command, folder=folder)
+            run_script(*command, *data, folder=project)
         assert_same_caches(folder / "cache", project / "cache")
         shutil.rmtree(folder)
 

@@ -8,12 +8,10 @@ import pytest
 
 from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.options import RequestOptions
-from generation.request import check_guidance, make_request, sample_request
+from generation.request import check_guidance, make_request
 from modules.errors import OptionError
-from modules.family import LatentSpec
 from modules.records import Request
 
-LATENT = LatentSpec(16, (4, 8, 8), 16, 4)
 OPTIONS = RequestOptions("a cat", None, (480, 832), None, 16.0, None, None, 5.0, None, None, "unipc", None, None, None)
 
 
@@ -69,20 +67,6 @@ def test_vanilla_is_euler() -> None:
 def test_numbers_that_make_no_sense_are_refused(line: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         make_request(OPTIONS, line)
-
-
-def test_sample_entries_have_the_trainers_defaults() -> None:
-    request = sample_request({"prompt": "p"}, LATENT)
-    assert (request.width, request.height, request.frames, request.steps, request.flow_shift) == (256, 256, 1, 20, 14.5)
-    assert request.guidance_scale is request.solver is request.negative_prompt is None
-
-
-def test_sample_sizes_are_rounded_down_to_what_can_be_made(caplog: pytest.LogCaptureFixture) -> None:
-    entry = {"prompt": "p", "width": 100, "height": 70, "frame_count": 8, "cfg_scale": 2.0, "guidance_scale": 6.0, "seed": 1}
-    request = sample_request(entry, LATENT)
-    assert (request.width, request.height, request.frames) == (96, 64, 5)
-    assert (request.guidance_scale, request.embedded_guidance, request.seed) == (2.0, 6.0, 1)
-    assert "96 x 64" in caplog.text
 
 
 def test_a_schedule_beyond_the_steps_is_found_before_anything_is_loaded() -> None:

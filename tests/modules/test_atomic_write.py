@@ -27,9 +27,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "a.bin"
     write_bytes(path, b"old")
 
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise RuntimeError
+    def write_half() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
 
     assert path.read_bytes() == b"old"
     assert _names(tmp_path) == ["a.bin"]
@@ -65,9 +69,13 @@ def test_a_file_that_does_not_fit_is_refused_before_writing(tmp_path: Path) -> N
 
 @pytest.mark.skipif(os.name == "nt" or not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="disk is full"), atomic_path(tmp_path / "a") as temporary:
-        temporary.symlink_to("/dev/full")
-        temporary.write_bytes(b"x" * 100_000)
+    def fill() -> None:
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.symlink_to("/dev/full")
+            temporary.write_bytes(b"x" * 100_000)
+
+    with pytest.raises(OutputError, match="disk is full"):
+        fill()
 
     assert _names(tmp_path) == []
 
@@ -100,3 +108,13 @@ def test_a_kill_between_the_renames_of_a_folder_is_undone(tmp_path: Path) -> Non
     recover_folder(tmp_path / "state")
 
     assert _names(tmp_path) == ["state"]
+
+
+def test_what_another_run_is_building_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".other-state.1234abcd.tmp").mkdir()
+    (tmp_path / ".state.safetensors.1234abcd.tmp").touch()
+
+    write_bytes(tmp_path / "a.bin", b"new")
+    recover_folder(tmp_path / "state")
+
+    assert _names(tmp_path) == [".other-state.1234abcd.tmp", ".state.safetensors.1234abcd.tmp", "a.bin"]

@@ -99,7 +99,7 @@ def test_metadata_of_a_safetensors_file_are_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapper", ["module", "state_dict", "model_state_dict"])
 def test_tensors_are_found_inside_what_trainers_wrap_around_them(tmp_path: Path, wrapper: str) -> None:
-    path = write(tmp_path / "a.pt", {wrapper: tensors(), "step": 7, "options": {"lr": 1e-4}})
+    path = write(tmp_path / "a.pt", {wrapper: tensors(), "step": torch.tensor(7), "options": {"lr": 1e-4}})
 
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.tensors.keys() == tensors().keys()
@@ -151,6 +151,17 @@ def test_a_folder_without_a_single_model_asks_for_the_file(tmp_path: Path) -> No
         checkpoint_paths(tmp_path)
 
 
+def test_a_header_whose_length_begins_like_a_pickle_is_still_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2)}, path, metadata={"note": "x"})
+    header = path.read_bytes()[8:-8].rstrip()
+    path.write_bytes((0x80).to_bytes(8, "little") + header.ljust(0x80) + path.read_bytes()[-8:])
+
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.metadata == {"note": "x"}
+        assert torch.equal(checkpoint.read("a"), torch.ones(2))
+
+
 @pytest.mark.parametrize("name", ["zip.pth", "old.pth"])
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     path = write(tmp_path / name, {"a": torch.ones(2), "b": Code()}, _use_new_zipfile_serialization=name == "zip.pth")
@@ -193,17 +204,79 @@ def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_c
         ({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}, "8 bytes for shape"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "begin at byte 4, not 0"),
         ({"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "its header describes"),
-        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}, "bytes for shape"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}, "has the shape"),
+        ({"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}, "has the shape"),
+        ({"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}, "has the shape"),
+        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "has the shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}, "has the shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 1e999]}, "has the shape"),
+        ({"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}, "impossible shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}, "unpack"),
+        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "unhashable"),
         ({"shape": [2]}, "dtype"),
+        ([], "header cannot be read"),
     ],
 )
-def test_a_safetensors_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
-    header = json.dumps({"a": entry}).encode()
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-
+def test_a_safetensors_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(write_header(tmp_path / "a.safetensors", json.dumps({"a": entry})))
+
+
+def write_header(path: Path, header: str, length: int | None = None) -> Path:
+    """A safetensors file with 8 bytes of data; `length` is what it claims of its header."""
+    text = header.encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(8))
+    return path
+
+
+WHOLE = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (f'{{"a":{WHOLE},"a":{WHOLE}}}', "stands in it twice"),
+        (f'{{"a":{WHOLE},"b":{WHOLE}}}', "begin at byte 0, not 8"),
+        (f'{{"__metadata__":["x"],"a":{WHOLE}}}', "header cannot be read"),
+        (f'{{"\\ud800":{WHOLE}}}', "surrogates"),
+        (f'{{"__metadata__":{{"x":"\\ud800"}},"a":{WHOLE}}}', "surrogates"),
+        ('{"a":' * 100_000, "header cannot be read"),
+        ("[" * 100_000, "neither a safetensors nor a torch file|header cannot be read"),
+        ("{" + " " * 64, "header cannot be read"),
+    ],
+)
+def test_a_header_made_to_do_harm_is_refused(tmp_path: Path, header: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(write_header(tmp_path / "a.safetensors", header))
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 62, (1 << 64) - 1])
+def test_a_header_length_beyond_the_file_is_refused_before_memory_is_taken(tmp_path: Path, length: int) -> None:
+    with pytest.raises(CheckpointError, match="its header claims"):
+        open_checkpoint(write_header(tmp_path / "a.safetensors", f'{{"a":{WHOLE}}}', length))
+
+
+def test_a_pickled_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pth", {"a": torch.zeros(1).expand(1 << 40)})
+
+    with pytest.raises(CheckpointError, match="the whole file"):
         open_checkpoint(path)
+
+
+def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["module"] = content
+
+    with pytest.raises(CheckpointError, match="no named tensors"):
+        open_checkpoint(write(tmp_path / "a.pth", content))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ""}}', "[" * 100_000])
+def test_a_broken_index_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "m.index.json").write_text(content)
+
+    with pytest.raises(CheckpointError, match="no index of model files|not beside it"):
+        open_checkpoint(tmp_path / "m.index.json")
 
 
 @pytest.mark.parametrize(

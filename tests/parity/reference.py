@@ -45,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the transformer is given. Text: n D; clip: rows I D of one or two images; extra: C F h w beside the noisy latents."""
+    """What the transformer is given. Text: n D; clip: one or two images of 257 rows D; extra: C F h w beside the noisy latents."""
 
     noise: Tensor  # 16 F h w
     positive: Tensor
@@ -125,8 +125,7 @@ def without(dit: WanTransformer3DModel, layers: frozenset[int]) -> Iterator[None
 def velocity(dit: WanTransformer3DModel, noisy: Tensor, timestep: float, text: Tensor, inputs: Inputs) -> Tensor:
     """One pass: 16 F h w."""
     given = noisy if inputs.extra is None else torch.cat([noisy, inputs.extra])
-    images = None if inputs.clip is None else inputs.clip.reshape(-1, 257, inputs.clip.shape[-1])  # one or two of 257 rows
-    return dit(given[None], torch.tensor([timestep]), pad_text(text), images, return_dict=False)[0][0]
+    return dit(given[None], torch.tensor([timestep]), pad_text(text), inputs.clip, return_dict=False)[0][0]
 
 
 def guided(dit: WanTransformer3DModel, noisy: Tensor, timestep: float, step: int, inputs: Inputs, sampling: Sampling) -> Tensor:
@@ -230,8 +229,8 @@ def control_condition(theirs: Theirs, control: Tensor, image_latents: Tensor | N
 
 
 def features_of(theirs: Theirs, *images: numpy.ndarray) -> Tensor:
-    """Rows of the image tower for one or two images at their own size: 1 I D."""
-    return torch.cat([theirs.image_features(to_pixels([image])[:, :, 0]) for image in images], dim=1)
+    """What the image tower makes of one or two images at their own size: each 257 rows D."""
+    return torch.cat([theirs.image_features(to_pixels([image])[:, :, 0]) for image in images])
 
 
 def relative_error(ours: Tensor, expected: Tensor) -> float:

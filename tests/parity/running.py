@@ -9,7 +9,10 @@ import wan_generate_video
 from tests.commands import run_script
 from tests.parity.reference import relative_error
 
-TOLERANCE = 1e-4  # of the largest value, float32: what the project promises. Measured errors are some 1e-6; see the tests.
+# Of the largest value, in float32: what the project promises. Both sides round each product differently and diffusers has its
+# timestep embedding in float32, which a small gradient shows most. Measured: latents and caches 1e-6 to 1e-5, gradients up to 4e-5;
+# the smallest wrong detail that test_generation.py tries is above 3e-4.
+TOLERANCE = 1e-4
 
 
 def models_in(folder: Path) -> list[str]:

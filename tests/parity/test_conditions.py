@@ -1,21 +1,27 @@
 """Image-to-video, first-and-last-frame and Fun-Control generations through the command line equal diffusers' networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from modules.errors import MediaError
 from modules.media import write_png, write_video
 from tests.golden_cases import read_case
 from tests.parity import reference
+from tests.parity.datasets import decoded
 from tests.parity.reference import Inputs, Sampling, denoise, draw_noise, open_image, to_pixels
-from tests.parity.running import assert_equal, generate_one
+from tests.parity.running import assert_equal, generate, generate_one
 from tests.parity.theirs import Theirs
 from tests.tiny.project import moving_square
 from tests.tiny.wan import write_tiny_wan
+from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.tiny.wan_encoders import CLIP_DIM, clip_official_tensors, clip_tensors
+from wan.conditioning import read_control
 
 PROMPT, SEED, FRAMES, STEPS = "close up of a butterfly", 31, 9, 4
 HEIGHT, WIDTH = 32, 64  # asked for; images set the aspect
@@ -79,6 +85,23 @@ def test_image_to_video(tmp_path: Path, media: Path, models: Callable[[str], Pat
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"i2v {image} {height}x{width}")
 
 
+def test_lines_of_a_prompt_file_have_images_of_their_own(tmp_path: Path, media: Path, models: Callable[[str], Path]) -> None:
+    images = {1: "high", 2: "wide"}
+    lines = [f"{PROMPT} --d {seed} --i {media / name}.png" for seed, name in images.items()]
+    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    made = generate(tmp_path, models("i2v"), "i2v-14B", *OPTIONS[4:], "--from_file", tmp_path / "lines.txt", in_process=True)
+
+    theirs = Theirs(models("i2v"))
+    for seed, name in images.items():
+        image = open_image(media / f"{name}.png")
+        height, width = reference.video_size_for(image, HEIGHT, WIDTH)
+        condition = reference.image_condition(theirs, resized(media / f"{name}.png", height, width), FRAMES)
+        noise, clip = draw_noise(seed, FRAMES, height, width), reference.features_of(theirs, image)
+        expected = denoise(theirs.dit, Inputs(noise, *texts(theirs), clip, condition), SAMPLING)
+        assert_equal(made[seed], expected, f"line with {name}")
+
+
 def test_image_to_video_with_an_end_image(tmp_path: Path, media: Path, models: Callable[[str], Path]) -> None:
     """One more latent frame, of noise too; the image tower sees the start image only."""
     start, end = media / "high.png", media / "wide.png"
@@ -127,16 +150,33 @@ def test_first_and_last_image(tmp_path: Path, media: Path, models: Callable[[str
     assert_equal(latents, denoise(theirs.dit, inputs, Sampling(solver, scales=(5.0,) * STEPS)), "flf2v")
 
 
-def control_pixels(media: Path, height: int, width: int, frames: int) -> Tensor:
-    return to_pixels([reference.covering(frame, height, width) for frame in moving_video(media / "control.mp4")[:frames]])
+@pytest.mark.parametrize("kind", ["i2v", "flf2v"])
+def test_an_image_tower_of_another_size(tmp_path: Path, media: Path, kind: str) -> None:
+    """Five rows an image instead of 257: the number comes from the files."""
+    write_tiny_wan(tmp_path / "models", kind)
+    save_file(contiguous(clip_official_tensors(clip_tensors(image_size=28))), tmp_path / "models" / "clip.safetensors")
+    positions = {"image_positions": 10} if kind == "flf2v" else {}
+    write_dit(tmp_path / "models", tiny_state(kind, image_dim=CLIP_DIM, **positions), name="dit")
+    more = ["--image_path", media / "exact.png", *(["--end_image_path", media / "exact.png"] if positions else [])]
+
+    latents = generate_one(tmp_path, tmp_path / "models", f"{kind}-14B", *OPTIONS, *more, in_process=True)
+
+    theirs, image = Theirs(tmp_path / "models"), open_image(media / "exact.png")
+    pixels, noise = to_pixels([image]), draw_noise(SEED, FRAMES, HEIGHT, WIDTH)
+    if positions:
+        clip, condition = (
+            reference.features_of(theirs, image, image),
+            reference.first_last_condition(theirs, pixels, pixels, FRAMES),
+        )
+    else:
+        clip, condition = reference.features_of(theirs, image), reference.image_condition(theirs, pixels, FRAMES)
+    assert clip.shape[1:] == (5, CLIP_DIM)
+    inputs = Inputs(noise, *texts(theirs, ("镜头切换，" if positions else "") + NEGATIVE), clip, condition)
+    assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"{kind}, small tower")
 
 
-def moving_video(path: Path) -> list[numpy.ndarray]:
-    """All frames of a video file, H W 3."""
-    import av
-
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(("control", "in_process"), [("control.mp4", False), ("control", True)])
@@ -151,32 +191,48 @@ def test_control_without_an_image(
     theirs = Theirs(models("fun-control"))
     if control == "control":
         frames = [open_image(path) for path in sorted((media / control).iterdir())]
-        pixels = to_pixels([reference.covering(frame, HEIGHT, WIDTH) for frame in frames])
     else:
-        pixels = control_pixels(media, HEIGHT, WIDTH, FRAMES)
+        frames = decoded(media / "control.mp4")[:FRAMES]
+    pixels = to_pixels([reference.covering(frame, HEIGHT, WIDTH) for frame in frames])
     extra = reference.control_condition(theirs, pixels, None)
     zeros = torch.zeros(1, 257, theirs.dit.config.image_dim)
     inputs = Inputs(draw_noise(SEED, FRAMES, HEIGHT, WIDTH), *texts(theirs), zeros, extra)
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"t2v-FC {control}")
 
 
-@pytest.mark.parametrize("with_end", [False, True])
-def test_control_with_an_image(tmp_path: Path, media: Path, models: Callable[[str], Path], with_end: bool) -> None:
-    """Of the image's latents only the first frame is kept, and the end image's; no mask. The model's ref_conv is not used."""
-    start, end = media / "high.png", media / "small.png"
-    more = ["--image_path", start, "--control_path", media / "control.mp4", *(["--end_image_path", end] if with_end else [])]
+@pytest.mark.parametrize(("with_end", "control_frames"), [(False, FRAMES), (True, FRAMES + 1), (True, 15)])
+def test_control_with_an_image(
+    tmp_path: Path, media: Path, models: Callable[[str], Path], with_end: bool, control_frames: int
+) -> None:
+    """Of the image's latents only the first frame is kept, and the end image's; no mask. The model's ref_conv is not used.
+
+    An end image takes four frames more, of which the control video needs to have one.
+    """
+    start, end, control = media / "high.png", media / "small.png", tmp_path / "control"
+    control.mkdir()
+    frames = decoded(media / "control.mp4")[:control_frames]
+    for index, frame in enumerate(frames):
+        write_png(control / f"{index:03d}.png", frame)
+    more = ["--image_path", start, "--control_path", control, *(["--end_image_path", end] if with_end else [])]
 
     latents = generate_one(tmp_path, models("fun-control-v1.1"), "i2v-14B-FC", *OPTIONS, *more, in_process=with_end)
 
     theirs = Theirs(models("fun-control-v1.1"))
     height, width = reference.video_size_for(open_image(start), HEIGHT, WIDTH)
-    frames = FRAMES + 4 * with_end
+    length = FRAMES + 4 * with_end
     last = resized(end, height, width) if with_end else None
     image = reference.image_condition(theirs, resized(start, height, width), FRAMES, last)[4:]
-    extra = reference.control_condition(theirs, control_pixels(media, height, width, frames), image, with_end)
+    followed = [reference.covering(frame, height, width) for frame in [*frames, *[frames[-1]] * 3][:length]]
+    extra = reference.control_condition(theirs, to_pixels(followed), image, with_end)
     clip = reference.features_of(theirs, open_image(start))
-    inputs = Inputs(draw_noise(SEED, frames, height, width), *texts(theirs), clip, extra)
+    inputs = Inputs(draw_noise(SEED, length, height, width), *texts(theirs), clip, extra)
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"i2v-FC end {with_end}")
+
+
+@pytest.mark.parametrize("with_end", [False, True])
+def test_a_control_video_that_is_too_short_is_refused(media: Path, with_end: bool) -> None:
+    with pytest.raises(MediaError, match=f"has 15 frames, {17 + with_end} are needed"):
+        read_control(media / "control.mp4", WIDTH, HEIGHT, 17, 4 * with_end)
 
 
 def test_the_pipelines_of_diffusers_make_the_same_conditions(media: Path, models: Callable[[str], Path]) -> None:

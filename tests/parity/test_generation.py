@@ -77,7 +77,7 @@ CASES = {
     ),
     "comfy rope": (["--rope_func", "comfy"], Sampling()),
 }
-AS_PROGRAMS = {"unipc", "dpm++", "vanilla", "skip alternate", "slg original"}  # the others run in this process, to save time
+AS_PROGRAMS = {"unipc", "dpm++", "skip alternate"}  # the others run in this process, to save time
 
 
 @pytest.mark.parametrize("name", CASES)

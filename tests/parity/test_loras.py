@@ -125,6 +125,17 @@ def test_a_multiplier_is_the_strength_of_an_adapter(tmp_path: Path, projects: Ca
     assert_equal(latents, there(project, loaded(lora_of(project), strength)), f"multiplier {strength}")
 
 
+def test_a_merged_model_is_that_which_diffusers_fuses(tmp_path: Path, projects: Callable[[str], Project]) -> None:
+    """merge_lora.py, from another folder; the merged file as --dit."""
+    project, merged = projects("t2v"), tmp_path / "merged.safetensors"
+    lora = ("--lora_weight", lora_of(project), "--lora_multiplier", 0.7)
+
+    run_script("merge_lora.py", "--dit", project.dit, *lora, "--save_merged_model", merged.name, "--device", "cpu", folder=tmp_path)
+
+    latents = here(tmp_path / "merged", project, "--dit", merged)
+    assert_equal(latents, there(project, loaded(lora_of(project), 0.7)), "merged")
+
+
 def test_converting_there_and_back_changes_nothing(tmp_path: Path, projects: Callable[[str], Project]) -> None:
     project = projects("t2v")
     back = convert(convert(lora_of(project), "other"), "default")

@@ -4,20 +4,24 @@ The optimizer is plain gradient descent, so a step's change of the weights is th
 written here, by hand, in the known tuners' form and without our record.
 """
 
+import hashlib
 import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders import WanLoraLoaderMixin
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from tests.parity.projects import ALPHA, FRAMES, HEIGHT, RANK, SEED, WIDTH, Project, train, write_project
-from tests.parity.reference import relative_error
-from tests.parity.running import TOLERANCE
+from tests.parity.running import TOLERANCE, assert_equal
 from tests.parity.theirs import load_dit
 from tests.parity.training import (
     Drawn,
@@ -28,11 +32,13 @@ from tests.parity.training import (
     noise_of,
     read_factors,
     shuffled,
+    stream,
     stream_seed,
     uniform_of,
 )
 
 RATE = 2.0
+STRONG = ("--optimizer_type", "AdamW", "--learning_rate", 0.05)
 DESCENT = ("--optimizer_type", "torch.optim.SGD", "--learning_rate", RATE, "--max_grad_norm", 0)
 
 
@@ -74,37 +80,72 @@ def draw(batch: list[Item], number: int, sampler: Sampler, weights: Weights = pl
     return Drawn(noise_of(batch, SEED, number), sigmas, timesteps, weights(timesteps))
 
 
-def assert_steps(
-    files: list[Path], project: Project, batches_of_step: Callable[[int], list[tuple[list[Item], Drawn]]], what: str
-) -> None:
-    """Each file is the one before, less the rate times the gradient of its step: of every module the change is compared.
+@dataclass(frozen=True)
+class Descent:
+    """How a gradient changes the factors."""
 
-    Before the first step up is zero, so down is what the first file holds (its gradient is zero).
+    rates: tuple[float, float] = (RATE, RATE)  # of down, of up
+    max_norm: float = math.inf
+    start: Factors | None = None  # before the first step; None: up is zero
+
+    def steps_of(self, gradients: Factors) -> Factors:
+        """What is taken off down and up."""
+        total = float(torch.stack([factor.square().sum() for pair in gradients.values() for factor in pair]).sum().sqrt())
+        share = min(1.0, self.max_norm / (total + 1e-6))
+        return {
+            name: tuple(rate * share * factor for rate, factor in zip(self.rates, pair, strict=True))
+            for name, pair in gradients.items()
+        }
+
+
+PLAIN = Descent()
+Batches = list[tuple[list[Item], Drawn]]  # of one step
+
+
+def assert_steps(
+    files: list[Path], project: Project, dit: Any, batches_of: Callable[[int], Batches], what: str, how: Descent = PLAIN
+) -> None:
+    """Each file is the one before, less the rate times the gradient of its step: every factor of every module is compared.
+
+    The factors before the first step: up is zero, so that the gradient of down is zero and down is what the first file holds.
     """
-    dit, modules = load_dit(project.dit), linear_modules(project.dit)
-    after, scale = read_factors(files[0])
-    assert after.keys() == modules.keys()
+    modules = linear_modules(project.dit)
+    first, scale = read_factors(files[0])
+    assert first.keys() == modules.keys()
     assert scale == ALPHA / RANK
-    before: Factors = {name: (down, torch.zeros_like(up)) for name, (down, up) in after.items()}
+    before = how.start or {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
     for step, path in enumerate(files):
         after, _ = read_factors(path)
-        total: Factors = {name: (torch.zeros_like(down), torch.zeros_like(up)) for name, (down, up) in before.items()}
-        batches = batches_of_step(step)
-        for batch, drawn in batches:
-            _, gradients = loss_and_gradients(dit, modules, before, scale, batch, drawn)
-            total = {name: (pair[0] + gradients[name][0], pair[1] + gradients[name][1]) for name, pair in total.items()}
+        gradients = mean_gradients(dit, modules, before, scale, batches_of(step))
         worst = 0.0
-        for name, gradient in total.items():
-            for factor in (1,) if step == 0 else (0, 1):
-                expected = before[name][factor] - RATE * gradient[factor] / len(batches)
-                change = expected - before[name][factor]
+        for name, taken in how.steps_of(gradients).items():
+            for factor in (1,) if step == 0 and how.start is None else (0, 1):
                 # keys of image tokens that are all alike (no image) cannot learn
-                assert change.abs().max() > 1e-6 or name.endswith("_k_img"), f"{name} learns nothing, so nothing is compared"
+                assert taken[factor].abs().max() > 1e-6 or name.endswith("_k_img"), f"{name} learns nothing, nothing is compared"
+                expected = before[name][factor] - taken[factor]
                 error = float((after[name][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3))
                 worst = max(worst, error)
         print(f"parity {what}, step {step + 1}: {worst:.2e}")  # noqa: T201
         assert worst <= TOLERANCE
         before = after
+
+
+def mean_gradients(dit: Any, modules: dict[str, str], factors: Factors, scale: float, batches: Batches) -> Factors:
+    """Of the micro-batches of a step."""
+    each = [loss_and_gradients(dit, modules, factors, scale, *batch)[1] for batch in batches]
+    return {
+        name: (sum(one[name][0] for one in each) / len(each), sum(one[name][1] for one in each) / len(each)) for name in factors
+    }
+
+
+def one_batch_an_epoch(project: Project, sampler: Sampler, weights: Weights = plain) -> Callable[[int], Batches]:
+    """Both items in one batch, whose order is that of the epoch."""
+
+    def batches_of(step: int) -> Batches:
+        batch = shuffled(project.items, SEED, epoch=step)
+        return [(batch, draw(batch, step, sampler, weights))]
+
+    return batches_of
 
 
 CASES: dict[str, tuple[str, list[object], Sampler, Weights]] = {
@@ -138,11 +179,7 @@ def test_two_steps_equal_gradient_descent_with_diffusers(tmp_path: Path, name: s
 
     files = train(project, *DESCENT, *arguments, in_process=name not in AS_PROGRAMS)
 
-    def batches(step: int) -> list[tuple[list[Item], Drawn]]:
-        batch = shuffled(project.items, SEED, epoch=step)  # one batch an epoch
-        return [(batch, draw(batch, step, sampler, weights))]
-
-    assert_steps(files, project, batches, name)
+    assert_steps(files, project, load_dit(project.dit), one_batch_an_epoch(project, sampler, weights), name)
 
 
 def test_accumulated_batches_count_alike_also_where_the_last_step_of_an_epoch_has_fewer(tmp_path: Path) -> None:
@@ -151,43 +188,98 @@ def test_accumulated_batches_count_alike_also_where_the_last_step_of_an_epoch_ha
 
     files = train(project, *DESCENT, "--gradient_accumulation_steps", 2, steps=3, in_process=True)
 
-    def batches(step: int) -> list[tuple[list[Item], Drawn]]:
+    order = [item for epoch in (0, 1) for item in single_items(project, epoch)]
+
+    def batches_of(step: int) -> Batches:
         numbers = [[0, 1], [2], [3, 4]][step]
-        orders = epochs_of_single_items(project, files)
-        return [([orders[number]], draw([orders[number]], number, by_sigma)) for number in numbers]
+        return [([order[number]], draw([order[number]], number, by_sigma)) for number in numbers]
 
-    assert_steps(files, project, batches, "accumulation")
+    assert_steps(files, project, load_dit(project.dit), batches_of, "accumulation")
 
 
-def epochs_of_single_items(project: Project, files: list[Path]) -> list[Item]:
-    """The items of two epochs where every batch has one: shuffled within the bucket, then the batches by the same shuffler."""
-    found: list[Item] = []
-    for epoch in (0, 1):
-        shuffle = random.Random(stream_seed(SEED, "items", epoch)).shuffle
-        order = list(project.items)
-        shuffle(order)
-        shuffle(order)
-        found += order
-    return found
+def single_items(project: Project, epoch: int) -> list[Item]:
+    """The items of an epoch where every batch has one: shuffled within the bucket, then as batches by the same shuffler."""
+    shuffle = random.Random(stream_seed(SEED, "items", epoch)).shuffle
+    order = list(project.items)
+    shuffle(order)
+    shuffle(order)
+    return order
+
+
+def test_a_ratio_of_lora_plus_is_that_of_the_rates(tmp_path: Path) -> None:
+    project = write_project(tmp_path / "a project", "t2v")
+    files = train(project, *DESCENT, "--network_args", "loraplus_lr_ratio=4", in_process=True)
+    how = Descent(rates=(RATE, 4 * RATE))
+    assert_steps(files, project, load_dit(project.dit), one_batch_an_epoch(project, by_sigma), "LoRA+", how)
+
+
+def test_gradients_are_clipped_to_their_common_norm(tmp_path: Path) -> None:
+    project = write_project(tmp_path / "a project", "t2v")
+    files = train(project, *DESCENT, "--max_grad_norm", 0.01, "--learning_rate", 20, in_process=True)
+    how = Descent(rates=(20.0, 20.0), max_norm=0.01)
+    assert_steps(files, project, load_dit(project.dit), one_batch_an_epoch(project, by_sigma), "clipping", how)
+
+
+def test_training_goes_on_from_a_file_and_on_top_of_another(tmp_path: Path) -> None:
+    """--network_weights and --base_weights, the latter merged by diffusers here."""
+    project = write_project(tmp_path / "a project", "t2v")
+    (base, start) = (train(project, *STRONG, "--seed", seed, steps=1, name=f"of {seed}", in_process=True)[0] for seed in (1, 2))
+    more = ("--network_weights", start, "--base_weights", base, "--base_weights_multiplier", 0.5)
+
+    files = train(project, *DESCENT, *more, in_process=True)
+
+    dit = load_dit(project.dit)
+    dit.load_lora_adapter(WanLoraLoaderMixin.lora_state_dict(str(base)), prefix="transformer")
+    dit.fuse_lora(lora_scale=0.5)
+    how = Descent(start=read_factors(start)[0])
+    assert_steps(files, project, dit, one_batch_an_epoch(project, by_sigma), "continued on a base", how)
+
+
+def logged_in(folder: Path) -> EventAccumulator:
+    """The TensorBoard file below a folder."""
+    (place,) = {path.parent for path in folder.rglob("*tfevents*")}
+    return EventAccumulator(str(place)).Reload()
 
 
 def test_the_losses_in_the_log_are_those_of_diffusers(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     project = write_project(tmp_path / "a project", "t2v")
     files = train(project, *DESCENT, "--logging_dir", tmp_path / "logs", "--log_with", "tensorboard", in_process=True)
 
-    (folder,) = {path.parent for path in (tmp_path / "logs").rglob("*tfevents*")}
-    events = EventAccumulator(str(folder)).Reload()
-    logged = [event.value for event in events.Scalars("loss/current")]
+    logged = [event.value for event in logged_in(tmp_path / "logs").Scalars("loss/current")]
+
     dit, modules = load_dit(project.dit), linear_modules(project.dit)
     first, scale = read_factors(files[0])
     untrained = {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
-    for step, factors in enumerate((untrained, first)):
-        batch = shuffled(project.items, SEED, epoch=step)
-        loss, _ = loss_and_gradients(dit, modules, factors, scale, batch, draw(batch, step, by_sigma))
-        assert relative_error(torch.tensor([logged[step]]), torch.tensor([loss])) <= TOLERANCE
+    batches_of = one_batch_an_epoch(project, by_sigma)
+    losses = [
+        loss_and_gradients(dit, modules, factors, scale, *batches_of(step)[0])[0] for step, factors in enumerate((untrained, first))
+    ]
+    assert_equal(torch.tensor(logged), torch.tensor(losses), "losses")
+
+
+def test_the_validation_loss_is_that_of_diffusers(tmp_path: Path) -> None:
+    """Two of four clips are held back; five bands of timesteps, whose noise belongs to the item."""
+    project = write_project(tmp_path / "a project", "t2v", count=4)
+    log = ("--logging_dir", tmp_path / "logs", "--log_with", "tensorboard")
+
+    files = train(project, *DESCENT, *log, "--validation_split", 0.5, steps=1, in_process=True)
+
+    logged = [event.value for event in logged_in(tmp_path / "logs").Scalars("validation/loss")]
+    dit, modules = load_dit(project.dit), linear_modules(project.dit)
+    after, scale = read_factors(files[0])
+    before = {name: (down, torch.zeros_like(up)) for name, (down, up) in after.items()}
+    by_hash = sorted(range(4), key=lambda index: hashlib.sha256(f"clip {index}".encode()).digest())
+    expected = []
+    for factors in (before, after):
+        losses = []
+        for index in by_hash[:2]:
+            for band, sigma in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
+                key = f"clip {index}_00000-005_0048x0032_wan"
+                noise = torch.randn(1, 16, *project.items[index].latents.shape[1:], generator=stream("validation", key, band))
+                drawn = Drawn(noise, torch.tensor([sigma]), torch.tensor([1000 * sigma]), torch.ones(1))
+                losses.append(loss_and_gradients(dit, modules, factors, scale, [project.items[index]], drawn)[0])
+        expected.append(sum(losses) / len(losses))
+    assert_equal(torch.tensor(logged), torch.tensor(expected), "validation losses")
 
 
 def test_the_metadata_of_the_file_say_how_it_was_made(tmp_path: Path) -> None:

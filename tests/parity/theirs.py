@@ -77,7 +77,8 @@ class Theirs:
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
         """1 3 H W in -1..1 at the image's own size -> 1 257 D: before the last block."""
-        square = nn.functional.interpolate(pixels, size=(224, 224), mode="bicubic", align_corners=False)
+        side = self.clip.config.image_size
+        square = nn.functional.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         return self.clip((square * 0.5 + 0.5 - mean) / std, output_hidden_states=True).hidden_states[-2]
 
@@ -192,7 +193,7 @@ def load_clip(path: Path) -> CLIPVisionModel:
             intermediate_size=len(tensors["transformer.0.mlp.0.bias"]),
             num_hidden_layers=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer.")),
             num_attention_heads=width // CLIP_HEAD_WIDTH,
-            image_size=224,
+            image_size=14 * round((tensors["pos_embedding"].shape[1] - 1) ** 0.5),
             patch_size=14,
             hidden_act="gelu",
         )

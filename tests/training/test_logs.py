@@ -77,14 +77,19 @@ def test_without_trackers_only_the_bar_moves() -> None:
 def test_the_clock_leaves_out_what_is_no_training() -> None:
     sent: list[dict[str, float]] = []
 
-    class Accelerator:
+    class Tracker:
         """Only what Logs calls."""
 
-        trackers = (1,)
-        is_main_process = True
+        name = "wandb"
 
         def log(self, values: dict[str, float], step: int) -> None:
             sent.append(values)
+
+    class Accelerator:
+        """One process with that tracker."""
+
+        trackers = (Tracker(),)
+        is_main_process = True
 
     times = iter([0.0, 90.0, 92.0])
     logs = Logs(Accelerator(), tqdm(disable=True), lambda: next(times))  # type: ignore[arg-type]

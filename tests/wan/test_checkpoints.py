@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from safetensors.torch import load_file, save_file
 
 from modules.checkpoint import open_checkpoint

@@ -1,0 +1,284 @@
+"""Damaged caches, clips that cannot be read, missing captions and configurations that contradict themselves."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dataset.batches import find_items, read_batch
+from dataset.config import load_dataset_config
+from modules.errors import CacheError
+from modules.media import write_video
+from modules.records import Batch
+from tests.faults.damage import Damage, empty, flip_any_bit, flipped_data, one_byte_short, pickled_code, proof_of, truncated
+from tests.faults.messages import assert_one_message, run_here
+from tests.faults.runs import CACHE_LATENTS, CACHE_TEXTS, TRAIN_ONLY, as_bytes, assert_same_tensors, copy_data
+from tests.tiny.project import moving_square
+from wan.family import LATENT
+
+LATENTS, TEXT = "clip 1_00000-005_0032x0032_wan.safetensors", "clip 1_wan_te.safetensors"
+SHORT_TRAINING = (*TRAIN_ONLY, "--max_train_epochs", "1")
+
+
+def other_cache(good: Path, bad: Path) -> None:
+    """The text cache where latents belong and the reverse."""
+    shutil.copy(good.with_name(TEXT if good.name == LATENTS else LATENTS), bad)
+
+
+def lora(good: Path, bad: Path) -> None:
+    save_file({"lora_unet_blocks_0_self_attn_q.alpha": torch.tensor(1.0)}, bad)
+
+
+def without_record(good: Path, bad: Path) -> None:
+    """As another program wrote it, but of another size or kind."""
+    renamed = {"latents_3x4x4_float32": torch.zeros(16, 3, 4, 4)} if good.name == LATENTS else {"llama_float32": torch.zeros(4, 8)}
+    save_file(renamed, bad)
+
+
+BAD_CACHES: dict[str, Damage] = {
+    "truncated": truncated,
+    "one byte short": one_byte_short,
+    "empty": empty,
+    "with a flipped bit": flipped_data,
+    "code in a pickle": pickled_code,
+    "the other kind": other_cache,
+    "a LoRA": lora,
+    "of another size or family": without_record,
+}
+
+
+@pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
+@pytest.mark.parametrize("damage", BAD_CACHES)
+def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(name: str, damage: str, project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    bad = tmp_path / "cache" / name
+    BAD_CACHES[damage](project / "cache" / name, bad)
+
+    code, said = run_here(*SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project)
+
+    command = "python wan_cache_latents.py" if name == LATENTS else "python wan_cache_text_encoder_outputs.py"
+    assert_one_message(code, said, name, command)
+    assert not proof_of(bad).exists()
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_bad_cache_is_one_message_from_a_worker_process_too(project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    truncated(project / "cache" / LATENTS, tmp_path / "cache" / LATENTS)
+    more = ["--dataset_config", config, "--output_dir", tmp_path / "out", "--max_data_loader_n_workers", 2]
+
+    code, said = run_here(*SHORT_TRAINING, *more, folder=project)
+
+    assert_one_message(code, said, LATENTS, "python wan_cache_latents.py")
+
+
+@pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "with a flipped bit", "code in a pickle", "the other kind"])
+def test_caching_again_mends_a_bad_cache(name: str, damage: str, project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    BAD_CACHES[damage](project / "cache" / name, tmp_path / "cache" / name)
+
+    command = CACHE_LATENTS if name == LATENTS else CACHE_TEXTS
+    code, said = run_here(*command, "--dataset_config", config, folder=project)
+
+    assert code == 0, said
+    assert_same_tensors(tmp_path / "cache" / name, project / "cache" / name)
+
+
+def test_a_flipped_bit_never_changes_what_is_trained_on(project: Path, tmp_path: Path) -> None:
+    config, dice = load_dataset_config(copy_data(project, tmp_path, cached=True)), random.Random(4)
+    item = next(item for item in find_items(config, "wan", LATENT).items if item.source_stem == "clip 1")
+    whole = told(read_batch((item,), LATENT))
+    for number in range(200):
+        name = (LATENTS, TEXT)[number % 2]
+        shutil.copy(project / "cache" / name, tmp_path / "cache" / name)
+        flip_any_bit(tmp_path / "cache" / name, dice)
+        try:
+            read = told(read_batch((item,), LATENT))
+        except CacheError:
+            read = whole
+        assert read == whole
+        shutil.copy(project / "cache" / name, tmp_path / "cache" / name)
+
+
+def told(batch: Batch) -> tuple[object, ...]:
+    """All that a batch of one says."""
+    tensors = {name: as_bytes(value if isinstance(value, torch.Tensor) else value[0]) for name, value in batch.tensors.items()}
+    return tensors, batch.captions, batch.keys
+
+
+# --- clips and captions -----------------------------------------------------------------------------------------------------------
+
+
+def noise(good: Path, bad: Path) -> None:
+    bad.write_bytes(random.Random(5).randbytes(5000))
+
+
+def cut_matroska(good: Path, bad: Path) -> None:
+    """Its beginning is whole, and it says how long it should be."""
+    whole = bad.with_suffix(".mkv")
+    write_video(whole, moving_square(60, 64, 64, 1), fps=16)
+    content = whole.read_bytes()
+    bad.unlink()
+    whole.write_bytes(content[: len(content) // 2])
+
+
+BAD_CLIPS: dict[str, tuple[Damage, str, str]] = {
+    "zero bytes": (empty, "clip 1.mp4", "empty (0 bytes)"),
+    "cut": (truncated, "clip 1.mp4", "cannot be read"),
+    "cut, Matroska": (cut_matroska, "clip 1.mkv", "cut short"),
+    "noise": (noise, "clip 1.mp4", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_CLIPS)
+def test_a_clip_that_cannot_be_read_is_reported_and_all_others_are_cached(fault: str, project: Path, tmp_path: Path) -> None:
+    damage, name, reason = BAD_CLIPS[fault]
+    config = copy_data(project, tmp_path, cached=False)
+    if fault == "cut, Matroska":  # the beginning would be enough for `head`
+        config.write_text(config.read_text(encoding="utf-8").replace('"head"', '"full"'), encoding="utf-8")
+    damage(project / "clips" / "clip 1.mp4", tmp_path / "clips" / "clip 1.mp4")
+
+    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
+
+    assert code == 1
+    assert_one_message(code, said, name, reason)
+    assert [path.name.split("_")[0] for path in sorted((tmp_path / "cache").iterdir())] == [f"clip {n}" for n in (0, 2, 3, 4, 5)]
+    for path in (tmp_path / "cache").iterdir():
+        load_file(path)
+
+
+def test_caches_of_a_clip_that_became_unreadable_are_kept(project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    empty(project, tmp_path / "clips" / "clip 1.mp4")
+
+    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
+
+    assert_one_message(code, said, "clip 1.mp4", "0 bytes")
+    assert_same_tensors(tmp_path / "cache" / LATENTS, project / "cache" / LATENTS)
+
+
+def no_caption(folder: Path) -> None:
+    (folder / "clips" / "clip 1.txt").unlink()
+
+
+def caption_of_bytes(folder: Path) -> None:
+    (folder / "clips" / "clip 1.txt").write_bytes(b"\xff\xfe\x00\xd8")
+
+
+def caption_is_a_folder(folder: Path) -> None:
+    no_caption(folder)
+    (folder / "clips" / "clip 1.txt").mkdir()
+
+
+@pytest.mark.parametrize("change", [no_caption, caption_of_bytes, caption_is_a_folder])
+def test_a_missing_or_unreadable_caption_is_named(change: Callable[[Path], None], project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    change(tmp_path)
+
+    code, said = run_here(*CACHE_TEXTS, "--dataset_config", config, folder=project)
+
+    assert_one_message(code, said, "clip 1.txt")
+    assert len(list((tmp_path / "cache").iterdir())) == 12
+
+
+def test_a_clip_without_a_cached_caption_is_left_out_with_a_warning(project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    (tmp_path / "cache" / TEXT).unlink()
+
+    code, said = run_here(*SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project)
+
+    assert code == 0, said
+    assert f"WARNING: 1 of the sources have latents but no text cache (the first: {tmp_path / 'cache' / TEXT})" in said
+    assert "python wan_cache_text_encoder_outputs.py" in said
+
+
+@pytest.mark.parametrize("gone", ["*", "*_te.safetensors"])
+def test_missing_caches_are_answered_with_both_commands(gone: str, project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    for path in (tmp_path / "cache").glob(gone):
+        path.unlink()
+
+    code, said = run_here(*SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project)
+
+    message = assert_one_message(code, said, "python wan_cache_latents.py", "python wan_cache_text_encoder_outputs.py")
+    assert "model/vae.safetensors" in message
+    assert "model/t5.safetensors" in message
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------------------
+
+# what is replaced in dataset.toml, by what, and what the message has to hold
+CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "unknown key": ("enable_bucket", "enable_buckets", ("enable_buckets", "Did you mean enable_bucket?")),
+    "unknown table": ("[general]", "[generall]", ("generall", "Did you mean general?")),
+    "wrong type": ("batch_size = 2", 'batch_size = "two"', ("batch_size", "two", "a whole number")),
+    "impossible value": ("batch_size = 2", "batch_size = 0", ("batch_size", "1 or more")),
+    "impossible size": ("[32, 32]", "[-32, 32]", ("resolution", "[-32, 32]", "[width, height]")),
+    "images and videos": ("video_directory", 'image_directory = "x"\nvideo_directory', ("image_directory", "video_directory")),
+    "unknown extraction": ('"head"', '"middle"', ("frame_extraction", "middle", "uniform")),
+    "no frames": ("target_frames = [5]", "target_frames = [0]", ("target_frames", "1 or more")),
+    "a key of images in a table of videos": (
+        "frame_extraction",
+        "no_resize_control = true\nframe_extraction",
+        ("no_resize_control",),
+    ),
+    "no source": ("video_directory", "# video_directory", ("video_directory", "image_directory")),
+    "no table": ("[[datasets]]", "[other]", ("other", "[[datasets]]")),
+    "no TOML": ("[general]", "[general", ("no valid TOML", "line 1")),
+    "clips that are not there": ('/clips"', '/nowhere"', ("nowhere", "No such file")),
+}
+
+
+@pytest.mark.parametrize("command", [CACHE_LATENTS, SHORT_TRAINING], ids=["caching", "training"])
+@pytest.mark.parametrize("fault", CONTRADICTIONS)
+def test_a_contradictory_configuration_is_one_message(fault: str, command: tuple[str, ...], project: Path, tmp_path: Path) -> None:
+    if fault == "clips that are not there" and command is SHORT_TRAINING:
+        pytest.skip("training needs only the caches")
+    old, new, words = CONTRADICTIONS[fault]
+    config = copy_data(project, tmp_path, cached=True)
+    text = config.read_text(encoding="utf-8")
+    assert old in text
+    config.write_text(text.replace(old, new), encoding="utf-8")
+
+    output = [] if command is CACHE_LATENTS else ["--output_dir", tmp_path / "out"]
+    code, said = run_here(*command, "--dataset_config", config, *output, folder=project)
+
+    assert_one_message(code, said, "dataset.toml", *words, remedy=False)
+    assert len(list((tmp_path / "cache").iterdir())) == 12
+
+
+def test_two_tables_cannot_share_a_cache_folder(project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text + "[[datasets]]" + text.split("[[datasets]]")[1], encoding="utf-8")
+
+    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
+
+    assert_one_message(code, said, "dataset.toml", "1 and 2 share the cache directory", tmp_path / "cache")
+
+
+def test_two_clips_cannot_have_one_cache_name(project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    shutil.copy(tmp_path / "clips" / "clip 1.mp4", tmp_path / "clips" / "clip 1.mkv")
+
+    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
+
+    assert_one_message(code, said, "clip 1.mp4", "clip 1.mkv", "rename")
+    assert len(list((tmp_path / "cache").iterdir())) == 12
+
+
+@pytest.mark.parametrize("content", [None, b"# \xe9\n"], ids=["a folder", "Latin-1"])
+def test_a_configuration_that_is_no_text_says_so(content: bytes | None, project: Path, tmp_path: Path) -> None:
+    if content is None:
+        (tmp_path / "dataset.toml").mkdir()
+    else:
+        (tmp_path / "dataset.toml").write_bytes(content)
+
+    code, said = run_here(*CACHE_LATENTS, "--dataset_config", tmp_path / "dataset.toml", folder=project)
+
+    assert_one_message(code, said, "dataset.toml")

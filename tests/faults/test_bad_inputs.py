@@ -1,0 +1,303 @@
+"""Files that are damaged, of another kind, or hold code: one clear message, and nothing is lost."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from generation.outputs import load_latents
+from networks.loading import read_lora
+from tests.faults.damage import (
+    Damage,
+    Harmful,
+    empty,
+    flip_any_bit,
+    flipped_data,
+    flipped_header,
+    old_pickled_code,
+    one_byte_short,
+    pickled_code,
+    proof_of,
+    read_or_refuse,
+    truncated,
+    web_page,
+)
+from tests.faults.messages import assert_one_message, run_here
+from tests.faults.runs import CACHE_LATENTS, CACHE_TEXTS, MODELS, TRAIN, TRAIN_ONLY, Undisturbed, as_bytes, assert_same_tensors
+from tests.tiny.wan_dit import tiny_state
+from training.state import ForeignState, SavedState, read_state
+
+TOKENIZER = ("--t5_tokenizer", "model/google/umt5-xxl")
+SMALL = ("--video_size", "32", "32", "--video_length", "5", "--infer_steps", "1")
+GENERATE = ("wan_generate_video.py", *MODELS, *SMALL, *TOKENIZER, "--prompt", "a cat", "--save_path", "made")
+SHORT_TRAINING = (*TRAIN_ONLY, "--output_dir", "made", "--max_train_epochs", "1", *TOKENIZER)
+NEVER_MERGED = ("--save_merged_model", "never.safetensors")
+DAMAGES: dict[str, tuple[str, Damage]] = {
+    "truncated": ("bad.safetensors", truncated),
+    "one byte short": ("bad.safetensors", one_byte_short),
+    "empty": ("bad.safetensors", empty),
+    "a web page": ("bad.safetensors", web_page),
+    "code in a pickle": ("bad.pth", pickled_code),
+    "code in an old pickle": ("bad.pth", old_pickled_code),
+    "code in a pickle named safetensors": ("bad.safetensors", pickled_code),
+    **{f"a bit of the header flipped, {seed}": ("bad.safetensors", flipped_header(seed)) for seed in range(3)},
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """An option that names a file, in a command; where a good file is, and one of another kind."""
+
+    command: tuple[str, ...]
+    good: str  # in the folder of good files
+    wrong: str
+    option: str
+
+
+PLACES = (
+    Place(SHORT_TRAINING, "dit", "vae", "--dit"),
+    Place(GENERATE, "dit", "i2v", "--dit"),
+    Place((*CACHE_LATENTS,), "vae", "t5", "--vae"),
+    Place(GENERATE, "vae", "clip", "--vae"),
+    Place((*CACHE_TEXTS, *TOKENIZER), "t5", "clip", "--t5"),
+    Place(CACHE_LATENTS, "clip", "dit", "--clip"),
+    Place(GENERATE, "lora", "dit", "--lora_weight"),
+    Place(SHORT_TRAINING, "lora", "dit", "--network_weights"),
+    Place(SHORT_TRAINING, "lora", "t5", "--base_weights"),
+    Place(GENERATE, "latent", "vae", "--latent_path"),
+    Place(("merge_lora.py", "--lora_weight", "lora.safetensors", *NEVER_MERGED), "dit", "vae", "--dit"),
+    Place(("merge_lora.py", "--dit", "model/dit.safetensors", *NEVER_MERGED), "lora", "clip", "--lora_weight"),
+    Place(("convert_lora.py", "--target", "other", "--output", "never.safetensors"), "lora", "dit", "--input"),
+)
+
+
+@pytest.fixture(scope="session")
+def good(project: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one good file of each kind, by the names in PLACES."""
+    folder = tmp_path_factory.mktemp("good")
+    for name in ("dit", "vae", "t5", "clip"):
+        shutil.copy(project / "model" / f"{name}.safetensors", folder)
+    save_file(tiny_state("i2v"), folder / "i2v.safetensors")
+    shutil.copy(undisturbed.output / "x.safetensors", folder / "lora.safetensors")
+    shutil.copy(undisturbed.output / "x.safetensors", project / "lora.safetensors")
+    made = folder / "made"
+    code, said = run_here(*GENERATE, "--output_type", "latent", "--save_path", made, folder=project)
+    assert code == 0, said
+    next(made.iterdir()).rename(folder / "latent.safetensors")
+    return folder
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int]]:
+    """All files below a folder with size and time."""
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    return {name: as_bytes(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.command[0]} {place.option}")
+def test_a_bad_file_is_refused_in_one_message(place: Place, damage: str, project: Path, good: Path, tmp_path: Path) -> None:
+    name, make_bad = DAMAGES[damage]
+    make_bad(good / f"{place.good}.safetensors", tmp_path / name)
+    before = everything(project)
+
+    code, said = run_here(*place.command, place.option, tmp_path / name, folder=project)
+
+    assert_one_message(code, said, name)
+    assert not proof_of(tmp_path / name).exists(), "the code in the file was run"
+    assert before.items() <= everything(project).items()
+    assert not (project / "never.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", [*PLACES[:-3], *PLACES[-2:]], ids=lambda place: f"{place.command[0]} {place.option}")
+def test_a_file_of_another_kind_is_refused_in_one_message(place: Place, project: Path, good: Path) -> None:
+    before = everything(project)
+
+    code, said = run_here(*place.command, place.option, good / f"{place.wrong}.safetensors", folder=project)
+
+    assert_one_message(code, said, f"{place.wrong}.safetensors")
+    assert before.items() <= everything(project).items()
+    assert not (project / "never.safetensors").exists()
+
+
+def test_a_lora_is_not_merged_into_a_model_it_does_not_fit(project: Path, good: Path) -> None:
+    code, said = run_here(
+        "merge_lora.py", "--lora_weight", "lora.safetensors", *NEVER_MERGED, "--dit", good / "vae.safetensors", folder=project
+    )
+
+    assert_one_message(code, said, "lora.safetensors does not fit")
+    assert not (project / "never.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.command[0]} {place.option}")
+def test_a_file_that_is_not_there_is_named(place: Place, project: Path, tmp_path: Path) -> None:
+    before = everything(project)
+
+    code, said = run_here(*place.command, place.option, tmp_path / "nothing.safetensors", folder=project)
+
+    assert_one_message(code, said, "nothing.safetensors", remedy=False)
+    assert everything(project) == before
+
+
+def test_damaged_weights_of_a_lora_made_here_are_noticed(project: Path, good: Path, tmp_path: Path) -> None:
+    flipped_data(good / "lora.safetensors", tmp_path / "bad.safetensors")
+
+    code, said = run_here(*GENERATE, "--lora_weight", tmp_path / "bad.safetensors", folder=project)
+
+    assert_one_message(code, said, "bad.safetensors", "checksum")
+
+
+def test_a_flipped_bit_never_changes_a_lora_silently(good: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole, dice, path = read_lora(good / "lora.safetensors"), random.Random(1), tmp_path / "x.safetensors"
+    for _ in range(150):
+        shutil.copy(good / "lora.safetensors", path)
+        flip_any_bit(path, dice)
+        caplog.clear()
+        read = read_or_refuse(read_lora, path)
+        warned = any(record.levelname == "WARNING" for record in caplog.records)
+        assert read is None or warned or bytes_of(read.tensors) == bytes_of(whole.tensors)
+
+
+def test_a_flipped_bit_in_the_header_never_changes_latents_silently(good: Path, tmp_path: Path) -> None:
+    whole, dice, path = load_latents(good / "latent.safetensors"), random.Random(2), tmp_path / "x.safetensors"
+    header = 8 + int.from_bytes((good / "latent.safetensors").read_bytes()[:8], "little")
+    for _ in range(100):
+        content = bytearray((good / "latent.safetensors").read_bytes())
+        content[dice.randrange(header)] ^= 1 << dice.randrange(8)
+        path.write_bytes(bytes(content))
+        read = read_or_refuse(load_latents, path)
+        assert read is None or torch.equal(read.latents, whole.latents)
+
+
+# --- states to resume from --------------------------------------------------------------------------------------------------------
+
+
+def edited(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    """Change what state.json says."""
+
+    def edit(folder: Path) -> None:
+        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        change(record)
+        (folder / "state.json").write_text(json.dumps(record), encoding="utf-8")
+
+    return edit
+
+
+def in_place(damage: Damage, name: str) -> Callable[[Path], None]:
+    """Damage one file of the folder."""
+    return lambda folder: damage(folder / name, folder / name)
+
+
+def foreign(model: Callable[[Path], None], optimizer: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Turn the folder into one as accelerate writes it."""
+
+    def change(folder: Path) -> None:
+        shutil.copy(folder / "network.safetensors", folder.parent / "whole.safetensors")
+        shutil.rmtree(folder)
+        folder.mkdir()
+        model(folder)
+        optimizer(folder)
+
+    return change
+
+
+def pickled_model(folder: Path) -> None:
+    torch.save({"a": Harmful(proof_of(folder))}, folder / "pytorch_model.bin")
+
+
+def whole_model(folder: Path) -> None:
+    shutil.copy(folder.parent / "whole.safetensors", folder / "model.safetensors")
+
+
+def cut_model(folder: Path) -> None:
+    truncated(folder.parent / "whole.safetensors", folder / "model.safetensors")
+
+
+def pickled_optimizer(folder: Path) -> None:
+    torch.save({"state": Harmful(proof_of(folder))}, folder / "optimizer.bin")
+
+
+def nonsense_optimizer(folder: Path) -> None:
+    (folder / "optimizer.bin").write_bytes(b"\x80\x02nonsense")
+
+
+BAD_STATES: dict[str, Callable[[Path], None]] = {
+    "record truncated": in_place(truncated, "state.json"),
+    "record empty": in_place(empty, "state.json"),
+    "record of another step": edited(lambda record: record["progress"].update(step=1)),  # type: ignore[attr-defined]
+    "record without a key": edited(lambda record: record.pop("identity")),
+    "record with another type": edited(lambda record: record.update(parts=[1])),
+    "record of a newer version": edited(lambda record: record.update(version=99)),
+    "record gone": lambda folder: (folder / "state.json").unlink(),
+    "network truncated": in_place(truncated, "network.safetensors"),
+    "network with a flipped bit": in_place(flipped_data, "network.safetensors"),
+    "network gone": lambda folder: (folder / "network.safetensors").unlink(),
+    "optimizer with a flipped bit": in_place(flipped_data, "optimizer.safetensors"),
+    "optimizer with code": in_place(pickled_code, "optimizer.safetensors"),
+    "foreign, the model with code": foreign(pickled_model, lambda folder: None),
+    "foreign, the model cut": foreign(cut_model, lambda folder: None),
+    "foreign, the optimizer with code": foreign(whole_model, pickled_optimizer),
+    "foreign, the optimizer no pickle": foreign(whole_model, nonsense_optimizer),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_STATES)
+def test_a_bad_state_is_refused_in_one_message(fault: str, project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    folder = tmp_path / "bad-state"
+    shutil.copytree(undisturbed.output / "x-state", folder)
+    BAD_STATES[fault](folder)
+    before = everything(tmp_path)
+
+    code, said = run_here(*SHORT_TRAINING, "--resume", folder, folder=project)
+
+    assert_one_message(code, said, "bad-state")
+    assert not proof_of(folder).exists(), "the code in the state was run"
+    assert everything(tmp_path) == before
+
+
+def test_the_state_of_another_run_names_what_differs(project: Path, undisturbed: Undisturbed) -> None:
+    code, said = run_here(*SHORT_TRAINING, "--resume", undisturbed.output / "x-state", "--network_dim", "8", folder=project)
+
+    assert_one_message(code, said, "x-state", "--network_dim: 4 in the state, 8 now")
+
+
+def test_latest_goes_past_a_state_that_was_cut(project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed.output, tmp_path / "out")
+    truncated(undisturbed.output / "x-state" / "network.safetensors", tmp_path / "out" / "x-state" / "network.safetensors")
+
+    code, said = run_here(*TRAIN, "--output_dir", tmp_path / "out", folder=project)
+
+    assert code == 0, said
+    assert "x-state is left out of the search for the latest state" in said
+    for name in ("x.safetensors", "x-state/network.safetensors"):
+        assert_same_tensors(tmp_path / "out" / name, undisturbed.output / name)
+
+
+def told(state: SavedState | ForeignState) -> tuple[object, ...]:
+    """All that a state says."""
+    assert isinstance(state, SavedState)
+    parts = {part: bytes_of(tensors) for part, tensors in state.parts.items()}
+    return state.progress, state.identity, state.habits, state.described, parts
+
+
+def test_a_flipped_bit_never_changes_a_state_silently(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    whole, dice = read_state(undisturbed.output / "x-state"), random.Random(3)
+    for number in range(100):
+        folder = tmp_path / str(number)
+        shutil.copytree(undisturbed.output / "x-state", folder)
+        flip_any_bit(folder / dice.choice(["state.json", "network.safetensors", "optimizer.safetensors"]), dice)
+        read = read_or_refuse(read_state, folder)
+        assert read is None or told(read) == told(whole)

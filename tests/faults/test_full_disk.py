@@ -1,0 +1,145 @@
+"""A disk that fills up: one clear message, what was there before stays whole, and the same command goes on once there is room.
+
+Two kinds: a real small file system, where the system lets an ordinary user mount one; and a limit on the size of a file, which
+fails in the middle of a write and works wherever there are POSIX limits.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.commands import QUIET, ROOT
+from tests.faults.messages import assert_one_message, run_here
+from tests.faults.runs import (
+    CACHE_LATENTS,
+    CACHE_TEXTS,
+    MODELS,
+    TRAIN,
+    Undisturbed,
+    assert_same_caches,
+    assert_same_end,
+    assert_whole,
+    copy_data,
+    visible_files,
+)
+
+GENERATE = (
+    *("wan_generate_video.py", *MODELS, "--prompt", "a cat", "--seed", "1"),
+    *("--video_size", "64", "64", "--video_length", "9", "--infer_steps", "1"),
+)
+# mounts a file system of $1 bytes on folder $2 for the command in the rest; what lies in the folder is carried in and out
+SMALL_DISK = """
+size=$1 disk=$2; shift 2
+kept=$(mktemp -d "$disk.XXXX")
+cp -a "$disk/." "$kept"
+mount -t tmpfs -o size=$size none "$disk" || exit 99
+cp -a "$kept/." "$disk"
+"$@"
+code=$?
+cp -a "$disk" "$kept/after"
+umount "$disk"
+cp -a "$kept/after/." "$disk"
+rm -rf "$kept"
+exit $code
+"""
+RunFull = Callable[[Sequence[object], Path, Path], tuple[int, str]]  # command, folder that is on the full disk, working folder
+
+
+def run_limited(arguments: list[str], folder: Path, before: Callable[[], None] | None = None) -> tuple[int, str]:
+    done = subprocess.run(
+        arguments, cwd=folder, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=600, preexec_fn=before
+    )
+    return done.returncode, done.stderr
+
+
+def python_command(command: Sequence[object]) -> list[str]:
+    script, *arguments = map(str, command)
+    return [sys.executable, str(ROOT / script), *arguments]
+
+
+def small_disk(size_bytes: int) -> RunFull:
+    """Run on a file system of that size. A volume has to keep 1 MiB free beyond each file."""
+
+    def run(command: Sequence[object], disk: Path, folder: Path) -> tuple[int, str]:
+        if shutil.which("unshare") is None:
+            pytest.skip("no unshare")
+        disk.mkdir(parents=True, exist_ok=True)
+        shell = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", str(size_bytes), str(disk)]
+        if run_limited([*shell, "true"], folder)[0] != 0:
+            pytest.skip("this system lets no ordinary user mount a file system")
+        return run_limited([*shell, *python_command(command)], folder)
+
+    return run
+
+
+def small_files(size_bytes: int) -> RunFull:
+    """Run where no file may be larger than that."""
+
+    def run(command: Sequence[object], disk: Path, folder: Path) -> tuple[int, str]:
+        resource = pytest.importorskip("resource")
+        return run_limited(python_command(command), folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes,) * 2))
+
+    return run
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in visible_files(folder)}
+
+
+def hidden(folder: Path) -> list[Path]:
+    """What was left under temporary names."""
+    return [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("full", [small_disk(1_060_000), small_files(2000)], ids=["disk", "file"])
+@pytest.mark.parametrize("command", [CACHE_LATENTS, CACHE_TEXTS], ids=["latents", "texts"])
+def test_caching_on_a_full_disk(command: tuple[str, ...], full: RunFull, project: Path, tmp_path: Path) -> None:
+    config = copy_data(project, tmp_path, cached=True)
+    for stem in ("clip 1", "clip 4"):
+        for path in (tmp_path / "cache").glob(f"{stem}_*"):
+            path.unlink()
+    before = contents(tmp_path / "cache")
+
+    code, said = full([*command, "--dataset_config", config], tmp_path / "cache", project)
+
+    assert_one_message(code, said, str(tmp_path / "cache" / "clip 1_"))
+    assert contents(tmp_path / "cache") == before
+    assert not hidden(tmp_path / "cache")
+    for again in (CACHE_LATENTS, CACHE_TEXTS):
+        assert run_here(*again, "--dataset_config", config, folder=project)[0] == 0
+    assert_same_caches(tmp_path / "cache", project / "cache")
+
+
+@pytest.mark.parametrize("full", [small_disk(1_700_000), small_files(150_000)], ids=["disk", "file"])
+def test_training_on_a_full_disk(full: RunFull, project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [*TRAIN, "--output_dir", str(output)]
+
+    code, said = full(command, output, project)
+
+    assert_one_message(code, said, str(output))
+    assert_whole(output)
+    assert (output / "x-step00000003.safetensors").exists()
+    assert not hidden(output)
+    assert run_here(*command, folder=project)[0] == 0
+    assert_whole(output)
+    assert_same_end(output, undisturbed.output)
+
+
+@pytest.mark.parametrize("full", [small_disk(1_060_000), small_files(6000)], ids=["disk", "file"])
+def test_generation_on_a_full_disk_keeps_the_latents(full: RunFull, project: Path, tmp_path: Path) -> None:
+    output = tmp_path / "made"
+    output.mkdir()
+    (output / "earlier.txt").write_text("a file that was there before", encoding="utf-8")
+
+    code, said = full([*GENERATE, "--save_path", str(output)], output, project)
+
+    assert_one_message(code, said, str(output))
+    assert not hidden(output)
+    assert (output / "earlier.txt").read_text(encoding="utf-8") == "a file that was there before"
+    assert not list(output.glob("*.mp4"))

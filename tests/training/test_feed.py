@@ -1,0 +1,69 @@
+"""Random numbers of a micro-batch follow from the seed and its number in the run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.batches import NO_COMMANDS, BatchOrder, find_items
+from dataset.config import load_dataset_config
+from modules.errors import CacheError
+from tests.training.toy import LATENT, toy_options, write_caches
+from training.feed import Feed, MicroBatches, Randomness
+from training.plan import Plan
+
+
+def micro_batches(folder: Path, seed: int = 3, *arguments: object) -> MicroBatches:
+    order = BatchOrder(find_items(load_dataset_config(folder / "dataset.toml"), "toy", LATENT).items, seed)
+    return MicroBatches(order, LATENT, Randomness(toy_options(folder, *arguments).timesteps, seed), NO_COMMANDS)
+
+
+def test_a_micro_batch_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=5)
+    one, other = micro_batches(tmp_path), micro_batches(tmp_path)
+    first = one[(1, 2)]
+    for key in ((0, 4), (2, 0), (1, 2)):
+        again = other[key]
+
+    assert first.number == again.number == 7
+    assert first.data.batch.keys == again.data.batch.keys
+    for name in ("noise", "sigmas", "timesteps", "weights"):
+        assert torch.equal(getattr(first.data, name), getattr(again.data, name))
+
+
+def test_noise_differs_between_micro_batches_epochs_and_seeds(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=2)
+    batches, other = micro_batches(tmp_path), micro_batches(tmp_path, 4)
+
+    noises = [batches[(0, 0)], batches[(0, 1)], batches[(1, 0)], other[(0, 0)]]
+
+    assert len({tuple(one.data.noise.flatten().tolist()) for one in noises}) == 4
+
+
+def test_timestep_buckets_count_samples_across_batches_and_epochs(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=5, batch_size=2)  # batches of 2, 2 and 1
+    batches = micro_batches(tmp_path, 3, "--timestep_sampling", "uniform", "--num_timestep_buckets", 5)
+
+    for epoch in range(2):
+        sigmas = torch.cat([batches[(epoch, index)].data.sigmas for index in range(3)])
+        assert sorted((sigmas * 5).int().tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_process_gets_its_share_in_order_from_where_it_starts(tmp_path: Path, keep: bool) -> None:
+    write_caches(tmp_path, count=5)
+    plan = Plan(num_batches=5, processes=2, accumulation=1, total_steps=5)
+    feed = Feed(micro_batches(tmp_path), plan, process=1, workers=0, keep_workers=keep, pin_memory=False)
+
+    assert [one.number for one in feed.start(0, 2)] == [3, 6, 8]
+
+
+def test_a_damaged_cache_names_file_and_command_also_from_a_worker(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=2)
+    for path in (tmp_path / "cache").glob("*32_toy.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    feed = Feed(micro_batches(tmp_path), Plan(2, 1, 1, 2), 0, workers=1, keep_workers=False, pin_memory=False)
+
+    with pytest.raises(CacheError, match=r"clip\d_0032x0032_toy(?s:.)*Make it again with") as error:
+        list(feed.start(0, 0))
+    assert "Traceback" not in str(error.value)

@@ -1,0 +1,174 @@
+"""The training loop on a toy family."""
+
+import contextlib
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dataset.batches import BatchOrder, find_items, read_batch
+from dataset.config import load_dataset_config
+from modules.errors import CacheError, UserError
+from modules.flow_matching import add_noise
+from modules.records import Placement
+from networks.adapter import make_network
+from tests.training.toy import LATENT, ToyDit, ToyFamily, same, toy_options, train_toy, write_caches
+from training.feed import Randomness
+from training.loop import take_step
+from training.run import prepared_run, train_network
+
+
+def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
+    """Five micro-batches, three to a step: the second step of each epoch averages over the two that are left."""
+    write_caches(tmp_path, count=5)
+    trained = train_toy(tmp_path, "--gradient_accumulation_steps", 3, "--max_train_steps", 4, "--max_grad_norm", 0.5)
+
+    options, family = toy_options(tmp_path), ToyFamily()
+    dit = family.load_dit(Placement(torch.device("cpu"))).requires_grad_(False)
+    network = make_network(options.network, family.lora_module, dit, seed=3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    order = BatchOrder(find_items(load_dataset_config(tmp_path / "dataset.toml"), "toy", LATENT).items, 3)
+    for epoch in range(2):
+        for group in (range(3), range(3, 5)):
+            for index in group:
+                batch = read_batch(order.epoch(epoch)[index], LATENT)
+                drawn = Randomness(options.timesteps, 3).add(batch, 5 * epoch + index, 5 * epoch + index)
+                latents = batch.tensor("latents") * LATENT.scale
+                noisy = add_noise(latents, drawn.noise, drawn.sigmas)
+                velocity = dit(noisy, drawn.timesteps, batch.tensors["letters"])
+                ((velocity - (drawn.noise - latents)) ** 2).mean().div(len(group)).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    expected = network.module.state_dict()
+    assert trained.keys() == expected.keys()
+    for name, tensor in trained.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_readers_ahead_of_the_loop_change_nothing(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    alone = train_toy(tmp_path)
+
+    assert same(alone, train_toy(tmp_path, "--max_data_loader_n_workers", 2))
+    assert same(alone, train_toy(tmp_path, "--max_data_loader_n_workers", 2, "--persistent_data_loader_workers"))
+
+
+def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat --f 5 --s 2 --d 1\na dog --s 2\n", encoding="utf-8")
+    dropout = ["--network_args", "rank_dropout=0.5", "--validation_split", "0.2"]
+    plain = train_toy(tmp_path, *dropout)
+
+    samples = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 3, "--sample_at_first"]
+    watched = train_toy(tmp_path, *dropout, *samples, "--validate_every_n_steps", 2, "--save_every_n_steps", 1, "--save_state")
+
+    assert same(plain, watched)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    dropout = ["--network_dropout", "0.5", "--network_args", "rank_dropout=0.3", "module_dropout=0.3"]
+
+    assert same(train_toy(tmp_path, *dropout), train_toy(tmp_path, *dropout, "--gradient_checkpointing"))
+
+
+def test_files_and_states_are_named_by_epoch_and_step(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=4)
+
+    train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3, "--save_state")
+
+    names = {"x-000001", "x-step00000003", "x-step00000006", "x"}  # eight steps are two epochs; the last is no epoch file
+    found = {path.name for path in (tmp_path / "output").iterdir()}
+    assert found == {f"{name}.safetensors" for name in names} | {f"{name}-state" for name in names}
+
+
+def test_epochs_replace_steps(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=5)
+    family = ToyFamily()
+
+    train_toy(tmp_path, "--max_train_epochs", 3, "--gradient_accumulation_steps", 2, family=family)
+
+    assert len(family.passes) == 15
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_item(tmp_path: Path) -> None:
+    write_caches(tmp_path, bad=2)
+
+    with pytest.raises(UserError, match=r"step \d+.*clip2"):
+        train_network(ToyFamily(), toy_options(tmp_path, "--save_every_n_steps", 1))
+    assert all(
+        tensor.isfinite().all() for path in (tmp_path / "output").glob("*.safetensors") for tensor in load_file(path).values()
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    write_caches(tmp_path)
+    expected = train_toy(tmp_path, "--output_name", "x")
+    other = [*("--output_dir", tmp_path / "stopped"), "--resume", "latest"]
+
+    def interrupt(passes: int) -> None:
+        if passes == 3:
+            os.kill(os.getpid(), number)
+
+    assert train_network(ToyFamily(watch=interrupt), toy_options(tmp_path, *other)) == 0
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"x-step00000004.safetensors", "x-step00000004-state"}
+
+    assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
+    assert same(expected, load_file(tmp_path / "stopped" / "x.safetensors"))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_missing_caches_are_an_error_with_both_commands(tmp_path: Path) -> None:
+    from dataset.batches import CachingCommands
+
+    write_caches(tmp_path, count=1)
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+
+    with pytest.raises(CacheError, match=r"(?s)do latents.*do texts"):
+        train_network(ToyFamily(), toy_options(tmp_path), CachingCommands("do latents", "do texts"))
+
+
+def test_merged_base_weights_are_where_learning_starts(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path)
+    (tmp_path / "output" / "x.safetensors").rename(tmp_path / "base.safetensors")
+    base = ["--base_weights", tmp_path / "base.safetensors", "--base_weights_multiplier", "2"]
+
+    assert not same(train_toy(tmp_path, "--max_train_steps", 1), train_toy(tmp_path, "--max_train_steps", 1, *base))
+
+
+def test_mixed_precision_trains_float32_factors_of_a_half_precision_model(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    tensors = train_toy(tmp_path, "--mixed_precision", "bf16", "--save_state", family=ToyFamily(dtype=torch.bfloat16))
+
+    state = load_file(tmp_path / "output" / "x-state" / "network.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path: Path) -> None:
+    """fp16's gradient scaler; on the CPU it is put in by hand."""
+    write_caches(tmp_path)
+    weights = {}
+    for scale in (None, 2.0**10, float("inf")):
+        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        with prepared_run(ToyFamily(), toy_options(tmp_path, "--gradient_accumulation_steps", 2)) as prepared:
+            run = replace(prepared, scaler=scaler)
+            with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
+                take_step(run, range(2), micro_batches)
+            weights[scale] = {name: tensor.clone() for name, tensor in run.trainable.modules["network"].state_dict().items()}
+            initial = make_network(run.options.network, "networks.lora_wan", ToyDit(), seed=3).module.state_dict()
+
+    for name, tensor in weights[None].items():
+        torch.testing.assert_close(weights[2.0**10][name], tensor, rtol=1e-5, atol=1e-7)
+    assert same(weights[float("inf")], initial)
+    assert not same(weights[None], initial)

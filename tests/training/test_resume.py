@@ -1,0 +1,225 @@
+"""A run that is killed and resumed ends with the weights of one that was not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modules.errors import CheckpointError, OptionError
+from tests.commands import ROOT, run_python
+from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from training.run import train_network
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing is tidied up by the loop."""
+
+
+def killed_at(count: int) -> ToyFamily:
+    """A family whose run dies at the `count`-th micro-batch."""
+
+    def watch(passes: int) -> None:
+        if passes == count:
+            raise Killed
+
+    return ToyFamily(watch=watch)
+
+
+EVERYTHING = [
+    *("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 3),
+    *("--network_dropout", "0.2", "--network_args", "rank_dropout=0.3", "loraplus_lr_ratio=4", "--scale_weight_norms", "1"),
+    *(
+        "--timestep_sampling",
+        "logsnr",
+        "--num_timestep_buckets",
+        4,
+        "--save_every_n_steps",
+        2,
+        "--save_state",
+        "--resume",
+        "latest",
+    ),
+]
+
+
+@pytest.mark.parametrize("moment", [0, 1, 4, 5, 8, 11])  # before any state, mid-accumulation, mid-epoch, in a short last step
+def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, moment: int) -> None:
+    write_caches(tmp_path, count=5)
+    expected = train_toy(tmp_path, *EVERYTHING)
+    other = [*EVERYTHING, "--output_dir", tmp_path / "killed"]
+
+    with pytest.raises(Killed):
+        train_network(killed_at(moment), toy_options(tmp_path, *other))
+    with pytest.raises(Killed):
+        train_network(killed_at(3), toy_options(tmp_path, *other))  # and once more on the way
+    assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
+
+    assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {path.name for path in (tmp_path / "output").iterdir()}
+
+
+OPTIMIZERS = [
+    ["AdamW", "amsgrad=True"],
+    ["SGD", "momentum=0.9"],
+    ["RAdam"],
+    ["Adafactor"],
+    ["Adafactor", "relative_step=False", "beta1=0.9"],
+    ["AdamW8bit"],
+    ["Lion"],
+    ["Prodigy"],
+    ["AdamWScheduleFree"],
+    ["RAdamScheduleFree"],
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=" ".join)
+def test_every_optimizer_goes_on_with_equal_bytes(tmp_path: Path, optimizer: list[str]) -> None:
+    """Saving at every step must not disturb the run either: schedule-free optimizers keep other weights while they train."""
+    package = {"AdamW8bit": "bitsandbytes", "Lion": "lion_pytorch", "Prodigy": "prodigyopt"}.get(optimizer[0])
+    if optimizer[0].endswith("ScheduleFree"):
+        package = "schedulefree"
+    if package is not None:
+        pytest.importorskip(package)
+    write_caches(tmp_path)
+    which = ["--optimizer_type", optimizer[0], *(["--optimizer_args", *optimizer[1:]] if optimizer[1:] else [])]
+    which += ["--network_dim", "64"]  # bitsandbytes keeps small tensors in 32 bits
+    expected = train_toy(tmp_path, *which)
+    states = [*which, "--output_dir", tmp_path / "killed", "--save_every_n_steps", 1, "--save_state", "--resume", "latest"]
+
+    with pytest.raises(Killed):
+        train_network(killed_at(4), toy_options(tmp_path, *states))
+    assert train_network(ToyFamily(), toy_options(tmp_path, *states)) == 0
+
+    assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
+
+
+def test_a_finished_run_is_made_longer(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=5)
+    expected = train_toy(tmp_path, "--max_train_steps", 9)
+    shorter = ["--output_dir", tmp_path / "short", "--save_state_on_train_end"]
+
+    train_network(ToyFamily(), toy_options(tmp_path, *shorter, "--max_train_steps", 3))
+    train_network(ToyFamily(), toy_options(tmp_path, *shorter, "--max_train_steps", 9, "--resume", tmp_path / "short" / "x-state"))
+
+    assert same(expected, load_file(tmp_path / "short" / "x.safetensors"))
+
+
+def test_without_a_seed_the_resumed_run_takes_the_saved_one(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    options = toy_options(tmp_path, "--save_state", "--resume", "latest")
+    unseeded = type(options)(**{**vars(options), "loop": type(options.loop)(**{**vars(options.loop), "seed": None})})
+    family = killed_at(6)
+
+    with pytest.raises(Killed):
+        train_network(family, unseeded)
+    assert train_network(ToyFamily(), unseeded) == 0
+    assert train_network(ToyFamily(), unseeded) == 0  # at its end: nothing to do, the same files
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--seed", 4], "--seed"),
+        (["--network_dim", 3], "--network_dim"),
+        (["--gradient_accumulation_steps", 2], "--gradient_accumulation_steps"),
+        (["--learning_rate", "1e-3"], "--learning_rate"),
+        (["--optimizer_type", "SGD"], "--optimizer_type"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused_by_their_name(tmp_path: Path, changed: list[object], named: str) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+
+    with pytest.raises(OptionError, match=named):
+        train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest", *changed))
+
+
+def test_a_run_on_other_clips_is_refused(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=5)
+    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+    (tmp_path / "cache" / "clip4_0032x0032_toy.safetensors").unlink()
+
+    with pytest.raises(OptionError, match="--dataset_config"):
+        train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest"))
+
+
+def test_samples_that_a_stopped_epoch_owed_are_made_when_it_goes_on(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=3)
+    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
+    options = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_epochs", 1, "--max_train_steps", 6]
+    options += ["--save_every_n_epochs", 1, "--save_state", "--resume", "latest"]
+
+    def die(_: torch.Tensor) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train_network(ToyFamily(on_decode=die), toy_options(tmp_path, *options))
+    assert train_network(ToyFamily(), toy_options(tmp_path, *options)) == 0
+
+    marks = sorted(path.name.split("_")[1] for path in (tmp_path / "output" / "sample").iterdir())
+    assert marks == ["e000001", "e000002"]
+
+
+def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_zero(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--save_state", "--max_train_steps", 3)
+    network = load_file(tmp_path / "output" / "x-state" / "network.safetensors")
+    modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in network if "alpha" not in name)
+    blocks = [name for block in (0, 1) for part in ("up", "down") for name in modules if name.endswith(f"{block}_{part}")]
+    names = [f"{module}.lora_{part}.weight" for module in blocks for part in ("down", "up")]  # as they stand in the model
+    parameters = [torch.nn.Parameter(network[name]) for name in names]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_file(network, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save(optimizer.state_dict(), folder / "optimizer.bin")
+
+    tensors = train_toy(tmp_path, "--resume", folder, "--max_train_steps", 2, "--learning_rate", "1e-12", "--save_state")
+
+    assert all(torch.allclose(tensors[name], network[name], atol=1e-6) for name in network)
+    assert (tmp_path / "output" / "x-state").exists()
+
+
+def test_code_in_a_foreign_state_is_not_run(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return Path.touch, (tmp_path / "owned",)  # type: ignore[return-value]
+
+    write_caches(tmp_path)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    torch.save({"state": Payload()}, folder / "optimizer.bin")
+
+    with pytest.raises(CheckpointError, match=r"optimizer\.bin"):
+        train_network(ToyFamily(), toy_options(tmp_path, "--resume", folder))
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path: Path) -> None:
+    """Seven micro-batches: the last step of an epoch has three instead of four, two for one process and one for the other."""
+    write_caches(tmp_path, count=7)
+    dropout = ["--network_args", "rank_dropout=0.3", "--max_train_steps", "6", "--validation_split", "0.01", "--save_state"]
+    expected = train_toy(tmp_path, *dropout, "--gradient_accumulation_steps", 4)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]  # "gpu": several
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29611"]
+
+    settings = [*dropout, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two")]
+    run_python(*launch, ROOT / "tests" / "training" / "train_toy.py", tmp_path, *settings, environment={"PYTHONPATH": str(ROOT)})
+
+    found = load_file(tmp_path / "two" / "x.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    alone = [*dropout, "--gradient_accumulation_steps", 4, "--max_train_steps", 7, "--resume", tmp_path / "two" / "x-state"]
+    assert train_network(ToyFamily(), toy_options(tmp_path, *alone)) == 0  # another spread over processes is no other run

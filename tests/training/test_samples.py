@@ -1,0 +1,130 @@
+"""Samples while training: what is asked for, when, and under which names."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from generation.sections import make_latents
+from generation.session import encode_texts
+from modules.errors import OptionError
+from modules.media import read_image, video_info
+from modules.records import Placement
+from networks.adapter import make_network
+from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
+from training.run import train_network
+from training.samples import is_due_after_epoch, is_due_at_step, sample_request
+
+PROMPTS = "a cat --w 40 --h 70 --f 7 --d 11 --s 2\n# no prompt\na dog --s 2\n"
+
+
+def write_prompts(folder: Path, text: str = PROMPTS) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_line_without_options_asks_for_the_documented_defaults() -> None:
+    request = sample_request({"prompt": "a dog"}, ToyFamily())
+
+    assert (request.width, request.height, request.frames, request.steps, request.flow_shift) == (256, 256, 1, 20, 14.5)
+    assert request.guidance_scale is None  # the family's own
+    assert request.negative_prompt is None
+
+
+def test_sizes_are_rounded_down_to_what_can_be_made() -> None:
+    entry: dict[str, Any] = {"prompt": "", "width": 40, "height": 10, "frame_count": 7, "sample_steps": 2000}
+
+    request = sample_request(entry, ToyFamily())
+
+    assert (request.width, request.height, request.frames, request.steps) == (32, 16, 5, 1000)
+
+
+def test_every_option_of_a_prompt_arrives() -> None:
+    entry = {
+        **{"prompt": "p", "seed": 4, "cfg_scale": 2, "guidance_scale": 3.5, "discrete_flow_shift": 5, "negative_prompt": "n"},
+        **{"image_path": "a.png", "control_video_path": "c.mp4", "control_image_path": ["d.png", "e.png"], "one_frame": "default"},
+    }
+
+    request = sample_request(entry, ToyFamily())
+
+    assert (request.seed, request.guidance_scale, request.embedded_guidance, request.flow_shift) == (4, 2.0, 3.5, 5.0)
+    assert (request.negative_prompt, request.image_path, request.control_path) == ("n", Path("a.png"), Path("c.mp4"))
+    assert request.extra == {"one_frame": "default", "control_image_path": "d.png\ne.png"}
+
+
+def test_times_of_samples(tmp_path: Path) -> None:
+    times = ["--sample_prompts", "p.txt", "--sample_every_n_steps", 3, "--sample_every_n_epochs", 2]
+    options = toy_options(tmp_path, *times).samples
+
+    assert [step for step in range(10) if is_due_at_step(options, step)] == [3, 6, 9]
+    assert [epoch for epoch in range(1, 6) if is_due_after_epoch(options, epoch)] == [2, 4]
+    assert is_due_at_step(replace(options, sample_at_first=True), 0)
+
+
+def test_files_are_named_by_epoch_or_step_prompt_time_and_seed(tmp_path: Path) -> None:
+    """Four steps an epoch, samples every third: at step 12 both are due and only the step's are made."""
+    write_caches(tmp_path, count=4)
+    times = ["--sample_every_n_steps", 3, "--sample_every_n_epochs", 1, "--sample_at_first", "--max_train_steps", 12]
+
+    train_toy(tmp_path, "--sample_prompts", write_prompts(tmp_path), *times)
+
+    names = [path.name for path in (tmp_path / "output" / "sample").iterdir()]
+    found = [re.fullmatch(r"x_(e?\d{6})_(\d\d)_(\d{14})(_11\.mp4|_000\.png)", name) for name in names]
+    assert all(found)
+    marks = ["e000000", "000003", "e000001", "000006", "e000002", "000009", "000012"]
+    kinds = {("00", "_11.mp4"), ("01", "_000.png")}
+    assert {(match[1], match[2], match[4]) for match in found if match} == {(mark, *kind) for mark in marks for kind in kinds}
+
+
+def test_a_video_has_the_size_and_frames_asked_for_and_a_single_frame_is_a_picture(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=4)
+
+    train_toy(tmp_path, "--sample_prompts", write_prompts(tmp_path), "--sample_every_n_steps", 8)
+
+    (video,), (picture,) = ((tmp_path / "output" / "sample").glob(pattern) for pattern in ("*.mp4", "*.png"))
+    info = video_info(video)
+    assert (info.width, info.height, info.frames, info.fps) == (32, 64, 5, 16.0)
+    assert read_image(picture).shape == (256, 256, 3)
+
+
+def test_a_sample_is_what_generation_makes_from_the_same_lora(tmp_path: Path) -> None:
+    decoded: list[torch.Tensor] = []
+    write_caches(tmp_path, count=4)
+    prompts = write_prompts(tmp_path, "a cat --w 32 --h 32 --f 5 --d 11 --s 4 --fs 3 --l 4 --n ugly")
+
+    family = ToyFamily(on_decode=decoded.append)
+    train_toy(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 8, family=family)
+
+    cpu = torch.device("cpu")
+    request = family.prepare(family.requests[0])
+    dit = family.load_dit(Placement(cpu)).eval()
+    network = make_network(toy_options(tmp_path).network, family.lora_module, dit, seed=99)
+    network.load_weights(tmp_path / "output" / "x.safetensors")
+    network.module.eval()
+    (texts,) = encode_texts(family, [request], cpu)
+    latents = make_latents(family, lambda _: dit, request, texts, {0: {}}, cpu)
+    torch.testing.assert_close(decoded[0], latents, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_that_cannot_be_made_is_reported_and_the_others_keep_their_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_caches(tmp_path)
+    prompts = write_prompts(tmp_path, "impossible\na dog --d 1 --s 2 --w 32 --h 32")
+
+    train_toy(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 8)
+
+    assert "prompt 0 is skipped: this cannot be made" in caplog.text
+    (name,) = (path.name for path in (tmp_path / "output" / "sample").iterdir())
+    assert name.startswith("x_000008_01_")
+
+
+def test_a_missing_prompt_file_ends_the_run_before_the_network_is_loaded(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    with pytest.raises(OptionError, match="sample_prompts"):
+        train_network(ToyFamily(), toy_options(tmp_path, "--sample_prompts", tmp_path / "no.txt", "--sample_at_first"))

@@ -1,0 +1,120 @@
+"""The validation loss: fixed noise and timesteps, so that its values can be compared."""
+
+import logging
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.batches import NO_COMMANDS, find_items, split_validation
+from dataset.config import load_dataset_config
+from modules.errors import DatasetError, OptionError
+from modules.records import Placement
+from tests.training.toy import LATENT, ToyFamily, toy_options, train_toy, write_caches
+from training.run import train_network
+from training.validation import Validation
+
+CPU = torch.device("cpu")
+
+
+def made(folder: Path, process: int = 0, processes: int = 1, split: float = 0.4) -> tuple[Validation, torch.nn.Module]:
+    family = ToyFamily()
+    found = find_items(load_dataset_config(folder / "dataset.toml"), "toy", LATENT).items
+    _, items = split_validation(found, split)
+    timesteps = toy_options(folder).timesteps
+    return Validation(family, items, timesteps, NO_COMMANDS, CPU, process, processes), family.load_dit(Placement(CPU))
+
+
+def test_two_measurements_of_one_network_are_equal(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    validation, dit = made(tmp_path)
+
+    first = validation.measure(dit, nullcontext)
+    torch.rand(5)
+
+    assert validation.measure(dit, nullcontext) == first
+
+
+def test_bands_go_from_little_to_much_noise_and_their_mean_is_the_loss(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    validation, dit = made(tmp_path)
+
+    losses = validation.measure(dit, nullcontext)
+
+    bands = [f"validation/loss_{timestep}" for timestep in (100, 300, 500, 700, 900)]
+    assert list(losses) == ["validation/loss", *bands]
+    assert losses["validation/loss"] == pytest.approx(sum(losses[band] for band in bands) / 5)
+
+
+def test_shares_of_two_processes_cover_all_items_once(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=6)
+    whole, dit = made(tmp_path, split=0.5)
+
+    sums = [[whole._losses(item, dit, nullcontext) for item in whole.items[process::2]] for process in range(2)]
+
+    mean = torch.tensor([*sums[0], *sums[1]], dtype=torch.float64).mean(0)
+    assert mean.mean().item() == pytest.approx(whole.measure(dit, nullcontext)["validation/loss"], rel=1e-6)
+
+
+def losses_in(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"Step (\d+): validation/loss ([\d.]+),", text)
+
+
+def test_it_is_measured_at_the_start_and_every_n_steps_the_same_for_every_seed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_caches(tmp_path)
+    firsts = []
+    for seed in (1, 2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            train_toy(tmp_path, "--seed", seed, "--validation_split", "0.4", "--validate_every_n_steps", 3)
+        found = losses_in(caplog.text)
+        assert [step for step, _ in found] == ["0", "3", "6"]
+        firsts.append(found[0][1])
+    assert firsts[0] == firsts[1]
+
+
+def test_without_a_number_of_steps_it_is_measured_after_every_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_caches(tmp_path, count=5)
+
+    with caplog.at_level(logging.INFO):
+        train_toy(tmp_path, "--validation_split", "0.2")  # four are left to train on
+
+    assert [step for step, _ in losses_in(caplog.text)] == ["0", "4", "8"]
+
+
+def test_it_falls_where_the_network_learns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_caches(tmp_path)
+
+    with caplog.at_level(logging.INFO):
+        train_toy(
+            tmp_path,
+            "--validation_split",
+            "0.4",
+            "--max_train_steps",
+            60,
+            "--validate_every_n_steps",
+            60,
+            "--learning_rate",
+            "0.02",
+        )
+
+    (_, before), (_, after) = losses_in(caplog.text)
+    assert float(after) < float(before)
+
+
+def test_a_table_marked_for_validation_is_not_trained_on(tmp_path: Path) -> None:
+    write_caches(tmp_path, more="validation = true")
+
+    with pytest.raises(DatasetError, match="validation = true"):
+        train_network(ToyFamily(), toy_options(tmp_path))
+
+
+def test_steps_without_anything_to_validate_on_are_refused(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    with pytest.raises(OptionError, match="--validation_split"):
+        train_network(ToyFamily(), toy_options(tmp_path, "--validate_every_n_steps", 2))

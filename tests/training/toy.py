@@ -1,0 +1,211 @@
+"""A toy family that trains in milliseconds, its caches on disk, and runs of the whole training on them."""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modules.atomic_write import save_tensors
+from modules.errors import OptionError
+from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.options import read_options
+from modules.records import (
+    NO_TWEAKS,
+    Batch,
+    CacheEntry,
+    Conditions,
+    EncodedPrompts,
+    MediaBatch,
+    MediaEncoders,
+    Placement,
+    Prompt,
+    Prompts,
+    Request,
+    Section,
+    Tweaks,
+)
+from training.options import TrainingOptions, read_arguments, training_parser
+from training.run import train_network
+
+LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.5)
+WIDTH = 8
+
+
+class WanAttentionBlock(nn.Module):
+    """Its name is what networks.lora_wan looks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x + text)))  # B L C
+
+
+class ToyDit(nn.Module):
+    """Every latent pixel is a token; the text and the timestep are added to all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(LATENT.channels, WIDTH)
+        self.blocks = nn.ModuleList(WanAttentionBlock() for _ in range(2))
+        self.head = nn.Linear(WIDTH, LATENT.channels)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, text: Sequence[Tensor]) -> Tensor:
+        x = self.embed(noisy.flatten(2).transpose(1, 2))  # B L C
+        added = torch.stack([one.mean() for one in text]) + timesteps / 1000
+        for block in self.blocks:
+            x = block(x, added.view(-1, 1, 1).to(x.dtype))
+        return self.head(x).transpose(1, 2).view_as(noisy).float()
+
+
+class ToyVae(nn.Module):
+    """Every latent pixel is one picture of 8 x 8 pixels; latent frames after the first are four."""
+
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        pixels = latents[:, :1].clamp(-1, 1).repeat(1, 3, 1, 1, 1).repeat_interleave(8, 3).repeat_interleave(8, 4)
+        for index, frame in enumerate(pixels.split(1, dim=2)):
+            yield frame if index == 0 else frame.repeat_interleave(4, 2)
+
+
+class ToyTextEncoder:
+    """A text becomes its length."""
+
+    name = "letters"
+    variable_length = frozenset({"letters"})
+    identity: Mapping[str, str] = {"letters": "1"}
+
+    def load(self, device: torch.device) -> None: ...
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        return [{"letters": [torch.full((1, 1), len(prompt.text) / 100)]} for prompt in prompts]
+
+    def free(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ToyFamily:
+    """Text to video. `watch` is called before every training pass with the number of those before it, `on_decode` with latents."""
+
+    watch: Callable[[int], None] = lambda _: None
+    on_decode: Callable[[Tensor], None] = lambda _: None
+    dtype: torch.dtype = torch.float32
+    name: str = "toy"
+    cache_tag: str = "toy"
+    lora_module: str = "networks.lora_wan"
+    latent: LatentSpec = LATENT
+    dit: DitSpec = DitSpec(("blocks",))
+    defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
+    experts: tuple[float, ...] = (0.0,)
+    media_identity: Mapping[str, str] = field(default_factory=dict)
+    passes: list[bool] = field(default_factory=list)  # one for each pass: with gradients
+    requests: list[Request] = field(default_factory=list)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return {"architecture": "toy"}
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        return [ToyTextEncoder()]
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        return MediaEncoders(ToyVae())
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        raise NotImplementedError
+
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        return ()
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            dit = ToyDit()
+        if placement.patch is not None:
+            for name, parameter in dit.named_parameters():
+                parameter.data = placement.patch(name, parameter.data)
+        return dit.to(placement.device, self.dtype)
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        return {"letters": batch.tensors["letters"]}
+
+    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
+        if torch.is_grad_enabled():
+            self.watch(sum(self.passes))
+        self.passes.append(torch.is_grad_enabled())
+        return dit(noisy.to(self.dtype), timesteps, cond["letters"])
+
+    def prepare(self, request: Request) -> Request:
+        if request.prompt == "impossible":
+            raise OptionError("this cannot be made")
+        self.requests.append(request)
+        scale = 5.0 if request.guidance_scale is None else request.guidance_scale
+        return replace(request, solver="euler", fps=16.0, guidance_scale=scale, negative_prompt=request.negative_prompt or "bad")
+
+    def prompts(self, request: Request) -> Mapping[int, Prompts]:
+        return {0: Prompts(Prompt(request.prompt), Prompt(request.negative_prompt or ""))}
+
+    def needs_media(self, request: Request) -> bool:
+        return False
+
+    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
+        return {0: {}}
+
+    def sections(
+        self,
+        request: Request,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        shape = self.latent.shape(request.frames or 1, request.height or 32, request.width or 32)
+        return (yield prompts[0].section(noise.draw(shape), inputs[0]))
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        self.on_decode(latents)
+        yield from encoders.vae.decode(latents)
+
+
+_: type[Family] = ToyFamily
+
+
+def write_caches(folder: Path, count: int = 5, batch_size: int = 1, more: str = "", bad: int | None = None) -> Path:
+    """Caches of `count` pictures and the dataset file. bad: the latents of this one are not finite."""
+    generator = torch.Generator().manual_seed(1)
+    for index in range(count):
+        latents = torch.randn(2, 1, 4, 4, generator=generator) + index
+        if index == bad:
+            latents[0, 0, 0, 0] = torch.inf
+        save_tensors(folder / "cache" / f"clip{index}_0032x0032_toy.safetensors", {"latents_1x4x4_float32": latents})
+        text = torch.full((index + 1, 1), 0.1 * index)
+        save_tensors(folder / "cache" / f"clip{index}_toy_te.safetensors", {"varlen_letters_float32": text})
+    path = folder / "dataset.toml"
+    here = folder.as_posix()
+    table = f'[[datasets]]\nimage_directory = "{here}/images"\ncache_directory = "{here}/cache"\n{more}\n'
+    path.write_text(f"[general]\nresolution = [32, 32]\nbatch_size = {batch_size}\n{table}", encoding="utf-8")
+    return path
+
+
+def toy_options(folder: Path, *arguments: object) -> TrainingOptions:
+    """Options as from a command line; output goes to `folder`/output under the name x."""
+    usual = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output", "--output_name", "x", "--seed", 3]
+    usual += ["--learning_rate", "1e-2", "--max_train_steps", 8, "--max_data_loader_n_workers", 0]
+    parser = training_parser("")
+    return read_options(TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {}))
+
+
+def train_toy(folder: Path, *arguments: object, family: Any = None) -> dict[str, Tensor]:
+    """Train the whole way; returns the tensors of the final file."""
+    assert train_network(family or ToyFamily(), toy_options(folder, *arguments)) == 0
+    return load_file(folder / "output" / "x.safetensors")
+
+
+def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether all tensors are equal to the bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
