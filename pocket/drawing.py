@@ -144,7 +144,9 @@ def outline(form: str) -> Sequence[NDArray[np.float64]]:
         case "cross":
             a, b = 0.17, 0.5
             return [
-                np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)])
+                np.array(
+                    [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+                )
             ]
     raise KeyError(form)
 

@@ -72,7 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def model_options(folder: Path) -> list[str]:
     """The options of wan_generate_video.py that name the pocket model in a folder."""
-    return ["--task", "t2v-1.3B", *(part for name in ("dit", "vae", "t5") for part in (f"--{name}", str(folder / f"{name}.safetensors")))]
+    return [
+        "--task",
+        "t2v-1.3B",
+        *(part for name in ("dit", "vae", "t5") for part in (f"--{name}", str(folder / f"{name}.safetensors"))),
+    ]
 
 
 def some_prompts(count: int, first_seed: int) -> dict[int, Asked]:

@@ -122,7 +122,14 @@ def dit_options(settings: Settings, dataset: Path, start: Path, vae: Path, t5: P
     output = settings.work / "dit"
     models = ["--task", "t2v-1.3B", "--dit", str(start), "--vae", str(vae), "--t5", str(t5), "--sdpa"]
     times = ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--mixed_precision", settings.precision]
-    learning = ["--optimizer_type", "pocket.muon.Muon", "--learning_rate", str(settings.rate), "--max_train_steps", str(settings.steps)]
+    learning = [
+        "--optimizer_type",
+        "pocket.muon.Muon",
+        "--learning_rate",
+        str(settings.rate),
+        "--max_train_steps",
+        str(settings.steps),
+    ]
     schedule = ["--lr_scheduler", "warmup_stable_decay", "--lr_warmup_steps", "0.02", "--lr_decay_steps", "0.4"]
     saving = ["--save_every_n_steps", "250", "--save_last_n_steps", "500", "--save_state", "--save_precision", "float"]
     names = ["--output_dir", str(output), "--output_name", "trained", "--logging_dir", str(settings.work / "logs")]

@@ -100,7 +100,9 @@ def example(random: np.random.Generator, tokenizer: Tokenizer) -> Example:
     border = text.index(" and ") if len(scene.things) > 1 else len(text)
     owners = [int(start >= border and end > start) for start, end in encoding.offsets]
     classes = {
-        name: torch.tensor([HEADS[name].index(value) if value in HEADS[name] else ABSENT for value in (values[own] for own in owners)])
+        name: torch.tensor(
+            [HEADS[name].index(value) if value in HEADS[name] else ABSENT for value in (values[own] for own in owners)]
+        )
         for name, values in told.items()
     }
     return Example(torch.tensor(encoding.ids), classes)

@@ -5,10 +5,11 @@ Once the encoder has stopped learning its latents are final: they can be cached 
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -69,7 +70,7 @@ def config(width: int = WIDTH) -> VaeConfig:
 def train(folder: Path, clips: Mapping[str, Path], phases: tuple[Phase, ...] = PHASES, seed: int = 0, every: int = 200) -> Path:
     """Train from nothing, or on from `folder`/vae_state.pt; returns the path of the finished vae.safetensors in `folder`.
 
-    clips: real footage. The file `encoder_final.safetensors` appears when the encoder has stopped learning. every: steps between states.
+    clips: real footage. `encoder_final.safetensors` appears when the encoder has stopped learning. every: steps between states.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -94,7 +95,9 @@ def train(folder: Path, clips: Mapping[str, Path], phases: tuple[Phase, ...] = P
         step += 1
         if step % every == 0 or step == total:
             quality = measure(vae, source)
-            logger.info("%s %d/%d loss %.4f %s", phase.name, step, total, loss, " ".join(f"{k} {v:.1f}" for k, v in quality.items()))
+            logger.info(
+                "%s %d/%d loss %.4f %s", phase.name, step, total, loss, " ".join(f"{k} {v:.1f}" for k, v in quality.items())
+            )
             with atomic_path(state_path) as temporary:
                 torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
             save_tensors(folder / "vae.safetensors", _half(vae))
@@ -140,7 +143,9 @@ def any_scene(random: np.random.Generator) -> drawing.Scene:
     for each in scene.things:
         colour = tuple(random.integers(0, 256, 3).tolist())
         form = drawing.pick(random, drawing.FORMS)
-        things.append(drawing.Thing(each.colour, form, each.direction, each.speed, each.width, colour, each.pixels, each.start, each.velocity))
+        things.append(
+            drawing.Thing(each.colour, form, each.direction, each.speed, each.width, colour, each.pixels, each.start, each.velocity)
+        )
     ground = tuple(random.integers(0, 256, 3).tolist()) if random.uniform() < 0.3 else scene.ground_rgb
     return drawing.Scene(tuple(things), scene.ground, ground)
 
@@ -184,7 +189,7 @@ def fitted(frame: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
     height, width = frame.shape[:2]
     scale = short_side / min(height, width)
     size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
-    return drawing.cv2.resize(frame, size, interpolation=drawing.cv2.INTER_AREA)
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
 def _middle(frames: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
@@ -202,9 +207,7 @@ def _phase_at(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
     raise ValueError("after the last phase")
 
 
-def _step(
-    vae: WanVae, optimizer: torch.optim.Optimizer, phase: Phase, position: int, pixels: Tensor, step: int
-) -> float:
+def _step(vae: WanVae, optimizer: torch.optim.Optimizer, phase: Phase, position: int, pixels: Tensor, step: int) -> float:
     fall = 0.5 + 0.5 * math.cos(math.pi * position / phase.steps)
     warm = min(1.0, (position + 1) / 50)
     for group in optimizer.param_groups:
