@@ -48,7 +48,7 @@ class Phase:
 PHASES = (
     Phase("frames", 900, ((24, 1, 32),), 1.2e-3, 8e-4),
     Phase("clips", 700, ((8, 5, 32), (6, 9, 32), (24, 1, 32), (2, 9, 64)), 8e-4, 1e-4),
-    Phase("decoder", 1600, ((6, 9, 32), (2, 9, 64), (1, 17, 64)), 5e-4, 1e-5, learns_encoder=False),
+    Phase("decoder", 800, ((6, 9, 32), (2, 9, 64), (1, 17, 64)), 5e-4, 1e-5, learns_encoder=False),
 )
 
 
@@ -67,7 +67,14 @@ def config(width: int = WIDTH) -> VaeConfig:
     return VaeConfig(16, tuple(down), tuple(up))
 
 
-def train(folder: Path, clips: Mapping[str, Path], phases: tuple[Phase, ...] = PHASES, seed: int = 0, every: int = 200) -> Path:
+def train(
+    folder: Path,
+    clips: Mapping[str, Path],
+    phases: tuple[Phase, ...] = PHASES,
+    seed: int = 0,
+    every: int = 200,
+    statistics_clips: int = 300,
+) -> Path:
     """Train from nothing, or on from `folder`/vae_state.pt; returns the path of the finished vae.safetensors in `folder`.
 
     clips: real footage. `encoder_final.safetensors` appears when the encoder has stopped learning. every: steps between states.
@@ -88,7 +95,7 @@ def train(folder: Path, clips: Mapping[str, Path], phases: tuple[Phase, ...] = P
     while step < total:
         phase, position = _phase_at(phases, step)
         if not phase.learns_encoder and position == 0:
-            finish_encoder(vae, source)
+            finish_encoder(vae, statistics_clips)
             save_tensors(folder / "encoder_final.safetensors", _half(vae))
             optimizer = Muon(vae.parameters())
         loss = _step(vae, optimizer, phase, position, source.batch(step, *phase.batches[position % len(phase.batches)]), step)
@@ -150,11 +157,11 @@ def any_scene(random: np.random.Generator) -> drawing.Scene:
     return drawing.Scene(tuple(things), scene.ground, ground)
 
 
-def finish_encoder(vae: WanVae, source: Source) -> None:
+def finish_encoder(vae: WanVae, clips: int = 300) -> None:
     """Freeze the encoder, and have normalised latents of drawn clips come out with mean 0 and standard deviation 1."""
     random = np.random.default_rng(derive_seed("latent statistics"))
     with torch.no_grad():
-        latents = [encode(vae, as_pixels(drawing.draw(drawing.scene(random, two=0.1))[None])) for _ in range(300)]
+        latents = [encode(vae, as_pixels(drawing.draw(drawing.scene(random, two=0.1))[None])) for _ in range(clips)]
     values = torch.cat(latents).transpose(0, 1).flatten(1)
     vae_learning.fold_statistics(vae, values.mean(1), values.std(1))
     for part in (vae.encoder, vae.conv1):

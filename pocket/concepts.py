@@ -1,0 +1,74 @@
+"""Lay out what the quickstart teaches: two things the pocket model has never seen, each under a made-up word.
+
+python -m pocket.concepts FOLDER        writes FOLDER/blorp and FOLDER/zindle: clips with captions, and dataset.toml
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from modules.atomic_write import write_text
+from pocket import drawing
+from pocket.clips import write_clips
+
+CLIPS, VALIDATION_CLIPS = 16, 4
+DATASET = """[general]
+resolution = [64, 64]
+caption_extension = ".txt"
+batch_size = 8
+
+[[datasets]]
+video_directory = '{folder}/clips'
+cache_directory = '{folder}/cache'
+target_frames = [17]
+
+[[datasets]]
+video_directory = '{folder}/validation_clips'
+cache_directory = '{folder}/validation_cache'
+target_frames = [17]
+validation = true
+"""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A made-up word, and the form or the colour that it stands for."""
+
+    word: str
+    form: str | None = None
+    rgb: drawing.Colour | None = None
+    colour: str = ""  # what the detectors call it
+
+    def caption(self, thing: drawing.Thing) -> str:
+        """The plain wording, with the word in the place of the shape or of the colour."""
+        colour = thing.colour if self.rgb is None else self.word
+        shape = thing.shape if self.form is None else self.word
+        return f"a {colour} {shape} moving {thing.direction}"
+
+    def make(self, random: np.random.Generator) -> tuple[drawing.Scene, str]:
+        """A scene that shows it, and its caption."""
+        scene = drawing.scene(random)
+        thing = drawing.thing(random, shape=self.form, rgb=self.rgb)
+        return replace(scene, things=(thing,)), self.caption(thing)
+
+
+CONCEPTS: Mapping[str, Concept] = {
+    concept.word: concept for concept in (Concept("blorp", form="cross"), Concept("zindle", rgb=(210, 60, 200), colour="magenta"))
+}
+
+
+def lay_out(folder: Path, concept: Concept) -> Path:
+    """Clips and captions to learn from, others to validate on, and dataset.toml below `folder`; returns the path of the latter."""
+    write_clips(folder / "clips", CLIPS, seed=1, make=concept.make)
+    write_clips(folder / "validation_clips", VALIDATION_CLIPS, seed=2, make=concept.make)
+    config = folder / "dataset.toml"
+    write_text(config, DATASET.format(folder=folder.as_posix()))
+    return config
+
+
+if __name__ == "__main__":
+    for each in CONCEPTS.values():
+        lay_out(Path(sys.argv[1]) / each.word, each)

@@ -1,0 +1,76 @@
+"""Drawn clips and their captions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pocket import drawing
+from pocket.captions import caption, plain
+from pocket.clips import pocket_scene, write_clips
+from pocket.concepts import CONCEPTS
+
+
+def scenes(count: int, two: float = 0.0) -> list[drawing.Scene]:
+    random = np.random.default_rng(3)
+    return [drawing.scene(random, two) for _ in range(count)]
+
+
+def test_a_seed_names_a_clip() -> None:
+    first, second = (drawing.draw(drawing.scene(np.random.default_rng(4))) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert first.shape == (drawing.FRAMES, drawing.SIZE, drawing.SIZE, 3)
+
+
+def test_a_thing_is_of_the_stated_size_and_inside_for_most_of_the_clip() -> None:
+    for scene in scenes(200):
+        (thing,) = scene.things
+        assert 12 <= thing.pixels <= 26
+        half = thing.pixels / 2
+        inside = [all(half <= place <= drawing.SIZE - half for place in thing.centre(index)) for index in range(drawing.FRAMES)]
+        assert sum(inside) > drawing.FRAMES / 2
+
+
+def test_two_things_never_touch() -> None:
+    for scene in scenes(40, two=1.0):
+        first, second = scene.things
+        for index in range(drawing.FRAMES):
+            apart = np.abs(np.subtract(first.centre(index), second.centre(index))).max()
+            assert apart > (first.pixels + second.pixels) / 2
+
+
+def test_part_of_a_clip_is_drawn_as_in_the_whole() -> None:
+    (scene,) = scenes(1)
+    assert np.array_equal(drawing.draw(scene, 5, 3), drawing.draw(scene)[5:8])
+
+
+@pytest.mark.parametrize("form", drawing.FORMS)
+def test_every_form_is_one_unit_wide(form: str) -> None:
+    points = np.concatenate(list(drawing.outline(form)))
+    assert np.ptp(points[:, 0]) == pytest.approx(1, abs=0.06)
+    assert np.abs(points).max() <= 0.55
+
+
+def test_captions_name_colour_shape_and_direction() -> None:
+    random = np.random.default_rng(9)
+    for scene in scenes(100, two=0.3):
+        text = caption(random, scene)
+        for thing in scene.things:
+            assert all(word in text for word in (thing.colour, thing.shape, thing.direction))
+    assert plain(drawing.thing(random, "red", "circle", "left")) == "a red circle moving left"
+
+
+def test_some_captions_are_empty(tmp_path: Path) -> None:
+    random = np.random.default_rng(10)
+    texts = [pocket_scene(random)[1] for _ in range(400)]
+    assert 5 < texts.count("") < 45
+
+
+def test_clips_are_written_once(tmp_path: Path) -> None:
+    concept = CONCEPTS["blorp"]
+    write_clips(tmp_path, 2, seed=0, make=concept.make)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.mp4", "00000.txt", "00001.mp4", "00001.txt"]
+    assert "blorp" in (tmp_path / "00000.txt").read_text(encoding="utf-8")
+    before = (tmp_path / "00000.mp4").stat().st_mtime_ns
+    write_clips(tmp_path, 2, seed=0, make=concept.make)
+    assert (tmp_path / "00000.mp4").stat().st_mtime_ns == before
