@@ -31,8 +31,7 @@ def main() -> None:
     started = time.monotonic()
     say("Setting up the environment (the first time this downloads PyTorch)")
     python = prepare_environment(packages=["scikit-video>=1.1.11"])
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
+    clear(FOLDER)
     (FOLDER / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     (FOLDER / "sample_prompts.txt").write_text(SAMPLE, encoding="utf-8")
     runner = Runner(python)
@@ -50,6 +49,16 @@ def main() -> None:
     (FOLDER / "commands.json").write_text(json.dumps(runner.commands), encoding="utf-8")
     runner.run("Checking the results and writing the report", ["-m", "pocket.report", "quickstart"])
     say(f"Done in {time.monotonic() - started:.0f} s. Open {FOLDER / 'report.html'}")
+
+
+def clear(folder: Path) -> None:
+    """An empty folder in place of what an earlier run left. Raises UserError where something in it cannot be removed."""
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be emptied ({error}). Close the programs that show files in it and run again.") from None
 
 
 def training_command() -> list[str]:
