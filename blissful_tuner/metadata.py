@@ -1,5 +1,7 @@
 """What an output says about how it was made: `bt_*` texts in latent files, PNG and Matroska, with the known tools' keys."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 
 from modules.records import Request
@@ -37,9 +39,16 @@ def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value.replace("\r\n", "\n").replace("\n", "\\n") for key, value in metadata.items()}
 
 
-def number_in(metadata: Mapping[str, str], name: str) -> float | None:
-    """The number stored as `bt_{name}`, or None where there is none."""
+def seed_in(metadata: Mapping[str, str]) -> int:
+    """The seed that is stored, 0 where there is none. Not read as a float: that would round seeds above 2^53."""
+    text = metadata.get("bt_seeds", "").strip()
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
+
+
+def frame_rate_in(metadata: Mapping[str, str]) -> float | None:
+    """The frame rate that is stored, or None where there is none."""
     try:
-        return float(metadata[f"bt_{name}"])
+        rate = float(metadata["bt_fps"])
     except (KeyError, ValueError):
         return None
+    return rate if 0 < rate < math.inf else None

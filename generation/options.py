@@ -15,7 +15,7 @@ from blissful_tuner.options import (
 from modules.errors import OptionError
 from modules.options import refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
-from networks.options import LoraOptions, LoraPatternOptions, add_lora_arguments, add_lora_pattern_arguments
+from networks.options import LoraOptions, LoraPatternOptions, add_lora_arguments, add_lora_pattern_arguments, require_files
 
 LATENT_OUTPUTS = ("latent", "both")
 
@@ -38,6 +38,10 @@ class RequestOptions:
     image_path: Path | None
     end_image_path: Path | None
     control_path: Path | None
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0:
+            raise OptionError(f"--fps {self.fps:g}: has to be above 0")
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,8 @@ class GenerationOptions:
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents are there already. Use video or images"
             )
-        for path in (self.from_file, *(self.latent_path or ()), *(self.lora.lora_weight or ())):
-            if path is not None and not path.exists():
-                raise OptionError(f"{path}: no such file")
+        require_files("--from_file", () if self.from_file is None else (self.from_file,))
+        require_files("--latent_path", self.latent_path or ())
 
 
 def generation_parser(description: str | None, fps: int, guidance_scale: float) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """What a generation leaves on disk: latent files, videos, images, and their names."""
 
 import logging
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from generation.options import OutputOptions
 from modules.atomic_write import atomic_folder, save_tensors
 from modules.checkpoint import open_checkpoint
 from modules.checkpoint_files import load_pickled
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OutputError
 from modules.media import write_png, write_video
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,16 @@ def output_stem(when: datetime, seed: int, origin: Path | None = None) -> str:
     """The name of an output without suffix: time, seed, and the latent file it was decoded from."""
     stem = f"{when:%Y%m%d-%H%M%S}_{seed}"
     return stem if origin is None else f"{stem}_{origin.stem}"
+
+
+def make_folder(folder: Path) -> None:
+    """Create the folder of outputs before the work begins. Raises OutputError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--save_path {folder} cannot be created: {error.strerror}. Choose another folder.") from error
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"--save_path {folder}: there is no right to write in it. Choose another folder.")
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
@@ -53,7 +64,6 @@ class SavedLatents:
 def save_latents(path: Path, latents: Tensor, metadata: Mapping[str, str] | None) -> None:
     """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space."""
     save_tensors(path, {"latent": latents[0].float()}, metadata)
-    logger.info("Latents: %s", path)
 
 
 def load_latents(path: Path) -> SavedLatents:
@@ -70,8 +80,10 @@ def load_latents(path: Path) -> SavedLatents:
         raise CheckpointError(f"--latent_path {path} has no tensor `latent`. Give a file written with --output_type latent", path)
     if found.ndim == 4:
         found = found[None]
-    if found.ndim != 5:
-        raise CheckpointError(f"--latent_path {path}: `latent` has the shape {tuple(found.shape)}; C F H W is needed", path)
+    if found.ndim != 5 or len(found) != 1 or not found.numel():
+        raise CheckpointError(
+            f"--latent_path {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is needed", path
+        )
     return SavedLatents(found.float(), metadata)
 
 

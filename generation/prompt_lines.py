@@ -39,7 +39,7 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         return int(text)
-    digest = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest(), "big")
+    digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
     return abs(digest - _walk(text)) % 2**bits
 
 
@@ -181,7 +181,7 @@ def is_blank(line: str) -> bool:
 
 def read_generation_lines(path: Path) -> list[tuple[int, str]]:
     """The prompt lines of a --from_file file with their numbers, counted from 1. Raises OptionError where there is none."""
-    lines = [(number, line) for number, line in enumerate(_read_text(path, "--from_file").splitlines(), 1) if not is_blank(line)]
+    lines = [(number, line) for number, line in enumerate(_read_text(path, "--from_file").split("\n"), 1) if not is_blank(line)]
     if not lines:
         raise OptionError(f"--from_file {path}: it has no prompt. Write one per line.")
     return lines
@@ -196,7 +196,7 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     text = _read_text(path, "--sample_prompts")
     match path.suffix.lower():
         case ".txt":
-            return [parse_sample_line(line) for line in text.splitlines() if not is_blank(line)]
+            return [parse_sample_line(line) for line in text.split("\n") if not is_blank(line)]
         case ".toml":
             entries = _toml_entries(path, text)
         case ".json":

@@ -59,6 +59,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         end_image_path=path("end_image_path"),
         control_path=path("control_path"),
     )
+    _check_texts(request)
     _check_numbers(request)
     if request.negative_prompt is not None and not uses_guidance(request):
         logger.warning("the negative prompt %r is ignored because --guidance_scale 1 turns guidance off", request.negative_prompt)
@@ -69,9 +70,18 @@ def check_guidance(request: Request, options: GuidanceOptions = PLAIN_GUIDANCE) 
     """The request that `Family.prepare` has filled, if its guidance can be made. Raises OptionError otherwise."""
     assert request.steps is not None
     scales = guidance_scales(request, options, request.steps)
-    if options.skipped_layers and not any(scales):
+    if options.skipped_layers and all(scale is None for scale in scales):
         logger.warning("--slg_mode %s is ignored because no step uses guidance", options.slg_mode)
     return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
+
+
+def _check_texts(request: Request) -> None:
+    """Bytes that are no UTF-8 reach Python as halves of characters, which could be encoded but not written into a file."""
+    for name, text in {"the prompt": request.prompt, "the negative prompt": request.negative_prompt or ""}.items():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise OptionError(f"{name} {text!r} is not UTF-8 text: set the terminal or the file to UTF-8") from None
 
 
 def _check_numbers(request: Request) -> None:
@@ -87,8 +97,7 @@ def _check_numbers(request: Request) -> None:
     for name, value in {"the guidance scale": request.guidance_scale, "the flow shift": request.flow_shift}.items():
         if value is not None and not math.isfinite(value):
             raise OptionError(f"{name} is {value}: give a finite number")
-    for name, value in {"the flow shift": request.flow_shift, "the frame rate": request.fps}.items():
-        if value is not None and value <= 0:
-            raise OptionError(f"{name} is {value:g}: it has to be above 0")
+    if request.flow_shift is not None and request.flow_shift <= 0:
+        raise OptionError(f"the flow shift is {request.flow_shift:g}: it has to be above 0")
     if not -(2**63) <= request.seed < 2**64:
         raise OptionError(f"the seed {request.seed} does not fit 64 bits")

@@ -13,16 +13,25 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blissful_tuner.metadata import number_in, output_metadata
+from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
 from generation.denoise import StepDone
-from generation.options import GenerationOptions
-from generation.outputs import LATENT_SUFFIX, SavedLatents, free_stem, load_latents, output_stem, save_latents, save_pixels
+from generation.options import GenerationOptions, OutputOptions
+from generation.outputs import (
+    LATENT_SUFFIX,
+    SavedLatents,
+    free_stem,
+    load_latents,
+    make_folder,
+    output_stem,
+    save_latents,
+    save_pixels,
+)
 from generation.prompt_lines import is_blank, parse_generation_line, read_generation_lines
 from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
-from modules.devices import choose_device
-from modules.errors import CheckpointError, UserError
+from modules.devices import allow_fp16_accumulation, choose_device
+from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
 from modules.records import Conditions, EncodedPrompts, Placement, Request
 from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
@@ -58,12 +67,12 @@ class Failures:
     reasons: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def noted(self, label: str) -> Iterator[None]:
-        """Note an error of the block and go on after it."""
+    def noted(self, label: str, fatal: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+        """Note an error of the block and go on after it, unless it is `fatal`."""
         try:
             yield
         except Exception as error:
-            if self.strict:
+            if self.strict or isinstance(error, fatal):
                 raise
             self.reasons[label] = f"{type(error).__name__}: {error}"
             logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not isinstance(error, UserError))
@@ -103,11 +112,13 @@ def generate(family: Family, options: GenerationOptions) -> None:
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device)
         return
-    load_dit = dit_loader(family, uses, device, options.speed.attention)
-    run = Run(family, options, Session(family, device, load_dit, keep=options.interactive))
+    run = Run(family, options, Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive))
+    tell_where_metadata_is(options.output)
     if options.latent_path:
         decode_files(run, options.latent_path)
-    elif options.from_file is not None:
+        return
+    check_models(run)
+    if options.from_file is not None:
         make_from_file(run, options.from_file)
     elif options.interactive:
         converse(run)
@@ -115,25 +126,42 @@ def generate(family: Family, options: GenerationOptions) -> None:
         make(run, [prepared(run, "the prompt", {})], Failures(strict=True))
 
 
-def allow_fp16_accumulation() -> None:
-    """Let CUDA sum fp16 matrix products in fp16, where torch can."""
-    if hasattr(torch.backends.cuda.matmul, "allow_fp16_accumulation"):
-        torch.backends.cuda.matmul.allow_fp16_accumulation = True
-    else:
-        logger.warning("--fp16_accumulation is ignored because it needs torch 2.7 or later; this is %s", torch.__version__)
+def tell_where_metadata_is(output: OutputOptions) -> None:
+    """MP4 holds no metadata: say so once, where somebody may expect it."""
+    if output.decodes and output.output_type != "images" and output.format.suffix == ".mp4" and not output.no_metadata:
+        logger.info("MP4 files hold no prompt and settings; --container mkv, PNG and latent files do")
 
 
-def dit_loader(family: Family, uses: Sequence[LoraUse], device: torch.device, attention: str) -> Callable[[int], nn.Module]:
+def check_models(run: Run) -> None:
+    """Raise UserError where a model file that every prompt needs is missing or of another kind. Nothing is loaded."""
+    _ = run.family.dit_files, run.family.text_encoders()
+    if run.options.output.decodes:
+        _ = run.family.media_identity
+
+
+def dit_loader(
+    family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
+) -> Callable[[int], nn.Module]:
     """expert -> its network on the device, the LoRAs merged."""
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        dit = family.load_dit(Placement(device, attention=attention, patch=patch), expert)
+        dit = family.load_dit(Placement(device, attention=options.speed.attention, patch=patch), expert)
         if patch is not None:
             patch.check()
+        check_skipped_layers(family, dit, options.guidance.skipped_layers)
         return dit
 
     return load_dit
+
+
+def check_skipped_layers(family: Family, dit: nn.Module, layers: frozenset[int]) -> None:
+    """Raise OptionError where skip-layer guidance names blocks that the network does not have."""
+    if not layers:
+        return
+    last = sum(len(list(dit.get_submodule(name).children())) for name in family.dit.block_lists) - 1
+    if max(layers) > last:
+        raise OptionError(f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {last}")
 
 
 def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:
@@ -150,7 +178,7 @@ def make_from_file(run: Run, path: Path) -> None:
     failures = Failures()
     jobs = []
     for number, line in lines:
-        with failures.noted(label := f"line {number}"):
+        with failures.noted(label := f"line {number}", fatal=CheckpointError):  # a wrong model file is wrong for every line
             jobs.append(prepared(run, label, parse_generation_line(line)))
     if jobs:
         make(run, jobs, failures)
@@ -187,8 +215,9 @@ def prepared(run: Run, label: str, overrides: Mapping[str, Any]) -> Job:
 
 def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     """Encode all texts, encode all images and videos, denoise all, decode all."""
-    if run.options.output.decodes or any(run.family.needs_media(job.request) for job in jobs):
+    if any(run.family.needs_media(job.request) for job in jobs):
         _ = run.family.media_identity  # raises where a file is missing, before gigabytes are loaded
+    make_folder(run.options.output.save_path)
     texts = run.session.texts([job.request for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [(job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs]
@@ -245,6 +274,10 @@ def kept(run: Run, job: Job, latents: Tensor) -> Denoised:
     stem = free_stem(folder, output_stem(datetime.now(), job.request.seed), [LATENT_SUFFIX, ".mp4", ".mkv", ".png", ""])
     path = folder / f"{stem}{LATENT_SUFFIX}"
     save_latents(path, latents, run.metadata(job.request))
+    if run.options.output.keeps_latents:
+        logger.info("Latents: %s", path)
+    else:
+        logger.info("Latents: %s, until they are decoded", path)
     return Denoised(job, latents, path, stem)
 
 
@@ -267,10 +300,11 @@ def decode_files(run: Run, paths: Sequence[Path]) -> None:
     saved = [checked_latents(run.family, path) for path in paths]
     output = run.options.output
     failures = Failures(strict=len(paths) == 1)
+    make_folder(output.save_path)
     with run.session.media(images=False, again=False) as encoders:
         for path, one in zip(paths, saved, strict=True):
             with failures.noted(str(path)):
-                stem = output_stem(datetime.now(), int(number_in(one.metadata, "seeds") or 0), path)
+                stem = output_stem(datetime.now(), seed_in(one.metadata), path)
                 metadata = None if output.no_metadata else one.metadata
                 save_pixels(output, stem, run.family.decode(encoders, one.latents), frame_rate(run, one), metadata)
     failures.raise_if_any(len(paths))
@@ -283,18 +317,15 @@ def checked_latents(family: Family, path: Path) -> SavedLatents:
     if channels != family.latent.channels:
         raise CheckpointError(f"--latent_path {path} has {channels} channels, {family.name} has {family.latent.channels}", path)
     step, vertical, horizontal = family.latent.stride
-    from_tensor = {"video_length": (frames - 1) * step + 1, "height": rows * vertical, "width": columns * horizontal}
-    height, width, length = (
-        int(number_in(saved.metadata, name) or from_tensor[name]) for name in ("height", "width", "video_length")
-    )
-    logger.info("%s: %d x %d (width x height), %d frames", path, width, height, length)
+    size = columns * horizontal, rows * vertical, (frames - 1) * step + 1
+    logger.info("%s: %d x %d (width x height), %d frames", path, *size)
     return saved
 
 
 def frame_rate(run: Run, saved: SavedLatents) -> float:
     """--fps where it differs from the model's, else what the latent file says, else the model's."""
     given, usual = run.options.request.fps, run.family.defaults.fps
-    return given if given != usual else number_in(saved.metadata, "fps") or usual
+    return given if given != usual else frame_rate_in(saved.metadata) or usual
 
 
 def describe(job: Job) -> None:

@@ -52,15 +52,10 @@ def encode_texts_with(
     new = [text for text in dict.fromkeys(_texts_of(wanted)) if text not in known]
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
     for encoder in encoders if new else ():
-        encoder.load(device)
-        try:
-            with torch.no_grad():
-                for text in new:
-                    (conditions,) = encoder.encode([text])
-                    outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
-        finally:
-            _put_away(encoder, keep)
-            free_memory(device)
+        with _at_work(encoder, device, keep), torch.no_grad():
+            for text in new:
+                (conditions,) = encoder.encode([text])
+                outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
     known.update(outputs)  # only now: an interrupted text is not known by half
     return [{section: _encoded(prompts, known) for section, prompts in by_section.items()} for by_section in wanted]
 
@@ -101,16 +96,16 @@ class Session:
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
         """The VAE on the device, with the image encoder where `images`; `again`: they are needed later and wait on the CPU."""
-        if self._media is None or (images and not self._has_image_encoder):
-            self._media = None  # the VAE comes again with the image encoder: rare, and two at once would not fit
-            self._media, self._has_image_encoder = self.family.media_encoders(self.device, images), images
-        else:
-            _move(self._media, self.device, images)
         try:
+            if self._media is None or (images and not self._has_image_encoder):
+                self._media = None  # the VAE comes again with the image encoder: rare, and two at once would not fit
+                self._media, self._has_image_encoder = self.family.media_encoders(self.device, images), images
+            else:
+                _move(self._media, self.device, images)
             with torch.no_grad():
                 yield self._media
-        finally:
-            if again or self.keep:
+        finally:  # also where Ctrl-C comes in the middle of a move
+            if self._media is not None and (again or self.keep):
                 _move(self._media, CPU, images=True)
             else:
                 self._media = None
@@ -125,25 +120,23 @@ class Session:
     def dit(self) -> Iterator[DitAt]:
         """The denoising network (all experts) on the device, as timestep -> network."""
         experts = self.family.experts
-        if self._dits:
-            for dit in self._dits:
-                dit.to(self.device)
-        else:
-            self._dits = [self.load_dit(expert).eval().requires_grad_(False) for expert in range(len(experts))]
-        dits = self._dits
 
         def dit_at(timestep: float) -> nn.Module:
-            return dits[max((lowest, index) for index, lowest in enumerate(experts) if lowest <= max(timestep, min(experts)))[1]]
+            begun = [(lowest, index) for index, lowest in enumerate(experts) if lowest <= max(timestep, min(experts))]
+            return self._dits[max(begun)[1]]
 
         try:
+            for dit in self._dits:
+                dit.to(self.device)
+            if not self._dits:
+                self._dits = [self.load_dit(expert).eval().requires_grad_(False) for expert in range(len(experts))]
             yield dit_at
-        finally:
+        finally:  # also where Ctrl-C comes in the middle of a move
             if self.keep:
                 for dit in self._dits:
                     dit.to(CPU)
             else:
                 self._dits = []
-                dits.clear()
             free_memory(self.device)
 
 
@@ -167,11 +160,22 @@ def _encoded(prompts: Prompts, known: Texts) -> EncodedPrompts:
     return EncodedPrompts(known[prompts.positive], of(prompts.negative), of(prompts.blank))
 
 
-def _put_away(encoder: TextEncoder, keep: bool) -> None:
-    if keep:
-        encoder.load(CPU)  # a loaded encoder moves
-    else:
-        encoder.free()
+@contextmanager
+def _at_work(encoder: TextEncoder, device: torch.device, keep: bool) -> Iterator[None]:
+    """The encoder on the device; afterwards on the CPU (`keep`) or freed."""
+    try:
+        encoder.load(device)
+    except BaseException:
+        encoder.free()  # Ctrl-C may have come in the middle of a move
+        raise
+    try:
+        yield
+    finally:
+        if keep:
+            encoder.load(CPU)  # a loaded encoder moves
+        else:
+            encoder.free()
+        free_memory(device)
 
 
 def _move(encoders: MediaEncoders, device: torch.device, images: bool) -> None:

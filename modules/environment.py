@@ -24,15 +24,17 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
     """Return the Python of an environment with the runtime requirements, one extra of pyproject.toml and further packages.
 
     An active virtual environment is used as it is and completed; otherwise `.venv` in the repository. A torch that is already
-    there is kept, whatever its version. Raises UserError where the interpreter is too old or an installation fails.
+    there is kept, whatever its version. An installation that was interrupted is taken up again. Raises UserError where the
+    interpreter is not supported or an installation fails.
     """
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         raise UserError(f"Python {sys.version.split()[0]} is not supported: use 3.11, 3.12 or 3.13.")
     wanted = [*_runtime_requirements(), *_extra_requirements(extra), *packages]
-    folder = Path(sys.prefix) if sys.prefix != sys.base_prefix else ROOT / ".venv"
-    python = _python_of(folder)
+    is_active = sys.prefix != sys.base_prefix
+    folder = Path(sys.prefix) if is_active else ROOT / ".venv"
+    python = Path(sys.executable) if is_active else _python_of(folder)
     if not python.exists():
-        _create(folder)
+        create_environment(folder)
     stamp = folder / f"reelsmith-{extra or 'runtime'}.stamp"
     mark = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != mark:
@@ -41,14 +43,36 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
     return python
 
 
-def _create(folder: Path) -> None:
+def create_environment(folder: Path) -> None:
+    """Make a virtual environment, still without pip; one that sees the packages of this Python where these include torch.
+
+    Raises UserError where that cannot be done.
+    """
     shutil.rmtree(folder, ignore_errors=True)  # a half-made one of an interrupted run
-    sees_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
-    venv.create(folder, with_pip=True, system_site_packages=sees_torch)
+    try:
+        folder.mkdir(parents=True)
+        # links, as `python -m venv` makes them: some builds of Python do not run as a copy
+        venv.create(folder, system_site_packages=_runs(Path(sys.executable), "-c", "import torch"), symlinks=os.name != "nt")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the virtual environment cannot be made ({error}). Make one yourself, activate it, run again."
+        ) from None
+
+
+def provide_pip(python: Path) -> None:
+    """Install pip into an environment that has none: a new or half-made one, or one that uv made. Raises UserError."""
+    if _runs(python, "-m", "pip", "--version"):
+        return
+    if not _runs(python, "-m", "ensurepip", "--default-pip"):
+        raise UserError(
+            f"{python} has no pip and cannot install it. On Debian and Ubuntu: apt install python3-venv; then run again.\n"
+            "  Or install pip into your environment yourself, e.g. uv pip install pip."
+        )
 
 
 def _install(python: Path, wanted: list[str]) -> None:
-    has_torch = subprocess.run([str(python), "-c", "import torch"], capture_output=True).returncode == 0
+    provide_pip(python)
+    has_torch = _runs(python, "-c", "import torch")
     plain = [line for line in wanted if not (has_torch and _name(line) == "torch") and _name(line) not in WITHOUT_DEPENDENCIES]
     alone = [line for line in wanted if _name(line) in WITHOUT_DEPENDENCIES]
     torch_first = [line for line in plain if _name(line) == "torch"]  # so that no other package chooses its version
@@ -71,6 +95,11 @@ def _extra_requirements(extra: str | None) -> list[str]:
         return []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return list(project["optional-dependencies"][extra])
+
+
+def _runs(python: Path, *arguments: str) -> bool:
+    """Whether this call of Python ends well; its output is dropped."""
+    return subprocess.run([str(python), *arguments], capture_output=True).returncode == 0
 
 
 def _name(requirement: str) -> str:

@@ -56,21 +56,25 @@ def _convert(value: Any, hint: Any) -> Any:
     return value
 
 
-def add_unsupported(group: argparse._ActionsContainer, *flags: str, reason: str, **settings: Any) -> None:
+def add_unsupported(
+    group: argparse._ActionsContainer, *flags: str, reason: str, harmless: tuple[Any, ...] = (), **settings: Any
+) -> None:
     """Declare an option that is listed by --help but refused when used; `reason` completes "--flag is not supported yet: ...".
 
+    harmless: values that ask for nothing, beside the default.
     `settings` are those of `add_argument`, so that types, defaults and choices already stand.
     """
     text = settings.pop("help", "")
     action = group.add_argument(*flags, help=f"{text} (not supported yet)".strip(), **settings)
     action.unsupported_reason = reason  # type: ignore[attr-defined]
+    action.harmless = (action.default, *harmless)  # type: ignore[attr-defined]
 
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise OptionError where an option declared by `add_unsupported` has another value than its default."""
+    """Raise OptionError where an option declared by `add_unsupported` asks for something."""
     for action in parser._actions:
         reason = getattr(action, "unsupported_reason", None)
-        if reason is not None and getattr(args, action.dest, action.default) != action.default:
+        if reason is not None and getattr(args, action.dest, action.default) not in action.harmless:  # type: ignore[attr-defined]
             raise OptionError(f"{action.option_strings[0]} is not supported yet: {reason}")
 
 

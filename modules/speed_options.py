@@ -90,6 +90,7 @@ def add_dynamo_arguments(group: argparse._ArgumentGroup) -> None:
         group,
         "--dynamo_backend",
         reason=NO_COMPILE,
+        harmless=("no",),
         default="NO",
         choices=backends,
         metavar="BACKEND",

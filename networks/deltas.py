@@ -4,6 +4,7 @@ Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their te
 """
 
 import functools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,7 @@ PARTS = (
     *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 )
+_NO_MATRICES = {"alpha", "diff", "diff_b", "lora_up.bias", "dora_scale"}
 _PAIRS = (LORA, ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
 
 
@@ -44,6 +46,11 @@ def fault(factors: Factors) -> str | None:
         return "it has hada_w1_a but no hada_w2_a"
     if ("lokr_w1" in factors or "lokr_w1_a" in factors) and not ("lokr_w2" in factors or "lokr_w2_a" in factors):
         return "it has lokr_w1 but no lokr_w2"
+    for part, tensor in factors.items():
+        if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
+            return f"its {part} has the shape {list(tensor.shape)}"
+    if "alpha" in factors and (factors["alpha"].numel() != 1 or not math.isfinite(float(factors["alpha"]))):
+        return "its alpha is no number"
     return None
 
 
@@ -60,6 +67,19 @@ def strength(factors: Factors) -> float:
     rank = rank_of(factors)
     alpha = float(factors["alpha"]) if "alpha" in factors else 0.0
     return 1.0 if rank is None or alpha == 0 else alpha / rank
+
+
+def rows_of(factors: Factors, rows: slice) -> Factors | None:
+    """Factors that give these rows of the change alone, as views; None for LoKr, whose rows are not rows of a factor."""
+    if "lokr_w1" in factors or "lokr_w1_a" in factors:
+        return None
+    cut = dict(factors)
+    for part in factors.keys() & {LORA[1], "diff", "diff_b", "lora_up.bias"}:
+        cut[part] = factors[part][rows]
+    for part, core in (("hada_w1_a", "hada_t1"), ("hada_w2_a", "hada_t2")):
+        if part in factors:  # beside a core it is stored r x out
+            cut[part] = factors[part][:, rows] if core in factors else factors[part][rows]
+    return cut
 
 
 def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:

@@ -49,7 +49,7 @@ class NativeTensors:
     tensors: dict[str, Tensor]
     dialect: str  # for messages
     text_encoder: tuple[str, ...]  # keys that change a text encoder
-    unknown: tuple[str, ...]  # keys that are no part of a LoRA
+    unknown: tuple[str, ...]  # keys that are no part of a LoRA, or name a part once more
 
 
 def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> NativeTensors:
@@ -57,9 +57,13 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     split = {key: _split(key) for key in tensors}
     found = {key: place for key, place in split.items() if place is not None}
     names = rename_modules((module for module, _, _ in found.values()), family_hint)
-    native = {f"{OURS}{names[module]}.{part}": tensors[key] for key, (module, part, _) in found.items()}
+    keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
+    for key, (module, part, _) in found.items():
+        keys.setdefault(f"{OURS}{names[module]}.{part}", key)
+    native = {name: tensors[key] for name, key in keys.items()}
     dialects = sorted({dialect for _, _, dialect in found.values()})
-    rest = [key for key in tensors if key not in found]
+    used = set(keys.values())
+    rest = [key for key in tensors if key not in used]
     texts = tuple(key for key in rest if key.startswith(_TEXT_ENCODERS))
     return NativeTensors(native, " + ".join(dialects), texts, tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS)))
 

@@ -66,7 +66,10 @@ def read_lora(path: Path) -> LoraFile:
             raise CheckpointError(
                 f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another LoRA.", path
             )
-    alphas = _peft_alphas(native.tensors, _peft_config(path, metadata))
+    try:
+        alphas = _peft_alphas(native.tensors, _peft_config(path, metadata))
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        raise CheckpointError(f"{path}: its PEFT settings cannot be read ({error}). Copy it again.", path) from error
     logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}")
     return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
 
@@ -81,14 +84,11 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {} without them."""
     folder = path if path.is_dir() else path.parent
     config_path = folder / "adapter_config.json"
-    try:
-        if "lora_adapter_metadata" in metadata:
-            entries = json.loads(metadata["lora_adapter_metadata"])
-            return {key.removeprefix("transformer."): value for key, value in entries.items()}
-        if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
-            return dict(json.loads(config_path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its PEFT settings cannot be read ({error}). Copy it again.", path) from error
+    if "lora_adapter_metadata" in metadata:
+        entries = json.loads(metadata["lora_adapter_metadata"])
+        return {key.removeprefix("transformer."): value for key, value in entries.items()}
+    if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
+        return dict(json.loads(config_path.read_text(encoding="utf-8")))
     return {}
 
 

@@ -98,9 +98,10 @@ def build_network_from_weights(
     """
     if unet is None:
         raise TypeError("create_arch_network_from_weights needs unet")
-    settings = read_settings(
-        None, None, arguments.get("neuron_dropout"), {k: v for k, v in arguments.items() if k in _FROM_WEIGHTS}
-    )
+    for key in sorted(_FROM_FILE & {key for key, value in arguments.items() if value is not None}):
+        logger.warning(f"--network_args {key} is ignored, because --dim_from_weights takes the modules and ranks from the file")
+    others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
+    settings = read_settings(None, None, arguments.get("neuron_dropout"), others)
     known = {
         OURS + underscored(path): module for path, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
     }
@@ -120,7 +121,8 @@ def build_network_from_weights(
     return LoraNetwork(layers, settings, multiplier)
 
 
-_FROM_WEIGHTS = {"rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"}
+_FROM_FILE = {"conv_dim", "conv_alpha", "include_patterns", "exclude_patterns"}
+_BESIDE_FILE = {"rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"}
 
 
 def _modules_in_blocks(unet: nn.Module, block_classes: frozenset[str]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
@@ -219,7 +221,12 @@ class LoraNetwork(nn.Module):
                 f"{path} does not fit this network: {example}. Try --dim_from_weights, or another --network_module.", path
             )
         self.load_state_dict(
-            {f"{name}.{part}": t for name, factors in fitting.items() for part, t in factors.items()}, strict=False
+            {
+                f"{name}.{part}": tensor.reshape(own[name][part].shape)  # some tools store alpha as a list of one
+                for name, factors in fitting.items()
+                for part, tensor in factors.items()
+            },
+            strict=False,
         )
         problems = [f"{name} has another shape" for name in wrong] + [f"{name} is not in this network" for name in unknown]
         problems += [f"{name} is not in the file" for name in own if name not in stored]
@@ -255,7 +262,7 @@ def _norm(layer: LoraLayer) -> Tensor:
 
 
 def _same_shapes(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    return {part: t.shape for part, t in factors.items()} == {part: t.shape for part, t in own.items()}
+    return factors.keys() == own.keys() and all(t.shape == own[part].shape for part, t in factors.items() if part != "alpha")
 
 
 def _shapes(factors: Mapping[str, Tensor]) -> str:

@@ -68,8 +68,8 @@ class LoraLayer(nn.Module):
         self.read_alpha()
 
     def read_alpha(self) -> None:
-        """Take the scale from the alpha buffer, as after loading."""
-        self.scale = float(self.alpha) / self.rank
+        """Take the scale alpha / rank from the alpha buffer, as after loading; 0 means rank in a file too."""
+        self.scale = (float(self.alpha) or self.rank) / self.rank
 
     def set_dropouts(self, dropouts: Dropouts, seed: DropoutSeed, index: int) -> None:
         """index: the layer's number in its network, so that each layer has masks of its own."""
@@ -106,17 +106,18 @@ class LoraLayer(nn.Module):
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         if self.dropouts.neuron > 0:
-            hidden = hidden * self._mask("neuron", hidden.shape, self.dropouts.neuron, hidden)
+            hidden = self._masked(hidden, "neuron", hidden.shape, self.dropouts.neuron)
         if self.dropouts.rank > 0:
             axes = [1] * hidden.ndim
             axes[0], axes[-1 if isinstance(self.lora_down, nn.Linear) else 1] = hidden.shape[0], self.rank
-            hidden = hidden * self._mask("rank", axes, self.dropouts.rank, hidden)
+            hidden = self._masked(hidden, "rank", axes, self.dropouts.rank)
         return hidden
 
-    def _mask(self, kind: str, shape: Sequence[int], share: float, like: Tensor) -> Tensor:
-        """0 where dropped, 1 / (1 - share) elsewhere."""
-        keep = keep_mask(shape, share, self.seed.derive(self.index, kind), like.device)
-        return keep.to(like.dtype) / (1 - share)
+    def _masked(self, hidden: Tensor, kind: str, shape: Sequence[int], share: float) -> Tensor:
+        """0 where dropped, hidden / (1 - share) elsewhere."""
+        keep = keep_mask(shape, share, self.seed.derive(self.index, kind), hidden.device)
+        # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, the same way everywhere
+        return hidden.masked_fill(~keep, 0.0) / (1 - share)
 
 
 def _factors(original: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:

@@ -44,11 +44,12 @@ def read_settings(
     """
     rest = {key: value for key, value in arguments.items() if value is not None}
     conv_rank = _number(rest, "conv_dim", int, 1, math.inf)
+    conv_alpha = _number(rest, "conv_alpha", float, 0, math.inf)
     settings = LoraSettings(
         rank=DEFAULT_RANK if rank is None else int(rank),
         alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
         conv_rank=None if conv_rank is None else int(conv_rank),
-        conv_alpha=_number(rest, "conv_alpha", float, 0, math.inf) or DEFAULT_ALPHA,
+        conv_alpha=DEFAULT_ALPHA if conv_alpha is None else conv_alpha,
         dropouts=Dropouts(
             neuron_dropout or 0.0,
             _number(rest, "rank_dropout", float, 0, 1) or 0.0,

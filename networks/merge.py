@@ -1,26 +1,27 @@
 """Add LoRAs to the weights of a model: while it is loaded, or from one model file to another."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modules.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from modules.checkpoint import Checkpoint, TensorInfo, checkpoint_paths, open_checkpoint
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.tensor_stream import stream_tensors
-from networks.deltas import Factors, bias_delta, weight_delta
+from networks.deltas import Factors, bias_delta, rows_of, weight_delta
 from networks.key_formats import OURS, module_of_tensor, rename_modules
 from networks.loading import LoraFile, listed, read_lora
 from networks.options import LoraOptions, LoraPatternOptions
 
 logger = getLogger(__name__)
 _FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")  # out x in x kernel
-_ROWS = 512
+_BLOCK_ELEMENTS = 1 << 20  # of a weight that are changed at once: 4 MB in float32
+_META = torch.device("meta")
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
 
 
@@ -55,6 +56,18 @@ class _Change:
     factors: Factors
     delta: Callable[[Factors, torch.device], Tensor | None]
 
+    def on(self, device: torch.device) -> "_Change":
+        """The same with its factors on a device."""
+        return replace(self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()})
+
+    def of_rows(self, rows: slice | None, part: Tensor) -> Tensor:
+        """What is added to these rows of the weight (None: to all), float32. part: the rows themselves."""
+        factors = self.factors if rows is None else rows_of(self.factors, rows)
+        assert factors is not None  # `_blocks` asks for all rows then
+        delta = self.delta(factors, part.device)
+        assert delta is not None
+        return delta.reshape(part.shape)
+
 
 class LoraPatch:
     """Adds LoRAs to weights that it is handed by name: `patch(name, weight) -> weight`, a `WeightPatch`.
@@ -75,18 +88,28 @@ class LoraPatch:
         self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """The weight with all that changes it. Raises CheckpointError where a LoRA is of another size."""
+        """The weight with all that changes it: a new one, or `weight` where nothing does. Raises as `add_to`."""
+        return self.add_to(name, weight.clone()) if self.touches(name) else weight
+
+    def add_to(self, name: str, weight: Tensor) -> Tensor:
+        """Change the weight in place, some rows at a time, so that no second one is held; returns it.
+
+        Raises CheckpointError where a LoRA is of another size.
+        """
         key = self._key(name)
-        changes = self._changes.get(key)
-        if not changes:
-            return weight
-        self._seen.add(key)
-        total = _fitted(changes[0], weight, name).mul_(changes[0].use.multiplier)
-        for change in changes[1:]:
-            total.add_(_fitted(change, weight, name), alpha=change.use.multiplier)
-        for rows, weight_rows in zip(total.split(_ROWS), weight.split(_ROWS), strict=True):
-            rows.add_(weight_rows)  # piece by piece: adding another dtype makes a copy of it
-        return total.to(weight.dtype)
+        changes = self._changes.get(key, [])
+        if changes:
+            self._seen.add(key)
+        for change in changes:
+            _check_fit(change, weight, name)
+        changes = [change.on(weight.device) for change in changes]
+        for rows in _blocks(weight, changes):
+            part = weight if rows is None else weight[rows]
+            total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
+            for change in changes:
+                total.add_(change.of_rows(rows, part), alpha=change.use.multiplier)
+            part.copy_(total.add_(part))
+        return weight
 
     def touches(self, name: str) -> bool:
         """Whether some LoRA changes the parameter of that name."""
@@ -130,12 +153,24 @@ def _leaves(factors: Factors) -> Mapping[str, Callable[[Factors, torch.device], 
     )
 
 
-def _fitted(change: _Change, weight: Tensor, name: str) -> Tensor:
-    """The delta in the shape of the weight, float32, in memory of its own."""
+def _blocks(weight: Tensor, changes: Sequence[_Change]) -> Iterator[slice | None]:
+    """Which rows to change at once; a single None where the weight is small, or where a change has no rows."""
+    if not changes or not weight.numel():
+        return
+    step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
+    if weight.ndim == 0 or step >= len(weight) or any(rows_of(change.factors, slice(0, 1)) is None for change in changes):
+        yield None
+        return
+    for start in range(0, len(weight), step):
+        yield slice(start, min(start + step, len(weight)))
+
+
+def _check_fit(change: _Change, weight: Tensor, name: str) -> None:
+    """Compare shapes without computing. Raises CheckpointError."""
     path = change.use.lora.path
     try:
-        delta = change.delta(change.factors, weight.device)
-    except RuntimeError as error:
+        delta = change.delta({part: t for part, t in change.factors.items() if part != "alpha"}, _META)
+    except (RuntimeError, IndexError) as error:
         raise CheckpointError(f"{path}: the factors for {name} do not go together ({error}).", path) from error
     assert delta is not None
     if delta.numel() != weight.numel() or delta.shape[:1] != weight.shape[:1]:
@@ -144,7 +179,6 @@ def _fitted(change: _Change, weight: Tensor, name: str) -> Tensor:
             "  Give a LoRA that was trained for a model of this size.",
             path,
         )
-    return delta.reshape(weight.shape)
 
 
 def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) -> list[LoraUse]:
@@ -169,22 +203,24 @@ def merge_into_file(
 ) -> None:
     """Write the model with the LoRAs added as one safetensors file; names, dtypes and metadata as in the model.
 
-    Memory: the LoRAs, and one tensor of the model at a time with its delta in float32 on `device`.
+    Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in float32).
     in_channels: what the model's first layer has to take.
-    Raises CheckpointError where a file is unusable or a LoRA fits nothing, OutputError where the result cannot be written.
+    Raises CheckpointError where a file is unusable or a LoRA fits nothing, OptionError where the result would replace one of
+    them, OutputError where it cannot be written.
     """
+    _refuse_replacing([*checkpoint_paths(model), *(use.lora.path for use in uses)], output)
     with open_checkpoint(model) as checkpoint:
         if in_channels is not None:
             _check_in_channels(checkpoint, in_channels)
         patch = LoraPatch(uses, checkpoint.tensors)
         for name, info in checkpoint.tensors.items():  # a LoRA of another model is found out before anything is written
             _refuse_rounded(patch, name, info, model)
-            patch(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
+            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
         patch.check()
 
         def read(name: str) -> Tensor:
-            tensor = checkpoint.read(name)
-            return patch(name, tensor.to(device)) if patch.touches(name) else tensor
+            tensor = checkpoint.read(name)  # memory of its own
+            return patch.add_to(name, tensor.to(device)) if patch.touches(name) else tensor
 
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
         if not uses:
@@ -192,6 +228,11 @@ def merge_into_file(
         else:
             metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
         stream_tensors(output, checkpoint.tensors, read, metadata)
+
+
+def _refuse_replacing(inputs: Sequence[Path], output: Path) -> None:
+    if output.resolve() in {path.resolve() for path in inputs}:
+        raise OptionError(f"--save_merged_model {output} is one of the files that are merged. Give a new name.")
 
 
 def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import split_pairs
 
 MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
 
@@ -46,7 +47,7 @@ class NetworkOptions:
 
     def arguments(self) -> dict[str, str]:
         """`--network_args` as a dictionary of texts."""
-        return key_values(self.network_args or (), "--network_args")
+        return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
 
     def base_multipliers(self) -> tuple[float, ...]:
         """One multiplier for each of `--base_weights`; missing ones are 1."""
@@ -184,17 +185,6 @@ def require_files(option: str, paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.exists():
             raise OptionError(f"{option} {path}: there is no such file")
-
-
-def key_values(items: Sequence[str], option: str) -> dict[str, str]:
-    """`["a=1", "b=x=y"]` -> `{"a": "1", "b": "x=y"}`: the first "=" splits. Raises OptionError where there is none."""
-    pairs = {}
-    for item in items:
-        key, sign, value = item.partition("=")
-        if not sign or not key.strip():
-            raise OptionError(f"{option} {item!r}: write KEY=VALUE")
-        pairs[key.strip()] = value.strip()
-    return pairs
 
 
 def multipliers_for(files: Sequence[Path], multipliers: Sequence[float], option: str) -> tuple[float, ...]:

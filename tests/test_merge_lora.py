@@ -11,7 +11,7 @@ import merge_lora
 from modules.errors import CheckpointError, OptionError
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
-from tests.commands import assert_user_error, run_script
+from tests.commands import ROOT, assert_user_error, run_python, run_script
 from tests.networks.making import tiny_dit, wan_network
 from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
 
@@ -81,6 +81,47 @@ def test_metadata_are_kept_but_for_stale_hashes(tmp_path: Path, lora: Path) -> N
 
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"modelspec.title": "A title", "modelspec.merged_from": "dit.safetensors, lora.safetensors"}
+
+
+def test_no_file_that_is_merged_is_written_over(tmp_path: Path, lora: Path) -> None:
+    model = write_dit(tmp_path, tiny_state("t2v"))
+
+    for output in (model, lora):
+        with pytest.raises(OptionError, match="Give a new name"):
+            merge("--dit", model, "--lora_weight", lora, "--save_merged_model", output)
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from networks.loading import LoraFile
+from networks.merge import LoraUse, merge_into_file
+
+def merge(rows):
+    save_file({"blocks.0.ffn.0.weight": torch.zeros(rows, 8192, dtype=torch.bfloat16)}, "model.safetensors")
+    factors = {"lora_down.weight": torch.ones(4, 8192), "lora_up.weight": torch.ones(rows, 4)}
+    lora = LoraFile(Path("lora"), {f"lora_unet_blocks_0_ffn_0.{part}": t for part, t in factors.items()}, {}, "ours")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = peak()
+    merge_into_file(Path("model.safetensors"), [LoraUse(lora)], Path("merged.safetensors"), torch.device("cpu"))
+    return peak() - before
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+merge(64)  # loads what is loaded once
+print(merge(8192) / (8192 * 8192 * 2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux")
+def test_merging_takes_little_more_memory_than_one_tensor(tmp_path: Path) -> None:
+    done = run_python("-c", MEASURE, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})
+
+    assert float(done.stdout) < 1.5
 
 
 def test_a_lora_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:

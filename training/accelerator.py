@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from modules.devices import allow_fp16_accumulation, keep_float32_exact
 from modules.errors import OptionError
 from training.accelerator_options import AcceleratorOptions
 
 logger = logging.getLogger(__name__)
+
+SHARDED = {kind.value for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)}
 
 
 def make_accelerator(options: AcceleratorOptions, trackers: Sequence[str] = (), logging_folder: Path | None = None) -> Accelerator:
@@ -41,6 +43,11 @@ def make_accelerator(options: AcceleratorOptions, trackers: Sequence[str] = (), 
         raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
     if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would go on without it
         raise OptionError(f"--mixed_precision {options.mixed_precision} does nothing on {accelerator.device.type}: use bf16 or no")
+    if accelerator.distributed_type.value in SHARDED:
+        raise OptionError(
+            f"accelerate launch asks for {accelerator.distributed_type.value}: the model is not split here, each process holds all "
+            "of it. Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N"
+        )
     if accelerator.is_main_process:
         _report(options, accelerator)
     if options.fp16_accumulation:

@@ -1,4 +1,4 @@
-"""Gradients between processes: summed once per optimizer step, in flat buffers. No wrapper around the model is needed for that."""
+"""Between processes: gradients are summed once per optimizer step, in flat buffers. The model needs no wrapper for that."""
 
 from collections.abc import Iterable, Iterator
 
@@ -36,6 +36,15 @@ def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
     if not sent:
         torch.distributed.all_reduce(numbers)
     return numbers
+
+
+def is_any(value: bool, processes: int, device: torch.device) -> bool:
+    """Whether it is true in one of the processes. All have to call it."""
+    if processes == 1:
+        return value
+    count = torch.tensor(float(value), device=device)
+    torch.distributed.all_reduce(count)
+    return count.item() > 0
 
 
 def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:

@@ -155,6 +155,8 @@ def tracker_arguments(options: LogOptions) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--log_tracker_config {path} is not valid TOML: {error}") from None
     for name, table in tables.items():
+        if name not in options.trackers:
+            logger.warning("--log_tracker_config %s: [%s] has no effect, as there is no such tracker in this run", path, name)
         if not isinstance(table, dict):
             raise UserError(
                 f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under [wandb] or [tensorboard]"

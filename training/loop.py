@@ -23,7 +23,7 @@ from modules.family import Family
 from modules.seeds import derive_seed
 from training.evaluation import evaluation
 from training.feed import Feed, MicroBatch
-from training.gradients import fill_missing_gradients, sum_over_processes
+from training.gradients import fill_missing_gradients, is_any, sum_over_processes
 from training.logs import Logs, StepReport, named_rates
 from training.loss import Autocast, training_loss
 from training.lr_schedule import LrSchedule
@@ -70,29 +70,24 @@ class Run:
         return self.trainable.parameters
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What was asked for from outside during a step. All processes have the same."""
-
-    stop: bool = False
-    save: bool = False  # by the clock
-
-
 def train(run: Run) -> bool:
     """Train from where `run.progress` stands to the last step. Returns False where the run was asked to end before."""
     progress, plan = run.progress, run.plan
     with run.stop.listening():
         _begin(run)
+        if is_ending(run):
+            return False
         with contextlib.closing(run.feed.start(progress.epoch, progress.position)) as micro_batches:
             for epoch in range(progress.epoch, plan.num_epochs):
                 run.trainable.start_epoch()
                 first_step = progress.step
                 for group in plan.groups(epoch, progress.position):
                     if advance(run, group, micro_batches):
-                        logger.info("Ended after step %d of %d; go on with --resume latest.", progress.step, plan.total_steps)
                         return False
                 if progress.step > first_step or progress.position >= plan.num_batches:
                     _after_epoch(run)
+                if is_ending(run):
+                    return False
         _settle(run)
         if run.saver is not None:
             run.saver.save_final()
@@ -101,16 +96,20 @@ def train(run: Run) -> bool:
 
 def advance(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
     """A step and what is due after it. Returns whether the run has to end here."""
-    wishes = take_step(run, group, micro_batches)
+    is_due_by_clock = take_step(run, group, micro_batches)
     progress = run.progress
     progress.step, progress.position = progress.step + 1, group.stop
-    stops = wishes.stop and progress.step < run.plan.total_steps
-    _after_step(run, wishes.save or stops, stops)
-    return stops
+    _after_step(run, is_due_by_clock)
+    return is_ending(run)
 
 
-def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> Wishes:
-    """One optimizer step on the micro-batches of `group`."""
+def is_ending(run: Run) -> bool:
+    """Whether the run was asked to end before its last step, and all processes know it."""
+    return run.stop.agreed and run.progress.step < run.plan.total_steps
+
+
+def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
+    """One optimizer step on the micro-batches of `group`. Returns whether the clock asks for saving."""
     run.trainable.start_step()
     loss, keys = _accumulate(run, group, micro_batches)
     numbers = loss.view(1)
@@ -125,9 +124,10 @@ def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> Wi
     if reading is not None:
         _note(run, reading)
     if is_alone:
-        return Wishes(run.stop.asked, run.clock.is_due())
+        run.stop.agreed = run.stop.asked
+        return run.clock.is_due()
     # processes must agree: what was asked for during the step before, which all have read by now
-    return Wishes() if reading is None else Wishes(reading.values[1] > 0, reading.values[2] > 0)
+    return reading is not None and reading.values[2] > 0
 
 
 def _accumulate(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, tuple[str, ...]]:
@@ -191,6 +191,8 @@ def _note(run: Run, reading: Reading) -> None:
     if math.isfinite(loss):  # with a gradient scaler, which skips such steps until it has found its scale
         losses.append(loss)
     del losses[: -run.plan.steps_per_epoch]
+    if run.plan.processes > 1:
+        run.stop.agreed = run.stop.agreed or reading.values[1] > 0
     average = sum(losses) / max(len(losses), 1)
     run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, reading.notes.norms))
 
@@ -209,16 +211,18 @@ def _begin(run: Run) -> None:
         progress.sample_pending = "e000000"
     if progress.sample_pending:
         _sample(run)
-    if progress.step == 0 and run.validation is not None:
+    if is_ending(run):  # nothing has changed since the state that was resumed, so there is nothing to save
+        logger.info("Ended before step %d; the same command starts again.", progress.step + 1)
+    elif progress.step == 0 and run.validation is not None:
         _validate(run)
     run.logs.restart_clock()
 
 
-def _after_step(run: Run, saves: bool, stops: bool) -> None:
-    """What is due after an optimizer step. Samples come before saving; a run that is to stop leaves them to its resumption."""
+def _after_step(run: Run, saves: bool) -> None:
+    """What is due after an optimizer step. Samples come before saving; a run that is to end leaves them to its resumption."""
     progress, options = run.progress, run.options
     every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
-    saves = saves or (every is not None and progress.step % every == 0)
+    saves = saves or is_ending(run) or (every is not None and progress.step % every == 0)
     validates = run.validation is not None and validate_every is not None and progress.step % validate_every == 0
     samples = is_due_at_step(options.samples, progress.step)
     if not (saves or validates or samples):
@@ -228,12 +232,14 @@ def _after_step(run: Run, saves: bool, stops: bool) -> None:
         _validate(run)
     if samples:
         progress.sample_pending = f"{progress.step:06d}"
-        if not stops:
+        if not is_ending(run):
             _sample(run)
-    if saves:
+    if is_ending(run):
+        _save_to_go_on(run)
+    elif saves:
         run.clock.restart()
         if run.saver is not None:
-            run.saver.save_step(progress.step, with_state=True if stops else None)
+            run.saver.save_step(progress.step)
     run.logs.restart_clock()
 
 
@@ -253,21 +259,35 @@ def _after_epoch(run: Run) -> None:
         run.saver.save_epoch(epoch)
     if progress.sample_pending:
         _sample(run)
-    if run.validation is not None and options.validation.validate_every_n_steps is None:
+    if is_ending(run):
+        _save_to_go_on(run)
+    elif run.validation is not None and options.validation.validate_every_n_steps is None:
         _validate(run)
     run.logs.restart_clock()
 
 
+def _save_to_go_on(run: Run) -> None:
+    """What a run that ends here leaves behind."""
+    if run.saver is not None:
+        run.saver.save_step(run.progress.step, with_state=True)
+    logger.info("Ended after step %d of %d; go on with --resume latest.", run.progress.step, run.plan.total_steps)
+
+
 def _sample(run: Run) -> None:
-    """Make the samples that are pending, unless the run is asked to stop meanwhile."""
+    """Make the samples that are pending. Where the run is asked to end meanwhile it ends at this step, and they stay pending:
+    the resumed run makes them with the weights of the same step."""
     progress = run.progress
     if run.sampler is not None:
         modules = (run.dit, *run.trainable.modules.values())
+        was_stopped = False
         try:
             with evaluation(modules, run.optimizer, run.parameters):
                 run.sampler.make(run.dit, run.autocast, progress.sample_pending, lambda: run.stop.asked)
         except SamplingStopped:
+            was_stopped = True
+        if is_any(was_stopped, run.plan.processes, run.device):
             logger.info("Samples of step %d are left for later.", progress.step)
+            run.stop.agreed = True
             return
     progress.sample_pending, progress.sampled_step = "", progress.step
 

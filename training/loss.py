@@ -37,7 +37,8 @@ class NoisyBatch:
 
     def to(self, device: torch.device) -> "NoisyBatch":
         """Copied to the device; from pinned memory without waiting for it."""
-        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
+        is_ordered = device.type == "cuda"  # its streams keep the source alive until it is read; other devices do not promise that
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=is_ordered))
 
     def pin_memory(self) -> "NoisyBatch":
         """In page-locked memory. The data loader calls this."""

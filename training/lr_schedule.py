@@ -1,6 +1,5 @@
 """The learning rate over the run: curves that are functions of the step alone, stepped once per optimizer step."""
 
-import dataclasses
 import importlib
 import logging
 import math
@@ -40,7 +39,7 @@ class LrSchedule(Protocol):
 
 @dataclass(frozen=True)
 class Curve:
-    """The numbers that the curves are made of. The fields after `total` can be set by --lr_scheduler_args."""
+    """The numbers that the curves are made of. Those after `total` are set by options or, as `ARGUMENTS` says, by arguments."""
 
     learning_rate: float
     warmup: int
@@ -61,6 +60,11 @@ class Curve:
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> LrSchedule:
     """The schedule for this optimizer and this many optimizer steps. Raises OptionError where the options do not fit together."""
     if is_schedule_free(optimizer):
+        if options.lr_scheduler != "constant" or options.lr_scheduler_type or options.lr_warmup_steps or options.lr_scheduler_args:
+            logger.warning(
+                f"{type(optimizer).__name__} needs no schedule: the options of --lr_scheduler and its warm-up have no effect; "
+                "some of these optimizers take --optimizer_args warmup_steps=N."
+            )
         return OwnRates("schedule-free", optimizer, lambda: [float(group["lr"]) for group in optimizer.param_groups])
     if options.lr_scheduler_type:
         return Imported(options.lr_scheduler_type, _import_scheduler(options, optimizer))
@@ -84,10 +88,10 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
         "timescale": options.lr_scheduler_timescale,
         "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
     }
-    arguments = options.arguments()
-    allowed = {field.name for field in dataclasses.fields(Curve)} - {"learning_rate", "warmup", "decay", "total"}
-    if unknown := sorted(set(arguments) - allowed):
-        raise OptionError(f"--lr_scheduler_args {unknown[0]}: no curve has it. There are {', '.join(sorted(allowed))}.")
+    arguments, allowed = options.arguments(), ARGUMENTS.get(options.lr_scheduler, ())
+    if unknown := sorted(set(arguments) - set(allowed)):
+        known = f"it has {', '.join(allowed)}" if allowed else "it has none"
+        raise OptionError(f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such argument; {known}.")
     curve = Curve(
         learning_rate=learning_rate,
         warmup=warmup_steps(options, total_steps),
@@ -187,6 +191,17 @@ FACTORS: dict[str, Callable[[Curve, int], float]] = {
     "cosine_with_min_lr": cosine_with_min_lr,
     "warmup_stable_decay": warmup_stable_decay,
     "piecewise_constant": piecewise_constant,
+}
+
+
+# what --lr_scheduler_args can set, for each curve
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("min_lr_ratio", "num_cycles"),
+    "warmup_stable_decay": ("min_lr_ratio", "num_cycles"),
+    "piecewise_constant": ("step_rules",),
 }
 
 

@@ -48,6 +48,8 @@ class TrainingOptions:
         if self.timesteps.show_timesteps is not None:
             return
         require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
+        if self.hub.resume_from_huggingface:
+            require(self.saving.resume, "--resume", "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]")
         if self.loop.check:
             return
         require(self.saving.output_dir, "--output_dir", "the folder to save into")

@@ -41,8 +41,13 @@ HABITS = (
     "max_grad_norm",
     "lr_scheduler",
     "lr_scheduler_type",
+    "lr_scheduler_args",
     "lr_warmup_steps",
     "lr_decay_steps",
+    "lr_scheduler_num_cycles",
+    "lr_scheduler_power",
+    "lr_scheduler_timescale",
+    "lr_scheduler_min_lr_ratio",
     "timestep_sampling",
     "discrete_flow_shift",
     "sigmoid_scale",
@@ -56,7 +61,9 @@ HABITS = (
     "num_timestep_buckets",
     "network_dropout",
     "scale_weight_norms",
+    "base_weights_multiplier",
     "mixed_precision",
+    "fp16_accumulation",
     "guidance_scale",
 )
 
@@ -120,10 +127,14 @@ def identity_of(options: TrainingOptions, seed: int, order: BatchOrder, plan: Pl
     }
 
 
-def habits_of(options: TrainingOptions) -> dict[str, Any]:
-    """What a resumed run may change, with a warning."""
+def habits_of(options: TrainingOptions, family_metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a resumed run may change, with a warning; models by the names of their files."""
     config = public_config(options)
-    return {f"--{name}": config[name] for name in HABITS}
+    models = {
+        "the model's file": family_metadata.get("sd_model_name"),
+        "--base_weights": ", ".join(path.name for path in options.network.base_weights or ()) or None,
+    }
+    return {**{f"--{name}": config[name] for name in HABITS}, **models}
 
 
 def capture(progress: Progress, learning: Learning, identity: Mapping[str, Any], habits: Mapping[str, Any]) -> SavedState:

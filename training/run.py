@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from networks.merge import LoraPatch, LoraUse
 from training.accelerator import make_accelerator
 from training.evaluation import finished_weights
 from training.feed import Feed, MicroBatches, Randomness
+from training.ignored import ignored_options
 from training.logs import check_trackers, public_config, run_folder, start_logs
 from training.loop import Run, train
 from training.lr_schedule import make_lr_schedule, warmup_steps
@@ -113,19 +114,23 @@ def prepared_run(
     job = _start(family, options, commands, whole_dit)
     data = _find_data(job, config)
     identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
-    habits = habits_of(options)
+    habits = habits_of(options, family.metadata)
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     dit = _load_dit(job)
     learning, optimizer_name = _make_learning(job, dit, data.plan.total_steps)
     if job.saved is not None:
         restore(job.saved, learning)
+        job = replace(job, saved=None)  # gives its tensors free
 
     uploads = make_uploads(options.hub)
     facts = _facts(job, data, optimizer_name, learning.schedule.name)
     saver = _make_saver(job, dit, learning, facts, uploads, lambda: capture(job.progress, learning, identity, habits))
     log_config = public_config(options) if options.logs.log_config else None
-    with start_logs(job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config) as logs:
+    with (
+        uploads.finishing(),
+        start_logs(job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config) as logs,
+    ):
         logger.info(_summary(job, data))
         yield Run(
             options=options,
@@ -146,7 +151,6 @@ def prepared_run(
             validation=_make_validation(job, data),
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
-        uploads.wait()
         job.accelerator.wait_for_everyone()
 
 
@@ -167,6 +171,9 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands, 
     accelerator = make_accelerator(options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now()))
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
+    else:
+        for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
+            logger.warning(line)
     saved = find_state(options, accelerator.is_main_process)
     return Job(family, options, commands, accelerator, saved, first_progress(options, saved), whole_dit)
 
@@ -288,9 +295,8 @@ def _make_saver(
         uploads.publish_state,
     )
     saver.remove_leftovers()
-    if job.saved is not None:  # what a run that was killed had no time for
-        saver.tidy_steps(progress.step)
-        saver.tidy_epochs(progress.epoch)
+    saver.tidy_steps(progress.step)  # what a run that was killed had no time for
+    saver.tidy_epochs(progress.epoch)
     return saver
 
 

@@ -147,9 +147,13 @@ def _remove_up_to(folder: Path, pattern: str, number: int | None, every: int) ->
             continue
         # moved aside first: a folder that is half removed must not look like a state
         aside = entry.with_name(f".{entry.name}.removed.tmp")
-        os.replace(entry, aside)
-        _remove(aside)
-        logger.info("Removed %s", entry)
+        try:
+            os.replace(entry, aside)
+            _remove(aside)
+        except OSError as error:  # open in another program; no reason to end a run
+            logger.warning("%s is kept for now, because it cannot be removed: %s", entry, error)
+        else:
+            logger.info("Removed %s", entry)
 
 
 def _remove(path: Path) -> None:

@@ -34,8 +34,12 @@ class SavingOptions:
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to save at the end only")
         if self.save_every_n_minutes is not None and not self.save_every_n_minutes > 0:
             raise OptionError(f"--save_every_n_minutes {self.save_every_n_minutes}: has to be positive")
-        for name in ("save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state"):
-            check_at_least(f"--{name}", getattr(self, name), 0, "leave it out to keep all")
+        for name in ("save_last_n_epochs", "save_last_n_epochs_state"):
+            check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to keep all")
+        for name in ("save_last_n_steps", "save_last_n_steps_state"):
+            check_at_least(f"--{name}", getattr(self, name), 0, "0 keeps the newest; leave it out to keep all")
+        if self.output_dir is not None and self.output_dir.is_file():
+            raise OptionError(f"--output_dir {self.output_dir}: it is a file; give a folder, it will be created")
         if self.output_name is not None and ("/" in self.output_name or "\\" in self.output_name or not self.output_name.strip()):
             raise OptionError(f"--output_name {self.output_name!r}: a file name without folders; the folder goes to --output_dir")
 

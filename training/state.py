@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from modules.atomic_write import atomic_folder, recover_folder, save_tensors
@@ -173,10 +173,11 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _read_part(folder: Path, part: str, file: Mapping[str, int]) -> dict[str, Tensor]:
     path = folder / f"{part}.safetensors"
-    if _checksum(path) != file["crc32"]:
-        raise _damaged(path, "its checksum is not the recorded one")
     try:
-        return load_file(path)
+        data = path.read_bytes()  # not mapped: Windows would keep the folder from being replaced or removed later in the run
+        if zlib.crc32(data) != file["crc32"]:
+            raise _damaged(path, "its checksum is not the recorded one")
+        return load(data)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, str(error)) from error
 

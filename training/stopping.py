@@ -19,6 +19,7 @@ class StopRequest:
     """Whether the run has been asked to end."""
 
     asked: bool = False
+    agreed: bool = False  # all processes know of it
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """To and from the Hugging Face hub. A failed upload is reported and never ends a run."""
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ class Uploads:
         """Upload a state folder where --save_state_to_huggingface asks for it."""
         if self.options.save_state_to_huggingface:
             self.publish(folder)
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Wait for what is under way however the block ends: the files are saved and asked for."""
+        try:
+            yield
+        finally:
+            self.wait()
 
     def wait(self) -> None:
         """Until everything is uploaded or has failed."""

@@ -31,7 +31,7 @@ from modules.records import (
     Tweaks,
 )
 from wan import conditioning
-from wan.checkpoints import check_task, load_dit, note_size, read_dit_header
+from wan.checkpoints import check_task, load_dit, note_size
 from wan.clip import load_clip
 from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
 from wan.files import WanFiles
@@ -118,8 +118,7 @@ class Wan:
         """The VAE; with `images` also the image encoder, where a model or a cache is conditioned on images."""
         vae = load_vae(self.files.vae_path, device, self._vae_dtype(), cache_on_cpu=self.vae_cache_cpu, tile=self.vae_tile)
         wants_image = self.image_kind is not None or self.task.kind != "t2v"
-        image_encoder = load_clip(self.files.clip_path, device) if images and wants_image and self.files.clip is not None else None
-        return MediaEncoders(vae, image_encoder)
+        return MediaEncoders(vae, load_clip(self.files.clip_path, device) if images and wants_image else None)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Latents of every clip; with an image kind also the CLIP features and the condition; latents of a control video.
@@ -134,10 +133,10 @@ class Wan:
         if len(media.keys) > 1 and vae.device.type == "cpu":
             # a batch gains nothing here, and singly an item's numbers do not depend on what else a killed run had left to do
             return [entries for one in media.singly() for entries in self.encode_media(encoders, one)]
-        pixels = conditioning.to_pixels(media.frames).to(vae.device)
+        pixels = conditioning.to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
         tensors = {"latents": vae.encode(pixels).to(store)}
         if media.control:
-            tensors["latents_control"] = vae.encode(conditioning.to_pixels(media.control[0]).to(vae.device)).to(store)
+            tensors["latents_control"] = vae.encode(conditioning.to_pixels(media.control[0].to(vae.device))).to(store)
         if self.image_kind is not None:
             first, last, frames = pixels[:, :, :1], pixels[:, :, -1:], pixels.shape[2]
             if self.image_kind == "flf2v":
@@ -159,10 +158,8 @@ class Wan:
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --task."""
-        path = self.files.dit_path
-        header = read_dit_header(path)
-        check_task(header, self.task, path)
-        note_size(header, self.task, path)
+        (path,) = self.dit_files
+        note_size(self.files.dit_header(), self.task, path)
         return load_dit(path, replace(placement, keep_file_dtypes=self.keep_file_dtypes), rope=self.rope)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -208,7 +205,7 @@ class Wan:
         a file is missing or not what --task says.
         """
         task = self.task
-        check_task(self.files.dit_header(), self.task, self.files.dit_path)
+        _ = self.dit_files  # raises where it does not fit
         self.files.check_encoders()
         self._check_inputs(request)
         width, height = request.width or self.defaults.width, request.height or self.defaults.height
@@ -251,13 +248,12 @@ class Wan:
         end = request.end_image_path
 
         def pixels(path: Path) -> Tensor:
-            return conditioning.image_pixels(path, width, height, keep_aspect=not self.sizes_follow_image).to(vae.device)
+            return conditioning.image_pixels(path, width, height, keep_aspect=not self.sizes_follow_image)
 
         if task.kind != "t2v" and request.image_path is not None:
             paths = [request.image_path] + ([end] if task.kind == "flf2v" and end is not None else [])
-            if encoders.image_encoder is not None:
-                features = [encoders.image_encoder.encode(conditioning.read_pixels(path).to(vae.device)[:, :, 0]) for path in paths]
-                conditions["clip"] = torch.cat(features, dim=1).cpu()
+            features = [encoders.image_encoder.encode(conditioning.read_pixels(path)[:, :, 0]) for path in paths]
+            conditions["clip"] = torch.cat(features, dim=1).cpu()
             if task.kind == "flf2v" and end is not None:
                 image = conditioning.first_last_condition(vae, pixels(request.image_path), pixels(end), frames)
             else:
@@ -265,7 +261,7 @@ class Wan:
             conditions["condition_latents"] = image.cpu()
         if task.has_control and request.control_path is not None:
             end_frames = conditioning.FRAMES_PER_LATENT if self._appends_end(request) else 0
-            control = vae.encode(conditioning.read_control(request.control_path, width, height, frames, end_frames).to(vae.device))
+            control = vae.encode(conditioning.read_control(request.control_path, width, height, frames, end_frames))
             start = None if image is None else image[:, -LATENT.channels :]
             conditions["condition_latents"] = conditioning.control_condition(control, start, self._appends_end(request)).cpu()
         return {0: conditions}
@@ -337,21 +333,21 @@ class Wan:
         task = self.task
         if task.kind != "t2v":
             require(request.image_path, "--image_path", f"--task {task.name} starts from an image")
-            if not task.has_control:
-                _ = self.files.clip_path
+            _ = self.files.clip_path
         if task.kind == "flf2v":
             require(request.end_image_path, "--end_image_path", f"--task {task.name} ends with an image")
         if task.has_control:
             require(request.control_path, "--control_path", f"--task {task.name} follows a control video")
-        unused = {"--image_path": request.image_path, "--end_image_path": request.end_image_path} if task.kind == "t2v" else {}
-        if not task.has_control:
-            unused["--control_path"] = request.control_path
-        for option, path in unused.items():
-            if path is not None:
+        taken = {
+            "--image_path": (request.image_path, task.kind != "t2v"),
+            "--end_image_path": (request.end_image_path, task.kind != "t2v"),
+            "--control_path": (request.control_path, task.has_control),
+        }
+        for option, (path, is_taken) in taken.items():
+            if path is not None and not is_taken:
                 logger.warning("%s %s is ignored because --task %s does not take it", option, path, task.name)
-        for path in (request.image_path, request.end_image_path, request.control_path):
-            if path is not None and not path.exists():
-                raise OptionError(f"{path}: no such file or folder")
+            elif path is not None and not path.exists():
+                raise OptionError(f"{option} {path}: no such file or folder")
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
@@ -385,8 +381,11 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
     files = WanFiles(options.dit, options.vae.vae, options.text.t5, options.text.t5_tokenizer, options.clip)
     if options.ckpt_dir is not None:
         files = files.with_release(options.ckpt_dir)
+    task = TASKS[options.task]
+    if options.i2v_extra_noise and task.kind == "t2v":
+        logger.warning("--i2v_extra_noise is ignored because --task %s starts from no image", task.name)
     return Wan(
-        TASKS[options.task],
+        task,
         files,
         **_vae_settings(options.vae, None),
         rope=options.rope_func,

@@ -3,7 +3,9 @@
 import tomllib
 from pathlib import Path
 
-from blissful_tuner.metadata import TUNER_VERSION, as_tags, number_in, output_metadata
+import pytest
+
+from blissful_tuner.metadata import TUNER_VERSION, as_tags, frame_rate_in, output_metadata, seed_in
 from modules.records import Request
 
 REQUEST = Request("a\ncat ä", 7, 832, 480, 81, 50, 5.0, None, 5.0, "unipc", 16.0, "bad")
@@ -34,11 +36,18 @@ def test_tags_are_one_line_and_keep_their_letters() -> None:
     assert as_tags({"bt_prompt": "a\r\nb\nä"}) == {"bt_prompt": "a\\nb\\nä"}
 
 
-def test_numbers_that_are_missing_or_no_numbers_are_none() -> None:
-    metadata = {"bt_fps": "24", "bt_seeds": "N/A"}
-    assert number_in(metadata, "fps") == 24.0
-    assert number_in(metadata, "seeds") is None
-    assert number_in(metadata, "width") is None
+@pytest.mark.parametrize(
+    ("text", "rate"), [("24", 24.0), ("23.976", 23.976), ("N/A", None), ("nan", None), ("inf", None), ("-1", None)]
+)
+def test_a_frame_rate_that_is_none_is_not_used(text: str, rate: float | None) -> None:
+    assert frame_rate_in({"bt_fps": text}) == rate
+    assert frame_rate_in({}) is None
+
+
+@pytest.mark.parametrize(("text", "seed"), [("9007199254740993", 9007199254740993), ("-5", -5), ("N/A", 0), ("nan", 0), ("1.5", 0)])
+def test_a_seed_is_read_to_the_last_digit(text: str, seed: int) -> None:
+    assert seed_in({"bt_seeds": text}) == seed
+    assert seed_in({}) == 0
 
 
 def test_the_version_is_that_of_the_project() -> None:

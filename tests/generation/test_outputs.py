@@ -62,7 +62,7 @@ class Harmful:
         return (eval, ("1",))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "other tensor", "wrong shape", "code", "text"])
+@pytest.mark.parametrize("kind", ["truncated", "other tensor", "wrong shape", "two videos", "no frame", "code", "text"])
 def test_files_without_latents_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("x.pt" if kind in {"code", "text"} else "x.safetensors")
     if kind == "truncated":
@@ -72,6 +72,10 @@ def test_files_without_latents_are_refused_by_name(tmp_path: Path, kind: str) ->
         save_file({"weight": torch.zeros(2)}, path)
     elif kind == "wrong shape":
         save_file({"latent": torch.zeros(2)}, path)
+    elif kind == "two videos":
+        save_file({"latent": torch.zeros(2, 16, 1, 2, 2)}, path)
+    elif kind == "no frame":
+        save_file({"latent": torch.zeros(16, 0, 2, 2)}, path)
     elif kind == "code":
         torch.save({"latent": Harmful()}, path)
     else:

@@ -126,3 +126,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, text: 
     path.write_text(text)
     with pytest.raises(OptionError, match="--sample_prompts"):
         read_sample_prompts(path)
+
+
+def test_only_line_breaks_part_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a cat\u2028in\x0crain --d 1\r\n\r\na dog\n".encode())
+    assert read_generation_lines(path) == [(1, "a cat\u2028in\x0crain --d 1"), (3, "a dog")]

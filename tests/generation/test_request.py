@@ -83,3 +83,15 @@ def test_skip_layer_guidance_without_guidance_is_warned_about(caplog: pytest.Log
 def test_a_negative_prompt_without_guidance_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     make_request(replace(OPTIONS, guidance_scale=1.0, negative_prompt="bad"))
     assert "'bad' is ignored" in caplog.text
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(OptionError, match="the prompt .* is not UTF-8 text"):
+        make_request(OPTIONS, {"prompt": "d\udcffog"})
+    assert make_request(OPTIONS, {"prompt": "d\u00f6g", "seed": None}).prompt == "dög"
+
+
+def test_skip_layer_guidance_with_scale_0_is_guidance(caplog: pytest.LogCaptureFixture) -> None:
+    options = replace(PLAIN_GUIDANCE, slg_mode="uncond", slg_layers="1")
+    check_guidance(Request("p", 0, steps=4, guidance_scale=0.0), options)
+    assert not caplog.text

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
-from modules.errors import CheckpointError, MediaError, OptionError, UserError
+from modules.errors import CheckpointError, MediaError, OptionError, OutputError, UserError
 from modules.media import video_frames
 from modules.options import read_options
 from tests.generation.toy_family import ToyFamily
@@ -148,6 +148,45 @@ def test_a_lora_of_another_model_is_refused(tmp_path: Path) -> None:
         run(tmp_path, "--prompt", "cat", "--lora_weight", lora(tmp_path / "l.safetensors"))
 
 
+def test_a_missing_model_is_said_once_and_not_for_every_line(tmp_path: Path) -> None:
+    path = prompts(tmp_path, "cat", "dog")
+    with pytest.raises(CheckpointError, match=r"--dit gone\.safetensors"):
+        generate(ToyFamily(lost=Path("gone.safetensors")), options(tmp_path / "out", "--from_file", path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    family = ToyFamily()
+    with pytest.raises(OutputError, match="--save_path .* cannot be created"):
+        generate(family, options(tmp_path / "file" / "out", "--prompt", "cat"))
+    assert family.diary == []
+
+
+def test_blocks_that_are_not_there_cannot_be_skipped(tmp_path: Path) -> None:
+    more = ("--prompt", "cat", "--slg_mode", "uncond", "--output_type", "latent")
+    run(tmp_path, *more, "--slg_layers", "0,1")
+    with pytest.raises(OptionError, match="no block 2, the model has blocks 0 to 1"):
+        run(tmp_path, *more, "--slg_layers", "0,2")
+
+
+@pytest.mark.parametrize(("more", "times"), [((), 1), (("--container", "mkv"), 0), (("--no_metadata",), 0)])
+def test_that_mp4_holds_no_metadata_is_told_once(
+    tmp_path: Path, more: tuple[str, ...], times: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        run(tmp_path / "out", "--from_file", prompts(tmp_path, "cat", "dog"), *more)
+    assert caplog.text.count("MP4 files hold no") == times
+
+
+def test_the_log_says_which_latents_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run(tmp_path / "a", "--prompt", "cat")
+        run(tmp_path / "b", "--prompt", "cat", "--output_type", "both")
+    assert caplog.text.count("_latent.safetensors, until they are decoded") == 1
+    assert caplog.text.count("_latent.safetensors\n") == 1
+
+
 class Typing:
     """Stands for the keyboard: lines, or an exception to raise."""
 
@@ -183,6 +222,15 @@ def test_ctrl_c_abandons_only_the_current_prompt(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(builtins, "input", Typing("a long one --d 1", "cat --d 2"))
     generate(ToyFamily(interrupt_at="a long one"), options(tmp_path, "--interactive"))
     assert only(tmp_path, "*").name.endswith("_2.mp4")
+
+
+@pytest.mark.parametrize("network", ["text", "dit", "media"])
+def test_ctrl_c_while_a_network_is_loaded_abandons_only_the_current_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    monkeypatch.setattr(builtins, "input", Typing("cat --d 1", "cat --d 2"))
+    generate(ToyFamily(stop_loading={network}), options(tmp_path, "--interactive"))
+    assert [path.name[-6:] for path in tmp_path.glob("*.mp4")] == ["_2.mp4"]
 
 
 def test_ctrl_c_ends_a_batch_but_finished_latents_stay(tmp_path: Path) -> None:

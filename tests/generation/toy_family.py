@@ -1,12 +1,13 @@
 """A family of toy networks that keeps a diary: what was loaded, moved and freed, in order."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from modules.errors import MediaError, OptionError
+from modules.errors import CheckpointError, MediaError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.records import (
     NO_TWEAKS,
@@ -34,12 +35,14 @@ class ToyTextEncoder:
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
 
-    def __init__(self, diary: list[str]) -> None:
+    def __init__(self, diary: list[str], stop: Callable[[str], None]) -> None:
         self.diary = diary
+        self.stop = stop
         self.loaded = False
 
     def load(self, device: torch.device) -> None:
         self.diary.append("move text" if self.loaded else "load text")
+        self.stop("text")
         self.loaded = True
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -72,6 +75,7 @@ class ToyDit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(0.5))
+        self.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
 
     def forward(self, noisy: Tensor, letters: list[Tensor], skip_blocks: frozenset[int]) -> Tensor:
         text = torch.stack([one.mean() for one in letters]).view(-1, 1, 1, 1, 1)
@@ -93,23 +97,38 @@ class ToyFamily:
     media_identity: Mapping[str, str] = field(default_factory=dict)
     can_decode: bool = True
     interrupt_at: str | None = None  # the prompt at which someone presses Ctrl-C
+    lost: Path | None = None  # a model file that is not there
+    stop_loading: set[str] = field(default_factory=set)  # networks at whose next loading someone presses Ctrl-C
+
+    def stop(self, network: str) -> None:
+        if network in self.stop_loading:
+            self.stop_loading.remove(network)
+            raise KeyboardInterrupt
 
     @property
     def metadata(self) -> Mapping[str, str]:
         return {"model_type": "toy", "task": "t2v"}
 
     def text_encoders(self) -> Sequence[TextEncoder]:
-        return [ToyTextEncoder(self.diary)]
+        return [ToyTextEncoder(self.diary, self.stop)]
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         self.diary.append("load vae")
+        self.stop("media")
         return MediaEncoders(ToyVae(self.diary))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         raise NotImplementedError
 
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        if self.lost is not None:
+            raise CheckpointError(f"--dit {self.lost}: no such file or folder", self.lost)
+        return ()
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         self.diary.append("load dit")
+        self.stop("dit")
         dit = ToyDit()
         if placement.patch is not None:
             dit.scale.data = placement.patch("blocks.0.scale", dit.scale.data)

@@ -96,3 +96,18 @@ def test_incomplete_factors_are_explained(parts: list[str], words: str) -> None:
     reason = fault(dict.fromkeys(parts, torch.ones(2, 2)))
     assert reason is not None
     assert words in reason
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lora_down.weight": torch.ones(0, 5)},
+        {"lora_up.weight": torch.ones(7)},
+        {"alpha": torch.ones(2)},
+        {"alpha": torch.tensor(torch.nan)},
+    ],
+)
+def test_factors_that_are_no_matrices_are_explained(wrong: dict[str, Tensor]) -> None:
+    reason = fault({"lora_down.weight": random(3, 5), "lora_up.weight": random(7, 3)} | wrong)
+    assert reason is not None
+    assert next(iter(wrong)) in reason

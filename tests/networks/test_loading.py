@@ -113,6 +113,31 @@ def test_alphas_in_peft_settings_count(tmp_path: Path, place: str, settings: dic
     assert [strength(modules[f"lora_unet_blocks_0_self_attn_{part}"]) for part in "qk"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora_alpha": "much"}, {"lora_alpha": 8, "alpha_pattern": {"(": 2}}, {"lora_alpha": 8, "alpha_pattern": [1]}, []],
+)
+def test_peft_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: object) -> None:
+    save_file({f"blocks.0.attn1.to_q.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}, tmp_path / "adapter_model.sft")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+    if settings == []:  # as an empty object: nothing is said
+        assert read_lora(tmp_path).modules()
+        return
+    with pytest.raises(CheckpointError, match="PEFT settings cannot be read"):
+        read_lora(tmp_path)
+
+
+def test_a_part_named_twice_is_listed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = dict(read_lora(saved).tensors)
+    save_file(tensors | {"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 2)}, saved)
+
+    with caplog.at_level(logging.WARNING):
+        read_lora(saved)
+
+    assert "1 tensors are no part of a LoRA and are ignored" in caplog.text
+
+
 def test_network_modules_are_imported_by_name() -> None:
     assert import_network_module("networks.lora_wan").__name__ == "networks.lora_wan"
     with pytest.raises(OptionError, match="--network_module no_such_module cannot be imported"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modules.activation import checkpoint_blocks
@@ -190,6 +190,21 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample() -> None:
     assert set(ranks.round(decimals=4).unique().tolist()) <= {0.0, 2.0}
 
 
+def test_dropout_keeps_the_mean_in_bf16_too() -> None:
+    layer = LoraLayer(nn.Linear(8, 8, bias=False), 8, 8.0)
+    with torch.no_grad():
+        layer.lora_down.weight.copy_(torch.eye(8))
+        layer.lora_up.weight.copy_(torch.eye(8))
+    layer.set_dropouts(Dropouts(neuron=0.1), DropoutSeed(), 0)
+    layer.to(torch.bfloat16)
+    x = torch.rand(1, 20_000, 8, generator=torch.Generator().manual_seed(1)).add(1).bfloat16()
+
+    change = (layer.train()(x.float()) - layer._original_forward(x.float())).detach().double()
+
+    kept = change != 0
+    assert float((change / x)[kept].mean()) == pytest.approx(1 / 0.9, rel=3e-4)  # 1 / 0.9 in bf16 is off by 1.6e-3
+
+
 def test_loraplus_puts_the_up_factors_into_a_faster_group(tmp_path: Path) -> None:
     network = wan_network(tiny_dit(tmp_path), loraplus_lr_ratio="4")
 
@@ -237,6 +252,8 @@ def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
     network.apply_to(None, dit)
 
     assert len(plain.layers) == 1
+    whole = lora_wan.create_arch_network(1.0, 2, 1.0, None, None, dit[0:1], conv_dim="3", conv_alpha="0")
+    assert [layer.scale for layer in whole.layers] == [0.5, 1.0]  # alpha 0 means the rank
     factors = network.state_dict()
     assert factors["lora_unet_0_three.lora_down.weight"].shape == (3, 4, 3, 3)
     assert factors["lora_unet_0_three.lora_up.weight"].shape == (6, 3, 1, 1)
@@ -273,6 +290,18 @@ def test_weights_and_alphas_come_back_from_a_file(tmp_path: Path) -> None:
     assert network.layers[0].scale == 3.0 / 4
 
 
+@pytest.mark.parametrize(("alpha", "scale"), [(torch.zeros(()), 1.0), (torch.full((1,), 2.0), 0.5)])
+def test_alphas_as_other_tools_store_them_count(tmp_path: Path, alpha: torch.Tensor, scale: float) -> None:
+    dit = tiny_dit(tmp_path)
+    tensors = wan_network(dit).state_dict()
+    save_file({name: alpha.clone() if name.endswith(".alpha") else t for name, t in tensors.items()}, tmp_path / "x.safetensors")
+    network = wan_network(dit, alpha=3.0)
+
+    assert network.load_weights(tmp_path / "x.safetensors") == []
+
+    assert {layer.scale for layer in network.layers} == {scale}
+
+
 def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dit = tiny_dit(tmp_path)
     wan_network(tiny_dit(tmp_path / "i2v", "i2v")).save_weights(tmp_path / "x.safetensors", None, {})
@@ -295,13 +324,16 @@ def test_a_file_of_another_rank_is_refused_with_the_way_out(tmp_path: Path) -> N
         wan_network(dit, rank=4).load_weights(tmp_path / "x.safetensors")
 
 
-def test_ranks_and_alphas_can_come_from_a_file(tmp_path: Path) -> None:
+def test_ranks_and_alphas_can_come_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dit = tiny_dit(tmp_path)
     tensors = wan_network(dit, rank=6, alpha=3.0, include_patterns="[r'.*self_attn.*']", exclude_patterns="[r'.*']").state_dict()
     del tensors["lora_unet_blocks_1_self_attn_o.alpha"]  # no alpha: that of the rank
 
-    network = lora_wan.create_arch_network_from_weights(1.0, tensors, unet=dit)
+    with caplog.at_level(logging.WARNING):
+        network = lora_wan.create_arch_network_from_weights(1.0, tensors, unet=dit, conv_dim="4", rank_dropout="0.5", file="x")
 
+    assert "conv_dim is ignored" in caplog.text
+    assert network.settings.dropouts.rank == 0.5
     assert len(network.layers) == 8
     assert {layer.rank for layer in network.layers} == {6}
     assert [layer.scale for layer in network.layers] == [0.5] * 7 + [1.0]

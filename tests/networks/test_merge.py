@@ -11,6 +11,7 @@ from torch import Tensor
 from modules.errors import CheckpointError, OptionError
 from modules.records import Placement
 from networks import lora_wan
+from networks.deltas import weight_delta
 from networks.loading import LoraFile, read_lora
 from networks.merge import LoraPatch, LoraUse, lora_uses
 from networks.options import LoraOptions, LoraPatternOptions
@@ -62,6 +63,31 @@ def test_several_loras_are_summed_before_rounding() -> None:
     patch = LoraPatch([LoraUse(lora_file(one)), LoraUse(lora_file(one))])
 
     assert torch.equal(patch("a.weight", weight), torch.full((4, 4), 258.0, dtype=torch.bfloat16))  # 257.2: one alone would be lost
+
+
+ROWS, COLUMNS = 2100, 2048  # more than is changed at once
+LARGE: dict[str, dict[str, tuple[int, ...]]] = {
+    "LoRA": {"lora_down.weight": (2, COLUMNS), "lora_up.weight": (ROWS, 2)},
+    "whole": {"diff": (ROWS, COLUMNS)},
+    "LoHa": {"hada_w1_a": (ROWS, 2), "hada_w1_b": (2, COLUMNS), "hada_w2_a": (ROWS, 2), "hada_w2_b": (2, COLUMNS)},
+    "LoKr": {"lokr_w1": (2, 2), "lokr_w2_a": (ROWS // 2, 2), "lokr_w2_b": (2, COLUMNS // 2)},
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_weight_changed_part_by_part_equals_one_changed_at_once(kind: str) -> None:
+    factors = {part: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for part, shape in LARGE[kind].items()}
+    patch = LoraPatch([LoraUse(lora_file({f"lora_unet_a.{part}": tensor for part, tensor in factors.items()}), 0.5)])
+    weight = torch.ones(ROWS, COLUMNS)
+    expected = weight_delta(factors, torch.device("cpu"))
+    assert expected is not None
+
+    changed = patch("a.weight", weight)
+
+    torch.testing.assert_close(changed, 1 + 0.5 * expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(weight, torch.ones(ROWS, COLUMNS))
+    assert patch.add_to("a.weight", weight).data_ptr() == weight.data_ptr()
+    assert torch.equal(weight, changed)
 
 
 def test_patterns_choose_parts_of_a_lora(tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ def test_a_state_of_another_kind_of_schedule_is_refused() -> None:
     ("argv", "expected"),
     [
         ("--lr_scheduler adafactor", "--optimizer_type Adafactor"),
-        ("--lr_scheduler linear --lr_scheduler_args powder=2", "powder"),
+        ("--lr_scheduler polynomial --lr_scheduler_args powder=2", "has no such argument; it has lr_end, power"),
+        ("--lr_scheduler linear --lr_scheduler_args power=2", "--lr_scheduler linear has no such argument; it has none"),
         ("--lr_scheduler piecewise_constant --lr_scheduler_args step_rules=1:a,2", "step_rules=1:a,2"),
         ("--lr_scheduler warmup_stable_decay --lr_warmup_steps 80 --lr_decay_steps 40", "exceed the 100 steps"),
         ("--lr_scheduler polynomial --lr_scheduler_args lr_end=1", "ends at 1"),
@@ -191,7 +192,7 @@ def test_fractions_of_the_run_become_steps() -> None:
     assert warmup_steps(options("--lr_scheduler", "linear", "--lr_warmup_steps", "15"), 30) == 15
 
 
-def test_a_schedule_free_optimizer_keeps_its_own_pace() -> None:
+def test_a_schedule_free_optimizer_keeps_its_own_pace_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     class TinyScheduleFree(AdamW):
         """Named as the real ones are."""
 
@@ -201,3 +202,4 @@ def test_a_schedule_free_optimizer_keeps_its_own_pace() -> None:
     shown.step()
 
     assert shown.get_last_lr() == [RATE]
+    assert "needs no schedule" in caplog.text

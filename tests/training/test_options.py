@@ -77,6 +77,8 @@ def test_defaults_make_complete_options() -> None:
         (["--dim_from_weights"], "--network_weights"),
         (["--output_name", "a/b"], "--output_name 'a/b'"),
         (["--async_upload"], "--huggingface_repo_id"),
+        (["--resume_from_huggingface"], "--resume is missing"),
+        (["--save_last_n_epochs", "0"], "--save_last_n_epochs 0"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_by_name(argv: list[str], expected: str) -> None:
@@ -84,6 +86,11 @@ def test_a_value_that_cannot_be_used_is_refused_by_name(argv: list[str], expecte
         options(*argv)
 
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["NO", "no"])
+def test_no_compilation_may_be_asked_for(value: str) -> None:
+    options("--dynamo_backend", value)
 
 
 def test_what_has_to_be_given_depends_on_what_is_asked_for() -> None:

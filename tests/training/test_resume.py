@@ -1,7 +1,11 @@
 """A run that is killed and resumed ends with the weights of one that was not."""
 
+import os
+import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -10,7 +14,9 @@ from safetensors.torch import load_file
 from modules.errors import CheckpointError, OptionError
 from tests.commands import ROOT, run_python
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from training.resuming import habits_of
 from training.run import train_network
+from training.state import warn_of_changes
 
 
 class Killed(BaseException):
@@ -136,6 +142,16 @@ def test_a_run_with_other_settings_is_refused_by_their_name(tmp_path: Path, chan
         train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest", *changed))
 
 
+def test_another_model_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = toy_options(tmp_path)
+
+    warn_of_changes(habits_of(options, {"sd_model_name": "a.safetensors"}), habits_of(options, {"sd_model_name": "b.safetensors"}))
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "the model's file was a.safetensors when the state was saved; it is b.safetensors from here on."
+    ]
+
+
 def test_a_run_on_other_clips_is_refused(tmp_path: Path) -> None:
     write_caches(tmp_path, count=5)
     train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
@@ -160,6 +176,32 @@ def test_samples_that_a_stopped_epoch_owed_are_made_when_it_goes_on(tmp_path: Pa
 
     marks = sorted(path.name.split("_")[1] for path in (tmp_path / "output" / "sample").iterdir())
     assert marks == ["e000001", "e000002"]
+
+
+@pytest.mark.parametrize(
+    "when", [["--sample_every_n_steps", 2], ["--sample_every_n_epochs", 1], ["--sample_at_first"]], ids=["steps", "epochs", "first"]
+)
+def test_a_run_that_is_asked_to_end_while_sampling_makes_the_samples_later_with_the_same_weights(
+    tmp_path: Path, when: list[object]
+) -> None:
+    write_caches(tmp_path, count=3)
+    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\na dog --s 2 --d 2\n", encoding="utf-8")
+    options = ["--sample_prompts", tmp_path / "prompts.txt", *when, "--max_train_steps", 5, "--resume", "latest"]
+    expected: list[torch.Tensor] = []
+    train_toy(tmp_path, *options, family=ToyFamily(on_decode=expected.append))
+    options += ["--output_dir", tmp_path / "stopped"]
+
+    def interrupt(_: torch.Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # after the first picture, so the second is never finished
+
+    found: list[torch.Tensor] = []
+    assert train_network(ToyFamily(on_decode=interrupt), toy_options(tmp_path, *options)) == 0
+    assert not (tmp_path / "stopped" / "x.safetensors").exists()
+    assert train_network(ToyFamily(on_decode=found.append), toy_options(tmp_path, *options)) == 0
+
+    assert len(found) == len(expected)
+    assert all(torch.equal(here, there) for here, there in zip(found, expected, strict=True))
+    assert same(load_file(tmp_path / "output" / "x.safetensors"), load_file(tmp_path / "stopped" / "x.safetensors"))
 
 
 def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_zero(tmp_path: Path) -> None:
@@ -212,14 +254,34 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path:
     write_caches(tmp_path, count=7)
     dropout = ["--network_args", "rank_dropout=0.3", "--max_train_steps", "6", "--validation_split", "0.01", "--save_state"]
     expected = train_toy(tmp_path, *dropout, "--gradient_accumulation_steps", 4)
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]  # "gpu": several
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29611"]
 
     settings = [*dropout, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two")]
-    run_python(*launch, ROOT / "tests" / "training" / "train_toy.py", tmp_path, *settings, environment={"PYTHONPATH": str(ROOT)})
+    train_in_two_processes(tmp_path, 29611, *settings)
 
     found = load_file(tmp_path / "two" / "x.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
     alone = [*dropout, "--gradient_accumulation_steps", 4, "--max_train_steps", 7, "--resume", tmp_path / "two" / "x-state"]
     assert train_network(ToyFamily(), toy_options(tmp_path, *alone)) == 0  # another spread over processes is no other run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+def test_one_of_two_processes_that_is_asked_to_end_ends_both_although_every_step_is_saved(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=6)
+    settings = ["--max_train_steps", "6", "--save_every_n_steps", "1"]
+
+    train_in_two_processes(tmp_path, 29612, *settings, environment={"TOY_STOP_AT": "1"})
+
+    (state,) = (tmp_path / "output").glob("*-state")
+    assert state.name in {"x-step00000002-state", "x-step00000003-state", "x-step00000004-state"}
+    assert not (tmp_path / "output" / "x.safetensors").exists()
+
+
+def train_in_two_processes(
+    folder: Path, port: int, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]  # "gpu": several
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    script = ROOT / "tests" / "training" / "train_toy.py"
+    run_python(*launch, script, folder, *arguments, environment={"PYTHONPATH": str(ROOT), **environment})

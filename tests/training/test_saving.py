@@ -87,6 +87,21 @@ def test_retention_touches_nothing_of_other_names(tmp_path: Path) -> None:
     assert written.names() == sorted([*others, "x-step00000008.safetensors"])
 
 
+def test_what_cannot_be_removed_now_goes_later_and_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written = Written(tmp_path)
+    saver = written.saver("--save_every_n_steps", 2, "--save_last_n_steps", 0, "--save_state")
+    saver.save_step(2)
+    (tmp_path / ".x-step00000002-state.removed.tmp" / "in the way").mkdir(parents=True)
+
+    saver.save_step(4)
+
+    assert "x-step00000002-state is kept for now" in caplog.text
+    assert (tmp_path / "x-step00000002-state").exists()
+    saver.remove_leftovers()
+    saver.save_step(6)
+    assert written.names() == ["x-step00000006-state", "x-step00000006.safetensors"]
+
+
 def test_what_a_kill_left_behind_goes_with_the_next_save(tmp_path: Path) -> None:
     written = Written(tmp_path)
     saver = written.saver("--save_every_n_steps", 2, "--save_last_n_steps", 1)

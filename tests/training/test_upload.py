@@ -57,6 +57,21 @@ def test_files_and_states_go_to_their_place_in_order(tmp_path: Path, background:
     assert api.calls[3][1]["path_in_repo"] == "wan/x-state"
 
 
+def test_a_run_that_fails_still_sends_what_it_saved(tmp_path: Path) -> None:
+    api = Api()
+    uploads = make_uploads(toy_options(tmp_path, "--huggingface_repo_id", "me/loras", "--async_upload").hub, api)
+
+    def run() -> None:
+        with uploads.finishing():
+            uploads.publish(tmp_path / "x.safetensors")
+            raise OptionError("something else")
+
+    with pytest.raises(OptionError):
+        run()
+
+    assert [name for name, _ in api.calls] == ["create_repo", "upload_file"]
+
+
 def test_a_failed_upload_is_reported_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     uploads = make_uploads(toy_options(tmp_path, "--huggingface_repo_id", "me/loras").hub, Api(fails=True))
 

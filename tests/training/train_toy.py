@@ -1,10 +1,21 @@
-"""Train the toy family in a process of its own: `python train_toy.py FOLDER ARGUMENTS...`."""
+"""Train the toy family in a process of its own: `python train_toy.py FOLDER ARGUMENTS...`.
 
+With TOY_STOP_AT=n in the environment, the first process is asked to end at its n-th micro-batch.
+"""
+
+import os
+import signal
 import sys
 from pathlib import Path
 
 from tests.training.toy import ToyFamily, toy_options
 from training.run import train_network
 
+
+def ask_to_end(passes: int) -> None:
+    if passes == int(os.environ.get("TOY_STOP_AT", "-1")) and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
-    raise SystemExit(train_network(ToyFamily(), toy_options(Path(sys.argv[1]), *sys.argv[2:])))
+    raise SystemExit(train_network(ToyFamily(watch=ask_to_end), toy_options(Path(sys.argv[1]), *sys.argv[2:])))

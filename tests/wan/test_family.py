@@ -1,0 +1,79 @@
+"""What the Wan2.1 description asks of a request before anything is loaded."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from modules.errors import OptionError
+from modules.records import Request
+from tests.tiny.project import write_image
+from tests.tiny.wan import write_tiny_wan
+from wan.configs import TASKS, default_flow_shift
+from wan.family import Wan
+from wan.files import WanFiles
+
+FamilyOf = Callable[..., Wan]
+
+
+@pytest.fixture(scope="module")
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> FamilyOf:
+    root = tmp_path_factory.mktemp("wan")
+
+    def make(task: str, kind: str, with_clip: bool = True) -> Wan:
+        if not (root / kind).exists():
+            write_tiny_wan(root / kind, kind)
+        paths = {name: root / kind / f"{name}.safetensors" for name in ("dit", "vae", "t5", "clip")}
+        files = WanFiles(**paths)
+        return Wan(TASKS[task], files if with_clip else replace(files, clip=None))
+
+    return make
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    write_image(tmp_path / "start.png", 128, 64)
+    return tmp_path / "start.png"
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "shift"),
+    [
+        ("t2v-14B", (832, 480), 5.0),
+        ("i2v-14B", (832, 480), 3.0),
+        ("i2v-14B", (480, 832), 3.0),
+        ("i2v-14B", (1280, 720), 5.0),
+        ("i2v-14B-FC", (832, 480), 3.0),
+        ("flf2v-14B", (1280, 720), 16.0),
+    ],
+)
+def test_the_flow_shift_is_that_of_the_release(task: str, size: tuple[int, int], shift: float) -> None:
+    assert default_flow_shift(TASKS[task], *size) == shift
+
+
+def test_the_flow_shift_goes_by_the_size_asked_for_not_by_the_image(family_of: FamilyOf, picture: Path) -> None:
+    request = family_of("i2v-14B", "i2v").prepare(Request("p", 0, width=832, height=480, image_path=picture))
+    assert (request.width, request.height) == (880, 432)
+    assert request.flow_shift == 3.0
+
+
+@pytest.mark.parametrize(("task", "kind"), [("i2v-14B", "i2v"), ("i2v-14B-FC", "fun-control")])
+def test_image_to_video_asks_for_the_image_encoder(family_of: FamilyOf, picture: Path, task: str, kind: str) -> None:
+    family = family_of(task, kind, with_clip=False)
+    with pytest.raises(OptionError, match="--clip is missing"):
+        family.prepare(Request("p", 0, image_path=picture, control_path=picture))
+
+
+def test_a_missing_image_is_named_with_its_option(family_of: FamilyOf, picture: Path) -> None:
+    with pytest.raises(OptionError, match=r"--end_image_path .*no\.png: no such file"):
+        family_of("i2v-14B", "i2v").prepare(Request("p", 0, image_path=picture, end_image_path=picture.with_name("no.png")))
+
+
+def test_an_image_that_the_task_does_not_take_is_ignored_with_a_warning(
+    family_of: FamilyOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        family_of("t2v-1.3B", "t2v").prepare(Request("p", 0, image_path=Path("gone.png")))
+    assert "--image_path gone.png is ignored" in caplog.text
