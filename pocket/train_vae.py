@@ -131,9 +131,9 @@ class Source:
     def _clip(self, random: np.random.Generator, frames: int, side: int) -> NDArray[np.uint8]:
         if self._real and random.uniform() < REAL:
             whole = self._real[random.integers(len(self._real))]
-            start = random.integers(len(whole) - frames + 1)
+            first = random.integers(len(whole) - frames + 1)
             top, left = (random.integers(size - side + 1) for size in whole.shape[1:3])
-            piece = whole[start : start + frames, top : top + side, left : left + side]
+            piece = whole[first : first + frames, top : top + side, left : left + side]
             return piece[:, :, ::-1] if random.uniform() < 0.5 else piece
         scene, start = any_scene(random), int(random.integers(drawing.FRAMES - frames + 1))
         middle = scene.things[0].centre(start + frames // 2)  # a piece of the clip shows some of the thing
@@ -196,7 +196,7 @@ def fitted(frame: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
     height, width = frame.shape[:2]
     scale = short_side / min(height, width)
     size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
-    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
 
 
 def _middle(frames: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:

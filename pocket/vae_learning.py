@@ -37,10 +37,13 @@ def fold_statistics(vae: WanVae, mean: Tensor, std: Tensor) -> None:
     scale = torch.tensor(STD) / std
     shift = torch.tensor(MEAN) - mean * scale  # new mean = old mean * scale + shift
     channels = len(scale)
-    vae.conv1.weight[:channels] *= scale.view(-1, 1, 1, 1, 1)
-    vae.conv1.bias[:channels] = vae.conv1.bias[:channels] * scale + shift
-    vae.conv2.weight /= scale.view(1, -1, 1, 1, 1)
-    vae.conv2.bias -= vae.conv2.weight.flatten(1) @ shift
+    (weight, bias), (weight2, bias2) = (
+        (conv.get_parameter("weight"), conv.get_parameter("bias")) for conv in (vae.conv1, vae.conv2)
+    )
+    weight[:channels] *= scale.view(-1, 1, 1, 1, 1)
+    bias[:channels] = bias[:channels] * scale + shift
+    weight2 /= scale.view(1, -1, 1, 1, 1)
+    bias2 -= weight2.flatten(1) @ shift
 
 
 @torch.no_grad()
@@ -51,14 +54,14 @@ def begin(vae: WanVae) -> None:
             case CausalConv3d():
                 nn.init.zeros_(module.weight)
                 nn.init.normal_(module.weight[:, :, -1], std=(9 * module.in_channels) ** -0.5)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("bias"))
             case nn.Conv2d() | nn.Conv3d():
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("bias"))
     for module in vae.modules():
         match module:
             case ResidualBlock():
-                nn.init.zeros_(module.residual["6"].weight)
+                nn.init.zeros_(module.residual["6"].get_parameter("weight"))
             case FrameAttention():
                 nn.init.zeros_(module.proj.weight)
             case Downsample(time_conv=nn.Conv3d() as conv):  # two frames become their mean

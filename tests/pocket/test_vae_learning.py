@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,7 +87,7 @@ def test_muon_lowers_a_loss_and_its_state_can_be_reloaded() -> None:
 @pytest.mark.slow
 def test_the_vae_loop_learns_resumes_and_writes_a_file_that_loads(tmp_path: Path) -> None:
     clip = tmp_path / "real.mp4"
-    write_video(clip, [drawing.draw(drawing.scene(train_vae.np.random.default_rng(1)))[index % 17] for index in range(60)], 16)
+    write_video(clip, [drawing.draw(drawing.scene(np.random.default_rng(1)))[index % 17] for index in range(60)], 16)
     phases = (
         train_vae.Phase("frames", 2, ((2, 1, 16),), 1e-3, 1e-3),
         train_vae.Phase("decoder", 2, ((1, 5, 16),), 1e-3, 1e-4, learns_encoder=False),

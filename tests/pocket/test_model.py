@@ -1,0 +1,154 @@
+"""The pocket model through the command line: it draws what it is asked for, and what every option does can be seen.
+
+Clips are read by the detectors. Thresholds stand well below the figures in pocket/README.md, which are of many more prompts.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import merge_lora
+import wan_generate_video
+from modules.atomic_write import save_tensors, write_text
+from modules.media import video_frames
+from pocket import drawing
+from pocket.measure import CLIP, POCKET, Asked, judged, model_options
+from pocket.train_vae import as_pixels, psnr
+from tests.pocket.detectors import Verdict, look
+from wan.t5 import WanTextEncoder
+from wan.tokenizer import load_tokenizer
+from wan.vae import load_vae
+
+STEPS = ("--infer_steps", "12", "--sample_solver", "vanilla", "--flow_shift", "3", "--guidance_scale", "4", "--device", "cpu")
+ASKED = {
+    1: Asked("red", "circle", "left"),
+    2: Asked("green", "square", "right"),
+    3: Asked("blue", "triangle", "up"),
+    4: Asked("yellow", "circle", "down"),
+    5: Asked("white", "square", "left"),
+    6: Asked("red", "triangle", "right"),
+    7: Asked("green", "circle", "up"),
+    8: Asked("blue", "square", "down"),
+}
+
+
+def generate(folder: Path, prompts: Mapping[int, str], *options: object) -> dict[int, Verdict]:
+    """Verdicts by seed on clips of these prompts; videos and latents lie in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "prompts.txt", "".join(f"{prompt} --d {seed}\n" for seed, prompt in prompts.items()))
+    files = ["--from_file", str(folder / "prompts.txt"), "--save_path", str(folder), "--output_type", "both"]
+    wan_generate_video.main([*model_options(POCKET), *CLIP, *STEPS, *files, *map(str, options)])
+    return {seed: look(np.stack(list(video_frames(*folder.glob(f"*_{seed}.mp4"))))) for seed in prompts}
+
+
+def latents(folder: Path, seed: int) -> Tensor:
+    (path,) = folder.glob(f"*_{seed}_latent.safetensors")
+    return load_file(path)["latent"]
+
+
+def asked_for(*seeds: int) -> dict[int, str]:
+    return {seed: ASKED[seed].prompt for seed in seeds or ASKED}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Verdict]]:
+    """The eight prompts without any further option."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, generate(folder, asked_for())
+
+
+def test_the_set_is_small_and_complete() -> None:
+    files = [path for path in POCKET.rglob("*") if path.suffix in {".safetensors", ".json"}]
+    assert {path.name for path in files} >= {"dit.safetensors", "vae.safetensors", "t5.safetensors", "tokenizer.json"}
+    assert sum(path.stat().st_size for path in files) <= 16e6
+
+
+def test_it_draws_what_it_is_asked_for(plain: tuple[Path, dict[int, Verdict]]) -> None:
+    accuracy = judged(ASKED, plain[1])
+    assert accuracy.shape >= 0.6, accuracy
+    assert accuracy.colour >= 0.6, accuracy
+    assert accuracy.direction >= 0.75, accuracy
+
+
+def test_without_guidance_it_obeys_less(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
+    unguided = generate(tmp_path, asked_for(), "--guidance_scale", 1)
+    right = [judged(ASKED, verdicts) for verdicts in (unguided, plain[1])]
+    assert right[0].all_three <= right[1].all_three
+    assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
+
+
+def test_a_negative_prompt_is_avoided(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
+    verdicts = generate(tmp_path, {1: "a circle moving left"}, "--negative_prompt", ASKED[1].prompt, "--guidance_scale", 6)
+    assert verdicts[1].colour != "red"
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_every_solver_draws_the_same_thing(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, solver: str) -> None:
+    folder, before = plain
+    seeds = [seed for seed, verdict in before.items() if verdict.shape is not None][:3]
+    verdicts = generate(tmp_path, asked_for(*seeds), "--sample_solver", solver)
+    same = [verdicts[seed].direction == before[seed].direction for seed in seeds]
+    assert sum(same) >= len(seeds) - 1
+    assert not torch.equal(latents(tmp_path, seeds[0]), latents(folder, seeds[0]))
+
+
+def test_a_line_of_a_batch_file_is_what_one_command_makes(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
+    once = ["--prompt", ASKED[3].prompt, "--seed", "3", "--save_path", str(tmp_path), "--output_type", "latent"]
+    wan_generate_video.main([*model_options(POCKET), *CLIP, *STEPS, *once])
+    assert torch.allclose(latents(tmp_path, 3), latents(plain[0], 3), atol=1e-5)
+
+
+def test_another_flow_shift_gives_another_clip_of_the_same_thing(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
+    verdicts = generate(tmp_path, asked_for(1, 5), "--flow_shift", 5)
+    assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
+    assert sum(verdicts[seed].direction == ASKED[seed].direction for seed in (1, 5)) >= 1
+
+
+def write_lora(path: Path, scale: float) -> Path:
+    """A LoRA on the values of every cross-attention: enough to change a clip."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for block in range(8):
+        name = f"lora_unet_blocks_{block}_cross_attn_v"
+        tensors[f"{name}.lora_down.weight"] = torch.randn(4, 128, generator=generator) * 0.1
+        tensors[f"{name}.lora_up.weight"] = torch.randn(128, 4, generator=generator) * scale
+        tensors[f"{name}.alpha"] = torch.tensor(4.0)
+    save_tensors(path, tensors)
+    return path
+
+
+def test_a_lora_at_0_does_nothing_and_merged_it_does_the_same(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora.safetensors", 0.3)
+    generate(tmp_path / "zero", asked_for(1), "--lora_weight", lora, "--lora_multiplier", 0)
+    generate(tmp_path / "one", asked_for(1), "--lora_weight", lora)
+    merged = tmp_path / "merged.safetensors"
+    merge_lora.main(["--dit", str(POCKET / "dit.safetensors"), "--lora_weight", str(lora), "--save_merged_model", str(merged)])
+    generate(tmp_path / "merged", asked_for(1), "--dit", merged)
+    assert torch.allclose(latents(tmp_path / "zero", 1), latents(plain[0], 1), atol=1e-5)
+    assert not torch.allclose(latents(tmp_path / "one", 1), latents(plain[0], 1), atol=1e-2)
+    assert torch.allclose(latents(tmp_path / "merged", 1), latents(tmp_path / "one", 1), atol=1e-4)
+
+
+def test_the_vae_gives_drawn_clips_back() -> None:
+    vae = load_vae(POCKET / "vae.safetensors", torch.device("cpu"), torch.float32)
+    random = np.random.default_rng(20)
+    pixels = as_pixels(np.stack([drawing.draw(drawing.scene(random, two=0.1)) for _ in range(8)]))
+    latents = vae.encode(pixels)
+    assert psnr(pixels, torch.cat(list(vae.decode(latents)), dim=2)) >= 31
+    channels = latents.transpose(0, 1).flatten(1)
+    assert channels.mean(1).abs().max() < 0.5
+    assert 0.6 < channels.std(1).min() <= channels.std(1).max() < 1.5
+
+
+def test_the_text_encoder_tells_words_apart() -> None:
+    encoder = WanTextEncoder(POCKET / "t5.safetensors")
+    encoder.load(torch.device("cpu"))
+    tokenize = load_tokenizer(None, POCKET / "t5.safetensors")
+    assert len(tokenize("a red circle moving left")) == 6
+    assert tokenize("A Red circle") == tokenize("a red circle")
+    assert tokenize("a blorp") != tokenize("a zindle")
