@@ -42,8 +42,8 @@ def fold_statistics(vae: WanVae, mean: Tensor, std: Tensor) -> None:
     )
     weight[:channels] *= scale.view(-1, 1, 1, 1, 1)
     bias[:channels] = bias[:channels] * scale + shift
-    weight2 /= scale.view(1, -1, 1, 1, 1)
-    bias2 -= weight2.flatten(1) @ shift
+    weight2.div_(scale.view(1, -1, 1, 1, 1))
+    bias2.sub_(weight2.flatten(1) @ shift)
 
 
 @torch.no_grad()
