@@ -1,0 +1,49 @@
+"""Latents of the pocket model under fixed seeds, computed in float32 and kept in tests/data/pocket_latents.safetensors.
+
+python -m tests.pocket.regression       writes that file anew, after pocket/ has been made anew
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+import wan_generate_video
+from modules.atomic_write import save_tensors
+from pocket.measure import CLIP, POCKET, model_options
+
+FILE = Path(__file__).resolve().parent.parent / "data" / "pocket_latents.safetensors"
+PROMPT = ("--prompt", "a red circle moving left", "--seed", "7", "--infer_steps", "4", "--output_type", "latent", "--device", "cpu")
+CASES: dict[str, tuple[str, ...]] = {
+    "vanilla_shift_3": ("--sample_solver", "vanilla", "--flow_shift", "3", "--guidance_scale", "4"),
+    "vanilla_shift_5_unguided": ("--sample_solver", "vanilla", "--flow_shift", "5", "--guidance_scale", "1"),
+    "unipc_shift_3": ("--sample_solver", "unipc", "--flow_shift", "3", "--guidance_scale", "4"),
+    "dpm_shift_3": ("--sample_solver", "dpm++", "--flow_shift", "3", "--guidance_scale", "4"),
+}
+
+
+def write_float32_dit(path: Path) -> Path:
+    """The pocket transformer in float32: what it computes then is the same on every machine, nearly to the bit."""
+    save_tensors(path, {name: tensor.float() for name, tensor in load_file(POCKET / "dit.safetensors").items()})
+    return path
+
+
+def latents(dit: Path, folder: Path, case: str) -> Tensor:
+    """C F H W of a case of CASES."""
+    options = [*model_options(POCKET), *CLIP, *PROMPT, *CASES[case], "--dit", str(dit), "--save_path", str(folder)]
+    wan_generate_video.main(options)
+    (path,) = folder.glob("*_latent.safetensors")
+    return load_file(path)["latent"]
+
+
+def write(path: Path = FILE) -> None:
+    """Compute and keep every case."""
+    with tempfile.TemporaryDirectory() as name:
+        dit = write_float32_dit(Path(name) / "dit.safetensors")
+        save_tensors(path, {case: latents(dit, Path(name) / case, case) for case in CASES})
+
+
+if __name__ == "__main__":
+    write(*map(Path, sys.argv[1:]))
