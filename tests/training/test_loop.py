@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dataset.batches import BatchOrder, find_items, read_batch
 from dataset.config import load_dataset_config
-from modules.errors import CacheError, UserError
+from modules.errors import CacheError, MemoryPlanError, UserError
 from modules.flow_matching import add_noise
 from modules.records import Placement
 from networks.adapter import make_network
@@ -105,6 +105,16 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_item(tmp_path: Path
     assert all(
         tensor.isfinite().all() for path in (tmp_path / "output").glob("*.safetensors") for tensor in load_file(path).values()
     )
+
+
+def test_too_little_memory_is_told_with_what_helps(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    def fill_up(_: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And much more")
+
+    with pytest.raises(MemoryPlanError, match=r"(?s)CUDA out of memory\.\n.*--gradient_checkpointing"):
+        train_network(ToyFamily(watch=fill_up), toy_options(tmp_path))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
