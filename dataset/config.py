@@ -7,6 +7,7 @@ working folder. Every problem of a file is reported at once.
 import difflib
 import json
 import logging
+import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -376,7 +377,7 @@ def _rounded_targets(targets: tuple[int, ...], where: str) -> tuple[int, ...]:
 def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[str]) -> None:
     users: dict[str, DatasetTable] = {}
     for table in datasets:
-        first = users.setdefault(str(table.cache_directory.resolve()), table)
+        first = users.setdefault(os.path.normcase(table.cache_directory.resolve()), table)
         if first is not table:
             problems.append(
                 f"[[datasets]] {first.index + 1} and {table.index + 1} share the cache directory {table.cache_directory}; "

@@ -257,7 +257,7 @@ def write_video(
     """Encode frames (H W 3, consumed one at a time) to `path` (.mp4, .mkv or .mov), complete or not at all.
 
     codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf. tags: kept by .mkv only.
-    The last row or column of an odd size is cut off. Colours are BT.709 and say so. Equal input gives equal bytes.
+    The last row or column of an odd size is cut off. Colours are BT.709 and say so. No time and no random id is written.
     Raises MediaError (no frame, codec not for this suffix), OutputError.
     """
     kind = _CODECS[codec]

@@ -78,16 +78,6 @@ def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
             raise OptionError(f"{action.option_strings[0]} is not supported yet: {reason}")
 
 
-def true_or_false(text: str) -> bool:
-    """Read a yes/no word given as the value of an option. Raises ArgumentTypeError."""
-    word = text.strip().lower()
-    if word in {"true", "1", "yes", "on"}:
-        return True
-    if word in {"false", "0", "no", "off"}:
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
 def require(value: T | None, option: str, why: str) -> T:
     """Return `value`, or raise OptionError naming the option that has to be given."""
     if value is None:

@@ -155,6 +155,7 @@ class Placement:
     device: torch.device
     storage_dtype: torch.dtype | None = None  # None: as the file stores it (fp8 files: upcast to the compute dtype)
     compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
+    fp8_compute_dtype: torch.dtype | None = None  # what fp8 files compute in where nothing else is said; None: bfloat16
     keep_file_dtypes: bool = False  # every tensor as the file stores it, where it mixes dtypes
     attention: str = "sdpa"
     patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding

@@ -257,7 +257,9 @@ class LoraNetwork(nn.Module):
 
 def _norm(layer: LoraLayer) -> Tensor:
     """Frobenius norm of alpha / rank * up @ down, from the two R x R products, without the large one."""
-    down, up = layer.lora_down.weight.flatten(1).double(), layer.lora_up.weight.flatten(1).double()  # R x in, out x R
+    down, up = layer.lora_down.weight.flatten(1), layer.lora_up.weight.flatten(1)  # R x in, out x R
+    exact = torch.float32 if down.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    down, up = down.to(exact), up.to(exact)
     return layer.scale * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
 
 

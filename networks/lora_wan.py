@@ -1,11 +1,12 @@
 """LoRA for Wan: `--network_module networks.lora_wan`."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from networks.lora import LoraNetwork, LoraTargets, build_network, build_network_from_weights
+from networks.lora import LoraNetwork, LoraTargets, build_network, create_arch_network_from_weights
+
+__all__ = ["create_arch_network", "create_arch_network_from_weights"]
 
 WAN = LoraTargets(
     frozenset({"WanAttentionBlock"}),
@@ -25,14 +26,3 @@ def create_arch_network(
 ) -> LoraNetwork:
     """A network for Wan, in the call that LoRA tuners share. `vae` and `text_encoders` are not used."""
     return build_network(WAN, multiplier, network_dim, network_alpha, unet, neuron_dropout, arguments)
-
-
-def create_arch_network_from_weights(
-    multiplier: float,
-    weights_sd: Mapping[str, Tensor],
-    text_encoders: object = None,
-    unet: nn.Module | None = None,
-    **arguments: Any,
-) -> LoraNetwork:
-    """A network with the modules, ranks and alphas of a LoRA file's tensors; their values are not taken."""
-    return build_network_from_weights(multiplier, weights_sd, unet, arguments)

@@ -38,36 +38,21 @@ _WAN_REST = (
     "img_emb.proj.4",
 )
 
+_DIFFUSERS_ATTENTION = (
+    *(("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")),
+    *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
+)
+
 WAN = FamilyNames(
     "wan",
     (*_WAN_BLOCK, *_WAN_REST, *_each("text_embedding.", "0 2"), *_each("time_embedding.", "0 2")),
     # diffusers layout
     (
-        *(
-            (f"blocks.{{n}}.attn1.{theirs}", f"blocks.{{n}}.self_attn.{ours}")
-            for theirs, ours in (
-                ("to_q", "q"),
-                ("to_k", "k"),
-                ("to_v", "v"),
-                ("to_out.0", "o"),
-                ("norm_q", "norm_q"),
-                ("norm_k", "norm_k"),
-            )
-        ),
-        *(
-            (f"blocks.{{n}}.attn2.{theirs}", f"blocks.{{n}}.cross_attn.{ours}")
-            for theirs, ours in (
-                ("to_q", "q"),
-                ("to_k", "k"),
-                ("to_v", "v"),
-                ("to_out.0", "o"),
-                ("norm_q", "norm_q"),
-                ("norm_k", "norm_k"),
-                ("add_k_proj", "k_img"),
-                ("add_v_proj", "v_img"),
-                ("norm_added_k", "norm_k_img"),
-            )
-        ),
+        *((f"blocks.{{n}}.attn1.{theirs}", f"blocks.{{n}}.self_attn.{ours}") for theirs, ours in _DIFFUSERS_ATTENTION),
+        *((f"blocks.{{n}}.attn2.{theirs}", f"blocks.{{n}}.cross_attn.{ours}") for theirs, ours in _DIFFUSERS_ATTENTION),
+        ("blocks.{n}.attn2.add_k_proj", "blocks.{n}.cross_attn.k_img"),
+        ("blocks.{n}.attn2.add_v_proj", "blocks.{n}.cross_attn.v_img"),
+        ("blocks.{n}.attn2.norm_added_k", "blocks.{n}.cross_attn.norm_k_img"),
         ("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0"),
         ("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2"),
         ("blocks.{n}.norm2", "blocks.{n}.norm3"),

@@ -14,6 +14,7 @@ from itertools import accumulate
 from multiprocessing.synchronize import Event
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.batches import BatchOrder, CachingCommands, TrainingItem, read_batch
@@ -27,6 +28,7 @@ from training.timestep_options import TimestepOptions
 from training.timesteps import draw, loss_weights
 
 Key = tuple[int, int]  # epoch, micro-batch in it
+ALIGNMENT = 64  # bytes: enough for every dtype
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,41 @@ class MicroBatch:
     number: int  # in the whole run, over all processes
     data: NoisyBatch
 
-    def pin_memory(self) -> "MicroBatch":
+
+@dataclass(frozen=True)
+class Packed:
+    """A micro-batch on its way between processes, all its tensors in one: each costs the receiver a connection to the sender."""
+
+    outline: MicroBatch  # its tensors are on the meta device: dtypes and shapes
+    content: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch) -> "Packed":
+        pieces: list[Tensor] = []
+
+        def taken(tensor: Tensor) -> Tensor:
+            flat = tensor.contiguous().view(-1).view(torch.uint8)
+            pieces.extend([flat, flat.new_zeros(-len(flat) % ALIGNMENT)])
+            return torch.empty_like(tensor, device="meta")
+
+        outline = MicroBatch(micro_batch.number, micro_batch.data.moved(taken))
+        return cls(outline, torch.cat(pieces))
+
+    def pin_memory(self) -> "Packed":
         """In page-locked memory. The data loader calls this."""
-        return MicroBatch(self.number, self.data.pin_memory())
+        return Packed(self.outline, self.content.pin_memory())
+
+    def unpacked(self) -> MicroBatch:
+        """The micro-batch again. Its tensors are parts of `content`."""
+        start = 0
+
+        def given(outline: Tensor) -> Tensor:
+            nonlocal start
+            piece = self.content[start : start + outline.nbytes]
+            start += outline.nbytes + -outline.nbytes % ALIGNMENT
+            return piece.view(outline.dtype).view(outline.shape)
+
+        return MicroBatch(self.outline.number, self.outline.data.moved(given))
 
 
 @dataclass(frozen=True)
@@ -102,7 +136,7 @@ class Feed:
     def _load(self, epoch: int, position: int, num_epochs: int) -> Generator[MicroBatch]:
         keys = self.plan.keys(self.process, epoch, position, num_epochs)
         ending = multiprocessing.Event()
-        loader: DataLoader[MicroBatch | UserError] = DataLoader(
+        loader: DataLoader[Packed | UserError] = DataLoader(
             _HandedOver(self.batches),  # type: ignore[arg-type]  # anything with __getitem__ serves
             batch_size=None,
             sampler=keys,
@@ -112,10 +146,10 @@ class Feed:
             worker_init_fn=functools.partial(_start_worker, ending),
         )
         try:
-            for micro_batch in loader:
-                if isinstance(micro_batch, UserError):
-                    raise micro_batch
-                yield micro_batch
+            for packed in loader:
+                if isinstance(packed, UserError):
+                    raise packed
+                yield packed.unpacked()
         finally:
             ending.set()
 
@@ -126,15 +160,15 @@ class _HandedOver:
 
     batches: MicroBatches
 
-    def __getitem__(self, key: Key) -> MicroBatch | UserError:
+    def __getitem__(self, key: Key) -> Packed | UserError:
         try:
-            return self.batches[key]
+            return Packed.of(self.batches[key])
         except UserError as error:
             return error
 
 
-def _unchanged(micro_batch: MicroBatch | UserError) -> MicroBatch | UserError:
-    return micro_batch
+def _unchanged(packed: Packed | UserError) -> Packed | UserError:
+    return packed
 
 
 def _start_worker(ending: Event, _: int) -> None:

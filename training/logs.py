@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 TRACKER_NAME = "network_train"
 FLUSH_SECONDS = 10  # how old what TensorBoard shows may be
-SECRETS = {"wandb_api_key", "huggingface_token"}
+PRIVATE = {"wandb_api_key", "huggingface_token", "resume"}  # and every option whose type is a path
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
             value, name = getattr(record, item.name), item.metadata.get("option", item.name)
             if dataclasses.is_dataclass(value):
                 config |= public_config(value)
-            elif name not in SECRETS and not _is_path(item.type):
+            elif name not in PRIVATE and not _is_path(item.type):
                 config[name] = value if isinstance(value, (int, float, str)) else str(value)
     return config
 

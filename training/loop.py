@@ -134,6 +134,8 @@ def _accumulate(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> 
     """Gradients of this process' share of the group. Returns its part of the step's loss, on the device, and the items in it."""
     total = torch.zeros((), device=run.device)
     keys: tuple[str, ...] = ()
+    if run.scaler is not None:
+        run.scaler.scale(total)  # it is set up by its first use, also in a process that has no micro-batch in this step
     for _ in run.plan.share(group, run.feed.process):
         micro_batch = next(micro_batches)
         _seed(run, micro_batch.number)

@@ -40,10 +40,6 @@ class NoisyBatch:
         is_ordered = device.type == "cuda"  # its streams keep the source alive until it is read; other devices do not promise that
         return self.moved(lambda tensor: tensor.to(device, non_blocking=is_ordered))
 
-    def pin_memory(self) -> "NoisyBatch":
-        """In page-locked memory. The data loader calls this."""
-        return self.moved(Tensor.pin_memory)
-
 
 def squared_errors(family: Family, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
     """The mean squared error of the predicted velocity for each sample: B, float32. Everything lies on the network's device."""

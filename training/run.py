@@ -18,7 +18,7 @@ from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.activation import checkpoint_blocks
 from modules.devices import DTYPES, dtype_name
-from modules.errors import DatasetError, OptionError
+from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
 from modules.options import require
 from modules.records import Placement
@@ -94,8 +94,15 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
         return 0
     if options.loop.check:
         return _check(family, options, commands)
-    with prepared_run(family, options, commands) as run:
-        train(run)
+    try:
+        with prepared_run(family, options, commands) as run:
+            train(run)
+    except torch.OutOfMemoryError as error:
+        raise MemoryPlanError(
+            f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
+            "  Use --gradient_checkpointing, or lower resolution, target_frames or batch_size in --dataset_config; samples need "
+            "room too.\n  What was saved is untouched: go on with --resume latest."
+        ) from error
     return 0
 
 
@@ -219,7 +226,13 @@ def _load_dit(job: Job) -> nn.Module:
     files = network.base_weights or ()
     uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in zip(files, network.base_multipliers(), strict=True)]
     patch = LoraPatch(uses) if uses else None
-    dit = job.family.load_dit(Placement(job.accelerator.device, attention=job.options.speed.attention, patch=patch))
+    placement = Placement(
+        job.accelerator.device,
+        fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
+        attention=job.options.speed.attention,
+        patch=patch,
+    )
+    dit = job.family.load_dit(placement)
     if patch is not None:
         patch.check()
     dtype, autocast = _dtype_of(dit), {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)

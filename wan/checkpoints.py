@@ -65,9 +65,13 @@ class DitHeader:
         return kind_of(self.config)
 
     @property
+    def is_fp8(self) -> bool:
+        return self.block_dtype.itemsize == 1
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What the model computes in unless an option says otherwise."""
-        return FP8_COMPUTE if self.block_dtype.itemsize == 1 else self.block_dtype
+        return FP8_COMPUTE if self.is_fp8 else self.block_dtype
 
 
 def read_dit_header(path: Path) -> DitHeader:
@@ -135,15 +139,16 @@ def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanMode
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
     Weights are kept in what they compute in: `placement.compute_dtype`, else `storage_dtype`, else the dtype of the file's block
-    weights (bfloat16 for fp8 files). `keep_file_dtypes`: each layer in its own dtype instead. Time embedding and final layer are
-    kept in float32. `placement.patch` is given the published parameter names.
+    weights (fp8 files: `fp8_compute_dtype`, else bfloat16). `keep_file_dtypes`: each layer in its own dtype instead. Time embedding
+    and final layer are kept in float32. `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
     """
     backend(placement.attention)
     with open_checkpoint(path) as opened:
         checkpoint = _named(opened)
         header = _header(checkpoint)
-        target = placement.compute_dtype or placement.storage_dtype or header.compute_dtype
+        own = placement.fp8_compute_dtype if header.is_fp8 else None
+        target = placement.compute_dtype or placement.storage_dtype or own or header.compute_dtype
         logger.info("Loading %s: Wan2.1 %s, %d blocks of width %d, as %s", path, header.kind, *_size(header), dtype_name(target))
         with torch.device("meta"):
             dit = WanModel(header.config, placement.attention, rope)

@@ -33,7 +33,7 @@ from modules.records import (
 from wan import conditioning
 from wan.checkpoints import check_task, load_dit, note_size
 from wan.clip import load_clip
-from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
+from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, FLOW_SHIFT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
 from wan.files import WanFiles
 from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTextCachingOptions, WanTrainingOptions, WanVaeOptions
 from wan.t5 import WanTextEncoder
@@ -86,7 +86,17 @@ class Wan:
     def defaults(self) -> SamplingDefaults:
         """What a generation of the task uses where nothing is said."""
         task = self.task
-        return SamplingDefaults(task.steps, FPS, 5.0, None, 5.0, "unipc", 256, 256, task.frames)
+        return SamplingDefaults(
+            steps=task.steps,
+            fps=FPS,
+            guidance_scale=5.0,
+            embedded_guidance=None,
+            flow_shift=FLOW_SHIFT,
+            solver="unipc",
+            width=256,
+            height=256,
+            frames=task.frames,
+        )
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -204,11 +214,11 @@ class Wan:
         Raises OptionError where a needed image or control video is missing or a size cannot be made, CheckpointError where
         a file is missing or not what --task says.
         """
-        task = self.task
+        task, usual = self.task, self.defaults
         _ = self.dit_files  # raises where it does not fit
         self.files.check_encoders()
         self._check_inputs(request)
-        width, height = request.width or self.defaults.width, request.height or self.defaults.height
+        width, height = request.width or usual.width, request.height or usual.height
         flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
         image = request.image_path if task.kind != "t2v" else None
         if image is not None and self.sizes_follow_image:
@@ -223,11 +233,11 @@ class Wan:
             width=width,
             height=height,
             frames=self._frames(request),
-            steps=request.steps or task.steps,
-            guidance_scale=5.0 if request.guidance_scale is None else request.guidance_scale,
+            steps=request.steps or usual.steps,
+            guidance_scale=usual.guidance_scale if request.guidance_scale is None else request.guidance_scale,
             flow_shift=flow_shift,
-            solver=request.solver or "unipc",
-            fps=request.fps or FPS,
+            solver=request.solver or usual.solver,
+            fps=request.fps or usual.fps,
             negative_prompt=request.negative_prompt or (FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT),
         )
 

@@ -137,9 +137,11 @@ def assert_same_end(output: Path, undisturbed: Path) -> None:
 
 
 def assert_same_pixels(one: Path, two: Path) -> None:
-    """Two videos or images show the same."""
-    frames = [list(video_frames(path)) if path.suffix == ".mp4" else [read_image(path)] for path in (one, two)]
-    assert np.array_equal(frames[0], frames[1]), f"{one.name} shows something else than {two.name}"
+    """Two images are equal; two videos show the same, as x264 itself does not always make the same of equal frames."""
+    first, second = (np.stack(list(video_frames(path)) if path.suffix == ".mp4" else [read_image(path)]) for path in (one, two))
+    difference = np.abs(first.astype(int) - second.astype(int))
+    is_same = difference.mean() < 2 if one.suffix == ".mp4" else not difference.any()
+    assert is_same, f"{one.name} shows something else than {two.name}: {difference.mean()} on average"
 
 
 def timeless(path: Path) -> str:

@@ -8,8 +8,10 @@ import torch
 from dataset.batches import NO_COMMANDS, BatchOrder, find_items
 from dataset.config import load_dataset_config
 from modules.errors import CacheError
+from modules.records import Batch
 from tests.training.toy import LATENT, toy_options, write_caches
-from training.feed import Feed, MicroBatches, Randomness
+from training.feed import Feed, MicroBatch, MicroBatches, Packed, Randomness
+from training.loss import NoisyBatch
 from training.plan import Plan
 
 
@@ -67,3 +69,18 @@ def test_a_damaged_cache_names_file_and_command_also_from_a_worker(tmp_path: Pat
     with pytest.raises(CacheError, match=r"clip\d_0032x0032_toy(?s:.)*Make it again with") as error:
         list(feed.start(0, 0))
     assert "Traceback" not in str(error.value)
+
+
+def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
+    """Tensors of several dtypes and odd sizes, a list of them, and one that does not lie in one piece."""
+    lists = [torch.randn(3, 5), torch.randn(1, 5)]
+    tensors = {"latents": torch.randn(1, 2, 1, 3, 3).bfloat16(), "t5": lists, "clip": torch.randn(7, 3).half().T}
+    sigmas = torch.rand(1)
+    data = NoisyBatch(Batch(tensors, ("a",), ("b",)), torch.randn(1, 2, 1, 3, 3), sigmas, 1000 * sigmas, torch.ones(1))
+
+    out = Packed.of(MicroBatch(3, data)).unpacked()
+
+    assert (out.number, out.data.batch.captions, out.data.batch.keys) == (3, ("a",), ("b",))
+    torch.testing.assert_close(dict(out.data.batch.tensors), tensors, rtol=0, atol=0)
+    for name in ("noise", "sigmas", "timesteps", "weights"):
+        assert torch.equal(getattr(out.data, name), getattr(data, name))

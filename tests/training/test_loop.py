@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dataset.batches import BatchOrder, find_items, read_batch
 from dataset.config import load_dataset_config
-from modules.errors import CacheError, UserError
+from modules.errors import CacheError, MemoryPlanError, UserError
 from modules.flow_matching import add_noise
 from modules.records import Placement
 from networks.adapter import make_network
@@ -107,6 +107,16 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_item(tmp_path: Path
     )
 
 
+def test_too_little_memory_is_told_with_what_helps(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    def fill_up(_: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And much more")
+
+    with pytest.raises(MemoryPlanError, match=r"(?s)CUDA out of memory\.\n.*--gradient_checkpointing"):
+        train_network(ToyFamily(watch=fill_up), toy_options(tmp_path))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     write_caches(tmp_path)
@@ -172,3 +182,10 @@ def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path
         torch.testing.assert_close(weights[2.0**10][name], tensor, rtol=1e-5, atol=1e-7)
     assert same(weights[float("inf")], initial)
     assert not same(weights[None], initial)
+
+
+def test_a_process_without_a_micro_batch_in_the_first_step_can_scale_gradients_too(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    with prepared_run(ToyFamily(), toy_options(tmp_path)) as prepared:
+        take_step(replace(prepared, scaler=torch.amp.GradScaler("cpu")), range(0), iter(()))

@@ -112,6 +112,13 @@ def test_fp8_files_compute_in_bfloat16_with_their_scales_applied(tmp_path: Path,
         torch.testing.assert_close(tensor.float(), state[name], rtol=0.07, atol=0.01, msg=name)  # fp8 has three digits of mantissa
 
 
+def test_fp8_files_compute_in_float16_where_that_is_wanted_and_other_files_do_not(tmp_path: Path) -> None:
+    state, wanted = tiny_state("t2v"), replace(CPU, fp8_compute_dtype=torch.float16)
+
+    assert load_dit(write_dit(tmp_path / "fp8", state, "fp8_row_scale"), wanted).compute_dtype == torch.float16
+    assert load_dit(write_dit(tmp_path / "plain", state), wanted).compute_dtype == torch.float32
+
+
 def test_fp8_scales_are_exact_where_the_stored_numbers_are(tmp_path: Path) -> None:
     state = tiny_state("t2v")
     path = write_dit(tmp_path, state, "fp8_row_scale")
