@@ -1,4 +1,4 @@
-"""Lay out what the quickstart teaches: two things the pocket model has never seen, each under a made-up word.
+"""Lay out clips of two things the pocket model has never seen, each under a made-up word.
 
 python -m pocket.concepts FOLDER        writes FOLDER/blorp and FOLDER/zindle: clips with captions, and dataset.toml
 """
