@@ -30,6 +30,7 @@ class Tokens:
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 complex64, or L 1 D/2 2 float32
     text: Tensor  # B T C
+    text_repeats: Tensor | None  # T float32, for how many equal rows each row of text stands; None: one each
     image: Tensor | None  # B I C
     time: Tensor  # B C float32
     modulation: Tensor  # B 6 C float32, the same for all tokens
@@ -81,7 +82,7 @@ class CrossAttention(nn.Module):
         q = self.norm_q(run(self.q, x)).unflatten(-1, heads)
         k = self.norm_k(run(self.k, tokens.text)).unflatten(-1, heads)
         v = run(self.v, tokens.text).unflatten(-1, heads)
-        seen = _attend(q, k, v, tokens)
+        seen = _attend(q, k, v, tokens, tokens.text_repeats)
         if tokens.image is not None:
             k = self.norm_k_img(run(self.k_img, tokens.image)).unflatten(-1, heads)
             v = run(self.v_img, tokens.image).unflatten(-1, heads)
@@ -216,15 +217,16 @@ class WanModel(nn.Module):
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         time = run_float32(self.time_embedding[2], functional.silu(run_float32(self.time_embedding[0], self._sinusoid(timesteps))))
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
-        rows = run(self.text_embedding[0], _padded(text, self.config.text_len))
-        text_tokens = run(self.text_embedding[2], self.text_embedding[1](rows)).to(dtype)
+        text_is_image = self.config.has_image and image_embeds is None
+        rows, repeats = _padded(text, self.config.text_len, merges=noisy.device.type == "cpu" and not text_is_image)
+        text_tokens = run(self.text_embedding[2], self.text_embedding[1](run(self.text_embedding[0], rows))).to(dtype)
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
-        elif self.config.has_image:
+        elif text_is_image:
             image_tokens, text_tokens = text_tokens[:, :TEXT_ROWS_AS_IMAGE], text_tokens[:, TEXT_ROWS_AS_IMAGE:]
         rotary = self._rotary_table(grid, noisy.device)
-        tokens = Tokens(grid, rotary, text_tokens, image_tokens, time, modulation, dtype, self.attention)
+        tokens = Tokens(grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention)
         return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
 
     def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
@@ -261,14 +263,26 @@ class WanModel(nn.Module):
             raise ValueError("image features for a model without image attention")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, repeats: Tensor | None = None) -> Tensor:
     """Attention in one dtype; q, k and v differ only where a file mixes dtypes."""
-    return attend(q.to(tokens.dtype), k.to(tokens.dtype), v.to(tokens.dtype), mode=tokens.attention)
+    q, k, v = (each.to(tokens.dtype) for each in (q, k, v))
+    return attend(q, k, v, mode=tokens.attention, repeats=repeats)
 
 
-def _padded(text: Sequence[Tensor] | Tensor, length: int) -> Tensor:
-    """Texts of any length as one tensor B length text_dim, filled up with zeros. The model was trained with these rows unmasked."""
+def _padded(text: Sequence[Tensor] | Tensor, length: int, merges: bool) -> tuple[Tensor, Tensor | None]:
+    """Texts of any length as one tensor B T text_dim, filled up with zeros. The model was trained with these rows unmasked.
+
+    merges: the rows that are zero in every sample become one, and T numbers say for how many rows each stands. All layers before
+    attention are blind to other rows, so the result is the same. On a CPU that is most of a small model's work; the kernels of a
+    GPU read 512 rows for nothing, and want the weights of keys in 16 bit, which cannot tell 505 rows from 508.
+    """
     longest = max(len(rows) for rows in text)
     if longest > length:
         raise ValueError(f"a text has {longest} tokens, the model takes {length}")
-    return torch.stack([functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in text])
+    size = min(longest + 1, length) if merges else length
+    rows = torch.stack([functional.pad(rows, (0, 0, 0, size - len(rows))) for rows in text])
+    if size == length:
+        return rows, None
+    repeats = torch.ones(size, device=rows.device)
+    repeats[-1] = length - longest
+    return rows, repeats

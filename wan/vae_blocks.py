@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.convolution import conv3d
+
 TIME_KERNEL = 3  # every causal convolution sees its frame and the two before it
 
 
@@ -97,7 +99,7 @@ class CausalConv3d(nn.Conv3d):
         h = _with_earlier(x, before, norm)
         if memory is not None:
             memory.keep(self, h[:, :, 1 - TIME_KERNEL :])
-        return super().forward(h)
+        return conv3d(self, h)
 
 
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:

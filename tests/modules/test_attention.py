@@ -28,6 +28,25 @@ def test_keys_beyond_a_length_are_not_looked_at() -> None:
     torch.testing.assert_close(result[1:], attend(query[1:], key[1:, :4], value[1:, :4]))
 
 
+def test_a_key_may_stand_for_many_equal_ones() -> None:
+    query, key, value = _inputs()
+    repeats = torch.tensor([1.0, 1, 1, 1, 1, 1, 505])
+
+    merged = attend(query, key, value, repeats=repeats)
+
+    many = (tensor.repeat_interleave(repeats.long(), dim=1) for tensor in (key, value))
+    torch.testing.assert_close(merged, attend(query, *many), atol=5e-5, rtol=1e-5)  # sums of 511 rounded exponentials
+
+
+def test_few_tokens_in_bfloat16_on_a_cpu_stay_near_float32() -> None:
+    inputs = _inputs(queries=20, keys=30)
+    repeats = torch.rand(30) * 9 + 1
+
+    result = attend(*(tensor.to(torch.bfloat16) for tensor in inputs), repeats=repeats)
+
+    torch.testing.assert_close(result.float(), attend(*inputs, repeats=repeats), atol=2e-2, rtol=2e-2)  # bfloat16 has 8 bits
+
+
 def test_the_result_has_the_dtype_of_the_inputs() -> None:
     query, key, value = (tensor.to(torch.bfloat16) for tensor in _inputs())
 

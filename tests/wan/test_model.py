@@ -12,7 +12,7 @@ from modules.family import DitSpec
 from tests.golden_cases import make_input, make_weights, read_case
 from tests.tiny.wan_dit import CONFIGS, diffusers_name, tiny_state
 from wan.configs import WanConfig
-from wan.model import WanModel
+from wan.model import WanModel, _padded
 
 CASES = ("wan_dit_t2v", "wan_dit_i2v", "wan_dit_fun_control", "wan_dit_flf2v")
 BLOCKS = DitSpec(block_lists=("blocks",))
@@ -144,7 +144,25 @@ def test_text_may_come_as_one_padded_tensor() -> None:
     model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
     padded = torch.stack([torch.nn.functional.pad(rows, (0, 0, 0, 60 - len(rows))) for rows in inputs["text"]])
 
-    assert torch.equal(model(**inputs), model(**inputs | {"text": padded}))
+    torch.testing.assert_close(model(**inputs), model(**inputs | {"text": padded}), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_padding_rows_computed_once_give_what_all_of_them_give(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_model(kind).requires_grad_(True), tiny_inputs(kind)
+    merged = gradients(model, inputs)
+    monkeypatch.setattr("wan.model._padded", lambda text, length, merges, padded=_padded: padded(text, length, False))
+
+    for name, gradient in gradients(model, inputs).items():
+        torch.testing.assert_close(merged[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def gradients(model: WanModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the mean square of the velocity, by parameter; and the velocity itself."""
+    velocity = model(**inputs)
+    found = torch.autograd.grad(velocity.square().mean(), list(model.parameters()), allow_unused=True)
+    named = zip(model.state_dict(), found, strict=True)
+    return {"velocity": velocity, **{name: gradient for name, gradient in named if gradient is not None}}
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
