@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modules.checkpoint import Checkpoint, load_module, open_checkpoint
+from modules.dialects import LoadPlan
 from modules.errors import CheckpointError
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_encoders import (
@@ -26,7 +27,7 @@ from tests.tiny.wan_encoders import (
     vae_tensors,
 )
 from wan.clip import ClipVision, load_clip
-from wan.encoder_checkpoints import LoadPlan, read_clip, read_t5, read_vae
+from wan.encoder_checkpoints import read_clip, read_t5, read_vae
 from wan.t5 import UmT5, load_t5
 from wan.vae import WanVae, load_vae
 
