@@ -66,6 +66,7 @@ class Prompt:
 
     text: str
     spans: tuple[tuple[int, int, float], ...] = ()
+    second: str | None = None  # for the second text encoder of a family that has two; None: the same text
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class TokenizerFiles:
 
     option: str  # "--t5_tokenizer"
     names: tuple[str, ...]  # any of these files is one; the first that is there counts
-    folder: str  # of it in a release: where the option names the release, and in the repository on the hub; "" for the top
+    folder: str  # of it in the repository on the hub; "" for the top
     repository: str  # on the hub
     beside: tuple[str, ...]  # folders to look into, from the encoder's own; ".." only in front
     token: str = ""  # has to stand in a file that lies loose beside a single-file encoder, where others' may lie too
@@ -45,10 +45,9 @@ class TokenizerFiles:
         try:
             return Path(hf_hub_download(self.repository, "tokenizer.json", subfolder=self.folder or None))
         except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
-            beside = f"no folder {self.folder} beside it" if self.folder else "none beside it"
             raise CheckpointError(
-                f"no tokenizer for {checkpoint_path}: there is {beside}, none inside it, "
-                f"and the hub cannot be reached ({first_line(error)})\n  Give {self.option} {self._what()}.",
+                f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and the hub cannot be reached "
+                f"({first_line(error)})\n  Give {self.option} {self._what()}.",
                 checkpoint_path,
             ) from error
 
@@ -63,7 +62,7 @@ class TokenizerFiles:
             return path
         if not path.is_dir():
             raise CheckpointError(f"{self.option} {path}: there is no such file or folder.", path)
-        for place in (path, path / self.folder, path / "tokenizer"):
+        for place in (path, *(path / place for place in self.beside if not place.startswith(".."))):
             file = self._file_in(place)
             if file is not None:
                 return file
