@@ -14,13 +14,20 @@ from torch import Tensor, nn
 from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
 from modules.checkpoint import load_module, open_checkpoint
 from modules.norms import RMSNorm
-from modules.rope import axis_angles
 
 
 def rotate_halves(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn channel i together with channel i + D/2. x: B N L D. cosine, sine: L D, each angle twice."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat([-second, first], dim=-1) * sine
+
+
+def rotary_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each L D float32, of position * theta^(-i/D) for even i; every angle twice."""
+    # in float32 to the last digit as the model was trained; in bf16 positions above 256 would run together
+    frequencies = 1 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
 class LlamaAttention(nn.Module):
@@ -95,9 +102,7 @@ class Llama(nn.Module):
         """
         length = ids.shape[1]
         x = self.embed_tokens(ids)
-        # float32 angles: those the model was trained with; in bf16 positions above 256 would run together
-        angles = axis_angles(length, self.config.head_width, self.config.theta, torch.float32).to(ids.device)
-        cosine, sine = (torch.cat([part, part], dim=-1).to(x.dtype) for part in (angles.cos(), angles.sin()))
+        cosine, sine = (part.to(x) for part in rotary_table(length, self.config.head_width, self.config.theta))
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         seen = causal & mask.bool()[:, None, None, :]  # B 1 L L; the first token is real, so no row is empty
         for layer in self.layers:

@@ -36,7 +36,8 @@ Read = Callable[[Checkpoint], LoadPlan[Any]]
 READERS: tuple[tuple[str, Read, Callable[[Any], nn.Module]], ...] = (
     ("wan2.1-vae", read_vae, WanVae),
     ("umt5", read_t5, UmT5),
-    ("clip-", read_clip, ClipVision),
+    ("clip-vision", read_clip, ClipVision),
+    ("clip-xlm", read_clip, ClipVision),
 )
 PUBLISHED = [pytest.param(name, read, build, id=name) for start, read, build in READERS for name in manifest_names(start)]
 
