@@ -77,12 +77,14 @@ class ClipNorm(nn.GroupNorm):
 class CausalConv3d(nn.Module):
     """A 3x3x3 convolution that sees no later frame. Around the picture its border is repeated, before the clip the first frame.
 
-    stride: of the convolution. enlarge: by how much each pixel is repeated before it; the first frame stands once in time.
+    kernel: 1 for a pointwise one. enlarge: how often each pixel is repeated before the convolution; the first frame stands once.
     """
 
-    def __init__(self, width_in: int, width_out: int, stride: Factors = (1, 1, 1), enlarge: Factors = (1, 1, 1)) -> None:
+    def __init__(
+        self, width_in: int, width_out: int, kernel: int = KERNEL, stride: Factors = (1, 1, 1), enlarge: Factors = (1, 1, 1)
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(width_in, width_out, KERNEL, stride)
+        self.conv = nn.Conv3d(width_in, width_out, kernel, stride)
         self.enlarge = enlarge
 
     def forward(self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, onto: Tensor | None = None) -> Tensor:
@@ -111,6 +113,8 @@ class CausalConv3d(nn.Module):
 
     def _padded(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """What the results `start` to `stop` are computed from: B C T H+2 W+2. A single frame stays one frame."""
+        if self.conv.kernel_size[0] == 1:
+            return x[:, :, start:stop]
         step = self.conv.stride[0]
         seen = range(start * step - KERNEL + 1, (stop - 1) * step + 1) if x.shape[2] > 1 else range(1)
         sources = [-(-max(0, frame) // self.enlarge[0]) for frame in seen]
@@ -143,17 +147,6 @@ def _repeat_borders(frame: Tensor) -> None:
     frame[..., 0], frame[..., -1] = frame[..., 1], frame[..., -2]
 
 
-class PointwiseConv3d(nn.Module):
-    """A 1x1x1 convolution."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(width_in, width_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv3d(self.conv, x)
-
-
 class ResidualBlock(nn.Module):
     """norm, SiLU, conv, twice, beside a shortcut. Overwrites its input where that is the shortcut."""
 
@@ -163,11 +156,11 @@ class ResidualBlock(nn.Module):
         self.conv1 = CausalConv3d(width_in, width_out)
         self.norm2 = ClipNorm(groups, width_out)
         self.conv2 = CausalConv3d(width_out, width_out)
-        self.conv_shortcut = PointwiseConv3d(width_in, width_out) if width_in != width_out else None
+        self.conv_shortcut = CausalConv3d(width_in, width_out, kernel=1) if width_in != width_out else None
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
         h = self.conv1(x, chunk, self.norm1)
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, chunk)
         return self.conv2(h, chunk, self.norm2, onto=shortcut)
 
 
@@ -199,7 +192,7 @@ class Resample(nn.Module):
 
     def __init__(self, width: int, stride: Factors = (1, 1, 1), enlarge: Factors = (1, 1, 1)) -> None:
         super().__init__()
-        self.conv = CausalConv3d(width, width, stride, enlarge)
+        self.conv = CausalConv3d(width, width, stride=stride, enlarge=enlarge)
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
         return self.conv(x, chunk)

@@ -134,6 +134,18 @@ def test_frames_computed_a_few_at_a_time_give_the_same(tmp_path: Path, vae: Huny
     assert relative_error(joined(few.decode_unclamped(mean)), joined(vae.decode_unclamped(mean))) <= EXACT
 
 
+def test_no_piece_is_larger_than_a_tile(tmp_path: Path) -> None:
+    """What bounds the memory: however long and large the clip, the networks see 4 + 1 latent frames of 4 x 4."""
+    vae, seen = made(tmp_path, tile=32, tile_frames=16), []
+    for half in (vae.encoder, vae.decoder):
+        half.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[2:])))
+    latents = vae.encode(clip_of(41, 40, 56))
+    assert max(seen) == (17, 32, 32)
+    seen.clear()
+    list(vae.decode(latents))
+    assert max(seen) == (5, 4, 4)
+
+
 def test_large_frames_are_computed_a_few_at_a_time_unasked(monkeypatch: pytest.MonkeyPatch, vae: HunyuanVae) -> None:
     pixels = clip_of(9)
     whole = vae.encode(pixels)
