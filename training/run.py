@@ -167,7 +167,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
-    result = check_training(config, family.cache_tag, family.latent, commands, accumulation, processes, files)
+    result = check_training(config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys)
     sys.stdout.write("\n".join(result.lines) + "\n")
     return result.exit_code
 
@@ -192,7 +192,7 @@ def _read_config(options: TrainingOptions) -> DatasetConfig:
 def _find_data(job: Job, config: DatasetConfig) -> Data:
     """Find the caches by their names and plan the steps. Raises CacheError with the caching commands where there are none."""
     loop, family = job.options.loop, job.family
-    found = require_items(find_items(config, family.cache_tag, family.latent), job.commands)
+    found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
     training, validation = split_validation(found, job.options.validation.validation_split)
     if not training:
         raise DatasetError(f"{config.path}: all {len(found)} items are for validation. Leave a table without `validation = true`.")

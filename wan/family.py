@@ -80,6 +80,7 @@ class Wan:
     lora_module: str = field(default="networks.lora_wan", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     dit: DitSpec = field(default=DIT, init=False)
+    text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
     experts: tuple[float, ...] = field(default=(0.0,), init=False)
 
     @property
