@@ -100,8 +100,8 @@ class MMDoubleStreamBlock(nn.Module):
         h = run(self.txt_attn_qkv, modulated(self.norm(text), text_shift1, text_scale1, tokens.dtype))
         text_q, text_k, text_v = heads(h, self.num_heads)
         text_q, text_k = self.txt_attn_q_norm(text_q), self.txt_attn_k_norm(text_k)
-        joined = (torch.cat(pair, dim=1) for pair in ((q, text_q), (k, text_k), (v, text_v)))  # each B L+T N D
-        seen = attend(*joined, mode=tokens.attention, lengths=tokens.lengths).flatten(2)
+        q, k, v = torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1), torch.cat([v, text_v], dim=1)  # B L+T N D
+        seen = attend(q, k, v, mode=tokens.attention, lengths=tokens.lengths).flatten(2)
 
         video = gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
         text = gated(text, text_gate1, run(self.txt_attn_proj, seen[:, tokens.video :]))
