@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import families
+import wan.checkpoints
 from hunyuan_model.checkpoints import identify, load_dit, read_dit_header
 from modules.errors import CheckpointError, OptionError
 from modules.records import Placement
+from tests.hunyuan_model.making import tiny_inputs
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_dit import CONFIGS, DIALECTS, FP8_DIALECTS, tiny_state, write_dit
 
@@ -140,6 +143,22 @@ def test_weights_take_the_file_dtype_or_the_one_asked_for(tmp_path: Path, stored
     assert dit.get_parameter("time_in.mlp.2.weight").dtype == torch.float32  # the embedding is always computed in float32
 
 
+@pytest.mark.parametrize("part", ["blocks.", "txt_in."])
+def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path, part: str) -> None:
+    state = {
+        name: tensor.to(torch.bfloat16) if part in name and name.endswith("weight") and tensor.ndim == 2 else tensor
+        for name, tensor in tiny_state().items()
+    }
+
+    dit = load_dit(write_dit(tmp_path, state), replace(CPU, keep_file_dtypes=True))
+
+    assert dit.get_parameter("txt_in.input_embedder.weight").dtype == (torch.bfloat16 if part == "txt_in." else torch.float32)
+    assert dit.get_parameter("single_blocks.0.linear1.bias").dtype == (torch.bfloat16 if part == "blocks." else torch.float32)
+    velocity = dit(**tiny_inputs("t2v"))
+    assert velocity.dtype == torch.float32
+    assert (velocity - load_dit(write_dit(tmp_path, tiny_state()), CPU)(**tiny_inputs("t2v"))).abs().max() < 0.1
+
+
 def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path) -> None:
     state, seen = tiny_state(), {}
 
@@ -208,6 +227,15 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     assert identify(framepack) == "it looks like a FramePack transformer"
     assert identify(tmp_path / "other.safetensors") is None
     assert identify(tmp_path / "nothing.safetensors") is None
+
+
+@pytest.mark.parametrize("dialect", ["safetensors", "comfy", "comfy_all_in_one", "diffusers"])
+def test_the_list_of_families_knows_it_too(tmp_path: Path, dialect: str) -> None:
+    path = write_dit(tmp_path, tiny_state("i2v"), dialect)
+
+    assert families.identify(path) == "it is the SkyReels V1 I2V transformer (--dit)"
+    with pytest.raises(CheckpointError, match="is not a Wan2.1 transformer"):
+        wan.checkpoints.read_dit_header(path)
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path) -> None:
