@@ -168,10 +168,7 @@ class LatentEncoding:
             spans=tuple(item.span for item in items),
             control=tuple(_batched(controls) for controls in zip(*(item.crop.control for item in items), strict=True)),
         )
-        # on a CPU a batch gains nothing, and singly an item's numbers do not depend on what else a killed run had left to do
-        batches = media.singly() if self._device.type == "cpu" else [media]
-        encoded = [entries for batch in batches for entries in self._family.encode_media(self._encoders, batch)]
-        for item, entries in zip(items, encoded, strict=True):
+        for item, entries in zip(items, self._family.encode_media(self._encoders, media), strict=True):
             for entry in entries:
                 name = dataclasses.replace(item.name, section=entry.section)
                 path = item.path.with_name(name.file_name(self._recipe.tag))

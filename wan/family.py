@@ -143,6 +143,9 @@ class Wan:
                 f"{media.keys[0]}: Wan takes one control video or image for each item, this one has {len(media.control)}"
             )
         vae, store = encoders.vae, self._vae_dtype()
+        if len(media.keys) > 1 and vae.device.type == "cpu":
+            # a batch gains nothing here, and singly an item's numbers do not depend on what else a killed run had left to do
+            return [entries for one in media.singly() for entries in self.encode_media(encoders, one)]
         pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
         tensors = {"latents": vae.encode(pixels).to(store)}
         if media.control:
