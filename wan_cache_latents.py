@@ -1,7 +1,6 @@
 """Encode the images and clips of a dataset with Wan2.1's VAE for training. All options: python wan_cache_latents.py --help"""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from dataset.config import load_dataset_config
@@ -25,22 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(wan_options.vae.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.caching import cache_media, workers_of  # torch loads here, after every option has been read
-    from dataset.check import check_media
-    from dataset.reports import conclude
+    from dataset.modes import run_latent_caching  # torch loads here, after every option has been read
     from wan.family import family_for_latent_caching
 
-    family = family_for_latent_caching(wan_options)
-    if debug.debug_mode is not None:
-        from dataset.debug_views import show_datasets
-
-        conclude(show_datasets(family, config, debug, workers_of(options)))
-    elif options.check:
-        result = check_media(family, config, workers_of(options), options.skip_existing)
-        sys.stdout.write("\n".join(result.lines) + "\n")
-        raise SystemExit(result.exit_code)
-    else:
-        conclude(cache_media(family, config, options))
+    run_latent_caching(family_for_latent_caching(wan_options), config, options, debug)
 
 
 if __name__ == "__main__":

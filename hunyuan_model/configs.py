@@ -1,7 +1,8 @@
-"""HunyuanVideo and SkyReels V1 as data: the dimensions of a transformer."""
+"""HunyuanVideo and SkyReels V1 as data: the dimensions of a transformer, and what it was trained with."""
 
 from dataclasses import dataclass
 
+SKIP_LAYERS = 2  # --hidden_state_skip_layer: layers of the language model behind the state that the transformer was trained with
 IMAGE_CHANNELS = 16  # of the first frame's latents, behind the noisy ones where a model is conditioned on an image
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.clip_text import ClipText, load_clip_text
+from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.llama import Llama, load_llama
 from hunyuan_model.text_checkpoints import CLIP_TOKENS, read_clip_text, read_llama
 from hunyuan_model.tokenizer import (
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 256  # kept of the language model's states
 PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
-SKIP_LAYERS = 2  # --hidden_state_skip_layer: what the model was trained with
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
-WIDER_CHOICES = {"--task", "--timestep_sampling", "--dynamo_backend"}  # ours may offer more, never less
+WIDER_CHOICES = {"--attn_mode", "--task", "--timestep_sampling", "--dynamo_backend"}  # ours may offer more, never less
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 
 
