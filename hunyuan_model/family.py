@@ -65,10 +65,10 @@ class HunyuanVideo:
     """
 
     files: HunyuanFiles
-    vae_dtype: torch.dtype = torch.float16
+    vae_dtype: torch.dtype | None = None  # None: float16, beside a float32 transformer float32
     vae_tile: int | None = None
     vae_chunk_size: int | None = None
-    text_dtype: torch.dtype = torch.float16
+    text_dtype: torch.dtype | None = None  # the same
     skip_layers: int = SKIP_LAYERS
     final_norm: bool = False
     second_prompt: str | None = None  # --prompt_2, for CLIP
@@ -122,23 +122,25 @@ class HunyuanVideo:
         return [
             LlavaTextEncoder(
                 files.text_encoder1_path,
-                self.text_dtype,
+                self._beside_dit(self.text_dtype),
                 files.text_encoder1_tokenizer,
                 skip_layers=self.skip_layers,
                 final_norm=self.final_norm,
             ),
-            ClipTextEncoder(files.text_encoder2_path, self.text_dtype, files.text_encoder2_tokenizer),
+            ClipTextEncoder(files.text_encoder2_path, self._beside_dit(self.text_dtype), files.text_encoder2_tokenizer),
         ]
 
     @property
     def media_identity(self) -> Mapping[str, str]:
         """The encoder and switches that cached latents depend on."""
-        identity = {"vae": fingerprint(self.files.vae_path), "vae_dtype": dtype_name(self.vae_dtype), "tile": str(self.vae_tile)}
+        dtype = dtype_name(self._beside_dit(self.vae_dtype))
+        identity = {"vae": fingerprint(self.files.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
         return identity | ({"image": "first frame"} if self.caches_image else {})
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         """The VAE; images are encoded by it too."""
-        return MediaEncoders(load_vae(self.files.vae_path, device, self.vae_dtype, self.vae_chunk_size, self.vae_tile))
+        dtype = self._beside_dit(self.vae_dtype)
+        return MediaEncoders(load_vae(self.files.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Latents of every clip; with `caches_image` also those of its first frame alone. Stored in the VAE's dtype, not scaled.
@@ -154,7 +156,7 @@ class HunyuanVideo:
             tensors = {"latents": vae.encode(pixels, generators)}
             if self.caches_image:
                 tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators)
-            entries.append([CacheEntry({name: tensor[0].to(self.vae_dtype) for name, tensor in tensors.items()})])
+            entries.append([CacheEntry({name: tensor[0].to(vae.dtype) for name, tensor in tensors.items()})])
         return entries
 
     # the network
@@ -281,12 +283,22 @@ class HunyuanVideo:
         source = conditions.pop("video_latents", None)
         assert source is None or isinstance(source, Tensor)
         guidance = GUIDANCE_UNIT * (request.embedded_guidance or 0.0)
-        conditions["guidance"] = torch.full((1,), guidance, dtype=self.dit_dtype or self.files.dit_header().compute_dtype)
+        conditions["guidance"] = torch.full((1,), guidance, dtype=self._dit_dtype())
         return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions, source))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents / LATENT.scale)
+
+    def _dit_dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return self.dit_dtype or self.files.dit_header().compute_dtype
+
+    def _beside_dit(self, chosen: torch.dtype | None) -> torch.dtype:
+        """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer float32."""
+        if chosen is not None:
+            return chosen
+        return torch.float32 if self.files.dit is not None and self._dit_dtype() == torch.float32 else torch.float16
 
     @property
     def _starts_from_image(self) -> bool:
@@ -340,7 +352,7 @@ def _with_vae(family: HunyuanVideo, options: HunyuanVaeOptions) -> HunyuanVideo:
     return replace(
         family,
         files=replace(family.files, vae=options.file.vae),
-        vae_dtype=computing_dtype(options.file.vae_dtype, "--vae_dtype", torch.float16),
+        vae_dtype=computing_dtype(options.file.vae_dtype, "--vae_dtype", None),
         vae_tile=options.file.tile,
         vae_chunk_size=options.vae_chunk_size,
     )
@@ -356,7 +368,7 @@ def _with_text(family: HunyuanVideo, options: HunyuanTextOptions) -> HunyuanVide
             text_encoder1_tokenizer=options.text_encoder1_tokenizer,
             text_encoder2_tokenizer=options.text_encoder2_tokenizer,
         ),
-        text_dtype=computing_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float16),
+        text_dtype=computing_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
     )
 
 

@@ -114,7 +114,6 @@ def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
     """The two text encoders and their tokenizers."""
     group = parser.add_argument_group("HunyuanVideo")
     _add_text(group, required=True)
-    _add_text_dtype(group)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +128,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_vae(group)
     _add_text(group, required=False)
-    _add_text_dtype(group)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +137,6 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dit_in_channels", type=int, default=None, help="input channels it has to have; found from the file")
     _add_vae(group, always_tiled=True)
     _add_text(group, required=False)
-    group.set_defaults(text_encoder_dtype=None)
     group.add_argument("--prompt_2", type=str, default=None, help="prompt of the second text encoder; without it the prompt")
     group.add_argument(
         "--hidden_state_skip_layer",
@@ -192,11 +189,9 @@ def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
             default=None,
             help="its tokenizer: a folder or a file; default: in or beside the encoder's folder, else the hub",
         )
+    dtype = "what both compute in; default float16, beside a float32 --dit float32"
+    group.add_argument("--text_encoder_dtype", type=str, default=None, help=dtype)
     add_unsupported(group, "--fp8_llm", action="store_true", reason=LLM_FP8, help="Llama's weights in fp8")
-
-
-def _add_text_dtype(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--text_encoder_dtype", type=str, default=None, help="what both compute in; default float16")
 
 
 def _check_channels(channels: int) -> None:

@@ -233,7 +233,7 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor], shards: int = 2) -
     for file, part in files.items():
         save(folder / file, {name: tensors[name] for name in part})
     weight_map = {name: file for file, part in files.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
 
 
 def write_text_encoders(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Path]:
