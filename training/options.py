@@ -63,7 +63,7 @@ class TrainingOptions:
     def _check_whole_dit(self, options: WholeDitOptions) -> None:
         precision, accumulation = self.accelerator.mixed_precision, self.loop.gradient_accumulation_steps
         if options.full_bf16 and precision != "bf16":
-            raise OptionError(f"--full_bf16 with --mixed_precision {precision}: weights in bf16 need --mixed_precision bf16")
+            raise OptionError(f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 for both")
         if not options.fused_backward_pass:
             return
         if accumulation != 1:

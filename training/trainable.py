@@ -74,7 +74,10 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
         if learns:
             learning.append(parameter)
     if not learning:
-        raise OptionError(f"--trainable_modules {' '.join(name_parts)}: no parameter of the model has such a name")
+        some = next(iter(dit.state_dict()))
+        raise OptionError(
+            f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names as {some}"
+        )
 
     def write(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         tensors = dit.state_dict()  # no copies
