@@ -4,10 +4,8 @@ The image-to-video transformer of SkyReels V1 takes 16 more channels: the latent
 frame 0, and zeros after it. Source: the released SkyReels V1 code. Latents here are in model space.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modules.seeds import derive_seed
 
@@ -25,18 +23,3 @@ def posterior_generator(owner: int | str) -> torch.Generator:
     So an item's cache does not depend on what else a run had to do, nor a video on anything but its seed.
     """
     return torch.Generator().manual_seed(derive_seed("posterior", owner))
-
-
-def strengthen_text(dit: nn.Module, tokens: float, mean: float) -> None:
-    """--te_multiplier: from now on multiply what each block of the token refiner gives, and the embedding of the mean text.
-
-    Source: the known tuners, which call the second one CLIP's although CLIP's vector takes another way.
-    """
-
-    def times(factor: float) -> Any:
-        return lambda module, inputs, output: output * factor
-
-    refiner = dit.get_submodule("txt_in")
-    for block in refiner.get_submodule("individual_token_refiner.blocks").children():
-        block.register_forward_hook(times(tokens))
-    refiner.get_submodule("c_embedder").register_forward_hook(times(mean))

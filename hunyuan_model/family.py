@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_model.checkpoints import load_dit
-from hunyuan_model.conditioning import first_frame_condition, posterior_generator, strengthen_text
+from hunyuan_model.conditioning import first_frame_condition, posterior_generator
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
@@ -22,6 +22,7 @@ from hunyuan_model.options import (
     HunyuanVaeOptions,
 )
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
+from hunyuan_model.text_multipliers import multiply_text
 from hunyuan_model.vae import load_vae
 from modules.checkpoint import fingerprint
 from modules.devices import computing_dtype, dtype_name
@@ -179,7 +180,7 @@ class HunyuanVideo:
             placement = replace(placement, compute_dtype=self.dit_dtype)
         dit = load_dit(path, placement)
         if self.text_multipliers is not None:
-            strengthen_text(dit, *self.text_multipliers)
+            multiply_text(dit, *self.text_multipliers)
         return dit
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
