@@ -11,10 +11,13 @@ from tests.faults.runs import DYING, FAMILIES, Scripts, Undisturbed, assert_whol
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that needs a project runs for every family, unless its module says FAMILIES or the test chooses itself."""
+    """Every test that needs a project runs for every family, unless its module says FAMILIES (for tests of what a training leaves:
+    TRAININGS) or the test chooses itself."""
     chosen = [name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]]
     if "scripts" in metafunc.fixturenames and "scripts" not in chosen:
         families = getattr(metafunc.module, "FAMILIES", FAMILIES)
+        if "undisturbed" in metafunc.fixturenames:
+            families = getattr(metafunc.module, "TRAININGS", families)
         metafunc.parametrize("scripts", families, ids=lambda scripts: scripts.name, indirect=True, scope="session")
 
 

@@ -4,10 +4,11 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class Scripts:
     cache_latents: tuple[str, ...]
     cache_texts: tuple[str, ...]
     train_script: str
-    network_module: str
+    learner: tuple[str, ...]  # the options of what learns
     generate_script: str
 
     @property
@@ -39,8 +40,7 @@ class Scripts:
         micro-batch; 8 steps in all."""
         return (
             *(self.train_script, *self.models, "--dataset_config", "dataset.toml", "--sdpa", "--seed", "7"),
-            *("--network_module", self.network_module, "--network_dim", "4", "--network_alpha", "2"),
-            *("--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.05"),
+            *self.learner,
             *("--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
             *("--timestep_sampling", "shift", "--discrete_flow_shift", "3", "--num_timestep_buckets", "5"),
             *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4"),
@@ -60,6 +60,13 @@ class Scripts:
         return (self.generate_script, *self.models, "--from_file", "prompts.txt", "--output_type", "both")
 
 
+def _lora(module: str) -> tuple[str, ...]:
+    return (
+        *("--network_module", module, "--network_dim", "4", "--network_alpha", "2"),
+        *("--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.05"),
+    )
+
+
 _VAE = ("--vae", "model/vae.safetensors")
 _DATASET = ("--dataset_config", "dataset.toml")
 _T5 = ("--t5", "model/t5.safetensors")
@@ -72,7 +79,7 @@ WAN = Scripts(
     cache_latents=("wan_cache_latents.py", *_DATASET, *_VAE, "--vae_dtype", "float32"),
     cache_texts=("wan_cache_text_encoder_outputs.py", *_DATASET, *_T5),
     train_script="wan_train_network.py",
-    network_module="networks.lora_wan",
+    learner=_lora("networks.lora_wan"),
     generate_script="wan_generate_video.py",
 )
 HUNYUAN_VIDEO = Scripts(
@@ -83,10 +90,16 @@ HUNYUAN_VIDEO = Scripts(
     cache_latents=("cache_latents.py", *_DATASET, *_VAE, "--vae_dtype", "float32"),
     cache_texts=("cache_text_encoder_outputs.py", *_DATASET, *_ENCODERS),
     train_script="hv_train_network.py",
-    network_module="networks.lora",
+    learner=_lora("networks.lora"),
     generate_script="hv_generate_video.py",
 )
 FAMILIES = (WAN, HUNYUAN_VIDEO)
+FINE_TUNING = replace(  # of the transformer itself
+    HUNYUAN_VIDEO,
+    name="hunyuan_video fine-tuning",
+    train_script="hv_train.py",
+    learner=("--trainable_modules", "blocks", "final_layer", "--full_bf16", "--mixed_precision", "bf16"),
+)
 SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3 --n dull
 a dog --w 32 --h 32 --f 1 --d 8 --s 1 --fs 5
 """
@@ -163,7 +176,7 @@ def assert_same_tensors(file: Path, other: Path) -> None:
 
 
 def as_bytes(tensor: Tensor) -> bytes:
-    return bytes(tensor.numpy().tobytes())
+    return bytes(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # numpy has no bf16
 
 
 def assert_same_training(output: Path, undisturbed: Path) -> None:
@@ -174,9 +187,11 @@ def assert_same_training(output: Path, undisturbed: Path) -> None:
 
 
 def assert_same_end(output: Path, undisturbed: Path) -> None:
-    """The final LoRA, the final state and the samples are those of the undisturbed training."""
-    for name in ("x.safetensors", "x-state/network.safetensors", "x-state/optimizer.safetensors"):
-        assert_same_tensors(output / name, undisturbed / name)
+    """What was trained, the final state and the samples are those of the undisturbed training."""
+    states = sorted((undisturbed / "x-state").glob("*.safetensors"))
+    assert len(states) == 2  # of what learns and of the optimizer
+    for path in (undisturbed / "x.safetensors", *states):
+        assert_same_tensors(output / path.relative_to(undisturbed), path)
     assert _progress(output) == _progress(undisturbed)
     expected = {timeless(path): path for path in (undisturbed / "sample").iterdir()}
     found = {timeless(path): path for path in (output / "sample").iterdir() if not path.name.startswith(".")}

@@ -18,6 +18,8 @@ from tests.commands import QUIET, ROOT, run_python, run_script
 from tests.faults.run_and_die import POINTS
 from tests.faults.runs import (
     DYING,
+    FAMILIES,
+    FINE_TUNING,
     Scripts,
     Undisturbed,
     assert_same_caches,
@@ -31,6 +33,7 @@ from tests.faults.runs import (
     visible_files,
 )
 
+TRAININGS = (*FAMILIES, FINE_TUNING)
 KILLED = 1 if os.name == "nt" else -9
 PATIENCE = 300  # seconds until a process that does not go on counts as hanging
 
