@@ -3,26 +3,18 @@
 All options: python cache_latents.py --help
 """
 
-import argparse
 from collections.abc import Sequence
 
 from dataset.config import load_dataset_config
-from dataset.options import CachingOptions, DebugOptions, add_caching_arguments, add_debug_arguments
+from dataset.options import read_latent_caching
 from families import identify
 from hunyuan_model.options import HunyuanLatentCachingOptions, add_latent_caching_arguments
 from modules.command import command_line
-from modules.options import read_options, refuse_unsupported, require
+from modules.options import require
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_caching_arguments(parser)
-    add_latent_caching_arguments(parser)
-    add_debug_arguments(parser)
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    options, debug = read_options(CachingOptions, args), read_options(DebugOptions, args)
-    hunyuan_options = read_options(HunyuanLatentCachingOptions, args)
+    options, debug, hunyuan_options = read_latent_caching(__doc__, add_latent_caching_arguments, HunyuanLatentCachingOptions, argv)
     if debug.debug_mode is None and not options.check:
         require(hunyuan_options.vae.file.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
     config = load_dataset_config(options.dataset_config)

@@ -3,24 +3,17 @@
 All options: python cache_text_encoder_outputs.py --help
 """
 
-import argparse
 from collections.abc import Sequence
 
 from dataset.config import load_dataset_config
-from dataset.options import CachingOptions, add_caching_arguments
+from dataset.options import read_text_caching
 from families import identify
 from hunyuan_model.options import HunyuanTextCachingOptions, add_text_caching_arguments
 from modules.command import command_line
-from modules.options import read_options, refuse_unsupported
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_caching_arguments(parser)
-    add_text_caching_arguments(parser)
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    options, hunyuan_options = read_options(CachingOptions, args), read_options(HunyuanTextCachingOptions, args)
+    options, hunyuan_options = read_text_caching(__doc__, add_text_caching_arguments, HunyuanTextCachingOptions, argv)
     config = load_dataset_config(options.dataset_config)
 
     from dataset.modes import run_text_caching  # torch loads here, after every option has been read

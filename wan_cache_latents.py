@@ -1,25 +1,17 @@
 """Encode the images and clips of a dataset with Wan2.1's VAE for training. All options: python wan_cache_latents.py --help"""
 
-import argparse
 from collections.abc import Sequence
 
 from dataset.config import load_dataset_config
-from dataset.options import CachingOptions, DebugOptions, add_caching_arguments, add_debug_arguments
+from dataset.options import read_latent_caching
 from families import identify
 from modules.command import command_line
-from modules.options import read_options, refuse_unsupported, require
+from modules.options import require
 from wan.options import WanLatentCachingOptions, add_latent_caching_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_caching_arguments(parser)
-    add_latent_caching_arguments(parser)
-    add_debug_arguments(parser)
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    options, debug = read_options(CachingOptions, args), read_options(DebugOptions, args)
-    wan_options = read_options(WanLatentCachingOptions, args)
+    options, debug, wan_options = read_latent_caching(__doc__, add_latent_caching_arguments, WanLatentCachingOptions, argv)
     if debug.debug_mode is None and not options.check:
         require(wan_options.vae.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
     config = load_dataset_config(options.dataset_config)
