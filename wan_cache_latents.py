@@ -1,46 +1,25 @@
 """Encode the images and clips of a dataset with Wan2.1's VAE for training. All options: python wan_cache_latents.py --help"""
 
-import argparse
-import sys
 from collections.abc import Sequence
 
 from dataset.config import load_dataset_config
-from dataset.options import CachingOptions, DebugOptions, add_caching_arguments, add_debug_arguments
+from dataset.options import read_latent_caching
 from families import identify
 from modules.command import command_line
-from modules.options import read_options, refuse_unsupported, require
+from modules.options import require
 from wan.options import WanLatentCachingOptions, add_latent_caching_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_caching_arguments(parser)
-    add_latent_caching_arguments(parser)
-    add_debug_arguments(parser)
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    options, debug = read_options(CachingOptions, args), read_options(DebugOptions, args)
-    wan_options = read_options(WanLatentCachingOptions, args)
+    options, debug, wan_options = read_latent_caching(__doc__, add_latent_caching_arguments, WanLatentCachingOptions, argv)
     if debug.debug_mode is None and not options.check:
         require(wan_options.vae.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.caching import cache_media, workers_of  # torch loads here, after every option has been read
-    from dataset.check import check_media
-    from dataset.reports import conclude
+    from dataset.modes import run_latent_caching  # torch loads here, after every option has been read
     from wan.family import family_for_latent_caching
 
-    family = family_for_latent_caching(wan_options)
-    if debug.debug_mode is not None:
-        from dataset.debug_views import show_datasets
-
-        conclude(show_datasets(family, config, debug, workers_of(options)))
-    elif options.check:
-        result = check_media(family, config, workers_of(options), options.skip_existing)
-        sys.stdout.write("\n".join(result.lines) + "\n")
-        raise SystemExit(result.exit_code)
-    else:
-        conclude(cache_media(family, config, options))
+    run_latent_caching(family_for_latent_caching(wan_options), config, options, debug)
 
 
 if __name__ == "__main__":

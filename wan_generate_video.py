@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from families import identify
-from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
 from modules.command import command_line
 from modules.options import read_options
 from wan.options import WanGenerationOptions, add_generation_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = generation_parser(__doc__, fps=16, guidance_scale=5.0)
+    parser = generation_parser(__doc__, ScriptDefaults(fps=16, guidance_scale=5.0))
     add_generation_arguments(parser)
     args = read_arguments(parser, argv)
     options, wan_options = read_options(GenerationOptions, args), read_options(WanGenerationOptions, args)

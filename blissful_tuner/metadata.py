@@ -30,6 +30,8 @@ def output_metadata(request: Request, model: Mapping[str, str], loras: Sequence[
     }
     if request.embedded_guidance is not None:
         values["embedded_cfg_scale"] = request.embedded_guidance
+    if request.video_path is not None:
+        values |= {"video": request.video_path.name, "strength": request.strength}
     values |= {f"lora_{index}": f"{name}: {multiplier}" for index, (name, multiplier) in enumerate(loras)}
     return {f"bt_{name}": NOT_SET if value is None else str(value) for name, value in values.items()}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.cache_files import Entry, LatentName, parse_latent_name, read_entry, text_file_name
+from dataset.cache_files import Entry, LatentName, parse_latent_name, part_path, read_entry, text_file_name
 from dataset.cache_records import FileIdentity, LatentRecord, is_unchanged, latent_record, text_records, verify_tensors
 from dataset.captions import read_caption
 from dataset.config import DatasetConfig, DatasetTable
@@ -47,6 +47,7 @@ class TrainingItem:
     bucket: tuple[int, ...]  # width, height in pixels; videos: and frames
     source_stem: str
     is_section: bool = False  # a part of a clip whose length the family chose (FramePack)
+    text_keys: frozenset[str] = frozenset()  # what the text file has to hold
 
 
 @dataclass(frozen=True)
@@ -56,30 +57,42 @@ class FoundItems:
     items: tuple[TrainingItem, ...]  # sorted by table and file name
     missing_text: tuple[Path, ...]  # text files that are not there; their items are left out
     empty_tables: tuple[DatasetTable, ...]  # tables without any latent cache
+    unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
 
 
-def find_items(config: DatasetConfig, cache_tag: str, latent: LatentSpec) -> FoundItems:
-    """All items by the names of their files; none is opened."""
+def find_items(config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_keys: frozenset[str] = frozenset()) -> FoundItems:
+    """All items by the names of their files; none is opened. text_keys: what a whole text cache holds."""
     items: list[TrainingItem] = []
     missing: dict[Path, None] = {}
+    unfinished: dict[Path, None] = {}
     empty: list[DatasetTable] = []
     for table in config.datasets:
         folder = table.cache_directory
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         parsed = [(name, parse_latent_name(name, cache_tag, table.kind)) for name in sorted(names)]
-        found = [_training_item(table, name, what, cache_tag, latent) for name, what in parsed if what is not None]
+        found = [_training_item(table, name, what, cache_tag, latent, text_keys) for name, what in parsed if what is not None]
         if not found:
             empty.append(table)
         items += [item for item in found if item.text_path.name in names]
-        missing |= {item.text_path: None for item in found if item.text_path.name not in names}
-    return FoundItems(tuple(items), tuple(missing), tuple(empty))
+        unfinished |= {part_path(item.text_path): None for item in found if part_path(item.text_path).name in names}
+        missing |= {
+            item.text_path: None
+            for item in found
+            if item.text_path.name not in names and part_path(item.text_path) not in unfinished
+        }
+    return FoundItems(tuple(items), tuple(missing), tuple(empty), tuple(unfinished))
 
 
 def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> tuple[TrainingItem, ...]:
     """The items to train on. Items without a text cache are left out with a warning.
 
-    Raises CacheError with the caching commands where a table has no usable cache at all.
+    Raises CacheError with the caching commands where a table has no usable cache at all, or text caching has not come to its end.
     """
+    if found.unfinished_text:
+        raise CacheError(
+            f"{len(found.unfinished_text)} text caches are unfinished, such as {found.unfinished_text[0]}: text caching was "
+            f"stopped before all text encoders had written.\n  Finish it with: {commands.text}"
+        )
     usable = {item.table.index for item in found.items}
     untexted = sorted({path.parent for path in found.missing_text})
     faults = [f"{table.name}: no latent cache in {table.cache_directory}" for table in found.empty_tables]
@@ -181,7 +194,9 @@ class _ReadItem:
     caption: str
 
 
-def _training_item(table: DatasetTable, file_name: str, name: LatentName, tag: str, latent: LatentSpec) -> TrainingItem:
+def _training_item(
+    table: DatasetTable, file_name: str, name: LatentName, tag: str, latent: LatentSpec, text_keys: frozenset[str]
+) -> TrainingItem:
     bucket: tuple[int, ...] = name.size  # a video's name holds the size after bucketing
     if table.kind == "image":
         bucket = bucket_of(table, name.size, latent.pixel_step, table.cache_directory / file_name)
@@ -189,9 +204,8 @@ def _training_item(table: DatasetTable, file_name: str, name: LatentName, tag: s
         bucket = (*name.size, name.span[1])
     folder = table.cache_directory
     text_path = folder / text_file_name(name.stem, tag)
-    return TrainingItem(
-        Path(file_name).stem, folder / file_name, text_path, table, bucket, name.stem, is_section=name.section is not None
-    )
+    is_section = name.section is not None
+    return TrainingItem(Path(file_name).stem, folder / file_name, text_path, table, bucket, name.stem, is_section, text_keys)
 
 
 def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands) -> _ReadItem:
@@ -199,6 +213,9 @@ def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands
         latents = _read_latents(item, latent)
     with _remedy(commands.text):
         text = read_entry(item.text_path)
+        absent = sorted(item.text_keys - text.tensors.keys())
+        if absent:
+            raise CacheError(f"{item.text_path}: it is only a part of a text cache, it has no {', '.join(absent)}")
         caption = _checked_caption(item, text)
     tensors = {**latents.tensors, **text.tensors}
     return _ReadItem(tensors, frozenset(text.tensors), latents.variable | text.variable, caption)

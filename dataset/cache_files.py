@@ -22,6 +22,7 @@ from modules.errors import CacheError
 
 FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
 SUFFIX = ".safetensors"
+PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
 Grid = tuple[int, int, int]  # F, H, W of latents
@@ -79,6 +80,11 @@ def parse_text_name(file_name: str, tag: str) -> str | None:
     """The stem of a text cache file name, or None where it is none of this family."""
     end = f"_{tag}_te{SUFFIX}"
     return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
+
+
+def part_path(path: Path) -> Path:
+    """Where a text cache is kept until all text encoders have written: `clip_hv_te.safetensors.part`."""
+    return path.with_name(path.name + PART)
 
 
 def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None) -> str:

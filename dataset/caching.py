@@ -66,6 +66,7 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
 def cache_texts(family: Family, config: DatasetConfig, options: CachingOptions) -> CacheReport:
     """Encode every caption that has no valid text cache, one text encoder after the other, then remove stale files.
 
+    A text cache gets its name when all encoders have written; until then it is a `.part`, which a later run continues.
     Raises DatasetError (a caption is missing), CheckpointError, OutputError.
     """
     sources = [source for table in config.datasets for source in find_sources(table)]
@@ -73,8 +74,7 @@ def cache_texts(family: Family, config: DatasetConfig, options: CachingOptions) 
     with joined_processes() as share:
         device = choose_device(share.device_name(options.device))
         encoding = TextEncoding(family, device, options.batch_size, workers_of(options), options.skip_existing, share.is_main)
-        for encoder in family.text_encoders():
-            encoding.run(encoder, share.of(sources))
+        encoding.run(share.of(sources))
         reports = share.gather(CacheReport(encoding.written, encoding.kept, encoding.foreign))
         removed = 0
         if share.is_main and not options.keep_cache:

@@ -5,14 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingItem, find_items, read_batch
-from dataset.cache_files import text_file_name
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.items import decode_source
 from dataset.planning import Plan, Recipe, complete, list_names, names_of, plan_all
 from dataset.reports import Failure
 from dataset.source_jobs import decode_ahead, progress
 from dataset.sources import Source, find_sources, missing_captions
-from dataset.text_caching import find_present
+from dataset.text_caching import plan_text
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.family import Family, LatentSpec
 
@@ -75,19 +74,18 @@ def check_media(family: Family, config: DatasetConfig, workers: int, skip_existi
 
 def check_texts(family: Family, config: DatasetConfig, skip_existing: bool) -> CheckResult:
     """What text caching would do. No encoder is loaded."""
-    encoders = family.text_encoders()
-    identities = {encoder.name: dict(encoder.identity) for encoder in encoders}
+    encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
     lines, ok = ["Files recognised:"], True
-    lines += _indented(f"{name} {key}: {value}" for name, identity in identities.items() for key, value in identity.items())
+    lines += _indented(f"{encoder.name} {key}: {value}" for encoder, identity in encoders for key, value in identity.items())
     for table in config.datasets:
         sources = find_sources(table)
         captions = missing_captions(sources)
         lines += [f"{table.name}: {len(sources)} {table.kind}s"]
-        for encoder in encoders:
-            paths = [(table.cache_directory / text_file_name(source.stem, family.cache_tag), source) for source in sources]
-            present = [find_present(path, one, encoder, identities[encoder.name], skip_existing) for path, one in paths]
-            kept = sum(one is not None for one in present)
-            lines += _indented([f"caches of {encoder.name}: {kept} are right, {len(present) - kept} captions are to be encoded"])
+        plans = [plan_text(source, family.cache_tag, encoders, skip_existing) for source in sources]
+        for encoder, _ in encoders:
+            to_do = sum(encoder.name in plan.missing for plan in plans)
+            kept = len(plans) - to_do
+            lines += _indented([f"caches of {encoder.name}: {kept} are right, {to_do} captions are to be encoded"])
         lines += _listed("have no caption", captions)
         ok = ok and not captions
     return CheckResult((*lines, _verdict(ok)), ok)
@@ -101,12 +99,14 @@ def check_training(
     accumulation: int = 1,
     processes: int = 1,
     files: Iterable[str] = (),
+    text_keys: frozenset[str] = frozenset(),
 ) -> CheckResult:
     """What a training run would see in its caches; every cache file is read and verified.
 
     accumulation, processes: batches per optimizer step. files: lines about the checkpoints, as the caller recognised them.
+    text_keys: what a whole text cache holds.
     """
-    found = find_items(config, cache_tag, latent)
+    found = find_items(config, cache_tag, latent, text_keys)
     lines, ok = ["Files recognised:", *_indented(files)], True
     for table in config.datasets:
         items = [item for item in found.items if item.table.index == table.index]
@@ -114,11 +114,13 @@ def check_training(
         lines += [f"{table.name}: {len(items)} cached items" + (", for validation" if table.validation else "")]
         lines += _indented(_bucket_lines(table, buckets))
         missing = [path for path in found.missing_text if path.parent == table.cache_directory]
+        unfinished = [path for path in found.unfinished_text if path.parent == table.cache_directory]
         faults = _unusable(items, latent, commands)
         lines += _listed("text caches are missing", missing)
+        lines += _listed("text caches are unfinished", unfinished)
         lines += _listed("cannot be used", faults)
         lines += _source_lines(table, items)
-        ok = ok and not missing and not faults and bool(items)
+        ok = ok and not missing and not unfinished and not faults and bool(items)
     training = [item for item in found.items if not item.table.validation]
     order = BatchOrder(training, seed=0)
     steps = -(-order.num_batches // (accumulation * processes))

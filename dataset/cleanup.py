@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
-from dataset.cache_files import Header, is_latent_cache, is_text_cache, parse_latent_name, parse_text_name, read_header
+from dataset.cache_files import PART, Header, is_latent_cache, is_text_cache, parse_latent_name, parse_text_name, read_header
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers
 from modules.errors import CacheError
@@ -26,10 +26,13 @@ def remove_stale_latents(table: DatasetTable, family: Family, names: Container[s
 
 
 def remove_stale_texts(table: DatasetTable, family: Family, names: Container[str]) -> int:
-    """Remove text caches not in `names`. Returns how many were removed."""
-    tag = family.cache_tag
-    stale = [path for path in _listed(table) if parse_text_name(path.name, tag) is not None and path.name not in names]
-    _remove_leftovers(table, lambda name: parse_text_name(name, tag) is not None)
+    """Remove text caches not in `names`, unfinished ones too. Returns how many were removed."""
+
+    def is_text(name: str) -> bool:
+        return parse_text_name(name.removesuffix(PART), family.cache_tag) is not None
+
+    stale = [path for path in _listed(table) if is_text(path.name) and path.name.removesuffix(PART) not in names]
+    _remove_leftovers(table, is_text)
     return _remove(stale, lambda header: is_text_cache(header, family.name))
 
 

@@ -1,10 +1,16 @@
 """Options that all caching scripts share."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from modules.errors import OptionError
+from modules.options import read_options, refuse_unsupported
+
+T = TypeVar("T")
+AddArguments = Callable[[argparse.ArgumentParser], None]
 
 COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
 
@@ -44,6 +50,35 @@ class DebugOptions:
             raise OptionError(f"--console_back {self.console_back}: use one of {', '.join(COLOURS)}")
         if self.console_num_images is not None and self.console_num_images < 1:
             raise OptionError(f"--console_num_images {self.console_num_images}: give a number of at least 1")
+
+
+def read_latent_caching(
+    description: str | None, add_arguments: AddArguments, record: type[T], argv: Sequence[str] | None
+) -> tuple[CachingOptions, DebugOptions, T]:
+    """The options of a script that caches latents. add_arguments, record: the family's own."""
+    parser = argparse.ArgumentParser(description=description)
+    add_caching_arguments(parser)
+    add_arguments(parser)
+    add_debug_arguments(parser)
+    args = _parsed(parser, argv)
+    return read_options(CachingOptions, args), read_options(DebugOptions, args), read_options(record, args)
+
+
+def read_text_caching(
+    description: str | None, add_arguments: AddArguments, record: type[T], argv: Sequence[str] | None
+) -> tuple[CachingOptions, T]:
+    """The options of a script that caches texts. add_arguments, record: the family's own."""
+    parser = argparse.ArgumentParser(description=description)
+    add_caching_arguments(parser)
+    add_arguments(parser)
+    args = _parsed(parser, argv)
+    return read_options(CachingOptions, args), read_options(record, args)
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    args = parser.parse_args(argv)
+    refuse_unsupported(parser, args)
+    return args
 
 
 def add_caching_arguments(parser: argparse.ArgumentParser) -> None:

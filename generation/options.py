@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from blissful_tuner.options import (
@@ -11,6 +11,8 @@ from blissful_tuner.options import (
     add_format_arguments,
     add_guidance_arguments,
     add_later_arguments,
+    add_video_to_video_arguments,
+    refuse_video_to_video,
 )
 from modules.errors import OptionError
 from modules.options import refuse_unsupported
@@ -18,6 +20,27 @@ from modules.speed_options import GenerationSpeedOptions, add_generation_speed_a
 from networks.options import LoraOptions, LoraPatternOptions, add_lora_arguments, add_lora_pattern_arguments, require_files
 
 LATENT_OUTPUTS = ("latent", "both")
+MEDIA = {
+    "image_path": "first image, for image-to-video",
+    "end_image_path": "last image; cut the tail with --trim_tail_frames 3",
+    "control_path": "control video or folder of images, for Fun-Control",
+}
+
+
+@dataclass(frozen=True)
+class ScriptDefaults:
+    """How the shared options stand in the script of a family. None: the task's, or no such option where so said."""
+
+    fps: int
+    guidance_scale: float
+    video_length: int | None = None
+    infer_steps: int | None = None
+    flow_shift: float | None = None
+    sample_solver: str = "unipc"
+    embedded_guidance: float | None = None  # None: no such option
+    media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})  # what a video may be made from
+    joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
+    blocks_to_swap: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -38,10 +61,15 @@ class RequestOptions:
     image_path: Path | None
     end_image_path: Path | None
     control_path: Path | None
+    video_path: Path | None
+    strength: float | None
+    embedded_guidance: float | None = field(metadata={"option": "embedded_cfg_scale"})
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
             raise OptionError(f"--fps {self.fps:g}: has to be above 0")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise OptionError(f"--strength {self.strength:g}: give a share of the steps from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -83,6 +111,7 @@ class GenerationOptions:
     lora_patterns: LoraPatternOptions
     lycoris: bool
     cpu_noise: bool
+    split_uncond: bool  # the passes of guidance one after the other
     save_merged_model: Path | None
     from_file: Path | None
     interactive: bool
@@ -111,16 +140,20 @@ class GenerationOptions:
         require_files("--latent_path", self.latent_path or ())
 
 
-def generation_parser(description: str | None, fps: int, guidance_scale: float) -> argparse.ArgumentParser:
-    """A parser with the shared options. fps, guidance_scale: the family's defaults."""
+def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
+    """A parser with the shared options, as the family's script has them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _add_request_arguments(parser, fps, guidance_scale)
+    _add_request_arguments(parser, defaults)
+    if "video_path" in defaults.media:
+        add_video_to_video_arguments(parser)
+    else:
+        refuse_video_to_video(parser)
     add_guidance_arguments(parser)
-    _add_run_arguments(parser)
+    _add_run_arguments(parser, defaults)
     _add_output_arguments(parser)
     add_format_arguments(parser)
     _add_lora_arguments(parser)
-    add_generation_speed_arguments(parser)
+    add_generation_speed_arguments(parser, defaults.blocks_to_swap)
     add_later_arguments(parser)
     return parser
 
@@ -132,32 +165,55 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     return args
 
 
-def _add_request_arguments(parser: argparse.ArgumentParser, fps: int, guidance_scale: float) -> None:
+def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("what to make")
     group.add_argument("--prompt", type=str, default=None)
     group.add_argument("--negative_prompt", type=str, default=None, help="what to avoid; without it the model's own text")
     group.add_argument("--video_size", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
-    group.add_argument("--video_length", type=int, default=None, help="number of frames, 4n + 1; without it the task's")
-    group.add_argument("--fps", type=int, default=fps, help="frames per second of the file")
-    group.add_argument("--infer_steps", type=int, default=None, help="number of steps; without it the task's")
+    length, steps, shift = defaults.video_length, defaults.infer_steps, defaults.flow_shift
+    group.add_argument("--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}")
+    group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the file")
+    group.add_argument("--infer_steps", type=int, default=steps, help=f"number of steps; {_else(steps)}")
     group.add_argument("--seed", type=str, default=None, help="a number or any text; without it every video draws its own")
-    group.add_argument("--guidance_scale", type=float, default=guidance_scale, help="weight of the prompt; 1 turns guidance off")
-    group.add_argument("--flow_shift", type=float, default=None, help="time shift of the schedule; without it the task's")
     group.add_argument(
-        "--sample_solver", type=str, default="unipc", choices=["unipc", "dpm++", "vanilla"], help="vanilla: Euler's steps"
+        "--guidance_scale", type=float, default=defaults.guidance_scale, help="weight of the prompt; 1 turns guidance off"
     )
-    group.add_argument("--image_path", type=str, default=None, help="first image, for image-to-video")
-    group.add_argument("--end_image_path", type=str, default=None, help="last image; cut the tail with --trim_tail_frames 3")
-    group.add_argument("--control_path", type=str, default=None, help="control video or folder of images, for Fun-Control")
+    embedded = defaults.embedded_guidance
+    if embedded is None:
+        parser.set_defaults(embedded_cfg_scale=None)
+    else:
+        group.add_argument(
+            "--embedded_cfg_scale", type=float, default=embedded, help="guidance that the model was distilled for; no second pass"
+        )
+    group.add_argument("--flow_shift", type=float, default=shift, help=f"time shift of the schedule; {_else(shift)}")
+    solvers = ["unipc", "dpm++", "vanilla"]
+    group.add_argument("--sample_solver", type=str, default=defaults.sample_solver, choices=solvers, help="vanilla: Euler's steps")
+    for name, text in MEDIA.items():
+        if name in defaults.media:
+            group.add_argument(f"--{name}", type=str, default=None, help=text)
+        else:
+            parser.set_defaults(**{name: None})
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _else(default: float | None) -> str:
+    return "without it the task's" if default is None else f"default {default:g}"
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--from_file", type=str, default=None, help="file with a prompt and its options on each line")
     group.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends")
     group.add_argument("--latent_path", type=str, nargs="*", default=None, help="latent files to decode, nothing else is done")
     group.add_argument("--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; without it the best there is")
     group.add_argument("--cpu_noise", action="store_true", help="draw the noise on the CPU: the same on every machine")
+    if defaults.joins_guidance:
+        group.add_argument(
+            "--split_uncond",
+            action="store_true",
+            help="make the passes of guidance one after the other: less memory",
+        )
+    else:
+        parser.set_defaults(split_uncond=True)
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:

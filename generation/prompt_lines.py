@@ -90,9 +90,14 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "i": LineOption("image_path", str),
     "ei": LineOption("end_image_path", str),
     "cn": LineOption("control_path", str),
+    "v": LineOption("video_path", str),
     "n": LineOption("negative_prompt", str),
     "cs": LineOption("cfg_schedule", str),
 }
+
+
+# the same for models with an input for embedded guidance, which `g` means there; `l` is the classifier-free one
+EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {**GENERATION_OPTIONS, "g": LineOption("embedded_cfg_scale", _number)}
 
 
 def _leading_whole(text: str) -> int:

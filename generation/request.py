@@ -10,6 +10,7 @@ from typing import Any
 
 from blissful_tuner.guidance import guidance_scales, uses_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.video_to_video import steps_to_make
 from generation.options import RequestOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from modules.errors import OptionError
@@ -50,6 +51,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         frames=line.get("video_length", options.video_length),
         steps=line.get("infer_steps", options.infer_steps),
         guidance_scale=line.get("guidance_scale", options.guidance_scale),
+        embedded_guidance=line.get("embedded_cfg_scale", options.embedded_guidance),
         flow_shift=line.get("flow_shift", options.flow_shift),
         solver=SOLVERS[options.sample_solver],
         fps=options.fps,
@@ -58,6 +60,8 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_path"),
+        video_path=path("video_path"),
+        strength=options.strength,
     )
     _check_texts(request)
     _check_numbers(request)
@@ -68,8 +72,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
 
 def check_guidance(request: Request, options: GuidanceOptions = PLAIN_GUIDANCE) -> Request:
     """The request that `Family.prepare` has filled, if its guidance can be made. Raises OptionError otherwise."""
-    assert request.steps is not None
-    scales = guidance_scales(request, options, request.steps)
+    scales = guidance_scales(request, options, steps_to_make(request))
     if options.skipped_layers and all(scale is None for scale in scales):
         logger.warning("--slg_mode %s is ignored because no step uses guidance", options.slg_mode)
     return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
@@ -94,7 +97,12 @@ def _check_numbers(request: Request) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise OptionError(f"{name} is {count}: it has to be at least 1")
-    for name, value in {"the guidance scale": request.guidance_scale, "the flow shift": request.flow_shift}.items():
+    values = {
+        "the guidance scale": request.guidance_scale,
+        "the embedded guidance scale": request.embedded_guidance,
+        "the flow shift": request.flow_shift,
+    }
+    for name, value in values.items():
         if value is not None and not math.isfinite(value):
             raise OptionError(f"{name} is {value}: give a finite number")
     if request.flow_shift is not None and request.flow_shift <= 0:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
+from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import StepDone
 from generation.options import GenerationOptions, OutputOptions
 from generation.outputs import (
@@ -26,7 +27,13 @@ from generation.outputs import (
     save_latents,
     save_pixels,
 )
-from generation.prompt_lines import is_blank, parse_generation_line, read_generation_lines
+from generation.prompt_lines import (
+    EMBEDDED_GENERATION_OPTIONS,
+    GENERATION_OPTIONS,
+    is_blank,
+    parse_generation_line,
+    read_generation_lines,
+)
 from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
@@ -99,6 +106,11 @@ class Run:
         lora = self.options.lora
         names = [path.name for path in lora.lora_weight or ()]
         return output_metadata(request, self.family.metadata, list(zip(names, lora.multipliers(), strict=True)))
+
+    def read_line(self, line: str) -> Mapping[str, Any]:
+        """What a prompt line says. Raises OptionError."""
+        has_embedded = self.family.defaults.embedded_guidance is not None
+        return parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS if has_embedded else GENERATION_OPTIONS)
 
 
 def generate(family: Family, options: GenerationOptions) -> None:
@@ -179,7 +191,7 @@ def make_from_file(run: Run, path: Path) -> None:
     jobs = []
     for number, line in lines:
         with failures.noted(label := f"line {number}", fatal=CheckpointError):  # a wrong model file is wrong for every line
-            jobs.append(prepared(run, label, parse_generation_line(line)))
+            jobs.append(prepared(run, label, run.read_line(line)))
     if jobs:
         make(run, jobs, failures)
     failures.raise_if_any(len(lines))
@@ -198,7 +210,7 @@ def converse(run: Run) -> None:
             if not is_blank(line):
                 failures = Failures()
                 with failures.noted("the prompt"):
-                    make(run, [prepared(run, "the prompt", parse_generation_line(line))], failures)
+                    make(run, [prepared(run, "the prompt", run.read_line(line))], failures)
         except EOFError:
             sys.stdout.write("\n")
             return
@@ -263,6 +275,7 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
                         run.options.cpu_noise,
                         run.options.guidance,
                         on_step,
+                        run.options.split_uncond,
                     ).to(CPU)
                 done.append(kept(run, job, latents))
     return done
@@ -337,7 +350,7 @@ def describe(job: Job) -> None:
         request.width,
         request.height,
         request.frames,
-        request.steps,
+        steps_to_make(request),
         request.seed,
     )
 
@@ -345,7 +358,7 @@ def describe(job: Job) -> None:
 @contextmanager
 def progress(request: Request) -> Iterator[Callable[[StepDone], None]]:
     """A bar over the steps; the value is what the loop calls after each."""
-    with tqdm(total=request.steps, desc="denoising", unit="step") as bar:
+    with tqdm(total=steps_to_make(request), desc="denoising", unit="step") as bar:
 
         def advance(done: StepDone) -> None:
             bar.update()

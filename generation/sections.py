@@ -7,11 +7,12 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.video_to_video import noisy_source, steps_to_make
 from generation.denoise import OnStep, Start, denoise
 from generation.noise import SeededNoise
 from modules.family import Family
 from modules.records import Conditions, DitAt, EncodedPrompts, Request, Section
-from modules.solvers import solver_for
+from modules.solvers import Solver, solver_for
 
 
 def make_latents(
@@ -41,11 +42,19 @@ def make_latents(
         while True:
             section = on_device(section, device)
             solver = solver_for(request.solver, request.steps, request.flow_shift)
-            guidance = make_guidance(request, guidance_options, request.steps)
-            latents = denoise(family, dit_at, section, Start(section.noise), solver, guidance, on_step, split)
+            guidance = make_guidance(request, guidance_options, steps_to_make(request))
+            latents = denoise(family, dit_at, section, start_of(section, solver, request), solver, guidance, on_step, split)
             section = sections.send(latents)
     except StopIteration as end:
         return end.value
+
+
+def start_of(section: Section, solver: Solver, request: Request) -> Start:
+    """Noise at the first step, or what a section starts from at a later one."""
+    if section.source is None:
+        return Start(section.noise)
+    step = solver.schedule.num_steps - steps_to_make(request)
+    return Start(noisy_source(section.source, section.noise, solver.schedule, step), step)
 
 
 def on_device(section: Section, device: torch.device) -> Section:
@@ -55,9 +64,8 @@ def on_device(section: Section, device: torch.device) -> Section:
         return None if conditions is None else conditions_to(conditions, device)
 
     positive = conditions_to(section.positive, device)
-    return Section(
-        section.noise.to(device), positive, moved(section.negative), moved(section.blank), section.source, section.so_far
-    )
+    source = None if section.source is None else section.source.to(device)
+    return Section(section.noise.to(device), positive, moved(section.negative), moved(section.blank), source, section.so_far)
 
 
 def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:

@@ -112,6 +112,13 @@ def _sweep(folder: Path) -> None:
     remove_leftovers(folder)
 
 
+def give_name(file: Path, path: Path) -> None:
+    """Rename a finished file within its folder, in place of one that may be there. Raises OutputError."""
+    with _explained(path):
+        os.replace(file, path)
+        _flush_folder(path.parent)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, complete or not at all."""
     with atomic_path(path, len(data)) as temporary:

@@ -2,12 +2,16 @@
 
 import gc
 import logging
+import os
+from typing import TypeVar
 
 import torch
 
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
+
+Usual = TypeVar("Usual", torch.dtype, None)
 
 # every spelling that the known command lines accept
 DTYPES: dict[str, torch.dtype] = {
@@ -53,6 +57,13 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def make_deterministic() -> None:
+    """Have torch use deterministic algorithms from now on; what has none is warned about. For before the first CUDA call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def keep_float32_exact() -> None:
     """Have CUDA's convolutions compute float32 in float32: torch lets them round to TF32, though not its matrix products."""
     torch.backends.cudnn.allow_tf32 = False
@@ -64,6 +75,16 @@ def dtype_named(name: str, option: str) -> torch.dtype:
         return DTYPES[name.lower()]
     except KeyError:
         raise OptionError(f"{option} {name}: unknown dtype. Use one of {', '.join(DTYPES)}.") from None
+
+
+def computing_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
+    """The dtype that a network is to compute in; `usual` where the option is not given. Raises OptionError for fp8 too."""
+    if name is None:
+        return usual
+    dtype = dtype_named(name, option)
+    if dtype.itemsize == 1:
+        raise OptionError(f"{option} {name}: nothing is computed in fp8. Use bfloat16, float16 or float32.")
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -89,6 +89,9 @@ class TextEncoder(Protocol):
     def name(self) -> str: ...  # "t5": for messages and cache records
 
     @property
+    def keys(self) -> frozenset[str]: ...  # of what `encode` returns
+
+    @property
     def variable_length(self) -> frozenset[str]: ...  # keys whose length differs per prompt; stored as `varlen_{key}`
 
     @property
@@ -132,6 +135,9 @@ class Family(Protocol):
 
     # encoding: caching and generation
     def text_encoders(self) -> Sequence[TextEncoder]: ...
+
+    @property
+    def text_keys(self) -> frozenset[str]: ...  # of all text encoders together: what a whole text cache holds
 
     @property
     def media_identity(self) -> Mapping[str, str]: ...  # what encoded media depend on; found without loading the weights

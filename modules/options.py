@@ -22,21 +22,35 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     """Build the option record `cls` from parsed arguments.
 
     Each field takes the argument of its name (or of its metadata "option"); a field whose type is itself an option record is read
-    the same way; text becomes Path and lists become tuples where the field says so.
+    the same way, one whose type is `Record | None` only where the parser has arguments of that record; text becomes Path and lists
+    become tuples where the field says so.
     Raises TypeError where a field has no argument: that is our mistake, not the user's.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            values[field.name] = read_options(typing.cast(type, hint), args)
+        record = record_of(hint)
+        if record is not None:
+            is_there = record is hint or any(hasattr(args, option_name(item)) for item in dataclasses.fields(record))
+            values[field.name] = read_options(record, args) if is_there else None
             continue
-        option = field.metadata.get("option", field.name)
+        option = option_name(field)
         if not hasattr(args, option):
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
         values[field.name] = _convert(getattr(args, option), hint)
     return cls(**values)
+
+
+def record_of(hint: Any) -> Any:
+    """The option record that a field's type is or may be: `Record`, `Record | None`; None for any other type."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+
+
+def option_name(field: "dataclasses.Field[Any]") -> str:
+    """The public name of a record's field."""
+    return str(field.metadata.get("option", field.name))
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.errors import CacheError
+
 # What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are the tensor names of
 # the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one entry per sample.
 Conditions = Mapping[str, Tensor | list[Tensor]]
@@ -23,6 +25,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def check(self, needed: Mapping[str, str], purpose: str) -> None:
+        """Raise CacheError where a tensor is not there. needed: name -> what to cache again with. purpose: "--task i2v-14B"."""
+        for name, remedy in needed.items():
+            if name not in self.tensors:
+                raise CacheError(f"{self.keys[0]}: the cache has no {name}, which {purpose} needs. Cache again with {remedy}.")
 
     def tensor(self, name: str) -> Tensor:
         """The stacked tensor of that name. Raises KeyError where the caches have none."""
@@ -66,6 +74,7 @@ class Prompt:
 
     text: str
     spans: tuple[tuple[int, int, float], ...] = ()
+    second: str | None = None  # for the second text encoder of a family that has two; None: the same text
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,16 @@ class Request:
     end_image_path: Path | None = None
     control_path: Path | None = None
     video_path: Path | None = None
+    strength: float | None = None  # how much of `video_path` is made anew, 0..1
     extra: Mapping[str, str] = field(default_factory=dict)  # family-only prompt options, as text
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Width, height and frames, once `Family.prepare` has settled them."""
+        assert self.width is not None
+        assert self.height is not None
+        assert self.frames is not None
+        return self.width, self.height, self.frames
 
 
 @dataclass(frozen=True)

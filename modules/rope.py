@@ -5,7 +5,7 @@ Source: Su et al. 2021, arXiv 2104.09864; split over the axes of a video as the 
 # Letters: B batch, L tokens, N heads, D head width
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,22 @@ def real_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA
 
 
 TABLES = {"default": complex_table, "comfy": real_table}  # values of --rope_func
+
+
+class GridTable:
+    """A table kept for the last grid that was asked for: every step of a run has the same."""
+
+    def __init__(self, make: Callable[[tuple[int, int, int]], Tensor]) -> None:
+        """make: from the tokens along frames, rows and columns."""
+        self._make = make
+        self._last: tuple[tuple[int, int, int], Tensor] | None = None
+
+    def of(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        """The table of that grid on that device."""
+        if self._last is None or self._last[0] != grid or self._last[1].device != device:
+            with torch.inference_mode(False):  # a table made for a sample also serves the next training step
+                self._last = grid, self._make(grid).to(device)
+        return self._last[1]
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -103,8 +103,8 @@ def add_dynamo_arguments(group: argparse._ArgumentGroup) -> None:
     add_unsupported(group, "--dynamo_dynamic", reason=NO_COMPILE, action="store_true", help="compile for changing shapes")
 
 
-def add_generation_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `GenerationSpeedOptions`, and those that are refused."""
+def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_swap: int | None = 0) -> None:
+    """Add the arguments of `GenerationSpeedOptions`, and those that are refused. blocks_to_swap: its default, which means none."""
     group = parser.add_argument_group("memory and speed")
     modes = ("flash", "flash2", "flash3", "torch", "sageattn", "xformers", "sdpa")
     group.add_argument(
@@ -118,7 +118,9 @@ def add_generation_speed_arguments(parser: argparse.ArgumentParser) -> None:
     add_unsupported(group, "--fp8_fast", reason=NO_FP8, action="store_true", help="multiply in fp8")
     add_unsupported(group, "--upcast_linear", reason=NO_FP8, action="store_true", help="compute fp8 layers in float32")
     add_unsupported(group, "--upcast_quantization", reason=NO_FP8, action="store_true", help="compute fp8 scales in float32")
-    add_unsupported(group, "--blocks_to_swap", reason=NO_SWAP, type=int, default=0, help="keep this many blocks on the CPU")
+    add_unsupported(
+        group, "--blocks_to_swap", reason=NO_SWAP, type=int, default=blocks_to_swap, help="keep this many blocks on the CPU"
+    )
     add_unsupported(group, "--compile", reason=NO_COMPILE, action="store_true", help="compile the blocks")
     add_unsupported(
         group,

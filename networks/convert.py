@@ -6,28 +6,37 @@ from pathlib import Path
 from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError
 from networks.hashes import with_hashes
-from networks.key_formats import to_other, with_rank_as_alpha
-from networks.loading import listed, read_lora
+from networks.key_formats import OURS, to_other, with_rank_as_alpha
+from networks.loading import PEFT_SETTINGS, listed, read_lora
+from networks.module_names import choose_family
+from networks.parts import fuse
 
 logger = getLogger(__name__)
+# HunyuanVideo's names in diffusers' layout are FramePack's own; whose a file is that does not say so
+LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "without prefix"), "hunyuan_video")
 
 
 def convert_file(source: Path, output: Path, target: str) -> None:
     """Write the LoRA of `source`, of any dialect, in ours (target "default") or in that of ComfyUI (target "other").
 
     Metadata are copied, the hashes among them made anew. Modules without a form in the other dialect are listed in a warning.
+    LoRAs for parts of a fused module are put together.
     Raises CheckpointError where the file is no LoRA or nothing of it can be written.
     """
     lora = read_lora(source)
+    hint = lora.metadata.get("ss_base_model_version", LIKELY_FAMILY.get(lora.dialect))
+    family = choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
+    native = fuse(lora.tensors) if family is not None and family.parts else lora.tensors
     if target == "default":
-        tensors = with_rank_as_alpha(lora.tensors)
+        tensors = with_rank_as_alpha(native)
     else:
-        other = to_other(lora.tensors, lora.metadata.get("ss_base_model_version"))
+        other = to_other(native, hint)
         reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
         if not other.tensors:
             raise CheckpointError(f"{source} cannot be converted: {listed(reasons, 3)}.", source)
         if reasons:
             logger.warning(f"{source}: {len(reasons)} modules are left out: {listed(reasons)}")
         tensors = other.tensors
-    save_tensors(output, tensors, with_hashes(tensors, lora.metadata))
+    metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}  # its alphas are in the tensors now
+    save_tensors(output, tensors, with_hashes(tensors, metadata))
     logger.info(f"{output}: {len(tensors)} tensors written")

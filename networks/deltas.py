@@ -69,8 +69,11 @@ def strength(factors: Factors) -> float:
     return 1.0 if rank is None or alpha == 0 else alpha / rank
 
 
-def rows_of(factors: Factors, rows: slice) -> Factors | None:
-    """Factors that give these rows of the change alone, as views; None for LoKr, whose rows are not rows of a factor."""
+def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
+    """Factors that give these rows of the change alone; None for LoKr, whose rows are not rows of a factor.
+
+    rows: a slice, for views, or row numbers in any order.
+    """
     if "lokr_w1" in factors or "lokr_w1_a" in factors:
         return None
     cut = dict(factors)

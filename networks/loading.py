@@ -23,6 +23,8 @@ from networks.module_names import underscored
 
 logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
+PEFT_SETTINGS = "lora_adapter_metadata"  # where diffusers keeps the adapter's settings among a file's metadata
+KNOWN_AS = {"networks.lora": "networks.lora_hunyuan"}  # names of network modules on the command lines of LoRA tuners -> ours
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {} without them."""
     folder = path if path.is_dir() else path.parent
     config_path = folder / "adapter_config.json"
-    if "lora_adapter_metadata" in metadata:
-        entries = json.loads(metadata["lora_adapter_metadata"])
+    if PEFT_SETTINGS in metadata:
+        entries = json.loads(metadata[PEFT_SETTINGS])
         return {key.removeprefix("transformer."): value for key, value in entries.items()}
     if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
         return dict(json.loads(config_path.read_text(encoding="utf-8")))
@@ -120,7 +122,7 @@ def import_network_module(name: str) -> ModuleType:
     if here not in sys.path:
         sys.path.append(here)
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(KNOWN_AS.get(name, name))
     except ImportError as error:
         raise OptionError(
             f"--network_module {name} cannot be imported: {error}. Install the package, or use networks.lora_wan or networks.lora."

@@ -1,4 +1,4 @@
-"""LoRA for the Linear layers of a network's blocks. As `--network_module networks.lora` it targets HunyuanVideo."""
+"""LoRA for the Linear layers of a network's blocks; `networks/lora_<family>.py` says of which."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +19,7 @@ from networks.loading import listed, read_lora
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_settings import LoraSettings, read_settings
 from networks.module_names import underscored
+from networks.parts import fuse
 
 logger = getLogger(__name__)
 
@@ -29,23 +30,6 @@ class LoraTargets:
 
     block_classes: frozenset[str]  # class names; their Linear and Conv2d modules take part
     always_excluded: str  # regular expression, matched at the start of the module path
-
-
-HUNYUAN_VIDEO = LoraTargets(frozenset({"MMDoubleStreamBlock", "MMSingleStreamBlock"}), r".*(img_mod|txt_mod|modulation).*")
-
-
-def create_arch_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: object,
-    text_encoders: object,
-    unet: nn.Module,
-    neuron_dropout: float | None = None,
-    **arguments: Any,
-) -> "LoraNetwork":
-    """A network for HunyuanVideo, in the call that LoRA tuners share. `vae` and `text_encoders` are not used."""
-    return build_network(HUNYUAN_VIDEO, multiplier, network_dim, network_alpha, unet, neuron_dropout, arguments)
 
 
 def create_arch_network_from_weights(
@@ -105,7 +89,8 @@ def build_network_from_weights(
     known = {
         OURS + underscored(path): module for path, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
     }
-    stored = group_by_module(with_rank_as_alpha(to_native(weights).tensors))
+    native = fuse(to_native(weights).tensors, lambda name: known[name].weight.shape[0] if name in known else None)
+    stored = group_by_module(with_rank_as_alpha(native))
     layers, missed = {}, []
     for name, factors in stored.items():
         if LORA[0] not in factors or not isinstance(factors.get("alpha"), Tensor):
@@ -206,8 +191,9 @@ class LoraNetwork(nn.Module):
         The file's alphas come along. Raises CheckpointError where no module fits.
         """
         path = Path(file)
-        stored = group_by_module(with_rank_as_alpha(read_lora(path).tensors))
         own = group_by_module(self.state_dict())
+        fused = fuse(read_lora(path).tensors, lambda name: len(own[name][LORA[1]]) if name in own else None)
+        stored = group_by_module(with_rank_as_alpha(fused))
         wrong = [name for name, factors in stored.items() if name in own and not _same_shapes(factors, own[name])]
         unknown = [name for name in stored if name not in own]
         fitting = {name: factors for name, factors in stored.items() if name not in {*wrong, *unknown}}

@@ -1,5 +1,6 @@
 """Add LoRAs to the weights of a model: while it is loaded, or from one model file to another."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,9 @@ from modules.tensor_stream import stream_tensors
 from networks.deltas import Factors, bias_delta, rows_of, weight_delta
 from networks.key_formats import OURS, module_of_tensor, rename_modules
 from networks.loading import LoraFile, listed, read_lora
+from networks.module_names import Relative, relatives
 from networks.options import LoraOptions, LoraPatternOptions
+from networks.parts import part_rows
 
 logger = getLogger(__name__)
 _FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")  # out x in x kernel
@@ -55,18 +58,50 @@ class _Change:
     use: LoraUse
     factors: Factors
     delta: Callable[[Factors, torch.device], Tensor | None]
+    rows: slice | None = None  # of the parameter, where the LoRA is for a part of it; None: all
 
     def on(self, device: torch.device) -> "_Change":
         """The same with its factors on a device."""
         return replace(self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()})
 
-    def of_rows(self, rows: slice | None, part: Tensor) -> Tensor:
-        """What is added to these rows of the weight (None: to all), float32. part: the rows themselves."""
-        factors = self.factors if rows is None else rows_of(self.factors, rows)
-        assert factors is not None  # `_blocks` asks for all rows then
-        delta = self.delta(factors, part.device)
+    def placed(self, relative: Relative | None, weight: Tensor) -> "_Change":
+        """The same for a weight that is part of the LoRA's module, or of which that module is a part.
+
+        Where the heights do not go together it stays as it is, to be found out by its shape.
+        """
+        if relative is None:
+            return self
+        own, whole = self._height(), len(weight)
+        rows = part_rows(relative.part, own, whole) if relative.is_part else part_rows(relative.part, whole, own)
+        if rows is None:
+            return self
+        if relative.is_part and isinstance(rows, slice):
+            return replace(self, rows=rows)
+        factors = rows_of(self.factors, rows)
+        if factors is None:  # LoKr: made whole, then cut
+            delta = self.delta(self.factors, weight.device)
+            assert delta is not None
+            factors = {"diff": delta[rows]}
+        return replace(self, factors=factors)
+
+    def add_to(self, total: Tensor, block: slice | None) -> None:
+        """Add the change to a sum over some rows of the parameter, float32. block: which rows; None: all."""
+        if self.rows is not None:
+            start = 0 if block is None else block.start
+            begin, end = max(start, self.rows.start), min(start + len(total), self.rows.stop)
+            if begin >= end:
+                return
+            block, total = slice(begin - self.rows.start, end - self.rows.start), total[begin - start : end - start]
+        factors = (None if block is None else rows_of(self.factors, block)) or self.factors  # LoKr comes whole, see `_blocks`
+        delta = self.delta(factors, total.device)
         assert delta is not None
-        return delta.reshape(part.shape)
+        total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
+
+    def _height(self) -> int:
+        """Rows of the whole change."""
+        delta = self.delta({part: t for part, t in self.factors.items() if part != "alpha"}, _META)
+        assert delta is not None
+        return len(delta)
 
 
 class LoraPatch:
@@ -96,24 +131,22 @@ class LoraPatch:
 
         Raises CheckpointError where a LoRA is of another size.
         """
-        key = self._key(name)
-        changes = self._changes.get(key, [])
-        if changes:
-            self._seen.add(key)
-        for change in changes:
-            _check_fit(change, weight, name)
-        changes = [change.on(weight.device) for change in changes]
+        changes = []
+        for key, relative in self._keys_of(name):
+            for change in self._changes.get(key, []):
+                self._seen.add(key)
+                changes.append(_fitted(change, relative, weight, name).on(weight.device))
         for rows in _blocks(weight, changes):
             part = weight if rows is None else weight[rows]
             total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
             for change in changes:
-                total.add_(change.of_rows(rows, part), alpha=change.use.multiplier)
+                change.add_to(total, rows)
             part.copy_(total.add_(part))
         return weight
 
     def touches(self, name: str) -> bool:
         """Whether some LoRA changes the parameter of that name."""
-        return self._key(name) in self._changes
+        return any(key in self._changes for key, _ in self._keys_of(name))
 
     def unused(self) -> list[str]:
         """What no weight handed over so far belongs to, as `file: module.weight`."""
@@ -137,9 +170,13 @@ class LoraPatch:
             if keys and missed:
                 logger.warning(f"{path}: {len(missed)} of {len(keys)} weights are not in this model: {listed(missed)}")
 
-    def _key(self, name: str) -> str:
+    def _keys_of(self, name: str) -> Iterator[tuple[str, Relative | None]]:
+        """Names under which LoRAs change a parameter: its own, and those of its parts or of what it is part of in other layouts."""
         module, leaf = module_of_tensor(name)
-        return f"{OURS}{self._renamed.get(module, module)}.{leaf}"
+        module = self._renamed.get(module, module)
+        yield f"{OURS}{module}.{leaf}", None
+        for relative in relatives(module):
+            yield f"{OURS}{relative.name}.{leaf}", relative
 
     def _keys(self, use: LoraUse) -> list[str]:
         return [key for key, changes in self._changes.items() if any(change.use is use for change in changes)]
@@ -165,20 +202,24 @@ def _blocks(weight: Tensor, changes: Sequence[_Change]) -> Iterator[slice | None
         yield slice(start, min(start + step, len(weight)))
 
 
-def _check_fit(change: _Change, weight: Tensor, name: str) -> None:
-    """Compare shapes without computing. Raises CheckpointError."""
+def _fitted(change: _Change, relative: Relative | None, weight: Tensor, name: str) -> _Change:
+    """The change for this weight, compared with it by shape without computing. Raises CheckpointError."""
     path = change.use.lora.path
     try:
-        delta = change.delta({part: t for part, t in change.factors.items() if part != "alpha"}, _META)
+        change = change.placed(relative, weight)
+        factors = {part: t for part, t in change.factors.items() if part != "alpha"}
+        delta = change.delta(factors, _META)
     except (RuntimeError, IndexError) as error:
         raise CheckpointError(f"{path}: the factors for {name} do not go together ({error}).", path) from error
     assert delta is not None
-    if delta.numel() != weight.numel() or delta.shape[:1] != weight.shape[:1]:
+    found, wanted = list(delta.shape), list((weight if change.rows is None else weight[change.rows]).shape)
+    if delta.numel() != math.prod(wanted) or found[:1] != wanted[:1]:
         raise CheckpointError(
-            f"{path} does not fit this model: for {name} it has {list(delta.shape)}, the model {list(weight.shape)}.\n"
+            f"{path} does not fit this model: for {name} it has {found}, the model {wanted}.\n"
             "  Give a LoRA that was trained for a model of this size.",
             path,
         )
+    return change
 
 
 def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) -> list[LoraUse]:

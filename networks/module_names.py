@@ -8,6 +8,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
+REST, SWAPPED = -1, -2
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of another layout whose weight is rows of one of ours."""
+
+    theirs: str  # path in the other layout
+    ours: str
+    index: int | None = (
+        None  # the nth of rows as many as it has itself; REST: the last rows; SWAPPED: all, the halves changed about
+    )
+    usual_height: int = 1  # REST: how many times as high as the others, in every published model
+
 
 @dataclass(frozen=True)
 class FamilyNames:
@@ -16,6 +30,7 @@ class FamilyNames:
     name: str  # as in `ss_base_model_version`
     modules: tuple[str, ...]
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
+    parts: tuple[Part, ...] = ()  # of a layout that cuts some of our modules up
 
 
 def _each(start: str, endings: str) -> tuple[str, ...]:
@@ -69,6 +84,49 @@ WAN = FamilyNames(
     ),
 )
 
+
+def _qkv_parts(theirs: str, ours: str) -> tuple[Part, ...]:
+    """{x} in `theirs` stands for q, k and v, which lie in this order one below the other in ours."""
+    return tuple(Part(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate("qkv"))
+
+
+def _same(theirs: str, ours: str, endings: tuple[tuple[str, str], ...]) -> tuple[Part, ...]:
+    return tuple(Part(theirs + ending, ours + own) for ending, own in endings)
+
+
+_MLPS = tuple((stream, theirs, ours) for stream in ("img", "txt") for theirs, ours in (("0", "fc1"), ("2", "fc2")))
+_DIFFUSERS_DOUBLE = (
+    *(("norm1.linear", "img_mod.linear"), ("norm1_context.linear", "txt_mod.linear")),
+    *(("attn.to_out.0", "img_attn_proj"), ("attn.to_add_out", "txt_attn_proj")),
+    *(("attn.norm_q", "img_attn_q_norm"), ("attn.norm_k", "img_attn_k_norm")),
+    *(("attn.norm_added_q", "txt_attn_q_norm"), ("attn.norm_added_k", "txt_attn_k_norm")),
+    *(("ff.net.0.proj", "img_mlp.fc1"), ("ff.net.2", "img_mlp.fc2")),
+    *(("ff_context.net.0.proj", "txt_mlp.fc1"), ("ff_context.net.2", "txt_mlp.fc2")),
+)
+_DIFFUSERS_SINGLE = (
+    *(("proj_out", "linear2"), ("norm.linear", "modulation.linear")),
+    *(("attn.norm_q", "q_norm"), ("attn.norm_k", "k_norm")),
+)
+_DIFFUSERS_REFINER = (
+    *(("attn.to_out.0", "self_attn_proj"), ("norm_out.linear", "adaLN_modulation.1")),
+    *(("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2")),
+)
+_DIFFUSERS_REST = (
+    ("x_embedder.proj", "img_in.proj"),
+    ("proj_out", "final_layer.linear"),
+    ("context_embedder.proj_in", "txt_in.input_embedder"),
+    ("context_embedder.time_text_embed.timestep_embedder.linear_1", "txt_in.t_embedder.mlp.0"),
+    ("context_embedder.time_text_embed.timestep_embedder.linear_2", "txt_in.t_embedder.mlp.2"),
+    ("context_embedder.time_text_embed.text_embedder.linear_1", "txt_in.c_embedder.linear_1"),
+    ("context_embedder.time_text_embed.text_embedder.linear_2", "txt_in.c_embedder.linear_2"),
+    ("time_text_embed.timestep_embedder.linear_1", "time_in.mlp.0"),
+    ("time_text_embed.timestep_embedder.linear_2", "time_in.mlp.2"),
+    ("time_text_embed.guidance_embedder.linear_1", "guidance_in.mlp.0"),
+    ("time_text_embed.guidance_embedder.linear_2", "guidance_in.mlp.2"),
+    ("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
+    ("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
+)
+
 HUNYUAN_VIDEO = FamilyNames(
     "hunyuan_video",
     (
@@ -83,17 +141,37 @@ HUNYUAN_VIDEO = FamilyNames(
         *_each("final_layer.", "linear adaLN_modulation.1"),
     ),
     # ComfyUI's names where they differ in more than "." for "_"
-    tuple(
-        (f"{block}.{{n}}.{theirs}", f"{block}.{{n}}.{ours}")
-        for block, theirs, ours in (
-            ("double_blocks", "img_mlp.0", "img_mlp.fc1"),
-            ("double_blocks", "img_mlp.2", "img_mlp.fc2"),
-            ("double_blocks", "txt_mlp.0", "txt_mlp.fc1"),
-            ("double_blocks", "txt_mlp.2", "txt_mlp.fc2"),
-            ("double_blocks", "img_mod.lin", "img_mod.linear"),
-            ("double_blocks", "txt_mod.lin", "txt_mod.linear"),
-            ("single_blocks", "modulation.lin", "modulation.linear"),
-        )
+    (
+        *(
+            (f"double_blocks.{{n}}.{stream}_mlp.{theirs}", f"double_blocks.{{n}}.{stream}_mlp.{ours}")
+            for stream, theirs, ours in _MLPS
+        ),
+        *((f"double_blocks.{{n}}.{stream}_mod.lin", f"double_blocks.{{n}}.{stream}_mod.linear") for stream in ("img", "txt")),
+        ("single_blocks.{n}.modulation.lin", "single_blocks.{n}.modulation.linear"),
+        ("txt_in.individual_token_refiner.blocks.{n}.mlp.0", "txt_in.individual_token_refiner.blocks.{n}.mlp.fc1"),
+        ("txt_in.individual_token_refiner.blocks.{n}.mlp.2", "txt_in.individual_token_refiner.blocks.{n}.mlp.fc2"),
+        ("txt_in.c_embedder.in_layer", "txt_in.c_embedder.linear_1"),
+        ("txt_in.c_embedder.out_layer", "txt_in.c_embedder.linear_2"),
+        *((f"{name}.in_layer", f"{name}.mlp.0") for name in ("txt_in.t_embedder", "time_in", "guidance_in")),
+        *((f"{name}.out_layer", f"{name}.mlp.2") for name in ("txt_in.t_embedder", "time_in", "guidance_in")),
+    ),
+    # diffusers layout, which FramePack has too
+    (
+        *_qkv_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn_qkv"),
+        *_qkv_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn_qkv"),
+        *_same("transformer_blocks.{n}.", "double_blocks.{n}.", _DIFFUSERS_DOUBLE),
+        *_qkv_parts("single_transformer_blocks.{n}.attn.to_{x}", "single_blocks.{n}.linear1"),
+        Part("single_transformer_blocks.{n}.proj_mlp", "single_blocks.{n}.linear1", REST, usual_height=4),
+        *_same("single_transformer_blocks.{n}.", "single_blocks.{n}.", _DIFFUSERS_SINGLE),
+        *_qkv_parts(
+            "context_embedder.token_refiner.refiner_blocks.{n}.attn.to_{x}",
+            "txt_in.individual_token_refiner.blocks.{n}.self_attn_qkv",
+        ),
+        *_same(
+            "context_embedder.token_refiner.refiner_blocks.{n}.", "txt_in.individual_token_refiner.blocks.{n}.", _DIFFUSERS_REFINER
+        ),
+        *_same("", "", _DIFFUSERS_REST),
+        Part("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
     ),
 )
 
@@ -118,12 +196,15 @@ def underscored(path: str) -> str:
 
 
 def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
-    """The family whose lists know most of these underscored names; of equals the one named `hint`. None where no list knows any."""
+    """The family whose lists know most of these underscored names; of equals the one named `hint`, then that which has modules of
+    these names rather than other names for its own. None where no list knows any.
+    """
     names = list(names)
 
-    def score(family: FamilyNames) -> tuple[int, bool]:
-        known, _ = _patterns(family)
-        return sum(known.fullmatch(name) is not None or alias(name, family) != name for name in names), family.name == hint
+    def score(family: FamilyNames) -> tuple[int, bool, int]:
+        own, foreign, cut = _patterns(family)
+        known = sum(any(pattern.fullmatch(name) for pattern in (own, foreign, cut)) for name in names)
+        return known, family.name == hint, sum(own.fullmatch(name) is not None for name in names)
 
     best = max(FAMILIES, key=score)
     return best if score(best)[0] else None
@@ -131,16 +212,44 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 def module_path(name: str, family: FamilyNames) -> str | None:
     """`blocks_0_self_attn_q` -> `blocks.0.self_attn.q`; None where the family has no such module."""
-    known, _ = _patterns(family)
+    known, _, _ = _patterns(family)
     found = known.fullmatch(name)
     return None if found is None else _filled(family.modules, found)
 
 
 def alias(name: str, family: FamilyNames) -> str:
     """The underscored name of our layout for one of another layout; any other name unchanged."""
-    _, foreign = _patterns(family)
+    _, foreign, _ = _patterns(family)
     found = foreign.fullmatch(name)
     return name if found is None else underscored(_filled([ours for _, ours in family.aliases], found))
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A module whose weight has the rows of another in whole or in part."""
+
+    name: str  # underscored
+    part: Part
+    is_part: bool  # of the module that was asked for; otherwise that one is part of this
+
+
+@cache
+def relatives(name: str) -> tuple[Relative, ...]:
+    """What other layouts call an underscored module, be they parts of it or something it is a part of, in whatever family."""
+    found = []
+    for family in FAMILIES:
+        for part in family.parts:
+            for own, other, is_part in ((part.ours, part.theirs, True), (part.theirs, part.ours, False)):
+                match = _template(own).fullmatch(name)
+                if match is not None:
+                    found.append(Relative(underscored(other.replace("{n}", match["n"])), part, is_part))
+    return tuple(found)
+
+
+@cache
+def _template(path: str) -> re.Pattern[str]:
+    before, _, after = underscored(path).partition("{n}")
+    return re.compile(re.escape(before) + (r"(?P<n>\d+)" if "{n}" in path else "(?P<n>)") + re.escape(after))
 
 
 def _filled(templates: Iterable[str], found: re.Match[str]) -> str:
@@ -150,9 +259,10 @@ def _filled(templates: Iterable[str], found: re.Match[str]) -> str:
 
 
 @cache
-def _patterns(family: FamilyNames) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Patterns of the underscored modules and aliases; group t<i> holds the block number (or nothing) of template i."""
-    return _pattern(family.modules), _pattern([theirs for theirs, _ in family.aliases])
+def _patterns(family: FamilyNames) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """Patterns of the underscored modules, aliases and parts; group t<i> holds the block number (or nothing) of template i."""
+    aliases, parts = (theirs for theirs, _ in family.aliases), (part.theirs for part in family.parts)
+    return _pattern(family.modules), _pattern(aliases), _pattern(parts)
 
 
 def _pattern(templates: Iterable[str]) -> re.Pattern[str]:

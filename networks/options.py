@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modules.errors import OptionError
@@ -84,6 +84,11 @@ class LoraPatternOptions:
                     re.compile(pattern)
                 except re.error as error:
                     raise OptionError(f"{option} {pattern!r} is no regular expression: {error}") from None
+
+    def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
+        """The same, and of each of so many files what matches the pattern is left out too."""
+        given = [*(self.exclude_patterns or ()), *[None] * files][: max(files, len(self.exclude_patterns or ()))]
+        return replace(self, exclude_patterns=tuple(pattern if one is None else f"(?:{one})|{pattern}" for one in given))
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from modules.rope import axis_angles
 from pocket import train_text, train_vae
 from pocket.clips import write_clips, write_dataset
 from pocket.footage import CAPTIONS as FOOTAGE
+from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.run import train_whole_dit
+from training.run import prepared_run
+from training.whole_dit_options import add_whole_dit_arguments
 from wan.configs import WanConfig
 from wan.family import family_for_training
 from wan.model import WanModel
@@ -111,12 +113,13 @@ def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
     output, start = settings.work / "dit", settings.work / "dit" / "random.safetensors"
     if not start.exists():
         write_random_dit(start, settings.seed)
-    parser = training_parser(__doc__)
+    parser = training_parser(__doc__, add_whole_dit_arguments)
     add_training_arguments(parser)
     args = read_arguments(parser, dit_options(settings, dataset, start, vae, t5))
     family = family_for_training(read_options(WanTrainingOptions, args))
-    if not train_whole_dit(family, read_options(TrainingOptions, args)):
-        raise SystemExit(0)  # it was asked to end; the next run goes on
+    with prepared_run(family, read_options(TrainingOptions, args)) as run:
+        if not train(run):
+            raise SystemExit(0)  # it was asked to end; the next run goes on
     with open_checkpoint(output / "trained.safetensors") as trained:
         tensors = {name: trained.read(name).to(torch.bfloat16) for name in trained.tensors}
     save_tensors(output / "dit.safetensors", tensors, {"modelspec.title": "Reelsmith pocket Wan2.1 T2V"})

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from modules.errors import OptionError
+from modules.options import refuse_unsupported
+
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
-WIDER_CHOICES = {"--task", "--timestep_sampling", "--dynamo_backend"}  # ours may offer more, never less
+WIDER_CHOICES = {"--attn_mode", "--task", "--timestep_sampling", "--dynamo_backend"}  # ours may offer more, never less
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 
 
@@ -69,3 +72,16 @@ def test_every_known_option_is_in_the_help(manifest: Path, monkeypatch: pytest.M
     description = json.loads(manifest.read_text(encoding="utf-8"))
     text = _parser_of(description["script"], monkeypatch).format_help()
     assert not [flag for option in description["options"] for flag in option["flags"] if flag not in text]
+
+
+@pytest.mark.parametrize("manifest", _cases())
+def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = _parser_of(json.loads(manifest.read_text(encoding="utf-8"))["script"], monkeypatch)
+    defaults = {action.dest: action.default for action in parser._actions}
+    for action in parser._actions:
+        if getattr(action, "unsupported_reason", None) is None:
+            continue
+        used = argparse.Namespace(**{**defaults, action.dest: "something"})
+        with pytest.raises(OptionError, match=rf"^{action.option_strings[0]} is not supported yet: \w+"):
+            refuse_unsupported(parser, used)
+    refuse_unsupported(parser, argparse.Namespace(**defaults))

@@ -2,20 +2,39 @@
 
 import re
 import shlex
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.commands import ROOT, run_python
-from tests.tiny.project import lay_out_models, write_clips
+from tests.tiny.project import lay_out_models, write_clips, write_image, write_lora
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_HERE = ("quickstart.py", "run_tests.py")  # they have tests of their own, or are running this one
+GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
+TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
 SMALLER = {  # appended, so that the last value wins
-    "wan_generate_video.py": ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"],
-    "wan_train_network.py": ["--max_train_epochs", "1", "--network_dim", "2", "--max_data_loader_n_workers", "0"],
+    "wan_generate_video.py": GENERATION,
+    "hv_generate_video.py": GENERATION,
+    "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
+    "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
+    "hv_train.py": TRAINING,
 }
+WAN_CACHES = {  # script -> what names its models
+    "wan_cache_latents.py": {"--vae": "Wan2.1_VAE.pth"},
+    "wan_cache_text_encoder_outputs.py": {"--t5": "models_t5_umt5-xxl-enc-bf16.pth"},
+}
+HUNYUAN_CACHES = {
+    "cache_latents.py": {"--vae": "hunyuan-video-t2v-720p/vae/pytorch_model.pt"},
+    "cache_text_encoder_outputs.py": {
+        "--text_encoder1": "llava_llama3_fp16.safetensors",
+        "--text_encoder2": "clip_l.safetensors",
+    },
+}
+CACHES = {"wan_train_network.py": WAN_CACHES, "hv_train_network.py": HUNYUAN_CACHES, "hv_train.py": HUNYUAN_CACHES}
 DATASET = """[general]
 resolution = [32, 32]
 caption_extension = ".txt"
@@ -49,35 +68,33 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     lay_out_inputs(tmp_path)
     commands = commands_of(page)
+    makes_caches = any("cache_latents.py" in command for command in commands)
     for command in commands:
-        run_in(tmp_path, command, image_to_video="--clip" in " ".join(commands))
+        run_in(tmp_path, command, makes_caches)
 
 
 def lay_out_inputs(folder: Path) -> None:
-    """A start image and LoRAs, as the pages name them."""
-    from tests.tiny.project import write_image, write_lora
-
+    """A start image, a video and LoRAs, as the pages name them."""
     write_image(folder / "start.png", 32, 32)
+    shutil.copy(folder / "clips" / "clip 0.mp4", folder / "cat.mp4")
     for name in ("my_lora", "style"):
         write_lora(folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors")
 
 
-def run_in(folder: Path, command: str, image_to_video: bool) -> None:
+def run_in(folder: Path, command: str, makes_caches: bool) -> None:
     words = shlex.split(command)
     if words[0] == "accelerate":
-        if not image_to_video or not (folder / "cache").exists():
-            cache(folder)
         start = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        if not makes_caches or not (folder / "cache").exists():
+            cache(folder, CACHES[words[start]])
         script, launch = words[start], ["-m", "accelerate.commands.launch", "--cpu", *words[2:start]]
     else:
         start, script, launch = 1, words[1], []
     run_python(*launch, ROOT / script, *words[start + 1 :], *SMALLER.get(script, []), folder=folder)
 
 
-def cache(folder: Path) -> None:
-    """The caches that training needs, where the page does not make them itself."""
-    for script, option, file in (
-        ("wan_cache_latents.py", "--vae", "Wan2.1_VAE.pth"),
-        ("wan_cache_text_encoder_outputs.py", "--t5", "models_t5_umt5-xxl-enc-bf16.pth"),
-    ):
-        run_python(ROOT / script, "--dataset_config", "dataset.toml", option, folder / "models" / file, folder=folder)
+def cache(folder: Path, scripts: Mapping[str, Mapping[str, str]]) -> None:
+    """The caches that training needs, where the page does not make them itself, or not yet."""
+    for script, models in scripts.items():
+        files = [word for option, file in models.items() for word in (option, folder / "models" / file)]
+        run_python(ROOT / script, "--dataset_config", "dataset.toml", *files, folder=folder)

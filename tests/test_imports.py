@@ -14,9 +14,10 @@ MAY_IMPORT = {
     "networks": {"modules"},
     "blissful_tuner": {"modules"},
     "wan": {"modules"},
+    "hunyuan_model": {"modules"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "training": {"modules", "networks", "dataset", "generation"},
-    "families": {"wan"},
+    "families": {"wan", "hunyuan_model"},
 }
 LIGHT_FILES = {"modules/options.py", "modules/command.py", "modules/errors.py", "generation/prompt_lines.py", "dataset/config.py"}
 HEAVY = ("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops")

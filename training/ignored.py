@@ -26,7 +26,7 @@ def ignored_options(options: TrainingOptions, takes_guidance: bool) -> list[str]
         found.append(("--persistent_data_loader_workers", loop.persistent_data_loader_workers, reason))
     if not takes_guidance:
         found.append(("--guidance_scale", loop.embedded_guidance != 1, "this model has no input for embedded guidance"))
-    if network.dim_from_weights:
+    if network is not None and network.dim_from_weights:
         found.append(("--network_dim", network.network_dim, "--dim_from_weights takes ranks from the file"))
     return [f"{option} has no effect: {reason}." for option, is_given, reason in found if is_given]
 

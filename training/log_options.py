@@ -40,7 +40,9 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
         "--log_with", choices=("tensorboard", "wandb", "all"), help="tensorboard when not given and there is a --logging_dir"
     )
     group.add_argument("--log_prefix", help="begin of the run folder's name, before its date")
-    group.add_argument("--log_tracker_name", help="name of the tracker, for wandb the project; network_train when not given")
+    group.add_argument(
+        "--log_tracker_name", help="name of the tracker, for wandb the project; network_train, or MODEL_ft, when not given"
+    )
     group.add_argument("--wandb_run_name", help="name of the run in wandb")
     group.add_argument(
         "--log_tracker_config", help="TOML file with arguments for the trackers, a table each; replaces --wandb_run_name"

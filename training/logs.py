@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import time
 import tomllib
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,12 +17,13 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modules.errors import OptionError, UserError
+from modules.options import option_name, record_of
 from networks.adapter import NormReport
 from training.log_options import LogOptions
 
 logger = logging.getLogger(__name__)
 
-TRACKER_NAME = "network_train"
+TRACKER_NAME = "network_train"  # of LoRA training; as in the known tuners
 FLUSH_SECONDS = 10  # how old what TensorBoard shows may be
 PRIVATE = {"wandb_api_key", "huggingface_token", "resume"}  # and every option whose type is a path
 
@@ -109,11 +111,13 @@ def start_logs(
     total_steps: int,
     first_step: int = 0,
     config: Mapping[str, Any] | None = None,
+    tracker_name: str = TRACKER_NAME,
     now: Callable[[], float] = time.monotonic,
 ) -> Logs:
     """Start the trackers that `make_accelerator` was given, and the bar at `first_step` of `total_steps`.
 
-    config: what to store with the run, from `public_config`; None stores nothing. now: gives seconds.
+    config: what to store with the run, from `public_config`; None stores nothing. tracker_name: where the options give none.
+    now: gives seconds.
     Raises OptionError where wandb is missing, UserError where --log_tracker_config cannot be read.
     """
     if options.trackers:
@@ -121,7 +125,7 @@ def start_logs(
         if accelerator.is_main_process and "wandb" in options.trackers and options.wandb_api_key is not None:
             _log_in(options.wandb_api_key)
         accelerator.init_trackers(
-            options.log_tracker_name or TRACKER_NAME, config=dict(config) if config else None, init_kwargs=arguments
+            options.log_tracker_name or tracker_name, config=dict(config) if config else None, init_kwargs=arguments
         )
     bar = tqdm(total=total_steps, initial=first_step, desc="steps", smoothing=0.1, disable=not accelerator.is_main_process)
     return Logs(accelerator, bar, now)
@@ -168,10 +172,11 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
     """All options of these records by their public names, without keys and paths: for --log_config."""
     config: dict[str, int | float | str | bool] = {}
     for record in records:
+        hints = typing.get_type_hints(type(record))
         for item in dataclasses.fields(record):
-            value, name = getattr(record, item.name), item.metadata.get("option", item.name)
-            if dataclasses.is_dataclass(value):
-                config |= public_config(value)
+            value, name = getattr(record, item.name), option_name(item)
+            if record_of(hints[item.name]) is not None:
+                config |= {} if value is None else public_config(value)
             elif name not in PRIVATE and not _is_path(item.type):
                 config[name] = value if isinstance(value, (int, float, str)) else str(value)
     return config

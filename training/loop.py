@@ -23,11 +23,13 @@ from modules.family import Family
 from modules.seeds import derive_seed
 from training.evaluation import evaluation
 from training.feed import Feed, MicroBatch
+from training.fused_backward import FusedBackward
 from training.gradients import fill_missing_gradients, is_any, sum_over_processes
 from training.logs import Logs, StepReport, named_rates
 from training.loss import Autocast, training_loss
 from training.lr_schedule import LrSchedule
 from training.options import TrainingOptions
+from training.parameter_steps import ParameterSteps
 from training.plan import Plan
 from training.readings import Notes, Reading, Readings
 from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
@@ -57,6 +59,8 @@ class Run:
     autocast: Autocast
     logs: Logs
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
+    steps: ParameterSteps | None = None  # where weights are stepped one by one
+    fused: FusedBackward | None = None  # where that happens inside the backward pass
     saver: Saver | None = None  # in the main process only
     sampler: Sampler | None = None
     validation: Validation | None = None
@@ -143,7 +147,8 @@ def _accumulate(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> 
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss.detach()
         keys += micro_batch.data.batch.keys
-    fill_missing_gradients(run.parameters)
+    if run.fused is None:
+        fill_missing_gradients(run.parameters)
     return total, keys
 
 
@@ -162,6 +167,14 @@ def _seed(run: Run, number: int) -> None:
 
 def _update(run: Run) -> Tensor:
     """Clip, step optimizer and schedule, clear the gradients. Returns the gradients' norm before clipping, on the device."""
+    norm = run.fused.finish() if run.fused is not None else _clip_and_step(run)
+    run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm.detach().float()
+
+
+def _clip_and_step(run: Run) -> Tensor:
+    """Returns the gradients' norm before clipping."""
     max_norm = run.options.optimizer.max_grad_norm
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
@@ -172,11 +185,11 @@ def _update(run: Run) -> Tensor:
     if run.scaler is not None:
         run.scaler.step(run.optimizer)
         run.scaler.update()
+    elif run.steps is not None:
+        run.steps.step_all(run.parameters)
     else:
         run.optimizer.step()
-    run.schedule.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return norm.detach().float()
+    return norm
 
 
 def _note(run: Run, reading: Reading) -> None:

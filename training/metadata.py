@@ -34,15 +34,17 @@ def run_metadata(options: TrainingOptions, family_name: str, family_metadata: Ma
     """The `ss_*` entries that stay the same over the run; with --no_metadata only what loading needs.
 
     family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name, vae_name).
+    A whole DiT has no `ss_network_*`, by which a LoRA is known.
     """
     network = options.network
-    values: dict[str, Any] = {
-        "ss_base_model_version": family_name,
-        "ss_network_module": facts.network_module,
-        "ss_network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or DEFAULT_RANK,
-        "ss_network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
-        "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
-    }
+    values: dict[str, Any] = {"ss_base_model_version": family_name}
+    if network is not None:
+        values |= {
+            "ss_network_module": facts.network_module,
+            "ss_network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or DEFAULT_RANK,
+            "ss_network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
+            "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
+        }
     if not options.metadata.no_metadata:
         values |= _training_values(options, facts)
         values |= {f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", "vae_name")}
@@ -56,22 +58,21 @@ def file_metadata(
     step: int,
     epoch: int,
     now: datetime,
-    is_network: bool = True,
 ) -> dict[str, str]:
     """The metadata of a file saved at this moment: those of the run, where it stands, and what the file is (`modelspec.*`).
 
-    epoch: the one under way or just ended, from 1. is_network: a LoRA, not a whole model. Hashes are added when the tensors are
-    written.
+    epoch: the one under way or just ended, from 1. Hashes of a LoRA are added when its tensors are written.
     """
     values = dict(run)
     if not options.metadata.no_metadata:
         values |= {"ss_training_finished_at": str(now.timestamp()), "ss_steps": str(step), "ss_epoch": str(epoch)}
-    return values | _modelspec(options, family_metadata, now, is_network)
+    return values | _modelspec(options, family_metadata, now)
 
 
 def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
-    loop, times = options.loop, options.timesteps
-    return {
+    loop, times, network = options.loop, options.timesteps, options.network
+    dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
+    return dropout | {
         "ss_session_id": facts.session_id,
         "ss_ss_session_id": facts.session_id,  # a misspelling that files of the known tuners carry
         "ss_training_started_at": facts.started_at,
@@ -85,7 +86,6 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
         "ss_max_train_steps": facts.total_steps,
         "ss_lr_warmup_steps": facts.warmup_steps,
         "ss_lr_scheduler": facts.lr_scheduler,
-        "ss_network_dropout": options.network.network_dropout,
         "ss_mixed_precision": options.accelerator.mixed_precision,
         "ss_seed": facts.seed,
         "ss_training_comment": options.metadata.training_comment,
@@ -93,7 +93,7 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
         "ss_max_grad_norm": options.optimizer.max_grad_norm,
         "ss_fp8_base": False,
         "ss_full_fp16": False,
-        "ss_full_bf16": False,
+        "ss_full_bf16": options.whole_dit is not None and options.whole_dit.full_bf16,
         "ss_weighting_scheme": times.weighting_scheme,
         "ss_logit_mean": times.logit_mean,
         "ss_logit_std": times.logit_std,
@@ -106,13 +106,13 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
     }
 
 
-def _modelspec(options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime, is_network: bool) -> dict[str, str]:
+def _modelspec(options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime) -> dict[str, str]:
     """Source: https://github.com/Stability-AI/ModelSpec, version 1.0.0."""
     given, times = options.metadata, options.timesteps
     architecture = family_metadata.get("architecture")
     values = {
         "sai_model_spec": "1.0.0",
-        "architecture": f"{architecture}/lora" if architecture and is_network else architecture,
+        "architecture": f"{architecture}/lora" if architecture and options.network is not None else architecture,
         "implementation": family_metadata.get("implementation"),
         "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
         "resolution": RESOLUTION,

@@ -18,10 +18,12 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def encode(value: Any, name: str, tensors: MutableMapping[str, Tensor]) -> Any:
-    """`value` as JSON; tensors in it go to `tensors` under names that start with `name`. Raises OptionError for other objects."""
+    """`value` as JSON; tensors in it go to `tensors`, as they are, under names that start with `name`.
+
+    Raises OptionError for other objects.
+    """
     if isinstance(value, Tensor):
-        # a copy: some optimizers share one lookup table between all parameters, and safetensors refuses shared memory
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = value.detach()  # no copy: it is written before the next step
         return {"tensor": name, "on_cpu": value.device.type == "cpu"}
     if isinstance(value, Mapping):
         # pairs, because keys may be numbers
@@ -53,7 +55,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def encode_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Everything `restore_optimizer` needs, as JSON and tensors. names: the name of every parameter."""
+    """Everything `restore_optimizer` needs, as JSON and tensors, which are the optimizer's own. names: of every parameter."""
     tensors: dict[str, Tensor] = {}
     groups, states = [], {}
     for index, group in enumerate(optimizer.param_groups):
@@ -81,14 +83,13 @@ def restore_optimizer(
         raise CheckpointError(_difference(here, there))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
-    states = {name: decode(state, tensors) for name, state in description["states"].items()}
     groups = [
         {**decode(group["rest"], tensors), "params": [numbers[name] for name in group["params"]]} for group in description["groups"]
     ]
-    optimizer.load_state_dict({"state": {numbers[name]: dict(state) for name, state in states.items()}, "param_groups": groups})
-    for parameter in parameters:  # again, past the casts of load_state_dict
+    optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    for parameter in parameters:  # one by one, and past the casts of load_state_dict
         name = names[parameter]
-        if name in states:
+        if name in description["states"]:
             optimizer.state[parameter] = _placed(description["states"][name], tensors, parameter.device)
 
 
@@ -142,5 +143,5 @@ def _difference(here: list[list[str]], there: list[list[str]]) -> str:
         text = f"the parameters are grouped otherwise: {sizes[0]} in the state, {sizes[1]} here"
     return (
         f"the saved optimizer state belongs to other parameters ({text}).\n"
-        "  Use the network options of the run that made it, or start a new run from the LoRA: --network_weights FILE"
+        "  Use the network options, or --trainable_modules, of the run that made it, or start a new run from what was trained"
     )

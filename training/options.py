@@ -2,9 +2,10 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from modules.errors import OptionError
 from modules.options import refuse_unsupported, require
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
 from networks.options import NetworkOptions, add_network_arguments
@@ -24,6 +25,7 @@ from training.saving_options import (
     add_saving_arguments,
 )
 from training.timestep_options import TimestepOptions, add_timestep_arguments
+from training.whole_dit_options import WholeDitOptions
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class TrainingOptions:
     optimizer: OptimizerOptions
     lr_schedule: LrScheduleOptions
     timesteps: TimestepOptions
-    network: NetworkOptions
+    network: NetworkOptions | None  # what learns: a network beside the DiT,
+    whole_dit: WholeDitOptions | None  # or the DiT itself; one of the two is there
     saving: SavingOptions
     hub: HubOptions
     metadata: MetadataOptions
@@ -45,6 +48,8 @@ class TrainingOptions:
     speed: TrainingSpeedOptions
 
     def __post_init__(self) -> None:
+        if self.whole_dit is not None:
+            self._check_whole_dit(self.whole_dit)
         if self.timesteps.show_timesteps is not None:
             return
         require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
@@ -55,13 +60,36 @@ class TrainingOptions:
         require(self.saving.output_dir, "--output_dir", "the folder to save into")
         require(self.saving.output_name, "--output_name", "the name of the file to train, without its ending")
 
+    def _check_whole_dit(self, options: WholeDitOptions) -> None:
+        precision, accumulation = self.accelerator.mixed_precision, self.loop.gradient_accumulation_steps
+        if options.full_bf16 and precision != "bf16":
+            raise OptionError(f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 for both")
+        if not options.fused_backward_pass:
+            return
+        if accumulation != 1:
+            raise OptionError(
+                f"--fused_backward_pass with --gradient_accumulation_steps {accumulation}: gradients are freed in each backward "
+                "pass, so there are none to accumulate. Use 1, or a larger batch_size in --dataset_config"
+            )
+        if precision == "fp16":
+            raise OptionError(
+                "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients overflowed is known only after "
+                "all of them. Use bf16 or no"
+            )
 
-def training_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with all options that every family's training has. `doc`: the script's docstring."""
+
+def training_parser(
+    doc: str | None, add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments
+) -> argparse.ArgumentParser:
+    """A parser with all options that every family's training has.
+
+    doc: the script's docstring. add_learner: adds the arguments of what learns, `add_network_arguments` or
+    `add_whole_dit_arguments`.
+    """
     parser = argparse.ArgumentParser(description=doc)
     add_config_argument(parser)
     add_loop_arguments(parser)
-    add_network_arguments(parser)
+    add_learner(parser)
     add_optimizer_arguments(parser)
     add_lr_schedule_arguments(parser)
     add_timestep_arguments(parser)

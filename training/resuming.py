@@ -24,6 +24,7 @@ from training.state import (
     ForeignState,
     Progress,
     SavedState,
+    StoredPart,
     check_identity,
     find_latest,
     load_module,
@@ -35,10 +36,14 @@ from training.upload import download_state
 
 logger = logging.getLogger(__name__)
 
-# options that a resumed run shares with the saved one, and those it may change
-IDENTITY = ("network_module", "network_dim", "network_alpha", "network_args", "optimizer_type", "optimizer_args", "learning_rate")
+# options that a resumed run shares with the saved one, and those it may change; None where a run has no such option
+IDENTITY = (
+    *("network_module", "network_dim", "network_alpha", "network_args", "trainable_modules", "full_bf16"),
+    *("optimizer_type", "optimizer_args", "learning_rate"),
+)
 HABITS = (
     "max_grad_norm",
+    "fused_backward_pass",
     "lr_scheduler",
     "lr_scheduler_type",
     "lr_scheduler_args",
@@ -121,7 +126,7 @@ def identity_of(options: TrainingOptions, seed: int, order: BatchOrder, plan: Pl
     batches = f"{plan.num_batches}, {hashlib.sha256(epoch.encode()).hexdigest()[:12]}"
     return {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
-        **{f"--{name}": config[name] for name in IDENTITY},
+        **{f"--{name}": config.get(name) for name in IDENTITY},
         "micro-batches per step (processes x --gradient_accumulation_steps)": plan.group_size,
         "batches of an epoch (--dataset_config and its caches)": batches,
     }
@@ -130,15 +135,16 @@ def identity_of(options: TrainingOptions, seed: int, order: BatchOrder, plan: Pl
 def habits_of(options: TrainingOptions, family_metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a resumed run may change, with a warning; models by the names of their files."""
     config = public_config(options)
+    base_weights = None if options.network is None else options.network.base_weights
     models = {
         "the model's file": family_metadata.get("sd_model_name"),
-        "--base_weights": ", ".join(path.name for path in options.network.base_weights or ()) or None,
+        "--base_weights": ", ".join(path.name for path in base_weights or ()) or None,
     }
-    return {**{f"--{name}": config[name] for name in HABITS}, **models}
+    return {**{f"--{name}": config.get(name) for name in HABITS}, **models}
 
 
 def capture(progress: Progress, learning: Learning, identity: Mapping[str, Any], habits: Mapping[str, Any]) -> SavedState:
-    """Everything that resuming needs. For between two steps, with the training weights in place."""
+    """Everything that resuming needs, not copied. For between two steps, with the training weights in place."""
     description, optimizer_tensors = encode_optimizer(learning.optimizer, learning.trainable.names)
     parts = {name: module.state_dict() for name, module in learning.trainable.modules.items()}
     described = {
@@ -170,6 +176,9 @@ def restore(saved: SavedState | ForeignState, learning: Learning) -> None:
     learning.schedule.load_state_dict(saved.described["schedule"])
     if learning.scaler is not None and saved.described["scaler"] is not None:
         learning.scaler.load_state_dict(saved.described["scaler"])
+    for part in saved.parts.values():
+        if isinstance(part, StoredPart):
+            part.close()
     logger.info("Going on at step %d, epoch %d.", saved.progress.step, saved.progress.epoch + 1)
 
 

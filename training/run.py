@@ -28,13 +28,15 @@ from networks.merge import LoraPatch, LoraUse
 from training.accelerator import make_accelerator
 from training.evaluation import finished_weights
 from training.feed import Feed, MicroBatches, Randomness
+from training.fused_backward import FusedBackward, check_fused_backward
 from training.ignored import ignored_options
-from training.logs import check_trackers, public_config, run_folder, start_logs
+from training.logs import TRACKER_NAME, check_trackers, public_config, run_folder, start_logs
 from training.loop import Run, train
 from training.lr_schedule import make_lr_schedule, warmup_steps
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.optimizer import make_optimizer, set_training
 from training.options import TrainingOptions
+from training.parameter_steps import ParameterSteps, steps_alone
 from training.plan import Plan, total_steps
 from training.resuming import Learning, capture, check_resumable, find_state, first_progress, habits_of, identity_of, restore
 from training.samples import Sampler, prepare_samples
@@ -59,7 +61,6 @@ class Job:
     accelerator: Accelerator
     saved: SavedState | ForeignState | None
     progress: Progress
-    whole_dit: bool  # else a network beside it learns
 
     @property
     def output_dir(self) -> Path:
@@ -71,7 +72,8 @@ class Job:
 
     @property
     def network_module(self) -> str:
-        return "" if self.whole_dit else self.options.network.network_module or self.family.lora_module
+        network = self.options.network
+        return "" if network is None else network.network_module or self.family.lora_module
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ class Data:
 
 
 def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
-    """Train a network (a LoRA) for a family's DiT, from the first step or from a saved state. Returns the program's exit code.
+    """Train what the options say, a network (a LoRA) for a family's DiT or the whole DiT, from the first step or a saved state.
 
-    commands: what to type for missing caches. Raises a UserError for all that the user can mend.
+    Returns the program's exit code. commands: what to type for missing caches. Raises a UserError for all that the user can mend.
     """
     if options.timesteps.show_timesteps is not None:
         show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
@@ -106,19 +108,11 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
     return 0
 
 
-def train_whole_dit(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> bool:
-    """Train every weight of the DiT itself; the DiT is what is saved. Returns False where the run was asked to end before."""
-    with prepared_run(family, options, commands, whole_dit=True) as run:
-        return train(run)
-
-
 @contextlib.contextmanager
-def prepared_run(
-    family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS, whole_dit: bool = False
-) -> Iterator[Run]:
+def prepared_run(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> Iterator[Run]:
     """A run with everything loaded; leaving it ends logs and waits for uploads. Raises as `train_network`."""
     config = _read_config(options)  # a fault in it is told before anything is started
-    job = _start(family, options, commands, whole_dit)
+    job = _start(family, options, commands)
     data = _find_data(job, config)
     identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
     habits = habits_of(options, family.metadata)
@@ -129,14 +123,16 @@ def prepared_run(
     if job.saved is not None:
         restore(job.saved, learning)
         job = replace(job, saved=None)  # gives its tensors free
+    steps, fused = _make_steps(job, learning)
 
     uploads = make_uploads(options.hub)
     facts = _facts(job, data, optimizer_name, learning.schedule.name)
     saver = _make_saver(job, dit, learning, facts, uploads, lambda: capture(job.progress, learning, identity, habits))
     log_config = public_config(options) if options.logs.log_config else None
+    tracker = TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft"
     with (
         uploads.finishing(),
-        start_logs(job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config) as logs,
+        start_logs(job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config, tracker) as logs,
     ):
         logger.info(_summary(job, data))
         yield Run(
@@ -153,6 +149,8 @@ def prepared_run(
             autocast=job.accelerator.autocast,
             logs=logs,
             scaler=learning.scaler,
+            steps=steps,
+            fused=fused,
             saver=saver,
             sampler=sampler,
             validation=_make_validation(job, data),
@@ -167,12 +165,12 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
-    result = check_training(config, family.cache_tag, family.latent, commands, accumulation, processes, files)
+    result = check_training(config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys)
     sys.stdout.write("\n".join(result.lines) + "\n")
     return result.exit_code
 
 
-def _start(family: Family, options: TrainingOptions, commands: CachingCommands, whole_dit: bool) -> Job:
+def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> Job:
     """Join the processes; find where to begin."""
     check_trackers(options.logs)
     accelerator = make_accelerator(options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now()))
@@ -181,8 +179,9 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands, 
     else:
         for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
             logger.warning(line)
+    check_fused_backward(options, accelerator.num_processes)
     saved = find_state(options, accelerator.is_main_process)
-    return Job(family, options, commands, accelerator, saved, first_progress(options, saved), whole_dit)
+    return Job(family, options, commands, accelerator, saved, first_progress(options, saved))
 
 
 def _read_config(options: TrainingOptions) -> DatasetConfig:
@@ -192,7 +191,7 @@ def _read_config(options: TrainingOptions) -> DatasetConfig:
 def _find_data(job: Job, config: DatasetConfig) -> Data:
     """Find the caches by their names and plan the steps. Raises CacheError with the caching commands where there are none."""
     loop, family = job.options.loop, job.family
-    found = require_items(find_items(config, family.cache_tag, family.latent), job.commands)
+    found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
     training, validation = split_validation(found, job.options.validation.validation_split)
     if not training:
         raise DatasetError(f"{config.path}: all {len(found)} items are for validation. Leave a table without `validation = true`.")
@@ -221,13 +220,14 @@ def _make_sampler(job: Job) -> Sampler | None:
 
 
 def _load_dit(job: Job) -> nn.Module:
-    """The frozen DiT on the device, with --base_weights merged while loading."""
-    network, precision = job.options.network, job.options.accelerator.mixed_precision
-    files = network.base_weights or ()
-    uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in zip(files, network.base_multipliers(), strict=True)]
+    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the dtype to learn in."""
+    network, whole, precision = job.options.network, job.options.whole_dit, job.options.accelerator.mixed_precision
+    files = [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
+    uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
     patch = LoraPatch(uses) if uses else None
     placement = Placement(
         job.accelerator.device,
+        storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
         fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
         attention=job.options.speed.attention,
         patch=patch,
@@ -246,11 +246,12 @@ def _load_dit(job: Job) -> nn.Module:
 def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]:
     """Dress the DiT (network, then checkpointing), make optimizer and schedule; also how metadata name the optimizer."""
     options, device = job.options, job.accelerator.device
-    if job.whole_dit:
-        trainable = train_dit(dit, options.optimizer.learning_rate)
-    else:
+    if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
         trainable = as_trainable(network, options.optimizer.learning_rate, options.network.scale_weight_norms, device)
+    else:
+        assert options.whole_dit is not None  # one of the two is there
+        trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
     checkpointing = options.loop.gradient_checkpointing
     if checkpointing:
         checkpoint_blocks(dit, job.family.dit)
@@ -259,6 +260,23 @@ def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
     set_training(optimizer, True)
     return Learning(trainable, optimizer, schedule, job.accelerator.scaler), name
+
+
+def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
+    """What steps single weights, where the options want that, and what does so inside the backward pass."""
+    whole, trainable, optimizer = job.options.whole_dit, learning.trainable, learning.optimizer
+    if whole is None or not (whole.full_bf16 or whole.fused_backward_pass):
+        return None, None
+    if not steps_alone(type(optimizer)):
+        logger.warning("--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones.")
+        return None, None
+    steps = ParameterSteps(optimizer, trainable.names, job.progress)
+    if not whole.fused_backward_pass:
+        return steps, None
+    max_norm = job.options.optimizer.max_grad_norm
+    if max_norm > 0:
+        logger.warning(f"--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm {max_norm}.")
+    return steps, FusedBackward(steps, trainable.parameters, max_norm)
 
 
 def _make_feed(job: Job, data: Data) -> Feed:
@@ -291,11 +309,14 @@ def _make_saver(
     options, progress, trainable = job.options, job.progress, learning.trainable
     run_values = run_metadata(options, job.family.name, job.family.metadata, facts)
     precision = options.saving.save_precision
-    dtype = _dtype_of(dit) if precision is None else DTYPES[precision]
+    if precision is not None:
+        dtype: torch.dtype | None = DTYPES[precision]
+    else:  # of a whole DiT every tensor as it is
+        dtype = None if options.network is None else _dtype_of(dit)
 
     def write_file(path: Path) -> None:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        metadata = file_metadata(run_values, options, job.family.metadata, progress.step, epoch, datetime.now(), not job.whole_dit)
+        metadata = file_metadata(run_values, options, job.family.metadata, progress.step, epoch, datetime.now())
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
 

@@ -8,24 +8,27 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modules.atomic_write import atomic_folder, recover_folder, save_tensors
-from modules.checkpoint_files import load_pickled
+from modules.atomic_write import atomic_folder, recover_folder
+from modules.checkpoint_files import SafetensorsFile, TensorInfo, load_pickled
 from modules.errors import CheckpointError, OptionError
+from modules.tensor_stream import stream_tensors
 
 logger = logging.getLogger(__name__)
 
 RECORD = "state.json"
 FORMAT = "reelsmith training state"
 VERSION = 1
+FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 
 
 @dataclass
@@ -52,7 +55,32 @@ class SavedState:
     identity: Mapping[str, Any]
     habits: Mapping[str, Any]
     described: Mapping[str, Any]  # schedule, optimizer, scaler: as JSON
-    parts: Mapping[str, Mapping[str, Tensor]]
+    parts: Mapping[str, Mapping[str, Tensor]]  # one that was read is a `StoredPart`
+
+
+class StoredPart(Mapping[str, Tensor]):
+    """The tensors of a part on disk, each read when it is asked for: a whole model is not held a second time."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError where the file is damaged."""
+        self._file = SafetensorsFile(path)  # not mapped: the folder may be replaced or removed later in the run
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.tensors)
+
+    def __len__(self) -> int:
+        return len(self._file.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self._file.tensors[name].shape
+
+    def close(self) -> None:
+        """Windows keeps a folder from being replaced or removed while a file in it is open."""
+        self._file.close()
 
 
 @dataclass(frozen=True)
@@ -70,7 +98,8 @@ def write_state(folder: Path, state: SavedState) -> None:
         files = {}
         for part, tensors in state.parts.items():
             path = temporary / f"{part}.safetensors"
-            save_tensors(path, tensors, metadata={"format": "pt"})
+            infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            stream_tensors(path, infos, tensors.__getitem__, {"format": "pt"})
             files[part] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
         record = {
             "format": FORMAT,
@@ -127,7 +156,7 @@ def check_identity(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Pa
     if lines:
         raise OptionError(
             f"--resume {folder}: this run is not the one that was saved.\n" + "\n".join(lines) + "\n"
-            "  Use the saved values, or start a new run from the LoRA: --network_weights FILE"
+            f"  Use the saved values, or start a new run from what was trained: {FRESH_START}"
         )
 
 
@@ -142,15 +171,30 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) 
     """Copy saved weights into a learning module, all of them. Raises CheckpointError naming what does not fit."""
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    misshaped = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    misshaped = [name for name in own.keys() & tensors.keys() if tuple(own[name].shape) != _shape(tensors, name)]
     if missing or unexpected or misshaped:
         raise CheckpointError(
             f"{folder} holds another network: {len(missing)} tensors missing {missing[:2]}, {len(unexpected)} unexpected "
             f"{unexpected[:2]}, {len(misshaped)} of another shape {sorted(misshaped)[:2]}.\n"
-            "  Use --network_module, --network_dim and --network_args of the run that saved it.",
+            "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved it.",
             path=folder,
         )
-    module.load_state_dict(dict(tensors))
+    if not _is_plain(module, own):
+        module.load_state_dict(dict(tensors))
+        return
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])  # one at a time
+
+
+def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether the state dict holds the parameters and buffers themselves, nothing made of them, as foreign networks may have it."""
+    named = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    return all(name in named and named[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items())
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return tensors.shape(name) if isinstance(tensors, StoredPart) else tuple(tensors[name].shape)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -171,14 +215,13 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _read_part(folder: Path, part: str, file: Mapping[str, int]) -> dict[str, Tensor]:
+def _read_part(folder: Path, part: str, file: Mapping[str, int]) -> StoredPart:
     path = folder / f"{part}.safetensors"
     try:
-        data = path.read_bytes()  # not mapped: Windows would keep the folder from being replaced or removed later in the run
-        if zlib.crc32(data) != file["crc32"]:
+        if _checksum(path) != file["crc32"]:
             raise _damaged(path, "its checksum is not the recorded one")
-        return load(data)
-    except (SafetensorError, OSError) as error:
+        return StoredPart(path)
+    except OSError as error:
         raise _damaged(path, str(error)) from error
 
 

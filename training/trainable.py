@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from modules.atomic_write import save_tensors
+from modules.checkpoint_files import TensorInfo
 from modules.errors import OptionError
+from modules.tensor_stream import stream_tensors
 from networks.adapter import NormReport, TrainableNetwork
 
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
@@ -63,6 +64,7 @@ def train_network(network: TrainableNetwork, learning_rate: float, max_norm: flo
 def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:
     """The whole DiT, or those of its parameters whose name contains one of `name_parts`; the rest is frozen.
 
+    Its files hold all of it under its own names, which are those of the released checkpoints; they are written tensor by tensor.
     Raises OptionError where no name matches.
     """
     learning = []
@@ -72,11 +74,19 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
         if learns:
             learning.append(parameter)
     if not learning:
-        raise OptionError(f"--trainable_modules {' '.join(name_parts)}: no parameter of the model has such a name")
+        some = next(iter(dit.state_dict()))
+        raise OptionError(
+            f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names as {some}"
+        )
 
     def write(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        tensors = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in dit.state_dict().items()}
-        save_tensors(path, tensors, metadata)
+        tensors = dit.state_dict()  # no copies
+
+        def kept(tensor: Tensor) -> torch.dtype:
+            return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+
+        infos = {name: TensorInfo(kept(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        stream_tensors(path, infos, lambda name: tensors[name].to(kept(tensors[name])), metadata)
 
     return Trainable(
         modules={"dit": dit},

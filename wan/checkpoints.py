@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from modules.attention import backend
-from modules.checkpoint import Checkpoint, Source, load_module, open_checkpoint, plain_sources
+from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
 from modules.devices import dtype_name
+from modules.dit_files import bare_names, fill_dit, kept_dtype, own_dtype
 from modules.errors import CheckpointError
 from modules.records import Placement
 from wan.configs import HEAD_WIDTH, TASKS, WanConfig, WanTask
@@ -18,10 +19,7 @@ from wan.model import WanModel
 
 logger = logging.getLogger(__name__)
 
-PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "transformer.")
-OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "scaled_fp8")  # all-in-one
 FLOAT32_LAYERS = ("time_embedding.", "time_projection.", "head.head.")  # kept so, as they compute so; under 1 % of the model
-FP8_COMPUTE = torch.bfloat16  # what an fp8 file computes in
 
 # Names in diffusers' layout -> the published ones. Source: checkpoints of Wan-AI/*-Diffusers; norm2 and norm3 change places.
 FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
@@ -65,24 +63,20 @@ class DitHeader:
         return kind_of(self.config)
 
     @property
-    def is_fp8(self) -> bool:
-        return self.block_dtype.itemsize == 1
-
-    @property
     def compute_dtype(self) -> torch.dtype:
         """What the model computes in unless an option says otherwise."""
-        return FP8_COMPUTE if self.is_fp8 else self.block_dtype
+        return own_dtype(self.block_dtype)
 
 
 def read_dit_header(path: Path) -> DitHeader:
     """Variant, dialect and dtype of a file. Raises CheckpointError where it is no Wan2.1 transformer that can run."""
     with open_checkpoint(path) as checkpoint:
-        return _header(_named(checkpoint))
+        return _header(bare_names(checkpoint))
 
 
 def read_dit_config(checkpoint: Checkpoint) -> tuple[WanConfig, str]:
     """Dimensions and dialect ("official", "diffusers") of an open file, from names and shapes. Raises CheckpointError."""
-    header = _header(_named(checkpoint))
+    header = _header(bare_names(checkpoint))
     return header.config, header.dialect
 
 
@@ -99,7 +93,7 @@ def identify(path: Path) -> str | None:
     """What a file is, where it is a Wan2.1 transformer or one of the files known beside it; None where nothing is known."""
     try:
         with open_checkpoint(path) as checkpoint:
-            named = _named(checkpoint)
+            named = bare_names(checkpoint)
             shapes = {_published_name(name): tuple(info.shape) for name, info in named.tensors.items()}
             what = _what_else(shapes)
             if what.startswith("it looks like"):
@@ -138,44 +132,25 @@ def note_size(header: DitHeader, task: WanTask, path: Path) -> None:
 def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-    Weights are kept in what they compute in: `placement.compute_dtype`, else `storage_dtype`, else the dtype of the file's block
-    weights (fp8 files: `fp8_compute_dtype`, else bfloat16). `keep_file_dtypes`: each layer in its own dtype instead. Time embedding
-    and final layer are kept in float32. `placement.patch` is given the published parameter names.
+    dtype: see `modules.dit_files.kept_dtype` and `fill_dit`. Time embedding and final layer are kept in float32.
+    `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
     """
     backend(placement.attention)
     with open_checkpoint(path) as opened:
-        checkpoint = _named(opened)
+        checkpoint = bare_names(opened)
         header = _header(checkpoint)
-        own = placement.fp8_compute_dtype if header.is_fp8 else None
-        target = placement.compute_dtype or placement.storage_dtype or own or header.compute_dtype
+        target = kept_dtype(header.block_dtype, placement)
         logger.info("Loading %s: Wan2.1 %s, %d blocks of width %d, as %s", path, header.kind, *_size(header), dtype_name(target))
         with torch.device("meta"):
             dit = WanModel(header.config, placement.attention, rope)
         sources = _sources(checkpoint, header)
-
-        def kept(name: str, stored: torch.dtype) -> torch.dtype:
-            if name.startswith(FLOAT32_LAYERS):
-                return torch.float32
-            if not placement.keep_file_dtypes:
-                return target
-            weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name  # a layer has one dtype
-            own = checkpoint.tensors[sources[weight].names[0]].dtype if weight in sources else stored
-            return own if own.itemsize > 1 else target
-
-        load_module(
-            dit, checkpoint, sources, device=placement.device, dtype=kept, patch=placement.patch, what=f"Wan2.1 {header.kind}"
-        )
-    return dit.eval()
+        fill_dit(dit, checkpoint, sources, placement, target, FLOAT32_LAYERS, f"Wan2.1 {header.kind}")
+    return dit
 
 
 def _size(header: DitHeader) -> tuple[int, int]:
     return header.config.num_layers, header.config.dim
-
-
-def _named(checkpoint: Checkpoint) -> Checkpoint:
-    """The file without the prefixes that trainers and all-in-one files put before a transformer's names."""
-    return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
 
 
 def _published_name(name: str) -> str:
@@ -265,6 +240,7 @@ def _what_else(shapes: Mapping[str, tuple[int, ...]]) -> str:
         ("visual.patch_embedding.weight", "it looks like the CLIP image encoder (--clip)"),
         ("vision_model.embeddings.patch_embedding.weight", "it looks like a CLIP image encoder (--clip)"),
         ("double_blocks.0.img_attn_qkv.weight", "it looks like a HunyuanVideo transformer"),
+        ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "it looks like a HunyuanVideo transformer"),
         ("double_blocks.0.img_attn.qkv.weight", "it looks like a FLUX transformer"),
     ):
         if name in shapes:

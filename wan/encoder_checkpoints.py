@@ -5,19 +5,16 @@ Our modules have the names of the official files, so these need no table. Each o
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from modules.checkpoint import Checkpoint, Source, plain_sources
+from modules.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
 from modules.errors import CheckpointError
 from wan.vae_blocks import VaeConfig, VaeLayer
-
-Config = TypeVar("Config")
-Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our name
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,6 @@ class ClipConfig:
     num_layers: int
     image_size: int
     patch_size: int
-
-
-@dataclass(frozen=True)
-class LoadPlan(Generic[Config]):
-    """All that loading needs: dimensions, where each of our tensors comes from, and what in the file may stay unused."""
-
-    config: Config
-    checkpoint: Checkpoint  # without prefixes
-    sources: Mapping[str, Source]
-    ignore: tuple[str, ...] = ()
 
 
 # The VAE
@@ -90,10 +77,10 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
         sources = plain_sources(checkpoint)
     elif "encoder.down_blocks.0.conv1.weight" in names and "quant_conv.weight" in names:
         up_layers = _diffusers_up_layers(names)
-        sources = _renamed(plain_sources(checkpoint), lambda name: _diffusers_vae_name(name, up_layers))
+        sources = renamed(plain_sources(checkpoint), lambda name: _diffusers_vae_name(name, up_layers))
     else:
-        raise _other_kind(checkpoint, "a Wan2.1 VAE", "--vae", "Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers vae folder")
-    shape = _shapes(checkpoint, sources)
+        raise other_kind(checkpoint, "a Wan2.1 VAE", "--vae", "Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers vae folder")
+    shape = shapes_of(checkpoint, sources)
     config = VaeConfig(
         shape("conv2.weight")[0],
         _vae_layers(checkpoint, sources, "encoder.downsamples"),
@@ -113,13 +100,13 @@ def _diffusers_vae_name(name: str, up_layers: Mapping[tuple[int, str, int], int]
     up = _UP_BLOCK.fullmatch(name)
     if up:
         name = f"decoder.upsamples.{up_layers[int(up[1]), up[2], int(up[3])]}.{up[4]}"
-    return _translated(_translated(name, DIFFUSERS_VAE), DIFFUSERS_RESIDUAL)
+    return translated(translated(name, DIFFUSERS_VAE), DIFFUSERS_RESIDUAL)
 
 
 def _vae_layers(checkpoint: Checkpoint, sources: Mapping[str, Source], start: str) -> tuple[VaeLayer, ...]:
-    shape = _shapes(checkpoint, sources)
+    shape = shapes_of(checkpoint, sources)
     layers = []
-    for index in range(_count(sources, rf"{re.escape(start)}\.\d+")):
+    for index in range(count(sources, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
         if f"{name}.resample.1.weight" in sources:
             width_out, width_in = shape(f"{name}.resample.1.weight")[:2]
@@ -181,17 +168,17 @@ def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
     if "encoder.token_embedding.weight" in checkpoint.tensors:  # official names; in Hugging Face's the same prefix is part of them
         checkpoint = checkpoint.without_prefix("encoder.", others=_NOT_T5)
     tied = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""  # the same tensor, stored twice
-    sources = _renamed(plain_sources(checkpoint), lambda name: name if name == tied else _translated(name, HF_T5))
-    layers = _count(sources, r"blocks\.\d+")
+    sources = renamed(plain_sources(checkpoint), lambda name: name if name == tied else translated(name, HF_T5))
+    layers = count(sources, r"blocks\.\d+")
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
-        raise _other_kind(checkpoint, "an umT5 encoder", "--t5", "models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors")
+        raise other_kind(checkpoint, "an umT5 encoder", "--t5", "models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors")
     if layers > 1 and "blocks.1.pos_embedding.embedding.weight" not in sources:
         raise CheckpointError(
             f"{checkpoint.path} is a T5 encoder, not umT5: only its first block has a table of relative positions. "
             "Give models_t5_umt5-xxl-enc-bf16.pth or a file of the same model to --t5.",
             checkpoint.path,
         )
-    shape = _shapes(checkpoint, sources)
+    shape = shapes_of(checkpoint, sources)
     vocabulary, dim = shape("token_embedding.weight")
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
     attention_dim, ffn_dim = shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0]
@@ -225,9 +212,9 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     Raises CheckpointError for any other file.
     """
     checkpoint = checkpoint.without_prefix("model.", "visual.", "vision_model.", others=_OTHER_TOWERS)
-    sources = _renamed(plain_sources(checkpoint), lambda name: _translated(name, HF_CLIP))
-    if "cls_embedding" not in sources or "pos_embedding" not in sources or _count(sources, r"transformer\.\d+") < 2:
-        raise _other_kind(
+    sources = renamed(plain_sources(checkpoint), lambda name: translated(name, HF_CLIP))
+    if "cls_embedding" not in sources or "pos_embedding" not in sources or count(sources, r"transformer\.\d+") < 2:
+        raise other_kind(
             checkpoint,
             "a CLIP image encoder",
             "--clip",
@@ -236,9 +223,9 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     if "embeddings.class_embedding" in checkpoint.tensors:
         sources["cls_embedding"] = sources["cls_embedding"].then(_with_two_axes)
         sources["pos_embedding"] = sources["pos_embedding"].then(_with_axis)
-    last = _count(sources, r"transformer\.\d+") - 1
+    last = count(sources, r"transformer\.\d+") - 1
     _join_qkv(sources, last)
-    shape = _shapes(checkpoint, sources)
+    shape = shapes_of(checkpoint, sources)
     dim, _, patch, _ = shape("patch_embedding.weight")
     if dim % CLIP_HEAD_WIDTH:
         raise CheckpointError(
@@ -270,66 +257,3 @@ def _with_axis(tensor: Tensor) -> Tensor:
 
 def _with_two_axes(tensor: Tensor) -> Tensor:
     return tensor[None, None]
-
-
-# What the above shares
-
-
-def _translated(name: str, table: Names) -> str:
-    """Our name for one in the file; itself where the table does not have it, to be reported as unexpected."""
-    for pattern, ours in table:
-        found = re.fullmatch(pattern, name)
-        if found:
-            return found.expand(ours)
-    return name
-
-
-def _renamed(sources: Mapping[str, Source], name_of: Callable[[str], str]) -> dict[str, Source]:
-    return {name_of(name): source for name, source in sources.items()}
-
-
-def _count(names: Iterable[str], start: str) -> int:
-    """How many different beginnings of names match the pattern."""
-    pattern = re.compile(rf"({start})\.")
-    return len({found[1] for found in map(pattern.match, names) if found})
-
-
-def _shapes(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Callable[[str], tuple[int, ...]]:
-    """A function: our name -> shape of the tensor in the file. It raises CheckpointError where the file has no such tensor."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in sources:
-            raise CheckpointError(
-                f"{checkpoint.path} is incomplete: {name} is missing. Download or copy it again.", checkpoint.path
-            )
-        return checkpoint.tensors[sources[name].names[0]].shape
-
-    return shape
-
-
-KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> what the file is
-    ("decoder.upsamples.0.upsamples.0.residual.2.weight", "the Wan2.2 VAE (48 channels), which Wan2.1 models cannot use"),
-    ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
-    ("quant_conv.weight", "a VAE of another model"),
-    ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
-    ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
-    ("blocks.0.self_attn.q.weight", "a Wan transformer (--dit)"),
-    ("blocks.0.attn1.to_q.weight", "a Wan transformer in diffusers layout (--dit)"),
-    ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
-    ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
-    ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
-    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
-    ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
-    ("vision_model.embeddings.class_embedding", "a CLIP image encoder (--clip)"),
-    ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder"),
-    ("model.embed_tokens.weight", "a language model"),
-)
-
-
-def _other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
-    bare = {name.removeprefix("model.diffusion_model.") for name in checkpoint.tensors}
-    kind = next((text for name, text in KINDS if name in bare), None)
-    if kind is None:
-        some = ", ".join(sorted(checkpoint.tensors)[:3])
-        kind = "a LoRA" if any("lora_" in name for name in checkpoint.tensors) else f"an unknown model with tensors such as {some}"
-    return CheckpointError(f"{checkpoint.path} is not {wanted}; it looks like {kind}.\n  Give {give} to {option}.", checkpoint.path)

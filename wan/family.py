@@ -15,6 +15,7 @@ from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.media import image_size
 from modules.options import require
+from modules.pixels import image_pixels, read_pixels, to_pixels, video_pixels
 from modules.records import (
     NO_TWEAKS,
     Batch,
@@ -30,12 +31,13 @@ from modules.records import (
     Section,
     Tweaks,
 )
+from modules.requests import check_size, filled, whole_frames, with_media
 from wan import conditioning
 from wan.checkpoints import check_task, load_dit, note_size
 from wan.clip import load_clip
 from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, FLOW_SHIFT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
 from wan.files import WanFiles
-from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTextCachingOptions, WanTrainingOptions, WanVaeOptions
+from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTextCachingOptions, WanTrainingOptions
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
 
@@ -80,6 +82,7 @@ class Wan:
     lora_module: str = field(default="networks.lora_wan", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     dit: DitSpec = field(default=DIT, init=False)
+    text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
     experts: tuple[float, ...] = field(default=(0.0,), init=False)
 
     @property
@@ -143,10 +146,10 @@ class Wan:
         if len(media.keys) > 1 and vae.device.type == "cpu":
             # a batch gains nothing here, and singly an item's numbers do not depend on what else a killed run had left to do
             return [entries for one in media.singly() for entries in self.encode_media(encoders, one)]
-        pixels = conditioning.to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
+        pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
         tensors = {"latents": vae.encode(pixels).to(store)}
         if media.control:
-            tensors["latents_control"] = vae.encode(conditioning.to_pixels(media.control[0].to(vae.device))).to(store)
+            tensors["latents_control"] = vae.encode(to_pixels(media.control[0].to(vae.device))).to(store)
         if self.image_kind is not None:
             first, last, frames = pixels[:, :, :1], pixels[:, :, -1:], pixels.shape[2]
             if self.image_kind == "flf2v":
@@ -179,11 +182,7 @@ class Wan:
             needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}
         if self.task.has_control:
             needed["latents_control"] = "a dataset with control_directory"
-        for name, remedy in needed.items():
-            if name not in batch.tensors:
-                raise CacheError(
-                    f"{batch.keys[0]}: the cache has no {name}, which --task {self.task.name} needs. Cache again with {remedy}."
-                )
+        batch.check(needed, f"--task {self.task.name}")
         conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
         if self.task.kind != "t2v":
             conditions["clip"] = self._checked_clip(batch)
@@ -217,29 +216,20 @@ class Wan:
         task, usual = self.task, self.defaults
         _ = self.dit_files  # raises where it does not fit
         self.files.check_encoders()
-        self._check_inputs(request)
-        width, height = request.width or usual.width, request.height or usual.height
-        flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
-        image = request.image_path if task.kind != "t2v" else None
-        if image is not None and self.sizes_follow_image:
-            width, height = conditioning.size_like_image(image_size(image), width * height)
-        if width % LATENT.pixel_step or height % LATENT.pixel_step or min(width, height) < LATENT.pixel_step:
-            nearest = [max(LATENT.pixel_step, round(side / LATENT.pixel_step) * LATENT.pixel_step) for side in (height, width)]
-            raise OptionError(
-                f"--video_size {height} {width} (height width): both must be multiples of 16. Nearest: {nearest[0]} {nearest[1]}"
-            )
-        return replace(
-            request,
-            width=width,
-            height=height,
-            frames=self._frames(request),
-            steps=request.steps or usual.steps,
-            guidance_scale=usual.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-            flow_shift=flow_shift,
-            solver=request.solver or usual.solver,
-            fps=request.fps or usual.fps,
-            negative_prompt=request.negative_prompt or (FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT),
-        )
+        request = self._with_inputs(request)
+        flow_shift = request.flow_shift
+        request = filled(request, usual)
+        width, height, frames = request.size
+        if task.frames == 1 and frames != 1:
+            raise OptionError(f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v task.")
+        if flow_shift is None:
+            flow_shift = default_flow_shift(task, width, height)
+        if request.image_path is not None and self.sizes_follow_image:
+            width, height = conditioning.size_like_image(image_size(request.image_path), width * height)
+        request = replace(request, width=width, height=height, frames=whole_frames(frames, LATENT), flow_shift=flow_shift)
+        check_size(request, LATENT)
+        usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
+        return replace(request, negative_prompt=request.negative_prompt or usual_negative)
 
     def prompts(self, request: Request) -> Mapping[int, Prompts]:
         """One section: the prompt and the negative prompt."""
@@ -251,18 +241,18 @@ class Wan:
 
     def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
         """CLIP features and condition channels of the request's images and control video, on the CPU, with batch dimension."""
-        width, height, frames = _sizes(request)
+        width, height, frames = request.size
         vae, task = encoders.vae, self.task
         conditions = self._no_image(1)
         image: Tensor | None = None
         end = request.end_image_path
 
         def pixels(path: Path) -> Tensor:
-            return conditioning.image_pixels(path, width, height, keep_aspect=not self.sizes_follow_image)
+            return image_pixels(path, width, height, keep_aspect=not self.sizes_follow_image)
 
         if task.kind != "t2v" and request.image_path is not None:
             paths = [request.image_path] + ([end] if task.kind == "flf2v" and end is not None else [])
-            features = [encoders.image_encoder.encode(conditioning.read_pixels(path)[:, :, 0]) for path in paths]
+            features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
             conditions["clip"] = torch.cat(features, dim=1).cpu()
             if task.kind == "flf2v" and end is not None:
                 image = conditioning.first_last_condition(vae, pixels(request.image_path), pixels(end), frames)
@@ -271,7 +261,7 @@ class Wan:
             conditions["condition_latents"] = image.cpu()
         if task.has_control and request.control_path is not None:
             end_frames = conditioning.FRAMES_PER_LATENT if self._appends_end(request) else 0
-            control = vae.encode(conditioning.read_control(request.control_path, width, height, frames, end_frames))
+            control = vae.encode(video_pixels(request.control_path, "--control_path", width, height, frames, end_frames))
             start = None if image is None else image[:, -LATENT.channels :]
             conditions["condition_latents"] = conditioning.control_condition(control, start, self._appends_end(request)).cpu()
         return {0: conditions}
@@ -284,7 +274,7 @@ class Wan:
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """One run of the denoising loop. Noise is one draw of C F H W; the condition's extra noise follows it."""
-        width, height, frames = _sizes(request)
+        width, height, frames = request.size
         batch, channels, latent_frames, rows, columns = LATENT.shape(frames, height, width)
         start = noise.draw((batch, channels, latent_frames + self._appends_end(request), rows, columns))
         conditions = dict(inputs.get(0, {}))
@@ -326,20 +316,12 @@ class Wan:
             )
         return clip
 
-    def _frames(self, request: Request) -> int:
-        frames = request.frames or self.task.frames
-        if self.task.frames == 1 and frames != 1:
-            raise OptionError(f"--video_length {frames}: --task {self.task.name} makes one image. Leave it out, or use a t2v task.")
-        whole = (frames - 1) // LATENT.frame_step * LATENT.frame_step + 1
-        if whole != frames:
-            logger.warning("--video_length %d is made %d: the model works in steps of 4 frames after the first", frames, whole)
-        return whole
-
     def _appends_end(self, request: Request) -> bool:
         """Whether an end image takes one more latent frame (image-to-video; FLF2V models keep it inside the clip)."""
         return self.task.kind == "i2v" and request.end_image_path is not None
 
-    def _check_inputs(self, request: Request) -> None:
+    def _with_inputs(self, request: Request) -> Request:
+        """The request with the media that the task takes, checked."""
         task = self.task
         if task.kind != "t2v":
             require(request.image_path, "--image_path", f"--task {task.name} starts from an image")
@@ -349,22 +331,19 @@ class Wan:
         if task.has_control:
             require(request.control_path, "--control_path", f"--task {task.name} follows a control video")
         taken = {
-            "--image_path": (request.image_path, task.kind != "t2v"),
-            "--end_image_path": (request.end_image_path, task.kind != "t2v"),
-            "--control_path": (request.control_path, task.has_control),
+            "image_path": task.kind != "t2v",
+            "end_image_path": task.kind != "t2v",
+            "control_path": task.has_control,
+            "video_path": False,
         }
-        for option, (path, is_taken) in taken.items():
-            if path is not None and not is_taken:
-                logger.warning("%s %s is ignored because --task %s does not take it", option, path, task.name)
-            elif path is not None and not path.exists():
-                raise OptionError(f"{option} {path}: no such file or folder")
+        return with_media(request, taken, f"--task {task.name} does not take it")
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
     """For wan_cache_latents.py."""
     image_kind = None if options.clip is None else ("flf2v" if options.flf2v else "i2v")
     files = WanFiles(vae=options.vae.vae, clip=options.clip)
-    return Wan(TASKS["t2v-14B"], files, **_vae_settings(options.vae, torch.bfloat16), image_kind=image_kind)
+    return Wan(TASKS["t2v-14B"], files, **_vae_settings(options, torch.bfloat16), image_kind=image_kind)
 
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
@@ -378,7 +357,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
     return Wan(
         TASKS[options.task],
         files,
-        **_vae_settings(options.vae, None),
+        **_vae_settings(options, None),
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
@@ -397,7 +376,7 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
     return Wan(
         task,
         files,
-        **_vae_settings(options.vae, None),
+        **_vae_settings(options, None),
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
@@ -405,16 +384,12 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
     )
 
 
-def _vae_settings(options: WanVaeOptions, default_dtype: torch.dtype | None) -> Mapping[str, Any]:
-    dtype = default_dtype if options.vae_dtype is None else dtype_named(options.vae_dtype, "--vae_dtype")
-    return {"vae_dtype": dtype, "vae_cache_cpu": options.vae_cache_cpu, "vae_tile": options.tile}
-
-
-def _sizes(request: Request) -> tuple[int, int, int]:
-    assert request.width is not None  # `prepare` has set them
-    assert request.height is not None
-    assert request.frames is not None
-    return request.width, request.height, request.frames
+def _vae_settings(
+    options: WanLatentCachingOptions | WanTrainingOptions | WanGenerationOptions, default_dtype: torch.dtype | None
+) -> Mapping[str, Any]:
+    vae = options.vae
+    dtype = default_dtype if vae.vae_dtype is None else dtype_named(vae.vae_dtype, "--vae_dtype")
+    return {"vae_dtype": dtype, "vae_cache_cpu": options.vae_cache_cpu, "vae_tile": vae.tile}
 
 
 _: type[Family] = Wan

@@ -1,13 +1,11 @@
 """The files of one Wan2.1 run: where each is, and that it is what its option says."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from modules.checkpoint import Checkpoint, open_checkpoint
-from modules.errors import CheckpointError, OptionError
-from modules.options import require
+from modules.errors import OptionError
+from modules.model_files import check_file, existing
 from wan.checkpoints import DitHeader, read_dit_header
 from wan.encoder_checkpoints import read_clip, read_t5, read_vae
 
@@ -39,19 +37,19 @@ class WanFiles:
 
     @property
     def dit_path(self) -> Path:
-        return _existing(self.dit, "--dit", "the transformer checkpoint")
+        return existing(self.dit, "--dit", "the transformer checkpoint")
 
     @property
     def vae_path(self) -> Path:
-        return _existing(self.vae, "--vae", "it turns pixels into latents and back")
+        return existing(self.vae, "--vae", "it turns pixels into latents and back")
 
     @property
     def t5_path(self) -> Path:
-        return _existing(self.t5, "--t5", "the prompts are encoded by the umT5 text encoder")
+        return existing(self.t5, "--t5", "the prompts are encoded by the umT5 text encoder")
 
     @property
     def clip_path(self) -> Path:
-        return _existing(self.clip, "--clip", "the task is conditioned on image features")
+        return existing(self.clip, "--clip", "the task is conditioned on image features")
 
     def dit_header(self) -> DitHeader:
         """What the transformer file says of itself."""
@@ -60,26 +58,13 @@ class WanFiles:
     def check_encoders(self) -> None:
         """Raise CheckpointError where a given file is another kind of network, before any is loaded."""
         if self.vae is not None:
-            _check_file(self.vae_path, read_vae)
+            check_file(self.vae_path, read_vae)
         if self.t5 is not None:
-            _check_file(self.t5_path, read_t5)
+            check_file(self.t5_path, read_t5)
         if self.clip is not None:
-            _check_file(self.clip_path, read_clip)
+            check_file(self.clip_path, read_clip)
 
 
 @lru_cache(maxsize=8)  # asked for with every prompt of a long list
 def _header_of(path: Path) -> DitHeader:
     return read_dit_header(path)
-
-
-@lru_cache(maxsize=8)
-def _check_file(path: Path, read: Callable[[Checkpoint], object]) -> None:
-    with open_checkpoint(path) as checkpoint:
-        read(checkpoint)
-
-
-def _existing(path: Path | None, option: str, why: str) -> Path:
-    given = require(path, option, why)
-    if not given.exists():
-        raise CheckpointError(f"{option} {given}: no such file or folder", given)
-    return given

@@ -5,6 +5,7 @@ modulation, norms, rotary angles (float64), the final layer. All else computes i
 """
 # Letters: B batch, L video tokens, T text tokens, I image tokens, N heads, D head width, C = N * D
 
+import functools
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from modules.attention import attend
 from modules.norms import Float32LayerNorm, RMSNorm
 from modules.precision import activation_dtype, run, run_float32
-from modules.rope import TABLES, rotate
+from modules.rope import TABLES, GridTable, rotate
+from modules.sinusoid import sinusoid
 from wan.configs import WanConfig
 
 TEXT_ROWS_AS_IMAGE = 257  # how many text rows older tools mistook for image tokens
@@ -166,7 +168,6 @@ class WanModel(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
-        self.rope = rope
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -178,7 +179,9 @@ class WanModel(nn.Module):
             self.img_emb = ImageEmbedding(config)
         if config.has_ref_conv:
             self.ref_conv = nn.Conv2d(REF_CHANNELS, dim, 2, 2)  # takes a reference image; not called without one
-        self._rotary: tuple[tuple[int, int, int], Tensor] | None = None  # of the last grid: every step of a run has the same
+        width = dim // config.num_heads
+        side = 2 * (width // 6)  # rows and columns have a third of the pairs each, rounded down; frames the rest
+        self._rotary = GridTable(functools.partial(TABLES[rope], widths=(width - 2 * side, side, side)))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -215,7 +218,8 @@ class WanModel(nn.Module):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = run(self.patch_embedding, noisy).float()  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        time = run_float32(self.time_embedding[2], functional.silu(run_float32(self.time_embedding[0], self._sinusoid(timesteps))))
+        time = run_float32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
+        time = run_float32(self.time_embedding[2], functional.silu(time))
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
         text_is_image = self.config.has_image and image_embeds is None
         rows, repeats = _padded(text, self.config.text_len, merges=noisy.device.type == "cpu" and not text_is_image)
@@ -225,7 +229,7 @@ class WanModel(nn.Module):
             image_tokens = self.img_emb(image_embeds).to(dtype)
         elif text_is_image:
             image_tokens, text_tokens = text_tokens[:, :TEXT_ROWS_AS_IMAGE], text_tokens[:, TEXT_ROWS_AS_IMAGE:]
-        rotary = self._rotary_table(grid, noisy.device)
+        rotary = self._rotary.of(grid, noisy.device)
         tokens = Tokens(grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention)
         return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
 
@@ -237,22 +241,6 @@ class WanModel(nn.Module):
         return rearrange(
             patches, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=frames, h=rows, w=columns, pf=pf, ph=ph, pw=pw
         )
-
-    def _sinusoid(self, timesteps: Tensor) -> Tensor:
-        """Cosines, then sines, of the timesteps at falling frequencies: B freq_dim float32."""
-        half = self.config.freq_dim // 2
-        device = torch.device("cpu") if timesteps.device.type == "mps" else timesteps.device  # Apple GPUs have no float64
-        frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
-        angles = torch.outer(timesteps.to(device, torch.float64), frequencies)
-        return torch.cat([angles.cos(), angles.sin()], dim=1).to(timesteps.device, torch.float32)
-
-    def _rotary_table(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-        if self._rotary is None or self._rotary[0] != grid or self._rotary[1].device != device:
-            width = self.config.dim // self.config.num_heads
-            side = 2 * (width // 6)  # rows and columns have a third of the pairs each, rounded down; frames the rest
-            with torch.inference_mode(False):  # a table made for a sample also serves the next training step
-                self._rotary = grid, TABLES[self.rope](grid, (width - 2 * side, side, side)).to(device)
-        return self._rotary[1]
 
     def _check(self, noisy: Tensor, image_embeds: Tensor | None) -> None:
         if noisy.shape[1] != self.config.in_dim:

@@ -6,33 +6,10 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import add_unsupported
+from modules.vae_options import VaeOptions, add_vae_arguments
 from wan.configs import TASKS
 
 T5_FP8 = "text encoder weights in fp8 come with the fp8 options; leave it out, the encoder is freed before the DiT is loaded"
-VAE_TILE = 256  # pixels, as the known tuners' --vae_tiling
-
-
-@dataclass(frozen=True)
-class WanVaeOptions:
-    """Where the VAE is and how it runs."""
-
-    vae: Path | None
-    vae_dtype: str | None
-    vae_cache_cpu: bool
-    vae_tiling: bool
-    vae_spatial_tile_sample_min_size: int | None
-
-    def __post_init__(self) -> None:
-        size = self.vae_spatial_tile_sample_min_size
-        if size is not None and (size < 32 or size % 16):
-            raise OptionError(f"--vae_spatial_tile_sample_min_size {size}: give a multiple of 16 of at least 32")
-
-    @property
-    def tile(self) -> int | None:
-        """Edge of a tile in pixels, or None for no tiling. A size implies tiling."""
-        if self.vae_spatial_tile_sample_min_size is not None:
-            return self.vae_spatial_tile_sample_min_size
-        return VAE_TILE if self.vae_tiling else None
 
 
 @dataclass(frozen=True)
@@ -47,7 +24,8 @@ class WanTextOptions:
 class WanLatentCachingOptions:
     """Options of wan_cache_latents.py beside the shared ones."""
 
-    vae: WanVaeOptions
+    vae: VaeOptions
+    vae_cache_cpu: bool
     clip: Path | None
     flf2v: bool
 
@@ -69,7 +47,8 @@ class WanTrainingOptions:
 
     task: str
     dit: Path | None
-    vae: WanVaeOptions
+    vae: VaeOptions
+    vae_cache_cpu: bool
     text: WanTextOptions
     clip: Path | None
     rope_func: str
@@ -87,7 +66,8 @@ class WanGenerationOptions:
 
     task: str
     dit: Path | None
-    vae: WanVaeOptions
+    vae: VaeOptions
+    vae_cache_cpu: bool
     text: WanTextOptions
     clip: Path | None
     ckpt_dir: Path | None
@@ -151,13 +131,8 @@ def _add_dit(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_vae(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--vae", type=str, default=None, help="VAE checkpoint")
-    group.add_argument("--vae_dtype", type=str, default=None, help="dtype of the VAE")
+    add_vae_arguments(group)
     group.add_argument("--vae_cache_cpu", action="store_true", help="keep the VAE's features between frames in host memory")
-    group.add_argument("--vae_tiling", action="store_true", help=f"encode and decode in tiles of {VAE_TILE} pixels: less memory")
-    group.add_argument(
-        "--vae_spatial_tile_sample_min_size", type=int, default=None, help="edge of a tile in pixels; implies tiling"
-    )
 
 
 def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:

@@ -182,6 +182,7 @@ class WanTextEncoder:
     """umT5 with its tokenizer as the shared loops see it: load, encode, free."""
 
     name = "t5"
+    keys = frozenset({"t5"})
     variable_length = frozenset({"t5"})
 
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modules.checkpoint import load_module, open_checkpoint
 from modules.devices import dtype_name
+from modules.memory_layouts import lay_out, layouts
 from wan.encoder_checkpoints import read_vae
 from wan.vae_blocks import Decoder, Encoder, TimeMemory, VaeConfig
 from wan.vae_tiles import Tile, add_tile, tiles
@@ -125,20 +126,12 @@ class WanVae(nn.Module):
 
     def _placed(self, x: Tensor) -> Tensor:
         """On the VAE's device, in its dtype and in the memory layout of its weights, which all that follows keeps."""
-        return x.to(self.device, self.dtype, memory_format=_layouts(self.device)[0])
+        return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, 1 Z 1 1 1, float32: rounded to 16 bits they would tint every video."""
         mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
         return mean, std
-
-
-def _layouts(device: torch.device) -> tuple[torch.memory_format, torch.memory_format]:
-    """Memory layouts of clips and of single frames. With channels last a frame, or the last frames of a clip, is one piece of
-    memory, and the convolutions of CPUs and CUDA devices are faster."""
-    if device.type in {"cpu", "cuda"}:
-        return torch.channels_last_3d, torch.channels_last
-    return torch.contiguous_format, torch.contiguous_format
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, cache_on_cpu: bool = False, tile: int | None = None) -> WanVae:
@@ -156,15 +149,6 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, cache_on_cpu:
             ignore=plan.ignore,
             what="the Wan2.1 VAE",
         )
-    _lay_out(vae, device)
+    lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return vae.eval()
-
-
-def _lay_out(vae: WanVae, device: torch.device) -> None:
-    """Give the weights the memory layouts that the convolutions want."""
-    clip_layout, frame_layout = _layouts(device)
-    for module in vae.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            layout = clip_layout if isinstance(module, nn.Conv3d) else frame_layout
-            module.weight.data = module.weight.data.contiguous(memory_format=layout)

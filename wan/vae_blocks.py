@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.convolution import conv3d
+from modules.memory_layouts import empty_clip
 
 TIME_KERNEL = 3  # every causal convolution sees its frame and the two before it
 
@@ -105,9 +106,7 @@ class CausalConv3d(nn.Conv3d):
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
     """B C T+2 H W: zeros where the clip has not begun, frames kept from before, then x. Written once, without a later join."""
     batch, channels, frames, height, width = x.shape
-    layout = torch.channels_last_3d if x.is_contiguous(memory_format=torch.channels_last_3d) else torch.contiguous_format
-    size = (batch, channels, frames + TIME_KERNEL - 1, height, width)
-    joined = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+    joined = empty_clip(x, batch, channels, frames + TIME_KERNEL - 1, height, width)
     known = 0 if before is None else before.shape[2]
     joined[:, :, : TIME_KERNEL - 1 - known] = 0
     if before is not None:

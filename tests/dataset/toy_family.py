@@ -37,6 +37,10 @@ class ToyText:
     calls: list[str] = field(default_factory=list)
     loaded: int = 0
 
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset({self.name})
+
     def load(self, device: torch.device) -> None:
         self.loaded += 1
 
@@ -59,6 +63,7 @@ class ToyFamily:
     sections: int = 0  # more than 0: as FramePack, that many files for each item
     value: float | None = None  # instead of the mean
     text: list[ToyText] = field(default_factory=lambda: [ToyText()])
+    text_keys: frozenset[str] = frozenset({"t5"})
     seen: list[tuple[str, ...]] = field(default_factory=list)
     loaded: int = 0
 

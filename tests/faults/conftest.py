@@ -7,25 +7,44 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, run_python, run_script
-from tests.faults.runs import CACHE_LATENTS, CACHE_TEXTS, DYING, TRAIN, Undisturbed, assert_whole, write_project
+from tests.faults.runs import DYING, FAMILIES, Scripts, Undisturbed, assert_whole, write_project
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test that needs a project runs for every family, unless its module says FAMILIES (for tests of what a training leaves:
+    TRAININGS) or the test chooses itself."""
+    chosen = [name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]]
+    if "scripts" in metafunc.fixturenames and "scripts" not in chosen:
+        families = getattr(metafunc.module, "FAMILIES", FAMILIES)
+        if "undisturbed" in metafunc.fixturenames:
+            families = getattr(metafunc.module, "TRAININGS", families)
+        metafunc.parametrize("scripts", families, ids=lambda scripts: scripts.name, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every command of `tests.faults.runs` works."""
+def scripts(request: pytest.FixtureRequest) -> Scripts:
+    """The commands of the family whose turn it is."""
+    found: Scripts = request.param
+    return found
+
+
+@pytest.fixture(scope="session")
+def project(scripts: Scripts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every command of `scripts` works."""
     folder = tmp_path_factory.mktemp("project")
-    write_project(folder)
-    run_script(*CACHE_LATENTS, folder=folder)
-    run_script(*CACHE_TEXTS, folder=folder)
+    write_project(folder, scripts)
+    run_script(*scripts.cache_latents, folder=folder)
+    run_script(*scripts.cache_texts, folder=folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def undisturbed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(scripts: Scripts, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """A training that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
     started = time.monotonic()
-    run_python(DYING, "count", folder / "passed.json", ROOT / TRAIN[0], *TRAIN[1:], "--output_dir", folder / "out", folder=project)
+    script, *arguments = scripts.train
+    run_python(DYING, "count", folder / "passed.json", ROOT / script, *arguments, "--output_dir", folder / "out", folder=project)
     seconds = time.monotonic() - started
     assert_whole(folder / "out")
     return Undisturbed(folder / "out", json.loads((folder / "passed.json").read_text(encoding="utf-8")), seconds)

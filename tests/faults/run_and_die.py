@@ -4,7 +4,7 @@ At the COUNT-th use of what POINT stands for the process dies, as by SIGKILL. `p
 nothing and writes to FILE how often each point was passed, so that a test can choose a COUNT that will come.
 
 Only libraries are hooked, never the project: the renames of the operating system, torch's backward and optimizer step,
-safetensors' writer, PyAV's muxer.
+safetensors' writer, files that Python writes itself, PyAV's muxer.
 """
 
 import atexit
@@ -57,6 +57,26 @@ def half_written(save: Callable[..., Any], is_time: IsTime) -> Callable[..., Any
     return hooked
 
 
+class DyingFile:
+    """A file that is being written: the process dies when half of what a call writes is in it."""
+
+    def __init__(self, file: Any, is_time: IsTime) -> None:
+        self._file, self._is_time = file, is_time
+
+    def write(self, data: Any) -> int:
+        if self._is_time():
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+            die()
+        return int(self._file.write(data))
+
+    def __enter__(self) -> "DyingFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
 class DyingContainer:
     """A video that is being written: the process dies when some of its packets are in the file and its end is not."""
 
@@ -86,6 +106,13 @@ def place(point: str, is_time: IsTime) -> None:
         import safetensors.torch
 
         safetensors.torch.save_file = half_written(safetensors.torch.save_file, is_time)
+        opened_file = Path.open
+
+        def hooked_file(path: Path, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
+            file = opened_file(path, mode, *arguments, **settings)
+            return DyingFile(file, is_time) if mode == "wb" else file
+
+        Path.open = hooked_file  # type: ignore[method-assign, assignment]
     elif point == "mid_epoch":
         import torch
 

@@ -3,42 +3,104 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from modules.media import read_image, video_frames
 from tests.commands import ROOT
+from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_clips, write_dataset
 from tests.tiny.wan import write_tiny_wan
 from training.state import SavedState, read_state
 
-MODELS = ("--task", "t2v-1.3B", "--dit", "model/dit.safetensors", "--vae", "model/vae.safetensors", "--t5", "model/t5.safetensors")
-CACHE_LATENTS = (
-    "wan_cache_latents.py",
-    *("--dataset_config", "dataset.toml", "--vae", "model/vae.safetensors", "--vae_dtype", "float32"),
+
+@dataclass(frozen=True)
+class Scripts:
+    """The commands of one family; they are run in a folder written by `write_project`."""
+
+    name: str
+    tag: str  # at the end of cache file names
+    write_models: Callable[[Path], object]
+    models: tuple[str, ...]
+    cache_latents: tuple[str, ...]
+    cache_texts: tuple[str, ...]
+    train_script: str
+    learner: tuple[str, ...]  # the options of what learns
+    generate_script: str
+
+    @property
+    def train_only(self) -> tuple[str, ...]:
+        """Training without samples: 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps, the second of one
+        micro-batch; 8 steps in all."""
+        return (
+            *(self.train_script, *self.models, "--dataset_config", "dataset.toml", "--sdpa", "--seed", "7"),
+            *self.learner,
+            *("--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
+            *("--timestep_sampling", "shift", "--discrete_flow_shift", "3", "--num_timestep_buckets", "5"),
+            *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4"),
+            *("--validation_split", "0.2", "--save_state", "--save_every_n_steps", "3", "--save_last_n_steps", "2"),
+            *("--save_every_n_epochs", "2", "--resume", "latest", "--max_data_loader_n_workers", "0", "--output_name", "x"),
+        )
+
+    @property
+    def train(self) -> tuple[str, ...]:
+        return (
+            *self.train_only,
+            *("--validate_every_n_steps", "3", "--sample_prompts", "samples.txt", "--sample_every_n_steps", "3"),
+        )
+
+    @property
+    def generate(self) -> tuple[str, ...]:
+        return (self.generate_script, *self.models, "--from_file", "prompts.txt", "--output_type", "both")
+
+
+def _lora(module: str) -> tuple[str, ...]:
+    return (
+        *("--network_module", module, "--network_dim", "4", "--network_alpha", "2"),
+        *("--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.05"),
+    )
+
+
+_VAE = ("--vae", "model/vae.safetensors")
+_DATASET = ("--dataset_config", "dataset.toml")
+_T5 = ("--t5", "model/t5.safetensors")
+_ENCODERS = ("--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2")
+WAN = Scripts(
+    name="wan",
+    tag="wan",
+    write_models=write_tiny_wan,
+    models=("--task", "t2v-1.3B", "--dit", "model/dit.safetensors", *_VAE, *_T5),
+    cache_latents=("wan_cache_latents.py", *_DATASET, *_VAE, "--vae_dtype", "float32"),
+    cache_texts=("wan_cache_text_encoder_outputs.py", *_DATASET, *_T5),
+    train_script="wan_train_network.py",
+    learner=_lora("networks.lora_wan"),
+    generate_script="wan_generate_video.py",
 )
-CACHE_TEXTS = ("wan_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", "--t5", "model/t5.safetensors")
-# 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps, the second of one micro-batch; 8 steps in all
-TRAIN_ONLY = (
-    *("wan_train_network.py", *MODELS, "--dataset_config", "dataset.toml", "--sdpa", "--seed", "7"),
-    *("--network_module", "networks.lora_wan", "--network_dim", "4", "--network_alpha", "2"),
-    *("--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.05"),
-    *("--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
-    *("--timestep_sampling", "shift", "--discrete_flow_shift", "3", "--num_timestep_buckets", "5"),
-    *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4", "--validation_split", "0.2"),
-    *("--save_state", "--save_every_n_steps", "3", "--save_last_n_steps", "2", "--save_every_n_epochs", "2", "--resume", "latest"),
-    *("--max_data_loader_n_workers", "0", "--output_name", "x"),
+HUNYUAN_VIDEO = Scripts(
+    name="hunyuan_video",
+    tag="hv",
+    write_models=write_tiny_hunyuan,
+    models=("--dit", "model/dit.safetensors", *_VAE, "--vae_dtype", "float32", *_ENCODERS),
+    cache_latents=("cache_latents.py", *_DATASET, *_VAE, "--vae_dtype", "float32"),
+    cache_texts=("cache_text_encoder_outputs.py", *_DATASET, *_ENCODERS),
+    train_script="hv_train_network.py",
+    learner=_lora("networks.lora"),
+    generate_script="hv_generate_video.py",
 )
-TRAIN = (
-    *TRAIN_ONLY,
-    *("--validate_every_n_steps", "3", "--sample_prompts", "samples.txt", "--sample_every_n_steps", "3"),
+FAMILIES = (WAN, HUNYUAN_VIDEO)
+FINE_TUNING = replace(  # of the transformer itself
+    HUNYUAN_VIDEO,
+    name="hunyuan_video fine-tuning",
+    train_script="hv_train.py",
+    learner=("--trainable_modules", "blocks", "final_layer", "--full_bf16", "--mixed_precision", "bf16"),
 )
-GENERATE = ("wan_generate_video.py", *MODELS, "--from_file", "prompts.txt", "--output_type", "both")
-SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3
+SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3 --n dull
 a dog --w 32 --h 32 --f 1 --d 8 --s 1 --fs 5
 """
 PROMPTS = """a cat --w 32 --h 32 --f 5 --d 1 --s 2
@@ -58,9 +120,9 @@ class Undisturbed:
     seconds: float
 
 
-def write_project(folder: Path) -> None:
+def write_project(folder: Path, scripts: Scripts) -> None:
     """Models, clips with captions, dataset.toml, prompts; no caches."""
-    write_tiny_wan(folder / "model")
+    scripts.write_models(folder / "model")
     write_clips(folder / "clips", count=6)
     write_dataset(folder, frames="5", batch_size=2)
     (folder / "samples.txt").write_text(SAMPLES, encoding="utf-8")
@@ -87,7 +149,7 @@ def assert_same_caches(folder: Path, undisturbed: Path) -> None:
 def assert_whole(folder: Path) -> None:
     """Everything below `folder` that has a final name can be read to its end."""
     for path in visible_files(folder):
-        if path.suffix == ".safetensors":
+        if path.suffix in {".safetensors", ".part"}:  # a text cache waits for further encoders as .part, whole too
             load_file(path)
         elif path.suffix == ".mp4":
             assert len(list(video_frames(path))) == 5, path
@@ -114,7 +176,7 @@ def assert_same_tensors(file: Path, other: Path) -> None:
 
 
 def as_bytes(tensor: Tensor) -> bytes:
-    return bytes(tensor.numpy().tobytes())
+    return bytes(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # numpy has no bf16
 
 
 def assert_same_training(output: Path, undisturbed: Path) -> None:
@@ -125,9 +187,11 @@ def assert_same_training(output: Path, undisturbed: Path) -> None:
 
 
 def assert_same_end(output: Path, undisturbed: Path) -> None:
-    """The final LoRA, the final state and the samples are those of the undisturbed training."""
-    for name in ("x.safetensors", "x-state/network.safetensors", "x-state/optimizer.safetensors"):
-        assert_same_tensors(output / name, undisturbed / name)
+    """What was trained, the final state and the samples are those of the undisturbed training."""
+    states = sorted((undisturbed / "x-state").glob("*.safetensors"))
+    assert len(states) == 2  # of what learns and of the optimizer
+    for path in (undisturbed / "x.safetensors", *states):
+        assert_same_tensors(output / path.relative_to(undisturbed), path)
     assert _progress(output) == _progress(undisturbed)
     expected = {timeless(path): path for path in (undisturbed / "sample").iterdir()}
     found = {timeless(path): path for path in (output / "sample").iterdir() if not path.name.startswith(".")}

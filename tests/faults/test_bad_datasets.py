@@ -16,12 +16,14 @@ from modules.media import write_video
 from modules.records import Batch
 from tests.faults.damage import Damage, empty, flip_any_bit, flipped_data, one_byte_short, pickled_code, proof_of, truncated
 from tests.faults.messages import assert_one_message, run_here
-from tests.faults.runs import CACHE_LATENTS, CACHE_TEXTS, TRAIN_ONLY, as_bytes, assert_same_tensors, copy_data
+from tests.faults.runs import WAN, as_bytes, assert_same_tensors, copy_data
 from tests.tiny.project import moving_square
 from wan.family import LATENT
 
 LATENTS, TEXT = "clip 1_00000-005_0032x0032_wan.safetensors", "clip 1_wan_te.safetensors"
-SHORT_TRAINING = (*TRAIN_ONLY, "--max_train_epochs", "1")
+FAMILIES = (WAN,)  # what is wrong here is found before a family is asked
+CACHE_LATENTS, CACHE_TEXTS = WAN.cache_latents, WAN.cache_texts
+SHORT_TRAINING = (*WAN.train_only, "--max_train_epochs", "1")
 
 
 def other_cache(good: Path, bad: Path) -> None:

@@ -3,9 +3,10 @@
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,14 +31,36 @@ from tests.faults.damage import (
     web_page,
 )
 from tests.faults.messages import assert_one_message, run_here
-from tests.faults.runs import CACHE_LATENTS, CACHE_TEXTS, MODELS, TRAIN, TRAIN_ONLY, Undisturbed, as_bytes, assert_same_tensors
+from tests.faults.runs import HUNYUAN_VIDEO, WAN, Scripts, Undisturbed, as_bytes, assert_same_tensors
+from tests.tiny.hunyuan_encoders import write_comfy_text_encoders
 from tests.tiny.wan_dit import tiny_state
 from training.state import ForeignState, SavedState, read_state
 
-TOKENIZER = ("--t5_tokenizer", "model/google/umt5-xxl")
-SMALL = ("--video_size", "32", "32", "--video_length", "5", "--infer_steps", "1")
-GENERATE = ("wan_generate_video.py", *MODELS, *SMALL, *TOKENIZER, "--prompt", "a cat", "--save_path", "made")
-SHORT_TRAINING = (*TRAIN_ONLY, "--output_dir", "made", "--max_train_epochs", "1", *TOKENIZER)
+FAMILIES = (WAN,)  # of tests that do not choose themselves: what is wrong there is found by code that all share
+TOKENIZERS = {
+    WAN.name: ("--t5_tokenizer", "model/google/umt5-xxl"),
+    HUNYUAN_VIDEO.name: tuple(
+        word
+        for option, folder in (("--text_encoder1_tokenizer", "text_encoder"), ("--text_encoder2_tokenizer", "text_encoder_2"))
+        for word in (option, f"model/{folder}")
+    ),
+}
+TOKENIZER = TOKENIZERS[WAN.name]
+SMALL = ("--video_size", "32", "32", "--video_length", "5", "--infer_steps", "1", "--prompt", "a cat", "--save_path", "made")
+
+
+def generating(scripts: Scripts) -> tuple[str, ...]:
+    """A generation of one small video."""
+    return (scripts.generate_script, *scripts.models, *SMALL, *TOKENIZERS[scripts.name])
+
+
+def training(scripts: Scripts) -> tuple[str, ...]:
+    """A training of one epoch."""
+    return (*scripts.train_only, "--output_dir", "made", "--max_train_epochs", "1", *TOKENIZERS[scripts.name])
+
+
+GENERATE, SHORT_TRAINING = generating(WAN), training(WAN)
+HV_GENERATE, HV_TEXTS = generating(HUNYUAN_VIDEO), (*HUNYUAN_VIDEO.cache_texts, *TOKENIZERS[HUNYUAN_VIDEO.name])
 NEVER_MERGED = ("--save_merged_model", "never.safetensors")
 DAMAGES: dict[str, tuple[str, Damage]] = {
     "truncated": ("bad.safetensors", truncated),
@@ -59,15 +82,25 @@ class Place:
     good: str  # in the folder of good files
     wrong: str
     option: str
+    scripts: Scripts = field(default=WAN)  # in whose project
 
 
 PLACES = (
     Place(SHORT_TRAINING, "dit", "vae", "--dit"),
     Place(GENERATE, "dit", "i2v", "--dit"),
-    Place((*CACHE_LATENTS,), "vae", "t5", "--vae"),
+    Place((*WAN.cache_latents,), "vae", "t5", "--vae"),
     Place(GENERATE, "vae", "clip", "--vae"),
-    Place((*CACHE_TEXTS, *TOKENIZER), "t5", "clip", "--t5"),
-    Place(CACHE_LATENTS, "clip", "dit", "--clip"),
+    Place((*WAN.cache_texts, *TOKENIZER), "t5", "clip", "--t5"),
+    Place(WAN.cache_latents, "clip", "dit", "--clip"),
+    Place(training(HUNYUAN_VIDEO), "dit", "vae", "--dit", HUNYUAN_VIDEO),
+    Place(HV_GENERATE, "dit", "text_encoder2", "--dit", HUNYUAN_VIDEO),
+    Place(HUNYUAN_VIDEO.cache_latents, "vae", "text_encoder1", "--vae", HUNYUAN_VIDEO),
+    Place(HV_GENERATE, "vae", "dit", "--vae", HUNYUAN_VIDEO),
+    Place(HV_TEXTS, "text_encoder1", "text_encoder2", "--text_encoder1", HUNYUAN_VIDEO),
+    Place(HV_GENERATE, "text_encoder1", "dit", "--text_encoder1", HUNYUAN_VIDEO),
+    Place(HV_TEXTS, "text_encoder2", "text_encoder1", "--text_encoder2", HUNYUAN_VIDEO),
+    Place(HV_GENERATE, "lora", "vae", "--lora_weight", HUNYUAN_VIDEO),
+    Place(HV_GENERATE, "latent", "text_encoder1", "--latent_path", HUNYUAN_VIDEO),
     Place(GENERATE, "lora", "dit", "--lora_weight"),
     Place(SHORT_TRAINING, "lora", "dit", "--network_weights"),
     Place(SHORT_TRAINING, "lora", "t5", "--base_weights"),
@@ -78,17 +111,27 @@ PLACES = (
 )
 
 
+def in_projects(places: Sequence[Place]) -> list[Any]:
+    """Each place with the family of its project, for a test's parameters."""
+    return [pytest.param(place.scripts, place, id=f"{place.command[0]} {place.option} {place.wrong}") for place in places]
+
+
 @pytest.fixture(scope="session")
-def good(project: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good(scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one good file of each kind, by the names in PLACES."""
     folder = tmp_path_factory.mktemp("good")
-    for name in ("dit", "vae", "t5", "clip"):
-        shutil.copy(project / "model" / f"{name}.safetensors", folder)
-    save_file(tiny_state("i2v"), folder / "i2v.safetensors")
+    for path in (project / "model").glob("*.safetensors"):
+        shutil.copy(path, folder)
+    if scripts is WAN:
+        save_file(tiny_state("i2v"), folder / "i2v.safetensors")
+    else:
+        files = write_comfy_text_encoders(folder)
+        for name in ("text_encoder1", "text_encoder2"):
+            files[name].rename(folder / f"{name}.safetensors")
     shutil.copy(undisturbed.output / "x.safetensors", folder / "lora.safetensors")
     shutil.copy(undisturbed.output / "x.safetensors", project / "lora.safetensors")
     made = folder / "made"
-    code, said = run_here(*GENERATE, "--output_type", "latent", "--save_path", made, folder=project)
+    code, said = run_here(*generating(scripts), "--output_type", "latent", "--save_path", made, folder=project)
     assert code == 0, said
     next(made.iterdir()).rename(folder / "latent.safetensors")
     return folder
@@ -108,7 +151,7 @@ def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.command[0]} {place.option}")
+@pytest.mark.parametrize(("scripts", "place"), in_projects(PLACES), indirect=["scripts"])
 def test_a_bad_file_is_refused_in_one_message(place: Place, damage: str, project: Path, good: Path, tmp_path: Path) -> None:
     name, make_bad = DAMAGES[damage]
     make_bad(good / f"{place.good}.safetensors", tmp_path / name)
@@ -122,7 +165,7 @@ def test_a_bad_file_is_refused_in_one_message(place: Place, damage: str, project
     assert not (project / "never.safetensors").exists()
 
 
-@pytest.mark.parametrize("place", [*PLACES[:-3], *PLACES[-2:]], ids=lambda place: f"{place.command[0]} {place.option}")
+@pytest.mark.parametrize(("scripts", "place"), in_projects([*PLACES[:-3], *PLACES[-2:]]), indirect=["scripts"])
 def test_a_file_of_another_kind_is_refused_in_one_message(place: Place, project: Path, good: Path) -> None:
     before = everything(project)
 
@@ -142,7 +185,7 @@ def test_a_lora_is_not_merged_into_a_model_it_does_not_fit(project: Path, good: 
     assert not (project / "never.safetensors").exists()
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.command[0]} {place.option}")
+@pytest.mark.parametrize(("scripts", "place"), in_projects(PLACES), indirect=["scripts"])
 def test_a_file_that_is_not_there_is_named(place: Place, project: Path, tmp_path: Path) -> None:
     before = everything(project)
 
@@ -278,7 +321,7 @@ def test_latest_goes_past_a_state_that_was_cut(project: Path, undisturbed: Undis
     shutil.copytree(undisturbed.output, tmp_path / "out")
     truncated(undisturbed.output / "x-state" / "network.safetensors", tmp_path / "out" / "x-state" / "network.safetensors")
 
-    code, said = run_here(*TRAIN, "--output_dir", tmp_path / "out", folder=project)
+    code, said = run_here(*WAN.train, "--output_dir", tmp_path / "out", folder=project)
 
     assert code == 0, said
     assert "x-state is left out of the search for the latest state" in said

@@ -17,11 +17,10 @@ import pytest
 from tests.commands import QUIET, ROOT, run_python, run_script
 from tests.faults.run_and_die import POINTS
 from tests.faults.runs import (
-    CACHE_LATENTS,
-    CACHE_TEXTS,
     DYING,
-    GENERATE,
-    TRAIN,
+    FAMILIES,
+    FINE_TUNING,
+    Scripts,
     Undisturbed,
     assert_same_caches,
     assert_same_end,
@@ -34,6 +33,7 @@ from tests.faults.runs import (
     visible_files,
 )
 
+TRAININGS = (*FAMILIES, FINE_TUNING)
 KILLED = 1 if os.name == "nt" else -9
 PATIENCE = 300  # seconds until a process that does not go on counts as hanging
 
@@ -73,20 +73,22 @@ def kill_after(process: "subprocess.Popen[bytes]", seconds: float) -> int:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_training_killed_at_a_chosen_point_ends_as_if_it_had_not_been(
-    point: str, project: Path, undisturbed: Undisturbed, tmp_path: Path
+    point: str, scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     count = random.Random(f"kill at {point}").randint(1, undisturbed.passed[point])
-    command = [*TRAIN, "--output_dir", str(tmp_path / "out")]
-    killed = run_python(DYING, point, count, ROOT / TRAIN[0], *command[1:], folder=project, check=False)
+    command = [*scripts.train, "--output_dir", str(tmp_path / "out")]
+    killed = run_python(DYING, point, count, ROOT / scripts.train[0], *command[1:], folder=project, check=False)
     assert killed.returncode == KILLED, killed.stderr[-3000:]
     assert_whole(tmp_path / "out")
     run_script(*command, folder=project)
     assert_same_training(tmp_path / "out", undisturbed.output)
 
 
-def test_training_killed_from_outside_ends_as_if_it_had_not_been(project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_training_killed_from_outside_ends_as_if_it_had_not_been(
+    scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
-    command = [*TRAIN, "--output_dir", str(output)]
+    command = [*scripts.train, "--output_dir", str(output)]
     process = start(project, command, tmp_path / "log")
     wait_until((output / "x-step00000003.safetensors").exists, process)
     assert kill_after(process, random.uniform(0, 0.3)) == KILLED, (tmp_path / "log").read_text(encoding="utf-8")
@@ -105,10 +107,10 @@ def test_training_killed_from_outside_ends_as_if_it_had_not_been(project: Path, 
     ],
 )
 def test_a_signal_ends_training_after_its_step_with_everything_saved(
-    number: signal.Signals, project: Path, undisturbed: Undisturbed, tmp_path: Path
+    number: signal.Signals, scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
-    command = [*TRAIN, "--output_dir", str(output)]
+    command = [*scripts.train, "--output_dir", str(output)]
     process = start(project, command, log)
     wait_until((output / "x-step00000003.safetensors").exists, process)
     process.send_signal(number)
@@ -126,14 +128,16 @@ def test_a_signal_ends_training_after_its_step_with_everything_saved(
 
 
 @pytest.mark.slow
-def test_200_random_kills_of_training_change_nothing(project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_200_random_kills_of_training_change_nothing(
+    scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """Of runs that are killed again and again until they come to their end. Half of the kills come from outside."""
     dice = random.Random(200)
     kills, runs = 0, 0
     while kills < 200:
         output = tmp_path / f"run {runs}"
         workers = str(dice.choice([0, 0, 2]))
-        command = [*TRAIN, "--output_dir", str(output), "--max_data_loader_n_workers", workers]
+        command = [*scripts.train, "--output_dir", str(output), "--max_data_loader_n_workers", workers]
         while kills < 200 and _killed(dice, project, undisturbed, command, tmp_path / "log"):
             kills += 1
             if output.exists():
@@ -159,29 +163,29 @@ def _killed(dice: random.Random, project: Path, undisturbed: Undisturbed, comman
 # --- caching ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_latent_caching_killed_from_outside_goes_on_where_it_was(project: Path, tmp_path: Path) -> None:
+def test_latent_caching_killed_from_outside_goes_on_where_it_was(scripts: Scripts, project: Path, tmp_path: Path) -> None:
     for attempt in range(5):  # the run is short: it may be over before it is killed
         cache = tmp_path / str(attempt) / "cache"
         data = ["--dataset_config", str(copy_data(project, cache.parent, cached=False))]
-        process = start(project, [*CACHE_LATENTS, *data], tmp_path / "log")
+        process = start(project, [*scripts.cache_latents, *data], tmp_path / "log")
         wait_until(lambda cache=cache: cache.is_dir() and any(cache.iterdir()), process)  # type: ignore[misc]
         if kill_after(process, random.uniform(0, 0.05)) == KILLED:
             break
     else:
         pytest.fail("the run was never killed in time")
     assert_whole(cache)
-    run_script(*CACHE_LATENTS, *data, folder=project)
-    run_script(*CACHE_TEXTS, *data, folder=project)
+    run_script(*scripts.cache_latents, *data, folder=project)
+    run_script(*scripts.cache_texts, *data, folder=project)
     assert_same_caches(cache, project / "cache")
 
 
 @pytest.mark.slow
-def test_40_random_kills_of_caching_change_nothing(project: Path, tmp_path: Path) -> None:
+def test_40_random_kills_of_caching_change_nothing(scripts: Scripts, project: Path, tmp_path: Path) -> None:
     dice = random.Random(40)
     for number in range(20):
         folder = tmp_path / str(number)
         data = ["--dataset_config", copy_data(project, folder, cached=False)]
-        for command in (CACHE_LATENTS, CACHE_TEXTS):
+        for command in (scripts.cache_latents, scripts.cache_texts):
             point, count = dice.choice(["mid_write", "before_rename", "after_rename"]), dice.randint(1, 6)  # files
             killed = run_python(DYING, point, count, ROOT / command[0], *command[1:], *data, folder=project, check=False)
             assert killed.returncode == KILLED, killed.stderr[-3000:]
@@ -195,17 +199,19 @@ def test_40_random_kills_of_caching_change_nothing(project: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_20_random_kills_of_generation_leave_whole_files_and_change_nothing(project: Path, tmp_path: Path) -> None:
+def test_20_random_kills_of_generation_leave_whole_files_and_change_nothing(
+    scripts: Scripts, project: Path, tmp_path: Path
+) -> None:
     dice = random.Random(20)
     expected, passed = tmp_path / "undisturbed", tmp_path / "passed.json"
-    run_python(DYING, "count", passed, ROOT / GENERATE[0], *GENERATE[1:], "--save_path", expected, folder=project)
+    run_python(DYING, "count", passed, ROOT / scripts.generate[0], *scripts.generate[1:], "--save_path", expected, folder=project)
     counts = {point: count for point, count in json.loads(passed.read_text(encoding="utf-8")).items() if count}
     for number in range(20):
         output = tmp_path / str(number)
         point = dice.choice(sorted(counts))
         count = dice.randint(1, counts[point])
-        command = [*GENERATE, "--save_path", str(output)]
-        killed = run_python(DYING, point, count, ROOT / GENERATE[0], *command[1:], folder=project, check=False)
+        command = [*scripts.generate, "--save_path", str(output)]
+        killed = run_python(DYING, point, count, ROOT / scripts.generate[0], *command[1:], folder=project, check=False)
         assert killed.returncode == KILLED, killed.stderr[-3000:]
         assert_whole(output)
         before = set(visible_files(output))

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
 from modules.errors import OptionError
 from modules.options import read_options
 
 
 def read(folder: Path, *arguments: str) -> GenerationOptions:
-    parser = generation_parser(None, fps=16, guidance_scale=5.0)
+    parser = generation_parser(None, ScriptDefaults(fps=16, guidance_scale=5.0))
     return read_options(GenerationOptions, read_arguments(parser, ["--save_path", str(folder), *arguments]))
 
 

@@ -12,7 +12,9 @@ from generation.request import check_guidance, make_request
 from modules.errors import OptionError
 from modules.records import Request
 
-OPTIONS = RequestOptions("a cat", None, (480, 832), None, 16.0, None, None, 5.0, None, None, "unipc", None, None, None)
+OPTIONS = RequestOptions(
+    "a cat", None, (480, 832), None, 16.0, None, None, 5.0, None, None, "unipc", None, None, None, None, None, None
+)
 
 
 def test_the_size_is_height_then_width_and_nothing_said_stays_open() -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
 from generation.run import generate
 from modules.errors import CheckpointError, MediaError, OptionError, OutputError, UserError
 from modules.media import video_frames
@@ -18,7 +18,7 @@ from tests.generation.toy_family import ToyFamily
 
 
 def options(folder: Path, *arguments: object) -> GenerationOptions:
-    parser = generation_parser(None, fps=16, guidance_scale=5.0)
+    parser = generation_parser(None, ScriptDefaults(fps=16, guidance_scale=5.0))
     common = ["--save_path", str(folder), "--device", "cpu", "--video_size", "32", "48", "--video_length", "5"]
     return read_options(GenerationOptions, read_arguments(parser, [*common, *map(str, arguments)]))
 

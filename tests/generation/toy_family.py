@@ -32,6 +32,7 @@ class ToyTextEncoder:
     """A text becomes its length."""
 
     name = "letters"
+    keys = frozenset({"letters"})
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
 
@@ -92,6 +93,7 @@ class ToyFamily:
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
     dit: DitSpec = DitSpec(("blocks",))
+    text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
     experts: tuple[float, ...] = (0.0,)
     media_identity: Mapping[str, str] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modules.rope import TABLES, axis_angles, complex_table, grid_angles, real_table, rotate
+from modules.rope import TABLES, GridTable, axis_angles, complex_table, grid_angles, real_table, rotate
 from tests.golden_cases import read_case
 
 WIDTHS = (44, 42, 42)  # frames, rows, columns of a Wan head of 128
@@ -70,3 +70,21 @@ def test_bfloat16_comes_back_as_bfloat16_rounded_once(kind: str) -> None:
     turned = rotate(x, table)
 
     assert torch.equal(turned, rotate(x.float(), table).to(torch.bfloat16))
+
+
+def test_a_table_is_made_anew_only_for_another_grid_or_device() -> None:
+    asked = []
+
+    def make(grid: tuple[int, int, int]) -> torch.Tensor:
+        asked.append(grid)
+        return torch.tensor(grid)
+
+    table, cpu = GridTable(make), torch.device("cpu")
+    with torch.inference_mode():
+        first = table.of((1, 2, 3), cpu)
+
+    assert not first.is_inference()
+    assert table.of((1, 2, 3), cpu) is first
+    assert table.of((1, 2, 4), cpu).tolist() == [1, 2, 4]
+    assert table.of((1, 2, 4), torch.device("meta")).is_meta
+    assert asked == [(1, 2, 3), (1, 2, 4), (1, 2, 4)]

@@ -12,7 +12,7 @@ from torch import nn
 from modules.activation import checkpoint_blocks
 from modules.errors import CheckpointError, OptionError
 from modules.family import DitSpec
-from networks import lora, lora_wan
+from networks import lora_hunyuan, lora_wan
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, keep_mask
 from tests.golden_cases import make_input, read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, randomize, tiny_dit, wan_network
@@ -77,7 +77,7 @@ def test_hunyuan_video_blocks_are_the_targets_of_the_shared_module() -> None:
     dit.single_blocks = nn.ModuleList([MMSingleStreamBlock()])
     dit.final = nn.Linear(8, 8)
 
-    network = lora.create_arch_network(1.0, 4, 1.0, None, None, dit)
+    network = lora_hunyuan.create_arch_network(1.0, 4, 1.0, None, None, dit)
 
     assert {name.partition(".")[0] for name in network.state_dict()} == {"lora_unet_single_blocks_0_linear1"}
 

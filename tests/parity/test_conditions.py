@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modules.errors import MediaError
 from modules.media import write_png, write_video
+from modules.pixels import video_pixels
 from tests.golden_cases import read_case
 from tests.parity import reference
 from tests.parity.datasets import decoded
@@ -22,7 +23,6 @@ from tests.tiny.project import moving_square
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import CLIP_DIM, clip_official_tensors, clip_tensors
-from wan.conditioning import read_control
 
 PROMPT, SEED, FRAMES, STEPS = "close up of a butterfly", 31, 9, 4
 HEIGHT, WIDTH = 32, 64  # asked for; images set the aspect
@@ -235,7 +235,7 @@ def test_control_with_an_image(
 @pytest.mark.parametrize("with_end", [False, True])
 def test_a_control_video_that_is_too_short_is_refused(media: Path, with_end: bool) -> None:
     with pytest.raises(MediaError, match=f"has 15 frames, {17 + with_end} are needed"):
-        read_control(media / "control.mp4", WIDTH, HEIGHT, 17, 4 * with_end)
+        video_pixels(media / "control.mp4", "--control_path", WIDTH, HEIGHT, 17, 4 * with_end)
 
 
 def test_the_pipelines_of_diffusers_make_the_same_conditions(media: Path, models: Callable[[str], Path]) -> None:

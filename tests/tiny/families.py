@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_clips, write_dataset, write_image
 from tests.tiny.wan import write_tiny_wan
 
@@ -55,6 +56,28 @@ def _wan(task: str, kind: str, *, with_clip: Command, media: Command, line: str 
     )
 
 
+def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: str = "") -> TinyFamily:
+    def prepare(folder: Path) -> None:
+        write_tiny_hunyuan(folder / "model", kind)
+        write_clips(folder / "clips")
+        write_dataset(folder)
+        write_image(folder / "start.png", 32, 32)
+
+    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2"]
+    models = ["--dit", "model/dit.safetensors", *vae, *texts]
+    network = ["--network_module", "networks.lora", "--network_dim", "4", "--learning_rate", "1e-2"]
+    return TinyFamily(
+        name=name,
+        prepare=prepare,
+        cache_latents=["cache_latents.py", "--dataset_config", "dataset.toml", *vae, *caching],
+        cache_texts=["cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", *texts],
+        train=["hv_train_network.py", *models, "--dataset_config", "dataset.toml", "--sdpa", *network],
+        generate=["hv_generate_video.py", *models, *media, "--negative_prompt", "dull"],
+        sample_line=f"{TinyFamily.sample_line} --n dull {line}".strip(),
+    )
+
+
 CLIP = ["--clip", "model/clip.safetensors"]
 CONTROL = 'control_directory = "{folder}/control"'
 START, END, FOLLOW = ["--image_path", "start.png"], ["--end_image_path", "end.png"], ["--control_path", "control/clip 0.mp4"]
@@ -72,4 +95,6 @@ FAMILIES = (
         line="--i start.png --cn control/clip 0.mp4",
         more=CONTROL,
     ),
+    _hunyuan("hunyuan_video", "t2v", caching=[], media=[]),
+    _hunyuan("skyreels i2v", "i2v", caching=["--i2v"], media=START, line="--i start.png"),
 )

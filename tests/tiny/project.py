@@ -7,6 +7,7 @@ import torch
 
 from modules.atomic_write import save_tensors
 from modules.media import write_png, write_video
+from tests.tiny import hunyuan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import CLIP_DIM, write_encoders
 
@@ -76,6 +77,7 @@ def write_lora(path: Path, dit: Path, rank: int = 2) -> None:
 
 def lay_out_models(folder: Path) -> None:
     """Tiny models under the names that the documents use."""
+    hunyuan.lay_out_models(folder)
     write_encoders(folder)
     write_dit(folder, tiny_state("t2v", dtype=torch.bfloat16), name="wan2.1_t2v_1.3B_bf16")
     write_dit(folder, tiny_state("i2v", dtype=torch.bfloat16, image_dim=CLIP_DIM), name="wan2.1_i2v_480p_14B_bf16")

@@ -1,6 +1,5 @@
 """Tiny random Wan2.1 transformers, as files of every dialect a user may have."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.tiny.dit_files import as_fp8, draw, write_shards
 from wan.configs import WanConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -36,14 +36,13 @@ DIALECTS = (
     "diffusers_sharded",
 )
 FP8_DIALECTS = ("fp8", "fp8_scaled", "fp8_weight_scale", "fp8_row_scale")
-SHARDS = 3
 
 
 def tiny_state(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
     """Random weights under the published names. sizes: fields of WanConfig to change, such as dim=256 or text_dim=64."""
     config = replace(CONFIGS[kind], **sizes)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
-    return {name: _draw(name, shape, generator).to(dtype) for name, shape in shapes(config, kind == "camera").items()}
+    return {name: draw(name, shape, generator).to(dtype) for name, shape in shapes(config, kind == "camera").items()}
 
 
 def shapes(config: WanConfig, camera: bool = False) -> Shapes:
@@ -92,15 +91,6 @@ def shapes(config: WanConfig, camera: bool = False) -> Shapes:
     return found
 
 
-def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    values = torch.randn(shape, generator=generator)
-    if name.endswith((".bias", "modulation", "emb_pos")):
-        return 0.1 * values
-    if len(shape) == 1:
-        return 1 + 0.1 * values  # weights of norms
-    return values / values[0].numel() ** 0.5
-
-
 def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "wan") -> Path:
     """Write a transformer as one of DIALECTS or FP8_DIALECTS. Returns what a user gives to --dit."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +102,7 @@ def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safeten
         case "safetensors":
             save_file(dict(state), path, metadata={"format": "pt"})
         case "sharded":
-            return _write_shards(folder, state, "diffusion_pytorch_model")
+            return write_shards(folder, state, "diffusion_pytorch_model")
         case "prefixed" | "compiled":
             prefix = "model.diffusion_model." if dialect == "prefixed" else "_orig_mod."
             save_file({prefix + key: tensor for key, tensor in state.items()}, path)
@@ -123,45 +113,10 @@ def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safeten
             save_file({diffusers_name(key): tensor for key, tensor in state.items()}, path)
         case "diffusers_sharded":
             named = {diffusers_name(key): tensor for key, tensor in state.items()}
-            return _write_shards(folder / "transformer", named, "diffusion_pytorch_model").parent
+            return write_shards(folder / "transformer", named, "diffusion_pytorch_model").parent
         case _:
-            save_file(_as_fp8(state, dialect), path)
+            save_file(as_fp8(state, dialect), path)
     return path
-
-
-def _write_shards(folder: Path, state: Mapping[str, Tensor], stem: str) -> Path:
-    """As the official repository: numbered files and an index. Returns the index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names, weight_map = list(state), {}
-    for number in range(SHARDS):
-        file = f"{stem}-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
-        part = {name: state[name] for name in names[number::SHARDS]}
-        save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    index = folder / f"{stem}.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
-    return index
-
-
-def _as_fp8(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
-    """Matrices in float8_e4m3fn, plain or with scales beside them; the rest in bfloat16."""
-    stored: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if tensor.ndim < 2 or name.endswith(("modulation", "emb_pos")):
-            stored[name] = tensor.to(torch.bfloat16)
-            continue
-        if dialect == "fp8" or tensor.ndim > 2:
-            stored[name] = tensor.to(torch.float8_e4m3fn)
-            continue
-        peak = tensor.abs().amax(dim=1, keepdim=True) if dialect == "fp8_row_scale" else tensor.abs().max()
-        scale = peak.float() / 448  # the largest float8_e4m3fn
-        ending = "weight_scale" if dialect == "fp8_weight_scale" else "scale_weight"
-        stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
-        stored[name.removesuffix("weight") + ending] = scale
-    if dialect == "fp8_scaled":
-        stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
-        stored["blocks.0.ffn.0.scale_input"] = torch.ones(())
-    return stored
 
 
 def diffusers_name(name: str) -> str:

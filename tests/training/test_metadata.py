@@ -6,6 +6,7 @@ from datetime import datetime
 from modules.options import read_options
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
+from training.whole_dit_options import add_whole_dit_arguments
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678)
 FAMILY = {"architecture": "wan2.1", "implementation": "https://example.org/model", "sd_model_name": "dit.safetensors"}
@@ -35,11 +36,12 @@ TRAINING_KEYS = (
 KEPT_KEYS = "ss_base_model_version ss_network_module ss_network_dim ss_network_alpha ss_network_args"
 
 
-def metadata(*argv: str, is_network: bool = True) -> dict[str, str]:
+def metadata(*argv: str, whole_dit: bool = False) -> dict[str, str]:
     needed = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
-    options = read_options(TrainingOptions, read_arguments(training_parser(None), [*needed, *argv], {}))
+    parser = training_parser(None, add_whole_dit_arguments) if whole_dit else training_parser(None)
+    options = read_options(TrainingOptions, read_arguments(parser, [*needed, *argv], {}))
     run = run_metadata(options, "wan", FAMILY, FACTS)
-    return file_metadata(run, options, FAMILY, step=5, epoch=2, now=NOW, is_network=is_network)
+    return file_metadata(run, options, FAMILY, step=5, epoch=2, now=NOW)
 
 
 def test_every_key_of_the_format_is_there_as_text() -> None:
@@ -79,5 +81,14 @@ def test_the_model_specification_says_what_the_file_is() -> None:
         "tags": "a,b",
         "timestep_range": "100,1000",
     }
-    assert metadata(is_network=False)["modelspec.architecture"] == "wan2.1"
     assert metadata("--metadata_title", "y")["modelspec.title"] == "y"
+
+
+def test_a_whole_model_does_not_look_like_a_lora() -> None:
+    made = metadata("--full_bf16", "--mixed_precision", "bf16", whole_dit=True)
+
+    assert made["modelspec.architecture"] == "wan2.1"
+    assert {key for key in made if key.startswith("ss_")} == {*TRAINING_KEYS.split(), "ss_base_model_version"} - {
+        "ss_network_dropout"
+    }
+    assert made["ss_full_bf16"] == "True"

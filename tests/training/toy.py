@@ -30,6 +30,7 @@ from modules.records import (
 )
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
+from training.whole_dit_options import add_whole_dit_arguments
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.5)
 WIDTH = 8
@@ -57,7 +58,7 @@ class ToyDit(nn.Module):
         self.head = nn.Linear(WIDTH, LATENT.channels)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, text: Sequence[Tensor]) -> Tensor:
-        x = self.embed(noisy.flatten(2).transpose(1, 2))  # B L C
+        x = self.embed(noisy.to(self.embed.weight.dtype).flatten(2).transpose(1, 2))  # B L C
         added = torch.stack([one.mean() for one in text]) + timesteps / 1000
         for block in self.blocks:
             x = block(x, added.view(-1, 1, 1).to(x.dtype))
@@ -77,6 +78,7 @@ class ToyTextEncoder:
     """A text becomes its length."""
 
     name = "letters"
+    keys = frozenset({"letters"})
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
 
@@ -100,6 +102,7 @@ class ToyFamily:
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
     dit: DitSpec = DitSpec(("blocks",))
+    text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
     experts: tuple[float, ...] = (0.0,)
     media_identity: Mapping[str, str] = field(default_factory=dict)
@@ -130,7 +133,7 @@ class ToyFamily:
         if placement.patch is not None:
             for name, parameter in dit.named_parameters():
                 parameter.data = placement.patch(name, parameter.data)
-        return dit.to(placement.device, self.dtype)
+        return dit.to(placement.device, placement.storage_dtype or self.dtype)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         return {"letters": batch.tensors["letters"]}
@@ -192,17 +195,17 @@ def write_caches(folder: Path, count: int = 5, batch_size: int = 1, more: str = 
     return path
 
 
-def toy_options(folder: Path, *arguments: object) -> TrainingOptions:
-    """Options as from a command line; output goes to `folder`/output under the name x."""
+def toy_options(folder: Path, *arguments: object, whole_dit: bool = False) -> TrainingOptions:
+    """Options as from a command line; output goes to `folder`/output under the name x. whole_dit: full fine-tuning."""
     usual = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output", "--output_name", "x", "--seed", 3]
     usual += ["--learning_rate", "1e-2", "--max_train_steps", 8, "--max_data_loader_n_workers", 0]
-    parser = training_parser("")
+    parser = training_parser("", add_whole_dit_arguments) if whole_dit else training_parser("")
     return read_options(TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {}))
 
 
-def train_toy(folder: Path, *arguments: object, family: Any = None) -> dict[str, Tensor]:
+def train_toy(folder: Path, *arguments: object, family: Any = None, whole_dit: bool = False) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of the final file."""
-    assert train_network(family or ToyFamily(), toy_options(folder, *arguments)) == 0
+    assert train_network(family or ToyFamily(), toy_options(folder, *arguments, whole_dit=whole_dit)) == 0
     return load_file(folder / "output" / "x.safetensors")
 
 

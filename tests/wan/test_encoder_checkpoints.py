@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modules.checkpoint import Checkpoint, load_module, open_checkpoint
+from modules.dialects import LoadPlan
 from modules.errors import CheckpointError
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_encoders import (
@@ -26,7 +27,7 @@ from tests.tiny.wan_encoders import (
     vae_tensors,
 )
 from wan.clip import ClipVision, load_clip
-from wan.encoder_checkpoints import LoadPlan, read_clip, read_t5, read_vae
+from wan.encoder_checkpoints import read_clip, read_t5, read_vae
 from wan.t5 import UmT5, load_t5
 from wan.vae import WanVae, load_vae
 
@@ -35,7 +36,8 @@ Read = Callable[[Checkpoint], LoadPlan[Any]]
 READERS: tuple[tuple[str, Read, Callable[[Any], nn.Module]], ...] = (
     ("wan2.1-vae", read_vae, WanVae),
     ("umt5", read_t5, UmT5),
-    ("clip-", read_clip, ClipVision),
+    ("clip-vision", read_clip, ClipVision),
+    ("clip-xlm", read_clip, ClipVision),
 )
 PUBLISHED = [pytest.param(name, read, build, id=name) for start, read, build in READERS for name in manifest_names(start)]
 

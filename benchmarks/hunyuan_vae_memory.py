@@ -1,0 +1,98 @@
+"""Peak memory of the HunyuanVideo VAE in tiles, for clips of growing length and size: python benchmarks/hunyuan_vae_memory.py
+
+A child process encodes a clip or decodes latents with a narrow random VAE and throws each chunk of frames away, as writing a video
+does. The figure is the highest resident memory of the process above what it was before (VmHWM of /proc/self/status, so Linux only),
+less the pixels that must be there: of the clip when encoding, of one tile's length of frames when decoding. It is divided by the
+figure of the smallest clip. The last lines, without tiles, show for comparison how memory grows where nothing bounds it.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+AIM = 1.1
+TILE, WIDTH = 64, 16  # edge of a tile in pixels; channels of the first level, 128 in the released VAE
+CLIPS = ((65, 96, 96), (129, 96, 96), (257, 96, 96), (65, 192, 192))  # frames, height, width
+WHOLE = ((33, 96, 96), (65, 96, 96), (129, 96, 96))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--child", nargs=5, metavar=("WHAT", "TILING", "FRAMES", "HEIGHT", "WIDTH"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        what, tiling, *sizes = args.child
+        print(_measure(what, tiling == "tiles", *(int(size) for size in sizes)))
+        return
+    if not Path("/proc/self/clear_refs").exists():
+        raise SystemExit("this benchmark reads /proc/self and runs on Linux only")
+    worst = max(_compare(what, "tiles", CLIPS) for what in ("decode", "encode"))
+    print(f"worst ratio {worst:.3f}, aim at most {AIM}", flush=True)
+    for what in ("decode", "encode"):
+        _compare(what, "whole", WHOLE)
+    raise SystemExit(worst > AIM)
+
+
+def _compare(what: str, tiling: str, clips: tuple[tuple[int, int, int], ...]) -> float:
+    """Print a line for each clip; return the largest ratio to the first."""
+    peaks: list[float] = []
+    for clip in clips:
+        command = [sys.executable, __file__, "--child", what, tiling, *map(str, clip)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout))
+        frames, height, width = clip
+        print(
+            f"{what} in {tiling}, {frames:3} frames of {height:3} x {width:3}: peak {peaks[-1] / 1e6:6.1f} MB, "
+            f"ratio {peaks[-1] / peaks[0]:.3f}",
+            flush=True,
+        )
+    return max(peaks) / peaks[0]
+
+
+def _measure(what: str, tiling: bool, frames: int, height: int, width: int) -> int:
+    """In the child: bytes at the peak, beside the pixels that must be there."""
+    import tempfile
+
+    import torch
+
+    from hunyuan_model.vae import load_vae
+    from tests.tiny.hunyuan_vae import write_vae
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_vae(Path(folder) / "vae.safetensors", WIDTH)
+        vae = load_vae(path, torch.device("cpu"), torch.float32, tile=TILE if tiling else None)
+    vae.encode(torch.zeros(1, 3, 5, 16, 16))  # whatever a first call loads
+    list(vae.decode(torch.zeros(1, 16, 2, 2, 2)))
+    pixel_bytes = 3 * height * width * 4
+    if what == "encode":
+        pixels, needed = torch.zeros(1, 3, frames, height, width).uniform_(-1, 1), 0  # there before the first reading
+        before = _start_of_peak()
+        vae.encode(pixels)
+    else:
+        latents = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
+        needed = min(frames, 65) * pixel_bytes
+        before = _start_of_peak()
+        for chunk in vae.decode(latents):
+            del chunk
+    return _status("VmHWM") - before - needed
+
+
+def _start_of_peak() -> int:
+    """Forget the peak so far; the resident memory now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Encode the images and clips of a dataset with HunyuanVideo's VAE for training, of SkyReels V1 too.
+
+All options: python cache_latents.py --help
+"""
+
+from collections.abc import Sequence
+
+from dataset.config import load_dataset_config
+from dataset.options import read_latent_caching
+from families import identify
+from hunyuan_model.options import HunyuanLatentCachingOptions, add_latent_caching_arguments
+from modules.command import command_line
+from modules.options import require
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options, debug, hunyuan_options = read_latent_caching(__doc__, add_latent_caching_arguments, HunyuanLatentCachingOptions, argv)
+    if debug.debug_mode is None and not options.check:
+        require(hunyuan_options.vae.file.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
+    config = load_dataset_config(options.dataset_config)
+
+    from dataset.modes import run_latent_caching  # torch loads here, after every option has been read
+    from hunyuan_model.family import family_for_latent_caching
+
+    run_latent_caching(family_for_latent_caching(hunyuan_options), config, options, debug)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

@@ -1,0 +1,26 @@
+"""Encode the captions of a dataset with HunyuanVideo's text encoders for training, of SkyReels V1 too.
+
+All options: python cache_text_encoder_outputs.py --help
+"""
+
+from collections.abc import Sequence
+
+from dataset.config import load_dataset_config
+from dataset.options import read_text_caching
+from families import identify
+from hunyuan_model.options import HunyuanTextCachingOptions, add_text_caching_arguments
+from modules.command import command_line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options, hunyuan_options = read_text_caching(__doc__, add_text_caching_arguments, HunyuanTextCachingOptions, argv)
+    config = load_dataset_config(options.dataset_config)
+
+    from dataset.modes import run_text_caching  # torch loads here, after every option has been read
+    from hunyuan_model.family import family_for_text_caching
+
+    run_text_caching(family_for_text_caching(hunyuan_options), config, options)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

@@ -1,0 +1,322 @@
+"""Files that hold a HunyuanVideo or SkyReels V1 transformer: the dialects, what a file is, and loading one."""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
+from hunyuan_model.model import HunyuanVideoModel
+from modules.attention import backend
+from modules.checkpoint import Checkpoint, Source, dequantise, open_checkpoint, plain_sources
+from modules.checkpoint_files import load_pickled
+from modules.devices import dtype_name
+from modules.dialects import Names, count, other_kind, translated
+from modules.dit_files import bare_names, fill_dit, kept_dtype, own_dtype
+from modules.errors import CheckpointError
+from modules.records import Placement
+
+logger = logging.getLogger(__name__)
+
+# kept so, as they compute so; under 1 % of the model
+FLOAT32_LAYERS = ("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder.")
+TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
+
+# ComfyUI's names -> the published ones. Source: the repackaged checkpoint of Comfy-Org.
+FROM_COMFY: Names = (
+    (r"(time_in|guidance_in|txt_in\.t_embedder)\.in_layer\.(\w+)", r"\1.mlp.0.\2"),
+    (r"(time_in|guidance_in|txt_in\.t_embedder)\.out_layer\.(\w+)", r"\1.mlp.2.\2"),
+    (r"txt_in\.c_embedder\.in_layer\.(\w+)", r"txt_in.c_embedder.linear_1.\1"),
+    (r"txt_in\.c_embedder\.out_layer\.(\w+)", r"txt_in.c_embedder.linear_2.\1"),
+    (r"(.+\.(?:img|txt|self)_attn)\.(qkv|proj)\.(\w+)", r"\1_\2.\3"),
+    (r"(.+\.(?:img|txt)_attn)\.norm\.query_norm\.(?:scale|weight)", r"\1_q_norm.weight"),
+    (r"(.+\.(?:img|txt)_attn)\.norm\.key_norm\.(?:scale|weight)", r"\1_k_norm.weight"),
+    (r"(single_blocks\.\d+)\.norm\.query_norm\.(?:scale|weight)", r"\1.q_norm.weight"),
+    (r"(single_blocks\.\d+)\.norm\.key_norm\.(?:scale|weight)", r"\1.k_norm.weight"),
+    (r"(.+\.(?:img_|txt_|)mlp)\.0\.(\w+)", r"\1.fc1.\2"),
+    (r"(.+\.(?:img_|txt_|)mlp)\.2\.(\w+)", r"\1.fc2.\2"),
+    (r"(.+\.(?:img_mod|txt_mod|modulation))\.lin\.(\w+)", r"\1.linear.\2"),
+)
+
+# diffusers' names -> the published ones. Source: checkpoints of hunyuanvideo-community/HunyuanVideo and Skywork/SkyReels-V1-*.
+# A name that ends in #n is the nth of the parts that stand one below the other in the published tensor.
+_DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)", r"single_transformer_blocks\.(\d+)"
+_REFINER, _REFINED = r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)", r"txt_in.individual_token_refiner.blocks.\1"
+_QKV = (("q", 0), ("k", 1), ("v", 2))
+FROM_DIFFUSERS: Names = (
+    (r"x_embedder\.proj\.(\w+)", r"img_in.proj.\1"),
+    (r"time_text_embed\.timestep_embedder\.linear_1\.(\w+)", r"time_in.mlp.0.\1"),
+    (r"time_text_embed\.timestep_embedder\.linear_2\.(\w+)", r"time_in.mlp.2.\1"),
+    (r"time_text_embed\.guidance_embedder\.linear_1\.(\w+)", r"guidance_in.mlp.0.\1"),
+    (r"time_text_embed\.guidance_embedder\.linear_2\.(\w+)", r"guidance_in.mlp.2.\1"),
+    (r"time_text_embed\.text_embedder\.linear_1\.(\w+)", r"vector_in.in_layer.\1"),
+    (r"time_text_embed\.text_embedder\.linear_2\.(\w+)", r"vector_in.out_layer.\1"),
+    (r"context_embedder\.proj_in\.(\w+)", r"txt_in.input_embedder.\1"),
+    (r"context_embedder\.time_text_embed\.timestep_embedder\.linear_1\.(\w+)", r"txt_in.t_embedder.mlp.0.\1"),
+    (r"context_embedder\.time_text_embed\.timestep_embedder\.linear_2\.(\w+)", r"txt_in.t_embedder.mlp.2.\1"),
+    (r"context_embedder\.time_text_embed\.text_embedder\.(linear_[12])\.(\w+)", r"txt_in.c_embedder.\1.\2"),
+    *((rf"{_REFINER}\.attn\.to_{letter}\.(\w+)", rf"{_REFINED}.self_attn_qkv.\2#{part}") for letter, part in _QKV),
+    (rf"{_REFINER}\.attn\.to_out\.0\.(\w+)", rf"{_REFINED}.self_attn_proj.\2"),
+    (rf"{_REFINER}\.ff\.net\.0\.proj\.(\w+)", rf"{_REFINED}.mlp.fc1.\2"),
+    (rf"{_REFINER}\.ff\.net\.2\.(\w+)", rf"{_REFINED}.mlp.fc2.\2"),
+    (rf"{_REFINER}\.norm_out\.linear\.(\w+)", rf"{_REFINED}.adaLN_modulation.1.\2"),
+    (rf"{_REFINER}\.(norm[12])\.(\w+)", rf"{_REFINED}.\2.\3"),
+    (rf"{_DOUBLE}\.norm1\.linear\.(\w+)", r"double_blocks.\1.img_mod.linear.\2"),
+    (rf"{_DOUBLE}\.norm1_context\.linear\.(\w+)", r"double_blocks.\1.txt_mod.linear.\2"),
+    *((rf"{_DOUBLE}\.attn\.to_{letter}\.(\w+)", rf"double_blocks.\1.img_attn_qkv.\2#{part}") for letter, part in _QKV),
+    *((rf"{_DOUBLE}\.attn\.add_{letter}_proj\.(\w+)", rf"double_blocks.\1.txt_attn_qkv.\2#{part}") for letter, part in _QKV),
+    (rf"{_DOUBLE}\.attn\.to_out\.0\.(\w+)", r"double_blocks.\1.img_attn_proj.\2"),
+    (rf"{_DOUBLE}\.attn\.to_add_out\.(\w+)", r"double_blocks.\1.txt_attn_proj.\2"),
+    (rf"{_DOUBLE}\.attn\.norm_([qk])\.(\w+)", r"double_blocks.\1.img_attn_\2_norm.\3"),
+    (rf"{_DOUBLE}\.attn\.norm_added_([qk])\.(\w+)", r"double_blocks.\1.txt_attn_\2_norm.\3"),
+    (rf"{_DOUBLE}\.ff\.net\.0\.proj\.(\w+)", r"double_blocks.\1.img_mlp.fc1.\2"),
+    (rf"{_DOUBLE}\.ff\.net\.2\.(\w+)", r"double_blocks.\1.img_mlp.fc2.\2"),
+    (rf"{_DOUBLE}\.ff_context\.net\.0\.proj\.(\w+)", r"double_blocks.\1.txt_mlp.fc1.\2"),
+    (rf"{_DOUBLE}\.ff_context\.net\.2\.(\w+)", r"double_blocks.\1.txt_mlp.fc2.\2"),
+    *((rf"{_SINGLE}\.attn\.to_{letter}\.(\w+)", rf"single_blocks.\1.linear1.\2#{part}") for letter, part in _QKV),
+    (rf"{_SINGLE}\.proj_mlp\.(\w+)", r"single_blocks.\1.linear1.\2#3"),
+    (rf"{_SINGLE}\.proj_out\.(\w+)", r"single_blocks.\1.linear2.\2"),
+    (rf"{_SINGLE}\.norm\.linear\.(\w+)", r"single_blocks.\1.modulation.linear.\2"),
+    (rf"{_SINGLE}\.attn\.norm_([qk])\.(\w+)", r"single_blocks.\1.\2_norm.\3"),
+    (r"norm_out\.linear\.(\w+)", r"final_layer.adaLN_modulation.1.\1"),
+    (r"proj_out\.(\w+)", r"final_layer.linear.\1"),
+)
+SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")  # diffusers: scale first, then shift
+DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only it has, its names
+    "official": ("double_blocks.0.img_attn_qkv.weight", ()),
+    "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", FROM_COMFY),
+    "diffusers": ("transformer_blocks.0.attn.add_q_proj.weight", FROM_DIFFUSERS),
+}
+
+
+@dataclass(frozen=True)
+class DitHeader:
+    """What a transformer file says of itself without its weights being read."""
+
+    config: HunyuanVideoConfig
+    dialect: str  # a key of DIALECTS
+    block_dtype: torch.dtype  # of the block weights in the file
+
+    @property
+    def kind(self) -> str:
+        """t2v or i2v: what the model is conditioned on."""
+        return self.config.kind
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the model computes in unless an option says otherwise."""
+        return own_dtype(self.block_dtype)
+
+
+def read_dit_header(path: Path) -> DitHeader:
+    """Dimensions, dialect and dtype of a file. Raises CheckpointError where it is no transformer that can run here."""
+    with open_checkpoint(path) as checkpoint:
+        return _header(bare_names(checkpoint))
+
+
+def identify(path: Path) -> str | None:
+    """What a file is, where it is a transformer of this family or a relative of one; None where nothing is known."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            named = bare_names(checkpoint)
+            relative = _relative(named)
+            if relative is not None:
+                return f"it looks like {relative}"
+            return f"it is {_name_of(_header(named).config)} (--dit)"
+    except CheckpointError:
+        return None
+
+
+def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
+    """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
+
+    dtype: see `modules.dit_files.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and pooled text are kept in
+    float32. `placement.patch` is given the published parameter names.
+    Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.
+    """
+    backend(placement.attention)
+    with open_checkpoint(path) as opened:
+        checkpoint = bare_names(opened)
+        header = _header(checkpoint)
+        config, what = header.config, _name_of(header.config)
+        target = kept_dtype(header.block_dtype, placement)
+        blocks = f"{config.double_blocks} + {config.single_blocks} blocks of width {config.dim}"
+        logger.info("Loading %s: %s, %s, as %s", path, what, blocks, dtype_name(target))
+        with torch.device("meta"):
+            dit = HunyuanVideoModel(config, placement.attention)
+        sources = _sources(checkpoint, header)
+        fill_dit(dit, checkpoint, sources, placement, target, FLOAT32_LAYERS, what)
+    return dit
+
+
+def _name_of(config: HunyuanVideoConfig) -> str:
+    """The two T2V models have the same tensors; nothing in a file tells one from the other."""
+    return "the SkyReels V1 I2V transformer" if config.kind == "i2v" else "a HunyuanVideo or SkyReels V1 T2V transformer"
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader:
+    path, names = checkpoint.path, checkpoint.tensors
+    relative = _relative(checkpoint)
+    if relative is not None:
+        raise CheckpointError(
+            f"{path} is {relative}, which is not supported here.\n  Give a HunyuanVideo T2V or SkyReels V1 checkpoint to --dit.",
+            path,
+        )
+    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names and _has_refiner(names)), None)
+    if dialect is None:
+        files = "the transformer's checkpoint, such as mp_rank_00_model_states.pt or skyreels_hunyuan_i2v_bf16.safetensors,"
+        raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
+    mark, table = DIALECTS[dialect]
+    shapes = {translated(name, table): info.shape for name, info in names.items()}
+    config = _config(path, shapes)
+    known = {config.out_dim, config.out_dim + IMAGE_CHANNELS}
+    if config.in_dim not in known:
+        name = "HunyuanVideo-I2V" if config.in_dim == 2 * config.out_dim + 1 else "an unknown relative of HunyuanVideo"
+        raise CheckpointError(
+            f"{path} is {name} with {config.in_dim} input channels, which is not supported.\n"
+            "  Give a HunyuanVideo T2V or SkyReels V1 checkpoint to --dit.",
+            path,
+        )
+    return DitHeader(config, dialect, names[mark].dtype)
+
+
+def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> HunyuanVideoConfig:
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
+        found = shapes.get(name, ())
+        if len(found) != axes:
+            raise CheckpointError(f"{path} is an incomplete HunyuanVideo transformer: {name} is not there. Copy it again.", path)
+        return found
+
+    def blocks(start: str) -> int:
+        return count(shapes, rf"{re.escape(start)}\.\d+")
+
+    dim, in_dim, *patch = shape("img_in.proj.weight", axes=5)
+    (head_width,) = shape("double_blocks.0.img_attn_q_norm.weight", axes=1)
+    if dim % head_width or head_width % TABLE_MULTIPLE:
+        raise CheckpointError(
+            f"{path}: width {dim} with heads of {head_width} is no HunyuanVideo transformer. Its heads divide the width and are a "
+            f"multiple of {TABLE_MULTIPLE}.",
+            path,
+        )
+    refiner = "txt_in.individual_token_refiner.blocks"
+    return HunyuanVideoConfig(
+        dim=dim,
+        ffn_dim=shape("double_blocks.0.img_mlp.fc1.weight")[0],
+        num_heads=dim // head_width,
+        double_blocks=blocks("double_blocks"),
+        single_blocks=blocks("single_blocks"),
+        refiner_blocks=blocks(refiner),
+        refiner_ffn_dim=shape(f"{refiner}.0.mlp.fc1.weight")[0],
+        in_dim=in_dim,
+        out_dim=shape("final_layer.linear.weight")[0] // (patch[0] * patch[1] * patch[2]),
+        text_dim=shape("txt_in.input_embedder.weight")[1],
+        pooled_dim=shape("vector_in.in_layer.weight")[1],
+        freq_dim=shape("time_in.mlp.0.weight")[1],
+        patch_size=(patch[0], patch[1], patch[2]),
+        has_guidance="guidance_in.mlp.0.weight" in shapes,
+    )
+
+
+def _has_refiner(names: Iterable[str]) -> bool:
+    """What FLUX, whose double blocks ComfyUI names the same, does not have."""
+    return any(name.startswith(("txt_in.individual_token_refiner.", "context_embedder.token_refiner.")) for name in names)
+
+
+def _relative(checkpoint: Checkpoint) -> str | None:
+    """The name of a model that has blocks of these names but needs other inputs."""
+    names = checkpoint.tensors
+    patches = names.get("img_in.proj.weight")
+    for mark, name in (
+        ("clean_x_embedder.proj.weight", "a FramePack transformer"),
+        ("image_projection.up.weight", "a FramePack transformer"),
+        ("distilled_guidance_layer.in_proj.weight", "a Chroma transformer"),
+        ("vision_in.proj.0.weight", "a HunyuanVideo 1.5 transformer"),
+        ("byt5_in.fc1.weight", "a HunyuanImage 2.1 transformer"),
+        ("time_r_in.mlp.0.weight", "a HunyuanImage 2.1 transformer"),
+    ):
+        if mark in names:
+            return name
+    if patches is not None and len(patches.shape) == 4 and "double_blocks.0.img_mlp.fc1.weight" in names:
+        return "a HunyuanImage 2.1 transformer"
+    if "double_blocks.0.img_attn.qkv.weight" in names and not _has_refiner(names):
+        return "a FLUX transformer"
+    return None
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader) -> dict[str, Source]:
+    """Published name -> how its tensor is made from the file's."""
+    table = DIALECTS[header.dialect][1]
+    parts: dict[str, dict[int, Source]] = {}
+    for stored, source in _with_scales(checkpoint, header).items():
+        name, _, part = translated(stored, table).partition("#")
+        parts.setdefault(name, {})[int(part or 0)] = source
+    sources = {name: _joined([found[part] for part in sorted(found)]) for name, found in parts.items()}
+    if header.dialect == "diffusers":
+        sources |= {name: sources[name].then(_swap_halves) for name in SWAPPED if name in sources}
+    return sources
+
+
+def _joined(parts: list[Source]) -> Source:
+    """One tensor whose rows are those of the parts, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def build(*tensors: Tensor) -> Tensor:
+        rows, rest = [], list(tensors)
+        for part in parts:
+            rows.append(part.make(rest[: len(part.names)]))
+            rest = rest[len(part.names) :]
+        dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
+        return torch.cat([row.to(dtype) for row in rows])
+
+    return Source(tuple(name for part in parts for name in part.names), build)
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+# Scales in a file of their own, as those of the official fp8 weights
+
+
+def _with_scales(checkpoint: Checkpoint, header: DitHeader) -> dict[str, Source]:
+    """Each tensor of the file by its own name, fp8 weights with their scales multiplied out."""
+    sources = plain_sources(checkpoint)
+    plain_fp8 = [name for name in sources if checkpoint.tensors[name].dtype.itemsize == 1 and sources[name].build is None]
+    path = checkpoint.path
+    if path.suffix != ".pt" or header.dialect != "official" or not plain_fp8:
+        return sources  # safetensors files without scales are plain casts
+    scales = _read_scale_map(path)
+    missing = [name for name in plain_fp8 if name.removesuffix(".weight") not in scales]
+    if missing:
+        raise CheckpointError(f"{_map_path(path)} has no scale for {missing[0]}: it belongs to another file than {path}.", path)
+    return sources | {name: Source((name,), _times(scales[name.removesuffix(".weight")])) for name in plain_fp8}
+
+
+def _map_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_map.pt")
+
+
+def _read_scale_map(path: Path) -> dict[str, float]:
+    """Module path -> scale. Raises CheckpointError where the map is not beside the weights or is none."""
+    found = _map_path(path)
+    if not found.is_file():
+        raise CheckpointError(
+            f"{path} has fp8 weights whose scales stand in {found.name}, which is not beside it.\n"
+            "  Download that file too, or give the bf16 checkpoint to --dit.",
+            path,
+        )
+    content: Any = load_pickled(found)
+    try:
+        return {str(name): float(value) for name, value in content.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{found} is no map of scales ({error}). Download or copy it again.", found) from error
+
+
+def _times(scale: float) -> Callable[[Tensor], Tensor]:
+    return lambda weight: dequantise(weight, torch.tensor(scale, device=weight.device))

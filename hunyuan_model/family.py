@@ -1,0 +1,376 @@
+"""HunyuanVideo and SkyReels V1 as the shared loops see them."""
+
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hunyuan_model.checkpoints import load_dit
+from hunyuan_model.conditioning import first_frame_condition, posterior_generator
+from hunyuan_model.configs import SKIP_LAYERS
+from hunyuan_model.files import HunyuanFiles
+from hunyuan_model.options import (
+    HunyuanGenerationOptions,
+    HunyuanLatentCachingOptions,
+    HunyuanTextCachingOptions,
+    HunyuanTextOptions,
+    HunyuanTrainingOptions,
+    HunyuanVaeOptions,
+)
+from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
+from hunyuan_model.text_multipliers import multiply_text
+from hunyuan_model.vae import load_vae
+from modules.checkpoint import fingerprint
+from modules.devices import computing_dtype, dtype_name
+from modules.errors import CacheError, OptionError
+from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.options import require
+from modules.pixels import image_pixels, to_pixels, video_pixels
+from modules.records import (
+    NO_TWEAKS,
+    Batch,
+    CacheEntry,
+    Conditions,
+    EncodedPrompts,
+    MediaBatch,
+    MediaEncoders,
+    Placement,
+    Prompt,
+    Prompts,
+    Request,
+    Section,
+    Tweaks,
+)
+from modules.requests import check_size, filled, whole_frames, with_media
+
+logger = logging.getLogger(__name__)
+
+LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.476986)
+DIT = DitSpec(
+    block_lists=("double_blocks", "single_blocks"),
+    fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
+)
+TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
+GUIDANCE_UNIT = 1000  # the model was distilled with 1000 times the scale
+
+
+@dataclass(frozen=True)
+class HunyuanVideo:
+    """The description of HunyuanVideo for one run. Made by the `family_for_...` functions below.
+
+    SkyReels V1 has the same networks; its image-to-video transformer is known by its input channels.
+    """
+
+    files: HunyuanFiles
+    vae_dtype: torch.dtype | None = None  # None: float16, beside a float32 transformer float32
+    vae_tile: int | None = None
+    vae_chunk_size: int | None = None
+    text_dtype: torch.dtype | None = None  # the same
+    skip_layers: int = SKIP_LAYERS
+    final_norm: bool = False
+    second_prompt: str | None = None  # --prompt_2, for CLIP
+    text_multipliers: tuple[float, float] | None = None
+    dit_dtype: torch.dtype | None = None  # None: as the file says
+    dit_channels: int | None = None  # that the transformer has to take
+    caches_image: bool = False  # caching: also the first frame alone
+    trained_guidance: float = 1.0  # what training feeds the model's guidance input
+    negative_is_empty: bool = True  # generation: without a negative prompt it is empty; training samples: then no guidance
+
+    name: str = field(default="hunyuan_video", init=False)
+    cache_tag: str = field(default="hv", init=False)
+    lora_module: str = field(default="networks.lora", init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
+    experts: tuple[float, ...] = field(default=(0.0,), init=False)
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """What a generation uses where nothing is said."""
+        has_guidance = self.files.dit is None or self.files.dit_header().config.has_guidance
+        return SamplingDefaults(
+            steps=50,
+            fps=24.0,
+            guidance_scale=1.0,
+            embedded_guidance=6.0 if has_guidance else None,
+            flow_shift=7.0,
+            solver="euler",
+            width=256,
+            height=256,
+            frames=129,
+        )
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """How saved files name this model."""
+        names = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
+        return {
+            "architecture": "hunyuan-video",
+            "implementation": "https://github.com/Tencent/HunyuanVideo",
+            "model_type": "hunyuan",
+            **{key: path.name for key, path in names.items() if path is not None},
+        }
+
+    # encoding
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
+        files = self.files
+        return [
+            LlavaTextEncoder(
+                files.text_encoder1_path,
+                self._beside_dit(self.text_dtype),
+                files.text_encoder1_tokenizer,
+                skip_layers=self.skip_layers,
+                final_norm=self.final_norm,
+            ),
+            ClipTextEncoder(files.text_encoder2_path, self._beside_dit(self.text_dtype), files.text_encoder2_tokenizer),
+        ]
+
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        """The encoder and switches that cached latents depend on."""
+        dtype = dtype_name(self._beside_dit(self.vae_dtype))
+        identity = {"vae": fingerprint(self.files.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
+        return identity | ({"image": "first frame"} if self.caches_image else {})
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """The VAE; images are encoded by it too."""
+        dtype = self._beside_dit(self.vae_dtype)
+        return MediaEncoders(load_vae(self.files.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile))
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Latents of every clip; with `caches_image` also those of its first frame alone. Stored in the VAE's dtype, not scaled.
+
+        One clip after the other on every device: its numbers do not depend on what else a run that was killed had left to do.
+        """
+        if media.control:
+            raise CacheError(f"{media.keys[0]}: HunyuanVideo follows no control video. Take control_directory out of the dataset.")
+        vae, entries = encoders.vae, []
+        for one in media.singly():
+            generators = [posterior_generator(one.keys[0])]
+            pixels = to_pixels(one.frames.to(vae.device))  # as bytes it is a quarter to copy
+            tensors = {"latents": vae.encode(pixels, generators)}
+            if self.caches_image:
+                tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators)
+            entries.append([CacheEntry({name: tensor[0].to(vae.dtype) for name, tensor in tensors.items()})])
+        return entries
+
+    # the network
+
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        """The transformer's checkpoint, checked against --dit_in_channels."""
+        channels = self.files.dit_header().config.in_dim
+        if self.dit_channels not in (None, channels):
+            raise OptionError(
+                f"--dit_in_channels {self.dit_channels}: {self.files.dit_path} takes {channels}. Leave the option out, or give "
+                f"{'the SkyReels V1 image-to-video' if channels == LATENT.channels else 'a text-to-video'} checkpoint to --dit."
+            )
+        return (self.files.dit_path,)
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """The transformer, checked against --dit_in_channels. --dit_dtype counts where the caller asks for no dtype."""
+        (path,) = self.dit_files
+        if placement.compute_dtype is None and placement.storage_dtype is None:
+            placement = replace(placement, compute_dtype=self.dit_dtype)
+        dit = load_dit(path, placement)
+        if self.text_multipliers is not None:
+            multiply_text(dit, *self.text_multipliers)
+        return dit
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """What training gives `predict`: text, guidance (B), and by transformer `condition_latents` (B C F H W)."""
+        batch.check(dict.fromkeys(TEXT_KEYS, "cache_text_encoder_outputs.py"), "the transformer")
+        conditions: dict[str, Tensor | list[Tensor]] = {
+            **{name: batch.tensor(name) for name in TEXT_KEYS},
+            "guidance": torch.full((len(latents),), self.trained_guidance, device=latents.device),
+        }
+        if self._starts_from_image:
+            if "latents_image" in batch.tensors:
+                first = LATENT.to_model(batch.tensor("latents_image"))
+            else:
+                _note_missing_image()
+                first = latents[:, :, :1]
+            conditions["condition_latents"] = first_frame_condition(first, latents.shape[2])
+        return conditions
+
+    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
+        """Velocity B C F H W in float32. cond: llm B T D, llm_mask B T, clipL B E, guidance B, condition_latents B C F H W.
+
+        Timesteps are rounded to the dtype of the guidance: generation rounds both to what the model computes in, as the released
+        code, training neither.
+        """
+
+        def given(name: str) -> Tensor:
+            value = cond[name]
+            assert isinstance(value, Tensor)
+            return value.to(noisy.device)
+
+        if "condition_latents" in cond:
+            noisy = torch.cat([noisy, given("condition_latents").to(noisy)], dim=1)
+        guidance = given("guidance")
+        return dit(
+            noisy,
+            timesteps.to(guidance.dtype).float(),
+            given("llm"),
+            given("llm_mask"),
+            given("clipL"),
+            guidance.float(),
+            tweaks.skip_blocks,
+        )
+
+    # generation
+
+    def prepare(self, request: Request) -> Request:
+        """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
+
+        Raises OptionError where a needed image is missing or a size cannot be made, CheckpointError where a file is missing or of
+        another kind.
+        """
+        _ = self.dit_files  # raises where it does not fit
+        self.files.check_encoders()
+        taken = {"image_path": self._starts_from_image, "end_image_path": False, "control_path": False, "video_path": True}
+        request = with_media(request, taken, "the transformer does not take it")
+        if self._starts_from_image:
+            require(request.image_path, "--image_path", f"{self.files.dit_path} starts from an image")
+        request = filled(request, self.defaults)
+        request = replace(request, frames=whole_frames(request.size[2], LATENT))
+        check_size(request, LATENT)
+        if request.negative_prompt is None and self.negative_is_empty:
+            return replace(request, negative_prompt="")
+        if request.negative_prompt is None and request.guidance_scale != 1:
+            logger.warning("the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt)
+            return replace(request, guidance_scale=1.0)
+        return request
+
+    def prompts(self, request: Request) -> Mapping[int, Prompts]:
+        """One section: the prompt, with another text for CLIP where one is given, and the negative prompt."""
+        return {0: Prompts(Prompt(request.prompt, second=self.second_prompt), Prompt(request.negative_prompt or ""))}
+
+    def needs_media(self, request: Request) -> bool:
+        """Whether an image or a video has to be encoded before denoising."""
+        return self._starts_from_image or request.video_path is not None
+
+    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
+        """`condition_latents` of the image, `video_latents` of a video to start from; on the CPU, in model space."""
+        width, height, frames = request.size
+        generators = [posterior_generator(request.seed)]
+        conditions: dict[str, Tensor | list[Tensor]] = {}
+        if self._starts_from_image and request.image_path is not None:
+            first = encoders.vae.encode(image_pixels(request.image_path, width, height), generators) * LATENT.scale
+            conditions["condition_latents"] = first_frame_condition(first, LATENT.shape(frames, height, width)[2]).cpu()
+        if request.video_path is not None:
+            pixels = video_pixels(request.video_path, "--video_path", width, height, frames)
+            conditions["video_latents"] = (encoders.vae.encode(pixels, generators) * LATENT.scale).cpu()
+        return {0: conditions}
+
+    def sections(
+        self,
+        request: Request,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """One run of the denoising loop. Noise is drawn frame by frame, in bfloat16: longer videos begin with that of shorter."""
+        width, height, frames = request.size
+        batch, channels, latent_frames, rows, columns = LATENT.shape(frames, height, width)
+        drawn = [noise.draw((batch, channels, 1, rows, columns), torch.bfloat16) for _ in range(latent_frames)]
+        conditions = dict(inputs.get(0, {}))
+        source = conditions.pop("video_latents", None)
+        assert source is None or isinstance(source, Tensor)
+        guidance = GUIDANCE_UNIT * (request.embedded_guidance or 0.0)
+        conditions["guidance"] = torch.full((1,), guidance, dtype=self._dit_dtype())
+        return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions, source))
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
+        yield from encoders.vae.decode(latents / LATENT.scale)
+
+    def _dit_dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return self.dit_dtype or self.files.dit_header().compute_dtype
+
+    def _beside_dit(self, chosen: torch.dtype | None) -> torch.dtype:
+        """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer float32."""
+        if chosen is not None:
+            return chosen
+        return torch.float32 if self.files.dit is not None and self._dit_dtype() == torch.float32 else torch.float16
+
+    @property
+    def _starts_from_image(self) -> bool:
+        return self.files.dit_header().kind == "i2v"
+
+
+@lru_cache(maxsize=1)  # once, not with every batch
+def _note_missing_image() -> None:
+    logger.warning(
+        "caches without latents_image: the first frame of latents stands for it, which was encoded together with later frames. "
+        "cache_latents.py --i2v caches it alone, as generation encodes it."
+    )
+
+
+def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
+    """For cache_latents.py."""
+    return _with_vae(HunyuanVideo(HunyuanFiles(), caches_image=options.i2v), options.vae)
+
+
+def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
+    """For cache_text_encoder_outputs.py."""
+    return _with_text(HunyuanVideo(HunyuanFiles()), options.text)
+
+
+def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
+    """For hv_train_network.py and hv_train.py."""
+    family = HunyuanVideo(
+        HunyuanFiles(dit=options.dit),
+        dit_dtype=computing_dtype(options.dit_dtype, "--dit_dtype", None),
+        dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,  # 16 is its default
+        trained_guidance=options.embedded_guidance,
+        negative_is_empty=False,
+    )
+    return _with_text(_with_vae(family, options.vae), options.text)
+
+
+def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
+    """For hv_generate_video.py."""
+    family = HunyuanVideo(
+        HunyuanFiles(dit=options.dit),
+        dit_channels=options.dit_in_channels,
+        skip_layers=options.hidden_state_skip_layer,
+        final_norm=options.apply_final_norm,
+        second_prompt=options.prompt_2,
+        text_multipliers=options.text_multipliers,
+    )
+    return _with_text(_with_vae(family, options.vae), options.text)
+
+
+def _with_vae(family: HunyuanVideo, options: HunyuanVaeOptions) -> HunyuanVideo:
+    return replace(
+        family,
+        files=replace(family.files, vae=options.file.vae),
+        vae_dtype=computing_dtype(options.file.vae_dtype, "--vae_dtype", None),
+        vae_tile=options.file.tile,
+        vae_chunk_size=options.vae_chunk_size,
+    )
+
+
+def _with_text(family: HunyuanVideo, options: HunyuanTextOptions) -> HunyuanVideo:
+    return replace(
+        family,
+        files=replace(
+            family.files,
+            text_encoder1=options.text_encoder1,
+            text_encoder2=options.text_encoder2,
+            text_encoder1_tokenizer=options.text_encoder1_tokenizer,
+            text_encoder2_tokenizer=options.text_encoder2_tokenizer,
+        ),
+        text_dtype=computing_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+    )
+
+
+_: type[Family] = HunyuanVideo

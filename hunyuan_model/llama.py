@@ -1,0 +1,131 @@
+"""A Llama 3 language model as a text encoder: prompts to one of its hidden states.
+
+Only the layers before that state are built and loaded. Module names follow Hugging Face's files.
+Source: Grattafiori et al. 2024, arXiv 2407.21783; Touvron et al. 2023, arXiv 2302.13971.
+"""
+# Letters: B prompts, L tokens, N heads, K heads of keys and values, D head width, C = model width
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
+from modules.checkpoint import load_module, open_checkpoint
+from modules.norms import RMSNorm
+
+
+def rotate_halves(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn channel i together with channel i + D/2. x: B N L D. cosine, sine: L D, each angle twice."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+
+
+def rotary_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each L D float32, of position * theta^(-i/D) for even i; every angle twice."""
+    # in float32 to the last digit as the model was trained; in bf16 positions above 256 would run together
+    frequencies = 1 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+class LlamaAttention(nn.Module):
+    """Causal attention; each head of keys and values serves N / K heads of queries."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        rows, key_rows = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.dim, rows, bias=False)
+        self.k_proj = nn.Linear(config.dim, key_rows, bias=False)
+        self.v_proj = nn.Linear(config.dim, key_rows, bias=False)
+        self.o_proj = nn.Linear(rows, config.dim, bias=False)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, seen: Tensor) -> Tensor:
+        """x: B L C. seen: B 1 L L, which keys each query looks at."""
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )  # q: B N L D    k, v: B K L D
+        q, k = rotate_halves(q, cosine, sine), rotate_halves(k, cosine, sine)
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+
+
+class LlamaFeedForward(nn.Module):
+    """Gated: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaLayer(nn.Module):
+    """Attention and feed-forward, each on the normed stream and added to it."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.eps)
+        self.self_attn = LlamaAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.eps)
+        self.mlp = LlamaFeedForward(config)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, seen: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cosine, sine, seen)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The first layers of the model, and its final norm where that is asked for."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.dim)
+        self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.eps) if config.final_norm else nn.Identity()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.embed_tokens.weight.device
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The hidden state B L C. ids: B L, on the right filled up to one length. mask: B L, 1 for real tokens.
+
+        What stands at filled places comes from the real tokens before, as in the released pipeline.
+        """
+        length = ids.shape[1]
+        x = self.embed_tokens(ids)
+        cosine, sine = (part.to(x) for part in rotary_table(length, self.config.head_width, self.config.theta))
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        seen = causal & mask.bool()[:, None, None, :]  # B 1 L L; the first token is real, so no row is empty
+        for layer in self.layers:
+            x = layer(x, cosine, sine, seen)
+        return self.norm(x)
+
+
+def load_llama(path: Path, device: torch.device, dtype: torch.dtype, skip_layers: int, final_norm: bool) -> Llama:
+    """Load the language model up to the state before its last `skip_layers` layers; fp8 weights are multiplied out.
+
+    Raises CheckpointError where the file is damaged or of another model.
+    """
+    with open_checkpoint(path) as checkpoint:
+        plan = read_llama(checkpoint, skip_layers, final_norm)
+        with torch.device("meta"):
+            llama = Llama(plan.config)
+        load_module(
+            llama,
+            plan.checkpoint,
+            plan.sources,
+            device=device,
+            dtype=lambda *_: dtype,
+            ignore=plan.ignore,
+            what="the language model (--text_encoder1)",
+        )
+    return llama.eval()

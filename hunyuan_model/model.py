@@ -1,0 +1,171 @@
+"""The HunyuanVideo transformer, which SkyReels V1 has too. Module names follow the published checkpoints.
+
+Source: the released model code and Kong et al. 2024, arXiv 2412.03603. `blocks.py` says what is always float32.
+"""
+# Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
+
+import functools
+from collections.abc import Set
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from hunyuan_model.blocks import MMDoubleStreamBlock, MMSingleStreamBlock, Tokens, modulated
+from hunyuan_model.configs import HunyuanVideoConfig
+from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
+from modules.norms import Float32LayerNorm
+from modules.precision import activation_dtype, run, run_float32
+from modules.rope import GridTable, complex_table
+
+
+class PatchEmbedding(nn.Module):
+    """Latents to tokens on their grid: B in_dim F H W -> B C f h w."""
+
+    def __init__(self, config: HunyuanVideoConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        return run(self.proj, noisy)
+
+
+class PooledTextEmbedding(nn.Module):
+    """The pooled output of the CLIP text encoder as a vector: B pooled_dim -> B C float32."""
+
+    def __init__(self, config: HunyuanVideoConfig) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(config.pooled_dim, config.dim)
+        self.out_layer = nn.Linear(config.dim, config.dim)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, pooled)))
+
+
+class FinalLayer(nn.Module):
+    """The final norm, modulated by the embedding, and the projection to patches."""
+
+    def __init__(self, config: HunyuanVideoConfig) -> None:
+        super().__init__()
+        frames, rows, columns = config.patch_size
+        self.norm_final = Float32LayerNorm(config.dim, config.eps)
+        self.linear = nn.Linear(config.dim, frames * rows * columns * config.out_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        shift, scale = run(self.adaLN_modulation[1], functional.silu(tokens.vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        return run(self.linear, modulated(self.norm_final(x), shift, scale, tokens.dtype))
+
+
+class HunyuanVideoModel(nn.Module):
+    """Predicts the velocity of noisy video latents, given text in two encodings and, by variant, guidance and a first frame."""
+
+    def __init__(self, config: HunyuanVideoConfig, attention: str = "sdpa") -> None:
+        """attention: a back end of modules.attention."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        self.img_in = PatchEmbedding(config)
+        self.txt_in = TokenRefiner(config)
+        self.time_in = NumberEmbedding(config.freq_dim, dim)
+        self.vector_in = PooledTextEmbedding(config)
+        if config.has_guidance:
+            self.guidance_in = NumberEmbedding(config.freq_dim, dim)
+        sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
+        self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
+        self.final_layer = FinalLayer(config)
+        width = dim // config.num_heads
+        side = 7 * width // 16  # channels of rows and of columns; frames have an eighth
+        self._rotary = GridTable(functools.partial(complex_table, widths=(width - 2 * side, side, side), theta=config.rope_theta))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the blocks compute in where no autocast says otherwise."""
+        return self.get_parameter("double_blocks.0.img_attn_proj.weight").dtype
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        llama: Tensor,
+        llama_mask: Tensor,
+        clip_l: Tensor,
+        guidance: Tensor | None = None,
+        skip_blocks: Set[int] = frozenset(),
+    ) -> Tensor:
+        """Velocity B out_dim F H W in float32.
+
+        noisy: B in_dim F H W; where the model takes an image, its latents stand in frame 0 behind the noisy ones, zeros after it.
+        timesteps: B, 0..1000. llama: B T text_dim, states of the language model. llama_mask: B T, true or 1 for real tokens, which
+        come first. clip_l: B pooled_dim. guidance: B, the number as the model was trained with it (1000 times the scale in
+        generation); a model without guidance embedding does not look at it.
+        skip_blocks: blocks that pass their input through, double blocks counted first.
+        Raises ValueError where sizes do not go together.
+        """
+        x, tokens = self.embed(noisy, timesteps, llama, llama_mask, clip_l, guidance)
+        for index, block in enumerate([*self.double_blocks, *self.single_blocks]):
+            if index not in skip_blocks:
+                x = block(x, tokens)
+        return self.unembed(x, tokens)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        llama: Tensor,
+        llama_mask: Tensor,
+        clip_l: Tensor,
+        guidance: Tensor | None,
+    ) -> tuple[Tensor, Tokens]:
+        """Video and text tokens B L+T C, and what belongs to them."""
+        self._check(noisy, llama, llama_mask, guidance)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        patches = self.img_in(noisy).to(dtype)  # B C f h w
+        grid = (patches.shape[2], patches.shape[3], patches.shape[4])
+        vector = self.time_in(timesteps) + self.vector_in(clip_l)
+        if self.config.has_guidance:
+            vector = vector + self.guidance_in(guidance)
+        longest, lengths = _real_tokens(llama_mask)
+        text = self.txt_in(llama[:, :longest], timesteps, lengths, dtype, self.attention)
+        rotary = self._rotary.of(grid, noisy.device)
+        lengths = None if lengths is None else lengths + len(rotary)
+        tokens = Tokens(grid, rotary, lengths, vector, dtype, self.attention)
+        return torch.cat([rearrange(patches, "b c f h w -> b (f h w) c"), text], dim=1), tokens
+
+    def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Tokens B L+T C to velocity B out_dim F H W, float32."""
+        frames, rows, columns = tokens.grid
+        pf, ph, pw = self.config.patch_size
+        patches = self.final_layer(x[:, : tokens.video], tokens).float()
+        return rearrange(
+            patches, "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)", f=frames, h=rows, w=columns, pf=pf, ph=ph, pw=pw
+        )
+
+    def _check(self, noisy: Tensor, llama: Tensor, llama_mask: Tensor, guidance: Tensor | None) -> None:
+        if noisy.shape[1] != self.config.in_dim:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
+        if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
+            raise ValueError(f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}")
+        if llama_mask.shape != llama.shape[:2]:
+            raise ValueError(f"a text mask of {tuple(llama_mask.shape)} for text of {tuple(llama.shape[:2])}")
+        if self.config.has_guidance and guidance is None:
+            raise ValueError("the model has a guidance embedding and was given no guidance")
+
+
+def _real_tokens(mask: Tensor) -> tuple[int, Tensor | None]:
+    """How many rows of text any sample needs, and how many of these each sample has (B); None where all have as many.
+
+    mask: B T. The padding behind the longest text is cut off rather than masked: attention without a mask is faster and the same.
+    Raises ValueError where padding stands before a real token.
+    """
+    real = mask != 0
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    lengths, ends = real.sum(dim=1), (real * positions).amax(dim=1)
+    counted = torch.stack([lengths, ends]).tolist()  # the one place where the host waits for the device
+    if counted[0] != counted[1]:
+        raise ValueError(f"padding stands before real tokens in a text mask: {counted[0]} real tokens end at {counted[1]}")
+    longest = max(1, *counted[0])
+    return longest, None if min(counted[0]) == longest else lengths

@@ -1,0 +1,199 @@
+"""HunyuanVideo's and SkyReels V1's own options for caching, training and generation."""
+
+import argparse
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hunyuan_model.configs import SKIP_LAYERS
+from modules.errors import OptionError
+from modules.options import add_unsupported, check_at_least
+from modules.vae_options import VaeOptions, add_vae_arguments
+
+LLM_FP8 = "text encoder weights in fp8 come with the fp8 options; leave it out, the encoder is freed before the DiT is loaded"
+ONE_BY_ONE = "padding is never attended to, so that it would change nothing; use --split_uncond for less memory"
+OFFLOADING = "keeping input layers on the CPU comes with block swap; leave it out, they are less than 2 % of the model"
+INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
+
+
+@dataclass(frozen=True)
+class HunyuanVaeOptions:
+    """Where the VAE is and how it runs."""
+
+    file: VaeOptions
+    vae_chunk_size: int | None
+
+    def __post_init__(self) -> None:
+        check_at_least("--vae_chunk_size", self.vae_chunk_size, 1, "how many frames a layer computes at a time")
+
+
+@dataclass(frozen=True)
+class HunyuanTextOptions:
+    """Where the two text encoders and their tokenizers are."""
+
+    text_encoder1: Path | None
+    text_encoder2: Path | None
+    text_encoder1_tokenizer: Path | None
+    text_encoder2_tokenizer: Path | None
+    text_encoder_dtype: str | None
+
+
+@dataclass(frozen=True)
+class HunyuanLatentCachingOptions:
+    """Options of cache_latents.py beside the shared ones."""
+
+    vae: HunyuanVaeOptions
+    i2v: bool
+
+
+@dataclass(frozen=True)
+class HunyuanTextCachingOptions:
+    """Options of cache_text_encoder_outputs.py beside the shared ones."""
+
+    text: HunyuanTextOptions
+
+
+@dataclass(frozen=True)
+class HunyuanTrainingOptions:
+    """Options of hv_train_network.py and hv_train.py beside the shared ones."""
+
+    dit: Path | None
+    dit_dtype: str | None
+    dit_in_channels: int
+    vae: HunyuanVaeOptions
+    text: HunyuanTextOptions
+    embedded_guidance: float = field(metadata={"option": "guidance_scale"})
+
+    def __post_init__(self) -> None:
+        _check_channels(self.dit_in_channels)
+
+
+@dataclass(frozen=True)
+class HunyuanGenerationOptions:
+    """Options of hv_generate_video.py beside the shared ones."""
+
+    dit: Path | None
+    dit_in_channels: int | None
+    vae: HunyuanVaeOptions
+    text: HunyuanTextOptions
+    prompt_2: str | None
+    hidden_state_skip_layer: int
+    apply_final_norm: bool
+    te_multiplier: tuple[str, ...] | None
+    exclude_single_blocks: bool
+    reproduce: bool
+
+    def __post_init__(self) -> None:
+        check_at_least("--hidden_state_skip_layer", self.hidden_state_skip_layer, 0, "0 takes the last layer's state")
+        if self.dit_in_channels is not None:
+            _check_channels(self.dit_in_channels)
+        _ = self.text_multipliers
+
+    @property
+    def text_multipliers(self) -> tuple[float, float] | None:
+        """What --te_multiplier gives for the text's tokens and for their mean."""
+        if self.te_multiplier is None:
+            return None
+        try:
+            tokens, mean = (float(text) for text in self.te_multiplier)
+        except ValueError:
+            raise OptionError(f"--te_multiplier {' '.join(self.te_multiplier)}: give two numbers, such as 1.2 1.0") from None
+        return tokens, mean
+
+
+def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
+    """--vae and its switches, --i2v for image-to-video caches."""
+    group = parser.add_argument_group("HunyuanVideo")
+    _add_vae(group)
+    group.add_argument(
+        "--i2v", action="store_true", help="also cache the first frame encoded alone, for training of SkyReels V1 image-to-video"
+    )
+
+
+def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two text encoders and their tokenizers."""
+    group = parser.add_argument_group("HunyuanVideo")
+    _add_text(group, required=True)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint and what training samples need."""
+    group = parser.add_argument_group("HunyuanVideo")
+    group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
+    group.add_argument(
+        "--dit_dtype", type=str, default=None, help="what the transformer computes in; default: as its file stores it"
+    )
+    group.add_argument(
+        "--dit_in_channels", type=int, default=16, help="32: the checkpoint has to be the image-to-video one; found from the file"
+    )
+    _add_vae(group)
+    _add_text(group, required=False)
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoints of a generation, and what is done with the text."""
+    group = parser.add_argument_group("HunyuanVideo")
+    group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
+    group.add_argument("--dit_in_channels", type=int, default=None, help="input channels it has to have; found from the file")
+    _add_vae(group, always_tiled=True)
+    _add_text(group, required=False)
+    group.add_argument("--prompt_2", type=str, default=None, help="prompt of the second text encoder; without it the prompt")
+    group.add_argument(
+        "--hidden_state_skip_layer",
+        type=int,
+        default=SKIP_LAYERS,
+        help="layers of the language model behind the state that is used",
+    )
+    group.add_argument("--apply_final_norm", action="store_true", help="norm that state as the last one is")
+    group.add_argument(
+        "--te_multiplier",
+        type=str,
+        nargs=2,
+        default=None,
+        metavar=("llm_multiplier", "clip_multiplier"),
+        help="strengthen the text's tokens in the transformer's refiner, and their mean",
+    )
+    group.add_argument("--exclude_single_blocks", action="store_true", help="use of LoRAs only what is for the double blocks")
+    group.add_argument("--reproduce", action="store_true", help="deterministic algorithms only: slower, the same on every run")
+    add_unsupported(group, "--split_attn", action="store_true", reason=ONE_BY_ONE, help="attention one sample at a time")
+    add_unsupported(
+        group, "--img_in_txt_in_offloading", action="store_true", reason=OFFLOADING, help="keep input layers on the CPU"
+    )
+
+
+def caching_commands(dataset_config: Path | None, options: HunyuanTrainingOptions) -> tuple[str, str]:
+    """What to type where caches of latents, or of texts, are missing."""
+    dataset = ["--dataset_config", str(dataset_config)]
+    latents = ["python", "cache_latents.py", *dataset, "--vae", str(options.vae.file.vae or "VAE_FILE")]
+    if options.dit_in_channels != INPUT_CHANNELS[0]:
+        latents.append("--i2v")
+    encoders = {"1": options.text.text_encoder1, "2": options.text.text_encoder2}
+    files = [word for number, path in encoders.items() for word in (f"--text_encoder{number}", str(path or f"ENCODER{number}"))]
+    return shlex.join(latents), shlex.join(["python", "cache_text_encoder_outputs.py", *dataset, *files])
+
+
+def _add_vae(group: argparse._ArgumentGroup, always_tiled: bool = False) -> None:
+    add_vae_arguments(group, always_tiled=always_tiled)
+    group.add_argument(
+        "--vae_chunk_size", type=int, default=None, help="frames that a layer of the VAE computes at a time: less memory"
+    )
+
+
+def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
+    what = {1: "Llama 3 text encoder (LLaVA): folder or file", 2: "CLIP-L text encoder: folder or file"}
+    for number, text in what.items():
+        group.add_argument(f"--text_encoder{number}", type=str, default=None, required=required, help=text)
+        group.add_argument(
+            f"--text_encoder{number}_tokenizer",
+            type=str,
+            default=None,
+            help="its tokenizer: a folder or a file; default: in or beside the encoder's folder, else the hub",
+        )
+    dtype = "what both compute in; default float16, beside a float32 --dit float32"
+    group.add_argument("--text_encoder_dtype", type=str, default=None, help=dtype)
+    add_unsupported(group, "--fp8_llm", action="store_true", reason=LLM_FP8, help="Llama's weights in fp8")
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in INPUT_CHANNELS:
+        raise OptionError(f"--dit_in_channels {channels}: 16 for text-to-video, 32 for SkyReels V1 image-to-video")

@@ -1,0 +1,107 @@
+"""From states of a language model to the text tokens of the transformer: a small bidirectional transformer of its own.
+
+Source: the released model code and Kong et al. 2024, arXiv 2412.03603, section 4.3, after Ma et al. 2024, arXiv 2406.11831.
+"""
+# Letters: B batch, T text tokens, N heads, D head width, C = N * D
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from hunyuan_model.blocks import Mlp, gated, heads
+from hunyuan_model.configs import HunyuanVideoConfig
+from modules.attention import attend
+from modules.norms import Float32LayerNorm
+from modules.precision import run, run_float32
+from modules.sinusoid import sinusoid
+
+
+class NumberEmbedding(nn.Module):
+    """A number for each sample, such as the timestep, as a vector: B -> B C float32."""
+
+    def __init__(self, freq_dim: int, dim: int) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.mlp = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        # float32 angles: those of a large guidance are rounded, and the model has learned the rounded ones
+        hidden = run_float32(self.mlp[0], sinusoid(numbers, self.freq_dim, torch.float32))
+        return run_float32(self.mlp[2], functional.silu(hidden))
+
+
+class TextEmbedding(nn.Module):
+    """The mean of a text's states as a vector: B D -> B C float32."""
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(text_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return run_float32(self.linear_2, functional.silu(run_float32(self.linear_1, pooled)))
+
+
+class RefinerBlock(nn.Module):
+    """Self-attention and feed-forward among text tokens. Timestep and mean text only gate the two branches."""
+
+    def __init__(self, config: HunyuanVideoConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.norm1 = Float32LayerNorm(dim, config.eps, affine=True)
+        self.self_attn_qkv = nn.Linear(dim, 3 * dim)
+        self.self_attn_proj = nn.Linear(dim, dim)
+        self.norm2 = Float32LayerNorm(dim, config.eps, affine=True)
+        self.mlp = Mlp(dim, config.refiner_ffn_dim, functional.silu)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, vector: Tensor, lengths: Tensor | None, attention: str) -> Tensor:
+        # x: B T C    vector: B C float32
+        gate1, gate2 = run(self.adaLN_modulation[1], functional.silu(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        q, k, v = heads(run(self.self_attn_qkv, self.norm1(x).to(x.dtype)), self.num_heads)
+        seen = attend(q, k, v, mode=attention, lengths=lengths).flatten(2)
+        x = gated(x, gate1, run(self.self_attn_proj, seen))
+        return gated(x, gate2, self.mlp(self.norm2(x).to(x.dtype)))
+
+
+class IndividualTokenRefiner(nn.Module):
+    """The blocks, under the name that the published checkpoints have for them."""
+
+    def __init__(self, config: HunyuanVideoConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))
+
+
+class TokenRefiner(nn.Module):
+    """States of the language model to text tokens, given the timestep."""
+
+    def __init__(self, config: HunyuanVideoConfig) -> None:
+        super().__init__()
+        self.input_embedder = nn.Linear(config.text_dim, config.dim)
+        self.t_embedder = NumberEmbedding(config.freq_dim, config.dim)
+        self.c_embedder = TextEmbedding(config.text_dim, config.dim)
+        self.individual_token_refiner = IndividualTokenRefiner(config)
+
+    def forward(
+        self, text: Tensor, timesteps: Tensor, lengths: Tensor | None, dtype: torch.dtype, attention: str = "sdpa"
+    ) -> Tensor:
+        """Text tokens B T C in that dtype. What stands in rows of padding has no meaning.
+
+        text: B T text_dim. timesteps: B, 0..1000. lengths: B, how many of the T tokens are real; None: all.
+        """
+        vector = self.t_embedder(timesteps) + self.c_embedder(_mean(text, lengths))
+        if lengths is not None:
+            lengths = lengths.clamp(min=1)  # an empty text still has a key, or its rows would have nothing to look at
+        x = run(self.input_embedder, text).to(dtype)
+        for block in self.individual_token_refiner.blocks:
+            x = block(x, vector, lengths, attention)
+        return x
+
+
+def _mean(text: Tensor, lengths: Tensor | None) -> Tensor:
+    """The mean of the real rows of B T D: B D float32; zeros for an empty text."""
+    if lengths is None:
+        return text.float().mean(dim=1)
+    real = torch.arange(text.shape[1], device=text.device) < lengths[:, None]  # B T
+    return (text.float() * real[:, :, None]).sum(dim=1) / lengths.clamp(min=1)[:, None]

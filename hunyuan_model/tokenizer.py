@@ -1,0 +1,157 @@
+"""The tokenizers of HunyuanVideo's text encoders, exactly as their files describe them.
+
+tokenizer.json is read as it is: the classes that transformers choose by name build some of these tokenizers anew, with other rules.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from hunyuan_model.text_checkpoints import CLIP_TOKENS
+from modules.tokenizer_files import TokenizerFiles
+
+logger = logging.getLogger(__name__)
+
+BEGIN = "<|begin_of_text|>"
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+# how CLIP cuts a text before merging; in a tokenizer.json it is written down. Source: Radford et al. 2021, arXiv 2103.00020
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+LLAMA_FILES = TokenizerFiles(
+    option="--text_encoder1_tokenizer",
+    names=("tokenizer.json",),
+    folder="tokenizer",
+    repository="hunyuanvideo-community/HunyuanVideo",
+    # inside the encoder's folder (official); beside text_encoder (diffusers); beside a single file
+    beside=(".", "tokenizer", "../tokenizer"),
+    token=BEGIN,
+)
+CLIP_FILES = TokenizerFiles(
+    option="--text_encoder2_tokenizer",
+    names=("tokenizer.json", "vocab.json"),
+    folder="",
+    repository="openai/clip-vit-large-patch14",
+    beside=(".", "tokenizer_2", "../tokenizer_2"),
+    token=CLIP_START,
+)
+
+
+@dataclass(frozen=True)
+class LlamaTokenizer:
+    """Text to token ids, the begin token first; and what rows are filled up with."""
+
+    tokenize: Callable[[str], list[int]]  # of any length
+    pad: int
+
+
+@dataclass(frozen=True)
+class ClipTokenizer:
+    """Text to at most 77 token ids, between the start and the end token."""
+
+    tokenize: Callable[[str], list[int]]
+    end: int
+
+
+def llama_tokenizer_identity(path: Path | None, encoder: Path) -> str:
+    """What distinguishes the tokenizer in cache records. path: of --text_encoder1_tokenizer, or None to look for it."""
+    return LLAMA_FILES.identity(LLAMA_FILES.find(path, encoder))
+
+
+def clip_tokenizer_identity(path: Path | None, encoder: Path) -> str:
+    """What distinguishes the tokenizer in cache records. path: of --text_encoder2_tokenizer, or None to look for it."""
+    file = CLIP_FILES.find(path, encoder)
+    merges = None if file is None else _merges_of(file)
+    return CLIP_FILES.identity(file) + ("" if merges is None else CLIP_FILES.identity(merges))
+
+
+def load_llama_tokenizer(path: Path | None, encoder: Path) -> LlamaTokenizer:
+    """The language model's. path: of --text_encoder1_tokenizer, or None to look for it: beside the encoder, then on the hub.
+
+    Raises CheckpointError where there is none or it cannot be read.
+    """
+    file = LLAMA_FILES.find(path, encoder) or LLAMA_FILES.download(encoder)
+    logger.info("tokenizer of text encoder 1: %s", file)
+    tokenizer = _read(LLAMA_FILES, file)
+    begin = tokenizer.token_to_id(BEGIN)
+    # some files leave it to transformers to put the begin token in front
+    first = [] if begin is None or tokenizer.encode("").ids[:1] == [begin] else [begin]
+
+    def tokenize(text: str) -> list[int]:
+        return [*first, *tokenizer.encode(text).ids]
+
+    return LlamaTokenizer(tokenize, _pad(tokenizer, file))
+
+
+def load_clip_tokenizer(path: Path | None, encoder: Path) -> ClipTokenizer:
+    """CLIP's, from tokenizer.json or from vocab.json with merges.txt. path: of --text_encoder2_tokenizer, or None to look for it.
+
+    Raises CheckpointError where there is none or it cannot be read.
+    """
+    file = CLIP_FILES.find(path, encoder) or CLIP_FILES.download(encoder)
+    logger.info("tokenizer of text encoder 2: %s", file)
+    merges = _merges_of(file)
+    tokenizer = _read(CLIP_FILES, file) if merges is None else _from_merges(file, merges)
+    tokenizer.enable_truncation(CLIP_TOKENS)
+    around = tokenizer.encode("").ids
+    if len(around) != 2 or around[1] != tokenizer.token_to_id(CLIP_END):
+        raise CLIP_FILES.unreadable(file, ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}"))
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text).ids
+        return ids
+
+    return ClipTokenizer(tokenize, around[1])
+
+
+def _read(files: TokenizerFiles, file: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more precise
+        raise files.unreadable(file, error) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _merges_of(file: Path) -> Path | None:
+    """The second file of a tokenizer in the form of CLIP's release; None for a tokenizer.json."""
+    return file.with_name("merges.txt") if file.name == "vocab.json" else None
+
+
+def _from_merges(vocabulary: Path, merges: Path) -> Tokenizer:
+    try:
+        model = models.BPE.from_file(str(vocabulary), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>")
+    except Exception as error:  # the library raises nothing more precise
+        raise CLIP_FILES.unreadable(vocabulary, error) from error
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    start, end = (tokenizer.token_to_id(token) for token in (CLIP_START, CLIP_END))
+    if start is None or end is None:
+        raise CLIP_FILES.unreadable(vocabulary, ValueError(f"it has no {CLIP_START} or no {CLIP_END}"))
+    tokenizer.post_processor = processors.RobertaProcessing((CLIP_END, end), (CLIP_START, start), False, False)
+    tokenizer.add_special_tokens([CLIP_START, CLIP_END])
+    return tokenizer
+
+
+def _pad(tokenizer: Tokenizer, file: Path) -> int:
+    """What rows are filled up with. It is masked, so nothing of a prompt depends on it."""
+    try:
+        told = json.loads(file.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("pad_token")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        told = None  # there need be none
+    name = told.get("content") if isinstance(told, dict) else told
+    candidates = (name, "<pad>", "<|end_of_text|>")
+    ids = (tokenizer.token_to_id(token) for token in candidates if isinstance(token, str))
+    return next((number for number in ids if number is not None), 0)

@@ -1,0 +1,275 @@
+"""Pieces of the HunyuanVideo video VAE: causal convolutions and group norms over a whole clip, computed a few frames at a time.
+
+A group norm looks at every frame of a clip, so features of the whole clip lie in memory between two layers. All that is larger or
+passing (normalised, padded, enlarged copies) exists for a few frames only, and results go into the tensor they are added to.
+How many frames are taken at a time changes no result but for rounding.
+
+Module names follow the published checkpoint. Source: the released VAE of HunyuanVideo (arXiv 2412.03603, section 4.1).
+"""
+# Letters: B batch, C channels, T frames, H height, W width (at the layer's own resolution)
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from modules.attention import attend
+from modules.convolution import conv3d
+from modules.memory_layouts import empty_clip
+
+KERNEL = 3  # of every convolution that is not pointwise
+EPS = 1e-6  # of every group norm
+STEP_ELEMENTS = 1 << 26  # values computed at a time where no number of frames is asked for
+Factors = tuple[int, int, int]  # of time, height, width
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Dimensions of a VAE, read off a checkpoint's tensors."""
+
+    latent_channels: int
+    groups: int  # of every group norm
+    encoder: tuple[int, ...]  # channels of each level, in the order they are passed
+    encoder_blocks: int  # residual blocks of a level
+    decoder: tuple[int, ...]
+    decoder_blocks: int
+
+
+# What changes between one level and the next; the last level of each half stays as it is
+DOWN: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
+UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
+
+
+def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
+    """Where to begin and stop so as to compute a few frames at a time: `chunk`, else as many as their `values` each allow."""
+    size = chunk or max(1, STEP_ELEMENTS // max(1, values))
+    for start in range(0, frames, size):
+        yield start, min(start + size, frames)
+
+
+class ClipNorm(nn.GroupNorm):
+    """Group norm over all frames of a clip, in float32. It gives what to do with each channel rather than doing it."""
+
+    def __init__(self, groups: int, width: int) -> None:
+        super().__init__(groups, width, eps=EPS)
+
+    def factors(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
+        """x: B C T H W. Returns factor and offset, B C 1 1 1 float32: x * factor + offset is the normalised clip."""
+        means, variances, shares = [], [], []
+        for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
+            piece = x[:, :, start:stop].float()
+            mean = piece.mean(dim=(2, 3, 4), keepdim=True)
+            variances.append((piece - mean).square_().mean(dim=(2, 3, 4)))
+            means.append(mean.flatten(1))
+            shares.append((stop - start) / x.shape[2])
+        groups = (self.num_groups, -1)
+        share = torch.tensor(shares, device=x.device).view(-1, 1, 1, 1)
+        mean, variance = (torch.stack(parts).unflatten(2, groups) for parts in (means, variances))  # steps B groups channels
+        middle = (share * mean).sum(dim=0).mean(dim=-1, keepdim=True)  # B groups 1
+        spread = (share * (variance + (mean - middle).square())).sum(dim=0).mean(dim=-1, keepdim=True)
+        factor = self.weight.float().unflatten(0, groups) * torch.rsqrt(spread + self.eps)
+        offset = self.bias.float().unflatten(0, groups) - middle * factor
+        return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
+
+
+class CausalConv3d(nn.Module):
+    """A 3x3x3 convolution that sees no later frame. Around the picture its border is repeated, before the clip the first frame.
+
+    kernel: 1 for a pointwise one. enlarge: how often each pixel is repeated before the convolution; the first frame stands once.
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, kernel: int = KERNEL, stride: Factors = (1, 1, 1), enlarge: Factors = (1, 1, 1)
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(width_in, width_out, kernel, stride)
+        self.enlarge = enlarge
+
+    def forward(self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, onto: Tensor | None = None) -> Tensor:
+        """x: B C T H W, first through `norm` and SiLU if one is given. Returns B C' T' H' W', added to `onto` in place if given."""
+        factors = None if norm is None else norm.factors(x, chunk)
+        frames, height, width = self._sizes(x)
+        out = onto
+        for start, stop in steps(frames, max(self.conv.in_channels, self.conv.out_channels) * height * width, chunk):
+            piece = self._convolved(self._padded(x, start, stop, factors))
+            if out is None and stop - start == frames:
+                return piece
+            if out is None:
+                out = empty_clip(x, piece.shape[0], piece.shape[1], frames, height, width)
+            if onto is None:
+                out[:, :, start:stop] = piece
+            else:
+                out[:, :, start:stop] += piece
+        assert out is not None
+        return out
+
+    def _sizes(self, x: Tensor) -> tuple[int, ...]:
+        """Frames, height, width of the result; time grows by `enlarge` from the second frame on."""
+        frames, height, width = x.shape[2:]
+        seen = 1 + (frames - 1) * self.enlarge[0], height * self.enlarge[1], width * self.enlarge[2]
+        return tuple((size - 1) // stride + 1 for size, stride in zip(seen, self.conv.stride, strict=True))
+
+    def _padded(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What the results `start` to `stop` are computed from: B C T H+2 W+2. A single frame stays one frame."""
+        if self.conv.kernel_size[0] == 1:
+            return x[:, :, start:stop]
+        step = self.conv.stride[0]
+        seen = range(start * step - KERNEL + 1, (stop - 1) * step + 1) if x.shape[2] > 1 else range(1)
+        sources = [-(-max(0, frame) // self.enlarge[0]) for frame in seen]
+        high, wide = self.enlarge[1:]
+        batch, channels, _, height, width = x.shape
+        padded = empty_clip(x, batch, channels, len(sources), height * high + 2, width * wide + 2)
+        for place, source in enumerate(sources):
+            if place and source == sources[place - 1]:
+                padded[:, :, place] = padded[:, :, place - 1]
+                continue
+            frame = x[:, :, source : source + 1]
+            if factors is not None:
+                frame = functional.silu(torch.addcmul(factors[1], frame.float(), factors[0]), inplace=True)
+            inside = padded[:, :, place : place + 1, 1:-1, 1:-1].unflatten(-1, (width, wide)).unflatten(-3, (height, high))
+            inside.copy_(frame[..., :, None, :, None])
+            _repeat_borders(padded[:, :, place])
+        return padded
+
+    def _convolved(self, padded: Tensor) -> Tensor:
+        conv = self.conv
+        if padded.shape[2] == 1:  # an image: all three taps in time see the same frame
+            weight = conv.weight.float().sum(dim=2).to(conv.weight.dtype)
+            return functional.conv2d(padded.squeeze(2), weight, conv.bias, conv.stride[1:]).unsqueeze(2)
+        return conv3d(conv, padded)
+
+
+def _repeat_borders(frame: Tensor) -> None:
+    """Fill the outermost rows and columns of ... H W with their neighbours."""
+    frame[..., 0, :], frame[..., -1, :] = frame[..., 1, :], frame[..., -2, :]
+    frame[..., 0], frame[..., -1] = frame[..., 1], frame[..., -2]
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, twice, beside a shortcut. Overwrites its input where that is the shortcut."""
+
+    def __init__(self, width_in: int, width_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = ClipNorm(groups, width_in)
+        self.conv1 = CausalConv3d(width_in, width_out)
+        self.norm2 = ClipNorm(groups, width_out)
+        self.conv2 = CausalConv3d(width_out, width_out)
+        self.conv_shortcut = CausalConv3d(width_in, width_out, kernel=1) if width_in != width_out else None
+
+    def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        h = self.conv1(x, chunk, self.norm1)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, chunk)
+        return self.conv2(h, chunk, self.norm2, onto=shortcut)
+
+
+class FrameAttention(nn.Module):
+    """Attention with one head: each pixel looks at its own frame and all earlier ones. Adds to its input in place."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = ClipNorm(groups, width)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        factor, offset = self.group_norm.factors(x, chunk)
+        normed = torch.addcmul(offset, x.float(), factor).to(x.dtype)
+        tokens = normed.permute(0, 2, 3, 4, 1).flatten(2, 3)  # B T H*W C
+        q, k, v = (layer(tokens).unsqueeze(3) for layer in (self.to_q, self.to_k, self.to_v))  # B T H*W 1 C
+        for frame in range(x.shape[2]):  # frame by frame there is no mask, which for a long clip would fill the memory
+            known = (part[:, : frame + 1].flatten(1, 2) for part in (k, v))
+            seen = self.to_out[0](attend(q[:, frame], *known).squeeze(2))  # B H*W C
+            x[:, :, frame] += seen.transpose(1, 2).unflatten(2, x.shape[3:])
+        return x
+
+
+class Resample(nn.Module):
+    """A convolution that changes the resolution."""
+
+    def __init__(self, width: int, stride: Factors = (1, 1, 1), enlarge: Factors = (1, 1, 1)) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(width, width, stride=stride, enlarge=enlarge)
+
+    def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        return self.conv(x, chunk)
+
+
+class Level(nn.Module):
+    """Residual blocks, then a change of resolution where there is one."""
+
+    def __init__(
+        self, width_in: int, width: int, blocks: int, groups: int, down: Factors | None = None, up: Factors | None = None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks))
+        self.downsamplers = nn.ModuleList([] if down is None else [Resample(width, stride=down)])
+        self.upsamplers = nn.ModuleList([] if up is None else [Resample(width, enlarge=up)])
+
+    def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x, chunk)
+        return x
+
+
+class Middle(nn.Module):
+    """A residual block, attention, a residual block."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([FrameAttention(width, groups)])
+        self.resnets = nn.ModuleList([ResidualBlock(width, width, groups), ResidualBlock(width, width, groups)])
+
+    def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, chunk), chunk)
+        return self.resnets[1](x, chunk)
+
+
+class Encoder(nn.Module):
+    """Pixels B 3 T H W to features of means and log variances B 2Z t h w."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths, groups = config.encoder, config.groups
+        self.conv_in = CausalConv3d(3, widths[0])
+        self.down_blocks = nn.ModuleList(
+            Level(before, width, config.encoder_blocks, groups, down=down) for before, width, down in _levels(widths, DOWN)
+        )
+        self.mid_block = Middle(widths[-1], groups)
+        self.conv_norm_out = ClipNorm(groups, widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
+
+    def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        x = self.conv_in(x, chunk)
+        for level in self.down_blocks:
+            x = level(x, chunk)
+        return self.conv_out(self.mid_block(x, chunk), chunk, self.conv_norm_out)
+
+
+class Decoder(nn.Module):
+    """Features of latents B Z t h w to pixels B 3 T H W."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths, groups = config.decoder, config.groups
+        self.conv_in = CausalConv3d(config.latent_channels, widths[0])
+        self.mid_block = Middle(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            Level(before, width, config.decoder_blocks, groups, up=up) for before, width, up in _levels(widths, UP)
+        )
+        self.conv_norm_out = ClipNorm(groups, widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 3)
+
+    def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        x = self.mid_block(self.conv_in(x, chunk), chunk)
+        for level in self.up_blocks:
+            x = level(x, chunk)
+        return self.conv_out(x, chunk, self.conv_norm_out)
+
+
+def _levels(widths: Sequence[int], changes: Sequence[Factors]) -> Iterator[tuple[int, int, Factors | None]]:
+    """Width before, width, and change of resolution after each level."""
+    return zip((widths[0], *widths[:-1]), widths, (*changes, None), strict=True)

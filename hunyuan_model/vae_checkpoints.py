@@ -1,0 +1,129 @@
+"""Which files hold the HunyuanVideo VAE: their dialects, how each is recognised, and the dimensions read off the tensors.
+
+Our modules have the names of the official file, which diffusers keeps. ComfyUI's repackaged file has its own.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from hunyuan_model.vae_blocks import DOWN, UP, VaeConfig
+from modules.checkpoint import Checkpoint, Source, plain_sources
+from modules.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
+from modules.errors import CheckpointError
+
+LATENT_CHANNELS = 16
+MOST_GROUPS = 32  # of a group norm; the released VAE, 128 channels at its narrowest, has so many
+RELEASE = "the official vae/pytorch_model.pt, hunyuan_video_vae_bf16.safetensors or a diffusers vae folder"
+CONFIG_CLASSES = {"AutoencoderKLCausal3D", "AutoencoderKLHunyuanVideo"}  # of a config.json beside the file
+
+COMFY: Names = (  # the decoder's levels are counted from the end there: see `_comfy_name`
+    (r"encoder\.down\.(\d+)\.(.+)", r"encoder.down_blocks.\1.\2"),
+    (r"(encoder|decoder)\.mid\.block_1\.(.+)", r"\1.mid_block.resnets.0.\2"),
+    (r"(encoder|decoder)\.mid\.block_2\.(.+)", r"\1.mid_block.resnets.1.\2"),
+    (r"(encoder|decoder)\.mid\.attn_1\.norm\.(.+)", r"\1.mid_block.attentions.0.group_norm.\2"),
+    (r"(encoder|decoder)\.mid\.attn_1\.([qkv])\.(.+)", r"\1.mid_block.attentions.0.to_\2.\3"),
+    (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(.+)", r"\1.mid_block.attentions.0.to_out.0.\2"),
+    (r"(encoder|decoder)\.norm_out\.(.+)", r"\1.conv_norm_out.\2"),
+)
+COMFY_LEVEL: Names = (  # inside a level, whose number stands before
+    (r"(.+_blocks\.\d+)\.block\.(\d+)\.nin_shortcut\.(.+)", r"\1.resnets.\2.conv_shortcut.\3"),
+    (r"(.+_blocks\.\d+)\.block\.(.+)", r"\1.resnets.\2"),
+    (r"(.+_blocks\.\d+)\.downsample\.(.+)", r"\1.downsamplers.0.\2"),
+    (r"(.+_blocks\.\d+)\.upsample\.(.+)", r"\1.upsamplers.0.\2"),
+)
+
+
+def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
+    """How to load a HunyuanVideo VAE: official file, diffusers layout or ComfyUI's file. Raises CheckpointError for any other."""
+    checkpoint = checkpoint.without_prefix(
+        "module.", "_orig_mod.", "first_stage_model.", "vae.", others=("model.diffusion_model.", "model.model.", "text_encoders.")
+    )
+    names = checkpoint.tensors
+    if "encoder.conv_in.conv.weight" not in names or "quant_conv.weight" not in names:
+        raise other_kind(checkpoint, "a HunyuanVideo VAE", "--vae", RELEASE)
+    sources = plain_sources(checkpoint)
+    if "encoder.down.0.block.0.conv1.conv.weight" in names:
+        sources = _from_comfy(sources)
+    shape = shapes_of(checkpoint, sources)
+    config = VaeConfig(
+        shape("post_quant_conv.weight")[0],
+        _groups(checkpoint, shape("encoder.conv_in.conv.weight")[0]),
+        _widths(checkpoint, sources, "encoder.down_blocks", len(DOWN) + 1),
+        count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
+        _widths(checkpoint, sources, "decoder.up_blocks", len(UP) + 1),
+        count(sources, r"decoder\.up_blocks\.0\.resnets\.\d+"),
+    )
+    if config.latent_channels != LATENT_CHANNELS:
+        raise CheckpointError(
+            f"{checkpoint.path}: this VAE has {config.latent_channels} latent channels, that of HunyuanVideo "
+            f"has {LATENT_CHANNELS}. Give {RELEASE} to --vae.",
+            checkpoint.path,
+        )
+    uneven = [width for width in (*config.encoder, *config.decoder) if width % config.groups]
+    if uneven:
+        raise CheckpointError(
+            f"{checkpoint.path}: {uneven[0]} channels cannot be shared by {config.groups} groups of a norm. "
+            'Put the number of groups as "norm_num_groups" into the config.json beside the file.',
+            checkpoint.path,
+        )
+    return LoadPlan(config, checkpoint, sources)
+
+
+def _from_comfy(sources: Mapping[str, Source]) -> dict[str, Source]:
+    levels = count(sources, r"decoder\.up\.\d+")
+    ours = renamed(sources, lambda name: _comfy_name(name, levels))
+    for name, source in ours.items():  # 1x1x1 convolutions there, linear layers here
+        if re.fullmatch(r".+\.attentions\.0\.to_.+\.weight", name):
+            ours[name] = source.then(_as_matrix)
+    return ours
+
+
+def _comfy_name(name: str, levels: int) -> str:
+    up = re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name)
+    if up:
+        name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{up[2]}"
+    return translated(translated(name, COMFY), COMFY_LEVEL)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
+
+def _widths(checkpoint: Checkpoint, sources: Mapping[str, Source], start: str, levels: int) -> tuple[int, ...]:
+    """Channels of each level. Raises CheckpointError where there are more or fewer of them than the model has."""
+    found = count(sources, re.escape(start) + r"\.\d+")
+    if found != levels:
+        raise CheckpointError(
+            f"{checkpoint.path}: {start} has {found} levels, that of HunyuanVideo has {levels}. "
+            f"The file is of another model, or tensors are missing. Give {RELEASE} to --vae.",
+            checkpoint.path,
+        )
+    shape = shapes_of(checkpoint, sources)
+    return tuple(shape(f"{start}.{level}.resnets.0.conv1.conv.weight")[0] for level in range(levels))
+
+
+def _groups(checkpoint: Checkpoint, narrowest: int) -> int:
+    """Groups of the norms, which no tensor tells: what a config.json beside the file says, else 32, or two channels to each."""
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    stated = _stated_groups(folder / "config.json")
+    return stated if stated is not None else max(1, min(MOST_GROUPS, narrowest // 2))
+
+
+def _stated_groups(path: Path) -> int | None:
+    """What a config.json says, where it is there and belongs to such a VAE."""
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Copy it again, or take it away.", path) from error
+    if not isinstance(settings, dict) or settings.get("_class_name") not in CONFIG_CLASSES or "norm_num_groups" not in settings:
+        return None
+    groups = settings["norm_num_groups"]
+    if type(groups) is not int or groups < 1:
+        raise CheckpointError(f'{path}: "norm_num_groups" is {groups!r}, a number from 1 on is needed.', path)
+    return groups

@@ -1,0 +1,45 @@
+"""Make videos and images with HunyuanVideo and SkyReels V1. All options: python hv_generate_video.py --help"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from families import identify
+from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from hunyuan_model.options import HunyuanGenerationOptions, add_generation_arguments
+from modules.command import command_line
+from modules.options import read_options
+
+DEFAULTS = ScriptDefaults(
+    fps=24,
+    guidance_scale=1.0,
+    video_length=129,
+    infer_steps=50,
+    flow_shift=7.0,
+    sample_solver="vanilla",
+    embedded_guidance=6.0,
+    media=frozenset({"image_path", "video_path"}),
+    joins_guidance=True,
+    blocks_to_swap=None,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = generation_parser(__doc__, DEFAULTS)
+    add_generation_arguments(parser)
+    args = read_arguments(parser, argv)
+    options, hunyuan_options = read_options(GenerationOptions, args), read_options(HunyuanGenerationOptions, args)
+    if hunyuan_options.exclude_single_blocks:
+        files = len(options.lora.lora_weight or ())
+        options = replace(options, lora_patterns=options.lora_patterns.also_excluding("single_(transformer_)?blocks", files))
+
+    from generation.run import generate  # torch loads here, after every option has been read
+    from hunyuan_model.family import family_for_generation
+    from modules.devices import make_deterministic
+
+    if hunyuan_options.reproduce:
+        make_deterministic()
+    generate(family_for_generation(hunyuan_options), options)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

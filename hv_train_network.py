@@ -1,0 +1,29 @@
+"""Train a LoRA for HunyuanVideo and SkyReels V1. All options: python hv_train_network.py --help"""
+
+from collections.abc import Sequence
+
+from families import identify
+from hunyuan_model.options import HunyuanTrainingOptions, add_training_arguments, caching_commands
+from modules.command import command_line
+from modules.options import read_options
+from training.options import TrainingOptions, read_arguments, training_parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = training_parser(__doc__)
+    add_training_arguments(parser)
+    args = read_arguments(parser, argv)  # command line over --config_file over defaults
+    options, hunyuan_options = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
+
+    from dataset.batches import CachingCommands
+    from hunyuan_model.family import family_for_training
+    from training.run import train_network  # torch loads here, after every option has been read
+
+    commands = CachingCommands(*caching_commands(options.loop.dataset_config, hunyuan_options))
+    code = train_network(family_for_training(hunyuan_options), options, commands)
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

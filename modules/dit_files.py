@@ -1,0 +1,57 @@
+"""What files of transformers share in every family: prefixes of names, the dtype that weights are kept in, filling a network."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from modules.checkpoint import Checkpoint, Source, load_module
+from modules.records import Placement
+
+PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.")
+OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "scaled_fp8")  # all-in-one
+FP8_COMPUTE = torch.bfloat16  # what an fp8 file computes in
+
+
+def bare_names(checkpoint: Checkpoint) -> Checkpoint:
+    """The file without the prefixes that trainers and all-in-one files put before a transformer's names."""
+    return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
+
+
+def own_dtype(block_dtype: torch.dtype, for_fp8: torch.dtype | None = None) -> torch.dtype:
+    """What a file whose block weights have this dtype computes in where nothing is said: its own, fp8 files for_fp8 or bfloat16."""
+    return block_dtype if block_dtype.itemsize > 1 else for_fp8 or FP8_COMPUTE
+
+
+def kept_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
+    """What weights are kept and compute in: `compute_dtype`, else `storage_dtype`, else the file's own."""
+    return placement.compute_dtype or placement.storage_dtype or own_dtype(block_dtype, placement.fp8_compute_dtype)
+
+
+def fill_dit(
+    dit: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    placement: Placement,
+    target: torch.dtype,
+    float32_layers: tuple[str, ...],
+    what: str,
+) -> None:
+    """Load a transformer that was built on the meta device, tensor by tensor, to its device, without gradients.
+
+    target: dtype of the weights; with `placement.keep_file_dtypes` each layer has the dtype of its weight in the file instead.
+    float32_layers: beginnings of names that are kept in float32 whatever is asked for.
+    `placement.patch` is given the names in `sources`. Raises CheckpointError as `load_module`.
+    """
+
+    def kept(name: str, stored: torch.dtype) -> torch.dtype:
+        if name.startswith(float32_layers):
+            return torch.float32
+        if not placement.keep_file_dtypes:
+            return target
+        weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name  # a layer has one dtype
+        own = checkpoint.tensors[sources[weight].names[0]].dtype if weight in sources else stored
+        return own if own.itemsize > 1 else target
+
+    load_module(dit, checkpoint, sources, device=placement.device, dtype=kept, patch=placement.patch, what=what)
+    dit.eval()

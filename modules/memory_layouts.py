@@ -1,0 +1,27 @@
+"""Memory layouts of clips and frames. With channels last a frame, or the last frames of a clip, is one piece of memory, and the
+convolutions of CPUs and CUDA devices are faster."""
+
+import torch
+from torch import Tensor, nn
+
+
+def layouts(device: torch.device) -> tuple[torch.memory_format, torch.memory_format]:
+    """Memory layouts of clips (B C T H W) and of single frames (B C H W) on that device."""
+    if device.type in {"cpu", "cuda"}:
+        return torch.channels_last_3d, torch.channels_last
+    return torch.contiguous_format, torch.contiguous_format
+
+
+def lay_out(module: nn.Module, device: torch.device) -> None:
+    """Give the weights of a module's convolutions the memory layouts that they want."""
+    clip_layout, frame_layout = layouts(device)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Conv3d):
+            layout = clip_layout if isinstance(part, nn.Conv3d) else frame_layout
+            part.weight.data = part.weight.data.contiguous(memory_format=layout)
+
+
+def empty_clip(x: Tensor, *size: int) -> Tensor:
+    """An unfilled clip B C T H W of that size, with the dtype, device and memory layout of the clip x."""
+    layout = torch.channels_last_3d if x.is_contiguous(memory_format=torch.channels_last_3d) else torch.contiguous_format
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)

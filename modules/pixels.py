@@ -1,0 +1,54 @@
+"""Images and videos on disk as the pixels that a VAE is given: B 3 F H W float32 in -1..1."""
+
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from modules.errors import MediaError
+from modules.media import read_image, resize_cover, video_frames
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """B F H W C uint8 (alpha is dropped) -> B 3 F H W float32 in -1..1."""
+    return rearrange(frames[..., :3], "b f h w c -> b c f h w").float() / 127.5 - 1
+
+
+def read_pixels(path: Path) -> Tensor:
+    """An image file at its own size as 1 3 1 H W float32 in -1..1."""
+    return to_pixels(torch.from_numpy(read_image(path)[None, None]))
+
+
+def image_pixels(path: Path, width: int, height: int, keep_aspect: bool = True) -> Tensor:
+    """An image file at exactly width x height as 1 3 1 H W float32 in -1..1.
+
+    keep_aspect: scale to cover and crop the middle, as training sees images; else stretch, as the released code of Wan does
+    after it has chosen a size of the image's own aspect.
+    """
+    image = read_image(path)
+    if keep_aspect:
+        image = resize_cover(image, (width, height))
+    elif image.shape[:2] != (height, width):
+        method = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_CUBIC
+        image = numpy.asarray(cv2.resize(image, (width, height), interpolation=method))
+    return to_pixels(torch.from_numpy(image[None, None]))
+
+
+def video_pixels(path: Path, option: str, width: int, height: int, frames: int, end_frames: int = 0) -> Tensor:
+    """The first frames of a video or folder of images, scaled to cover, as 1 3 F+E H W float32 in -1..1.
+
+    option: "--video_path", for messages. An end image takes `end_frames` (E) more, of which the video has to have one: the last
+    one it has stands for those it lacks. Raises MediaError where it is too short.
+    """
+    needed = frames + min(end_frames, 1)
+    found = [resize_cover(frame, (width, height)) for frame in islice(video_frames(path), frames + end_frames)]
+    if len(found) < needed:
+        raise MediaError(
+            f"{option} {path}: it has {len(found)} frames, {needed} are needed. Lower the length or give a longer one."
+        )
+    found += [found[-1]] * (frames + end_frames - len(found))
+    return to_pixels(torch.from_numpy(numpy.stack(found)[None]))

@@ -1,0 +1,23 @@
+"""Numbers such as timesteps as vectors that a small network can read.
+
+Source: Vaswani et al. 2017, arXiv 1706.03762, for timesteps Ho et al. 2020, arXiv 2006.11239; the video models put cosines first.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+LONGEST = 10000.0  # the frequencies fall from 1 to nearly 1 / LONGEST
+
+
+def sinusoid(numbers: Tensor, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Cosines, then sines, of numbers (B) at falling frequencies: B width float32. width: even.
+
+    dtype: of frequencies and angles, as the model was trained. At 6000 a float32 angle is wrong in the fourth digit.
+    """
+    half = width // 2
+    device = torch.device("cpu") if numbers.device.type == "mps" else numbers.device  # Apple GPUs have no float64
+    frequencies = torch.exp(-math.log(LONGEST) * torch.arange(half, dtype=dtype, device=device) / half)
+    angles = torch.outer(numbers.to(device, dtype), frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).to(numbers.device, torch.float32)

@@ -1,0 +1,44 @@
+"""Options of the VAE that families share. Standard library only."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.errors import OptionError
+
+VAE_TILE = 256  # pixels, as the known tuners' --vae_tiling
+LEAST_TILE, TILE_STEP = 32, 16
+
+
+@dataclass(frozen=True)
+class VaeOptions:
+    """Where the VAE is, what it computes in, and how large the tiles are."""
+
+    vae: Path | None
+    vae_dtype: str | None
+    vae_tiling: bool
+    vae_spatial_tile_sample_min_size: int | None
+
+    def __post_init__(self) -> None:
+        size = self.vae_spatial_tile_sample_min_size
+        if size is not None and (size < LEAST_TILE or size % TILE_STEP):
+            raise OptionError(f"--vae_spatial_tile_sample_min_size {size}: give a multiple of {TILE_STEP} of at least {LEAST_TILE}")
+
+    @property
+    def tile(self) -> int | None:
+        """Edge of a tile in pixels, or None for no tiling. A size implies tiling."""
+        if self.vae_spatial_tile_sample_min_size is not None:
+            return self.vae_spatial_tile_sample_min_size
+        return VAE_TILE if self.vae_tiling else None
+
+
+def add_vae_arguments(group: argparse._ArgumentGroup, *, always_tiled: bool = False) -> None:
+    """The arguments of `VaeOptions`. always_tiled: there is no --vae_tiling because it is never off."""
+    group.add_argument("--vae", type=str, default=None, help="VAE checkpoint")
+    group.add_argument("--vae_dtype", type=str, default=None, help="dtype of the VAE")
+    text = f"edge of a tile in pixels, without it {VAE_TILE}" if always_tiled else "edge of a tile in pixels; implies tiling"
+    group.add_argument("--vae_spatial_tile_sample_min_size", type=int, default=None, help=text)
+    if always_tiled:
+        group.set_defaults(vae_tiling=True)
+        return
+    group.add_argument("--vae_tiling", action="store_true", help=f"encode and decode in tiles of {VAE_TILE} pixels: less memory")

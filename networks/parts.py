@@ -1,0 +1,121 @@
+"""LoRAs of layouts that cut a fused weight up: which rows belong to which part, and parts put together to one LoRA again."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from logging import getLogger
+
+import torch
+from torch import Tensor
+
+from networks.deltas import LORA, Factors, group_by_module, rows_of, strength
+from networks.key_formats import OURS
+from networks.module_names import FAMILIES, REST, SWAPPED, Part, Relative, relatives
+
+logger = getLogger(__name__)
+Pieces = Sequence[tuple[Part, Factors]]  # of one fused module
+
+
+def part_rows(part: Part, own: int, whole: int) -> slice | Tensor | None:
+    """Which of the fused weight's `whole` rows the `own` rows of a part are; None where they do not go together."""
+    if part.index is None or part.index == SWAPPED:
+        if own != whole:
+            return None
+        return slice(0, whole) if part.index is None else torch.arange(whole).roll(whole // 2)
+    start = whole - own if part.index == REST else part.index * own
+    return slice(start, start + own) if 0 <= start <= whole - own else None
+
+
+def fuse(tensors: Mapping[str, Tensor], height: Callable[[str], int | None] | None = None) -> dict[str, Tensor]:
+    """Put the LoRAs for parts of a module together to one for that module; all else stays. What cannot is warned about and stays.
+
+    tensors: under our names, with our prefix.
+    height: fused module -> how many rows its weight has; None: the model has no such module, the parts stay as they are.
+    Without `height` every part is put into what it is a part of, and heights come from the parts, those in other blocks
+    too; where the last part of a weight is in none, it is as high as in every published model.
+    What is added to the weight stays the same. The rank is the sum of the parts', or theirs where they share one down factor.
+    """
+    modules = group_by_module(tensors)
+    found: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
+    fused: dict[str, Factors] = {}
+    for name, factors in modules.items():
+        larger = _larger(name)
+        into = None if larger is None else OURS + larger.name
+        if into is None or into in modules or (height is not None and height(into) is None):
+            fused[name] = factors
+        else:
+            found.setdefault(into, []).append(name)
+    pieces = {into: [(_part(name), modules[name]) for name in names] for into, names in found.items()}
+    likely = _likely_heights(pieces.values()) if height is None else {}
+    for into, names in found.items():
+        rows = likely[pieces[into][0][0].ours] if height is None else height(into)
+        joined = _joined(pieces[into], rows or 0)
+        if isinstance(joined, str):
+            logger.warning(f"{into}: {joined}; they stay apart")
+            fused.update({name: modules[name] for name in names})
+        else:
+            fused[into] = joined
+    return {f"{name}.{part}": tensor for name, factors in fused.items() for part, tensor in factors.items()}
+
+
+def _larger(name: str) -> Relative | None:
+    """What a module is part of in the layout that is ours."""
+    return next((other for other in relatives(name.removeprefix(OURS)) if not other.is_part), None)
+
+
+def _part(name: str) -> Part:
+    larger = _larger(name)
+    assert larger is not None
+    return larger.part
+
+
+def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
+    """Path of a fused module, in all blocks -> how many rows its weight has, as far as the parts tell."""
+    heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
+    for part, factors in itertools.chain.from_iterable(found):
+        heights.setdefault(part.ours, {})[part.index] = len(factors[LORA[1]]) if LORA[1] in factors else 0
+    return {ours: _likely_height(ours, rows) for ours, rows in heights.items()}
+
+
+def _likely_height(ours: str, rows: Mapping[int | None, int]) -> int:
+    siblings = [part for family in FAMILIES for part in family.parts if part.ours == ours]
+    rest = next((part for part in siblings if part.index == REST), None)
+    equal = next((height for index, height in rows.items() if index != REST), 0)
+    if rest is None:
+        return equal * len(siblings)
+    last = rows.get(REST, 0)
+    if not last:
+        logger.info(f"{rest.theirs} is not in the file, and taken to be {rest.usual_height} times as high as the parts beside it")
+    return (equal or last // rest.usual_height) * (len(siblings) - 1) + (last or equal * rest.usual_height)
+
+
+def _joined(pieces: Pieces, height: int) -> Factors | str:
+    """Factors for a weight of that height, or why there are none."""
+    (part, factors), *others = pieces
+    if part.index is None and not others:
+        return factors
+    if part.index == SWAPPED and not others:
+        swapped = rows_of(factors, torch.arange(height).roll(height // 2)) if LORA[1] in factors else None
+        return swapped or "only plain LoRAs can be put together"
+    if any(set(factors) - {"alpha", *LORA} or factors[LORA[1]].ndim != 2 for _, factors in pieces):
+        return "only plain LoRAs can be put together"
+    places = [part_rows(part, len(factors[LORA[1]]), height) for part, factors in pieces]
+    if any(not isinstance(place, slice) for place in places):
+        return f"its parts do not fit into {height} rows"
+    return _stacked([factors for _, factors in pieces], [place for place in places if isinstance(place, slice)], height)
+
+
+def _stacked(parts: Sequence[Factors], places: Sequence[slice], height: int) -> Factors:
+    """One LoRA whose up factor has those of the parts as blocks, each in its rows."""
+    downs, ups = [factors[LORA[0]] for factors in parts], [factors[LORA[1]] for factors in parts]
+    scales = [strength(factors) for factors in parts]
+    if scales.count(scales[0]) < len(scales):
+        ups = [(up.float() * scale).to(up.dtype) for up, scale in zip(ups, scales, strict=True)]
+        scales = [1.0] * len(scales)
+    shared = all(torch.equal(down, downs[0]) for down in downs)
+    down = downs[0] if shared else torch.cat(downs)
+    up = ups[0].new_zeros(height, len(down))
+    start = 0
+    for factor, rows in zip(ups, places, strict=True):
+        up[rows, start : start + factor.shape[1]] = factor
+        start += 0 if shared else factor.shape[1]
+    return {"alpha": torch.tensor(scales[0] * len(down)), LORA[0]: down, LORA[1]: up}

@@ -1,0 +1,383 @@
+"""A family with two text encoders: its text caches are whole or unfinished, never half, whenever the work is stopped."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dataset.batches import CachingCommands, find_items, read_batch, require_items
+from dataset.cache_files import read_entry, write_tensors
+from dataset.cache_records import text_records
+from dataset.caching import cache_media, cache_texts
+from dataset.check import check_texts, check_training
+from dataset.config import DatasetConfig
+from modules.errors import CacheError, OutputError
+from modules.records import Conditions, Prompt
+from tests.dataset.test_caching import make_config, names
+from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
+
+ROOT = Path(__file__).resolve().parents[2]
+DYING = ROOT / "tests" / "faults" / "run_and_die.py"
+KILLED = 1 if os.name == "nt" else -9
+KEYS = frozenset({"llm", "llm_mask", "clipL"})
+COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
+FILES = ["clip_0_toy_te.safetensors", "clip_1_toy_te.safetensors"]
+PARTS = [f"{name}.part" for name in FILES]
+
+
+class Interrupted(Exception):
+    """Somebody stops the run."""
+
+
+@dataclasses.dataclass
+class ToyLlm(ToyText):
+    """An encoder of two tensors of fixed length."""
+
+    name: str = "llm"
+    variable_length: frozenset[str] = frozenset()
+    identity: Any = dataclasses.field(default_factory=lambda: {"llm": "first"})
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset({"llm", "llm_mask"})
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        self.calls += [prompt.text for prompt in prompts]
+        return [{"llm": torch.full((3, 2), float(len(one.text))), "llm_mask": torch.ones(3, dtype=torch.int64)} for one in prompts]
+
+
+@dataclasses.dataclass
+class ToyClip(ToyText):
+    """An encoder of one vector. `stop_at`: the caption at which the run is stopped."""
+
+    name: str = "clipL"
+    variable_length: frozenset[str] = frozenset()
+    identity: Any = dataclasses.field(default_factory=lambda: {"clipL": "first"})
+    stop_at: str | None = None
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        if any(prompt.text == self.stop_at for prompt in prompts):
+            raise Interrupted
+        self.calls += [prompt.text for prompt in prompts]
+        return [{"clipL": torch.full((2,), float(len(one.text)))} for one in prompts]
+
+
+def two(llm: str = "first", clip: str = "first", stop_at: str | None = None) -> ToyFamily:
+    """The family; llm, clip: which checkpoints its encoders have."""
+    encoders: list[ToyText] = [ToyLlm(identity={"llm": llm}), ToyClip(identity={"clipL": clip}, stop_at=stop_at)]
+    return ToyFamily(text=encoders, text_keys=KEYS)
+
+
+def cache(folder: Path) -> Path:
+    return folder / "cache"
+
+
+def calls(family: ToyFamily) -> list[list[str]]:
+    return [encoder.calls for encoder in family.text]
+
+
+def assert_whole(config: DatasetConfig, folder: Path) -> None:
+    """All text caches are finished, and a further run finds nothing to do."""
+    assert [name for name in names(folder) if "_te" in name] == FILES
+    for name in FILES:
+        entry = read_entry(cache(folder) / name)
+        assert set(entry.tensors) == KEYS
+    family = two()
+    assert cache_texts(family, config, options()).kept == 4
+    assert calls(family) == [[], []]
+    assert [encoder.loaded for encoder in family.text] == [0, 0]
+
+
+def stopped(folder: Path, stop_at: str = "clip number 1") -> DatasetConfig:
+    """A run that was stopped in its second pass."""
+    config = make_config(folder)
+    with pytest.raises(Interrupted):
+        cache_texts(two(stop_at=stop_at), config, options())
+    return config
+
+
+def test_both_encoders_write_into_one_file(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    report = cache_texts(two(), config, options())
+    assert (report.written, report.kept, report.removed) == (4, 0, 0)
+    assert_whole(config, tmp_path)
+    records = text_records(read_entry(cache(tmp_path) / FILES[0]).header)
+    assert {name: dict(record.encoder) for name, record in records.items()} == {
+        "llm": {"llm": "first"},
+        "clipL": {"clipL": "first"},
+    }
+
+
+def test_encoders_are_loaded_one_after_the_other(tmp_path: Path) -> None:
+    diary: list[str] = []
+
+    class Noted(ToyLlm):
+        def load(self, device: torch.device) -> None:
+            diary.append(f"load {self.name}")
+
+        def free(self) -> None:
+            diary.append(f"free {self.name}")
+
+    encoders: list[ToyText] = [Noted(), Noted(name="llm2", identity={"llm2": "x"})]
+    cache_texts(ToyFamily(text=encoders), make_config(tmp_path), options())
+    assert diary == ["load llm", "free llm", "load llm2", "free llm2"]
+
+
+def test_the_first_pass_leaves_an_unfinished_file_that_the_next_run_finishes(tmp_path: Path) -> None:
+    config = stopped(tmp_path)
+    assert names(tmp_path) == [FILES[0], PARTS[1]]  # the first source was through both
+    again = two()
+    report = cache_texts(again, config, options())
+    assert (report.written, report.kept) == (1, 3)
+    assert calls(again) == [[], ["clip number 1"]]
+    assert again.text[0].loaded == 0
+    assert_whole(config, tmp_path)
+
+
+def test_an_unfinished_file_of_another_checkpoint_is_made_again(tmp_path: Path) -> None:
+    config = stopped(tmp_path, "clip number 0")
+    assert names(tmp_path) == PARTS
+    family = two(llm="second")
+    assert cache_texts(family, config, options()).written == 4
+    assert calls(family) == [["clip number 0", "clip number 1"]] * 2
+
+
+def test_an_unfinished_file_of_another_caption_is_made_again(tmp_path: Path) -> None:
+    config = stopped(tmp_path)
+    (tmp_path / "clip_1.txt").write_text("another text", encoding="utf-8")
+    family = two()
+    cache_texts(family, config, options())
+    assert calls(family) == [["another text"]] * 2
+    assert_whole(config, tmp_path)
+
+
+def test_a_changed_caption_leaves_the_old_file_whole_until_the_new_one_is(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_texts(two(), config, options())
+    before = (cache(tmp_path) / FILES[1]).read_bytes()
+    (tmp_path / "clip_1.txt").write_text("another text", encoding="utf-8")
+    with pytest.raises(Interrupted):
+        cache_texts(two(stop_at="another text"), config, options())
+    assert names(tmp_path) == [*FILES, PARTS[1]]
+    assert (cache(tmp_path) / FILES[1]).read_bytes() == before
+    cache_texts(two(), config, options())
+    assert read_entry(cache(tmp_path) / FILES[1]).header.metadata["caption1"] == "another text"
+    assert_whole(config, tmp_path)
+
+
+def test_one_changed_encoder_is_alone_in_encoding(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_texts(two(), config, options())
+    for family, expected in ((two(llm="second"), [2, 0]), (two(llm="second", clip="second"), [0, 2])):
+        cache_texts(family, config, options())
+        assert [len(encoded) for encoded in calls(family)] == expected
+        assert names(tmp_path) == FILES
+
+
+def test_an_unfinished_file_that_is_not_needed_any_more_goes(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_texts(two(), config, options())
+    with pytest.raises(Interrupted):
+        cache_texts(two(llm="second", clip="second", stop_at="clip number 0"), config, options())
+    assert names(tmp_path) == [FILES[0], PARTS[0], FILES[1], PARTS[1]]
+    assert cache_texts(two(), config, options(keep_cache=True)).kept == 4  # back to the first checkpoints
+    assert_whole(config, tmp_path)
+
+
+def test_an_unfinished_file_spoils_nothing_that_is_right_in_the_file(tmp_path: Path) -> None:
+    """Killed between joining and renaming, and run again with one of the checkpoints from before."""
+    config = make_config(tmp_path, clips=(9,))
+    cache_texts(two(), config, options())
+    path, part = cache(tmp_path) / FILES[0], cache(tmp_path) / PARTS[0]
+    before = path.read_bytes()
+    cache_texts(two("second", "second"), config, options())
+    part.write_bytes(path.read_bytes())
+    path.write_bytes(before)
+    cache_texts(two("second", "first"), config, options())
+    assert {name: dict(record.encoder) for name, record in text_records(read_entry(path).header).items()} == {
+        "llm": {"llm": "second"},
+        "clipL": {"clipL": "first"},
+    }
+    assert names(tmp_path) == [FILES[0]]
+
+
+def test_a_joined_file_without_its_name_gets_it_without_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, clips=(9, 9))
+    rename = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if str(source).endswith(".part") and str(target).endswith(FILES[1]):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        cache_texts(two(), config, options())
+    monkeypatch.setattr(os, "replace", rename)
+    assert names(tmp_path) == [FILES[0], PARTS[1]]
+    report = cache_texts(two(), config, options())
+    assert (report.written, report.kept) == (0, 4)
+    assert_whole(config, tmp_path)
+
+
+def half(path: Path, caption: str = "clip number 0") -> None:
+    """A file as another program leaves it when only its first pass was run."""
+    path.parent.mkdir(exist_ok=True)
+    tensors = {"llm_float32": torch.full((3, 2), 7.0), "llm_mask": torch.ones(3, dtype=torch.int64)}
+    write_tensors(path, tensors, {"architecture": "toy", "caption1": caption, "format_version": "1.0.1"})
+
+
+@pytest.mark.parametrize("skip_existing", [True, False])
+def test_a_half_file_of_another_program_is_completed(tmp_path: Path, skip_existing: bool) -> None:
+    config = make_config(tmp_path, clips=(9,))
+    half(cache(tmp_path) / FILES[0])
+    family = two()
+    report = cache_texts(family, config, options(skip_existing=skip_existing))
+    assert (report.kept, report.foreign, report.written) == ((1, 1, 1) if skip_existing else (0, 0, 2))
+    assert calls(family) == [[] if skip_existing else ["clip number 0"], ["clip number 0"]]
+    entry = read_entry(cache(tmp_path) / FILES[0])
+    assert set(entry.tensors) == KEYS
+    assert float(entry.tensors["llm"][0, 0]) == (7.0 if skip_existing else 13.0)
+    assert names(tmp_path) == [FILES[0]]
+    again = two()
+    report = cache_texts(again, config, options(skip_existing=skip_existing))
+    assert (report.kept, report.foreign) == (2, int(skip_existing))
+    assert calls(again) == [[], []]
+
+
+def test_a_half_file_whose_mask_is_missing_is_no_half(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9,))
+    path = cache(tmp_path) / FILES[0]
+    path.parent.mkdir()
+    write_tensors(path, {"llm_float32": torch.ones(3, 2)}, {"architecture": "toy", "caption1": "clip number 0"})
+    family = two()
+    cache_texts(family, config, options(skip_existing=True))
+    assert calls(family) == [["clip number 0"]] * 2
+
+
+@pytest.mark.parametrize("damaged", ["llm", "clipL"])
+def test_damage_to_one_half_is_mended_alone(tmp_path: Path, damaged: str) -> None:
+    config = make_config(tmp_path, clips=(9,))
+    cache_texts(two(), config, options())
+    path = cache(tmp_path) / FILES[0]
+    entry = read_entry(path)
+    tensors = {name: tensor + (name == f"{damaged}_float32") for name, tensor in entry.named.items()}
+    write_tensors(path, tensors, entry.header.metadata)
+    family = two()
+    cache_texts(family, config, options())
+    assert calls(family) == [["clip number 0"] if encoder.name == damaged else [] for encoder in family.text]
+    family = two()
+    assert cache_texts(family, config, options()).kept == 2
+
+
+def test_a_damaged_unfinished_file_is_made_again(tmp_path: Path) -> None:
+    config = stopped(tmp_path)
+    part = cache(tmp_path) / PARTS[1]
+    part.write_bytes(part.read_bytes()[:-2])
+    family = two()
+    cache_texts(family, config, options())
+    assert calls(family) == [["clip number 1"]] * 2
+    assert_whole(config, tmp_path)
+
+
+@pytest.mark.parametrize("keep_cache", [False, True])
+def test_unfinished_files_of_sources_that_are_gone_are_removed(tmp_path: Path, keep_cache: bool) -> None:
+    config = stopped(tmp_path)
+    (tmp_path / "clip_1.mp4").unlink()
+    stray = cache(tmp_path) / f".{PARTS[0]}.0123abcd.tmp"
+    stray.write_bytes(b"left by a kill")
+    mine = cache(tmp_path) / "notes_toy_te.safetensors.part"
+    write_tensors(mine, {"lora_down.weight": torch.ones(2)}, {})
+    assert cache_texts(two(), config, options(keep_cache=keep_cache)).removed == (0 if keep_cache else 1)
+    kept = [stray.name, FILES[0], PARTS[1]] if keep_cache else [FILES[0]]
+    assert names(tmp_path) == [*kept, mine.name]
+
+
+def test_checking_counts_what_stands_in_unfinished_files_and_writes_nothing(tmp_path: Path) -> None:
+    config = stopped(tmp_path)
+    before = {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()}
+    lines = check_texts(two(), config, skip_existing=False).lines
+    assert "  caches of llm: 2 are right, 0 captions are to be encoded" in lines
+    assert "  caches of clipL: 1 are right, 1 captions are to be encoded" in lines
+    check_texts(two(llm="second"), config, skip_existing=False)
+    assert {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()} == before
+
+
+# --- training ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> None:
+    config = stopped(tmp_path)
+    cache_media(two(), config, options())
+    with pytest.raises(CacheError, match=r"(?s)1 text caches are unfinished, .*clip_1_toy_te\.safetensors\.part.*cache_text\.py"):
+        require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
+    result = check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS)
+    assert result.exit_code == 1
+    assert "1 text caches are unfinished" in "\n".join(result.lines)
+    cache_texts(two(), config, options())
+    assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).ok
+    items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
+    assert read_batch(items, LATENT).tensor("llm").shape == (2, 3, 2)
+
+
+def test_training_refuses_a_half_file_with_the_command(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9,))
+    cache_media(two(), config, options())
+    half(cache(tmp_path) / FILES[0])
+    items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
+    with pytest.raises(CacheError, match=r"(?s)clip_0_toy_te.safetensors: it is only a part .* has no clipL.*cache_text\.py --y"):
+        read_batch(items, LATENT, COMMANDS)
+    assert "it has no clipL" in "\n".join(check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).lines)
+    cache_texts(two(), config, options(skip_existing=True))
+    assert len(read_batch(items, LATENT, COMMANDS)) == 1
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.dataset.test_two_passes import make_config, options, two
+from dataset.caching import cache_texts
+cache_texts(two(), make_config(Path({folder!r})), options())
+"""
+# of two sources: each writes and renames its unfinished file, then the joined one, which is renamed once more
+POINTS = [("mid_write", count) for count in range(1, 5)]
+POINTS += [(point, count) for point in ("before_rename", "after_rename") for count in range(1, 7)]
+FAST = {("before_rename", 4), ("after_rename", 3)}  # between joining and renaming
+
+
+@pytest.mark.parametrize(
+    ("point", "count"), [pytest.param(*point, marks=() if point in FAST else pytest.mark.slow) for point in POINTS]
+)
+def test_a_run_killed_at_any_write_leaves_whole_files_and_goes_on(tmp_path: Path, point: str, count: int) -> None:
+    (tmp_path / "killed").mkdir()
+    config = make_config(tmp_path / "killed")
+    shutil.copytree(tmp_path / "killed", tmp_path / "undisturbed")
+    cache_texts(two(), make_config(tmp_path / "undisturbed"), options())
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(root=str(ROOT), folder=str(tmp_path / "killed")), encoding="utf-8")
+    died = subprocess.run([sys.executable, str(DYING), point, str(count), str(script)], capture_output=True, text=True, timeout=120)
+    assert died.returncode == KILLED, died.stderr[-2000:]
+    for path in cache(tmp_path / "killed").iterdir():
+        if path.suffix == ".safetensors":
+            assert set(read_entry(path).tensors) == KEYS
+        elif path.suffix == ".part":
+            assert set(read_entry(path).tensors) >= {"llm", "llm_mask"}
+        else:
+            assert path.name.startswith("."), path
+    cache_texts(two(), config, options())
+    assert_whole(config, tmp_path / "killed")
+    for name in FILES:
+        ours, theirs = (read_entry(tmp_path / run / "cache" / name) for run in ("killed", "undisturbed"))
+        assert ours.header.metadata == theirs.header.metadata
+        for tensor, value in theirs.named.items():
+            assert torch.equal(ours.named[tensor], value)

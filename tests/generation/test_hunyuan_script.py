@@ -1,0 +1,145 @@
+"""hv_generate_video.py on a tiny HunyuanVideo, from the command line to files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import hv_generate_video
+from modules.errors import MediaError, OptionError
+from modules.media import write_video
+from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
+from tests.tiny.project import moving_square
+
+SIZE = ("--video_size", "32", "48", "--video_length", "5", "--infer_steps", "2", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def t2v(tmp_path_factory: pytest.TempPathFactory) -> TinyHunyuan:
+    return write_tiny_hunyuan(tmp_path_factory.mktemp("t2v"))
+
+
+def generate(folder: Path, files: TinyHunyuan, *arguments: object) -> dict[int, Tensor]:
+    """The latents that are left, by seed."""
+    words = ["--save_path", str(folder), *SIZE, *files.models, "--output_type", "latent", *map(str, arguments)]
+    hv_generate_video.main(words)
+    return {int(path.name.split("_")[1]): load_file(path)["latent"] for path in folder.glob("*_latent.safetensors")}
+
+
+def test_lines_of_a_file_equal_single_runs(tmp_path: Path, t2v: TinyHunyuan) -> None:
+    """In them `g` is the embedded guidance, `l` the classifier-free one."""
+    (tmp_path / "lines.txt").write_text("a cat --d 1 --g 3\na dog --d 2 --l 4 --n dull\n", encoding="utf-8")
+
+    made = generate(tmp_path / "file", t2v, "--from_file", tmp_path / "lines.txt")
+
+    first = generate(tmp_path / "one", t2v, "--prompt", "a cat", "--seed", 1, "--embedded_cfg_scale", 3)
+    more = ("--guidance_scale", 4, "--negative_prompt", "dull")
+    second = generate(tmp_path / "two", t2v, "--prompt", "a dog", "--seed", 2, *more)
+    assert torch.equal(made[1], first[1])
+    assert torch.equal(made[2], second[2])
+
+
+def test_a_line_may_name_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
+    video = tmp_path / "clip.mp4"
+    write_video(video, moving_square(5, 48, 32, 1), fps=24)
+    (tmp_path / "lines.txt").write_text(f"a cat --d 1 --v {video}\n", encoding="utf-8")
+
+    made = generate(tmp_path / "file", t2v, "--from_file", tmp_path / "lines.txt", "--strength", 0.5)
+
+    single = generate(tmp_path / "one", t2v, "--prompt", "a cat", "--seed", 1, "--video_path", video, "--strength", 0.5)
+    plain = generate(tmp_path / "plain", t2v, "--prompt", "a cat", "--seed", 1)
+    assert torch.equal(made[1], single[1])
+    assert not torch.equal(made[1], plain[1])
+
+
+def test_a_schedule_counts_the_steps_that_are_made_of_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
+    video = tmp_path / "clip.mp4"
+    write_video(video, moving_square(5, 48, 32, 1), fps=24)
+    with pytest.raises(OptionError, match="2"):
+        generate(tmp_path, t2v, "--prompt", "a cat", "--video_path", video, "--strength", 0.5, "--cfg_schedule", "2:3")
+
+
+def test_a_video_that_is_too_short_is_refused(tmp_path: Path, t2v: TinyHunyuan) -> None:
+    video = tmp_path / "clip.mp4"
+    write_video(video, moving_square(4, 48, 32, 1), fps=24)
+    with pytest.raises(MediaError, match=r"--video_path .*clip.mp4: it has 4 frames, 5 are needed"):
+        generate(tmp_path, t2v, "--prompt", "a cat", "--video_path", video)
+
+
+def test_the_metadata_says_how_it_was_made(tmp_path: Path, t2v: TinyHunyuan) -> None:
+    generate(tmp_path, t2v, "--prompt", "a cat", "--seed", 7, "--flow_shift", 14.5)
+    (path,) = tmp_path.glob("*_7_latent.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["bt_model_type"], metadata["bt_embedded_cfg_scale"], metadata["bt_flow_shift"]) == ("hunyuan", "6.0", "14.5")
+    assert (metadata["bt_height"], metadata["bt_width"], metadata["bt_fps"]) == ("32", "48", "24")
+
+
+def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, t2v: TinyHunyuan) -> None:
+    generate(tmp_path / "latents", t2v, "--prompt", "a cat", "--seed", 7)
+    (path,) = (tmp_path / "latents").iterdir()
+    hv_generate_video.main(
+        ["--latent_path", str(path), "--vae", str(t2v.vae), "--save_path", str(tmp_path / "out"), "--device", "cpu"]
+    )
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".mp4"]
+
+
+def lora(path: Path, *modules: str) -> Path:
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for module in ("double_blocks_0_img_attn_proj", "single_blocks_1_linear2"):
+        width = 128 if module.startswith("double") else 128 + 320
+        down, up = torch.randn(2, width, generator=generator), torch.randn(128, 2, generator=generator)
+        if module in modules:
+            tensors[f"lora_unet_{module}.lora_down.weight"], tensors[f"lora_unet_{module}.lora_up.weight"] = down, up
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("more", [(), ("--exclude_patterns", "txt_")])
+def test_single_blocks_may_be_left_out_of_loras(tmp_path: Path, t2v: TinyHunyuan, more: tuple[str, ...]) -> None:
+    say = ("--prompt", "a cat", "--seed", 1)
+    both = lora(tmp_path / "both.safetensors", "double_blocks_0_img_attn_proj", "single_blocks_1_linear2")
+    double = lora(tmp_path / "double.safetensors", "double_blocks_0_img_attn_proj")
+
+    without = generate(tmp_path / "without", t2v, *say, "--lora_weight", both, "--exclude_single_blocks", *more)
+
+    assert torch.equal(without[1], generate(tmp_path / "double", t2v, *say, "--lora_weight", double)[1])
+    assert not torch.equal(without[1], generate(tmp_path / "both", t2v, *say, "--lora_weight", both)[1])
+
+
+@pytest.fixture
+def undone() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("undone")
+def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, t2v: TinyHunyuan) -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    generate(tmp_path, t2v, "--prompt", "a cat", "--seed", 1, "--reproduce")
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--te_multiplier", "much", "1"], "--te_multiplier much 1: give two numbers"),
+        (["--dit_in_channels", "20"], "--dit_in_channels 20"),
+        (["--strength", "1.5"], "--strength 1.5"),
+        (["--hidden_state_skip_layer", "-1"], "--hidden_state_skip_layer"),
+        (["--vae_chunk_size", "0"], "--vae_chunk_size"),
+        (["--vae_spatial_tile_sample_min_size", "20"], "--vae_spatial_tile_sample_min_size 20"),
+        (["--vae_dtype", "fp8"], "nothing is computed in fp8"),
+        (["--split_attn"], "--split_attn is not supported yet"),
+        (["--img_in_txt_in_offloading"], "--img_in_txt_in_offloading is not supported yet"),
+        (["--fp8_llm"], "--fp8_llm is not supported yet"),
+    ],
+)
+def test_what_cannot_be_done_is_said(tmp_path: Path, t2v: TinyHunyuan, arguments: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        generate(tmp_path, t2v, "--prompt", "a cat", *arguments)

@@ -1,0 +1,95 @@
+"""Tiny HunyuanVideo transformers, here and in diffusers, and what their forward takes."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor
+
+from hunyuan_model.configs import HunyuanVideoConfig
+from hunyuan_model.model import HunyuanVideoModel
+from tests.golden_cases import make_weights, read_case
+from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state, tiny_state
+
+TEXT_ROWS = 12
+
+
+def golden_model(case: str) -> tuple[HunyuanVideoModel, dict[str, Tensor], dict[str, Any]]:
+    """The model of a golden case, the inputs of its forward pass, and what is stored beside them."""
+    description, tensors = read_case(case)
+    sizes = description["config"]
+    config = HunyuanVideoConfig(
+        dim=sizes["hidden_size"],
+        ffn_dim=int(sizes["hidden_size"] * sizes["mlp_width_ratio"]),
+        num_heads=sizes["heads_num"],
+        double_blocks=sizes["mm_double_blocks_depth"],
+        single_blocks=sizes["mm_single_blocks_depth"],
+        refiner_blocks=sizes["refiner_depth"],
+        refiner_ffn_dim=int(sizes["hidden_size"] * sizes["mlp_width_ratio"]),
+        in_dim=sizes["in_channels"],
+        out_dim=sizes["out_channels"],
+        text_dim=sizes["text_states_dim"],
+        pooled_dim=sizes["text_states_dim_2"],
+        has_guidance=sizes["guidance_embed"],
+    )
+    model = HunyuanVideoModel(config)
+    model.load_state_dict(make_weights(description["weights_model_key"], description["weights"]))
+    names = {
+        "noisy": "x",
+        "timesteps": "t",
+        "llama": "text_states",
+        "llama_mask": "text_mask",
+        "clip_l": "text_states_2",
+        "guidance": "guidance",
+    }
+    inputs = {ours: tensors[theirs] for ours, theirs in names.items()}
+    return model.eval().requires_grad_(False), inputs, tensors | {"tolerance": description["tolerance"]}
+
+
+def tiny_model(kind: str, **sizes: int) -> HunyuanVideoModel:
+    model = HunyuanVideoModel(replace(CONFIGS[kind], **sizes))  # type: ignore[arg-type]
+    model.load_state_dict(tiny_state(kind, **sizes))
+    return model.eval().requires_grad_(False)
+
+
+def tiny_inputs(kind: str, lengths: tuple[int, ...] = (5, 11), frames: int = 3) -> dict[str, Any]:
+    """lengths: real tokens of each sample's text; what stands in the padding is large, so that a look at it shows."""
+    config, generator, batch = CONFIGS[kind], torch.Generator().manual_seed(7), len(lengths)
+    mask = (torch.arange(TEXT_ROWS) < torch.tensor(lengths)[:, None]).long()
+    text = torch.randn(batch, TEXT_ROWS, config.text_dim, generator=generator)
+    return {
+        "noisy": torch.randn(batch, config.in_dim, frames, 4, 6, generator=generator),
+        "timesteps": torch.linspace(900.0, 100.0, batch),
+        "llama": torch.where(mask[:, :, None] == 1, text, 30 * text),
+        "llama_mask": mask,
+        "clip_l": torch.randn(batch, config.pooled_dim, generator=generator),
+        "guidance": torch.linspace(1000.0, 6000.0, batch),
+    }
+
+
+def in_diffusers(kind: str) -> HunyuanVideoTransformer3DModel:
+    """The same network there. Its refiner's feed-forward is four times the width, whatever that of the blocks is."""
+    config = CONFIGS[kind]
+    theirs = HunyuanVideoTransformer3DModel(
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.dim // config.num_heads,
+        num_layers=config.double_blocks,
+        num_single_layers=config.single_blocks,
+        num_refiner_layers=config.refiner_blocks,
+        mlp_ratio=config.ffn_dim / config.dim,
+        guidance_embeds=config.has_guidance,
+        text_embed_dim=config.text_dim,
+        pooled_projection_dim=config.pooled_dim,
+        rope_axes_dim=(8, 28, 28),
+    )
+    theirs.load_state_dict(diffusers_state(tiny_state(kind)))
+    return theirs.eval()
+
+
+@torch.no_grad()
+def run_there(theirs: HunyuanVideoTransformer3DModel, inputs: dict[str, Any]) -> Tensor:
+    names = ("noisy", "timesteps", "llama", "llama_mask", "clip_l", "guidance")
+    return theirs(*(inputs[name] for name in names), return_dict=False)[0]

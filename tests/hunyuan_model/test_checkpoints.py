@@ -1,0 +1,280 @@
+"""Files of HunyuanVideo and SkyReels V1 transformers: every dialect, and what is refused."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import families
+import wan.checkpoints
+from hunyuan_model.checkpoints import identify, load_dit, read_dit_header
+from modules.errors import CheckpointError, OptionError
+from modules.records import Placement
+from tests.hunyuan_model.making import tiny_inputs
+from tests.manifests import manifest_names, tensor_list, write_hollow
+from tests.tiny.hunyuan_dit import CONFIGS, DIALECTS, FP8_DIALECTS, tiny_state, write_dit
+
+CPU = Placement(torch.device("cpu"))
+META = Placement(torch.device("meta"))
+FULL_SIZE = [*manifest_names("hunyuanvideo-t2v-dit"), *manifest_names("skyreels-v1")]
+PLAIN_FP8 = 0.07  # float8_e4m3fn keeps three digits of mantissa
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_every_dialect_gives_the_same_weights(tmp_path: Path, kind: str, dialect: str) -> None:
+    state = tiny_state(kind)
+
+    loaded = load_dit(write_dit(tmp_path, state, dialect), CPU).state_dict()
+
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("dialect", ["safetensors", "comfy", "diffusers"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_dimensions_come_from_the_tensors(tmp_path: Path, kind: str, dialect: str) -> None:
+    header = read_dit_header(write_dit(tmp_path, tiny_state(kind), dialect))
+
+    assert header.config == CONFIGS[kind]
+    assert header.dialect == {"safetensors": "official", "comfy": "ComfyUI"}.get(dialect, dialect)
+    assert header.kind == ("i2v" if kind == "i2v" else "t2v")
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, name: str) -> None:
+    tensors = tensor_list(name)
+    if name == "hunyuanvideo-t2v-dit-fp8":  # is a pickle with a map of scales; here only its names and types
+        assert sum(dtype == "F8_E4M3" for dtype, _ in tensors.values()) == 320
+
+    dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
+
+    assert sum(weight.numel() for weight in dit.parameters()) == sum(math.prod(shape) for _, shape in tensors.values())
+    assert dit.compute_dtype == torch.bfloat16
+    config = dit.config
+    assert (config.dim, config.num_heads, config.double_blocks, config.single_blocks) == (3072, 24, 20, 40)
+    assert (config.text_dim, config.pooled_dim, config.has_guidance) == (4096, 768, True)
+    assert config.kind == ("i2v" if "i2v" in name else "t2v")
+
+
+def test_there_are_manifests_of_all_nine_files() -> None:
+    assert len(FULL_SIZE) == 9
+
+
+@pytest.mark.parametrize("dialect", FP8_DIALECTS)
+def test_fp8_files_compute_in_bfloat16_with_their_scales_applied(tmp_path: Path, dialect: str) -> None:
+    state = tiny_state("i2v")
+
+    dit = load_dit(write_dit(tmp_path, state, dialect), CPU)
+
+    assert dit.compute_dtype == torch.bfloat16
+    for name, tensor in dit.state_dict().items():
+        assert tensor.dtype.itemsize > 1, name
+        torch.testing.assert_close(tensor.float(), state[name], rtol=PLAIN_FP8, atol=0.01, msg=name)
+
+
+def test_the_scales_of_the_official_map_are_exact(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state(), "fp8_map")
+    stored, scales = torch.load(path)["module"], torch.load(tmp_path / "mp_rank_00_model_states_fp8_map.pt")
+
+    dit = load_dit(path, replace(CPU, compute_dtype=torch.float32))
+
+    for name, scale in scales.items():
+        assert torch.equal(dit.get_parameter(f"{name}.weight"), stored[f"{name}.weight"].float() * scale)
+
+
+@pytest.mark.parametrize("form", [float, lambda scale: scale.reshape(1), lambda scale: scale.to(torch.bfloat16)])
+def test_the_map_may_hold_numbers_or_tensors(tmp_path: Path, form: object) -> None:
+    path = write_dit(tmp_path, tiny_state(), "fp8_map")
+    found = tmp_path / "mp_rank_00_model_states_fp8_map.pt"
+    scales = torch.load(found)
+    torch.save({name: form(scale) for name, scale in scales.items()}, found)  # type: ignore[operator]
+
+    dit = load_dit(path, replace(CPU, compute_dtype=torch.float32))
+
+    weight = dit.get_parameter("single_blocks.0.linear1.weight")
+    torch.testing.assert_close(weight, tiny_state()["single_blocks.0.linear1.weight"], rtol=PLAIN_FP8, atol=0.01)
+
+
+def test_fp8_weights_without_their_map_are_refused(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state(), "fp8_map")
+    (tmp_path / "mp_rank_00_model_states_fp8_map.pt").unlink()
+
+    with pytest.raises(CheckpointError, match="mp_rank_00_model_states_fp8_map.pt, which is not beside it"):
+        load_dit(path, CPU)
+
+
+def test_a_map_of_another_file_is_refused(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state(), "fp8_map")
+    torch.save({"blocks.0": 1.0}, tmp_path / "mp_rank_00_model_states_fp8_map.pt")
+    with pytest.raises(CheckpointError, match="has no scale for double_blocks.0.img_mod.linear.weight"):
+        load_dit(path, CPU)
+
+    torch.save([1.0], tmp_path / "mp_rank_00_model_states_fp8_map.pt")
+    with pytest.raises(CheckpointError, match="is no map of scales"):
+        load_dit(path, CPU)
+
+
+def test_row_scales_are_exact_where_the_stored_numbers_are(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state(), "fp8_row_scale")
+    stored = load_file(path)
+
+    dit = load_dit(path, replace(CPU, compute_dtype=torch.float32))
+
+    name = "double_blocks.1.txt_mlp.fc1"
+    assert torch.equal(dit.get_parameter(f"{name}.weight"), stored[f"{name}.weight"].float() * stored[f"{name}.scale_weight"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [("float32", None, "float32"), ("float16", None, "float16"), ("float32", "bfloat16", "bfloat16")],
+)
+def test_weights_take_the_file_dtype_or_the_one_asked_for(tmp_path: Path, stored: str, asked: str | None, expected: str) -> None:
+    path = write_dit(tmp_path, tiny_state(dtype=getattr(torch, stored)))
+
+    dit = load_dit(path, replace(CPU, compute_dtype=getattr(torch, asked) if asked else None))
+
+    assert dit.compute_dtype == getattr(torch, expected)
+    assert dit.get_parameter("single_blocks.0.q_norm.weight").dtype == getattr(torch, expected)
+    assert dit.get_parameter("time_in.mlp.2.weight").dtype == torch.float32  # the embedding is always computed in float32
+
+
+@pytest.mark.parametrize("part", ["blocks.", "txt_in."])
+def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path, part: str) -> None:
+    state = {
+        name: tensor.to(torch.bfloat16) if part in name and name.endswith("weight") and tensor.ndim == 2 else tensor
+        for name, tensor in tiny_state().items()
+    }
+
+    dit = load_dit(write_dit(tmp_path, state), replace(CPU, keep_file_dtypes=True))
+
+    assert dit.get_parameter("txt_in.input_embedder.weight").dtype == (torch.bfloat16 if part == "txt_in." else torch.float32)
+    assert dit.get_parameter("single_blocks.0.linear1.bias").dtype == (torch.bfloat16 if part == "blocks." else torch.float32)
+    velocity = dit(**tiny_inputs("t2v"))
+    assert velocity.dtype == torch.float32
+    assert (velocity - load_dit(write_dit(tmp_path, tiny_state()), CPU)(**tiny_inputs("t2v"))).abs().max() < 0.1
+
+
+def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path) -> None:
+    state, seen = tiny_state(), {}
+
+    def patch(name: str, weight: torch.Tensor) -> torch.Tensor:
+        seen[name] = weight.clone()
+        return weight + 1 if name == "single_blocks.0.linear1.weight" else weight
+
+    dit = load_dit(write_dit(tmp_path, state, "diffusers"), replace(CPU, compute_dtype=torch.bfloat16, patch=patch))
+
+    assert seen.keys() == state.keys()
+    assert all(torch.equal(seen[name], state[name]) for name in state)
+    expected = (state["single_blocks.0.linear1.weight"] + 1).to(torch.bfloat16)
+    assert torch.equal(dit.get_parameter("single_blocks.0.linear1.weight"), expected)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "what"),
+    [
+        ("framepack-dit", "a FramePack transformer"),
+        ("hunyuanimage2.1-dit", "a HunyuanImage 2.1 transformer"),
+        ("flux1-dev-dit", "a FLUX transformer"),
+        ("chroma1-dit", "a Chroma transformer"),
+        ("wan2.1-t2v-1.3b", "a Wan transformer"),
+        ("umt5-xxl-comfy", "a T5 encoder"),
+        ("hunyuanvideo-vae", "the HunyuanVideo VAE"),
+        ("clip-vision-h", "a CLIP image encoder"),
+    ],
+)
+def test_another_model_is_refused_by_name(tmp_path: Path, manifest: str, what: str) -> None:
+    path = write_hollow(tmp_path / "other.safetensors", tensor_list(manifest))
+
+    with pytest.raises(CheckpointError, match=what) as caught:
+        load_dit(path, META)
+
+    assert caught.value.path == path
+
+
+@pytest.mark.parametrize(
+    ("tensors", "what"),
+    [
+        ({"img_in.proj.weight": torch.zeros(128, 33, 1, 2, 2)}, "HunyuanVideo-I2V with 33 input channels"),
+        ({"img_in.proj.weight": torch.zeros(128, 20, 1, 2, 2)}, "an unknown relative of HunyuanVideo with 20 input channels"),
+        ({"vision_in.proj.0.weight": torch.zeros(2)}, "a HunyuanVideo 1.5 transformer"),
+    ],
+)
+def test_relatives_are_refused_by_name(tmp_path: Path, tensors: dict[str, torch.Tensor], what: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{what}, which is not supported"):
+        load_dit(write_dit(tmp_path, tiny_state() | tensors), CPU)
+
+
+def test_a_lora_is_refused_as_one(tmp_path: Path) -> None:
+    save_file({"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+
+    with pytest.raises(CheckpointError, match="it looks like a LoRA"):
+        load_dit(tmp_path / "x.safetensors", CPU)
+
+
+def test_a_file_says_what_it_is(tmp_path: Path) -> None:
+    t2v = write_dit(tmp_path / "t2v", tiny_state(), "comfy")
+    i2v = write_dit(tmp_path / "i2v", tiny_state("i2v"), "diffusers_sharded")
+    framepack = write_hollow(tmp_path / "framepack.safetensors", tensor_list("framepack-dit"))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+
+    assert identify(t2v) == "it is a HunyuanVideo or SkyReels V1 T2V transformer (--dit)"
+    assert identify(i2v) == "it is the SkyReels V1 I2V transformer (--dit)"
+    assert identify(framepack) == "it looks like a FramePack transformer"
+    assert identify(tmp_path / "other.safetensors") is None
+    assert identify(tmp_path / "nothing.safetensors") is None
+
+
+@pytest.mark.parametrize("dialect", ["safetensors", "comfy", "comfy_all_in_one", "diffusers"])
+def test_the_list_of_families_knows_it_too(tmp_path: Path, dialect: str) -> None:
+    path = write_dit(tmp_path, tiny_state("i2v"), dialect)
+
+    assert families.identify(path) == "it is the SkyReels V1 I2V transformer (--dit)"
+    with pytest.raises(CheckpointError, match="is not a Wan2.1 transformer"):
+        wan.checkpoints.read_dit_header(path)
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path) -> None:
+    state = tiny_state()
+    for block in (0, 1):
+        del state[f"double_blocks.{block}.txt_mlp.fc2.bias"]
+    state["single_blocks.1.q_norm.weight"] = torch.zeros(7)
+    state["single_blocks.0.extra.weight"] = torch.zeros(2)
+
+    with pytest.raises(CheckpointError) as caught:
+        load_dit(write_dit(tmp_path, state), CPU)
+
+    lines = str(caught.value).splitlines()
+    assert "  missing: double_blocks.{0..1}.txt_mlp.fc2.bias" in lines
+    assert "  unexpected: single_blocks.0.extra.weight" in lines
+    assert "  single_blocks.1.q_norm.weight: the file has 7, 64 is needed" in lines
+
+
+@pytest.mark.parametrize("name", ["img_in.proj.weight", "vector_in.in_layer.weight", "final_layer.linear.weight"])
+def test_a_file_without_what_tells_its_dimensions_is_incomplete(tmp_path: Path, name: str) -> None:
+    state = tiny_state()
+    del state[name]
+
+    with pytest.raises(CheckpointError, match=f"incomplete HunyuanVideo transformer: {name} is not there"):
+        read_dit_header(write_dit(tmp_path, state))
+
+
+def test_heads_that_cannot_be_rotated_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="width 128 with heads of 16"):
+        read_dit_header(write_dit(tmp_path, tiny_state(num_heads=8)))
+
+
+def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"module": tiny_state(), "call": print}, tmp_path / "dit.pt")
+
+    with pytest.raises(CheckpointError, match="code"):
+        load_dit(tmp_path / "dit.pt", CPU)
+
+
+def test_an_unknown_attention_mode_is_refused_before_the_file_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="flash3 is not supported yet"):
+        load_dit(tmp_path / "not there", replace(CPU, attention="flash3"))

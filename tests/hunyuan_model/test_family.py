@@ -1,0 +1,223 @@
+"""What the HunyuanVideo description asks of requests and caches, and what it gives the transformer."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hunyuan_model.family as module
+from generation.noise import SeededNoise
+from hunyuan_model.family import HunyuanVideo
+from hunyuan_model.files import HunyuanFiles
+from hunyuan_model.vae import load_vae
+from modules.errors import CacheError, OptionError
+from modules.records import Batch, EncodedPrompts, MediaBatch, MediaEncoders, Placement, Request
+from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.project import write_image
+
+CPU = torch.device("cpu")
+FamilyOf = Callable[..., HunyuanVideo]
+REQUEST = Request("a cat", 3, width=48, height=32, frames=9, steps=2, flow_shift=7.0, solver="euler", embedded_guidance=6.0)
+
+
+@pytest.fixture(scope="module")
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> FamilyOf:
+    root = tmp_path_factory.mktemp("hunyuan")
+    made: dict[tuple[str, torch.dtype], HunyuanFiles] = {}
+
+    def make(kind: str = "t2v", dtype: torch.dtype = torch.float32, **settings: object) -> HunyuanVideo:
+        if (kind, dtype) not in made:
+            files = write_tiny_hunyuan(root / f"{kind} {dtype}", kind, dtype)
+            made[kind, dtype] = HunyuanFiles(files.dit, files.vae, files.text_encoder1, files.text_encoder2)
+        return HunyuanVideo(made[kind, dtype], **settings)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    write_image(tmp_path / "start.png", 48, 32)
+    return tmp_path / "start.png"
+
+
+def batch(**tensors: Tensor) -> Batch:
+    text = {
+        "llm": torch.zeros(1, 256, 128),
+        "llm_mask": torch.ones(1, 256),
+        "clipL": torch.zeros(1, 64),
+        "clipL_mask": torch.ones(1, 77),
+    }
+    return Batch({**text, **tensors}, ("a cat",), ("clip 0",))
+
+
+class Seen(nn.Module):
+    """Keeps what it is called with."""
+
+    def forward(self, noisy: Tensor, *others: object) -> Tensor:
+        self.given = (noisy, *others)
+        return noisy[:, :16]
+
+
+# requests
+
+
+def test_what_is_not_said_is_the_releases_default(family_of: FamilyOf) -> None:
+    request = family_of().prepare(Request("a cat", 1))
+
+    assert request.size == (256, 256, 129)
+    assert (request.steps, request.guidance_scale, request.embedded_guidance, request.flow_shift) == (50, 1.0, 6.0, 7.0)
+    assert (request.solver, request.fps, request.negative_prompt) == ("euler", 24.0, "")
+
+
+def test_an_undistilled_model_has_no_embedded_guidance(family_of: FamilyOf) -> None:
+    assert family_of("undistilled").prepare(replace(REQUEST, embedded_guidance=6.0)).embedded_guidance is None
+
+
+def test_samples_without_negative_prompt_are_made_without_guidance(family_of: FamilyOf, caplog: pytest.LogCaptureFixture) -> None:
+    family = family_of(negative_is_empty=False)
+    request = replace(REQUEST, guidance_scale=6.0)
+
+    assert family.prepare(request).guidance_scale == 1.0
+    assert "--n" in caplog.text
+    assert family.prepare(replace(request, negative_prompt="dull")).guidance_scale == 6.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"width": 40}, "Nearest: 32 32"), ({"video_path": Path("no.mp4")}, "--video_path no.mp4: no such file")],
+)
+def test_what_cannot_be_made_is_refused(family_of: FamilyOf, change: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        family_of().prepare(replace(REQUEST, **change))  # type: ignore[arg-type]
+
+
+def test_image_to_video_asks_for_an_image_and_text_to_video_ignores_one(
+    family_of: FamilyOf, picture: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(OptionError, match="--image_path is missing"):
+        family_of("i2v").prepare(REQUEST)
+    with caplog.at_level(logging.WARNING):
+        request = family_of().prepare(replace(REQUEST, image_path=picture))
+    assert "--image_path" in caplog.text
+    assert request.image_path is None
+
+
+def test_channels_that_the_file_does_not_have_are_refused(family_of: FamilyOf) -> None:
+    for kind, wrong in (("t2v", 32), ("i2v", 16)):
+        assert family_of(kind, dit_channels=48 - wrong).dit_files
+        with pytest.raises(OptionError, match=f"--dit_in_channels {wrong}: .* takes {48 - wrong}"):
+            _ = family_of(kind, dit_channels=wrong).dit_files
+
+
+# generation
+
+
+def text() -> dict[str, Tensor | list[Tensor]]:
+    return {"llm": torch.zeros(256, 128), "llm_mask": torch.ones(256, dtype=torch.int64), "clipL": torch.zeros(64)}
+
+
+def test_a_longer_video_begins_with_the_noise_of_a_shorter_one(family_of: FamilyOf) -> None:
+    def noise(frames: int) -> Tensor:
+        request = replace(REQUEST, frames=frames)
+        return next(family_of().sections(request, {0: EncodedPrompts(text())}, {}, SeededNoise(3, CPU))).noise
+
+    assert noise(9).shape == (1, 16, 3, 4, 6)
+    assert torch.equal(noise(9), noise(17)[:, :, :3])
+
+
+def test_generation_rounds_timestep_and_guidance_as_the_model_computes_and_training_does_not(family_of: FamilyOf) -> None:
+    family, dit = family_of(dtype=torch.bfloat16), Seen()
+    section = next(family.sections(REQUEST, {0: EncodedPrompts(text())}, {}, SeededNoise(3, CPU)))
+    noisy, timesteps = torch.zeros(1, 16, 3, 4, 6), torch.tensor([965.5172])
+
+    family.predict(dit, noisy, timesteps, section.positive)
+    assert (float(dit.given[1]), float(dit.given[5])) == (964.0, 6016.0)  # type: ignore[arg-type]
+
+    family.predict(dit, noisy, timesteps, family.batch_conditions(noisy, batch()))
+    assert (float(dit.given[1]), float(dit.given[5])) == (float(timesteps), 1.0)  # type: ignore[arg-type]
+
+
+def test_training_feeds_the_guidance_it_is_told(family_of: FamilyOf) -> None:
+    conditions = family_of(trained_guidance=3.5).batch_conditions(torch.zeros(2, 16, 1, 4, 4), batch())
+    assert torch.equal(conditions["guidance"], torch.tensor([3.5, 3.5]))  # type: ignore[arg-type]
+
+
+def test_a_float32_transformer_has_everything_in_float32(family_of: FamilyOf) -> None:
+    def dtypes(family: HunyuanVideo) -> set[torch.dtype]:
+        vae = family.media_encoders(CPU).vae
+        return {vae.dtype, *(encoder.dtype for encoder in family.text_encoders())}  # type: ignore[attr-defined]
+
+    assert dtypes(family_of()) == {torch.float32}
+    assert dtypes(family_of(dtype=torch.bfloat16)) == {torch.float16}
+    assert dtypes(family_of(dit_dtype=torch.bfloat16)) == {torch.float16}
+    assert dtypes(family_of(vae_dtype=torch.bfloat16, text_dtype=torch.bfloat16)) == {torch.bfloat16}
+
+
+def test_the_transformer_computes_in_the_dtype_that_is_asked_for(family_of: FamilyOf) -> None:
+    dit = family_of(dit_dtype=torch.bfloat16).load_dit(Placement(CPU))
+    assert dit.get_parameter("double_blocks.0.img_attn_qkv.weight").dtype == torch.bfloat16
+
+
+# SkyReels image-to-video
+
+
+def test_the_cached_first_frame_stands_behind_the_noise_and_zeros_after_it(family_of: FamilyOf) -> None:
+    family, dit = family_of("i2v"), Seen()
+    first, noisy = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 16, 3, 4, 4)
+
+    conditions = family.batch_conditions(torch.randn(1, 16, 3, 4, 4), batch(latents_image=first))
+    family.predict(dit, noisy, torch.tensor([500.0]), conditions)
+
+    given = dit.given[0]
+    assert torch.equal(given[:, :16], noisy)
+    assert torch.allclose(given[:, 16:, :1], first * 0.476986)
+    assert not given[:, 16:, 1:].any()
+
+
+def test_without_it_the_first_frame_of_the_latents_does_with_one_notice(
+    family_of: FamilyOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    module._note_missing_image.cache_clear()
+    latents = torch.randn(1, 16, 3, 4, 4)
+
+    for _ in range(2):
+        condition = family_of("i2v").batch_conditions(latents, batch())["condition_latents"]
+
+    assert isinstance(condition, Tensor)
+    assert torch.equal(condition[:, :, 0], latents[:, :, 0])
+    assert not condition[:, :, 1:].any()
+    assert caplog.text.count("cache_latents.py --i2v") == 1
+
+
+def test_a_batch_without_one_of_the_texts_names_the_command(family_of: FamilyOf) -> None:
+    half = batch()
+    with pytest.raises(CacheError, match=r"no clipL,.*cache_text_encoder_outputs.py"):
+        family_of().batch_conditions(
+            torch.zeros(1, 16, 1, 4, 4), replace(half, tensors={name: t for name, t in half.tensors.items() if name != "clipL"})
+        )
+
+
+def test_an_items_latents_do_not_depend_on_its_neighbours(family_of: FamilyOf) -> None:
+    """Nor on --i2v; another name gives another sample of the posterior."""
+    family = family_of()
+    encoders = MediaEncoders(load_vae(family.files.vae_path, CPU, torch.float32))
+    frames = torch.randint(0, 256, (2, 5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    media = MediaBatch(frames, ("one", "two"), ((0, 5), (0, 5)))
+
+    both = family.encode_media(encoders, media)
+    alone = replace(family, caches_image=True).encode_media(encoders, media.singly()[1])
+    renamed = family.encode_media(encoders, replace(media.singly()[1], keys=("three",)))
+
+    assert torch.equal(both[1][0].tensors["latents"], alone[0][0].tensors["latents"])
+    assert alone[0][0].tensors["latents_image"].shape == (16, 1, 4, 4)
+    assert not torch.equal(both[1][0].tensors["latents"], renamed[0][0].tensors["latents"])
+
+
+def test_control_videos_are_refused(family_of: FamilyOf) -> None:
+    frames = torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8)
+    with pytest.raises(CacheError, match="control_directory"):
+        family_of().encode_media(MediaEncoders(None), MediaBatch(frames, ("one",), ((0, 1),), (frames,)))

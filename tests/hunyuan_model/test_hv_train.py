@@ -1,0 +1,240 @@
+"""Full fine-tuning of a tiny HunyuanVideo from the command line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from hunyuan_model.checkpoints import load_dit
+from modules.media import read_image
+from modules.records import Placement
+from tests.commands import ROOT, run_python, run_script
+from tests.faults.messages import assert_one_message, run_here
+from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.hunyuan_dit import tiny_state, write_dit
+from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
+from tests.tiny.project import write_clips, write_dataset, write_image
+
+SCRIPT = "hv_train.py"
+DYING = ROOT / "tests" / "faults" / "run_and_die.py"
+DATASET = ("--dataset_config", "dataset.toml")
+VAE = ("--vae", "model/vae.safetensors", "--vae_dtype", "float32")
+ENCODERS = ("--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2")
+SHORT = (*DATASET, "--sdpa", "--seed", "7", "--max_data_loader_n_workers", "0", "--output_name", "x", "--max_train_steps", "3")
+ADAFACTOR = ("--optimizer_type", "adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False")
+FUSED = ("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_grad_norm", "0", "--gradient_checkpointing")
+PICTURE = "--w 32 --h 32 --f 1 --d 5 --s 2 --fs 5 --g 4"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps its precision for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def cached(folder: Path, kind: str, *more: str) -> Path:
+    """Models, clips, caches."""
+    write_tiny_hunyuan(folder / "model", kind)
+    write_clips(folder / "clips", count=2)
+    write_dataset(folder, frames="5")
+    write_image(folder / "start.png", 32, 32)
+    for script, *arguments in (("cache_latents.py", *VAE, *more), ("cache_text_encoder_outputs.py", *ENCODERS)):
+        code, said = run_here(script, *DATASET, *arguments, folder=folder)
+        assert code == 0, said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cached(tmp_path_factory.mktemp("t2v"), "t2v")
+
+
+def dit_of(project: Path) -> list[str]:
+    """The transformer by its whole path: what is known of a file is kept by its path for the life of a process."""
+    return ["--dit", str(project / "model" / "dit.safetensors")]
+
+
+def train(project: Path, output: Path, *arguments: object, dit: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """Run the script; returns the tensors of the file it ends with."""
+    code, said = run_here(SCRIPT, *(dit or dit_of(project)), *SHORT, "--output_dir", output, *arguments, folder=project)
+    assert code == 0, said
+    return load_file(output / "x.safetensors")
+
+
+def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: Path, tmp_path: Path) -> None:
+    """The picture made of it is the sample that training made of the same weights."""
+    (tmp_path / "prompts.txt").write_text(f"a cat {PICTURE}\n", encoding="utf-8")
+    sampling = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", "3", *VAE, *ENCODERS]
+
+    trained = train(project, tmp_path / "out", *FUSED, *sampling, "--metadata_title", "Mine")
+
+    before = load_file(project / "model" / "dit.safetensors")
+    assert {name: tensor.shape for name, tensor in trained.items()} == {name: tensor.shape for name, tensor in before.items()}
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert not any(torch.equal(trained[name], tensor) for name, tensor in before.items())
+    with safe_open(tmp_path / "out" / "x.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["modelspec.architecture"], metadata["modelspec.title"]) == ("hunyuan-video", "Mine")
+
+    models = ["--dit", tmp_path / "out" / "x.safetensors", *VAE, *ENCODERS]
+    ask = ["--prompt", "a cat", "--video_size", 32, 32, "--video_length", 1, "--seed", 5, "--infer_steps", 2, "--flow_shift", 5]
+    for dit, folder in ((models, "made"), ([*dit_of(project), *models[2:]], "untrained")):
+        code, said = run_here(
+            "hv_generate_video.py", *dit, *ask, "--embedded_cfg_scale", 4, "--save_path", tmp_path / folder, folder=project
+        )
+        assert code == 0, said
+    sample, made, untrained = (
+        read_image(next((tmp_path / folder).glob("*.png"))).astype(int) for folder in ("out/sample", "made", "untrained")
+    )
+    assert numpy.abs(sample - made).max() <= 1
+    assert numpy.abs(sample - untrained).max() > 1
+
+
+def test_steps_inside_the_backward_pass_give_the_same_bits(project: Path, tmp_path: Path) -> None:
+    expected = train(project, tmp_path / "usual", *(word for word in FUSED if word != "--fused_backward_pass"))
+    found = train(project, tmp_path / "fused", *FUSED)
+
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dialect", ["comfy", "diffusers"])
+def test_files_of_other_layouts_become_one_in_the_released_layout(project: Path, tmp_path: Path, dialect: str) -> None:
+    expected = train(project, tmp_path / "released", *FUSED)
+    state = load_file(project / "model" / "dit.safetensors")
+
+    found = train(project, tmp_path / dialect, *FUSED, dit=["--dit", str(write_dit(tmp_path / "model", state, dialect))])
+
+    assert found.keys() == expected.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_bf16_weights_learn_and_what_computes_in_float32_stays_float32(project: Path, tmp_path: Path) -> None:
+    bf16 = ("--full_bf16", "--mixed_precision", "bf16")
+
+    trained = train(project, tmp_path / "out", *FUSED, *bf16)
+    rounded = train(project, tmp_path / "rounded", *FUSED, *bf16, "--save_precision", "bf16")
+
+    dtypes = {name.partition(".")[0]: tensor.dtype for name, tensor in trained.items()}
+    assert dtypes["double_blocks"] == dtypes["single_blocks"] == torch.bfloat16
+    assert dtypes["time_in"] == dtypes["vector_in"] == torch.float32
+    assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in trained.items())
+    dit = load_dit(tmp_path / "out" / "x.safetensors", Placement(torch.device("cpu")))
+    assert dit.compute_dtype == torch.bfloat16
+
+
+def test_image_to_video_models_are_fine_tuned_too(tmp_path: Path) -> None:
+    project = cached(tmp_path / "i2v", "i2v", "--i2v")
+
+    trained = train(project, tmp_path / "out", *FUSED, "--dit_in_channels", "32", "--trainable_modules", "single_blocks", "img_in")
+
+    before = load_file(project / "model" / "dit.safetensors")
+    assert trained["img_in.proj.weight"].shape[1] == 32
+    changed = {name.partition(".")[0] for name, tensor in before.items() if not torch.equal(trained[name], tensor)}
+    assert changed == {"single_blocks", "img_in"}
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_that_is_killed_inside_a_backward_pass_ends_with_equal_bytes(project: Path, tmp_path: Path, step: int) -> None:
+    """AdamW, as its steps are what kills: one for each weight."""
+    weights = len(load_file(project / "model" / "dit.safetensors"))
+    command = [
+        *dit_of(project),
+        *SHORT,
+        "--fused_backward_pass",
+        "--max_grad_norm",
+        "0",
+        "--learning_rate",
+        "1e-2",
+        "--lr_scheduler",
+        "cosine",
+    ]
+    command += ["--save_every_n_steps", "1", "--save_last_n_steps", "0", "--save_state", "--resume", "latest"]
+    run_script(SCRIPT, *command, "--output_dir", tmp_path / "whole", folder=project)
+
+    killed = run_python(
+        *(DYING, "mid_epoch", step * weights + weights // 2, ROOT / SCRIPT, *command, "--output_dir", tmp_path / "killed"),
+        folder=project,
+        check=False,
+    )
+    assert killed.returncode not in {0, 1, 2}, killed.stderr[-2000:]
+    assert (tmp_path / "killed" / f"x-step{step:08d}-state").is_dir()
+    run_script(SCRIPT, *command, "--output_dir", tmp_path / "killed", folder=project)
+
+    for name in ("x.safetensors", "x-state/dit.safetensors", "x-state/optimizer.safetensors"):
+        one, two = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_a_bf16_checkpoint_is_trained_in_float32(project: Path, tmp_path: Path) -> None:
+    state = tiny_state("t2v", dtype=torch.bfloat16, text_dim=LLM_DIM, pooled_dim=CLIP_DIM)
+
+    trained = train(project, tmp_path / "out", *FUSED, "--mixed_precision", "bf16", dit=["--dit", str(write_dit(tmp_path, state))])
+
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------------------
+
+WITHOUT_EFFECT = {  # accepted, and what they ask for
+    *("--sdpa", "--persistent_data_loader_workers", "--ddp_gradient_as_bucket_view", "--ddp_static_graph", "--log_config"),
+    *("--gradient_checkpointing", "--sample_at_first", "--save_state", "--save_state_on_train_end", "--vae_tiling", "--full_bf16"),
+    *("--save_state_to_huggingface", "--resume_from_huggingface", "--async_upload"),
+}
+SWITCHES = [
+    option["flags"][0]
+    for option in json.loads((ROOT / "tests" / "data" / "cli" / "hv_train.json").read_text(encoding="utf-8"))["options"]
+    if option["action"] == "store_true"
+]
+
+
+@pytest.mark.parametrize("switch", sorted(set(SWITCHES) - WITHOUT_EFFECT))
+def test_a_switch_that_does_nothing_here_is_refused_by_name(switch: str, project: Path, tmp_path: Path) -> None:
+    code, said = run_here(SCRIPT, *dit_of(project), *SHORT, "--output_dir", tmp_path, switch, folder=project)
+
+    assert_one_message(code, said, switch, "not supported yet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dit_dtype", "bfloat16"], ["--dit_dtype", "--full_bf16"]),
+        (["--full_bf16"], ["--full_bf16", "--mixed_precision"]),
+        (["--blocks_to_swap", "2"], ["--blocks_to_swap"]),
+        (["--fused_backward_pass", "--gradient_accumulation_steps", "2"], ["--gradient_accumulation_steps 2"]),
+        (["--fused_backward_pass", "--optimizer_type", "LBFGS"], ["--optimizer_type LBFGS"]),
+        (["--trainable_modules", "nonsense"], ["--trainable_modules nonsense"]),
+        (["--dit_in_channels", "32"], ["--dit_in_channels 32"]),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_remedy(arguments: list[str], words: list[str], project: Path, tmp_path: Path) -> None:
+    code, said = run_here(SCRIPT, *dit_of(project), *SHORT, "--output_dir", tmp_path, *arguments, folder=project)
+
+    assert_one_message(code, said, *words)
+
+
+def test_missing_caches_are_named_with_the_commands_to_run(project: Path, tmp_path: Path) -> None:
+    write_clips(tmp_path / "clips", count=1)
+    write_dataset(tmp_path, frames="5")
+
+    code, said = run_here(
+        SCRIPT,
+        *dit_of(project),
+        *SHORT,
+        "--dataset_config",
+        tmp_path / "dataset.toml",
+        "--output_dir",
+        tmp_path / "out",
+        folder=project,
+    )
+
+    assert_one_message(code, said, "cache_latents.py", "cache_text_encoder_outputs.py")

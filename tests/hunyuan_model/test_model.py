@@ -1,0 +1,225 @@
+"""The HunyuanVideo transformer against recorded vectors, against diffusers, and against itself."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hunyuan_model.model import HunyuanVideoModel
+from modules.activation import checkpoint_blocks
+from modules.family import DitSpec
+from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state
+
+CASES = ("hv_dit_guidance", "hv_dit_noguidance", "skyreels_i2v_dit")
+BLOCKS = DitSpec(block_lists=("double_blocks", "single_blocks"))
+NEAR = 2e-6  # of the largest value: the same formulas in float32, summed in another order
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_equals_the_recorded_output(case: str) -> None:
+    model, inputs, expected = golden_model(case)
+
+    velocity = model(**inputs)
+
+    assert velocity.dtype == torch.float32
+    torch.testing.assert_close(velocity, expected["out"], **expected["tolerance"]["out"])
+    assert (velocity - expected["out"]).abs().max() <= NEAR * expected["out"].abs().max()
+
+
+def test_refined_text_and_rotary_angles_equal_the_recorded_ones() -> None:
+    model, inputs, expected = golden_model("hv_dit_guidance")
+    lengths = inputs["llama_mask"].sum(1)
+
+    text = model.txt_in(inputs["llama"], inputs["timesteps"], lengths, torch.float32)
+    _, tokens = model.embed(**inputs)
+
+    for sample, length in enumerate(lengths):
+        ours, theirs = text[sample, :length], expected["refined_text"][sample, :length]
+        torch.testing.assert_close(ours, theirs, rtol=0, **expected["tolerance"]["refined_text"])
+    turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-1)
+    torch.testing.assert_close(turns.real, expected["freqs_cos"], rtol=0, **expected["tolerance"]["freqs_*"])
+    torch.testing.assert_close(turns.imag, expected["freqs_sin"], rtol=0, **expected["tolerance"]["freqs_*"])
+
+
+@pytest.mark.parametrize("lengths", [(5, 11), (1, 12), (7,), (12, 12), (3, 3, 9)])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_forward_equals_diffusers_with_the_same_weights(kind: str, lengths: tuple[int, ...]) -> None:
+    inputs = tiny_inputs(kind, lengths)
+
+    velocity = tiny_model(kind)(**inputs)
+
+    expected = run_there(in_diffusers(kind), inputs)
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_an_image_is_a_video_of_one_frame(kind: str) -> None:
+    inputs = tiny_inputs(kind, (6, 2), frames=1)
+
+    velocity = tiny_model(kind)(**inputs)
+
+    expected = run_there(in_diffusers(kind), inputs)
+    assert velocity.shape == (2, 16, 1, 4, 6)
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def test_guidance_changes_the_output_of_a_distilled_model_alone() -> None:
+    for kind, differs in (("t2v", True), ("undistilled", False)):
+        model, inputs = tiny_model(kind), tiny_inputs(kind)
+        other = model(**inputs | {"guidance": torch.tensor([2000.0, 3000.0])})
+        assert torch.equal(model(**inputs), other) is not differs
+
+    assert torch.equal(model(**inputs | {"guidance": None}), other)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_a_sample_of_a_batch_equals_that_sample_alone_without_its_padding(kind: str) -> None:
+    model, inputs = tiny_model(kind), tiny_inputs(kind)
+
+    together = model(**inputs)
+
+    for sample, length in enumerate((5, 11)):
+        alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
+        alone |= {name: alone[name][:, :length] for name in ("llama", "llama_mask")}
+        assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
+
+
+@pytest.mark.parametrize("lengths", [(5, 11), (5, 5)])
+def test_what_stands_in_the_padding_does_not_matter(lengths: tuple[int, int]) -> None:
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v", lengths)
+    changed = inputs["llama"].clone()
+    for sample, length in enumerate(lengths):
+        changed[sample, length:] = -5
+
+    assert torch.equal(model(**inputs), model(**inputs | {"llama": changed}))
+
+
+def test_attention_has_no_mask_where_all_texts_are_of_one_length() -> None:
+    model = tiny_model("t2v")
+
+    _, equal = model.embed(**tiny_inputs("t2v", (5, 5)))
+    x, different = model.embed(**tiny_inputs("t2v", (5, 9)))
+
+    assert equal.lengths is None
+    assert x.shape[1] == different.video + 9
+    assert different.lengths is not None
+    assert different.lengths.tolist() == [different.video + 5, different.video + 9]
+
+
+def test_an_empty_text_gives_finite_numbers() -> None:
+    model = tiny_model("t2v")
+
+    both, one = model(**tiny_inputs("t2v", (0, 4))), model(**tiny_inputs("t2v", (0,)))
+
+    assert both.isfinite().all()
+    assert one.isfinite().all()
+
+
+def test_the_mask_may_be_of_truth_values() -> None:
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
+
+    assert torch.equal(model(**inputs), model(**inputs | {"llama_mask": inputs["llama_mask"].bool()}))
+
+
+def test_skipped_blocks_pass_their_input_through_double_blocks_counted_first() -> None:
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
+    x, tokens = model.embed(**inputs)
+    for block in (model.double_blocks[1], model.single_blocks[0], model.single_blocks[2]):
+        x = block(x, tokens)
+
+    assert torch.equal(model(**inputs, skip_blocks={0, 3}), model.unembed(x, tokens))
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_weights_and_bfloat16_autocast_stay_near_float32(case: str, how: str) -> None:
+    model, inputs, expected = golden_model(case)
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        velocity = model(**inputs)
+
+    assert velocity.dtype == torch.float32
+    assert (velocity - expected["out"]).abs().max() <= 0.05 * expected["out"].abs().max()  # eight bits in every layer
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> None:
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        x, tokens = model.embed(**inputs)
+        double, single = model.double_blocks[0](x, tokens), model.single_blocks[0](x, tokens)
+
+    assert {x.dtype, double.dtype, single.dtype, tokens.dtype} == {torch.bfloat16}
+    assert tokens.vector.dtype == torch.float32
+
+
+def test_autocast_leaves_the_embedding_alone() -> None:
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
+
+    with torch.autocast("cpu", torch.bfloat16):
+        _, mixed = model.embed(**inputs)
+    _, plain = model.embed(**inputs)
+
+    assert torch.equal(mixed.vector, plain.vector)
+
+
+def _gradients(model: HunyuanVideoModel) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**tiny_inputs("i2v")).square().mean().backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def test_checkpointed_blocks_give_equal_gradients_to_every_weight() -> None:
+    model = tiny_model("i2v").requires_grad_(True).train()
+    expected = _gradients(model)
+
+    checkpoint_blocks(model, BLOCKS)
+
+    found = _gradients(model)
+    assert len(found) == len(list(model.parameters()))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_gradients_equal_those_of_diffusers() -> None:
+    model, theirs = tiny_model("i2v").requires_grad_(True), in_diffusers("i2v")
+    inputs = tiny_inputs("i2v")
+    ours = _gradients(model)
+
+    theirs(*(inputs[name] for name in inputs), return_dict=False)[0].square().mean().backward()
+
+    parameters = dict(theirs.named_parameters())
+    for name, expected in diffusers_state(ours).items():
+        grad = parameters[name].grad
+        assert grad is not None
+        assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9, name
+
+
+def test_a_model_that_made_a_sample_in_inference_mode_trains_on() -> None:
+    model = tiny_model("i2v").requires_grad_(True).train()
+
+    with torch.inference_mode():
+        model(**tiny_inputs("i2v"))
+
+    assert _gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noisy": torch.zeros(2, 32, 1, 4, 4)}, "32 input channels, the model takes 16"),
+        ({"noisy": torch.zeros(2, 16, 1, 5, 4)}, "cannot be cut into patches"),
+        ({"llama_mask": torch.ones(2, 3)}, r"a text mask of \(2, 3\) for text of \(2, 12\)"),
+        ({"llama_mask": torch.ones(2, 12).cumsum(1) > 3}, "padding stands before real tokens"),
+        ({"guidance": None}, "was given no guidance"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model_are_an_error(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model("t2v")(**tiny_inputs("t2v") | change)

@@ -1,0 +1,279 @@
+"""The two text encoders against the diffusers pipeline, and what goes through them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import HunyuanVideoPipeline
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, ClipTextEncoder, LlavaTextEncoder
+from modules.errors import CheckpointError
+from modules.records import Prompt
+from tests.golden_cases import read_case
+from tests.tiny.hunyuan_encoders import (
+    CLIP_DIM,
+    LLAMA_LAYERS,
+    LLM_DIM,
+    clip_text_config,
+    clip_text_layouts,
+    clip_text_tensors,
+    llama_config,
+    llama_tensors,
+    save,
+    write_clip_tokenizer,
+    write_comfy_text_encoders,
+    write_llama_tokenizer,
+    write_text_encoders,
+)
+
+CPU = torch.device("cpu")
+PROMPTS = (
+    "a rabbit in the grass, 1024 x 576",
+    "",
+    "\n  The SUN rises — über den Hügeln {}; don't   blink\t",
+    "日本 🐇",
+    "the rabbit runs through tall grass " * 60,
+)
+TOLERANCE = 1e-5  # of the largest number, float32: the same operations, in another order
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release")
+    write_text_encoders(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> HunyuanVideoPipeline:
+    """The published pipeline around the same weights and tokenizers."""
+    ours, clip_ours = llama_config(), clip_text_config()
+    llama = LlamaModel(
+        LlamaConfig(
+            vocab_size=ours.vocabulary,
+            hidden_size=ours.dim,
+            intermediate_size=ours.ffn_dim,
+            num_hidden_layers=ours.num_layers,
+            num_attention_heads=ours.num_heads,
+            num_key_value_heads=ours.num_kv_heads,
+            head_dim=ours.head_width,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        )
+    ).eval()
+    llama.load_state_dict(llama_tensors())
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=clip_ours.vocabulary,
+            hidden_size=clip_ours.dim,
+            intermediate_size=clip_ours.ffn_dim,
+            num_hidden_layers=clip_ours.num_layers,
+            num_attention_heads=clip_ours.num_heads,
+            eos_token_id=2,  # as in the released configuration: the highest number is the end token
+        )
+    ).eval()
+    own = clip.state_dict()
+    tensors = clip_text_tensors()
+    clip.load_state_dict({name: tensors[name.removeprefix("text_model.")] for name in own})
+    return HunyuanVideoPipeline(
+        text_encoder=llama,
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "text_encoder"),
+        transformer=None,
+        vae=None,
+        scheduler=None,
+        text_encoder_2=clip,
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "text_encoder_2"),
+    )
+
+
+def encoded(encoder: LlavaTextEncoder | ClipTextEncoder, prompts: Sequence[str | Prompt]) -> dict[str, Tensor]:
+    """Loaded, and all prompts encoded together, stacked."""
+    encoder.load(CPU)
+    found = encoder.encode([prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts])
+    return {key: torch.stack([one[key] for one in found]) for key in found[0]}  # type: ignore[misc]
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
+
+
+def test_templates_and_lengths_are_the_recorded_ones() -> None:
+    recorded, _ = read_case("text_constants")
+    templates = recorded["hunyuanvideo_llm_templates"]
+    for ours, name in ((VIDEO_TEMPLATE, "dit-llm-encode-video"), (IMAGE_TEMPLATE, "dit-llm-encode")):
+        assert {"template": ours.text, "crop_start": ours.crop_start} == templates[name]
+    lengths = recorded["hunyuanvideo_lengths"]
+    assert lengths["video_max_length"] == lengths["kept_tokens"] + VIDEO_TEMPLATE.crop_start
+
+
+@pytest.mark.parametrize("skip", range(LLAMA_LAYERS + 1))
+def test_the_language_models_states_are_those_of_the_pipeline(folder: Path, pipeline: HunyuanVideoPipeline, skip: int) -> None:
+    ours = encoded(LlavaTextEncoder(folder, torch.float32, skip_layers=skip), PROMPTS)
+    with torch.no_grad():
+        states, mask = pipeline._get_llama_prompt_embeds(
+            list(PROMPTS), {"template": VIDEO_TEMPLATE.text, "crop_start": 95}, device=CPU, num_hidden_layers_to_skip=skip
+        )
+    assert ours["llm"].shape == (len(PROMPTS), 256, LLM_DIM)
+    assert torch.equal(ours["llm_mask"], mask)
+    assert 1 <= mask.sum(1).min() < 8
+    assert mask.sum(1).max() == 256  # one prompt is too long
+    assert_close(ours["llm"], states)
+
+
+def test_the_image_template_is_cut_where_the_pipeline_cuts_it(folder: Path, pipeline: HunyuanVideoPipeline) -> None:
+    ours = encoded(LlavaTextEncoder(folder, torch.float32, template=IMAGE_TEMPLATE), PROMPTS)
+    with torch.no_grad():
+        states, mask = pipeline._get_llama_prompt_embeds(
+            list(PROMPTS), {"template": IMAGE_TEMPLATE.text, "crop_start": 36}, device=CPU
+        )
+    assert torch.equal(ours["llm_mask"], mask)
+    assert_close(ours["llm"], states)
+
+
+def test_the_final_norm_comes_on_top_of_the_state(folder: Path, pipeline: HunyuanVideoPipeline) -> None:
+    plain = encoded(LlavaTextEncoder(folder, torch.float32), PROMPTS[:1])["llm"]
+    normed = encoded(LlavaTextEncoder(folder, torch.float32, final_norm=True), PROMPTS[:1])["llm"]
+    with torch.no_grad():
+        assert_close(normed, pipeline.text_encoder.norm(plain))
+    last = encoded(LlavaTextEncoder(folder, torch.float32, skip_layers=0), PROMPTS[:1])["llm"]
+    again = encoded(LlavaTextEncoder(folder, torch.float32, skip_layers=0, final_norm=True), PROMPTS[:1])["llm"]
+    assert torch.equal(last, again)  # the last state is normed once
+
+
+def test_clips_pooled_state_is_that_of_the_pipeline(folder: Path, pipeline: HunyuanVideoPipeline) -> None:
+    prompts = [*PROMPTS, "a rabbit <|endoftext|> and a dog"]
+    ours = encoded(ClipTextEncoder(folder, torch.float32), prompts)
+    with torch.no_grad():
+        theirs = pipeline._get_clip_prompt_embeds(prompts, device=CPU)
+    tokens = pipeline.tokenizer_2(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    assert ours["clipL"].shape == (len(prompts), CLIP_DIM)
+    assert torch.equal(ours["clipL_mask"], tokens.attention_mask)
+    assert_close(ours["clipL"], theirs)
+
+
+def test_only_the_layers_that_are_needed_are_loaded(folder: Path) -> None:
+    encoder = LlavaTextEncoder(folder, torch.float32, skip_layers=3)
+    encoder.load(CPU)
+    assert encoder._loaded is not None
+    names = set(encoder._loaded[0].state_dict())
+    assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0"}
+    assert "norm.weight" not in names
+
+
+def test_more_layers_to_skip_than_there_are_is_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has 4 layers, --hidden_state_skip_layer 5"):
+        LlavaTextEncoder(folder, skip_layers=5).load(CPU)
+
+
+def test_the_single_files_give_the_same_as_the_release(folder: Path, tmp_path: Path) -> None:
+    files = write_comfy_text_encoders(tmp_path)
+    for kind, official, single in (
+        (LlavaTextEncoder, folder / "text_encoder", files["text_encoder1"]),
+        (ClipTextEncoder, folder / "text_encoder_2", files["text_encoder2"]),
+    ):
+        expected, found = (encoded(kind(path, torch.float32), PROMPTS) for path in (official, single))
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_its_dtype_and_stays_near(folder: Path, dtype: torch.dtype) -> None:
+    for kind, key in ((LlavaTextEncoder, "llm"), (ClipTextEncoder, "clipL")):
+        exact, half = (encoded(kind(folder, given), PROMPTS[:3])[key] for given in (torch.float32, dtype))
+        assert half.dtype == dtype
+        assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_the_second_text_is_for_clip_alone(folder: Path) -> None:
+    both = Prompt("a rabbit", second="a dog")
+    clip = encoded(ClipTextEncoder(folder, torch.float32), [both, "a dog", "a rabbit"])["clipL"]
+    assert torch.equal(clip[0], clip[1])
+    assert not torch.equal(clip[0], clip[2])
+    llm = encoded(LlavaTextEncoder(folder, torch.float32), [both, "a rabbit"])["llm"]
+    assert torch.equal(llm[0], llm[1])
+
+
+def test_outputs_hold_no_memory_of_their_neighbours(folder: Path) -> None:
+    for encoder in (LlavaTextEncoder(folder), ClipTextEncoder(folder)):
+        encoder.load(CPU)
+        for conditions in encoder.encode([Prompt("a"), Prompt("b")]):
+            assert set(conditions) == encoder.keys
+            for tensor in conditions.values():
+                assert isinstance(tensor, Tensor)
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert encoder.encode([]) == []
+
+
+def test_many_prompts_are_encoded_in_groups_in_their_order(folder: Path) -> None:
+    encoder = LlavaTextEncoder(folder, torch.float32)
+    prompts = [f"{number} rabbits" for number in range(11)]
+    together = encoded(encoder, prompts)["llm"]
+    for index in (0, 7, 8, 10):
+        assert_close(together[index], encoded(encoder, [prompts[index]])["llm"][0])
+
+
+def test_free_gives_the_encoder_up_and_load_brings_it_back(folder: Path) -> None:
+    for encoder in (LlavaTextEncoder(folder, torch.float32), ClipTextEncoder(folder, torch.float32)):
+        first = encoded(encoder, PROMPTS[:1])
+        encoder.free()
+        encoder.free()
+        assert encoder._loaded is None
+        for key, tensor in encoded(encoder, PROMPTS[:1]).items():
+            assert torch.equal(tensor, first[key])
+
+
+def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: Path) -> None:
+    write_text_encoders(tmp_path)
+    path = tmp_path / "text_encoder"
+    before = dict(LlavaTextEncoder(path).identity)
+    assert before == dict(LlavaTextEncoder(folder / "text_encoder").identity)
+    for other in (
+        LlavaTextEncoder(path, torch.bfloat16),
+        LlavaTextEncoder(path, template=IMAGE_TEMPLATE),
+        LlavaTextEncoder(path, skip_layers=1),
+        LlavaTextEncoder(path, final_norm=True),
+    ):
+        assert dict(other.identity) != before
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    (path / "config.json").write_text(json.dumps({**config, "rope_theta": 10000.0}), encoding="utf-8")
+    changed = dict(LlavaTextEncoder(path).identity)
+    assert {key for key in before if before[key] != changed[key]} == {"llm_config"}
+
+    path = tmp_path / "text_encoder_2"
+    before = dict(ClipTextEncoder(path).identity)
+    merges = path / "merges.txt"
+    merges.write_text(merges.read_text(encoding="utf-8").rsplit("\n", 2)[0] + "\n", encoding="utf-8")
+    changed = dict(ClipTextEncoder(path).identity)
+    assert {key for key in before if before[key] != changed[key]} == {"clipL_tokenizer"}
+
+
+def test_a_tokenizer_that_cuts_the_template_elsewhere_is_warned_of(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    LlavaTextEncoder(folder, torch.float32).load(CPU)
+    assert "cut in the wrong place" not in caplog.text
+    write_clip_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    LlavaTextEncoder(folder, torch.float32, tokenizer=tmp_path).load(CPU)
+    assert "that of the model makes 95: prompts will be cut" in caplog.text
+
+
+def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(tmp_path: Path) -> None:
+    write_llama_tokenizer(tmp_path)
+    write_clip_tokenizer(tmp_path / "tokenizer_2")
+    tensors, clip_tensors = llama_tensors(), clip_text_tensors()
+    tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:100]
+    clip_tensors["embeddings.token_embedding.weight"] = clip_tensors["embeddings.token_embedding.weight"][:100]
+    for encoder in (
+        LlavaTextEncoder(save(tmp_path / "llava.safetensors", tensors)),
+        ClipTextEncoder(save(tmp_path / "clip.safetensors", clip_text_layouts(clip_tensors)["text"])),
+    ):
+        encoder.load(CPU)
+        with pytest.raises(CheckpointError, match=r"knows 100 tokens.*--text_encoder[12]_tokenizer"):
+            encoder.encode([Prompt("a rabbit")])

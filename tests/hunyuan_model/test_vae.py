@@ -1,0 +1,237 @@
+"""The video VAE against recorded numbers and diffusers, whole and in tiles."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hunyuan_model import vae_blocks
+from hunyuan_model.vae import HunyuanVae, load_vae
+from modules.errors import OptionError
+from tests.golden_cases import make_weights, read_case
+from tests.tiny.hunyuan_vae import vae_config, vae_tensors
+
+CPU = torch.device("cpu")
+EXACT = 2e-5  # of the largest value: float32, sums in another order through 60 layers
+
+
+def made(tmp_path: Path, tensors: dict[str, Tensor] | None = None, **settings: Any) -> HunyuanVae:
+    save_file(vae_tensors() if tensors is None else tensors, tmp_path / "vae.safetensors")
+    return load_vae(tmp_path / "vae.safetensors", CPU, torch.float32, **settings)
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> HunyuanVae:
+    return made(tmp_path)
+
+
+def diffusers_vae(edge: int | None = None, frames: int | None = None) -> AutoencoderKLHunyuanVideo:
+    """diffusers' VAE with the same weights, cut in space from `edge` pixels on and in time from `frames` on."""
+    config = vae_config()
+    theirs = AutoencoderKLHunyuanVideo(block_out_channels=config.encoder, norm_num_groups=config.groups).eval()
+    theirs.load_state_dict(vae_tensors())
+    theirs.use_framewise_encoding = theirs.use_framewise_decoding = frames is not None
+    if edge is not None:
+        strides = {"tile_sample_stride_height": edge * 3 // 4, "tile_sample_stride_width": edge * 3 // 4}
+        theirs.enable_tiling(tile_sample_min_height=edge, tile_sample_min_width=edge, **strides)
+    if frames is not None:
+        theirs.tile_sample_min_num_frames, theirs.tile_sample_stride_num_frames = frames, frames * 3 // 4
+    return theirs
+
+
+def clip_of(frames: int, height: int = 32, width: int = 48, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)).clamp_(-1, 1)
+
+
+def joined(chunks: Iterator[Tensor]) -> Tensor:
+    return torch.cat(list(chunks), dim=2)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def compare(vae: HunyuanVae, theirs: AutoencoderKLHunyuanVideo, pixels: Tensor) -> None:
+    """Mean and log variance of the posterior, and pixels of a sample of it."""
+    mean, log_variance = vae.posterior(pixels)
+    with torch.no_grad():
+        posterior = theirs.encode(pixels).latent_dist
+        latents = posterior.sample(torch.Generator().manual_seed(0))
+        decoded = theirs.decode(latents).sample
+    assert relative_error(mean, posterior.mean) <= EXACT
+    assert relative_error(log_variance, posterior.logvar) <= EXACT
+    assert relative_error(joined(vae.decode_unclamped(latents)), decoded) <= EXACT
+
+
+def test_recorded_latents_and_pixels_are_met(tmp_path: Path) -> None:
+    description, tensors = read_case("hv_vae")
+    vae = made(tmp_path, make_weights(description["weights_model_key"], description["weights"]))
+    tolerance = {name: limit["atol"] for name, limit in description["tolerance"].items()}
+
+    mean, log_variance = vae.posterior(tensors["video"])
+
+    assert (mean - tensors["mean"]).abs().max() <= tolerance["mean"]
+    assert (log_variance - tensors["logvar"]).abs().max() <= tolerance["logvar"]
+    decoded = joined(vae.decode_unclamped(tensors["z"]))
+    assert (decoded - tensors["decoded"]).abs().max() <= tolerance["decoded"]
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 32, 48), (5, 48, 32), (17, 32, 48), (33, 24, 40)])
+def test_whole_clips_equal_those_of_diffusers(vae: HunyuanVae, frames: int, height: int, width: int) -> None:
+    compare(vae, diffusers_vae(), clip_of(frames, height, width, batch=2 if frames == 5 else 1))
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width"),
+    [
+        (5, 72, 64),  # a last row of one latent
+        (1, 64, 88),  # an image, cut in one direction
+        (9, 32, 136),  # lower than a tile, five columns
+        (5, 112, 80),  # more than two rows and columns, none of full size at the end
+    ],
+)
+def test_tiles_in_height_and_width_equal_those_of_diffusers(tmp_path: Path, frames: int, height: int, width: int) -> None:
+    compare(made(tmp_path, tile=64), diffusers_vae(64, 64), clip_of(frames, height, width))
+
+
+@pytest.mark.parametrize("frames", [17, 25, 33, 61])  # 25: a span would begin at the last frame
+def test_spans_of_frames_equal_those_of_diffusers(tmp_path: Path, frames: int) -> None:
+    compare(made(tmp_path, tiling=True, tile_frames=16), diffusers_vae(256, 16), clip_of(frames))
+
+
+def test_tiles_in_all_three_directions_equal_those_of_diffusers(tmp_path: Path) -> None:
+    compare(made(tmp_path, tile=32, tile_frames=16), diffusers_vae(32, 16), clip_of(33, 56, 40))
+
+
+def test_tiling_has_the_sizes_of_the_release(tmp_path: Path) -> None:
+    """256 pixels, cut every 192; 64 frames, cut every 48."""
+    vae, theirs = made(tmp_path, tiling=True), diffusers_vae(256, 64)
+    compare(vae, theirs, clip_of(1, 264, 32))
+    compare(vae, theirs, clip_of(65, 16, 24))
+
+
+@pytest.mark.parametrize("settings", [{}, {"tiling": True}, {"tile": 256}])
+def test_a_clip_of_one_tile_is_not_cut(tmp_path: Path, vae: HunyuanVae, settings: dict[str, Any]) -> None:
+    tiled, pixels = made(tmp_path, **settings), clip_of(13, 16, 256)
+    latents = vae.encode(pixels)
+    assert torch.equal(tiled.encode(pixels), latents)
+    assert torch.equal(joined(tiled.decode(latents)), joined(vae.decode(latents)))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8])
+def test_frames_computed_a_few_at_a_time_give_the_same(tmp_path: Path, vae: HunyuanVae, chunk: int) -> None:
+    few, pixels = made(tmp_path, chunk_size=chunk), clip_of(17, batch=2)
+    mean, log_variance = vae.posterior(pixels)
+    few_mean, few_log_variance = few.posterior(pixels)
+    assert relative_error(few_mean, mean) <= EXACT
+    assert relative_error(few_log_variance, log_variance) <= EXACT
+    assert relative_error(joined(few.decode_unclamped(mean)), joined(vae.decode_unclamped(mean))) <= EXACT
+
+
+def test_no_piece_is_larger_than_a_tile(tmp_path: Path) -> None:
+    """What bounds the memory: however long and large the clip, the networks see 4 + 1 latent frames of 4 x 4."""
+    vae, seen = made(tmp_path, tile=32, tile_frames=16), []
+    for half in (vae.encoder, vae.decoder):
+        half.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[2:])))
+    latents = vae.encode(clip_of(41, 40, 56))
+    assert max(seen) == (17, 32, 32)
+    seen.clear()
+    list(vae.decode(latents))
+    assert max(seen) == (5, 4, 4)
+
+
+def test_large_frames_are_computed_a_few_at_a_time_unasked(monkeypatch: pytest.MonkeyPatch, vae: HunyuanVae) -> None:
+    pixels = clip_of(9)
+    whole = vae.encode(pixels)
+    monkeypatch.setattr(vae_blocks, "STEP_ELEMENTS", 2 * 8 * 32 * 48)  # two frames of the widest layer
+    convolved: list[int] = []
+    monkeypatch.setattr(vae_blocks, "conv3d", lambda layer, x: convolved.append(x.shape[2]) or layer(x))
+    assert relative_error(vae.encode(pixels), whole) <= EXACT
+    assert convolved[0] == 4  # two results, seen from two frames before on
+
+
+def test_a_sample_is_drawn_from_the_generators_given(vae: HunyuanVae) -> None:
+    pixels = clip_of(5, batch=2)
+    with torch.no_grad():
+        posterior = diffusers_vae().encode(pixels).latent_dist
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+
+    sampled = vae.encode(pixels, generators())
+
+    assert relative_error(sampled, posterior.sample(generators())) <= EXACT
+    assert torch.equal(sampled, vae.encode(pixels, generators()))
+    assert relative_error(vae.encode(pixels[1:], generators()[1:]), sampled[1:]) <= EXACT
+    assert (sampled - vae.encode(pixels)).abs().max() > 0.1
+    with pytest.raises(ValueError, match="1 generators for 2 clips"):
+        vae.encode(pixels, generators()[:1])
+
+
+def test_log_variances_are_limited(tmp_path: Path) -> None:
+    tensors = vae_tensors()
+    tensors["quant_conv.bias"][16:] = torch.linspace(-100, 100, 16)
+    _, log_variance = made(tmp_path, tensors).posterior(clip_of(1))
+    assert log_variance.min() == -30
+    assert log_variance.max() == 20
+
+
+def test_no_frame_depends_on_later_ones_but_through_the_norms(vae: HunyuanVae) -> None:
+    """With statistics that do not depend on the clip the first frames know nothing of the rest."""
+    for module in vae.modules():
+        if isinstance(module, vae_blocks.ClipNorm):
+            width = module.num_channels
+            module.factors = lambda x, chunk, width=width: (torch.ones(1, width, 1, 1, 1), torch.zeros(1, width, 1, 1, 1))
+    pixels = clip_of(9)
+    latents = vae.encode(pixels)
+    torch.testing.assert_close(vae.encode(pixels[:, :, :5]), latents[:, :, :2])
+    torch.testing.assert_close(vae.encode(pixels[:, :, :1]), latents[:, :, :1])
+    torch.testing.assert_close(joined(vae.decode_unclamped(latents[:, :, :2])), joined(vae.decode_unclamped(latents))[:, :, :5])
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 32, "tile_frames": 16}])
+def test_pixels_come_in_playing_order_one_frame_and_then_four_at_a_time(tmp_path: Path, settings: dict[str, Any]) -> None:
+    latents = torch.randn(1, 16, 9, 5, 4, generator=torch.Generator().manual_seed(0)) * 3
+    chunks = list(made(tmp_path, **settings).decode(latents))
+    assert [tuple(chunk.shape) for chunk in chunks] == [(1, 3, 1, 40, 32)] + [(1, 3, 4, 40, 32)] * 8
+    assert max(float(chunk.abs().max()) for chunk in chunks) <= 1
+    assert all(chunk.untyped_storage().nbytes() == chunk.nbytes for chunk in chunks)  # a chunk keeps no more than itself in memory
+
+
+def test_nothing_given_is_changed(vae: HunyuanVae) -> None:
+    pixels = clip_of(5)
+    latents = vae.encode(pixels)
+    kept = latents.clone()
+    list(vae.decode(latents))
+    assert torch.equal(pixels, clip_of(5))
+    assert torch.equal(latents, kept)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 32, 32), (1, 3, 5, 32, 36)])
+def test_sizes_the_vae_cannot_take_are_refused(vae: HunyuanVae, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="multiples of 8"):
+        vae.encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("settings", "option"), [({"chunk_size": 0}, "--vae_chunk_size 0"), ({"tile": 24}, "min_size 24")])
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, int], option: str) -> None:
+    with pytest.raises(OptionError, match=option):
+        made(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])  # 8 and 11 bits through 60 layers
+def test_16_bit_weights_give_float32_results_near_the_exact_ones(
+    tmp_path: Path, vae: HunyuanVae, dtype: torch.dtype, limit: float
+) -> None:
+    half, pixels = load_vae(tmp_path / "vae.safetensors", CPU, dtype), clip_of(5)
+    latents = half.encode(pixels)
+    assert half.dtype == dtype
+    assert latents.dtype == torch.float32
+    assert relative_error(latents, vae.encode(pixels)) < limit
+    assert relative_error(joined(half.decode_unclamped(latents)), joined(vae.decode_unclamped(latents))) < limit

@@ -1,0 +1,95 @@
+"""HunyuanVideo's pipelines of PyPI's diffusers, loaded from the files that are given to our scripts."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.golden_cases import read_case
+from tests.tiny.hunyuan_dit import diffusers_state
+
+TEMPLATE = read_case("text_constants")[0]["hunyuanvideo_llm_templates"]["dit-llm-encode-video"]
+
+
+def load_dit(path: Path) -> HunyuanVideoTransformer3DModel:
+    """A transformer of the official names."""
+    tensors = load_file(path)
+    dim, in_channels, _, _, _ = tensors["img_in.proj.weight"].shape
+    width = len(tensors["double_blocks.0.img_attn_q_norm.weight"])
+
+    def count(start: str) -> int:
+        return 1 + max(int(name.removeprefix(start).split(".")[1]) for name in tensors if name.startswith(start + "."))
+
+    dit = HunyuanVideoTransformer3DModel(
+        in_channels=in_channels,
+        out_channels=16,
+        num_attention_heads=dim // width,
+        attention_head_dim=width,
+        num_layers=count("double_blocks"),
+        num_single_layers=count("single_blocks"),
+        num_refiner_layers=count("txt_in.individual_token_refiner.blocks"),
+        mlp_ratio=len(tensors["double_blocks.0.img_mlp.fc1.weight"]) / dim,
+        text_embed_dim=tensors["txt_in.input_embedder.weight"].shape[1],
+        pooled_projection_dim=tensors["vector_in.in_layer.weight"].shape[1],
+        guidance_embeds="guidance_in.mlp.0.weight" in tensors,
+        rope_axes_dim=(width // 8, width * 7 // 16, width * 7 // 16),
+    )
+    dit.load_state_dict(diffusers_state(tensors))
+    return dit.eval().requires_grad_(False)
+
+
+def load_vae(path: Path) -> AutoencoderKLHunyuanVideo:
+    """A VAE of the official names, which are those of diffusers."""
+    tensors = load_file(path)
+    widths = tuple(len(tensors[f"encoder.down_blocks.{level}.resnets.0.conv1.conv.weight"]) for level in range(4))
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=widths, norm_num_groups=min(32, widths[0] // 2))
+    vae.load_state_dict(tensors)
+    return vae.eval().requires_grad_(False)
+
+
+def load_clip(folder: Path) -> CLIPTextModel:
+    """The text tower of a CLIP that may have both."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    vocabulary = len(tensors["embeddings.token_embedding.weight"])
+    width = len(tensors["encoder.layers.0.mlp.fc1.weight"])
+    layers = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layers."))
+    sizes = {"vocab_size": vocabulary, "intermediate_size": width, "num_hidden_layers": layers}
+    clip = CLIPTextModel(CLIPTextConfig(**{**config, **sizes}))
+    clip.load_state_dict({name: tensors[name.removeprefix("text_model.")] for name in clip.state_dict()})
+    return clip.eval()
+
+
+def pipeline(folder: Path, flow_shift: float, image: bool = False) -> HunyuanVideoPipeline:
+    """Everything in float32 on the CPU. image: the pipeline of SkyReels' image-to-video."""
+    llama = LlamaForCausalLM.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    kind = HunyuanSkyreelsImageToVideoPipeline if image else HunyuanVideoPipeline
+    made = kind(
+        text_encoder=llama.model.eval(),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "text_encoder"),
+        transformer=load_dit(folder / "dit.safetensors"),
+        vae=load_vae(folder / "vae.safetensors"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=flow_shift),
+        text_encoder_2=load_clip(folder / "text_encoder_2"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "text_encoder_2"),
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def draw_noise(seed: int, frames: int, height: int, width: int) -> Tensor:
+    """1 16 F h w float32: a draw in bfloat16 for every latent frame (formats.md, section 9)."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (1, 16, 1, height // 8, width // 8)
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.bfloat16) for _ in range((frames - 1) // 4 + 1)]
+    return torch.cat(drawn, dim=2).float()

@@ -1,0 +1,253 @@
+"""HunyuanVideo and SkyReels V1 through the command lines equal diffusers' pipelines at the same noise."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import hv_generate_video
+from modules.media import read_image, video_frames, write_png, write_video
+from modules.seeds import derive_seed
+from tests.commands import run_script
+from tests.parity.hunyuan import TEMPLATE, draw_noise, load_vae, pipeline
+from tests.parity.reference import to_pixels
+from tests.parity.running import assert_equal
+from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
+from tests.tiny.project import CAPTIONS, moving_square, write_clips, write_dataset
+
+PROMPT, NEGATIVE, SEED = "a small rabbit wakes up", "dull, blurry", 20
+HEIGHT, WIDTH, FRAMES, STEPS = 32, 48, 9, 4
+SIZE = ("--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS)
+SAY = (*SIZE, "--prompt", PROMPT, "--seed", SEED)
+SCALE = 0.476986
+ModelsOf = Callable[[str], TinyHunyuan]
+
+
+@pytest.fixture(scope="module")
+def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
+    made: dict[str, TinyHunyuan] = {}
+
+    def models(kind: str) -> TinyHunyuan:
+        if kind not in made:
+            made[kind] = write_tiny_hunyuan(tmp_path_factory.mktemp(f"models of {kind}"), kind)
+        return made[kind]
+
+    return models
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("media") / "start.png"
+    write_png(path, numpy.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=numpy.uint8))
+    return path
+
+
+def generate(folder: Path, files: TinyHunyuan, *arguments: object, in_process: bool = True) -> Tensor:
+    """The latents that hv_generate_video.py leaves, 1 16 F h w."""
+    options = ["--dit", files.dit, "--vae", files.vae, "--text_encoder1", files.text_encoder1]
+    options += [
+        "--text_encoder2",
+        files.text_encoder2,
+        "--output_type",
+        "latent",
+        "--device",
+        "cpu",
+        "--save_path",
+        folder / "made",
+    ]
+    words = [str(word) for word in [*options, *arguments]]
+    if in_process:
+        hv_generate_video.main(words)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        run_script("hv_generate_video.py", *words, folder=folder)
+    (path,) = (folder / "made").glob("*_latent.safetensors")
+    return load_file(path)["latent"][None]
+
+
+def with_diffusers(
+    files: TinyHunyuan, frames: int = FRAMES, shift: float = 7.0, image: Any = None, for_clip: str = "", **settings: Any
+) -> Tensor:
+    """The latents of diffusers' pipeline, 1 16 F h w. for_clip: a second prompt, which the pipeline takes and does not look at."""
+    pipe = pipeline(files.dit.parent, shift, image=image is not None)
+    given = {"image": image, "generator": torch.Generator().manual_seed(derive_seed("posterior", SEED))} if image else {}
+    if for_clip:
+        given["pooled_prompt_embeds"] = pipe._get_clip_prompt_embeds(for_clip)
+    return pipe(
+        prompt=PROMPT,
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=frames,
+        latents=draw_noise(SEED, frames, HEIGHT, WIDTH),
+        prompt_template=TEMPLATE,
+        output_type="latent",
+        **{"num_inference_steps": STEPS, "guidance_scale": 6.0, **given, **settings},
+    ).frames
+
+
+GUIDED = {"negative_prompt": NEGATIVE, "true_cfg_scale": 3.0}
+GUIDE = ("--guidance_scale", 3, "--negative_prompt", NEGATIVE)
+CASES: dict[str, tuple[str, tuple[object, ...], dict[str, Any]]] = {
+    "as it comes": ("t2v", (), {}),
+    "embedded guidance": ("t2v", ("--embedded_cfg_scale", 1), {"guidance_scale": 1.0}),
+    "shift": ("t2v", ("--flow_shift", 14.5), {"shift": 14.5}),
+    "guidance": ("t2v", GUIDE, GUIDED),
+    "guidance, split": ("t2v", (*GUIDE, "--split_uncond"), GUIDED),
+    "guidance, nothing to avoid": ("t2v", ("--guidance_scale", 3), {"negative_prompt": "", "true_cfg_scale": 3.0}),
+    "a text for CLIP": ("t2v", ("--prompt_2", "a dog"), {"for_clip": "a dog"}),
+    "still image": ("t2v", ("--video_length", 1), {"frames": 1}),
+    "undistilled": ("undistilled", GUIDE, GUIDED),
+    "noise of the CPU": ("t2v", ("--cpu_noise",), {}),
+}
+AS_PROGRAMS = {"as it comes", "guidance"}  # the others run in this process, to save time
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_latents_equal_those_of_the_pipeline(tmp_path: Path, models_of: ModelsOf, name: str) -> None:
+    kind, options, settings = CASES[name]
+
+    latents = generate(tmp_path, models_of(kind), *SAY, *options, in_process=name not in AS_PROGRAMS)
+
+    assert_equal(latents, with_diffusers(models_of(kind), **settings), name)
+
+
+def test_image_to_video_equals_skyreels_pipeline(tmp_path: Path, models_of: ModelsOf, picture: Path) -> None:
+    files = models_of("i2v")
+
+    latents = generate(tmp_path, files, *SAY, *GUIDE, "--embedded_cfg_scale", 1, "--image_path", picture, in_process=False)
+
+    expected = with_diffusers(files, image=Image.open(picture), guidance_scale=1.0, **GUIDED)
+    assert_equal(latents, expected, "SkyReels I2V")
+
+
+@torch.no_grad()
+def from_video(files: TinyHunyuan, video: Path, kept: int) -> Tensor:
+    """Video-to-video with the pipeline's networks and scheduler: the last `kept` steps (features.md, section 2.5)."""
+    pipe = pipeline(files.dit.parent, 7.0)
+    text, pooled, mask = pipe.encode_prompt(PROMPT, prompt_template=TEMPLATE)
+    pixels = to_pixels(list(video_frames(video))[:FRAMES])
+    posterior = pipe.vae.encode(pixels).latent_dist
+    clean = posterior.sample(torch.Generator().manual_seed(derive_seed("posterior", SEED))) * SCALE
+    pipe.scheduler.set_timesteps(sigmas=numpy.linspace(1, 0, STEPS + 1)[:-1])
+    begin = STEPS - kept
+    sigma = pipe.scheduler.timesteps[begin] / 1000
+    latents = sigma * draw_noise(SEED, FRAMES, HEIGHT, WIDTH) + (1 - sigma) * clean
+    pipe.scheduler.set_begin_index(begin)
+    for timestep in pipe.scheduler.timesteps[begin:]:
+        guidance = torch.tensor([6000.0])
+        velocity = pipe.transformer(latents, timestep[None], text, mask, pooled, guidance, return_dict=False)[0]
+        latents = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    write_video(path, moving_square(12, WIDTH, HEIGHT, 3), fps=24)
+    return path
+
+
+@pytest.mark.parametrize(("strength", "kept"), [(0.8, 3), (0.5, 2), (0.0, 1)])
+def test_video_to_video_makes_the_last_steps(tmp_path: Path, models_of: ModelsOf, video: Path, strength: float, kept: int) -> None:
+    files = models_of("t2v")
+
+    latents = generate(tmp_path, files, *SAY, "--video_path", video, "--strength", strength)
+
+    assert_equal(latents, from_video(files, video, kept), f"strength {strength}")
+
+
+def test_full_strength_leaves_nothing_of_the_video(tmp_path: Path, models_of: ModelsOf, video: Path) -> None:
+    files = models_of("t2v")
+    latents = generate(tmp_path / "from", files, *SAY, "--video_path", video, "--strength", 1)
+    assert torch.equal(latents, generate(tmp_path / "noise", files, *SAY))
+
+
+def test_te_multiplier_acts_on_the_refiner_and_the_mean_text(tmp_path: Path, models_of: ModelsOf) -> None:
+    files = models_of("t2v")
+    pipe = pipeline(files.dit.parent, 7.0)
+    embedder = pipe.transformer.context_embedder
+    for block in embedder.token_refiner.refiner_blocks:
+        block.register_forward_hook(lambda module, inputs, output: output * 1.3)
+    embedder.time_text_embed.text_embedder.register_forward_hook(lambda module, inputs, output: output * 0.7)
+    expected = pipe(
+        prompt=PROMPT,
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+        latents=draw_noise(SEED, FRAMES, HEIGHT, WIDTH),
+        prompt_template=TEMPLATE,
+        num_inference_steps=STEPS,
+        output_type="latent",
+    ).frames
+
+    latents = generate(tmp_path, files, *SAY, "--te_multiplier", 1.3, 0.7)
+
+    assert_equal(latents, expected, "te_multiplier")
+
+
+def test_decoded_pictures_equal_those_of_the_pipeline(tmp_path: Path, models_of: ModelsOf) -> None:
+    """In tiles: the video is larger than a tile, as most are."""
+    files = models_of("t2v")
+    more = ("--video_size", 64, 48, "--video_length", 1, "--vae_spatial_tile_sample_min_size", 32)
+
+    latents = generate(tmp_path, files, *SAY, *more, "--output_type", "both")
+
+    vae = load_vae(files.vae)
+    vae.enable_tiling(32, 32, tile_sample_stride_height=24, tile_sample_stride_width=24)
+    with torch.no_grad():
+        pixels = vae.decode(latents / SCALE).sample.clamp(-1, 1)
+    (png,) = (tmp_path / "made").glob("*.png")
+    assert torch.allclose(to_pixels([read_image(png)]), pixels, atol=1.01 / 127.5)
+
+
+# caches
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and the caches of two clips, image-to-video, in float32."""
+    folder = tmp_path_factory.mktemp("a dataset")
+    files = write_tiny_hunyuan(folder / "models")
+    write_clips(folder / "clips", count=2)
+    write_dataset(folder, frames="5")
+    texts = ("--text_encoder1", files.text_encoder1, "--text_encoder2", files.text_encoder2, "--text_encoder_dtype", "float32")
+    config = ("--dataset_config", folder / "dataset.toml")
+    run_script("cache_latents.py", *config, "--vae", files.vae, "--vae_dtype", "float32", "--i2v", folder=folder)
+    run_script("cache_text_encoder_outputs.py", *config, *texts, folder=folder)
+    return folder
+
+
+@torch.no_grad()
+def test_cached_latents_are_samples_of_diffusers_posterior(cached: Path) -> None:
+    """Not multiplied by the scaling factor; drawn from a generator that the item's name seeds."""
+    from tests.parity.reference import covering
+
+    stem = "clip 1_00000-005_0032x0032_hv"
+    frames = [covering(frame, 32, 32) for frame in list(video_frames(cached / "clips" / "clip 1.mp4"))[:5]]
+    vae, generator = load_vae(cached / "models" / "vae.safetensors"), torch.Generator().manual_seed(derive_seed("posterior", stem))
+
+    tensors = load_file(cached / "cache" / f"{stem}.safetensors")
+
+    assert tensors.keys() == {"latents_2x4x4_float32", "latents_image_1x4x4_float32"}
+    pixels = to_pixels(frames)
+    assert_equal(tensors["latents_2x4x4_float32"], vae.encode(pixels).latent_dist.sample(generator)[0], "latents")
+    assert_equal(tensors["latents_image_1x4x4_float32"], vae.encode(pixels[:, :, :1]).latent_dist.sample(generator)[0], "image")
+
+
+@torch.no_grad()
+def test_cached_texts_are_the_pipelines(cached: Path) -> None:
+    text, pooled, mask = pipeline(cached / "models", 7.0).encode_prompt(CAPTIONS[1], prompt_template=TEMPLATE)
+
+    tensors = load_file(cached / "cache" / "clip 1_hv_te.safetensors")
+
+    assert tensors.keys() == {"llm_float32", "llm_mask", "clipL_float32", "clipL_mask"}
+    real = int(mask.sum())
+    assert torch.equal(tensors["llm_mask"], mask[0].to(torch.int64))
+    assert_equal(tensors["llm_float32"][:real], text[0, :real], "llm")
+    assert_equal(tensors["clipL_float32"], pooled[0], "clipL")

@@ -1,0 +1,57 @@
+"""What the tiny transformers of all families share: random values, shards, fp8."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARDS = 3
+
+
+def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random values for a tensor of that name, which keep a signal at its size."""
+    values = torch.randn(shape, generator=generator)
+    if name.endswith((".bias", "modulation", "emb_pos")):
+        return 0.1 * values
+    if len(shape) == 1:
+        return 1 + 0.1 * values  # weights of norms
+    return values / values[0].numel() ** 0.5
+
+
+def write_shards(folder: Path, state: Mapping[str, Tensor], stem: str) -> Path:
+    """As the official repository: numbered files and an index. Returns the index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, weight_map = list(state), {}
+    for number in range(SHARDS):
+        file = f"{stem}-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
+        part = {name: state[name] for name in names[number::SHARDS]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / f"{stem}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    return index
+
+
+def as_fp8(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
+    """Matrices in float8_e4m3fn, plain or with scales beside them; the rest in bfloat16."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.ndim < 2 or name.endswith(("modulation", "emb_pos")):
+            stored[name] = tensor.to(torch.bfloat16)
+            continue
+        if dialect == "fp8" or tensor.ndim > 2:
+            stored[name] = tensor.to(torch.float8_e4m3fn)
+            continue
+        peak = tensor.abs().amax(dim=1, keepdim=True) if dialect == "fp8_row_scale" else tensor.abs().max()
+        scale = peak.float() / 448  # the largest float8_e4m3fn
+        ending = "weight_scale" if dialect == "fp8_weight_scale" else "scale_weight"
+        stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        stored[name.removesuffix("weight") + ending] = scale
+    if dialect == "fp8_scaled":
+        stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+        some = next(name for name in stored if name.endswith(".scale_weight"))
+        stored[some.replace("scale_weight", "scale_input")] = torch.ones(())
+    return stored

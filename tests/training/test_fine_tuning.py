@@ -1,0 +1,391 @@
+"""Full fine-tuning: the DiT itself learns, in the usual order or with steps inside the backward pass."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modules.errors import OptionError
+from modules.records import Placement
+from tests.training.test_resume import Killed, killed_at
+from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from training.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
+from training.run import prepared_run, train_network
+from training.state import Progress, SavedState, StoredPart, read_state
+
+FUSED = "--fused_backward_pass"
+BF16 = ("--full_bf16", "--mixed_precision", "bf16")
+UNCLIPPED = ("--max_grad_norm", 0)
+
+
+def train_dit(folder: Path, *arguments: object, family: Any = None) -> dict[str, Tensor]:
+    return train_toy(folder, *arguments, family=family, whole_dit=True)
+
+
+def initial_weights() -> dict[str, Tensor]:
+    return dict(ToyFamily().load_dit(Placement(torch.device("cpu"))).state_dict())
+
+
+@pytest.fixture
+def _idle_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that no gradient reaches; weight decay and momentum step it all the same."""
+    load = ToyFamily.load_dit
+
+    def with_idle(self: ToyFamily, placement: Placement, expert: int = 0) -> nn.Module:
+        dit = load(self, placement, expert)
+        dit.idle = nn.Parameter(torch.ones(3, 3, dtype=placement.storage_dtype))
+        return dit
+
+    monkeypatch.setattr(ToyFamily, "load_dit", with_idle)
+
+
+# --- steps inside the backward pass -----------------------------------------------------------------------------------------------
+
+OPTIMIZERS = [
+    ["Adafactor"],
+    ["Adafactor", "relative_step=False", "beta1=0.9", "weight_decay=0.1"],
+    ["AdamW", "amsgrad=True", "foreach=True"],
+    ["torch.optim.Adafactor"],
+    *([name] for name in sorted(ALONE["torch"] - {"Adafactor", "Muon"})),
+    ["AdamW8bit"],
+    ["Lion8bit"],
+    ["Lion", "weight_decay=0.1"],
+]
+
+
+def require_package(optimizer: str) -> None:
+    package = {"AdamW8bit": "bitsandbytes", "Lion8bit": "bitsandbytes", "Lion": "lion_pytorch"}.get(optimizer)
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is missing")
+
+
+@pytest.mark.usefixtures("_idle_weight")
+@pytest.mark.parametrize("precision", [(), BF16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=" ".join)
+def test_steps_inside_the_backward_pass_give_the_same_bits(
+    tmp_path: Path, optimizer: list[str], precision: tuple[str, ...]
+) -> None:
+    """Weights, and all that the optimizer keeps, after several steps of a schedule."""
+    require_package(optimizer[0])
+    write_caches(tmp_path, batch_size=2)
+    arguments = [*UNCLIPPED, *precision, "--gradient_checkpointing", "--lr_scheduler", "linear", "--lr_warmup_steps", 2]
+    arguments += ["--save_state", "--optimizer_type", optimizer[0]]
+    arguments += ["--optimizer_args", *optimizer[1:]] if optimizer[1:] else []
+    expected = train_dit(tmp_path, *arguments)
+
+    found = train_dit(tmp_path, *arguments, FUSED, "--output_dir", tmp_path / "fused")
+    found = load_file(tmp_path / "fused" / "x.safetensors")
+
+    assert same(expected, found)
+    states = [load_file(tmp_path / folder / "x-state" / "optimizer.safetensors") for folder in ("output", "fused")]
+    assert same(*states)
+    assert not torch.equal(found["embed.weight"].float(), initial_weights()["embed.weight"])
+
+
+def test_only_one_gradient_exists_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_caches(tmp_path)
+    counts: list[int] = []
+    step = ParameterSteps.step
+
+    def counted(self: ParameterSteps, parameter: nn.Parameter) -> None:
+        counts.append(sum(name.grad is not None for name in self.names))
+        step(self, parameter)
+
+    monkeypatch.setattr(ParameterSteps, "step", counted)
+    train_dit(tmp_path, FUSED, *UNCLIPPED, "--max_train_steps", 3)
+
+    assert len(counts) == 3 * len(initial_weights())
+    assert set(counts) == {1}
+
+
+def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
+    """Against the same written by hand, from the gradients of a run that takes no step."""
+    write_caches(tmp_path)
+    rate, limit = 0.5, 2.6
+    usual = ["--optimizer_type", "SGD", "--learning_rate", rate, "--max_train_steps", 1]
+
+    plain = train_dit(tmp_path, *usual, *UNCLIPPED)
+    clipped = train_dit(tmp_path, *usual, FUSED, "--max_grad_norm", limit)
+
+    norms = []
+    for name, before in initial_weights().items():
+        gradient = (before - plain[name]) / rate
+        norms.append(float(gradient.norm()))
+        expected = before - rate * gradient * min(1.0, limit / (norms[-1] + 1e-6))
+        torch.testing.assert_close(clipped[name], expected, rtol=1e-4, atol=1e-7)
+    assert min(norms) < limit < max(norms)  # some were clipped, some were not
+
+
+def test_the_norm_that_is_reported_is_that_of_all_gradients(tmp_path: Path) -> None:
+    import contextlib
+
+    from training.loop import take_step
+
+    write_caches(tmp_path)
+    norms = []
+    for more in ((), (FUSED,)):
+        with prepared_run(ToyFamily(), toy_options(tmp_path, *UNCLIPPED, *more, whole_dit=True)) as run:
+            with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
+                take_step(run, range(1), micro_batches)
+            reading = run.readings.flush()
+            assert reading is not None
+            norms.append(reading.values[-1])
+    assert norms[0] == norms[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gradient_accumulation_steps", 2], "--gradient_accumulation_steps 2"),
+        (["--mixed_precision", "fp16"], "--mixed_precision fp16"),
+        (["--optimizer_type", "Prodigy"], "one learning rate from the gradients of all weights"),
+        (["--optimizer_type", "AdamWScheduleFree"], "counts its steps for all weights together"),
+        (["--optimizer_type", "LBFGS"], "several times a step"),
+        (["--optimizer_type", "tests.training.test_optimizer.Descent"], "not known to step each weight by itself"),
+    ],
+)
+def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(tmp_path: Path, arguments: list[object], expected: str) -> None:
+    package = {"Prodigy": "prodigyopt", "AdamWScheduleFree": "schedulefree"}.get(str(arguments[-1]))
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is missing")
+    write_caches(tmp_path)
+
+    with pytest.raises(OptionError) as error:
+        train_dit(tmp_path, FUSED, *arguments)
+
+    assert FUSED in str(error.value)
+    assert expected in str(error.value)
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    from training.fused_backward import check_fused_backward
+
+    check_fused_backward(toy_options(tmp_path, FUSED, whole_dit=True), 1)
+    with pytest.raises(OptionError, match="2 processes"):
+        check_fused_backward(toy_options(tmp_path, FUSED, whole_dit=True), 2)
+    check_fused_backward(toy_options(tmp_path, whole_dit=True), 2)
+    require_alone(FUSED, "adafactor")
+
+
+# --- weights in bf16 --------------------------------------------------------------------------------------------------------------
+
+
+def test_stochastic_rounding_gives_a_neighbour_and_the_value_on_average() -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.tensor([1.0, 1.001, -1.001, 0.3, 1e-30, -3e38, 0.0])
+
+    drawn = torch.stack([stochastic_bfloat16(values, generator).float() for _ in range(4000)])
+
+    below = values.view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32)
+    above = (below.view(torch.int32) + (1 << 16)).view(torch.float32)
+    assert bool(((drawn == below) | (drawn == above)).all())
+    assert bool((drawn[:, [0, 6]] == values[[0, 6]]).all())  # what bf16 can say stays
+    spread = (above - below).abs()
+    assert bool(((drawn.double().mean(0) - values).abs() <= 0.03 * spread).all())
+    assert bool((stochastic_bfloat16(torch.tensor([torch.inf, -torch.inf]), generator).isinf()).all())
+
+
+def test_steps_far_below_bf16s_precision_are_not_lost() -> None:
+    """Fifty steps of 1e-5 on weights near 1, where bf16 goes on in steps of 4e-3 and rounding to the nearest would stand still."""
+    weight = nn.Parameter(torch.linspace(1, 1.9, 100 * 200).view(100, 200).bfloat16())
+    start = weight.detach().float()
+    optimizer = torch.optim.SGD([weight], lr=1e-5)
+    progress = Progress(seed=3, session_id=0, started_at=0.0)
+    steps = ParameterSteps(optimizer, {weight: "dit.weight"}, progress)
+
+    for progress.step in range(50):
+        weight.grad = torch.ones_like(weight)
+        steps.step(weight)
+
+    assert weight.dtype == torch.bfloat16
+    assert float((weight.float() - start).mean()) == pytest.approx(-5e-4, rel=0.1)
+
+
+def test_training_keeps_the_weights_in_bf16(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    start = ToyFamily().load_dit(Placement(torch.device("cpu"))).bfloat16().state_dict()
+
+    trained = train_dit(tmp_path, *BF16, "--optimizer_type", "AdamW", "--save_state")
+
+    assert {tensor.dtype for tensor in trained.values()} == {torch.bfloat16}
+    assert not any(torch.equal(trained[name], tensor) for name, tensor in start.items())
+    moments = load_file(tmp_path / "output" / "x-state" / "optimizer.safetensors")
+    assert {tensor.dtype for tensor in moments.values()} == {torch.float32}
+
+
+def test_bf16_needs_its_precision_and_fp16_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--full_bf16 with --mixed_precision no"):
+        toy_options(tmp_path, "--full_bf16", whole_dit=True)
+    with pytest.raises(OptionError, match="--full_fp16 is not supported yet: .*--full_bf16"):
+        toy_options(tmp_path, "--full_fp16", whole_dit=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="schedulefree is missing")
+def test_an_optimizer_that_steps_all_at_once_says_that_it_rounds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_caches(tmp_path)
+
+    train_dit(tmp_path, *BF16, "--optimizer_type", "AdamWScheduleFree", "--max_train_steps", 1)
+
+    assert "rounded to the nearest bf16" in caplog.text
+
+
+# --- what learns, what is saved ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [(), (FUSED,)], ids=["usual", "fused"])
+def test_the_rest_of_the_model_stays_as_it_is(tmp_path: Path, fused: tuple[str, ...]) -> None:
+    write_caches(tmp_path)
+
+    trained = train_dit(tmp_path, *fused, "--trainable_modules", "blocks.1.up", "head", "--optimizer_args", "weight_decay=0.1")
+
+    changed = {name for name, tensor in initial_weights().items() if not torch.equal(tensor, trained[name])}
+    assert changed == {name for name in trained if name.startswith(("blocks.1.up", "head"))}
+
+
+def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    with pytest.raises(OptionError, match="--trainable_modules nonsense"):
+        train_dit(tmp_path, "--trainable_modules", "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], torch.float32), (["--save_precision", "bf16"], torch.bfloat16), (["--save_precision", "fp16"], torch.float16)],
+)
+def test_the_file_is_the_model_in_the_precision_asked_for(tmp_path: Path, arguments: list[object], expected: torch.dtype) -> None:
+    write_caches(tmp_path)
+
+    saved = train_dit(tmp_path, *arguments, "--save_every_n_steps", 3, "--save_last_n_steps", 2)
+
+    assert {name: tensor.shape for name, tensor in saved.items()} == {
+        name: value.shape for name, value in initial_weights().items()
+    }
+    assert {tensor.dtype for tensor in saved.values()} == {expected}
+    assert {path.name for path in (tmp_path / "output").iterdir()} == {"x.safetensors", "x-step00000006.safetensors"}
+    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.architecture"] == "toy"
+    assert metadata["ss_steps"] == "8"
+    assert "ss_network_module" not in metadata
+
+
+def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_caches(tmp_path)
+    load = ToyFamily.load_dit
+
+    def with_float32_head(self: ToyFamily, placement: Placement, expert: int = 0) -> nn.Module:
+        dit = load(self, placement, expert)
+        dit.get_submodule("head").float()
+        return dit
+
+    monkeypatch.setattr(ToyFamily, "load_dit", with_float32_head)
+
+    saved = train_dit(tmp_path, *BF16, FUSED, "--max_train_steps", 1)
+
+    assert {name for name, tensor in saved.items() if tensor.dtype == torch.float32} == {"head.weight", "head.bias"}
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", [0, 3, 6])
+@pytest.mark.parametrize(
+    "how",
+    [
+        (FUSED, "--optimizer_type", "Adafactor"),
+        (FUSED, "--optimizer_type", "AdamW", *BF16),
+        (*BF16, "--optimizer_type", "AdamW", "--gradient_accumulation_steps", "2"),
+        ("--trainable_modules", "blocks", "--optimizer_type", "SGD", "--optimizer_args", "momentum=0.9"),
+    ],
+    ids=["fused", "fused bf16", "bf16", "part"],
+)
+def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...], moment: int) -> None:
+    write_caches(tmp_path)
+    arguments = [*how, "--lr_scheduler", "cosine", "--save_every_n_steps", 2, "--save_state", "--resume", "latest"]
+    if "Adafactor" in how:  # it finds its own rate
+        arguments = [*arguments[: len(how)], *arguments[len(how) + 2 :]]
+    expected = train_dit(tmp_path, *arguments)
+    other = [*arguments, "--output_dir", tmp_path / "killed"]
+
+    with pytest.raises(Killed):
+        train_network(killed_at(moment), toy_options(tmp_path, *other, whole_dit=True))
+    assert train_network(ToyFamily(), toy_options(tmp_path, *other, whole_dit=True)) == 0
+
+    assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
+    for part in ("dit", "optimizer"):
+        states = [load_file(tmp_path / folder / "x-state" / f"{part}.safetensors") for folder in ("output", "killed")]
+        assert same(*states)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--trainable_modules", "head"], "--trainable_modules"),
+        ([*BF16], "--full_bf16"),
+        (["--learning_rate", "1"], "--learning_rate"),
+    ],
+)
+def test_another_run_is_refused_by_name(tmp_path: Path, changed: list[object], named: str) -> None:
+    write_caches(tmp_path)
+    train_dit(tmp_path, "--save_state", "--max_train_steps", 2)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a process of another precision
+
+    with pytest.raises(OptionError, match=named):
+        train_dit(tmp_path, "--resume", "latest", *changed)
+
+
+def test_a_lora_run_does_not_go_on_as_a_full_one(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+
+    with pytest.raises(OptionError, match="--network_module: networks.lora_wan in the state"):
+        train_dit(tmp_path, "--resume", "latest")
+
+
+def test_a_state_may_go_on_in_the_other_order_of_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_caches(tmp_path)
+    expected = train_dit(tmp_path, *UNCLIPPED, "--max_train_steps", 6)
+    half = ["--output_dir", tmp_path / "half", *UNCLIPPED, "--save_state", "--resume", "latest"]
+
+    train_network(ToyFamily(), toy_options(tmp_path, *half, "--max_train_steps", 3, whole_dit=True))
+    train_network(ToyFamily(), toy_options(tmp_path, *half, "--max_train_steps", 6, FUSED, whole_dit=True))
+
+    assert same(expected, load_file(tmp_path / "half" / "x.safetensors"))
+    assert "--fused_backward_pass was False when the state was saved; it is True" in caplog.text
+
+
+def test_a_state_is_read_tensor_by_tensor(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    train_dit(tmp_path, "--save_state", "--max_train_steps", 1)
+
+    state = read_state(tmp_path / "output" / "x-state")
+
+    assert isinstance(state, SavedState)
+    part = state.parts["dit"]
+    assert isinstance(part, StoredPart)
+    assert part.shape("head.weight") == (2, 8)
+    first, second = part["head.weight"], part["head.weight"]
+    assert first.data_ptr() != second.data_ptr()  # nothing is kept
+    assert set(part) == initial_weights().keys()
+    part.close()
+
+
+def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=6)
+    (tmp_path / "prompts.txt").write_text("a cat --f 5 --s 2 --d 1\n", encoding="utf-8")
+    alone = train_dit(tmp_path, FUSED, *UNCLIPPED, "--validation_split", "0.2")
+    found: list[Tensor] = []
+
+    more = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 4, "--validate_every_n_steps", 2]
+    trained = train_dit(tmp_path, FUSED, *UNCLIPPED, "--validation_split", "0.2", *more, family=ToyFamily(on_decode=found.append))
+
+    assert same(alone, trained)
+    assert len(found) == 2
+    assert not torch.equal(found[0], found[1])  # the model had learned meanwhile
