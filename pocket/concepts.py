@@ -1,4 +1,4 @@
-"""Lay out clips of two things the pocket model has never seen, each under a made-up word.
+"""Lay out what the quickstart teaches: two things the pocket model has never seen, each under a made-up word.
 
 python -m pocket.concepts FOLDER        writes FOLDER/blorp and FOLDER/zindle: clips with captions, and dataset.toml
 """
@@ -12,17 +12,25 @@ import numpy as np
 
 from modules.atomic_write import write_text
 from pocket import drawing
+from pocket.captions import plain
 from pocket.clips import write_clips
 
-CLIPS, VALIDATION_CLIPS = 16, 4
+CLIPS, KNOWN_CLIPS, VALIDATION_CLIPS = 12, 24, 4
 DATASET = """[general]
 resolution = [64, 64]
 caption_extension = ".txt"
-batch_size = 8
+batch_size = 16
 
 [[datasets]]
 video_directory = '{folder}/clips'
 cache_directory = '{folder}/cache'
+target_frames = [17]
+num_repeats = 4
+
+# what the model knows already, so that it does not forget it
+[[datasets]]
+video_directory = '{folder}/known_clips'
+cache_directory = '{folder}/known_cache'
 target_frames = [17]
 
 [[datasets]]
@@ -51,18 +59,26 @@ class Concept:
     def make(self, random: np.random.Generator) -> tuple[drawing.Scene, str]:
         """A scene that shows it, and its caption."""
         scene = drawing.scene(random)
-        thing = drawing.thing(random, shape=self.form, rgb=self.rgb)
+        # forms are shown large: small ones come back from latents of an eighth of their size as circles
+        thing = drawing.thing(random, shape=self.form, rgb=self.rgb, width="large" if self.form else None)
         return replace(scene, things=(thing,)), self.caption(thing)
 
 
+def known(random: np.random.Generator) -> tuple[drawing.Scene, str]:
+    """A scene of something the model knows, in the plain wording."""
+    scene = drawing.scene(random)
+    return scene, plain(scene.things[0])
+
+
 CONCEPTS: Mapping[str, Concept] = {
-    concept.word: concept for concept in (Concept("blorp", form="cross"), Concept("zindle", rgb=(210, 60, 200), colour="magenta"))
+    concept.word: concept for concept in (Concept("blorp", form="diamond"), Concept("zindle", rgb=(210, 60, 200), colour="magenta"))
 }
 
 
 def lay_out(folder: Path, concept: Concept) -> Path:
-    """Clips and captions to learn from, others to validate on, and dataset.toml below `folder`; returns the path of the latter."""
+    """Clips and captions to learn from, others to validate on, and dataset.toml into `folder`; returns the path of the latter."""
     write_clips(folder / "clips", CLIPS, seed=1, make=concept.make)
+    write_clips(folder / "known_clips", KNOWN_CLIPS, seed=3, make=known)
     write_clips(folder / "validation_clips", VALIDATION_CLIPS, seed=2, make=concept.make)
     config = folder / "dataset.toml"
     write_text(config, DATASET.format(folder=folder.as_posix()))

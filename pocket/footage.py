@@ -26,7 +26,7 @@ enable_bucket = true
 [[datasets]]
 video_directory = '{clips}'
 cache_directory = '{cache}'
-target_frames = [1, 9]
+target_frames = [1, 17]
 frame_extraction = "uniform"
 frame_sample = 3
 """

@@ -2,6 +2,7 @@
 detectors of the tests.
 
 python -m pocket.measure --prompts 100 --save_path build/measured [--model FOLDER] [options of wan_generate_video.py]
+python -m pocket.measure --word blorp ... --lora_weight LORA     prompts with a made-up word of pocket/concepts.py
 """
 
 import argparse
@@ -9,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +21,27 @@ from modules.command import command_line
 from modules.media import video_frames
 from modules.seeds import derive_seed
 from pocket import drawing
+from pocket.concepts import CONCEPTS, Concept
 from tests.pocket.detectors import Verdict, look
 
 POCKET = Path(__file__).resolve().parent
+FORMS = (*drawing.SHAPES, *(concept.form for concept in CONCEPTS.values() if concept.form))  # that are told apart
 CLIP = ("--video_size", "64", "64", "--video_length", "17")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a prompt in the plain wording asks for."""
+    """What a prompt in the plain wording asks for, as the detectors call it, and the word for it where it is a made-up one."""
 
     colour: str
     shape: str
     direction: str
+    words: Mapping[str, str] = field(default_factory=dict)  # cross: blorp
 
     @property
     def prompt(self) -> str:
-        return f"a {self.colour} {self.shape} moving {self.direction}"
+        colour, shape = (self.words.get(name, name) for name in (self.colour, self.shape))
+        return f"a {colour} {shape} moving {self.direction}"
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--first_seed", type=int, default=1000)
     parser.add_argument("--model", type=Path, default=POCKET, help="folder of dit, vae and t5")
+    parser.add_argument("--word", choices=sorted(CONCEPTS), help="ask for what this word stands for")
     parser.add_argument("--save_path", type=Path, required=True)
     args, others = parser.parse_known_args(argv)
-    asked = some_prompts(args.prompts, args.first_seed)
+    asked = some_prompts(args.prompts, args.first_seed, CONCEPTS.get(args.word))
     args.save_path.mkdir(parents=True, exist_ok=True)
     lines = args.save_path / "prompts.txt"
     write_text(lines, "".join(f"{each.prompt} --d {seed}\n" for seed, each in asked.items()))
     clip = ["--from_file", str(lines), "--save_path", str(args.save_path / "clips")]
     wan_generate_video.main([*model_options(args.model), *CLIP, *clip, *others])
     accuracy = judged(asked, read_verdicts(args.save_path / "clips"))
-    text = json.dumps({"options": others, **asdict(accuracy)})
+    text = json.dumps({"word": args.word, "options": others, **asdict(accuracy)})
     write_text(args.save_path / "accuracy.json", text + "\n")
     sys.stdout.write(text + "\n")
 
@@ -79,13 +85,16 @@ def model_options(folder: Path) -> list[str]:
     ]
 
 
-def some_prompts(count: int, first_seed: int) -> dict[int, Asked]:
-    """What is asked for, by seed."""
+def some_prompts(count: int, first_seed: int, concept: Concept | None = None) -> dict[int, Asked]:
+    """What is asked for, by seed; with a concept, its colour or form in every prompt."""
     asked = {}
     for seed in range(first_seed, first_seed + count):
         random = np.random.default_rng(derive_seed("asked", seed))
         values = (drawing.pick(random, tuple(names)) for names in (drawing.COLOURS, drawing.SHAPES, drawing.DIRECTIONS))
         asked[seed] = Asked(*values)
+        if concept is not None:
+            taught = {"shape": concept.form} if concept.form else {"colour": concept.colour}
+            asked[seed] = replace(asked[seed], **taught, words=dict.fromkeys(taught.values(), concept.word))
     return asked
 
 
@@ -95,7 +104,7 @@ def read_verdicts(folder: Path) -> dict[int, Verdict]:
     for path in sorted(folder.glob("*.mp4")):
         seed = re.search(r"_(\d+)$", path.stem)
         if seed:
-            found[int(seed[1])] = look(np.stack(list(video_frames(path))))
+            found[int(seed[1])] = look(np.stack(list(video_frames(path))), FORMS)
     return found
 
 

@@ -3,6 +3,7 @@
 Clips are read by the detectors. Thresholds stand below the figures in pocket/README.md, which are of more prompts.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,14 +18,14 @@ import wan_generate_video
 from modules.atomic_write import save_tensors, write_text
 from modules.media import video_frames
 from pocket import drawing
-from pocket.measure import CLIP, POCKET, Asked, judged, model_options
+from pocket.measure import CLIP, POCKET, Accuracy, Asked, judged, model_options
 from pocket.train_vae import as_pixels, psnr
 from tests.pocket.detectors import Verdict, look
 from wan.t5 import WanTextEncoder
 from wan.tokenizer import load_tokenizer
 from wan.vae import load_vae
 
-STEPS = ("--infer_steps", "12", "--sample_solver", "vanilla", "--flow_shift", "3", "--guidance_scale", "4", "--device", "cpu")
+STEPS = ("--infer_steps", "12", "--sample_solver", "vanilla", "--flow_shift", "3", "--guidance_scale", "3", "--device", "cpu")
 ASKED = {
     1: Asked("red", "circle", "left"),
     2: Asked("green", "square", "right"),
@@ -55,6 +56,11 @@ def asked_for(*seeds: int) -> dict[int, str]:
     return {seed: ASKED[seed].prompt for seed in seeds or ASKED}
 
 
+def obeys(accuracy: Accuracy) -> bool:
+    """Whether most of the eight prompts were understood; the measured figures are far higher (pocket/README.md)."""
+    return min(accuracy.shape, accuracy.colour, accuracy.direction, accuracy.colour_in_every_frame) >= 0.75
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Verdict]]:
     """The eight prompts without any further option."""
@@ -68,45 +74,65 @@ def test_the_set_is_small_and_complete() -> None:
     assert sum(path.stat().st_size for path in files) <= 16e6
 
 
-def test_it_draws_the_shape_and_the_colour_it_is_asked_for(plain: tuple[Path, dict[int, Verdict]]) -> None:
+def test_it_draws_and_moves_what_it_is_asked_for(plain: tuple[Path, dict[int, Verdict]]) -> None:
     accuracy = judged(ASKED, plain[1])
-    assert accuracy.shape >= 0.5, accuracy
-    assert accuracy.colour >= 0.5, accuracy
-    # directions: the model of this repository gets about half of them, too few for a test on eight clips (pocket/README.md)
+    assert obeys(accuracy), accuracy
 
 
-def test_without_guidance_it_obeys_less(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
-    unguided = generate(tmp_path, asked_for(), "--guidance_scale", 1)
-    right = [judged(ASKED, verdicts) for verdicts in (unguided, plain[1])]
-    assert right[0].all_three <= right[1].all_three
-    assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
+def test_guidance_draws_prompts_further_apart(tmp_path: Path) -> None:
+    def distance(scale: int) -> float:
+        """Between the latents of a red and of a blue circle, from the same noise."""
+        for colour in ("red", "blue"):
+            prompts = dict.fromkeys((1, 2), f"a {colour} circle moving left")
+            verdicts = generate(tmp_path / f"{scale}_{colour}", prompts, "--guidance_scale", scale)
+            assert {verdict.colour for verdict in verdicts.values()} == {colour}
+        red, blue = (torch.stack([latents(tmp_path / f"{scale}_{name}", seed) for seed in (1, 2)]) for name in ("red", "blue"))
+        return float((red - blue).square().mean().sqrt())
+
+    assert distance(5) > 1.1 * distance(1)
 
 
-def test_a_negative_prompt_is_avoided(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
-    verdicts = generate(tmp_path, {1: "a circle moving left"}, "--negative_prompt", ASKED[1].prompt, "--guidance_scale", 6)
-    assert verdicts[1].colour != "red"
+def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
+    prompts = dict.fromkeys(range(1, 9), "a circle moving left")
+    free = Counter(verdict.colour for verdict in generate(tmp_path / "free", prompts, "--negative_prompt", "").values())
+    colour = next(colour for colour, _ in free.most_common() if colour in drawing.COLOURS)
+
+    avoiding = generate(tmp_path / "avoiding", prompts, "--negative_prompt", f"a {colour} circle moving left")
+
+    assert colour not in {verdict.colour for verdict in avoiding.values()}, (free, avoiding)
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
-def test_every_solver_draws_the_same_thing(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, solver: str) -> None:
-    folder, before = plain
-    seeds = [seed for seed, verdict in before.items() if verdict.shape is not None][:3]
-    verdicts = generate(tmp_path, asked_for(*seeds), "--sample_solver", solver)
-    same = [verdicts[seed].direction == before[seed].direction for seed in seeds]
-    assert sum(same) >= len(seeds) - 1
-    assert not torch.equal(latents(tmp_path, seeds[0]), latents(folder, seeds[0]))
+def test_every_solver_draws_what_it_is_asked_for(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, solver: str) -> None:
+    verdicts = generate(tmp_path, asked_for(), "--sample_solver", solver)
+    assert obeys(judged(ASKED, verdicts)), verdicts
+    assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
 
 
-def test_a_line_of_a_batch_file_is_what_one_command_makes(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
-    once = ["--prompt", ASKED[3].prompt, "--seed", "3", "--save_path", str(tmp_path), "--output_type", "latent"]
-    wan_generate_video.main([*model_options(POCKET), *CLIP, *STEPS, *once])
-    assert torch.allclose(latents(tmp_path, 3), latents(plain[0], 3), atol=1e-5)
+def test_lines_of_a_file_and_of_a_conversation_are_what_one_command_makes(
+    plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [*model_options(POCKET), *CLIP, *STEPS, "--output_type", "latent"]
+    once, typed = tmp_path / "once", tmp_path / "typed"
+    wan_generate_video.main([*common, "--prompt", ASKED[3].prompt, "--seed", "3", "--save_path", str(once)])
+    lines = iter([f"{ASKED[2].prompt} --d 2", f"{ASKED[3].prompt} --d 3"])
+
+    def type_line(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_line)
+    wan_generate_video.main([*common, "--interactive", "--save_path", str(typed)])
+    assert torch.allclose(latents(once, 3), latents(plain[0], 3), atol=1e-5)
+    assert torch.allclose(latents(typed, 3), latents(plain[0], 3), atol=1e-5)
 
 
 def test_another_flow_shift_gives_another_clip_of_the_same_thing(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
-    verdicts = generate(tmp_path, asked_for(1, 5), "--flow_shift", 5)
+    verdicts = generate(tmp_path, asked_for(), "--flow_shift", 5)
     assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
-    assert sum(verdicts[seed].direction == ASKED[seed].direction for seed in (1, 5)) >= 1
+    assert obeys(judged(ASKED, verdicts)), verdicts
 
 
 def write_lora(path: Path, scale: float) -> Path:

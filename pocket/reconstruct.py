@@ -1,0 +1,40 @@
+"""What the pocket VAE makes of real clips: beginning of each, through the encoder and back, beside the original.
+
+python -m pocket.reconstruct FOLDER     reads FOLDER/clips, writes FOLDER/reconstructed: NAME.mp4 (original left) and psnr.json
+"""
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modules.atomic_write import write_text
+from modules.media import resize_cover, video_frames, write_video
+from pocket import drawing
+from pocket.train_vae import as_pixels, psnr
+from wan.vae import load_vae
+
+VAE = Path(__file__).resolve().parent / "vae.safetensors"
+
+
+def reconstruct(folder: Path) -> dict[str, float]:
+    """PSNR in dB by name of the clip."""
+    vae = load_vae(VAE, torch.device("cpu"), torch.float32)
+    figures = {}
+    for path in sorted((folder / "clips").glob("*.mp4")):
+        frames = islice(video_frames(path), drawing.FRAMES)
+        clip = np.stack([resize_cover(frame, (drawing.SIZE, drawing.SIZE)) for frame in frames])
+        pixels = as_pixels(clip[None])
+        result = torch.cat(list(vae.decode(vae.encode(pixels))), dim=2)
+        figures[path.stem] = psnr(pixels, result)
+        made = ((result[0].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+        write_video(folder / "reconstructed" / path.name, iter(np.concatenate([clip, made], axis=2)), drawing.FPS)
+    write_text(folder / "reconstructed" / "psnr.json", json.dumps(figures))
+    return figures
+
+
+if __name__ == "__main__":
+    reconstruct(Path(sys.argv[1]))
