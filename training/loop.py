@@ -115,13 +115,13 @@ def is_ending(run: Run) -> bool:
 def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
     """One optimizer step on the micro-batches of `group`. Returns whether the clock asks for saving."""
     run.trainable.start_step()
+    rates = named_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)  # before any weight is stepped
     loss, keys = _accumulate(run, group, micro_batches)
     numbers = loss.view(1)
     is_alone = run.plan.processes == 1
     if not is_alone:
         wishes = torch.tensor([run.stop.asked, run.clock.is_due()], dtype=torch.float32)
         numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes.to(run.device)]))
-    rates = named_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
     norm = _update(run)
     norms = None if run.trainable.limit_norms is None else run.trainable.limit_norms()
     reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, norm.view(1)]), Notes(keys, rates, norms))
