@@ -24,7 +24,7 @@ from modules.seeds import derive_seed
 from training.evaluation import evaluation
 from training.feed import Feed, MicroBatch
 from training.fused_backward import FusedBackward
-from training.gradients import fill_missing_gradients, is_any, sum_over_processes
+from training.gradients import fill_missing_gradients, is_any, norm_of_gradients, sum_over_processes
 from training.logs import Logs, StepReport, named_rates
 from training.loss import Autocast, training_loss
 from training.lr_schedule import LrSchedule
@@ -178,10 +178,9 @@ def _clip_and_step(run: Run) -> Tensor:
     max_norm = run.options.optimizer.max_grad_norm
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
+    norm = norm_of_gradients(run.parameters)
     if max_norm > 0:
-        norm = torch.nn.utils.clip_grad_norm_(run.parameters, max_norm)
-    else:
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in run.parameters if parameter.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(run.parameters, max_norm, norm)
     if run.scaler is not None:
         run.scaler.step(run.optimizer)
         run.scaler.update()

@@ -122,7 +122,8 @@ def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
     assert min(norms) < limit < max(norms)  # some were clipped, some were not
 
 
-def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", [(), BF16], ids=["float32", "bf16"])
+def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(tmp_path: Path, precision: tuple[str, ...]) -> None:
     """Of all gradients, and of before the step: Adafactor finds its next rate as soon as it has stepped a weight."""
     import contextlib
 
@@ -131,7 +132,7 @@ def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(t
     write_caches(tmp_path)
     norms, rates = [], []
     for more in ((), (FUSED,)):
-        options = toy_options(tmp_path, *UNCLIPPED, "--optimizer_type", "Adafactor", *more, whole_dit=True)
+        options = toy_options(tmp_path, *UNCLIPPED, *precision, "--optimizer_type", "Adafactor", *more, whole_dit=True)
         with prepared_run(ToyFamily(), options) as run:
             with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
                 take_step(run, range(1), micro_batches)
