@@ -19,8 +19,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hunyuan_model.family import family_for_training
     from training.run import train_network  # torch loads here, after every option has been read
 
-    commands = CachingCommands(*caching_commands(options.loop.dataset_config, hunyuan_options))
-    code = train_network(family_for_training(hunyuan_options), options, commands)
+    family = family_for_training(hunyuan_options)
+    commands = CachingCommands(*caching_commands(options.loop.dataset_config, hunyuan_options, family.caching_switches))
+    code = train_network(family, options, commands)
     if code:
         raise SystemExit(code)
 

@@ -1,10 +1,9 @@
 """Train a LoRA for Wan2.1. All options: python wan_train_network.py --help"""
 
-import shlex
 from collections.abc import Sequence
 
 from families import identify
-from modules.command import command_line
+from modules.command import as_typed, command_line
 from modules.options import read_options
 from training.options import TrainingOptions, read_arguments, training_parser
 from wan.options import WanTrainingOptions, add_training_arguments
@@ -35,7 +34,7 @@ def caching_commands(options: TrainingOptions, wan_options: WanTrainingOptions) 
     if wan_options.task.startswith("flf2v"):
         latents.append("--flf2v")
     text = ["python", "wan_cache_text_encoder_outputs.py", *dataset, "--t5", str(wan_options.text.t5 or "T5_FILE")]
-    return shlex.join(latents), shlex.join(text)
+    return as_typed(latents), as_typed(text)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from modules.atomic_write import save_tensors
+from modules.checkpoint_files import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
+from modules.tensor_stream import stream_tensors
 
 FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
 SUFFIX = ".safetensors"
@@ -166,8 +167,12 @@ def read_entry(path: Path) -> Entry:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a cache file, complete or not at all. tensors: by the names in the file."""
-    save_tensors(path, tensors, metadata)
+    """Write a cache file, complete or not at all. tensors: by the names in the file.
+
+    Equal contents are equal bytes; the safetensors library would put the metadata in another order each time.
+    """
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, infos, tensors.__getitem__, dict(sorted(metadata.items())))
 
 
 def checksum(name: str, tensor: Tensor) -> str:

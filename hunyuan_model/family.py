@@ -55,6 +55,7 @@ DIT = DitSpec(
     fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
 )
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
+EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 GUIDANCE_UNIT = 1000  # the model was distilled with 1000 times the scale
 
 
@@ -96,7 +97,7 @@ class HunyuanVideo:
             steps=50,
             fps=24.0,
             guidance_scale=1.0,
-            embedded_guidance=6.0 if has_guidance else None,
+            embedded_guidance=EMBEDDED_GUIDANCE if has_guidance else None,
             flow_shift=7.0,
             solver="euler",
             width=256,
@@ -185,7 +186,8 @@ class HunyuanVideo:
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """What training gives `predict`: text, guidance (B), and by transformer `condition_latents` (B C F H W)."""
-        batch.check(dict.fromkeys(TEXT_KEYS, "cache_text_encoder_outputs.py"), "the transformer")
+        batch.check(dict.fromkeys(sorted(TEXT_KEYS), "cache_text_encoder_outputs.py"), "the transformer")
+        self._check_widths(batch)
         conditions: dict[str, Tensor | list[Tensor]] = {
             **{name: batch.tensor(name) for name in TEXT_KEYS},
             "guidance": torch.full((len(latents),), self.trained_guidance, device=latents.device),
@@ -238,7 +240,11 @@ class HunyuanVideo:
         request = with_media(request, taken, "the transformer does not take it")
         if self._starts_from_image:
             require(request.image_path, "--image_path", f"{self.files.dit_path} starts from an image")
-        request = filled(request, self.defaults)
+        usual = self.defaults
+        if usual.embedded_guidance is None and request.embedded_guidance not in (None, EMBEDDED_GUIDANCE):
+            scale = request.embedded_guidance
+            logger.warning("the embedded guidance %g is ignored because %s has no input for it", scale, self.files.dit_path)
+        request = filled(request, usual)
         request = replace(request, frames=whole_frames(request.size[2], LATENT))
         check_size(request, LATENT)
         if request.negative_prompt is None and self.negative_is_empty:
@@ -291,6 +297,17 @@ class HunyuanVideo:
         """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents / LATENT.scale)
 
+    def _check_widths(self, batch: Batch) -> None:
+        """Raise CacheError where the texts were encoded by other encoders than the transformer was trained with."""
+        config = self.files.dit_header().config
+        for name, taken in {"llm": config.text_dim, "clipL": config.pooled_dim}.items():
+            width = batch.tensor(name).shape[-1]
+            if width != taken:
+                raise CacheError(
+                    f"{batch.keys[0]}: {name} in its text cache is {width} numbers wide, {self.files.dit_path} takes {taken}. "
+                    "Cache again with cache_text_encoder_outputs.py and the text encoders of HunyuanVideo."
+                )
+
     def _dit_dtype(self) -> torch.dtype:
         """What the transformer computes in."""
         return self.dit_dtype or self.files.dit_header().compute_dtype
@@ -300,6 +317,11 @@ class HunyuanVideo:
         if chosen is not None:
             return chosen
         return torch.float32 if self.files.dit is not None and self._dit_dtype() == torch.float32 else torch.float16
+
+    @property
+    def caching_switches(self) -> tuple[str, ...]:
+        """What cache_latents.py has to be told for this transformer."""
+        return ("--i2v",) if self.files.dit is not None and self._starts_from_image else ()
 
     @property
     def _starts_from_image(self) -> bool:

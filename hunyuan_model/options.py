@@ -1,11 +1,12 @@
 """HunyuanVideo's and SkyReels V1's own options for caching, training and generation."""
 
 import argparse
-import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hunyuan_model.configs import SKIP_LAYERS
+from modules.command import as_typed
 from modules.errors import OptionError
 from modules.options import add_unsupported, check_at_least
 from modules.vae_options import VaeOptions, add_vae_arguments
@@ -161,15 +162,13 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def caching_commands(dataset_config: Path | None, options: HunyuanTrainingOptions) -> tuple[str, str]:
-    """What to type where caches of latents, or of texts, are missing."""
+def caching_commands(dataset_config: Path | None, options: HunyuanTrainingOptions, switches: Iterable[str] = ()) -> tuple[str, str]:
+    """What to type where caches of latents, or of texts, are missing. switches: of cache_latents.py, as the transformer needs."""
     dataset = ["--dataset_config", str(dataset_config)]
-    latents = ["python", "cache_latents.py", *dataset, "--vae", str(options.vae.file.vae or "VAE_FILE")]
-    if options.dit_in_channels != INPUT_CHANNELS[0]:
-        latents.append("--i2v")
+    latents = ["python", "cache_latents.py", *dataset, "--vae", str(options.vae.file.vae or "VAE_FILE"), *switches]
     encoders = {"1": options.text.text_encoder1, "2": options.text.text_encoder2}
     files = [word for number, path in encoders.items() for word in (f"--text_encoder{number}", str(path or f"ENCODER{number}"))]
-    return shlex.join(latents), shlex.join(["python", "cache_text_encoder_outputs.py", *dataset, *files])
+    return as_typed(latents), as_typed(["python", "cache_text_encoder_outputs.py", *dataset, *files])
 
 
 def _add_vae(group: argparse._ArgumentGroup, always_tiled: bool = False) -> None:

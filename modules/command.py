@@ -1,8 +1,11 @@
 """The frame around every script: logging, clean error output, exit codes. Standard library only, so `--help` answers at once."""
 
 import logging
+import os
+import shlex
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from modules.errors import CheckpointError, UserError
@@ -40,6 +43,11 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def as_typed(words: Sequence[str]) -> str:
+    """A command as it is typed: quoted for the shell of this system."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 class _LineFormatter(logging.Formatter):

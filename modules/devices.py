@@ -50,8 +50,6 @@ def choose_device(name: str | None) -> torch.device:
         raise OptionError(f"--device {name}: torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from cuda:0.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"--device {name}: torch sees no Apple GPU. Use --device cpu.")
     return device

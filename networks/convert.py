@@ -13,7 +13,7 @@ from networks.parts import fuse
 
 logger = getLogger(__name__)
 # HunyuanVideo's names in diffusers' layout are FramePack's own; whose a file is that does not say so
-LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "without prefix"), "hunyuan_video")
+LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "OneTrainer", "without prefix"), "hunyuan_video")
 
 
 def convert_file(source: Path, output: Path, target: str) -> None:

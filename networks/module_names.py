@@ -17,9 +17,8 @@ class Part:
 
     theirs: str  # path in the other layout
     ours: str
-    index: int | None = (
-        None  # the nth of rows as many as it has itself; REST: the last rows; SWAPPED: all, the halves changed about
-    )
+    # None: all rows; n: the nth of rows as many as it has itself; REST: the last rows; SWAPPED: all, the halves changed about
+    index: int | None = None
     usual_height: int = 1  # REST: how many times as high as the others, in every published model
 
 

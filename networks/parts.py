@@ -72,8 +72,10 @@ def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
     """Path of a fused module, in all blocks -> how many rows its weight has, as far as the parts tell."""
     heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
     for part, factors in itertools.chain.from_iterable(found):
-        heights.setdefault(part.ours, {})[part.index] = len(factors[LORA[1]]) if LORA[1] in factors else 0
-    return {ours: _likely_height(ours, rows) for ours, rows in heights.items()}
+        rows = heights.setdefault(part.ours, {})
+        if LORA[1] in factors:
+            rows[part.index] = len(factors[LORA[1]])
+    return {ours: _likely_height(ours, rows) if rows else 0 for ours, rows in heights.items()}
 
 
 def _likely_height(ours: str, rows: Mapping[int | None, int]) -> int:
@@ -93,12 +95,13 @@ def _joined(pieces: Pieces, height: int) -> Factors | str:
     (part, factors), *others = pieces
     if part.index is None and not others:
         return factors
-    if part.index == SWAPPED and not others:
-        swapped = rows_of(factors, torch.arange(height).roll(height // 2)) if LORA[1] in factors else None
-        return swapped or "only plain LoRAs can be put together"
     if any(set(factors) - {"alpha", *LORA} or factors[LORA[1]].ndim != 2 for _, factors in pieces):
         return "only plain LoRAs can be put together"
     places = [part_rows(part, len(factors[LORA[1]]), height) for part, factors in pieces]
+    if isinstance(places[0], Tensor):  # the halves changed about
+        swapped = rows_of(factors, places[0])
+        assert swapped is not None  # it is plain
+        return swapped
     if any(not isinstance(place, slice) for place in places):
         return f"its parts do not fit into {height} rows"
     return _stacked([factors for _, factors in pieces], [place for place in places if isinstance(place, slice)], height)

@@ -19,6 +19,15 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
+def norm_of_gradients(parameters: Iterable[Parameter]) -> Tensor:
+    """The norm of all gradients together; in float32 also where some are bf16, in which torch itself would round it to 3 digits."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
     """Add up all gradients over the processes, in place, and `numbers` (float32, 1-D) with them; returns the sums of `numbers`."""
     sent = False

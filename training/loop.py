@@ -24,7 +24,7 @@ from modules.seeds import derive_seed
 from training.evaluation import evaluation
 from training.feed import Feed, MicroBatch
 from training.fused_backward import FusedBackward
-from training.gradients import fill_missing_gradients, is_any, sum_over_processes
+from training.gradients import fill_missing_gradients, is_any, norm_of_gradients, sum_over_processes
 from training.logs import Logs, StepReport, named_rates
 from training.loss import Autocast, training_loss
 from training.lr_schedule import LrSchedule
@@ -115,13 +115,13 @@ def is_ending(run: Run) -> bool:
 def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
     """One optimizer step on the micro-batches of `group`. Returns whether the clock asks for saving."""
     run.trainable.start_step()
+    rates = named_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)  # before any weight is stepped
     loss, keys = _accumulate(run, group, micro_batches)
     numbers = loss.view(1)
     is_alone = run.plan.processes == 1
     if not is_alone:
         wishes = torch.tensor([run.stop.asked, run.clock.is_due()], dtype=torch.float32)
         numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes.to(run.device)]))
-    rates = named_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
     norm = _update(run)
     norms = None if run.trainable.limit_norms is None else run.trainable.limit_norms()
     reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, norm.view(1)]), Notes(keys, rates, norms))
@@ -178,10 +178,9 @@ def _clip_and_step(run: Run) -> Tensor:
     max_norm = run.options.optimizer.max_grad_norm
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
+    norm = norm_of_gradients(run.parameters)
     if max_norm > 0:
-        norm = torch.nn.utils.clip_grad_norm_(run.parameters, max_norm)
-    else:
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in run.parameters if parameter.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(run.parameters, max_norm, norm)
     if run.scaler is not None:
         run.scaler.step(run.optimizer)
         run.scaler.update()

@@ -91,10 +91,11 @@ class ParameterSteps:
 def stochastic_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
     """float32 values, each rounded to one of its two bf16 neighbours with a chance that makes its mean the value.
 
-    The bits that bf16 has no room for count as a fraction; a random fraction is added to it, the sum is cut off. generator: on the
-    device of the values.
+    The bits that bf16 has no room for count as a fraction; a random fraction is added to it, the sum is cut off. What is no number
+    stays none. generator: on the device of the values.
     """
     noise = torch.randint(_LOW_16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    noise.masked_fill_(values.isnan(), 0)  # all bits of a GPU's NaN are set: a sum would run over, into a zero
     return noise.add_(values.view(torch.int32)).bitwise_and_(-_LOW_16).view(torch.float32).to(torch.bfloat16)
 
 

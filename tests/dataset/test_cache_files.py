@@ -131,3 +131,17 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(CacheError, match=r"clip_wan\.safetensors: damaged"):
         read_entry(path)
+
+
+def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
+    """So a run that was interrupted ends with the files of one that was not."""
+    tensors = {"llm_float16": torch.ones(3, 4, dtype=torch.float16), "llm_mask": torch.ones(3, dtype=torch.int64)}
+    metadata = {f"key {number}": "é" * number for number in range(8)}
+
+    write_tensors(tmp_path / "one.safetensors", tensors, metadata)
+    write_tensors(tmp_path / "two.safetensors", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
+
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    entry = read_entry(tmp_path / "two.safetensors")
+    assert entry.header.metadata == metadata
+    assert all(torch.equal(entry.named[name], tensor) for name, tensor in tensors.items())

@@ -14,9 +14,11 @@ from generation.noise import SeededNoise
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.vae import load_vae
-from modules.errors import CacheError, OptionError
+from modules.errors import CacheError, CheckpointError, OptionError
 from modules.records import Batch, EncodedPrompts, MediaBatch, MediaEncoders, Placement, Request
 from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.hunyuan_dit import tiny_state, write_dit
+from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 from tests.tiny.project import write_image
 
 CPU = torch.device("cpu")
@@ -104,6 +106,27 @@ def test_image_to_video_asks_for_an_image_and_text_to_video_ignores_one(
         request = family_of().prepare(replace(REQUEST, image_path=picture))
     assert "--image_path" in caplog.text
     assert request.image_path is None
+
+
+def test_an_embedded_guidance_that_the_model_has_no_input_for_is_said_to_be_ignored(
+    family_of: FamilyOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    family_of("undistilled").prepare(REQUEST)  # 6 is what the script gives unasked
+    family_of().prepare(replace(REQUEST, embedded_guidance=3.0))
+    assert "ignored" not in caplog.text
+    family_of("undistilled").prepare(replace(REQUEST, embedded_guidance=3.0))
+    assert "the embedded guidance 3 is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(("width", "option"), [("text_dim", "--text_encoder1"), ("pooled_dim", "--text_encoder2")])
+def test_text_encoders_of_another_size_are_refused_before_anything_is_loaded(
+    family_of: FamilyOf, tmp_path: Path, width: str, option: str
+) -> None:
+    """As Llama 3.2 3B, or the larger CLIP of SDXL."""
+    widths = {"text_dim": LLM_DIM, "pooled_dim": CLIP_DIM} | {width: 96}
+    files = replace(family_of().files, dit=write_dit(tmp_path, tiny_state("t2v", **widths)))
+    with pytest.raises(CheckpointError, match=rf"{option} .* numbers, .* takes 96\. Give"):
+        HunyuanVideo(files).prepare(REQUEST)
 
 
 def test_channels_that_the_file_does_not_have_are_refused(family_of: FamilyOf) -> None:
@@ -199,6 +222,18 @@ def test_a_batch_without_one_of_the_texts_names_the_command(family_of: FamilyOf)
         family_of().batch_conditions(
             torch.zeros(1, 16, 1, 4, 4), replace(half, tensors={name: t for name, t in half.tensors.items() if name != "clipL"})
         )
+
+
+@pytest.mark.parametrize(("name", "wide"), [("llm", torch.zeros(1, 256, 96)), ("clipL", torch.zeros(1, 96))])
+def test_texts_of_another_encoder_name_the_command(family_of: FamilyOf, name: str, wide: Tensor) -> None:
+    with pytest.raises(CacheError, match=rf"{name} in its text cache is 96 numbers wide.*cache_text_encoder_outputs.py"):
+        family_of().batch_conditions(torch.zeros(1, 16, 1, 4, 4), batch(**{name: wide}))
+
+
+def test_the_caching_command_is_that_for_the_transformer(family_of: FamilyOf) -> None:
+    assert family_of().caching_switches == ()
+    assert family_of("i2v").caching_switches == ("--i2v",)
+    assert HunyuanVideo(HunyuanFiles()).caching_switches == ()  # --show_timesteps does without a transformer
 
 
 def test_an_items_latents_do_not_depend_on_its_neighbours(family_of: FamilyOf) -> None:

@@ -26,6 +26,13 @@ def test_cosines_stand_before_sines_and_frequencies_fall(width: int) -> None:
         torch.testing.assert_close(vectors[:, half + index], angles.sin(), rtol=0, atol=1e-7)
 
 
+def test_float64_frequencies_are_powers_to_the_last_bit() -> None:
+    numbers = torch.linspace(0, 1000, 16001)
+    angles = torch.outer(numbers.double(), 10000.0 ** -(torch.arange(128, dtype=torch.float64) / 128))
+
+    assert torch.equal(sinusoid(numbers, 256), torch.cat([angles.cos(), angles.sin()], dim=1).float())
+
+
 def test_large_numbers_are_rounded_in_float32() -> None:
     lost = (sinusoid(NUMBERS, 256, torch.float32) - sinusoid(NUMBERS, 256)).abs().amax(dim=1)
 

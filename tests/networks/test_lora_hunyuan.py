@@ -259,6 +259,36 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(caplog: p
     assert len([record for record in caplog.records if "4 times as high" in record.message]) == 1
 
 
+def test_parts_of_another_kind_in_one_block_do_not_hinder_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    plain, lokr = "lora_unet_transformer_blocks_0_attn_to_q", "lora_unet_transformer_blocks_1_attn_to_q"
+    tensors = {f"{plain}.lora_down.weight": torch.ones(2, 8), f"{plain}.lora_up.weight": torch.ones(8, 2)}
+    tensors |= {f"{lokr}.lokr_w1": torch.ones(2, 2), f"{lokr}.lokr_w2": torch.ones(4, 4)}
+
+    fused = fuse(tensors)
+
+    assert fused["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"].shape == (24, 2)
+    assert f"{lokr}.lokr_w1" in fused
+    assert "only plain LoRAs" in caplog.text
+
+
+def test_a_last_layer_of_another_size_is_not_cut_to_fit(caplog: pytest.LogCaptureFixture) -> None:
+    name = "lora_unet_norm_out_linear"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(32, 2)}
+
+    assert fuse(tensors, lambda _: 16).keys() == tensors.keys()
+    assert "do not fit into 16 rows" in caplog.text
+
+
+def test_a_lora_of_onetrainer_is_hunyuan_videos(tmp_path: Path) -> None:
+    name = "lora_transformer_transformer_blocks_0_attn_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+
+    convert_file(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", "default")
+
+    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight" in load_file(tmp_path / "ours.safetensors")
+
+
 def test_parts_with_alphas_of_their_own_keep_their_strength() -> None:
     generator, expected, tensors = torch.Generator().manual_seed(0), [], {}
     for letter, rank, alpha in (("q", 2, 1.0), ("k", 3, 6.0), ("v", 1, 0.0)):

@@ -122,21 +122,26 @@ def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
     assert min(norms) < limit < max(norms)  # some were clipped, some were not
 
 
-def test_the_norm_that_is_reported_is_that_of_all_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", [(), BF16], ids=["float32", "bf16"])
+def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(tmp_path: Path, precision: tuple[str, ...]) -> None:
+    """Of all gradients, and of before the step: Adafactor finds its next rate as soon as it has stepped a weight."""
     import contextlib
 
     from training.loop import take_step
 
     write_caches(tmp_path)
-    norms = []
+    norms, rates = [], []
     for more in ((), (FUSED,)):
-        with prepared_run(ToyFamily(), toy_options(tmp_path, *UNCLIPPED, *more, whole_dit=True)) as run:
+        options = toy_options(tmp_path, *UNCLIPPED, *precision, "--optimizer_type", "Adafactor", *more, whole_dit=True)
+        with prepared_run(ToyFamily(), options) as run:
             with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
                 take_step(run, range(1), micro_batches)
             reading = run.readings.flush()
             assert reading is not None
             norms.append(reading.values[-1])
+            rates.append(reading.notes.rates)
     assert norms[0] == norms[1] > 0
+    assert rates[0] == rates[1]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +194,13 @@ def test_stochastic_rounding_gives_a_neighbour_and_the_value_on_average() -> Non
     spread = (above - below).abs()
     assert bool(((drawn.double().mean(0) - values).abs() <= 0.03 * spread).all())
     assert bool((stochastic_bfloat16(torch.tensor([torch.inf, -torch.inf]), generator).isinf()).all())
+
+
+def test_what_is_no_number_is_not_rounded_to_one() -> None:
+    """A GPU's NaN has all bits set: whatever is added to them runs over."""
+    values = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+
+    assert bool(stochastic_bfloat16(values, torch.Generator().manual_seed(1)).isnan().all())
 
 
 def test_steps_far_below_bf16s_precision_are_not_lost() -> None:
