@@ -1,6 +1,7 @@
 """Full fine-tuning: the DiT itself learns, in the usual order or with steps inside the backward pass."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from modules.errors import OptionError
 from modules.records import Placement
-from tests.training.test_resume import Killed, killed_at
+from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
 from training.run import prepared_run, train_network
@@ -236,6 +237,19 @@ def test_bf16_needs_its_precision_and_fp16_is_refused_by_name(tmp_path: Path) ->
         toy_options(tmp_path, "--full_bf16", whole_dit=True)
     with pytest.raises(OptionError, match="--full_fp16 is not supported yet: .*--full_bf16"):
         toy_options(tmp_path, "--full_fp16", whole_dit=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+def test_two_processes_round_alike(tmp_path: Path) -> None:
+    """Gradients of the second would be those of other weights after the first step otherwise."""
+    write_caches(tmp_path)
+    settings = [*BF16, "--max_train_steps", 6]
+    expected = train_dit(tmp_path, *settings, "--gradient_accumulation_steps", 2)
+
+    train_in_two_processes(tmp_path, 29613, *settings, "--output_dir", tmp_path / "two", environment={"TOY_WHOLE_DIT": "1"})
+
+    assert same(expected, load_file(tmp_path / "two" / "x.safetensors"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="schedulefree is missing")

@@ -1,6 +1,7 @@
 """Train the toy family in a process of its own: `python train_toy.py FOLDER ARGUMENTS...`.
 
-With TOY_STOP_AT=n in the environment, the first process is asked to end at its n-th micro-batch.
+With TOY_STOP_AT=n in the environment, the first process is asked to end at its n-th micro-batch; with TOY_WHOLE_DIT=1 the DiT
+itself learns.
 """
 
 import os
@@ -18,4 +19,5 @@ def ask_to_end(passes: int) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(train_network(ToyFamily(watch=ask_to_end), toy_options(Path(sys.argv[1]), *sys.argv[2:])))
+    options = toy_options(Path(sys.argv[1]), *sys.argv[2:], whole_dit="TOY_WHOLE_DIT" in os.environ)
+    raise SystemExit(train_network(ToyFamily(watch=ask_to_end), options))
