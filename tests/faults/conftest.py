@@ -29,22 +29,43 @@ def scripts(request: pytest.FixtureRequest) -> Scripts:
 
 
 @pytest.fixture(scope="session")
-def project(scripts: Scripts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every command of `scripts` works."""
-    folder = tmp_path_factory.mktemp("project")
-    write_project(folder, scripts)
-    run_script(*scripts.cache_latents, folder=folder)
-    run_script(*scripts.cache_texts, folder=folder)
-    return folder
+def projects() -> dict[str, Path]:
+    """What `project` made, by family: pytest drops a fixture as soon as a test of another family comes."""
+    return {}
 
 
 @pytest.fixture(scope="session")
-def undisturbed(scripts: Scripts, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def trainings() -> dict[str, Undisturbed]:
+    """What `undisturbed` made, by family."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def project(scripts: Scripts, projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every command of `scripts` works."""
+    if scripts.name not in projects:
+        folder = tmp_path_factory.mktemp("project")
+        write_project(folder, scripts)
+        run_script(*scripts.cache_latents, folder=folder)
+        run_script(*scripts.cache_texts, folder=folder)
+        projects[scripts.name] = folder
+    return projects[scripts.name]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    scripts: Scripts, project: Path, trainings: dict[str, Undisturbed], tmp_path_factory: pytest.TempPathFactory
+) -> Undisturbed:
     """A training that nothing happened to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    started = time.monotonic()
-    script, *arguments = scripts.train
-    run_python(DYING, "count", folder / "passed.json", ROOT / script, *arguments, "--output_dir", folder / "out", folder=project)
-    seconds = time.monotonic() - started
-    assert_whole(folder / "out")
-    return Undisturbed(folder / "out", json.loads((folder / "passed.json").read_text(encoding="utf-8")), seconds)
+    if scripts.name not in trainings:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        started = time.monotonic()
+        script, *arguments = scripts.train
+        run_python(
+            DYING, "count", folder / "passed.json", ROOT / script, *arguments, "--output_dir", folder / "out", folder=project
+        )
+        seconds = time.monotonic() - started
+        assert_whole(folder / "out")
+        passed = json.loads((folder / "passed.json").read_text(encoding="utf-8"))
+        trainings[scripts.name] = Undisturbed(folder / "out", passed, seconds)
+    return trainings[scripts.name]
