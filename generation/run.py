@@ -158,7 +158,7 @@ def dit_loader(
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        dit = family.load_dit(Placement(device, attention=options.speed.attention, patch=patch), expert)
+        dit = family.load_dit(Placement(device, attention=options.speed.attention.mode, patch=patch), expert)
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)

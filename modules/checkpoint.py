@@ -271,7 +271,7 @@ def load_module(
     checkpoint: Checkpoint,
     sources: Mapping[str, Source],
     *,
-    device: torch.device,
+    device: torch.device | Callable[[str], torch.device],
     dtype: Callable[[str, torch.dtype], torch.dtype],
     patch: WeightPatch | None = None,
     ignore: Sequence[str] = (),
@@ -280,6 +280,7 @@ def load_module(
     """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device and dtype.
 
     sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
+    device: of all, or our name -> device.
     patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
     ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for messages.
     Parameters come out with `requires_grad` off. On the meta device nothing is read.
@@ -288,17 +289,20 @@ def load_module(
     wanted = module.state_dict()
     _check_fit(wanted, checkpoint, sources, ignore, what)
     plan = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
-    as_stored = {name for name in wanted if patch is None and _is_as_stored(sources[name], checkpoint, plan[name], device)}
+    devices = {name: device if isinstance(device, torch.device) else device(name) for name in wanted}
+    as_stored = {name for name in wanted if patch is None and _is_as_stored(sources[name], checkpoint, plan[name], devices[name])}
     # one piece of memory for all reading: temporary tensors would leave holes in the heap between those that stay
-    room = max((_room(sources[name], checkpoint) for name in wanted.keys() - as_stored), default=0)
-    scratch = torch.empty(0 if device.type == "meta" else room, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    made = [name for name in wanted if name not in as_stored and devices[name].type != "meta"]
+    room = max((_room(sources[name], checkpoint) for name in made), default=0)
+    pinned = any(devices[name].type == "cuda" for name in made)
+    scratch = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
     for name, target in plan.items():
         if name in as_stored:
             tensor = checkpoint.read(sources[name].names[0])
         else:
-            tensor = torch.empty(wanted[name].shape, dtype=target, device=device)
-            if device.type != "meta":
-                tensor.copy_(_made(name, sources[name], checkpoint, scratch, device, target, patch))
+            tensor = torch.empty(wanted[name].shape, dtype=target, device=devices[name])
+            if devices[name].type != "meta":
+                tensor.copy_(_made(name, sources[name], checkpoint, scratch, devices[name], target, patch))
         _put(module, name, tensor)
 
 

@@ -229,7 +229,7 @@ def _load_dit(job: Job) -> nn.Module:
         job.accelerator.device,
         storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
         fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
-        attention=job.options.speed.attention,
+        attention=job.options.speed.attention.mode,
         patch=patch,
     )
     dit = job.family.load_dit(placement)

@@ -54,7 +54,7 @@ def test_defaults_make_complete_options() -> None:
     assert made.loop.max_train_steps == 1600
     assert made.loop.dataset_config == Path("d.toml")
     assert made.accelerator.mixed_precision == "no"
-    assert made.speed.attention == "sdpa"
+    assert made.speed.attention.mode == "sdpa"
     assert made.logs.trackers == ()
     assert made.saving.save_every_n_minutes is None
 
@@ -153,7 +153,7 @@ def test_the_command_line_goes_before_the_config_file(tmp_path: Path) -> None:
     assert (made.loop.max_train_steps, made.loop.seed, made.optimizer.learning_rate) == (7, 6, 1.0)
     assert made.network.arguments() == {"a": "b"}
     assert made.lr_schedule.lr_warmup_steps == 0.1
-    assert made.speed.sdpa
+    assert made.speed.attention.sdpa
 
 
 @pytest.mark.parametrize(
