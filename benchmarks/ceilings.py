@@ -1,0 +1,36 @@
+"""What the device can do at most, measured in the same run as whatever is compared with it."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+SIDE = 8192  # of the matrices
+COPIED = 1 << 30  # bytes
+
+
+def matmul_peak(dtype: torch.dtype = torch.bfloat16, side: int = SIDE) -> float:
+    """Operations per second of a square matrix product on random numbers; the current CUDA device."""
+    left, right = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))
+    return 2 * side**3 / seconds_of(lambda: left @ right)
+
+
+def upload_peak(size: int = COPIED) -> float:
+    """Bytes per second from pinned host memory to the current CUDA device."""
+    host, device = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8, device="cuda")
+    return size / seconds_of(lambda: device.copy_(host, non_blocking=True))
+
+
+def seconds_of(call: Callable[[], object], repeats: int = 10, warm_up: int = 3) -> float:
+    """The median time of a call on the current CUDA device, by its own clock."""
+    for _ in range(warm_up):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
