@@ -71,7 +71,7 @@ def _cudnn() -> int | None:
 
 # For torch.compile both are constants. torch.compiler.assume_constant_result sets the same mark, and imports the whole compiler.
 for _fact in (_capability, _cudnn):
-    _fact._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
+    _fact._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
