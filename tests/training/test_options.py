@@ -63,7 +63,6 @@ def test_defaults_make_complete_options() -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--flash_attn"], "--flash_attn is not supported yet"),
         (["--fp8_base"], "--fp8_base is not supported yet"),
         (["--blocks_to_swap", "20"], "--blocks_to_swap is not supported yet"),
         (["--dynamo_backend", "inductor"], "--dynamo_backend is not supported yet"),
