@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from hunyuan_model.vae_blocks import Decoder, Encoder, VaeConfig
 from hunyuan_model.vae_checkpoints import read_vae
 from hunyuan_model.vae_tiles import Cut, in_spans, in_tiles
-from modules.checkpoint import load_module, open_checkpoint
+from modules.checkpoint import open_checkpoint
 from modules.devices import dtype_name
+from modules.dialects import load_planned
 from modules.errors import OptionError
 from modules.memory_layouts import lay_out, layouts
 
@@ -165,17 +166,7 @@ def load_vae(
     cuts = Tiling(TILE if tile is None else tile, tile_frames) if tiling or tile is not None else None
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        with torch.device("meta"):
-            vae = HunyuanVae(plan.config, chunk_size, cuts)
-        load_module(
-            vae,
-            plan.checkpoint,
-            plan.sources,
-            device=device,
-            dtype=lambda *_: dtype,
-            ignore=plan.ignore,
-            what="the HunyuanVideo VAE",
-        )
+        vae = load_planned(plan, lambda config: HunyuanVae(config, chunk_size, cuts), device, dtype, "the HunyuanVideo VAE")
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
-    return vae.eval()
+    return vae

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.checkpoint import fingerprint, load_module, open_checkpoint
+from modules.checkpoint import fingerprint, open_checkpoint
 from modules.devices import dtype_name, free_memory
+from modules.dialects import load_planned
 from modules.errors import CheckpointError
 from modules.records import Conditions, Prompt
 from wan.encoder_checkpoints import T5Config, read_t5
@@ -157,19 +158,9 @@ def load_t5(path: Path, device: torch.device) -> UmT5:
         plan = read_t5(checkpoint)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
         compute = _compute_dtype(stored, device)
-        with torch.device("meta"):
-            t5 = UmT5(plan.config)
-        load_module(
-            t5,
-            plan.checkpoint,
-            plan.sources,
-            device=device,
-            dtype=lambda *_: compute,
-            ignore=plan.ignore,
-            what="the umT5 text encoder (--t5)",
-        )
+        t5 = load_planned(plan, UmT5, device, compute, "the umT5 text encoder (--t5)")
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
-    return t5.eval()
+    return t5
 
 
 def _compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoint import load_module, open_checkpoint
+from modules.checkpoint import open_checkpoint
 from modules.devices import dtype_name
+from modules.dialects import load_planned
 from modules.memory_layouts import lay_out, layouts
 from wan.encoder_checkpoints import read_vae
 from wan.vae_blocks import Decoder, Encoder, TimeMemory, VaeConfig
@@ -138,17 +139,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, cache_on_cpu:
     """Load a Wan2.1 VAE from any of its file layouts. Raises CheckpointError where the file is damaged or of another model."""
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        with torch.device("meta"):
-            vae = WanVae(plan.config, cache_on_cpu, tile)
-        load_module(
-            vae,
-            plan.checkpoint,
-            plan.sources,
-            device=device,
-            dtype=lambda *_: dtype,
-            ignore=plan.ignore,
-            what="the Wan2.1 VAE",
-        )
+        vae = load_planned(plan, lambda config: WanVae(config, cache_on_cpu, tile), device, dtype, "the Wan2.1 VAE")
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
-    return vae.eval()
+    return vae
