@@ -12,6 +12,7 @@ import families
 import wan.checkpoints
 from hunyuan_model.checkpoints import identify, load_dit, read_dit_header
 from modules.errors import CheckpointError, OptionError
+from modules.model_files import read_once
 from modules.records import Placement
 from tests.hunyuan_model.making import tiny_inputs
 from tests.manifests import manifest_names, tensor_list, write_hollow
@@ -38,7 +39,7 @@ def test_every_dialect_gives_the_same_weights(tmp_path: Path, kind: str, dialect
 @pytest.mark.parametrize("dialect", ["safetensors", "comfy", "diffusers"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_dimensions_come_from_the_tensors(tmp_path: Path, kind: str, dialect: str) -> None:
-    header = read_dit_header(write_dit(tmp_path, tiny_state(kind), dialect))
+    header = read_once(write_dit(tmp_path, tiny_state(kind), dialect), read_dit_header)
 
     assert header.config == CONFIGS[kind]
     assert header.dialect == {"safetensors": "official", "comfy": "ComfyUI"}.get(dialect, dialect)
@@ -235,7 +236,7 @@ def test_the_list_of_families_knows_it_too(tmp_path: Path, dialect: str) -> None
 
     assert families.identify(path) == "it is the SkyReels V1 I2V transformer (--dit)"
     with pytest.raises(CheckpointError, match="is not a Wan2.1 transformer"):
-        wan.checkpoints.read_dit_header(path)
+        read_once(path, wan.checkpoints.read_dit_header)
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path) -> None:
@@ -260,12 +261,12 @@ def test_a_file_without_what_tells_its_dimensions_is_incomplete(tmp_path: Path, 
     del state[name]
 
     with pytest.raises(CheckpointError, match=f"incomplete HunyuanVideo transformer: {name} is not there"):
-        read_dit_header(write_dit(tmp_path, state))
+        read_once(write_dit(tmp_path, state), read_dit_header)
 
 
 def test_heads_that_cannot_be_rotated_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="width 128 with heads of 16"):
-        read_dit_header(write_dit(tmp_path, tiny_state(num_heads=8)))
+        read_once(write_dit(tmp_path, tiny_state(num_heads=8)), read_dit_header)
 
 
 def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
