@@ -21,6 +21,7 @@ from modules.devices import dtype_name
 from modules.dialects import load_planned
 from modules.errors import OptionError
 from modules.memory_layouts import lay_out, layouts
+from modules.pixels import check_clip
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +84,8 @@ class HunyuanVae(nn.Module):
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each as `encode` returns."""
-        frames, height, width = pixels.shape[2:]
-        if (frames - 1) % FRAMES or height % PIXELS or width % PIXELS:
-            raise ValueError(
-                f"{frames} frames of {height} x {width}: the VAE takes 4n + 1 frames with sides that are multiples of 8"
-            )
-        if self.tiling is not None and frames > self.tiling.frames:
+        check_clip(pixels, FRAMES, PIXELS)
+        if self.tiling is not None and pixels.shape[2] > self.tiling.frames:
             cut = Cut(self.tiling.frames // FRAMES, FRAMES, 1)
             moments = torch.cat(list(in_spans(self._encode, pixels, cut)), dim=2)
         else:
