@@ -16,7 +16,7 @@ from modules.model_files import read_once
 from modules.records import Placement
 from tests.hunyuan_model.making import tiny_inputs
 from tests.manifests import manifest_names, tensor_list, write_hollow
-from tests.tiny.hunyuan_dit import CONFIGS, DIALECTS, FP8_DIALECTS, tiny_state, write_dit
+from tests.tiny.hunyuan_dit import CONFIGS, DIALECTS, tiny_state, write_dit
 
 CPU = Placement(torch.device("cpu"))
 META = Placement(torch.device("meta"))
@@ -64,18 +64,6 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, nam
 
 def test_there_are_manifests_of_all_nine_files() -> None:
     assert len(FULL_SIZE) == 9
-
-
-@pytest.mark.parametrize("dialect", FP8_DIALECTS)
-def test_fp8_files_compute_in_bfloat16_with_their_scales_applied(tmp_path: Path, dialect: str) -> None:
-    state = tiny_state("i2v")
-
-    dit = load_dit(write_dit(tmp_path, state, dialect), CPU)
-
-    assert dit.compute_dtype == torch.bfloat16
-    for name, tensor in dit.state_dict().items():
-        assert tensor.dtype.itemsize > 1, name
-        torch.testing.assert_close(tensor.float(), state[name], rtol=PLAIN_FP8, atol=0.01, msg=name)
 
 
 def test_the_scales_of_the_official_map_are_exact(tmp_path: Path) -> None:
