@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_model.checkpoints import load_dit
-from hunyuan_model.conditioning import first_frame_condition, posterior_generator
+from hunyuan_model.conditioning import cached_latents, first_frame_condition, posterior_generator
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
@@ -29,7 +29,7 @@ from modules.devices import computing_dtype, dtype_name
 from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.options import require
-from modules.pixels import image_pixels, to_pixels, video_pixels
+from modules.pixels import image_pixels, video_pixels
 from modules.records import (
     NO_TWEAKS,
     Batch,
@@ -145,21 +145,11 @@ class HunyuanVideo:
         return MediaEncoders(load_vae(self.files.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every clip; with `caches_image` also those of its first frame alone. Stored in the VAE's dtype, not scaled.
-
-        One clip after the other on every device: its numbers do not depend on what else a run that was killed had left to do.
-        """
+        """Latents of every clip; with `caches_image` also those of its first frame alone. Stored in the VAE's dtype, not scaled."""
         if media.control:
             raise CacheError(f"{media.keys[0]}: HunyuanVideo follows no control video. Take control_directory out of the dataset.")
-        vae, entries = encoders.vae, []
-        for one in media.singly():
-            generators = [posterior_generator(one.keys[0])]
-            pixels = to_pixels(one.frames.to(vae.device))  # as bytes it is a quarter to copy
-            tensors = {"latents": vae.encode(pixels, generators)}
-            if self.caches_image:
-                tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators)
-            entries.append([CacheEntry({name: tensor[0].to(vae.dtype) for name, tensor in tensors.items()})])
-        return entries
+        parts = media.encoded_at_once(encoders.vae.device)
+        return [[entry] for part in parts for entry in cached_latents(encoders.vae, part, self.caches_image)]
 
     # the network
 
