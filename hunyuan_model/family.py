@@ -3,14 +3,19 @@
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from hunyuan_model.checkpoints import load_dit
-from hunyuan_model.conditioning import cached_latents, first_frame_condition, posterior_generator
+from hunyuan_model.conditioning import (
+    cached_latents,
+    check_text_widths,
+    first_frame_condition,
+    first_frame_of,
+    posterior_generator,
+)
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
@@ -177,18 +182,13 @@ class HunyuanVideo:
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """What training gives `predict`: text, guidance (B), and by transformer `condition_latents` (B C F H W)."""
         batch.check(dict.fromkeys(sorted(TEXT_KEYS), "cache_text_encoder_outputs.py"), "the transformer")
-        self._check_widths(batch)
+        check_text_widths(batch, self.files.dit_header().config, self.files.dit_path)
         conditions: dict[str, Tensor | list[Tensor]] = {
             **{name: batch.tensor(name) for name in TEXT_KEYS},
             "guidance": torch.full((len(latents),), self.trained_guidance, device=latents.device),
         }
         if self._starts_from_image:
-            if "latents_image" in batch.tensors:
-                first = LATENT.to_model(batch.tensor("latents_image"))
-            else:
-                _note_missing_image()
-                first = latents[:, :, :1]
-            conditions["condition_latents"] = first_frame_condition(first, latents.shape[2])
+            conditions["condition_latents"] = first_frame_condition(first_frame_of(batch, latents, LATENT), latents.shape[2])
         return conditions
 
     def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
@@ -287,17 +287,6 @@ class HunyuanVideo:
         """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents / LATENT.scale)
 
-    def _check_widths(self, batch: Batch) -> None:
-        """Raise CacheError where the texts were encoded by other encoders than the transformer was trained with."""
-        config = self.files.dit_header().config
-        for name, taken in {"llm": config.text_dim, "clipL": config.pooled_dim}.items():
-            width = batch.tensor(name).shape[-1]
-            if width != taken:
-                raise CacheError(
-                    f"{batch.keys[0]}: {name} in its text cache is {width} numbers wide, {self.files.dit_path} takes {taken}. "
-                    "Cache again with cache_text_encoder_outputs.py and the text encoders of HunyuanVideo."
-                )
-
     def _dit_dtype(self) -> torch.dtype:
         """What the transformer computes in."""
         return self.dit_dtype or self.files.dit_header().compute_dtype
@@ -316,14 +305,6 @@ class HunyuanVideo:
     @property
     def _starts_from_image(self) -> bool:
         return self.files.dit_header().kind == "i2v"
-
-
-@lru_cache(maxsize=1)  # once, not with every batch
-def _note_missing_image() -> None:
-    logger.warning(
-        "caches without latents_image: the first frame of latents stands for it, which was encoded together with later frames. "
-        "cache_latents.py --i2v caches it alone, as generation encodes it."
-    )
 
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
