@@ -167,9 +167,9 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 
 def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("what to make")
-    group.add_argument("--prompt", type=str, default=None)
-    group.add_argument("--negative_prompt", type=str, default=None, help="what to avoid; without it the model's own text")
-    group.add_argument("--video_size", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
+    group.add_argument("--prompt", type=str, default=None, help="what to show")
+    group.add_argument("--negative_prompt", type=str, default=None, help="what to avoid; default: the release's text, if any")
+    group.add_argument("--video_size", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"), help="default 256 256")
     length, steps, shift = defaults.video_length, defaults.infer_steps, defaults.flow_shift
     group.add_argument("--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}")
     group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the file")

@@ -1,4 +1,4 @@
-"""What caches and a HunyuanVideo or SkyReels V1 transformer are given beside noisy latents and text.
+"""Latents as caches hold them, and what the transformer is given beside noisy latents.
 
 The image-to-video transformer of SkyReels V1 takes 16 more channels: the latents of the first frame, encoded alone, in latent
 frame 0, and zeros after it. Source: the released SkyReels V1 code.

@@ -227,7 +227,7 @@ class HunyuanVideo:
         _ = self.dit_files  # raises where it does not fit
         self.files.check_encoders()
         taken = {"image_path": self._starts_from_image, "end_image_path": False, "control_path": False, "video_path": True}
-        request = with_media(request, taken, "the transformer does not take it")
+        request = with_media(request, taken, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
             require(request.image_path, "--image_path", f"{self.files.dit_path} starts from an image")
         usual = self.defaults
