@@ -1,9 +1,10 @@
 """Options of the generation scripts that all families share. Standard library only."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from blissful_tuner.options import (
     FormatOptions,
@@ -15,9 +16,11 @@ from blissful_tuner.options import (
     refuse_video_to_video,
 )
 from modules.errors import OptionError
-from modules.options import refuse_unsupported
+from modules.options import read_options, refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
 from networks.options import LoraOptions, LoraPatternOptions, add_lora_arguments, add_lora_pattern_arguments, require_files
+
+T = TypeVar("T")
 
 LATENT_OUTPUTS = ("latent", "both")
 MEDIA = {
@@ -138,6 +141,20 @@ class GenerationOptions:
             )
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or ())
+
+
+def read_generation(
+    description: str | None,
+    defaults: ScriptDefaults,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    record: type[T],
+    argv: Sequence[str] | None,
+) -> tuple[GenerationOptions, T]:
+    """The options of a script that generates. defaults, add_arguments, record: the family's own."""
+    parser = generation_parser(description, defaults)
+    add_arguments(parser)
+    args = read_arguments(parser, argv)
+    return read_options(GenerationOptions, args), read_options(record, args)
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
