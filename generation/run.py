@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from blissful_tuner.guidance import uses_guidance
 from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
+from blissful_tuner.options import STRENGTH
 from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import StepDone
 from generation.options import GenerationOptions, OutputOptions
@@ -137,13 +138,21 @@ def generate(family: Family, options: GenerationOptions) -> None:
     elif options.interactive:
         converse(run)
     else:
-        make(run, [prepared(run, "the prompt", {})], Failures(strict=True))
+        job = prepared(run, "the prompt", {})
+        tell_unused_strength(options.request.strength, [job])
+        make(run, [job], Failures(strict=True))
 
 
 def tell_where_metadata_is(output: OutputOptions) -> None:
     """MP4 holds no metadata: say so once, where somebody may expect it."""
     if output.decodes and output.output_type != "images" and output.format.suffix == ".mp4" and not output.no_metadata:
         logger.info("MP4 files hold no prompt and settings; --container mkv, PNG and latent files do")
+
+
+def tell_unused_strength(strength: float | None, jobs: Sequence[Job]) -> None:
+    """Warn where --strength was given and no job starts from a video."""
+    if strength not in (None, STRENGTH) and all(job.request.video_path is None for job in jobs):
+        logger.warning("--strength %g is ignored because nothing starts from a video (--video_path): every step is made", strength)
 
 
 def check_models(run: Run) -> None:
@@ -199,6 +208,7 @@ def make_from_file(run: Run, path: Path) -> None:
         with failures.noted(label := f"line {number}", fatal=CheckpointError):  # a wrong model file is wrong for every line
             jobs.append(prepared(run, label, run.read_line(line)))
     if jobs:
+        tell_unused_strength(run.options.request.strength, jobs)
         make(run, jobs, failures)
     failures.raise_if_any(len(lines))
 

@@ -59,6 +59,13 @@ class MediaBatch:
             for i in range(len(self.keys))
         ]
 
+    def encoded_at_once(self, device: torch.device) -> "list[MediaBatch]":
+        """The items as an encoder on that device takes them: all in one batch, on a CPU each by itself.
+
+        A batch gains nothing there, and singly an item's numbers do not depend on what else a run that was killed had left to do.
+        """
+        return self.singly() if device.type == "cpu" else [self]
+
 
 @dataclass(frozen=True)
 class CacheEntry:

@@ -56,6 +56,25 @@ def test_a_line_may_name_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
     assert not torch.equal(made[1], plain[1])
 
 
+def test_a_strength_without_any_video_is_said_to_be_ignored_once(
+    tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture
+) -> None:
+    video = tmp_path / "clip.mp4"
+    write_video(video, moving_square(5, 48, 32, 1), fps=24)
+    (tmp_path / "none.txt").write_text("a cat --d 1\na dog --d 2\n", encoding="utf-8")
+    (tmp_path / "some.txt").write_text(f"a cat --d 1\na dog --d 2 --v {video}\n", encoding="utf-8")
+
+    for arguments, expected in (
+        (("--prompt", "a cat", "--strength", 0.5), 1),
+        (("--from_file", tmp_path / "none.txt", "--strength", 0.5), 1),
+        (("--from_file", tmp_path / "some.txt", "--strength", 0.5), 0),
+        (("--prompt", "a cat"), 0),
+    ):
+        caplog.clear()
+        generate(tmp_path / "made", t2v, *arguments)
+        assert caplog.text.count("is ignored because nothing starts from a video") == expected
+
+
 def test_a_schedule_counts_the_steps_that_are_made_of_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
     video = tmp_path / "clip.mp4"
     write_video(video, moving_square(5, 48, 32, 1), fps=24)
