@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from families import identify
-from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from generation.options import ScriptDefaults, read_generation
 from hunyuan_model.options import HunyuanGenerationOptions, add_generation_arguments
 from modules.command import command_line
-from modules.options import read_options
 
 DEFAULTS = ScriptDefaults(
     fps=24,
@@ -24,10 +23,7 @@ DEFAULTS = ScriptDefaults(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = generation_parser(__doc__, DEFAULTS)
-    add_generation_arguments(parser)
-    args = read_arguments(parser, argv)
-    options, hunyuan_options = read_options(GenerationOptions, args), read_options(HunyuanGenerationOptions, args)
+    options, hunyuan_options = read_generation(__doc__, DEFAULTS, add_generation_arguments, HunyuanGenerationOptions, argv)
     if hunyuan_options.exclude_single_blocks:
         files = len(options.lora.lora_weight or ())
         options = replace(options, lora_patterns=options.lora_patterns.also_excluding("single_(transformer_)?blocks", files))

@@ -6,16 +6,14 @@ from families import identify
 from hunyuan_model.options import HunyuanTrainingOptions, add_training_arguments, caching_commands
 from modules.command import command_line
 from modules.errors import OptionError
-from modules.options import read_options
-from training.options import TrainingOptions, read_arguments, training_parser
+from training.options import read_training
 from training.whole_dit_options import add_whole_dit_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = training_parser(__doc__, add_whole_dit_arguments)
-    add_training_arguments(parser)
-    args = read_arguments(parser, argv)  # command line over --config_file over defaults
-    options, hunyuan_options = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
+    options, hunyuan_options = read_training(
+        __doc__, add_training_arguments, HunyuanTrainingOptions, argv, add_learner=add_whole_dit_arguments
+    )
     if hunyuan_options.dit_dtype is not None:
         raise OptionError("--dit_dtype: weights that learn are kept in float32, or in bfloat16 with --full_bf16; leave it out")
 

@@ -5,15 +5,11 @@ from collections.abc import Sequence
 from families import identify
 from hunyuan_model.options import HunyuanTrainingOptions, add_training_arguments, caching_commands
 from modules.command import command_line
-from modules.options import read_options
-from training.options import TrainingOptions, read_arguments, training_parser
+from training.options import read_training
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = training_parser(__doc__)
-    add_training_arguments(parser)
-    args = read_arguments(parser, argv)  # command line over --config_file over defaults
-    options, hunyuan_options = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
+    options, hunyuan_options = read_training(__doc__, add_training_arguments, HunyuanTrainingOptions, argv)
 
     from dataset.batches import CachingCommands
     from hunyuan_model.family import family_for_training

@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 
 from families import identify
-from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from generation.options import ScriptDefaults, read_generation
 from modules.command import command_line
-from modules.options import read_options
 from wan.options import WanGenerationOptions, add_generation_arguments
+
+DEFAULTS = ScriptDefaults(fps=16, guidance_scale=5.0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = generation_parser(__doc__, ScriptDefaults(fps=16, guidance_scale=5.0))
-    add_generation_arguments(parser)
-    args = read_arguments(parser, argv)
-    options, wan_options = read_options(GenerationOptions, args), read_options(WanGenerationOptions, args)
+    options, wan_options = read_generation(__doc__, DEFAULTS, add_generation_arguments, WanGenerationOptions, argv)
 
     from generation.run import generate  # torch loads here, after every option has been read
     from wan.family import family_for_generation

@@ -4,16 +4,12 @@ from collections.abc import Sequence
 
 from families import identify
 from modules.command import as_typed, command_line
-from modules.options import read_options
-from training.options import TrainingOptions, read_arguments, training_parser
+from training.options import TrainingOptions, read_training
 from wan.options import WanTrainingOptions, add_training_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = training_parser(__doc__)
-    add_training_arguments(parser)
-    args = read_arguments(parser, argv)  # command line over --config_file over defaults
-    options, wan_options = read_options(TrainingOptions, args), read_options(WanTrainingOptions, args)
+    options, wan_options = read_training(__doc__, add_training_arguments, WanTrainingOptions, argv)
 
     from dataset.batches import CachingCommands
     from training.run import train_network  # torch loads here, after every option has been read

@@ -9,7 +9,6 @@ same bytes. The last line is the peak of the saving alone above the memory of th
 import argparse
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.process_memory import peak, require_linux, start_of_peak  # noqa: E402  # found from here on
 
 AIM = 0.65  # weights alone are half of weights and gradients
 SAVING_AIM = 0.1  # of the weights: one tensor at a time
@@ -34,15 +35,15 @@ def main() -> None:
     if args.child:
         print(*_measure(args.child))
         return
-    if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit("this benchmark reads /proc/self and runs on Linux only")
+    require_linux()
     with tempfile.TemporaryDirectory() as folder:
         options = _write_project(Path(folder), args.dim, args.layers)
         usual, fused = (_run(Path(folder), [*options, *more]) for more in ([], [FUSED]))
     weights = usual[1]
-    for name, (peak, _, saving, _) in (("without", usual), ("with", fused)):
+    for name, (whole, _, saving, _) in (("without", usual), ("with", fused)):
         print(
-            f"{name:7} {FUSED}: peak {peak / 1e6:6.0f} MB = {peak / weights:.2f} x weights, saving {saving / weights:.3f} x weights"
+            f"{name:7} {FUSED}: peak {whole / 1e6:6.0f} MB = {whole / weights:.2f} x weights, "
+            f"saving {saving / weights:.3f} x weights"
         )
     if usual[3] != fused[3]:
         raise SystemExit("the two runs ended with different weights")
@@ -78,34 +79,22 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
     add_training_arguments(parser)
     given = read_arguments(parser, [word.removeprefix("=") for word in words], {})
     family, options = family_for_training(read_options(WanTrainingOptions, given)), read_options(TrainingOptions, given)
-    before = _start_of_peak()
+    before = start_of_peak()
     with prepared_run(family, options) as run, contextlib.closing(run.feed.start(0, 0)) as micro_batches:
         for group in _groups(run.plan.groups(0)):
             advance(run, group, micro_batches)
-        peak = _status("VmHWM") - before
-        held = _start_of_peak()
+        highest = peak() - before
+        held = start_of_peak()
         assert run.saver is not None
         run.saver.save_final()
-        saving = _status("VmHWM") - held
+        saving = peak() - held
         weights = sum(weight.nbytes for weight in run.parameters)
     assert options.saving.output_dir is not None
-    return peak, weights, saving, zlib.crc32((options.saving.output_dir / "x-state" / "dit.safetensors").read_bytes())
+    return highest, weights, saving, zlib.crc32((options.saving.output_dir / "x-state" / "dit.safetensors").read_bytes())
 
 
 def _groups(groups: Iterator[range]) -> list[range]:
     return [next(groups) for _ in range(STEPS)]
-
-
-def _start_of_peak() -> int:
-    """Forget the peak so far; the resident memory now."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def _write_project(folder: Path, dim: int, layers: int) -> list[str]:

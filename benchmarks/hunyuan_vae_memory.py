@@ -8,12 +8,13 @@ figure of the smallest clip. The last lines, without tiles, show for comparison 
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.process_memory import peak, require_linux, start_of_peak  # noqa: E402  # found from here on
 
 AIM = 1.1
 TILE, WIDTH = 64, 16  # edge of a tile in pixels; channels of the first level, 128 in the released VAE
@@ -29,8 +30,7 @@ def main() -> None:
         what, tiling, *sizes = args.child
         print(_measure(what, tiling == "tiles", *(int(size) for size in sizes)))
         return
-    if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit("this benchmark reads /proc/self and runs on Linux only")
+    require_linux()
     worst = max(_compare(what, "tiles", CLIPS) for what in ("decode", "encode"))
     print(f"worst ratio {worst:.3f}, aim at most {AIM}", flush=True)
     for what in ("decode", "encode"):
@@ -71,27 +71,15 @@ def _measure(what: str, tiling: bool, frames: int, height: int, width: int) -> i
     pixel_bytes = 3 * height * width * 4
     if what == "encode":
         pixels, needed = torch.zeros(1, 3, frames, height, width).uniform_(-1, 1), 0  # there before the first reading
-        before = _start_of_peak()
+        before = start_of_peak()
         vae.encode(pixels)
     else:
         latents = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
         needed = min(frames, 65) * pixel_bytes
-        before = _start_of_peak()
+        before = start_of_peak()
         for chunk in vae.decode(latents):
             del chunk
-    return _status("VmHWM") - before - needed
-
-
-def _start_of_peak() -> int:
-    """Forget the peak so far; the resident memory now."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) * 1024
+    return peak() - before - needed
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ loading, divided by the model's size in its target dtype plus its largest tensor
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.process_memory import memory, require_linux  # noqa: E402  # found from here on
 
 AIM = 1.05  # sampling and the allocator's rounding
 CASES = (
@@ -38,8 +39,7 @@ def main() -> None:
     if args.child:
         _load(Path(args.child[0]), args.child[1])
         return
-    if not Path("/proc/self/status").exists():
-        raise SystemExit("this benchmark reads /proc/self/status and runs on Linux only")
+    require_linux()
     ratios = [_measure(args.dim, args.layers, *case) for case in CASES]
     print(f"worst ratio {max(ratios):.3f}, aim at most {AIM}")
     raise SystemExit(max(ratios) > AIM)
@@ -74,12 +74,12 @@ def _load(path: Path, target: str) -> None:
     from wan.checkpoints import load_dit
 
     load_dit(path, Placement(torch.device("meta")))  # whatever a first call loads besides weights
-    before, peak, done = _anonymous(), 0, threading.Event()
+    before, peak, done = memory("RssAnon"), 0, threading.Event()
 
     def sample() -> None:
         nonlocal peak
         while not done.wait(0.002):
-            peak = max(peak, _anonymous())
+            peak = max(peak, memory("RssAnon"))
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -88,18 +88,11 @@ def _load(path: Path, target: str) -> None:
     seconds = time.perf_counter() - start
     done.set()
     sampler.join()
-    peak = max(peak, _anonymous())
+    peak = max(peak, memory("RssAnon"))
     with open_checkpoint(path) as checkpoint:
         stored = max(info.size_bytes for info in checkpoint.tensors.values())
     kept = [weight.nbytes for weight in dit.parameters()]
     print(peak - before, sum(kept), max(stored, *kept), seconds)
-
-
-def _anonymous() -> int:
-    """Anonymous memory of this process in bytes."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from modules.options import add_unsupported
 
 logger = logging.getLogger(__name__)
 
+STRENGTH = 0.8  # of --video_path, where nothing is said
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 
@@ -135,7 +136,8 @@ def add_video_to_video_arguments(parser: argparse.ArgumentParser) -> None:
     """--video_path and --strength."""
     group = parser.add_argument_group("video to video")
     group.add_argument("--video_path", type=str, default=None, help="video, or folder of images, to start from instead of noise")
-    group.add_argument("--strength", type=float, default=0.8, help="share of the steps that are made on it: 1 leaves nothing of it")
+    text = "with --video_path: share of the steps that are made on it; 1 leaves nothing of it"
+    group.add_argument("--strength", type=float, default=STRENGTH, help=text)
 
 
 def refuse_video_to_video(parser: argparse.ArgumentParser) -> None:

@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
+from blissful_tuner.options import STRENGTH
 from modules.flow_matching import Schedule, add_noise
 from modules.records import Request
-
-STRENGTH = 0.8  # where nothing is said
 
 
 def steps_to_make(request: Request) -> int:

@@ -35,7 +35,7 @@ class CacheReport:
 
     written: int = 0
     kept: int = 0
-    foreign: int = 0  # kept ones without a record
+    foreign: int = 0  # those that another program made, at least in part, and that are used: they have no record
     removed: int = 0
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that are fine but give no item
@@ -66,7 +66,7 @@ def conclude(report: CacheReport) -> None:
         logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)
     if report.foreign:
         logger.warning(
-            "%d kept files were made by another program: only their sizes could be compared (--skip_existing)", report.foreign
+            "%d files were made by another program: only their sizes could be compared (--skip_existing)", report.foreign
         )
     if report.written or report.kept or report.removed:
         logger.info("cache files: %d written, %d kept, %d removed", report.written, report.kept, report.removed)

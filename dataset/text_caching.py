@@ -50,7 +50,7 @@ class TextPlan:
     path: Path  # of its cache file
     missing: tuple[str, ...]  # those that have to encode, in their order
     in_part: tuple[str, ...]  # those whose outputs are right in the unfinished file only
-    foreign: int  # how many right outputs have no record
+    is_foreign: bool  # whether right outputs have no record: another program made them
 
     def is_last(self, encoder: str) -> bool:
         """Whether the file is whole when this encoder has written."""
@@ -70,12 +70,15 @@ def plan_text(source: Source, tag: str, encoders: Encoders, skip_existing: bool)
         path,
         missing=tuple(name for name in names if name not in right and name not in part),
         in_part=tuple(name for name in names if name not in right and name in part),
-        foreign=sum(not has_record for has_record in right.values()),
+        is_foreign=not all(right.values()),
     )
 
 
 class TextEncoding:
-    """The text encoders' passes over this process's sources. Afterwards its counters say what was done, in files and encoders."""
+    """The text encoders' passes over this process's sources. Afterwards its counters say what was done, in files.
+
+    written: files that any encoder had something to add to. kept: all others. foreign: those with outputs that have no record.
+    """
 
     def __init__(
         self, family: Family, device: torch.device, batch_size: int | None, workers: int, skip_existing: bool, show_progress: bool
@@ -95,7 +98,6 @@ class TextEncoding:
         for encoder, identity in encoders:
             to_do = {plan.path: plan for plan in plans if encoder.name in plan.missing}
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(sources), len(to_do))
-            self.kept += len(plans) - len(to_do)
             if not to_do:
                 continue
             encoder.load(self._device)
@@ -116,7 +118,11 @@ class TextEncoding:
             if isinstance(plan, Exception):
                 raise plan
             plans.append(plan)
-            self.foreign += plan.foreign
+            self.foreign += plan.is_foreign
+            if plan.missing or plan.in_part:
+                self.written += 1
+            else:
+                self.kept += 1
             if not plan.in_part:
                 part_path(plan.path).unlink(missing_ok=True)  # nothing of it is right, or nothing of it is needed
             elif not plan.missing:
@@ -150,7 +156,6 @@ class TextEncoding:
                     path = self._path(source)
                     is_last = to_do[path].is_last(encoder.name)
                     writer.submit(partial(write_text, path, tensors, encoder.name, record, self._family.name, is_last))
-                    self.written += 1
                 bar.update(len(missing))
 
     def _path(self, source: Source) -> Path:

@@ -1,9 +1,10 @@
 """Options of the generation scripts that all families share. Standard library only."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from blissful_tuner.options import (
     FormatOptions,
@@ -15,9 +16,11 @@ from blissful_tuner.options import (
     refuse_video_to_video,
 )
 from modules.errors import OptionError
-from modules.options import refuse_unsupported
+from modules.options import read_options, refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
 from networks.options import LoraOptions, LoraPatternOptions, add_lora_arguments, add_lora_pattern_arguments, require_files
+
+T = TypeVar("T")
 
 LATENT_OUTPUTS = ("latent", "both")
 MEDIA = {
@@ -118,6 +121,16 @@ class GenerationOptions:
     latent_path: tuple[Path, ...] | None
     device: str | None
 
+    @property
+    def splits_guidance(self) -> bool:
+        """Whether the passes of guidance are made one after the other."""
+        return self.split_uncond or self.forces_split
+
+    @property
+    def forces_split(self) -> bool:
+        """Whether they are only because attention is to see one sample at a time."""
+        return self.speed.attention.split_attn and not self.split_uncond
+
     def __post_init__(self) -> None:
         given = {
             "--prompt": self.request.prompt is not None,
@@ -138,6 +151,20 @@ class GenerationOptions:
             )
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or ())
+
+
+def read_generation(
+    description: str | None,
+    defaults: ScriptDefaults,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    record: type[T],
+    argv: Sequence[str] | None,
+) -> tuple[GenerationOptions, T]:
+    """The options of a script that generates. defaults, add_arguments, record: the family's own."""
+    parser = generation_parser(description, defaults)
+    add_arguments(parser)
+    args = read_arguments(parser, argv)
+    return read_options(GenerationOptions, args), read_options(record, args)
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
@@ -167,9 +194,9 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 
 def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("what to make")
-    group.add_argument("--prompt", type=str, default=None)
-    group.add_argument("--negative_prompt", type=str, default=None, help="what to avoid; without it the model's own text")
-    group.add_argument("--video_size", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
+    group.add_argument("--prompt", type=str, default=None, help="what to show")
+    group.add_argument("--negative_prompt", type=str, default=None, help="what to avoid; default: the release's text, if any")
+    group.add_argument("--video_size", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"), help="default 256 256")
     length, steps, shift = defaults.video_length, defaults.infer_steps, defaults.flow_shift
     group.add_argument("--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}")
     group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the file")

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
-from modules.attention import backend
 from modules.checkpoint import Checkpoint, Source, dequantise, open_checkpoint, plain_sources
 from modules.checkpoint_files import load_pickled
 from modules.devices import dtype_name
 from modules.dialects import Names, count, other_kind, translated
-from modules.dit_files import bare_names, fill_dit, kept_dtype, own_dtype
+from modules.dit_files import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.errors import CheckpointError
 from modules.records import Placement
 
@@ -94,29 +92,9 @@ DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only i
 }
 
 
-@dataclass(frozen=True)
-class DitHeader:
-    """What a transformer file says of itself without its weights being read."""
-
-    config: HunyuanVideoConfig
-    dialect: str  # a key of DIALECTS
-    block_dtype: torch.dtype  # of the block weights in the file
-
-    @property
-    def kind(self) -> str:
-        """t2v or i2v: what the model is conditioned on."""
-        return self.config.kind
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What the model computes in unless an option says otherwise."""
-        return own_dtype(self.block_dtype)
-
-
-def read_dit_header(path: Path) -> DitHeader:
-    """Dimensions, dialect and dtype of a file. Raises CheckpointError where it is no transformer that can run here."""
-    with open_checkpoint(path) as checkpoint:
-        return _header(bare_names(checkpoint))
+def read_dit_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
+    """Dimensions, dialect and dtype of an open file. Raises CheckpointError where it is no transformer that can run here."""
+    return _header(bare_names(checkpoint))
 
 
 def identify(path: Path) -> str | None:
@@ -139,7 +117,6 @@ def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
     float32. `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.
     """
-    backend(placement.attention)
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)
@@ -159,7 +136,7 @@ def _name_of(config: HunyuanVideoConfig) -> str:
     return "the SkyReels V1 I2V transformer" if config.kind == "i2v" else "a HunyuanVideo or SkyReels V1 T2V transformer"
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader:
+def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     path, names = checkpoint.path, checkpoint.tensors
     relative = _relative(checkpoint)
     if relative is not None:
@@ -248,7 +225,7 @@ def _relative(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader) -> dict[str, Source]:
+def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, Source]:
     """Published name -> how its tensor is made from the file's."""
     table = DIALECTS[header.dialect][1]
     parts: dict[str, dict[int, Source]] = {}
@@ -284,7 +261,7 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 # Scales in a file of their own, as those of the official fp8 weights
 
 
-def _with_scales(checkpoint: Checkpoint, header: DitHeader) -> dict[str, Source]:
+def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, Source]:
     """Each tensor of the file by its own name, fp8 weights with their scales multiplied out."""
     sources = plain_sources(checkpoint)
     plain_fp8 = [name for name in sources if checkpoint.tensors[name].dtype.itemsize == 1 and sources[name].build is None]

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.text_checkpoints import ClipTextConfig, read_clip_text
-from modules.checkpoint import load_module, open_checkpoint
+from modules.checkpoint import open_checkpoint
+from modules.dialects import load_planned
 from modules.errors import CheckpointError
 
 
@@ -126,15 +127,4 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype) -> Clip
             raise CheckpointError(
                 f"{path}: its config.json asks for the activation {plan.config.activation}; CLIP-L has quick_gelu.", path
             )
-        with torch.device("meta"):
-            clip = ClipText(plan.config)
-        load_module(
-            clip,
-            plan.checkpoint,
-            plan.sources,
-            device=device,
-            dtype=lambda *_: dtype,
-            ignore=plan.ignore,
-            what="the CLIP text encoder (--text_encoder2)",
-        )
-    return clip.eval()
+        return load_planned(plan, ClipText, device, dtype, "the CLIP text encoder (--text_encoder2)")

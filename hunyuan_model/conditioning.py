@@ -1,20 +1,72 @@
-"""What a HunyuanVideo or SkyReels V1 transformer is given beside the noisy latents and the text.
+"""Latents as caches hold them, and what the transformer is given beside noisy latents.
 
 The image-to-video transformer of SkyReels V1 takes 16 more channels: the latents of the first frame, encoded alone, in latent
-frame 0, and zeros after it. Source: the released SkyReels V1 code. Latents here are in model space.
+frame 0, and zeros after it. Source: the released SkyReels V1 code.
 """
+
+import logging
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hunyuan_model.configs import HunyuanVideoConfig
+from hunyuan_model.vae import HunyuanVae
+from modules.errors import CacheError
+from modules.family import LatentSpec
+from modules.pixels import to_pixels
+from modules.records import Batch, CacheEntry, MediaBatch
 from modules.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+
+def cached_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list[CacheEntry]:
+    """What the caches of clips hold, all encoded in one batch, each from the posterior sample of its own name.
+
+    with_image: also the first frame alone, for image-to-video training. Not in model space; in the VAE's dtype.
+    """
+    generators = [posterior_generator(key) for key in media.keys]
+    pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
+    tensors = {"latents": vae.encode(pixels, generators)}
+    if with_image:
+        tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators)
+    return [CacheEntry({name: tensor[item].to(vae.dtype) for name, tensor in tensors.items()}) for item in range(len(pixels))]
 
 
 def first_frame_condition(first: Tensor, frames: int) -> Tensor:
-    """The further channels, B C F h w float32. first: B C 1 h w. frames: F, latent frames of the video."""
+    """The further channels, B C F h w float32. first: B C 1 h w, in model space. frames: F, latent frames of the video."""
     condition = first.new_zeros((*first.shape[:2], frames, *first.shape[3:]), dtype=torch.float32)
     condition[:, :, :1] = first
     return condition
+
+
+def first_frame_of(batch: Batch, latents: Tensor, spec: LatentSpec) -> Tensor:
+    """The first frames of a training batch, B C 1 h w in model space: as cached alone, else out of `latents`, with one notice."""
+    if "latents_image" in batch.tensors:
+        return spec.to_model(batch.tensor("latents_image"))
+    _note_missing_image()
+    return latents[:, :, :1]
+
+
+@lru_cache(maxsize=1)  # once, not with every batch
+def _note_missing_image() -> None:
+    logger.warning(
+        "caches without latents_image: the first frame of latents stands for it, which was encoded together with later frames. "
+        "cache_latents.py --i2v caches it alone, as generation encodes it."
+    )
+
+
+def check_text_widths(batch: Batch, config: HunyuanVideoConfig, dit_path: Path) -> None:
+    """Raise CacheError where the texts were encoded by other encoders than the transformer was trained with."""
+    for name, taken in {"llm": config.text_dim, "clipL": config.pooled_dim}.items():
+        width = batch.tensor(name).shape[-1]
+        if width != taken:
+            raise CacheError(
+                f"{batch.keys[0]}: {name} in its text cache is {width} numbers wide, {dit_path} takes {taken}. "
+                "Cache again with cache_text_encoder_outputs.py and the text encoders of HunyuanVideo."
+            )
 
 
 def posterior_generator(owner: int | str) -> torch.Generator:

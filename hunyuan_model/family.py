@@ -3,14 +3,19 @@
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from hunyuan_model.checkpoints import load_dit
-from hunyuan_model.conditioning import first_frame_condition, posterior_generator
+from hunyuan_model.conditioning import (
+    cached_latents,
+    check_text_widths,
+    first_frame_condition,
+    first_frame_of,
+    posterior_generator,
+)
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
@@ -26,10 +31,11 @@ from hunyuan_model.text_multipliers import multiply_text
 from hunyuan_model.vae import load_vae
 from modules.checkpoint import fingerprint
 from modules.devices import computing_dtype, dtype_name
+from modules.dit_files import kept_dtype
 from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.options import require
-from modules.pixels import image_pixels, to_pixels, video_pixels
+from modules.pixels import image_pixels, video_pixels
 from modules.records import (
     NO_TWEAKS,
     Batch,
@@ -145,21 +151,11 @@ class HunyuanVideo:
         return MediaEncoders(load_vae(self.files.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every clip; with `caches_image` also those of its first frame alone. Stored in the VAE's dtype, not scaled.
-
-        One clip after the other on every device: its numbers do not depend on what else a run that was killed had left to do.
-        """
+        """Latents of every clip; with `caches_image` also those of its first frame alone. Stored in the VAE's dtype, not scaled."""
         if media.control:
             raise CacheError(f"{media.keys[0]}: HunyuanVideo follows no control video. Take control_directory out of the dataset.")
-        vae, entries = encoders.vae, []
-        for one in media.singly():
-            generators = [posterior_generator(one.keys[0])]
-            pixels = to_pixels(one.frames.to(vae.device))  # as bytes it is a quarter to copy
-            tensors = {"latents": vae.encode(pixels, generators)}
-            if self.caches_image:
-                tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators)
-            entries.append([CacheEntry({name: tensor[0].to(vae.dtype) for name, tensor in tensors.items()})])
-        return entries
+        parts = media.encoded_at_once(encoders.vae.device)
+        return [[entry] for part in parts for entry in cached_latents(encoders.vae, part, self.caches_image)]
 
     # the network
 
@@ -174,12 +170,14 @@ class HunyuanVideo:
             )
         return (self.files.dit_path,)
 
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
+        return kept_dtype(self.files.dit_header().block_dtype, self._with_dtype(placement))
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --dit_in_channels. --dit_dtype counts where the caller asks for no dtype."""
         (path,) = self.dit_files
-        if placement.compute_dtype is None and placement.storage_dtype is None:
-            placement = replace(placement, compute_dtype=self.dit_dtype)
-        dit = load_dit(path, placement)
+        dit = load_dit(path, self._with_dtype(placement))
         if self.text_multipliers is not None:
             multiply_text(dit, *self.text_multipliers)
         return dit
@@ -187,18 +185,13 @@ class HunyuanVideo:
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """What training gives `predict`: text, guidance (B), and by transformer `condition_latents` (B C F H W)."""
         batch.check(dict.fromkeys(sorted(TEXT_KEYS), "cache_text_encoder_outputs.py"), "the transformer")
-        self._check_widths(batch)
+        check_text_widths(batch, self.files.dit_header().config, self.files.dit_path)
         conditions: dict[str, Tensor | list[Tensor]] = {
             **{name: batch.tensor(name) for name in TEXT_KEYS},
             "guidance": torch.full((len(latents),), self.trained_guidance, device=latents.device),
         }
         if self._starts_from_image:
-            if "latents_image" in batch.tensors:
-                first = LATENT.to_model(batch.tensor("latents_image"))
-            else:
-                _note_missing_image()
-                first = latents[:, :, :1]
-            conditions["condition_latents"] = first_frame_condition(first, latents.shape[2])
+            conditions["condition_latents"] = first_frame_condition(first_frame_of(batch, latents, LATENT), latents.shape[2])
         return conditions
 
     def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
@@ -237,7 +230,7 @@ class HunyuanVideo:
         _ = self.dit_files  # raises where it does not fit
         self.files.check_encoders()
         taken = {"image_path": self._starts_from_image, "end_image_path": False, "control_path": False, "video_path": True}
-        request = with_media(request, taken, "the transformer does not take it")
+        request = with_media(request, taken, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
             require(request.image_path, "--image_path", f"{self.files.dit_path} starts from an image")
         usual = self.defaults
@@ -297,20 +290,14 @@ class HunyuanVideo:
         """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents / LATENT.scale)
 
-    def _check_widths(self, batch: Batch) -> None:
-        """Raise CacheError where the texts were encoded by other encoders than the transformer was trained with."""
-        config = self.files.dit_header().config
-        for name, taken in {"llm": config.text_dim, "clipL": config.pooled_dim}.items():
-            width = batch.tensor(name).shape[-1]
-            if width != taken:
-                raise CacheError(
-                    f"{batch.keys[0]}: {name} in its text cache is {width} numbers wide, {self.files.dit_path} takes {taken}. "
-                    "Cache again with cache_text_encoder_outputs.py and the text encoders of HunyuanVideo."
-                )
-
     def _dit_dtype(self) -> torch.dtype:
         """What the transformer computes in."""
         return self.dit_dtype or self.files.dit_header().compute_dtype
+
+    def _with_dtype(self, placement: Placement) -> Placement:
+        """--dit_dtype counts where the caller asks for no dtype."""
+        asks = placement.compute_dtype is not None or placement.storage_dtype is not None
+        return placement if asks else replace(placement, compute_dtype=self.dit_dtype)
 
     def _beside_dit(self, chosen: torch.dtype | None) -> torch.dtype:
         """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer float32."""
@@ -326,14 +313,6 @@ class HunyuanVideo:
     @property
     def _starts_from_image(self) -> bool:
         return self.files.dit_header().kind == "i2v"
-
-
-@lru_cache(maxsize=1)  # once, not with every batch
-def _note_missing_image() -> None:
-    logger.warning(
-        "caches without latents_image: the first frame of latents stands for it, which was encoded together with later frames. "
-        "cache_latents.py --i2v caches it alone, as generation encodes it."
-    )
 
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:

@@ -1,18 +1,17 @@
 """The files of one HunyuanVideo run: where each is, and that it is what its option says."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from hunyuan_model.checkpoints import DitHeader, read_dit_header
-from hunyuan_model.text_checkpoints import CLIP_FILES, LLAMA_FILES, ClipTextConfig, LlamaConfig, read_clip_text, read_llama
+from hunyuan_model.checkpoints import read_dit_header
+from hunyuan_model.configs import HunyuanVideoConfig
+from hunyuan_model.text_checkpoints import CLIP_FILES, LLAMA_FILES, read_clip_text, read_llama
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
 from hunyuan_model.vae_checkpoints import read_vae
-from modules.checkpoint import Checkpoint, open_checkpoint
-from modules.dialects import LoadPlan
+from modules.checkpoint import Checkpoint
+from modules.dit_files import DitHeader
 from modules.errors import CheckpointError
-from modules.model_files import check_file, existing
+from modules.model_files import existing, read_once
 
 
 @dataclass(frozen=True)
@@ -42,22 +41,21 @@ class HunyuanFiles:
     def text_encoder2_path(self) -> Path:
         return existing(self.text_encoder2, "--text_encoder2", "the prompts are encoded by CLIP-L too")
 
-    def dit_header(self) -> DitHeader:
+    def dit_header(self) -> DitHeader[HunyuanVideoConfig]:
         """What the transformer file says of itself."""
-        return _header_of(self.dit_path)
+        return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self) -> None:
         """Raise CheckpointError where a given file is another kind or size of network, before any is loaded."""
         if self.vae is not None:
-            check_file(self.vae_path, read_vae)
+            read_once(self.vae_path, read_vae)
+        dit = self.dit_header().config
         if self.text_encoder1 is not None:
             path = LlavaTextEncoder(self.text_encoder1_path).path
-            self._check_width("--text_encoder1", path, _width_of(path, _read_llama), self.dit_header().config.text_dim, LLAMA_FILES)
+            self._check_width("--text_encoder1", path, read_once(path, _llama_width), dit.text_dim, LLAMA_FILES)
         if self.text_encoder2 is not None:
             path = ClipTextEncoder(self.text_encoder2_path).path
-            self._check_width(
-                "--text_encoder2", path, _width_of(path, read_clip_text), self.dit_header().config.pooled_dim, CLIP_FILES
-            )
+            self._check_width("--text_encoder2", path, read_once(path, _clip_width), dit.pooled_dim, CLIP_FILES)
 
     def _check_width(self, option: str, path: Path, width: int, taken: int, give: str) -> None:
         if width != taken:
@@ -66,16 +64,9 @@ class HunyuanFiles:
             )
 
 
-def _read_llama(checkpoint: Checkpoint) -> LoadPlan[LlamaConfig]:
-    return read_llama(checkpoint, skip_layers=0, final_norm=False)  # whatever is asked of it: only kind and width are of interest
+def _llama_width(checkpoint: Checkpoint) -> int:
+    return read_llama(checkpoint, skip_layers=0, final_norm=False).config.dim  # which state is asked for does not change it
 
 
-@lru_cache(maxsize=8)  # asked for with every prompt of a long list
-def _width_of(path: Path, read: Callable[[Checkpoint], LoadPlan[LlamaConfig] | LoadPlan[ClipTextConfig]]) -> int:
-    with open_checkpoint(path) as checkpoint:
-        return read(checkpoint).config.dim
-
-
-@lru_cache(maxsize=8)  # asked for with every prompt of a long list
-def _header_of(path: Path) -> DitHeader:
-    return read_dit_header(path)
+def _clip_width(checkpoint: Checkpoint) -> int:
+    return read_clip_text(checkpoint).config.dim

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
-from modules.checkpoint import load_module, open_checkpoint
+from modules.checkpoint import open_checkpoint
+from modules.dialects import load_planned
 from modules.norms import RMSNorm
 
 
@@ -117,15 +118,4 @@ def load_llama(path: Path, device: torch.device, dtype: torch.dtype, skip_layers
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_llama(checkpoint, skip_layers, final_norm)
-        with torch.device("meta"):
-            llama = Llama(plan.config)
-        load_module(
-            llama,
-            plan.checkpoint,
-            plan.sources,
-            device=device,
-            dtype=lambda *_: dtype,
-            ignore=plan.ignore,
-            what="the language model (--text_encoder1)",
-        )
-    return llama.eval()
+        return load_planned(plan, Llama, device, dtype, "the language model (--text_encoder1)")

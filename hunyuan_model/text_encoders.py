@@ -26,8 +26,9 @@ from hunyuan_model.tokenizer import (
     load_llama_tokenizer,
 )
 from modules.checkpoint import fingerprint, open_checkpoint
-from modules.devices import dtype_name, free_memory
+from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.loaded import Loaded
 from modules.records import Conditions, Prompt
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class LlavaTextEncoder:
         self.template = template
         self.skip_layers = skip_layers
         self.final_norm = final_norm or skip_layers == 0
-        self._loaded: tuple[Llama, LlamaTokenizer] | None = None
+        self._loaded = Loaded[Llama, LlamaTokenizer]()
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -112,11 +113,11 @@ class LlavaTextEncoder:
         }
 
     def load(self, device: torch.device) -> None:
-        """Tokenizer first: what is wrong with it shows before gigabytes are read. A loaded encoder moves to the device."""
-        if self._loaded is not None:
-            self._loaded[0].to(device)
-            return
-        tokenizer = load_llama_tokenizer(self.tokenizer, self.path)
+        """Read encoder and tokenizer. A loaded encoder moves to the device."""
+        self._loaded.load(device, self._read)
+
+    def _read(self, device: torch.device) -> tuple[Llama, LlamaTokenizer]:
+        tokenizer = load_llama_tokenizer(self.tokenizer, self.path)  # first: what is wrong with it shows before gigabytes are read
         before = len(tokenizer.tokenize(self.template.text.partition("{}")[0]))
         if before != self.template.crop_start:
             logger.warning(
@@ -125,8 +126,9 @@ class LlavaTextEncoder:
                 before,
                 self.template.crop_start,
             )
-        self._loaded = (load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm), tokenizer)
+        llama = load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm)
         logger.info("text encoder 1: %s, computing in %s", self.path, dtype_name(self.dtype))
+        return llama, tokenizer
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -134,8 +136,7 @@ class LlavaTextEncoder:
 
         Raises CheckpointError where the tokenizer knows more tokens than the model.
         """
-        assert self._loaded is not None, "load() comes first"
-        llama, tokenizer = self._loaded
+        llama, tokenizer = self._loaded.get()
         start = self.template.crop_start
         length = start + PROMPT_TOKENS
         rows = [tokenizer.tokenize(self.template.of(prompt.text)) for prompt in prompts]
@@ -156,10 +157,7 @@ class LlavaTextEncoder:
 
     def free(self) -> None:
         """Give the memory back."""
-        if self._loaded is not None:
-            device = self._loaded[0].device
-            self._loaded = None
-            free_memory(device)
+        self._loaded.free()
 
 
 class ClipTextEncoder:
@@ -174,7 +172,7 @@ class ClipTextEncoder:
         self.path = _inside(path, "text_encoder_2")
         self.dtype = dtype
         self.tokenizer = tokenizer
-        self._loaded: tuple[ClipText, ClipTokenizer] | None = None
+        self._loaded = Loaded[ClipText, ClipTokenizer]()
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -192,13 +190,14 @@ class ClipTextEncoder:
         }
 
     def load(self, device: torch.device) -> None:
-        """A loaded encoder moves to the device."""
-        if self._loaded is not None:
-            self._loaded[0].to(device)
-            return
+        """Read encoder and tokenizer. A loaded encoder moves to the device."""
+        self._loaded.load(device, self._read)
+
+    def _read(self, device: torch.device) -> tuple[ClipText, ClipTokenizer]:
         tokenizer = load_clip_tokenizer(self.tokenizer, self.path)
-        self._loaded = (load_clip_text(self.path, device, self.dtype), tokenizer)
+        clip = load_clip_text(self.path, device, self.dtype)
         logger.info("text encoder 2: %s, computing in %s", self.path, dtype_name(self.dtype))
+        return clip, tokenizer
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -206,8 +205,7 @@ class ClipTextEncoder:
 
         Raises CheckpointError where the tokenizer knows more tokens than the model.
         """
-        assert self._loaded is not None, "load() comes first"
-        clip, tokenizer = self._loaded
+        clip, tokenizer = self._loaded.get()
         rows = [tokenizer.tokenize(prompt.text if prompt.second is None else prompt.second) for prompt in prompts]
         if not rows:
             return []
@@ -219,10 +217,7 @@ class ClipTextEncoder:
 
     def free(self) -> None:
         """Give the memory back."""
-        if self._loaded is not None:
-            device = self._loaded[0].device
-            self._loaded = None
-            free_memory(device)
+        self._loaded.free()
 
 
 def _inside(path: Path, folder: str) -> Path:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from hunyuan_model.vae_blocks import Decoder, Encoder, VaeConfig
 from hunyuan_model.vae_checkpoints import read_vae
 from hunyuan_model.vae_tiles import Cut, in_spans, in_tiles
-from modules.checkpoint import load_module, open_checkpoint
+from modules.checkpoint import open_checkpoint
 from modules.devices import dtype_name
+from modules.dialects import load_planned
 from modules.errors import OptionError
 from modules.memory_layouts import lay_out, layouts
+from modules.pixels import check_clip
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +84,8 @@ class HunyuanVae(nn.Module):
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each as `encode` returns."""
-        frames, height, width = pixels.shape[2:]
-        if (frames - 1) % FRAMES or height % PIXELS or width % PIXELS:
-            raise ValueError(
-                f"{frames} frames of {height} x {width}: the VAE takes 4n + 1 frames with sides that are multiples of 8"
-            )
-        if self.tiling is not None and frames > self.tiling.frames:
+        check_clip(pixels, FRAMES, PIXELS)
+        if self.tiling is not None and pixels.shape[2] > self.tiling.frames:
             cut = Cut(self.tiling.frames // FRAMES, FRAMES, 1)
             moments = torch.cat(list(in_spans(self._encode, pixels, cut)), dim=2)
         else:
@@ -165,17 +163,7 @@ def load_vae(
     cuts = Tiling(TILE if tile is None else tile, tile_frames) if tiling or tile is not None else None
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        with torch.device("meta"):
-            vae = HunyuanVae(plan.config, chunk_size, cuts)
-        load_module(
-            vae,
-            plan.checkpoint,
-            plan.sources,
-            device=device,
-            dtype=lambda *_: dtype,
-            ignore=plan.ignore,
-            what="the HunyuanVideo VAE",
-        )
+        vae = load_planned(plan, lambda config: HunyuanVae(config, chunk_size, cuts), device, dtype, "the HunyuanVideo VAE")
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
-    return vae.eval()
+    return vae

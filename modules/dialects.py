@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from modules.checkpoint import Checkpoint, Source
+import torch
+from torch import nn
+
+from modules.checkpoint import Checkpoint, Source, load_module
 from modules.errors import CheckpointError
 
 Config = TypeVar("Config")
+Network = TypeVar("Network", bound=nn.Module)
 Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our name
 
 
@@ -20,6 +24,25 @@ class LoadPlan(Generic[Config]):
     checkpoint: Checkpoint  # without prefixes
     sources: Mapping[str, Source]
     ignore: tuple[str, ...] = ()
+
+
+def load_planned(
+    plan: LoadPlan[Config],
+    build: Callable[[Config], Network],
+    device: torch.device,
+    dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype],
+    what: str,
+) -> Network:
+    """The network of a plan whose file is open, on the device, in eval mode, without gradients.
+
+    build: makes it from the plan's dimensions; it is called on the meta device. dtype, what: as for `load_module`; one dtype counts
+    for all tensors. Raises CheckpointError as `load_module`.
+    """
+    with torch.device("meta"):
+        network = build(plan.config)
+    dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
+    load_module(network, plan.checkpoint, plan.sources, device=device, dtype=dtype_of, ignore=plan.ignore, what=what)
+    return network.eval()
 
 
 def translated(name: str, table: Names) -> str:

@@ -1,6 +1,8 @@
 """What files of transformers share in every family: prefixes of names, the dtype that weights are kept in, filling a network."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +13,37 @@ from modules.records import Placement
 PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.")
 OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "scaled_fp8")  # all-in-one
 FP8_COMPUTE = torch.bfloat16  # what an fp8 file computes in
+
+
+class DitConfig(Protocol):
+    """Dimensions of a family's transformer, read off a file's tensors."""
+
+    @property
+    def kind(self) -> str:
+        """What the model is conditioned on: t2v, i2v, ..."""
+        ...
+
+
+Config = TypeVar("Config", bound=DitConfig)
+
+
+@dataclass(frozen=True)
+class DitHeader(Generic[Config]):
+    """What a transformer file says of itself without its weights being read."""
+
+    config: Config
+    dialect: str  # official, diffusers, ... as the family calls them
+    block_dtype: torch.dtype  # of the block weights in the file
+
+    @property
+    def kind(self) -> str:
+        """What the model is conditioned on: t2v, i2v, ..."""
+        return self.config.kind
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the model computes in unless an option says otherwise."""
+        return own_dtype(self.block_dtype)
 
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 from modules.checkpoint import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
 from modules.options import require
+
+Found = TypeVar("Found")
 
 
 def existing(path: Path | None, option: str, why: str) -> Path:
@@ -17,8 +20,16 @@ def existing(path: Path | None, option: str, why: str) -> Path:
     return given
 
 
-@lru_cache(maxsize=8)  # asked for with every prompt of a long list
-def check_file(path: Path, read: Callable[[Checkpoint], object]) -> None:
-    """Raise CheckpointError where the file is another kind of network. read: as `read_vae`, raising it."""
+def read_once(path: Path, read: Callable[[Checkpoint], Found]) -> Found:
+    """What `read` says of the open file, such as its dimensions; the file is opened once in a run.
+
+    read: a function of a module, as `read_vae`. Raises CheckpointError as it does, where the file is another kind of network.
+    """
+    found: Found = _read_once(path, read)
+    return found
+
+
+@lru_cache(maxsize=8)  # asked for with every prompt of a long list and with every batch
+def _read_once(path: Path, read: Callable[[Checkpoint], Any]) -> Any:
     with open_checkpoint(path) as checkpoint:
-        read(checkpoint)
+        return read(checkpoint)

@@ -18,6 +18,16 @@ def to_pixels(frames: Tensor) -> Tensor:
     return rearrange(frames[..., :3], "b f h w c -> b c f h w").float() / 127.5 - 1
 
 
+def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
+    """Raise ValueError where a VAE cannot encode pixels (B C F H W) of that size: it takes one frame and whole groups behind it."""
+    frames, height, width = pixels.shape[2:]
+    if (frames - 1) % frame_step or height % side_step or width % side_step:
+        raise ValueError(
+            f"{frames} frames of {height} x {width}: the VAE takes {frame_step}n + 1 frames with sides that are multiples of "
+            f"{side_step}"
+        )
+
+
 def read_pixels(path: Path) -> Tensor:
     """An image file at its own size as 1 3 1 H W float32 in -1..1."""
     return to_pixels(torch.from_numpy(read_image(path)[None, None]))

@@ -1,7 +1,7 @@
 """LoRA for the Linear layers of a network's blocks; `networks/lora_<family>.py` says of which."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
@@ -41,6 +41,24 @@ def create_arch_network_from_weights(
 ) -> "LoraNetwork":
     """A network with the modules, ranks and alphas of a LoRA file's tensors; their values are not taken."""
     return build_network_from_weights(multiplier, weights_sd, unet, arguments)
+
+
+def builder_for(targets: LoraTargets) -> Callable[..., "LoraNetwork"]:
+    """A family's `create_arch_network`, in the call that LoRA tuners share. `vae` and `text_encoders` are not used."""
+
+    def create_arch_network(
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: object,
+        text_encoders: object,
+        unet: nn.Module,
+        neuron_dropout: float | None = None,
+        **arguments: Any,
+    ) -> LoraNetwork:
+        return build_network(targets, multiplier, network_dim, network_alpha, unet, neuron_dropout, arguments)
+
+    return create_arch_network
 
 
 def build_network(

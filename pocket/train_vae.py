@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modules.atomic_write import atomic_path, save_tensors
 from modules.media import video_frames
+from modules.pixels import to_pixels
 from modules.seeds import derive_seed
 from pocket import drawing, vae_learning
 from pocket.muon import Muon
@@ -188,7 +189,7 @@ def psnr(pixels: Tensor, other: Tensor) -> float:
 
 def as_pixels(clips: NDArray[np.uint8]) -> Tensor:
     """B F H W 3 uint8 to B 3 F H W float32 in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return to_pixels(torch.from_numpy(clips))
 
 
 def fitted(frame: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:

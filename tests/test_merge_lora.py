@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import merge_lora
+from benchmarks import process_memory
 from modules.errors import CheckpointError, OptionError
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
@@ -95,6 +96,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
+from benchmarks.process_memory import peak, start_of_peak
 from networks.loading import LoraFile
 from networks.merge import LoraUse, merge_into_file
 
@@ -102,14 +104,9 @@ def merge(rows):
     save_file({"blocks.0.ffn.0.weight": torch.zeros(rows, 8192, dtype=torch.bfloat16)}, "model.safetensors")
     factors = {"lora_down.weight": torch.ones(4, 8192), "lora_up.weight": torch.ones(rows, 4)}
     lora = LoraFile(Path("lora"), {f"lora_unet_blocks_0_ffn_0.{part}": t for part, t in factors.items()}, {}, "ours")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = peak()
+    before = start_of_peak()
     merge_into_file(Path("model.safetensors"), [LoraUse(lora)], Path("merged.safetensors"), torch.device("cpu"))
     return peak() - before
-
-def peak():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 merge(64)  # loads what is loaded once
 print(merge(8192) / (8192 * 8192 * 2))
@@ -117,7 +114,7 @@ print(merge(8192) / (8192 * 8192 * 2))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux")
+@pytest.mark.skipif(not process_memory.is_known(), reason="the peak is read from Linux")
 def test_merging_takes_little_more_memory_than_one_tensor(tmp_path: Path) -> None:
     done = run_python("-c", MEASURE, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})
 

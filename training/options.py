@@ -4,9 +4,10 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from modules.errors import OptionError
-from modules.options import refuse_unsupported, require
+from modules.options import read_options, refuse_unsupported, require
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
 from networks.options import NetworkOptions, add_network_arguments
 from training.accelerator_options import AcceleratorOptions, add_accelerator_arguments
@@ -26,6 +27,8 @@ from training.saving_options import (
 )
 from training.timestep_options import TimestepOptions, add_timestep_arguments
 from training.whole_dit_options import WholeDitOptions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,20 @@ class TrainingOptions:
                 "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients overflowed is known only after "
                 "all of them. Use bf16 or no"
             )
+
+
+def read_training(
+    doc: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    record: type[T],
+    argv: Sequence[str] | None,
+    add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments,
+) -> tuple[TrainingOptions, T]:
+    """The options of a script that trains. add_arguments, record: the family's own. doc, add_learner: see `training_parser`."""
+    parser = training_parser(doc, add_learner)
+    add_arguments(parser)
+    args = read_arguments(parser, argv)
+    return read_options(TrainingOptions, args), read_options(record, args)
 
 
 def training_parser(

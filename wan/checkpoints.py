@@ -3,15 +3,13 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from modules.attention import backend
 from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
 from modules.devices import dtype_name
-from modules.dit_files import bare_names, fill_dit, kept_dtype, own_dtype
+from modules.dit_files import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.errors import CheckpointError
 from modules.records import Placement
 from wan.configs import HEAD_WIDTH, TASKS, WanConfig, WanTask
@@ -50,43 +48,9 @@ FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class DitHeader:
-    """What a transformer file says of itself without its weights being read."""
-
-    config: WanConfig
-    dialect: str  # official, diffusers
-    block_dtype: torch.dtype  # of the block weights in the file
-
-    @property
-    def kind(self) -> str:
-        return kind_of(self.config)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What the model computes in unless an option says otherwise."""
-        return own_dtype(self.block_dtype)
-
-
-def read_dit_header(path: Path) -> DitHeader:
-    """Variant, dialect and dtype of a file. Raises CheckpointError where it is no Wan2.1 transformer that can run."""
-    with open_checkpoint(path) as checkpoint:
-        return _header(bare_names(checkpoint))
-
-
-def read_dit_config(checkpoint: Checkpoint) -> tuple[WanConfig, str]:
-    """Dimensions and dialect ("official", "diffusers") of an open file, from names and shapes. Raises CheckpointError."""
-    header = _header(bare_names(checkpoint))
-    return header.config, header.dialect
-
-
-def kind_of(config: WanConfig) -> str:
-    """t2v, i2v, flf2v or fun-control: what the model is conditioned on."""
-    if config.in_dim == 48:
-        return "fun-control"
-    if config.image_positions:
-        return "flf2v"
-    return "i2v" if config.has_image else "t2v"
+def read_dit_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
+    """Variant, dialect and dtype of an open file. Raises CheckpointError where it is no Wan2.1 transformer that can run."""
+    return _header(bare_names(checkpoint))
 
 
 def identify(path: Path) -> str | None:
@@ -103,7 +67,7 @@ def identify(path: Path) -> str | None:
         return None
 
 
-def check_task(header: DitHeader, task: WanTask, path: Path) -> None:
+def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
     """Compare a file with --task: a file of another kind raises CheckpointError. Another size of its kind is used."""
     config, kind = header.config, "fun-control" if task.has_control else task.kind
     if header.kind != kind:
@@ -115,7 +79,7 @@ def check_task(header: DitHeader, task: WanTask, path: Path) -> None:
         )
 
 
-def note_size(header: DitHeader, task: WanTask, path: Path) -> None:
+def note_size(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
     """Say so where a file is of another size than the task's released checkpoint."""
     config = header.config
     if config.dim != task.dim:
@@ -136,7 +100,6 @@ def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanMode
     `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
     """
-    backend(placement.attention)
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)
@@ -149,7 +112,7 @@ def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanMode
     return dit
 
 
-def _size(header: DitHeader) -> tuple[int, int]:
+def _size(header: DitHeader[WanConfig]) -> tuple[int, int]:
     return header.config.num_layers, header.config.dim
 
 
@@ -161,12 +124,12 @@ def _published_name(name: str) -> str:
     return name
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader) -> Mapping[str, Source]:
+def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, Source]:
     plain = plain_sources(checkpoint)
     return {_published_name(name): source for name, source in plain.items()} if header.dialect == "diffusers" else plain
 
 
-def _header(checkpoint: Checkpoint) -> DitHeader:
+def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     names = checkpoint.tensors
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
     shapes = {(_published_name(name) if dialect == "diffusers" else name): info.shape for name, info in names.items()}
@@ -250,7 +213,7 @@ def _what_else(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "it has no patch_embedding.weight with five axes and no blocks.0.self_attn.q.weight"
 
 
-def _names_of(header: DitHeader) -> str:
+def _names_of(header: DitHeader[WanConfig]) -> str:
     """The tasks a file serves, of its size where there are such."""
     kind = header.kind
     tasks = [task for task in TASKS.values() if ("fun-control" if task.has_control else task.kind) == kind and task.frames > 1]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.checkpoint import load_module, open_checkpoint
+from modules.checkpoint import open_checkpoint
 from modules.devices import dtype_name
+from modules.dialects import load_planned
 from wan.encoder_checkpoints import ClipConfig, read_clip
 
 logger = logging.getLogger(__name__)
@@ -101,22 +102,11 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
     if device.type == "cpu" and dtype == torch.float16:
         dtype = torch.float32
         logger.info("CLIP computes in float32: the CPU has no fast float16")
+
+    def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
+        return torch.float32 if "norm" in name or name.endswith("_embedding") else dtype
+
     with open_checkpoint(path) as checkpoint:
-        plan = read_clip(checkpoint)
-        with torch.device("meta"):
-            clip = ClipVision(plan.config)
-
-        def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
-            return torch.float32 if "norm" in name or name.endswith("_embedding") else dtype
-
-        load_module(
-            clip,
-            plan.checkpoint,
-            plan.sources,
-            device=device,
-            dtype=dtype_of,
-            ignore=plan.ignore,
-            what="the CLIP image encoder (--clip)",
-        )
+        clip = load_planned(read_clip(checkpoint), ClipVision, device, dtype_of, "the CLIP image encoder (--clip)")
     logger.info("CLIP: %s, computing in %s", path, dtype_name(dtype))
-    return clip.eval()
+    return clip

@@ -25,6 +25,15 @@ class WanConfig:
     image_positions: int = 0  # length of img_emb.emb_pos (FLF2V: 514), 0 = none
     has_ref_conv: bool = False  # Fun-Control v1.1
 
+    @property
+    def kind(self) -> str:
+        """t2v, i2v, flf2v or fun-control: what the model is conditioned on."""
+        if self.in_dim == 48:
+            return "fun-control"
+        if self.image_positions:
+            return "flf2v"
+        return "i2v" if self.has_image else "t2v"
+
 
 @dataclass(frozen=True)
 class WanTask:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modules.checkpoint import fingerprint
 from modules.devices import dtype_name, dtype_named
+from modules.dit_files import kept_dtype
 from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.media import image_size
@@ -142,10 +143,12 @@ class Wan:
             raise CacheError(
                 f"{media.keys[0]}: Wan takes one control video or image for each item, this one has {len(media.control)}"
             )
+        parts = media.encoded_at_once(encoders.vae.device)
+        return [[entry] for part in parts for entry in self._encode_together(encoders, part)]
+
+    def _encode_together(self, encoders: MediaEncoders, media: MediaBatch) -> list[CacheEntry]:
+        """All items in one batch."""
         vae, store = encoders.vae, self._vae_dtype()
-        if len(media.keys) > 1 and vae.device.type == "cpu":
-            # a batch gains nothing here, and singly an item's numbers do not depend on what else a killed run had left to do
-            return [entries for one in media.singly() for entries in self.encode_media(encoders, one)]
         pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
         tensors = {"latents": vae.encode(pixels).to(store)}
         if media.control:
@@ -159,7 +162,7 @@ class Wan:
                 condition = conditioning.image_condition(vae, first, frames)
                 features = encoders.image_encoder.encode(first[:, :, 0])
             tensors |= {"latents_image": condition.to(store), "clip": features.to(torch.float16)}
-        return [[CacheEntry({name: tensor[item] for name, tensor in tensors.items()})] for item in range(len(pixels))]
+        return [CacheEntry({name: tensor[item] for name, tensor in tensors.items()}) for item in range(len(pixels))]
 
     # the network
 
@@ -168,6 +171,10 @@ class Wan:
         """The transformer's checkpoint, checked against --task."""
         check_task(self.files.dit_header(), self.task, self.files.dit_path)
         return (self.files.dit_path,)
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
+        return kept_dtype(self.files.dit_header().block_dtype, placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --task."""

@@ -1,12 +1,13 @@
 """The files of one Wan2.1 run: where each is, and that it is what its option says."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
+from modules.dit_files import DitHeader
 from modules.errors import OptionError
-from modules.model_files import check_file, existing
-from wan.checkpoints import DitHeader, read_dit_header
+from modules.model_files import existing, read_once
+from wan.checkpoints import read_dit_header
+from wan.configs import WanConfig
 from wan.encoder_checkpoints import read_clip, read_t5, read_vae
 
 # names in the folder of the official repository (--ckpt_dir)
@@ -51,20 +52,15 @@ class WanFiles:
     def clip_path(self) -> Path:
         return existing(self.clip, "--clip", "the task is conditioned on image features")
 
-    def dit_header(self) -> DitHeader:
+    def dit_header(self) -> DitHeader[WanConfig]:
         """What the transformer file says of itself."""
-        return _header_of(self.dit_path)
+        return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self) -> None:
         """Raise CheckpointError where a given file is another kind of network, before any is loaded."""
         if self.vae is not None:
-            check_file(self.vae_path, read_vae)
+            read_once(self.vae_path, read_vae)
         if self.t5 is not None:
-            check_file(self.t5_path, read_t5)
+            read_once(self.t5_path, read_t5)
         if self.clip is not None:
-            check_file(self.clip_path, read_clip)
-
-
-@lru_cache(maxsize=8)  # asked for with every prompt of a long list
-def _header_of(path: Path) -> DitHeader:
-    return read_dit_header(path)
+            read_once(self.clip_path, read_clip)

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.checkpoint import fingerprint, load_module, open_checkpoint
-from modules.devices import dtype_name, free_memory
+from modules.checkpoint import fingerprint, open_checkpoint
+from modules.devices import dtype_name
+from modules.dialects import load_planned
 from modules.errors import CheckpointError
+from modules.loaded import Loaded
 from modules.records import Conditions, Prompt
 from wan.encoder_checkpoints import T5Config, read_t5
 from wan.tokenizer import Tokenize, find_tokenizer, load_tokenizer
@@ -157,19 +159,9 @@ def load_t5(path: Path, device: torch.device) -> UmT5:
         plan = read_t5(checkpoint)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
         compute = _compute_dtype(stored, device)
-        with torch.device("meta"):
-            t5 = UmT5(plan.config)
-        load_module(
-            t5,
-            plan.checkpoint,
-            plan.sources,
-            device=device,
-            dtype=lambda *_: compute,
-            ignore=plan.ignore,
-            what="the umT5 text encoder (--t5)",
-        )
+        t5 = load_planned(plan, UmT5, device, compute, "the umT5 text encoder (--t5)")
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
-    return t5.eval()
+    return t5
 
 
 def _compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -188,7 +180,7 @@ class WanTextEncoder:
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
         self.path = path
         self.tokenizer = tokenizer
-        self._loaded: tuple[UmT5, Tokenize] | None = None
+        self._loaded = Loaded[UmT5, Tokenize]()
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -196,12 +188,12 @@ class WanTextEncoder:
         return {"t5": fingerprint(self.path), "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity}
 
     def load(self, device: torch.device) -> None:
-        """Tokenizer first: what is wrong with it shows before gigabytes are read. A loaded encoder moves to the device."""
-        if self._loaded is None:
-            tokenize = load_tokenizer(self.tokenizer, self.path)
-            self._loaded = (load_t5(self.path, device), tokenize)
-        else:
-            self._loaded[0].to(device)
+        """Read encoder and tokenizer. A loaded encoder moves to the device."""
+        self._loaded.load(device, self._read)
+
+    def _read(self, device: torch.device) -> tuple[UmT5, Tokenize]:
+        tokenize = load_tokenizer(self.tokenizer, self.path)  # first: what is wrong with it shows before gigabytes are read
+        return load_t5(self.path, device), tokenize
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -209,8 +201,7 @@ class WanTextEncoder:
 
         Raises CheckpointError where the tokenizer knows more tokens than the encoder.
         """
-        assert self._loaded is not None, "load() comes first"
-        t5, tokenize = self._loaded
+        t5, tokenize = self._loaded.get()
         device = t5.norm.weight.device
         ids = [tokenize(clean_text(prompt.text)) for prompt in prompts]
         largest, known = max((max(prompt) for prompt in ids), default=0), t5.token_embedding.num_embeddings
@@ -227,10 +218,7 @@ class WanTextEncoder:
 
     def free(self) -> None:
         """Give the memory back."""
-        if self._loaded is not None:
-            device = self._loaded[0].norm.weight.device
-            self._loaded = None
-            free_memory(device)
+        self._loaded.free()
 
 
 def _groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:

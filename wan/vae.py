@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoint import load_module, open_checkpoint
+from modules.checkpoint import open_checkpoint
 from modules.devices import dtype_name
+from modules.dialects import load_planned
 from modules.memory_layouts import lay_out, layouts
+from modules.pixels import check_clip
 from wan.encoder_checkpoints import read_vae
 from wan.vae_blocks import Decoder, Encoder, TimeMemory, VaeConfig
 from wan.vae_tiles import Tile, add_tile, tiles
@@ -61,11 +63,8 @@ class WanVae(nn.Module):
         pixels: B 3 F H W in -1..1, on any device (moved group by group); F = 4n + 1, H and W multiples of 8.
         Returns B Z n+1 H/8 W/8, float32, on the VAE's device. Raises ValueError for other sizes.
         """
+        check_clip(pixels, FRAMES, PIXELS)
         batch, _, frames, height, width = pixels.shape
-        if (frames - 1) % FRAMES or height % PIXELS or width % PIXELS:
-            raise ValueError(
-                f"{frames} frames of {height} x {width}: the VAE takes 4n + 1 frames with sides that are multiples of 8"
-            )
         rows, columns = self._tiles(height // PIXELS), self._tiles(width // PIXELS)
         if len(rows) == len(columns) == 1:
             return self._encode(pixels)
@@ -138,17 +137,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, cache_on_cpu:
     """Load a Wan2.1 VAE from any of its file layouts. Raises CheckpointError where the file is damaged or of another model."""
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        with torch.device("meta"):
-            vae = WanVae(plan.config, cache_on_cpu, tile)
-        load_module(
-            vae,
-            plan.checkpoint,
-            plan.sources,
-            device=device,
-            dtype=lambda *_: dtype,
-            ignore=plan.ignore,
-            what="the Wan2.1 VAE",
-        )
+        vae = load_planned(plan, lambda config: WanVae(config, cache_on_cpu, tile), device, dtype, "the Wan2.1 VAE")
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
-    return vae.eval()
+    return vae

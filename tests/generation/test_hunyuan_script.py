@@ -56,6 +56,25 @@ def test_a_line_may_name_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
     assert not torch.equal(made[1], plain[1])
 
 
+def test_a_strength_without_any_video_is_said_to_be_ignored_once(
+    tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture
+) -> None:
+    video = tmp_path / "clip.mp4"
+    write_video(video, moving_square(5, 48, 32, 1), fps=24)
+    (tmp_path / "none.txt").write_text("a cat --d 1\na dog --d 2\n", encoding="utf-8")
+    (tmp_path / "some.txt").write_text(f"a cat --d 1\na dog --d 2 --v {video}\n", encoding="utf-8")
+
+    for arguments, expected in (
+        (("--prompt", "a cat", "--strength", 0.5), 1),
+        (("--from_file", tmp_path / "none.txt", "--strength", 0.5), 1),
+        (("--from_file", tmp_path / "some.txt", "--strength", 0.5), 0),
+        (("--prompt", "a cat"), 0),
+    ):
+        caplog.clear()
+        generate(tmp_path / "made", t2v, *arguments)
+        assert caplog.text.count("is ignored because nothing starts from a video") == expected
+
+
 def test_a_schedule_counts_the_steps_that_are_made_of_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
     video = tmp_path / "clip.mp4"
     write_video(video, moving_square(5, 48, 32, 1), fps=24)
@@ -125,6 +144,25 @@ def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, t2v: TinyHunyua
     assert torch.are_deterministic_algorithms_enabled()
 
 
+def test_one_sample_at_a_time_makes_the_passes_of_guidance_singly(
+    tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture
+) -> None:
+    say = ("--prompt", "a cat that is long", "--negative_prompt", "dull", "--guidance_scale", 3, "--seed", 1)
+
+    together, singly = generate(tmp_path / "a", t2v, *say), generate(tmp_path / "b", t2v, *say, "--split_uncond")
+    assert "--split_attn" not in caplog.text
+    split = generate(tmp_path / "c", t2v, *say, "--split_attn")
+
+    assert "--split_attn has the passes of guidance made one after the other" in caplog.text
+    assert torch.equal(split[1], singly[1])
+    torch.testing.assert_close(split[1], together[1], atol=1e-4, rtol=1e-4)  # float32, summed in another order, over the steps
+
+
+def test_without_guidance_there_is_nothing_to_split(tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture) -> None:
+    assert generate(tmp_path, t2v, "--prompt", "a cat", "--seed", 1, "--split_attn").keys() == {1}
+    assert "--split_uncond" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -135,7 +173,6 @@ def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, t2v: TinyHunyua
         (["--vae_chunk_size", "0"], "--vae_chunk_size"),
         (["--vae_spatial_tile_sample_min_size", "20"], "--vae_spatial_tile_sample_min_size 20"),
         (["--vae_dtype", "fp8"], "nothing is computed in fp8"),
-        (["--split_attn"], "--split_attn is not supported yet"),
         (["--img_in_txt_in_offloading"], "--img_in_txt_in_offloading is not supported yet"),
         (["--fp8_llm"], "--fp8_llm is not supported yet"),
     ],

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 import families
 import wan.checkpoints
 from hunyuan_model.checkpoints import identify, load_dit, read_dit_header
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
+from modules.model_files import read_once
 from modules.records import Placement
 from tests.hunyuan_model.making import tiny_inputs
 from tests.manifests import manifest_names, tensor_list, write_hollow
-from tests.tiny.hunyuan_dit import CONFIGS, DIALECTS, FP8_DIALECTS, tiny_state, write_dit
+from tests.tiny.hunyuan_dit import CONFIGS, DIALECTS, tiny_state, write_dit
 
 CPU = Placement(torch.device("cpu"))
 META = Placement(torch.device("meta"))
@@ -38,7 +39,7 @@ def test_every_dialect_gives_the_same_weights(tmp_path: Path, kind: str, dialect
 @pytest.mark.parametrize("dialect", ["safetensors", "comfy", "diffusers"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_dimensions_come_from_the_tensors(tmp_path: Path, kind: str, dialect: str) -> None:
-    header = read_dit_header(write_dit(tmp_path, tiny_state(kind), dialect))
+    header = read_once(write_dit(tmp_path, tiny_state(kind), dialect), read_dit_header)
 
     assert header.config == CONFIGS[kind]
     assert header.dialect == {"safetensors": "official", "comfy": "ComfyUI"}.get(dialect, dialect)
@@ -63,18 +64,6 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, nam
 
 def test_there_are_manifests_of_all_nine_files() -> None:
     assert len(FULL_SIZE) == 9
-
-
-@pytest.mark.parametrize("dialect", FP8_DIALECTS)
-def test_fp8_files_compute_in_bfloat16_with_their_scales_applied(tmp_path: Path, dialect: str) -> None:
-    state = tiny_state("i2v")
-
-    dit = load_dit(write_dit(tmp_path, state, dialect), CPU)
-
-    assert dit.compute_dtype == torch.bfloat16
-    for name, tensor in dit.state_dict().items():
-        assert tensor.dtype.itemsize > 1, name
-        torch.testing.assert_close(tensor.float(), state[name], rtol=PLAIN_FP8, atol=0.01, msg=name)
 
 
 def test_the_scales_of_the_official_map_are_exact(tmp_path: Path) -> None:
@@ -235,7 +224,7 @@ def test_the_list_of_families_knows_it_too(tmp_path: Path, dialect: str) -> None
 
     assert families.identify(path) == "it is the SkyReels V1 I2V transformer (--dit)"
     with pytest.raises(CheckpointError, match="is not a Wan2.1 transformer"):
-        wan.checkpoints.read_dit_header(path)
+        read_once(path, wan.checkpoints.read_dit_header)
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path) -> None:
@@ -260,12 +249,12 @@ def test_a_file_without_what_tells_its_dimensions_is_incomplete(tmp_path: Path, 
     del state[name]
 
     with pytest.raises(CheckpointError, match=f"incomplete HunyuanVideo transformer: {name} is not there"):
-        read_dit_header(write_dit(tmp_path, state))
+        read_once(write_dit(tmp_path, state), read_dit_header)
 
 
 def test_heads_that_cannot_be_rotated_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="width 128 with heads of 16"):
-        read_dit_header(write_dit(tmp_path, tiny_state(num_heads=8)))
+        read_once(write_dit(tmp_path, tiny_state(num_heads=8)), read_dit_header)
 
 
 def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
@@ -273,8 +262,3 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="code"):
         load_dit(tmp_path / "dit.pt", CPU)
-
-
-def test_an_unknown_attention_mode_is_refused_before_the_file_is_opened(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="flash3 is not supported yet"):
-        load_dit(tmp_path / "not there", replace(CPU, attention="flash3"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hunyuan_model.family as module
 from generation.noise import SeededNoise
+from hunyuan_model import conditioning
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.vae import load_vae
@@ -185,6 +185,17 @@ def test_the_transformer_computes_in_the_dtype_that_is_asked_for(family_of: Fami
     assert dit.get_parameter("double_blocks.0.img_attn_qkv.weight").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chosen", [None, torch.float16])
+@pytest.mark.parametrize("placement", [Placement(CPU), Placement(CPU, storage_dtype=torch.float32)])
+def test_what_it_will_compute_in_is_known_before_it_is_loaded(
+    family_of: FamilyOf, stored: torch.dtype, chosen: torch.dtype | None, placement: Placement
+) -> None:
+    family = family_of(dtype=stored, dit_dtype=chosen)
+    dtype = family.compute_dtype(placement)
+    assert family.load_dit(placement).get_parameter("double_blocks.0.img_attn_qkv.weight").dtype == dtype
+
+
 # SkyReels image-to-video
 
 
@@ -204,7 +215,7 @@ def test_the_cached_first_frame_stands_behind_the_noise_and_zeros_after_it(famil
 def test_without_it_the_first_frame_of_the_latents_does_with_one_notice(
     family_of: FamilyOf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module._note_missing_image.cache_clear()
+    conditioning._note_missing_image.cache_clear()
     latents = torch.randn(1, 16, 3, 4, 4)
 
     for _ in range(2):

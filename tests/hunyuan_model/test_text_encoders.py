@@ -159,8 +159,7 @@ def test_clips_pooled_state_is_that_of_the_pipeline(folder: Path, pipeline: Huny
 def test_only_the_layers_that_are_needed_are_loaded(folder: Path) -> None:
     encoder = LlavaTextEncoder(folder, torch.float32, skip_layers=3)
     encoder.load(CPU)
-    assert encoder._loaded is not None
-    names = set(encoder._loaded[0].state_dict())
+    names = set(encoder._loaded.get()[0].state_dict())
     assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0"}
     assert "norm.weight" not in names
 
@@ -222,7 +221,7 @@ def test_free_gives_the_encoder_up_and_load_brings_it_back(folder: Path) -> None
         first = encoded(encoder, PROMPTS[:1])
         encoder.free()
         encoder.free()
-        assert encoder._loaded is None
+        assert not encoder._loaded.is_there
         for key, tensor in encoded(encoder, PROMPTS[:1]).items():
             assert torch.equal(tensor, first[key])
 

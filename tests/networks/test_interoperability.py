@@ -15,30 +15,10 @@ from networks.loading import read_lora
 from networks.lora import LoraNetwork
 from networks.merge import LoraPatch, LoraUse
 from tests.networks.making import inputs, tiny_dit, wan_network
-from tests.tiny.wan_dit import diffusers_name
+from tests.wan.making import in_diffusers
 from wan.model import WanModel
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-def in_diffusers(dit: WanModel) -> WanTransformer3DModel:
-    """The same network there."""
-    config = dit.config
-    other = WanTransformer3DModel(
-        patch_size=config.patch_size,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.dim // config.num_heads,
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        image_dim=config.image_dim if config.has_image else None,
-        added_kv_proj_dim=config.dim if config.has_image else None,
-    )
-    other.load_state_dict({diffusers_name(name): tensor for name, tensor in dit.state_dict().items()})
-    return other.eval()
 
 
 @torch.no_grad()
@@ -71,7 +51,7 @@ def test_a_lora_on_all_modules_acts_in_diffusers_as_here(tmp_path: Path, kind: s
     if converted:
         convert_file(path, tmp_path / "other.safetensors", "other")
         path = tmp_path / "other.safetensors"
-    other = in_diffusers(dit)
+    other = in_diffusers(dit.config, dit.state_dict())
     plain = run_there(other, dit)
 
     load_there(other, path)
@@ -87,7 +67,7 @@ def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, patter
     network = wan_network(dit, rank=4, alpha=3.0, exclude_patterns=patterns)
     network.save_weights(tmp_path / "lora.safetensors", torch.float32, {})
     convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
-    other = in_diffusers(dit)
+    other = in_diffusers(dit.config, dit.state_dict())
 
     load_there(other, tmp_path / "other.safetensors")
 
@@ -97,7 +77,7 @@ def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, patter
 @pytest.mark.parametrize("with_settings", [False, True])
 def test_a_lora_saved_by_diffusers_acts_here_as_there(tmp_path: Path, with_settings: bool) -> None:
     dit = tiny_dit(tmp_path)
-    other = in_diffusers(dit)
+    other = in_diffusers(dit.config, dit.state_dict())
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
     other.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]))
     for name, parameter in other.named_parameters():

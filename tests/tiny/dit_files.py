@@ -1,7 +1,7 @@
 """What the tiny transformers of all families share: random values, shards, fp8."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -55,3 +55,24 @@ def as_fp8(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
         some = next(name for name in stored if name.endswith(".scale_weight"))
         stored[some.replace("scale_weight", "scale_input")] = torch.ones(())
     return stored
+
+
+def write_dialect(path: Path, state: Mapping[str, Tensor], dialect: str, to_diffusers: Callable[..., dict[str, Tensor]]) -> Path:
+    """Write a transformer in one of the layouts that all families have. Returns what a user gives to --dit.
+
+    to_diffusers: the same weights under the names there.
+    """
+    match dialect:
+        case "safetensors":
+            save_file(dict(state), path, metadata={"format": "pt"})
+        case "sharded":
+            return write_shards(path.parent, state, "diffusion_pytorch_model")
+        case "prefixed":
+            save_file({"model.diffusion_model." + key: tensor for key, tensor in state.items()}, path)
+        case "diffusers":
+            save_file(to_diffusers(state), path)
+        case "diffusers_sharded":
+            return write_shards(path.parent / "transformer", to_diffusers(state), "diffusion_pytorch_model").parent
+        case _:
+            save_file(as_fp8(state, dialect), path)
+    return path

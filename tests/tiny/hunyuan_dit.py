@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hunyuan_model.configs import HunyuanVideoConfig
-from tests.tiny.dit_files import as_fp8, draw, write_shards
+from tests.tiny.dit_files import as_fp8, draw, write_dialect
 
 _BASE = HunyuanVideoConfig(
     dim=128,
@@ -102,21 +102,11 @@ def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safeten
         case "pt" | "pt_wrapped":
             path = path.with_suffix(".pt")
             torch.save(dict(state) if dialect == "pt" else {"module": dict(state)}, path)
-        case "safetensors":
-            save_file(dict(state), path, metadata={"format": "pt"})
-        case "sharded":
-            return write_shards(folder, state, "diffusion_pytorch_model")
-        case "prefixed":
-            save_file({"model.diffusion_model." + key: tensor for key, tensor in state.items()}, path)
         case "comfy":
             save_file({"model.model." + key: tensor for key, tensor in comfy_state(state).items()}, path)
         case "comfy_all_in_one":
             others = {"vae.encoder.conv_in.conv.weight": torch.zeros(2), "text_encoders.llama.model.norm.weight": torch.zeros(3)}
             save_file({"model.diffusion_model." + key: tensor for key, tensor in comfy_state(state).items()} | others, path)
-        case "diffusers":
-            save_file(diffusers_state(state), path)
-        case "diffusers_sharded":
-            return write_shards(folder / "transformer", diffusers_state(state), "diffusion_pytorch_model").parent
         case "fp8_map":
             return _write_fp8_with_map(folder, state)
         case "comfy_fp8_scaled":
@@ -124,7 +114,7 @@ def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safeten
         case "diffusers_fp8_scaled":
             save_file(as_fp8(diffusers_state(state), "fp8_scaled"), path)
         case _:
-            save_file(as_fp8(state, dialect), path)
+            return write_dialect(path, state, dialect, diffusers_state)
     return path
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.tiny.dit_files import as_fp8, draw, write_shards
+from tests.tiny.dit_files import draw, write_dialect
 from wan.configs import WanConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -99,24 +99,19 @@ def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safeten
         case "pth" | "pth_wrapped":
             path = path.with_suffix(".pth")
             torch.save(dict(state) if dialect == "pth" else {"module": dict(state), "step": 7}, path)
-        case "safetensors":
-            save_file(dict(state), path, metadata={"format": "pt"})
-        case "sharded":
-            return write_shards(folder, state, "diffusion_pytorch_model")
-        case "prefixed" | "compiled":
-            prefix = "model.diffusion_model." if dialect == "prefixed" else "_orig_mod."
-            save_file({prefix + key: tensor for key, tensor in state.items()}, path)
+        case "compiled":
+            save_file({"_orig_mod." + key: tensor for key, tensor in state.items()}, path)
         case "all_in_one":
             other = {"vae.encoder.conv1.weight": torch.zeros(2), "text_encoders.t5xxl.shared.weight": torch.zeros(3)}
             save_file({"model.diffusion_model." + key: tensor for key, tensor in state.items()} | other, path)
-        case "diffusers":
-            save_file({diffusers_name(key): tensor for key, tensor in state.items()}, path)
-        case "diffusers_sharded":
-            named = {diffusers_name(key): tensor for key, tensor in state.items()}
-            return write_shards(folder / "transformer", named, "diffusion_pytorch_model").parent
         case _:
-            save_file(as_fp8(state, dialect), path)
+            return write_dialect(path, state, dialect, diffusers_state)
     return path
+
+
+def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights in diffusers' layout."""
+    return {diffusers_name(name): tensor for name, tensor in state.items()}
 
 
 def diffusers_name(name: str) -> str:

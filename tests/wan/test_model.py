@@ -1,60 +1,18 @@
 """The Wan2.1 transformer against recorded vectors, against diffusers, and against itself."""
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from modules.activation import checkpoint_blocks
-from modules.family import DitSpec
-from tests.golden_cases import make_input, make_weights, read_case
-from tests.tiny.wan_dit import CONFIGS, diffusers_name, tiny_state
-from wan.configs import WanConfig
+from modules.attention_options import AttentionChoice
+from tests.modules.attention_packages import PACKAGES, put_in
+from tests.tiny.wan_dit import CONFIGS, tiny_state
+from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model
 from wan.model import WanModel, _padded
 
 CASES = ("wan_dit_t2v", "wan_dit_i2v", "wan_dit_fun_control", "wan_dit_flf2v")
-BLOCKS = DitSpec(block_lists=("blocks",))
-
-
-def golden_model(case: str, rope: str = "default") -> tuple[WanModel, dict[str, Any], dict[str, Tensor]]:
-    """The model of a golden case, the inputs of its forward pass, and its stored tensors."""
-    description, tensors = read_case(case)
-    fields = {field.name for field in dataclasses.fields(WanConfig)}
-    sizes = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in description["config"].items() if key in fields
-    }
-    config = WanConfig(**sizes, has_image=case != "wan_dit_t2v", image_positions=514 if case == "wan_dit_flf2v" else 0)
-    model = WanModel(config, rope=rope)
-    model.load_state_dict(make_weights(description["weights_model_key"], description["weights"]))
-    inputs = {
-        "noisy": torch.cat([tensors[name] for name in ("x", "y") if name in tensors], dim=1),
-        "timesteps": tensors["t"],
-        "text": [tensors["context_0"], tensors["context_1"]],
-    }
-    for name, rule in description["inputs_by_rule"].items():
-        inputs["image_embeds"] = make_input(case, name, rule["shape"], rule["scale"]).reshape(2, -1, 1280)
-    return model.eval().requires_grad_(False), inputs, tensors | {"tolerance": description["tolerance"]}
-
-
-def tiny_model(kind: str, **options: str) -> WanModel:
-    model = WanModel(CONFIGS[kind], **options)
-    model.load_state_dict(tiny_state(kind))
-    return model.requires_grad_(False)
-
-
-def tiny_inputs(kind: str, batch: int = 2, frames: int = 3) -> dict[str, Any]:
-    config, generator = CONFIGS[kind], torch.Generator().manual_seed(7)
-    inputs: dict[str, Any] = {
-        "noisy": torch.randn(batch, config.in_dim, frames, 4, 6, generator=generator),
-        "timesteps": torch.linspace(900.0, 100.0, batch),
-        "text": [torch.randn(5 + 40 * sample, config.text_dim, generator=generator) for sample in range(batch)],
-    }
-    if config.has_image:
-        tokens = config.image_positions or 257
-        inputs["image_embeds"] = torch.randn(batch, tokens, config.image_dim, generator=generator)
-    return inputs
 
 
 @pytest.mark.parametrize("rope", ["default", "comfy"])
@@ -100,22 +58,7 @@ def test_bfloat16_weights_and_bfloat16_autocast_stay_near_float32(case: str, how
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
 def test_forward_equals_diffusers_with_the_same_weights(kind: str) -> None:
-    from diffusers import WanTransformer3DModel
-
-    config = CONFIGS[kind]
-    theirs = WanTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        image_dim=config.image_dim if config.has_image else None,
-        added_kv_proj_dim=config.dim if config.has_image else None,
-        pos_embed_seq_len=config.image_positions or None,
-    )
-    theirs.load_state_dict({diffusers_name(name): tensor for name, tensor in tiny_state(kind).items()})
+    theirs = in_diffusers(CONFIGS[kind], tiny_state(kind))
     inputs = tiny_inputs(kind)
     text = torch.stack([torch.nn.functional.pad(rows, (0, 0, 0, 512 - len(rows))) for rows in inputs["text"]])
     image = inputs.get("image_embeds")
@@ -157,6 +100,19 @@ def test_padding_rows_computed_once_give_what_all_of_them_give(kind: str, monkey
         torch.testing.assert_close(merged[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
+def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+    """With stand-ins for the packages. They are given every row of padded text, as on a GPU."""
+    if mode in PACKAGES:
+        put_in(monkeypatch, mode)
+    model, inputs = tiny_model("i2v"), tiny_inputs("i2v")
+    expected = model(**inputs)
+    model.attention = AttentionChoice(mode.partition(" ")[0], split)
+
+    torch.testing.assert_close(model(**inputs), expected, atol=1e-4, rtol=1e-4)  # sums of 512 rounded exponentials
+
+
 def gradients(model: WanModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Of the mean square of the velocity, by parameter; and the velocity itself."""
     velocity = model(**inputs)
@@ -189,32 +145,6 @@ def test_autocast_leaves_the_time_embedding_in_float32() -> None:
 
     assert torch.equal(mixed.time, plain.time)
     assert torch.equal(mixed.modulation, plain.modulation)
-
-
-def _gradients(model: WanModel) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(**tiny_inputs("i2v")).square().mean().backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def test_checkpointed_blocks_give_equal_gradients() -> None:
-    model = tiny_model("i2v").requires_grad_(True).train()
-    expected = _gradients(model)
-
-    checkpoint_blocks(model, BLOCKS)
-
-    found = _gradients(model)
-    assert len(found) == len(list(model.parameters()))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_a_model_that_made_a_sample_in_inference_mode_trains_on() -> None:
-    model = tiny_model("i2v").requires_grad_(True).train()
-
-    with torch.inference_mode():
-        model(**tiny_inputs("i2v"))
-
-    assert _gradients(model)
 
 
 def test_the_rotary_table_follows_the_grid() -> None:

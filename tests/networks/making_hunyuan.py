@@ -1,0 +1,69 @@
+"""LoRAs for a tiny HunyuanVideo, made here and in diffusers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from networks import lora_hunyuan
+from networks.loading import read_lora
+from networks.lora import LoraNetwork
+from networks.merge import LoraPatch, LoraUse
+from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.networks.making import randomize
+
+NEAR = 5e-6  # of the largest value; float32, summed in another order
+IN_DIFFUSERS = {
+    "attention": ["to_q", "to_k", "to_v", "to_out.0"],  # what diffusers' own training scripts take
+    "some": ["to_v", "add_q_proj", "proj_mlp", "net.0.proj"],
+    "all": r".*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out|linear_1|linear)",
+    "last": r"norm_out\.linear|proj_out|time_text_embed.timestep_embedder.linear_2",
+}
+
+
+def network_of(dit: nn.Module, rank: int = 4, alpha: float = 3.0, **arguments: Any) -> LoraNetwork:
+    """A LoRA with random up factors, not attached yet."""
+    network = lora_hunyuan.create_arch_network(1.0, rank, alpha, None, None, dit, **arguments)
+    randomize(network)
+    return network
+
+
+def saved(path: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32, **arguments: Any) -> LoraNetwork:
+    network = network_of(tiny_model(kind), **arguments)
+    network.save_weights(path, dtype, {"ss_base_model_version": "hunyuan_video"})
+    return network
+
+
+@torch.no_grad()
+def run_here(kind: str, path: Path, multiplier: float = 1.0) -> Tensor:
+    """What the model with a LoRA file added gives."""
+    dit = tiny_model(kind)
+    patch = LoraPatch([LoraUse(read_lora(path), multiplier)])
+    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
+    patch.check()
+    assert patch.unused() == []
+    return dit(**tiny_inputs(kind))
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def made_there(folder: Path, kind: str, targets: Any, alpha: int = 4, with_settings: bool = True) -> tuple[Path, Tensor]:
+    """A LoRA that diffusers saves, and what its model gives with it."""
+    theirs = in_diffusers(kind)
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    path = folder / "theirs.safetensors"
+    if with_settings:
+        theirs.save_lora_adapter(folder, weight_name=path.name)
+    else:
+        names = {name.replace(".default", ""): tensor for name, tensor in theirs.state_dict().items() if "lora_" in name}
+        save_file({f"transformer.{name}": tensor for name, tensor in names.items()}, path)
+    return path, run_there(theirs, tiny_inputs(kind))
