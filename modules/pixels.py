@@ -1,16 +1,18 @@
-"""Images and videos on disk as the pixels that a VAE is given: B 3 F H W float32 in -1..1."""
+"""Images and videos on disk as the pixels that a VAE is given: B 3 F H W float32 in -1..1.
+
+The libraries for media are imported with the first file: networks run where they are not installed, in benchmarks for one.
+"""
 
 from itertools import islice
 from pathlib import Path
 
-import cv2
 import numpy
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from modules.buckets import Size
 from modules.errors import MediaError
-from modules.media import read_image, resize_cover, video_frames
 
 
 def to_pixels(frames: Tensor) -> Tensor:
@@ -28,8 +30,17 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
         )
 
 
+def image_size(path: Path) -> Size:
+    """(width, height) of an image file."""
+    from modules import media
+
+    return media.image_size(path)
+
+
 def read_pixels(path: Path) -> Tensor:
     """An image file at its own size as 1 3 1 H W float32 in -1..1."""
+    from modules.media import read_image
+
     return to_pixels(torch.from_numpy(read_image(path)[None, None]))
 
 
@@ -39,6 +50,10 @@ def image_pixels(path: Path, width: int, height: int, keep_aspect: bool = True) 
     keep_aspect: scale to cover and crop the middle, as training sees images; else stretch, as the released code of Wan does
     after it has chosen a size of the image's own aspect.
     """
+    import cv2
+
+    from modules.media import read_image, resize_cover
+
     image = read_image(path)
     if keep_aspect:
         image = resize_cover(image, (width, height))
@@ -54,6 +69,8 @@ def video_pixels(path: Path, option: str, width: int, height: int, frames: int, 
     option: "--video_path", for messages. An end image takes `end_frames` (E) more, of which the video has to have one: the last
     one it has stands for those it lacks. Raises MediaError where it is too short.
     """
+    from modules.media import resize_cover, video_frames
+
     needed = frames + min(end_frames, 1)
     found = [resize_cover(frame, (width, height)) for frame in islice(video_frames(path), frames + end_frames)]
     if len(found) < needed:

@@ -14,9 +14,8 @@ from modules.devices import dtype_name, dtype_named
 from modules.dit_files import kept_dtype
 from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.media import image_size
 from modules.options import require
-from modules.pixels import image_pixels, read_pixels, to_pixels, video_pixels
+from modules.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
 from modules.records import (
     NO_TWEAKS,
     Batch,
