@@ -7,15 +7,16 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from modules.seeds import derive_seed
 
 _32_BITS = 0xFFFFFFFF
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,19 @@ class LoraLayer(nn.Module):
 
 def _factors(original: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
     """The empty down and up modules, float32 on the CPU."""
-    made: Any = {"bias": False, "dtype": torch.float32}
+    made: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
-        return skip_init(nn.Linear, original.in_features, rank, **made), skip_init(nn.Linear, rank, original.out_features, **made)
+        down, up = nn.Linear(original.in_features, rank, **made), nn.Linear(rank, original.out_features, **made)
+        return _emptied(down), _emptied(up)
     places = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
-    down = skip_init(nn.Conv2d, original.in_channels, rank, original.kernel_size, **places, **made)
-    return down, skip_init(nn.Conv2d, rank, original.out_channels, 1, **made)
+    reduce = nn.Conv2d(original.in_channels, rank, original.kernel_size, **places, **made)
+    return _emptied(reduce), _emptied(nn.Conv2d(rank, original.out_channels, 1, **made))
+
+
+def _emptied(layer: Layer) -> Layer:
+    """A layer from the meta device with an unfilled weight on the CPU; also where a dry run stands in for allocation."""
+    layer.weight = nn.Parameter(torch.empty(layer.weight.shape, dtype=layer.weight.dtype))
+    return layer
 
 
 def keep_mask(shape: Sequence[int], share: float, seed: int, device: torch.device) -> Tensor:
