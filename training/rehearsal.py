@@ -71,7 +71,8 @@ class Rehearsal:
         loss = training_loss(self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device))
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
-        loss.backward()
+        with self.ledger.guessing() if self.is_fused else contextlib.nullcontext():  # optimizers may read numbers
+            loss.backward()
         found = dict(self.ledger.peaks)
         self.clear_gradients()
         keep_blocks(self.dit, self.blocks, self.counts, self.ledger)
@@ -99,7 +100,7 @@ class Rehearsal:
         self.clear_gradients()
         if self.is_fused:
             return {}
-        states, peak = self.ledger.moment[OPTIMIZER], self.ledger.peaks[STEP]
+        states, peak = self.ledger.moment.get(OPTIMIZER, 0), self.ledger.peaks[STEP]
         return {STEP: {**peak, OPTIMIZER: states, WORKING: peak[WORKING] - states}}
 
     def step_weights(self) -> None:
