@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.attention_options import SDPA, AttentionChoice
 from modules.errors import CacheError
 
 # What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are the tensor names of
@@ -175,7 +176,7 @@ class Placement:
     compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
     fp8_compute_dtype: torch.dtype | None = None  # what fp8 files compute in where nothing else is said; None: bfloat16
     keep_file_dtypes: bool = False  # every tensor as the file stores it, where it mixes dtypes
-    attention: str = "sdpa"
+    attention: AttentionChoice = SDPA
     patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
     swap_plan: Any = None
 
