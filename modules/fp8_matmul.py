@@ -198,7 +198,7 @@ def quantise_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> 
 def _quantised(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
     if fold is not None:
         x = x * fold  # float32, as the scales are
-    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True).float()
+    largest = x.abs().amax(dim=1, keepdim=True).float()
     # the least scale keeps rows of zeros (and of numbers that bf16 can hardly hold) from dividing by zero
     # (limits come from finfo, not from a constant of this file: compiling for changing shapes makes such numbers inputs too)
     scales = (largest / torch.finfo(WEIGHT_DTYPE).max).clamp(min=torch.finfo(torch.float32).tiny)
