@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.checkpoints import load_dit
+from hunyuan_model.checkpoints import DIT, load_dit
 from hunyuan_model.conditioning import first_frame_condition, posterior_generator
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.files import HunyuanFiles
@@ -50,10 +50,6 @@ from modules.requests import check_size, filled, whole_frames, with_media
 logger = logging.getLogger(__name__)
 
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.476986)
-DIT = DitSpec(
-    block_lists=("double_blocks", "single_blocks"),
-    fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
-)
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 GUIDANCE_UNIT = 1000  # the model was distilled with 1000 times the scale

@@ -231,6 +231,7 @@ def _load_dit(job: Job) -> nn.Module:
         fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
         attention=job.options.speed.attention.mode,
         patch=patch,
+        fp8=job.options.speed.fp8.quantisation,
     )
     dit = job.family.load_dit(placement)
     if patch is not None:

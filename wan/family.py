@@ -33,7 +33,7 @@ from modules.records import (
 )
 from modules.requests import check_size, filled, whole_frames, with_media
 from wan import conditioning
-from wan.checkpoints import check_task, load_dit, note_size
+from wan.checkpoints import DIT, check_task, load_dit, note_size
 from wan.clip import load_clip
 from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, FLOW_SHIFT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
 from wan.files import WanFiles
@@ -44,19 +44,6 @@ from wan.vae import load_vae
 logger = logging.getLogger(__name__)
 
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
-DIT = DitSpec(
-    block_lists=("blocks",),
-    fp8_exclude=(
-        "norm",
-        "patch_embedding",
-        "text_embedding",
-        "time_embedding",
-        "time_projection",
-        "head",
-        "modulation",
-        "img_emb",
-    ),
-)
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 FPS = 16.0
 
