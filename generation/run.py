@@ -40,6 +40,7 @@ from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
+from modules.fp8_matmul import with_product
 from modules.records import Conditions, EncodedPrompts, Placement, Request
 from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
 
@@ -154,12 +155,15 @@ def check_models(run: Run) -> None:
 def dit_loader(
     family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
 ) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device, the LoRAs merged."""
+    """expert -> its network on the device, the LoRAs merged. Raises OptionError where the device cannot do what is asked for."""
+    speed = options.speed
+    if speed.fp8.ignored is not None:
+        logger.warning(speed.fp8.ignored)
+    fp8 = with_product(speed.fp8.quantisation, device)
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        speed = options.speed
-        placement = Placement(device, attention=speed.attention.mode, patch=patch, fp8=speed.fp8.quantisation)
+        placement = Placement(device, attention=speed.attention.mode, patch=patch, fp8=fp8)
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()

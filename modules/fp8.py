@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError
+from modules.fp8_matmul import Product, fp8_linear, suits_fp8
 from modules.fp8_options import Quantisation
 
 logger = logging.getLogger(__name__)
@@ -94,10 +95,11 @@ def attach(layer: nn.Linear, weight: Tensor, scale: Tensor | None, quantisation:
     """Give a layer its 8-bit weight, its scale and a forward that computes with them.
 
     The layer computes in autocast's dtype, without autocast in that of its input; in float32 where `float32_linear` asks for it.
+    With a `product` it multiplies in 8 bits, but for what does not suit that (`modules.fp8_matmul.suits_fp8`).
     """
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_buffer("scale_weight", scale)
-    layer.forward = functools.partial(_forward, layer, quantisation.float32_linear)
+    layer.forward = functools.partial(_forward, layer, quantisation.float32_linear, quantisation.product)  # type: ignore[method-assign]
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -110,8 +112,10 @@ def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_quantised(layer)}
 
 
-def _forward(layer: nn.Linear, in_float32: bool, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, in_float32: bool, product: Product | None, x: Tensor) -> Tensor:
     # x: ... in -> ... out
+    if product is not None and suits_fp8(x, layer.weight, scale_of(layer)):
+        return fp8_linear(x, layer.weight, scale_of(layer), layer.bias, product)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if not in_float32:

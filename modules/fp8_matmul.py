@@ -16,6 +16,7 @@ Source of the recipe: Micikevicius et al. 2022, arXiv 2209.05433, with scales by
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from modules.errors import OptionError
+from modules.fp8_options import Quantisation
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,13 @@ def choose_product(
                 logger.info("fp8 products are scaled after they are summed, because torch says: %s", reasons[0])
             return product
     raise OptionError(f"--fp8_fast: torch {torch.__version__} cannot multiply in fp8 on {_name(device)}: {reasons[-1]}. {remedy}")
+
+
+def with_product(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
+    """The same with what multiplies in 8 bits on the device, where that is asked for. Raises OptionError as `choose_product`."""
+    if quantisation is None or not quantisation.fp8_matmul:
+        return quantisation
+    return replace(quantisation, product=choose_product(device))
 
 
 def _name(device: torch.device) -> str:

@@ -20,6 +20,8 @@ from modules.activation import checkpoint_blocks
 from modules.devices import DTYPES, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
+from modules.fp8_matmul import with_product
+from modules.fp8_options import Quantisation
 from modules.options import require
 from modules.records import Placement
 from networks.adapter import make_network
@@ -59,6 +61,7 @@ class Job:
     options: TrainingOptions
     commands: CachingCommands
     accelerator: Accelerator
+    fp8: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
     progress: Progress
 
@@ -180,8 +183,9 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
         for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
             logger.warning(line)
     check_fused_backward(options, accelerator.num_processes)
+    fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
-    return Job(family, options, commands, accelerator, saved, first_progress(options, saved))
+    return Job(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
 
 
 def _read_config(options: TrainingOptions) -> DatasetConfig:
@@ -231,7 +235,7 @@ def _load_dit(job: Job) -> nn.Module:
         fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
         attention=job.options.speed.attention.mode,
         patch=patch,
-        fp8=job.options.speed.fp8.quantisation,
+        fp8=job.fp8,
     )
     dit = job.family.load_dit(placement)
     if patch is not None:
