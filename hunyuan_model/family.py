@@ -71,6 +71,7 @@ class HunyuanVideo:
     final_norm: bool = False
     second_prompt: str | None = None  # --prompt_2, for CLIP
     text_multipliers: tuple[float, float] | None = None
+    llm_in_fp8: bool = False
     dit_dtype: torch.dtype | None = None  # None: as the file says
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
@@ -124,6 +125,7 @@ class HunyuanVideo:
                 files.text_encoder1_tokenizer,
                 skip_layers=self.skip_layers,
                 final_norm=self.final_norm,
+                in_fp8=self.llm_in_fp8,
             ),
             ClipTextEncoder(files.text_encoder2_path, self._beside_dit(self.text_dtype), files.text_encoder2_tokenizer),
         ]
@@ -388,6 +390,7 @@ def _with_text(family: HunyuanVideo, options: HunyuanTextOptions) -> HunyuanVide
             text_encoder2_tokenizer=options.text_encoder2_tokenizer,
         ),
         text_dtype=computing_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+        llm_in_fp8=options.fp8_llm,
     )
 
 

@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,8 +24,10 @@ from torch import Tensor, nn
 
 from modules.checkpoint_files import TensorFile, TensorInfo, open_file
 from modules.errors import CheckpointError
-from modules.fp8 import E4M3, Fp8Loading, attach, dequantise, is_fp8, stored_scale
+from modules.fp8 import E4M3, attach, dequantise, is_fp8, stored_scale
+from modules.fp8_loading import Fp8Loading
 from modules.records import WeightPatch
+from modules.tensor_sources import Source
 
 __all__ = ["Checkpoint", "Source", "TensorInfo", "fingerprint", "load_module", "open_checkpoint", "plain_sources"]
 
@@ -190,36 +191,6 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class Source:
-    """How one tensor of ours is made: the names in the file, and what to do with these tensors (None: take the only one).
-
-    `build` also runs on meta tensors, to compare shapes before anything is read.
-    as_fp8: of an 8-bit weight, the same without multiplying it out: the weight, and its scale where it has one.
-    """
-
-    names: tuple[str, ...]
-    build: Callable[..., Tensor] | None = None
-    as_fp8: Callable[..., tuple[Tensor, Tensor | None]] | None = None
-
-    def then(self, change: Callable[[Tensor], Tensor]) -> "Source":
-        """The same source with a further step, such as cutting rows or transposing."""
-        build = self.build
-        return Source(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
-
-    def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0] if self.build is None else self.build(*tensors)
-
-    def is_fp8_in(self, checkpoint: "Checkpoint") -> bool:
-        """Whether the file holds it as a weight in 8 bits that can be kept so."""
-        alone = self.as_fp8 is not None or self.build is None
-        return alone and is_fp8(checkpoint.tensors[self.names[0]].dtype)
-
-    def make_fp8(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The weight in 8 bits, and its scale."""
-        return (tensors[0], None) if self.as_fp8 is None else self.as_fp8(*tensors)
-
-
 _SCALES = (".scale_weight", ".weight_scale")
 _QUANT_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")  # of no use once the weights are plain
 _QUANT_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
@@ -239,13 +210,12 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, Source]:
     for name in checkpoint.tensors:
         if name in scales.values() or any(fnmatch.fnmatchcase(name, pattern) for pattern in _QUANT_EXTRAS):
             continue
-        scaled = Source((name, scales[name]), dequantise, _with_scale) if name in scales else None
-        sources[name] = scaled or Source((name,))
+        if name in scales:
+            sources[name] = Source((name, scales[name]), dequantise, lambda weight, scale: (weight, stored_scale(scale)))
+        else:
+            plain_cast = is_fp8(checkpoint.tensors[name].dtype)
+            sources[name] = Source((name,), as_fp8=(lambda weight: (weight, None)) if plain_cast else None)
     return sources
-
-
-def _with_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return weight, stored_scale(scale)
 
 
 def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:

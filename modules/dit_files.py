@@ -8,7 +8,8 @@ from torch import nn
 from modules.checkpoint import Checkpoint, Source, load_module
 from modules.errors import CheckpointError
 from modules.family import DitSpec
-from modules.fp8 import Fp8Loading, linear_weights
+from modules.fp8 import linear_weights
+from modules.fp8_loading import Fp8Loading, kept_in_fp8
 from modules.records import Placement
 
 PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.")
@@ -69,16 +70,14 @@ def _fp8_layers(
     quantisation, path = placement.fp8, checkpoint.path
     if quantisation is None:
         return None
-    in_blocks = linear_weights(dit, spec.block_lists)
-    kept = [name for name in in_blocks if name in sources and sources[name].is_fp8_in(checkpoint)]
+    kept = kept_in_fp8(linear_weights(dit, spec.block_lists), sources, checkpoint.tensors)
     if not kept:
         rounded = linear_weights(dit, spec.block_lists, spec.fp8_exclude)
         return Fp8Loading(quantisation, rounded, (), placement.device)
     if quantisation.kind != "cast":
         raise CheckpointError(
             f"--fp8_scaled: {path} is in fp8 already, and rounding it again would only lose more.\n"
-            "  Leave --fp8_scaled out (--fp8_base in training and --fp8 in generation keep the file as it is), or give the bf16 file "
-            "to --dit.",
+            "  Leave --fp8_scaled out: --fp8_base (training) and --fp8 (generation) keep the file as it is. Or give the bf16 file.",
             path,
         )
     if placement.patch is not None:

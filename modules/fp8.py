@@ -6,24 +6,19 @@ product. `forward` is set on the layer itself, so that what is put around it aft
 """
 
 import functools
-import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from modules.errors import CheckpointError
 from modules.fp8_matmul import Product, fp8_linear, suits_fp8
 from modules.fp8_options import Quantisation
-
-logger = logging.getLogger(__name__)
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn; what is beyond it would become NaN
 _BLOCK_ELEMENTS = 1 << 22  # of a weight that are rounded at once: temporaries of a few MB instead of whole weights
-_SAMPLED_ROWS = 64  # of each weight, whose rounding is measured
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
@@ -99,7 +94,8 @@ def attach(layer: nn.Linear, weight: Tensor, scale: Tensor | None, quantisation:
     """
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_buffer("scale_weight", scale)
-    layer.forward = functools.partial(_forward, layer, quantisation.float32_linear, quantisation.product)  # type: ignore[method-assign]
+    compute = functools.partial(_forward, layer, quantisation.float32_linear, quantisation.product)
+    layer.forward = compute  # type: ignore[method-assign]
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -163,49 +159,3 @@ def linear_weights(module: nn.Module, lists: Sequence[str] | None = None, exclud
         and (begin is None or name.startswith(begin))
         and not any(part in f"{name}.weight" for part in exclude)
     )
-
-
-class Fp8Loading:
-    """What of a network is kept in 8 bits while it is loaded, and how much the rounding cost."""
-
-    def __init__(self, quantisation: Quantisation, rounded: Collection[str], kept: Collection[str], device: torch.device) -> None:
-        """rounded: names of weights to round. kept: of those that the file has in fp8 already. device: where to round."""
-        self.quantisation = quantisation
-        self.rounded = frozenset(rounded)
-        self.kept = frozenset(kept)
-        self.device = device
-        self._errors: dict[str, Tensor] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.rounded or name in self.kept
-
-    def round(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`quantise`, and remember how far off the result is."""
-        rounded, scale = quantise(weight, self.quantisation)
-        step = max(1, len(weight) // _SAMPLED_ROWS)
-        sample = weight[::step].float()
-        some = scale if scale is None or scale.ndim == 1 else scale[::step]
-        # rows of a float8 tensor are taken as bytes: not every operation knows the format
-        back = dequantise(rounded.view(torch.uint8)[::step].view(E4M3), some)
-        self._errors[name] = (back - sample).abs().sum() / sample.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        return rounded, scale
-
-    def report(self, what: str) -> None:
-        """Log once how many weights are in 8 bits and how large their relative error is. Raises CheckpointError where one is NaN.
-
-        The error of a weight: the sum of |difference| over the sum of |weight|, on some of its rows.
-        """
-        if self.kept:
-            logger.info("%s: %d linear layers stay in fp8 as the file has them", what, len(self.kept))
-        if not self._errors:
-            return
-        errors = torch.stack([error.cpu() for error in self._errors.values()])
-        if not errors.isfinite().all():
-            name = list(self._errors)[int(errors.isfinite().logical_not().nonzero()[0])]
-            raise CheckpointError(
-                f"{what}: {name} has values that are no numbers and cannot be rounded to fp8. Copy the file again."
-            )
-        how = {"cast": "cast to fp8", "tensor": "in fp8 with one scale each", "rows": "in fp8 with a scale per row"}
-        mean, low, high = errors.mean().item(), errors.min().item(), errors.max().item()
-        text = "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)"
-        logger.info(text, what, len(errors), how[self.quantisation.kind], 100 * mean, 100 * low, 100 * high)
