@@ -42,6 +42,7 @@ from modules.attention import check_backend
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
+from modules.fp8_matmul import with_product
 from modules.records import Conditions, EncodedPrompts, Placement, Request
 from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
 
@@ -160,11 +161,16 @@ def check_models(run: Run) -> None:
 def dit_loader(
     family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
 ) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device, the LoRAs merged."""
+    """expert -> its network on the device, the LoRAs merged. Raises OptionError where the device cannot do what is asked for."""
+    speed = options.speed
+    if speed.fp8.ignored is not None:
+        logger.warning(speed.fp8.ignored)
+    fp8 = with_product(speed.fp8.quantisation, device)
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        dit = family.load_dit(Placement(device, attention=options.speed.attention.choice, patch=patch), expert)
+        placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8)
+        dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)

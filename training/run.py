@@ -21,6 +21,8 @@ from modules.attention import check_backend
 from modules.devices import DTYPES, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
+from modules.fp8_matmul import with_product
+from modules.fp8_options import Quantisation
 from modules.options import require
 from modules.records import Placement
 from networks.adapter import make_network
@@ -62,6 +64,7 @@ class Job:
     options: TrainingOptions
     commands: CachingCommands
     accelerator: Accelerator
+    fp8: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
     progress: Progress
 
@@ -184,8 +187,9 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
         for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
             logger.warning(line)
     check_fused_backward(options, accelerator.num_processes)
+    fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
-    return Job(family, options, commands, accelerator, saved, first_progress(options, saved))
+    return Job(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
 
 
 def _read_config(options: TrainingOptions) -> DatasetConfig:
@@ -231,6 +235,7 @@ def _placement(job: Job) -> Placement:
         storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
         fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
         attention=job.options.speed.attention.choice,
+        fp8=job.fp8,
     )
 
 
