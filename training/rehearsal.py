@@ -52,6 +52,7 @@ class Rehearsal:
     optimizer: Optimizer
     steps: ParameterSteps | None
     is_fused: bool  # weights are stepped inside the backward pass
+    fused: FusedBackward | None  # what does so, once the optimizer has its states
     states: list[Tensor]  # what stands for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
 
@@ -73,7 +74,10 @@ class Rehearsal:
         self.ledger.enter("backward outside the blocks")
         with self.ledger.guessing() if self.is_fused else contextlib.nullcontext():  # optimizers may read numbers
             loss.backward()
-        found = dict(self.ledger.peaks)
+            found = dict(self.ledger.peaks)
+            if self.fused is not None:
+                self.fused.finish()
+        self.know_states()
         self.clear_gradients()
         keep_blocks(self.dit, self.blocks, self.counts, self.ledger)
         return found
@@ -93,15 +97,19 @@ class Rehearsal:
             if max_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
             self.step_weights()
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    self.ledger.see(value, OPTIMIZER)
+        self.know_states()
         self.clear_gradients()
         if self.is_fused:
             return {}
         states, peak = self.ledger.moment.get(OPTIMIZER, 0), self.ledger.peaks[STEP]
         return {STEP: {**peak, OPTIMIZER: states, WORKING: peak[WORKING] - states}}
+
+    def know_states(self) -> None:
+        """Count as the optimizer's what it keeps, which a step may have made anew."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    self.ledger.see(value, OPTIMIZER)
 
     def step_weights(self) -> None:
         """The optimizer's step of all weights, which have gradients."""
@@ -162,13 +170,13 @@ def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Le
     steps = ParameterSteps(optimizer, names, Progress(0, 0, 0.0)) if by_itself else None
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda each: ledger.see(each.grad, GRADIENTS))
-    return Rehearsal(family, options, ledger, dit, parameters, optimizer, steps, is_fused, [], blocks)
+    return Rehearsal(family, options, ledger, dit, parameters, optimizer, steps, is_fused, None, [], blocks)
 
 
 def step_in_backward(rehearsal: Rehearsal) -> None:
     """From now on backward passes step the weights, as with --fused_backward_pass."""
     assert rehearsal.steps is not None
-    FusedBackward(rehearsal.steps, rehearsal.parameters, rehearsal.options.optimizer.max_grad_norm)
+    rehearsal.fused = FusedBackward(rehearsal.steps, rehearsal.parameters, rehearsal.options.optimizer.max_grad_norm)
 
 
 def use_foreach(optimizer: Optimizer) -> None:
