@@ -37,10 +37,12 @@ from generation.prompt_lines import (
 from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
+from modules.block_swap import host_weights, swap_blocks
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
 from modules.records import Conditions, EncodedPrompts, Placement, Request
+from modules.swap_plan import SwapPlan
 from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)
@@ -155,13 +157,17 @@ def dit_loader(
     family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
 ) -> Callable[[int], nn.Module]:
     """expert -> its network on the device, the LoRAs merged."""
+    swap = options.speed.swap
+    plan = SwapPlan(family.dit, swap.number, swap.img_in_txt_in_offloading)
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        dit = family.load_dit(Placement(device, attention=options.speed.attention.mode, patch=patch), expert)
+        host = host_weights(plan, device)
+        dit = family.load_dit(Placement(device, attention=options.speed.attention.mode, patch=patch, host=host), expert)
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)
+        swap_blocks(dit.eval().requires_grad_(False), host, device)
         return dit
 
     return load_dit

@@ -53,6 +53,11 @@ LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, 
 DIT = DitSpec(
     block_lists=("double_blocks", "single_blocks"),
     fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
+    input_layers=("img_in", "txt_in"),
+    swap_counts=lambda blocks: (
+        blocks // 2,
+        (blocks - blocks // 2) * 2 + 1,
+    ),  # as the known tuners: a single block is half as large
 )
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said

@@ -13,7 +13,6 @@ from modules.vae_options import VaeOptions, add_vae_arguments
 
 LLM_FP8 = "text encoder weights in fp8 come with the fp8 options; leave it out, the encoder is freed before the DiT is loaded"
 ONE_BY_ONE = "padding is never attended to, so that it would change nothing; use --split_uncond for less memory"
-OFFLOADING = "keeping input layers on the CPU comes with block swap; leave it out, they are less than 2 % of the model"
 INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
 
 
@@ -157,9 +156,6 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exclude_single_blocks", action="store_true", help="use of LoRAs only what is for the double blocks")
     group.add_argument("--reproduce", action="store_true", help="deterministic algorithms only: slower, the same on every run")
     add_unsupported(group, "--split_attn", action="store_true", reason=ONE_BY_ONE, help="attention one sample at a time")
-    add_unsupported(
-        group, "--img_in_txt_in_offloading", action="store_true", reason=OFFLOADING, help="keep input layers on the CPU"
-    )
 
 
 def caching_commands(dataset_config: Path | None, options: HunyuanTrainingOptions, switches: Iterable[str] = ()) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from modules.checkpoint_files import TensorFile, TensorInfo, open_file
 from modules.errors import CheckpointError
-from modules.records import WeightPatch
+from modules.records import HostPlace, WeightPatch
 
 __all__ = ["Checkpoint", "Source", "TensorInfo", "fingerprint", "load_module", "open_checkpoint", "plain_sources"]
 
@@ -276,6 +276,7 @@ def load_module(
     patch: WeightPatch | None = None,
     ignore: Sequence[str] = (),
     what: str = "this model",
+    host: HostPlace | None = None,
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device and dtype.
 
@@ -283,6 +284,7 @@ def load_module(
     device: of all, or our name -> device.
     patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
     ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for messages.
+    host: keeps some of the tensors in host memory; they are made on the device all the same, where anything is to be computed.
     Parameters come out with `requires_grad` off. On the meta device nothing is read.
     Raises CheckpointError listing every missing, unexpected and misshaped tensor, before anything is read.
     """
@@ -290,20 +292,54 @@ def load_module(
     _check_fit(wanted, checkpoint, sources, ignore, what)
     plan = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
     devices = {name: device if isinstance(device, torch.device) else device(name) for name in wanted}
-    as_stored = {name for name in wanted if patch is None and _is_as_stored(sources[name], checkpoint, plan[name], devices[name])}
+    held = _hold(module, plan, wanted, devices, host)
+    ends = {name: _CPU if name in held else devices[name] for name in wanted}
+    as_stored = {name for name in wanted if patch is None and _is_as_stored(sources[name], checkpoint, plan[name], ends[name])}
     # one piece of memory for all reading: temporary tensors would leave holes in the heap between those that stay
     made = [name for name in wanted if name not in as_stored and devices[name].type != "meta"]
     room = max((_room(sources[name], checkpoint) for name in made), default=0)
     pinned = any(devices[name].type == "cuda" for name in made)
     scratch = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
     for name, target in plan.items():
-        if name in as_stored:
+        if name in held and host is not None and not host.is_filled_here:
+            tensor = held[name]
+            if patch is not None:
+                patch(name, torch.empty(tensor.shape, dtype=target, device="meta"))  # it counts what finds its weight
+        elif name in held and name in as_stored:
+            tensor = held[name]
+            _read_into(tensor, checkpoint, sources[name].names[0])
+        elif name in as_stored:
             tensor = checkpoint.read(sources[name].names[0])
         else:
-            tensor = torch.empty(wanted[name].shape, dtype=target, device=devices[name])
+            tensor = held[name] if name in held else torch.empty(wanted[name].shape, dtype=target, device=devices[name])
             if devices[name].type != "meta":
                 tensor.copy_(_made(name, sources[name], checkpoint, scratch, devices[name], target, patch))
         _put(module, name, tensor)
+    if held and host is not None:
+        host.finish()
+
+
+_CPU = torch.device("cpu")
+
+
+def _hold(
+    module: nn.Module,
+    plan: Mapping[str, torch.dtype],
+    wanted: Mapping[str, Tensor],
+    devices: Mapping[str, torch.device],
+    host: HostPlace | None,
+) -> Mapping[str, Tensor]:
+    """Memory for what stays in host memory. plan: name -> dtype to keep. Where nothing is read it is not needed."""
+    if host is None or all(device.type == "meta" for device in devices.values()):
+        return {}
+    return host.hold(module, {name: TensorInfo(dtype, tuple(wanted[name].shape)) for name, dtype in plan.items()})
+
+
+def _read_into(room: Tensor, checkpoint: Checkpoint, name: str) -> None:
+    """Read a tensor to where it is to stay; only a mapped file has to be copied from."""
+    tensor = checkpoint.borrow(name, room.view(-1).view(torch.uint8))
+    if tensor.data_ptr() != room.data_ptr():
+        room.copy_(tensor)
 
 
 _ALIGNMENT = 64  # bytes; where tensors begin in `scratch`

@@ -53,5 +53,7 @@ def fill_dit(
         own = checkpoint.tensors[sources[weight].names[0]].dtype if weight in sources else stored
         return own if own.itemsize > 1 else target
 
-    load_module(dit, checkpoint, sources, device=placement.device, dtype=kept, patch=placement.patch, what=what)
+    load_module(
+        dit, checkpoint, sources, device=placement.device, dtype=kept, patch=placement.patch, what=what, host=placement.host
+    )
     dit.eval()

@@ -11,8 +11,7 @@ from modules.attention_options import (
 )
 from modules.compile_options import add_generation_compile_arguments, add_training_compile_arguments
 from modules.fp8_options import add_generation_fp8_arguments, add_training_fp8_arguments
-from modules.options import add_unsupported
-from modules.swap_options import NO_SWAP, add_swap_arguments
+from modules.swap_options import SwapOptions, add_swap_arguments
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,7 @@ class TrainingSpeedOptions:
     """What training can choose."""
 
     attention: TrainingAttentionOptions
+    swap: SwapOptions
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class GenerationSpeedOptions:
 
     attention: GenerationAttentionOptions
     fp16_accumulation: bool
+    swap: SwapOptions
 
 
 def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,6 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory and speed")
     add_training_fp8_arguments(group)
     add_swap_arguments(group, None)
-    add_unsupported(group, "--img_in_txt_in_offloading", reason=NO_SWAP, action="store_true", help="keep input layers on the CPU")
     add_training_compile_arguments(group)
 
 

@@ -56,6 +56,7 @@ DIT = DitSpec(
         "modulation",
         "img_emb",
     ),
+    input_layers=("patch_embedding", "text_embedding", "img_emb"),
 )
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 FPS = 16.0
