@@ -13,7 +13,7 @@ from modules.activation import checkpoint_blocks
 from modules.block_swap import HostWeights, host_weights, swap_blocks
 from modules.family import DitSpec
 from modules.swap_plan import SwapPlan
-from networks import lora, lora_wan
+from networks import lora_hunyuan, lora_wan
 from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny import hunyuan_dit, wan_dit
@@ -76,7 +76,7 @@ def _lora(builder: Any) -> Callable[[nn.Module], nn.Module]:
 
 CASES = (
     Case("wan", WAN, _wan, _wan_inputs, _lora(lora_wan), (5,), 4),
-    Case("hunyuan", HUNYUAN, _hunyuan, _hunyuan_inputs, _lora(lora), (3, 7), 4),
+    Case("hunyuan", HUNYUAN, _hunyuan, _hunyuan_inputs, _lora(lora_hunyuan), (3, 7), 4),
 )
 
 

@@ -212,7 +212,7 @@ def test_skipped_blocks_are_not_sent_for() -> None:
         sent.clear()
         dit(**case.inputs(1), skip_blocks=frozenset({2, 3}))
 
-    assert sent == [4, 0, 1]  # 0 and 1 were there; the next pass begins with them
+    assert sent == [1, 4, 0]  # 0 was there, from the end of the pass before
 
 
 def test_parameters_stay_the_same_objects_with_their_dtype_and_shape() -> None:
