@@ -162,8 +162,9 @@ def dit_loader(
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        host = host_weights(plan, device)
-        dit = family.load_dit(Placement(device, attention=options.speed.attention.mode, patch=patch, host=host), expert)
+        host, speed = host_weights(plan, device), options.speed
+        placement = Placement(device, attention=speed.attention.mode, patch=patch, fp8=speed.fp8.quantisation, host=host)
+        dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)

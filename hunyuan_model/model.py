@@ -84,7 +84,7 @@ class HunyuanVideoModel(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the blocks compute in where no autocast says otherwise."""
-        return self.get_parameter("double_blocks.0.img_attn_proj.weight").dtype
+        return self.get_parameter("double_blocks.0.img_attn_proj.bias").dtype  # the weight may be in 8 bits
 
     def forward(
         self,

@@ -11,7 +11,6 @@ from modules.errors import OptionError
 from modules.options import add_unsupported, check_at_least
 from modules.vae_options import VaeOptions, add_vae_arguments
 
-LLM_FP8 = "text encoder weights in fp8 come with the fp8 options; leave it out, the encoder is freed before the DiT is loaded"
 ONE_BY_ONE = "padding is never attended to, so that it would change nothing; use --split_uncond for less memory"
 INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
 
@@ -36,6 +35,7 @@ class HunyuanTextOptions:
     text_encoder1_tokenizer: Path | None
     text_encoder2_tokenizer: Path | None
     text_encoder_dtype: str | None
+    fp8_llm: bool
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,11 @@ def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
         )
     dtype = "what both compute in; default float16, beside a float32 --dit float32"
     group.add_argument("--text_encoder_dtype", type=str, default=None, help=dtype)
-    add_unsupported(group, "--fp8_llm", action="store_true", reason=LLM_FP8, help="Llama's weights in fp8")
+    group.add_argument(
+        "--fp8_llm",
+        action="store_true",
+        help="keep Llama's linear layers in fp8: half of float16's memory, slightly other states",
+    )
 
 
 def _check_channels(channels: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modules.checkpoint_files import TensorInfo
 from modules.errors import CacheError
+from modules.fp8_options import Quantisation
 
 # What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are the tensor names of
 # the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one entry per sample.
@@ -191,6 +192,7 @@ class Placement:
     keep_file_dtypes: bool = False  # every tensor as the file stores it, where it mixes dtypes
     attention: str = "sdpa"
     patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
+    fp8: Quantisation | None = None  # how the linear layers of the blocks are kept in 8 bits; None: they are not
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
 
 

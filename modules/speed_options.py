@@ -10,7 +10,12 @@ from modules.attention_options import (
     add_training_attention_arguments,
 )
 from modules.compile_options import add_generation_compile_arguments, add_training_compile_arguments
-from modules.fp8_options import add_generation_fp8_arguments, add_training_fp8_arguments
+from modules.fp8_options import (
+    GenerationFp8Options,
+    TrainingFp8Options,
+    add_generation_fp8_arguments,
+    add_training_fp8_arguments,
+)
 from modules.swap_options import SwapOptions, add_swap_arguments
 
 
@@ -19,6 +24,7 @@ class TrainingSpeedOptions:
     """What training can choose."""
 
     attention: TrainingAttentionOptions
+    fp8: TrainingFp8Options
     swap: SwapOptions
 
 
@@ -27,6 +33,7 @@ class GenerationSpeedOptions:
     """What generation can choose."""
 
     attention: GenerationAttentionOptions
+    fp8: GenerationFp8Options
     fp16_accumulation: bool
     swap: SwapOptions
 

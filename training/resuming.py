@@ -69,6 +69,9 @@ HABITS = (
     "scale_weight_norms",
     "base_weights_multiplier",
     "mixed_precision",
+    "fp8_base",
+    "fp8_scaled",
+    "upcast_quantization",
     "fp16_accumulation",
     "guidance_scale",
 )

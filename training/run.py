@@ -243,6 +243,7 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
         fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
         attention=job.options.speed.attention.mode,
         patch=patch,
+        fp8=job.options.speed.fp8.quantisation,
         host=host,
     )
     dit = job.family.load_dit(placement)

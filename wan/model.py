@@ -186,7 +186,7 @@ class WanModel(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the blocks compute in where no autocast says otherwise."""
-        return self.get_parameter("blocks.0.ffn.0.weight").dtype
+        return self.get_parameter("blocks.0.ffn.0.bias").dtype  # the weight may be in 8 bits, which nothing computes in
 
     def forward(
         self,

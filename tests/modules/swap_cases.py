@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.family import DIT as HUNYUAN
+from hunyuan_model.checkpoints import DIT as HUNYUAN
 from hunyuan_model.model import HunyuanVideoModel
 from modules.activation import checkpoint_blocks
 from modules.block_swap import HostWeights, host_weights, swap_blocks
@@ -18,7 +18,7 @@ from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny import hunyuan_dit, wan_dit
 from tests.wan.test_model import tiny_inputs as wan_inputs
-from wan.family import DIT as WAN
+from wan.checkpoints import DIT as WAN
 from wan.model import WanModel
 
 CPU = torch.device("cpu")

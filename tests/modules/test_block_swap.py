@@ -112,8 +112,7 @@ def test_after_an_interruption_anywhere_the_next_pass_is_right(case: Case, count
     dit, network = learner(case, case.most - 1, checkpointing, device)
     interrupt_at(device, count)
     with pytest.raises(Interruption):
-        for seed in range(9):
-            gradients(case, dit, network, seed)
+        [gradients(case, dit, network, seed) for seed in range(9)]
 
     assert same(gradients(case, dit, network), expected_gradients(case, checkpointing))
 

@@ -64,7 +64,7 @@ def test_defaults_make_complete_options() -> None:
     ("argv", "expected"),
     [
         (["--flash_attn"], "--flash_attn is not supported yet"),
-        (["--fp8_base"], "--fp8_base is not supported yet"),
+        (["--fp8_scaled"], "--fp8_scaled needs --fp8_base"),
         (["--blocks_to_swap", "-2"], "--blocks_to_swap -2: give a number"),
         (["--dynamo_backend", "inductor"], "--dynamo_backend is not supported yet"),
         (["--max_train_steps", "0"], "--max_train_steps 0"),
@@ -167,7 +167,7 @@ def test_the_command_line_goes_before_the_config_file(tmp_path: Path) -> None:
         ("output_name = 3", "expected text in quotes"),
         ('timestep_sampling = "sigm"', "choose from sigma, uniform"),
         ("network_args = [1]", "expected text in quotes, or a list of them"),
-        ("fp8_base = true", "--fp8_base is not supported yet"),
+        ("fp8_scaled = true", "--fp8_scaled needs --fp8_base"),
         ("lr_warmup_steps = 1.5", "expected steps, or a fraction"),
     ],
 )
