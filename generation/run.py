@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from blissful_tuner.guidance import uses_guidance
 from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
 from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import StepDone
@@ -37,6 +38,7 @@ from generation.prompt_lines import (
 from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
+from modules.attention import check_backend
 from modules.block_swap import host_weights, swap_blocks
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
@@ -147,8 +149,12 @@ def tell_where_metadata_is(output: OutputOptions) -> None:
 
 
 def check_models(run: Run) -> None:
-    """Raise UserError where a model file that every prompt needs is missing or of another kind. Nothing is loaded."""
+    """Raise UserError where a model file that every prompt needs is missing or of another kind, or the attention that is asked for
+    cannot be had. Nothing is loaded.
+    """
     _ = run.family.dit_files, run.family.text_encoders()
+    placement = Placement(run.session.device, attention=run.options.speed.attention.choice)
+    check_backend(placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False)
     if run.options.output.decodes:
         _ = run.family.media_identity
 
@@ -163,7 +169,7 @@ def dit_loader(
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
         host, speed = host_weights(plan, device), options.speed
-        placement = Placement(device, attention=speed.attention.mode, patch=patch, fp8=speed.fp8.quantisation, host=host)
+        placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=speed.fp8.quantisation, host=host)
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
@@ -236,6 +242,8 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     """Encode all texts, encode all images and videos, denoise all, decode all."""
     if any(run.family.needs_media(job.request) for job in jobs):
         _ = run.family.media_identity  # raises where a file is missing, before gigabytes are loaded
+    if run.options.forces_split and any(uses_guidance(job.request) for job in jobs):
+        logger.warning("--split_attn has the passes of guidance made one after the other, as --split_uncond does.")
     make_folder(run.options.output.save_path)
     texts = run.session.texts([job.request for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
@@ -282,7 +290,7 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
                         run.options.cpu_noise,
                         run.options.guidance,
                         on_step,
-                        run.options.split_uncond,
+                        run.options.splits_guidance,
                     ).to(CPU)
                 done.append(kept(run, job, latents))
     return done

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
-from modules.attention import backend
 from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
 from modules.checkpoint_files import load_pickled
 from modules.devices import dtype_name
@@ -147,7 +146,6 @@ def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
     float32. `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.
     """
-    backend(placement.attention)
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)

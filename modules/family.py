@@ -152,6 +152,8 @@ class Family(Protocol):
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
 
+    def compute_dtype(self, placement: Placement) -> torch.dtype: ...  # of the loaded network without autocast; from headers alone
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module: ...
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions: ...  # latents in model space

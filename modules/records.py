@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from modules.attention_options import SDPA, AttentionChoice
 from modules.checkpoint_files import TensorInfo
 from modules.errors import CacheError
 from modules.fp8_options import Quantisation
@@ -190,7 +191,7 @@ class Placement:
     compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
     fp8_compute_dtype: torch.dtype | None = None  # what fp8 files compute in where nothing else is said; None: bfloat16
     keep_file_dtypes: bool = False  # every tensor as the file stores it, where it mixes dtypes
-    attention: str = "sdpa"
+    attention: AttentionChoice = SDPA
     patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
     fp8: Quantisation | None = None  # how the linear layers of the blocks are kept in 8 bits; None: they are not
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device

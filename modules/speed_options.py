@@ -50,7 +50,7 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_swap: int | None = 0) -> None:
     """Add the arguments of `GenerationSpeedOptions`, and those that are refused. blocks_to_swap: its default, which means none."""
     group = parser.add_argument_group("memory and speed")
-    add_generation_attention_arguments(group)
+    add_generation_attention_arguments(parser, group)
     group.add_argument(
         "--fp16_accumulation", action="store_true", help="sum fp16 matrix products in fp16: faster on some GPUs, less exact"
     )

@@ -17,6 +17,7 @@ from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingIt
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.activation import checkpoint_blocks
+from modules.attention import check_backend
 from modules.block_swap import HostWeights, host_weights, settle, swap_blocks
 from modules.devices import DTYPES, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
@@ -51,6 +52,8 @@ from training.upload import Uploads, make_uploads
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
     """A run with everything loaded; leaving it ends logs and waits for uploads. Raises as `train_network`."""
     config = _read_config(options)  # a fault in it is told before anything is started
     job = _start(family, options, commands)
+    _check_attention(job)
     data = _find_data(job, config)
     identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
     habits = habits_of(options, family.metadata)
@@ -228,28 +232,38 @@ def _make_sampler(job: Job) -> Sampler | None:
     )
 
 
+def _placement(job: Job) -> Placement:
+    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""
+    whole, precision = job.options.whole_dit, job.options.accelerator.mixed_precision
+    return Placement(
+        job.accelerator.device,
+        storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
+        fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
+        attention=job.options.speed.attention.choice,
+        fp8=job.options.speed.fp8.quantisation,
+    )
+
+
+def _check_attention(job: Job) -> None:
+    """Raise OptionError where the attention that is asked for cannot be had; nothing is loaded yet."""
+    autocast = AUTOCAST.get(job.options.accelerator.mixed_precision)
+    placement = _placement(job)
+    check_backend(placement.attention, placement.device, lambda: autocast or job.family.compute_dtype(placement), training=True)
+
+
 def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
     """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the dtype to learn in.
 
     host: keeps the weights of swapped blocks.
     """
-    network, whole, precision = job.options.network, job.options.whole_dit, job.options.accelerator.mixed_precision
+    network, precision = job.options.network, job.options.accelerator.mixed_precision
     files = [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
     uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
     patch = LoraPatch(uses) if uses else None
-    placement = Placement(
-        job.accelerator.device,
-        storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
-        fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
-        attention=job.options.speed.attention.mode,
-        patch=patch,
-        fp8=job.options.speed.fp8.quantisation,
-        host=host,
-    )
-    dit = job.family.load_dit(placement)
+    dit = job.family.load_dit(replace(_placement(job), patch=patch, host=host))
     if patch is not None:
         patch.check()
-    dtype, autocast = _dtype_of(dit), {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    dtype, autocast = _dtype_of(dit), AUTOCAST.get(precision)
     if autocast is not None and dtype not in {autocast, torch.float32}:
         raise OptionError(
             f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no or that of the model."

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from modules.attention_options import SDPA
 from modules.errors import OptionError, UserError
 from modules.options import read_options
 from training.options import TrainingOptions, read_arguments, training_parser
@@ -55,7 +56,7 @@ def test_defaults_make_complete_options() -> None:
     assert made.loop.max_train_steps == 1600
     assert made.loop.dataset_config == Path("d.toml")
     assert made.accelerator.mixed_precision == "no"
-    assert made.speed.attention.mode == "sdpa"
+    assert made.speed.attention.choice == SDPA
     assert made.logs.trackers == ()
     assert made.saving.save_every_n_minutes is None
 
