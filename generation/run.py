@@ -39,11 +39,13 @@ from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
 from modules.attention import check_backend
+from modules.block_swap import host_weights, swap_blocks
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
 from modules.fp8_matmul import with_product
 from modules.records import Conditions, EncodedPrompts, Placement, Request
+from modules.swap_plan import SwapPlan
 from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)
@@ -166,14 +168,17 @@ def dit_loader(
     if speed.fp8.ignored is not None:
         logger.warning(speed.fp8.ignored)
     fp8 = with_product(speed.fp8.quantisation, device)
+    plan = SwapPlan(family.dit, speed.swap.number, speed.swap.img_in_txt_in_offloading)
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8)
+        host = host_weights(plan, device)
+        placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8, host=host)
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)
+        swap_blocks(dit.eval().requires_grad_(False), host, device)
         return dit
 
     return load_dit

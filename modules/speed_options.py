@@ -16,8 +16,7 @@ from modules.fp8_options import (
     add_generation_fp8_arguments,
     add_training_fp8_arguments,
 )
-from modules.options import add_unsupported
-from modules.swap_options import NO_SWAP, add_swap_arguments
+from modules.swap_options import SwapOptions, add_swap_arguments
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class TrainingSpeedOptions:
 
     attention: TrainingAttentionOptions
     fp8: TrainingFp8Options
+    swap: SwapOptions
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class GenerationSpeedOptions:
     attention: GenerationAttentionOptions
     fp8: GenerationFp8Options
     fp16_accumulation: bool
+    swap: SwapOptions
 
 
 def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,6 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory and speed")
     add_training_fp8_arguments(group)
     add_swap_arguments(group, None)
-    add_unsupported(group, "--img_in_txt_in_offloading", reason=NO_SWAP, action="store_true", help="keep input layers on the CPU")
     add_training_compile_arguments(group)
 
 

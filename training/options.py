@@ -69,6 +69,14 @@ class TrainingOptions:
                 "--fp8_base: weights that learn are kept in float32, or in bfloat16 with --full_bf16, because fp8 would lose the "
                 "steps; leave it out, or train a LoRA with hv_train_network.py"
             )
+        swap = self.speed.swap
+        if swap.blocks_to_swap and not options.fused_backward_pass:
+            raise OptionError(
+                f"--blocks_to_swap {swap.blocks_to_swap} with weights that learn: each has to be stepped while its block is on the "
+                "device. Add --fused_backward_pass, or leave it out"
+            )
+        if swap.img_in_txt_in_offloading:
+            raise OptionError("--img_in_txt_in_offloading: these layers learn, so they have to be on the device. Leave it out")
         if not options.fused_backward_pass:
             return
         if accumulation != 1:

@@ -18,6 +18,7 @@ from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.activation import checkpoint_blocks
 from modules.attention import check_backend
+from modules.block_swap import HostWeights, host_weights, settle, swap_blocks
 from modules.devices import DTYPES, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
@@ -25,6 +26,7 @@ from modules.fp8_matmul import with_product
 from modules.fp8_options import Quantisation
 from modules.options import require
 from modules.records import Placement
+from modules.swap_plan import SwapPlan
 from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
@@ -125,8 +127,10 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
     habits = habits_of(options, family.metadata)
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
-    dit = _load_dit(job)
-    learning, optimizer_name = _make_learning(job, dit, data.plan.total_steps)
+    swap = job.options.speed.swap
+    host = host_weights(SwapPlan(job.family.dit, swap.number, swap.img_in_txt_in_offloading), job.accelerator.device)
+    dit = _load_dit(job, host)
+    learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
     if job.saved is not None:
         restore(job.saved, learning)
         job = replace(job, saved=None)  # gives its tensors free
@@ -134,7 +138,12 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
 
     uploads = make_uploads(options.hub)
     facts = _facts(job, data, optimizer_name, learning.schedule.name)
-    saver = _make_saver(job, dit, learning, facts, uploads, lambda: capture(job.progress, learning, identity, habits))
+
+    def take_state() -> SavedState:
+        settle(dit)
+        return capture(job.progress, learning, identity, habits)
+
+    saver = _make_saver(job, dit, learning, facts, uploads, take_state)
     log_config = public_config(options) if options.logs.log_config else None
     tracker = TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft"
     with (
@@ -246,13 +255,16 @@ def _check_attention(job: Job) -> None:
     check_backend(placement.attention, placement.device, lambda: autocast or job.family.compute_dtype(placement), training=True)
 
 
-def _load_dit(job: Job) -> nn.Module:
-    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the dtype to learn in."""
+def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
+    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the dtype to learn in.
+
+    host: keeps the weights of swapped blocks.
+    """
     network, precision = job.options.network, job.options.accelerator.mixed_precision
     files = [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
     uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
     patch = LoraPatch(uses) if uses else None
-    dit = job.family.load_dit(replace(_placement(job), patch=patch))
+    dit = job.family.load_dit(replace(_placement(job), patch=patch, host=host))
     if patch is not None:
         patch.check()
     dtype, autocast = _dtype_of(dit), AUTOCAST.get(precision)
@@ -263,8 +275,8 @@ def _load_dit(job: Job) -> nn.Module:
     return dit.requires_grad_(False)
 
 
-def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, then checkpointing), make optimizer and schedule; also how metadata name the optimizer."""
+def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
+    """Dress the DiT (network, checkpointing, swap), make optimizer and schedule; also how metadata name the optimizer."""
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
@@ -275,11 +287,12 @@ def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]
     checkpointing = options.loop.gradient_checkpointing
     if checkpointing:
         checkpoint_blocks(dit, job.family.dit)
+    swap_blocks(dit, host, device)
     dit.train(checkpointing)  # it has no dropout; checkpointing is what acts in training mode
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
     set_training(optimizer, True)
-    return Learning(trainable, optimizer, schedule, job.accelerator.scaler), name
+    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler), name
 
 
 def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
@@ -337,6 +350,7 @@ def _make_saver(
     def write_file(path: Path) -> None:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
         metadata = file_metadata(run_values, options, job.family.metadata, progress.step, epoch, datetime.now())
+        settle(dit)
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
 
