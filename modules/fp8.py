@@ -18,7 +18,7 @@ from modules.fp8_options import Quantisation
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn; what is beyond it would become NaN
-_BLOCK_ELEMENTS = 1 << 22  # of a weight that are rounded at once: temporaries of a few MB instead of whole weights
+_BLOCK_ELEMENTS = 1 << 20  # of a weight that are rounded at once: temporaries of a few MB instead of whole weights
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
