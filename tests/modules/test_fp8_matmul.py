@@ -18,10 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.errors import OptionError
+from modules.fp8 import attach, quantise
 from modules.fp8_matmul import (
+    FEWEST_ROWS,
     Product,
     choose_product,
     emulated_product,
@@ -31,7 +33,9 @@ from modules.fp8_matmul import (
     suits_fp8,
     supports_fp8,
     tensor_scaled_product,
+    with_product,
 )
+from modules.fp8_options import Quantisation
 
 CPU = torch.device("cpu")
 PRODUCTS = (row_scaled_product, tensor_scaled_product, emulated_product)
@@ -319,3 +323,47 @@ def test_the_first_product_that_works_is_taken(caplog: pytest.LogCaptureFixture)
     assert "row-wise scaling is not built in" in caplog.text
     with pytest.raises(OptionError, match="cannot multiply in fp8 on the device cpu: the product of two tiles of ones is 0.0"):
         choose_product(CPU, lambda _: True, (refusing, wrong))
+
+
+def test_a_product_is_looked_for_only_where_it_is_asked_for() -> None:
+    for quantisation in (None, Quantisation("rows")):
+        assert with_product(quantisation, CPU) is quantisation
+    with pytest.raises(OptionError, match="--fp8_fast"):
+        with_product(Quantisation("rows", fp8_matmul=True), CPU)
+
+
+def in_fp8(quantisation: Quantisation, rows: int = N) -> nn.Linear:
+    layer = nn.Linear(K, rows, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    layer.bias = nn.Parameter(random(rows, seed=3), requires_grad=False)
+    attach(layer, *quantise(random(rows, K, seed=2), quantisation), quantisation)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["cast", "tensor", "rows"])
+def test_a_layer_multiplies_in_fp8_what_suits_it_and_all_else_in_16_bits(kind: str) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def counted(
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    ) -> Tensor:
+        calls.append(tuple(a.shape))
+        return emulated_product(a, b, scale_a, scale_b, bias, dtype, fast_sums)
+
+    plain, fast = Quantisation(kind), Quantisation(kind, product=counted)
+    for tokens, rows, in_8_bits in ((M, N, True), (M, N + 1, False), (FEWEST_ROWS - 1, N, False)):
+        calls.clear()
+        x = random(1, tokens, K).requires_grad_()
+        expected, out = in_fp8(plain, rows)(x), in_fp8(fast, rows)(x)
+        out.sum().backward()
+        assert calls == ([(tokens, K), (tokens, rows)] if in_8_bits else [])  # forward and the gradient of the input
+        assert torch.equal(out, expected) != in_8_bits
+        assert (out - expected).norm() < 0.04 * expected.norm()
+
+
+def test_rounding_in_float32_layers_is_for_what_is_multiplied_in_16_bits() -> None:
+    x = random(M, K)
+    fast = Quantisation("rows", product=emulated_product)
+    wide = Quantisation("rows", float32_linear=True, product=emulated_product)
+
+    assert torch.equal(in_fp8(fast)(x), in_fp8(wide)(x))
+    assert not torch.equal(in_fp8(fast)(x[:3]), in_fp8(wide)(x[:3]))
