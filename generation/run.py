@@ -37,6 +37,7 @@ from generation.prompt_lines import (
 from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
+from modules.compile import check_compilation, compile_blocks
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
@@ -124,6 +125,7 @@ def generate(family: Family, options: GenerationOptions) -> None:
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device)
         return
+    check_compilation(options.speed.compilation.choice, device)
     run = Run(family, options, Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive))
     tell_where_metadata_is(options.output)
     if options.latent_path:
@@ -154,7 +156,8 @@ def check_models(run: Run) -> None:
 def dit_loader(
     family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
 ) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device, the LoRAs merged."""
+    """expert -> its network on the device, the LoRAs merged, its blocks compiled where the options say so."""
+    compilation = options.speed.compilation.choice
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
@@ -162,6 +165,8 @@ def dit_loader(
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)
+        if compilation is not None:
+            compile_blocks(dit, family.dit, compilation)
         return dit
 
     return load_dit

@@ -9,7 +9,12 @@ from modules.attention_options import (
     add_generation_attention_arguments,
     add_training_attention_arguments,
 )
-from modules.compile_options import add_generation_compile_arguments, add_training_compile_arguments
+from modules.compile_options import (
+    GenerationCompileOptions,
+    TrainingCompileOptions,
+    add_generation_compile_arguments,
+    add_training_compile_arguments,
+)
 from modules.fp8_options import add_generation_fp8_arguments, add_training_fp8_arguments
 from modules.options import add_unsupported
 from modules.swap_options import NO_SWAP, add_swap_arguments
@@ -20,6 +25,7 @@ class TrainingSpeedOptions:
     """What training can choose."""
 
     attention: TrainingAttentionOptions
+    compilation: TrainingCompileOptions
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class GenerationSpeedOptions:
     """What generation can choose."""
 
     attention: GenerationAttentionOptions
+    compilation: GenerationCompileOptions
     fp16_accumulation: bool
 
 

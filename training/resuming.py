@@ -69,6 +69,8 @@ HABITS = (
     "base_weights_multiplier",
     "mixed_precision",
     "fp16_accumulation",
+    "compile",
+    "dynamo_backend",
     "guidance_scale",
 )
 

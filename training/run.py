@@ -17,6 +17,8 @@ from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingIt
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.activation import checkpoint_blocks
+from modules.activation_offload import Offload, transfer_for
+from modules.compile import check_compilation, compile_blocks
 from modules.devices import DTYPES, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
@@ -180,6 +182,7 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
         for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
             logger.warning(line)
     check_fused_backward(options, accelerator.num_processes)
+    check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
     return Job(family, options, commands, accelerator, saved, first_progress(options, saved))
 
@@ -244,7 +247,7 @@ def _load_dit(job: Job) -> nn.Module:
 
 
 def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, then checkpointing), make optimizer and schedule; also how metadata name the optimizer."""
+    """Dress the DiT (network, compilation, checkpointing), make optimizer and schedule; also how metadata name the optimizer."""
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
@@ -252,9 +255,12 @@ def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]
     else:
         assert options.whole_dit is not None  # one of the two is there
         trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
-    checkpointing = options.loop.gradient_checkpointing
+    compilation, checkpointing = options.speed.compilation.choice, options.loop.gradient_checkpointing
+    if compilation is not None:
+        compile_blocks(dit, job.family.dit, compilation)
     if checkpointing:
-        checkpoint_blocks(dit, job.family.dit)
+        offload = Offload(transfer_for(device)) if options.loop.gradient_checkpointing_cpu_offload else None
+        checkpoint_blocks(dit, job.family.dit, options.loop.gradient_checkpointing_keep is not None, offload)
     dit.train(checkpointing)  # it has no dropout; checkpointing is what acts in training mode
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
