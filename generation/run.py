@@ -40,6 +40,7 @@ from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
 from modules.attention import check_backend
 from modules.block_swap import host_weights, swap_blocks
+from modules.compile import check_compilation, compile_blocks
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
@@ -129,6 +130,7 @@ def generate(family: Family, options: GenerationOptions) -> None:
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device)
         return
+    check_compilation(options.speed.compilation.choice, device)
     run = Run(family, options, Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive))
     tell_where_metadata_is(options.output)
     if options.latent_path:
@@ -163,12 +165,13 @@ def check_models(run: Run) -> None:
 def dit_loader(
     family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
 ) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device, the LoRAs merged. Raises OptionError where the device cannot do what is asked for."""
+    """expert -> its network on the device, the LoRAs merged; blocks compiled and swapped as the options say. Raises OptionError."""
     speed = options.speed
     if speed.fp8.ignored is not None:
         logger.warning(speed.fp8.ignored)
     fp8 = with_product(speed.fp8.quantisation, device)
     plan = SwapPlan(family.dit, speed.swap.number, speed.swap.img_in_txt_in_offloading)
+    compilation = options.speed.compilation.choice
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
@@ -178,7 +181,10 @@ def dit_loader(
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)
-        swap_blocks(dit.eval().requires_grad_(False), host, device)
+        dit.eval().requires_grad_(False)
+        if compilation is not None:
+            compile_blocks(dit, family.dit, compilation)
+        swap_blocks(dit, host, device)
         return dit
 
     return load_dit

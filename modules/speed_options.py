@@ -9,7 +9,12 @@ from modules.attention_options import (
     add_generation_attention_arguments,
     add_training_attention_arguments,
 )
-from modules.compile_options import add_generation_compile_arguments, add_training_compile_arguments
+from modules.compile_options import (
+    GenerationCompileOptions,
+    TrainingCompileOptions,
+    add_generation_compile_arguments,
+    add_training_compile_arguments,
+)
 from modules.fp8_options import (
     GenerationFp8Options,
     TrainingFp8Options,
@@ -26,6 +31,7 @@ class TrainingSpeedOptions:
     attention: TrainingAttentionOptions
     fp8: TrainingFp8Options
     swap: SwapOptions
+    compilation: TrainingCompileOptions
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class GenerationSpeedOptions:
 
     attention: GenerationAttentionOptions
     fp8: GenerationFp8Options
+    compilation: GenerationCompileOptions
     fp16_accumulation: bool
     swap: SwapOptions
 

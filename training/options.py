@@ -119,13 +119,16 @@ def training_parser(
 def read_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
-    """Parse: command line over --config_file over what `accelerate launch` was told (mixed precision) over defaults.
+    """Parse: command line over --config_file over what `accelerate launch` was told (precision, compiling) over defaults.
 
     Raises OptionError for a wrong value in the file and for an option that is not supported yet; ends the program for a wrong
     command line, as argparse does.
     """
     config_file = parser.parse_args(argv).config_file
-    prefilled = {"mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION", "no")}
+    prefilled = {
+        "mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION", "no"),
+        "dynamo_backend": environment.get("ACCELERATE_DYNAMO_BACKEND", "NO"),
+    }
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
     refuse_unsupported(parser, args)

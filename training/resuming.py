@@ -73,6 +73,8 @@ HABITS = (
     "fp8_scaled",
     "upcast_quantization",
     "fp16_accumulation",
+    "compile",
+    "dynamo_backend",
     "guidance_scale",
 )
 

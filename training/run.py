@@ -17,8 +17,10 @@ from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingIt
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.activation import checkpoint_blocks
+from modules.activation_offload import Offload, transfer_for
 from modules.attention import check_backend
 from modules.block_swap import HostWeights, host_weights, settle, swap_blocks
+from modules.compile import check_compilation, compile_blocks
 from modules.devices import DTYPES, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
@@ -197,6 +199,7 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
             logger.warning(line)
     check_fused_backward(options, accelerator.num_processes)
     fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
+    check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
     return Job(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
 
@@ -276,7 +279,7 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
 
 
 def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, checkpointing, swap), make optimizer and schedule; also how metadata name the optimizer."""
+    """Dress the DiT (network, compilation, checkpointing, swap), make optimizer and schedule; also how metadata name the optimizer."""
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
@@ -284,9 +287,12 @@ def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: in
     else:
         assert options.whole_dit is not None  # one of the two is there
         trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
-    checkpointing = options.loop.gradient_checkpointing
+    compilation, checkpointing = options.speed.compilation.choice, options.loop.gradient_checkpointing
+    if compilation is not None:
+        compile_blocks(dit, job.family.dit, compilation)
     if checkpointing:
-        checkpoint_blocks(dit, job.family.dit)
+        offload = Offload(transfer_for(device)) if options.loop.gradient_checkpointing_cpu_offload else None
+        checkpoint_blocks(dit, job.family.dit, options.loop.gradient_checkpointing_keep is not None, offload)
     swap_blocks(dit, host, device)
     dit.train(checkpointing)  # it has no dropout; checkpointing is what acts in training mode
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)

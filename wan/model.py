@@ -31,7 +31,7 @@ class Tokens:
     """What the blocks need beside the video tokens; built once a forward pass by `WanModel.embed`."""
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
-    rotary: Tensor  # turns by position, L 1 D/2 complex64, or L 1 D/2 2 float32
+    rotary: Tensor  # turns by position, L 1 D/2 2 float32
     text: Tensor  # B T C
     text_repeats: Tensor | None  # T float32, for how many equal rows each row of text stands; None: one each
     image: Tensor | None  # B I C
