@@ -34,6 +34,7 @@ ATTENTION = (
     "xformers_flash::flash_fwd",
     "xformers_flash3::flash_fwd",
     "xformers::efficient_attention_forward",
+    "planned::attention",  # of rehearsals
 )
 WRITTEN_OUT = ("aten::bmm", "aten::_softmax", "aten::_safe_softmax")  # attention without a kernel: on a CPU, for few tokens
 SHORT = 4  # attention to fewer keys than a quarter of the queries costs little beside what keeping it takes

@@ -142,7 +142,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """The result of an operation: with values where all it looks at has them, or where it makes few whole numbers out of nothing."""
+    """The result of an operation: with values where all its inputs have them, or where it makes few whole numbers of nothing."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     is_fake = [isinstance(tensor, FakeTensor) for tensor in given]
     if given and not any(is_fake):
@@ -181,7 +181,7 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
                     if tensor is not None:
                         if id(tensor) not in stand_ins:
                             stand_ins[id(tensor)] = _stand_in(tensor, ledger.device)
-                        tensors[name] = stand_ins[id(tensor)]
+                        tensors[name] = stand_ins[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
 
 
 def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:

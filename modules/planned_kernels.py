@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Takes B L N D and B S N D, gives B L N D, as `modules.attention.attend`; under autocast in its dtype."""
-    return _Attention.apply(*(_autocast(tensor) for tensor in (query, key, value)))  # type: ignore[no-any-return, no-untyped-call]
+    return _Attention.apply(*(_autocast(tensor) for tensor in (query, key, value)))
 
 
 class _Attention(torch.autograd.Function):
@@ -29,18 +29,29 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        ctx.save_for_backward(query, key, value, result, _row_numbers(query))
+        result, sums = _attention(query, key, value)
+        ctx.save_for_backward(query, key, value, result, sums)
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         query, key, value, _, _ = ctx.saved_tensors
         sums = _row_numbers(query)
         total = torch.empty(query.shape, dtype=torch.float32, device=query.device)
         gradients = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value))
         del sums, total
         return gradients
+
+
+@torch.library.custom_op("planned::attention", mutates_args=())
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """One operator, as the kernels are, which selective checkpointing may keep the results of."""
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device), _row_numbers(query)
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device), _row_numbers(query)
 
 
 def _row_numbers(query: Tensor) -> Tensor:
@@ -58,7 +69,7 @@ def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps:
     """As `torch.nn.functional.rms_norm` on CUDA: one kernel; under autocast in float32, as on autocast's list for CUDA."""
     if torch.is_autocast_enabled(x.device.type):
         x, weight = x.float(), None if weight is None else weight.float()
-    return _RmsNorm.apply(x, weight, len(shape))  # type: ignore[no-any-return, no-untyped-call]
+    return _RmsNorm.apply(x, weight, len(shape))
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -71,7 +82,7 @@ class _RmsNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
         return torch.empty_like(x) if needs_x else None, torch.empty_like(weight) if needs_weight else None, None
@@ -96,7 +107,7 @@ KERNELS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
 class PlannedKernels(TorchFunctionMode):
     """While it is on, functions of torch that CUDA computes in one kernel are their stand-ins.
 
-    torch turns modes off while it runs a method of a tensor, also `backward`; what a backward pass computes again has to turn it on.
+    torch turns modes off while it runs a method of a tensor, also `backward`; what is computed again there has to turn it on.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

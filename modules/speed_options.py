@@ -21,6 +21,7 @@ from modules.fp8_options import (
     add_generation_fp8_arguments,
     add_training_fp8_arguments,
 )
+from modules.plan_options import PlanOptions, add_plan_argument
 from modules.swap_options import SwapOptions, add_swap_arguments
 
 
@@ -31,6 +32,7 @@ class TrainingSpeedOptions:
     attention: TrainingAttentionOptions
     fp8: TrainingFp8Options
     swap: SwapOptions
+    plan: PlanOptions
     compilation: TrainingCompileOptions
 
 
@@ -43,6 +45,7 @@ class GenerationSpeedOptions:
     compilation: GenerationCompileOptions
     fp16_accumulation: bool
     swap: SwapOptions
+    plan: PlanOptions
 
 
 def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +55,7 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_fp8_arguments(group)
     add_swap_arguments(group, None)
     add_training_compile_arguments(group)
+    add_plan_argument(group)
 
 
 def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_swap: int | None = 0) -> None:
@@ -64,3 +68,4 @@ def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_sw
     add_generation_fp8_arguments(group)
     add_swap_arguments(group, blocks_to_swap)
     add_generation_compile_arguments(group)
+    add_plan_argument(group)

@@ -146,9 +146,10 @@ def _factors(original: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear, nn.
     if isinstance(original, nn.Linear):
         down, up = nn.Linear(original.in_features, rank, **made), nn.Linear(rank, original.out_features, **made)
         return _emptied(down), _emptied(up)
-    places = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
-    reduce = nn.Conv2d(original.in_channels, rank, original.kernel_size, **places, **made)
-    return _emptied(reduce), _emptied(nn.Conv2d(rank, original.out_channels, 1, **made))
+    places: Any = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
+    places["kernel_size"] = original.kernel_size
+    down_conv = nn.Conv2d(original.in_channels, rank, **places, **made)
+    return _emptied(down_conv), _emptied(nn.Conv2d(rank, original.out_channels, 1, **made))
 
 
 def _emptied(layer: Layer) -> Layer:

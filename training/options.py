@@ -55,7 +55,7 @@ class TrainingOptions:
         require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
         if self.hub.resume_from_huggingface:
             require(self.saving.resume, "--resume", "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]")
-        if self.loop.check:
+        if self.loop.check or self.speed.plan.is_asked:
             return
         require(self.saving.output_dir, "--output_dir", "the folder to save into")
         require(self.saving.output_name, "--output_name", "the name of the file to train, without its ending")

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.activation import checkpoint_blocks
+from modules.activation_offload import Offload, transfer_for
 from modules.dry_run import (
     BATCH,
     GRADIENTS,
@@ -38,6 +39,7 @@ from training.state import Progress
 from training.trainable import train_dit
 
 STEP = "optimizer step"
+ON_HOST = "host"  # the place and kind of what waits in host memory
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Rehearsal:
             self.fill_gradients()  # those of the micro-batches before
         self.ledger.enter("forward outside the blocks")
         self.ledger.forget_peaks()
+        host_before = self.ledger.host_peak
         self.ledger.is_backward = False
         loss = training_loss(self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device))
         self.ledger.is_backward = True
@@ -75,6 +78,7 @@ class Rehearsal:
         with self.ledger.guessing() if self.is_fused else contextlib.nullcontext():  # optimizers may read numbers
             loss.backward()
             found = dict(self.ledger.peaks)
+            found[ON_HOST] = {ON_HOST: self.ledger.host_peak - host_before}
             if self.fused is not None:
                 self.fused.finish()
         self.know_states()
@@ -128,8 +132,9 @@ class Rehearsal:
             parameter.grad = None
 
 
-def rehearse(family: Family, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch) -> dict[str, Moment]:
-    """The largest moment of the device at each place of a training step, once the optimizer has its states.
+def rehearse(family: Family, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch) -> tuple[dict[str, Moment], int]:
+    """The largest moment of the device at each place of a training step, once the optimizer has its states; and bytes that wait
+    on the host.
 
     dit: the network as it is loaded, on the meta device; it is of no other use afterwards. noisy_batch: on the CPU.
     """
@@ -139,7 +144,8 @@ def rehearse(family: Family, options: TrainingOptions, dit: nn.Module, noisy_bat
         if rehearsal.is_fused:
             step_in_backward(rehearsal)
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
-        return found | extrapolated(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
+        found |= extrapolated(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
+        return found, found.pop(ON_HOST)[ON_HOST]
 
 
 def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
@@ -153,11 +159,12 @@ def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Le
         groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     else:
         assert options.whole_dit is not None
-        groups = list(train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups)
+        groups = [dict(each) for each in train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups]
     blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
     watch_blocks(blocks, ledger)
     if options.loop.gradient_checkpointing:
-        checkpoint_blocks(dit, family.dit)
+        offload = Offload(transfer_for(ledger.device)) if options.loop.gradient_checkpointing_cpu_offload else None
+        checkpoint_blocks(dit, family.dit, options.loop.gradient_checkpointing_keep is not None, offload)
     dit.train(options.loop.gradient_checkpointing)
     optimizer, _ = make_optimizer(options.optimizer, groups)
     use_foreach(optimizer)

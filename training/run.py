@@ -21,7 +21,7 @@ from modules.activation_offload import Offload, transfer_for
 from modules.attention import check_backend
 from modules.block_swap import HostWeights, host_weights, settle, swap_blocks
 from modules.compile import check_compilation, compile_blocks
-from modules.devices import DTYPES, dtype_name
+from modules.devices import DTYPES, choose_device, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
 from modules.fp8_matmul import with_product
@@ -40,6 +40,7 @@ from training.ignored import ignored_options
 from training.logs import TRACKER_NAME, check_trackers, public_config, run_folder, start_logs
 from training.loop import Run, train
 from training.lr_schedule import make_lr_schedule, warmup_steps
+from training.memory import placement_of, plan_training, prepare_memory
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.optimizer import make_optimizer, set_training
 from training.options import TrainingOptions
@@ -91,6 +92,7 @@ class Data:
     """What is trained and validated on."""
 
     config: DatasetConfig
+    training: Sequence[TrainingItem]
     order: BatchOrder
     validation: Sequence[TrainingItem]
     plan: Plan
@@ -106,6 +108,9 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
         return 0
     if options.loop.check:
         return _check(family, options, commands)
+    if options.speed.plan.is_asked:
+        _plan(family, options, commands)
+        return 0
     try:
         with prepared_run(family, options, commands) as run:
             train(run)
@@ -129,7 +134,9 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
     habits = habits_of(options, family.metadata)
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
-    swap = job.options.speed.swap
+    options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
+    job = replace(job, options=options)
+    swap = options.speed.swap
     host = host_weights(SwapPlan(job.family.dit, swap.number, swap.img_in_txt_in_offloading), job.accelerator.device)
     dit = _load_dit(job, host)
     learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
@@ -172,6 +179,7 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
             saver=saver,
             sampler=sampler,
             validation=_make_validation(job, data),
+            memory=memory if job.accelerator.is_main_process else None,
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
         job.accelerator.wait_for_everyone()
@@ -186,6 +194,13 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     result = check_training(config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys)
     sys.stdout.write("\n".join(result.lines) + "\n")
     return result.exit_code
+
+
+def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
+    """--plan: print what the run would need."""
+    found = require_items(find_items(_read_config(options), family.cache_tag, family.latent, family.text_keys), commands)
+    items, _ = split_validation(found, options.validation.validation_split)
+    plan_training(family, options, items or found, commands, choose_device(None))
 
 
 def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> Job:
@@ -222,7 +237,7 @@ def _find_data(job: Job, config: DatasetConfig) -> Data:
     order = BatchOrder(training, job.progress.seed)
     processes, accumulation = job.accelerator.num_processes, loop.gradient_accumulation_steps
     steps = total_steps(loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation)
-    return Data(config, order, validation, Plan(order.num_batches, processes, accumulation, steps))
+    return Data(config, training, order, validation, Plan(order.num_batches, processes, accumulation, steps))
 
 
 def _make_sampler(job: Job) -> Sampler | None:
@@ -241,14 +256,7 @@ def _make_sampler(job: Job) -> Sampler | None:
 
 def _placement(job: Job) -> Placement:
     """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""
-    whole, precision = job.options.whole_dit, job.options.accelerator.mixed_precision
-    return Placement(
-        job.accelerator.device,
-        storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
-        fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
-        attention=job.options.speed.attention.choice,
-        fp8=job.fp8,
-    )
+    return placement_of(job.options, job.accelerator.device, job.fp8)
 
 
 def _check_attention(job: Job) -> None:
@@ -279,7 +287,7 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
 
 
 def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, compilation, checkpointing, swap), make optimizer and schedule; also how metadata name the optimizer."""
+    """Dress the DiT (network, compilation, checkpointing, swap), make optimizer and schedule; how metadata name the optimizer."""
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
