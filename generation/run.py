@@ -17,6 +17,7 @@ from blissful_tuner.guidance import uses_guidance
 from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
 from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import StepDone
+from generation.memory import plan_generation, read_line, resolved
 from generation.options import GenerationOptions, OutputOptions
 from generation.outputs import (
     LATENT_SUFFIX,
@@ -29,10 +30,7 @@ from generation.outputs import (
     save_pixels,
 )
 from generation.prompt_lines import (
-    EMBEDDED_GENERATION_OPTIONS,
-    GENERATION_OPTIONS,
     is_blank,
-    parse_generation_line,
     read_generation_lines,
 )
 from generation.request import check_guidance, make_request
@@ -45,6 +43,7 @@ from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
 from modules.fp8_matmul import with_product
+from modules.memory_plan import comparison
 from modules.records import Conditions, EncodedPrompts, Placement, Request
 from modules.swap_plan import SwapPlan
 from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
@@ -104,6 +103,7 @@ class Run:
     family: Family
     options: GenerationOptions
     session: Session
+    predicted: int | None = None  # bytes of tensors that the device will hold at most, where that is known
 
     def metadata(self, request: Request) -> Mapping[str, str] | None:
         """What an output says about itself; None with --no_metadata."""
@@ -115,8 +115,7 @@ class Run:
 
     def read_line(self, line: str) -> Mapping[str, Any]:
         """What a prompt line says. Raises OptionError."""
-        has_embedded = self.family.defaults.embedded_guidance is not None
-        return parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS if has_embedded else GENERATION_OPTIONS)
+        return read_line(self.family, line)
 
 
 def generate(family: Family, options: GenerationOptions) -> None:
@@ -131,7 +130,12 @@ def generate(family: Family, options: GenerationOptions) -> None:
         save_merged_model(family, uses, options.save_merged_model, device)
         return
     check_compilation(options.speed.compilation.choice, device)
-    run = Run(family, options, Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive))
+    if options.speed.plan.is_asked:
+        plan_generation(family, options, device)
+        return
+    options, predicted = resolved(family, options, device)
+    session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
+    run = Run(family, options, session, predicted)
     tell_where_metadata_is(options.output)
     if options.latent_path:
         decode_files(run, options.latent_path)
@@ -261,6 +265,8 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     done = denoise_all(run, ready, failures) if ready else []
     if run.options.output.decodes and done:
         decode_all(run, done, failures)
+    if done and run.predicted is not None and run.session.device.type == "cuda":
+        logger.info(comparison(run.predicted, torch.cuda.max_memory_allocated(run.session.device)))
 
 
 def encode_all_inputs(run: Run, jobs: Sequence[Job], failures: Failures) -> Mapping[str, Mapping[int, Conditions]]:

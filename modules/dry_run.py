@@ -1,10 +1,11 @@
-"""A rehearsal of real code on tensors without content, counting the bytes that a device and the host would hold.
+"""A rehearsal of real code on tensors without content, counting the bytes that a device would hold.
 
 Inside `dry_run` tensors have shapes, dtypes, devices and storages that live and die as usual, but no values: a step of a 14B model
 takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU for the host. Small tensors of whole numbers
 (text masks, lengths) do have values, so code may read them.
 """
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -50,19 +51,19 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
-        """device: storages here count as the device's, all others as the host's."""
+        """device: what lies elsewhere does not count."""
         super().__init__()
         self.device = device
         self.is_backward = False
         self.peaks: dict[str, Moment] = {}
-        self.host_peak = 0
         self._place, self._number, self._kind = "start", 0, WORKING
         self._live: Counter[str] = Counter()  # KEPT and WORKING together stand under WORKING
         self._here = 0  # of these, what was made in the present place
-        self._total = self._host = 0
+        self._total = 0
         self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}
         self._guesses = False
         self.counts: dict[str, int] = {}  # blocks of each list that run
+        self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list is given
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._guesses and func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -80,7 +81,7 @@ class Ledger(TorchDispatchMode):
 
     def forget_peaks(self) -> None:
         """Begin anew to look for the largest moments."""
-        self.peaks, self.host_peak = {}, self._host
+        self.peaks = {}
 
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
@@ -128,7 +129,6 @@ class Ledger(TorchDispatchMode):
 
     def _add(self, made: _Allocation, sign: int) -> None:
         if not made.on_device:
-            self._host += sign * made.size
             return
         self._live[made.kind] += sign * made.size
         self._total += sign * made.size
@@ -138,7 +138,6 @@ class Ledger(TorchDispatchMode):
     def _compare(self) -> None:
         if self._total > sum(self.peaks.get(self._place, {}).values()):
             self.peaks[self._place] = self.moment
-        self.host_peak = max(self.host_peak, self._host)
 
 
 def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
@@ -146,6 +145,8 @@ def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     is_fake = [isinstance(tensor, FakeTensor) for tensor in given]
     if given and not any(is_fake):
+        if kwargs.get("device") == device != HOST and any(tensor.is_floating_point() for tensor in given):
+            return torch.empty(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype, device=device)  # sent there
         with unset_fake_temporarily():
             return func(*args, **kwargs)
     if given and not all(is_fake):
@@ -162,6 +163,16 @@ def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         with unset_fake_temporarily():
             return func(*args, **{**kwargs, "device": HOST} if "device" in kwargs else kwargs)
     return result
+
+
+def modules_in(thing: object, depth: int = 3) -> Iterator[nn.Module]:
+    """The networks that an object holds: it, or what its attributes and their items are."""
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif depth:
+        held = thing if isinstance(thing, tuple | list) else vars(thing).values() if hasattr(thing, "__dict__") else ()
+        for each in held:
+            yield from modules_in(each, depth - 1)
 
 
 @contextmanager
@@ -211,6 +222,7 @@ def _watched(forward: Callable[..., Tensor], name: str, index: int, ledger: Ledg
                 return forward(x, *others)
             if is_first and x.requires_grad:
                 x.register_hook(entering("backward before the blocks"))
+            ledger.inputs[name] = rounded(x.nbytes)
             where = _nth(index, ledger.counts[name])
             ledger.enter(f"forward of {name}, {where}")
             result = forward(x, *others)
@@ -261,3 +273,14 @@ def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
     """The place at which the device holds most, and its bytes by kind."""
     name = max(moments, key=lambda each: sum(moments[each].values()))
     return name, moments[name]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What is rehearsed says nothing, it would be heard again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

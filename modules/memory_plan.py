@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from modules.dry_run import BATCH, GRADIENTS, KEPT, NETWORK, OPTIMIZER, WEIGHTS, WORKING, Moment, rounded
-from modules.errors import MemoryPlanError
-from modules.swap_plan import SwapPlan, big_weights
+from modules.family import DitSpec
+from modules.swap_plan import SwapPlan, big_weights, most_blocks
 
 GIB = 1 << 30
 # What a device holds beside the tensors that torch counts: the CUDA context with its kernels, a few hundred MB on every driver.
@@ -138,6 +138,29 @@ def smallest_swap(device_bytes: Callable[[int], int], most: int, usable: int) ->
     return next((count for count in range(most + 1) if device_bytes(count) <= usable), None)
 
 
+def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool) -> list[Swapped]:
+    """What every possible --blocks_to_swap does."""
+    totals = [len(list(dit.get_submodule(name).children())) for name in spec.block_lists]
+    return [swapped(dit, SwapPlan(spec, count, input_layers)) for count in range(most_blocks(totals, spec.swap_counts) + 1)]
+
+
+def chosen_swap(device_bytes: Callable[[int], int], most: int, room: Room | None) -> tuple[int, str]:
+    """The smallest --blocks_to_swap that fits the room, and why. Without a room it is 0; where none fits, the most.
+
+    device_bytes: what the device holds with so many blocks swapped.
+    """
+    if room is None:
+        return 0, "--blocks_to_swap auto: 0, as there is no CUDA device whose memory could be short."
+    count, usable = smallest_swap(device_bytes, most, room.usable), f"{gib(room.usable)} of {room.name} can be used"
+    if count is None:
+        return (
+            most,
+            f"--blocks_to_swap auto: {most}, the most there can be; even so {gib(device_bytes(most))} GiB are predicted; {usable}.",
+        )
+    reason = f"--blocks_to_swap auto: {count}. {gib(device_bytes(count))} GiB are predicted, {usable}"
+    return count, reason + (f"; with {count - 1} it would be {gib(device_bytes(count - 1))}." if count else ".")
+
+
 NAMES = {
     WEIGHTS: "weights of the transformer",
     NETWORK: "network (LoRA)",
@@ -236,8 +259,3 @@ def comparison(predicted: int, measured: int) -> str:
     if abs(difference) > TOLERANCE:
         line += f" That is more than {TOLERANCE:.0%} off: please report it with this line and your options."
     return line
-
-
-def refuse(plan: MemoryPlan, last_line: str) -> None:
-    """Raise MemoryPlanError with the plan."""
-    raise MemoryPlanError(f"{as_text(plan)}\n{last_line}")

@@ -93,6 +93,11 @@ def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__
     return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
 
 
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int) -> Tensor:
+    """The CPU's own convolution, which cannot be rehearsed: its result is as large as the usual one's."""
+    return functional.conv3d(x, weight, bias, stride, padding, dilation, groups)
+
+
 def _autocast(tensor: Tensor) -> Tensor:
     kind = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
@@ -101,6 +106,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 KERNELS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     functional.rms_norm: rms_norm,
     functional.scaled_dot_product_attention: _scaled_dot_product,
+    torch.mkldnn_convolution: _convolution,
 }
 
 

@@ -1,19 +1,17 @@
 """The plan of a training run: what its device and host will hold, found by rehearsing a step of its largest batch."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from torch import nn
 
 from dataset.batches import CachingCommands, TrainingItem, read_batch
 from modules.device_memory import MemoryWatch
-from modules.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest
+from modules.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
 from modules.errors import MemoryPlanError, UserError
-from modules.family import DitSpec, Family
+from modules.family import Family
 from modules.fp8_options import Quantisation
 from modules.memory_plan import (
     MemoryPlan,
@@ -21,18 +19,18 @@ from modules.memory_plan import (
     Phase,
     Room,
     Swapped,
+    chosen_swap,
     dtypes_of,
     gib,
     parts_of,
     room_on,
     show,
     smallest_swap,
-    swapped,
+    swaps_of,
     verdict,
     workspace,
 )
 from modules.records import Placement
-from modules.swap_plan import SwapPlan, most_blocks
 from training.feed import Randomness
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
@@ -105,25 +103,7 @@ def predict(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, d
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap.img_in_txt_in_offloading)
     with quiet():
         moments, waiting = rehearse(family, options, dit, noisy_batch)
-    waiting = waiting if options.loop.gradient_checkpointing_cpu_offload else 0
     return Prediction(options, describe(family, noisy_batch), moments, waiting, weights, swaps, workspace(device, is_training=True))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """What is rehearsed says nothing, it would be heard again."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool) -> list[Swapped]:
-    """What every possible --blocks_to_swap does."""
-    totals = [len(list(dit.get_submodule(name).children())) for name in spec.block_lists]
-    return [swapped(dit, SwapPlan(spec, count, input_layers)) for count in range(most_blocks(totals, spec.swap_counts) + 1)]
 
 
 def describe(family: Family, noisy_batch: NoisyBatch) -> str:
@@ -161,7 +141,7 @@ def plan_training(
     room = room_on(device, options.speed.plan.plan)
     blocks, remarks = prediction.blocks, []
     if options.speed.swap.is_auto:
-        blocks, reason = chosen_swap(prediction, room)
+        blocks, reason = chosen_swap(prediction.device, prediction.most, room)
         remarks.append(reason)
     if options.speed.compilation.choice is not None:
         remarks.append("Compiled blocks usually need less than planned here.")
@@ -191,29 +171,12 @@ def prepare_memory(
         logger.warning("The memory of this run cannot be planned (%s: %s).", type(error).__name__, error)
         return options, MemoryWatch(device)
     if is_auto:
-        blocks, reason = chosen_swap(prediction, room)
+        blocks, reason = chosen_swap(prediction.device, prediction.most, room)
         logger.info(reason)
         options = with_swap(options, blocks)
     needed = prediction.device(options.speed.swap.number)
     logger.info("Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.", gib(needed), gib(room.usable))
     return options, MemoryWatch(device, needed, noisy_batch.noise.numel())
-
-
-def chosen_swap(prediction: Prediction, room: Room | None) -> tuple[int, str]:
-    """The smallest --blocks_to_swap that fits the room, and why. Without a room it is 0; where none fits, the most."""
-    if room is None:
-        return 0, "--blocks_to_swap auto: 0, as there is no CUDA device whose memory could be short."
-    count = smallest_swap(prediction.device, prediction.most, room.usable)
-    if count is None:
-        most = prediction.most
-        return most, (
-            f"--blocks_to_swap auto: {most}, the most there can be; even so {gib(prediction.device(most))} GiB are predicted, and "
-            f"{gib(room.usable)} of {room.name} can be used."
-        )
-    return count, (
-        f"--blocks_to_swap auto: {count}. {gib(prediction.device(count))} GiB are predicted, {gib(room.usable)} of {room.name} can "
-        f"be used" + (f"; with {count - 1} it would be {gib(prediction.device(count - 1))}." if count else ".")
-    )
 
 
 def with_swap(options: TrainingOptions, blocks: int) -> TrainingOptions:

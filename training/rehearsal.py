@@ -39,7 +39,6 @@ from training.state import Progress
 from training.trainable import train_dit
 
 STEP = "optimizer step"
-ON_HOST = "host"  # the place and kind of what waits in host memory
 
 
 @dataclass
@@ -63,6 +62,14 @@ class Rehearsal:
         """How many blocks each list has."""
         return tuple(map(len, self.blocks.values()))
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that --gradient_checkpointing_cpu_offload keeps on the host: what each block is given, but for the last one."""
+        if not self.options.loop.gradient_checkpointing_cpu_offload:
+            return 0
+        inputs = [self.ledger.inputs[name] for name, blocks in self.blocks.items() for _ in blocks]
+        return sum(inputs[:-1])
+
     def measure(self, noisy_batch: NoisyBatch, counts: Counts) -> dict[str, Moment]:
         """The largest moment at each place of a step with so many blocks; not that of the optimizer's step."""
         keep_blocks(self.dit, self.blocks, counts, self.ledger)
@@ -70,7 +77,6 @@ class Rehearsal:
             self.fill_gradients()  # those of the micro-batches before
         self.ledger.enter("forward outside the blocks")
         self.ledger.forget_peaks()
-        host_before = self.ledger.host_peak
         self.ledger.is_backward = False
         loss = training_loss(self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device))
         self.ledger.is_backward = True
@@ -78,7 +84,6 @@ class Rehearsal:
         with self.ledger.guessing() if self.is_fused else contextlib.nullcontext():  # optimizers may read numbers
             loss.backward()
             found = dict(self.ledger.peaks)
-            found[ON_HOST] = {ON_HOST: self.ledger.host_peak - host_before}
             if self.fused is not None:
                 self.fused.finish()
         self.know_states()
@@ -145,7 +150,7 @@ def rehearse(family: Family, options: TrainingOptions, dit: nn.Module, noisy_bat
             step_in_backward(rehearsal)
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
         found |= extrapolated(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
-        return found, found.pop(ON_HOST)[ON_HOST]
+        return found, rehearsal.waiting
 
 
 def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:

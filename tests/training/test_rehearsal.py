@@ -97,9 +97,7 @@ def counted(family: Family, options: TrainingOptions, batch: NoisyBatch, monkeyp
             rehearsal.step_in_backward(real)
         with ledger.allocating(BATCH):
             moved = batch.moved(lambda tensor: tensor.clone() if tensor.is_floating_point() else tensor)
-        found |= real.measure(moved, real.counts)
-        del found[rehearsal.ON_HOST]
-        return found
+        return found | real.measure(moved, real.counts)
 
 
 def placement(options: TrainingOptions, device: str) -> Placement:
