@@ -18,6 +18,7 @@ from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
 from blissful_tuner.options import STRENGTH
 from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import StepDone
+from generation.memory import plan_generation, read_line, resolved
 from generation.options import GenerationOptions, OutputOptions
 from generation.outputs import (
     LATENT_SUFFIX,
@@ -30,20 +31,22 @@ from generation.outputs import (
     save_pixels,
 )
 from generation.prompt_lines import (
-    EMBEDDED_GENERATION_OPTIONS,
-    GENERATION_OPTIONS,
     is_blank,
-    parse_generation_line,
     read_generation_lines,
 )
 from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
 from modules.attention import check_backend
+from modules.block_swap import host_weights, swap_blocks
+from modules.compile import check_compilation, compile_blocks
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
+from modules.fp8_matmul import with_product
+from modules.memory_plan import comparison
 from modules.records import Conditions, EncodedPrompts, Placement, Request
+from modules.swap_plan import SwapPlan
 from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)
@@ -101,6 +104,7 @@ class Run:
     family: Family
     options: GenerationOptions
     session: Session
+    predicted: int | None = None  # bytes of tensors that the device will hold at most, where that is known
 
     def metadata(self, request: Request) -> Mapping[str, str] | None:
         """What an output says about itself; None with --no_metadata."""
@@ -112,8 +116,7 @@ class Run:
 
     def read_line(self, line: str) -> Mapping[str, Any]:
         """What a prompt line says. Raises OptionError."""
-        has_embedded = self.family.defaults.embedded_guidance is not None
-        return parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS if has_embedded else GENERATION_OPTIONS)
+        return read_line(self.family, line)
 
 
 def generate(family: Family, options: GenerationOptions) -> None:
@@ -127,7 +130,13 @@ def generate(family: Family, options: GenerationOptions) -> None:
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device)
         return
-    run = Run(family, options, Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive))
+    check_compilation(options.speed.compilation.choice, device)
+    if options.speed.plan.is_asked:
+        plan_generation(family, options, device)
+        return
+    options, predicted = resolved(family, options, device)
+    session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
+    run = Run(family, options, session, predicted)
     tell_where_metadata_is(options.output)
     if options.latent_path:
         decode_files(run, options.latent_path)
@@ -169,14 +178,26 @@ def check_models(run: Run) -> None:
 def dit_loader(
     family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
 ) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device, the LoRAs merged."""
+    """expert -> its network on the device, the LoRAs merged; blocks compiled and swapped as the options say. Raises OptionError."""
+    speed = options.speed
+    if speed.fp8.ignored is not None:
+        logger.warning(speed.fp8.ignored)
+    fp8 = with_product(speed.fp8.quantisation, device)
+    plan = SwapPlan(family.dit, speed.swap.number, speed.swap.img_in_txt_in_offloading)
+    compilation = options.speed.compilation.choice
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        dit = family.load_dit(Placement(device, attention=options.speed.attention.choice, patch=patch), expert)
+        host = host_weights(plan, device)
+        placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8, host=host)
+        dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)
+        dit.eval().requires_grad_(False)
+        if compilation is not None:
+            compile_blocks(dit, family.dit, compilation)
+        swap_blocks(dit, host, device)
         return dit
 
     return load_dit
@@ -254,6 +275,8 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     done = denoise_all(run, ready, failures) if ready else []
     if run.options.output.decodes and done:
         decode_all(run, done, failures)
+    if done and run.predicted is not None and run.session.device.type == "cuda":
+        logger.info(comparison(run.predicted, torch.cuda.max_memory_allocated(run.session.device)))
 
 
 def encode_all_inputs(run: Run, jobs: Sequence[Job], failures: Failures) -> Mapping[str, Mapping[int, Conditions]]:

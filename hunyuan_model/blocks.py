@@ -26,7 +26,7 @@ class Tokens:
     """What the blocks need beside the tokens x: B L+T C, the video first. Built once a forward pass."""
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
-    rotary: Tensor  # turns by position of the video tokens, L 1 D/2; text is not turned
+    rotary: Tensor  # turns by position of the video tokens, L 1 D/2 2; text is not turned
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
     vector: Tensor  # B C float32: timestep, pooled text and guidance, from which every block makes its modulation
     dtype: torch.dtype  # of activations between layers

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.checkpoints import load_dit
+from hunyuan_model.checkpoints import DIT, load_dit
 from hunyuan_model.conditioning import (
     cached_latents,
     check_text_widths,
@@ -56,10 +56,6 @@ from modules.requests import check_size, filled, whole_frames, with_media
 logger = logging.getLogger(__name__)
 
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.476986)
-DIT = DitSpec(
-    block_lists=("double_blocks", "single_blocks"),
-    fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
-)
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 GUIDANCE_UNIT = 1000  # the model was distilled with 1000 times the scale
@@ -81,6 +77,7 @@ class HunyuanVideo:
     final_norm: bool = False
     second_prompt: str | None = None  # --prompt_2, for CLIP
     text_multipliers: tuple[float, float] | None = None
+    llm_in_fp8: bool = False
     dit_dtype: torch.dtype | None = None  # None: as the file says
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
@@ -134,6 +131,7 @@ class HunyuanVideo:
                 files.text_encoder1_tokenizer,
                 skip_layers=self.skip_layers,
                 final_norm=self.final_norm,
+                in_fp8=self.llm_in_fp8,
             ),
             ClipTextEncoder(files.text_encoder2_path, self._beside_dit(self.text_dtype), files.text_encoder2_tokenizer),
         ]
@@ -371,6 +369,7 @@ def _with_text(family: HunyuanVideo, options: HunyuanTextOptions) -> HunyuanVide
             text_encoder2_tokenizer=options.text_encoder2_tokenizer,
         ),
         text_dtype=computing_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+        llm_in_fp8=options.fp8_llm,
     )
 
 

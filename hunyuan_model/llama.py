@@ -111,11 +111,15 @@ class Llama(nn.Module):
         return self.norm(x)
 
 
-def load_llama(path: Path, device: torch.device, dtype: torch.dtype, skip_layers: int, final_norm: bool) -> Llama:
+def load_llama(
+    path: Path, device: torch.device, dtype: torch.dtype, skip_layers: int, final_norm: bool, in_fp8: bool = False
+) -> Llama:
     """Load the language model up to the state before its last `skip_layers` layers; fp8 weights are multiplied out.
+
+    in_fp8: its linear layers are kept in 8 bits, as those of an fp8 file then stay.
 
     Raises CheckpointError where the file is damaged or of another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_llama(checkpoint, skip_layers, final_norm)
-        return load_planned(plan, Llama, device, dtype, "the language model (--text_encoder1)")
+        return load_planned(plan, Llama, device, dtype, "the language model (--text_encoder1)", in_fp8)

@@ -19,7 +19,7 @@ from modules.attention_lengths import lengths_on
 from modules.attention_options import SDPA, AttentionChoice
 from modules.norms import Float32LayerNorm
 from modules.precision import activation_dtype, run, run_float32
-from modules.rope import GridTable, complex_table
+from modules.rope import GridTable, exact_table
 
 
 class PatchEmbedding(nn.Module):
@@ -81,12 +81,12 @@ class HunyuanVideoModel(nn.Module):
         self.final_layer = FinalLayer(config)
         width = dim // config.num_heads
         side = 7 * width // 16  # channels of rows and of columns; frames have an eighth
-        self._rotary = GridTable(functools.partial(complex_table, widths=(width - 2 * side, side, side), theta=config.rope_theta))
+        self._rotary = GridTable(functools.partial(exact_table, widths=(width - 2 * side, side, side), theta=config.rope_theta))
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the blocks compute in where no autocast says otherwise."""
-        return self.get_parameter("double_blocks.0.img_attn_proj.weight").dtype
+        return self.get_parameter("double_blocks.0.img_attn_proj.bias").dtype  # the weight may be in 8 bits
 
     def forward(
         self,

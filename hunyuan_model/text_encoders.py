@@ -82,10 +82,12 @@ class LlavaTextEncoder:
         template: PromptTemplate = VIDEO_TEMPLATE,
         skip_layers: int = SKIP_LAYERS,
         final_norm: bool = False,
+        in_fp8: bool = False,
     ) -> None:
         """path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype: it computes in.
 
         skip_layers: layers behind the state that is given, 0 for the last, which is normed always. final_norm: norm others too.
+        in_fp8: keep the linear layers in 8 bits.
         """
         self.path = _inside(path, "text_encoder")
         self.dtype = dtype
@@ -93,6 +95,7 @@ class LlavaTextEncoder:
         self.template = template
         self.skip_layers = skip_layers
         self.final_norm = final_norm or skip_layers == 0
+        self.in_fp8 = in_fp8
         self._loaded = Loaded[Llama, LlamaTokenizer]()
 
     @property
@@ -103,7 +106,7 @@ class LlavaTextEncoder:
         """
         with open_checkpoint(self.path) as checkpoint:
             config = read_llama(checkpoint, self.skip_layers, self.final_norm).config
-        return {
+        identity = {
             "llm": fingerprint(self.path),
             "llm_config": f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
             "llm_tokenizer": llama_tokenizer_identity(self.tokenizer, self.path),
@@ -111,6 +114,7 @@ class LlavaTextEncoder:
             "llm_state": f"{self.skip_layers} layers skipped" + (", normed" if self.final_norm else ""),
             "llm_template": hashlib.sha256(self.template.text.encode()).hexdigest()[:16],
         }
+        return identity | ({"llm_weights": "fp8"} if self.in_fp8 else {})
 
     def load(self, device: torch.device) -> None:
         """Read encoder and tokenizer. A loaded encoder moves to the device."""
@@ -126,7 +130,7 @@ class LlavaTextEncoder:
                 before,
                 self.template.crop_start,
             )
-        llama = load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm)
+        llama = load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm, self.in_fp8)
         logger.info("text encoder 1: %s, computing in %s", self.path, dtype_name(self.dtype))
         return llama, tokenizer
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from modules.checkpoint import Checkpoint, Source, load_module
 from modules.errors import CheckpointError
+from modules.fp8_loading import encoder_loading
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
@@ -32,16 +33,18 @@ def load_planned(
     device: torch.device,
     dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype],
     what: str,
+    in_fp8: bool = False,
 ) -> Network:
     """The network of a plan whose file is open, on the device, in eval mode, without gradients.
 
     build: makes it from the plan's dimensions; it is called on the meta device. dtype, what: as for `load_module`; one dtype counts
-    for all tensors. Raises CheckpointError as `load_module`.
+    for all tensors. in_fp8: keep its linear layers in 8 bits. Raises CheckpointError as `load_module`.
     """
     with torch.device("meta"):
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
-    load_module(network, plan.checkpoint, plan.sources, device=device, dtype=dtype_of, ignore=plan.ignore, what=what)
+    fp8 = encoder_loading(network, plan.sources, plan.checkpoint.tensors, device) if in_fp8 else None
+    load_module(network, plan.checkpoint, plan.sources, device=device, dtype=dtype_of, ignore=plan.ignore, what=what, fp8=fp8)
     return network.eval()
 
 

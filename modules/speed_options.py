@@ -9,10 +9,20 @@ from modules.attention_options import (
     add_generation_attention_arguments,
     add_training_attention_arguments,
 )
-from modules.compile_options import add_generation_compile_arguments, add_training_compile_arguments
-from modules.fp8_options import add_generation_fp8_arguments, add_training_fp8_arguments
-from modules.options import add_unsupported
-from modules.swap_options import NO_SWAP, add_swap_arguments
+from modules.compile_options import (
+    GenerationCompileOptions,
+    TrainingCompileOptions,
+    add_generation_compile_arguments,
+    add_training_compile_arguments,
+)
+from modules.fp8_options import (
+    GenerationFp8Options,
+    TrainingFp8Options,
+    add_generation_fp8_arguments,
+    add_training_fp8_arguments,
+)
+from modules.plan_options import PlanOptions, add_plan_argument
+from modules.swap_options import SwapOptions, add_swap_arguments
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,10 @@ class TrainingSpeedOptions:
     """What training can choose."""
 
     attention: TrainingAttentionOptions
+    fp8: TrainingFp8Options
+    swap: SwapOptions
+    plan: PlanOptions
+    compilation: TrainingCompileOptions
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,11 @@ class GenerationSpeedOptions:
     """What generation can choose."""
 
     attention: GenerationAttentionOptions
+    fp8: GenerationFp8Options
+    compilation: GenerationCompileOptions
     fp16_accumulation: bool
+    swap: SwapOptions
+    plan: PlanOptions
 
 
 def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +54,8 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory and speed")
     add_training_fp8_arguments(group)
     add_swap_arguments(group, None)
-    add_unsupported(group, "--img_in_txt_in_offloading", reason=NO_SWAP, action="store_true", help="keep input layers on the CPU")
     add_training_compile_arguments(group)
+    add_plan_argument(group)
 
 
 def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_swap: int | None = 0) -> None:
@@ -50,3 +68,4 @@ def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_sw
     add_generation_fp8_arguments(group)
     add_swap_arguments(group, blocks_to_swap)
     add_generation_compile_arguments(group)
+    add_plan_argument(group)

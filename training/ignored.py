@@ -23,6 +23,8 @@ def ignored_options(options: TrainingOptions, takes_guidance: bool) -> list[str]
         *_of_hub(options.hub),
         *_of_attention(options.speed.attention),
     ]
+    fp8 = options.speed.fp8
+    found.append(("--upcast_quantization", fp8.upcast_quantization and not fp8.fp8_scaled, "it needs --fp8_base --fp8_scaled"))
     if not loop.max_data_loader_n_workers:
         reason = "there are none with --max_data_loader_n_workers 0"
         found.append(("--persistent_data_loader_workers", loop.persistent_data_loader_workers, reason))

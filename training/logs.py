@@ -20,6 +20,7 @@ from modules.errors import OptionError, UserError
 from modules.options import option_name, record_of
 from networks.adapter import NormReport
 from training.log_options import LogOptions
+from training.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Logs:
     accelerator: Accelerator
     bar: "tqdm[Any]"
     now: Callable[[], float] = time.monotonic
+    clock: StepClock = field(default_factory=StepClock)
     _last: float | None = field(default=None, init=False)
     _flushed: float = field(default=0.0, init=False)
     _redirect: Any = field(default=None, init=False)
@@ -65,12 +67,16 @@ class Logs:
     def restart_clock(self) -> None:
         """Leave what happened since the last step (a sample, a save) out of the steps per second."""
         self._last = self.now()
+        self.clock.skip()
 
     def step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
         now = self.now()
         seconds = now - self._last if self._last is not None else 0.0
         self._last = now
+        slow = self.clock.note(report.step, seconds)
+        if slow is not None:
+            logger.warning(slow)
         values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
         shown: dict[str, Any] = {"avr_loss": f"{report.average:.4g}"}
         if report.gradient_norm is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from modules.device_memory import MemoryWatch
 from modules.errors import UserError
 from modules.family import Family
 from modules.seeds import derive_seed
@@ -64,6 +65,7 @@ class Run:
     saver: Saver | None = None  # in the main process only
     sampler: Sampler | None = None
     validation: Validation | None = None
+    memory: MemoryWatch | None = None  # on a CUDA device, in the main process
     stop: StopRequest = field(default_factory=StopRequest)
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
     readings: Readings = field(default_factory=Readings)
@@ -102,6 +104,8 @@ def advance(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool
     """A step and what is due after it. Returns whether the run has to end here."""
     is_due_by_clock = take_step(run, group, micro_batches)
     progress = run.progress
+    if run.memory is not None:
+        run.memory.after_step()
     progress.step, progress.position = progress.step + 1, group.stop
     _after_step(run, is_due_by_clock)
     return is_ending(run)
@@ -143,6 +147,8 @@ def _accumulate(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> 
     for _ in run.plan.share(group, run.feed.process):
         micro_batch = next(micro_batches)
         _seed(run, micro_batch.number)
+        if run.memory is not None:
+            run.memory.see_batch(micro_batch.data.noise.numel())
         loss = training_loss(run.family, run.dit, micro_batch.data.to(run.device), run.autocast) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss.detach()

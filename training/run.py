@@ -17,12 +17,18 @@ from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingIt
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.activation import checkpoint_blocks
+from modules.activation_offload import Offload, transfer_for
 from modules.attention import check_backend
-from modules.devices import DTYPES, dtype_name
+from modules.block_swap import HostWeights, host_weights, settle, swap_blocks
+from modules.compile import check_compilation, compile_blocks
+from modules.devices import DTYPES, choose_device, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
+from modules.fp8_matmul import with_product
+from modules.fp8_options import Quantisation
 from modules.options import require
 from modules.records import Placement
+from modules.swap_plan import SwapPlan
 from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
@@ -34,6 +40,7 @@ from training.ignored import ignored_options
 from training.logs import TRACKER_NAME, check_trackers, public_config, run_folder, start_logs
 from training.loop import Run, train
 from training.lr_schedule import make_lr_schedule, warmup_steps
+from training.memory import placement_of, plan_training, prepare_memory
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.optimizer import make_optimizer, set_training
 from training.options import TrainingOptions
@@ -62,6 +69,7 @@ class Job:
     options: TrainingOptions
     commands: CachingCommands
     accelerator: Accelerator
+    fp8: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
     progress: Progress
 
@@ -84,6 +92,7 @@ class Data:
     """What is trained and validated on."""
 
     config: DatasetConfig
+    training: Sequence[TrainingItem]
     order: BatchOrder
     validation: Sequence[TrainingItem]
     plan: Plan
@@ -99,6 +108,9 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
         return 0
     if options.loop.check:
         return _check(family, options, commands)
+    if options.speed.plan.is_asked:
+        _plan(family, options, commands)
+        return 0
     try:
         with prepared_run(family, options, commands) as run:
             train(run)
@@ -122,8 +134,12 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
     habits = habits_of(options, family.metadata)
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
-    dit = _load_dit(job)
-    learning, optimizer_name = _make_learning(job, dit, data.plan.total_steps)
+    options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
+    job = replace(job, options=options)
+    swap = options.speed.swap
+    host = host_weights(SwapPlan(job.family.dit, swap.number, swap.img_in_txt_in_offloading), job.accelerator.device)
+    dit = _load_dit(job, host)
+    learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
     if job.saved is not None:
         restore(job.saved, learning)
         job = replace(job, saved=None)  # gives its tensors free
@@ -131,7 +147,12 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
 
     uploads = make_uploads(options.hub)
     facts = _facts(job, data, optimizer_name, learning.schedule.name)
-    saver = _make_saver(job, dit, learning, facts, uploads, lambda: capture(job.progress, learning, identity, habits))
+
+    def take_state() -> SavedState:
+        settle(dit)
+        return capture(job.progress, learning, identity, habits)
+
+    saver = _make_saver(job, dit, learning, facts, uploads, take_state)
     log_config = public_config(options) if options.logs.log_config else None
     tracker = TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft"
     with (
@@ -158,6 +179,7 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
             saver=saver,
             sampler=sampler,
             validation=_make_validation(job, data),
+            memory=memory if job.accelerator.is_main_process else None,
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
         job.accelerator.wait_for_everyone()
@@ -174,6 +196,13 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     return result.exit_code
 
 
+def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
+    """--plan: print what the run would need."""
+    found = require_items(find_items(_read_config(options), family.cache_tag, family.latent, family.text_keys), commands)
+    items, _ = split_validation(found, options.validation.validation_split)
+    plan_training(family, options, items or found, commands, choose_device(None))
+
+
 def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> Job:
     """Join the processes; find where to begin."""
     check_trackers(options.logs)
@@ -184,8 +213,10 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
         for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
             logger.warning(line)
     check_fused_backward(options, accelerator.num_processes)
+    fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
+    check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
-    return Job(family, options, commands, accelerator, saved, first_progress(options, saved))
+    return Job(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
 
 
 def _read_config(options: TrainingOptions) -> DatasetConfig:
@@ -206,7 +237,7 @@ def _find_data(job: Job, config: DatasetConfig) -> Data:
     order = BatchOrder(training, job.progress.seed)
     processes, accumulation = job.accelerator.num_processes, loop.gradient_accumulation_steps
     steps = total_steps(loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation)
-    return Data(config, order, validation, Plan(order.num_batches, processes, accumulation, steps))
+    return Data(config, training, order, validation, Plan(order.num_batches, processes, accumulation, steps))
 
 
 def _make_sampler(job: Job) -> Sampler | None:
@@ -225,13 +256,7 @@ def _make_sampler(job: Job) -> Sampler | None:
 
 def _placement(job: Job) -> Placement:
     """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""
-    whole, precision = job.options.whole_dit, job.options.accelerator.mixed_precision
-    return Placement(
-        job.accelerator.device,
-        storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
-        fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
-        attention=job.options.speed.attention.choice,
-    )
+    return placement_of(job.options, job.accelerator.device, job.fp8)
 
 
 def _check_attention(job: Job) -> None:
@@ -241,13 +266,16 @@ def _check_attention(job: Job) -> None:
     check_backend(placement.attention, placement.device, lambda: autocast or job.family.compute_dtype(placement), training=True)
 
 
-def _load_dit(job: Job) -> nn.Module:
-    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the dtype to learn in."""
+def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
+    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the dtype to learn in.
+
+    host: keeps the weights of swapped blocks.
+    """
     network, precision = job.options.network, job.options.accelerator.mixed_precision
     files = [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
     uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
     patch = LoraPatch(uses) if uses else None
-    dit = job.family.load_dit(replace(_placement(job), patch=patch))
+    dit = job.family.load_dit(replace(_placement(job), patch=patch, host=host))
     if patch is not None:
         patch.check()
     dtype, autocast = _dtype_of(dit), AUTOCAST.get(precision)
@@ -258,8 +286,8 @@ def _load_dit(job: Job) -> nn.Module:
     return dit.requires_grad_(False)
 
 
-def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, then checkpointing), make optimizer and schedule; also how metadata name the optimizer."""
+def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
+    """Dress the DiT (network, compilation, checkpointing, swap), make optimizer and schedule; how metadata name the optimizer."""
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
@@ -267,14 +295,18 @@ def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]
     else:
         assert options.whole_dit is not None  # one of the two is there
         trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
-    checkpointing = options.loop.gradient_checkpointing
+    compilation, checkpointing = options.speed.compilation.choice, options.loop.gradient_checkpointing
+    if compilation is not None:
+        compile_blocks(dit, job.family.dit, compilation)
     if checkpointing:
-        checkpoint_blocks(dit, job.family.dit)
+        offload = Offload(transfer_for(device)) if options.loop.gradient_checkpointing_cpu_offload else None
+        checkpoint_blocks(dit, job.family.dit, options.loop.gradient_checkpointing_keep is not None, offload)
+    swap_blocks(dit, host, device)
     dit.train(checkpointing)  # it has no dropout; checkpointing is what acts in training mode
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
     set_training(optimizer, True)
-    return Learning(trainable, optimizer, schedule, job.accelerator.scaler), name
+    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler), name
 
 
 def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
@@ -332,6 +364,7 @@ def _make_saver(
     def write_file(path: Path) -> None:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
         metadata = file_metadata(run_values, options, job.family.metadata, progress.step, epoch, datetime.now())
+        settle(dit)
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
 

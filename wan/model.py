@@ -31,7 +31,7 @@ class Tokens:
     """What the blocks need beside the video tokens; built once a forward pass by `WanModel.embed`."""
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
-    rotary: Tensor  # turns by position, L 1 D/2 complex64, or L 1 D/2 2 float32
+    rotary: Tensor  # turns by position, L 1 D/2 2 float32
     text: Tensor  # B T C
     text_repeats: Tensor | None  # T float32, for how many equal rows each row of text stands; None: one each
     image: Tensor | None  # B I C
@@ -187,7 +187,7 @@ class WanModel(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the blocks compute in where no autocast says otherwise."""
-        return self.get_parameter("blocks.0.ffn.0.weight").dtype
+        return self.get_parameter("blocks.0.ffn.0.bias").dtype  # the weight may be in 8 bits, which nothing computes in
 
     def forward(
         self,

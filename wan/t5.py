@@ -150,8 +150,10 @@ class UmT5(nn.Module):
         return list(self.norm(x).split(lengths))
 
 
-def load_t5(path: Path, device: torch.device) -> UmT5:
+def load_t5(path: Path, device: torch.device, in_fp8: bool = False) -> UmT5:
     """Load an umT5 encoder in the dtype it has in the file. fp8 files are multiplied out to bfloat16.
+
+    in_fp8: its linear layers are kept in 8 bits, as those of an fp8 file then stay.
 
     Raises CheckpointError where the file is damaged or of another model.
     """
@@ -159,7 +161,7 @@ def load_t5(path: Path, device: torch.device) -> UmT5:
         plan = read_t5(checkpoint)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
         compute = _compute_dtype(stored, device)
-        t5 = load_planned(plan, UmT5, device, compute, "the umT5 text encoder (--t5)")
+        t5 = load_planned(plan, UmT5, device, compute, "the umT5 text encoder (--t5)", in_fp8)
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
     return t5
 
@@ -177,15 +179,18 @@ class WanTextEncoder:
     keys = frozenset({"t5"})
     variable_length = frozenset({"t5"})
 
-    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
+    def __init__(self, path: Path, tokenizer: Path | None = None, in_fp8: bool = False) -> None:
+        """in_fp8: keep the linear layers in 8 bits."""
         self.path = path
         self.tokenizer = tokenizer
+        self.in_fp8 = in_fp8
         self._loaded = Loaded[UmT5, Tokenize]()
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Content of the checkpoint and of the tokenizer. Reads a few MB."""
-        return {"t5": fingerprint(self.path), "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity}
+        """Content of the checkpoint and of the tokenizer, and how weights are kept. Reads a few MB."""
+        identity = {"t5": fingerprint(self.path), "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity}
+        return identity | ({"t5_weights": "fp8"} if self.in_fp8 else {})
 
     def load(self, device: torch.device) -> None:
         """Read encoder and tokenizer. A loaded encoder moves to the device."""
@@ -193,7 +198,7 @@ class WanTextEncoder:
 
     def _read(self, device: torch.device) -> tuple[UmT5, Tokenize]:
         tokenize = load_tokenizer(self.tokenizer, self.path)  # first: what is wrong with it shows before gigabytes are read
-        return load_t5(self.path, device), tokenize
+        return load_t5(self.path, device, self.in_fp8), tokenize
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:

@@ -238,3 +238,16 @@ def test_ctrl_c_ends_a_batch_but_finished_latents_stay(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         generate(ToyFamily(interrupt_at="a long one"), options(tmp_path / "out", "--from_file", path))
     assert only(tmp_path / "out", "*").name.endswith("_1_latent.safetensors")
+
+
+def test_products_in_fp8_are_refused_at_start_where_the_device_has_none(tmp_path: Path) -> None:
+    family = ToyFamily()
+    with pytest.raises(OptionError, match=r"--fp8_fast: the device cpu has no fp8 units"):
+        generate(family, options(tmp_path, "--prompt", "cat", "--fp8_scaled", "--fp8_fast"))
+    assert family.diary == []
+
+
+def test_products_in_fp8_without_fp8_weights_are_told_of_and_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert "decode" in run(tmp_path, "--prompt", "cat", "--fp8_fast")
+    assert "--fp8_fast has no effect" in caplog.text

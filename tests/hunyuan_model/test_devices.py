@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_model import model as transformer
-from hunyuan_model.checkpoints import FLOAT32_LAYERS
+from hunyuan_model.checkpoints import DIT
 from hunyuan_model.clip_text import ClipText
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
@@ -39,7 +39,7 @@ def elsewhere(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     with META:
         network = make()
     for name, parameter in network.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if name.startswith(FLOAT32_LAYERS) else dtype)
+        parameter.data = parameter.data.to(torch.float32 if name.startswith(DIT.keep_float32) else dtype)
     return network.requires_grad_(False)
 
 

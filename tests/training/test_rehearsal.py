@@ -1,0 +1,166 @@
+"""What a rehearsal predicts is what the same step counts when it really runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hunyuan_model.family import family_for_training as hunyuan_family
+from hunyuan_model.options import HunyuanTrainingOptions
+from hunyuan_model.options import add_training_arguments as add_hunyuan_arguments
+from modules.dry_run import BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
+from modules.family import Family
+from modules.options import read_options
+from modules.planned_kernels import PlannedKernels
+from modules.records import Batch, Placement
+from tests.tiny import hunyuan_dit, wan_dit
+from training import rehearsal
+from training.loss import NoisyBatch
+from training.options import TrainingOptions, read_arguments, training_parser
+from training.rehearsal import rehearse
+from training.whole_dit_options import add_whole_dit_arguments
+from wan.family import family_for_training as wan_family
+from wan.options import WanTrainingOptions, add_training_arguments
+
+GIVEN = ["--dataset_config", "data.toml", "--output_dir", "out", "--output_name", "name"]
+LAYERS = 5  # more than a rehearsal runs
+CHECKPOINTED = ["--mixed_precision", "bf16", "--gradient_checkpointing"]
+
+
+def wan(folder: Path, *more: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Family, TrainingOptions]:
+    path = wan_dit.write_dit(folder, wan_dit.tiny_state("t2v", dtype=dtype, num_layers=LAYERS))
+    parser = training_parser("")
+    add_training_arguments(parser)
+    network = ["--network_module", "networks.lora_wan", "--network_dim", "4"]
+    args = read_arguments(parser, [*GIVEN, *network, "--task", "t2v-1.3B", "--dit", str(path), *more], {})
+    return wan_family(read_options(WanTrainingOptions, args)), read_options(TrainingOptions, args)
+
+
+def hunyuan(folder: Path, *more: str, is_whole: bool = False) -> tuple[Family, TrainingOptions]:
+    state = hunyuan_dit.tiny_state("t2v", dtype=torch.bfloat16, double_blocks=5, single_blocks=LAYERS)
+    path = hunyuan_dit.write_dit(folder, state)
+    parser = training_parser("", add_whole_dit_arguments) if is_whole else training_parser("")
+    add_hunyuan_arguments(parser)
+    network = [] if is_whole else ["--network_module", "networks.lora", "--network_dim", "4"]
+    args = read_arguments(parser, [*GIVEN, *network, "--dit", str(path), *more], {})
+    return hunyuan_family(read_options(HunyuanTrainingOptions, args)), read_options(TrainingOptions, args)
+
+
+def wan_batch(count: int = 1, size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
+    latents = torch.zeros(count, 16, *size, dtype=torch.bfloat16)
+    return noisy({"latents": latents, "t5": [torch.zeros(7 + index, 32, dtype=torch.bfloat16) for index in range(count)]})
+
+
+def hunyuan_batch(lengths: tuple[int, ...] = (5,), size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
+    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
+    return noisy(
+        {
+            "latents": torch.zeros(len(lengths), 16, *size, dtype=torch.bfloat16),
+            "llm": torch.zeros(len(lengths), 8, 48, dtype=torch.float16),
+            "llm_mask": mask,
+            "clipL_mask": mask,
+            "clipL": torch.zeros(len(lengths), 24, dtype=torch.float16),
+        }
+    )
+
+
+def noisy(tensors: Mapping[str, Tensor | list[Tensor]]) -> NoisyBatch:
+    latents = tensors["latents"]
+    assert isinstance(latents, Tensor)
+    count = len(latents)
+    times = torch.full((count,), 0.5)
+    return NoisyBatch(
+        Batch(tensors, ("",) * count, ("",) * count), torch.zeros(latents.shape), times, 1000 * times, torch.ones(count)
+    )
+
+
+def predicted(family: Family, options: TrainingOptions, batch: NoisyBatch) -> dict[str, Moment]:
+    found, _ = rehearse(family, options, family.load_dit(placement(options, "meta")), batch)
+    return found
+
+
+def counted(family: Family, options: TrainingOptions, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch) -> dict[str, Moment]:
+    """The same step with real tensors on the CPU and all blocks."""
+
+    def see_all(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            ledger.see(tensor, kind)
+
+    monkeypatch.setattr(rehearsal, "place", see_all)
+    dit = family.load_dit(placement(options, "cpu"))
+    with PlannedKernels(), Ledger(HOST) as ledger:
+        real = rehearsal.dressed(family, options, dit, ledger)
+        found = real.measure_step()
+        if real.is_fused:
+            rehearsal.step_in_backward(real)
+        with ledger.allocating(BATCH):
+            moved = batch.moved(lambda tensor: tensor.clone() if tensor.is_floating_point() else tensor)
+        return found | real.measure(moved, real.counts)
+
+
+def placement(options: TrainingOptions, device: str) -> Placement:
+    whole = options.whole_dit
+    dtype = None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32
+    return Placement(torch.device(device), storage_dtype=dtype)
+
+
+def assert_alike(found: Mapping[str, Moment], real: Mapping[str, Moment], tolerance: float = 0.02) -> None:
+    """tolerance: 2 % of the total; the host, with tables of positions and counts of steps, is the device of the real run."""
+    (place, moment), (real_place, real_moment) = largest(found), largest(real)
+    total, real_total = sum(moment.values()), sum(real_moment.values())
+    assert abs(total - real_total) <= tolerance * real_total, f"{place}: {moment}, really {real_place}: {real_moment}"
+    for kind in (WEIGHTS, NETWORK):
+        assert moment.get(kind, 0) == real_moment.get(kind, 0), kind
+
+
+@pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_wan_step_takes_what_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str], precision: str
+) -> None:
+    family, options = wan(tmp_path, *checkpointing, "--mixed_precision", precision)
+    for batch in (wan_batch(), wan_batch(3, (2, 12, 8))):
+        with monkeypatch.context() as patch:
+            real = counted(family, options, batch, patch)
+        assert_alike(predicted(family, options, batch), real)
+
+
+@pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"])
+def test_a_hunyuan_step_takes_what_was_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str]) -> None:
+    family, options = hunyuan(tmp_path, *checkpointing, "--mixed_precision", "bf16")
+    for batch in (hunyuan_batch(), hunyuan_batch((8, 3), (2, 12, 8))):
+        with monkeypatch.context() as patch:
+            real = counted(family, options, batch, patch)
+        assert_alike(predicted(family, options, batch), real)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--optimizer_type", "AdamW"],
+        ["--optimizer_type", "Adafactor", "--full_bf16", "--fused_backward_pass", "--optimizer_args", "relative_step=False"],
+        ["--optimizer_type", "AdamW", "--full_bf16"],
+    ],
+    ids=["adamw", "adafactor, fused backward, bf16", "adamw, bf16"],
+)
+def test_fine_tuning_takes_what_was_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]) -> None:
+    family, options = hunyuan(tmp_path, *CHECKPOINTED, *more, is_whole=True)
+    batch = hunyuan_batch()
+    with monkeypatch.context() as patch:
+        real = counted(family, options, batch, patch)
+    assert_alike(predicted(family, options, batch), real)
+
+
+def test_gradients_of_earlier_micro_batches_count(tmp_path: Path) -> None:
+    family, options = wan(tmp_path, *CHECKPOINTED, "--gradient_accumulation_steps", "2")
+    _, moment = largest(predicted(family, options, wan_batch()))
+    assert moment["gradients"] == pytest.approx(moment[NETWORK], rel=0.15)  # float32 too; the network has an alpha for each pair
+
+
+@pytest.mark.parametrize(("name", "factor"), [("AdamW", 2.0), ("SGD", 0.0), ("Adagrad", 1.0)])
+def test_states_are_those_the_optimizer_really_makes(tmp_path: Path, name: str, factor: float) -> None:
+    family, options = wan(tmp_path, *CHECKPOINTED, "--optimizer_type", name)
+    _, moment = largest(predicted(family, options, wan_batch()))
+    assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)  # alpha and step counts are no weights

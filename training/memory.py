@@ -1,0 +1,274 @@
+"""The plan of a training run: what its device and host will hold, found by rehearsing a step of its largest batch."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from dataset.batches import CachingCommands, TrainingItem, read_batch
+from modules.device_memory import MemoryWatch
+from modules.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
+from modules.errors import MemoryPlanError, UserError
+from modules.family import Family
+from modules.fp8_options import Quantisation
+from modules.memory_plan import (
+    MemoryPlan,
+    Part,
+    Phase,
+    Room,
+    Swapped,
+    chosen_swap,
+    dtypes_of,
+    gib,
+    parts_of,
+    room_on,
+    show,
+    smallest_swap,
+    swaps_of,
+    verdict,
+    workspace,
+)
+from modules.records import Placement
+from training.feed import Randomness
+from training.loss import NoisyBatch
+from training.options import TrainingOptions
+from training.rehearsal import rehearse
+
+logger = logging.getLogger(__name__)
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step holds, before any block is swapped, and what swapping changes."""
+
+    options: TrainingOptions
+    batch: str  # the size of the batch, in words
+    moments: Mapping[str, Moment]
+    waiting: int  # bytes of activations in host memory
+    weights: str  # their dtypes
+    swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
+    workspace: Part
+
+    def phase(self, blocks: int) -> Phase:
+        """The largest moment of a step with so many blocks swapped."""
+        place, moment = largest(self.moments)
+        notes = {WEIGHTS: self.weights, WORKING: place}
+        if self.swaps[blocks].host:
+            notes[WEIGHTS] += f"; {blocks} blocks swapped, {gib(self.swaps[blocks].ring)} to pass through"
+        if self.waiting:
+            notes[KEPT] = "the rest waits in host memory"
+        return Phase(f"training step, {self.batch}", (*parts_of(moment, self.swaps[blocks], notes, self.waiting), self.workspace))
+
+    def device(self, blocks: int) -> int:
+        """Bytes of the device with so many blocks swapped."""
+        return self.phase(blocks).device
+
+    @property
+    def most(self) -> int:
+        """The largest number of blocks that can be swapped."""
+        return len(self.swaps) - 1
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the options swap; 0 for auto."""
+        swap = self.options.speed.swap
+        return 0 if swap.is_auto else swap.number
+
+
+def placement_of(options: TrainingOptions, device: torch.device, fp8: Quantisation | None) -> Placement:
+    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""
+    whole = options.whole_dit
+    return Placement(
+        device,
+        storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
+        fp8_compute_dtype=torch.float16 if options.accelerator.mixed_precision == "fp16" else None,
+        attention=options.speed.attention.choice,
+        fp8=fp8,
+    )
+
+
+def predict(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device) -> Prediction:
+    """Rehearse a step. Products in 8 bits are rehearsed as products in 16 bit of the same weights. Raises what loading raises.
+
+    noisy_batch: on the CPU. device: of the run.
+    """
+    choice = replace(options.speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
+    placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
+    with quiet():
+        dit = family.load_dit(placement)
+    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap.img_in_txt_in_offloading)
+    with quiet():
+        moments, waiting = rehearse(family, options, dit, noisy_batch)
+    return Prediction(options, describe(family, noisy_batch), moments, waiting, weights, swaps, workspace(device, is_training=True))
+
+
+def describe(family: Family, noisy_batch: NoisyBatch) -> str:
+    """`832x480, 81 frames, batch 1`."""
+    count, _, frames, height, width = noisy_batch.noise.shape
+    step, rows, columns = family.latent.stride
+    return f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}"
+
+
+def largest_batch(items: Sequence[TrainingItem]) -> tuple[TrainingItem, ...]:
+    """The items of the batch with most pixels that the data set can give."""
+    buckets: dict[tuple[int, ...], list[TrainingItem]] = {}
+    for item in items:
+        buckets.setdefault((item.table.index, *item.bucket), []).append(item)
+
+    def batch(bucket: list[TrainingItem]) -> list[TrainingItem]:
+        return (bucket * bucket[0].table.num_repeats)[: bucket[0].table.batch_size]
+
+    chosen = max(buckets.values(), key=lambda bucket: prod(bucket[0].bucket) * len(batch(bucket)))
+    return tuple(batch(chosen))
+
+
+def read_largest(family: Family, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands) -> NoisyBatch:
+    """That batch as it is read for training. Raises CacheError where its caches cannot be used."""
+    batch = read_batch(largest_batch(items), family.latent, commands)
+    return Randomness(options.timesteps, 0).add(batch, 0, 0)
+
+
+def plan_training(
+    family: Family, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands, device: torch.device
+) -> None:
+    """Print the plan. Nothing large is loaded, and no GPU is needed."""
+    noisy_batch = read_largest(family, options, items, commands)
+    prediction = predict(family, options, noisy_batch, device)
+    room = room_on(device, options.speed.plan.plan)
+    blocks, remarks = prediction.blocks, []
+    if options.speed.swap.is_auto:
+        blocks, reason = chosen_swap(prediction.device, prediction.most, room)
+        remarks.append(reason)
+    if options.speed.compilation.choice is not None:
+        remarks.append("Compiled blocks usually need less than planned here.")
+    plan = MemoryPlan("Memory plan", (prediction.phase(blocks),), tuple(remarks))
+    fits = room is None or plan.device <= room.usable
+    show(plan, verdict(plan, room, () if fits or room is None else advice(family, prediction, noisy_batch, room, device)))
+
+
+def prepare_memory(
+    family: Family, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands, device: torch.device
+) -> tuple[TrainingOptions, MemoryWatch | None]:
+    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for, and what watches the memory.
+
+    Only where there is a CUDA device is anything rehearsed. Raises MemoryPlanError where auto cannot be resolved.
+    """
+    is_auto, room = options.speed.swap.is_auto, room_on(device)
+    if room is None:
+        return (with_swap(options, 0), None) if is_auto else (options, None)
+    try:
+        noisy_batch = read_largest(family, options, items, commands)
+        prediction = predict(family, options, noisy_batch, device)
+    except UserError:
+        raise
+    except Exception as error:  # a plan is an aid; without one a run is as good as before
+        if is_auto:
+            raise MemoryPlanError(f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks.") from error
+        logger.warning("The memory of this run cannot be planned (%s: %s).", type(error).__name__, error)
+        return options, MemoryWatch(device)
+    if is_auto:
+        blocks, reason = chosen_swap(prediction.device, prediction.most, room)
+        logger.info(reason)
+        options = with_swap(options, blocks)
+    needed = prediction.device(options.speed.swap.number)
+    logger.info("Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.", gib(needed), gib(room.usable))
+    return options, MemoryWatch(device, needed, noisy_batch.noise.numel())
+
+
+def with_swap(options: TrainingOptions, blocks: int) -> TrainingOptions:
+    """The options with a number of blocks to swap."""
+    speed = options.speed
+    return replace(options, speed=replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks)))
+
+
+def advice(family: Family, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device) -> list[str]:
+    """What to change so that the run fits, the cheapest first; each line adds to those before it, the last one fits if any does."""
+    lines: list[str] = []
+    options = prediction.options
+    for line, changed in cheaper(options):
+        options = changed
+        prediction = predict(family, options, noisy_batch, device)
+        count = smallest_swap(prediction.device, prediction.most, room.usable) if options.whole_dit is None else None
+        needed = prediction.device(prediction.blocks)
+        lines.append(f"{line}: {gib(needed)} GiB" + (" fits" if needed <= room.usable else ""))
+        if needed <= room.usable:
+            return lines
+        if count is not None:
+            lines.append(f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB fits")
+            return lines
+    if not lines and options.whole_dit is None:
+        count = smallest_swap(prediction.device, prediction.most, room.usable)
+        if count is not None:
+            return [f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB fits"]
+    return [*lines, *smaller(family, options, noisy_batch, room, device)]
+
+
+def cheaper(options: TrainingOptions) -> list[tuple[str, TrainingOptions]]:
+    """Options that save memory and are not in use, each with all before it: for little time first."""
+    found: list[tuple[str, TrainingOptions]] = []
+
+    if not options.loop.gradient_checkpointing:
+        options = replace(options, loop=replace(options.loop, gradient_checkpointing=True))
+        found.append(("--gradient_checkpointing", options))
+    if options.whole_dit is None and options.speed.fp8.quantisation is None:
+        fp8 = replace(options.speed.fp8, fp8_base=True, fp8_scaled=True)
+        options = replace(options, speed=replace(options.speed, fp8=fp8))
+        found.append(("--fp8_base --fp8_scaled", options))
+    if not options.loop.gradient_checkpointing_cpu_offload:
+        options = replace(options, loop=replace(options.loop, gradient_checkpointing_cpu_offload=True))
+        found.append(("--gradient_checkpointing_cpu_offload", options))
+    return found
+
+
+def smaller(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device) -> list[str]:
+    """How far the batch, the clip or the picture has to shrink, with everything else done; the first that fits."""
+    for name, sizes in shrunk(noisy_batch):
+        for size, batch in sizes:
+            prediction = predict(family, options, batch, device)
+            if prediction.device(prediction.most if options.whole_dit is None else prediction.blocks) <= room.usable:
+                swap = f" with --blocks_to_swap {prediction.most}" if options.whole_dit is None else ""
+                return [f"{name} {size} in --dataset_config{swap} fits ({prediction.batch})"]
+    return ["no smaller batch, clip or picture was found that fits"]
+
+
+def shrunk(noisy_batch: NoisyBatch) -> list[tuple[str, list[tuple[str, NoisyBatch]]]]:
+    """Batches of fewer samples, then of fewer frames, then of smaller pictures: latents cut, texts as they are."""
+    count, _, frames, height, width = noisy_batch.noise.shape
+    by_count = [(str(number), cut(noisy_batch, number, frames, height, width)) for number in halved(count)]
+    by_frames = [(str(4 * (number - 1) + 1), cut(noisy_batch, 1, number, height, width)) for number in halved(frames)]
+    factors = (0.75, 0.5, 0.375, 0.25)
+    sides = [(2 * max(1, round(height * each / 2)), 2 * max(1, round(width * each / 2))) for each in factors]
+    by_side = [(f"[{8 * columns}, {8 * rows}]", cut(noisy_batch, 1, 1, rows, columns)) for rows, columns in sides]
+    return [("batch_size", by_count), ("target_frames", by_frames), ("resolution", by_side)]
+
+
+def halved(number: int) -> list[int]:
+    """Half of it, half of that, down to 1."""
+    found = []
+    while number > 1:
+        number = (number + 1) // 2 if number > 2 else 1
+        found.append(number)
+    return found
+
+
+def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: int) -> NoisyBatch:
+    """The first samples of a batch with the first frames, rows and columns of everything that lies on the latents' grid."""
+    grid = noisy_batch.noise.shape[2:]
+
+    def smaller(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 5 and tensor.shape[2:] == grid:
+            tensor = tensor[:, :, :frames, :height, :width]
+        return tensor[:count] if tensor.ndim and tensor.shape[0] == len(noisy_batch.noise) else tensor
+
+    tensors = {
+        name: value[:count] if isinstance(value, list) else smaller(value) for name, value in noisy_batch.batch.tensors.items()
+    }
+    batch = replace(
+        noisy_batch.batch, tensors=tensors, captions=noisy_batch.batch.captions[:count], keys=noisy_batch.batch.keys[:count]
+    )
+    numbers = (noisy_batch.sigmas[:count], noisy_batch.timesteps[:count], noisy_batch.weights[:count])
+    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers)
