@@ -1,10 +1,13 @@
 """Weights of the transformer in 8 bits, and products in 8 bits. Training and generation name them differently."""
 
 import argparse
+import logging
 from dataclasses import dataclass
 
 from modules.errors import OptionError
 from modules.options import add_unsupported
+
+logger = logging.getLogger(__name__)
 
 NO_FAST = "products in 8 bits are not built yet; leave it out"
 
@@ -51,6 +54,8 @@ class GenerationFp8Options:
     def __post_init__(self) -> None:
         if self.upcast_linear and not self.fp8_scaled:
             raise OptionError("--upcast_linear needs --fp8_scaled: without it there are no layers for it to compute in float32")
+        if self.upcast_quantization and not self.fp8_scaled:
+            logger.warning("--upcast_quantization is ignored because --fp8_scaled is not given")
 
     @property
     def quantisation(self) -> Quantisation | None:
