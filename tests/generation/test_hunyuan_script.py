@@ -137,7 +137,6 @@ def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, t2v: TinyHunyua
         (["--vae_dtype", "fp8"], "nothing is computed in fp8"),
         (["--blocks_to_swap", "auto"], "--blocks_to_swap auto: .* Give one"),
         (["--blocks_to_swap", "2"], "--blocks_to_swap 2: the transformer has 2 . 3 blocks, of which at most 0 can be swapped"),
-        (["--fp8_llm"], "--fp8_llm is not supported yet"),
     ],
 )
 def test_what_cannot_be_done_is_said(tmp_path: Path, t2v: TinyHunyuan, arguments: list[str], message: str) -> None:
