@@ -195,7 +195,7 @@ def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: 
         with torch.no_grad():
             dit(**case.inputs(seed))
 
-    assert len(device.ages) > 10
+    assert len(device.ages) >= 10
     assert min(device.ages) >= 1
 
 
