@@ -180,8 +180,6 @@ def dit_loader(
 ) -> Callable[[int], nn.Module]:
     """expert -> its network on the device, the LoRAs merged; blocks compiled and swapped as the options say. Raises OptionError."""
     speed = options.speed
-    if speed.fp8.ignored is not None:
-        logger.warning(speed.fp8.ignored)
     fp8 = with_product(speed.fp8.quantisation, device)
     plan = SwapPlan(family.dit, speed.swap.number, speed.swap.img_in_txt_in_offloading)
     compilation = options.speed.compilation.choice
