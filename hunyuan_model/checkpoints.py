@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,26 @@ from torch import Tensor
 
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
-from modules.attention import backend
-from modules.checkpoint import Checkpoint, Source, dequantise, open_checkpoint, plain_sources
+from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
 from modules.checkpoint_files import load_pickled
 from modules.devices import dtype_name
 from modules.dialects import Names, count, other_kind, translated
 from modules.dit_files import bare_names, fill_dit, kept_dtype, own_dtype
 from modules.errors import CheckpointError
+from modules.family import DitSpec
+from modules.fp8 import dequantise, stored_scale
 from modules.records import Placement
 
 logger = logging.getLogger(__name__)
 
-# kept so, as they compute so; under 1 % of the model
-FLOAT32_LAYERS = ("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder.")
+DIT = DitSpec(
+    block_lists=("double_blocks", "single_blocks"),
+    fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
+    input_layers=("img_in", "txt_in"),
+    swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),  # a single block is about half as large
+    # as they compute so; under 1 % of the model
+    keep_float32=("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder."),
+)
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
 
 # ComfyUI's names -> the published ones. Source: the repackaged checkpoint of Comfy-Org.
@@ -139,7 +146,6 @@ def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
     float32. `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.
     """
-    backend(placement.attention)
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)
@@ -150,7 +156,7 @@ def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
         with torch.device("meta"):
             dit = HunyuanVideoModel(config, placement.attention)
         sources = _sources(checkpoint, header)
-        fill_dit(dit, checkpoint, sources, placement, target, FLOAT32_LAYERS, what)
+        fill_dit(dit, checkpoint, sources, placement, target, DIT, what)
     return dit
 
 
@@ -274,7 +280,22 @@ def _joined(parts: list[Source]) -> Source:
         dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
         return torch.cat([row.to(dtype) for row in rows])
 
-    return Source(tuple(name for part in parts for name in part.names), build)
+    def as_fp8(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows as bytes one below the other, with a scale for each row."""
+        weights, scales, rest = [], [], list(tensors)
+        for part in parts:
+            weight, scale = part.make_fp8(rest[: len(part.names)])
+            rest = rest[len(part.names) :]
+            weights.append(weight)
+            scales.append(torch.ones(1, device=weight.device) if scale is None else scale)
+        whole = torch.cat([weight.view(torch.uint8) for weight in weights]).view(weights[0].dtype)
+        if any(scale.ndim == 3 for scale in scales):
+            return whole, torch.cat(scales)
+        return whole, torch.cat([scale.expand(len(weight), 1) for weight, scale in zip(weights, scales, strict=True)])
+
+    names = tuple(name for part in parts for name in part.names)
+    kept = all(part.as_fp8 is not None for part in parts)
+    return Source(names, build, as_fp8 if kept else None)
 
 
 def _swap_halves(tensor: Tensor) -> Tensor:
@@ -295,7 +316,7 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader) -> dict[str, Source]
     missing = [name for name in plain_fp8 if name.removesuffix(".weight") not in scales]
     if missing:
         raise CheckpointError(f"{_map_path(path)} has no scale for {missing[0]}: it belongs to another file than {path}.", path)
-    return sources | {name: Source((name,), _times(scales[name.removesuffix(".weight")])) for name in plain_fp8}
+    return sources | {name: _times(name, scales[name.removesuffix(".weight")]) for name in plain_fp8}
 
 
 def _map_path(path: Path) -> Path:
@@ -318,5 +339,8 @@ def _read_scale_map(path: Path) -> dict[str, float]:
         raise CheckpointError(f"{found} is no map of scales ({error}). Download or copy it again.", found) from error
 
 
-def _times(scale: float) -> Callable[[Tensor], Tensor]:
-    return lambda weight: dequantise(weight, torch.tensor(scale, device=weight.device))
+def _times(name: str, scale: float) -> Source:
+    def factor(weight: Tensor) -> Tensor:
+        return torch.tensor([scale], device=weight.device)
+
+    return Source((name,), lambda weight: dequantise(weight, factor(weight)), lambda weight: (weight, stored_scale(factor(weight))))

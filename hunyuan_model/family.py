@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.checkpoints import load_dit
+from hunyuan_model.checkpoints import DIT, load_dit
 from hunyuan_model.conditioning import first_frame_condition, posterior_generator
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.files import HunyuanFiles
@@ -26,6 +26,7 @@ from hunyuan_model.text_multipliers import multiply_text
 from hunyuan_model.vae import load_vae
 from modules.checkpoint import fingerprint
 from modules.devices import computing_dtype, dtype_name
+from modules.dit_files import kept_dtype
 from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.options import require
@@ -50,10 +51,6 @@ from modules.requests import check_size, filled, whole_frames, with_media
 logger = logging.getLogger(__name__)
 
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.476986)
-DIT = DitSpec(
-    block_lists=("double_blocks", "single_blocks"),
-    fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
-)
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 GUIDANCE_UNIT = 1000  # the model was distilled with 1000 times the scale
@@ -75,6 +72,7 @@ class HunyuanVideo:
     final_norm: bool = False
     second_prompt: str | None = None  # --prompt_2, for CLIP
     text_multipliers: tuple[float, float] | None = None
+    llm_in_fp8: bool = False
     dit_dtype: torch.dtype | None = None  # None: as the file says
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
@@ -128,6 +126,7 @@ class HunyuanVideo:
                 files.text_encoder1_tokenizer,
                 skip_layers=self.skip_layers,
                 final_norm=self.final_norm,
+                in_fp8=self.llm_in_fp8,
             ),
             ClipTextEncoder(files.text_encoder2_path, self._beside_dit(self.text_dtype), files.text_encoder2_tokenizer),
         ]
@@ -174,12 +173,14 @@ class HunyuanVideo:
             )
         return (self.files.dit_path,)
 
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
+        return kept_dtype(self.files.dit_header().block_dtype, self._with_dtype(placement))
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --dit_in_channels. --dit_dtype counts where the caller asks for no dtype."""
         (path,) = self.dit_files
-        if placement.compute_dtype is None and placement.storage_dtype is None:
-            placement = replace(placement, compute_dtype=self.dit_dtype)
-        dit = load_dit(path, placement)
+        dit = load_dit(path, self._with_dtype(placement))
         if self.text_multipliers is not None:
             multiply_text(dit, *self.text_multipliers)
         return dit
@@ -312,6 +313,11 @@ class HunyuanVideo:
         """What the transformer computes in."""
         return self.dit_dtype or self.files.dit_header().compute_dtype
 
+    def _with_dtype(self, placement: Placement) -> Placement:
+        """--dit_dtype counts where the caller asks for no dtype."""
+        asks = placement.compute_dtype is not None or placement.storage_dtype is not None
+        return placement if asks else replace(placement, compute_dtype=self.dit_dtype)
+
     def _beside_dit(self, chosen: torch.dtype | None) -> torch.dtype:
         """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer float32."""
         if chosen is not None:
@@ -392,6 +398,7 @@ def _with_text(family: HunyuanVideo, options: HunyuanTextOptions) -> HunyuanVide
             text_encoder2_tokenizer=options.text_encoder2_tokenizer,
         ),
         text_dtype=computing_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+        llm_in_fp8=options.fp8_llm,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
 from modules.checkpoint import load_module, open_checkpoint
+from modules.fp8_loading import encoder_loading
 from modules.norms import RMSNorm
 
 
@@ -110,8 +111,12 @@ class Llama(nn.Module):
         return self.norm(x)
 
 
-def load_llama(path: Path, device: torch.device, dtype: torch.dtype, skip_layers: int, final_norm: bool) -> Llama:
+def load_llama(
+    path: Path, device: torch.device, dtype: torch.dtype, skip_layers: int, final_norm: bool, in_fp8: bool = False
+) -> Llama:
     """Load the language model up to the state before its last `skip_layers` layers; fp8 weights are multiplied out.
+
+    in_fp8: its linear layers are kept in 8 bits, as those of an fp8 file then stay.
 
     Raises CheckpointError where the file is damaged or of another model.
     """
@@ -127,5 +132,6 @@ def load_llama(path: Path, device: torch.device, dtype: torch.dtype, skip_layers
             dtype=lambda *_: dtype,
             ignore=plan.ignore,
             what="the language model (--text_encoder1)",
+            fp8=encoder_loading(llama, plan.sources, plan.checkpoint.tensors, device) if in_fp8 else None,
         )
     return llama.eval()

@@ -81,10 +81,12 @@ class LlavaTextEncoder:
         template: PromptTemplate = VIDEO_TEMPLATE,
         skip_layers: int = SKIP_LAYERS,
         final_norm: bool = False,
+        in_fp8: bool = False,
     ) -> None:
         """path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype: it computes in.
 
         skip_layers: layers behind the state that is given, 0 for the last, which is normed always. final_norm: norm others too.
+        in_fp8: keep the linear layers in 8 bits.
         """
         self.path = _inside(path, "text_encoder")
         self.dtype = dtype
@@ -92,6 +94,7 @@ class LlavaTextEncoder:
         self.template = template
         self.skip_layers = skip_layers
         self.final_norm = final_norm or skip_layers == 0
+        self.in_fp8 = in_fp8
         self._loaded: tuple[Llama, LlamaTokenizer] | None = None
 
     @property
@@ -102,7 +105,7 @@ class LlavaTextEncoder:
         """
         with open_checkpoint(self.path) as checkpoint:
             config = read_llama(checkpoint, self.skip_layers, self.final_norm).config
-        return {
+        identity = {
             "llm": fingerprint(self.path),
             "llm_config": f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
             "llm_tokenizer": llama_tokenizer_identity(self.tokenizer, self.path),
@@ -110,6 +113,7 @@ class LlavaTextEncoder:
             "llm_state": f"{self.skip_layers} layers skipped" + (", normed" if self.final_norm else ""),
             "llm_template": hashlib.sha256(self.template.text.encode()).hexdigest()[:16],
         }
+        return identity | ({"llm_weights": "fp8"} if self.in_fp8 else {})
 
     def load(self, device: torch.device) -> None:
         """Tokenizer first: what is wrong with it shows before gigabytes are read. A loaded encoder moves to the device."""
@@ -125,7 +129,7 @@ class LlavaTextEncoder:
                 before,
                 self.template.crop_start,
             )
-        self._loaded = (load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm), tokenizer)
+        self._loaded = (load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm, self.in_fp8), tokenizer)
         logger.info("text encoder 1: %s, computing in %s", self.path, dtype_name(self.dtype))
 
     @torch.no_grad()

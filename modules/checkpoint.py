@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,7 +24,10 @@ from torch import Tensor, nn
 
 from modules.checkpoint_files import TensorFile, TensorInfo, open_file
 from modules.errors import CheckpointError
-from modules.records import WeightPatch
+from modules.fp8 import E4M3, attach, dequantise, is_fp8, stored_scale
+from modules.fp8_loading import Fp8Loading
+from modules.records import HostPlace, WeightPatch
+from modules.tensor_sources import Source
 
 __all__ = ["Checkpoint", "Source", "TensorInfo", "fingerprint", "load_module", "open_checkpoint", "plain_sources"]
 
@@ -189,25 +191,6 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class Source:
-    """How one tensor of ours is made: the names in the file, and what to do with these tensors (None: take the only one).
-
-    `build` also runs on meta tensors, to compare shapes before anything is read.
-    """
-
-    names: tuple[str, ...]
-    build: Callable[..., Tensor] | None = None
-
-    def then(self, change: Callable[[Tensor], Tensor]) -> "Source":
-        """The same source with a further step, such as cutting rows or transposing."""
-        build = self.build
-        return Source(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
-
-    def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0] if self.build is None else self.build(*tensors)
-
-
 _SCALES = (".scale_weight", ".weight_scale")
 _QUANT_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")  # of no use once the weights are plain
 _QUANT_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
@@ -227,22 +210,12 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, Source]:
     for name in checkpoint.tensors:
         if name in scales.values() or any(fnmatch.fnmatchcase(name, pattern) for pattern in _QUANT_EXTRAS):
             continue
-        sources[name] = Source((name, scales[name]), dequantise) if name in scales else Source((name,))
+        if name in scales:
+            sources[name] = Source((name, scales[name]), dequantise, lambda weight, scale: (weight, stored_scale(scale)))
+        else:
+            plain_cast = is_fp8(checkpoint.tensors[name].dtype)
+            sources[name] = Source((name,), as_fp8=(lambda weight: (weight, None)) if plain_cast else None)
     return sources
-
-
-def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight * scale in float32.
-
-    weight: rows x columns. scale: one number, one per row, or one per block of a row (rows x blocks x 1).
-    """
-    plain, scale = weight.to(torch.float32, copy=True), scale.float()  # multiplied in place: one copy, not two
-    if scale.numel() == 1:
-        return plain.mul_(scale.reshape(()))
-    if scale.ndim == 3:
-        plain.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
-        return plain
-    return plain.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
 def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:
@@ -276,6 +249,8 @@ def load_module(
     patch: WeightPatch | None = None,
     ignore: Sequence[str] = (),
     what: str = "this model",
+    fp8: Fp8Loading | None = None,
+    host: HostPlace | None = None,
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device and dtype.
 
@@ -283,6 +258,8 @@ def load_module(
     device: of all, or our name -> device.
     patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
     ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for messages.
+    fp8: which weights of linear layers are kept in 8 bits; they are rounded on its device and then go to theirs.
+    host: keeps some of the tensors in host memory; they are made on the device all the same, where anything is to be computed.
     Parameters come out with `requires_grad` off. On the meta device nothing is read.
     Raises CheckpointError listing every missing, unexpected and misshaped tensor, before anything is read.
     """
@@ -290,20 +267,70 @@ def load_module(
     _check_fit(wanted, checkpoint, sources, ignore, what)
     plan = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
     devices = {name: device if isinstance(device, torch.device) else device(name) for name in wanted}
-    as_stored = {name for name in wanted if patch is None and _is_as_stored(sources[name], checkpoint, plan[name], devices[name])}
+    held = _hold(module, checkpoint, sources, plan, fp8, host, devices)
+    ends = {name: _CPU if name in held else devices[name] for name in wanted}
+    plain = wanted if patch is None and fp8 is None else [name for name in wanted if patch is None and name not in (fp8 or ())]
+    as_stored = {name for name in plain if _is_as_stored(sources[name], checkpoint, plan[name], ends[name])}
     # one piece of memory for all reading: temporary tensors would leave holes in the heap between those that stay
     made = [name for name in wanted if name not in as_stored and devices[name].type != "meta"]
     room = max((_room(sources[name], checkpoint) for name in made), default=0)
-    pinned = any(devices[name].type == "cuda" for name in made)
+    pinned = any((fp8.device if fp8 is not None and name in fp8 else devices[name]).type == "cuda" for name in made)
     scratch = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
+    is_filled_here = host is None or host.is_filled_here
     for name, target in plan.items():
-        if name in as_stored:
-            tensor = checkpoint.read(sources[name].names[0])
+        place = held.get(name)
+        if fp8 is not None and name in fp8:
+            _put_fp8(module, name, sources[name], checkpoint, scratch, devices[name], patch, fp8, place, is_filled_here)
+            continue
+        if place is not None and not is_filled_here:
+            tensor = place
+            if patch is not None:
+                patch(name, torch.empty(place.shape, dtype=target, device="meta"))  # it notes what finds its weight
+        elif name in as_stored:
+            tensor = (
+                checkpoint.read(sources[name].names[0]) if place is None else _read_into(place, checkpoint, sources[name].names[0])
+            )
         else:
-            tensor = torch.empty(wanted[name].shape, dtype=target, device=devices[name])
+            tensor = torch.empty(wanted[name].shape, dtype=target, device=devices[name]) if place is None else place
             if devices[name].type != "meta":
                 tensor.copy_(_made(name, sources[name], checkpoint, scratch, devices[name], target, patch))
         _put(module, name, tensor)
+    if fp8 is not None:
+        fp8.report(what)
+    if held and host is not None:
+        host.finish()
+
+
+_CPU = torch.device("cpu")
+
+
+def _hold(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    plan: Mapping[str, torch.dtype],
+    fp8: Fp8Loading | None,
+    host: HostPlace | None,
+    devices: Mapping[str, torch.device],
+) -> Mapping[str, Tensor]:
+    """Memory for what stays on the host. plan: name -> dtype to keep where it is not in 8 bits. Where nothing is read: none."""
+    if host is None or all(device.type == "meta" for device in devices.values()):
+        return {}
+
+    def dtype(name: str) -> torch.dtype:
+        if fp8 is None or name not in fp8:
+            return plan[name]
+        return checkpoint.tensors[sources[name].names[0]].dtype if name in fp8.kept else E4M3
+
+    return host.hold(module, {name: TensorInfo(dtype(name), tuple(each.shape)) for name, each in module.state_dict().items()})
+
+
+def _read_into(room: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
+    """Read a tensor to where it is to stay; only a mapped file has to be copied from."""
+    tensor = checkpoint.borrow(name, room.view(-1).view(torch.uint8))
+    if tensor.data_ptr() != room.data_ptr():
+        room.copy_(tensor)
+    return room
 
 
 _ALIGNMENT = 64  # bytes; where tensors begin in `scratch`
@@ -328,16 +355,55 @@ def _made(
     patch: WeightPatch | None,
 ) -> Tensor:
     """One of our tensors on its device, not yet rounded to its dtype; it may lie in `scratch`."""
-    parts, start = [], 0
-    for part in source.names:
-        parts.append(checkpoint.borrow(part, scratch[start:]).to(device))
-        start += -(-checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
-    tensor = source.make(parts)
+    tensor = source.make(_parts(source, checkpoint, scratch, device))
     if patch is None:
         return tensor
     if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
         tensor = tensor.to(target if target.itemsize > 1 else torch.float32)  # fp8 cannot take a small delta
     return patch(name, tensor)
+
+
+def _parts(source: Source, checkpoint: Checkpoint, scratch: Tensor, device: torch.device) -> list[Tensor]:
+    """What a tensor is made of, on that device; it may lie in `scratch`."""
+    parts, start = [], 0
+    for part in source.names:
+        parts.append(checkpoint.borrow(part, scratch[start:]).to(device))
+        start += -(-checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
+    return parts
+
+
+def _put_fp8(
+    module: nn.Module,
+    name: str,
+    source: Source,
+    checkpoint: Checkpoint,
+    scratch: Tensor,
+    device: torch.device,
+    patch: WeightPatch | None,
+    fp8: Fp8Loading,
+    room: Tensor | None,
+    is_filled_here: bool,
+) -> None:
+    """Give a linear layer its weight in 8 bits: that of the file, or the file's rounded after the patch.
+
+    room: where the weight is to stay, `device` otherwise. is_filled_here: else another process writes it; scales are made by all.
+    """
+    layer = module.get_submodule(name.removesuffix(".weight"))
+    assert isinstance(layer, nn.Linear)
+    scale: Tensor | None
+    if device.type == "meta":
+        weight, scale = torch.empty(layer.weight.shape, dtype=E4M3, device=device), None
+    elif name in fp8.kept:
+        weight, scale = source.make_fp8(_parts(source, checkpoint, scratch, fp8.device))
+        weight = weight.to(device, copy=True) if room is None else weight
+    else:
+        stored = checkpoint.tensors[source.names[0]].dtype
+        made = _made(name, source, checkpoint, scratch, fp8.device, stored, patch)
+        weight, scale = fp8.round(name, made)
+        weight = weight.to(device) if room is None else weight
+    if room is not None:
+        weight = room.copy_(weight) if is_filled_here else room
+    attach(layer, weight, None if scale is None else scale.to(fp8.device, copy=True), fp8.quantisation)
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

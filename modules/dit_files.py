@@ -6,6 +6,10 @@ import torch
 from torch import nn
 
 from modules.checkpoint import Checkpoint, Source, load_module
+from modules.errors import CheckpointError
+from modules.family import DitSpec
+from modules.fp8 import linear_weights
+from modules.fp8_loading import Fp8Loading, kept_in_fp8
 from modules.records import Placement
 
 PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.")
@@ -34,18 +38,19 @@ def fill_dit(
     sources: Mapping[str, Source],
     placement: Placement,
     target: torch.dtype,
-    float32_layers: tuple[str, ...],
+    spec: DitSpec,
     what: str,
 ) -> None:
     """Load a transformer that was built on the meta device, tensor by tensor, to its device, without gradients.
 
     target: dtype of the weights; with `placement.keep_file_dtypes` each layer has the dtype of its weight in the file instead.
-    float32_layers: beginnings of names that are kept in float32 whatever is asked for.
-    `placement.patch` is given the names in `sources`. Raises CheckpointError as `load_module`.
+    spec: which layers are kept in float32 whatever is asked for, and which may be kept in 8 bits (`placement.fp8`).
+    `placement.patch` is given the names in `sources`. Raises CheckpointError as `load_module`, and where a file in fp8 is to be
+    rounded again or patched.
     """
 
     def kept(name: str, stored: torch.dtype) -> torch.dtype:
-        if name.startswith(float32_layers):
+        if name.startswith(spec.keep_float32):
             return torch.float32
         if not placement.keep_file_dtypes:
             return target
@@ -53,5 +58,42 @@ def fill_dit(
         own = checkpoint.tensors[sources[weight].names[0]].dtype if weight in sources else stored
         return own if own.itemsize > 1 else target
 
-    load_module(dit, checkpoint, sources, device=placement.device, dtype=kept, patch=placement.patch, what=what)
+    fp8 = _fp8_layers(dit, checkpoint, sources, placement, spec)
+    load_module(
+        dit,
+        checkpoint,
+        sources,
+        device=placement.device,
+        dtype=kept,
+        patch=placement.patch,
+        what=what,
+        fp8=fp8,
+        host=placement.host,
+    )
     dit.eval()
+
+
+def _fp8_layers(
+    dit: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source], placement: Placement, spec: DitSpec
+) -> Fp8Loading | None:
+    """The linear layers of the blocks that are kept in 8 bits: those that the file has so, else those that the family allows."""
+    quantisation, path = placement.fp8, checkpoint.path
+    if quantisation is None:
+        return None
+    kept = kept_in_fp8(linear_weights(dit, spec.block_lists), sources, checkpoint.tensors)
+    if not kept:
+        rounded = linear_weights(dit, spec.block_lists, spec.fp8_exclude)
+        return Fp8Loading(quantisation, rounded, (), placement.device)
+    if quantisation.kind != "cast":
+        raise CheckpointError(
+            f"--fp8_scaled: {path} is in fp8 already, and rounding it again would only lose more.\n"
+            "  Leave --fp8_scaled out: --fp8_base (training) and --fp8 (generation) keep the file as it is. Or give the bf16 file.",
+            path,
+        )
+    if placement.patch is not None:
+        raise CheckpointError(
+            f"{path} is in fp8, too coarse to add a LoRA to.\n"
+            "  Give the bf16 file to --dit; or leave --fp8_base and --fp8 out, and the model is multiplied out to 16 bits.",
+            path,
+        )
+    return Fp8Loading(quantisation, (), kept, placement.device)

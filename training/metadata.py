@@ -91,7 +91,7 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
         "ss_training_comment": options.metadata.training_comment,
         "ss_optimizer": facts.optimizer,
         "ss_max_grad_norm": options.optimizer.max_grad_norm,
-        "ss_fp8_base": False,
+        "ss_fp8_base": options.speed.fp8.fp8_base,
         "ss_full_fp16": False,
         "ss_full_bf16": options.whole_dit is not None and options.whole_dit.full_bf16,
         "ss_weighting_scheme": times.weighting_scheme,

@@ -64,6 +64,19 @@ class TrainingOptions:
         precision, accumulation = self.accelerator.mixed_precision, self.loop.gradient_accumulation_steps
         if options.full_bf16 and precision != "bf16":
             raise OptionError(f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 for both")
+        if self.speed.fp8.fp8_base:
+            raise OptionError(
+                "--fp8_base: weights that learn are kept in float32, or in bfloat16 with --full_bf16, because fp8 would lose the "
+                "steps; leave it out, or train a LoRA with hv_train_network.py"
+            )
+        swap = self.speed.swap
+        if swap.blocks_to_swap and not options.fused_backward_pass:
+            raise OptionError(
+                f"--blocks_to_swap {swap.blocks_to_swap} with weights that learn: each has to be stepped while its block is on the "
+                "device. Add --fused_backward_pass, or leave it out"
+            )
+        if swap.img_in_txt_in_offloading:
+            raise OptionError("--img_in_txt_in_offloading: these layers learn, so they have to be on the device. Leave it out")
         if not options.fused_backward_pass:
             return
         if accumulation != 1:

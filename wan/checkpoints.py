@@ -8,18 +8,32 @@ from pathlib import Path
 
 import torch
 
-from modules.attention import backend
 from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.dit_files import bare_names, fill_dit, kept_dtype, own_dtype
 from modules.errors import CheckpointError
+from modules.family import DitSpec
 from modules.records import Placement
 from wan.configs import HEAD_WIDTH, TASKS, WanConfig, WanTask
 from wan.model import WanModel
 
 logger = logging.getLogger(__name__)
 
-FLOAT32_LAYERS = ("time_embedding.", "time_projection.", "head.head.")  # kept so, as they compute so; under 1 % of the model
+DIT = DitSpec(
+    block_lists=("blocks",),
+    fp8_exclude=(
+        "norm",
+        "patch_embedding",
+        "text_embedding",
+        "time_embedding",
+        "time_projection",
+        "head",
+        "modulation",
+        "img_emb",
+    ),
+    input_layers=("patch_embedding", "text_embedding", "img_emb"),
+    keep_float32=("time_embedding.", "time_projection.", "head.head."),  # as they compute so; under 1 % of the model
+)
 
 # Names in diffusers' layout -> the published ones. Source: checkpoints of Wan-AI/*-Diffusers; norm2 and norm3 change places.
 FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
@@ -136,7 +150,6 @@ def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanMode
     `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
     """
-    backend(placement.attention)
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)
@@ -145,7 +158,7 @@ def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanMode
         with torch.device("meta"):
             dit = WanModel(header.config, placement.attention, rope)
         sources = _sources(checkpoint, header)
-        fill_dit(dit, checkpoint, sources, placement, target, FLOAT32_LAYERS, f"Wan2.1 {header.kind}")
+        fill_dit(dit, checkpoint, sources, placement, target, DIT, f"Wan2.1 {header.kind}")
     return dit
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modules.checkpoint import fingerprint
 from modules.devices import dtype_name, dtype_named
+from modules.dit_files import kept_dtype
 from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.media import image_size
@@ -33,7 +34,7 @@ from modules.records import (
 )
 from modules.requests import check_size, filled, whole_frames, with_media
 from wan import conditioning
-from wan.checkpoints import check_task, load_dit, note_size
+from wan.checkpoints import DIT, check_task, load_dit, note_size
 from wan.clip import load_clip
 from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, FLOW_SHIFT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
 from wan.files import WanFiles
@@ -44,19 +45,6 @@ from wan.vae import load_vae
 logger = logging.getLogger(__name__)
 
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
-DIT = DitSpec(
-    block_lists=("blocks",),
-    fp8_exclude=(
-        "norm",
-        "patch_embedding",
-        "text_embedding",
-        "time_embedding",
-        "time_projection",
-        "head",
-        "modulation",
-        "img_emb",
-    ),
-)
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 FPS = 16.0
 
@@ -74,6 +62,7 @@ class Wan:
     rope: str = "default"
     keep_file_dtypes: bool = False
     text_as_image_tokens: bool = False
+    t5_in_fp8: bool = False
     image_noise: float = 0.0
     sizes_follow_image: bool = True  # generation: the video takes the image's aspect; training samples: the image is cropped
 
@@ -117,7 +106,7 @@ class Wan:
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """umT5; its file is opened when it is loaded."""
-        return [WanTextEncoder(self.files.t5_path, self.files.t5_tokenizer)]
+        return [WanTextEncoder(self.files.t5_path, self.files.t5_tokenizer, self.t5_in_fp8)]
 
     @property
     def media_identity(self) -> Mapping[str, str]:
@@ -168,6 +157,10 @@ class Wan:
         """The transformer's checkpoint, checked against --task."""
         check_task(self.files.dit_header(), self.task, self.files.dit_path)
         return (self.files.dit_path,)
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
+        return kept_dtype(self.files.dit_header().block_dtype, placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --task."""
@@ -348,7 +341,8 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     """For wan_cache_text_encoder_outputs.py."""
-    return Wan(TASKS["t2v-14B"], WanFiles(t5=options.text.t5, t5_tokenizer=options.text.t5_tokenizer))
+    files = WanFiles(t5=options.text.t5, t5_tokenizer=options.text.t5_tokenizer)
+    return Wan(TASKS["t2v-14B"], files, t5_in_fp8=options.text.fp8_t5)
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
@@ -361,6 +355,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
+        t5_in_fp8=options.text.fp8_t5,
         sizes_follow_image=False,
     )
 
@@ -380,6 +375,7 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
+        t5_in_fp8=options.text.fp8_t5,
         image_noise=options.i2v_extra_noise or 0.0,
     )
 

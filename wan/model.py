@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modules.attention import attend
+from modules.attention_options import SDPA, AttentionChoice
 from modules.norms import Float32LayerNorm, RMSNorm
 from modules.precision import activation_dtype, run, run_float32
 from modules.rope import TABLES, GridTable, rotate
@@ -37,7 +38,7 @@ class Tokens:
     time: Tensor  # B C float32
     modulation: Tensor  # B 6 C float32, the same for all tokens
     dtype: torch.dtype  # of activations between layers
-    attention: str
+    attention: AttentionChoice
 
 
 class SelfAttention(nn.Module):
@@ -163,8 +164,8 @@ class ImageEmbedding(nn.Module):
 class WanModel(nn.Module):
     """Predicts the velocity of noisy video latents, given text and, by variant, image features and further input channels."""
 
-    def __init__(self, config: WanConfig, attention: str = "sdpa", rope: str = "default") -> None:
-        """attention: a back end of modules.attention. rope: a key of modules.rope.TABLES."""
+    def __init__(self, config: WanConfig, attention: AttentionChoice = SDPA, rope: str = "default") -> None:
+        """attention: what `modules.attention.attend` is told. rope: a key of modules.rope.TABLES."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -186,7 +187,7 @@ class WanModel(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the blocks compute in where no autocast says otherwise."""
-        return self.get_parameter("blocks.0.ffn.0.weight").dtype
+        return self.get_parameter("blocks.0.ffn.0.bias").dtype  # the weight may be in 8 bits, which nothing computes in
 
     def forward(
         self,
@@ -254,7 +255,7 @@ class WanModel(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, repeats: Tensor | None = None) -> Tensor:
     """Attention in one dtype; q, k and v differ only where a file mixes dtypes."""
     q, k, v = (each.to(tokens.dtype) for each in (q, k, v))
-    return attend(q, k, v, mode=tokens.attention, repeats=repeats)
+    return attend(q, k, v, tokens.attention, repeats=repeats)
 
 
 def _padded(text: Sequence[Tensor] | Tensor, length: int, merges: bool) -> tuple[Tensor, Tensor | None]:

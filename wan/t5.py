@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from modules.checkpoint import fingerprint, load_module, open_checkpoint
 from modules.devices import dtype_name, free_memory
 from modules.errors import CheckpointError
+from modules.fp8_loading import encoder_loading
 from modules.records import Conditions, Prompt
 from wan.encoder_checkpoints import T5Config, read_t5
 from wan.tokenizer import Tokenize, find_tokenizer, load_tokenizer
@@ -148,8 +149,10 @@ class UmT5(nn.Module):
         return list(self.norm(x).split(lengths))
 
 
-def load_t5(path: Path, device: torch.device) -> UmT5:
+def load_t5(path: Path, device: torch.device, in_fp8: bool = False) -> UmT5:
     """Load an umT5 encoder in the dtype it has in the file. fp8 files are multiplied out to bfloat16.
+
+    in_fp8: its linear layers are kept in 8 bits, as those of an fp8 file then stay.
 
     Raises CheckpointError where the file is damaged or of another model.
     """
@@ -167,6 +170,7 @@ def load_t5(path: Path, device: torch.device) -> UmT5:
             dtype=lambda *_: compute,
             ignore=plan.ignore,
             what="the umT5 text encoder (--t5)",
+            fp8=encoder_loading(t5, plan.sources, plan.checkpoint.tensors, device) if in_fp8 else None,
         )
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
     return t5.eval()
@@ -185,21 +189,24 @@ class WanTextEncoder:
     keys = frozenset({"t5"})
     variable_length = frozenset({"t5"})
 
-    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
+    def __init__(self, path: Path, tokenizer: Path | None = None, in_fp8: bool = False) -> None:
+        """in_fp8: keep the linear layers in 8 bits."""
         self.path = path
         self.tokenizer = tokenizer
+        self.in_fp8 = in_fp8
         self._loaded: tuple[UmT5, Tokenize] | None = None
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Content of the checkpoint and of the tokenizer. Reads a few MB."""
-        return {"t5": fingerprint(self.path), "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity}
+        """Content of the checkpoint and of the tokenizer, and how weights are kept. Reads a few MB."""
+        identity = {"t5": fingerprint(self.path), "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity}
+        return identity | ({"t5_weights": "fp8"} if self.in_fp8 else {})
 
     def load(self, device: torch.device) -> None:
         """Tokenizer first: what is wrong with it shows before gigabytes are read. A loaded encoder moves to the device."""
         if self._loaded is None:
             tokenize = load_tokenizer(self.tokenizer, self.path)
-            self._loaded = (load_t5(self.path, device), tokenize)
+            self._loaded = (load_t5(self.path, device, self.in_fp8), tokenize)
         else:
             self._loaded[0].to(device)
 

@@ -135,9 +135,8 @@ def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, t2v: TinyHunyua
         (["--vae_chunk_size", "0"], "--vae_chunk_size"),
         (["--vae_spatial_tile_sample_min_size", "20"], "--vae_spatial_tile_sample_min_size 20"),
         (["--vae_dtype", "fp8"], "nothing is computed in fp8"),
-        (["--split_attn"], "--split_attn is not supported yet"),
-        (["--img_in_txt_in_offloading"], "--img_in_txt_in_offloading is not supported yet"),
-        (["--fp8_llm"], "--fp8_llm is not supported yet"),
+        (["--blocks_to_swap", "auto"], "--blocks_to_swap auto: .* Give one"),
+        (["--blocks_to_swap", "2"], "--blocks_to_swap 2: the transformer has 2 . 3 blocks, of which at most 0 can be swapped"),
     ],
 )
 def test_what_cannot_be_done_is_said(tmp_path: Path, t2v: TinyHunyuan, arguments: list[str], message: str) -> None:

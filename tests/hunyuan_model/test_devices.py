@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_model import model as transformer
-from hunyuan_model.checkpoints import FLOAT32_LAYERS
+from hunyuan_model.checkpoints import DIT
 from hunyuan_model.clip_text import ClipText
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
@@ -39,7 +39,7 @@ def elsewhere(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     with META:
         network = make()
     for name, parameter in network.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if name.startswith(FLOAT32_LAYERS) else dtype)
+        parameter.data = parameter.data.to(torch.float32 if name.startswith(DIT.keep_float32) else dtype)
     return network.requires_grad_(False)
 
 
@@ -54,8 +54,8 @@ def test_the_device_tells_tensors_of_others_apart() -> None:
 @pytest.mark.parametrize("same_lengths", [True, False])
 def test_the_transformer(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str, same_lengths: bool) -> None:
     """Its conditions may come from the CPU, as caches do."""
-    lengths = None if same_lengths else torch.ones(2, dtype=torch.int64, device=META)
-    monkeypatch.setattr(transformer, "_real_tokens", lambda mask: (8, lengths))  # it reads values
+    counts = None if same_lengths else [8, 1]
+    monkeypatch.setattr(transformer, "_real_tokens", lambda mask: (8, counts))  # it reads values
     config = CONFIGS[kind]
     dit = elsewhere(lambda: HunyuanVideoModel(config), dtype)
     conditions: dict[str, Tensor | list[Tensor]] = {
