@@ -5,7 +5,7 @@ buffer `scale_weight` (float32: [1], [out, 1] or [out, blocks, 1]; None for a pl
 product. `forward` is set on the layer itself, so that what is put around it afterwards (a LoRA, compilation) finds it.
 """
 
-import functools
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,7 +92,9 @@ def attach(layer: nn.Linear, weight: Tensor, scale: Tensor | None, quantisation:
     """
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_buffer("scale_weight", scale)
-    layer.forward = functools.partial(_forward, layer, quantisation.float32_linear)  # type: ignore[method-assign]
+    # a method rather than a partial function, by which compiled code would know the layer, and be compiled for every block
+    forward = _forward_in_float32 if quantisation.float32_linear else _forward
+    layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -105,14 +107,20 @@ def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_quantised(layer)}
 
 
-def _forward(layer: nn.Linear, in_float32: bool, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     # x: ... in -> ... out
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if not in_float32:
-        return multiply(x.to(dtype), layer.weight, scale_of(layer), layer.bias)
-    with torch.autocast(kind, enabled=False):
+    return multiply(x.to(_output_dtype(x)), layer.weight, scale_of(layer), layer.bias)
+
+
+def _forward_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    dtype = _output_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         return multiply(x.float(), layer.weight, scale_of(layer), layer.bias).to(dtype)
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def scale_of(layer: nn.Linear) -> Tensor | None:

@@ -275,7 +275,7 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
 
 
 def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, compiling, checkpointing, swap), make optimizer and schedule; also what metadata call the optimizer."""
+    """Dress the DiT (network, compiling, checkpointing, swap), make optimizer and schedule; also the name for metadata."""
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)

@@ -15,6 +15,8 @@ from modules.compile import RECOMPILE_LIMIT, check_compilation, compile_blocks
 from modules.compile_options import Compilation
 from modules.errors import OptionError
 from modules.family import DitSpec
+from modules.fp8 import attach, quantise
+from modules.fp8_options import Quantisation
 from tests.tiny.dits import DITS, TinyDit, gradients
 
 EAGER = Compilation("eager", fullgraph=True)  # torch's own kernels, called by what Dynamo has captured: an error where it cannot
@@ -86,6 +88,26 @@ def test_learning_blocks_share_theirs_with_lora_and_checkpointing(tiny: TinyDit)
         counts.append(compilations())
 
     assert counts == [forms, 2 * forms, 2 * forms, 2 * forms]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("float32_linear", [False, True])
+@pytest.mark.parametrize("tiny", [DITS[0], DITS[2]], ids=lambda dit: dit.name)
+def test_fp8_blocks_share_theirs_and_keep_their_numbers(tiny: TinyDit, float32_linear: bool) -> None:
+    results = []
+    for compiled in (False, True):
+        dit = tiny.make(3)
+        quantisation = Quantisation("rows", float32_linear=float32_linear)
+        for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
+            if isinstance(layer, nn.Linear):
+                attach(layer, *quantise(layer.weight.data, quantisation), quantisation)
+        if compiled:
+            compile_blocks(dit, tiny.spec, EAGER)
+        with torch.no_grad():
+            results.append(dit(**tiny.inputs(SIZES[0], 1)))
+
+    assert compilations() == len(tiny.spec.block_lists)
+    assert_near(results[1], results[0])
 
 
 def test_open_sizes_are_compiled_once() -> None:
