@@ -92,9 +92,9 @@ def attach(layer: nn.Linear, weight: Tensor, scale: Tensor | None, quantisation:
     """
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_buffer("scale_weight", scale)
+    layer.quantisation = quantisation  # type: ignore[assignment]
     # a method rather than a partial function, by which compiled code would know the layer, and be compiled for every block
-    forward = _forward_in_float32 if quantisation.float32_linear else _forward
-    layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
+    layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -109,18 +109,14 @@ def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     # x: ... in -> ... out
-    return multiply(x.to(_output_dtype(x)), layer.weight, scale_of(layer), layer.bias)
-
-
-def _forward_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    dtype = _output_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return multiply(x.float(), layer.weight, scale_of(layer), layer.bias).to(dtype)
-
-
-def _output_dtype(x: Tensor) -> torch.dtype:
+    quantisation = layer.quantisation
+    assert isinstance(quantisation, Quantisation)
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if not quantisation.float32_linear:
+        return multiply(x.to(dtype), layer.weight, scale_of(layer), layer.bias)
+    with torch.autocast(kind, enabled=False):
+        return multiply(x.float(), layer.weight, scale_of(layer), layer.bias).to(dtype)
 
 
 def scale_of(layer: nn.Linear) -> Tensor | None:
