@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from modules.activation import checkpoint_blocks
-from modules.activation_offload import Offload, PlainTransfer
+from modules.activation_offload import offload_to_host
 from modules.compile import RECOMPILE_LIMIT, check_compilation, compile_blocks
 from modules.compile_options import Compilation
 from modules.errors import OptionError
@@ -192,7 +192,7 @@ def test_checkpoints_that_wait_on_the_host_or_keep_attention_go_with_compiled_bl
     for saves in (False, True):
         dit, network = tiny.with_lora(neuron_dropout=0.2)
         compile_blocks(dit, tiny.spec, EAGER)
-        checkpoint_blocks(dit, tiny.spec, saves and keep, Offload(PlainTransfer()) if saves else None)
+        checkpoint_blocks(dit, tiny.spec, saves and keep, offload_to_host(CPU) if saves else None)
         network.set_dropout_seed(3)
         results.append(gradients(dit.train(), network, tiny.inputs(SIZES[1], 2)))
 
@@ -242,7 +242,7 @@ def test_inductor_gives_the_same_numbers(tiny: TinyDit) -> None:
         dit, network = tiny.with_lora(blocks=2, neuron_dropout=0.2)
         if compiled:
             compile_blocks(dit, tiny.spec, Compilation())
-        checkpoint_blocks(dit, tiny.spec, compiled, Offload(PlainTransfer()) if compiled else None)
+        checkpoint_blocks(dit, tiny.spec, compiled, offload_to_host(CPU) if compiled else None)
         network.set_dropout_seed(3)
         results.append(gradients(dit.train(), network, tiny.inputs(SIZES[0], 1)))
 
