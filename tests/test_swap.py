@@ -112,6 +112,25 @@ def test_the_same_latents_are_generated(project: Project, tmp_path: Path, usual:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+def test_in_a_conversation_the_network_waits_between_prompts(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for name, swap in (("plain", ()), ("swapped", ("--blocks_to_swap", project.most))):
+        lines = iter(["a cat --d 5", "a dog --d 6 --s 2"])
+
+        def answer(_: str, lines: Iterator[str] = lines) -> str:
+            for line in lines:
+                return line
+            raise EOFError
+
+        monkeypatch.setattr("builtins.input", answer)
+        results.append(project.generate(tmp_path / name, "--interactive", *swap))
+
+    assert len(results[0]) == 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
 def test_too_many_blocks_are_refused(project: Project, tmp_path: Path) -> None:
     arguments = (*OUTPUT, "--output_dir", tmp_path, "--max_train_steps", 1, "--blocks_to_swap", 9)
 
@@ -121,7 +140,11 @@ def test_too_many_blocks_are_refused(project: Project, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--full_bf16", "--mixed_precision", "bf16", "--gradient_checkpointing")], ids=["float32", "bf16"]
+    "more",
+    [
+        pytest.param((), id="float32", marks=pytest.mark.slow),
+        pytest.param(("--full_bf16", "--mixed_precision", "bf16", "--gradient_checkpointing"), id="bf16"),
+    ],
 )
 def test_a_whole_transformer_is_trained_to_the_same_bits(project: Project, tmp_path: Path, more: Sequence[str]) -> None:
     """Saved in between, resumed, and sampled from; both the file and the state hold what the blocks have learned."""

@@ -313,3 +313,23 @@ def test_weights_that_learn_are_copied_back() -> None:
 
 def untrained_names(case: Case) -> list[str]:
     return [name for name, _ in case.make().named_parameters()]
+
+
+def test_moving_a_network_leaves_swapped_weights_where_they_are() -> None:
+    """The meta device stands for the other one."""
+    case = CASES[1]
+    dit = case.make().eval()
+    host = swapped(dit, case.spec, 3, FakeDevice(), input_layers=True)
+    assert host is not None
+    with torch.no_grad():
+        dit(**case.inputs(1))
+
+    move_network(dit, torch.device("meta"))
+
+    places = host.adopt(dit)
+    for name, weight in dit.named_parameters():
+        assert weight.is_meta != (name in places)
+    assert all(dit.get_parameter(name).data_ptr() == place.data_ptr() for name, place in places.items())
+    plain = case.make()
+    move_network(plain, torch.device("meta"))
+    assert all(weight.is_meta for weight in plain.parameters())

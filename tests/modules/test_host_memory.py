@@ -1,4 +1,6 @@
 import gc
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from modules.records import HostPlace, Placement
 from modules.swap_plan import SwapPlan
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
-from tests.modules.swap_cases import CPU
+from tests.commands import ROOT, run_python
+from tests.modules.swap_cases import CASES, CPU
 from tests.tiny.project import write_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import DIT, load_dit
@@ -133,3 +136,28 @@ def test_on_the_meta_device_nothing_is_kept(tmp_path: Path) -> None:
     dit = load_dit(path, Placement(torch.device("meta"), host=host))
 
     assert all(weight.is_meta for weight in dit.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="each process has its own elsewhere")
+def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
+    """What one writes all read; it is one file without a name, so it cannot outlive them."""
+    path = write_dit(tmp_path, tiny_state("t2v", **SIZES))
+    lora = tmp_path / "lora.safetensors"
+    write_lora(lora, path)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
+    script = ROOT / "tests" / "modules" / "share_host_memory.py"
+
+    done = run_python(*launch, script, path, lora, environment={"PYTHONPATH": str(ROOT)})
+
+    first, second = sorted(
+        (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")), key=lambda seen: seen["rank"]
+    )
+    assert (first["fills"], second["fills"]) == (True, False)
+    assert first["mark"] == second["mark"] == 1234
+    assert first["files"] == second["files"]
+    assert [ending for _, ending in first["files"]] == ["(deleted)"]
+    assert first["unused"] == second["unused"] == []
+    with torch.no_grad():
+        expected = load_dit(path, Placement(CPU, patch=LoraPatch([LoraUse(read_lora(lora))])))(**CASES[0].inputs(1))
+    assert first["output"] == second["output"] == expected.double().sum().item()
