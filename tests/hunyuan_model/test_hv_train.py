@@ -189,7 +189,7 @@ WITHOUT_EFFECT = {  # accepted, and what they ask for
     *("--sdpa", "--persistent_data_loader_workers", "--ddp_gradient_as_bucket_view", "--ddp_static_graph", "--log_config"),
     *("--gradient_checkpointing", "--sample_at_first", "--save_state", "--save_state_on_train_end", "--vae_tiling", "--full_bf16"),
     *("--flash_attn", "--sage_attn", "--xformers", "--split_attn"),  # beside --sdpa, which comes first; a batch of one
-    *("--save_state_to_huggingface", "--resume_from_huggingface", "--async_upload", "--img_in_txt_in_offloading"),
+    *("--save_state_to_huggingface", "--resume_from_huggingface", "--async_upload", "--img_in_txt_in_offloading", "--fp8_llm"),
 }
 SWITCHES = [
     option["flags"][0]
