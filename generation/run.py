@@ -157,8 +157,6 @@ def dit_loader(
 ) -> Callable[[int], nn.Module]:
     """expert -> its network on the device, the LoRAs merged. Raises OptionError where the device cannot do what is asked for."""
     speed = options.speed
-    if speed.fp8.ignored is not None:
-        logger.warning(speed.fp8.ignored)
     fp8 = with_product(speed.fp8.quantisation, device)
 
     def load_dit(expert: int) -> nn.Module:

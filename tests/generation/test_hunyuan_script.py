@@ -137,7 +137,6 @@ def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, t2v: TinyHunyua
         (["--vae_dtype", "fp8"], "nothing is computed in fp8"),
         (["--split_attn"], "--split_attn is not supported yet"),
         (["--img_in_txt_in_offloading"], "--img_in_txt_in_offloading is not supported yet"),
-        (["--fp8_llm"], "--fp8_llm is not supported yet"),
     ],
 )
 def test_what_cannot_be_done_is_said(tmp_path: Path, t2v: TinyHunyuan, arguments: list[str], message: str) -> None:
