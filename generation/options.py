@@ -118,6 +118,16 @@ class GenerationOptions:
     latent_path: tuple[Path, ...] | None
     device: str | None
 
+    @property
+    def splits_guidance(self) -> bool:
+        """Whether the passes of guidance are made one after the other."""
+        return self.split_uncond or self.forces_split
+
+    @property
+    def forces_split(self) -> bool:
+        """Whether they are only because attention is to see one sample at a time."""
+        return self.speed.attention.split_attn and not self.split_uncond
+
     def __post_init__(self) -> None:
         given = {
             "--prompt": self.request.prompt is not None,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from blissful_tuner.guidance import uses_guidance
 from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
 from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import StepDone
@@ -37,11 +38,15 @@ from generation.prompt_lines import (
 from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
+from modules.attention import check_backend
+from modules.block_swap import host_weights, swap_blocks
+from modules.compile import check_compilation, compile_blocks
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.family import Family
 from modules.fp8_matmul import with_product
 from modules.records import Conditions, EncodedPrompts, Placement, Request
+from modules.swap_plan import SwapPlan
 from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)
@@ -125,6 +130,7 @@ def generate(family: Family, options: GenerationOptions) -> None:
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device)
         return
+    check_compilation(options.speed.compilation.choice, device)
     run = Run(family, options, Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive))
     tell_where_metadata_is(options.output)
     if options.latent_path:
@@ -146,7 +152,11 @@ def tell_where_metadata_is(output: OutputOptions) -> None:
 
 
 def check_models(run: Run) -> None:
-    """Raise UserError where a model file that every prompt needs is missing or of another kind. Nothing is loaded."""
+    """Raise UserError where a model file that every prompt needs is missing or of another kind, or the attention that is asked for
+    cannot be had. Nothing is loaded.
+    """
+    placement = Placement(run.session.device, attention=run.options.speed.attention.choice)
+    check_backend(placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False)
     _ = run.family.dit_files, run.family.text_encoders()
     if run.options.output.decodes:
         _ = run.family.media_identity
@@ -155,17 +165,26 @@ def check_models(run: Run) -> None:
 def dit_loader(
     family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
 ) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device, the LoRAs merged. Raises OptionError where the device cannot do what is asked for."""
-    speed = options.speed
-    fp8 = with_product(speed.fp8.quantisation, device)
+    """expert -> its network on the device, the LoRAs merged, its blocks compiled where the options say so.
+
+    Raises OptionError where the device cannot do what is asked for.
+    """
+    fp8 = with_product(options.speed.fp8.quantisation, device)
+    swap = options.speed.swap
+    plan = SwapPlan(family.dit, swap.number, swap.img_in_txt_in_offloading)
+    compilation = options.speed.compilation.choice
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        placement = Placement(device, attention=speed.attention.mode, patch=patch, fp8=fp8)
+        host, speed = host_weights(plan, device), options.speed
+        placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8, host=host)
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)
+        if compilation is not None:
+            compile_blocks(dit, family.dit, compilation)
+        swap_blocks(dit.eval().requires_grad_(False), host, device)
         return dit
 
     return load_dit
@@ -233,6 +252,8 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     """Encode all texts, encode all images and videos, denoise all, decode all."""
     if any(run.family.needs_media(job.request) for job in jobs):
         _ = run.family.media_identity  # raises where a file is missing, before gigabytes are loaded
+    if run.options.forces_split and any(uses_guidance(job.request) for job in jobs):
+        logger.warning("--split_attn has the passes of guidance made one after the other, as --split_uncond does.")
     make_folder(run.options.output.save_path)
     texts = run.session.texts([job.request for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
@@ -279,7 +300,7 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
                         run.options.cpu_noise,
                         run.options.guidance,
                         on_step,
-                        run.options.split_uncond,
+                        run.options.splits_guidance,
                     ).to(CPU)
                 done.append(kept(run, job, latents))
     return done

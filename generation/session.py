@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blissful_tuner.guidance import uses_guidance
 from generation.sections import conditions_to
+from modules.block_swap import move_network
 from modules.devices import free_memory
 from modules.family import Family, TextEncoder
 from modules.records import Conditions, DitAt, EncodedPrompts, MediaEncoders, Prompt, Prompts, Request
@@ -127,14 +128,14 @@ class Session:
 
         try:
             for dit in self._dits:
-                dit.to(self.device)
+                move_network(dit, self.device)
             if not self._dits:
                 self._dits = [self.load_dit(expert).eval().requires_grad_(False) for expert in range(len(experts))]
             yield dit_at
         finally:  # also where Ctrl-C comes in the middle of a move
             if self.keep:
                 for dit in self._dits:
-                    dit.to(CPU)
+                    move_network(dit, CPU)
             else:
                 self._dits = []
             free_memory(self.device)

@@ -14,6 +14,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.attention import attend
+from modules.attention_lengths import Lengths
+from modules.attention_options import AttentionChoice
 from modules.norms import Float32LayerNorm, RMSNorm
 from modules.precision import run
 from modules.rope import rotate
@@ -24,11 +26,11 @@ class Tokens:
     """What the blocks need beside the tokens x: B L+T C, the video first. Built once a forward pass."""
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
-    rotary: Tensor  # turns by position of the video tokens, L 1 D/2; text is not turned
-    lengths: Tensor | None  # B: how many of the L + T tokens are real, padding is behind them; None: all
+    rotary: Tensor  # turns by position of the video tokens, L 1 D/2 2; text is not turned
+    lengths: Lengths | None  # how many of the L + T tokens are real; None: all
     vector: Tensor  # B C float32: timestep, pooled text and guidance, from which every block makes its modulation
     dtype: torch.dtype  # of activations between layers
-    attention: str
+    attention: AttentionChoice
 
     @property
     def video(self) -> int:
@@ -101,7 +103,7 @@ class MMDoubleStreamBlock(nn.Module):
         text_q, text_k, text_v = heads(h, self.num_heads)
         text_q, text_k = self.txt_attn_q_norm(text_q), self.txt_attn_k_norm(text_k)
         q, k, v = torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1), torch.cat([v, text_v], dim=1)  # B L+T N D
-        seen = attend(q, k, v, mode=tokens.attention, lengths=tokens.lengths).flatten(2)
+        seen = attend(q, k, v, tokens.attention, tokens.lengths).flatten(2)
 
         video = gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
         text = gated(text, text_gate1, run(self.txt_attn_proj, seen[:, tokens.video :]))
@@ -130,7 +132,7 @@ class MMSingleStreamBlock(nn.Module):
         qkv, hidden = run(self.linear1, modulated(self.norm(x), shift, scale, tokens.dtype)).split(self.widths, dim=-1)
         q, k, v = heads(qkv, self.num_heads)
         q, k = _rotate_video(self.q_norm(q), tokens), _rotate_video(self.k_norm(k), tokens)
-        seen = attend(q, k, v, mode=tokens.attention, lengths=tokens.lengths).flatten(2)
+        seen = attend(q, k, v, tokens.attention, tokens.lengths).flatten(2)
         return gated(x, gate, run(self.linear2, torch.cat([seen, gelu(hidden)], dim=-1)))
 
 

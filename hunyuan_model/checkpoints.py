@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
-from modules.attention import backend
 from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
 from modules.checkpoint_files import load_pickled
 from modules.devices import dtype_name
@@ -28,6 +27,8 @@ logger = logging.getLogger(__name__)
 DIT = DitSpec(
     block_lists=("double_blocks", "single_blocks"),
     fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
+    input_layers=("img_in", "txt_in"),
+    swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),  # a single block is about half as large
     # as they compute so; under 1 % of the model
     keep_float32=("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder."),
 )
@@ -145,7 +146,6 @@ def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
     float32. `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.
     """
-    backend(placement.attention)
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)

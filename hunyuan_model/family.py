@@ -26,6 +26,7 @@ from hunyuan_model.text_multipliers import multiply_text
 from hunyuan_model.vae import load_vae
 from modules.checkpoint import fingerprint
 from modules.devices import computing_dtype, dtype_name
+from modules.dit_files import kept_dtype
 from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.options import require
@@ -172,12 +173,14 @@ class HunyuanVideo:
             )
         return (self.files.dit_path,)
 
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
+        return kept_dtype(self.files.dit_header().block_dtype, self._with_dtype(placement))
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --dit_in_channels. --dit_dtype counts where the caller asks for no dtype."""
         (path,) = self.dit_files
-        if placement.compute_dtype is None and placement.storage_dtype is None:
-            placement = replace(placement, compute_dtype=self.dit_dtype)
-        dit = load_dit(path, placement)
+        dit = load_dit(path, self._with_dtype(placement))
         if self.text_multipliers is not None:
             multiply_text(dit, *self.text_multipliers)
         return dit
@@ -309,6 +312,11 @@ class HunyuanVideo:
     def _dit_dtype(self) -> torch.dtype:
         """What the transformer computes in."""
         return self.dit_dtype or self.files.dit_header().compute_dtype
+
+    def _with_dtype(self, placement: Placement) -> Placement:
+        """--dit_dtype counts where the caller asks for no dtype."""
+        asks = placement.compute_dtype is not None or placement.storage_dtype is not None
+        return placement if asks else replace(placement, compute_dtype=self.dit_dtype)
 
     def _beside_dit(self, chosen: torch.dtype | None) -> torch.dtype:
         """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer float32."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from hunyuan_model.blocks import MMDoubleStreamBlock, MMSingleStreamBlock, Tokens, modulated
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
+from modules.attention_lengths import lengths_on
+from modules.attention_options import SDPA, AttentionChoice
 from modules.norms import Float32LayerNorm
 from modules.precision import activation_dtype, run, run_float32
-from modules.rope import GridTable, complex_table
+from modules.rope import GridTable, exact_table
 
 
 class PatchEmbedding(nn.Module):
@@ -61,8 +63,8 @@ class FinalLayer(nn.Module):
 class HunyuanVideoModel(nn.Module):
     """Predicts the velocity of noisy video latents, given text in two encodings and, by variant, guidance and a first frame."""
 
-    def __init__(self, config: HunyuanVideoConfig, attention: str = "sdpa") -> None:
-        """attention: a back end of modules.attention."""
+    def __init__(self, config: HunyuanVideoConfig, attention: AttentionChoice = SDPA) -> None:
+        """attention: what `modules.attention.attend` is told."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -79,7 +81,7 @@ class HunyuanVideoModel(nn.Module):
         self.final_layer = FinalLayer(config)
         width = dim // config.num_heads
         side = 7 * width // 16  # channels of rows and of columns; frames have an eighth
-        self._rotary = GridTable(functools.partial(complex_table, widths=(width - 2 * side, side, side), theta=config.rope_theta))
+        self._rotary = GridTable(functools.partial(exact_table, widths=(width - 2 * side, side, side), theta=config.rope_theta))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -128,10 +130,10 @@ class HunyuanVideoModel(nn.Module):
         vector = self.time_in(timesteps) + self.vector_in(clip_l)
         if self.config.has_guidance:
             vector = vector + self.guidance_in(guidance)
-        longest, lengths = _real_tokens(llama_mask)
-        text = self.txt_in(llama[:, :longest], timesteps, lengths, dtype, self.attention)
+        longest, counts = _real_tokens(llama_mask)
+        text = self.txt_in(llama[:, :longest], timesteps, counts, dtype, self.attention)
         rotary = self._rotary.of(grid, noisy.device)
-        lengths = None if lengths is None else lengths + len(rotary)
+        lengths = None if counts is None else lengths_on([len(rotary) + count for count in counts], noisy.device)
         tokens = Tokens(grid, rotary, lengths, vector, dtype, self.attention)
         return torch.cat([rearrange(patches, "b c f h w -> b (f h w) c"), text], dim=1), tokens
 
@@ -155,17 +157,17 @@ class HunyuanVideoModel(nn.Module):
             raise ValueError("the model has a guidance embedding and was given no guidance")
 
 
-def _real_tokens(mask: Tensor) -> tuple[int, Tensor | None]:
-    """How many rows of text any sample needs, and how many of these each sample has (B); None where all have as many.
+def _real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
+    """How many rows of text any sample needs, and how many of these each of the B samples has; None where all have as many.
 
     mask: B T. The padding behind the longest text is cut off rather than masked: attention without a mask is faster and the same.
     Raises ValueError where padding stands before a real token.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    lengths, ends = real.sum(dim=1), (real * positions).amax(dim=1)
-    counted = torch.stack([lengths, ends]).tolist()  # the one place where the host waits for the device
-    if counted[0] != counted[1]:
-        raise ValueError(f"padding stands before real tokens in a text mask: {counted[0]} real tokens end at {counted[1]}")
-    longest = max(1, *counted[0])
-    return longest, None if min(counted[0]) == longest else lengths
+    counted = torch.stack([real.sum(dim=1), (real * positions).amax(dim=1)])
+    counts, ends = counted.tolist()  # the one place where the host waits for the device
+    if counts != ends:
+        raise ValueError(f"padding stands before real tokens in a text mask: {counts} real tokens end at {ends}")
+    longest = max(1, *counts)
+    return longest, None if min(counts) == longest else counts

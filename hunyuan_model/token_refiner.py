@@ -4,6 +4,8 @@ Source: the released model code and Kong et al. 2024, arXiv 2412.03603, section 
 """
 # Letters: B batch, T text tokens, N heads, D head width, C = N * D
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from hunyuan_model.blocks import Mlp, gated, heads
 from hunyuan_model.configs import HunyuanVideoConfig
 from modules.attention import attend
+from modules.attention_lengths import Lengths, lengths_on
+from modules.attention_options import SDPA, AttentionChoice
 from modules.norms import Float32LayerNorm
 from modules.precision import run, run_float32
 from modules.sinusoid import sinusoid
@@ -56,11 +60,11 @@ class RefinerBlock(nn.Module):
         self.mlp = Mlp(dim, config.refiner_ffn_dim, functional.silu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x: Tensor, vector: Tensor, lengths: Tensor | None, attention: str) -> Tensor:
+    def forward(self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
         # x: B T C    vector: B C float32
         gate1, gate2 = run(self.adaLN_modulation[1], functional.silu(vector)).float().unsqueeze(1).chunk(2, dim=-1)
         q, k, v = heads(run(self.self_attn_qkv, self.norm1(x).to(x.dtype)), self.num_heads)
-        seen = attend(q, k, v, mode=attention, lengths=lengths).flatten(2)
+        seen = attend(q, k, v, attention, lengths).flatten(2)
         x = gated(x, gate1, run(self.self_attn_proj, seen))
         return gated(x, gate2, self.mlp(self.norm2(x).to(x.dtype)))
 
@@ -84,24 +88,30 @@ class TokenRefiner(nn.Module):
         self.individual_token_refiner = IndividualTokenRefiner(config)
 
     def forward(
-        self, text: Tensor, timesteps: Tensor, lengths: Tensor | None, dtype: torch.dtype, attention: str = "sdpa"
+        self,
+        text: Tensor,
+        timesteps: Tensor,
+        counts: Sequence[int] | None,
+        dtype: torch.dtype,
+        attention: AttentionChoice = SDPA,
     ) -> Tensor:
         """Text tokens B T C in that dtype. What stands in rows of padding has no meaning.
 
-        text: B T text_dim. timesteps: B, 0..1000. lengths: B, how many of the T tokens are real; None: all.
+        text: B T text_dim. timesteps: B, 0..1000. counts: how many of the T tokens of each sample are real; None: all.
         """
-        vector = self.t_embedder(timesteps) + self.c_embedder(_mean(text, lengths))
-        if lengths is not None:
-            lengths = lengths.clamp(min=1)  # an empty text still has a key, or its rows would have nothing to look at
+        vector = self.t_embedder(timesteps) + self.c_embedder(_mean(text, counts))
+        # an empty text still has a key, or its rows would have nothing to look at
+        lengths = None if counts is None else lengths_on([max(1, count) for count in counts], text.device)
         x = run(self.input_embedder, text).to(dtype)
         for block in self.individual_token_refiner.blocks:
             x = block(x, vector, lengths, attention)
         return x
 
 
-def _mean(text: Tensor, lengths: Tensor | None) -> Tensor:
+def _mean(text: Tensor, counts: Sequence[int] | None) -> Tensor:
     """The mean of the real rows of B T D: B D float32; zeros for an empty text."""
-    if lengths is None:
+    if counts is None:
         return text.float().mean(dim=1)
+    lengths = torch.tensor(counts, device=text.device)
     real = torch.arange(text.shape[1], device=text.device) < lengths[:, None]  # B T
     return (text.float() * real[:, :, None]).sum(dim=1) / lengths.clamp(min=1)[:, None]

@@ -26,7 +26,7 @@ from modules.checkpoint_files import TensorFile, TensorInfo, open_file
 from modules.errors import CheckpointError
 from modules.fp8 import E4M3, attach, dequantise, is_fp8, stored_scale
 from modules.fp8_loading import Fp8Loading
-from modules.records import WeightPatch
+from modules.records import HostPlace, WeightPatch
 from modules.tensor_sources import Source
 
 __all__ = ["Checkpoint", "Source", "TensorInfo", "fingerprint", "load_module", "open_checkpoint", "plain_sources"]
@@ -258,6 +258,7 @@ def load_module(
     ignore: Sequence[str] = (),
     what: str = "this model",
     fp8: Fp8Loading | None = None,
+    host: HostPlace | None = None,
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device and dtype.
 
@@ -266,6 +267,7 @@ def load_module(
     patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
     ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for messages.
     fp8: which weights of linear layers are kept in 8 bits; they are rounded on its device and then go to theirs.
+    host: keeps some of the tensors in host memory; they are made on the device all the same, where anything is to be computed.
     Parameters come out with `requires_grad` off. On the meta device nothing is read.
     Raises CheckpointError listing every missing, unexpected and misshaped tensor, before anything is read.
     """
@@ -273,26 +275,70 @@ def load_module(
     _check_fit(wanted, checkpoint, sources, ignore, what)
     plan = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
     devices = {name: device if isinstance(device, torch.device) else device(name) for name in wanted}
+    held = _hold(module, checkpoint, sources, plan, fp8, host, devices)
+    ends = {name: _CPU if name in held else devices[name] for name in wanted}
     plain = wanted if patch is None and fp8 is None else [name for name in wanted if patch is None and name not in (fp8 or ())]
-    as_stored = {name for name in plain if _is_as_stored(sources[name], checkpoint, plan[name], devices[name])}
+    as_stored = {name for name in plain if _is_as_stored(sources[name], checkpoint, plan[name], ends[name])}
     # one piece of memory for all reading: temporary tensors would leave holes in the heap between those that stay
     made = [name for name in wanted if name not in as_stored and devices[name].type != "meta"]
     room = max((_room(sources[name], checkpoint) for name in made), default=0)
     pinned = any((fp8.device if fp8 is not None and name in fp8 else devices[name]).type == "cuda" for name in made)
     scratch = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
+    is_filled_here = host is None or host.is_filled_here
     for name, target in plan.items():
+        place = held.get(name)
         if fp8 is not None and name in fp8:
-            _put_fp8(module, name, sources[name], checkpoint, scratch, devices[name], patch, fp8)
+            _put_fp8(module, name, sources[name], checkpoint, scratch, devices[name], patch, fp8, place, is_filled_here)
             continue
-        if name in as_stored:
-            tensor = checkpoint.read(sources[name].names[0])
+        if place is not None and not is_filled_here:
+            tensor = place
+            if patch is not None:
+                patch(name, torch.empty(place.shape, dtype=target, device="meta"))  # it notes what finds its weight
+        elif name in as_stored:
+            tensor = (
+                checkpoint.read(sources[name].names[0]) if place is None else _read_into(place, checkpoint, sources[name].names[0])
+            )
         else:
-            tensor = torch.empty(wanted[name].shape, dtype=target, device=devices[name])
+            tensor = torch.empty(wanted[name].shape, dtype=target, device=devices[name]) if place is None else place
             if devices[name].type != "meta":
                 tensor.copy_(_made(name, sources[name], checkpoint, scratch, devices[name], target, patch))
         _put(module, name, tensor)
     if fp8 is not None:
         fp8.report(what)
+    if held and host is not None:
+        host.finish()
+
+
+_CPU = torch.device("cpu")
+
+
+def _hold(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    plan: Mapping[str, torch.dtype],
+    fp8: Fp8Loading | None,
+    host: HostPlace | None,
+    devices: Mapping[str, torch.device],
+) -> Mapping[str, Tensor]:
+    """Memory for what stays on the host. plan: name -> dtype to keep where it is not in 8 bits. Where nothing is read: none."""
+    if host is None or all(device.type == "meta" for device in devices.values()):
+        return {}
+
+    def dtype(name: str) -> torch.dtype:
+        if fp8 is None or name not in fp8:
+            return plan[name]
+        return checkpoint.tensors[sources[name].names[0]].dtype if name in fp8.kept else E4M3
+
+    return host.hold(module, {name: TensorInfo(dtype(name), tuple(each.shape)) for name, each in module.state_dict().items()})
+
+
+def _read_into(room: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
+    """Read a tensor to where it is to stay; only a mapped file has to be copied from."""
+    tensor = checkpoint.borrow(name, room.view(-1).view(torch.uint8))
+    if tensor.data_ptr() != room.data_ptr():
+        room.copy_(tensor)
+    return room
 
 
 _ALIGNMENT = 64  # bytes; where tensors begin in `scratch`
@@ -343,8 +389,13 @@ def _put_fp8(
     device: torch.device,
     patch: WeightPatch | None,
     fp8: Fp8Loading,
+    room: Tensor | None,
+    is_filled_here: bool,
 ) -> None:
-    """Give a linear layer its weight in 8 bits: that of the file, or the file's rounded after the patch."""
+    """Give a linear layer its weight in 8 bits: that of the file, or the file's rounded after the patch.
+
+    room: where the weight is to stay, `device` otherwise. is_filled_here: else another process writes it; scales are made by all.
+    """
     layer = module.get_submodule(name.removesuffix(".weight"))
     assert isinstance(layer, nn.Linear)
     scale: Tensor | None
@@ -352,12 +403,14 @@ def _put_fp8(
         weight, scale = torch.empty(layer.weight.shape, dtype=E4M3, device=device), None
     elif name in fp8.kept:
         weight, scale = source.make_fp8(_parts(source, checkpoint, scratch, fp8.device))
-        weight = weight.to(device, copy=True)
+        weight = weight.to(device, copy=True) if room is None else weight
     else:
         stored = checkpoint.tensors[source.names[0]].dtype
         made = _made(name, source, checkpoint, scratch, fp8.device, stored, patch)
         weight, scale = fp8.round(name, made)
-        weight = weight.to(device)
+        weight = weight.to(device) if room is None else weight
+    if room is not None:
+        weight = room.copy_(weight) if is_filled_here else room
     attach(layer, weight, None if scale is None else scale.to(fp8.device, copy=True), fp8.quantisation)
 
 

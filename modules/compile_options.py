@@ -1,10 +1,9 @@
 """Whether and how torch compiles the blocks of the transformer."""
 
 import argparse
+from dataclasses import dataclass
 
-from modules.options import add_unsupported
-
-NO_COMPILE = "the model runs uncompiled; leave the option out"
+from modules.errors import OptionError
 
 # accelerate's DynamoBackend, literal because option files import nothing heavy; lower case is accepted too
 DYNAMO_BACKENDS = (
@@ -26,37 +25,148 @@ DYNAMO_BACKENDS = (
     "HPU_BACKEND",
     "NEURON",
 )
+INDUCTOR = "inductor"  # torch's own compiler, which writes Triton kernels for a GPU and C++ for a CPU
+DEFAULT_MODE = "default"
+MODES = (DEFAULT_MODE, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_ARGS = ("BACKEND", "MODE", "DYNAMIC", "FULLGRAPH")
+GENERATION_ARGS = (INDUCTOR, DEFAULT_MODE, "False", "False")
+TRAINING_ARGS = (INDUCTOR, DEFAULT_MODE, "auto", "False")
+SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How blocks are compiled; light, so that options can make it."""
+
+    backend: str = INDUCTOR  # a name that torch knows
+    mode: str = DEFAULT_MODE
+    dynamic: bool | None = None  # None: a size that changes is left open from its second value on; False: each size by itself
+    fullgraph: bool = False  # a part that cannot be compiled is an error instead of run by Python
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise OptionError(f"the compile mode {self.mode} is not known: use one of {', '.join(MODES)}")
+        if self.mode != DEFAULT_MODE and self.backend != INDUCTOR:
+            raise OptionError(
+                f"the compile mode {self.mode} is inductor's; the backend {self.backend} has none. Use {DEFAULT_MODE}"
+            )
+        if self.mode == "reduce-overhead" or self.backend == "cudagraphs":
+            raise OptionError(
+                f"{self.backend} {self.mode} records CUDA graphs, which hold weights and results at fixed addresses, while here "
+                "all blocks share their code. A video's kernels are long, so there is nothing to gain. Use inductor default"
+            )
+
+
+@dataclass(frozen=True)
+class TrainingCompileOptions:
+    """The two spellings of training: accelerate's, and that of the generation scripts."""
+
+    dynamo_backend: str
+    dynamo_mode: str | None
+    dynamo_fullgraph: bool
+    dynamo_dynamic: bool
+    compile: bool
+    compile_args: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        backend, others = self.dynamo_backend.lower(), self.dynamo_mode or self.dynamo_fullgraph or self.dynamo_dynamic
+        if self.compile and (backend != "no" or others):
+            raise OptionError(
+                "--compile and --dynamo_backend (here or told to accelerate launch) both say how to compile: give --compile with "
+                "--compile_args, or the --dynamo_ options"
+            )
+        if backend == "no" and others:
+            raise OptionError("--dynamo_mode, --dynamo_fullgraph and --dynamo_dynamic do nothing without --dynamo_backend inductor")
+        _check_compile_args(self.compile, self.compile_args, TRAINING_ARGS)
+        _ = self.choice
+
+    @property
+    def choice(self) -> Compilation | None:
+        """How to compile; None: not at all."""
+        if self.compile:
+            return compilation_of(self.compile_args)
+        backend = self.dynamo_backend.lower()
+        if backend == "no":
+            return None
+        return Compilation(backend, self.dynamo_mode or DEFAULT_MODE, True if self.dynamo_dynamic else None, self.dynamo_fullgraph)
+
+
+@dataclass(frozen=True)
+class GenerationCompileOptions:
+    """Whether generation compiles the blocks, and how."""
+
+    compile: bool
+    compile_args: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check_compile_args(self.compile, self.compile_args, GENERATION_ARGS)
+        _ = self.choice
+
+    @property
+    def choice(self) -> Compilation | None:
+        """How to compile; None: not at all."""
+        return compilation_of(self.compile_args) if self.compile else None
+
+
+def compilation_of(args: tuple[str, ...]) -> Compilation:
+    """The four words of --compile_args. Raises OptionError."""
+    backend, mode, dynamic, fullgraph = args
+    is_dynamic = None if dynamic.strip().lower() in {"auto", "none"} else _switch("DYNAMIC", dynamic, "true, false or auto")
+    return Compilation(backend.lower(), mode.lower(), is_dynamic, _switch("FULLGRAPH", fullgraph, "true or false"))
+
+
+def _switch(name: str, text: str, choices: str) -> bool:
+    value = SWITCHES.get(text.strip().lower())
+    if value is None:
+        raise OptionError(f"--compile_args: {name} is {text!r}, give {choices}")
+    return value
+
+
+def _check_compile_args(is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> None:
+    if not is_on and args != usual:
+        raise OptionError(f"--compile_args {' '.join(args)} does nothing without --compile: give both")
 
 
 def add_training_compile_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the compile options of the trainers."""
-    backends = (*DYNAMO_BACKENDS, *(name.lower() for name in DYNAMO_BACKENDS))
-    add_unsupported(
-        group,
+    """Add the arguments of `TrainingCompileOptions`."""
+    group.add_argument(
         "--dynamo_backend",
-        reason=NO_COMPILE,
-        harmless=("no",),
         default="NO",
-        choices=backends,
+        choices=(*DYNAMO_BACKENDS, *(name.lower() for name in DYNAMO_BACKENDS)),
         metavar="BACKEND",
-        help="torch.compile back end",
+        help="compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, ... (no: do not)",
     )
-    add_unsupported(
-        group, "--dynamo_mode", reason=NO_COMPILE, choices=("default", "reduce-overhead", "max-autotune"), help="compile mode"
+    group.add_argument(
+        "--dynamo_mode",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        help="compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead is refused",
     )
-    add_unsupported(group, "--dynamo_fullgraph", reason=NO_COMPILE, action="store_true", help="compile as one graph")
-    add_unsupported(group, "--dynamo_dynamic", reason=NO_COMPILE, action="store_true", help="compile for changing shapes")
+    group.add_argument("--dynamo_fullgraph", action="store_true", help="an error where a part of a block cannot be compiled")
+    group.add_argument(
+        "--dynamo_dynamic",
+        action="store_true",
+        help="leave all sizes open from the start; without it those that turn out to change, at their second value",
+    )
+    _add_compile_arguments(group, TRAINING_ARGS)
 
 
 def add_generation_compile_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the compile options of the generation scripts."""
-    add_unsupported(group, "--compile", reason=NO_COMPILE, action="store_true", help="compile the blocks")
-    add_unsupported(
-        group,
+    """Add the arguments of `GenerationCompileOptions`."""
+    _add_compile_arguments(group, GENERATION_ARGS)
+
+
+def _add_compile_arguments(group: argparse._ArgumentGroup, usual: tuple[str, ...]) -> None:
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks: faster steps after a first one that takes longer; needs Triton on a GPU, a C++ "
+        "compiler on a CPU",
+    )
+    group.add_argument(
         "--compile_args",
-        reason=NO_COMPILE,
         nargs=4,
-        metavar=("BACKEND", "MODE", "DYNAMIC", "FULLGRAPH"),
-        default=["inductor", "default", "False", "False"],
-        help="how to compile",
+        metavar=COMPILE_ARGS,
+        default=list(usual),
+        help=f"how to compile, default {' '.join(usual)}; DYNAMIC: auto compiles a second time when sizes change and then no more, "
+        "true leaves all sizes open at once, false compiles for each size",
     )

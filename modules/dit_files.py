@@ -62,7 +62,17 @@ def fill_dit(
         return own if own.itemsize > 1 else target
 
     fp8 = _fp8_layers(dit, checkpoint, sources, placement, spec)
-    load_module(dit, checkpoint, sources, device=placement.device, dtype=kept, patch=placement.patch, what=what, fp8=fp8)
+    load_module(
+        dit,
+        checkpoint,
+        sources,
+        device=placement.device,
+        dtype=kept,
+        patch=placement.patch,
+        what=what,
+        fp8=fp8,
+        host=placement.host,
+    )
     dit.eval()
 
 

@@ -5,7 +5,7 @@ model is fed (B, float, about 1000 * sigma). `predict` returns the velocity `noi
 frozen dataclass made by `family_for_training/caching/generation(options)` in its `family.py`; no loop asks for its name.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -59,6 +59,8 @@ class DitSpec:
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
     keep_float32: tuple[str, ...] = ()
+    input_layers: tuple[str, ...] = ()  # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
+    swap_counts: Callable[[int], tuple[int, ...]] = lambda blocks: (blocks,)  # --blocks_to_swap -> how many of each list
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ class Family(Protocol):
     # the network: training and generation
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype: ...  # of the loaded network without autocast; from headers alone
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module: ...
 

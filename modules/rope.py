@@ -32,20 +32,22 @@ def grid_angles(sizes: Sequence[int], widths: Sequence[int], theta: float = THET
     return torch.cat(columns, dim=-1).reshape(math.prod(sizes), -1)
 
 
-def complex_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA) -> Tensor:
-    """The turns as complex numbers, L 1 D/2 complex64."""
-    # float64 angles: at position 1000 a float32 angle is already wrong in the fifth digit
-    angles = grid_angles(sizes, widths, theta)
-    return torch.complex(angles.cos().float(), angles.sin().float()).unsqueeze(1)
+def exact_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA) -> Tensor:
+    """The turns as (cosine, sine) pairs, L 1 D/2 2 float32, of float64 angles."""
+    # at position 1000 a float32 angle is already wrong in the fifth digit
+    return _turns(grid_angles(sizes, widths, theta))
 
 
-def real_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA) -> Tensor:
-    """The turns as (cosine, sine) pairs, L 1 D/2 2 float32 with float32 angles: the form that compilers fuse."""
-    angles = grid_angles(sizes, widths, theta, torch.float32)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).unsqueeze(1)
+def float32_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA) -> Tensor:
+    """The same of float32 angles."""
+    return _turns(grid_angles(sizes, widths, theta, torch.float32))
 
 
-TABLES = {"default": complex_table, "comfy": real_table}  # values of --rope_func
+def _turns(angles: Tensor) -> Tensor:
+    return torch.stack([angles.cos().float(), angles.sin().float()], dim=-1).unsqueeze(1)
+
+
+TABLES = {"default": exact_table, "comfy": float32_table}  # values of --rope_func
 
 
 class GridTable:
@@ -65,11 +67,16 @@ class GridTable:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the channel pairs of x (B L N D) by a table of `complex_table` or `real_table`; in float32, returned in x's dtype."""
+    """Turn the channel pairs of x (B L N D) by a table of `TABLES`; in float32, returned in x's dtype.
+
+    By complex numbers, which is one pass over x where every operation is; written out where the code is compiled, because
+    compilers fuse that form. The two are equal but for the rounding of the products: 1e-6 of the largest number.
+    """
     pairs = x.float().unflatten(-1, (-1, 2))  # B L N D/2 2
-    if table.is_complex():
-        return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)
-    first, second = pairs.unbind(-1)
-    cosine, sine = table.unbind(-1)
-    turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+    if not torch.compiler.is_compiling():
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    else:
+        first, second = pairs.unbind(-1)
+        cosine, sine = table.unbind(-1)
+        turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
     return turned.flatten(-2).to(x.dtype)

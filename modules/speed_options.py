@@ -9,15 +9,19 @@ from modules.attention_options import (
     add_generation_attention_arguments,
     add_training_attention_arguments,
 )
-from modules.compile_options import add_generation_compile_arguments, add_training_compile_arguments
+from modules.compile_options import (
+    GenerationCompileOptions,
+    TrainingCompileOptions,
+    add_generation_compile_arguments,
+    add_training_compile_arguments,
+)
 from modules.fp8_options import (
     GenerationFp8Options,
     TrainingFp8Options,
     add_generation_fp8_arguments,
     add_training_fp8_arguments,
 )
-from modules.options import add_unsupported
-from modules.swap_options import NO_SWAP, add_swap_arguments
+from modules.swap_options import SwapOptions, add_swap_arguments
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class TrainingSpeedOptions:
     """What training can choose."""
 
     attention: TrainingAttentionOptions
+    compilation: TrainingCompileOptions
     fp8: TrainingFp8Options
+    swap: SwapOptions
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,10 @@ class GenerationSpeedOptions:
     """What generation can choose."""
 
     attention: GenerationAttentionOptions
+    compilation: GenerationCompileOptions
     fp8: GenerationFp8Options
     fp16_accumulation: bool
+    swap: SwapOptions
 
 
 def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +51,13 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory and speed")
     add_training_fp8_arguments(group)
     add_swap_arguments(group, None)
-    add_unsupported(group, "--img_in_txt_in_offloading", reason=NO_SWAP, action="store_true", help="keep input layers on the CPU")
     add_training_compile_arguments(group)
 
 
 def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_swap: int | None = 0) -> None:
     """Add the arguments of `GenerationSpeedOptions`, and those that are refused. blocks_to_swap: its default, which means none."""
     group = parser.add_argument_group("memory and speed")
-    add_generation_attention_arguments(group)
+    add_generation_attention_arguments(parser, group)
     group.add_argument(
         "--fp16_accumulation", action="store_true", help="sum fp16 matrix products in fp16: faster on some GPUs, less exact"
     )

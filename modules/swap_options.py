@@ -1,12 +1,59 @@
 """Which blocks wait in host memory until they are needed."""
 
 import argparse
+from dataclasses import dataclass
 
-from modules.options import add_unsupported
+from modules.errors import OptionError
 
-NO_SWAP = "the whole model stays on the device; leave the option out, --gradient_checkpointing saves memory in training"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class SwapOptions:
+    """How much of the transformer stays in host memory."""
+
+    blocks_to_swap: int | str | None  # a number, or `AUTO`: as many as memory asks for; None and 0: none
+    img_in_txt_in_offloading: bool
+
+    def __post_init__(self) -> None:
+        if isinstance(self.blocks_to_swap, int) and self.blocks_to_swap < 0:
+            raise OptionError(f"--blocks_to_swap {self.blocks_to_swap}: give a number of blocks, 0 for none")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the number of blocks is still to be found; `dataclasses.replace` puts it in."""
+        return self.blocks_to_swap == AUTO
+
+    @property
+    def number(self) -> int:
+        """How many blocks to swap. Raises OptionError where that is still to be found."""
+        if isinstance(self.blocks_to_swap, str):
+            raise OptionError("--blocks_to_swap auto: there is nothing yet that finds the number. Give one, such as 20")
+        return self.blocks_to_swap or 0
+
+
+def number_or_auto(text: str) -> int | str:
+    """The value of --blocks_to_swap. Raises ArgumentTypeError where it is neither."""
+    if text.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of blocks nor {AUTO}") from None
 
 
 def add_swap_arguments(group: argparse._ArgumentGroup, default: int | None) -> None:
-    """Declare what is refused yet. default: of --blocks_to_swap, which means none."""
-    add_unsupported(group, "--blocks_to_swap", reason=NO_SWAP, type=int, default=default, help="keep this many blocks on the CPU")
+    """Add the arguments of `SwapOptions`. default: of --blocks_to_swap, which means none."""
+    group.add_argument(
+        "--blocks_to_swap",
+        type=number_or_auto,
+        default=default,
+        metavar="N",
+        help="keep that many of the transformer's blocks in host memory, from where each comes to the device in time; a number, or "
+        "auto; at most all but one. Exact, and costs little time where a block computes longer than it travels",
+    )
+    group.add_argument(
+        "--img_in_txt_in_offloading",
+        action="store_true",
+        help="keep the weights of the input layers in host memory but for their own calls: saves little memory, costs little time",
+    )

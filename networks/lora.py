@@ -161,6 +161,10 @@ class LoraNetwork(nn.Module):
     def set_dropout_seed(self, seed: int) -> None:
         """Call before each micro-batch: all dropout masks until the next call follow from this number."""
         self._seed.value = seed
+        if self.settings.dropouts:
+            tables = self._seed.tables(len(self.layers), self.layers[0].lora_down.weight.device)
+            for layer, table in zip(self.layers, tables.unbind(), strict=True):
+                layer.seed_table = table
 
     def prepare_optimizer_params(self, unet_lr: float | None = None, **_: Any) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups for the optimizer and a name of each for logs; with LoRA+ the up matrices are a second group."""

@@ -16,6 +16,8 @@ from torch.nn.utils import skip_init
 from modules.seeds import derive_seed
 
 _32_BITS = 0xFFFFFFFF
+KINDS = ("neuron", "rank", "module")
+Halves = tuple[int, int] | tuple[Tensor, Tensor]  # the lower 32 bits of a seed and the rest; as int64 tensors without axes
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class DropoutSeed:
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind)
 
+    def tables(self, layers: int, device: torch.device) -> Tensor:
+        """What `derive` gives for all of them: layers x KINDS x (lower, upper 32 bits) int64, copied to the device at once."""
+        seeds = [[halves(self.derive(layer, kind)) for kind in KINDS] for layer in range(layers)]
+        return torch.tensor(seeds).to(device, non_blocking=True)
+
 
 class LoraLayer(nn.Module):
     """`y + multiplier * alpha / rank * up(down(x))` in place of the forward of a frozen module.
@@ -62,6 +69,7 @@ class LoraLayer(nn.Module):
         self.rank = rank
         self.multiplier = 1.0
         self.dropouts, self.index, self.seed = Dropouts(), 0, DropoutSeed()
+        self.seed_table: Tensor | None = None  # KINDS x 2 int64: compiled code would take a number for a constant
         self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
@@ -91,18 +99,29 @@ class LoraLayer(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, rather than in both the original and the LoRA
         out = self._original_forward(x)
         dropping = self.training and bool(self.dropouts)
-        if self.multiplier == 0 or (dropping and self._skips()):
+        in_tensors = dropping and self.seed_table is not None and torch.compiler.is_compiling()
+        if self.multiplier == 0 or (dropping and not in_tensors and self._skips()):
             return out
         if not autocast:
             x = x.to(self.lora_down.weight.dtype)
         hidden = self.lora_down(x) * (self.multiplier * self.scale)  # B L R: scaled here, where the tensor is small
         if dropping:
             hidden = self._dropped(hidden)
-        return out + self.lora_up(hidden).to(out.dtype)
+        whole = out + self.lora_up(hidden).to(out.dtype)
+        if self.seed_table is not None and in_tensors and self.dropouts.module > 0:  # compiled code computes it in any case
+            return torch.where(self.seed_table[KINDS.index("module"), 0] < self.dropouts.module * (_32_BITS + 1), out, whole)
+        return whole
 
     def _skips(self) -> bool:
         share = self.dropouts.module
         return share > 0 and (self.seed.derive(self.index, "module") & _32_BITS) < share * (_32_BITS + 1)
+
+    def _halves(self, kind: str) -> Halves:
+        """The halves of the seed of a mask: as tensors for code that is compiled."""
+        if self.seed_table is not None and torch.compiler.is_compiling():
+            low, high = self.seed_table[KINDS.index(kind)].unbind()
+            return low, high
+        return halves(self.seed.derive(self.index, kind))
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         if self.dropouts.neuron > 0:
@@ -115,7 +134,7 @@ class LoraLayer(nn.Module):
 
     def _masked(self, hidden: Tensor, kind: str, shape: Sequence[int], share: float) -> Tensor:
         """0 where dropped, hidden / (1 - share) elsewhere."""
-        keep = keep_mask(shape, share, self.seed.derive(self.index, kind), hidden.device)
+        keep = keep_mask(shape, share, self._halves(kind), hidden.device)
         # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, the same way everywhere
         return hidden.masked_fill(~keep, 0.0) / (1 - share)
 
@@ -130,15 +149,21 @@ def _factors(original: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear, nn.
     return down, skip_init(nn.Conv2d, rank, original.out_channels, 1, **made)
 
 
-def keep_mask(shape: Sequence[int], share: float, seed: int, device: torch.device) -> Tensor:
+def halves(seed: int) -> tuple[int, int]:
+    """The lower 32 bits and the rest."""
+    return seed & _32_BITS, seed >> 32
+
+
+def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.device) -> Tensor:
     """Booleans, false with probability `share`, equal on every device and at every call with the same seed.
 
     Each element's number is hashed in integers on the device, so a mask costs no transfer, and the recomputation of a checkpointed
     block draws the mask of its first pass.
     """
     numbers = torch.arange(math.prod(shape), device=device)  # int64
-    numbers = _hashed(numbers ^ (seed & _32_BITS))
-    numbers = _hashed((numbers + (seed >> 32)) & _32_BITS)
+    low, high = seed
+    numbers = _hashed(numbers ^ low)
+    numbers = _hashed((numbers + high) & _32_BITS)
     return (numbers >= int(share * (_32_BITS + 1))).view(*shape)
 
 

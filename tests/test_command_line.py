@@ -15,6 +15,7 @@ from modules.options import refuse_unsupported
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
 WIDER_CHOICES = {"--attn_mode", "--task", "--timestep_sampling", "--dynamo_backend"}  # ours may offer more, never less
+WIDER_TYPES = {"--blocks_to_swap"}  # a function of the text, which takes all that the type does
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 
 
@@ -63,6 +64,9 @@ def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None
         assert flag in WIDER_CHOICES or ours == set(option["choices"]), flag
     if option["action"] == "store_true":
         assert isinstance(action, argparse._StoreTrueAction), flag
+    elif flag in WIDER_TYPES:
+        assert callable(action.type)
+        assert action.type("7") == TYPES[option["type"]][0](7)
     elif option["type"] in TYPES:
         assert action.type in TYPES[option["type"]], flag
 

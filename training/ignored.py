@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from modules.attention_options import TRAINING_FLAGS, TrainingAttentionOptions
 from training.log_options import LogOptions
 from training.lr_schedule_options import LrScheduleOptions
 from training.options import TrainingOptions
@@ -20,6 +21,7 @@ def ignored_options(options: TrainingOptions, takes_guidance: bool) -> list[str]
         *_of_saving(options.saving),
         *_of_logs(options.logs),
         *_of_hub(options.hub),
+        *_of_attention(options.speed.attention),
     ]
     fp8 = options.speed.fp8
     found.append(("--upcast_quantization", fp8.upcast_quantization and not fp8.fp8_scaled, "it needs --fp8_base --fp8_scaled"))
@@ -104,3 +106,8 @@ def _of_hub(options: HubOptions) -> Iterator[Given]:
     names = ["huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility"]
     for name in names if options.resume_from_huggingface else [*names, "huggingface_token"]:
         yield f"--{name}", getattr(options, name), "nothing is uploaded without --huggingface_repo_id"
+
+
+def _of_attention(options: TrainingAttentionOptions) -> Iterator[Given]:
+    for flag in options.ignored:
+        yield flag, True, f"{TRAINING_FLAGS[options.choice.mode]} comes first"

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modules.errors import OptionError
 from modules.options import check_at_least, check_below
 
 
@@ -18,6 +19,8 @@ class LoopOptions:
     persistent_data_loader_workers: bool
     seed: int | None  # None: random below 2^32
     gradient_checkpointing: bool
+    gradient_checkpointing_cpu_offload: bool  # what blocks keep waits in host memory
+    gradient_checkpointing_keep: str | None  # "attention": kept beside the blocks' inputs rather than computed again
     gradient_accumulation_steps: int  # micro-batches per optimizer step and process
     embedded_guidance: float = field(metadata={"option": "guidance_scale"})
     check: bool  # print what would be trained on, then exit
@@ -26,8 +29,15 @@ class LoopOptions:
         check_at_least("--max_train_steps", self.max_train_steps, 1, "how many optimizer steps to train")
         check_at_least("--max_train_epochs", self.max_train_epochs, 1, "how many times to go through the data")
         check_at_least("--max_data_loader_n_workers", self.max_data_loader_n_workers, 0, "0 reads in the training process itself")
+        self._check_checkpointing()
         check_at_least("--gradient_accumulation_steps", self.gradient_accumulation_steps, 1, "1 means no accumulation")
         check_at_least("--seed", self.seed, 0, "leave it out for a random seed")
+
+    def _check_checkpointing(self) -> None:
+        given = {"cpu_offload": self.gradient_checkpointing_cpu_offload, "keep": self.gradient_checkpointing_keep is not None}
+        for name, is_given in given.items():
+            if is_given and not self.gradient_checkpointing:
+                raise OptionError(f"--gradient_checkpointing_{name} says how to checkpoint: give --gradient_checkpointing too")
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,18 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gradient_checkpointing", action="store_true", help="recompute activations block by block: less memory, slower"
+    )
+    group.add_argument(
+        "--gradient_checkpointing_cpu_offload",
+        action="store_true",
+        help="keep the inputs of the blocks in host memory until the backward pass; needs --gradient_checkpointing and host memory "
+        "for one copy of the video tokens per block",
+    )
+    group.add_argument(
+        "--gradient_checkpointing_keep",
+        choices=("attention",),
+        help="attention: keep the result of self-attention rather than compute it again: faster; needs --gradient_checkpointing "
+        "and memory for one more copy of the video tokens per block, in the dtype of the computation",
     )
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     group.add_argument(

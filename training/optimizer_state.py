@@ -71,9 +71,13 @@ def encode_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple
 
 
 def restore_optimizer(
-    optimizer: Optimizer, names: Mapping[Tensor, str], description: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    optimizer: Optimizer,
+    names: Mapping[Tensor, str],
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
 ) -> None:
-    """Bring the optimizer into the recorded state, bit by bit, on the devices of its parameters.
+    """Bring the optimizer into the recorded state, bit by bit, on the device where steps are computed.
 
     Raises CheckpointError where the parameters are not those of the record.
     """
@@ -90,7 +94,7 @@ def restore_optimizer(
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
         name = names[parameter]
         if name in description["states"]:
-            optimizer.state[parameter] = _placed(description["states"][name], tensors, parameter.device)
+            optimizer.state[parameter] = _placed(description["states"][name], tensors, device)
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -108,6 +112,14 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) ->
             f"the optimizer state does not fit this run: {error}\n"
             "  Use its --optimizer_type and --network_dim, or start a new run from the LoRA: --network_weights FILE"
         ) from error
+
+
+def move_states(optimizer: Optimizer, device: torch.device) -> None:
+    """Bring what the optimizer keeps for its parameters to where steps are computed; step counters stay."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim():
+                state[name] = value.to(device)
 
 
 def _check_shapes(optimizer: Optimizer) -> None:

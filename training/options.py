@@ -69,6 +69,14 @@ class TrainingOptions:
                 "--fp8_base: weights that learn are kept in float32, or in bfloat16 with --full_bf16, because fp8 would lose the "
                 "steps; leave it out, or train a LoRA with hv_train_network.py"
             )
+        swap = self.speed.swap
+        if swap.blocks_to_swap and not options.fused_backward_pass:
+            raise OptionError(
+                f"--blocks_to_swap {swap.blocks_to_swap} with weights that learn: each has to be stepped while its block is on the "
+                "device. Add --fused_backward_pass, or leave it out"
+            )
+        if swap.img_in_txt_in_offloading:
+            raise OptionError("--img_in_txt_in_offloading: these layers learn, so they have to be on the device. Leave it out")
         if not options.fused_backward_pass:
             return
         if accumulation != 1:
@@ -111,13 +119,16 @@ def training_parser(
 def read_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
-    """Parse: command line over --config_file over what `accelerate launch` was told (mixed precision) over defaults.
+    """Parse: command line over --config_file over what `accelerate launch` was told (precision, compiling) over defaults.
 
     Raises OptionError for a wrong value in the file and for an option that is not supported yet; ends the program for a wrong
     command line, as argparse does.
     """
     config_file = parser.parse_args(argv).config_file
-    prefilled = {"mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION", "no")}
+    prefilled = {
+        "mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION", "no"),
+        "dynamo_backend": environment.get("ACCELERATE_DYNAMO_BACKEND", "NO"),
+    }
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
     refuse_unsupported(parser, args)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch.optim import Optimizer
 
@@ -16,7 +17,7 @@ from dataset.batches import BatchOrder
 from modules.errors import CheckpointError
 from training.logs import public_config
 from training.lr_schedule import LrSchedule
-from training.optimizer_state import encode_optimizer, restore_foreign_optimizer, restore_optimizer
+from training.optimizer_state import encode_optimizer, move_states, restore_foreign_optimizer, restore_optimizer
 from training.options import TrainingOptions
 from training.plan import Plan
 from training.saving_options import LATEST
@@ -73,6 +74,8 @@ HABITS = (
     "fp8_fast",
     "upcast_quantization",
     "fp16_accumulation",
+    "compile",
+    "dynamo_backend",
     "guidance_scale",
 )
 
@@ -84,6 +87,7 @@ class Learning:
     trainable: Trainable
     optimizer: Optimizer
     schedule: LrSchedule
+    device: torch.device  # where steps are computed; a swapped weight may be elsewhere meanwhile
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
 
 
@@ -176,7 +180,8 @@ def restore(saved: SavedState | ForeignState, learning: Learning) -> None:
         if name not in saved.parts:
             raise CheckpointError(f"{saved.folder} holds no {name}: it is the state of another kind of run", path=saved.folder)
         load_module(module, saved.parts[name], saved.folder)
-    restore_optimizer(learning.optimizer, trainable.names, saved.described["optimizer"], saved.parts["optimizer"])
+    described, tensors = saved.described["optimizer"], saved.parts["optimizer"]
+    restore_optimizer(learning.optimizer, trainable.names, described, tensors, learning.device)
     learning.schedule.load_state_dict(saved.described["schedule"])
     if learning.scaler is not None and saved.described["scaler"] is not None:
         learning.scaler.load_state_dict(saved.described["scaler"])
@@ -191,6 +196,7 @@ def _restore_foreign(saved: ForeignState, learning: Learning) -> None:
     load_module(module, saved.network, saved.folder)
     if saved.optimizer is not None:
         restore_foreign_optimizer(learning.optimizer, saved.optimizer)
+        move_states(learning.optimizer, learning.device)
     logger.warning(
         "%s was made by another program and does not say how far its run was: weights and optimizer are taken over, while steps, "
         "epochs and the learning-rate schedule count from 0.",

@@ -17,6 +17,10 @@ from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingIt
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.activation import checkpoint_blocks
+from modules.activation_offload import offload_to_host
+from modules.attention import check_backend
+from modules.block_swap import HostWeights, host_weights, settle, swap_blocks
+from modules.compile import check_compilation, compile_blocks
 from modules.devices import DTYPES, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
@@ -24,6 +28,7 @@ from modules.fp8_matmul import with_product
 from modules.fp8_options import Quantisation
 from modules.options import require
 from modules.records import Placement
+from modules.swap_plan import SwapPlan
 from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
@@ -51,6 +56,8 @@ from training.upload import Uploads, make_uploads
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
 
 
 @dataclass(frozen=True)
@@ -116,13 +123,16 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
     """A run with everything loaded; leaving it ends logs and waits for uploads. Raises as `train_network`."""
     config = _read_config(options)  # a fault in it is told before anything is started
     job = _start(family, options, commands)
+    _check_attention(job)
     data = _find_data(job, config)
     identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
     habits = habits_of(options, family.metadata)
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
-    dit = _load_dit(job)
-    learning, optimizer_name = _make_learning(job, dit, data.plan.total_steps)
+    swap = job.options.speed.swap
+    host = host_weights(SwapPlan(job.family.dit, swap.number, swap.img_in_txt_in_offloading), job.accelerator.device)
+    dit = _load_dit(job, host)
+    learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
     if job.saved is not None:
         restore(job.saved, learning)
         job = replace(job, saved=None)  # gives its tensors free
@@ -130,7 +140,12 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
 
     uploads = make_uploads(options.hub)
     facts = _facts(job, data, optimizer_name, learning.schedule.name)
-    saver = _make_saver(job, dit, learning, facts, uploads, lambda: capture(job.progress, learning, identity, habits))
+
+    def take_state() -> SavedState:
+        settle(dit)
+        return capture(job.progress, learning, identity, habits)
+
+    saver = _make_saver(job, dit, learning, facts, uploads, take_state)
     log_config = public_config(options) if options.logs.log_config else None
     tracker = TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft"
     with (
@@ -184,6 +199,7 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
             logger.warning(line)
     check_fused_backward(options, accelerator.num_processes)
     fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
+    check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
     return Job(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
 
@@ -223,24 +239,38 @@ def _make_sampler(job: Job) -> Sampler | None:
     )
 
 
-def _load_dit(job: Job) -> nn.Module:
-    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the dtype to learn in."""
-    network, whole, precision = job.options.network, job.options.whole_dit, job.options.accelerator.mixed_precision
-    files = [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
-    uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
-    patch = LoraPatch(uses) if uses else None
-    placement = Placement(
+def _placement(job: Job) -> Placement:
+    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""
+    whole, precision = job.options.whole_dit, job.options.accelerator.mixed_precision
+    return Placement(
         job.accelerator.device,
         storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
         fp8_compute_dtype=torch.float16 if precision == "fp16" else None,
-        attention=job.options.speed.attention.mode,
-        patch=patch,
+        attention=job.options.speed.attention.choice,
         fp8=job.fp8,
     )
-    dit = job.family.load_dit(placement)
+
+
+def _check_attention(job: Job) -> None:
+    """Raise OptionError where the attention that is asked for cannot be had; nothing is loaded yet."""
+    autocast = AUTOCAST.get(job.options.accelerator.mixed_precision)
+    placement = _placement(job)
+    check_backend(placement.attention, placement.device, lambda: autocast or job.family.compute_dtype(placement), training=True)
+
+
+def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
+    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the dtype to learn in.
+
+    host: keeps the weights of swapped blocks.
+    """
+    network, precision = job.options.network, job.options.accelerator.mixed_precision
+    files = [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
+    uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
+    patch = LoraPatch(uses) if uses else None
+    dit = job.family.load_dit(replace(_placement(job), patch=patch, host=host))
     if patch is not None:
         patch.check()
-    dtype, autocast = _dtype_of(dit), {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    dtype, autocast = _dtype_of(dit), AUTOCAST.get(precision)
     if autocast is not None and dtype not in {autocast, torch.float32}:
         raise OptionError(
             f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no or that of the model."
@@ -248,8 +278,8 @@ def _load_dit(job: Job) -> nn.Module:
     return dit.requires_grad_(False)
 
 
-def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, then checkpointing), make optimizer and schedule; also how metadata name the optimizer."""
+def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
+    """Dress the DiT (network, compiling, checkpointing, swap), make optimizer and schedule; also the name for metadata."""
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
@@ -257,14 +287,18 @@ def _make_learning(job: Job, dit: nn.Module, steps: int) -> tuple[Learning, str]
     else:
         assert options.whole_dit is not None  # one of the two is there
         trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
-    checkpointing = options.loop.gradient_checkpointing
+    compilation, checkpointing = options.speed.compilation.choice, options.loop.gradient_checkpointing
+    if compilation is not None:
+        compile_blocks(dit, job.family.dit, compilation)
     if checkpointing:
-        checkpoint_blocks(dit, job.family.dit)
+        offload = offload_to_host(device) if options.loop.gradient_checkpointing_cpu_offload else None
+        checkpoint_blocks(dit, job.family.dit, options.loop.gradient_checkpointing_keep is not None, offload)
+    swap_blocks(dit, host, device)
     dit.train(checkpointing)  # it has no dropout; checkpointing is what acts in training mode
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
     set_training(optimizer, True)
-    return Learning(trainable, optimizer, schedule, job.accelerator.scaler), name
+    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler), name
 
 
 def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
@@ -322,6 +356,7 @@ def _make_saver(
     def write_file(path: Path) -> None:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
         metadata = file_metadata(run_values, options, job.family.metadata, progress.step, epoch, datetime.now())
+        settle(dit)
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from modules.attention import backend
 from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.dit_files import bare_names, fill_dit, kept_dtype, own_dtype
@@ -32,6 +31,7 @@ DIT = DitSpec(
         "modulation",
         "img_emb",
     ),
+    input_layers=("patch_embedding", "text_embedding", "img_emb"),
     keep_float32=("time_embedding.", "time_projection.", "head.head."),  # as they compute so; under 1 % of the model
 )
 
@@ -150,7 +150,6 @@ def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanMode
     `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
     """
-    backend(placement.attention)
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modules.checkpoint import fingerprint
 from modules.devices import dtype_name, dtype_named
+from modules.dit_files import kept_dtype
 from modules.errors import CacheError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.media import image_size
@@ -156,6 +157,10 @@ class Wan:
         """The transformer's checkpoint, checked against --task."""
         check_task(self.files.dit_header(), self.task, self.files.dit_path)
         return (self.files.dit_path,)
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
+        return kept_dtype(self.files.dit_header().block_dtype, placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """The transformer, checked against --task."""

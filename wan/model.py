@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modules.attention import attend
+from modules.attention_options import SDPA, AttentionChoice
 from modules.norms import Float32LayerNorm, RMSNorm
 from modules.precision import activation_dtype, run, run_float32
 from modules.rope import TABLES, GridTable, rotate
@@ -30,14 +31,14 @@ class Tokens:
     """What the blocks need beside the video tokens; built once a forward pass by `WanModel.embed`."""
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
-    rotary: Tensor  # turns by position, L 1 D/2 complex64, or L 1 D/2 2 float32
+    rotary: Tensor  # turns by position, L 1 D/2 2 float32
     text: Tensor  # B T C
     text_repeats: Tensor | None  # T float32, for how many equal rows each row of text stands; None: one each
     image: Tensor | None  # B I C
     time: Tensor  # B C float32
     modulation: Tensor  # B 6 C float32, the same for all tokens
     dtype: torch.dtype  # of activations between layers
-    attention: str
+    attention: AttentionChoice
 
 
 class SelfAttention(nn.Module):
@@ -163,8 +164,8 @@ class ImageEmbedding(nn.Module):
 class WanModel(nn.Module):
     """Predicts the velocity of noisy video latents, given text and, by variant, image features and further input channels."""
 
-    def __init__(self, config: WanConfig, attention: str = "sdpa", rope: str = "default") -> None:
-        """attention: a back end of modules.attention. rope: a key of modules.rope.TABLES."""
+    def __init__(self, config: WanConfig, attention: AttentionChoice = SDPA, rope: str = "default") -> None:
+        """attention: what `modules.attention.attend` is told. rope: a key of modules.rope.TABLES."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -222,7 +223,8 @@ class WanModel(nn.Module):
         time = run_float32(self.time_embedding[2], functional.silu(time))
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
         text_is_image = self.config.has_image and image_embeds is None
-        rows, repeats = _padded(text, self.config.text_len, merges=noisy.device.type == "cpu" and not text_is_image)
+        merges = noisy.device.type == "cpu" and self.attention.mode == SDPA.mode and not text_is_image
+        rows, repeats = _padded(text, self.config.text_len, merges)
         text_tokens = run(self.text_embedding[2], self.text_embedding[1](run(self.text_embedding[0], rows))).to(dtype)
         image_tokens = None
         if image_embeds is not None:
@@ -254,7 +256,7 @@ class WanModel(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, repeats: Tensor | None = None) -> Tensor:
     """Attention in one dtype; q, k and v differ only where a file mixes dtypes."""
     q, k, v = (each.to(tokens.dtype) for each in (q, k, v))
-    return attend(q, k, v, mode=tokens.attention, repeats=repeats)
+    return attend(q, k, v, tokens.attention, repeats=repeats)
 
 
 def _padded(text: Sequence[Tensor] | Tensor, length: int, merges: bool) -> tuple[Tensor, Tensor | None]:

@@ -128,6 +128,9 @@ class ToyFamily:
             raise CheckpointError(f"--dit {self.lost}: no such file or folder", self.lost)
         return ()
 
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        return torch.float32
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         self.diary.append("load dit")
         self.stop("dit")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import families
 import wan.checkpoints
 from hunyuan_model.checkpoints import identify, load_dit, read_dit_header
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from modules.records import Placement
 from tests.hunyuan_model.making import tiny_inputs
 from tests.manifests import manifest_names, tensor_list, write_hollow
@@ -273,8 +273,3 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="code"):
         load_dit(tmp_path / "dit.pt", CPU)
-
-
-def test_an_unknown_attention_mode_is_refused_before_the_file_is_opened(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="flash3 is not supported yet"):
-        load_dit(tmp_path / "not there", replace(CPU, attention="flash3"))

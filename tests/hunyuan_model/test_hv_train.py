@@ -188,7 +188,8 @@ def test_a_bf16_checkpoint_is_trained_in_float32(project: Path, tmp_path: Path) 
 WITHOUT_EFFECT = {  # accepted, and what they ask for
     *("--sdpa", "--persistent_data_loader_workers", "--ddp_gradient_as_bucket_view", "--ddp_static_graph", "--log_config"),
     *("--gradient_checkpointing", "--sample_at_first", "--save_state", "--save_state_on_train_end", "--vae_tiling", "--full_bf16"),
-    *("--save_state_to_huggingface", "--resume_from_huggingface", "--async_upload"),
+    *("--flash_attn", "--sage_attn", "--xformers", "--split_attn"),  # beside --sdpa, which comes first; a batch of one
+    *("--save_state_to_huggingface", "--resume_from_huggingface", "--async_upload", "--img_in_txt_in_offloading"),
 }
 SWITCHES = [
     option["flags"][0]
@@ -209,7 +210,8 @@ def test_a_switch_that_does_nothing_here_is_refused_by_name(switch: str, project
     [
         (["--dit_dtype", "bfloat16"], ["--dit_dtype", "--full_bf16"]),
         (["--full_bf16"], ["--full_bf16", "--mixed_precision"]),
-        (["--blocks_to_swap", "2"], ["--blocks_to_swap"]),
+        (["--blocks_to_swap", "2"], ["--blocks_to_swap 2", "Add --fused_backward_pass"]),
+        (["--img_in_txt_in_offloading"], ["--img_in_txt_in_offloading", "these layers learn"]),
         (["--fused_backward_pass", "--gradient_accumulation_steps", "2"], ["--gradient_accumulation_steps 2"]),
         (["--fused_backward_pass", "--optimizer_type", "LBFGS"], ["--optimizer_type LBFGS"]),
         (["--trainable_modules", "nonsense"], ["--trainable_modules nonsense"]),

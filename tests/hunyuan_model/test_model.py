@@ -8,8 +8,10 @@ from torch import Tensor
 
 from hunyuan_model.model import HunyuanVideoModel
 from modules.activation import checkpoint_blocks
+from modules.attention_options import SDPA, AttentionChoice
 from modules.family import DitSpec
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state
 
 CASES = ("hv_dit_guidance", "hv_dit_noguidance", "skyreels_i2v_dit")
@@ -30,7 +32,7 @@ def test_forward_equals_the_recorded_output(case: str) -> None:
 
 def test_refined_text_and_rotary_angles_equal_the_recorded_ones() -> None:
     model, inputs, expected = golden_model("hv_dit_guidance")
-    lengths = inputs["llama_mask"].sum(1)
+    lengths = inputs["llama_mask"].sum(1).tolist()
 
     text = model.txt_in(inputs["llama"], inputs["timesteps"], lengths, torch.float32)
     _, tokens = model.embed(**inputs)
@@ -38,9 +40,9 @@ def test_refined_text_and_rotary_angles_equal_the_recorded_ones() -> None:
     for sample, length in enumerate(lengths):
         ours, theirs = text[sample, :length], expected["refined_text"][sample, :length]
         torch.testing.assert_close(ours, theirs, rtol=0, **expected["tolerance"]["refined_text"])
-    turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-1)
-    torch.testing.assert_close(turns.real, expected["freqs_cos"], rtol=0, **expected["tolerance"]["freqs_*"])
-    torch.testing.assert_close(turns.imag, expected["freqs_sin"], rtol=0, **expected["tolerance"]["freqs_*"])
+    turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-2)
+    torch.testing.assert_close(turns[..., 0], expected["freqs_cos"], rtol=0, **expected["tolerance"]["freqs_*"])
+    torch.testing.assert_close(turns[..., 1], expected["freqs_sin"], rtol=0, **expected["tolerance"]["freqs_*"])
 
 
 @pytest.mark.parametrize("lengths", [(5, 11), (1, 12), (7,), (12, 12), (3, 3, 9)])
@@ -105,7 +107,41 @@ def test_attention_has_no_mask_where_all_texts_are_of_one_length() -> None:
     assert equal.lengths is None
     assert x.shape[1] == different.video + 9
     assert different.lengths is not None
-    assert different.lengths.tolist() == [different.video + 5, different.video + 9]
+    assert different.lengths.counts == (different.video + 5, different.video + 9)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
+def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+    """With stand-ins for the packages."""
+    if mode in PACKAGES:
+        put_in(monkeypatch, mode)
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v", (5, 11, 0))
+    expected = model(**inputs)
+    model.attention = AttentionChoice(mode.partition(" ")[0], split)
+
+    velocity = model(**inputs)
+
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "flash", "flash3", "xformers"])
+def test_gradients_of_a_padded_batch_are_finite_and_the_same_for_every_back_end(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    def gradients(choice: AttentionChoice) -> dict[str, Tensor]:
+        model = tiny_model("t2v").requires_grad_(True)
+        model.attention = choice
+        model(**tiny_inputs("t2v", (5, 11, 0))).square().mean().backward()
+        return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+    if mode in PACKAGES:
+        put_in(monkeypatch, mode)
+    expected, found = gradients(SDPA), gradients(AttentionChoice(mode, split=mode == "sdpa"))
+
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert gradient.isfinite().all(), name
+        # a gradient adds up thousands of products in another order
+        assert (gradient - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max() + 1e-9, name
 
 
 def test_an_empty_text_gives_finite_numbers() -> None:

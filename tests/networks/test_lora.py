@@ -13,7 +13,7 @@ from modules.activation import checkpoint_blocks
 from modules.errors import CheckpointError, OptionError
 from modules.family import DitSpec
 from networks import lora_hunyuan, lora_wan
-from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, keep_mask
+from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, halves, keep_mask
 from tests.golden_cases import make_input, read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, randomize, tiny_dit, wan_network
 
@@ -167,7 +167,7 @@ def test_dropout_follows_the_seed_and_rests_in_eval_mode(tmp_path: Path, argumen
 def test_masks_have_the_asked_share_and_differ_between_seeds() -> None:
     shape, cpu = (64, 1000), torch.device("cpu")
 
-    first, second = keep_mask(shape, 0.25, 11, cpu), keep_mask(shape, 0.25, 12, cpu)
+    first, second = keep_mask(shape, 0.25, halves(11), cpu), keep_mask(shape, 0.25, halves(12), cpu)
 
     assert float(first.float().mean()) == pytest.approx(0.75, abs=0.01)
     assert float((first == second).float().mean()) == pytest.approx(0.75**2 + 0.25**2, abs=0.01)

@@ -43,6 +43,8 @@ def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
         (["--guidance_scale", 6], {"--guidance_scale"}),
         (["--fp8_base", "--upcast_quantization"], {"--upcast_quantization"}),
         (["--fp8_base", "--fp8_scaled", "--upcast_quantization"], set()),
+        (["--sdpa", "--flash_attn", "--xformers"], {"--flash_attn", "--xformers"}),
+        (["--split_attn"], set()),
     ],
 )
 def test_what_has_no_effect_is_named(tmp_path: Path, arguments: list[object], expected: set[str]) -> None:

@@ -154,7 +154,7 @@ def test_an_optimizer_state_keeps_every_bit_dtype_and_kind() -> None:
     description, tensors = encode_optimizer(saved, names)
     fresh, fresh_names = made()
 
-    restore_optimizer(fresh, fresh_names, json.loads(json.dumps(description)), tensors)
+    restore_optimizer(fresh, fresh_names, json.loads(json.dumps(description)), tensors, torch.device("cpu"))
 
     assert fresh.param_groups[0]["k"] == 4
     assert fresh.param_groups[0]["betas"] == (0.9, 0.95)
@@ -173,7 +173,7 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     description, tensors = encode_optimizer(torch.optim.SGD([parameter]), {parameter: "a"})
 
     with pytest.raises(CheckpointError, match="only in the state: a"):
-        restore_optimizer(torch.optim.SGD([parameter]), {parameter: "b"}, description, tensors)
+        restore_optimizer(torch.optim.SGD([parameter]), {parameter: "b"}, description, tensors, torch.device("cpu"))
 
 
 def test_what_cannot_be_saved_is_refused_by_name() -> None:

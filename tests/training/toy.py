@@ -126,6 +126,9 @@ class ToyFamily:
     def dit_files(self) -> tuple[Path, ...]:
         return ()
 
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        return placement.storage_dtype or self.dtype
+
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)

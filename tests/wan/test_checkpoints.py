@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modules.checkpoint import open_checkpoint
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from modules.records import Placement
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_dit import CONFIGS, DIALECTS, FP8_DIALECTS, KIND_OF, tiny_state, write_dit
@@ -270,8 +270,3 @@ def test_a_file_of_another_network_is_refused_with_what_it_looks_like(tmp_path: 
 def test_a_width_that_no_head_of_128_divides_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="width 96 is no multiple of 128"):
         read_dit_header(write_dit(tmp_path, tiny_state("t2v", dim=96)))
-
-
-def test_an_unknown_attention_mode_is_refused_before_the_file_is_opened(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="flash3 is not supported yet"):
-        load_dit(tmp_path / "not there", replace(CPU, attention="flash3"))

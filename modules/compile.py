@@ -1,0 +1,99 @@
+"""torch.compile for the blocks of a transformer, applied to it from outside.
+
+Each block's `forward` is compiled in place, not the network: the blocks of a list have the same code and differ in their weights,
+which are inputs of the compiled code, so a list of forty costs one compilation. It starts in seconds, and nothing has to be
+known of what runs around the blocks. What is compiled anew: another structure (a block whose input needs no gradient, with or
+without gradients at all, a batch of one, LoRA on other layers), and sizes as `Compilation.dynamic` says.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modules.compile_options import INDUCTOR, Compilation
+from modules.errors import OptionError
+from modules.family import DitSpec
+
+logger = logging.getLogger(__name__)
+
+RECOMPILE_LIMIT = 32  # forms of one block list until torch gives up and runs the rest uncompiled; torch's own 8 are few for buckets
+NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}  # all blocks share their code, so weights have no fixed address
+
+
+def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
+    """Compile the `forward` that every block has at this time. For after LoRA and before checkpointing.
+
+    Nothing is compiled before the first call. `check_compilation` has found that it can be.
+    """
+    import torch._dynamo  # slow, and only for those who ask for it
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    mode = NO_GRAPHS.get(choice.mode, choice.mode)
+    for name in spec.block_lists:
+        for block in dit.get_submodule(name).children():
+            block.forward = torch.compile(
+                block.forward, backend=choice.backend, mode=mode, dynamic=choice.dynamic, fullgraph=choice.fullgraph
+            )
+    logger.info("The blocks are compiled with %s at their first use, which takes a while.", choice.backend)
+
+
+def check_compilation(choice: Compilation | None, device: torch.device) -> None:
+    """Raise OptionError where that cannot be compiled for this device, before anything large is loaded."""
+    if choice is None:
+        return
+    import torch._dynamo
+    from torch._dynamo.eval_frame import is_dynamo_supported
+
+    if not is_dynamo_supported():
+        raise OptionError(f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave it out")
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if choice.backend not in known:
+        public = ", ".join(sorted({*torch._dynamo.list_backends(), "eager", "aot_eager"}))
+        raise OptionError(f"torch.compile has no backend {choice.backend} here: install what brings it, or use one of {public}")
+    if choice.backend == INDUCTOR:
+        missing = _missing_for_inductor(device)
+        if missing:
+            raise OptionError(
+                f"compiling with inductor for {device.type} needs {missing}. Or leave --compile and --dynamo_backend out"
+            )
+
+
+def _missing_for_inductor(device: torch.device) -> str:
+    """What torch's compiler lacks here, and how to get it; empty where nothing is known to be missing."""
+    if device.type == "mps":
+        return ""  # Metal's compiler is part of the system
+    if device.type == "cpu":
+        from torch._inductor import exc
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except (exc.InvalidCxxCompiler, RuntimeError):
+            if sys.platform == "win32":
+                return "Microsoft's C++ compiler: install the Build Tools for Visual Studio and start from their command prompt"
+            return "a C++ compiler: install g++ or clang++"
+        return _missing_headers()
+    from torch.utils._triton import has_triton, has_triton_package
+
+    if not has_triton_package():
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        return f"Triton: pip install {package}, in the version that fits torch {torch.__version__}"
+    if not has_triton():
+        return "a GPU that Triton supports (NVIDIA from compute capability 7.0 on)"
+    if sys.platform == "win32":
+        return ""  # triton-windows brings its own compiler
+    if not (os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang", "cc"))):
+        return "a C compiler, with which Triton builds its launchers: install gcc or clang"
+    return _missing_headers()
+
+
+def _missing_headers() -> str:
+    if Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return ""
+    return "the header files of Python: install python3-dev, or a Python that brings them"

@@ -1,0 +1,71 @@
+"""A device boundary on the CPU, as hostile as a real one allows: it shows every mistake of whoever uses it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.transfer import Pairs
+
+NONSENSE = 255  # in every byte: not a number in all floating types
+
+
+def hide(tensor: Tensor) -> None:
+    """Make host memory useless for computing, as it is to a device: all bits are turned round. Again, and it is as before."""
+    tensor.view(-1).view(torch.uint8).bitwise_not_()
+
+
+class FakeDevice:
+    """A `Transfer`. Host memory is expected to be hidden.
+
+    A copy arrives when it is waited for, at the very latest moment; from when it is asked for its target is nonsense. `log` has
+    everything that was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.live_bytes = 0
+        self._waiting: list[Pairs] = []
+        self._done = 0
+        self._memory: set[int] = set()
+
+    def memory(self, size_bytes: int) -> Tensor:
+        memory = torch.full((size_bytes,), NONSENSE, dtype=torch.uint8)
+        self._memory.add(memory.untyped_storage().data_ptr())
+        self.live_bytes += size_bytes
+        self.log.append("memory")
+        return memory
+
+    def mark(self) -> Any:
+        self.log.append("mark")
+        return len(self.log)
+
+    def copy(self, pairs: Pairs, after: Any) -> int:
+        assert after is not None
+        assert pairs
+        read = {source.untyped_storage().data_ptr() for waiting in self._waiting for _, source in waiting}
+        if any(target.untyped_storage().data_ptr() in read for target, _ in pairs):
+            self.finish()  # a real device reads before it writes over it, in the order of the copies
+        self.log.append("in" if self._is_here(pairs[0][0]) else "out")
+        for target, _ in pairs:
+            target.view(-1).view(torch.uint8).fill_(NONSENSE)
+        self._waiting.append(list(pairs))
+        return self._done + len(self._waiting)
+
+    def wait(self, moment: int) -> None:
+        self.log.append("wait")
+        self._arrive(moment)
+
+    def finish(self) -> None:
+        self._arrive(self._done + len(self._waiting))
+
+    def _arrive(self, moment: int) -> None:
+        while self._done < moment:
+            for target, source in self._waiting.pop(0):
+                target.copy_(source)
+                assert self._is_here(target) != self._is_here(source)
+                hide(target)
+            self._done += 1
+
+    def _is_here(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._memory

@@ -1,0 +1,120 @@
+"""Tiny transformers of both families with enough blocks to swap, dressed as in a run, and what is done with them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hunyuan_model.checkpoints import DIT as HUNYUAN
+from hunyuan_model.model import HunyuanVideoModel
+from modules.activation import checkpoint_blocks
+from modules.block_swap import HostWeights, host_weights, swap_blocks
+from modules.family import DitSpec
+from modules.swap_plan import SwapPlan
+from networks import lora_hunyuan, lora_wan
+from tests.hunyuan_model import making
+from tests.modules.fake_device import FakeDevice, hide
+from tests.tiny import hunyuan_dit, wan_dit
+from tests.wan.test_model import tiny_inputs as wan_inputs
+from wan.checkpoints import DIT as WAN
+from wan.model import WanModel
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family. `make` gives a frozen transformer, `inputs` what its forward takes, `network` a LoRA for it."""
+
+    name: str
+    spec: DitSpec
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int], dict[str, Any]]  # seed
+    network: Callable[[nn.Module], nn.Module]
+    blocks: tuple[int, ...]
+    most: int  # blocks that can be swapped
+
+
+def _wan() -> nn.Module:
+    dit = WanModel(replace(wan_dit.CONFIGS["t2v"], num_layers=5))
+    dit.load_state_dict(wan_dit.tiny_state("t2v", num_layers=5))
+    return dit.requires_grad_(False)
+
+
+def _wan_inputs(seed: int) -> dict[str, Any]:
+    inputs = wan_inputs("t2v", batch=1, frames=1)
+    return {**inputs, "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed))}
+
+
+def _hunyuan() -> nn.Module:
+    sizes = {"double_blocks": 3, "single_blocks": 7}
+    dit = HunyuanVideoModel(replace(hunyuan_dit.CONFIGS["t2v"], **sizes))
+    dit.load_state_dict(hunyuan_dit.tiny_state("t2v", **sizes))
+    return dit.requires_grad_(False)
+
+
+def _hunyuan_inputs(seed: int) -> dict[str, Any]:
+    inputs = making.tiny_inputs("t2v", (4,), frames=1)
+    return {**inputs, "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed))}
+
+
+def _lora(builder: Any) -> Callable[[nn.Module], nn.Module]:
+    def build(dit: nn.Module) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            network = builder.create_arch_network(1.0, 2, 2.0, None, None, dit)
+            network.apply_to(None, dit)
+            for name, weight in network.named_parameters():
+                if "lora_up" in name:
+                    nn.init.normal_(weight, std=0.02)
+        return network.requires_grad_(True)
+
+    return build
+
+
+CASES = (
+    Case("wan", WAN, _wan, _wan_inputs, _lora(lora_wan), (5,), 4),
+    Case("hunyuan", HUNYUAN, _hunyuan, _hunyuan_inputs, _lora(lora_hunyuan), (3, 7), 4),
+)
+
+
+def swapped(
+    dit: nn.Module, spec: DitSpec, blocks: int, device: FakeDevice | None = None, input_layers: bool = False
+) -> HostWeights | None:
+    """Swap; with a device, whose host memory is hidden then."""
+    host = host_weights(SwapPlan(spec, blocks, input_layers), CPU)
+    swap_blocks(dit, host, CPU, device)
+    if host is not None and device is not None:
+        for tensor in host.adopt(dit).values():
+            hide(tensor)
+    return host
+
+
+def learner(
+    case: Case, blocks: int, checkpointing: bool, device: FakeDevice | None = None, cast: torch.dtype | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """A transformer dressed for training, and its LoRA."""
+    dit = case.make()
+    if cast is not None:
+        dit = dit.to(cast)
+    network = case.network(dit)
+    if checkpointing:
+        checkpoint_blocks(dit, case.spec)
+    swapped(dit, case.spec, blocks, device)
+    return dit.train(checkpointing), network
+
+
+def gradients(case: Case, dit: nn.Module, network: nn.Module, seed: int = 1) -> list[Tensor]:
+    """The output of a pass and the gradients of the LoRA."""
+    network.zero_grad()
+    output = dit(**case.inputs(seed))
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    return [output.detach(), *(weight.grad.clone() for weight in network.parameters() if weight.grad is not None)]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether all are equal to the bit, and numbers."""
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.equal(a, b) and bool(torch.isfinite(a).all()) for a, b in pairs)

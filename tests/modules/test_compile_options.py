@@ -1,0 +1,106 @@
+"""How compilation is asked for, in training and in generation."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from modules.compile_options import (
+    DYNAMO_BACKENDS,
+    Compilation,
+    GenerationCompileOptions,
+    TrainingCompileOptions,
+    add_generation_compile_arguments,
+    add_training_compile_arguments,
+)
+from modules.errors import OptionError
+from modules.options import read_options
+
+
+def _read(add: Callable[[Any], None], record: type[Any], argv: list[str]) -> Compilation | None:
+    parser = argparse.ArgumentParser()
+    add(parser.add_argument_group("speed"))
+    return read_options(record, parser.parse_args(argv)).choice
+
+
+def training(*argv: str) -> Compilation | None:
+    return _read(add_training_compile_arguments, TrainingCompileOptions, list(argv))
+
+
+def generation(*argv: str) -> Compilation | None:
+    return _read(add_generation_compile_arguments, GenerationCompileOptions, list(argv))
+
+
+def test_nothing_is_compiled_without_being_asked_for() -> None:
+    assert training() is None
+    assert generation() is None
+    assert training("--dynamo_backend", "no") is None
+
+
+def test_both_spellings_of_training_say_the_same() -> None:
+    assert training("--compile") == training("--dynamo_backend", "INDUCTOR") == Compilation("inductor", "default", None, False)
+    assert training("--dynamo_backend", "eager", "--dynamo_dynamic", "--dynamo_fullgraph") == training(
+        "--compile", "--compile_args", "EAGER", "default", "true", "1"
+    )
+    assert training("--dynamo_backend", "inductor", "--dynamo_mode", "max-autotune") == Compilation(mode="max-autotune")
+
+
+@pytest.mark.parametrize("name", [*DYNAMO_BACKENDS, *(name.lower() for name in DYNAMO_BACKENDS)])
+def test_backends_may_be_written_in_either_case(name: str) -> None:
+    if name.lower() == "cudagraphs":
+        with pytest.raises(OptionError, match="CUDA graphs"):
+            training("--dynamo_backend", name)
+        return
+    choice = training("--dynamo_backend", name)
+    assert choice is None if name.lower() == "no" else choice is not None and choice.backend == name.lower()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("True", True), ("t", True), ("1", True), ("False", False), ("0", False), ("auto", None), ("AUTO", None)]
+)
+def test_sizes_are_open_fixed_or_found_out(text: str, expected: bool | None) -> None:
+    choice = generation("--compile", "--compile_args", "inductor", "default", text, "false")
+
+    assert choice is not None
+    assert choice.dynamic is expected
+
+
+def test_generation_compiles_for_each_size_unless_told_otherwise() -> None:
+    assert generation("--compile") == Compilation("inductor", "default", False, False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--compile", "--dynamo_backend", "inductor"], "both say how to compile"),
+        (["--compile", "--dynamo_fullgraph"], "both say how to compile"),
+        (["--dynamo_dynamic"], "do nothing without --dynamo_backend"),
+        (["--dynamo_mode", "max-autotune"], "do nothing without --dynamo_backend"),
+        (["--dynamo_backend", "eager", "--dynamo_mode", "max-autotune"], "is inductor's"),
+        (["--dynamo_backend", "inductor", "--dynamo_mode", "reduce-overhead"], "CUDA graphs"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_in_training(argv: list[str], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        training(*argv)
+
+
+@pytest.mark.parametrize("ask", [training, generation])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("inductor default maybe False", "DYNAMIC is 'maybe', give true, false or auto"),
+        ("inductor default auto auto", "FULLGRAPH is 'auto', give true or false"),
+        ("inductor fast auto False", "mode fast is not known"),
+    ],
+)
+def test_a_word_that_is_not_known_is_refused_by_name(ask: Callable[..., Compilation | None], given: str, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        ask("--compile", "--compile_args", *given.split())
+
+
+@pytest.mark.parametrize("ask", [training, generation])
+def test_settings_without_the_switch_are_refused(ask: Callable[..., Compilation | None]) -> None:
+    with pytest.raises(OptionError, match="does nothing without --compile"):
+        ask("--compile_args", "eager", "default", "auto", "False")
