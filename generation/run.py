@@ -159,9 +159,9 @@ def check_models(run: Run) -> None:
     """Raise UserError where a model file that every prompt needs is missing or of another kind, or the attention that is asked for
     cannot be had. Nothing is loaded.
     """
-    _ = run.family.dit_files, run.family.text_encoders()
     placement = Placement(run.session.device, attention=run.options.speed.attention.choice)
     check_backend(placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False)
+    _ = run.family.dit_files, run.family.text_encoders()
     if run.options.output.decodes:
         _ = run.family.media_identity
 

@@ -132,7 +132,7 @@ def check_backend(choice: AttentionChoice, device: torch.device, dtype: Callable
             logger.warning(note)
         return
     flag = flag_of(choice.mode, training)
-    instead = f"Without {flag} torch's own attention is used."
+    instead = f"Leave {flag} out: torch's own attention is used then."
     reason = refusal(package, capability, dtype, training)
     if reason is not None:
         raise OptionError(f"{flag} {reason} {instead}")

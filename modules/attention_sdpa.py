@@ -60,15 +60,18 @@ def ordered(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, order: list[SD
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cudnn() -> int | None:
     """The version of cuDNN. None where results have to repeat: its backward pass does not."""
     return None if torch.are_deterministic_algorithms_enabled() else torch.backends.cudnn.version()
+
+
+# For torch.compile both are constants. torch.compiler.assume_constant_result sets the same mark, and imports the whole compiler.
+for _fact in (_capability, _cudnn):
+    _fact._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -374,10 +374,16 @@ def move_network(network: nn.Module, device: torch.device) -> None:
         network.to(device)
         return
     swap.park()
-    for module in network.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter not in swap.held:
-                parameter.data = parameter.data.to(device)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    staying = [
+        (module, name, parameter)
+        for module in network.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in swap.held
+    ]
+    try:
+        for module, name, _ in staying:
+            module._parameters[name] = None  # so that torch passes over it
+        network.to(device)
+    finally:
+        for module, name, parameter in staying:
+            module._parameters[name] = parameter

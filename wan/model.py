@@ -223,7 +223,8 @@ class WanModel(nn.Module):
         time = run_float32(self.time_embedding[2], functional.silu(time))
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
         text_is_image = self.config.has_image and image_embeds is None
-        rows, repeats = _padded(text, self.config.text_len, merges=noisy.device.type == "cpu" and not text_is_image)
+        merges = noisy.device.type == "cpu" and self.attention.mode == SDPA.mode and not text_is_image
+        rows, repeats = _padded(text, self.config.text_len, merges)
         text_tokens = run(self.text_embedding[2], self.text_embedding[1](run(self.text_embedding[0], rows))).to(dtype)
         image_tokens = None
         if image_embeds is not None:

@@ -125,6 +125,25 @@ def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, t2v: TinyHunyua
     assert torch.are_deterministic_algorithms_enabled()
 
 
+def test_one_sample_at_a_time_makes_the_passes_of_guidance_singly(
+    tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture
+) -> None:
+    say = ("--prompt", "a cat that is long", "--negative_prompt", "dull", "--guidance_scale", 3, "--seed", 1)
+
+    together, singly = generate(tmp_path / "a", t2v, *say), generate(tmp_path / "b", t2v, *say, "--split_uncond")
+    assert "--split_attn" not in caplog.text
+    split = generate(tmp_path / "c", t2v, *say, "--split_attn")
+
+    assert "--split_attn has the passes of guidance made one after the other" in caplog.text
+    assert torch.equal(split[1], singly[1])
+    torch.testing.assert_close(split[1], together[1], atol=1e-4, rtol=1e-4)  # float32, summed in another order, over the steps
+
+
+def test_without_guidance_there_is_nothing_to_split(tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture) -> None:
+    assert generate(tmp_path, t2v, "--prompt", "a cat", "--seed", 1, "--split_attn").keys() == {1}
+    assert "--split_uncond" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,7 +156,6 @@ def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, t2v: TinyHunyua
         (["--vae_dtype", "fp8"], "nothing is computed in fp8"),
         (["--blocks_to_swap", "auto"], "--blocks_to_swap auto: .* Give one"),
         (["--blocks_to_swap", "2"], "--blocks_to_swap 2: the transformer has 2 . 3 blocks, of which at most 0 can be swapped"),
-        (["--fp8_llm"], "--fp8_llm is not supported yet"),
     ],
 )
 def test_what_cannot_be_done_is_said(tmp_path: Path, t2v: TinyHunyuan, arguments: list[str], message: str) -> None:

@@ -34,7 +34,6 @@ def test_defaults_are_read(tmp_path: Path) -> None:
         (["--latent_path", __file__, "no such.pt"], "--latent_path no such.pt: there is no such file"),
         (["--latent_path", __file__, "--fps", "0"], "--fps 0: has to be above 0"),
         (["--prompt", "p", "--trim_tail_frames", "-1"], "--trim_tail_frames"),
-        (["--prompt", "p", "--fp8_scaled"], "--fp8_scaled is not supported yet"),
         (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: give a number"),
         (["--prompt", "p", "--video_path", "x.mp4"], "--video_path is not supported yet"),
     ],

@@ -185,6 +185,17 @@ def test_the_transformer_computes_in_the_dtype_that_is_asked_for(family_of: Fami
     assert dit.get_parameter("double_blocks.0.img_attn_qkv.weight").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chosen", [None, torch.float16])
+@pytest.mark.parametrize("placement", [Placement(CPU), Placement(CPU, storage_dtype=torch.float32)])
+def test_what_it_will_compute_in_is_known_before_it_is_loaded(
+    family_of: FamilyOf, stored: torch.dtype, chosen: torch.dtype | None, placement: Placement
+) -> None:
+    family = family_of(dtype=stored, dit_dtype=chosen)
+    dtype = family.compute_dtype(placement)
+    assert family.load_dit(placement).get_parameter("double_blocks.0.img_attn_qkv.weight").dtype == dtype
+
+
 # SkyReels image-to-video
 
 

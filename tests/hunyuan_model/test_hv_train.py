@@ -188,7 +188,8 @@ def test_a_bf16_checkpoint_is_trained_in_float32(project: Path, tmp_path: Path) 
 WITHOUT_EFFECT = {  # accepted, and what they ask for
     *("--sdpa", "--persistent_data_loader_workers", "--ddp_gradient_as_bucket_view", "--ddp_static_graph", "--log_config"),
     *("--gradient_checkpointing", "--sample_at_first", "--save_state", "--save_state_on_train_end", "--vae_tiling", "--full_bf16"),
-    *("--save_state_to_huggingface", "--resume_from_huggingface", "--async_upload", "--img_in_txt_in_offloading"),
+    *("--flash_attn", "--sage_attn", "--xformers", "--split_attn"),  # beside --sdpa, which comes first; a batch of one
+    *("--save_state_to_huggingface", "--resume_from_huggingface", "--async_upload", "--img_in_txt_in_offloading", "--fp8_llm"),
 }
 SWITCHES = [
     option["flags"][0]

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from hunyuan_model.model import HunyuanVideoModel
 from modules.activation import checkpoint_blocks
+from modules.attention_options import SDPA, AttentionChoice
 from modules.family import DitSpec
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state
 
 CASES = ("hv_dit_guidance", "hv_dit_noguidance", "skyreels_i2v_dit")
@@ -106,6 +108,40 @@ def test_attention_has_no_mask_where_all_texts_are_of_one_length() -> None:
     assert x.shape[1] == different.video + 9
     assert different.lengths is not None
     assert different.lengths.counts == (different.video + 5, different.video + 9)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
+def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+    """With stand-ins for the packages."""
+    if mode in PACKAGES:
+        put_in(monkeypatch, mode)
+    model, inputs = tiny_model("t2v"), tiny_inputs("t2v", (5, 11, 0))
+    expected = model(**inputs)
+    model.attention = AttentionChoice(mode.partition(" ")[0], split)
+
+    velocity = model(**inputs)
+
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "flash", "flash3", "xformers"])
+def test_gradients_of_a_padded_batch_are_finite_and_the_same_for_every_back_end(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    def gradients(choice: AttentionChoice) -> dict[str, Tensor]:
+        model = tiny_model("t2v").requires_grad_(True)
+        model.attention = choice
+        model(**tiny_inputs("t2v", (5, 11, 0))).square().mean().backward()
+        return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+    if mode in PACKAGES:
+        put_in(monkeypatch, mode)
+    expected, found = gradients(SDPA), gradients(AttentionChoice(mode, split=mode == "sdpa"))
+
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert gradient.isfinite().all(), name
+        # a gradient adds up thousands of products in another order
+        assert (gradient - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max() + 1e-9, name
 
 
 def test_an_empty_text_gives_finite_numbers() -> None:

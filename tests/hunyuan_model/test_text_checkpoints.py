@@ -15,6 +15,7 @@ from hunyuan_model.text_checkpoints import read_clip_text, read_llama
 from modules.checkpoint import Checkpoint, load_module, open_checkpoint
 from modules.dialects import LoadPlan
 from modules.errors import CheckpointError
+from modules.fp8 import dequantise, quantised_layers, scale_of
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_encoders import (
     CLIP_VOCABULARY,
@@ -137,6 +138,15 @@ def test_a_sharded_model_loads_from_its_folder_its_index_and_any_shard(tmp_path:
     save_sharded(tmp_path, llama_layouts(tensors)["llava"], shards=4)
     for given in ("", "model.safetensors.index.json", "model-00003-of-00004.safetensors"):
         assert_equal(load_whole_llama(tmp_path / given), tensors)
+
+
+def test_layers_of_an_fp8_file_stay_as_they_are(tmp_path: Path) -> None:
+    stored, meant = scaled_fp8(llama_tensors())
+    llama = load_llama(save(tmp_path / "fp8.safetensors", stored), CPU, torch.float16, 0, final_norm=True, in_fp8=True)
+    layers = quantised_layers(llama)
+    assert "layers.1.self_attn.q_proj" in layers
+    for name, layer in layers.items():
+        torch.testing.assert_close(dequantise(layer.weight, scale_of(layer)), meant[f"{name}.weight"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])

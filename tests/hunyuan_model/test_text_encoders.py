@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConf
 
 from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, ClipTextEncoder, LlavaTextEncoder
 from modules.errors import CheckpointError
+from modules.fp8 import quantised_layers
 from modules.records import Prompt
 from tests.golden_cases import read_case
 from tests.tiny.hunyuan_encoders import (
@@ -189,6 +190,21 @@ def test_half_precision_gives_its_dtype_and_stays_near(folder: Path, dtype: torc
         assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_in_fp8_the_language_model_gives_its_dtype_and_stays_near(folder: Path, dtype: torch.dtype) -> None:
+    encoder = LlavaTextEncoder(folder, dtype, in_fp8=True)
+    found, expected = encoded(encoder, PROMPTS), encoded(LlavaTextEncoder(folder, dtype), PROMPTS)
+    assert encoder._loaded is not None
+    llama = encoder._loaded[0]
+    linear = [name for name, layer in llama.named_modules() if isinstance(layer, torch.nn.Linear)]
+    assert list(quantised_layers(llama)) == linear
+    assert llama.embed_tokens.weight.dtype == dtype
+    assert found["llm"].dtype == dtype
+    assert torch.equal(found["llm_mask"], expected["llm_mask"])
+    apart = (found["llm"].float() - expected["llm"].float()).norm() / expected["llm"].float().norm()
+    assert 1e-4 < apart < 0.1  # weights that are off by 2.25 %
+
+
 def test_the_second_text_is_for_clip_alone(folder: Path) -> None:
     both = Prompt("a rabbit", second="a dog")
     clip = encoded(ClipTextEncoder(folder, torch.float32), [both, "a dog", "a rabbit"])["clipL"]
@@ -237,6 +253,7 @@ def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: 
         LlavaTextEncoder(path, template=IMAGE_TEMPLATE),
         LlavaTextEncoder(path, skip_layers=1),
         LlavaTextEncoder(path, final_norm=True),
+        LlavaTextEncoder(path, in_fp8=True),
     ):
         assert dict(other.identity) != before
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -24,6 +24,9 @@ class FakeDevice:
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.clock = 0  # set from outside
+        self.ages: list[int] = []  # at each wait: how long ago, by that clock, the copy was asked for
+        self._asked: dict[int, int] = {}
         self.live_bytes = 0
         self._waiting: list[Pairs] = []
         self._done = 0
@@ -50,10 +53,13 @@ class FakeDevice:
         for target, _ in pairs:
             target.view(-1).view(torch.uint8).fill_(NONSENSE)
         self._waiting.append(list(pairs))
-        return self._done + len(self._waiting)
+        moment = self._done + len(self._waiting)
+        self._asked[moment] = self.clock
+        return moment
 
     def wait(self, moment: int) -> None:
         self.log.append("wait")
+        self.ages.append(self.clock - self._asked[moment])
         self._arrive(moment)
 
     def finish(self) -> None:

@@ -266,7 +266,11 @@ def test_torch_needs_no_check_and_no_dtype() -> None:
 @pytest.mark.parametrize(
     ("mode", "training", "message"),
     [
-        ("flash", True, "--flash_attn runs on CUDA devices only, and this run is on none. Without --flash_attn torch's own"),
+        (
+            "flash",
+            True,
+            "--flash_attn runs on CUDA devices only, and this run is on none. Leave --flash_attn out: ",
+        ),
         ("flash", False, "--attn_mode flash runs on CUDA devices only"),
         ("flash3", True, "--flash3 runs on CUDA devices only"),
         ("flash3", False, "--attn_mode flash3 runs on CUDA devices only"),

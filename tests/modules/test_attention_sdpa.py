@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules import attention_sdpa
 from modules.attention_sdpa import cudnn_note, kernels, ordered
+from tests.commands import ROOT, run_python
 
 CUDNN, FLASH, EFFICIENT, MATH = (
     SDPBackend.CUDNN_ATTENTION,
@@ -61,6 +62,11 @@ def test_a_gpu_whose_fastest_kernel_is_left_out_is_told_of(capability: tuple[int
     if note is not None:
         assert "9.15.1" in note
         assert "Install torch for CUDA 13" in note
+
+
+def test_attention_does_not_import_the_compiler() -> None:
+    """That takes longer than all else at the start of a program."""
+    run_python("-c", "import sys, modules.attention; assert 'torch._dynamo' not in sys.modules", folder=ROOT)
 
 
 class _Names(TorchDispatchMode):

@@ -175,25 +175,28 @@ def test_frozen_weights_are_never_copied_back_and_come_twice_a_step() -> None:
     assert first == 2 + 2 * 6
 
 
-def test_weights_are_sent_for_before_they_are_needed() -> None:
-    """In a pass under way nothing is copied and waited for at once, but where the last block turns into the first."""
-    case = CASES[0]
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: int) -> None:
+    """In every pass, forwards and backwards, also where the last block is followed by the first."""
     device = FakeDevice()
-    dit = case.make().eval()
-    swapped(dit, case.spec, 3, device)
-    with torch.no_grad():
-        for seed in range(3):
-            dit(**case.inputs(seed))
-            entries = device.log[:]
-            device.log.clear()
+    dit, network = learner(case, blocks, True, device)
+    swap = swap_of(dit)
+    assert swap is not None
+    enter = swap.enter
 
-    words = [word for word in entries if word in {"in", "wait"}]
-    ahead, least = 2, 2  # two copies were under way when the pass began
-    for word in words:
-        ahead += 1 if word == "in" else -1
-        least = min(least, ahead)
-    assert least >= 1 or words[-1] == "wait"
-    assert words.count("in") == words.count("wait") == len(range(5))
+    def counted(position: int, backward: bool) -> None:
+        device.clock += 1
+        enter(position, backward)
+
+    swap.enter = counted  # type: ignore[method-assign]
+    for seed in range(2):
+        gradients(case, dit, network, seed)
+        with torch.no_grad():
+            dit(**case.inputs(seed))
+
+    assert len(device.ages) > 10
+    assert min(device.ages) >= 1
 
 
 def test_skipped_blocks_are_not_sent_for() -> None:
@@ -313,3 +316,23 @@ def test_weights_that_learn_are_copied_back() -> None:
 
 def untrained_names(case: Case) -> list[str]:
     return [name for name, _ in case.make().named_parameters()]
+
+
+def test_moving_a_network_leaves_swapped_weights_where_they_are() -> None:
+    """The meta device stands for the other one."""
+    case = CASES[1]
+    dit = case.make().eval()
+    host = swapped(dit, case.spec, 3, FakeDevice(), input_layers=True)
+    assert host is not None
+    with torch.no_grad():
+        dit(**case.inputs(1))
+
+    move_network(dit, torch.device("meta"))
+
+    places = host.adopt(dit)
+    for name, weight in dit.named_parameters():
+        assert weight.is_meta != (name in places)
+    assert all(dit.get_parameter(name).data_ptr() == place.data_ptr() for name, place in places.items())
+    plain = case.make()
+    move_network(plain, torch.device("meta"))
+    assert all(weight.is_meta for weight in plain.parameters())

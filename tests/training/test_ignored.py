@@ -41,6 +41,8 @@ def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
         (["--huggingface_path_in_repo", "a", "--huggingface_token", "b"], {"--huggingface_path_in_repo", "--huggingface_token"}),
         (["--persistent_data_loader_workers"], {"--persistent_data_loader_workers"}),  # toy_options asks for no readers
         (["--guidance_scale", 6], {"--guidance_scale"}),
+        (["--sdpa", "--flash_attn", "--xformers"], {"--flash_attn", "--xformers"}),
+        (["--split_attn"], set()),
     ],
 )
 def test_what_has_no_effect_is_named(tmp_path: Path, arguments: list[object], expected: set[str]) -> None:

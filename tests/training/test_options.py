@@ -64,7 +64,6 @@ def test_defaults_make_complete_options() -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--flash_attn"], "--flash_attn is not supported yet"),
         (["--fp8_scaled"], "--fp8_scaled needs --fp8_base"),
         (["--blocks_to_swap", "-2"], "--blocks_to_swap -2: give a number"),
         (["--gradient_checkpointing_cpu_offload"], "--gradient_checkpointing_cpu_offload says how to checkpoint"),

@@ -278,6 +278,18 @@ def test_one_of_two_processes_that_is_asked_to_end_ends_both_although_every_step
     assert not (tmp_path / "output" / "x.safetensors").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="each process has its own elsewhere")
+def test_two_processes_train_with_swapped_blocks_that_they_share(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=6)
+    results = []
+    for port, swap in ((29613, ()), (29614, ("--blocks_to_swap", "1", "--gradient_checkpointing"))):
+        train_in_two_processes(tmp_path, port, "--max_train_steps", "4", *swap)
+        results.append(load_file(tmp_path / "output" / "x.safetensors"))
+
+    assert same(*results)
+
+
 def train_in_two_processes(
     folder: Path, port: int, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
 ) -> None:

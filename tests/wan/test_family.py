@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from modules.errors import OptionError
-from modules.records import Request
+from modules.records import Placement, Request
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 from wan.configs import TASKS, default_flow_shift
 from wan.family import Wan
 from wan.files import WanFiles
+from wan.model import WanModel
 
+CPU = torch.device("cpu")
 FamilyOf = Callable[..., Wan]
 
 
@@ -77,3 +80,12 @@ def test_an_image_that_the_task_does_not_take_is_ignored_with_a_warning(
     with caplog.at_level(logging.WARNING):
         family_of("t2v-1.3B", "t2v").prepare(Request("p", 0, image_path=Path("gone.png")))
     assert "--image_path gone.png is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("placement", [Placement(CPU), Placement(CPU, compute_dtype=torch.float16)])
+def test_what_it_will_compute_in_is_known_before_it_is_loaded(family_of: FamilyOf, placement: Placement) -> None:
+    family = family_of("t2v-14B", "t2v")
+    dtype = family.compute_dtype(placement)
+    dit = family.load_dit(placement)
+    assert isinstance(dit, WanModel)
+    assert dit.compute_dtype == dtype

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from modules.activation import checkpoint_blocks
+from modules.attention_options import AttentionChoice
 from modules.family import DitSpec
 from tests.golden_cases import make_input, make_weights, read_case
+from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.wan_dit import CONFIGS, diffusers_name, tiny_state
 from wan.configs import WanConfig
 from wan.model import WanModel, _padded
@@ -155,6 +157,19 @@ def test_padding_rows_computed_once_give_what_all_of_them_give(kind: str, monkey
 
     for name, gradient in gradients(model, inputs).items():
         torch.testing.assert_close(merged[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
+def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+    """With stand-ins for the packages. They are given every row of padded text, as on a GPU."""
+    if mode in PACKAGES:
+        put_in(monkeypatch, mode)
+    model, inputs = tiny_model("i2v"), tiny_inputs("i2v")
+    expected = model(**inputs)
+    model.attention = AttentionChoice(mode.partition(" ")[0], split)
+
+    torch.testing.assert_close(model(**inputs), expected, atol=1e-4, rtol=1e-4)  # sums of 512 rounded exponentials
 
 
 def gradients(model: WanModel, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,0 +1,50 @@
+"""One of several processes that load a transformer with swapped blocks; prints what it saw as a line of JSON."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from modules.block_swap import host_weights, swap_blocks
+from modules.records import Placement
+from modules.swap_plan import SwapPlan
+from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
+from tests.modules.swap_cases import CASES, CPU
+from wan.checkpoints import DIT, load_dit
+
+
+def main(path: Path, lora: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    host = host_weights(SwapPlan(DIT, 4), CPU)
+    assert host is not None
+    patch = LoraPatch([LoraUse(read_lora(lora))])
+    dit = load_dit(path, Placement(CPU, patch=patch, host=host))
+    patch.check()
+    swap_blocks(dit, host, CPU)
+    with torch.no_grad():
+        output = dit(**CASES[0].inputs(1))
+    rank = torch.distributed.get_rank()
+    weight = host.adopt(dit)["blocks.3.ffn.0.weight"]
+    torch.distributed.barrier()
+    if rank == 0:
+        weight[0, 0] = 1234
+    torch.distributed.barrier()
+    files = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "swapped weights" in line]
+    seen = {
+        "rank": rank,
+        "fills": host.is_filled_here,
+        "output": output.double().sum().item(),
+        "mark": weight[0, 0].item(),
+        "files": sorted({(words[4], words[-1]) for words in files}),  # inode, and whether it has a name
+        "unused": patch.unused(),
+    }
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os.write(1, (json.dumps(seen) + "\n").encode())  # at once: lines of two processes do not mix
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

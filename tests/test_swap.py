@@ -1,0 +1,171 @@
+"""Runs with swapped blocks, from the command lines of both families: their files are those of runs without, to the bit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.faults.messages import assert_one_message, run_here
+from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.wan_dit import tiny_state, write_dit
+
+OUTPUT = ("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0")
+SIZE = ("--video_size", "32", "32", "--video_length", "5", "--infer_steps", "3", "--flow_shift", "5", "--guidance_scale", "3")
+ADAFACTOR = ("--optimizer_type", "adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False")
+FUSED = ("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_grad_norm", "0")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with models, caches, and blocks enough to swap."""
+
+    family: TinyFamily
+    folder: Path
+    most: str
+
+    def run(self, script: str, *arguments: object) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its precision for the life of a process
+        code, said = run_here(script, *arguments, folder=self.folder)
+        assert code == 0, said
+        return said
+
+    def train(self, output: Path, *arguments: object, steps: int = 3) -> dict[str, Tensor]:
+        """The tensors of the LoRA."""
+        self.run(*self.family.train, *OUTPUT, "--output_dir", output, "--max_train_steps", steps, *arguments)
+        return load_file(output / "x.safetensors")
+
+    def generate(self, output: Path, *arguments: object) -> list[Tensor]:
+        """The latents of all that is made."""
+        latents = ("--output_type", "latent", "--save_path", output)
+        self.run(*self.family.generate, *SIZE, *latents, *arguments)
+        return [load_file(path)["latent"] for path in sorted(output.glob("*.safetensors"))]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video"])
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    family = next(each for each in FAMILIES if each.name == request.param)
+    folder = tmp_path_factory.mktemp("swap")
+    family.prepare(folder)
+    if family.name == "hunyuan_video":
+        write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
+    else:
+        write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")
+    found = Project(family, folder, "4" if family.name == "hunyuan_video" else "3")  # all but one of each list
+    found.run(*family.cache_latents)
+    found.run(*family.cache_texts)
+    return found
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    "usual",
+    [(), ("--gradient_checkpointing", "--fp8_base", "--fp8_scaled"), ("--gradient_checkpointing", "--mixed_precision", "bf16")],
+    ids=["kept", "fp8", "bf16"],
+)
+def test_a_lora_is_trained_to_the_same_bits(project: Project, tmp_path: Path, usual: Sequence[str]) -> None:
+    expected = project.train(tmp_path / "plain", *usual)
+
+    found = project.train(tmp_path / "swapped", *usual, "--blocks_to_swap", project.most, "--img_in_txt_in_offloading")
+
+    assert same(expected, found)
+    assert any(tensor.any() for name, tensor in found.items() if "lora_up" in name)
+
+
+def test_samples_and_resuming_change_nothing(project: Project, tmp_path: Path) -> None:
+    swap = ("--blocks_to_swap", "2", "--gradient_checkpointing")
+    (tmp_path / "prompts.txt").write_text(project.family.sample_line, encoding="utf-8")
+    samples = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", "2")
+    expected = project.train(tmp_path / "plain", "--gradient_checkpointing", steps=4)
+
+    project.train(tmp_path / "first", *swap, *samples, "--save_state", steps=2)
+    found = project.train(tmp_path / "second", *swap, "--resume", tmp_path / "first" / "x-state", steps=4)
+
+    assert same(expected, found)
+
+
+@pytest.mark.parametrize("usual", [(), ("--fp8", "--fp8_scaled")], ids=["plain", "fp8"])
+def test_the_same_latents_are_generated(project: Project, tmp_path: Path, usual: Sequence[str]) -> None:
+    """Two videos, one after the other."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a cat --d 5\na dog --d 6 --s 2\n", encoding="utf-8")
+
+    expected = project.generate(tmp_path / "plain", "--from_file", lines, *usual)
+    swap = ("--blocks_to_swap", project.most, "--img_in_txt_in_offloading")
+    found = project.generate(tmp_path / "swapped", "--from_file", lines, *usual, *swap)
+
+    assert len(found) == 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_in_a_conversation_the_network_waits_between_prompts(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for name, swap in (("plain", ()), ("swapped", ("--blocks_to_swap", project.most))):
+        lines = iter(["a cat --d 5", "a dog --d 6 --s 2"])
+
+        def answer(_: str, lines: Iterator[str] = lines) -> str:
+            for line in lines:
+                return line
+            raise EOFError
+
+        monkeypatch.setattr("builtins.input", answer)
+        results.append(project.generate(tmp_path / name, "--interactive", *swap))
+
+    assert len(results[0]) == 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_too_many_blocks_are_refused(project: Project, tmp_path: Path) -> None:
+    arguments = (*OUTPUT, "--output_dir", tmp_path, "--max_train_steps", 1, "--blocks_to_swap", 9)
+
+    code, said = run_here(*project.family.train, *arguments, folder=project.folder)
+
+    assert_one_message(code, said, "--blocks_to_swap 9", f"at most {project.most}")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param((), id="float32", marks=pytest.mark.slow),
+        pytest.param(("--full_bf16", "--mixed_precision", "bf16", "--gradient_checkpointing"), id="bf16"),
+    ],
+)
+def test_a_whole_transformer_is_trained_to_the_same_bits(project: Project, tmp_path: Path, more: Sequence[str]) -> None:
+    """Saved in between, resumed, and sampled from; both the file and the state hold what the blocks have learned."""
+    if project.family.name != "hunyuan_video":
+        pytest.skip("a LoRA is all that is trained for Wan")
+    models = project.family.train[1 : project.family.train.index("--network_module")]
+    (tmp_path / "prompts.txt").write_text(project.family.sample_line, encoding="utf-8")
+    samples = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", "2")
+
+    def train(name: str, *arguments: object, steps: int = 4) -> dict[str, Tensor]:
+        output = ("--output_dir", tmp_path / name, "--max_train_steps", steps)
+        project.run("hv_train.py", *models, *OUTPUT, *FUSED, *more, *output, *arguments)
+        return load_file(tmp_path / name / "x.safetensors")
+
+    expected = train("plain")
+    swapped = train("swapped", "--blocks_to_swap", project.most, *samples, "--save_every_n_steps", 2, "--save_state")
+    state = tmp_path / "swapped" / "x-step00000002-state"
+    resumed = train("resumed", "--blocks_to_swap", 1, "--resume", state)
+
+    assert same(expected, swapped)
+    assert same(expected, resumed)
+    between = load_file(tmp_path / "swapped" / "x-step00000002.safetensors")
+    assert same(between, train("short", steps=2))
+    assert same(between, load_file(state / "dit.safetensors"))
