@@ -169,26 +169,26 @@ def check_models(run: Run) -> None:
 def dit_loader(
     family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
 ) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device, the LoRAs merged; blocks compiled and swapped as the options say. Raises OptionError."""
-    speed = options.speed
-    if speed.fp8.ignored is not None:
-        logger.warning(speed.fp8.ignored)
-    fp8 = with_product(speed.fp8.quantisation, device)
-    plan = SwapPlan(family.dit, speed.swap.number, speed.swap.img_in_txt_in_offloading)
+    """expert -> its network on the device, the LoRAs merged, its blocks compiled where the options say so.
+
+    Raises OptionError where the device cannot do what is asked for.
+    """
+    fp8 = with_product(options.speed.fp8.quantisation, device)
+    swap = options.speed.swap
+    plan = SwapPlan(family.dit, swap.number, swap.img_in_txt_in_offloading)
     compilation = options.speed.compilation.choice
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        host = host_weights(plan, device)
+        host, speed = host_weights(plan, device), options.speed
         placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8, host=host)
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)
-        dit.eval().requires_grad_(False)
         if compilation is not None:
             compile_blocks(dit, family.dit, compilation)
-        swap_blocks(dit, host, device)
+        swap_blocks(dit.eval().requires_grad_(False), host, device)
         return dit
 
     return load_dit

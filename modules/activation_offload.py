@@ -10,111 +10,44 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from modules.checkpoint_files import TensorInfo
+from modules.host_memory import allocate
+from modules.transfer import Transfer, transfer_to
+
 ALIGNMENT = 256  # bytes
-PIECES = 8  # of which a slab of host memory has at most twice as many
-
-Wait = Callable[[], None]  # has what is computed from now on wait for a copy
-
-
-class Transfer(Protocol):
-    """Copies between a device and host memory."""
-
-    def allocate(self, size_bytes: int) -> Tensor: ...  # host memory: uint8
-
-    def save(self, source: Tensor, host: Tensor) -> Wait: ...  # start copying; both stay untouched until waited for
-
-    def fetch(self, host: Tensor, device: torch.device) -> tuple[Tensor, Wait]: ...  # start copying; not to be read before waiting
-
-
-class PlainTransfer:
-    """Copies at once, for devices without streams. On a CPU nothing is won, and nothing else happens."""
-
-    def allocate(self, size_bytes: int) -> Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8)
-
-    def save(self, source: Tensor, host: Tensor) -> Wait:
-        host.copy_(source)
-        return _nothing
-
-    def fetch(self, host: Tensor, device: torch.device) -> tuple[Tensor, Wait]:
-        return host.to(device, copy=True), _nothing
-
-
-class CudaTransfer:
-    """Copies on a stream of its own, from and to pinned memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    def allocate(self, size_bytes: int) -> Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-
-    def save(self, source: Tensor, host: Tensor) -> Wait:
-        return self._copy(source, host)
-
-    def fetch(self, host: Tensor, device: torch.device) -> tuple[Tensor, Wait]:
-        # of the computing stream's memory, which that stream also gives free: no record_stream, which would delay its reuse
-        target = torch.empty(host.shape, dtype=host.dtype, device=device)
-        return target, self._copy(host, target)
-
-    def _copy(self, source: Tensor, target: Tensor) -> Wait:
-        computing = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(computing)  # the source is computed; nothing uses the target's memory any more
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        done = self._stream.record_event()
-        return lambda: torch.cuda.current_stream(self._stream.device).wait_event(done)
-
-
-def transfer_for(device: torch.device) -> Transfer:
-    """The way of copying that the device has."""
-    return CudaTransfer(device) if device.type == "cuda" else PlainTransfer()
 
 
 class HostMemory:
     """Pieces of host memory that are used again and again: pinning takes long, so it happens in the first steps only."""
 
-    def __init__(self, allocate: Callable[[int], Tensor]) -> None:
-        self._allocate = allocate
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        """make: memory of so many bytes, uint8."""
+        self._make = make
         self._free: list[Tensor] = []
         self.size_bytes = 0  # of all pieces that are in use or wait for it
 
     def take(self, size_bytes: int) -> Tensor:
         """At least that much, uint8. Give it back with `put`."""
-        size_bytes = math.ceil(size_bytes / ALIGNMENT) * ALIGNMENT
         fitting = [piece for piece in self._free if piece.numel() >= size_bytes]
-        if not fitting:
-            self.size_bytes -= sum(piece.numel() for piece in self._free)
-            self._free.clear()  # too small for the size there is now; what takes their place serves smaller ones too
-            pieces, slab = slab_of(size_bytes)
-            fitting = list(self._allocate(slab)[: pieces * size_bytes].split(size_bytes))
-            self._free.extend(fitting)
-            self.size_bytes += pieces * size_bytes
-        best = min(fitting, key=Tensor.numel)
-        self._free = [piece for piece in self._free if piece is not best]
-        return best
+        if fitting:
+            best = min(fitting, key=Tensor.numel)
+            self._free = [piece for piece in self._free if piece is not best]
+            return best
+        if self._free:  # too small for the sizes there are now, while what takes its place serves smaller ones too
+            self.size_bytes -= self._free.pop().numel()
+        size_bytes = math.ceil(size_bytes / ALIGNMENT) * ALIGNMENT
+        self.size_bytes += size_bytes
+        return self._make(size_bytes)
 
     def put(self, piece: Tensor) -> None:
-        """Free to be taken again. Copies that are under way have to be on the stream that later ones are on."""
+        """Free to be taken again."""
         self._free.append(piece)
-
-
-def slab_of(size_bytes: int) -> tuple[int, int]:
-    """How many pieces of that size to allocate together, and the bytes of the slab.
-
-    torch rounds pinned memory up to a power of two, which could be nearly twice the size of one piece.
-    """
-    slab = 1 << (size_bytes - 1).bit_length()
-    choices = [slab << exponent for exponent in range(PIECES.bit_length())]
-    best = next((choice for choice in choices if choice % size_bytes <= choice // 8), None)
-    best = best or min(choices, key=lambda choice: choice % size_bytes / choice)
-    return best // size_bytes, best
 
 
 @dataclass(eq=False)
@@ -124,17 +57,18 @@ class _Away:
     host: Tensor  # in its shape and dtype
     device: torch.device
     before: "weakref.ref[_Away] | None"  # what came just before in this forward pass, and is needed just after
-    coming: tuple[Tensor, Wait] | None = field(default=None)
+    coming: list[tuple[Tensor, Any]] = field(default_factory=list)  # at most one, with the moment at which it is there
 
 
 class Offload:
     """Where checkpointed blocks keep their inputs, in the place of the device. One for all blocks of a network."""
 
-    def __init__(self, transfer: Transfer) -> None:
+    def __init__(self, transfer: Transfer, make: Callable[[int], Tensor]) -> None:
+        """make: host memory of so many bytes, uint8."""
         self._transfer = transfer
-        self.memory = HostMemory(transfer.allocate)
+        self.memory = HostMemory(make)
         self._last: weakref.ref[_Away] | None = None
-        self._leaving: tuple[Tensor, Wait] | None = None
+        self._leaving: tuple[Tensor, Any] | None = None  # and the moment at which its copy is done
 
     def begin(self) -> None:
         """A new forward pass: nothing before it is fetched together with what follows."""
@@ -151,9 +85,9 @@ class Offload:
         piece = self.memory.take(tensor.nbytes)
         host = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         source = tensor.detach()
-        self._leaving = source, self._transfer.save(source, host)
+        self._leaving = source, self._transfer.copy([(host, source)], self._transfer.mark())
         away = _Away(host, tensor.device, self._last)
-        weakref.finalize(away, self.memory.put, piece).atexit = False
+        weakref.finalize(away, self._forget, piece, away.coming).atexit = False
         self._last = weakref.ref(away)
         return away
 
@@ -161,19 +95,36 @@ class Offload:
         self._let_go()
         if isinstance(kept, Tensor):
             return kept
-        tensor, wait = kept.coming or self._transfer.fetch(kept.host, kept.device)
-        kept.coming = None
-        wait()
+        self._send_for(kept)
+        tensor, moment = kept.coming.pop()
+        self._transfer.wait(moment)
         before = None if kept.before is None else kept.before()
-        if before is not None and before.coming is None:
-            before.coming = self._transfer.fetch(before.host, before.device)
+        if before is not None:
+            self._send_for(before)
         return tensor
+
+    def _send_for(self, away: _Away) -> None:
+        """Have it copied back, if it is not on its way."""
+        if not away.coming:
+            # of the computing stream's memory, which that stream also gives free; record_stream would hold it back for longer
+            target = torch.empty(away.host.shape, dtype=away.host.dtype, device=away.device)
+            away.coming.append((target, self._transfer.copy([(target, away.host)], self._transfer.mark())))
 
     def _let_go(self) -> None:
         if self._leaving is not None:
-            self._leaving[1]()
+            self._transfer.wait(self._leaving[1])
             self._leaving = None
 
+    def _forget(self, piece: Tensor, coming: list[tuple[Tensor, Any]]) -> None:
+        for _, moment in coming:  # sent for and never used: nothing else may have its memory before the copy is done
+            self._transfer.wait(moment)
+        self.memory.put(piece)  # a later copy into it comes after those out of it
 
-def _nothing() -> None:
-    """The copy is done already."""
+
+def offload_to_host(device: torch.device) -> Offload:
+    """What fits the device. On a CPU inputs are copied and nothing is won."""
+
+    def make(size_bytes: int) -> Tensor:
+        return allocate({"": TensorInfo(torch.uint8, (size_bytes,))}, pinned=device.type == "cuda").tensors[""]
+
+    return Offload(transfer_to(device), make)

@@ -210,12 +210,20 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, Source]:
     for name in checkpoint.tensors:
         if name in scales.values() or any(fnmatch.fnmatchcase(name, pattern) for pattern in _QUANT_EXTRAS):
             continue
+        in_fp8 = is_fp8(checkpoint.tensors[name].dtype)
         if name in scales:
-            sources[name] = Source((name, scales[name]), dequantise, lambda weight, scale: (weight, stored_scale(scale)))
+            sources[name] = Source((name, scales[name]), dequantise, _with_scale if in_fp8 else None)
         else:
-            plain_cast = is_fp8(checkpoint.tensors[name].dtype)
-            sources[name] = Source((name,), as_fp8=(lambda weight: (weight, None)) if plain_cast else None)
+            sources[name] = Source((name,), as_fp8=_without_scale if in_fp8 else None)
     return sources
+
+
+def _with_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return weight, stored_scale(scale)
+
+
+def _without_scale(weight: Tensor) -> tuple[Tensor, None]:
+    return weight, None
 
 
 def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:

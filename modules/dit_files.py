@@ -14,6 +14,9 @@ from modules.records import Placement
 
 PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.")
 OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "scaled_fp8")  # all-in-one
+# Rounding in the last blocks goes into the velocity as it is, while later blocks even out what earlier ones do. In the pocket
+# model two of eight make three quarters of the loss that fp8 adds; in Wan 14B two of forty are 5 % of the gain.
+LAST_IN_16_BITS = 2
 FP8_COMPUTE = torch.bfloat16  # what an fp8 file computes in
 
 
@@ -76,13 +79,17 @@ def fill_dit(
 def _fp8_layers(
     dit: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source], placement: Placement, spec: DitSpec
 ) -> Fp8Loading | None:
-    """The linear layers of the blocks that are kept in 8 bits: those that the file has so, else those that the family allows."""
+    """The linear layers of the blocks that are kept in 8 bits: those that the file has so, else those that the family allows.
+
+    Where the layers multiply in 8 bits too, the last blocks are left in 16: see `LAST_IN_16_BITS`.
+    """
     quantisation, path = placement.fp8, checkpoint.path
     if quantisation is None:
         return None
-    kept = kept_in_fp8(linear_weights(dit, spec.block_lists), sources, checkpoint.tensors)
+    last = _last_blocks(dit, spec) if quantisation.fp8_matmul else ()
+    kept = kept_in_fp8(_without(linear_weights(dit, spec.block_lists), last), sources, checkpoint.tensors)
     if not kept:
-        rounded = linear_weights(dit, spec.block_lists, spec.fp8_exclude)
+        rounded = _without(linear_weights(dit, spec.block_lists, spec.fp8_exclude), last)
         return Fp8Loading(quantisation, rounded, (), placement.device)
     if quantisation.kind != "cast":
         raise CheckpointError(
@@ -97,3 +104,13 @@ def _fp8_layers(
             path,
         )
     return Fp8Loading(quantisation, (), kept, placement.device)
+
+
+def _last_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
+    """Beginnings of the names in the last blocks, `blocks.38.` and `blocks.39.`; none in networks of a few blocks."""
+    blocks = [f"{name}.{index}." for name in spec.block_lists for index, _ in enumerate(dit.get_submodule(name).children())]
+    return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
+
+
+def _without(names: frozenset[str], beginnings: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(name for name in names if not name.startswith(beginnings))

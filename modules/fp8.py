@@ -5,7 +5,7 @@ buffer `scale_weight` (float32: [1], [out, 1] or [out, blocks, 1]; None for a pl
 product. `forward` is set on the layer itself, so that what is put around it afterwards (a LoRA, compilation) finds it.
 """
 
-import functools
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from modules.fp8_matmul import Product, fp8_linear, suits_fp8
+from modules.fp8_matmul import fp8_linear, suits_fp8
 from modules.fp8_options import Quantisation
 
 E4M3 = torch.float8_e4m3fn
@@ -94,8 +94,9 @@ def attach(layer: nn.Linear, weight: Tensor, scale: Tensor | None, quantisation:
     """
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_buffer("scale_weight", scale)
-    compute = functools.partial(_forward, layer, quantisation.float32_linear, quantisation.product)
-    layer.forward = compute  # type: ignore[method-assign]
+    layer.quantisation = quantisation  # type: ignore[assignment]
+    # a method rather than a partial function, by which compiled code would know the layer, and be compiled for every block
+    layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -108,13 +109,15 @@ def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_quantised(layer)}
 
 
-def _forward(layer: nn.Linear, in_float32: bool, product: Product | None, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     # x: ... in -> ... out
-    if product is not None and suits_fp8(x, layer.weight, scale_of(layer)):
-        return fp8_linear(x, layer.weight, scale_of(layer), layer.bias, product)
+    quantisation = layer.quantisation
+    assert isinstance(quantisation, Quantisation)
+    if quantisation.product is not None and suits_fp8(x, layer.weight, scale_of(layer)):
+        return fp8_linear(x, layer.weight, scale_of(layer), layer.bias, quantisation.product)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if not in_float32:
+    if not quantisation.float32_linear:
         return multiply(x.to(dtype), layer.weight, scale_of(layer), layer.bias)
     with torch.autocast(kind, enabled=False):
         return multiply(x.float(), layer.weight, scale_of(layer), layer.bias).to(dtype)

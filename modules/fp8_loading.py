@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.checkpoint_files import TensorInfo
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
 from modules.fp8 import E4M3, dequantise, linear_weights, quantise
 from modules.fp8_options import Quantisation
 from modules.tensor_sources import Source
@@ -22,7 +22,12 @@ class Fp8Loading:
     """What of a network is kept in 8 bits while it is loaded, and how much the rounding cost."""
 
     def __init__(self, quantisation: Quantisation, rounded: Collection[str], kept: Collection[str], device: torch.device) -> None:
-        """rounded: names of weights to round. kept: of those that the file has in fp8 already. device: where to round."""
+        """rounded: names of weights to round. kept: of those that the file has in fp8 already. device: where to round.
+
+        Raises OptionError where the device has no such numbers.
+        """
+        if device.type == "mps":
+            raise OptionError("Apple's GPUs have no numbers of 8 bits: leave the fp8 options out, or use --device cpu")
         self.quantisation = quantisation
         self.rounded = frozenset(rounded)
         self.kept = frozenset(kept)

@@ -1,11 +1,14 @@
 """Weights of the transformer in 8 bits, and products in 8 bits. Training and generation name them differently."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from modules.errors import OptionError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class GenerationFp8Options:
     def __post_init__(self) -> None:
         if self.upcast_linear and not self.fp8_scaled:
             raise OptionError("--upcast_linear needs --fp8_scaled: without it there are no layers for it to compute in float32")
+        if self.upcast_quantization and not self.fp8_scaled:
+            logger.warning("--upcast_quantization is ignored because --fp8_scaled is not given")
+        if self.fp8_fast and not (self.fp8 or self.fp8_scaled):
+            logger.warning("--fp8_fast is ignored because neither --fp8_scaled nor --fp8 is given")
 
     @property
     def quantisation(self) -> Quantisation | None:
@@ -62,13 +69,6 @@ class GenerationFp8Options:
         if self.fp8_scaled:
             return Quantisation("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
         return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None
-
-    @property
-    def ignored(self) -> str | None:
-        """What to tell of an option that has no effect."""
-        if self.fp8_fast and self.quantisation is None:
-            return "--fp8_fast has no effect: there are no weights in 8 bits to multiply. Give --fp8_scaled or --fp8 with it."
-        return None
 
 
 _BASE = "keep the linear layers of the model's blocks in fp8: half the memory of bf16; a file in fp8 stays as it is"

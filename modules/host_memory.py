@@ -163,8 +163,8 @@ def _register(address: int, size: int) -> None:
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
     if driver.cudaHostRegister(address, size, portable) != driver.cudaError.success:
         raise MemoryPlanError(
-            f"the driver could not lock {size / 1e9:.1f} GB of host memory, where swapped blocks are kept.\n"
-            "  Free host memory, or use a smaller --blocks_to_swap."
+            f"the driver could not lock {size / 1e9:.1f} GB of host memory, where swapped blocks and offloaded activations wait.\n"
+            "  Free host memory, use a smaller --blocks_to_swap, or leave --gradient_checkpointing_cpu_offload out."
         )
 
 

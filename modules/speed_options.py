@@ -30,10 +30,10 @@ class TrainingSpeedOptions:
     """What training can choose."""
 
     attention: TrainingAttentionOptions
+    compilation: TrainingCompileOptions
     fp8: TrainingFp8Options
     swap: SwapOptions
     plan: PlanOptions
-    compilation: TrainingCompileOptions
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class GenerationSpeedOptions:
     """What generation can choose."""
 
     attention: GenerationAttentionOptions
-    fp8: GenerationFp8Options
     compilation: GenerationCompileOptions
+    fp8: GenerationFp8Options
     fp16_accumulation: bool
     swap: SwapOptions
     plan: PlanOptions

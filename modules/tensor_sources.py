@@ -31,7 +31,8 @@ class Source:
 
     def is_fp8_in(self, tensors: Mapping[str, TensorInfo]) -> bool:
         """Whether the file, which has these tensors, holds it as a weight in 8 bits that can be kept so."""
-        return self.as_fp8 is not None and is_fp8(tensors[self.names[0]].dtype)
+        formats = {tensors[name].dtype for name in self.names if is_fp8(tensors[name].dtype)}
+        return self.as_fp8 is not None and len(formats) == 1  # rows put together from two formats have none in common
 
     def make_fp8(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The weight in 8 bits, and its scale."""

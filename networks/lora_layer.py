@@ -165,6 +165,7 @@ def halves(seed: int) -> tuple[int, int]:
 
 def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.device) -> Tensor:
     """Booleans, false with probability `share`, equal on every device and at every call with the same seed.
+
     Each element's number is hashed in integers on the device, so a mask costs no transfer, and the recomputation of a checkpointed
     block draws the mask of its first pass.
     """

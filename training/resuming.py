@@ -71,6 +71,7 @@ HABITS = (
     "mixed_precision",
     "fp8_base",
     "fp8_scaled",
+    "fp8_fast",
     "upcast_quantization",
     "fp16_accumulation",
     "compile",

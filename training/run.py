@@ -17,7 +17,7 @@ from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingIt
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.activation import checkpoint_blocks
-from modules.activation_offload import Offload, transfer_for
+from modules.activation_offload import offload_to_host
 from modules.attention import check_backend
 from modules.block_swap import HostWeights, host_weights, settle, swap_blocks
 from modules.compile import check_compilation, compile_blocks
@@ -287,7 +287,7 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
 
 
 def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, compilation, checkpointing, swap), make optimizer and schedule; how metadata name the optimizer."""
+    """Dress the DiT (network, compiling, checkpointing, swap), make optimizer and schedule; also the name for metadata."""
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
@@ -299,7 +299,7 @@ def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: in
     if compilation is not None:
         compile_blocks(dit, job.family.dit, compilation)
     if checkpointing:
-        offload = Offload(transfer_for(device)) if options.loop.gradient_checkpointing_cpu_offload else None
+        offload = offload_to_host(device) if options.loop.gradient_checkpointing_cpu_offload else None
         checkpoint_blocks(dit, job.family.dit, options.loop.gradient_checkpointing_keep is not None, offload)
     swap_blocks(dit, host, device)
     dit.train(checkpointing)  # it has no dropout; checkpointing is what acts in training mode

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hunyuan_model.checkpoints as hunyuan
 import wan.checkpoints as wan
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
 from modules.family import DitSpec
 from modules.fp8 import E4M3, dequantise, quantise, quantised_layers, scale_of
 from modules.fp8_options import Quantisation
@@ -178,6 +178,27 @@ def test_e5m2_files_stay_as_they_are(tmp_path: Path) -> None:
     layers = quantised_layers(wan.load_dit(tmp_path / "dit.safetensors", replace(CPU, fp8=CAST)))
     assert len(layers) == KINDS["wan"].in_blocks
     assert all(same_bytes(layer.weight, stored[f"{name}.weight"]) for name, layer in layers.items())
+
+
+def test_rows_put_together_from_two_formats_are_widened(tmp_path: Path) -> None:
+    """diffusers' q, k and v are one weight here; it has one format."""
+    state = hunyuan_dit.diffusers_state(hunyuan_dit.tiny_state())
+    stored = {name: t.to(E4M3) if t.ndim == 2 else t.bfloat16() for name, t in state.items()}
+    odd = "transformer_blocks.0.attn.to_k.weight"
+    stored[odd] = state[odd].to(torch.float8_e5m2)
+    save_file(stored, tmp_path / "dit.safetensors")
+    dit = hunyuan.load_dit(tmp_path / "dit.safetensors", replace(CPU, fp8=CAST))
+    layers = quantised_layers(dit)
+    assert "double_blocks.1.img_attn_qkv" in layers
+    assert "double_blocks.0.img_attn_qkv" not in layers
+    rows = [stored[odd.replace("to_k", f"to_{letter}")].to(torch.bfloat16) for letter in "qkv"]
+    assert torch.equal(dit.get_parameter("double_blocks.0.img_attn_qkv.weight"), torch.cat(rows))
+
+
+def test_a_device_without_such_numbers_is_refused(tmp_path: Path, kind: Kind) -> None:
+    path = kind.write(tmp_path, in_bf16(kind))
+    with pytest.raises(OptionError, match="Apple's GPUs have no numbers of 8 bits"):
+        kind.load(path, Placement(torch.device("mps"), fp8=ROWS))
 
 
 def test_fp8_files_are_not_rounded_again(tmp_path: Path, kind: Kind) -> None:

@@ -1,0 +1,252 @@
+"""Compiled blocks: one compilation for all blocks of a list, few for many sizes, and the numbers of uncompiled ones."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from modules.activation import checkpoint_blocks
+from modules.activation_offload import offload_to_host
+from modules.compile import RECOMPILE_LIMIT, check_compilation, compile_blocks
+from modules.compile_options import Compilation
+from modules.errors import OptionError
+from modules.family import DitSpec
+from modules.fp8 import attach, quantise
+from modules.fp8_options import Quantisation
+from tests.tiny.dits import DITS, TinyDit, gradients
+
+EAGER = Compilation("eager", fullgraph=True)  # torch's own kernels, called by what Dynamo has captured: an error where it cannot
+CPU = torch.device("cpu")
+SIZES = ((1, 4, 4, 7), (2, 4, 6, 9), (3, 6, 8, 11), (2, 8, 6, 5))
+ROUNDING = 1e-5  # of the largest number, float32; rotary turns are multiplied out in another order, inductor's sums too
+BF16 = 0.02  # a few roundings of 1/256
+DROPOUTS = ({"neuron_dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"})
+TINY = [pytest.param(dit, id=dit.name, marks=[pytest.mark.slow] if dit.name == "wan i2v" else []) for dit in DITS]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would write all of it down
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(params=TINY)
+def tiny(request: pytest.FixtureRequest) -> TinyDit:
+    return request.param
+
+
+def compilations() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def compile_and_train(tiny: TinyDit, dit: nn.Module, choice: Compilation = EAGER) -> None:
+    compile_blocks(dit, tiny.spec, choice)
+    checkpoint_blocks(dit, tiny.spec)
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor, share: float = ROUNDING) -> None:
+    assert (ours - theirs).abs().max() <= share * theirs.abs().max()
+
+
+def assert_equal_gradients(ours: list[torch.Tensor], theirs: list[torch.Tensor], share: float = ROUNDING) -> None:
+    largest = max(one.abs().max() for one in theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() <= share * largest
+
+
+def test_all_blocks_of_a_list_share_one_compilation_also_when_sizes_change(tiny: TinyDit) -> None:
+    dit = tiny.make(4)
+    compile_blocks(dit, tiny.spec, EAGER)
+
+    with torch.no_grad():
+        dit(**tiny.inputs(SIZES[0], 1))
+        first = compilations()
+        for size in SIZES:
+            dit(**tiny.inputs(size, 1))
+
+    assert first == len(tiny.spec.block_lists)
+    assert compilations() == 2 * len(tiny.spec.block_lists)
+
+
+@pytest.mark.slow
+def test_learning_blocks_share_theirs_with_lora_and_checkpointing(tiny: TinyDit) -> None:
+    dit, network = tiny.with_lora(blocks=4, neuron_dropout=0.1)
+    compile_and_train(tiny, dit.train())
+    forms = len(tiny.spec.block_lists) + 1  # the first block is given tokens that need no gradient
+
+    counts = []
+    for step, size in enumerate(SIZES):
+        network.set_dropout_seed(step)
+        gradients(dit, network, tiny.inputs(size, 1))
+        counts.append(compilations())
+
+    assert counts == [forms, 2 * forms, 2 * forms, 2 * forms]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("float32_linear", [False, True])
+@pytest.mark.parametrize("tiny", [DITS[0], DITS[2]], ids=lambda dit: dit.name)
+def test_fp8_blocks_share_theirs_and_keep_their_numbers(tiny: TinyDit, float32_linear: bool) -> None:
+    results = []
+    for compiled in (False, True):
+        dit = tiny.make(3)
+        quantisation = Quantisation("rows", float32_linear=float32_linear)
+        for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
+            if isinstance(layer, nn.Linear):
+                attach(layer, *quantise(layer.weight.data, quantisation), quantisation)
+        if compiled:
+            compile_blocks(dit, tiny.spec, EAGER)
+        with torch.no_grad():
+            results.append(dit(**tiny.inputs(SIZES[0], 1)))
+
+    assert compilations() == len(tiny.spec.block_lists)
+    assert_near(results[1], results[0])
+
+
+def test_open_sizes_are_compiled_once() -> None:
+    tiny = DITS[0]
+    dit = tiny.make(2)
+    compile_blocks(dit, tiny.spec, Compilation("eager", dynamic=True, fullgraph=True))
+
+    with torch.no_grad():
+        for size in SIZES:
+            dit(**tiny.inputs(size, 1))
+
+    assert compilations() == 1
+
+
+def test_fixed_sizes_are_compiled_each() -> None:
+    tiny = DITS[0]
+    dit = tiny.make(2)
+    compile_blocks(dit, tiny.spec, Compilation("eager", dynamic=False, fullgraph=True))
+
+    with torch.no_grad():
+        for size in (*SIZES, *SIZES):
+            dit(**tiny.inputs(size, 1))
+
+    assert compilations() == len(SIZES)
+
+
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -> None:
+    """The eager back end calls the same kernels; only the rotary turns are multiplied out. In bf16 their roundings are its own."""
+    results = []
+    for compiled in (False, True):
+        dit, network = tiny.with_lora()
+        if compiled:
+            compile_and_train(tiny, dit)
+        results.append(gradients(dit.train(), network, tiny.inputs(SIZES[1], 2), autocast))
+
+    (velocity, expected), (compiled_velocity, found) = results
+    assert_near(compiled_velocity, velocity, BF16 if autocast else ROUNDING)
+    assert_equal_gradients(found, expected, BF16 if autocast else ROUNDING)
+
+
+def test_without_rotary_turns_the_numbers_are_equal_to_the_bit() -> None:
+    """The turns are the only part that has another form."""
+    tiny = DITS[0]
+    results = []
+    for compiled in (False, True):
+        dit, network = tiny.with_lora(blocks=2)
+        if compiled:
+            compile_and_train(tiny, dit)
+        inputs = tiny.inputs((1, 2, 2, 7), 2)  # one token: it stands at position 0, where nothing is turned
+        results.append(gradients(dit.train(), network, inputs))
+
+    (velocity, expected), (compiled_velocity, found) = results
+    assert torch.equal(velocity, compiled_velocity)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("arguments", DROPOUTS, ids=lambda arguments: next(iter(arguments)))
+def test_dropout_masks_are_those_of_uncompiled_blocks_and_change_with_the_seed(arguments: dict[str, float]) -> None:
+    tiny = DITS[0]
+    results: list[list[list[torch.Tensor]]] = []
+    for compiled in (False, True):
+        dit, network = tiny.with_lora(blocks=2, **arguments)
+        if compiled:
+            compile_and_train(tiny, dit)
+        results.append([])
+        for seed in (1, 2, 1):
+            network.set_dropout_seed(seed)
+            results[-1].append(gradients(dit.train(), network, tiny.inputs(SIZES[0], 2))[1])
+
+    for plain, compiled_ones in zip(*results, strict=True):
+        assert_equal_gradients(compiled_ones, plain)
+    first, second, again = results[1]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert max((one - other).abs().max() for one, other in zip(first, second, strict=True)) > 0.01 * max(map(torch.max, first))
+    assert compilations() == 2  # the first block and the others: not one for each seed
+
+
+@pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_checkpoints_that_wait_on_the_host_or_keep_attention_go_with_compiled_blocks(tiny: TinyDit, keep: bool) -> None:
+    results = []
+    for saves in (False, True):
+        dit, network = tiny.with_lora(neuron_dropout=0.2)
+        compile_blocks(dit, tiny.spec, EAGER)
+        checkpoint_blocks(dit, tiny.spec, saves and keep, offload_to_host(CPU) if saves else None)
+        network.set_dropout_seed(3)
+        results.append(gradients(dit.train(), network, tiny.inputs(SIZES[1], 2)))
+
+    (velocity, expected), (other_velocity, found) = results
+    assert torch.equal(velocity, other_velocity)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_torch_may_compile_more_forms_than_it_would_by_itself() -> None:
+    torch._dynamo.config.recompile_limit = 8
+    compile_blocks(nn.Module(), DitSpec(()), EAGER)
+
+    assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
+
+
+@pytest.mark.parametrize("name", ["ofi", "nvprims_nvfuser", "nonsense"])
+def test_a_backend_that_is_not_installed_is_refused_with_those_that_are(name: str) -> None:
+    with pytest.raises(OptionError, match=rf"no backend {name} here.*eager.*inductor"):
+        check_compilation(Compilation(name), CPU)
+
+
+def test_no_compilation_needs_nothing() -> None:
+    check_compilation(None, CPU)
+    check_compilation(Compilation("eager"), CPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton may be there")
+def test_inductor_without_triton_is_refused_for_a_gpu() -> None:
+    with pytest.raises(OptionError, match="for cuda needs"):
+        check_compilation(Compilation(), torch.device("cuda"))
+
+
+def test_inductor_without_a_compiler_is_refused_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+
+    with pytest.raises(OptionError, match=r"for cpu needs .*C\+\+ compiler"):
+        check_compilation(Compilation(), CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("tiny", [DITS[0], DITS[2]], ids=lambda dit: dit.name)
+def test_inductor_gives_the_same_numbers(tiny: TinyDit) -> None:
+    results = []
+    for compiled in (False, True):
+        dit, network = tiny.with_lora(blocks=2, neuron_dropout=0.2)
+        if compiled:
+            compile_blocks(dit, tiny.spec, Compilation())
+        checkpoint_blocks(dit, tiny.spec, compiled, offload_to_host(CPU) if compiled else None)
+        network.set_dropout_seed(3)
+        results.append(gradients(dit.train(), network, tiny.inputs(SIZES[0], 1)))
+
+    (velocity, expected), (compiled_velocity, found) = results
+    assert_near(compiled_velocity, velocity)
+    assert_equal_gradients(found, expected)
+    assert counters["graph_break"] == {}

@@ -1,0 +1,99 @@
+"""The transformers of all families in one shape, for tests of what acts on them from outside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hunyuan_model.model import HunyuanVideoModel
+from modules.family import DitSpec
+from networks import lora_hunyuan, lora_wan
+from networks.lora import LoraNetwork
+from tests.networks.making import randomize
+from tests.tiny import hunyuan_dit, wan_dit
+from wan.model import WanModel
+
+Size = tuple[int, int, int, int]  # latent frames, rows, columns, tokens of the text
+
+
+@dataclass(frozen=True)
+class TinyDit:
+    """One transformer. `make` gives it frozen; `inputs` are the arguments of its forward for a size and a batch."""
+
+    name: str
+    spec: DitSpec
+    make: Callable[[int], nn.Module]  # number of blocks in each list
+    add_lora: Callable[..., LoraNetwork]
+    inputs: Callable[[Size, int], dict[str, Any]]
+
+    def with_lora(self, blocks: int = 3, **arguments: Any) -> tuple[nn.Module, LoraNetwork]:
+        """A transformer and a LoRA in it with random factors; both the same at every call."""
+        dit = self.make(blocks)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = self.add_lora(1.0, 4, 2.0, None, None, dit, **arguments)
+        randomize(network)
+        network.apply_to(None, dit)
+        return dit, network
+
+
+def gradients(dit: nn.Module, network: nn.Module, inputs: dict[str, Any], autocast: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """What a transformer in its present mode returns, and the gradients of a loss of it; zeros where none arrives."""
+    network.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        velocity = dit(**inputs)
+    velocity.float().square().mean().backward()
+    found = [torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in network.parameters()]
+    return velocity.detach(), found
+
+
+def _wan(kind: str) -> TinyDit:
+    config = wan_dit.CONFIGS[kind]
+
+    def make(blocks: int) -> nn.Module:
+        dit = WanModel(replace(config, num_layers=blocks))
+        dit.load_state_dict(wan_dit.tiny_state(kind, num_layers=blocks))
+        return dit.requires_grad_(False)
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        generator, (*grid, text) = torch.Generator().manual_seed(7), size
+        given: dict[str, Any] = {
+            "noisy": torch.randn(batch, config.in_dim, *grid, generator=generator),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": [torch.randn(text - sample, config.text_dim, generator=generator) for sample in range(batch)],
+        }
+        if config.has_image:
+            given["image_embeds"] = torch.randn(batch, 257, config.image_dim, generator=generator)
+        return given
+
+    return TinyDit(f"wan {kind}", DitSpec(("blocks",)), make, lora_wan.create_arch_network, inputs)
+
+
+def _hunyuan(kind: str) -> TinyDit:
+    config = hunyuan_dit.CONFIGS[kind]
+
+    def make(blocks: int) -> nn.Module:
+        sizes = {"double_blocks": blocks, "single_blocks": blocks}
+        dit = HunyuanVideoModel(replace(config, **sizes))  # type: ignore[arg-type]
+        dit.load_state_dict(hunyuan_dit.tiny_state(kind, **sizes))
+        return dit.requires_grad_(False)
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        generator, (*grid, text) = torch.Generator().manual_seed(7), size
+        lengths = torch.arange(batch).neg() + text  # of a batch, texts differ in length
+        return {
+            "noisy": torch.randn(batch, config.in_dim, *grid, generator=generator),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "llama": torch.randn(batch, text, config.text_dim, generator=generator),
+            "llama_mask": (torch.arange(text) < lengths[:, None]).long(),
+            "clip_l": torch.randn(batch, config.pooled_dim, generator=generator),
+            "guidance": torch.linspace(1000.0, 6000.0, batch),
+        }
+
+    spec = DitSpec(("double_blocks", "single_blocks"))
+    return TinyDit(f"hunyuan {kind}", spec, make, lora_hunyuan.create_arch_network, inputs)
+
+
+DITS = (_wan("t2v"), _wan("i2v"), _hunyuan("t2v"))

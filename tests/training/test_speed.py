@@ -1,0 +1,72 @@
+"""Compiled blocks and what checkpoints keep, in whole runs: full fine-tuning, LoRA with dropout, kills in between."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modules.errors import OptionError
+from tests.training.test_resume import EVERYTHING, Killed, killed_at
+from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from training.run import train_network
+
+CHECKPOINTS = ["--gradient_checkpointing", "--gradient_checkpointing_cpu_offload", "--gradient_checkpointing_keep", "attention"]
+COMPILED = ["--compile", "--compile_args", "eager", "default", "auto", "true"]
+FULL = ["--optimizer_type", "Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False", "warmup_init=False"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would write all of it down
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("how", [CHECKPOINTS, [*CHECKPOINTS, *COMPILED]], ids=["checkpoints", "compiled"])
+@pytest.mark.parametrize("moment", [1, 8])
+def test_a_killed_run_ends_with_the_bytes_of_a_plain_one(tmp_path: Path, moment: int, how: list[str]) -> None:
+    write_caches(tmp_path, count=5)
+    expected = train_toy(tmp_path, *EVERYTHING)
+    other = [*EVERYTHING, *how, "--output_dir", tmp_path / "killed"]
+
+    with pytest.raises(Killed):
+        train_network(killed_at(moment), toy_options(tmp_path, *other))
+    assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
+
+    assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
+
+
+@pytest.mark.parametrize("precision", [(), ("--mixed_precision", "bf16", "--full_bf16")], ids=["float32", "bf16"])
+@pytest.mark.parametrize("fused", [(), ("--fused_backward_pass", "--max_grad_norm", 0)], ids=["usual", "fused"])
+@pytest.mark.parametrize("how", [CHECKPOINTS, [*CHECKPOINTS, *COMPILED]], ids=["checkpoints", "compiled"])
+def test_full_fine_tuning_gives_the_same_bits(
+    tmp_path: Path, how: list[str], fused: tuple[object, ...], precision: tuple[str, ...]
+) -> None:
+    write_caches(tmp_path)
+    expected = train_toy(tmp_path, *FULL, *fused, *precision, whole_dit=True)
+
+    found = train_toy(tmp_path, *FULL, *fused, *precision, *how, whole_dit=True)
+
+    assert same(found, expected)
+
+
+def test_a_backend_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Not even the caches are looked for, of which there are none."""
+    (tmp_path / "dataset.toml").write_text(f'[[datasets]]\nimage_directory = "{tmp_path.as_posix()}"\n', encoding="utf-8")
+
+    with pytest.raises(OptionError, match=r"no backend ofi here"):
+        train_toy(tmp_path, "--dynamo_backend", "ofi")
+
+
+def test_a_run_that_goes_on_uncompiled_is_told_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, *COMPILED, "--max_train_steps", 2, "--save_state")
+
+    with caplog.at_level(logging.WARNING):
+        train_toy(tmp_path, "--max_train_steps", 3, "--resume", "latest")
+
+    assert "--compile was True when the state was saved" in caplog.text
