@@ -235,8 +235,13 @@ def _watched(forward: Callable[..., Tensor], name: str, index: int, ledger: Ledg
 
 
 def _nth(index: int, count: int) -> str:
-    """Which block of its list: the ends have places of their own, and the first of those between, which are all alike."""
-    return "last" if index == count - 1 else ("first", "second", "between")[min(index, 2)]
+    """Which block of its list: both ends have two places, the outermost and one like all those between."""
+    if index == count - 1:
+        return "last"
+    return BEFORE_LAST if 1 < index == count - 2 else ("first", SECOND, "between")[min(index, 2)]
+
+
+SECOND, BEFORE_LAST = "second", "last but one"
 
 
 Counts = tuple[int, ...]  # blocks in each list
@@ -257,16 +262,22 @@ def extrapolated(measure: Callable[[Counts], Mapping[str, Moment]], counts: Coun
     What a block's place holds depends linearly on its index, so the largest of all is at an end of a list.
     """
     base = tuple(min(count, FEWEST) for count in counts)
-    found = measure(base)
+    found = _with_both_ends(measure(base))
     moments = {name: Counter(moment) for name, moment in found.items()}
     for index, count in enumerate(counts):
         if count > base[index]:
-            more = measure((*base[:index], base[index] + 1, *base[index + 1 :]))
+            more = _with_both_ends(measure((*base[:index], base[index] + 1, *base[index + 1 :])))
             for name, moment in moments.items():
                 for kind in {*more[name], *found[name]}:
                     grown = more[name].get(kind, 0) - found[name].get(kind, 0)
                     moment[kind] += (count - base[index]) * grown
     return {name: dict(moment) for name, moment in moments.items()}
+
+
+def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
+    """Of three blocks the one in the middle is both the second and the last but one."""
+    ends = {name.removesuffix(SECOND) + BEFORE_LAST: moment for name, moment in moments.items() if name.endswith(SECOND)}
+    return {**ends, **moments}
 
 
 def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.activation import checkpoint_blocks
-from modules.activation_offload import Offload, transfer_for
+from modules.activation_offload import offload_to_host
 from modules.dry_run import (
     BATCH,
     GRADIENTS,
@@ -168,7 +168,7 @@ def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Le
     blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
     watch_blocks(blocks, ledger)
     if options.loop.gradient_checkpointing:
-        offload = Offload(transfer_for(ledger.device)) if options.loop.gradient_checkpointing_cpu_offload else None
+        offload = offload_to_host(ledger.device) if options.loop.gradient_checkpointing_cpu_offload else None
         checkpoint_blocks(dit, family.dit, options.loop.gradient_checkpointing_keep is not None, offload)
     dit.train(options.loop.gradient_checkpointing)
     optimizer, _ = make_optimizer(options.optimizer, groups)

@@ -287,7 +287,7 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
 
 
 def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, compilation, checkpointing, swap), make optimizer and schedule; how metadata name the optimizer."""
+    """Dress the DiT (network, compiling, checkpointing, swap), make optimizer and schedule; also the name for metadata."""
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)

@@ -15,6 +15,7 @@ from modules.family import Family
 from modules.options import read_options
 from modules.planned_kernels import PlannedKernels
 from modules.records import Batch, Placement
+from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, wan_dit
 from training import rehearsal
 from training.loss import NoisyBatch
@@ -164,3 +165,22 @@ def test_states_are_those_the_optimizer_really_makes(tmp_path: Path, name: str, 
     family, options = wan(tmp_path, *CHECKPOINTED, "--optimizer_type", name)
     _, moment = largest(predicted(family, options, wan_batch()))
     assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)  # alpha and step counts are no weights
+
+
+@pytest.mark.slow
+def test_a_full_size_step_keeps_one_stream_a_block(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_hollow(path, {name: ("BF16", shape) for name, (_, shape) in tensor_list("wan2.1-t2v-14b").items()})
+    parser = training_parser("")
+    add_training_arguments(parser)
+    network = ["--network_module", "networks.lora_wan", "--network_dim", "32", *CHECKPOINTED]
+    args = read_arguments(parser, [*GIVEN, *network, "--task", "t2v-14B", "--dit", str(path)], {})
+    family = wan_family(read_options(WanTrainingOptions, args))
+    text = torch.zeros(512, 4096, dtype=torch.bfloat16)
+    batch = noisy({"latents": torch.zeros(1, 16, 21, 60, 104, dtype=torch.bfloat16), "t5": [text]})  # 832x480, 81 frames
+    found = predicted(family, read_options(TrainingOptions, args), batch)
+    path.unlink()
+    stream = 32760 * 5120 * 4  # tokens x width in float32: 671 MB, twice what it would be in bfloat16
+    first, last = (found[f"forward of blocks, {which}"]["kept"] for which in ("first", "last"))
+    assert (last - first) / 39 == pytest.approx(stream, rel=0.02)  # and a 16-bit copy of each LoRA, which autocast keeps
+    assert 1.4e8 < found["optimizer step"][NETWORK] / 4 < 1.6e8  # 0.15 G numbers of rank 32

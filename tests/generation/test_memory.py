@@ -1,0 +1,64 @@
+"""Plans of generations, from the command lines of all families."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from generation.denoise import predictor
+from generation.memory import rehearse_denoising
+from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from modules.dry_run import HOST, WEIGHTS, Ledger
+from modules.memory_plan import Part
+from modules.options import read_options
+from modules.planned_kernels import PlannedKernels
+from modules.records import EncodedPrompts, Placement, Request
+from tests.commands import run_script
+from tests.tiny import wan_dit
+from tests.tiny.families import FAMILIES, TinyFamily
+from wan.family import family_for_generation
+from wan.options import WanGenerationOptions, add_generation_arguments
+
+QUICK = {"wan i2v-14B", "hunyuan_video"}
+CASES = [pytest.param(each, id=each.name, marks=() if each.name in QUICK else pytest.mark.slow) for each in FAMILIES]
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_plan_is_printed_and_nothing_is_made(family: TinyFamily, tmp_path: Path) -> None:
+    family.prepare(tmp_path)
+    size = ["--video_size", "32", "32", "--video_length", "5", "--guidance_scale", "5"]
+    script, *arguments = family.generate
+    done = run_script(
+        script, *arguments, *size, "--prompt", "a cat", "--save_path", "out", "--plan", "2", "--device", "cpu", folder=tmp_path
+    )
+    lines = done.stdout.splitlines()
+    names = [line.split("  ")[0] for line in lines if not line.startswith(" ")]
+    assert any(name.startswith("text encoder") for name in names)
+    assert any(name.startswith("denoising") for name in names)
+    assert any(name.startswith("decoding") for name in names)
+    assert any(name.startswith("images and videos") for name in names) == ("_path" in " ".join(arguments))
+    assert lines[-1].startswith("Fits: 0.")
+    assert not (tmp_path / "out").exists()
+
+
+def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
+    path = wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v", dtype=torch.bfloat16, num_layers=6))
+    parser = generation_parser("", ScriptDefaults(fps=16, guidance_scale=5.0))
+    add_generation_arguments(parser)
+    args = read_arguments(parser, ["--task", "t2v-1.3B", "--dit", str(path), "--prompt", "x", "--save_path", "out"])
+    options, family = read_options(GenerationOptions, args), family_for_generation(read_options(WanGenerationOptions, args))
+    request = Request("x", 0, 96, 64, 9, 4, 5.0, None, 3.0, "unipc", 16.0, "y")
+    text: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}
+    phase, most = rehearse_denoising(family, options, request, {0: EncodedPrompts(text, text)}, {0: {}}, Part("more", 0))
+
+    dit = family.load_dit(Placement(HOST)).requires_grad_(False)
+    with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():
+        for tensor in dit.parameters():
+            ledger.see(tensor, WEIGHTS)
+        noise = torch.zeros(1, 16, 3, 8, 12)
+        predict = predictor(family, lambda _: dit, noise, 1000.0, True)
+        _ = predict(text), predict(text)
+        real = max(sum(moment.values()) for moment in ledger.peaks.values())
+    assert phase(0).device == pytest.approx(real, rel=0.02)
+    assert phase(most).device < phase(0).device

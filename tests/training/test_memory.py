@@ -1,0 +1,99 @@
+"""Which batch is planned for, and what is said about it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.batches import TrainingItem
+from dataset.config import load_dataset_config
+from modules.memory_plan import CONTEXT, GIB, Room
+from tests.training.test_rehearsal import CHECKPOINTED, wan, wan_batch
+from tests.training.toy import write_caches
+from training.memory import advice, cheaper, cut, describe, halved, largest_batch, predict, prepare_memory
+from training.options import TrainingOptions
+
+CPU = torch.device("cpu")
+
+
+def test_the_batch_with_most_pixels_counts(tmp_path: Path) -> None:
+    (table,) = load_dataset_config(write_caches(tmp_path, batch_size=4)).datasets
+
+    def items(bucket: tuple[int, ...], count: int) -> list[TrainingItem]:
+        return [TrainingItem(f"{bucket} {index}", tmp_path, tmp_path, table, bucket, "") for index in range(count)]
+
+    few_large, many_small = items((64, 64), 1), items((48, 48), 7)
+    assert largest_batch([*few_large, *many_small]) == tuple(many_small[:4])
+    assert largest_batch([*few_large, *many_small[:1]]) == tuple(few_large)
+
+
+def test_a_batch_is_described_by_its_pixels(tmp_path: Path) -> None:
+    family, _ = wan(tmp_path)
+    assert describe(family, wan_batch(2, (3, 8, 12))) == "96x64, 9 frames, batch 2"
+
+
+def test_a_batch_is_cut_in_all_its_tensors() -> None:
+    small = cut(wan_batch(3), 1, 2, 6, 4)
+    assert small.noise.shape == small.batch.tensor("latents").shape == (1, 16, 2, 6, 4)
+    assert len(small.batch.tensors["t5"]) == len(small.batch) == len(small.sigmas) == 1
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, []), (2, [1]), (3, [2, 1]), (8, [4, 2, 1])])
+def test_sizes_are_halved_down_to_one(number: int, expected: list[int]) -> None:
+    assert halved(number) == expected
+
+
+def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:
+    _, options = wan(tmp_path)
+    found = cheaper(options)
+    assert [line for line, _ in found] == [
+        "--gradient_checkpointing",
+        "--fp8_base --fp8_scaled",
+        "--gradient_checkpointing_cpu_offload",
+    ]
+    assert found[-1][1].loop.gradient_checkpointing
+    assert found[-1][1].speed.fp8.fp8_scaled
+
+
+def test_auto_swaps_nothing_on_a_cpu(tmp_path: Path) -> None:
+    family, options = wan(tmp_path, "--blocks_to_swap", "auto")
+    chosen, watch = prepare_memory(family, options, [], commands=None, device=CPU)  # type: ignore[arg-type]  # not looked at
+    assert chosen.speed.swap.number == 0
+    assert watch is None
+
+
+def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(tmp_path: Path) -> None:
+    family, options = wan(tmp_path, *CHECKPOINTED)
+    prediction = predict(family, options, wan_batch(), CPU)
+    steps = [prediction.device(count) - prediction.device(count + 1) for count in range(prediction.most - 1)]
+    assert len(set(steps)) == 1
+    assert steps[0] > 0
+    assert prediction.phase(1).host > prediction.phase(0).host == 0
+
+
+def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
+    family, options = wan(tmp_path)
+    batch = wan_batch(1, (3, 16, 16))
+    prediction = predict(family, options, batch, CPU)
+    checkpointed = replace(options, loop=replace(options.loop, gradient_checkpointing=True))
+    needed = predict(family, checkpointed, batch, CPU).device(0)
+    assert needed < prediction.device(0)
+    lines = advice(family, prediction, batch, room_for(needed), CPU)
+    assert len(lines) == 1
+    assert lines[0].startswith("--gradient_checkpointing:")
+    assert lines[0].endswith("fits")
+
+
+def room_for(size: int) -> Room:
+    """A card on which exactly so many bytes can be used."""
+    total = next(total for total in range(size + CONTEXT, size + CONTEXT + GIB, 1 << 20) if Room("", total, total).usable >= size)
+    return Room("a card", total, total)
+
+
+def test_offloaded_activations_wait_on_the_host(tmp_path: Path) -> None:
+    options: TrainingOptions
+    family, options = wan(tmp_path, *CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
+    prediction = predict(family, options, wan_batch(1, (3, 16, 16)), CPU)
+    tokens = 3 * 8 * 8
+    assert prediction.waiting == 4 * tokens * 128 * 4  # all but the last of five blocks, float32
