@@ -34,5 +34,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's kernel accumulates and scales in float32 and rounds once at the end
-        return functional.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps).to(x.dtype)
+        # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would hand it, and have autograd
+        # keep, a float32 copy of x
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)

@@ -1,116 +1,32 @@
 """The plan of a training run: what its device and host will hold, found by rehearsing a step of its largest batch."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
 
 from dataset.batches import CachingCommands, TrainingItem, read_batch
 from modules.device_memory import MemoryWatch
-from modules.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
 from modules.errors import MemoryPlanError, UserError
 from modules.family import Family
-from modules.fp8_options import Quantisation
 from modules.memory_plan import (
     MemoryPlan,
-    Part,
-    Phase,
     Room,
-    Swapped,
     chosen_swap,
-    dtypes_of,
     gib,
-    parts_of,
     room_on,
     show,
     smallest_swap,
-    swaps_of,
     verdict,
-    workspace,
 )
-from modules.records import Placement
 from training.feed import Randomness
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
-from training.rehearsal import rehearse
+from training.prediction import Prediction, predict
 
 logger = logging.getLogger(__name__)
-
-META = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a step holds, before any block is swapped, and what swapping changes."""
-
-    options: TrainingOptions
-    batch: str  # the size of the batch, in words
-    moments: Mapping[str, Moment]
-    waiting: int  # bytes of activations in host memory
-    weights: str  # their dtypes
-    swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
-    workspace: Part
-
-    def phase(self, blocks: int) -> Phase:
-        """The largest moment of a step with so many blocks swapped."""
-        place, moment = largest(self.moments)
-        notes = {WEIGHTS: self.weights, WORKING: place}
-        if self.swaps[blocks].host:
-            notes[WEIGHTS] += f"; {blocks} blocks swapped, {gib(self.swaps[blocks].ring)} to pass through"
-        if self.waiting:
-            notes[KEPT] = "the rest waits in host memory"
-        return Phase(f"training step, {self.batch}", (*parts_of(moment, self.swaps[blocks], notes, self.waiting), self.workspace))
-
-    def device(self, blocks: int) -> int:
-        """Bytes of the device with so many blocks swapped."""
-        return self.phase(blocks).device
-
-    @property
-    def most(self) -> int:
-        """The largest number of blocks that can be swapped."""
-        return len(self.swaps) - 1
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks the options swap; 0 for auto."""
-        swap = self.options.speed.swap
-        return 0 if swap.is_auto else swap.number
-
-
-def placement_of(options: TrainingOptions, device: torch.device, fp8: Quantisation | None) -> Placement:
-    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""
-    whole = options.whole_dit
-    return Placement(
-        device,
-        storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
-        fp8_compute_dtype=torch.float16 if options.accelerator.mixed_precision == "fp16" else None,
-        attention=options.speed.attention.choice,
-        fp8=fp8,
-    )
-
-
-def predict(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device) -> Prediction:
-    """Rehearse a step. Products in 8 bits are rehearsed as products in 16 bit of the same weights. Raises what loading raises.
-
-    noisy_batch: on the CPU. device: of the run.
-    """
-    choice = replace(options.speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
-    placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
-    with quiet():
-        dit = family.load_dit(placement)
-    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap.img_in_txt_in_offloading)
-    with quiet():
-        moments, waiting = rehearse(family, options, dit, noisy_batch)
-    return Prediction(options, describe(family, noisy_batch), moments, waiting, weights, swaps, workspace(device, is_training=True))
-
-
-def describe(family: Family, noisy_batch: NoisyBatch) -> str:
-    """`832x480, 81 frames, batch 1`."""
-    count, _, frames, height, width = noisy_batch.noise.shape
-    step, rows, columns = family.latent.stride
-    return f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}"
 
 
 def largest_batch(items: Sequence[TrainingItem]) -> tuple[TrainingItem, ...]:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from modules.activation import checkpoint_blocks
-from modules.activation_offload import offload_to_host
 from modules.dry_run import (
     BATCH,
     GRADIENTS,
@@ -28,6 +26,7 @@ from modules.dry_run import (
 )
 from modules.family import Family
 from networks.adapter import make_network
+from training.dressing import dress
 from training.fused_backward import FusedBackward
 from training.gradients import fill_missing_gradients, norm_of_gradients
 from training.loss import Autocast, NoisyBatch, training_loss
@@ -167,10 +166,7 @@ def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Le
         groups = [dict(each) for each in train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups]
     blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
     watch_blocks(blocks, ledger)
-    if options.loop.gradient_checkpointing:
-        offload = offload_to_host(ledger.device) if options.loop.gradient_checkpointing_cpu_offload else None
-        checkpoint_blocks(dit, family.dit, options.loop.gradient_checkpointing_keep is not None, offload)
-    dit.train(options.loop.gradient_checkpointing)
+    dress(dit, family.dit, options.loop, ledger.device)
     optimizer, _ = make_optimizer(options.optimizer, groups)
     use_foreach(optimizer)
     set_training(optimizer, True)

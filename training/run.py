@@ -16,11 +16,9 @@ from torch import nn
 from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingItem, find_items, require_items, split_validation
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
-from modules.activation import checkpoint_blocks
-from modules.activation_offload import offload_to_host
 from modules.attention import check_backend
-from modules.block_swap import HostWeights, host_weights, settle, swap_blocks
-from modules.compile import check_compilation, compile_blocks
+from modules.block_swap import HostWeights, host_weights, settle
+from modules.compile import check_compilation
 from modules.devices import DTYPES, choose_device, dtype_name
 from modules.errors import DatasetError, MemoryPlanError, OptionError
 from modules.family import Family
@@ -33,6 +31,7 @@ from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from training.accelerator import make_accelerator
+from training.dressing import dress, placement_of
 from training.evaluation import finished_weights
 from training.feed import Feed, MicroBatches, Randomness
 from training.fused_backward import FusedBackward, check_fused_backward
@@ -40,7 +39,7 @@ from training.ignored import ignored_options
 from training.logs import TRACKER_NAME, check_trackers, public_config, run_folder, start_logs
 from training.loop import Run, train
 from training.lr_schedule import make_lr_schedule, warmup_steps
-from training.memory import placement_of, plan_training, prepare_memory
+from training.memory import plan_training, prepare_memory
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.optimizer import make_optimizer, set_training
 from training.options import TrainingOptions
@@ -295,14 +294,7 @@ def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: in
     else:
         assert options.whole_dit is not None  # one of the two is there
         trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
-    compilation, checkpointing = options.speed.compilation.choice, options.loop.gradient_checkpointing
-    if compilation is not None:
-        compile_blocks(dit, job.family.dit, compilation)
-    if checkpointing:
-        offload = offload_to_host(device) if options.loop.gradient_checkpointing_cpu_offload else None
-        checkpoint_blocks(dit, job.family.dit, options.loop.gradient_checkpointing_keep is not None, offload)
-    swap_blocks(dit, host, device)
-    dit.train(checkpointing)  # it has no dropout; checkpointing is what acts in training mode
+    dress(dit, job.family.dit, options.loop, device, options.speed.compilation.choice, host)
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
     set_training(optimizer, True)

@@ -1,0 +1,45 @@
+"""How the network of a run is loaded and what is put around it; the order is always the same."""
+
+import torch
+from torch import nn
+
+from modules.activation import checkpoint_blocks
+from modules.activation_offload import offload_to_host
+from modules.block_swap import HostWeights, swap_blocks
+from modules.compile import compile_blocks
+from modules.compile_options import Compilation
+from modules.family import DitSpec
+from modules.fp8_options import Quantisation
+from modules.records import Placement
+from training.loop_options import LoopOptions
+from training.options import TrainingOptions
+
+
+def placement_of(options: TrainingOptions, device: torch.device, fp8: Quantisation | None) -> Placement:
+    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""
+    whole = options.whole_dit
+    return Placement(
+        device,
+        storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
+        fp8_compute_dtype=torch.float16 if options.accelerator.mixed_precision == "fp16" else None,
+        attention=options.speed.attention.choice,
+        fp8=fp8,
+    )
+
+
+def dress(
+    dit: nn.Module,
+    spec: DitSpec,
+    loop: LoopOptions,
+    device: torch.device,
+    compilation: Compilation | None = None,
+    host: HostWeights | None = None,
+) -> None:
+    """Compile the blocks, checkpoint them, and have swapped ones come from the host. For after a LoRA was attached."""
+    if compilation is not None:
+        compile_blocks(dit, spec, compilation)
+    if loop.gradient_checkpointing:
+        offload = offload_to_host(device) if loop.gradient_checkpointing_cpu_offload else None
+        checkpoint_blocks(dit, spec, loop.gradient_checkpointing_keep is not None, offload)
+    swap_blocks(dit, host, device)
+    dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
