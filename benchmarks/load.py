@@ -22,6 +22,7 @@ AIM = 1.05  # sampling and the allocator's rounding
 CASES = (
     ("safetensors", "float32", "bfloat16"),
     ("safetensors", "bfloat16", "bfloat16"),
+    ("safetensors", "bfloat16", "fp8"),  # as --fp8_base --fp8_scaled
     ("sharded", "float32", "bfloat16"),
     ("fp8_scaled", "float32", "bfloat16"),
     ("pth", "float32", "bfloat16"),
@@ -70,6 +71,7 @@ def _load(path: Path, target: str) -> None:
     import torch
 
     from modules.checkpoint import open_checkpoint
+    from modules.fp8_options import Quantisation
     from modules.records import Placement
     from wan.checkpoints import load_dit
 
@@ -84,7 +86,11 @@ def _load(path: Path, target: str) -> None:
     sampler = threading.Thread(target=sample)
     sampler.start()
     start = time.perf_counter()
-    dit = load_dit(path, Placement(torch.device("cpu"), compute_dtype=getattr(torch, target)))
+    cpu = torch.device("cpu")
+    placement = (
+        Placement(cpu, fp8=Quantisation("rows")) if target == "fp8" else Placement(cpu, compute_dtype=getattr(torch, target))
+    )
+    dit = load_dit(path, placement)
     seconds = time.perf_counter() - start
     done.set()
     sampler.join()

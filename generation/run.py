@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from blissful_tuner.guidance import uses_guidance
@@ -18,6 +18,7 @@ from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
 from blissful_tuner.options import STRENGTH
 from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import StepDone
+from generation.dressing import dit_loader
 from generation.memory import plan_generation, read_line, resolved
 from generation.options import GenerationOptions, OutputOptions
 from generation.outputs import (
@@ -38,16 +39,13 @@ from generation.request import check_guidance, make_request
 from generation.sections import make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
 from modules.attention import check_backend
-from modules.block_swap import host_weights, swap_blocks
-from modules.compile import check_compilation, compile_blocks
+from modules.compile import check_compilation
 from modules.devices import allow_fp16_accumulation, choose_device
-from modules.errors import CheckpointError, OptionError, UserError
+from modules.errors import CheckpointError, UserError
 from modules.family import Family
-from modules.fp8_matmul import with_product
 from modules.memory_plan import comparison
 from modules.records import Conditions, EncodedPrompts, Placement, Request
-from modules.swap_plan import SwapPlan
-from networks.merge import LoraPatch, LoraUse, lora_uses, merge_into_file
+from networks.merge import LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)
 
@@ -173,41 +171,6 @@ def check_models(run: Run) -> None:
     _ = run.family.dit_files, run.family.text_encoders()
     if run.options.output.decodes:
         _ = run.family.media_identity
-
-
-def dit_loader(
-    family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
-) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device, the LoRAs merged; blocks compiled and swapped as the options say. Raises OptionError."""
-    speed = options.speed
-    fp8 = with_product(speed.fp8.quantisation, device)
-    plan = SwapPlan(family.dit, speed.swap.number, speed.swap.img_in_txt_in_offloading)
-    compilation = options.speed.compilation.choice
-
-    def load_dit(expert: int) -> nn.Module:
-        patch = LoraPatch(uses) if uses else None
-        host = host_weights(plan, device)
-        placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8, host=host)
-        dit = family.load_dit(placement, expert)
-        if patch is not None:
-            patch.check()
-        check_skipped_layers(family, dit, options.guidance.skipped_layers)
-        dit.eval().requires_grad_(False)
-        if compilation is not None:
-            compile_blocks(dit, family.dit, compilation)
-        swap_blocks(dit, host, device)
-        return dit
-
-    return load_dit
-
-
-def check_skipped_layers(family: Family, dit: nn.Module, layers: frozenset[int]) -> None:
-    """Raise OptionError where skip-layer guidance names blocks that the network does not have."""
-    if not layers:
-        return
-    last = sum(len(list(dit.get_submodule(name).children())) for name in family.dit.block_lists) - 1
-    if max(layers) > last:
-        raise OptionError(f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {last}")
 
 
 def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:

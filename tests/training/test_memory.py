@@ -12,8 +12,8 @@ from modules.memory_plan import CONTEXT, GIB, Room
 from tests.training.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.toy import write_caches
 from training.memory import advice, cheaper, cut, halved, largest_batch, prepare_memory
-from training.prediction import describe, predict
 from training.options import TrainingOptions
+from training.prediction import describe, predict
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,51 @@
+"""How the network of a generation is loaded and what is put around it; the order is always the same."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from generation.options import GenerationOptions
+from modules.block_swap import host_weights, swap_blocks
+from modules.compile import compile_blocks
+from modules.errors import OptionError
+from modules.family import Family
+from modules.fp8_matmul import with_product
+from modules.records import Placement
+from modules.swap_plan import SwapPlan
+from networks.merge import LoraPatch, LoraUse
+
+
+def dit_loader(
+    family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
+) -> Callable[[int], nn.Module]:
+    """expert -> its network on the device, the LoRAs merged; blocks compiled and swapped as the options say. Raises OptionError."""
+    speed = options.speed
+    fp8 = with_product(speed.fp8.quantisation, device)
+    plan = SwapPlan(family.dit, speed.swap.number, speed.swap.img_in_txt_in_offloading)
+    compilation = options.speed.compilation.choice
+
+    def load_dit(expert: int) -> nn.Module:
+        patch = LoraPatch(uses) if uses else None
+        host = host_weights(plan, device)
+        placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8, host=host)
+        dit = family.load_dit(placement, expert)
+        if patch is not None:
+            patch.check()
+        check_skipped_layers(family, dit, options.guidance.skipped_layers)
+        dit.eval().requires_grad_(False)
+        if compilation is not None:
+            compile_blocks(dit, family.dit, compilation)
+        swap_blocks(dit, host, device)
+        return dit
+
+    return load_dit
+
+
+def check_skipped_layers(family: Family, dit: nn.Module, layers: frozenset[int]) -> None:
+    """Raise OptionError where skip-layer guidance names blocks that the network does not have."""
+    if not layers:
+        return
+    last = sum(len(list(dit.get_submodule(name).children())) for name in family.dit.block_lists) - 1
+    if max(layers) > last:
+        raise OptionError(f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {last}")
