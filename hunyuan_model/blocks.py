@@ -107,9 +107,13 @@ class MMDoubleStreamBlock(nn.Module):
 
         video = gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
         text = gated(text, text_gate1, run(self.txt_attn_proj, seen[:, tokens.video :]))
-        video = gated(video, gate2, self.img_mlp(modulated(self.norm(video), shift2, scale2, tokens.dtype)))
-        text = gated(text, text_gate2, self.txt_mlp(modulated(self.norm(text), text_shift2, text_scale2, tokens.dtype)))
+        video = self.feed_forward(video, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
+        text = self.feed_forward(text, self.txt_mlp, text_shift2, text_scale2, text_gate2, tokens.dtype)
         return torch.cat([video, text], dim=1)
+
+    def feed_forward(self, x: Tensor, mlp: Mlp, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        """The last branch of a stream, added to x: B L C. Each token is treated by itself. shift, scale, gate: B 1 C float32."""
+        return gated(x, gate, mlp(modulated(self.norm(x), shift, scale, dtype)))
 
 
 class MMSingleStreamBlock(nn.Module):

@@ -27,6 +27,7 @@ DIT = DitSpec(
     block_lists=("double_blocks", "single_blocks"),
     fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
     input_layers=("img_in", "txt_in"),
+    token_wise=("feed_forward",),
     swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),  # a single block is about half as large
     # as they compute so; under 1 % of the model
     keep_float32=("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder."),

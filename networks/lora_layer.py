@@ -87,10 +87,13 @@ class LoraLayer(nn.Module):
     def attach(self) -> None:
         """From now on the original module's forward is this one's."""
         self._original_forward = self._original[0].forward
+        # a mask follows from the numbers of the elements in the input, and would repeat itself in each piece of it
+        self._original[0].sees_whole_input = self.dropouts.neuron > 0  # type: ignore[assignment]
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def detach(self) -> None:
         """Give the original module its own forward back."""
+        self._original[0].sees_whole_input = False  # type: ignore[assignment]
         self._original[0].forward = self._original_forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:

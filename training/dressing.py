@@ -11,6 +11,7 @@ from modules.compile_options import Compilation
 from modules.family import DitSpec
 from modules.fp8_options import Quantisation
 from modules.records import Placement
+from modules.token_pieces import compute_in_pieces
 from training.loop_options import LoopOptions
 from training.options import TrainingOptions
 
@@ -35,7 +36,12 @@ def dress(
     compilation: Compilation | None = None,
     host: HostWeights | None = None,
 ) -> None:
-    """Compile the blocks, checkpoint them, and have swapped ones come from the host. For after a LoRA was attached."""
+    """Compile the blocks, checkpoint them, and have swapped ones come from the host. For after a LoRA was attached.
+
+    Where blocks' inputs go to the host, memory is short, and feed-forwards are computed in pieces too.
+    """
+    if loop.gradient_checkpointing_cpu_offload:
+        compute_in_pieces(dit, spec)
     if compilation is not None:
         compile_blocks(dit, spec, compilation)
     if loop.gradient_checkpointing:

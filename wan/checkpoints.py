@@ -31,6 +31,7 @@ DIT = DitSpec(
         "img_emb",
     ),
     input_layers=("patch_embedding", "text_embedding", "img_emb"),
+    token_wise=("feed_forward",),
     keep_float32=("time_embedding.", "time_projection.", "head.head."),  # as they compute so; under 1 % of the model
 )
 

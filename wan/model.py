@@ -115,9 +115,13 @@ class WanAttentionBlock(nn.Module):
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1).to(tokens.dtype)
         x = torch.addcmul(x, gate1, self.self_attn(h, tokens).float())  # x + gate * branch, in one pass over the tokens
         x = x + self.cross_attn(self.norm3(x).to(tokens.dtype), tokens)
-        h = torch.addcmul(shift2, self.norm2(x), 1 + scale2).to(tokens.dtype)
+        return self.feed_forward(x, shift2, scale2, gate2, tokens.dtype)
+
+    def feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        """The last branch, added to x. Each token is treated by itself. x: B L C float32; shift, scale, gate: B 1 C float32."""
+        h = torch.addcmul(shift, self.norm2(x), 1 + scale).to(dtype)
         h = run(self.ffn[2], self.ffn[1](run(self.ffn[0], h)))
-        return torch.addcmul(x, gate2, h.float())
+        return torch.addcmul(x, gate, h.float())
 
 
 class Head(nn.Module):
