@@ -107,8 +107,9 @@ class MMDoubleStreamBlock(nn.Module):
 
         video = gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
         text = gated(text, text_gate1, run(self.txt_attn_proj, seen[:, tokens.video :]))
-        video = self.feed_forward(video, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
         text = self.feed_forward(text, self.txt_mlp, text_shift2, text_scale2, text_gate2, tokens.dtype)
+        # the dear one last: where it is computed in pieces, a block is computed again up to here only
+        video = self.feed_forward(video, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
         return torch.cat([video, text], dim=1)
 
     def feed_forward(self, x: Tensor, mlp: Mlp, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:

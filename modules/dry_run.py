@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from modules.planned_kernels import PlannedKernels
+from modules.planned_kernels import ATTENTION_WORKSPACE, PlannedKernels
 
 ACCELERATOR = torch.device("cpu:0")  # to torch another device than plain `cpu`, and one that every build can compute on
 HOST = torch.device("cpu")
@@ -27,6 +27,7 @@ GRANULE = 512  # CUDA's caching allocator rounds every allocation up to a multip
 SMALL = 1 << 16  # elements up to which whole numbers keep their values
 
 WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
+ATTENTION = "attention"  # its workspace
 KEPT, WORKING = "kept", "working"  # what is neither: made before the present place of the run, or in it
 Moment = Mapping[str, int]  # bytes by kind
 
@@ -69,9 +70,10 @@ class Ledger(TorchDispatchMode):
         if self._guesses and func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         result = _computed(func, args, kwargs or {}, self.device)
+        kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self.see(leaf)
+                self.see(leaf, kind)
         return result
 
     def enter(self, place: str) -> None:

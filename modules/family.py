@@ -61,7 +61,9 @@ class DitSpec:
     keep_float32: tuple[str, ...] = ()
     input_layers: tuple[str, ...] = ()  # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
     swap_counts: Callable[[int], tuple[int, ...]] = lambda blocks: (blocks,)  # --blocks_to_swap -> how many of each list
-    token_wise: tuple[str, ...] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
+    token_wise: tuple[
+        str, ...
+    ] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
 
 
 @dataclass(frozen=True)

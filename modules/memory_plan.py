@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modules.dry_run import BATCH, GRADIENTS, KEPT, NETWORK, OPTIMIZER, WEIGHTS, WORKING, Moment, rounded
+from modules.dry_run import ATTENTION, BATCH, GRADIENTS, KEPT, NETWORK, OPTIMIZER, WEIGHTS, WORKING, Moment, rounded
 from modules.family import DitSpec
 from modules.swap_plan import SwapPlan, big_weights, most_blocks
 
@@ -168,6 +168,7 @@ NAMES = {
     OPTIMIZER: "optimizer",
     BATCH: "batch",
     KEPT: "kept activations",
+    ATTENTION: "attention workspace",
     WORKING: "work on one block",
 }
 

@@ -36,10 +36,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         query, key, value, _, _ = ctx.saved_tensors
-        sums = _row_numbers(query)
-        total = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        held = _workspace(query)
         gradients = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value))
-        del sums, total
+        del held
         return gradients
 
 
@@ -52,6 +51,20 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(query.shape, dtype=query.dtype, device=query.device), _row_numbers(query)
+
+
+@torch.library.custom_op("planned::attention_workspace", mutates_args=())
+def _workspace(query: Tensor) -> tuple[Tensor, Tensor]:
+    """What the backward pass holds beside gradients; an operator, so that a rehearsal knows it by name."""
+    return torch.empty(query.shape, dtype=torch.float32, device=query.device), _row_numbers(query)
+
+
+@_workspace.register_fake
+def _(query: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(query.shape, dtype=torch.float32, device=query.device), _row_numbers(query)
+
+
+ATTENTION_WORKSPACE = "planned::attention_workspace"
 
 
 def _row_numbers(query: Tensor) -> Tensor:

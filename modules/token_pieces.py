@@ -26,8 +26,8 @@ Method = Callable[..., Tensor]
 def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> None:
     """Have the blocks compute `spec.token_wise`, their methods (x: B L C, ...) -> B L C', for at most that many tokens at a time.
 
-    Takes effect in train mode with gradients on. For after LoRA, before compilation and `checkpoint_blocks`. Results are the same but
-    for the order in which products sum up. Blocks with a layer that asks for `sees_whole_input` stay as they are.
+    Takes effect in train mode with gradients on. For after LoRA, before compilation and `checkpoint_blocks`. Results are the same
+    but for the order in which products sum up. Blocks with a layer that asks for `sees_whole_input` stay as they are.
     """
     changed: dict[Method, Method] = {}  # one function for all blocks of a class: compiled code knows functions by identity
     for block in (block for name in spec.block_lists for block in dit.get_submodule(name).children()):

@@ -153,7 +153,7 @@ def rehearse(family: Family, options: TrainingOptions, dit: nn.Module, noisy_bat
 
 
 def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
-    """The order of dressing of `training.run`: network, then checkpointing; and the optimizer."""
+    """The order of dressing of `training.run`: network, then `dress`; and the optimizer."""
     place(dit, ledger)
     dit.requires_grad_(False)
     if options.network is not None:

@@ -68,7 +68,7 @@ def _wan(kind: str) -> TinyDit:
             given["image_embeds"] = torch.randn(batch, 257, config.image_dim, generator=generator)
         return given
 
-    return TinyDit(f"wan {kind}", DitSpec(("blocks",)), make, lora_wan.create_arch_network, inputs)
+    return TinyDit(f"wan {kind}", DitSpec(("blocks",), token_wise=("feed_forward",)), make, lora_wan.create_arch_network, inputs)
 
 
 def _hunyuan(kind: str) -> TinyDit:
@@ -92,7 +92,7 @@ def _hunyuan(kind: str) -> TinyDit:
             "guidance": torch.linspace(1000.0, 6000.0, batch),
         }
 
-    spec = DitSpec(("double_blocks", "single_blocks"))
+    spec = DitSpec(("double_blocks", "single_blocks"), token_wise=("feed_forward",))
     return TinyDit(f"hunyuan {kind}", spec, make, lora_hunyuan.create_arch_network, inputs)
 
 

@@ -1,6 +1,7 @@
 """What a rehearsal predicts is what the same step counts when it really runs."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ from hunyuan_model.options import HunyuanTrainingOptions
 from hunyuan_model.options import add_training_arguments as add_hunyuan_arguments
 from modules.dry_run import BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
 from modules.family import Family
+from modules.memory_plan import GIB
 from modules.options import read_options
 from modules.planned_kernels import PlannedKernels
 from modules.records import Batch, Placement
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, wan_dit
-from training import rehearsal
+from training import dressing, rehearsal
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
+from training.prediction import predict
 from training.rehearsal import rehearse
 from training.whole_dit_options import add_whole_dit_arguments
 from wan.family import family_for_training as wan_family
@@ -167,20 +170,45 @@ def test_states_are_those_the_optimizer_really_makes(tmp_path: Path, name: str, 
     assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)  # alpha and step counts are no weights
 
 
-@pytest.mark.slow
-def test_a_full_size_step_keeps_one_stream_a_block(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
+def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dressing, "offload_to_host", lambda device: None)  # on a CPU, what waits there would count as on the device
+    family, whole = wan(tmp_path, *CHECKPOINTED)
+    options = replace(whole, loop=replace(whole.loop, gradient_checkpointing_cpu_offload=True))
+    batch = wan_batch(1, (8, 64, 72))  # 9216 tokens, three pieces
+    in_pieces = predicted(family, options, batch)
+    assert sum(largest(in_pieces)[1].values()) < 0.9 * sum(largest(predicted(family, whole, batch))[1].values())
+    with monkeypatch.context() as patch:
+        assert_alike(in_pieces, counted(family, options, batch, patch))
+
+
+def full_size(folder: Path, *more: str) -> tuple[Family, TrainingOptions, NoisyBatch]:
+    """Wan 14B with a LoRA of rank 32, for 832x480 and 81 frames; its checkpoint is a file of holes."""
+    path = folder / "model.safetensors"
     write_hollow(path, {name: ("BF16", shape) for name, (_, shape) in tensor_list("wan2.1-t2v-14b").items()})
     parser = training_parser("")
     add_training_arguments(parser)
     network = ["--network_module", "networks.lora_wan", "--network_dim", "32", *CHECKPOINTED]
-    args = read_arguments(parser, [*GIVEN, *network, "--task", "t2v-14B", "--dit", str(path)], {})
-    family = wan_family(read_options(WanTrainingOptions, args))
+    args = read_arguments(parser, [*GIVEN, *network, "--task", "t2v-14B", "--dit", str(path), *more], {})
     text = torch.zeros(512, 4096, dtype=torch.bfloat16)
-    batch = noisy({"latents": torch.zeros(1, 16, 21, 60, 104, dtype=torch.bfloat16), "t5": [text]})  # 832x480, 81 frames
-    found = predicted(family, read_options(TrainingOptions, args), batch)
-    path.unlink()
+    batch = noisy({"latents": torch.zeros(1, 16, 21, 60, 104, dtype=torch.bfloat16), "t5": [text]})
+    return wan_family(read_options(WanTrainingOptions, args)), read_options(TrainingOptions, args), batch
+
+
+@pytest.mark.slow
+def test_a_full_size_step_keeps_one_stream_a_block(tmp_path: Path) -> None:
+    found = predicted(*full_size(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
     stream = 32760 * 5120 * 4  # tokens x width in float32: 671 MB, twice what it would be in bfloat16
     first, last = (found[f"forward of blocks, {which}"]["kept"] for which in ("first", "last"))
     assert (last - first) / 39 == pytest.approx(stream, rel=0.02)  # and a 16-bit copy of each LoRA, which autocast keeps
     assert 1.4e8 < found["optimizer step"][NETWORK] / 4 < 1.6e8  # 0.15 G numbers of rank 32
+
+
+@pytest.mark.slow
+def test_a_full_size_step_fits_in_12_gib_with_all_that_saves_memory(tmp_path: Path) -> None:
+    saving = ["--fp8_base", "--fp8_scaled", "--blocks_to_swap", "39", "--gradient_checkpointing_cpu_offload"]
+    prediction = predict(*full_size(tmp_path, *saving), torch.device("cpu"))
+    (tmp_path / "model.safetensors").unlink()
+    assert prediction.device(39) < 11.6 * GIB  # 11.48 when written
