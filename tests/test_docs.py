@@ -25,7 +25,7 @@ SMALLER = {  # appended, so that the last value wins
 }
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
-    "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],  # tests/modules/test_compile.py has inductor
+    "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],  # inductor is slow, and has its own tests
 }
 WAN_CACHES = {  # script -> what names its models
     "wan_cache_latents.py": {"--vae": "Wan2.1_VAE.pth"},
