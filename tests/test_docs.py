@@ -23,6 +23,10 @@ SMALLER = {  # appended, so that the last value wins
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
 }
+LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
+    "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
+    "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],  # inductor is slow, and has its own tests
+}
 WAN_CACHES = {  # script -> what names its models
     "wan_cache_latents.py": {"--vae": "Wan2.1_VAE.pth"},
     "wan_cache_text_encoder_outputs.py": {"--t5": "models_t5_umt5-xxl-enc-bf16.pth"},
@@ -90,7 +94,8 @@ def run_in(folder: Path, command: str, makes_caches: bool) -> None:
         script, launch = words[start], ["-m", "accelerate.commands.launch", "--cpu", *words[2:start]]
     else:
         start, script, launch = 1, words[1], []
-    run_python(*launch, ROOT / script, *words[start + 1 :], *SMALLER.get(script, []), folder=folder)
+    lighter = [word for given, instead in LIGHTER.items() if given in " ".join(words) for word in instead]
+    run_python(*launch, ROOT / script, *words[start + 1 :], *SMALLER.get(script, []), *lighter, folder=folder)
 
 
 def cache(folder: Path, scripts: Mapping[str, Mapping[str, str]]) -> None:

@@ -79,5 +79,6 @@ def lay_out_models(folder: Path) -> None:
     """Tiny models under the names that the documents use."""
     hunyuan.lay_out_models(folder)
     write_encoders(folder)
-    write_dit(folder, tiny_state("t2v", dtype=torch.bfloat16), name="wan2.1_t2v_1.3B_bf16")
+    for size in ("1.3B", "14B"):
+        write_dit(folder, tiny_state("t2v", dtype=torch.bfloat16), name=f"wan2.1_t2v_{size}_bf16")
     write_dit(folder, tiny_state("i2v", dtype=torch.bfloat16, image_dim=CLIP_DIM), name="wan2.1_i2v_480p_14B_bf16")
