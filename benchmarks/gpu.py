@@ -106,7 +106,8 @@ def measured(row: Row, device: str) -> dict[str, float]:
 
     where = torch.device(device)
     with tempfile.TemporaryDirectory() as folder:
-        path = write_hollow(Path(folder) / "dit.safetensors", tensor_list(row.model.manifest))
+        in_bf16 = {name: ("BF16", shape) for name, (_, shape) in tensor_list(row.model.manifest).items()}  # some are float32
+        path = write_hollow(Path(folder) / "dit.safetensors", in_bf16)
         bench = (generation if row.generates else training)(row, path, where)
         seconds = clocked(bench.call, where, rounds=1 if row.generates else STEPS, warm_up=1 if row.generates else WARM_UP)
     device_peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
