@@ -193,8 +193,7 @@ def test_half_precision_gives_its_dtype_and_stays_near(folder: Path, dtype: torc
 def test_in_fp8_the_language_model_gives_its_dtype_and_stays_near(folder: Path, dtype: torch.dtype) -> None:
     encoder = LlavaTextEncoder(folder, dtype, in_fp8=True)
     found, expected = encoded(encoder, PROMPTS), encoded(LlavaTextEncoder(folder, dtype), PROMPTS)
-    assert encoder._loaded is not None
-    llama = encoder._loaded[0]
+    llama, _ = encoder._loaded.get()
     linear = [name for name, layer in llama.named_modules() if isinstance(layer, torch.nn.Linear)]
     assert list(quantised_layers(llama)) == linear
     assert llama.embed_tokens.weight.dtype == dtype

@@ -4,6 +4,7 @@ from torch import nn
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.text_multipliers import multiply_text
 from hunyuan_model.token_refiner import TokenRefiner
+from modules.attention_options import SDPA
 
 CONFIG = HunyuanVideoConfig(
     dim=128,
@@ -42,7 +43,7 @@ def test_each_block_and_the_mean_text_are_multiplied() -> None:
         vector = plain.t_embedder(torch.tensor([500.0])) + 3 * plain.c_embedder(TEXT.mean(dim=1))
         expected = plain.input_embedder(TEXT)
         for block in plain.individual_token_refiner.blocks:
-            expected = 2 * block(expected, vector, None, "sdpa")
+            expected = 2 * block(expected, vector, None, SDPA)
 
     multiply_text(dit, llm=2, clip=3)
 
