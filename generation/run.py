@@ -43,7 +43,7 @@ from modules.compile import check_compilation
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, UserError
 from modules.family import Family
-from modules.memory_plan import comparison
+from modules.memory_plan import comparison, too_little
 from modules.records import Conditions, EncodedPrompts, Placement, Request
 from networks.merge import LoraUse, lora_uses, merge_into_file
 
@@ -86,7 +86,8 @@ class Failures:
             if self.strict or isinstance(error, fatal):
                 raise
             self.reasons[label] = f"{type(error).__name__}: {error}"
-            logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not isinstance(error, UserError))
+            is_known = isinstance(error, (UserError, torch.OutOfMemoryError))
+            logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
 
     def raise_if_any(self, total: int) -> None:
         """Raise UserError listing what failed."""
@@ -119,6 +120,14 @@ class Run:
 
 def generate(family: Family, options: GenerationOptions) -> None:
     """Do what the options say. Raises UserError; with --from_file only after all lines that work are made."""
+    try:
+        do(family, options)
+    except torch.OutOfMemoryError as error:
+        raise too_little(error, "Latents that were finished are kept: --latent_path decodes them.") from error
+
+
+def do(family: Family, options: GenerationOptions) -> None:
+    """`generate`, where memory suffices."""
     device = choose_device(options.device)
     if options.lycoris:
         logger.info("--lycoris is not needed: LoHa and LoKr files are recognised without it")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from modules.dry_run import ATTENTION, BATCH, GRADIENTS, KEPT, NETWORK, OPTIMIZER, WEIGHTS, WORKING, Moment, rounded
+from modules.errors import MemoryPlanError
 from modules.family import DitSpec
 from modules.swap_plan import SwapPlan, big_weights, most_blocks
 
@@ -251,6 +252,15 @@ def show(plan: MemoryPlan, last_line: str) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print("\n".join([*plan.remarks, last_line]), markup=False)
+
+
+def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:
+    """What to tell where the device ran out of memory in the middle. afterwards: how things stand now."""
+    return MemoryPlanError(
+        f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
+        "  The same command with --plan says what to change: fp8, --blocks_to_swap auto, smaller clips, and in training\n"
+        f"  --gradient_checkpointing. {afterwards}"
+    )
 
 
 def comparison(predicted: int, measured: int) -> str:

@@ -56,6 +56,15 @@ def is_any(value: bool, processes: int, device: torch.device) -> bool:
     return count.item() > 0
 
 
+def largest(value: int, processes: int, device: torch.device) -> int:
+    """The largest number that a process has. All have to call it."""
+    if processes == 1:
+        return value
+    number = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return int(number)
+
+
 def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
     """Parameters in runs of one dtype, each run at most BUCKET_ELEMENTS long."""
     bucket: list[Parameter] = []

@@ -20,10 +20,11 @@ from modules.attention import check_backend
 from modules.block_swap import HostWeights, host_weights, settle
 from modules.compile import check_compilation
 from modules.devices import DTYPES, choose_device, dtype_name
-from modules.errors import DatasetError, MemoryPlanError, OptionError
+from modules.errors import DatasetError, OptionError
 from modules.family import Family
 from modules.fp8_matmul import with_product
 from modules.fp8_options import Quantisation
+from modules.memory_plan import too_little
 from modules.options import require
 from modules.records import Placement
 from modules.swap_plan import SwapPlan
@@ -35,11 +36,12 @@ from training.dressing import dress, placement_of
 from training.evaluation import finished_weights
 from training.feed import Feed, MicroBatches, Randomness
 from training.fused_backward import FusedBackward, check_fused_backward
+from training.gradients import largest
 from training.ignored import ignored_options
 from training.logs import TRACKER_NAME, check_trackers, public_config, run_folder, start_logs
 from training.loop import Run, train
 from training.lr_schedule import make_lr_schedule, warmup_steps
-from training.memory import plan_training, prepare_memory
+from training.memory import plan_training, prepare_memory, with_swap
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.optimizer import make_optimizer, set_training
 from training.options import TrainingOptions
@@ -114,11 +116,7 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
         with prepared_run(family, options, commands) as run:
             train(run)
     except torch.OutOfMemoryError as error:
-        raise MemoryPlanError(
-            f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
-            "  Use --gradient_checkpointing, or lower resolution, target_frames or batch_size in --dataset_config; samples need "
-            "room too.\n  What was saved is untouched: go on with --resume latest."
-        ) from error
+        raise too_little(error, "Samples need room too. What was saved is untouched: go on with --resume latest.") from error
     return 0
 
 
@@ -134,6 +132,9 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
+    if job.options.speed.swap.is_auto:  # each process looked at its own device, but they share the weights on the host
+        number = options.speed.swap.number
+        options = with_swap(options, largest(number, job.accelerator.num_processes, job.accelerator.device))
     job = replace(job, options=options)
     swap = options.speed.swap
     host = host_weights(SwapPlan(job.family.dit, swap.number, swap.img_in_txt_in_offloading), job.accelerator.device)

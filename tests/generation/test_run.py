@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
 from generation.run import generate
-from modules.errors import CheckpointError, MediaError, OptionError, OutputError, UserError
+from modules.errors import CheckpointError, MediaError, MemoryPlanError, OptionError, OutputError, UserError
 from modules.media import video_frames
 from modules.options import read_options
 from tests.generation.toy_family import ToyFamily
@@ -98,7 +98,7 @@ def test_a_single_prompt_fails_with_its_own_error(tmp_path: Path) -> None:
 
 
 def test_latents_stay_where_decoding_fails(tmp_path: Path) -> None:
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(MemoryPlanError, match=r"(?s)no room\..*--plan.*--latent_path"):
         generate(ToyFamily(can_decode=False), options(tmp_path, "--prompt", "cat", "--seed", 1))
     saved = only(tmp_path, "*")
     assert saved.name.endswith("_1_latent.safetensors")

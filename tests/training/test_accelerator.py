@@ -20,10 +20,12 @@ SHARE = """
 import torch
 from training.accelerator import make_accelerator
 from training.accelerator_options import AcceleratorOptions
+from training.gradients import largest
 accelerator = make_accelerator(AcceleratorOptions("no", False, 5, False, False))
 total = torch.tensor([float(accelerator.process_index + 1)])
 torch.distributed.all_reduce(total)
-print(accelerator.num_processes, torch.distributed.get_backend(), total.item())
+blocks = largest(10 * accelerator.process_index, 2, accelerator.device)  # as --blocks_to_swap auto is agreed on
+print(accelerator.num_processes, torch.distributed.get_backend(), total.item(), blocks)
 """
 
 
@@ -99,4 +101,4 @@ def test_two_processes_on_a_cpu_meet_through_gloo() -> None:
 
     outputs = [process.communicate(timeout=120)[0].split() for process in processes]
 
-    assert outputs == [["2", "gloo", "3.0"]] * 2
+    assert outputs == [["2", "gloo", "3.0", "10"]] * 2
