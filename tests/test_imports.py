@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "blissful_tuner": {"modules"},
     "wan": {"modules"},
     "hunyuan_model": {"modules"},
+    "frame_pack": {"modules", "hunyuan_model"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "training": {"modules", "networks", "dataset", "generation"},
     "families": {"wan", "hunyuan_model"},

@@ -1,0 +1,51 @@
+"""One-frame generation: where its frames stand for the documented command lines."""
+
+import logging
+
+import pytest
+
+from frame_pack.one_frame import OneFrame, one_frame_indices, parse_one_frame
+from frame_pack.sections import Indices, section_indices
+from modules.errors import OptionError
+
+FOUR = tuple(range(13, 29))
+
+
+@pytest.mark.parametrize(
+    ("text", "controls", "indices"),
+    [
+        ("default", 0, Indices((0, 10), (11, 12), FOUR, (9,))),
+        ("default", 1, Indices((0, 10), (11, 12), FOUR, (9,))),
+        ("no_2x,no_4x", 1, Indices((0, 10), (), (), (9,))),
+        ("no_post", 2, Indices((0, 0), (11, 12), FOUR, (9,))),
+        ("target_index=1,control_index=0;10,no_post,no_2x,no_4x", 2, Indices((0, 10), (), (), (1,))),  # kisekaeichi
+        ("target_index=9, control_index=0;1, no_2x", 2, Indices((0, 1, 10), (), FOUR, (9,))),  # 1f-mc
+        ("target_index=40,control_index=5", 3, Indices((5, 0, 0, 10), (11, 12), FOUR, (40,))),
+    ],
+)
+def test_documented_lists_give_their_places(text: str, controls: int, indices: Indices) -> None:
+    assert one_frame_indices(parse_one_frame(text), controls, 9) == indices
+
+
+def test_without_settings_it_is_a_section_with_its_last_frame_as_target() -> None:
+    for window in (4, 9):
+        whole, one = section_indices(0, window), one_frame_indices(OneFrame(), 1, window)
+        assert (one.clean, one.clean_2x, one.clean_4x) == (whole.clean, whole.clean_2x, whole.clean_4x)
+        assert one.target == whole.target[-1:]
+
+
+def test_places_without_a_control_image_are_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert one_frame_indices(parse_one_frame("control_index=1;2;3,no_post"), 2, 9).clean == (1, 2)
+    assert "control_index names 3 places" in caplog.text
+    caplog.clear()
+    one_frame_indices(parse_one_frame("control_index=1;2"), 2, 9)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no_8x", "default,", "target_index", "target_index=", "target_index=-1", "control_index=0;;1", "control_index=a"]
+)
+def test_other_lists_are_refused(text: str) -> None:
+    with pytest.raises(OptionError, match="--one_frame_inference"):
+        parse_one_frame(text)
