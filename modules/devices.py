@@ -85,6 +85,14 @@ def computing_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype 
     return dtype
 
 
+def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
+    """float32 in place of float16 on a CPU, which has no fast float16; else `dtype`. what: the network, for the log."""
+    if device.type != "cpu" or dtype != torch.float16:
+        return dtype
+    logger.info("%s computes in float32: the CPU has no fast float16", what)
+    return torch.float32
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.bfloat16` -> `bfloat16`, the spelling in cache tensor names and metadata."""
     return str(dtype).removeprefix("torch.")

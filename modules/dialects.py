@@ -94,6 +94,8 @@ KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> 
     ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
     ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
+    ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
+    ("head.probe", "a SigLIP image encoder (--image_encoder)"),
     ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder (--text_encoder2)"),
     ("model.embed_tokens.weight", "a language model (--text_encoder1)"),
     ("embed_tokens.weight", "a language model (--text_encoder1)"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.checkpoint import open_checkpoint
-from modules.devices import dtype_name
+from modules.devices import dtype_name, half_where_fast
 from modules.dialects import load_planned
 from wan.encoder_checkpoints import ClipConfig, read_clip
 
@@ -99,9 +99,7 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
 
     Raises CheckpointError where the file is damaged or of another model.
     """
-    if device.type == "cpu" and dtype == torch.float16:
-        dtype = torch.float32
-        logger.info("CLIP computes in float32: the CPU has no fast float16")
+    dtype = half_where_fast(device, dtype, "CLIP")
 
     def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
         return torch.float32 if "norm" in name or name.endswith("_embedding") else dtype

@@ -1,0 +1,228 @@
+"""FramePack's image encoder against transformers, and which files it takes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from frame_pack.image_checkpoints import SiglipConfig, read_siglip
+from frame_pack.image_encoder import SiglipVision, load_siglip
+from modules.checkpoint import load_module, open_checkpoint
+from modules.errors import CheckpointError
+from modules.pixels import to_pixels
+from tests.manifests import tensor_list, write_hollow
+from tests.tiny.framepack_encoders import SIGLIP_DIM, siglip_config, siglip_config_json, siglip_layouts, siglip_tensors
+from tests.tiny.hunyuan_encoders import clip_text_layouts, clip_text_tensors, save
+from tests.tiny.wan_encoders import clip_hf_tensors, clip_tensors
+
+CPU = torch.device("cpu")
+
+
+def frames(height: int = 37, width: int = 51, batch: int = 1) -> Tensor:
+    """Noise as B H W 3 uint8."""
+    return torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """B H W 3 uint8 -> B 3 H W in -1..1."""
+    return to_pixels(images[:, None]).squeeze(2)
+
+
+def tower(path: Path, dtype: torch.dtype = torch.float32) -> SiglipVision:
+    return load_siglip(save(path / "model.safetensors", siglip_layouts(siglip_tensors())["vision"]), CPU, dtype)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(("height", "width"), [(37, 51), (384, 384), (480, 832), (700, 130)])
+def test_images_are_prepared_as_by_the_released_processor(tmp_path: Path, height: int, width: int) -> None:
+    images = frames(height, width, batch=2)
+    processor = SiglipImageProcessorPil(
+        size={"height": 384, "width": 384}, resample=Image.Resampling.BICUBIC, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    expected = processor.preprocess(list(images.numpy()), return_tensors="pt")["pixel_values"]
+
+    prepared = tower(tmp_path).prepare(pixels_of(images))
+
+    assert prepared.dtype == torch.float32
+    # the same 8-bit steps; the way from there to -1..1 is rounded otherwise, by far less than a step of 1/127.5
+    torch.testing.assert_close(prepared, expected, rtol=0, atol=1e-6)
+
+
+def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
+    config, tensors = siglip_config(), siglip_tensors()
+    theirs = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=config.dim,
+            intermediate_size=config.ffn_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+        )
+    ).eval()
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in theirs.state_dict()) else ""
+    missing, unexpected = theirs.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()}, strict=False)
+    assert not unexpected
+    assert all(".head." in f".{name}" for name in missing)
+    siglip = tower(tmp_path)
+    pixels = pixels_of(frames(batch=2))
+
+    with torch.no_grad():
+        expected = theirs(siglip.prepare(pixels)).last_hidden_state
+    features = siglip.encode(pixels)
+
+    assert features.shape == (2, 729, SIGLIP_DIM)
+    # float32 throughout: sums in another order
+    assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_16_bits_come_near_to_float32_and_float16_is_float32_on_a_cpu(tmp_path: Path) -> None:
+    pixels = pixels_of(frames())
+    exact = tower(tmp_path).encode(pixels)
+    half = tower(tmp_path, torch.bfloat16).encode(pixels)
+    assert half.dtype == torch.bfloat16
+    # bfloat16 has 8 bits: 0.4 % at each of some ten roundings
+    assert 0 < (half.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    asked_for_half = tower(tmp_path, torch.float16)
+    assert asked_for_half.dtype == torch.float32
+    assert torch.equal(asked_for_half.encode(pixels), exact)
+
+
+# Files
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", siglip_layouts(siglip_tensors()))
+def test_every_layout_gives_the_same_weights(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
+    tensors = siglip_tensors(dtype=dtype)
+    siglip = load_siglip(save(tmp_path / "model.safetensors", siglip_layouts(tensors)[layout]), CPU, torch.float32)
+    state = siglip.state_dict()
+    assert state.keys() == tensors.keys()
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in tensors.items())
+    assert not any(parameter.requires_grad for parameter in siglip.parameters())
+
+
+def test_a_folder_and_a_pickled_file_are_taken_too(tmp_path: Path) -> None:
+    tensors = siglip_layouts(siglip_tensors())["vision"]
+    save(tmp_path / "image_encoder" / "model.safetensors", tensors)
+    (tmp_path / "image_encoder" / "config.json").write_text(json.dumps(siglip_config_json()), encoding="utf-8")
+    torch.save(tensors, tmp_path / "siglip.bin")
+    one, other = (load_siglip(tmp_path / name, CPU).state_dict() for name in ("image_encoder", "siglip.bin"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_published_file_fits_at_full_size(tmp_path: Path) -> None:
+    tensors = tensor_list("sigclip-vision-384")
+    with open_checkpoint(write_hollow(tmp_path / "model.safetensors", tensors)) as checkpoint:
+        plan = read_siglip(checkpoint)
+        assert plan.config == SiglipConfig(1152, 4304, 16, 27, 384, 14)
+        with torch.device("meta"):
+            network = SiglipVision(plan.config)
+        load_module(  # raises for every leftover
+            network, plan.checkpoint, plan.sources, device=torch.device("meta"), dtype=lambda _, stored: stored, ignore=plan.ignore
+        )
+    in_head = [name for name in tensors if name.startswith("vision_model.head.")]
+    assert len(network.state_dict()) == len(tensors) - len(in_head)
+
+
+# Dimensions
+
+
+def config_of(folder: Path, config: SiglipConfig, told: dict[str, object] | None = None) -> SiglipConfig:
+    """What is read of a file of such a tower with this config.json beside it."""
+    path = save(folder / "model.safetensors", siglip_layouts(siglip_tensors(config=config))["without pooling"])
+    if told is not None:
+        (folder / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    with open_checkpoint(path) as checkpoint:
+        return read_siglip(checkpoint).config
+
+
+def test_without_a_configuration_heads_have_72_channels_and_images_384_pixels(tmp_path: Path) -> None:
+    assert config_of(tmp_path, siglip_config()) == siglip_config()
+
+
+@pytest.mark.parametrize("whole_model", [False, True])
+def test_the_configuration_beside_the_file_says_what_tensors_do_not(tmp_path: Path, whole_model: bool) -> None:
+    config = replace(siglip_config(heads=4, image_size=390), activation="gelu", eps=1e-3)
+    told = siglip_config_json(config)
+    assert config_of(tmp_path, config, {"model_type": "siglip", "vision_config": told} if whole_model else told) == config
+
+
+def test_the_configuration_of_another_model_is_not_used(tmp_path: Path) -> None:
+    told = {**siglip_config_json(siglip_config(heads=4)), "model_type": "clip_vision_model"}
+    assert config_of(tmp_path, siglip_config(), told) == siglip_config()
+
+
+@pytest.mark.parametrize(("told", "size"), [(None, 56), (60, 60), (384, 56)])
+def test_the_size_of_images_fits_the_number_of_patches(tmp_path: Path, told: int | None, size: int) -> None:
+    config = siglip_config(image_size=56)
+    given = None if told is None else {**siglip_config_json(config), "image_size": told}
+    assert config_of(tmp_path, config, given).image_size == size
+
+
+# Files that do not fit
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind"),
+    [
+        (clip_hf_tensors(clip_tensors()), r"a CLIP image encoder \(--clip\)"),
+        (clip_text_layouts(clip_text_tensors())["text"], r"a CLIP text encoder \(--text_encoder2\)"),
+        ({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, "a LoRA"),
+        ({"strange.weight": torch.ones(1)}, "an unknown model with tensors such as strange.weight"),
+    ],
+)
+def test_other_files_are_refused_by_what_they_are(tmp_path: Path, tensors: dict[str, Tensor], kind: str) -> None:
+    path = save(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=rf"not a SigLIP image encoder; it looks like {kind}(.|\n)*to --image_encoder\."):
+        load_siglip(path, CPU)
+
+
+@pytest.mark.parametrize("layout", ["vision", "without prefix"])
+def test_a_siglip_given_as_another_encoder_is_named(tmp_path: Path, layout: str) -> None:
+    from wan.clip import load_clip
+
+    path = save(tmp_path / "model.safetensors", siglip_layouts(siglip_tensors())[layout])
+    with pytest.raises(CheckpointError, match=r"looks like a SigLIP image encoder \(--image_encoder\)(.|\n)*to --clip"):
+        load_clip(path, CPU)
+
+
+def test_patches_as_rows_are_refused(tmp_path: Path) -> None:
+    tensors = siglip_tensors()  # a SigLIP 2 for images of any size has a linear layer there
+    tensors["embeddings.patch_embedding.weight"] = tensors["embeddings.patch_embedding.weight"].flatten(1)
+    path = save(tmp_path / "model.safetensors", siglip_layouts(tensors)["vision"])
+    with pytest.raises(CheckpointError, match=r"its patches have the shape \[144, 588\](.|\n)*--image_encoder"):
+        load_siglip(path, CPU)
+
+
+def test_missing_and_additional_tensors_are_listed(tmp_path: Path) -> None:
+    tensors = {**siglip_tensors(), "encoder.layers.1.gate": torch.ones(1)}
+    del tensors["post_layernorm.bias"]
+    path = save(tmp_path / "model.safetensors", siglip_layouts(tensors)["vision"])
+    with pytest.raises(CheckpointError, match=r"missing: post_layernorm.bias(.|\n)*unexpected: encoder.layers.1.gate"):
+        load_siglip(path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [({"num_attention_heads": 7}, "says 7 heads"), ({"hidden_act": "relu"}, "relu; SigLIP has gelu")]
+)
+def test_a_configuration_that_cannot_be_is_refused(tmp_path: Path, setting: dict[str, object], message: str) -> None:
+    path = save(tmp_path / "model.safetensors", siglip_layouts(siglip_tensors())["vision"])
+    (tmp_path / "config.json").write_text(json.dumps({**siglip_config_json(), **setting}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        load_siglip(path, CPU)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.safetensors", siglip_layouts(siglip_tensors())["vision"])
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_siglip(path, CPU)
