@@ -31,12 +31,12 @@ class JointAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_added_q = RMSNorm(dim // num_heads, eps)
         self.norm_added_k = RMSNorm(dim // num_heads, eps)
-        self.add_q_proj = nn.Linear(dim, dim)
-        self.add_k_proj = nn.Linear(dim, dim)
+        self.add_k_proj = nn.Linear(dim, dim)  # in the order of the released code, which that of a LoRA's tensors follows
         self.add_v_proj = nn.Linear(dim, dim)
+        self.add_q_proj = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim)
 
     def forward(self, video: Tensor, text: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
