@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 # name -> the module that knows its files, with `identify`; Wan's is asked last, as it also knows files of no family
-FAMILIES = {"hunyuan_video": "hunyuan_model.checkpoints", "wan": "wan.checkpoints"}
+FAMILIES = {"framepack": "frame_pack.checkpoints", "hunyuan_video": "hunyuan_model.checkpoints", "wan": "wan.checkpoints"}
 
 
 def identify(path: Path) -> str | None:

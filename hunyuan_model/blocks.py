@@ -26,7 +26,7 @@ class Tokens:
     """What the blocks need beside the tokens x: B L+T C, the video first. Built once a forward pass."""
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
-    rotary: Tensor  # turns by position of the video tokens, L 1 D/2 2; text is not turned
+    rotary: Tensor  # turns by position of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not turned
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
     vector: Tensor  # B C float32: timestep, pooled text and guidance, from which every block makes its modulation
     dtype: torch.dtype  # of activations between layers
@@ -35,7 +35,7 @@ class Tokens:
     @property
     def video(self) -> int:
         """L, the number of video tokens."""
-        return len(self.rotary)
+        return self.rotary.shape[-4]
 
 
 class Modulation(nn.Module):
@@ -136,8 +136,7 @@ class MMSingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(tokens.vector)
         qkv, hidden = run(self.linear1, modulated(self.norm(x), shift, scale, tokens.dtype)).split(self.widths, dim=-1)
         q, k, v = heads(qkv, self.num_heads)
-        q, k = _rotate_video(self.q_norm(q), tokens), _rotate_video(self.k_norm(k), tokens)
-        seen = attend(q, k, v, tokens.attention, tokens.lengths).flatten(2)
+        seen = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
         return gated(x, gate, run(self.linear2, torch.cat([seen, gelu(hidden)], dim=-1)))
 
 
@@ -155,6 +154,12 @@ def heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """B L 3C -> query, key and value, each B L N D."""
     query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
     return query, key, value
+
+
+def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens) -> Tensor:
+    """What the tokens see in each other: B L+T C. query, key, value: B L+T N D, normalised, not turned yet."""
+    query, key = _rotate_video(query, tokens), _rotate_video(key, tokens)
+    return attend(query, key, value, tokens.attention, tokens.lengths).flatten(2)
 
 
 def _rotate_video(x: Tensor, tokens: Tokens) -> Tensor:

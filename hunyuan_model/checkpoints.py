@@ -119,6 +119,17 @@ def identify(path: Path) -> str | None:
         return None
 
 
+def describe(checkpoint: Checkpoint) -> str | None:
+    """The same of an open file without prefixes, for another family's error: the name of the model."""
+    relative = _relative(checkpoint)
+    if relative is not None:
+        return relative
+    try:
+        return _name_of(_header(checkpoint).config)
+    except CheckpointError:
+        return None
+
+
 def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
@@ -183,12 +194,7 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> HunyuanVideoCo
 
     dim, in_dim, *patch = shape("img_in.proj.weight", axes=5)
     (head_width,) = shape("double_blocks.0.img_attn_q_norm.weight", axes=1)
-    if dim % head_width or head_width % TABLE_MULTIPLE:
-        raise CheckpointError(
-            f"{path}: width {dim} with heads of {head_width} is no HunyuanVideo transformer. Its heads divide the width and are a "
-            f"multiple of {TABLE_MULTIPLE}.",
-            path,
-        )
+    check_heads(path, dim, head_width, "HunyuanVideo")
     refiner = "txt_in.individual_token_refiner.blocks"
     return HunyuanVideoConfig(
         dim=dim,
@@ -206,6 +212,16 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> HunyuanVideoCo
         patch_size=(patch[0], patch[1], patch[2]),
         has_guidance="guidance_in.mlp.0.weight" in shapes,
     )
+
+
+def check_heads(path: Path, dim: int, head_width: int, name: str) -> None:
+    """Raises CheckpointError where a width cannot be cut into such heads, or these not into the axes of the rotary table."""
+    if dim % head_width or head_width % TABLE_MULTIPLE:
+        raise CheckpointError(
+            f"{path}: width {dim} with heads of {head_width} is no {name} transformer. Its heads divide the width and are a "
+            f"multiple of {TABLE_MULTIPLE}.",
+            path,
+        )
 
 
 def _has_refiner(names: Iterable[str]) -> bool:

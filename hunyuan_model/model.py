@@ -25,9 +25,9 @@ from modules.rope import GridTable, exact_table
 class PatchEmbedding(nn.Module):
     """Latents to tokens on their grid: B in_dim F H W -> B C f h w."""
 
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, in_dim: int, dim: int, patch_size: tuple[int, int, int]) -> None:
         super().__init__()
-        self.proj = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(in_dim, dim, patch_size, patch_size)
 
     def forward(self, noisy: Tensor) -> Tensor:
         return run(self.proj, noisy)
@@ -69,7 +69,7 @@ class HunyuanVideoModel(nn.Module):
         self.config = config
         self.attention = attention
         dim = config.dim
-        self.img_in = PatchEmbedding(config)
+        self.img_in = PatchEmbedding(config.in_dim, dim, config.patch_size)
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
         self.vector_in = PooledTextEmbedding(config)
@@ -130,7 +130,7 @@ class HunyuanVideoModel(nn.Module):
         vector = self.time_in(timesteps) + self.vector_in(clip_l)
         if self.config.has_guidance:
             vector = vector + self.guidance_in(guidance)
-        longest, counts = _real_tokens(llama_mask)
+        longest, counts = real_tokens(llama_mask)
         text = self.txt_in(llama[:, :longest], timesteps, counts, dtype, self.attention)
         rotary = self._rotary.of(grid, noisy.device)
         lengths = None if counts is None else lengths_on([len(rotary) + count for count in counts], noisy.device)
@@ -139,25 +139,33 @@ class HunyuanVideoModel(nn.Module):
 
     def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Tokens B L+T C to velocity B out_dim F H W, float32."""
-        frames, rows, columns = tokens.grid
-        pf, ph, pw = self.config.patch_size
-        patches = self.final_layer(x[:, : tokens.video], tokens).float()
-        return rearrange(
-            patches, "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)", f=frames, h=rows, w=columns, pf=pf, ph=ph, pw=pw
-        )
+        return from_patches(self.final_layer(x[:, : tokens.video], tokens).float(), tokens.grid, self.config.patch_size)
 
     def _check(self, noisy: Tensor, llama: Tensor, llama_mask: Tensor, guidance: Tensor | None) -> None:
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
-        if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
-            raise ValueError(f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}")
-        if llama_mask.shape != llama.shape[:2]:
-            raise ValueError(f"a text mask of {tuple(llama_mask.shape)} for text of {tuple(llama.shape[:2])}")
+        check_sizes(noisy, self.config.patch_size, llama, llama_mask)
         if self.config.has_guidance and guidance is None:
             raise ValueError("the model has a guidance embedding and was given no guidance")
 
 
-def _real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
+def check_sizes(noisy: Tensor, patch_size: tuple[int, int, int], text: Tensor, mask: Tensor) -> None:
+    """Raises ValueError where B C F H W latents cannot be cut into patches, or a B T mask is not that of the text."""
+    if any(size % patch for size, patch in zip(noisy.shape[2:], patch_size, strict=True)):
+        raise ValueError(f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {patch_size}")
+    if mask.shape != text.shape[:2]:
+        raise ValueError(f"a text mask of {tuple(mask.shape)} for text of {tuple(text.shape[:2])}")
+
+
+def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
+    """The values of each token's patch, B L (C pf ph pw), at their places: B C F H W. grid: tokens along frames, rows, columns."""
+    (frames, rows, columns), (pf, ph, pw) = grid, patch_size
+    return rearrange(
+        patches, "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)", f=frames, h=rows, w=columns, pf=pf, ph=ph, pw=pw
+    )
+
+
+def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
     """How many rows of text any sample needs, and how many of these each of the B samples has; None where all have as many.
 
     mask: B T. The padding behind the longest text is cut off rather than masked: attention without a mask is faster and the same.

@@ -4,7 +4,7 @@ Source: the released model code and Kong et al. 2024, arXiv 2412.03603, section 
 """
 # Letters: B batch, T text tokens, N heads, D head width, C = N * D
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -34,16 +34,16 @@ class NumberEmbedding(nn.Module):
         return run_float32(self.mlp[2], functional.silu(hidden))
 
 
-class TextEmbedding(nn.Module):
-    """The mean of a text's states as a vector: B D -> B C float32."""
+class VectorEmbedding(nn.Module):
+    """One vector for each sample, such as the mean of a text's states, as another: B D -> B C float32."""
 
-    def __init__(self, text_dim: int, dim: int) -> None:
+    def __init__(self, width: int, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(text_dim, dim)
+        self.linear_1 = nn.Linear(width, dim)
         self.linear_2 = nn.Linear(dim, dim)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        return run_float32(self.linear_2, functional.silu(run_float32(self.linear_1, pooled)))
+    def forward(self, vector: Tensor) -> Tensor:
+        return run_float32(self.linear_2, functional.silu(run_float32(self.linear_1, vector)))
 
 
 class RefinerBlock(nn.Module):
@@ -84,7 +84,7 @@ class TokenRefiner(nn.Module):
         super().__init__()
         self.input_embedder = nn.Linear(config.text_dim, config.dim)
         self.t_embedder = NumberEmbedding(config.freq_dim, config.dim)
-        self.c_embedder = TextEmbedding(config.text_dim, config.dim)
+        self.c_embedder = VectorEmbedding(config.text_dim, config.dim)
         self.individual_token_refiner = IndividualTokenRefiner(config)
 
     def forward(
@@ -99,16 +99,23 @@ class TokenRefiner(nn.Module):
 
         text: B T text_dim. timesteps: B, 0..1000. counts: how many of the T tokens of each sample are real; None: all.
         """
-        vector = self.t_embedder(timesteps) + self.c_embedder(_mean(text, counts))
-        # an empty text still has a key, or its rows would have nothing to look at
-        lengths = None if counts is None else lengths_on([max(1, count) for count in counts], text.device)
+        vector = self.t_embedder(timesteps) + self.c_embedder(mean_text(text, counts))
         x = run(self.input_embedder, text).to(dtype)
-        for block in self.individual_token_refiner.blocks:
-            x = block(x, vector, lengths, attention)
-        return x
+        return refined(x, self.individual_token_refiner.blocks, vector, counts, attention)
 
 
-def _mean(text: Tensor, counts: Sequence[int] | None) -> Tensor:
+def refined(
+    x: Tensor, blocks: Iterable[nn.Module], vector: Tensor, counts: Sequence[int] | None, attention: AttentionChoice
+) -> Tensor:
+    """Text tokens B T C after the refiner's blocks. vector: B C float32; counts: as for `TokenRefiner.forward`."""
+    # an empty text still has a key, or its rows would have nothing to look at
+    lengths = None if counts is None else lengths_on([max(1, count) for count in counts], x.device)
+    for block in blocks:
+        x = block(x, vector, lengths, attention)
+    return x
+
+
+def mean_text(text: Tensor, counts: Sequence[int] | None) -> Tensor:
     """The mean of the real rows of B T D: B D float32; zeros for an empty text."""
     if counts is None:
         return text.float().mean(dim=1)

@@ -4,19 +4,25 @@ Source: Su et al. 2021, arXiv 2104.09864; split over the axes of a video as the 
 """
 # Letters: B batch, L tokens, N heads, D head width
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+Layout = TypeVar("Layout", bound=Hashable)
 THETA = 10000.0  # base of the frequencies, as trained
 
 
 def axis_angles(length: int, width: int, theta: float = THETA, dtype: torch.dtype = torch.float64) -> Tensor:
     """Angles of positions 0, 1, ... of one axis: length x width/2. width: channels that belong to the axis, even."""
-    frequencies = theta ** -(torch.arange(0, width, 2, dtype=dtype) / width)
-    return torch.outer(torch.arange(length, dtype=dtype), frequencies)
+    return angles_at(torch.arange(length, dtype=dtype), width, theta)
+
+
+def angles_at(positions: Tensor, width: int, theta: float = THETA) -> Tensor:
+    """The same of any positions on the axis: n -> n x width/2, in their dtype."""
+    frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
+    return torch.outer(positions, frequencies)
 
 
 def grid_angles(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -24,12 +30,20 @@ def grid_angles(sizes: Sequence[int], widths: Sequence[int], theta: float = THET
 
     sizes: positions along each axis (frames, rows, columns). widths: channels of each axis, together D.
     """
-    columns = []
-    for axis, (size, width) in enumerate(zip(sizes, widths, strict=True)):
-        shape = [1] * len(sizes) + [width // 2]
-        shape[axis] = size
-        columns.append(axis_angles(size, width, theta, dtype).view(shape).expand(*sizes, width // 2))
-    return torch.cat(columns, dim=-1).reshape(math.prod(sizes), -1)
+    return on_grid([axis_angles(size, width, theta, dtype) for size, width in zip(sizes, widths, strict=True)])
+
+
+def on_grid(axes: Sequence[Tensor]) -> Tensor:
+    """What belongs to the positions of each axis, given to the tokens of a grid in row-major order, the axes' pairs side by side.
+
+    axes: each n W/2 ..., n the positions along it, W its channels. Returns L D/2 ...
+    """
+    sizes, columns = [len(one) for one in axes], []
+    for axis, one in enumerate(axes):
+        shape = [1] * len(axes) + list(one.shape[1:])
+        shape[axis] = sizes[axis]
+        columns.append(one.view(shape).expand(*sizes, *one.shape[1:]))
+    return torch.cat(columns, dim=len(axes)).flatten(0, len(axes) - 1)
 
 
 def exact_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA) -> Tensor:
@@ -50,15 +64,15 @@ def _turns(angles: Tensor) -> Tensor:
 TABLES = {"default": exact_table, "comfy": float32_table}  # values of --rope_func
 
 
-class GridTable:
+class GridTable(Generic[Layout]):
     """A table kept for the last grid that was asked for: every step of a run has the same."""
 
-    def __init__(self, make: Callable[[tuple[int, int, int]], Tensor]) -> None:
-        """make: from the tokens along frames, rows and columns."""
+    def __init__(self, make: Callable[[Layout], Tensor]) -> None:
+        """make: from what says where the tokens are, such as their numbers along frames, rows and columns."""
         self._make = make
-        self._last: tuple[tuple[int, int, int], Tensor] | None = None
+        self._last: tuple[Layout, Tensor] | None = None
 
-    def of(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    def of(self, grid: Layout, device: torch.device) -> Tensor:
         """The table of that grid on that device."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # a table made for a sample also serves the next training step

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "frame_pack": {"modules", "hunyuan_model"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "training": {"modules", "networks", "dataset", "generation"},
-    "families": {"wan", "hunyuan_model"},
+    "families": {"wan", "hunyuan_model", "frame_pack"},
 }
 LIGHT_FILES = {"modules/options.py", "modules/command.py", "modules/errors.py", "generation/prompt_lines.py", "dataset/config.py"}
 HEAVY = ("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops")

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import frame_pack.checkpoints
 import hunyuan_model.checkpoints
 import hunyuan_model.family
+import tests.frame_pack.making as framepack_making
 import tests.hunyuan_model.making as hunyuan_making
 import tests.wan.making as wan_making
 import wan.checkpoints
@@ -18,7 +20,7 @@ import wan.family
 from modules.activation import checkpoint_blocks
 from modules.family import DitSpec
 from modules.records import Placement
-from tests.tiny import hunyuan_dit, wan_dit
+from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 
 CPU = Placement(torch.device("cpu"))
 PLAIN_FP8 = 0.07  # float8_e4m3fn has three digits of mantissa
@@ -63,6 +65,15 @@ TRANSFORMERS = {
         hunyuan_dit.write_dit,
         hunyuan_model.checkpoints.load_dit,
         hunyuan_dit.FP8_DIALECTS,
+    ),
+    "framepack": Transformer(
+        frame_pack.checkpoints.DIT,
+        lambda _: framepack_making.tiny_model(),
+        lambda _: framepack_making.tiny_inputs(),
+        lambda _: framepack_dit.tiny_state(),
+        framepack_dit.write_dit,
+        frame_pack.checkpoints.load_dit,
+        framepack_dit.FP8_DIALECTS,
     ),
 }
 FP8_FILES = [(name, dialect) for name, each in TRANSFORMERS.items() for dialect in each.fp8_dialects]

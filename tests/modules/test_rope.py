@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modules.rope import TABLES, GridTable, axis_angles, exact_table, grid_angles, rotate
+from modules.rope import TABLES, GridTable, angles_at, axis_angles, exact_table, grid_angles, rotate
 from tests.golden_cases import read_case
 
 WIDTHS = (44, 42, 42)  # frames, rows, columns of a Wan head of 128
@@ -21,6 +21,15 @@ def test_angles_are_position_times_falling_frequency() -> None:
     assert angles.dtype == torch.float64
     assert angles[1, 0] == 1
     assert angles[1000, 3] == pytest.approx(1000 * 10000 ** (-6 / 42), rel=1e-12)
+
+
+def test_positions_need_be_neither_counted_nor_whole() -> None:
+    positions = torch.tensor([7.0, 0.0, 2.5, -1.0], dtype=torch.float64)
+
+    angles = angles_at(positions, 42)
+
+    assert torch.equal(angles[:2], axis_angles(8, 42)[[7, 0]])
+    torch.testing.assert_close(angles[2:], positions[2:, None] * axis_angles(2, 42)[1], rtol=1e-15, atol=0)
 
 
 def test_tokens_run_through_columns_first_then_rows_then_frames() -> None:

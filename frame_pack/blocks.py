@@ -1,0 +1,184 @@
+"""The blocks of HunyuanVideo as FramePack's files have them: query, key and value apart, under diffusers' names.
+
+What they compute, and in which dtype, is as in `hunyuan_model.blocks` and `hunyuan_model.token_refiner`, where the parts come from.
+Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
+"""
+# Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from hunyuan_model.blocks import Modulation, Tokens, attend_turned, gated, gelu, modulated
+from modules.attention import attend
+from modules.attention_lengths import Lengths
+from modules.attention_options import AttentionChoice
+from modules.norms import Float32LayerNorm, RMSNorm
+from modules.precision import run
+from modules.rope import rotate
+
+
+class JointAttention(nn.Module):
+    """Latent tokens, and those of image and text with weights of their own, attend to each other."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_q = RMSNorm(dim // num_heads, eps)
+        self.norm_k = RMSNorm(dim // num_heads, eps)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_added_q = RMSNorm(dim // num_heads, eps)
+        self.norm_added_k = RMSNorm(dim // num_heads, eps)
+        self.add_k_proj = nn.Linear(dim, dim)  # in the order of the released code, which that of a LoRA's tensors follows
+        self.add_v_proj = nn.Linear(dim, dim)
+        self.add_q_proj = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_add_out = nn.Linear(dim, dim)
+
+    def forward(self, video: Tensor, text: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        # video: B L C    text: B T C    returned in the same two
+        q = rotate(self.norm_q(heads(self.to_q, video, self.num_heads)), tokens.rotary)
+        k = rotate(self.norm_k(heads(self.to_k, video, self.num_heads)), tokens.rotary)
+        q = torch.cat([q, self.norm_added_q(heads(self.add_q_proj, text, self.num_heads))], dim=1)  # B L+T N D
+        k = torch.cat([k, self.norm_added_k(heads(self.add_k_proj, text, self.num_heads))], dim=1)
+        v = torch.cat([heads(self.to_v, video, self.num_heads), heads(self.add_v_proj, text, self.num_heads)], dim=1)
+        seen = attend(q, k, v, tokens.attention, tokens.lengths).flatten(2)
+        return run(self.to_out[0], seen[:, : tokens.video]), run(self.to_add_out, seen[:, tokens.video :])
+
+
+class SingleAttention(nn.Module):
+    """All tokens attend to each other through the same weights; the block projects what they see."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_q = RMSNorm(dim // num_heads, eps)
+        self.norm_k = RMSNorm(dim // num_heads, eps)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        # x: B L+T C
+        q, k = self.norm_q(heads(self.to_q, x, self.num_heads)), self.norm_k(heads(self.to_k, x, self.num_heads))
+        return attend_turned(q, k, heads(self.to_v, x, self.num_heads), tokens)
+
+
+class RefinerAttention(nn.Module):
+    """Text tokens attend to each other, without positions."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
+        # x: B T C
+        q, k, v = (heads(layer, x, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v))
+        return run(self.to_out[0], attend(q, k, v, attention, lengths).flatten(2))
+
+
+class Projection(nn.Module):
+    """The first layer of a feed-forward, under its name in the files."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run(self.proj, x)
+
+
+class FeedForward(nn.Module):
+    """Two layers with an activation between them."""
+
+    def __init__(self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        # the second is dropout in the released code and has no weights
+        self.net = nn.ModuleList([Projection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
+        self._activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run(self.net[2], self._activation(self.net[0](x)))
+
+
+class HunyuanVideoTransformerBlock(nn.Module):
+    """Latents on one side, image and text on the other have weights of their own and share one attention."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.layer_norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
+        self.norm1 = Modulation(dim, 6)
+        self.norm1_context = Modulation(dim, 6)
+        self.attn = JointAttention(dim, num_heads, eps)
+        self.ff = FeedForward(dim, ffn_dim, gelu)
+        self.ff_context = FeedForward(dim, ffn_dim, gelu)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        # x: B L+T C
+        video, text = x[:, : tokens.video], x[:, tokens.video :]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(tokens.vector)
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.norm1_context(tokens.vector)
+        seen, text_seen = self.attn(
+            modulated(self.layer_norm(video), shift1, scale1, tokens.dtype),
+            modulated(self.layer_norm(text), text_shift1, text_scale1, tokens.dtype),
+            tokens,
+        )
+        text = gated(text, text_gate1, text_seen)
+        text = self.feed_forward(text, self.ff_context, text_shift2, text_scale2, text_gate2, tokens.dtype)
+        # the dear one last: where it is computed in pieces, a block is computed again up to here only
+        video = self.feed_forward(gated(video, gate1, seen), self.ff, shift2, scale2, gate2, tokens.dtype)
+        return torch.cat([video, text], dim=1)
+
+    def feed_forward(self, x: Tensor, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        """The last branch of a stream, added to x: B L C. Each token is treated by itself. shift, scale, gate: B 1 C float32."""
+        return gated(x, gate, ff(modulated(self.layer_norm(x), shift, scale, dtype)))
+
+
+class HunyuanVideoSingleTransformerBlock(nn.Module):
+    """All tokens pass through the same weights; attention and feed-forward stand side by side."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.layer_norm = Float32LayerNorm(dim, eps)
+        self.norm = Modulation(dim, 3)
+        self.attn = SingleAttention(dim, num_heads, eps)
+        self.proj_mlp = nn.Linear(dim, ffn_dim)
+        self.proj_out = nn.Linear(dim + ffn_dim, dim)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        # x: B L+T C
+        shift, scale, gate = self.norm(tokens.vector)
+        h = modulated(self.layer_norm(x), shift, scale, tokens.dtype)
+        seen = self.attn(h, tokens)
+        return gated(x, gate, run(self.proj_out, torch.cat([seen, gelu(run(self.proj_mlp, h))], dim=-1)))
+
+
+class RefinerBlock(nn.Module):
+    """Self-attention and feed-forward among text tokens. Timestep and mean text only gate the two branches."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = Float32LayerNorm(dim, eps, affine=True)
+        self.attn = RefinerAttention(dim, num_heads)
+        self.norm2 = Float32LayerNorm(dim, eps, affine=True)
+        self.ff = FeedForward(dim, ffn_dim, functional.silu)
+        self.norm_out = Modulation(dim, 2)
+
+    def forward(self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
+        # x: B T C    vector: B C float32
+        gate1, gate2 = self.norm_out(vector)
+        x = gated(x, gate1, self.attn(self.norm1(x).to(x.dtype), lengths, attention))
+        return gated(x, gate2, self.ff(self.norm2(x).to(x.dtype)))
+
+
+def heads(layer: nn.Linear, x: Tensor, num_heads: int) -> Tensor:
+    """What the layer makes of B L C, cut into heads: B L N D."""
+    return run(layer, x).unflatten(-1, (num_heads, -1))

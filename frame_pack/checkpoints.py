@@ -1,0 +1,116 @@
+"""Files that hold a FramePack transformer: what a file is, and loading one."""
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+
+import hunyuan_model.checkpoints as hunyuan
+from frame_pack.configs import FramePackConfig
+from frame_pack.model import FramePackModel
+from modules.checkpoint import Checkpoint, open_checkpoint, plain_sources
+from modules.devices import dtype_name
+from modules.dialects import count, other_kind
+from modules.dit_files import DitHeader, bare_names, fill_dit, kept_dtype
+from modules.errors import CheckpointError
+from modules.family import DitSpec
+from modules.records import Placement
+
+logger = logging.getLogger(__name__)
+
+DIT = DitSpec(
+    block_lists=("transformer_blocks", "single_transformer_blocks"),
+    fp8_exclude=("norm",),  # the modulation's layers too, which are called so
+    input_layers=("x_embedder", "clean_x_embedder", "context_embedder", "image_projection"),
+    token_wise=hunyuan.DIT.token_wise,
+    swap_counts=hunyuan.DIT.swap_counts,
+    # as they compute so; under 1 % of the model
+    keep_float32=("time_text_embed.", "context_embedder.time_text_embed.", "proj_out."),
+)
+WHAT = "a FramePack transformer"  # FramePack and FramePack-F1 have the same tensors; nothing in a file tells one from the other
+FEED_FORWARD = "transformer_blocks.0.ff.net.0.proj.weight"
+MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # what HunyuanVideo does not have
+
+
+def read_dit_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
+    """Dimensions and dtype of an open file. Raises CheckpointError where it is no FramePack transformer."""
+    return _header(bare_names(checkpoint))
+
+
+def identify(path: Path) -> str | None:
+    """What a file is, where it is a transformer of this family; None where it is not."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            _header(bare_names(checkpoint))
+            return f"it is {WHAT} (--dit)"
+    except CheckpointError:
+        return None
+
+
+def load_dit(path: Path, placement: Placement) -> FramePackModel:
+    """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
+
+    path: a safetensors file, or a folder of shards or its index. dtype: see `modules.dit_files.kept_dtype` and `fill_dit`. The
+    embeddings of timestep, guidance and pooled text and the last layer are kept in float32. `placement.patch` is given the
+    published parameter names.
+    Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.
+    """
+    with open_checkpoint(path) as opened:
+        checkpoint = bare_names(opened)
+        header = _header(checkpoint)
+        config, target = header.config, kept_dtype(header.block_dtype, placement)
+        blocks = f"{config.double_blocks} + {config.single_blocks} blocks of width {config.dim}"
+        logger.info("Loading %s: %s, %s, as %s", path, WHAT, blocks, dtype_name(target))
+        with torch.device("meta"):
+            dit = FramePackModel(config, placement.attention)
+        fill_dit(dit, checkpoint, plain_sources(checkpoint), placement, target, DIT, WHAT)
+    return dit
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
+    path, names = checkpoint.path, checkpoint.tensors
+    if not any(mark in names for mark in MARKS):
+        files = "the transformer's checkpoint, such as the folder of FramePackI2V_HY or FramePackI2V_HY_bf16.safetensors,"
+        relative = hunyuan.describe(checkpoint)
+        if relative is None:
+            raise other_kind(checkpoint, WHAT, "--dit", files)
+        raise CheckpointError(f"{path} is not {WHAT}; it looks like {relative}.\n  Give {files} to --dit.", path)
+    config = _config(checkpoint)
+    return DitHeader(config, "official", names[FEED_FORWARD].dtype)
+
+
+def _config(checkpoint: Checkpoint) -> FramePackConfig:
+    path, names = checkpoint.path, checkpoint.tensors
+
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
+        found = names[name].shape if name in names else ()
+        if len(found) != axes:
+            raise CheckpointError(f"{path} is an incomplete FramePack transformer: {name} is not there. Copy it again.", path)
+        return found
+
+    def blocks(start: str) -> int:
+        return count(names, rf"{re.escape(start)}\.\d+")
+
+    dim, in_dim, *patch = shape("x_embedder.proj.weight", axes=5)
+    (head_width,) = shape("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    hunyuan.check_heads(path, dim, head_width, "FramePack")
+    refiner = "context_embedder.token_refiner.refiner_blocks"
+    image_hidden_dim, image_dim = shape("image_projection.up.weight")
+    return FramePackConfig(
+        dim=dim,
+        ffn_dim=shape(FEED_FORWARD)[0],
+        num_heads=dim // head_width,
+        double_blocks=blocks("transformer_blocks"),
+        single_blocks=blocks("single_transformer_blocks"),
+        refiner_blocks=blocks(refiner),
+        refiner_ffn_dim=shape(f"{refiner}.0.ff.net.0.proj.weight")[0],
+        in_dim=in_dim,
+        out_dim=shape("proj_out.weight")[0] // (patch[0] * patch[1] * patch[2]),
+        text_dim=shape("context_embedder.proj_in.weight")[1],
+        pooled_dim=shape("time_text_embed.text_embedder.linear_1.weight")[1],
+        image_dim=image_dim,
+        image_hidden_dim=image_hidden_dim,
+        freq_dim=shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        patch_size=(patch[0], patch[1], patch[2]),
+    )

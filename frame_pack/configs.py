@@ -1,0 +1,31 @@
+"""FramePack as data: the dimensions of its transformer. FramePack and FramePack-F1 have the same."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FramePackConfig:
+    """Dimensions of a FramePack transformer, read off a checkpoint's tensors."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    double_blocks: int
+    single_blocks: int
+    refiner_blocks: int
+    refiner_ffn_dim: int
+    in_dim: int
+    out_dim: int
+    text_dim: int  # width of the language model's states
+    pooled_dim: int  # width of the CLIP text encoder's pooled output
+    image_dim: int  # width of the image encoder's states
+    image_hidden_dim: int  # width between the two layers that make tokens of these
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    rope_theta: float = 256.0
+    eps: float = 1e-6
+
+    @property
+    def kind(self) -> str:
+        """What the model is conditioned on beside the text: always an image."""
+        return "i2v"

@@ -1,0 +1,256 @@
+"""The FramePack transformer, which FramePack-F1 has too. Module names follow the published checkpoints.
+
+HunyuanVideo's, with finished latents in front of the noisy ones, the older the coarser, and image tokens in front of the text.
+Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626. `hunyuan_model.blocks` says what is always float32.
+"""
+# Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
+
+import functools
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from frame_pack.blocks import HunyuanVideoSingleTransformerBlock, HunyuanVideoTransformerBlock, RefinerBlock
+from frame_pack.configs import FramePackConfig
+from frame_pack.positions import Layout, Stretch, rotary_table
+from hunyuan_model.blocks import Modulation, Tokens, modulated
+from hunyuan_model.model import PatchEmbedding, check_sizes, from_patches, real_tokens
+from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refined
+from modules.attention_lengths import lengths_on
+from modules.attention_options import SDPA, AttentionChoice
+from modules.norms import Float32LayerNorm
+from modules.precision import activation_dtype, run, run_float32
+from modules.rope import GridTable
+from modules.sinusoid import sinusoid
+
+
+class ConditionEmbedding(nn.Module):
+    """Timestep, a vector of the text and, where asked for, guidance as one vector: B C float32."""
+
+    def __init__(self, config: FramePackConfig, text_dim: int, has_guidance: bool) -> None:
+        super().__init__()
+        self._freq_dim = config.freq_dim
+        self.timestep_embedder = VectorEmbedding(config.freq_dim, config.dim)
+        if has_guidance:
+            self.guidance_embedder = VectorEmbedding(config.freq_dim, config.dim)
+        self.text_embedder = VectorEmbedding(text_dim, config.dim)
+
+    def forward(self, timesteps: Tensor, text: Tensor, guidance: Tensor | None = None) -> Tensor:
+        # timesteps, guidance: B    text: B text_dim
+        vector = self.timestep_embedder(sinusoid(timesteps, self._freq_dim, torch.float32)) + self.text_embedder(text)
+        return vector if guidance is None else vector + self.guidance_embedder(sinusoid(guidance, self._freq_dim, torch.float32))
+
+
+class Refiner(nn.Module):
+    """The refiner's blocks, under the name that the published checkpoints have for them."""
+
+    def __init__(self, config: FramePackConfig) -> None:
+        super().__init__()
+        sizes = (config.dim, config.refiner_ffn_dim, config.num_heads, config.eps)
+        self.refiner_blocks = nn.ModuleList(RefinerBlock(*sizes) for _ in range(config.refiner_blocks))
+
+
+class TokenRefiner(nn.Module):
+    """States of the language model to text tokens, given the timestep."""
+
+    def __init__(self, config: FramePackConfig) -> None:
+        super().__init__()
+        self.time_text_embed = ConditionEmbedding(config, config.text_dim, has_guidance=False)
+        self.proj_in = nn.Linear(config.text_dim, config.dim)
+        self.token_refiner = Refiner(config)
+
+    def forward(
+        self, text: Tensor, timesteps: Tensor, counts: Sequence[int] | None, dtype: torch.dtype, attention: AttentionChoice
+    ) -> Tensor:
+        """As `hunyuan_model.token_refiner.TokenRefiner.forward`."""
+        vector = self.time_text_embed(timesteps, mean_text(text, counts))
+        return refined(run(self.proj_in, text).to(dtype), self.token_refiner.refiner_blocks, vector, counts, attention)
+
+
+class ImageProjection(nn.Module):
+    """States of the image encoder to tokens: B S image_dim -> B S C."""
+
+    def __init__(self, config: FramePackConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.image_dim, config.image_hidden_dim)
+        self.down = nn.Linear(config.image_hidden_dim, config.dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return run(self.down, functional.silu(run(self.up, image)))
+
+
+class CleanEmbedding(nn.Module):
+    """Finished latents to tokens, by patches as large as those of the noisy ones, twice, or four times as large along each axis."""
+
+    def __init__(self, config: FramePackConfig) -> None:
+        super().__init__()
+
+        def patches(times: int) -> nn.Conv3d:
+            frames, rows, columns = config.patch_size
+            size = (times * frames, times * rows, times * columns)
+            return nn.Conv3d(config.in_dim, config.dim, size, size)
+
+        self.proj, self.proj_2x, self.proj_4x = patches(1), patches(2), patches(4)
+
+    def forward(self, latents: Tensor, times: int) -> Tensor:
+        """B in_dim F H W to B l C. The last patches are filled up with the border's values. times: 1, 2 or 4."""
+        layer = {1: self.proj, 2: self.proj_2x, 4: self.proj_4x}[times]
+        frames, rows, columns = (-size % patch for size, patch in zip(latents.shape[2:], layer.kernel_size, strict=True))
+        padded = functional.pad(latents, (0, columns, 0, rows, 0, frames), mode="replicate")
+        return run(layer, padded).flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Latents with their places: B in_dim F H W and B F."""
+
+    name: str  # as the argument of `FramePackModel.forward` is called
+    latents: Tensor
+    indices: Tensor
+    times: int  # how many patches of the noisy latents one token covers along each axis
+
+
+class FramePackModel(nn.Module):
+    """Predicts the velocity of noisy latents, given finished ones before or after them, an image, and text in two encodings."""
+
+    def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
+        """attention: what `modules.attention.attend` is told."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        self.x_embedder = PatchEmbedding(config.in_dim, dim, config.patch_size)
+        self.clean_x_embedder = CleanEmbedding(config)
+        self.context_embedder = TokenRefiner(config)
+        self.image_projection = ImageProjection(config)
+        self.time_text_embed = ConditionEmbedding(config, config.pooled_dim, has_guidance=True)
+        sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
+        self.transformer_blocks = nn.ModuleList(HunyuanVideoTransformerBlock(*sizes) for _ in range(config.double_blocks))
+        self.single_transformer_blocks = nn.ModuleList(
+            HunyuanVideoSingleTransformerBlock(*sizes) for _ in range(config.single_blocks)
+        )
+        self.layer_norm = Float32LayerNorm(dim, config.eps)
+        self.norm_out = Modulation(dim, 2)
+        frames, rows, columns = config.patch_size
+        self.proj_out = nn.Linear(dim, frames * rows * columns * config.out_dim)
+        width = dim // config.num_heads
+        side = 7 * width // 16  # channels of rows and of columns; frames have an eighth
+        table = functools.partial(rotary_table, widths=(width - 2 * side, side, side), theta=config.rope_theta)
+        self._rotary = GridTable[Layout](table)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the blocks compute in where no autocast says otherwise."""
+        return self.get_parameter("transformer_blocks.0.attn.to_add_out.bias").dtype  # the weight may be in 8 bits
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        llama: Tensor,
+        llama_mask: Tensor,
+        clip_l: Tensor,
+        guidance: Tensor,
+        image_embeddings: Tensor,
+        latent_indices: Tensor,
+        clean_latents: Tensor | None = None,
+        clean_latent_indices: Tensor | None = None,
+        clean_latents_2x: Tensor | None = None,
+        clean_latent_2x_indices: Tensor | None = None,
+        clean_latents_4x: Tensor | None = None,
+        clean_latent_4x_indices: Tensor | None = None,
+        position_scale: float = 1.0,
+        skip_blocks: Set[int] = frozenset(),
+    ) -> Tensor:
+        """Velocity B out_dim F H W in float32.
+
+        noisy: B in_dim F H W. timesteps: B, 0..1000. llama: B T text_dim, states of the language model. llama_mask: B T, true or 1
+        for real tokens, which come first. clip_l: B pooled_dim. guidance: B, 1000 times the scale. image_embeddings: B S image_dim,
+        states of the image encoder. latent_indices: B F integers, where on the frame axis the latents stand.
+        clean_latents and the coarser _2x, _4x: B in_dim n H W with their B n indices; None where there are none of that kind.
+        position_scale: what positions along rows and columns are multiplied by. skip_blocks: blocks that pass their input through,
+        double blocks counted first.
+        Raises ValueError where sizes do not go together.
+        """
+        history = (
+            _given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
+            _given("clean_latents_2x", clean_latents_2x, clean_latent_2x_indices, 2),
+            _given("clean_latents", clean_latents, clean_latent_indices, 1),
+        )
+        given = [*(one for one in history if one is not None), Given("noisy", noisy, latent_indices, 1)]
+        self._check(given, llama, llama_mask)
+        x, tokens = self.embed(given, timesteps, llama, llama_mask, clip_l, guidance, image_embeddings, position_scale)
+        for index, block in enumerate([*self.transformer_blocks, *self.single_transformer_blocks]):
+            if index not in skip_blocks:
+                x = block(x, tokens)
+        return self.unembed(x, tokens)
+
+    def embed(
+        self,
+        given: Sequence[Given],
+        timesteps: Tensor,
+        llama: Tensor,
+        llama_mask: Tensor,
+        clip_l: Tensor,
+        guidance: Tensor,
+        image_embeddings: Tensor,
+        position_scale: float,
+    ) -> tuple[Tensor, Tokens]:
+        """Tokens B L+T C, and what belongs to them. given: latents front to back, the noisy ones last."""
+        noisy = given[-1].latents
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        patches = self.x_embedder(noisy)  # B C f h w
+        grid = (patches.shape[2], patches.shape[3], patches.shape[4])
+        latents = [self.clean_x_embedder(one.latents, one.times).to(dtype) for one in given[:-1]]
+        latents.append(patches.to(dtype).flatten(2).transpose(1, 2))
+        rotary = self._rotary.of(_layout(given, grid, position_scale), noisy.device)
+        vector = self.time_text_embed(timesteps, clip_l, guidance)
+        image = self.image_projection(image_embeddings).to(dtype)
+        longest, counts = real_tokens(llama_mask)
+        text = self.context_embedder(llama[:, :longest], timesteps, counts, dtype, self.attention)
+        before = rotary.shape[-4] + image.shape[1]  # tokens in front of the text
+        lengths = None if counts is None else lengths_on([before + count for count in counts], noisy.device)
+        tokens = Tokens(grid, rotary, lengths, vector, dtype, self.attention)
+        return torch.cat([*latents, image, text], dim=1), tokens
+
+    def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Tokens B L+T C to velocity B out_dim F H W of the noisy latents, float32."""
+        frames, rows, columns = tokens.grid
+        scale, shift = self.norm_out(tokens.vector)
+        noisy = self.layer_norm(x[:, tokens.video - frames * rows * columns : tokens.video])
+        return from_patches(
+            run_float32(self.proj_out, modulated(noisy, shift, scale, torch.float32)), tokens.grid, self.config.patch_size
+        )
+
+    def _check(self, given: Sequence[Given], llama: Tensor, llama_mask: Tensor) -> None:
+        noisy = given[-1].latents
+        check_sizes(noisy, self.config.patch_size, llama, llama_mask)
+        for one in given:
+            batch, channels, frames, *area = one.latents.shape
+            if channels != self.config.in_dim:
+                raise ValueError(f"{one.name} with {channels} channels, the model takes {self.config.in_dim}")
+            if batch != len(noisy) or area != list(noisy.shape[3:]):
+                raise ValueError(f"{one.name} of {tuple(one.latents.shape)} beside noisy latents of {tuple(noisy.shape)}")
+            if one.indices.shape != (batch, frames):
+                raise ValueError(f"indices of {tuple(one.indices.shape)} for {one.name} of {tuple(one.latents.shape)}")
+
+
+def _given(name: str, latents: Tensor | None, indices: Tensor | None, times: int) -> Given | None:
+    if latents is not None and indices is not None:
+        return Given(name, latents, indices, times)
+    if latents is None and indices is None:
+        return None
+    raise ValueError(f"{name} and their indices belong together: one was given without the other")
+
+
+def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) -> Layout:
+    rows: list[list[int]] = torch.cat([one.indices for one in given], dim=1).tolist()  # the device is asked once, not for each kind
+    stretches, start = [], 0
+    for one in given:
+        end = start + one.indices.shape[1]
+        stretches.append(Stretch(tuple(tuple(row[start:end]) for row in rows), one.times))
+        start = end
+    return Layout(tuple(stretches), grid[1], grid[2], scale)

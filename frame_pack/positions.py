@@ -1,0 +1,65 @@
+"""Where FramePack's tokens stand: frames by indices, rows and columns counted; coarse tokens at the mean of those they cover.
+
+Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
+"""
+# Letters: B batch, L latent tokens, D head width
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modules.rope import angles_at, on_grid
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Latents that follow one another in the sequence, embedded by patches of one size."""
+
+    indices: tuple[tuple[int, ...], ...]  # of each of the B samples: where on the frame axis its latents stand
+    coarseness: int  # how many frames, rows and columns of patches one token covers
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that the table of a sequence depends on."""
+
+    stretches: tuple[Stretch, ...]  # front to back
+    rows: int  # patches, before any are taken together
+    columns: int
+    scale: float  # what positions along rows and columns are multiplied by
+
+
+def rotary_table(layout: Layout, widths: Sequence[int], theta: float) -> Tensor:
+    """The turns as (cosine, sine) pairs, float32: L 1 D/2 2 where all samples have the same indices, else B L 1 D/2 2.
+
+    widths: channels for frames, rows, columns, together D.
+    """
+    batch = len(layout.stretches[0].indices)
+    samples = [tuple(stretch.indices[sample] for stretch in layout.stretches) for sample in range(batch)]
+    tables = {indices: _table(layout, indices, widths, theta) for indices in set(samples)}
+    return tables[samples[0]] if len(tables) == 1 else torch.stack([tables[indices] for indices in samples])
+
+
+def _table(layout: Layout, indices: Sequence[Sequence[int]], widths: Sequence[int], theta: float) -> Tensor:
+    """Of one sample: L 1 D/2 2."""
+    rows, columns = (torch.arange(size) * layout.scale for size in (layout.rows, layout.columns))
+    parts = []
+    for stretch, frames in zip(layout.stretches, indices, strict=True):
+        positions = (torch.tensor(frames), rows, columns)
+        parts.append(on_grid([_turns(one, width, theta, stretch.coarseness) for one, width in zip(positions, widths, strict=True)]))
+    return torch.cat(parts).unsqueeze(1)
+
+
+def _turns(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
+    """Turns along one axis: ceil(n / coarseness) x width/2 x 2 float32.
+
+    The mean of cosines and sines, not of positions, as trained: turns of coarse tokens also shrink what they turn. A mean over
+    a cell of the grid is that over the cell's axis, because an axis' turns do not depend on the other axes.
+    """
+    angles = angles_at(positions.double(), width, theta)
+    turns = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    missing = -len(turns) % coarseness
+    turns = torch.cat([turns, turns[-1:].expand(missing, -1, -1)])
+    return turns.unflatten(0, (-1, coarseness)).mean(dim=1).float()

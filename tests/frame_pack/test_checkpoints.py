@@ -1,0 +1,222 @@
+"""Files of FramePack transformers: every dialect, and what is refused."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import families
+import hunyuan_model.checkpoints
+import wan.checkpoints
+from frame_pack.checkpoints import DIT, identify, load_dit, read_dit_header
+from modules.errors import CheckpointError
+from modules.fp8 import linear_weights
+from modules.model_files import read_once
+from modules.records import Placement
+from tests.frame_pack.making import tiny_inputs
+from tests.manifests import tensor_list, write_hollow
+from tests.tiny import hunyuan_dit
+from tests.tiny.framepack_dit import CONFIG, DIALECTS, tiny_state, write_dit
+
+CPU = Placement(torch.device("cpu"))
+META = Placement(torch.device("meta"))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_gives_the_same_weights(tmp_path: Path, dialect: str) -> None:
+    state = tiny_state()
+    path = write_dit(tmp_path, state, dialect)
+
+    loaded = load_dit(path, CPU).state_dict()
+
+    assert read_once(path, read_dit_header).config == CONFIG
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_the_published_file_of_full_size_loads_without_leftovers(tmp_path: Path) -> None:
+    tensors = tensor_list("framepack-dit")
+
+    dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
+
+    parameters = sum(weight.numel() for weight in dit.parameters())
+    assert parameters == sum(math.prod(shape) for _, shape in tensors.values()) == 12874314816
+    assert dit.compute_dtype == torch.bfloat16
+    config = dit.config
+    assert (config.dim, config.num_heads, config.double_blocks, config.single_blocks) == (3072, 24, 20, 40)
+    assert (config.text_dim, config.pooled_dim, config.image_dim, config.refiner_blocks) == (4096, 768, 1152, 2)
+    assert (config.patch_size, config.in_dim, config.out_dim) == ((1, 2, 2), 16, 16)
+
+
+def test_the_published_matrices_in_fp8_load_too(tmp_path: Path) -> None:
+    tensors = {
+        name: ("F8_E4M3" if len(shape) == 2 and "blocks." in name else dtype, shape)
+        for name, (dtype, shape) in tensor_list("framepack-dit").items()
+    }
+
+    dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
+
+    assert dit.compute_dtype == torch.bfloat16
+    assert dit.get_parameter("transformer_blocks.3.attn.to_q.weight").dtype == torch.bfloat16
+
+
+def test_row_scales_are_exact_where_the_stored_numbers_are(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state(), "fp8_row_scale")
+    stored = load_file(path)
+
+    dit = load_dit(path, replace(CPU, compute_dtype=torch.float32))
+
+    name = "single_transformer_blocks.1.proj_mlp"
+    assert torch.equal(dit.get_parameter(f"{name}.weight"), stored[f"{name}.weight"].float() * stored[f"{name}.scale_weight"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [("float32", None, "float32"), ("float16", None, "float16"), ("float32", "bfloat16", "bfloat16")],
+)
+def test_weights_take_the_file_dtype_or_the_one_asked_for(tmp_path: Path, stored: str, asked: str | None, expected: str) -> None:
+    path = write_dit(tmp_path, tiny_state(dtype=getattr(torch, stored)))
+
+    dit = load_dit(path, replace(CPU, compute_dtype=getattr(torch, asked) if asked else None))
+
+    assert dit.compute_dtype == getattr(torch, expected)
+    assert dit.get_parameter("transformer_blocks.0.attn.norm_q.weight").dtype == getattr(torch, expected)
+    assert dit.get_parameter("single_transformer_blocks.0.proj_out.weight").dtype == getattr(torch, expected)
+    for name in (
+        "time_text_embed.guidance_embedder.linear_2",
+        "proj_out",
+        "context_embedder.time_text_embed.text_embedder.linear_1",
+    ):
+        assert dit.get_parameter(f"{name}.weight").dtype == torch.float32  # always computed in float32
+    assert dit(**tiny_inputs()).isfinite().all()
+
+
+def test_a_patch_sees_published_names_and_unrounded_weights(tmp_path: Path) -> None:
+    state, seen = tiny_state(), {}
+
+    def patch(name: str, weight: torch.Tensor) -> torch.Tensor:
+        seen[name] = weight.clone()
+        return weight + 1 if name == "single_transformer_blocks.0.attn.to_v.weight" else weight
+
+    dit = load_dit(write_dit(tmp_path, state, "folder"), replace(CPU, compute_dtype=torch.bfloat16, patch=patch))
+
+    assert seen.keys() == state.keys()
+    assert all(torch.equal(seen[name], state[name]) for name in state)
+    expected = (state["single_transformer_blocks.0.attn.to_v.weight"] + 1).to(torch.bfloat16)
+    assert torch.equal(dit.get_parameter("single_transformer_blocks.0.attn.to_v.weight"), expected)
+
+
+def test_linear_layers_of_blocks_but_those_of_norms_may_be_kept_in_fp8(tmp_path: Path) -> None:
+    dit = load_dit(write_dit(tmp_path, tiny_state()), CPU)
+
+    kept = linear_weights(dit, DIT.block_lists, DIT.fp8_exclude)
+
+    everything = linear_weights(dit, DIT.block_lists)
+    assert {name for name in everything if ".norm" in name} == everything - kept
+    assert len(kept) == 2 * (8 + 4) + 3 * 5
+    assert len(everything - kept) == 2 * 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("manifest", "what"),
+    [
+        ("hunyuanvideo-t2v-dit", "a HunyuanVideo or SkyReels V1 T2V transformer"),
+        ("hunyuanvideo-t2v-dit-comfy", "a HunyuanVideo or SkyReels V1 T2V transformer"),
+        ("hunyuanvideo-t2v-dit-diffusers", "a HunyuanVideo or SkyReels V1 T2V transformer"),
+        ("skyreels-v1-i2v-diffusers", "the SkyReels V1 I2V transformer"),
+        ("hunyuanimage2.1-dit", "a HunyuanImage 2.1 transformer"),
+        ("flux1-dev-dit", "a FLUX transformer"),
+        ("chroma1-dit", "a Chroma transformer"),
+        ("wan2.1-t2v-1.3b", "a Wan transformer"),
+        ("umt5-xxl-comfy", "a T5 encoder"),
+        ("hunyuanvideo-vae", "the HunyuanVideo VAE"),
+        ("clip-vision-h", "a CLIP image encoder"),
+    ],
+)
+def test_another_model_is_refused_by_name(tmp_path: Path, manifest: str, what: str) -> None:
+    path = write_hollow(tmp_path / "other.safetensors", tensor_list(manifest))
+
+    with pytest.raises(CheckpointError, match=f"is not a FramePack transformer; it looks like {what}") as caught:
+        load_dit(path, META)
+
+    assert caught.value.path == path
+    assert "--dit" in str(caught.value)
+
+
+@pytest.mark.parametrize("channels", [33, 20])
+def test_relatives_of_hunyuanvideo_are_refused_too(tmp_path: Path, channels: int) -> None:
+    other = {"img_in.proj.weight": torch.zeros(128, channels, 1, 2, 2)}
+    path = hunyuan_dit.write_dit(tmp_path, hunyuan_dit.tiny_state() | other)
+
+    with pytest.raises(CheckpointError, match="it looks like a HunyuanVideo transformer"):
+        load_dit(path, CPU)
+
+
+def test_a_lora_is_refused_as_one(tmp_path: Path) -> None:
+    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+
+    with pytest.raises(CheckpointError, match="it looks like a LoRA"):
+        load_dit(tmp_path / "x.safetensors", CPU)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_file_says_what_it_is_and_no_other_family_takes_it(tmp_path: Path, dialect: str) -> None:
+    path = write_dit(tmp_path, tiny_state(), dialect)
+
+    assert identify(path) == families.identify(path) == "it is a FramePack transformer (--dit)"
+    with pytest.raises(CheckpointError, match="is a FramePack transformer"):
+        read_once(path, hunyuan_model.checkpoints.read_dit_header)
+    with pytest.raises(CheckpointError, match="is not a Wan2.1 transformer"):
+        read_once(path, wan.checkpoints.read_dit_header)
+
+
+def test_what_is_no_such_file_is_left_to_other_families(tmp_path: Path) -> None:
+    hunyuan = hunyuan_dit.write_dit(tmp_path, hunyuan_dit.tiny_state(), "diffusers")
+
+    assert identify(hunyuan) is None
+    assert families.identify(hunyuan) == "it is a HunyuanVideo or SkyReels V1 T2V transformer (--dit)"
+    assert identify(tmp_path / "nothing.safetensors") is None
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path) -> None:
+    state = tiny_state()
+    for block in (0, 1):
+        del state[f"transformer_blocks.{block}.attn.to_add_out.bias"]
+    state["single_transformer_blocks.1.attn.norm_q.weight"] = torch.zeros(7)
+    state["single_transformer_blocks.0.extra.weight"] = torch.zeros(2)
+
+    with pytest.raises(CheckpointError) as caught:
+        load_dit(write_dit(tmp_path, state), CPU)
+
+    lines = str(caught.value).splitlines()
+    assert "  missing: transformer_blocks.{0..1}.attn.to_add_out.bias" in lines
+    assert "  unexpected: single_transformer_blocks.0.extra.weight" in lines
+    assert "  single_transformer_blocks.1.attn.norm_q.weight: the file has 7, 64 is needed" in lines
+
+
+@pytest.mark.parametrize(
+    "name", ["x_embedder.proj.weight", "image_projection.up.weight", "proj_out.weight", "transformer_blocks.0.ff.net.0.proj.weight"]
+)
+def test_a_file_without_what_tells_its_dimensions_is_incomplete(tmp_path: Path, name: str) -> None:
+    state = tiny_state()
+    del state[name]
+
+    with pytest.raises(CheckpointError, match=f"incomplete FramePack transformer: {name} is not there"):
+        read_once(write_dit(tmp_path, state), read_dit_header)
+
+
+def test_a_folder_that_lacks_a_shard_is_refused(tmp_path: Path) -> None:
+    folder = write_dit(tmp_path, tiny_state(), "folder")
+    (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+
+    with pytest.raises(CheckpointError, match="diffusion_pytorch_model-00002-of-00003.safetensors"):
+        load_dit(folder, CPU)
+
+
+def test_heads_that_cannot_be_rotated_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="width 128 with heads of 16"):
+        read_once(write_dit(tmp_path, tiny_state(num_heads=8)), read_dit_header)

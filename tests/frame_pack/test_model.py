@@ -1,0 +1,247 @@
+"""The FramePack transformer against recorded vectors, against diffusers, and against itself."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from frame_pack.model import FramePackModel
+from hunyuan_model.blocks import Tokens
+from modules.attention_options import SDPA, AttentionChoice
+from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.modules.attention_packages import PACKAGES, put_in
+
+NEAR = 2e-6  # of the largest value: the same formulas in float32, summed in another order
+
+
+def embedded(model: FramePackModel, inputs: dict[str, Any]) -> tuple[Tensor, Tokens]:
+    """What the model hands its first block."""
+    found: list[tuple[Tensor, Tokens]] = []
+    hook = model.transformer_blocks[0].register_forward_pre_hook(lambda _, given: found.append(given))
+    model(**inputs)
+    hook.remove()
+    return found[0]
+
+
+def without(inputs: dict[str, Any], *kinds: str) -> dict[str, Any]:
+    left_out = {name for kind in kinds for name in (kind, CLEAN[kind][1])}
+    return {name: value for name, value in inputs.items() if name not in left_out}
+
+
+@pytest.mark.parametrize(
+    ("stored", "left_out", "scale"),
+    [("out", (), 1.0), ("out_only_1x_clean", ("clean_latents_2x", "clean_latents_4x"), 1.0), ("out_rope_scaled", (), 0.5)],
+)
+def test_forward_equals_the_recorded_output(stored: str, left_out: tuple[str, ...], scale: float) -> None:
+    model, inputs, expected = golden_model()
+
+    velocity = model(**without(inputs, *left_out), position_scale=scale)
+
+    assert velocity.dtype == torch.float32
+    torch.testing.assert_close(velocity, expected[stored], **expected["tolerance"]["out*"])
+    assert (velocity - expected[stored]).abs().max() <= NEAR * expected[stored].abs().max()
+
+
+def test_packed_latents_and_rotary_angles_equal_the_recorded_ones() -> None:
+    model, inputs, expected = golden_model()
+
+    x, tokens = embedded(model, inputs)
+
+    torch.testing.assert_close(x[:, : tokens.video], expected["packed_tokens"], rtol=0, **expected["tolerance"]["packed_tokens"])
+    cosines, sines = expected["rope_freqs"][0].chunk(2, dim=-1)
+    turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-2)
+    torch.testing.assert_close(turns[..., 0], cosines, rtol=0, **expected["tolerance"]["rope_freqs"])
+    torch.testing.assert_close(turns[..., 1], sines, rtol=0, **expected["tolerance"]["rope_freqs"])
+
+
+@pytest.mark.parametrize("size", [(6, 10), (8, 8), (2, 2)])
+@pytest.mark.parametrize("lengths", [(5, 11), (7,), (12, 12), (3, 1, 9)])
+def test_forward_equals_diffusers_with_the_same_weights(lengths: tuple[int, ...], size: tuple[int, int]) -> None:
+    inputs = tiny_inputs(lengths, size=size)
+
+    velocity = tiny_model()(**inputs)
+
+    with torch.no_grad():
+        expected = run_there(in_diffusers(), inputs)
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def test_gradients_equal_those_of_diffusers() -> None:
+    model, theirs, inputs = tiny_model().requires_grad_(True), in_diffusers(), tiny_inputs()
+
+    model(**inputs).square().mean().backward()
+    run_there(theirs, inputs).square().mean().backward()
+
+    parameters = dict(theirs.named_parameters())
+    assert parameters.keys() == dict(model.named_parameters()).keys()
+    for name, ours in model.named_parameters():
+        expected = parameters[name].grad
+        assert ours.grad is not None
+        assert expected is not None
+        # a gradient adds up thousands of products in another order; at a key's bias they cancel
+        assert (ours.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9, name
+
+
+def test_only_the_embedder_of_a_kind_that_is_not_there_gets_no_gradient() -> None:
+    model = tiny_model().requires_grad_(True)
+
+    model(**without(tiny_inputs(), "clean_latents_2x")).square().mean().backward()
+
+    missing = {name for name, weight in model.named_parameters() if weight.grad is None}
+    assert missing == {"clean_x_embedder.proj_2x.weight", "clean_x_embedder.proj_2x.bias"}
+
+
+def test_a_sample_of_a_batch_equals_that_sample_alone_without_its_padding() -> None:
+    model, inputs = tiny_model(), tiny_inputs((5, 11, 0))
+
+    together = model(**inputs)
+
+    for sample, length in enumerate((5, 11, 1)):  # an empty text is a row that nobody sees
+        alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
+        alone |= {name: alone[name][:, :length] for name in ("llama", "llama_mask")}
+        assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
+
+
+def test_samples_of_a_batch_may_stand_at_different_places() -> None:
+    model, inputs = tiny_model(), tiny_inputs((5, 11))
+    for name, value in inputs.items():
+        if name.endswith("indices"):
+            inputs[name] = torch.stack([value[0], value[0] + torch.arange(value.shape[1]) + 1])
+
+    _, tokens = embedded(model, inputs)
+    together = model(**inputs)
+
+    assert tokens.rotary.ndim == 5
+    for sample in range(2):
+        alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
+        assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
+    assert not torch.allclose(model(**tiny_inputs((5, 11)))[1], together[1])
+
+
+@pytest.mark.parametrize("lengths", [(5, 11), (5, 5)])
+def test_what_stands_in_the_padding_does_not_matter(lengths: tuple[int, int]) -> None:
+    model, inputs = tiny_model(), tiny_inputs(lengths)
+    changed = inputs["llama"].clone()
+    for sample, length in enumerate(lengths):
+        changed[sample, length:] = -5
+
+    assert torch.equal(model(**inputs), model(**inputs | {"llama": changed}))
+
+
+def test_attention_has_no_mask_where_all_texts_are_of_one_length() -> None:
+    model = tiny_model()
+
+    _, equal = embedded(model, tiny_inputs((5, 5)))
+    x, different = embedded(model, tiny_inputs((5, 9)))
+
+    assert equal.lengths is None
+    assert x.shape[1] == different.video + 7 + 9
+    assert different.lengths is not None
+    assert different.lengths.counts == (different.video + 7 + 5, different.video + 7 + 9)
+
+
+def test_tokens_are_the_oldest_and_coarsest_first_then_the_noisy_ones() -> None:
+    model, inputs = tiny_model(), tiny_inputs((5,))
+    names = ("clean_latents_4x", "clean_latents_2x", "clean_latents", "noisy")
+    counts = (2 * 1 * 2, 2 * 2 * 3, 2 * 3 * 5, 3 * 3 * 5)  # frames, rows, columns of patches, rounded up
+    before, tokens = embedded(model, inputs)
+    assert tokens.video == sum(counts)
+
+    start = 0
+    for name, count in zip(names, counts, strict=True):
+        after, _ = embedded(model, inputs | {name: inputs[name] + 1})
+        changed = (after != before).any(dim=-1)[0].nonzero().flatten().tolist()
+        assert changed == list(range(start, start + count)), name
+        start += count
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
+def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+    """With stand-ins for the packages."""
+    if mode in PACKAGES:
+        put_in(monkeypatch, mode)
+    model, inputs = tiny_model(), tiny_inputs((5, 11, 0))
+    expected = model(**inputs)
+    model.attention = AttentionChoice(mode.partition(" ")[0], split)
+
+    velocity = model(**inputs)
+
+    assert model.attention != SDPA or mode == "sdpa"
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def test_the_image_and_each_kind_of_finished_latents_count() -> None:
+    model, inputs = tiny_model(), tiny_inputs()
+    plain = model(**inputs)
+
+    for name in ("image_embeddings", "clip_l", "guidance", *CLEAN):
+        assert not torch.allclose(model(**inputs | {name: 2 * inputs[name]}), plain), name
+    for name in CLEAN:
+        assert not torch.allclose(model(**without(inputs, name)), plain), name
+
+
+def test_indices_alone_say_where_latents_stand() -> None:
+    model, inputs, order = tiny_model(), tiny_inputs(), [2, 0, 1]
+    plain = model(**inputs)
+
+    shuffled = inputs | {"noisy": inputs["noisy"][:, :, order]}
+    with_indices = model(**shuffled | {"latent_indices": inputs["latent_indices"][:, order]})
+
+    assert (with_indices - plain[:, :, order]).abs().max() <= NEAR * plain.abs().max()
+    assert (model(**shuffled) - plain[:, :, order]).abs().max() > 0.01 * plain.abs().max()
+
+
+def test_skipped_blocks_pass_their_input_through_double_blocks_counted_first() -> None:
+    model, inputs = tiny_model(), tiny_inputs()
+    x, tokens = embedded(model, inputs)
+    for block in (model.transformer_blocks[1], model.single_transformer_blocks[0], model.single_transformer_blocks[2]):
+        x = block(x, tokens)
+
+    assert torch.equal(model(**inputs, skip_blocks={0, 3}), model.unembed(x, tokens))
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bfloat16_weights_and_bfloat16_autocast_stay_near_float32(how: str) -> None:
+    model, inputs, expected = golden_model()
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        velocity = model(**inputs)
+
+    assert velocity.dtype == torch.float32
+    assert (velocity - expected["out"]).abs().max() <= 0.05 * expected["out"].abs().max()  # eight bits in every layer
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> None:
+    model, inputs = tiny_model(), tiny_inputs()
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        x, tokens = embedded(model, inputs)
+        double, single = model.transformer_blocks[0](x, tokens), model.single_transformer_blocks[0](x, tokens)
+
+    assert {x.dtype, double.dtype, single.dtype, tokens.dtype} == {torch.bfloat16}
+    assert tokens.vector.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noisy": torch.zeros(2, 32, 3, 6, 10)}, "noisy with 32 channels, the model takes 16"),
+        ({"noisy": torch.zeros(2, 16, 3, 5, 10)}, "cannot be cut into patches"),
+        ({"noisy": torch.zeros(2, 16, 4, 6, 10)}, r"indices of \(2, 3\) for noisy of \(2, 16, 4, 6, 10\)"),
+        ({"llama_mask": torch.ones(2, 3)}, r"a text mask of \(2, 3\) for text of \(2, 12\)"),
+        ({"llama_mask": torch.ones(2, 12).cumsum(1) > 3}, "padding stands before real tokens"),
+        ({"clean_latents_2x": torch.zeros(2, 16, 3, 8, 10)}, r"clean_latents_2x of \(2, 16, 3, 8, 10\) beside noisy latents"),
+        ({"clean_latents": torch.zeros(1, 16, 2, 6, 10)}, r"clean_latents of \(1, 16, 2, 6, 10\) beside noisy latents"),
+        ({"clean_latents_4x": None}, "clean_latents_4x and their indices belong together"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model_are_an_error(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**tiny_inputs() | change)
