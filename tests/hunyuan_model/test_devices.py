@@ -55,7 +55,7 @@ def test_the_device_tells_tensors_of_others_apart() -> None:
 def test_the_transformer(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str, same_lengths: bool) -> None:
     """Its conditions may come from the CPU, as caches do."""
     counts = None if same_lengths else [8, 1]
-    monkeypatch.setattr(transformer, "_real_tokens", lambda mask: (8, counts))  # it reads values
+    monkeypatch.setattr(transformer, "real_tokens", lambda mask: (8, counts))  # it reads values
     config = CONFIGS[kind]
     dit = elsewhere(lambda: HunyuanVideoModel(config), dtype)
     conditions: dict[str, Tensor | list[Tensor]] = {

@@ -1,8 +1,9 @@
 """Training with products in fp8 ends where training in bf16 does: the pocket model learns a made-up word through the real training
 code, with the products emulated.
 
-What fp8 adds to the validation loss is the rounding of weights, which the LoRA makes up for in time, and that of activations. On
-the quickstart's clips (16 a step, 40 steps) the loss ends at 0.2780 in bf16 and 0.2789 in fp8.
+What fp8 adds to the validation loss is the rounding of weights, which the LoRA makes up for in time, and that of activations: 1.3 %
+before training, 0.7 and 1.0 % after 24 steps (two seeds). At the quickstart's learning rate rounding of sums alone moves the end
+of a run by more than that; hence a third of it here, and the mean of two seeds.
 """
 
 import dataclasses
@@ -154,11 +155,12 @@ def test_parity_sees_scales_that_are_not_folded_into_the_gradient(
 
 @pytest.mark.slow
 def test_training_in_fp8_ends_where_training_in_bf16_does(tmp_path: Path) -> None:
-    folder = cached(tmp_path, clips=12, validation=4, batch_size=8)
-    options = ("--max_train_steps", 40)
+    folder = cached(tmp_path, clips=16, validation=8, batch_size=8)
+    ends: dict[Product | None, list[float]] = {None: [], emulated_product: []}
+    for seed in (42, 43):
+        for product, found in ends.items():
+            before, after = losses(folder, product, "--max_train_steps", 24, "--seed", seed, "--learning_rate", "1e-3")
+            assert after < 0.9 * before
+            found.append(after)
 
-    before, in_bf16 = losses(folder, None, *options)
-    _, in_fp8 = losses(folder, emulated_product, *options)
-
-    assert in_fp8 == pytest.approx(in_bf16, rel=PARITY)
-    assert in_bf16 < 0.8 * before
+    assert sum(ends[emulated_product]) == pytest.approx(sum(ends[None]), rel=PARITY)  # measured: 0.8 % above
