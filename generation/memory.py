@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from blissful_tuner.guidance import make_guidance, uses_guidance
+from blissful_tuner.guidance import make_guidance
 from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import predictor
 from generation.noise import SeededNoise
@@ -24,7 +24,7 @@ from generation.prompt_lines import (
 )
 from generation.request import make_request
 from generation.sections import on_device
-from generation.session import NO_ENCODERS, encode_inputs
+from generation.session import NO_ENCODERS, encode_inputs, encoded, texts_of, wanted_texts
 from modules.dry_run import (
     ACCELERATOR,
     WEIGHTS,
@@ -60,6 +60,7 @@ from modules.memory_plan import (
     workspace,
 )
 from modules.records import Conditions, EncodedPrompts, Placement, Prompt, Request
+from modules.speed_options import swapping
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +103,9 @@ def predict(family: Family, options: GenerationOptions, request: Request, device
 
 def rehearse_texts(family: Family, request: Request, extra: Part) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
     """A phase for each text encoder, and what they make of the prompts, without content."""
-    prompts = family.prompts(request)
-    if not uses_guidance(request):
-        prompts = {section: replace(texts, negative=None) for section, texts in prompts.items()}
-    wanted = [text for each in prompts.values() for text in (each.positive, each.negative, each.blank) if text is not None]
+    wanted = wanted_texts(family, request)
     phases: list[Phase] = []
-    outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in wanted}
+    outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
     for encoder in family.text_encoders():
         encoder.load(META)
         with dry_run() as ledger, torch.no_grad():
@@ -118,10 +116,7 @@ def rehearse_texts(family: Family, request: Request, extra: Part) -> tuple[list[
         for text, conditions in zip(outputs, found, strict=True):
             outputs[text].update(solid(conditions))
 
-    def of(text: Prompt | None) -> Conditions | None:
-        return None if text is None else outputs[text]
-
-    return phases, {key: EncodedPrompts(outputs[each.positive], of(each.negative), of(each.blank)) for key, each in prompts.items()}
+    return phases, {section: encoded(prompts, outputs) for section, prompts in wanted.items()}
 
 
 def rehearse_inputs(family: Family, request: Request, extra: Part) -> tuple[Phase | None, Mapping[int, Conditions]]:
@@ -308,5 +303,4 @@ def resolved(family: Family, options: GenerationOptions, device: torch.device) -
 
 def with_swap(options: GenerationOptions, blocks: int) -> GenerationOptions:
     """The options with a number of blocks to swap."""
-    speed = options.speed
-    return replace(options, speed=replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks)))
+    return replace(options, speed=swapping(options.speed, blocks))

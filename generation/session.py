@@ -49,8 +49,8 @@ def encode_texts_with(
 
     keep: leave the encoders loaded on the CPU.
     """
-    wanted = [_wanted_texts(family, request) for request in requests]
-    new = [text for text in dict.fromkeys(_texts_of(wanted)) if text not in known]
+    wanted = [wanted_texts(family, request) for request in requests]
+    new = [text for text in dict.fromkeys(texts_of(wanted)) if text not in known]
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
     for encoder in encoders if new else ():
         with _at_work(encoder, device, keep), torch.no_grad():
@@ -58,7 +58,7 @@ def encode_texts_with(
                 (conditions,) = encoder.encode([text])
                 outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
     known.update(outputs)  # only now: an interrupted text is not known by half
-    return [{section: _encoded(prompts, known) for section, prompts in by_section.items()} for by_section in wanted]
+    return [{section: encoded(prompts, known) for section, prompts in by_section.items()} for by_section in wanted]
 
 
 def encode_inputs(family: Family, encoders: MediaEncoders, requests: Sequence[Request]) -> list[Mapping[int, Conditions]]:
@@ -141,20 +141,24 @@ class Session:
             free_memory(self.device)
 
 
-def _wanted_texts(family: Family, request: Request) -> Mapping[int, Prompts]:
+def wanted_texts(family: Family, request: Request) -> Mapping[int, Prompts]:
+    """The texts of a request by section; the negative one only where guidance uses it."""
     prompts = family.prompts(request)
     if uses_guidance(request):
         return prompts
     return {section: replace(texts, negative=None) for section, texts in prompts.items()}
 
 
-def _texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
+def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
+    """All of them one after the other, those that are there."""
     for by_section in wanted:
         for prompts in by_section.values():
             yield from (text for text in (prompts.positive, prompts.negative, prompts.blank) if text is not None)
 
 
-def _encoded(prompts: Prompts, known: Texts) -> EncodedPrompts:
+def encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> EncodedPrompts:
+    """What the encoders made of a section's texts."""
+
     def of(text: Prompt | None) -> Conditions | None:
         return None if text is None else known[text]
 

@@ -1,7 +1,8 @@
 """Options that trade speed, memory and exactness, composed: attention, fp8 weights, block swap, compilation."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from modules.attention_options import (
     GenerationAttentionOptions,
@@ -46,6 +47,14 @@ class GenerationSpeedOptions:
     fp16_accumulation: bool
     swap: SwapOptions
     plan: PlanOptions
+
+
+Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
+
+
+def swapping(speed: Speed, blocks: int) -> Speed:
+    """The same options with that number of blocks to swap, as where --blocks_to_swap auto was resolved."""
+    return replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks))
 
 
 def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,8 @@ from modules.token_pieces import compute_in_pieces
 from training.loop_options import LoopOptions
 from training.options import TrainingOptions
 
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
+
 
 def placement_of(options: TrainingOptions, device: torch.device, fp8: Quantisation | None) -> Placement:
     """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""

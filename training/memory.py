@@ -21,6 +21,7 @@ from modules.memory_plan import (
     smallest_swap,
     verdict,
 )
+from modules.speed_options import swapping
 from training.feed import Randomness
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
@@ -97,8 +98,7 @@ def prepare_memory(
 
 def with_swap(options: TrainingOptions, blocks: int) -> TrainingOptions:
     """The options with a number of blocks to swap."""
-    speed = options.speed
-    return replace(options, speed=replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks)))
+    return replace(options, speed=swapping(options.speed, blocks))
 
 
 def advice(family: Family, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device) -> list[str]:

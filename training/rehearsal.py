@@ -26,7 +26,7 @@ from modules.dry_run import (
 )
 from modules.family import Family
 from networks.adapter import make_network
-from training.dressing import dress
+from training.dressing import AUTOCAST, dress
 from training.fused_backward import FusedBackward
 from training.gradients import fill_missing_gradients, norm_of_gradients
 from training.loss import Autocast, NoisyBatch, training_loss
@@ -196,7 +196,7 @@ def use_foreach(optimizer: Optimizer) -> None:
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
     """What accelerate makes of --mixed_precision."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options.accelerator.mixed_precision)
+    dtype = AUTOCAST.get(options.accelerator.mixed_precision)
     if dtype is None:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype)

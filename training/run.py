@@ -32,7 +32,7 @@ from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from training.accelerator import make_accelerator
-from training.dressing import dress, placement_of
+from training.dressing import AUTOCAST, dress, placement_of
 from training.evaluation import finished_weights
 from training.feed import Feed, MicroBatches, Randomness
 from training.fused_backward import FusedBackward, check_fused_backward
@@ -58,8 +58,6 @@ from training.upload import Uploads, make_uploads
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
 
 
 @dataclass(frozen=True)
