@@ -10,7 +10,7 @@ import torch
 from dataset.batches import CachingCommands, TrainingItem, read_batch
 from modules.device_memory import MemoryWatch
 from modules.errors import MemoryPlanError, UserError
-from modules.family import Family
+from modules.family import Family, LatentSpec
 from modules.memory_plan import (
     MemoryPlan,
     Room,
@@ -142,7 +142,7 @@ def cheaper(options: TrainingOptions) -> list[tuple[str, TrainingOptions]]:
 
 def smaller(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device) -> list[str]:
     """How far the batch, the clip or the picture has to shrink, with everything else done; the first that fits."""
-    for name, sizes in shrunk(noisy_batch):
+    for name, sizes in shrunk(family.latent, noisy_batch):
         for size, batch in sizes:
             prediction = predict(family, options, batch, device)
             if prediction.device(prediction.most if options.whole_dit is None else prediction.blocks) <= room.usable:
@@ -151,14 +151,16 @@ def smaller(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, r
     return ["no smaller batch, clip or picture was found that fits"]
 
 
-def shrunk(noisy_batch: NoisyBatch) -> list[tuple[str, list[tuple[str, NoisyBatch]]]]:
+def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[tuple[str, NoisyBatch]]]]:
     """Batches of fewer samples, then of fewer frames, then of smaller pictures: latents cut, texts as they are."""
     count, _, frames, height, width = noisy_batch.noise.shape
+    step, vertical, horizontal = latent.stride
+    token = latent.pixel_step // horizontal  # sides are multiples of it
     by_count = [(str(number), cut(noisy_batch, number, frames, height, width)) for number in halved(count)]
-    by_frames = [(str(4 * (number - 1) + 1), cut(noisy_batch, 1, number, height, width)) for number in halved(frames)]
+    by_frames = [(str(step * (number - 1) + 1), cut(noisy_batch, 1, number, height, width)) for number in halved(frames)]
     factors = (0.75, 0.5, 0.375, 0.25)
-    sides = [(2 * max(1, round(height * each / 2)), 2 * max(1, round(width * each / 2))) for each in factors]
-    by_side = [(f"[{8 * columns}, {8 * rows}]", cut(noisy_batch, 1, 1, rows, columns)) for rows, columns in sides]
+    sides = [tuple(token * max(1, round(side * each / token)) for side in (height, width)) for each in factors]
+    by_side = [(f"[{horizontal * columns}, {vertical * rows}]", cut(noisy_batch, 1, 1, rows, columns)) for rows, columns in sides]
     return [("batch_size", by_count), ("target_frames", by_frames), ("resolution", by_side)]
 
 
