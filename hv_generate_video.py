@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from families import identify
 from generation.options import ScriptDefaults, read_generation
+from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS
 from hunyuan_model.options import HunyuanGenerationOptions, add_generation_arguments
 from modules.command import command_line
 
@@ -19,6 +20,7 @@ DEFAULTS = ScriptDefaults(
     media=frozenset({"image_path", "video_path"}),
     joins_guidance=True,
     blocks_to_swap=None,
+    line_options=EMBEDDED_GENERATION_OPTIONS,
 )
 
 

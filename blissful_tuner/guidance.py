@@ -25,7 +25,7 @@ def make_guidance(request: Request, options: GuidanceOptions, num_steps: int) ->
     Raises OptionError where the request's schedule and the options do not go together.
     """
     scales = guidance_scales(request, options, num_steps)
-    combine = with_skipped_layers(plain_cfg, options, num_steps)
+    combine = with_rescaling(with_skipped_layers(plain_cfg, options, num_steps), options.guidance_rescale)
 
     def guide(step: int, predict: Predict, section: Section) -> Tensor:
         scale = scales[step]
@@ -126,6 +126,24 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
         return velocity + options.slg_scale * (positive - skipped)
 
     return uncond if options.slg_mode == "uncond" else original
+
+
+def with_rescaling(inner: Combine, share: float) -> Combine:
+    """Take back, to a share from 0 to 1, what guidance adds to the deviation of the velocity: pictures that are too strong.
+
+    Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
+    """
+    if share == 0:
+        return inner
+
+    def rescaled(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+        velocity = inner(step, scale, predict, section)
+        (positive,) = predict(section.positive)
+        axes = tuple(range(1, velocity.ndim))  # of each sample by itself
+        factor = positive.std(axes, keepdim=True) / velocity.std(axes, keepdim=True)
+        return velocity * (share * factor + (1 - share))
+
+    return rescaled
 
 
 def remembering(predict: Predict) -> Predict:

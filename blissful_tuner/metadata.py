@@ -32,6 +32,7 @@ def output_metadata(request: Request, model: Mapping[str, str], loras: Sequence[
         values["embedded_cfg_scale"] = request.embedded_guidance
     if request.video_path is not None:
         values |= {"video": request.video_path.name, "strength": request.strength}
+    values |= {name: text for name, text in request.extra.items() if not name.endswith("_path")}
     values |= {f"lora_{index}": f"{name}: {multiplier}" for index, (name, multiplier) in enumerate(loras)}
     return {f"bt_{name}": NOT_SET if value is None else str(value) for name, value in values.items()}
 
@@ -41,16 +42,21 @@ def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value.replace("\r\n", "\n").replace("\n", "\\n") for key, value in metadata.items()}
 
 
+def value_in(metadata: Mapping[str, str], name: str) -> str | None:
+    """What a file says under `bt_{name}`, or under `name` as some of the known tools write it; None where it says nothing."""
+    return metadata.get(f"bt_{name}", metadata.get(name))
+
+
 def seed_in(metadata: Mapping[str, str]) -> int:
     """The seed that is stored, 0 where there is none. Not read as a float: that would round seeds above 2^53."""
-    text = metadata.get("bt_seeds", "").strip()
+    text = (value_in(metadata, "seeds") or "").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
 
 
 def frame_rate_in(metadata: Mapping[str, str]) -> float | None:
     """The frame rate that is stored, or None where there is none."""
     try:
-        rate = float(metadata["bt_fps"])
-    except (KeyError, ValueError):
+        rate = float(value_in(metadata, "fps") or "")
+    except ValueError:
         return None
     return rate if 0 < rate < math.inf else None

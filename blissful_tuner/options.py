@@ -25,6 +25,7 @@ class GuidanceOptions:
     slg_scale: float
     slg_start: float  # shares of the steps
     slg_end: float
+    guidance_rescale: float  # share of the deviation added by guidance that is taken back
 
     def __post_init__(self) -> None:
         if self.cfg_skip_mode != "none" and self.cfg_apply_ratio is None:
@@ -36,6 +37,8 @@ class GuidanceOptions:
         for option, share in (("--slg_start", self.slg_start), ("--slg_end", self.slg_end)):
             if not math.isfinite(share):
                 raise OptionError(f"{option} {share}: give a share of the steps from 0 to 1")
+        if not 0 <= self.guidance_rescale <= 1:  # nan too
+            raise OptionError(f"--guidance_rescale {self.guidance_rescale}: give a share from 0 to 1")
         if (self.slg_mode is None) != (self.slg_layers is None):
             given, missing = ("--slg_mode", "--slg_layers") if self.slg_layers is None else ("--slg_layers", "--slg_mode")
             logger.warning("%s is ignored because %s is not given", given, missing)
@@ -56,7 +59,7 @@ class GuidanceOptions:
 
 
 # guidance at every step, nothing else: training samples
-PLAIN_GUIDANCE = GuidanceOptions("none", None, None, None, 3.0, 0.0, 0.3)
+PLAIN_GUIDANCE = GuidanceOptions("none", None, None, None, 3.0, 0.0, 0.3, 0.0)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,11 @@ class FormatOptions:
 
 
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `GuidanceOptions` and --cfg_schedule; guidance ideas that are not built yet are refused."""
+    """Declare the options of `GuidanceOptions` and --cfg_schedule; guidance ideas that are not built yet are refused.
+
+    Scripts that have --guidance_rescale add it by `add_rescale_argument` as well.
+    """
+    parser.set_defaults(guidance_rescale=0.0)
     group = parser.add_argument_group("guidance")
     group.add_argument(
         "--cfg_schedule",
@@ -101,6 +108,12 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     add_unsupported(group, "--cfgzerostar_scaling", action="store_true", reason=later, help="CFG-Zero* scaling")
     add_unsupported(group, "--cfgzerostar_init_steps", type=int, default=-1, reason=later, help="CFG-Zero* zero initialisation")
     add_unsupported(group, "--perp_neg", type=float, default=None, reason=later, help="perpendicular negative guidance")
+
+
+def add_rescale_argument(group: argparse._ArgumentGroup) -> None:
+    """--guidance_rescale, which not all scripts have."""
+    text = "share of the deviation added by guidance that is taken back, 0 to 1: against pictures that are too strong"
+    group.add_argument("--guidance_rescale", type=float, default=0.0, help=text)
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,10 @@ import functools
 import hashlib
 import logging
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +17,9 @@ from torch import Tensor
 from dataset.cache_files import Entry, LatentName, parse_latent_name, part_path, read_entry, text_file_name
 from dataset.cache_records import FileIdentity, LatentRecord, is_unchanged, latent_record, text_records, verify_tensors
 from dataset.captions import read_caption
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.config import SECTION_DEFAULTS, DatasetConfig, DatasetTable
 from dataset.items import bucket_of
+from dataset.planning import options_difference, section_frames
 from modules.errors import CacheError
 from modules.family import LatentSpec
 from modules.records import Batch
@@ -34,6 +37,7 @@ class CachingCommands:
 
 
 NO_COMMANDS = CachingCommands()
+_LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,9 @@ class TrainingItem:
     latent_path: Path
     text_path: Path
     table: DatasetTable
-    bucket: tuple[int, ...]  # width, height in pixels; videos: and frames
+    bucket: tuple[int, ...]  # width, height in pixels; videos: and frames, of a section those that it decodes to
     source_stem: str
-    is_section: bool = False  # a part of a clip whose length the family chose (FramePack)
+    parts: int = 1  # how many files of the same clip are there
     text_keys: frozenset[str] = frozenset()  # what the text file has to hold
 
 
@@ -70,7 +74,12 @@ def find_items(config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_k
         folder = table.cache_directory
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         parsed = [(name, parse_latent_name(name, cache_tag, table.kind)) for name in sorted(names)]
-        found = [_training_item(table, name, what, cache_tag, latent, text_keys) for name, what in parsed if what is not None]
+        parts = Counter(_clip_of(what) for _, what in parsed if what is not None)
+        found = [
+            replace(_training_item(table, name, what, cache_tag, latent, text_keys), parts=parts[_clip_of(what)])
+            for name, what in parsed
+            if what is not None
+        ]
         if not found:
             empty.append(table)
         items += [item for item in found if item.text_path.name in names]
@@ -95,7 +104,7 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
         )
     usable = {item.table.index for item in found.items}
     untexted = sorted({path.parent for path in found.missing_text})
-    faults = [f"{table.name}: no latent cache in {table.cache_directory}" for table in found.empty_tables]
+    faults = [f"{table.name}: no latent cache in {table.cache_directory}{_others_in(table)}" for table in found.empty_tables]
     if not faults and not found.items:
         faults = [f"no text cache in {folder}" for folder in untexted]
     if faults:
@@ -200,12 +209,18 @@ def _training_item(
     bucket: tuple[int, ...] = name.size  # a video's name holds the size after bucketing
     if table.kind == "image":
         bucket = bucket_of(table, name.size, latent.pixel_step, table.cache_directory / file_name)
+    elif name.section is not None:  # of clips of all lengths: what is stacked is equal
+        bucket = (*name.size, section_frames(table.fp_latent_window_size, latent))
     elif name.span is not None:
         bucket = (*name.size, name.span[1])
     folder = table.cache_directory
     text_path = folder / text_file_name(name.stem, tag)
-    is_section = name.section is not None
-    return TrainingItem(Path(file_name).stem, folder / file_name, text_path, table, bucket, name.stem, is_section, text_keys)
+    return TrainingItem(Path(file_name).stem, folder / file_name, text_path, table, bucket, name.stem, text_keys=text_keys)
+
+
+def _clip_of(name: LatentName) -> LatentName:
+    """What all parts of a clip share."""
+    return replace(name, section=None)
 
 
 def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands) -> _ReadItem:
@@ -215,7 +230,11 @@ def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands
         text = read_entry(item.text_path)
         absent = sorted(item.text_keys - text.tensors.keys())
         if absent:
-            raise CacheError(f"{item.text_path}: it is only a part of a text cache, it has no {', '.join(absent)}")
+            maker = text.header.metadata.get("architecture", "")
+            raise CacheError(
+                f"{item.text_path}: it is only a part of a text cache, it has no {', '.join(absent)}"
+                + (f" (made for {maker})" if maker else "")
+            )
         caption = _checked_caption(item, text)
     tensors = {**latents.tensors, **text.tensors}
     return _ReadItem(tensors, frozenset(text.tensors), latents.variable | text.variable, caption)
@@ -236,8 +255,6 @@ def _read_latents(item: TrainingItem, latent: LatentSpec) -> Entry:
     width, height, frames = (*item.bucket, 1)[:3]
     expected = list(latent.shape(frames, height, width)[1:])
     found = list(entry.tensors["latents"].shape)
-    if item.is_section and len(found) == len(expected):
-        expected[1] = found[1]  # its length is the family's window, not the clip's
     if found != expected:
         raise CacheError(
             f"{item.latent_path}: its latents have the shape {_by(found)}, {item.table.name} asks for {_by(expected)}"
@@ -256,6 +273,20 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
     rate = record.options.get("source_fps")
     if item.table.kind == "video" and rate != item.table.source_fps:
         raise CacheError(f"{item.latent_path}: made for source_fps = {rate}, {item.table.name} has {item.table.source_fps}")
+    made_with = {key: value for key, value in record.options.items() if key in SECTION_DEFAULTS}
+    changed = options_difference(made_with, item.table.section_keys, latent)
+    if changed is not None:
+        raise CacheError(f"{item.latent_path}: {changed} in {item.table.name}")
+    if record.parts != item.parts:
+        raise CacheError(f"{item.latent_path}: {record.parts} files of its clip belong together, {item.parts} are there")
+
+
+def _others_in(table: DatasetTable) -> str:
+    """Words about caches in a table's folder that are there and not for this: made for another model, or of another kind."""
+    folder = table.cache_directory
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    other = next((name for name in names if _LATENTS_OF_ANY.search(name)), None)
+    return "" if other is None else f" of {table.kind}s for this model: {other} is for another model, or of something else"
 
 
 @functools.cache  # once in a process for each item: an edit during a run does not end it

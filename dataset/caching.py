@@ -14,7 +14,7 @@ from dataset.cleanup import remove_stale_latents, remove_stale_texts
 from dataset.config import DatasetConfig
 from dataset.latent_caching import LatentEncoding
 from dataset.options import CachingOptions
-from dataset.planning import Plan, Recipe, list_names, plan_all
+from dataset.planning import Plan, Recipe, list_names, media_table, plan_all
 from dataset.reports import CacheReport, Failure, joined
 from dataset.share import Share, joined_processes
 from dataset.sources import find_sources, require_captions
@@ -31,8 +31,12 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
     A source that cannot be read becomes a failure of the report and does not stop the others. The encoders are loaded only when
     there is something to encode. Raises DatasetError, CheckpointError, OutputError.
     """
+    sources = []
+    for table in config.datasets:
+        found = find_sources(table, captions=False)
+        family.check_table(media_table(table, any(source.control for source in found)))
+        sources += found
     recipe = recipe_of(family, options.skip_existing)
-    sources = [source for table in config.datasets for source in find_sources(table, captions=False)]
     existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
     workers = workers_of(options)
     with joined_processes() as share:
@@ -93,7 +97,8 @@ def log_outdated(plans: Sequence[Plan]) -> None:
 
 def recipe_of(family: Family, skip_existing: bool) -> Recipe:
     """How this run makes latents. Asks for the encoders' files."""
-    return Recipe(family.cache_tag, family.media_identity, family.latent, family.defaults.fps, skip_existing)
+    latent, fps = family.latent, family.defaults.fps
+    return Recipe(family.cache_tag, family.media_identity, latent, fps, skip_existing, family.sections_of)
 
 
 def workers_of(options: CachingOptions) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingItem, find_items, read_batch
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.items import decode_source
-from dataset.planning import Plan, Recipe, complete, list_names, names_of, plan_all
+from dataset.planning import Plan, Recipe, complete, list_names, media_table, names_of, plan_all
 from dataset.reports import Failure
 from dataset.source_jobs import decode_ahead, progress
 from dataset.sources import Source, find_sources, missing_captions
@@ -50,11 +50,17 @@ def check_media(family: Family, config: DatasetConfig, workers: int, skip_existi
         encoder, files = dict(family.media_identity), [f"{name}: {value}" for name, value in family.media_identity.items()]
     except OptionError as error:
         encoder, files = {}, [f"caches are not compared: {error}"]
-    recipe = Recipe(family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing)
+    recipe = Recipe(family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, family.sections_of)
     lines, ok = ["Files recognised:", *_indented(files)], True
     batches = 0
     for table in config.datasets:
-        found = _look_at(table, recipe, workers)
+        sources = find_sources(table)
+        try:
+            family.check_table(media_table(table, any(source.control for source in sources)))
+        except DatasetError as error:
+            lines, ok = [*lines, str(error)], False
+            continue
+        found = _look_at(table, sources, recipe, workers)
         captions = missing_captions(found.sources)
         dropped = [Failure.of(plan.source, plan.reason) for plan in found.plans if plan.reason is not None]
         kept = sum(len(plan.kept) for plan in found.plans)
@@ -133,8 +139,7 @@ def check_training(
     return CheckResult((*lines, _verdict(ok)), ok)
 
 
-def _look_at(table: DatasetTable, recipe: Recipe, workers: int) -> _Table:
-    sources = find_sources(table)
+def _look_at(table: DatasetTable, sources: Sequence[Source], recipe: Recipe, workers: int) -> _Table:
     existing = {table.index: list_names(table, recipe.tag)}
     plans, unreadable = plan_all(sources, existing, recipe, workers)
 

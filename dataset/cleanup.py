@@ -22,7 +22,12 @@ def remove_stale_latents(table: DatasetTable, family: Family, names: Container[s
         if name is not None and path.name not in names and name.stem not in failed_stems:
             stale.append(path)
     _remove_leftovers(table, lambda name: parse_latent_name(name, tag, table.kind) is not None)
-    return _remove(stale, lambda header: is_latent_cache(header, family.name))
+    return remove_caches(stale, family.name)
+
+
+def remove_caches(paths: Iterable[Path], architecture: str) -> int:
+    """Remove those of `paths` whose tensor names show that they are latent caches of the family. Returns how many were."""
+    return _remove(paths, lambda header: is_latent_cache(header, architecture))
 
 
 def remove_stale_texts(table: DatasetTable, family: Family, names: Container[str]) -> int:

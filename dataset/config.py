@@ -69,6 +69,12 @@ class DatasetTable:
         """How many control images an image has, where it has any."""
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
 
+    @property
+    def section_keys(self) -> dict[str, Any]:
+        """Those of SECTION_DEFAULTS that are set to something else, as JSON values."""
+        given = {name: getattr(self, name) for name, usual in SECTION_DEFAULTS.items() if getattr(self, name) != usual}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
         """The entry of the metadata list `ss_datasets`. has_control: None means whether there is a control_directory."""
         entry: dict[str, Any] = {
@@ -236,6 +242,8 @@ KEYS: Mapping[str, Key] = {
     "fp_1f_target_index": Key(_whole, "a whole number", None, ("image",)),
     "fp_1f_no_post": Key(_yes_no, _BOOL, False, ("image",)),
 }
+# what else than frames the latents of a family with sections depend on
+SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
 _SOURCES = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,10 @@ from modules.buckets import Size, bucket_sizes, choose_bucket
 from modules.errors import DatasetError, MediaError
 from modules.media import Frame, image_size, read_image, resize_cover, video_frames, video_info
 
+Clip = NDArray[np.uint8]  # F H W C
+
+NO_FRAMES: Clip = np.empty((0, 0, 0, 3), np.uint8)
+GROWTH = 64  # frames that are made room for at a time
 IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 
 
@@ -37,10 +41,11 @@ class DecodedSource:
     source: Source
     size: Size
     bucket: Size
-    frames: tuple[Frame, ...]  # each H W 3; () from `plan_source`
-    control: tuple[tuple[Frame, ...], ...]  # per control image or clip: as many frames; C = 4 where a control image has alpha
+    frames: Clip  # F H W 3; none from `plan_source`
+    control: tuple[Clip, ...]  # per control image or clip: as many frames; C = 4 where a control image has alpha
     spans: tuple[Span, ...]
     reason: str | None  # why there is no span: "12 frames, the shortest of target_frames is 17"
+    alpha: NDArray[np.uint8] | None = None  # H W, of an image that is transparent somewhere
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -49,13 +54,13 @@ class DecodedSource:
         keys = [self.source.stem if is_image else f"{self.source.stem}_{start:05d}-{length:03d}" for start, length in self.spans]
         return tuple(Item(self.source, key, span, self.size, self.bucket) for key, span in zip(keys, self.spans, strict=True))
 
-    def crop(self, span: Span) -> NDArray[np.uint8]:
-        """F H W 3 of a span, copied."""
-        return _stacked(self.frames, span)
+    def crop(self, span: Span) -> Clip:
+        """F H W 3 of a span, not copied."""
+        return _cut(self.frames, span)
 
-    def control_crops(self, span: Span) -> tuple[NDArray[np.uint8], ...]:
-        """F H W C of a span, for each control, copied."""
-        return tuple(_stacked(frames, span) for frames in self.control)
+    def control_crops(self, span: Span) -> tuple[Clip, ...]:
+        """F H W C of a span, for each control, not copied."""
+        return tuple(_cut(frames, span) for frames in self.control)
 
 
 def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
@@ -66,16 +71,17 @@ def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 
     """
     table = source.table
     if table.kind == "image":
-        image = read_image(source.path)
+        image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
         size = (image.shape[1], image.shape[0])
         bucket = bucket_of(table, size, step, source.path)
-        control = tuple(_one_frame(read_image(path, alpha=True), bucket) for path in source.control)
-        return DecodedSource(source, size, bucket, _one_frame(image, bucket), control, IMAGE_SPANS, None)
+        control = tuple(_control_image(read_image(path, alpha=True), bucket) for path in source.control)
+        alpha = None if alpha is None or alpha.min() == 255 else resize_cover(alpha, bucket)
+        return DecodedSource(source, size, bucket, resize_cover(image, bucket)[None], control, IMAGE_SPANS, None, alpha)
     decoded = _kept_frames(source.path, table, fps)
     first = next(decoded)
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, source.path)
-    frames = tuple(resize_cover(frame, bucket) for frame in itertools.chain([first], decoded))
+    frames = _gathered(itertools.chain([first], decoded), bucket, frames_wanted(table))
     found, reason = _spans_or_reason(table, len(frames), frame_step)
     control = tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control) if found else ()
     return DecodedSource(source, size, bucket, frames, control, found, reason)
@@ -90,7 +96,7 @@ def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4)
     table = source.table
     if table.kind == "image":
         size = image_size(source.path)
-        return DecodedSource(source, size, bucket_of(table, size, step, source.path), (), (), IMAGE_SPANS, None)
+        return DecodedSource(source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), IMAGE_SPANS, None)
     info = video_info(source.path)
     size = (info.width, info.height)
     if info.frames is None:
@@ -98,7 +104,7 @@ def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4)
     else:
         kept = len(resample_indices(info.frames, table.source_fps, fps))
     found, reason = _spans_or_reason(table, kept, frame_step)
-    return DecodedSource(source, size, bucket_of(table, size, step, source.path), (), (), found, reason)
+    return DecodedSource(source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason)
 
 
 def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
@@ -135,15 +141,37 @@ def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]
     return itertools.islice(kept, frames_wanted(table))
 
 
-def _one_frame(image: Frame, bucket: Size) -> tuple[Frame, ...]:
-    return (resize_cover(image, bucket),)
+def _gathered(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
+    """The frames at bucket size, one behind the other in one piece of memory that grows as they come: no second copy of a clip."""
+    width, height = bucket
+    clip, count = np.empty((min(wanted or GROWTH, GROWTH), height, width, 3), np.uint8), 0
+    for frame in frames:
+        if count == len(clip):
+            clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)  # nothing else refers to it yet
+        clip[count] = resize_cover(frame, bucket)
+        count += 1
+    clip.resize((count, height, width, 3), refcheck=False)
+    return clip
 
 
-def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num_frames: int) -> tuple[Frame, ...]:
+def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
+    """H W 3, and H W of the fourth channel where there is one."""
+    alpha = image[..., 3] if image.shape[2] == 4 else None
+    return np.ascontiguousarray(image[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
+
+
+def _control_image(image: Frame, bucket: Size) -> Clip:
+    """1 H W C. Transparency is resized apart from the colours, which Pillow would darken by it; generation does not read it so."""
+    colours, alpha = _colours_and_alpha(image)
+    parts = [resize_cover(colours, bucket)] + ([] if alpha is None else [resize_cover(alpha, bucket)[..., None]])
+    return np.concatenate(parts, axis=2)[None]
+
+
+def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num_frames: int) -> Clip:
     """As many control frames as the clip has: a longer one is cut, a shorter one repeats its last frame."""
     kept = itertools.islice(_kept_frames(path, table, fps), num_frames)
-    frames = [resize_cover(frame, bucket) for frame in kept]
-    return (*frames, *[frames[-1]] * (num_frames - len(frames)))
+    frames = _gathered(kept, bucket, num_frames)
+    return np.concatenate([frames, *[frames[-1:]] * (num_frames - len(frames))]) if len(frames) < num_frames else frames
 
 
 def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
@@ -154,6 +182,6 @@ def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[t
     return (), f"{kept} frames{rate}, the shortest of target_frames is {min(table.target_frames)}"
 
 
-def _stacked(frames: tuple[Frame, ...], span: Span) -> NDArray[np.uint8]:
+def _cut(frames: Clip, span: Span) -> Clip:
     start, length = span
-    return np.stack(frames[start : start + length])
+    return frames[start : start + length]

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from dataset.cache_files import FORMAT_VERSION, LatentName, checksum, tensor_name, write_tensors
 from dataset.cache_records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
+from dataset.cleanup import remove_caches
+from dataset.config import DatasetTable
 from dataset.frames import Span, frames_wanted
-from dataset.items import DecodedSource, decode_source
-from dataset.planning import ExistingNames, Names, Plan, Recipe, complete, names_of, paths_of
+from dataset.items import NO_FRAMES, DecodedSource, decode_source
+from dataset.planning import ExistingNames, Names, Plan, Recipe, complete, media_table, names_of, paths_of
 from dataset.prefetch import WriteBehind
 from dataset.reports import Failure
 from dataset.source_jobs import check_memory, decode_ahead, progress
@@ -36,6 +38,12 @@ class Crop:
 
     frames: Tensor  # F H W C uint8
     control: tuple[Tensor, ...]  # each F H W C uint8
+    alpha: Tensor | None  # H W uint8
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it has."""
+        return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)))
 
 
 @dataclass(frozen=True)
@@ -67,32 +75,35 @@ def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
     plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
     missing = plan.missing or ()
     files = tuple(map(identify, paths_of(source))) if missing else ()
-    size_bytes = sum(frame.nbytes for frames in (media.frames, *media.control) for frame in frames)
+    size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
     if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
         return Decoded(plan, media, {}, files, clip)  # overlapping or large: cut one by one when their turn comes
     crops = {span: cut(media, span) for span in missing}
-    return Decoded(plan, dataclasses.replace(media, frames=(), control=()), crops, files, clip)
+    return Decoded(plan, dataclasses.replace(media, frames=NO_FRAMES, control=()), crops, files, clip)
 
 
 def cut(media: DecodedSource, span: Span) -> Crop:
-    """Copy the frames of a span."""
-    return Crop(torch.from_numpy(media.crop(span)), tuple(torch.from_numpy(control) for control in media.control_crops(span)))
+    """The frames of a span, copied unless they are most of the clip: a copy lets go of the rest, else a clip is there once."""
+    alone = 2 * span[1] < len(media.frames)
+    frames, *control = (torch.from_numpy(clip.copy() if alone else clip) for clip in (media.crop(span), *media.control_crops(span)))
+    return Crop(frames, tuple(control), None if media.alpha is None else torch.from_numpy(media.alpha))
 
 
 @dataclass(frozen=True)
 class _Pending:
     """One item that waits for its batch to be full."""
 
-    table_index: int
+    table: DatasetTable
     path: Path  # of its cache file; where a family makes sections, their names differ
     name: LatentName
     span: Span
     record: LatentRecord  # without checksums
     crop: Crop
+    there: Names  # cache files that it has already
 
     @property
     def size_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.crop.frames, *self.crop.control))
+        return sum(tensor.nbytes for tensor in self.crop.tensors)
 
 
 class LatentEncoding:
@@ -123,20 +134,20 @@ class LatentEncoding:
                 if isinstance(result, Failure):
                     self.failures.append(result)
                 else:
-                    self._add(result)
+                    self._add(result, names_of(existing, result.plan.source))
                 del result  # gives its frames back before the next source is waited for
             for group in list(self._pending):
                 self._encode(group)
         self._encoders = None
         free_memory(self._device)
 
-    def _add(self, decoded: Decoded) -> None:
+    def _add(self, decoded: Decoded, there: Names) -> None:
         """Put the missing items of a source into their batches; encode those that are full."""
         plan, table = decoded.plan, decoded.plan.source.table
         self.finished.append(plan)
         for span in plan.missing or ():
-            item = self._item(decoded, span)
-            group = (table.index, *(tensor.shape for tensor in (item.crop.frames, *item.crop.control)))
+            item = self._item(decoded, span, there)
+            group = (table.index, *(tensor.shape for tensor in item.crop.tensors))
             self._pending.setdefault(group, []).append(item)
             if len(self._pending[group]) >= (self._batch_size or table.batch_size):
                 self._encode(group)
@@ -144,18 +155,19 @@ class LatentEncoding:
         if sum(sizes.values()) > PARTIAL_BYTES:
             self._encode(max(sizes, key=lambda group: sizes[group]))
 
-    def _item(self, decoded: Decoded, span: Span) -> _Pending:
+    def _item(self, decoded: Decoded, span: Span, there: Names) -> _Pending:
         source, media, recipe = decoded.plan.source, decoded.media, self._recipe
         is_image = source.table.kind == "image"
         name = LatentName(source.stem, media.size if is_image else media.bucket, None if is_image else span)
         options = recipe.options(source.table, media.size, media.bucket, span)
         return _Pending(
-            table_index=source.table.index,
+            table=source.table,
             path=source.table.cache_directory / name.file_name(recipe.tag),
             name=name,
             span=span,
             record=LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
             crop=decoded.crop(span),
+            there={file: other for file, other in there.items() if (other.size, other.span) == (name.size, name.span)},
         )
 
     def _encode(self, group: tuple[object, ...]) -> None:
@@ -167,17 +179,27 @@ class LatentEncoding:
             keys=tuple(item.path.stem for item in items),
             spans=tuple(item.span for item in items),
             control=tuple(_batched(controls) for controls in zip(*(item.crop.control for item in items), strict=True)),
+            alpha=_all_or_none([item.crop.alpha for item in items]),
+            table=media_table(items[0].table, bool(items[0].crop.control)),
         )
         for item, entries in zip(items, self._family.encode_media(self._encoders, media), strict=True):
-            for entry in entries:
-                name = dataclasses.replace(item.name, section=entry.section)
-                path = item.path.with_name(name.file_name(self._recipe.tag))
-                tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
-                record = dataclasses.replace(item.record, parts=len(entries))
-                self._writer.submit(
-                    partial(write_latents, path, name, record, dataclasses.replace(entry, tensors=tensors), self._family.name)
-                )
-                self.written.add((item.table_index, path.name))
+            self._write(item, entries)
+
+    def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
+        """The files of an item, then without those that it had besides: fewer sections than before, or of other numbers."""
+        names = set()
+        for entry in entries:
+            name = dataclasses.replace(item.name, section=entry.section)
+            path = item.path.with_name(name.file_name(self._recipe.tag))
+            tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+            record = dataclasses.replace(item.record, parts=len(entries))
+            whole = dataclasses.replace(entry, tensors=tensors)
+            self._writer.submit(partial(write_latents, path, name, record, whole, self._family.name))
+            names.add(path.name)
+        self.written |= {(item.table.index, name) for name in names}
+        surplus = [item.path.with_name(name) for name in item.there if name not in names]
+        if surplus:
+            self._writer.submit(partial(remove_caches, surplus, self._family.name))
 
 
 def write_latents(path: Path, name: LatentName, record: LatentRecord, entry: CacheEntry, architecture: str) -> None:
@@ -208,6 +230,12 @@ def without_nan(tensor: Tensor, file: str, key: str) -> Tensor:
 def _batched(tensors: Sequence[Tensor]) -> Tensor:
     """Stacked; a single one is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _all_or_none(alphas: Sequence[Tensor | None]) -> Tensor | None:
+    """Stacked, where the items of a batch have them."""
+    given = [alpha for alpha in alphas if alpha is not None]
+    return _batched(given) if given else None
 
 
 def _clip_facts(media: DecodedSource) -> ClipFacts | None:

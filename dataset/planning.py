@@ -1,23 +1,25 @@
 """Which cache files a source yields, and which of them are still right: decided from records, without decoding where possible."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dataset.cache_files import Entry, LatentName, parse_latent_name, read_entry, read_header
 from dataset.cache_records import ClipFacts, LatentRecord, difference, is_unchanged, latent_record, verify_tensors
-from dataset.config import DatasetTable
+from dataset.config import SECTION_DEFAULTS, DatasetTable
 from dataset.frames import Span, frames_wanted, spans
 from dataset.items import DecodedSource, bucket_of, plan_source
 from dataset.reports import Failure
 from dataset.source_jobs import progress, read_ahead
 from dataset.sources import Source
 from modules.buckets import Size
-from modules.errors import CacheError
+from modules.errors import CacheError, MediaError
 from modules.family import LatentSpec
 from modules.media import image_size
+from modules.records import MediaTable
 
 Names = Mapping[str, LatentName]  # latent cache files of one source: what their names say
 ExistingNames = Mapping[int, Mapping[str, Names]]  # by table index and stem
@@ -32,15 +34,14 @@ class Recipe:
     latent: LatentSpec
     fps: float
     skip_existing: bool  # files without a record count as right where their sizes are
+    sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
 
     def options(self, table: DatasetTable, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
         """What the record of an item says beside the encoders."""
         options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
         if table.kind == "video":
             options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
-        framepack = {"fp_latent_window_size": 9, "fp_1f_clean_indices": None, "fp_1f_target_index": None, "fp_1f_no_post": False}
-        given = {key: getattr(table, key) for key, default in framepack.items() if getattr(table, key) != default}
-        return options | {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+        return options | table.section_keys
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Plan:
     kept: frozenset[str]  # file names that are right
     foreign: int  # how many of them have no record
     missing: tuple[Span, ...] | None  # what is to be encoded; None: only decoding can tell
-    items: tuple[tuple[int, ...], ...] = ()  # width, height and for videos frames of every item, where `missing` is known
+    items: tuple[tuple[int, ...], ...] = ()  # width, height and for videos frames of what training sees, where `missing` is known
     reason: str | None = None  # why there is no item at all
     outdated: str | None = None  # why a file that is there is made again
 
@@ -108,9 +109,10 @@ def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
     if recipe.skip_existing:
         # the header may be wrong about the number of frames, so it counts only where it agrees with the files that are there
         headers = plan_source(source, recipe.fps, recipe.latent.pixel_step, step)
-        plan = compare(source, headers.size, headers.spans, existing, recipe)
-        if plan.kept == existing.keys() and not plan.missing:
-            return plan
+        with contextlib.suppress(MediaError):  # too short for a section, says the header
+            plan = compare(source, headers.size, headers.spans, existing, recipe)
+            if plan.kept == existing.keys() and not plan.missing:
+                return plan
     return Plan(source, frozenset(), 0, None)
 
 
@@ -122,21 +124,33 @@ def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names,
     missing: list[Span] = []
     outdated: str | None = None
     is_image = source.table.kind == "image"
-    wanted = tuple(wanted)
     there = _by_item(existing)
+    items: list[tuple[int, ...]] = []
     for span in wanted:
-        files = there.get((size, None) if is_image else (bucket, span), [])
+        sections = recipe.sections(media_table(source.table), span[1])
+        items += [bucket if is_image else (*bucket, _frames_of(source.table, span, sections, recipe))] * (sections or 1)
+        files = there.get((size, None) if is_image else (bucket, span), {})
         if not files:
             missing.append(span)
             continue
         try:
+            _check_sections(source, files, sections)
             foreign += _check_item(source, size, bucket, span, files, recipe)
             kept |= set(files)
         except CacheError as error:
             missing.append(span)
             outdated = outdated or str(error)
-    items = tuple(bucket if is_image else (*bucket, frames) for _, frames in wanted)
-    return Plan(source, frozenset(kept), foreign, tuple(missing), items, outdated=outdated)
+    return Plan(source, frozenset(kept), foreign, tuple(missing), tuple(items), outdated=outdated)
+
+
+def _frames_of(table: DatasetTable, span: Span, sections: int | None, recipe: Recipe) -> int:
+    """Frames of what training sees: of the whole item, or of one of its sections."""
+    return span[1] if sections is None else section_frames(table.fp_latent_window_size, recipe.latent)
+
+
+def section_frames(window: int, latent: LatentSpec) -> int:
+    """Frames that a section of so many latent frames decodes to."""
+    return (window - 1) * latent.stride[0] + 1
 
 
 def complete(plan: Plan, media: DecodedSource, existing: Names, recipe: Recipe) -> Plan:
@@ -146,15 +160,25 @@ def complete(plan: Plan, media: DecodedSource, existing: Names, recipe: Recipe) 
     return dataclasses.replace(compare(plan.source, media.size, media.spans, existing, recipe), reason=media.reason)
 
 
-def _by_item(existing: Names) -> dict[tuple[Size, Span | None], list[str]]:
-    """The file names of each item, in the order of their sections, by what stands in them."""
-    found: dict[tuple[Size, Span | None], list[str]] = {}
+def _by_item(existing: Names) -> Mapping[tuple[Size, Span | None], Names]:
+    """The files of each item, in the order of their sections, by what stands in their names."""
+    found: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
     for file, name in sorted(existing.items(), key=lambda pair: pair[1].section or 0):
-        found.setdefault((name.size, name.span), []).append(file)
+        found.setdefault((name.size, name.span), {})[file] = name
     return found
 
 
-def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Sequence[str], recipe: Recipe) -> int:
+def _check_sections(source: Source, files: Names, sections: int | None) -> None:
+    """Raise CacheError where the files of an item are not those of all its sections."""
+    expected = [None] if sections is None else list(range(sections))
+    found = [name.section for name in files.values()]
+    if found != expected:
+        path = source.table.cache_directory / next(iter(files))
+        theirs = ", ".join("the whole" if section is None else str(section) for section in found)
+        raise CacheError(f"{path}: sections {theirs} are there, {len(expected)} files belong together")
+
+
+def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe) -> int:
     """Raise CacheError where the files of an item are not what this run would write. Returns how many have no record."""
     foreign = 0
     for file in files:
@@ -162,28 +186,41 @@ def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Seq
         entry = read_entry(path)
         record = latent_record(entry.header)
         if record is None:
-            _check_foreign(entry, bucket, span, recipe)
+            _check_foreign(entry, bucket, span, files[file].section, source.table, recipe)
             foreign += 1
             continue
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} are there")
         expected = recipe.options(source.table, size, bucket, span)
-        changed = difference(record.encoder, recipe.encoder) or difference(record.options, expected) or _changed(source, record)
+        changed = (
+            difference(record.encoder, recipe.encoder)
+            or options_difference(record.options, expected, recipe.latent)
+            or _changed(source, record)
+        )
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
         verify_tensors(entry, record.crc32)
     return foreign
 
 
-def _check_foreign(entry: Entry, bucket: Size, span: Span, recipe: Recipe) -> None:
+def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:
+    """As `difference`, for options of records, in which the usual values of the keys of sections do not stand.
+
+    Where latents do not depend on these keys they are ignored: one dataset may serve several models.
+    """
+    if latent.in_sections:
+        return difference({**SECTION_DEFAULTS, **then}, {**SECTION_DEFAULTS, **now})
+    return difference(*({key: value for key, value in options.items() if key not in SECTION_DEFAULTS} for options in (then, now)))
+
+
+def _check_foreign(entry: Entry, bucket: Size, span: Span, section: int | None, table: DatasetTable, recipe: Recipe) -> None:
     """Raise CacheError where a file made elsewhere is not to be kept."""
     path = entry.header.path
     if not recipe.skip_existing:
         raise CacheError(f"{path}: it has no record of what it was made from")
-    frames, height, width = recipe.latent.shape(span[1], bucket[1], bucket[0])[2:]
-    name = parse_latent_name(path.name, recipe.tag, "video")
-    is_section = name is not None and name.section is not None  # FramePack: as long as its window, not as the clip
-    if not any(grid == (frames, height, width) or (is_section and grid[1:] == (height, width)) for grid in entry.header.grids):
+    length = span[1] if section is None else section_frames(table.fp_latent_window_size, recipe.latent)
+    frames, height, width = recipe.latent.shape(length, bucket[1], bucket[0])[2:]
+    if (frames, height, width) not in entry.header.grids:
         found = ", ".join("x".join(map(str, grid)) for grid in sorted(entry.header.grids)) or "no latents"
         raise CacheError(f"{path}: it holds {found}, this configuration writes {frames}x{height}x{width}")
 
@@ -211,6 +248,20 @@ def _known_clip(source: Source, existing: Names, recipe: Recipe) -> ClipFacts | 
         if same_rate and is_unchanged(record.files[0], source.path):
             known.append(record.clip)
     return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
+
+
+def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
+    """What families are told of a table. has_control: whether its items have control media."""
+    return MediaTable(
+        name=table.name,
+        kind=table.kind,
+        has_control=has_control,
+        target_frames=() if table.kind == "image" or table.frame_extraction == "full" else table.target_frames,
+        window=table.fp_latent_window_size,
+        clean_indices=table.fp_1f_clean_indices or (),
+        target_index=table.fp_1f_target_index,
+        has_post=not table.fp_1f_no_post,
+    )
 
 
 def paths_of(source: Source) -> tuple[Path, ...]:

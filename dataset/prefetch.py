@@ -48,7 +48,7 @@ class WriteBehind:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._waiting: collections.deque[Future[None]] = collections.deque()
+        self._waiting: collections.deque[Future[object]] = collections.deque()
 
     def __enter__(self) -> "WriteBehind":
         return self
@@ -58,7 +58,7 @@ class WriteBehind:
         if error is None:
             self._collect(0)
 
-    def submit(self, write: Callable[[], None]) -> None:
+    def submit(self, write: Callable[[], object]) -> None:
         """Run `write` soon; waits while too many are outstanding."""
         self._collect(WRITES_BEHIND)
         self._waiting.append(self._pool.submit(write))

@@ -1,7 +1,7 @@
 """Files that hold a FramePack transformer: what a file is, and loading one."""
 
 import logging
-import re
+import math
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from frame_pack.configs import FramePackConfig
 from frame_pack.model import FramePackModel
 from modules.checkpoint import Checkpoint, open_checkpoint, plain_sources
 from modules.devices import dtype_name
-from modules.dialects import count, other_kind
+from modules.dialects import DitShapes, other_kind
 from modules.dit_files import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.errors import CheckpointError
 from modules.family import DitSpec
@@ -76,41 +76,30 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
         if relative is None:
             raise other_kind(checkpoint, WHAT, "--dit", files)
         raise CheckpointError(f"{path} is not {WHAT}; it looks like {relative}.\n  Give {files} to --dit.", path)
-    config = _config(checkpoint)
+    config = _config(DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack"))
     return DitHeader(config, "official", names[FEED_FORWARD].dtype)
 
 
-def _config(checkpoint: Checkpoint) -> FramePackConfig:
-    path, names = checkpoint.path, checkpoint.tensors
-
-    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
-        found = names[name].shape if name in names else ()
-        if len(found) != axes:
-            raise CheckpointError(f"{path} is an incomplete FramePack transformer: {name} is not there. Copy it again.", path)
-        return found
-
-    def blocks(start: str) -> int:
-        return count(names, rf"{re.escape(start)}\.\d+")
-
-    dim, in_dim, *patch = shape("x_embedder.proj.weight", axes=5)
-    (head_width,) = shape("transformer_blocks.0.attn.norm_q.weight", axes=1)
-    hunyuan.check_heads(path, dim, head_width, "FramePack")
+def _config(found: DitShapes) -> FramePackConfig:
+    dim, in_dim, patch_size = found.patches("x_embedder.proj.weight")
+    (head_width,) = found.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    hunyuan.check_heads(found.path, dim, head_width, "FramePack")
     refiner = "context_embedder.token_refiner.refiner_blocks"
-    image_hidden_dim, image_dim = shape("image_projection.up.weight")
+    image_hidden_dim, image_dim = found.of("image_projection.up.weight")
     return FramePackConfig(
         dim=dim,
-        ffn_dim=shape(FEED_FORWARD)[0],
+        ffn_dim=found.of(FEED_FORWARD)[0],
         num_heads=dim // head_width,
-        double_blocks=blocks("transformer_blocks"),
-        single_blocks=blocks("single_transformer_blocks"),
-        refiner_blocks=blocks(refiner),
-        refiner_ffn_dim=shape(f"{refiner}.0.ff.net.0.proj.weight")[0],
+        double_blocks=found.blocks("transformer_blocks"),
+        single_blocks=found.blocks("single_transformer_blocks"),
+        refiner_blocks=found.blocks(refiner),
+        refiner_ffn_dim=found.of(f"{refiner}.0.ff.net.0.proj.weight")[0],
         in_dim=in_dim,
-        out_dim=shape("proj_out.weight")[0] // (patch[0] * patch[1] * patch[2]),
-        text_dim=shape("context_embedder.proj_in.weight")[1],
-        pooled_dim=shape("time_text_embed.text_embedder.linear_1.weight")[1],
+        out_dim=found.of("proj_out.weight")[0] // math.prod(patch_size),
+        text_dim=found.of("context_embedder.proj_in.weight")[1],
+        pooled_dim=found.of("time_text_embed.text_embedder.linear_1.weight")[1],
         image_dim=image_dim,
         image_hidden_dim=image_hidden_dim,
-        freq_dim=shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
-        patch_size=(patch[0], patch[1], patch[2]),
+        freq_dim=found.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        patch_size=patch_size,
     )

@@ -17,7 +17,7 @@ from frame_pack.blocks import HunyuanVideoSingleTransformerBlock, HunyuanVideoTr
 from frame_pack.configs import FramePackConfig
 from frame_pack.positions import Layout, Stretch, rotary_table
 from hunyuan_model.blocks import Modulation, Tokens, modulated
-from hunyuan_model.model import PatchEmbedding, check_sizes, from_patches, real_tokens
+from hunyuan_model.model import PatchEmbedding, check_sizes, from_patches, real_tokens, rotary_widths, without_skipped
 from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refined
 from modules.attention_lengths import lengths_on
 from modules.attention_options import SDPA, AttentionChoice
@@ -136,9 +136,8 @@ class FramePackModel(nn.Module):
         self.norm_out = Modulation(dim, 2)
         frames, rows, columns = config.patch_size
         self.proj_out = nn.Linear(dim, frames * rows * columns * config.out_dim)
-        width = dim // config.num_heads
-        side = 7 * width // 16  # channels of rows and of columns; frames have an eighth
-        table = functools.partial(rotary_table, widths=(width - 2 * side, side, side), theta=config.rope_theta)
+        widths = rotary_widths(dim // config.num_heads)
+        table = functools.partial(rotary_table, widths=widths, theta=config.rope_theta)
         self._rotary = GridTable[Layout](table)
 
     @property
@@ -183,9 +182,8 @@ class FramePackModel(nn.Module):
         given = [*(one for one in history if one is not None), Given("noisy", noisy, latent_indices, 1)]
         self._check(given, llama, llama_mask)
         x, tokens = self.embed(given, timesteps, llama, llama_mask, clip_l, guidance, image_embeddings, position_scale)
-        for index, block in enumerate([*self.transformer_blocks, *self.single_transformer_blocks]):
-            if index not in skip_blocks:
-                x = block(x, tokens)
+        for block in without_skipped((self.transformer_blocks, self.single_transformer_blocks), skip_blocks):
+            x = block(x, tokens)
         return self.unembed(x, tokens)
 
     def embed(
@@ -247,7 +245,8 @@ def _given(name: str, latents: Tensor | None, indices: Tensor | None, times: int
 
 
 def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) -> Layout:
-    rows: list[list[int]] = torch.cat([one.indices for one in given], dim=1).tolist()  # the device is asked once, not for each kind
+    # indices on the device would have the host wait for it, once for all kinds
+    rows: list[list[int]] = torch.cat([one.indices for one in given], dim=1).tolist()
     stretches, start = [], 0
     for one in given:
         end = start + one.indices.shape[1]

@@ -39,6 +39,8 @@ def parse_one_frame(text: str) -> OneFrame:
             settings = replace(settings, target_index=_index(value, text))
         elif word == "control_index":
             settings = replace(settings, control_indices=tuple(_index(number, text) for number in value.split(";")))
+        elif item.isdecimal():
+            raise _refused(text, f"{item!r} stands alone: places have a semicolon between them, as control_index=0;10")
         else:
             raise _refused(text, f"{item!r} is none of them")
     return settings

@@ -31,6 +31,15 @@ class Layout:
     scale: float  # what positions along rows and columns are multiplied by
 
 
+def position_scale(timesteps: Tensor, threshold: float | None, factor: float) -> float:
+    """What positions along rows and columns are multiplied by: `factor` from the timestep `threshold` on, where there is one.
+
+    timesteps: B, as the model is fed them; the noisiest decides for all. Squeezed positions keep a model that was trained on
+    small pictures from repeating itself in a large one while it lays it out.
+    """
+    return factor if threshold is not None and float(timesteps.max()) >= threshold else 1.0
+
+
 def rotary_table(layout: Layout, widths: Sequence[int], theta: float) -> Tensor:
     """The turns as (cosine, sine) pairs, float32: L 1 D/2 2 where all samples have the same indices, else B L 1 D/2 2.
 

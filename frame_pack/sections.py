@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
+from modules.fading import cross_fade
 
 FRAMES_PER_SECOND = 30  # what the model was trained with; --fps only labels the file
 LATENT_STRIDE = 4  # frames of a latent frame, but for the first, which holds one
@@ -64,7 +65,7 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
         if sections < 1:
             raise OptionError(f"--video_sections {sections}: a video has at least 1 section.")
         return sections
-    if not (seconds > 0 and math.isfinite(seconds)):
+    if not (seconds > 0 and math.isfinite(seconds * FRAMES_PER_SECOND)):
         raise OptionError(f"--video_seconds {seconds}: give a positive number of seconds.")
     return max(1, round(seconds * FRAMES_PER_SECOND / (LATENT_STRIDE * window)))
 
@@ -179,6 +180,7 @@ class Order:
     seen: Callable[[Tensor, Tensor], CleanLatents]  # start, history -> what the next section sees
     grown: Callable[[Tensor, Tensor], Tensor]  # history, section just made -> history
     video: Callable[[Tensor, Tensor, int], Tensor]  # start, history, latent frames made -> these, the start image first
+    in_front: bool  # each section is played before those made until then
 
 
 def _plan_backwards(sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
@@ -234,8 +236,8 @@ def _video_forwards(_start: Tensor, history: Tensor, made: int) -> Tensor:
 
 
 # --latent_paddings and the end image mean nothing to F1
-ANTI_DRIFTING = Order(_plan_backwards, _begin_backwards, _seen_backwards, _grown_backwards, _video_backwards)
-F1 = Order(_plan_forwards, _begin_forwards, _seen_forwards, _grown_forwards, _video_forwards)
+ANTI_DRIFTING = Order(_plan_backwards, _begin_backwards, _seen_backwards, _grown_backwards, _video_backwards, in_front=True)
+F1 = Order(_plan_forwards, _begin_forwards, _seen_forwards, _grown_forwards, _video_forwards, in_front=False)
 
 
 # The flow shift
@@ -249,10 +251,11 @@ def count_tokens(latent_frames: int, height: int, width: int) -> int:
 def flow_shift_for(tokens: int) -> float:
     """The flow shift of a target of so many tokens: exponential in them, 7 at most.
 
-    The schedule is the even one of `make_schedule("euler", ...)` with this shift.
+    The schedule is that of `make_schedule("unipc-bh1", ...)` with this shift.
     """
     (few, low), (many, high) = _SHIFT_LINE
-    return min(math.exp(low + (high - low) * (tokens - few) / (many - few)), _LARGEST_SHIFT)
+    exponent = low + (high - low) * (tokens - few) / (many - few)
+    return _LARGEST_SHIFT if exponent > math.log(_LARGEST_SHIFT) else math.exp(exponent)
 
 
 # Decoding
@@ -272,16 +275,12 @@ def blend_overlaps(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
     clips: B C F H W in playing order. Yields pieces in playing order; no more than two clips are held at a time.
     Raises ValueError where a clip is too short for its transitions.
     """
-    weights: Tensor | None = None
     tail: Tensor | None = None
     for clip in clips:
         if clip.shape[2] < overlap:
             raise ValueError(f"a clip of {clip.shape[2]} frames cannot overlap by {overlap}")
         if tail is not None:
-            if weights is None:
-                weights = torch.linspace(1, 0, overlap, dtype=torch.float32, device=clip.device).view(1, 1, -1, 1, 1)
-            head = weights * tail.float() + (1 - weights) * clip[:, :, :overlap].float()
-            clip = torch.cat([head.to(clip.dtype), clip[:, :, overlap:]], dim=2)
+            clip = torch.cat([cross_fade(tail, clip[:, :, :overlap]), clip[:, :, overlap:]], dim=2)
         body, tail = clip.tensor_split([clip.shape[2] - overlap], dim=2)
         if body.shape[2]:
             yield body

@@ -3,9 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from math import prod
-from typing import Any
+from operator import sub
 
 import torch
 from torch import Tensor
@@ -16,12 +14,7 @@ from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import predictor
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
-from generation.prompt_lines import (
-    EMBEDDED_GENERATION_OPTIONS,
-    GENERATION_OPTIONS,
-    parse_generation_line,
-    read_generation_lines,
-)
+from generation.prompt_lines import parse_generation_line, read_generation_lines
 from generation.request import make_request
 from generation.sections import on_device
 from generation.session import NO_ENCODERS, encode_inputs, encoded, texts_of, wanted_texts
@@ -48,15 +41,15 @@ from modules.memory_plan import (
     Part,
     Phase,
     Room,
-    chosen_swap,
     dtypes_of,
     gib,
     parts_of,
+    predicted_before_run,
+    present,
     room_on,
-    show,
     smallest_swap,
+    swap_for,
     swaps_of,
-    verdict,
     workspace,
 )
 from modules.records import Conditions, EncodedPrompts, Placement, Prompt, Request
@@ -66,7 +59,15 @@ logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
-CHUNKS = 4  # of a decoded video: by then a VAE that goes from frame to frame holds all it will ever hold
+DECODED = 13  # frames of a video: by then a VAE that goes from frame to frame, four at a time, holds all it will ever hold
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes of tensors that the device is expected to hold at most."""
+
+    most: int  # of all phases
+    decoding: int  # while latents become pixels
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def rehearse_denoising(
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             predict_at = predictor(family, lambda _: dit, section.noise, FIRST_TIMESTEP, options.split_uncond)
-            make_guidance(request, options.guidance, steps)(0, predict_at, section)
+            with ledger.guessing():  # a family may look at the timestep
+                make_guidance(request, options.guidance, steps)(0, predict_at, section)
             return dict(ledger.peaks)
 
         moments = extrapolated(measure, tuple(map(len, blocks.values())))
@@ -179,8 +181,11 @@ def rehearse_decoding(family: Family, request: Request, extra: Part) -> Phase:
     with dry_run() as ledger, torch.no_grad():
         for module in modules_in(encoders):
             place(module, ledger)
-        for _ in islice(family.decode(encoders, torch.empty(family.latent.shape(frames, height, width))), CHUNKS):
-            pass
+        decoded = 0
+        for chunk in family.decode(encoders, torch.empty(family.latent.shape(frames, height, width))):
+            decoded += chunk.shape[2]
+            if decoded >= DECODED:
+                break
         return phase_of("decoding", ledger, extra)
 
 
@@ -201,23 +206,30 @@ def solid(conditions: Conditions) -> Conditions:
 
 
 def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
-    """Print the plan of the request with most pixels. Nothing large is loaded, and no GPU is needed."""
-    request = largest_request(family, options)
+    """Print the plan of the request that takes most. Nothing large is loaded, and no GPU is needed."""
     with quiet():
-        prediction = predict(family, options, request, device)
-    room = room_on(device, options.speed.plan.plan)
-    blocks, remarks = 0 if options.speed.swap.is_auto else options.speed.swap.number, []
-    if options.speed.swap.is_auto:
-        blocks, reason = chosen_swap(prediction.device, prediction.most, room)
-        remarks.append(reason)
-    plan = prediction.plan(blocks, remarks)
-    fits = room is None or plan.device <= room.usable
-    show(plan, verdict(plan, room, () if fits or room is None else advice(family, options, request, prediction, room, device)))
+        request, prediction = predict_largest(family, options, largest_requests(family, options), device)
+    present(
+        prediction,
+        options.speed.swap,
+        room_on(device, options.speed.plan.plan),
+        prediction.plan,
+        lambda room: advice(family, options, request, prediction, room, device),
+    )
 
 
-def largest_request(family: Family, options: GenerationOptions) -> Request:
-    """Of what the command line or its file of prompts asks for, the one with most pixels.
+def predict_largest(
+    family: Family, options: GenerationOptions, requests: Sequence[Request], device: torch.device
+) -> tuple[Request, Prediction]:
+    """Of requests the one that takes most while denoising, and its prediction."""
+    predictions = [(request, predict(family, options, request, device)) for request in requests]
+    return max(predictions, key=lambda each: each[1].device(0))
 
+
+def largest_requests(family: Family, options: GenerationOptions) -> list[Request]:
+    """Of what the command line or its file of prompts asks for, what no other equals both in pixels of a frame and in frames.
+
+    Usually it is one. Which takes most only a rehearsal knows: where a video is made in sections, a long one takes no more.
     Lines that cannot be made are passed over, as long as one can; what is wrong with them is told when their turn comes.
     """
     lines = [""] if options.from_file is None else [line for _, line in read_generation_lines(options.from_file)]
@@ -225,19 +237,20 @@ def largest_request(family: Family, options: GenerationOptions) -> Request:
     for line in lines:
         try:
             with quiet():
-                requests.append(family.prepare(make_request(options.request, read_line(family, line) if line else {})))
+                says = parse_generation_line(line, options.line_options) if line else {}
+                requests.append(family.prepare(make_request(options.request, says)))
         except UserError as error:
             errors.append(error)
     if not requests:
         raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: it has no prompt")
-    request = max(requests, key=lambda each: prod(each.size))
+    sizes = {(width * height, frames): request for request in requests for width, height, frames in [request.size]}
+    largest = [size for size in sizes if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)]
+    return [with_scale(sizes[size]) for size in largest]
+
+
+def with_scale(request: Request) -> Request:
+    """The request with a guidance scale; without one there is no guidance."""
     return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
-
-
-def read_line(family: Family, line: str) -> Mapping[str, Any]:
-    """What a prompt line says. Raises OptionError."""
-    has_embedded = family.defaults.embedded_guidance is not None
-    return parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS if has_embedded else GENERATION_OPTIONS)
 
 
 def advice(
@@ -276,29 +289,41 @@ def advice(
 SMALLER = {"decoding": "tiles of the VAE, such as --vae_spatial_tile_sample_min_size 128", "images and videos": "tiles of the VAE"}
 
 
-def resolved(family: Family, options: GenerationOptions, device: torch.device) -> tuple[GenerationOptions, int | None]:
-    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for; and the predicted peak.
+def resolved(
+    family: Family, options: GenerationOptions, device: torch.device, room: Room | None
+) -> tuple[GenerationOptions, Peaks | None]:
+    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for; and the predicted peaks.
 
-    Only where there is a CUDA device is anything rehearsed. Raises MemoryPlanError where auto cannot be resolved.
+    room: of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError where auto cannot be resolved.
     """
-    is_auto, room = options.speed.swap.is_auto, room_on(device)
+    is_auto = options.speed.swap.is_auto
     if room is None or options.latent_path:
         return (with_swap(options, 0), None) if is_auto else (options, None)
     try:
-        with quiet():
-            prediction = predict(family, options, largest_request(family, options), device)
-    except UserError:
-        raise
-    except Exception as error:  # a plan is an aid; without one a run is as good as before
-        if is_auto:
-            raise MemoryPlanError(f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks.") from error
-        logger.warning("The memory of this run cannot be planned (%s: %s).", type(error).__name__, error)
+        requests = largest_requests(family, options)
+    except OptionError as error:
+        if not options.interactive:
+            raise
+        if is_auto:  # what the command line lacks may come with every line
+            raise MemoryPlanError(
+                f"--blocks_to_swap auto with --interactive: the command line has to say what may be made, and cannot: {error}\n"
+                "  Give what it lacks, or a number of blocks."
+            ) from error
         return options, None
-    if is_auto:
-        blocks, reason = chosen_swap(prediction.device, prediction.most, room)
+
+    def found() -> Prediction:
+        with quiet():
+            return predict_largest(family, options, requests, device)[1]
+
+    prediction = predicted_before_run(found, options.speed.swap)
+    if prediction is None:
+        return options, None
+    blocks, reason = swap_for(prediction, options.speed.swap, room)
+    if reason is not None:
         logger.info(reason)
         options = with_swap(options, blocks)
-    return options, prediction.plan(options.speed.swap.number).device
+    decoding = max((phase.device for phase in prediction.after), default=0)
+    return options, Peaks(prediction.plan(blocks).device, decoding)
 
 
 def with_swap(options: GenerationOptions, blocks: int) -> GenerationOptions:

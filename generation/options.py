@@ -1,10 +1,10 @@
 """Options of the generation scripts that all families share. Standard library only."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from blissful_tuner.options import (
     FormatOptions,
@@ -12,9 +12,11 @@ from blissful_tuner.options import (
     add_format_arguments,
     add_guidance_arguments,
     add_later_arguments,
+    add_rescale_argument,
     add_video_to_video_arguments,
     refuse_video_to_video,
 )
+from generation.prompt_lines import GENERATION_OPTIONS, LineOption
 from modules.errors import OptionError
 from modules.options import read_options, refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
@@ -22,10 +24,11 @@ from networks.options import LoraOptions, LoraPatternOptions, add_lora_arguments
 
 T = TypeVar("T")
 
-LATENT_OUTPUTS = ("latent", "both")
+LATENT_OUTPUTS = ("latent", "both", "latent_images")
+IMAGE_OUTPUTS = ("images", "latent_images")
 MEDIA = {
     "image_path": "first image, for image-to-video",
-    "end_image_path": "last image; cut the tail with --trim_tail_frames 3",
+    "end_image_path": "last image",
     "control_path": "control video or folder of images, for Fun-Control",
 }
 
@@ -44,6 +47,14 @@ class ScriptDefaults:
     media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})  # what a video may be made from
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
+    has_length: bool = True  # whether there is a --video_length
+    rescales_guidance: bool = False  # whether there is a --guidance_rescale
+    noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
+    extras: Mapping[str, str] = field(default_factory=dict)  # options of the family -> their names in Request.extra
+    line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)  # letters of a prompt line
+    output_types: tuple[str, ...] = ("video", "images", "latent", "both")
+    in_sections: bool = False  # videos are made section by section and can be watched while they grow
+    numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class RequestOptions:
     video_path: Path | None
     strength: float | None
     embedded_guidance: float | None = field(metadata={"option": "embedded_cfg_scale"})
+    extras: Mapping[str, tuple[str, Any]]  # options of the family -> their names in Request.extra, and what was given
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
@@ -80,9 +92,11 @@ class OutputOptions:
     """What is written, and where."""
 
     save_path: Path
-    output_type: str  # video, images, latent, both
+    output_type: str  # video, images, latent, both, latent_images
     no_metadata: bool
     trim_tail_frames: int
+    no_progressive_save: bool
+    numbers_single: bool  # a single picture is NAME_000.png, never in a folder
     format: FormatOptions
 
     def __post_init__(self) -> None:
@@ -95,6 +109,16 @@ class OutputOptions:
     def keeps_latents(self) -> bool:
         """Whether latent files are part of the result."""
         return self.output_type in LATENT_OUTPUTS
+
+    @property
+    def writes_images(self) -> bool:
+        """Whether pixels are written as PNG images even where they are a video."""
+        return self.output_type in IMAGE_OUTPUTS
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether a video that is made in sections is to be seen while it grows."""
+        return self.decodes and not self.no_progressive_save
 
     @property
     def decodes(self) -> bool:
@@ -120,6 +144,7 @@ class GenerationOptions:
     interactive: bool
     latent_path: tuple[Path, ...] | None
     device: str | None
+    line_options: Mapping[str, LineOption]  # what the letters of a prompt line mean
 
     @property
     def splits_guidance(self) -> bool:
@@ -176,12 +201,15 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     else:
         refuse_video_to_video(parser)
     add_guidance_arguments(parser)
+    if defaults.rescales_guidance:
+        add_rescale_argument(parser.add_argument_group("guidance's strength"))
     _add_run_arguments(parser, defaults)
-    _add_output_arguments(parser)
+    _add_output_arguments(parser, defaults)
     add_format_arguments(parser)
     _add_lora_arguments(parser)
     add_generation_speed_arguments(parser, defaults.blocks_to_swap)
     add_later_arguments(parser)
+    parser.set_defaults(extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single)
     return parser
 
 
@@ -189,6 +217,7 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     """Parse a command line; options that are not supported yet are refused."""
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args)
+    args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
 
 
@@ -198,7 +227,10 @@ def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefa
     group.add_argument("--negative_prompt", type=str, default=None, help="what to avoid; default: the release's text, if any")
     group.add_argument("--video_size", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"), help="default 256 256")
     length, steps, shift = defaults.video_length, defaults.infer_steps, defaults.flow_shift
-    group.add_argument("--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}")
+    if defaults.has_length:
+        group.add_argument("--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}")
+    else:
+        parser.set_defaults(video_length=None)
     group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the file")
     group.add_argument("--infer_steps", type=int, default=steps, help=f"number of steps; {_else(steps)}")
     group.add_argument("--seed", type=str, default=None, help="a number or any text; without it every video draws its own")
@@ -232,7 +264,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
     group.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends")
     group.add_argument("--latent_path", type=str, nargs="*", default=None, help="latent files to decode, nothing else is done")
     group.add_argument("--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; without it the best there is")
-    group.add_argument("--cpu_noise", action="store_true", help="draw the noise on the CPU: the same on every machine")
+    if defaults.noise_on_cpu:
+        parser.set_defaults(cpu_noise=True)
+    else:
+        group.add_argument("--cpu_noise", action="store_true", help="draw the noise on the CPU: the same on every machine")
     if defaults.joins_guidance:
         group.add_argument(
             "--split_uncond",
@@ -243,12 +278,38 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
         parser.set_defaults(split_uncond=True)
 
 
-def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--save_path", type=str, required=True, help="folder for what is made; created when missing")
-    group.add_argument("--output_type", type=str, default="video", choices=["video", "images", "latent", "both"])
+    group.add_argument(
+        "--output_type", type=str, default="video", choices=list(defaults.output_types), help=_output_help(defaults.output_types)
+    )
     group.add_argument("--no_metadata", action="store_true", help="do not write prompt, seed and settings into the files")
-    group.add_argument("--trim_tail_frames", type=int, default=0, help="cut so many frames off the end")
+    group.add_argument(
+        "--trim_tail_frames", type=int, default=0, help="cut so many frames off the end, such as 3 that an end image has spoiled"
+    )
+    if defaults.in_sections:
+        group.add_argument(
+            "--no_progressive_save",
+            action="store_true",
+            help="do not write NAME_progress.mp4, which shows after each section what there is of the video and goes when that "
+            "is finished; for each section it has the VAE decode about two more",
+        )
+    else:
+        parser.set_defaults(no_progressive_save=False)
+
+
+OUTPUT_TYPES = {
+    "video": "a video",
+    "images": "PNG files",
+    "latent": "latents to decode later",
+    "both": "latents and a video",
+    "latent_images": "latents and PNG files",
+}
+
+
+def _output_help(types: Sequence[str]) -> str:
+    return "what to write: " + ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in types)
 
 
 def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:

@@ -92,19 +92,23 @@ def save_pixels(
 ) -> Path:
     """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come, and say where.
 
-    A video; one PNG where there is a single frame; or with `--output_type images` a folder of PNG files.
+    A video; one PNG where there is a single frame; or with `--output_type images` a folder of PNG files (for a single picture not
+    where a script numbers these).
     """
     frames = without_tail(frames_of(chunks), options.trim_tail_frames)
     tags = as_tags(metadata or {})
-    if options.output_type == "images":
+    ending = "_000.png" if options.numbers_single else ".png"
+    first = list(islice(frames, 2))
+    playing: Iterable[Frame] = chain(first, frames)
+    is_picture = len(first) == 1 and (options.numbers_single or not options.writes_images)
+    if options.writes_images and not is_picture:
         path = options.save_path / free_stem(options.save_path, stem, [""])
         with atomic_folder(path) as folder:
-            count = sum(1 for _ in written(frames, folder, f"{path.name}_{{:03d}}.png", tags))
+            count = sum(1 for _ in written(playing, folder, f"{path.name}_{{:03d}}.png", tags))
         logger.info("Images: %s (%d)", path, count)
         return path
-    first = list(islice(frames, 2))
-    if len(first) == 1:
-        path = options.save_path / (free_stem(options.save_path, stem, [".png"]) + ".png")
+    if is_picture:
+        path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
         write_png(path, first[0], tags)
         logger.info("Image: %s", path)
         return path
@@ -112,7 +116,6 @@ def save_pixels(
     if suffix != f".{options.format.container}":
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
     path = options.save_path / (free_stem(options.save_path, stem, [suffix]) + suffix)
-    playing: Iterable[Frame] = chain(first, frames)
     if options.format.keep_pngs:
         pngs = options.save_path / free_stem(options.save_path, "frames", [""])
         pngs.mkdir(parents=True)

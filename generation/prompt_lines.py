@@ -30,6 +30,7 @@ class LineOption:
     key: str
     read: Callable[[str], Value]
     repeats: bool = False  # each use adds to a list; otherwise the last one wins
+    instead_of: str | None = None  # a key of the command line that the option takes the place of, unless the line has that too
 
 
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
@@ -100,6 +101,17 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
 EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {**GENERATION_OPTIONS, "g": LineOption("embedded_cfg_scale", _number)}
 
 
+# the same for models whose videos are made in sections: texts and start images may be given for each, lengths in seconds
+SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
+    **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "v"}},
+    "f": LineOption("video_seconds", _number, instead_of="video_sections"),
+    "vs": LineOption("video_sections", _whole),
+    "ci": LineOption("control_image_path", str, repeats=True),
+    "cim": LineOption("control_image_mask_path", str, repeats=True),
+    "of": LineOption("one_frame_inference", str),
+}
+
+
 def _leading_whole(text: str) -> int:
     return int(_leading(r"[+-]?[0-9]+", text))
 
@@ -139,7 +151,7 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
 
 
 def parse_generation_line(line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS) -> dict[str, Any]:
-    """`prompt` and the options of a line by their keys. Option words are case-sensitive.
+    """`prompt` and the options of a line by their keys; None: what the command line says is not to count. Words are case-sensitive.
 
     Raises OptionError where a value cannot be read.
     """
@@ -176,6 +188,8 @@ def _split_line(line: str, options: Mapping[str, LineOption], fold_case: bool) -
             values.setdefault(option.key, []).append(value)
         else:
             values[option.key] = value
+        if option.instead_of is not None:
+            values.setdefault(option.instead_of, None)
     return values, problems
 
 

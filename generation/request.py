@@ -40,7 +40,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
             logger.info("Seed of the text %r: %d", options.seed, seed)
 
     def path(name: str) -> Path | None:
-        value = line.get(name, getattr(options, name))
+        value = None if name in options.extras else line.get(name, getattr(options, name))
         return None if value is None or str(value) == "" else Path(value).expanduser()
 
     request = Request(
@@ -62,6 +62,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         control_path=path("control_path"),
         video_path=path("video_path"),
         strength=options.strength,
+        extra=_extra(options, line),
     )
     _check_texts(request)
     _check_numbers(request)
@@ -70,11 +71,24 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
     return request
 
 
+def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
+    """What only the family reads, as text; of a list an entry a line."""
+    extra = {}
+    for name, (key, given) in options.extras.items():
+        value = line.get(name, given)
+        text = "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if value is not None and text:
+            extra[key] = text
+    return extra
+
+
 def check_guidance(request: Request, options: GuidanceOptions = PLAIN_GUIDANCE) -> Request:
     """The request that `Family.prepare` has filled, if its guidance can be made. Raises OptionError otherwise."""
     scales = guidance_scales(request, options, steps_to_make(request))
-    if options.skipped_layers and all(scale is None for scale in scales):
-        logger.warning("--slg_mode %s is ignored because no step uses guidance", options.slg_mode)
+    given = {"--slg_mode": options.skipped_layers and options.slg_mode, "--guidance_rescale": options.guidance_rescale}
+    for option, value in given.items():
+        if value and all(scale is None for scale in scales):
+            logger.warning("%s %s is ignored because no step uses guidance", option, value)
     return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
 
 

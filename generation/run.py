@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blissful_tuner.guidance import uses_guidance
 from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
 from blissful_tuner.options import STRENGTH
-from blissful_tuner.video_to_video import steps_to_make
-from generation.denoise import StepDone
+from generation.denoise import OnStep
 from generation.dressing import dit_loader
-from generation.memory import plan_generation, read_line, resolved
+from generation.growing import PREVIEW_SUFFIX, growing, kept_where_it_fails, preview_path, remove_parts, remove_preview
+from generation.memory import Peaks, plan_generation, resolved
 from generation.options import GenerationOptions, OutputOptions
 from generation.outputs import (
     LATENT_SUFFIX,
@@ -31,20 +30,18 @@ from generation.outputs import (
     save_latents,
     save_pixels,
 )
-from generation.prompt_lines import (
-    is_blank,
-    read_generation_lines,
-)
+from generation.progress import Bars, describe
+from generation.prompt_lines import is_blank, parse_generation_line, read_generation_lines
 from generation.request import check_guidance, make_request
-from generation.sections import make_latents
+from generation.sections import OnSection, make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
 from modules.attention import check_backend
 from modules.compile import check_compilation
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, UserError
 from modules.family import Family
-from modules.memory_plan import comparison, too_little
-from modules.records import Conditions, EncodedPrompts, Placement, Request
+from modules.memory_plan import comparison, room_on, too_little
+from modules.records import Conditions, EncodedPrompts, Placement, Request, Section
 from networks.merge import LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)
@@ -68,6 +65,7 @@ class Denoised:
     latents: Tensor
     latent_path: Path
     stem: str
+    preview: Path  # of the video while it was made, if there is one
 
 
 @dataclass
@@ -103,7 +101,7 @@ class Run:
     family: Family
     options: GenerationOptions
     session: Session
-    predicted: int | None = None  # bytes of tensors that the device will hold at most, where that is known
+    predicted: Peaks | None = None  # where it is known
 
     def metadata(self, request: Request) -> Mapping[str, str] | None:
         """What an output says about itself; None with --no_metadata."""
@@ -115,7 +113,7 @@ class Run:
 
     def read_line(self, line: str) -> Mapping[str, Any]:
         """What a prompt line says. Raises OptionError."""
-        return read_line(self.family, line)
+        return parse_generation_line(line, self.options.line_options)
 
 
 def generate(family: Family, options: GenerationOptions) -> None:
@@ -141,7 +139,7 @@ def do(family: Family, options: GenerationOptions) -> None:
     if options.speed.plan.is_asked:
         plan_generation(family, options, device)
         return
-    options, predicted = resolved(family, options, device)
+    options, predicted = resolved(family, options, device, room_on(device))
     session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
     run = Run(family, options, session, predicted)
     tell_where_metadata_is(options.output)
@@ -161,7 +159,7 @@ def do(family: Family, options: GenerationOptions) -> None:
 
 def tell_where_metadata_is(output: OutputOptions) -> None:
     """MP4 holds no metadata: say so once, where somebody may expect it."""
-    if output.decodes and output.output_type != "images" and output.format.suffix == ".mp4" and not output.no_metadata:
+    if output.decodes and not output.writes_images and output.format.suffix == ".mp4" and not output.no_metadata:
         logger.info("MP4 files hold no prompt and settings; --container mkv, PNG and latent files do")
 
 
@@ -239,6 +237,7 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     if run.options.forces_split and any(uses_guidance(job.request) for job in jobs):
         logger.warning("--split_attn has the passes of guidance made one after the other, as --split_uncond does.")
     make_folder(run.options.output.save_path)
+    remove_parts(run.options.output.save_path)
     texts = run.session.texts([job.request for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [(job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs]
@@ -246,7 +245,8 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     if run.options.output.decodes and done:
         decode_all(run, done, failures)
     if done and run.predicted is not None and run.session.device.type == "cuda":
-        logger.info(comparison(run.predicted, torch.cuda.max_memory_allocated(run.session.device)))
+        most = max(run.predicted.most, run.session.most_beside)
+        logger.info(comparison(most, torch.cuda.max_memory_allocated(run.session.device)))
 
 
 def encode_all_inputs(run: Run, jobs: Sequence[Job], failures: Failures) -> Mapping[str, Mapping[int, Conditions]]:
@@ -274,8 +274,9 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
     with run.session.dit() as dit_at:
         for job, texts, inputs in ready:
             with failures.noted(job.label):
-                describe(job)
-                with progress(job.request) as on_step:
+                describe(job.label, job.request)
+                stem = unused(run, output_stem(datetime.now(), job.request.seed))
+                with watched(run, job, stem) as (on_step, on_section):
                     latents = make_latents(
                         run.family,
                         dit_at,
@@ -287,34 +288,59 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
                         run.options.guidance,
                         on_step,
                         run.options.splits_guidance,
+                        on_section,
                     ).to(CPU)
-                done.append(kept(run, job, latents))
+                done.append(kept(run, job, latents, stem))
     return done
 
 
-def kept(run: Run, job: Job, latents: Tensor) -> Denoised:
-    """Write the latents of a job under a name that nothing has yet."""
-    folder = run.options.output.save_path
-    stem = free_stem(folder, output_stem(datetime.now(), job.request.seed), [LATENT_SUFFIX, ".mp4", ".mkv", ".png", ""])
-    path = folder / f"{stem}{LATENT_SUFFIX}"
+@contextmanager
+def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[OnStep, OnSection]]:
+    """What the loop is to call while it makes a job: bars over the steps, and the preview of a video in sections."""
+    request, output = job.request, run.options.output
+    assert request.fps is not None
+    needed = None if run.predicted is None else run.predicted.decoding
+    with growing(run.session, output.save_path, stem, request.fps, needed) as video, Bars(request) as bars:
+
+        def on_section(section: Section) -> None:
+            bars.end()
+            if section.made is not None and output.shows_progress:
+                video.add(section.made)
+            bars.begin(section)
+
+        yield bars.advance, on_section
+
+
+def unused(run: Run, stem: str) -> str:
+    """A name that no output has yet, made from `stem`."""
+    suffixes = [LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", ""]
+    return free_stem(run.options.output.save_path, stem, suffixes)
+
+
+def kept(run: Run, job: Job, latents: Tensor, stem: str) -> Denoised:
+    """Write the latents of a job, named `stem` if no other run has taken that meanwhile. Its preview keeps the name."""
+    preview = preview_path(run.options.output.save_path, stem)
+    stem = free_stem(run.options.output.save_path, stem, [LATENT_SUFFIX])
+    path = run.options.output.save_path / f"{stem}{LATENT_SUFFIX}"
     save_latents(path, latents, run.metadata(job.request))
     if run.options.output.keeps_latents:
         logger.info("Latents: %s", path)
     else:
         logger.info("Latents: %s, until they are decoded", path)
-    return Denoised(job, latents, path, stem)
+    return Denoised(job, latents, path, stem, preview)
 
 
 def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
-    """Turn latents into videos or images. Latent files that are no part of the result go when theirs is written."""
+    """Turn latents into videos or images. What is no part of the result goes when it is written: latent files, previews."""
     output = run.options.output
     with run.session.media(images=False, again=False) as encoders:
         for one in done:
-            with failures.noted(one.job.label):
+            with failures.noted(one.job.label), kept_where_it_fails(one.preview):
                 request = one.job.request
                 assert request.fps is not None
                 chunks = run.family.decode(encoders, one.latents)
                 save_pixels(output, one.stem, chunks, request.fps, run.metadata(request))
+                remove_preview(one.preview)
                 if not output.keeps_latents:
                     one.latent_path.unlink(missing_ok=True)
 
@@ -342,7 +368,7 @@ def checked_latents(family: Family, path: Path) -> SavedLatents:
         raise CheckpointError(f"--latent_path {path} has {channels} channels, {family.name} has {family.latent.channels}", path)
     step, vertical, horizontal = family.latent.stride
     size = columns * horizontal, rows * vertical, (frames - 1) * step + 1
-    logger.info("%s: %d x %d (width x height), %d frames", path, *size)
+    logger.info("%s: %d x %d (width x height), %d frame%s", path, *size, "" if size[2] == 1 else "s")
     return saved
 
 
@@ -350,28 +376,3 @@ def frame_rate(run: Run, saved: SavedLatents) -> float:
     """--fps where it differs from the model's, else what the latent file says, else the model's."""
     given, usual = run.options.request.fps, run.family.defaults.fps
     return given if given != usual else frame_rate_in(saved.metadata) or usual
-
-
-def describe(job: Job) -> None:
-    """One line about what is being made."""
-    request = job.request
-    logger.info(
-        "%s: %s x %s (width x height), %s frames, %s steps, seed %d",
-        job.label,
-        request.width,
-        request.height,
-        request.frames,
-        steps_to_make(request),
-        request.seed,
-    )
-
-
-@contextmanager
-def progress(request: Request) -> Iterator[Callable[[StepDone], None]]:
-    """A bar over the steps; the value is what the loop calls after each."""
-    with tqdm(total=steps_to_make(request), desc="denoising", unit="step") as bar:
-
-        def advance(done: StepDone) -> None:
-            bar.update()
-
-        yield advance

@@ -1,6 +1,7 @@
 """From a checked request to clean latents: the family says what to denoise, one section after the other, and gets the results."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,9 +11,12 @@ from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import noisy_source, steps_to_make
 from generation.denoise import OnStep, Start, denoise
 from generation.noise import SeededNoise
+from modules.devices import sent
 from modules.family import Family
 from modules.records import Conditions, DitAt, EncodedPrompts, Request, Section
 from modules.solvers import Solver, solver_for
+
+OnSection = Callable[[Section], None]
 
 
 def make_latents(
@@ -26,21 +30,25 @@ def make_latents(
     guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
     on_step: OnStep | None = None,
     split: bool = True,
+    on_section: OnSection | None = None,
 ) -> Tensor:
     """Make the latents of one request that `Family.prepare` has filled. Returns B C F H W in model space, float32, on the device.
 
     prompts, inputs: by section, from `session.encode_texts` and `session.encode_inputs` (on the CPU). dit_at: timestep -> the
-    network to call, which is left as it is: evaluation mode and its device are the caller's. split: see `denoise`.
+    network to call, which is left as it is: evaluation mode and its device are the caller's. split: see `denoise`. on_section:
+    told of each section before it is denoised; the network may leave its device meanwhile.
     """
     assert request.steps is not None  # `prepare` has set them
     assert request.flow_shift is not None
     assert request.solver is not None
-    noise = SeededNoise(request.seed, device, cpu_noise)
+    noise = SeededNoise(request.seed, device, cpu_noise or family.defaults.noise_on_cpu)
     sections = family.sections(request, prompts, inputs, noise)
     try:
         section = next(sections)
         while True:
-            section = on_device(section, device)
+            if on_section is not None:
+                on_section(section)
+            section = on_device(replace(section, made=None), device)
             solver = solver_for(request.solver, request.steps, request.flow_shift)
             guidance = make_guidance(request, guidance_options, steps_to_make(request))
             latents = denoise(family, dit_at, section, start_of(section, solver, request), solver, guidance, on_step, split)
@@ -63,14 +71,19 @@ def on_device(section: Section, device: torch.device) -> Section:
     def moved(conditions: Conditions | None) -> Conditions | None:
         return None if conditions is None else conditions_to(conditions, device)
 
-    positive = conditions_to(section.positive, device)
-    source = None if section.source is None else section.source.to(device)
-    return Section(section.noise.to(device), positive, moved(section.negative), moved(section.blank), source, section.so_far)
+    return replace(
+        section,
+        noise=section.noise.to(device),
+        positive=conditions_to(section.positive, device),
+        negative=moved(section.negative),
+        blank=moved(section.blank),
+        source=None if section.source is None else section.source.to(device),
+    )
 
 
 def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:
-    """Conditions whose tensors lie on `device`."""
+    """Conditions whose tensors lie on `device`, but for whole numbers, which are on the host."""
     return {
-        name: [item.to(device) for item in value] if isinstance(value, list) else value.to(device)
+        name: [sent(item, device) for item in value] if isinstance(value, list) else sent(value, device)
         for name, value in conditions.items()
     }

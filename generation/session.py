@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from blissful_tuner.guidance import uses_guidance
 from generation.sections import conditions_to
 from modules.block_swap import move_network
+from modules.device_memory import bytes_on, host_room, spare_bytes
 from modules.devices import free_memory
+from modules.errors import MemoryPlanError
 from modules.family import Family, TextEncoder
+from modules.memory_plan import gib
 from modules.records import Conditions, DitAt, EncodedPrompts, MediaEncoders, Prompt, Prompts, Request
 
 logger = logging.getLogger(__name__)
@@ -82,6 +85,9 @@ class Session:
     device: torch.device
     load_dit: Callable[[int], nn.Module]  # expert -> network on the device
     keep: bool  # whether networks stay on the CPU between their phases, for the next prompt
+    spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
+    host_room: Callable[[], int | None] = host_room
+    most_beside: int = field(default=0, init=False)  # bytes of the device, where something was let in beside the DiT
     _known: Texts = field(default_factory=dict)
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
@@ -116,6 +122,35 @@ class Session:
         """Free what only inputs need, where the inputs of all requests are encoded."""
         if self._media is not None and not self.keep:
             self._media, self._has_image_encoder = replace(self._media, image_encoder=None), False
+
+    def dit_can_stay(self, needed: int | None) -> bool:
+        """Whether the DiT may stay where it works while something else needs so many bytes of the device; None: not known."""
+        if self.device.type == "cpu":
+            return True
+        if self.device.type == "cuda" and needed is not None and needed <= self.spare_bytes(self.device):
+            self.most_beside = max(self.most_beside, torch.cuda.memory_allocated(self.device) + needed)
+            return True
+        return False
+
+    @contextmanager
+    def dit_aside(self) -> Iterator[None]:
+        """A block in the midst of the DiT's work, which waits on the CPU meanwhile.
+
+        Raises MemoryPlanError where the host has no room for it; there a system may end the process without a word.
+        """
+        weights, room = sum(bytes_on(dit, self.device) for dit in self._dits), self.host_room()
+        if room is not None and weights > room:
+            raise MemoryPlanError(
+                f"the transformer would have to wait in host memory, which has {gib(room)} GiB free; it takes {gib(weights)} GiB"
+            )
+        try:
+            for dit in self._dits:
+                move_network(dit, CPU)
+            free_memory(self.device)
+            yield
+        finally:
+            for dit in self._dits:
+                move_network(dit, self.device)
 
     @contextmanager
     def dit(self) -> Iterator[DitAt]:

@@ -1,7 +1,7 @@
 """Files that hold a HunyuanVideo or SkyReels V1 transformer: the dialects, what a file is, and loading one."""
 
 import logging
-import re
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hunyuan_model.model import HunyuanVideoModel
 from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
 from modules.checkpoint_files import load_pickled
 from modules.devices import dtype_name
-from modules.dialects import Names, count, other_kind, translated
+from modules.dialects import DitShapes, Names, other_kind, translated
 from modules.dit_files import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.errors import CheckpointError
 from modules.family import DitSpec
@@ -170,7 +170,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
         raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
     mark, table = DIALECTS[dialect]
     shapes = {translated(name, table): info.shape for name, info in names.items()}
-    config = _config(path, shapes)
+    config = _config(DitShapes(path, shapes, "HunyuanVideo"))
     known = {config.out_dim, config.out_dim + IMAGE_CHANNELS}
     if config.in_dim not in known:
         name = "HunyuanVideo-I2V" if config.in_dim == 2 * config.out_dim + 1 else "an unknown relative of HunyuanVideo"
@@ -182,35 +182,26 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     return DitHeader(config, dialect, names[mark].dtype)
 
 
-def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> HunyuanVideoConfig:
-    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
-        found = shapes.get(name, ())
-        if len(found) != axes:
-            raise CheckpointError(f"{path} is an incomplete HunyuanVideo transformer: {name} is not there. Copy it again.", path)
-        return found
-
-    def blocks(start: str) -> int:
-        return count(shapes, rf"{re.escape(start)}\.\d+")
-
-    dim, in_dim, *patch = shape("img_in.proj.weight", axes=5)
-    (head_width,) = shape("double_blocks.0.img_attn_q_norm.weight", axes=1)
-    check_heads(path, dim, head_width, "HunyuanVideo")
+def _config(found: DitShapes) -> HunyuanVideoConfig:
+    dim, in_dim, patch_size = found.patches("img_in.proj.weight")
+    (head_width,) = found.of("double_blocks.0.img_attn_q_norm.weight", axes=1)
+    check_heads(found.path, dim, head_width, "HunyuanVideo")
     refiner = "txt_in.individual_token_refiner.blocks"
     return HunyuanVideoConfig(
         dim=dim,
-        ffn_dim=shape("double_blocks.0.img_mlp.fc1.weight")[0],
+        ffn_dim=found.of("double_blocks.0.img_mlp.fc1.weight")[0],
         num_heads=dim // head_width,
-        double_blocks=blocks("double_blocks"),
-        single_blocks=blocks("single_blocks"),
-        refiner_blocks=blocks(refiner),
-        refiner_ffn_dim=shape(f"{refiner}.0.mlp.fc1.weight")[0],
+        double_blocks=found.blocks("double_blocks"),
+        single_blocks=found.blocks("single_blocks"),
+        refiner_blocks=found.blocks(refiner),
+        refiner_ffn_dim=found.of(f"{refiner}.0.mlp.fc1.weight")[0],
         in_dim=in_dim,
-        out_dim=shape("final_layer.linear.weight")[0] // (patch[0] * patch[1] * patch[2]),
-        text_dim=shape("txt_in.input_embedder.weight")[1],
-        pooled_dim=shape("vector_in.in_layer.weight")[1],
-        freq_dim=shape("time_in.mlp.0.weight")[1],
-        patch_size=(patch[0], patch[1], patch[2]),
-        has_guidance="guidance_in.mlp.0.weight" in shapes,
+        out_dim=found.of("final_layer.linear.weight")[0] // math.prod(patch_size),
+        text_dim=found.of("txt_in.input_embedder.weight")[1],
+        pooled_dim=found.of("vector_in.in_layer.weight")[1],
+        freq_dim=found.of("time_in.mlp.0.weight")[1],
+        patch_size=patch_size,
+        has_guidance="guidance_in.mlp.0.weight" in found.shapes,
     )
 
 

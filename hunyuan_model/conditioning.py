@@ -6,16 +6,13 @@ frame 0, and zeros after it. Source: the released SkyReels V1 code.
 
 import logging
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.vae import HunyuanVae
-from modules.errors import CacheError
 from modules.family import LatentSpec
-from modules.pixels import to_pixels
+from modules.pixels import byte_clips
 from modules.records import Batch, CacheEntry, MediaBatch
 from modules.seeds import derive_seed
 
@@ -28,7 +25,7 @@ def cached_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
     with_image: also the first frame alone, for image-to-video training. Not in model space; in the VAE's dtype.
     """
     generators = [posterior_generator(key) for key in media.keys]
-    pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
+    pixels = byte_clips(media.frames)
     tensors = {"latents": vae.encode(pixels, generators)}
     if with_image:
         tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators)
@@ -56,17 +53,6 @@ def _note_missing_image() -> None:
         "caches without latents_image: the first frame of latents stands for it, which was encoded together with later frames. "
         "cache_latents.py --i2v caches it alone, as generation encodes it."
     )
-
-
-def check_text_widths(batch: Batch, config: HunyuanVideoConfig, dit_path: Path) -> None:
-    """Raise CacheError where the texts were encoded by other encoders than the transformer was trained with."""
-    for name, taken in {"llm": config.text_dim, "clipL": config.pooled_dim}.items():
-        width = batch.tensor(name).shape[-1]
-        if width != taken:
-            raise CacheError(
-                f"{batch.keys[0]}: {name} in its text cache is {width} numbers wide, {dit_path} takes {taken}. "
-                "Cache again with cache_text_encoder_outputs.py and the text encoders of HunyuanVideo."
-            )
 
 
 def posterior_generator(owner: int | str) -> torch.Generator:

@@ -11,28 +11,24 @@ from torch import Tensor, nn
 from hunyuan_model.checkpoints import DIT, load_dit
 from hunyuan_model.conditioning import (
     cached_latents,
-    check_text_widths,
     first_frame_condition,
     first_frame_of,
     posterior_generator,
 )
 from hunyuan_model.configs import SKIP_LAYERS
+from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
     HunyuanGenerationOptions,
     HunyuanLatentCachingOptions,
     HunyuanTextCachingOptions,
-    HunyuanTextOptions,
     HunyuanTrainingOptions,
-    HunyuanVaeOptions,
 )
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
-from hunyuan_model.text_multipliers import multiply_text
-from hunyuan_model.vae import load_vae
-from modules.checkpoint import fingerprint
-from modules.devices import computing_dtype, dtype_name
+from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
+from modules.devices import computing_dtype, sent
 from modules.dit_files import kept_dtype
-from modules.errors import CacheError, OptionError
+from modules.errors import DatasetError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.options import require
 from modules.pixels import image_pixels, video_pixels
@@ -44,6 +40,7 @@ from modules.records import (
     EncodedPrompts,
     MediaBatch,
     MediaEncoders,
+    MediaTable,
     Placement,
     Prompt,
     Prompts,
@@ -51,7 +48,7 @@ from modules.records import (
     Section,
     Tweaks,
 )
-from modules.requests import check_size, filled, whole_frames, with_media
+from modules.requests import check_size, filled, whole_frames, with_media, with_negative
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +66,10 @@ class HunyuanVideo:
     """
 
     files: HunyuanFiles
-    vae_dtype: torch.dtype | None = None  # None: float16, beside a float32 transformer float32
-    vae_tile: int | None = None
-    vae_chunk_size: int | None = None
-    text_dtype: torch.dtype | None = None  # the same
     skip_layers: int = SKIP_LAYERS
     final_norm: bool = False
     second_prompt: str | None = None  # --prompt_2, for CLIP
     text_multipliers: tuple[float, float] | None = None
-    llm_in_fp8: bool = False
     dit_dtype: torch.dtype | None = None  # None: as the file says
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
@@ -111,7 +103,7 @@ class HunyuanVideo:
     @property
     def metadata(self) -> Mapping[str, str]:
         """How saved files name this model."""
-        names = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
+        names = {"sd_model_name": self.files.dit, "vae_name": self.files.encoders.vae}
         return {
             "architecture": "hunyuan-video",
             "implementation": "https://github.com/Tencent/HunyuanVideo",
@@ -123,35 +115,41 @@ class HunyuanVideo:
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
-        files = self.files
+        files = self.files.encoders
+        dtype = beside(files.text_dtype, self._dit_dtype())
         return [
             LlavaTextEncoder(
                 files.text_encoder1_path,
-                self._beside_dit(self.text_dtype),
+                dtype,
                 files.text_encoder1_tokenizer,
                 skip_layers=self.skip_layers,
                 final_norm=self.final_norm,
-                in_fp8=self.llm_in_fp8,
+                in_fp8=files.llm_in_fp8,
             ),
-            ClipTextEncoder(files.text_encoder2_path, self._beside_dit(self.text_dtype), files.text_encoder2_tokenizer),
+            ClipTextEncoder(files.text_encoder2_path, dtype, files.text_encoder2_tokenizer),
         ]
 
     @property
     def media_identity(self) -> Mapping[str, str]:
         """The encoder and switches that cached latents depend on."""
-        dtype = dtype_name(self._beside_dit(self.vae_dtype))
-        identity = {"vae": fingerprint(self.files.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
-        return identity | ({"image": "first frame"} if self.caches_image else {})
+        identity = self.files.encoders.vae_identity(self._dit_dtype())
+        return {**identity, "image": "first frame"} if self.caches_image else identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         """The VAE; images are encoded by it too."""
-        dtype = self._beside_dit(self.vae_dtype)
-        return MediaEncoders(load_vae(self.files.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile))
+        return MediaEncoders(self.files.encoders.load_vae(device, self._dit_dtype()))
+
+    def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError where there is control media, which nothing here follows."""
+        if table.has_control:
+            raise DatasetError(f"{table.name}: HunyuanVideo follows no control video. Take control_directory out of the dataset.")
+
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """None: a file for each item."""
+        return None
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Latents of every clip; with `caches_image` also those of its first frame alone. Stored in the VAE's dtype, not scaled."""
-        if media.control:
-            raise CacheError(f"{media.keys[0]}: HunyuanVideo follows no control video. Take control_directory out of the dataset.")
         parts = media.encoded_at_once(encoders.vae.device)
         return [[entry] for part in parts for entry in cached_latents(encoders.vae, part, self.caches_image)]
 
@@ -177,13 +175,15 @@ class HunyuanVideo:
         (path,) = self.dit_files
         dit = load_dit(path, self._with_dtype(placement))
         if self.text_multipliers is not None:
-            multiply_text(dit, *self.text_multipliers)
+            multiply_text(dit, HUNYUAN_REFINER, *self.text_multipliers)
         return dit
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """What training gives `predict`: text, guidance (B), and by transformer `condition_latents` (B C F H W)."""
         batch.check(dict.fromkeys(sorted(TEXT_KEYS), "cache_text_encoder_outputs.py"), "the transformer")
-        check_text_widths(batch, self.files.dit_header().config, self.files.dit_path)
+        config = self.files.dit_header().config
+        remedy = "cache_text_encoder_outputs.py and the text encoders of HunyuanVideo"
+        batch.check_widths({"llm": config.text_dim, "clipL": config.pooled_dim}, self.files.dit_path, remedy)
         conditions: dict[str, Tensor | list[Tensor]] = {
             **{name: batch.tensor(name) for name in TEXT_KEYS},
             "guidance": torch.full((len(latents),), self.trained_guidance, device=latents.device),
@@ -202,7 +202,7 @@ class HunyuanVideo:
         def given(name: str) -> Tensor:
             value = cond[name]
             assert isinstance(value, Tensor)
-            return value.to(noisy.device)
+            return sent(value, noisy.device)
 
         if "condition_latents" in cond:
             noisy = torch.cat([noisy, given("condition_latents").to(noisy)], dim=1)
@@ -238,12 +238,7 @@ class HunyuanVideo:
         request = filled(request, usual)
         request = replace(request, frames=whole_frames(request.size[2], LATENT))
         check_size(request, LATENT)
-        if request.negative_prompt is None and self.negative_is_empty:
-            return replace(request, negative_prompt="")
-        if request.negative_prompt is None and request.guidance_scale != 1:
-            logger.warning("the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt)
-            return replace(request, guidance_scale=1.0)
-        return request
+        return with_negative(request, self.negative_is_empty)
 
     def prompts(self, request: Request) -> Mapping[int, Prompts]:
         """One section: the prompt, with another text for CLIP where one is given, and the negative prompt."""
@@ -288,20 +283,14 @@ class HunyuanVideo:
         """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents / LATENT.scale)
 
-    def _dit_dtype(self) -> torch.dtype:
-        """What the transformer computes in."""
-        return self.dit_dtype or self.files.dit_header().compute_dtype
+    def _dit_dtype(self) -> torch.dtype | None:
+        """What the transformer computes in; None where there is none."""
+        return self.dit_dtype or (None if self.files.dit is None else self.files.dit_header().compute_dtype)
 
     def _with_dtype(self, placement: Placement) -> Placement:
         """--dit_dtype counts where the caller asks for no dtype."""
         asks = placement.compute_dtype is not None or placement.storage_dtype is not None
         return placement if asks else replace(placement, compute_dtype=self.dit_dtype)
-
-    def _beside_dit(self, chosen: torch.dtype | None) -> torch.dtype:
-        """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer float32."""
-        if chosen is not None:
-            return chosen
-        return torch.float32 if self.files.dit is not None and self._dit_dtype() == torch.float32 else torch.float16
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
@@ -315,61 +304,34 @@ class HunyuanVideo:
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
     """For cache_latents.py."""
-    return _with_vae(HunyuanVideo(HunyuanFiles(), caches_image=options.i2v), options.vae)
+    return HunyuanVideo(HunyuanFiles(encoders=Encoders().with_vae(options.vae)), caches_image=options.i2v)
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
     """For cache_text_encoder_outputs.py."""
-    return _with_text(HunyuanVideo(HunyuanFiles()), options.text)
+    return HunyuanVideo(HunyuanFiles(encoders=Encoders().with_text(options.text)))
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
     """For hv_train_network.py and hv_train.py."""
-    family = HunyuanVideo(
-        HunyuanFiles(dit=options.dit),
+    return HunyuanVideo(
+        HunyuanFiles(options.dit, Encoders().with_vae(options.vae).with_text(options.text)),
         dit_dtype=computing_dtype(options.dit_dtype, "--dit_dtype", None),
         dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,  # 16 is its default
         trained_guidance=options.embedded_guidance,
         negative_is_empty=False,
     )
-    return _with_text(_with_vae(family, options.vae), options.text)
 
 
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
     """For hv_generate_video.py."""
-    family = HunyuanVideo(
-        HunyuanFiles(dit=options.dit),
+    return HunyuanVideo(
+        HunyuanFiles(options.dit, Encoders().with_vae(options.vae).with_text(options.text)),
         dit_channels=options.dit_in_channels,
         skip_layers=options.hidden_state_skip_layer,
         final_norm=options.apply_final_norm,
         second_prompt=options.prompt_2,
         text_multipliers=options.text_multipliers,
-    )
-    return _with_text(_with_vae(family, options.vae), options.text)
-
-
-def _with_vae(family: HunyuanVideo, options: HunyuanVaeOptions) -> HunyuanVideo:
-    return replace(
-        family,
-        files=replace(family.files, vae=options.file.vae),
-        vae_dtype=computing_dtype(options.file.vae_dtype, "--vae_dtype", None),
-        vae_tile=options.file.tile,
-        vae_chunk_size=options.vae_chunk_size,
-    )
-
-
-def _with_text(family: HunyuanVideo, options: HunyuanTextOptions) -> HunyuanVideo:
-    return replace(
-        family,
-        files=replace(
-            family.files,
-            text_encoder1=options.text_encoder1,
-            text_encoder2=options.text_encoder2,
-            text_encoder1_tokenizer=options.text_encoder1_tokenizer,
-            text_encoder2_tokenizer=options.text_encoder2_tokenizer,
-        ),
-        text_dtype=computing_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-        llm_in_fp8=options.fp8_llm,
     )
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
 from modules.checkpoint import open_checkpoint
 from modules.dialects import load_planned
-from modules.norms import RMSNorm
 
 
 def rotate_halves(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -29,6 +28,22 @@ def rotary_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]
     frequencies = 1 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
+
+
+class LlamaNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x.
+
+    Rounded before the weight too, as the model was trained and as the released pipelines compute: to the last bit of float16.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.float()  # the squares of float16 overflow
+        return self.weight * (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class LlamaAttention(nn.Module):
@@ -71,9 +86,9 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.dim, config.eps)
+        self.input_layernorm = LlamaNorm(config.dim, config.eps)
         self.self_attn = LlamaAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.dim, config.eps)
+        self.post_attention_layernorm = LlamaNorm(config.dim, config.eps)
         self.mlp = LlamaFeedForward(config)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, seen: Tensor) -> Tensor:
@@ -89,7 +104,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocabulary, config.dim)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.eps) if config.final_norm else nn.Identity()
+        self.norm = LlamaNorm(config.dim, config.eps) if config.final_norm else nn.Identity()
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,8 @@ Source: the released model code and Kong et al. 2024, arXiv 2412.03603. `blocks.
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
 import functools
-from collections.abc import Set
+import itertools
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 import torch.nn.functional as functional
@@ -79,9 +80,8 @@ class HunyuanVideoModel(nn.Module):
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(config)
-        width = dim // config.num_heads
-        side = 7 * width // 16  # channels of rows and of columns; frames have an eighth
-        self._rotary = GridTable(functools.partial(exact_table, widths=(width - 2 * side, side, side), theta=config.rope_theta))
+        widths = rotary_widths(dim // config.num_heads)
+        self._rotary = GridTable(functools.partial(exact_table, widths=widths, theta=config.rope_theta))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -108,9 +108,8 @@ class HunyuanVideoModel(nn.Module):
         Raises ValueError where sizes do not go together.
         """
         x, tokens = self.embed(noisy, timesteps, llama, llama_mask, clip_l, guidance)
-        for index, block in enumerate([*self.double_blocks, *self.single_blocks]):
-            if index not in skip_blocks:
-                x = block(x, tokens)
+        for block in without_skipped((self.double_blocks, self.single_blocks), skip_blocks):
+            x = block(x, tokens)
         return self.unembed(x, tokens)
 
     def embed(
@@ -149,6 +148,19 @@ class HunyuanVideoModel(nn.Module):
             raise ValueError("the model has a guidance embedding and was given no guidance")
 
 
+def without_skipped(lists: Iterable[nn.ModuleList], skip_blocks: Set[int]) -> Iterator[nn.Module]:
+    """The blocks of these lists in order, but those that pass their input through; they are counted over all lists."""
+    for index, block in enumerate(itertools.chain.from_iterable(lists)):
+        if index not in skip_blocks:
+            yield block
+
+
+def rotary_widths(head_width: int) -> tuple[int, int, int]:
+    """How many of a head's channels are turned by the places along frames, rows and columns: an eighth, and seven sixteenths."""
+    side = 7 * head_width // 16
+    return head_width - 2 * side, side, side
+
+
 def check_sizes(noisy: Tensor, patch_size: tuple[int, int, int], text: Tensor, mask: Tensor) -> None:
     """Raises ValueError where B C F H W latents cannot be cut into patches, or a B T mask is not that of the text."""
     if any(size % patch for size, patch in zip(noisy.shape[2:], patch_size, strict=True)):
@@ -174,7 +186,7 @@ def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     counted = torch.stack([real.sum(dim=1), (real * positions).amax(dim=1)])
-    counts, ends = counted.tolist()  # the one place where the host waits for the device
+    counts, ends = counted.tolist()  # a mask on the device would have the host wait for it
     if counts != ends:
         raise ValueError(f"padding stands before real tokens in a text mask: {counts} real tokens end at {ends}")
     longest = max(1, *counts)

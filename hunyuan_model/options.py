@@ -92,19 +92,24 @@ class HunyuanGenerationOptions:
     @property
     def text_multipliers(self) -> tuple[float, float] | None:
         """What --te_multiplier gives for the text's tokens and for their mean."""
-        if self.te_multiplier is None:
-            return None
-        try:
-            tokens, mean = (float(text) for text in self.te_multiplier)
-        except ValueError:
-            raise OptionError(f"--te_multiplier {' '.join(self.te_multiplier)}: give two numbers, such as 1.2 1.0") from None
-        return tokens, mean
+        return read_multipliers(self.te_multiplier)
+
+
+def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | None:
+    """What was given to --te_multiplier as numbers; None where it was not. Raises OptionError for other words."""
+    if words is None:
+        return None
+    try:
+        tokens, mean = map(float, words)
+    except ValueError:
+        raise OptionError(f"--te_multiplier {' '.join(words)}: give two numbers, such as 1.2 1.0") from None
+    return tokens, mean
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
     """--vae and its switches, --i2v for image-to-video caches."""
     group = parser.add_argument_group("HunyuanVideo")
-    _add_vae(group)
+    add_vae(group)
     group.add_argument(
         "--i2v", action="store_true", help="also cache the first frame encoded alone, for training of SkyReels V1 image-to-video"
     )
@@ -113,7 +118,7 @@ def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
 def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
     """The two text encoders and their tokenizers."""
     group = parser.add_argument_group("HunyuanVideo")
-    _add_text(group, required=True)
+    add_text(group, required=True)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,8 +131,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dit_in_channels", type=int, default=16, help="32: the checkpoint has to be the image-to-video one; found from the file"
     )
-    _add_vae(group)
-    _add_text(group, required=False)
+    add_vae(group)
+    add_text(group, required=False)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,8 +140,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("HunyuanVideo")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     group.add_argument("--dit_in_channels", type=int, default=None, help="input channels it has to have; found from the file")
-    _add_vae(group, always_tiled=True)
-    _add_text(group, required=False)
+    add_vae(group, always_tiled=True)
+    add_text(group, required=False)
     group.add_argument("--prompt_2", type=str, default=None, help="prompt of the second text encoder; without it the prompt")
     group.add_argument(
         "--hidden_state_skip_layer",
@@ -145,14 +150,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers of the language model behind the state that is used",
     )
     group.add_argument("--apply_final_norm", action="store_true", help="norm that state as the last one is")
-    group.add_argument(
-        "--te_multiplier",
-        type=str,
-        nargs=2,
-        default=None,
-        metavar=("llm_multiplier", "clip_multiplier"),
-        help="strengthen the text's tokens in the transformer's refiner, and their mean",
-    )
+    add_te_multiplier(group)
     group.add_argument("--exclude_single_blocks", action="store_true", help="use of LoRAs only what is for the double blocks")
     group.add_argument("--reproduce", action="store_true", help="deterministic algorithms only: slower, the same on every run")
     add_split_argument(group)
@@ -167,14 +165,28 @@ def caching_commands(dataset_config: Path | None, options: HunyuanTrainingOption
     return as_typed(latents), as_typed(["python", "cache_text_encoder_outputs.py", *dataset, *files])
 
 
-def _add_vae(group: argparse._ArgumentGroup, always_tiled: bool = False) -> None:
+def add_vae(group: argparse._ArgumentGroup, always_tiled: bool = False) -> None:
+    """The arguments of `HunyuanVaeOptions`. always_tiled: see `add_vae_arguments`."""
     add_vae_arguments(group, always_tiled=always_tiled)
     group.add_argument(
         "--vae_chunk_size", type=int, default=None, help="frames that a layer of the VAE computes at a time: less memory"
     )
 
 
-def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
+def add_te_multiplier(group: argparse._ArgumentGroup) -> None:
+    """How much the text weighs inside the transformer; read by `read_multipliers`."""
+    group.add_argument(
+        "--te_multiplier",
+        type=str,
+        nargs=2,
+        default=None,
+        metavar=("llm_multiplier", "clip_multiplier"),
+        help="strengthen the text's tokens in the transformer's refiner, and their mean",
+    )
+
+
+def add_text(group: argparse._ArgumentGroup, required: bool) -> None:
+    """The arguments of `HunyuanTextOptions`."""
     what = {1: "Llama 3 text encoder (LLaVA): folder or file", 2: "CLIP-L text encoder: folder or file"}
     for number, text in what.items():
         group.add_argument(f"--text_encoder{number}", type=str, default=None, required=required, help=text)

@@ -29,6 +29,7 @@ from modules.checkpoint import fingerprint, open_checkpoint
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.loaded import Loaded
+from modules.model_files import inside
 from modules.records import Conditions, Prompt
 
 logger = logging.getLogger(__name__)
@@ -39,30 +40,42 @@ PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What the language model is told: `{}` stands for the prompt. crop_start: tokens before it, whose states are cut off."""
+    """What the language model is told: a system text, then the prompt as the user's words.
 
-    text: str
-    crop_start: int
+    crop_start: tokens before the prompt, whose states are cut off; None: as many as the tokenizer in use makes of them.
+    """
+
+    system: str
+    crop_start: int | None = None
+
+    @property
+    def before(self) -> str:
+        """All that stands before the prompt."""
+        system = f"<|start_header_id|>system<|end_header_id|>\n\n{self.system}<|eot_id|>"
+        return system + "<|start_header_id|>user<|end_header_id|>\n\n"
 
     def of(self, prompt: str) -> str:
         """The whole text."""
-        return self.text.replace("{}", prompt)
+        return f"{self.before}{prompt}<|eot_id|>"
+
+    @property
+    def text(self) -> str:
+        """The release's way to write it: `{}` stands for the prompt."""
+        return self.of("{}")
 
 
 VIDEO_TEMPLATE = PromptTemplate(
-    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+    "Describe the video by detailing the following aspects: "
     "1. The main content and theme of the video."
     "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
     "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
     "4. background environment, light, style and atmosphere."
-    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+    "5. camera angles, movements, and transitions used in the video:",
     crop_start=95,
 )
 IMAGE_TEMPLATE = PromptTemplate(
-    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the image by detailing the color, shape, size, texture, "
-    "quantity, text, spatial relationships of the objects and background:<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+    "Describe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:",
     crop_start=36,
 )
 
@@ -89,14 +102,14 @@ class LlavaTextEncoder:
         skip_layers: layers behind the state that is given, 0 for the last, which is normed always. final_norm: norm others too.
         in_fp8: keep the linear layers in 8 bits.
         """
-        self.path = _inside(path, "text_encoder")
+        self.path = inside(path, "text_encoder")
         self.dtype = dtype
         self.tokenizer = tokenizer
         self.template = template
         self.skip_layers = skip_layers
         self.final_norm = final_norm or skip_layers == 0
         self.in_fp8 = in_fp8
-        self._loaded = Loaded[Llama, LlamaTokenizer]()
+        self._loaded = Loaded[Llama, tuple[LlamaTokenizer, int]]()  # with the number of tokens before the prompt
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -120,19 +133,27 @@ class LlavaTextEncoder:
         """Read encoder and tokenizer. A loaded encoder moves to the device."""
         self._loaded.load(device, self._read)
 
-    def _read(self, device: torch.device) -> tuple[Llama, LlamaTokenizer]:
+    def _read(self, device: torch.device) -> tuple[Llama, tuple[LlamaTokenizer, int]]:
         tokenizer = load_llama_tokenizer(self.tokenizer, self.path)  # first: what is wrong with it shows before gigabytes are read
-        before = len(tokenizer.tokenize(self.template.text.partition("{}")[0]))
-        if before != self.template.crop_start:
+        start = self._crop_start(tokenizer)
+        llama = load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm, self.in_fp8)
+        logger.info("text encoder 1: %s, computing in %s", self.path, dtype_name(self.dtype))
+        return llama, (tokenizer, start)
+
+    def _crop_start(self, tokenizer: LlamaTokenizer) -> int:
+        """How many tokens of a text stand before the prompt."""
+        counted, known = len(tokenizer.tokenize(self.template.before)), self.template.crop_start
+        if known is None:
+            logger.info("system prompt: %s (%d tokens before the prompt, which are cut off)", self.template.system, counted)
+            return counted
+        if counted != known:
             logger.warning(
                 "the tokenizer makes %d tokens of the template before the prompt, that of the model makes %d: prompts will be cut "
                 "in the wrong place. Give --text_encoder1_tokenizer the one that belongs to the model.",
-                before,
-                self.template.crop_start,
+                counted,
+                known,
             )
-        llama = load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm, self.in_fp8)
-        logger.info("text encoder 1: %s, computing in %s", self.path, dtype_name(self.dtype))
-        return llama, tokenizer
+        return known
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -140,8 +161,7 @@ class LlavaTextEncoder:
 
         Raises CheckpointError where the tokenizer knows more tokens than the model.
         """
-        llama, tokenizer = self._loaded.get()
-        start = self.template.crop_start
+        llama, (tokenizer, start) = self._loaded.get()
         length = start + PROMPT_TOKENS
         rows = [tokenizer.tokenize(self.template.of(prompt.text)) for prompt in prompts]
         for row, prompt in zip(rows, prompts, strict=True):
@@ -173,7 +193,7 @@ class ClipTextEncoder:
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
         """path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`. dtype: it computes in."""
-        self.path = _inside(path, "text_encoder_2")
+        self.path = inside(path, "text_encoder_2")
         self.dtype = dtype
         self.tokenizer = tokenizer
         self._loaded = Loaded[ClipText, ClipTokenizer]()
@@ -222,11 +242,6 @@ class ClipTextEncoder:
     def free(self) -> None:
         """Give the memory back."""
         self._loaded.free()
-
-
-def _inside(path: Path, folder: str) -> Path:
-    """`path`, or that folder in it where it is a whole release."""
-    return path / folder if (path / folder).is_dir() else path
 
 
 def _filled(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from modules.devices import dtype_name
 from modules.dialects import load_planned
 from modules.errors import OptionError
 from modules.memory_layouts import lay_out, layouts
-from modules.pixels import check_clip
+from modules.pixels import check_clip, from_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -67,31 +67,42 @@ class HunyuanVae(nn.Module):
         """Where it lies."""
         return self.quant_conv.weight.device
 
+    @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """A sample of the posterior, drawn in float32 from one generator for each clip; without generators its mean.
 
-        pixels: B 3 F H W in -1..1, on any device; F = 4n + 1, H and W multiples of 8.
+        pixels: B 3 F H W in -1..1, or bytes 0..255, on any device; F = 4n + 1, H and W multiples of 8. Of bytes as much is made
+        numbers at a time as is computed at a time, so that a long clip takes no more memory than it has.
         Returns B Z n+1 H/8 W/8, float32, on the VAE's device. Raises ValueError for other sizes.
         """
-        mean, log_variance = self.posterior(pixels)
-        if generators is None:
-            return mean
-        noise = [torch.randn(mean.shape[1:], generator=each, device=each.device).to(self.device) for each in generators]
-        if len(noise) != len(mean):
-            raise ValueError(f"{len(noise)} generators for {len(mean)} clips")
-        return mean + torch.exp(0.5 * log_variance) * torch.stack(noise)
+        if generators is not None and len(generators) != len(pixels):
+            raise ValueError(f"{len(generators)} generators for {len(pixels)} clips")
+        mean, log_variance = self._all_moments(pixels).chunk(2, dim=1)
+        if generators is not None:  # in place: of a long clip even latents are large
+            deviation = log_variance.clamp_(*LOG_VARIANCE).mul_(0.5).exp_()
+            for item, each in enumerate(generators):
+                noise = torch.randn(mean.shape[1:], generator=each, device=each.device)
+                mean[item] += deviation[item].mul_(noise.to(self.device))
+        return mean.contiguous()
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each as `encode` returns."""
-        check_clip(pixels, FRAMES, PIXELS)
-        if self.tiling is not None and pixels.shape[2] > self.tiling.frames:
-            cut = Cut(self.tiling.frames // FRAMES, FRAMES, 1)
-            moments = torch.cat(list(in_spans(self._encode, pixels, cut)), dim=2)
-        else:
-            moments = self._encode(pixels)
-        mean, log_variance = moments.chunk(2, dim=1)
+        mean, log_variance = self._all_moments(pixels).chunk(2, dim=1)
         return mean.contiguous(), log_variance.clamp(*LOG_VARIANCE)
+
+    def _all_moments(self, pixels: Tensor) -> Tensor:
+        """Both, B 2Z n+1 H/8 W/8 float32. Raises ValueError for sizes that cannot be encoded."""
+        check_clip(pixels, FRAMES, PIXELS)
+        if self.tiling is None or pixels.shape[2] <= self.tiling.frames:
+            return self._encode(pixels)
+        batch, _, frames, height, width = pixels.shape
+        shape = (batch, self.quant_conv.out_channels, (frames - 1) // FRAMES + 1, height // PIXELS, width // PIXELS)
+        moments, done = torch.empty(shape, device=self.device), 0
+        for span in in_spans(self._encode, pixels, Cut(self.tiling.frames // FRAMES, FRAMES, 1)):
+            moments[:, :, done : done + span.shape[2]] = span
+            done += span.shape[2]
+        return moments
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Pixels in playing order: first one frame, then four at a time. B 3 F H W, float32, -1..1.
@@ -131,6 +142,8 @@ class HunyuanVae(nn.Module):
 
     def _placed(self, x: Tensor) -> Tensor:
         """On the VAE's device, in its dtype and in the memory layout of its weights, which all that follows keeps."""
+        if x.dtype == torch.uint8:
+            x = from_bytes(x.to(self.device))
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
 
 

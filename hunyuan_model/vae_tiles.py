@@ -5,13 +5,13 @@ wherever that leaves the last one; in the overlap a tile fades in over the one a
 Sizes count latent frames and pixels, which input and output share: in each a unit is so many frames or pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Compute = Callable[[Tensor], Tensor]
+from modules.equal_pieces import Compute, compute_piece
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Ten
         rows = slice(top * cut.unit_in, (top + cut.size) * cut.unit_in)
         beside = torch.empty(0)
         for left in range(0, width, cut.stride):
-            tile = compute(x[..., rows, left * cut.unit_in : (left + cut.size) * cut.unit_in]).float()
+            tile = compute_piece(compute, x[..., rows, left * cut.unit_in : (left + cut.size) * cut.unit_in]).float()
             if top:
                 _fade_in(tile, above[left], -2)
             if left:

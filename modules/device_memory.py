@@ -1,11 +1,15 @@
 """What a CUDA device really holds: the measured peak, and whether its driver has begun to use the host's memory instead."""
 
 import logging
+import re
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 
 import torch
+from torch import nn
 
-from modules.memory_plan import comparison, gib
+from modules.memory_plan import MARGIN, comparison, gib
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,26 @@ def usage_of(device: torch.device) -> Usage:
     """The present usage of a CUDA device."""
     free, total = torch.cuda.mem_get_info(device)
     return Usage(total, free, torch.cuda.memory_reserved(device))
+
+
+def spare_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA device for tensors beside those that lie there, less a margin: what the driver and torch's allocator have."""
+    usage = usage_of(device)
+    return usage.free + usage.reserved - torch.cuda.memory_allocated(device) - round(MARGIN * usage.total)
+
+
+def bytes_on(network: nn.Module, device: torch.device) -> int:
+    """Bytes of a network's weights and buffers on a kind of device."""
+    return sum(each.nbytes for each in chain(network.parameters(), network.buffers()) if each.device.type == device.type)
+
+
+def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes of host memory that can be had without swapping; None where the system does not say (only Linux does)."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found[1]) * 1024
 
 
 EVERY = 50  # steps between two looks at the driver

@@ -6,6 +6,7 @@ import os
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from modules.errors import OptionError
 
@@ -53,6 +54,16 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"--device {name}: torch sees no Apple GPU. Use --device cpu.")
     return device
+
+
+def sent(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+    """A tensor of a batch or of conditions where a network on `device` takes it; whole numbers and truth values on the host.
+
+    These say where tokens stand and which are real. Code reads them, and reading from a device stops the host until all that was
+    asked of the device before is done.
+    """
+    is_content = tensor.is_floating_point()
+    return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
 
 
 def make_deterministic() -> None:

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
-from modules.checkpoint import Checkpoint, Source, load_module
+from modules.checkpoint import Checkpoint, Source
 from modules.errors import CheckpointError
+from modules.filling import load_module
 from modules.fp8_loading import encoder_loading
 
 Config = TypeVar("Config")
@@ -81,6 +83,33 @@ def shapes_of(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Callable
     return shape
 
 
+@dataclass(frozen=True)
+class DitShapes:
+    """The shapes of a transformer's tensors, from which its dimensions are read."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
+    model: str  # for messages: HunyuanVideo
+
+    def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
+        """The shape of a tensor with so many axes. Raises CheckpointError where the file has none of that name."""
+        found = self.shapes.get(name, ())
+        if len(found) != axes:
+            raise CheckpointError(
+                f"{self.path} is an incomplete {self.model} transformer: {name} is not there. Copy it again.", self.path
+            )
+        return found
+
+    def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
+        """Of the layer that makes tokens of latents: width of the model, channels of latents, size of a patch."""
+        dim, in_dim, frames, rows, columns = self.of(name, axes=5)
+        return dim, in_dim, (frames, rows, columns)
+
+    def blocks(self, start: str) -> int:
+        """How many blocks there are in a list, whose name this is."""
+        return count(self.shapes, rf"{re.escape(start)}\.\d+")
+
+
 KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> what the file is
     ("decoder.upsamples.0.upsamples.0.residual.2.weight", "the Wan2.2 VAE (48 channels), which Wan2.1 models cannot use"),
     ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
@@ -95,6 +124,7 @@ KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> 
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
     ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
     ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
+    ("vision_model.embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),  # CLIP's has none
     ("head.probe", "a SigLIP image encoder (--image_encoder)"),
     ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder (--text_encoder2)"),
     ("model.embed_tokens.weight", "a language model (--text_encoder1)"),

@@ -7,9 +7,10 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from modules.checkpoint import Checkpoint, Source, load_module
+from modules.checkpoint import Checkpoint, Source
 from modules.errors import CheckpointError
 from modules.family import DitSpec
+from modules.filling import load_module
 from modules.fp8 import linear_weights
 from modules.fp8_loading import Fp8Loading, kept_in_fp8
 from modules.records import Placement

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from modules.equal_pieces import compute_piece
 from modules.planned_kernels import ATTENTION_WORKSPACE, PlannedKernels
 
 ACCELERATOR = torch.device("cpu:0")  # to torch another device than plain `cpu`, and one that every build can compute on
@@ -61,6 +63,7 @@ class Ledger(TorchDispatchMode):
         self._live: Counter[str] = Counter()  # KEPT and WORKING together stand under WORKING
         self._here = 0  # of these, what was made in the present place
         self._total = 0
+        self._most = 0  # that there ever was since `rise` began
         self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}
         self._guesses = False
         self.counts: dict[str, int] = {}  # blocks of each list that run
@@ -85,6 +88,12 @@ class Ledger(TorchDispatchMode):
         """Begin anew to look for the largest moments."""
         self.peaks = {}
 
+    def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        """What `run` returns, and how many bytes more than before it the device held at most while it ran."""
+        before, self._most = self._total, self._total
+        result = run()
+        return result, self._most - before
+
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
         """What is made inside is of that kind."""
@@ -96,7 +105,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def guessing(self) -> Iterator[None]:
-        """Inside, code may read numbers that nobody knows: they are 1. For optimizers, whose memory does not depend on them."""
+        """Inside, code may read numbers that nobody knows: they are 1. Where memory does not depend on them."""
         before, self._guesses = self._guesses, True
         try:
             yield
@@ -138,6 +147,7 @@ class Ledger(TorchDispatchMode):
             self._here += sign * made.size
 
     def _compare(self) -> None:
+        self._most = max(self._most, self._total)
         if self._total > sum(self.peaks.get(self._place, {}).values()):
             self.peaks[self._place] = self.moment
 
@@ -167,7 +177,7 @@ def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     return result
 
 
-def modules_in(thing: object, depth: int = 3) -> Iterator[nn.Module]:
+def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
     """The networks that an object holds: it, or what its attributes and their items are."""
     if isinstance(thing, nn.Module):
         yield thing
@@ -177,10 +187,37 @@ def modules_in(thing: object, depth: int = 3) -> Iterator[nn.Module]:
             yield from modules_in(each, depth - 1)
 
 
+class OneOfManyPieces(TorchFunctionMode):
+    """While it is on, `compute_piece` computes one piece of each kind; of others it holds and returns as much as their share."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+        self._done: dict[tuple[Any, ...], tuple[torch.Size, torch.Size, torch.dtype, torch.device, int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not compute_piece:
+            return func(*args, **(kwargs or {}))
+        compute, piece = args
+        kind = (compute, piece.shape[:-2], piece.dtype, piece.device)
+        known = self._done.get(kind)
+        if known is None or piece.shape[-2:].numel() > known[0][-2:].numel():
+            result, rise = self._ledger.rise(lambda: compute(piece))
+            self._done[kind] = (piece.shape, result.shape, result.dtype, result.device, rise)
+            return result
+        first, made, dtype, device, rise = known
+        held = torch.empty(rise * piece.numel() // first.numel(), dtype=torch.uint8, device=self._ledger.device)
+        del held
+        sides = (now * there // then for now, then, there in zip(piece.shape[-2:], first[-2:], made[-2:], strict=True))
+        return torch.empty((*made[:-2], *sides), dtype=dtype, device=device)
+
+
 @contextmanager
 def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
     """Everything inside is rehearsed. device: what the code inside is told to compute on."""
-    with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), Ledger(device) as ledger:
+    ledger = Ledger(device)
+    # the last one is asked first: inside a piece kernels are planned as everywhere
+    with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:
         yield ledger
 
 

@@ -21,6 +21,7 @@ from modules.records import (
     EncodedPrompts,
     MediaBatch,
     MediaEncoders,
+    MediaTable,
     Placement,
     Prompt,
     Prompts,
@@ -42,6 +43,7 @@ class LatentSpec:
     shift: float = 0.0
     preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to colour
     preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    in_sections: bool = False  # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
 
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """1 C F H W of the latents for a size in pixels."""
@@ -74,11 +76,12 @@ class SamplingDefaults:
     fps: float
     guidance_scale: float
     embedded_guidance: float | None
-    flow_shift: float
+    flow_shift: float | None  # None: the family finds it from the size, and training samples cannot change it
     solver: str
     width: int
     height: int
     frames: int
+    noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
 
 
 class NoiseSource(Protocol):
@@ -149,6 +152,12 @@ class Family(Protocol):
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders: ...  # images: what conditions need too
 
+    def check_table(self, table: MediaTable) -> None: ...  # DatasetError where its items cannot be cached; nothing is loaded
+
+    def sections_of(
+        self, table: MediaTable, frames: int
+    ) -> int | None: ...  # cache files of an item of so many frames, one per section; None: one without; MediaError: too short
+
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...  # per item at least one
 
     # the network: training and generation
@@ -181,3 +190,5 @@ class Family(Protocol):
     ) -> Generator[Section, Tensor, Tensor]: ...
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]: ...  # B C F H W chunks in playing order, -1..1
+
+    # latents of a `Piece`, which are a part of a video, may decode to values beyond -1..1: a transition is still to be made

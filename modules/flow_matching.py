@@ -51,9 +51,10 @@ def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
 
 
 def make_schedule(solver: str, steps: int, flow_shift: float) -> Schedule:
-    """The noise levels that `solver` ("euler", "unipc", "dpm++") visits in `steps` steps.
+    """The noise levels that `solver` ("euler", "unipc", "unipc-bh1", "dpm++") visits in `steps` steps.
 
-    euler feeds exact timesteps; unipc and dpm++ feed them cut to whole numbers but step by the exact sigmas, as the released code.
+    euler and unipc-bh1 feed exact timesteps; unipc and dpm++ feed them cut to whole numbers but step by the exact sigmas, as the
+    released code.
     Raises ValueError for another solver or where there is no step.
     """
     if steps < 1:
@@ -84,4 +85,9 @@ def _dpm_grid(steps: int, flow_shift: float) -> Schedule:
     return _whole_timesteps(1.0, steps, flow_shift)
 
 
-_GRIDS: dict[str, Callable[[int, float], Schedule]] = {"euler": _even_grid, "unipc": _unipc_grid, "dpm++": _dpm_grid}
+_GRIDS: dict[str, Callable[[int, float], Schedule]] = {
+    "euler": _even_grid,
+    "unipc": _unipc_grid,
+    "unipc-bh1": _even_grid,
+    "dpm++": _dpm_grid,
+}

@@ -12,7 +12,7 @@ import itertools
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -100,7 +100,7 @@ def resize_cover(frame: Frame, bucket: Size) -> Frame:
     if fit.interpolation == "none":
         return frame
     if fit.interpolation == "lanczos":
-        resized = np.asarray(Image.fromarray(frame).resize(fit.resized, Image.Resampling.LANCZOS))
+        resized = np.array(Image.fromarray(frame).resize(fit.resized, Image.Resampling.LANCZOS))  # a copy: Pillow's is read-only
     else:
         resized = np.asarray(cv2.resize(frame, fit.resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     left, top = fit.crop
@@ -285,7 +285,7 @@ def write_video(
 
 
 def _add_stream(container: Any, kind: _Codec, first: Frame, fps: float) -> Any:
-    stream = container.add_stream(kind.encoder, rate=Fraction(fps).limit_denominator(1001))
+    stream = container.add_stream(kind.encoder, rate=_rate(fps))
     stream.height, stream.width = (side // 2 * 2 for side in first.shape[:2])
     stream.pix_fmt = kind.pixel_format
     stream.options = dict(kind.options)
@@ -303,6 +303,74 @@ def _video_frame(frame: Frame, stream: Any, index: int) -> av.VideoFrame:
     converted.pts = index
     converted.time_base = 1 / stream.codec_context.framerate
     return converted
+
+
+# --- videos: joining --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A video that `write_video` has written, to be joined with others of the same size, rate and settings."""
+
+    path: Path
+    frames: int
+    lead: int  # by how many frames decoding is ahead of showing: frames that look at later ones are stored behind these
+
+
+def segment_of(path: Path, fps: float) -> Segment:
+    """Measure a finished file. Raises MediaError where it cannot be read."""
+    with _reading(path), av.open(_url(path)) as container:
+        places = [_place(packet, fps) for packet in _packets(container)]
+    return Segment(path, len(places), max(order - place for order, place in enumerate(places)))
+
+
+def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
+    """Write segments one behind the other as one video (.mp4), complete or not at all. Pictures are copied, not encoded again.
+
+    A player that has the file open which was there before goes on with that one. Raises MediaError where the segments differ in
+    their settings, OutputError.
+    """
+    lead = max(segment.lead for segment in segments)
+    with atomic_path(path) as temporary, _writing():
+        target = av.open(_url(temporary), "w", format=_MUXERS[".mp4"], options={"fflags": "+bitexact"})
+        with target:
+            stream: Any = None
+            settings, frames, order = b"", 0, 0
+            for segment in segments:
+                with av.open(_url(segment.path)) as source:
+                    original = source.streams.video[0]
+                    if stream is None:
+                        stream = target.add_stream_from_template(original, opaque=True)
+                        stream.time_base = 1 / _rate(fps)
+                        settings = bytes(original.codec_context.extradata or b"")
+                    if bytes(original.codec_context.extradata or b"") != settings:
+                        raise MediaError(
+                            f"{segment.path} was encoded with other settings than {segments[0].path}: they cannot be joined"
+                        )
+                    for packet in _packets(source):
+                        shown = frames + _place(packet, fps)
+                        packet.time_base, packet.duration = 1 / _rate(fps), 1
+                        packet.pts, packet.dts = shown, order - lead  # in the order of storing, never later than shown
+                        packet.stream = stream
+                        target.mux(packet)
+                        order += 1
+                frames += segment.frames
+
+
+def _packets(container: Any) -> Iterator[Any]:
+    """The stored pictures in the order of storing."""
+    for packet in container.demux(container.streams.video[0]):
+        if packet.size:  # the last one says only that there are no more
+            yield packet
+
+
+def _place(packet: Any, fps: float) -> int:
+    """Which frame of its file a stored picture is."""
+    return round(packet.pts * packet.time_base * _rate(fps))
+
+
+def _rate(fps: float) -> Fraction:
+    return Fraction(fps).limit_denominator(1001)
 
 
 @contextlib.contextmanager

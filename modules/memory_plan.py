@@ -1,17 +1,23 @@
 """The predicted peak of device and host memory by part: arithmetic, the table that shows it, and whether it fits."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from modules.dry_run import ATTENTION, BATCH, GRADIENTS, KEPT, NETWORK, OPTIMIZER, WEIGHTS, WORKING, Moment, rounded
-from modules.errors import MemoryPlanError
+from modules.errors import MemoryPlanError, UserError
 from modules.family import DitSpec
+from modules.swap_options import SwapOptions
 from modules.swap_plan import SwapPlan, big_weights, most_blocks
 
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 GIB = 1 << 30
 # What a device holds beside the tensors that torch counts: the CUDA context with its kernels, a few hundred MB on every driver.
 CONTEXT = 600 << 20
@@ -252,6 +258,50 @@ def show(plan: MemoryPlan, last_line: str) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print("\n".join([*plan.remarks, last_line]), markup=False)
+
+
+class Swappable(Protocol):
+    """A prediction: what the device holds with so many blocks swapped, of which there can be `most`."""
+
+    @property
+    def most(self) -> int: ...
+
+    def device(self, blocks: int, /) -> int: ...
+
+
+def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
+    """How many blocks to swap, and why so many where that was left to `auto`."""
+    return chosen_swap(prediction.device, prediction.most, room) if swap.is_auto else (swap.number, None)
+
+
+def present(
+    prediction: Swappable,
+    swap: SwapOptions,
+    room: Room | None,
+    plan_of: Callable[[int, Sequence[str]], MemoryPlan],
+    advice: Callable[[Room], Sequence[str]],
+) -> None:
+    """Print a plan and whether it fits. plan_of: blocks swapped and remarks -> plan; advice: asked for where it does not fit."""
+    blocks, reason = swap_for(prediction, swap, room)
+    plan = plan_of(blocks, [] if reason is None else [reason])
+    fits = room is None or plan.device <= room.usable
+    show(plan, verdict(plan, room, () if fits or room is None else advice(room)))
+
+
+def predicted_before_run(predict: Callable[[], Result], swap: SwapOptions) -> Result | None:
+    """What a rehearsal before a run finds; None, with a warning, where it fails: a plan is an aid, without one a run is as good.
+
+    Raises UserErrors as they come, and MemoryPlanError where --blocks_to_swap auto waits for the plan.
+    """
+    try:
+        return predict()
+    except UserError:
+        raise
+    except Exception as error:
+        if swap.is_auto:
+            raise MemoryPlanError(f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks.") from error
+        logger.warning("The memory of this run cannot be planned (%s: %s).", type(error).__name__, error)
+        return None
 
 
 def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:

@@ -20,16 +20,23 @@ def existing(path: Path | None, option: str, why: str) -> Path:
     return given
 
 
+def inside(path: Path, folder: str) -> Path:
+    """`path`, or that folder in it where it is a whole release."""
+    return path / folder if (path / folder).is_dir() else path
+
+
 def read_once(path: Path, read: Callable[[Checkpoint], Found]) -> Found:
-    """What `read` says of the open file, such as its dimensions; the file is opened once in a run.
+    """What `read` says of the open file, such as its dimensions; a file is opened once for as long as it stays the same.
 
     read: a function of a module, as `read_vae`. Raises CheckpointError as it does, where the file is another kind of network.
     """
-    found: Found = _read_once(path, read)
+    stat = path.stat()
+    found: Found = _read_once(path, path.absolute(), (stat.st_mtime_ns, stat.st_size), read)
     return found
 
 
-@lru_cache(maxsize=8)  # asked for with every prompt of a long list and with every batch
-def _read_once(path: Path, read: Callable[[Checkpoint], Any]) -> Any:
+@lru_cache(maxsize=16)  # asked for with every prompt of a long list and with every batch
+def _read_once(path: Path, where: Path, stamp: tuple[int, int], read: Callable[[Checkpoint], Any]) -> Any:
+    """where, stamp: which file that is, beside `path`, as which a message names it."""
     with open_checkpoint(path) as checkpoint:
         return read(checkpoint)

@@ -15,9 +15,19 @@ from modules.buckets import Size
 from modules.errors import MediaError
 
 
+def byte_clips(frames: Tensor) -> Tensor:
+    """B F H W C uint8 (alpha is dropped) -> B 3 F H W uint8, not copied: for encoders that take a part at a time."""
+    return rearrange(frames[..., :3], "b f h w c -> b c f h w")
+
+
+def from_bytes(clips: Tensor) -> Tensor:
+    """uint8 of any shape -> float32 in -1..1."""
+    return clips.float() / 127.5 - 1
+
+
 def to_pixels(frames: Tensor) -> Tensor:
     """B F H W C uint8 (alpha is dropped) -> B 3 F H W float32 in -1..1."""
-    return rearrange(frames[..., :3], "b f h w c -> b c f h w").float() / 127.5 - 1
+    return from_bytes(byte_clips(frames))
 
 
 def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:

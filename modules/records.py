@@ -1,7 +1,7 @@
 """The frozen records that cross folder borders."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,19 @@ class Batch:
             if name not in self.tensors:
                 raise CacheError(f"{self.keys[0]}: the cache has no {name}, which {purpose} needs. Cache again with {remedy}.")
 
+    def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
+        """Raise CacheError where tensors were made by another encoder than the network was trained with.
+
+        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: what to cache again with.
+        """
+        for name, taken in widths.items():
+            width = self.tensor(name).shape[-1]
+            if width != taken:
+                raise CacheError(
+                    f"{self.keys[0]}: {name} in its cache is {width} numbers wide, {taker} takes {taken}. "
+                    f"Cache again with {remedy}."
+                )
+
     def tensor(self, name: str) -> Tensor:
         """The stacked tensor of that name. Raises KeyError where the caches have none."""
         value = self.tensors[name]
@@ -44,22 +57,40 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class MediaTable:
+    """What a dataset table says of its items, for families to whom a clip or a picture alone does not say all."""
+
+    name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
+    kind: str = "video"  # or "image"
+    has_control: bool = False
+    target_frames: tuple[int, ...] = ()  # lengths that clips are cut to; () where each is as long as it is, and for images
+    window: int = 9  # latent frames that are denoised together, where a clip has several sections
+    clean_indices: tuple[int, ...] = ()  # places in time of the control images; those without one stand at 0
+    target_index: int | None = None  # place in time of the target
+    has_post: bool = True  # one black frame behind the control images
+
+
+@dataclass(frozen=True)
 class MediaBatch:
-    """Frames to encode. All items have one size and number of frames."""
+    """Frames to encode. All items are of one table and have one size and number of frames."""
 
     frames: Tensor  # B F H W C uint8, RGB
     keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
     spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
     control: tuple[Tensor, ...] = ()  # each B F H W C uint8; C = 4 where a control image has alpha
+    alpha: Tensor | None = None  # B H W uint8: of pictures that are transparent somewhere
+    table: MediaTable = MediaTable()
 
     def singly(self) -> "list[MediaBatch]":
         """The items as batches of one."""
-        return [
-            MediaBatch(
-                self.frames[i : i + 1], self.keys[i : i + 1], self.spans[i : i + 1], tuple(c[i : i + 1] for c in self.control)
-            )
-            for i in range(len(self.keys))
-        ]
+        return [self._only(slice(index, index + 1)) for index in range(len(self.keys))]
+
+    def _only(self, items: slice) -> "MediaBatch":
+        alpha = None if self.alpha is None else self.alpha[items]
+        control = tuple(control[items] for control in self.control)
+        return replace(
+            self, frames=self.frames[items], keys=self.keys[items], spans=self.spans[items], control=control, alpha=alpha
+        )
 
     def encoded_at_once(self, device: torch.device) -> "list[MediaBatch]":
         """The items as an encoder on that device takes them: all in one batch, on a CPU each by itself.
@@ -74,7 +105,7 @@ class CacheEntry:
     """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype (`latents`, `clip`)."""
 
     tensors: Mapping[str, Tensor]
-    section: int | None = None  # FramePack: which section of the video
+    section: int | None = None  # which section of the clip, from its start, where each has a file
     grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
 
 
@@ -109,7 +140,7 @@ class Request:
     guidance_scale: float | None = None
     embedded_guidance: float | None = None
     flow_shift: float | None = None
-    solver: str | None = None  # euler, unipc, dpm++
+    solver: str | None = None  # euler, unipc, unipc-bh1, dpm++
     fps: float | None = None
     negative_prompt: str | None = None
     cfg_schedule: str | None = None
@@ -154,6 +185,15 @@ def batched(conditions: Conditions) -> Conditions:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What a section added to a video that grows, for a preview of it."""
+
+    latents: Tensor  # B C F H W, to decode by themselves
+    overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
+    in_front: bool  # it is played before the video so far; else after it
+
+
+@dataclass(frozen=True)
 class Section:
     """One run of the denoising loop. Conditions have a batch dimension."""
 
@@ -162,7 +202,8 @@ class Section:
     negative: Conditions | None = None
     blank: Conditions | None = None
     source: Tensor | None = None  # clean latents to start from (video-to-video), B C F H W
-    so_far: Tensor | None = None  # finished latents before this section, for previews
+    made: Piece | None = None  # what the section before this one added to the video
+    label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
 
 
 @dataclass(frozen=True)

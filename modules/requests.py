@@ -67,3 +67,19 @@ def whole_frames(frames: int, latent: LatentSpec) -> int:
     if whole != frames:
         logger.warning("--video_length %d is made %d: the model works in steps of %d frames after the first", frames, whole, step)
     return whole
+
+
+def with_negative(request: Request, is_empty: bool) -> Request:
+    """The request with a negative prompt, or without guidance.
+
+    is_empty: without one it is the empty text, as where --negative_prompt is left out; else there is no guidance, which is warned
+    about, as in training samples.
+    """
+    if request.negative_prompt is not None:
+        return request
+    if is_empty:
+        return replace(request, negative_prompt="")
+    if request.guidance_scale != 1:
+        logger.warning("the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt)
+        return replace(request, guidance_scale=1.0)
+    return request

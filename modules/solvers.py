@@ -2,6 +2,7 @@
 
 A solver belongs to one run over one schedule and may remember earlier predictions. Letters as in the papers: sigma and
 alpha = 1 - sigma are the shares of noise and data, lambda = log(alpha / sigma), h a step in lambda, x0 a predicted clean sample.
+A step is exact where x0 stays the same; higher orders take x0 for a polynomial in lambda.
 """
 
 import math
@@ -27,7 +28,7 @@ class Solver(Protocol):
 
 
 def make_solver(name: str, schedule: Schedule) -> Solver:
-    """A fresh solver: "euler", "unipc" or "dpm++". Raises ValueError for another name."""
+    """A fresh solver: "euler", "unipc", "unipc-bh1" or "dpm++". Raises ValueError for another name."""
     if name not in _SOLVERS:
         raise ValueError(f"unknown solver {name!r}: one of {', '.join(_SOLVERS)}")
     return _SOLVERS[name](schedule)
@@ -71,46 +72,65 @@ class DpmPlusPlus:
         return _move(here, there, sample.float(), x0)
 
 
+def _data_share(sigma: float) -> float:
+    return 1.0 - sigma
+
+
+@dataclass(frozen=True)
+class UniPCVariant:
+    """In what the released codes of UniPC differ. B(h) cancels out of all weights that are solved for: only a lone one shows it."""
+
+    order: int  # of the predictions, at most; lower at the start, and 1 to sigma 0
+    alpha: Callable[[float], float]  # of a sigma
+    lone_weight: Callable[[float], float]  # h -> weight of a difference that is the only one: B(h) / 2 in units of 1 - e^-h
+
+
+BH2 = UniPCVariant(order=2, alpha=_data_share, lone_weight=lambda step: 0.5)  # Wan's: B(h) = 1 - e^-h
+# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if the data under the noise were never made weaker
+BH1 = UniPCVariant(order=3, alpha=lambda sigma: 1.0, lone_weight=lambda step: 0.5 * step / -math.expm1(-step))
+
+
 @dataclass
 class UniPC:
-    """UniPC of order 2, B(h) = e^h - 1, on clean-sample predictions; lower order at the start and at the end.
+    """UniPC on clean-sample predictions.
 
     Each call first corrects the sample that the last call predicted, with the velocity now known there, then predicts the next.
     Source: Zhao et al. 2023, arXiv 2302.04867.
     """
 
     schedule: Schedule
-    order: int = 2
-    _past: list["_Prediction"] = field(default_factory=list)  # the last `order` predictions, oldest first
-    _from: tuple[Tensor, int] | None = None  # the sample the last step began at, and the order it used
+    variant: UniPCVariant = BH2
+    corrected: Tensor | None = None  # the sample that the last step began at
+    _order: int = 0  # that the last step used
+    _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        here, there = _Level.at(self.schedule, index), _Level.at(self.schedule, index + 1)
+        here, there = (_Level.at(self.schedule, place, self.variant.alpha) for place in (index, index + 1))
         now = _Prediction.make(here, velocity, sample)
-        sample = self._correct(here, sample.float(), now)
+        self.corrected = self._correct(here, sample.float(), now)
 
-        self._past = [*self._past, now][-self.order :]
-        order = min(self.order, len(self._past), self.schedule.num_steps - index)
-        self._from = (sample, order)
-        return self._predict(there, sample, order)
+        self._past = [*self._past, now][-self.variant.order :]
+        self._order = len(self._past) if there.sigma > 0 else 1
+        return self._predict(there, self.corrected)
 
-    def _predict(self, there: "_Level", sample: Tensor, order: int) -> Tensor:
-        *older, last = self._past[-order:]
+    def _predict(self, there: "_Level", sample: Tensor) -> Tensor:
+        *older, last = self._past[-self._order :]
         step = there.lam - last.level.lam
-        points = _relative(older, last, step)
-        # a single point gets the limit 1/2 of its exact weight, as the released code
-        weights = [0.5] if len(points) == 1 else _weights(step, [point.ratio for point in points])
-        return _move(last.level, there, sample, last.x0, _weighted_slopes(weights, points))
+        return _move(last.level, there, sample, last.x0, self._change(step, _relative(older, last, step)))
 
     def _correct(self, here: "_Level", sample: Tensor, now: "_Prediction") -> Tensor:
-        if self._from is None:
+        if self.corrected is None:
             return sample
-        start, order = self._from
-        *older, last = self._past[-order:]
+        *older, last = self._past[-self._order :]
         step = here.lam - last.level.lam
         points = [*_relative(older, last, step), _Point(1.0, now.x0 - last.x0)]
-        weights = [0.5] if len(points) == 1 else _weights(step, [point.ratio for point in points])
-        return _move(last.level, here, start, last.x0, _weighted_slopes(weights, points))
+        return _move(last.level, here, self.corrected, last.x0, self._change(step, points))
+
+    def _change(self, step: float, points: list["_Point"]) -> Tensor | float:
+        """How much the prediction changes over the step."""
+        alone = len(points) == 1  # the limit 1/2 of the exact weight for small steps, as the released code
+        weights = [self.variant.lone_weight(step)] if alone else _weights(step, [point.ratio for point in points])
+        return sum((weight / point.ratio * point.difference for weight, point in zip(weights, points, strict=True)), start=0.0)
 
 
 @dataclass(frozen=True)
@@ -118,14 +138,12 @@ class _Level:
     """One noise level."""
 
     sigma: float
+    alpha: float
 
     @classmethod
-    def at(cls, schedule: Schedule, index: int) -> "_Level":
-        return cls(float(schedule.sigmas[index]))
-
-    @property
-    def alpha(self) -> float:
-        return 1.0 - self.sigma
+    def at(cls, schedule: Schedule, index: int, alpha: Callable[[float], float] = _data_share) -> "_Level":
+        sigma = float(schedule.sigmas[index])
+        return cls(sigma, alpha(sigma))
 
     @property
     def lam(self) -> float:
@@ -180,15 +198,14 @@ def _weights(step: float, ratios: list[float]) -> list[float]:
     return solution
 
 
-def _weighted_slopes(weights: list[float], points: list[_Point]) -> Tensor | float:
-    """How much the prediction changes over the step."""
-    return sum((weight / point.ratio * point.difference for weight, point in zip(weights, points, strict=True)), start=0.0)
-
-
 def _move(here: _Level, there: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0) -> Tensor:
     """The step between two levels, exact where the prediction is the constant x0; `change` bends it."""
     step = there.lam - here.lam
     return (there.sigma / here.sigma) * sample - there.alpha * math.expm1(-step) * (x0 + change)
 
 
-_SOLVERS: dict[str, Callable[[Schedule], Solver]] = {"euler": Euler, "unipc": UniPC, "dpm++": DpmPlusPlus}
+def _bh1(schedule: Schedule) -> UniPC:
+    return UniPC(schedule, BH1)
+
+
+_SOLVERS: dict[str, Callable[[Schedule], Solver]] = {"euler": Euler, "unipc": UniPC, "unipc-bh1": _bh1, "dpm++": DpmPlusPlus}

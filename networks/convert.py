@@ -8,7 +8,7 @@ from modules.errors import CheckpointError
 from networks.hashes import with_hashes
 from networks.key_formats import OURS, to_other, with_rank_as_alpha
 from networks.loading import PEFT_SETTINGS, listed, read_lora
-from networks.module_names import choose_family
+from networks.module_names import choose_family, named_family
 from networks.parts import fuse
 
 logger = getLogger(__name__)
@@ -24,7 +24,8 @@ def convert_file(source: Path, output: Path, target: str) -> None:
     Raises CheckpointError where the file is no LoRA or nothing of it can be written.
     """
     lora = read_lora(source)
-    hint = lora.metadata.get("ss_base_model_version", LIKELY_FAMILY.get(lora.dialect))
+    made = named_family(lora.metadata)
+    hint = LIKELY_FAMILY.get(lora.dialect) if made is None else made.name
     family = choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
     native = fuse(lora.tensors) if family is not None and family.parts else lora.tensors
     if target == "default":

@@ -18,12 +18,19 @@ from modules.checkpoint import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import fault, group_by_module, rank_of
 from networks.hashes import is_damaged
-from networks.key_formats import rename_modules, to_native
-from networks.module_names import underscored
+from networks.key_formats import OURS, rename_modules, to_native
+from networks.module_names import FamilyNames, choose_family, named_family, underscored
 
 logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
+A_FEW = 0.1  # share of a file that may be of no use without more than a warning
 PEFT_SETTINGS = "lora_adapter_metadata"  # where diffusers keeps the adapter's settings among a file's metadata
+MADE_FOR = ("ss_base_model_version", "modelspec.architecture")
+OF_EQUAL_NAMES = (
+    "flux",
+    "Flux",
+    "chroma",
+)  # models that are no family here, some of whose blocks and layers are called as HunyuanVideo's
 KNOWN_AS = {"networks.lora": "networks.lora_hunyuan"}  # names of network modules on the command lines of LoRA tuners -> ours
 
 
@@ -40,6 +47,10 @@ class LoraFile:
         """The factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`."""
         return group_by_module(self.tensors)
 
+    def family(self) -> FamilyNames | None:
+        """What it was trained for: as its metadata say, else by its names; None where nobody knows."""
+        return named_family(self.metadata) or choose_family(name.removeprefix(OURS) for name in self.modules())
+
 
 def read_lora(path: Path) -> LoraFile:
     """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a warning.
@@ -51,7 +62,8 @@ def read_lora(path: Path) -> LoraFile:
         metadata = dict(checkpoint.metadata)
     if path.is_file() and is_damaged(path, stored, metadata):
         raise CheckpointError(f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.", path)
-    native = to_native(stored, metadata.get("ss_base_model_version"))
+    made = named_family(metadata)
+    native = to_native(stored, None if made is None else made.name)
     if not native.tensors:
         raise CheckpointError(
             f"{path} is no LoRA for a video model: it has tensors such as {listed(sorted(stored), 3)}. Give a LoRA file.", path
@@ -61,7 +73,7 @@ def read_lora(path: Path) -> LoraFile:
             f"{path}: {len(native.text_encoder)} tensors change a text encoder and are ignored: {listed(native.text_encoder)}"
         )
     if native.unknown:
-        logger.warning(f"{path}: {len(native.unknown)} tensors are no part of a LoRA and are ignored: {listed(native.unknown)}")
+        warn_of_rest(path, native.unknown, len(stored), "tensors are no part of a LoRA and are ignored")
     for module, factors in group_by_module(native.tensors).items():
         reason = fault(factors)
         if reason is not None:
@@ -80,6 +92,35 @@ def listed(names: Sequence[str], most: int = SHOWN) -> str:
     """`a, b, c and 9 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None:
+    """Warn of names of which nothing comes, and in a second, louder line where they are more than a few of so many.
+
+    what: as in "4 of 24 {what}: a, b, c".
+    """
+    if not rest:
+        return
+    logger.warning(f"{path}: {len(rest)} of {whole} {what}: {listed(rest)}")
+    if len(rest) > A_FEW * whole:
+        logger.warning(
+            f"{path} IS USED ONLY IN PART: it is damaged or for another model, and does not do here what it was trained for. "
+            "Copy it again, or give a LoRA for this model."
+        )
+
+
+def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
+    """Warn where the metadata of a LoRA that fits by its names say that it was trained for another model."""
+    made = named_family(lora.metadata)
+    name = next((text for key in MADE_FOR if (text := lora.metadata.get(key, "")).startswith(OF_EQUAL_NAMES)), None)
+    if made is not None:
+        name = made.name
+    if name is None or model is None or made is model or name in model.takes:
+        return
+    logger.warning(
+        f"{lora.path} was trained for {name}, as its metadata say, and is used on a {model.name} model. The names are the same, "
+        "what it has learned is not: do not expect much of it."
+    )
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from modules.errors import CheckpointError, OptionError
 from networks.deltas import LORA, group_by_module
 from networks.hashes import saved_dtype, with_hashes
 from networks.key_formats import OURS, to_native, with_rank_as_alpha
-from networks.loading import listed, read_lora
+from networks.loading import listed, read_lora, warn_of_other_family
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_settings import LoraSettings, read_settings
-from networks.module_names import underscored
-from networks.parts import fuse
+from networks.module_names import choose_family, underscored
+from networks.parts import for_model
 
 logger = getLogger(__name__)
 
@@ -107,7 +107,7 @@ def build_network_from_weights(
     known = {
         OURS + underscored(path): module for path, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
     }
-    native = fuse(to_native(weights).tensors, lambda name: known[name].weight.shape[0] if name in known else None)
+    native = for_model(to_native(weights).tensors, lambda name: known[name].weight.shape[0] if name in known else None)
     stored = group_by_module(with_rank_as_alpha(native))
     layers, missed = {}, []
     for name, factors in stored.items():
@@ -214,8 +214,10 @@ class LoraNetwork(nn.Module):
         """
         path = Path(file)
         own = group_by_module(self.state_dict())
-        fused = fuse(read_lora(path).tensors, lambda name: len(own[name][LORA[1]]) if name in own else None)
-        stored = group_by_module(with_rank_as_alpha(fused))
+        lora = read_lora(path)
+        warn_of_other_family(lora, choose_family(name.removeprefix(OURS) for name in own))
+        fitted = for_model(lora.tensors, lambda name: len(own[name][LORA[1]]) if name in own else None)
+        stored = group_by_module(with_rank_as_alpha(fitted))
         wrong = [name for name, factors in stored.items() if name in own and not _same_shapes(factors, own[name])]
         unknown = [name for name in stored if name not in own]
         fitting = {name: factors for name, factors in stored.items() if name not in {*wrong, *unknown}}

@@ -16,8 +16,8 @@ from modules.errors import CheckpointError, OptionError
 from modules.tensor_stream import stream_tensors
 from networks.deltas import Factors, bias_delta, rows_of, weight_delta
 from networks.key_formats import OURS, module_of_tensor, rename_modules
-from networks.loading import LoraFile, listed, read_lora
-from networks.module_names import Relative, relatives
+from networks.loading import LoraFile, listed, read_lora, warn_of_other_family, warn_of_rest
+from networks.module_names import FamilyNames, Relative, choose_family, relatives
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import part_rows
 
@@ -25,30 +25,39 @@ logger = getLogger(__name__)
 _FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")  # out x in x kernel
 _BLOCK_ELEMENTS = 1 << 20  # of a weight that are changed at once: 4 MB in float32
 _META = torch.device("meta")
+# HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
+LIKELY_MODEL = "hunyuan_video"
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
 
 
 @dataclass(frozen=True)
 class LoraUse:
-    """One LoRA file and how it is used. Patterns are regular expressions searched in its tensor names (ours)."""
+    """One LoRA file and how it is used.
+
+    Patterns are regular expressions searched in its tensor names (ours). Where the model calls a module otherwise, as FramePack
+    does HunyuanVideo's, its name counts too: a pattern may be written for either, and choose a part of a fused module.
+    Raises OptionError where a pattern is none.
+    """
 
     lora: LoraFile
     multiplier: float = 1.0
     include: str | None = None
     exclude: str | None = None
 
-    def modules(self) -> dict[str, dict[str, Tensor]]:
-        """The factors of each module of which the patterns keep a tensor. Raises OptionError where a pattern is none."""
-        try:
-            kept = {
-                name.partition(".")[0]
-                for name in self.lora.tensors
-                if (self.include is None or re.search(self.include, name))
-                and (self.exclude is None or not re.search(self.exclude, name))
-            }
-        except re.error as error:
-            raise OptionError(f"a LoRA pattern for {self.lora.path} is no regular expression: {error}") from None
-        return {module: factors for module, factors in self.lora.modules().items() if module in kept}
+    def __post_init__(self) -> None:
+        for pattern in (self.include, self.exclude):
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise OptionError(f"a LoRA pattern for {self.lora.path} is no regular expression: {error}") from None
+
+    def keeps(self, factors: Iterable[str], *names: str) -> bool:
+        """Whether the patterns keep one of a module's factors; names: what the module is called, by the file and by the model."""
+        return any(self._keeps([f"{name}.{factor}" for name in names]) for factor in factors)
+
+    def _keeps(self, tensor: Sequence[str]) -> bool:
+        included = self.include is None or any(re.search(self.include, name) for name in tensor)
+        return included and (self.exclude is None or not any(re.search(self.exclude, name) for name in tensor))
 
 
 @dataclass(frozen=True)
@@ -111,32 +120,39 @@ class LoraPatch:
     After loading, `check()` tells what found no weight.
     """
 
-    def __init__(self, uses: Sequence[LoraUse], parameter_names: Iterable[str] | None = None) -> None:
-        """parameter_names: of a file in another layout than ours, such as the diffusers one."""
+    def __init__(self, uses: Sequence[LoraUse], parameter_names: Iterable[str] | None = None, model: Path | None = None) -> None:
+        """parameter_names: of a file in another layout than ours, such as the diffusers one. model: its file, for messages."""
         self._uses = tuple(uses)
+        self._path = model
+        self._model = "this model" if model is None else str(model)
         self._changes: dict[str, list[_Change]] = {}  # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
         for use in uses:
-            for module, factors in use.modules().items():
+            for module, factors in use.lora.modules().items():
                 for leaf, delta in _leaves(factors).items():
                     self._changes.setdefault(f"{module}.{leaf}", []).append(_Change(use, factors, delta))
-        self._seen: set[str] = set()
+        self._seen: set[str] = set()  # keys that a weight handed over has in one layout or another
+        self._taken: dict[int, set[str]] = {id(use): set() for use in uses}  # use -> those of its keys that change something
+        self._modules: dict[str, None] = {}  # of the model, as far as weights were handed over
         self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         """The weight with all that changes it: a new one, or `weight` where nothing does. Raises as `add_to`."""
-        return self.add_to(name, weight.clone()) if self.touches(name) else weight
+        if self.touches(name):
+            return self.add_to(name, weight.clone())
+        self._note(name)
+        return weight
 
     def add_to(self, name: str, weight: Tensor) -> Tensor:
-        """Change the weight in place, some rows at a time, so that no second one is held; returns it.
+        """Change the weight in place, some rows at a time, so that no second one is held; returns it. On meta it is only compared.
 
         Raises CheckpointError where a LoRA is of another size.
         """
+        self._note(name)
         changes = []
-        for key, relative in self._keys_of(name):
-            for change in self._changes.get(key, []):
-                self._seen.add(key)
-                changes.append(_fitted(change, relative, weight, name).on(weight.device))
-        for rows in _blocks(weight, changes):
+        for key, change, relative in self._changes_of(name):
+            self._taken[id(change.use)].add(key)
+            changes.append(_fitted(change, relative, weight, name, self._model).on(weight.device))
+        for rows in () if weight.is_meta else _blocks(weight, changes):
             part = weight if rows is None else weight[rows]
             total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
             for change in changes:
@@ -146,40 +162,77 @@ class LoraPatch:
 
     def touches(self, name: str) -> bool:
         """Whether some LoRA changes the parameter of that name."""
-        return any(key in self._changes for key, _ in self._keys_of(name))
+        return any(True for _ in self._changes_of(name))
 
     def unused(self) -> list[str]:
         """What no weight handed over so far belongs to, as `file: module.weight`."""
         return [f"{use.lora.path.name}: {key}" for use in self._uses for key in self._keys(use) if key not in self._seen]
 
     def check(self) -> None:
-        """Warn of all that found no weight. Raises CheckpointError for a file of which nothing did."""
+        """Warn of all that found no weight, and of files for another model. Raises CheckpointError where nothing of one did."""
+        family = choose_family(self._modules, LIKELY_MODEL)
         for use in self._uses:
             path, keys = use.lora.path, self._keys(use)
             missed = [key for key in keys if key not in self._seen]
-            if not keys:
+            taken = self._taken[id(use)]
+            if keys and len(missed) == len(keys):
+                raise self._misfit(use.lora, missed, family)
+            if not taken:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor")
-            elif len(missed) == len(keys):
-                raise CheckpointError(
-                    f"{path} does not fit this model, which has none of its {len(keys)} weights, such as {listed(missed, 2)}.\n"
-                    "  Give a LoRA that was trained for this model.",
-                    path,
-                )
             else:
-                logger.info(f"{path}: {len(keys) - len(missed)} weights changed, multiplier {use.multiplier:g}")
-            if keys and missed:
-                logger.warning(f"{path}: {len(missed)} of {len(keys)} weights are not in this model: {listed(missed)}")
+                logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
+                warn_of_other_family(use.lora, family)
+                warn_of_rest(path, missed, len(keys), f"weights are not in {self._model}")
+
+    def _misfit(self, lora: LoraFile, missed: Sequence[str], family: FamilyNames | None) -> CheckpointError:
+        """The error for a model and a LoRA that have nothing in common."""
+        if self._path is not None and family is None:
+            return CheckpointError(
+                f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
+                f"{listed(list(self._modules), 3)}.\n  Give the model's own file.",
+                self._path,
+            )
+        made = lora.family()
+        kinds = "" if made is None or family is None or made is family else f" It is for {made.name}, the model is {family.name}."
+        return CheckpointError(
+            f"{lora.path} does not fit {self._model}, which has none of its {len(missed)} weights, such as {listed(missed, 2)}."
+            f"{kinds}\n  Give a LoRA that was trained for this model.",
+            self._path or lora.path,
+        )
+
+    def _note(self, name: str) -> None:
+        """Remember a weight of the model."""
+        self._modules.setdefault(self._own(name)[0])
+        self._seen.update(key for key, _ in self._keys_of(name))
+
+    def _own(self, name: str) -> tuple[str, str]:
+        """(module under our name, leaf) of a parameter."""
+        module, leaf = module_of_tensor(name)
+        return self._renamed.get(module, module), leaf
 
     def _keys_of(self, name: str) -> Iterator[tuple[str, Relative | None]]:
         """Names under which LoRAs change a parameter: its own, and those of its parts or of what it is part of in other layouts."""
-        module, leaf = module_of_tensor(name)
-        module = self._renamed.get(module, module)
+        module, leaf = self._own(name)
         yield f"{OURS}{module}.{leaf}", None
         for relative in relatives(module):
             yield f"{OURS}{relative.name}.{leaf}", relative
 
+    def _changes_of(self, name: str) -> Iterator[tuple[str, _Change, Relative | None]]:
+        """What changes a parameter, by key, as far as the patterns keep it under its name in the file and in the model."""
+        own = OURS + self._own(name)[0]
+        for key, relative in self._keys_of(name):
+            for change in self._changes.get(key, []):
+                if change.use.keeps(change.factors, key.partition(".")[0], own):
+                    yield key, change, relative
+
     def _keys(self, use: LoraUse) -> list[str]:
-        return [key for key, changes in self._changes.items() if any(change.use is use for change in changes)]
+        """What the patterns keep of a file."""
+        return [
+            key
+            for key, changes in self._changes.items()
+            for change in changes
+            if change.use is use and (key in self._taken[id(use)] or use.keeps(change.factors, key.partition(".")[0]))
+        ]
 
 
 def _leaves(factors: Factors) -> Mapping[str, Callable[[Factors, torch.device], Tensor | None]]:
@@ -202,7 +255,7 @@ def _blocks(weight: Tensor, changes: Sequence[_Change]) -> Iterator[slice | None
         yield slice(start, min(start + step, len(weight)))
 
 
-def _fitted(change: _Change, relative: Relative | None, weight: Tensor, name: str) -> _Change:
+def _fitted(change: _Change, relative: Relative | None, weight: Tensor, name: str, model: str) -> _Change:
     """The change for this weight, compared with it by shape without computing. Raises CheckpointError."""
     path = change.use.lora.path
     try:
@@ -215,7 +268,7 @@ def _fitted(change: _Change, relative: Relative | None, weight: Tensor, name: st
     found, wanted = list(delta.shape), list((weight if change.rows is None else weight[change.rows]).shape)
     if delta.numel() != math.prod(wanted) or found[:1] != wanted[:1]:
         raise CheckpointError(
-            f"{path} does not fit this model: for {name} it has {found}, the model {wanted}.\n"
+            f"{path} does not fit {model}: for {name} it has {found}, the model {wanted}.\n"
             "  Give a LoRA that was trained for a model of this size.",
             path,
         )
@@ -253,7 +306,7 @@ def merge_into_file(
     with open_checkpoint(model) as checkpoint:
         if in_channels is not None:
             _check_in_channels(checkpoint, in_channels)
-        patch = LoraPatch(uses, checkpoint.tensors)
+        patch = LoraPatch(uses, checkpoint.tensors, model)
         for name, info in checkpoint.tensors.items():  # a LoRA of another model is found out before anything is written
             _refuse_rounded(patch, name, info, model)
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))

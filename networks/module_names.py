@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,9 +27,11 @@ class FamilyNames:
     """Module paths of one network."""
 
     name: str  # as in `ss_base_model_version`
+    architecture: str  # as in `modelspec.architecture`, before its "/lora"
     modules: tuple[str, ...]
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
     parts: tuple[Part, ...] = ()  # of a layout that cuts some of our modules up
+    takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
 
 
 def _each(start: str, endings: str) -> tuple[str, ...]:
@@ -59,6 +61,7 @@ _DIFFUSERS_ATTENTION = (
 
 WAN = FamilyNames(
     "wan",
+    "wan2.1",
     (*_WAN_BLOCK, *_WAN_REST, *_each("text_embedding.", "0 2"), *_each("time_embedding.", "0 2")),
     # diffusers layout
     (
@@ -128,6 +131,7 @@ _DIFFUSERS_REST = (
 
 HUNYUAN_VIDEO = FamilyNames(
     "hunyuan_video",
+    "hunyuan-video",
     (
         *_each("double_blocks.{n}.img_", "attn_qkv attn_proj mlp.fc1 mlp.fc2 mod.linear attn_q_norm attn_k_norm"),
         *_each("double_blocks.{n}.txt_", "attn_qkv attn_proj mlp.fc1 mlp.fc2 mod.linear attn_q_norm attn_k_norm"),
@@ -176,14 +180,31 @@ HUNYUAN_VIDEO = FamilyNames(
 
 FRAMEPACK = FamilyNames(
     "framepack",
+    "framepack",
     (
         *_each("transformer_blocks.{n}.attn.", "to_q to_k to_v add_q_proj add_k_proj add_v_proj to_out.0 to_add_out"),
+        *_each("transformer_blocks.{n}.attn.", "norm_q norm_k norm_added_q norm_added_k"),
         *_each(
             "transformer_blocks.{n}.",
             "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2 norm1.linear norm1_context.linear",
         ),
-        *_each("single_transformer_blocks.{n}.", "attn.to_q attn.to_k attn.to_v proj_mlp proj_out norm.linear"),
+        *_each(
+            "single_transformer_blocks.{n}.", "attn.to_q attn.to_k attn.to_v proj_mlp proj_out norm.linear attn.norm_q attn.norm_k"
+        ),
+        *_each("context_embedder.token_refiner.refiner_blocks.{n}.", "attn.to_q attn.to_k attn.to_v attn.to_out.0"),
+        *_each("context_embedder.token_refiner.refiner_blocks.{n}.", "ff.net.0.proj ff.net.2 norm_out.linear"),
+        "context_embedder.proj_in",
+        *_each("context_embedder.time_text_embed.timestep_embedder.", "linear_1 linear_2"),
+        *_each("context_embedder.time_text_embed.text_embedder.", "linear_1 linear_2"),
+        *(
+            f"time_text_embed.{vector}_embedder.{layer}"
+            for vector in ("timestep", "guidance", "text")
+            for layer in ("linear_1", "linear_2")
+        ),
+        *_each("clean_x_embedder.", "proj proj_2x proj_4x"),
+        *_each("", "x_embedder.proj image_projection.up image_projection.down norm_out.linear proj_out"),
     ),
+    takes=("hunyuan_video",),
 )
 
 FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
@@ -207,6 +228,12 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
     best = max(FAMILIES, key=score)
     return best if score(best)[0] else None
+
+
+def named_family(metadata: Mapping[str, str]) -> FamilyNames | None:
+    """The family that a LoRA file's metadata say it was trained for; None where they do not, or name another one."""
+    version, architecture = metadata.get("ss_base_model_version"), metadata.get("modelspec.architecture", "").removesuffix("/lora")
+    return next((family for family in FAMILIES if version == family.name or architecture == family.architecture), None)
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:

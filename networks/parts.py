@@ -25,6 +25,45 @@ def part_rows(part: Part, own: int, whole: int) -> slice | Tensor | None:
     return slice(start, start + own) if 0 <= start <= whole - own else None
 
 
+def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
+    """LoRAs of another layout for the modules that a model has: fused ones cut up or parts put together; all else stays.
+
+    tensors: under our names, with our prefix. height: module -> how many rows its weight has, None where the model has no such.
+    """
+    return fuse(cut(tensors, height), height)
+
+
+def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
+    """Cut the LoRA for a fused module up into those for its parts; all else stays, and so does, with a warning, what cannot be.
+
+    Arguments as for `for_model`. Each part has the whole down factor and alpha, and its rows of the up factor. A part that the
+    model does not have is left out, a module of which it has none stays.
+    """
+    modules = group_by_module(tensors)
+    apart: dict[str, Factors] = {}
+    for name, factors in modules.items():
+        parts = () if height(name) is not None else relatives(name.removeprefix(OURS))
+        heights = {one: height(OURS + one.name) for one in parts if one.is_part and OURS + one.name not in modules}
+        found = _cut(factors, heights) if any(heights.values()) else {name: factors}
+        if isinstance(found, str):
+            logger.warning(f"{name}: {found}; it stays whole")
+            found = {name: factors}
+        apart.update(found)
+    return {f"{name}.{part}": tensor for name, factors in apart.items() for part, tensor in factors.items()}
+
+
+def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
+    """The factors of each part that has a height, or why there are none."""
+    if LORA[1] not in factors:
+        return "only plain LoRAs can be cut up"
+    whole, given = len(factors[LORA[1]]), [rows for rows in heights.values() if rows is not None]
+    places = {one: part_rows(one.part, rows, whole) for one, rows in heights.items() if rows is not None}
+    if any(rows is None for rows in places.values()) or (len(given) == len(heights) and sum(given) != whole):
+        return f"its {whole} rows are not those of its parts, which have {' + '.join(map(str, given))}"
+    pieces = {one: rows_of(factors, rows) for one, rows in places.items() if rows is not None}
+    return {OURS + one.name: piece for one, piece in pieces.items() if piece is not None}
+
+
 def fuse(tensors: Mapping[str, Tensor], height: Callable[[str], int | None] | None = None) -> dict[str, Tensor]:
     """Put the LoRAs for parts of a module together to one for that module; all else stays. What cannot is warned about and stays.
 

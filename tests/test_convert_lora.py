@@ -11,9 +11,11 @@ from torch import Tensor
 
 import convert_lora
 from modules.errors import CheckpointError
+from networks import lora_framepack
 from networks.hashes import model_hashes
 from tests.commands import assert_user_error, run_script
-from tests.networks.making import tiny_dit, wan_network
+from tests.frame_pack.making import tiny_model
+from tests.networks.making import randomize, tiny_dit, wan_network
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -76,6 +78,40 @@ def test_a_lokr_cannot_become_the_other_dialect(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no form in that dialect"):
         convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "other")
     assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_a_framepack_lora_has_the_models_own_names_and_comes_back_the_same(tmp_path: Path) -> None:
+    network = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_model())
+    randomize(network)
+    network.save_weights(tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
+    modules = {path for path, module in tiny_model().named_modules() if isinstance(module, torch.nn.Linear)}
+
+    for source, output, target in (("lora", "other", "other"), ("other", "back", "default"), ("back", "again", "other")):
+        convert(tmp_path / f"{source}.safetensors", tmp_path / f"{output}.safetensors", target)
+
+    other, back, again = (read(tmp_path / f"{name}.safetensors")[0] for name in ("other", "back", "again"))
+    paths = {name.removeprefix("diffusion_model.").rpartition(".lora_")[0] for name in other}
+    assert paths <= modules
+    assert len(paths) == len(network.layers) == len(other) / 2
+    assert back.keys() == network.state_dict().keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in again.items())
+    for name, layer in network.named_children():
+        product = back[f"{name}.lora_up.weight"] @ back[f"{name}.lora_down.weight"]
+        torch.testing.assert_close(product, 3 / 4 * layer.lora_up.weight @ layer.lora_down.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_framepack_names_need_no_metadata(tmp_path: Path) -> None:
+    name = "transformer_blocks_0_ff_context_net_0_proj"
+    factors = {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(3, 2), "alpha": torch.tensor(2.0)}
+    save_file({f"lora_unet_{name}.{part}": tensor for part, tensor in factors.items()}, tmp_path / "lora.safetensors")
+
+    convert(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
+    convert(tmp_path / "other.safetensors", tmp_path / "back.safetensors", "default")
+
+    paths = [f"diffusion_model.transformer_blocks.0.ff_context.net.0.proj.lora_{factor}.weight" for factor in "AB"]
+    assert sorted(load_file(tmp_path / "other.safetensors")) == paths
+    back = load_file(tmp_path / "back.safetensors")
+    assert all(torch.equal(back[f"lora_unet_{name}.{part}"], tensor) for part, tensor in factors.items())
 
 
 @pytest.mark.slow

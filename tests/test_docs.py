@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, run_python
-from tests.tiny.project import lay_out_models, write_clips, write_image, write_lora
+from tests.tiny.project import lay_out_models, write_clips, write_image, write_lora, write_picture_dataset, write_pictures
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -19,9 +19,11 @@ TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
 SMALLER = {  # appended, so that the last value wins
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": GENERATION,
+    "fpack_generate_video.py": ["--video_size", "32", "32", "--infer_steps", "2", "--video_sections", "2"],
     "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
+    "fpack_train_network.py": [*TRAINING, "--network_dim", "2", "--latent_window_size", "1", "--sample_every_n_epochs", "1"],
 }
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
@@ -38,7 +40,19 @@ HUNYUAN_CACHES = {
         "--text_encoder2": "clip_l.safetensors",
     },
 }
-CACHES = {"wan_train_network.py": WAN_CACHES, "hv_train_network.py": HUNYUAN_CACHES, "hv_train.py": HUNYUAN_CACHES}
+FRAMEPACK_CACHES = {
+    "fpack_cache_latents.py": {
+        "--vae": "hunyuan-video-t2v-720p/vae/pytorch_model.pt",
+        "--image_encoder": "sigclip_vision_patch14_384.safetensors",
+    },
+    "fpack_cache_text_encoder_outputs.py": HUNYUAN_CACHES["cache_text_encoder_outputs.py"],
+}
+CACHES = {
+    "wan_train_network.py": WAN_CACHES,
+    "hv_train_network.py": HUNYUAN_CACHES,
+    "hv_train.py": HUNYUAN_CACHES,
+    "fpack_train_network.py": FRAMEPACK_CACHES,
+}
 DATASET = """[general]
 resolution = [32, 32]
 caption_extension = ".txt"
@@ -49,6 +63,11 @@ video_directory = "clips"
 cache_directory = "cache"
 target_frames = [1, 5]
 """
+SECTIONS = {"target_frames = [1, 5]": "target_frames = [5]\nfp_latent_window_size = 1"}  # short ones for short clips
+SAMPLES = {
+    "samples.txt": "a cat --i start.png --w 32 --h 32 --f 5 --d 1 --s 1\n",
+    "pictures.txt": "a cat --i start.png --ci start.png --w 32 --h 32 --d 1 --s 1 --of no_post\n",
+}
 PROMPTS = "a cat walks on the grass --d 1\na dog --d 2 --s 2 --g 6\n"
 
 
@@ -68,8 +87,8 @@ def test_the_pages_have_commands() -> None:
 def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     lay_out_models(tmp_path / "models")
     write_clips(tmp_path / "clips", count=2)
-    (tmp_path / "dataset.toml").write_text(DATASET, encoding="utf-8")
     (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    lay_out_datasets(tmp_path, in_sections="framepack" in page.stem)
     lay_out_inputs(tmp_path)
     commands = commands_of(page)
     makes_caches = any("cache_latents.py" in command for command in commands)
@@ -77,9 +96,23 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         run_in(tmp_path, command, makes_caches)
 
 
+def lay_out_datasets(folder: Path, in_sections: bool) -> None:
+    """dataset.toml of clips, one_frame.toml of pictures made from others, and prompts for samples of both."""
+    text = DATASET
+    for old, new in SECTIONS.items() if in_sections else ():
+        text = text.replace(old, new)
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+    if in_sections:
+        write_pictures(folder / "pictures", folder / "control", count=2)
+        write_picture_dataset(folder, folder / "one_frame.toml", pictures="pictures", cache="cache_one_frame")
+    for name, lines in SAMPLES.items():
+        (folder / name).write_text(lines, encoding="utf-8")
+
+
 def lay_out_inputs(folder: Path) -> None:
-    """A start image, a video and LoRAs, as the pages name them."""
-    write_image(folder / "start.png", 32, 32)
+    """Images, a video and LoRAs, as the pages name them."""
+    for name in ("start", "sofa", "end", "person", "person_mask", "dress", "dress_mask"):
+        write_image(folder / f"{name}.png", 32, 32)
     shutil.copy(folder / "clips" / "clip 0.mp4", folder / "cat.mp4")
     for name in ("my_lora", "style"):
         write_lora(folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors")

@@ -20,7 +20,13 @@ MAY_IMPORT = {
     "training": {"modules", "networks", "dataset", "generation"},
     "families": {"wan", "hunyuan_model", "frame_pack"},
 }
-LIGHT_FILES = {"modules/options.py", "modules/command.py", "modules/errors.py", "generation/prompt_lines.py", "dataset/config.py"}
+LIGHT_FILES = {
+    "modules/options.py",
+    "modules/command.py",
+    "modules/errors.py",
+    "generation/prompt_lines.py",
+    "dataset/config.py",
+} | {"frame_pack/section_syntax.py"}
 HEAVY = ("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops")
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name not in {"families.py", "run_tests.py", "quickstart.py"})
 

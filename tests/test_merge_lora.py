@@ -9,11 +9,18 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora
 from benchmarks import process_memory
+from families import identify
+from frame_pack.checkpoints import load_dit as load_framepack
 from modules.errors import CheckpointError, OptionError
+from modules.records import Placement
+from networks import lora_framepack
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from tests.commands import ROOT, assert_user_error, run_python, run_script
-from tests.networks.making import tiny_dit, wan_network
+from tests.frame_pack.making import tiny_model as tiny_framepack
+from tests.networks.making import randomize, tiny_dit, wan_network
+from tests.networks.making_hunyuan import saved as saved_hunyuan_lora
+from tests.tiny import framepack_dit
 from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
 
 
@@ -125,7 +132,7 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_written(tmp_path:
     model = write_dit(tmp_path, tiny_state("t2v"))
     wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2)).save_weights(tmp_path / "lora.safetensors", None, {})
 
-    with pytest.raises(CheckpointError, match="does not fit this model"):
+    with pytest.raises(CheckpointError, match=r"lora.safetensors does not fit .*wan.safetensors: for blocks.0.cross_attn"):
         merge("--dit", model, "--lora_weight", tmp_path / "lora.safetensors", "--save_merged_model", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -148,6 +155,62 @@ def test_the_number_of_input_channels_can_be_demanded(tmp_path: Path, lora: Path
 def test_an_infinite_multiplier_is_refused(tmp_path: Path, lora: Path) -> None:
     with pytest.raises(OptionError, match="--lora_multiplier inf"):
         merge("--dit", "x", "--lora_weight", lora, "--lora_multiplier", "inf", "--save_merged_model", "o")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dialect", framepack_dit.DIALECTS)
+def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack(
+    tmp_path: Path, dialect: str, dtype: torch.dtype
+) -> None:
+    own = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_framepack())
+    randomize(own)
+    own.save_weights(tmp_path / "own.safetensors", torch.bfloat16, {"ss_base_model_version": "framepack"})
+    saved_hunyuan_lora(tmp_path / "hv.safetensors", dtype=torch.bfloat16)
+    state = framepack_dit.tiny_state(dtype=dtype)
+    model = framepack_dit.write_dit(tmp_path / "model", state, dialect)
+    loras, output = (tmp_path / "own.safetensors", tmp_path / "hv.safetensors"), tmp_path / "out.safetensors"
+
+    merge("--dit", model, "--lora_weight", *loras, "--lora_multiplier", 0.5, -2, "--save_merged_model", output)
+
+    patch = LoraPatch([LoraUse(read_lora(path), multiplier) for path, multiplier in zip(loras, (0.5, -2), strict=True)])
+    merged = load_framepack(output, Placement(torch.device("cpu"))).state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(merged[name].to(dtype), patch(name, tensor)), name
+    assert patch.unused() == []
+    changed = [name for name, tensor in state.items() if not torch.equal(merged[name].to(dtype), tensor)]
+    assert len(changed) == len(own.layers) == 2 * 12 + 3 * 5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "is_what"),
+    [
+        ("vae", "it looks like the Wan VAE"),
+        ("lora", "it looks like a LoRA"),
+        ("text", "it looks like the umT5 text encoder"),
+    ],
+)
+def test_a_file_that_is_no_transformer_is_named(tmp_path: Path, lora: Path, wrong: str, is_what: str) -> None:
+    state = {
+        "vae": {"decoder.conv1.weight": torch.ones(2), "encoder.conv1.weight": torch.ones(2)},
+        "lora": load_file(lora),
+        "text": {"token_embedding.weight": torch.ones(2), "blocks.0.attn.q.weight": torch.ones(2)},
+    }[wrong]
+    save_file(state, tmp_path / "wrong.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"wrong.safetensors is no transformer that a LoRA could be added to") as raised:
+        merge("--dit", tmp_path / "wrong.safetensors", "--lora_weight", lora, "--save_merged_model", tmp_path / "o.safetensors")
+
+    assert raised.value.path == tmp_path / "wrong.safetensors"
+    assert is_what in (identify(raised.value.path) or "")  # printed below the error
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_a_transformer_of_another_family_is_named_beside_the_lora(tmp_path: Path, lora: Path) -> None:
+    model = framepack_dit.write_dit(tmp_path / "model", framepack_dit.tiny_state())
+
+    with pytest.raises(CheckpointError, match=r"lora.safetensors does not fit .*framepack.* It is for wan, the model is framepack"):
+        merge("--dit", model, "--lora_weight", lora, "--save_merged_model", tmp_path / "o.safetensors")
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """What every family's transformer has to do alike: recomputed blocks, samples in between, files in fp8."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import frame_pack.checkpoints
@@ -18,6 +19,7 @@ import tests.wan.making as wan_making
 import wan.checkpoints
 import wan.family
 from modules.activation import checkpoint_blocks
+from modules.errors import CheckpointError
 from modules.family import DitSpec
 from modules.records import Placement
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
@@ -37,6 +39,10 @@ class Transformer:
     write: Callable[[Path, dict[str, Tensor], str], Path]
     load: Callable[[Path, Placement], nn.Module]
     fp8_dialects: tuple[str, ...]
+    layout: str  # a dialect as far from the published names and files as there is
+    linear: str  # a layer of a block that files in 8 bits hold so
+    norm: str  # of a block
+    always_float32: tuple[str, ...]  # layers that compute so whatever the others do
 
     def learning(self) -> nn.Module:
         return self.model("i2v").requires_grad_(True).train()
@@ -56,6 +62,10 @@ TRANSFORMERS = {
         wan_dit.write_dit,
         wan.checkpoints.load_dit,
         wan_dit.FP8_DIALECTS,
+        "diffusers",
+        "blocks.1.ffn.0",
+        "blocks.0.norm3",
+        ("time_projection.1", "head.head"),
     ),
     "hunyuan_video": Transformer(
         hunyuan_model.family.DIT,
@@ -65,6 +75,10 @@ TRANSFORMERS = {
         hunyuan_dit.write_dit,
         hunyuan_model.checkpoints.load_dit,
         hunyuan_dit.FP8_DIALECTS,
+        "diffusers",
+        "double_blocks.1.txt_mlp.fc1",
+        "single_blocks.0.q_norm",
+        ("time_in.mlp.2",),
     ),
     "framepack": Transformer(
         frame_pack.checkpoints.DIT,
@@ -74,6 +88,10 @@ TRANSFORMERS = {
         framepack_dit.write_dit,
         frame_pack.checkpoints.load_dit,
         framepack_dit.FP8_DIALECTS,
+        "folder",
+        "single_transformer_blocks.1.proj_mlp",
+        "transformer_blocks.0.attn.norm_q",
+        ("time_text_embed.guidance_embedder.linear_2", "proj_out", "context_embedder.time_text_embed.text_embedder.linear_1"),
     ),
 }
 FP8_FILES = [(name, dialect) for name, each in TRANSFORMERS.items() for dialect in each.fp8_dialects]
@@ -115,3 +133,66 @@ def test_fp8_files_compute_in_bfloat16_with_their_scales_applied(tmp_path: Path,
     for parameter, tensor in dit.state_dict().items():
         assert tensor.dtype.itemsize > 1, parameter
         torch.testing.assert_close(tensor.float(), state[parameter], rtol=PLAIN_FP8, atol=0.01, msg=parameter)
+
+
+def test_row_scales_are_exact_where_the_stored_numbers_are(tmp_path: Path, transformer: Transformer) -> None:
+    path = transformer.write(tmp_path, transformer.state("i2v"), "fp8_row_scale")
+    stored = load_file(path)
+
+    dit = transformer.load(path, replace(CPU, compute_dtype=torch.float32))
+
+    expected = stored[f"{transformer.linear}.weight"].float() * stored[f"{transformer.linear}.scale_weight"]
+    assert torch.equal(dit.get_parameter(f"{transformer.linear}.weight"), expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [("float32", None, "float32"), ("float16", None, "float16"), ("float32", "bfloat16", "bfloat16")],
+)
+def test_weights_take_the_file_dtype_or_the_one_asked_for(
+    tmp_path: Path, transformer: Transformer, stored: str, asked: str | None, expected: str
+) -> None:
+    state = {name: tensor.to(getattr(torch, stored)) for name, tensor in transformer.state("i2v").items()}
+    path = transformer.write(tmp_path, state, "safetensors")
+
+    dit = transformer.load(path, replace(CPU, compute_dtype=getattr(torch, asked) if asked else None))
+
+    assert dit.compute_dtype == getattr(torch, expected)
+    for name in (transformer.norm, transformer.linear):
+        assert dit.get_parameter(f"{name}.weight").dtype == getattr(torch, expected)
+    for name in transformer.always_float32:
+        assert dit.get_parameter(f"{name}.weight").dtype == torch.float32
+    assert dit(**transformer.inputs("i2v")).isfinite().all()
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path, transformer: Transformer) -> None:
+    state, before = transformer.state("i2v"), transformer.linear.partition(".1.")[0]
+    rest = transformer.linear.partition(".1.")[2]
+    for block in (0, 1):
+        del state[f"{before}.{block}.{rest}.bias"]
+    state[f"{before}.0.extra.weight"] = torch.zeros(2)
+    needed = len(state[f"{transformer.norm}.weight"])
+    state[f"{transformer.norm.replace('.0.', '.1.')}.weight"] = torch.zeros(7)
+
+    with pytest.raises(CheckpointError) as caught:
+        transformer.load(transformer.write(tmp_path, state, "safetensors"), CPU)
+
+    lines = str(caught.value).splitlines()
+    assert f"  missing: {before}.{{0..1}}.{rest}.bias" in lines
+    assert f"  unexpected: {before}.0.extra.weight" in lines
+    assert f"  {transformer.norm.replace('.0.', '.1.')}.weight: the file has 7, {needed} is needed" in lines
+
+
+def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path, transformer: Transformer) -> None:
+    state, seen, changed = transformer.state("i2v"), {}, f"{transformer.linear}.weight"
+
+    def patch(name: str, weight: Tensor) -> Tensor:
+        seen[name] = weight.clone()
+        return weight + 1 if name == changed else weight
+
+    path = transformer.write(tmp_path, state, transformer.layout)
+    dit = transformer.load(path, replace(CPU, compute_dtype=torch.bfloat16, patch=patch))
+
+    assert seen.keys() == state.keys()
+    assert all(torch.equal(seen[name], state[name]) for name in state)
+    assert torch.equal(dit.get_parameter(changed), (state[changed] + 1).to(torch.bfloat16))

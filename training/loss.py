@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from modules.devices import sent
 from modules.family import Family
 from modules.flow_matching import add_noise
 from modules.records import Batch, Conditions
@@ -36,13 +37,13 @@ class NoisyBatch:
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
-        """Copied to the device; from pinned memory without waiting for it."""
+        """Sent to the device; from pinned memory without waiting for it. Whole numbers stay on the host."""
         is_ordered = device.type == "cuda"  # its streams keep the source alive until it is read; other devices do not promise that
-        return self.moved(lambda tensor: tensor.to(device, non_blocking=is_ordered))
+        return self.moved(lambda tensor: sent(tensor, device, is_ordered))
 
 
 def squared_errors(family: Family, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
-    """The mean squared error of the predicted velocity for each sample: B, float32. Everything lies on the network's device."""
+    """The mean squared error of the predicted velocity for each sample: B, float32. All lies where `to` sends it."""
     latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
     noise = noisy_batch.noise
     conditions = family.batch_conditions(latents, noisy_batch.batch)

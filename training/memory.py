@@ -9,17 +9,16 @@ import torch
 
 from dataset.batches import CachingCommands, TrainingItem, read_batch
 from modules.device_memory import MemoryWatch
-from modules.errors import MemoryPlanError, UserError
 from modules.family import Family, LatentSpec
 from modules.memory_plan import (
     MemoryPlan,
     Room,
-    chosen_swap,
     gib,
+    predicted_before_run,
+    present,
     room_on,
-    show,
     smallest_swap,
-    verdict,
+    swap_for,
 )
 from modules.speed_options import swapping
 from training.feed import Randomness
@@ -55,16 +54,14 @@ def plan_training(
     """Print the plan. Nothing large is loaded, and no GPU is needed."""
     noisy_batch = read_largest(family, options, items, commands)
     prediction = predict(family, options, noisy_batch, device)
-    room = room_on(device, options.speed.plan.plan)
-    blocks, remarks = prediction.blocks, []
-    if options.speed.swap.is_auto:
-        blocks, reason = chosen_swap(prediction.device, prediction.most, room)
-        remarks.append(reason)
-    if options.speed.compilation.choice is not None:
-        remarks.append("Compiled blocks usually need less than planned here.")
-    plan = MemoryPlan("Memory plan", (prediction.phase(blocks),), tuple(remarks))
-    fits = room is None or plan.device <= room.usable
-    show(plan, verdict(plan, room, () if fits or room is None else advice(family, prediction, noisy_batch, room, device)))
+    compiled = [] if options.speed.compilation.choice is None else ["Compiled blocks usually need less than planned here."]
+    present(
+        prediction,
+        options.speed.swap,
+        room_on(device, options.speed.plan.plan),
+        lambda blocks, remarks: MemoryPlan("Memory plan", (prediction.phase(blocks),), (*remarks, *compiled)),
+        lambda room: advice(family, prediction, noisy_batch, room, device),
+    )
 
 
 def prepare_memory(
@@ -77,21 +74,20 @@ def prepare_memory(
     is_auto, room = options.speed.swap.is_auto, room_on(device)
     if room is None:
         return (with_swap(options, 0), None) if is_auto else (options, None)
-    try:
+
+    def found() -> tuple[NoisyBatch, Prediction]:
         noisy_batch = read_largest(family, options, items, commands)
-        prediction = predict(family, options, noisy_batch, device)
-    except UserError:
-        raise
-    except Exception as error:  # a plan is an aid; without one a run is as good as before
-        if is_auto:
-            raise MemoryPlanError(f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks.") from error
-        logger.warning("The memory of this run cannot be planned (%s: %s).", type(error).__name__, error)
+        return noisy_batch, predict(family, options, noisy_batch, device)
+
+    rehearsed = predicted_before_run(found, options.speed.swap)
+    if rehearsed is None:
         return options, MemoryWatch(device)
-    if is_auto:
-        blocks, reason = chosen_swap(prediction.device, prediction.most, room)
+    noisy_batch, prediction = rehearsed
+    blocks, reason = swap_for(prediction, options.speed.swap, room)
+    if reason is not None:
         logger.info(reason)
         options = with_swap(options, blocks)
-    needed = prediction.device(options.speed.swap.number)
+    needed = prediction.device(blocks)
     logger.info("Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.", gib(needed), gib(room.usable))
     return options, MemoryWatch(device, needed, noisy_batch.noise.numel())
 
@@ -152,15 +148,21 @@ def smaller(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, r
 
 
 def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[tuple[str, NoisyBatch]]]]:
-    """Batches of fewer samples, then of fewer frames, then of smaller pictures: latents cut, texts as they are."""
+    """Batches of fewer samples, then of fewer frames, then of smaller pictures: latents cut, texts as they are.
+
+    A section of a clip keeps its length, which is the model's.
+    """
     count, _, frames, height, width = noisy_batch.noise.shape
     step, vertical, horizontal = latent.stride
     token = latent.pixel_step // horizontal  # sides are multiples of it
     by_count = [(str(number), cut(noisy_batch, number, frames, height, width)) for number in halved(count)]
-    by_frames = [(str(step * (number - 1) + 1), cut(noisy_batch, 1, number, height, width)) for number in halved(frames)]
+    lengths, least = ([], frames) if latent.in_sections else (halved(frames), 1)
+    by_frames = [(str(step * (number - 1) + 1), cut(noisy_batch, 1, number, height, width)) for number in lengths]
     factors = (0.75, 0.5, 0.375, 0.25)
     sides = [tuple(token * max(1, round(side * each / token)) for side in (height, width)) for each in factors]
-    by_side = [(f"[{horizontal * columns}, {vertical * rows}]", cut(noisy_batch, 1, 1, rows, columns)) for rows, columns in sides]
+    by_side = [
+        (f"[{horizontal * columns}, {vertical * rows}]", cut(noisy_batch, 1, least, rows, columns)) for rows, columns in sides
+    ]
     return [("batch_size", by_count), ("target_frames", by_frames), ("resolution", by_side)]
 
 
@@ -174,12 +176,12 @@ def halved(number: int) -> list[int]:
 
 
 def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: int) -> NoisyBatch:
-    """The first samples of a batch with the first frames, rows and columns of everything that lies on the latents' grid."""
-    grid = noisy_batch.noise.shape[2:]
+    """The first samples of a batch; of everything of the latents' size the first rows and columns, and of their length frames."""
+    length, *size = noisy_batch.noise.shape[2:]
 
     def smaller(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim == 5 and tensor.shape[2:] == grid:
-            tensor = tensor[:, :, :frames, :height, :width]
+        if tensor.ndim == 5 and list(tensor.shape[3:]) == size:
+            tensor = tensor[:, :, : frames if tensor.shape[2] == length else None, :height, :width]
         return tensor[:count] if tensor.ndim and tensor.shape[0] == len(noisy_batch.noise) else tensor
 
     tensors = {

@@ -101,6 +101,10 @@ def prepare_samples(
     Raises OptionError where the file or an encoder is missing, CheckpointError where a model file cannot be used.
     """
     entries = read_sample_prompts(prompt_file)
+    _ = family.media_identity  # a missing file is told once, and ends the run
+    has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
+    if process == 0 and has_shift and family.defaults.flow_shift is None:
+        logger.warning("%s: the flow shift (--fs) is ignored because this model's comes from the size", prompt_file)
     chosen: list[tuple[int, Request, bool]] = []
     for index, entry in list(enumerate(entries))[process::processes]:
         try:
@@ -131,6 +135,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     extra = {"one_frame": str(values["one_frame"])} if values.get("one_frame") is not None else {}
     if controls:
         extra["control_image_path"] = "\n".join([controls] if isinstance(controls, str) else map(str, controls))
+    has_shift = family.defaults.flow_shift is not None
     asked = int(values["width"]), int(values["height"]), int(values["frame_count"])
     width, height = (max(side // latent.pixel_step, 1) * latent.pixel_step for side in asked[:2])
     frames = max(asked[2] - 1, 0) // latent.frame_step * latent.frame_step + 1
@@ -146,7 +151,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         steps=min(max(int(values["sample_steps"]), 1), 1000),
         guidance_scale=None if values.get("cfg_scale") is None else float(values["cfg_scale"]),
         embedded_guidance=None if values.get("guidance_scale") is None else float(values["guidance_scale"]),
-        flow_shift=float(values["discrete_flow_shift"]),
+        flow_shift=float(values["discrete_flow_shift"]) if has_shift else None,
         negative_prompt=values.get("negative_prompt"),
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),

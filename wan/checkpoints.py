@@ -217,6 +217,7 @@ def _what_else(shapes: Mapping[str, tuple[int, ...]]) -> str:
         ("token_embedding.weight", "it looks like the umT5 text encoder (--t5)"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "it looks like a T5 text encoder (--t5)"),
         ("visual.patch_embedding.weight", "it looks like the CLIP image encoder (--clip)"),
+        ("vision_model.embeddings.patch_embedding.bias", "it looks like a SigLIP image encoder (--image_encoder)"),
         ("vision_model.embeddings.patch_embedding.weight", "it looks like a CLIP image encoder (--clip)"),
         ("double_blocks.0.img_attn_qkv.weight", "it looks like a HunyuanVideo transformer"),
         ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "it looks like a HunyuanVideo transformer"),

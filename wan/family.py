@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modules.checkpoint import fingerprint
 from modules.devices import dtype_name, dtype_named
 from modules.dit_files import kept_dtype
-from modules.errors import CacheError, OptionError
+from modules.errors import CacheError, DatasetError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.options import require
 from modules.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
@@ -24,6 +24,7 @@ from modules.records import (
     EncodedPrompts,
     MediaBatch,
     MediaEncoders,
+    MediaTable,
     Placement,
     Prompt,
     Prompts,
@@ -121,15 +122,23 @@ class Wan:
         wants_image = self.image_kind is not None or self.task.kind != "t2v"
         return MediaEncoders(vae, load_clip(self.files.clip_path, device) if images and wants_image else None)
 
+    def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError where an item has more than one control image."""
+        if table.has_control and len(table.clean_indices) > 1:
+            raise DatasetError(
+                f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks for "
+                f"{len(table.clean_indices)}. Take fp_1f_clean_indices out."
+            )
+
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """None: a file for each item."""
+        return None
+
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Latents of every clip; with an image kind also the CLIP features and the condition; latents of a control video.
 
         Stored in the VAE's dtype, CLIP features in float16: formats.md, section 3.
         """
-        if len(media.control) > 1:
-            raise CacheError(
-                f"{media.keys[0]}: Wan takes one control video or image for each item, this one has {len(media.control)}"
-            )
         parts = media.encoded_at_once(encoders.vae.device)
         return [[entry] for part in parts for entry in self._encode_together(encoders, part)]
 

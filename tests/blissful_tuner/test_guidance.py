@@ -1,5 +1,6 @@
 """Guidance strategies on passes whose results are known."""
 
+import argparse
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import applied_steps, guidance_scales, make_guidance
-from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions, add_guidance_arguments, add_rescale_argument
 from modules.errors import OptionError
+from modules.options import read_options
 from modules.records import NO_TWEAKS, Conditions, Request, Section, Tweaks
 from tests.golden_cases import read_case
 
@@ -107,6 +109,62 @@ def test_no_layers_mean_no_skip_layer_guidance(mode: str) -> None:
     network = passes()
     assert float(make_guidance(REQUEST, skipping(mode, ""), 4)(0, network, network.section).mean()) == 6.0
     assert len(network.made) == 2
+
+
+def drawn() -> Passes:
+    """Two samples of different deviation."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1)
+    return Passes(*(sizes * torch.randn(2, 4, 3, 5, 5, generator=generator) for _ in range(2)))
+
+
+def test_a_rescaled_velocity_has_the_deviation_of_the_positive_one_in_each_sample() -> None:
+    network = drawn()
+    plain = make_guidance(REQUEST, PLAIN_GUIDANCE, 1)(0, network, network.section)
+    network.made.clear()
+
+    velocity = make_guidance(REQUEST, replace(PLAIN_GUIDANCE, guidance_rescale=1.0), 1)(0, network, network.section)
+
+    assert len(network.made) == 2  # the positive pass is not made again
+    torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))  # its noise is the positive one
+    ratio = (velocity / plain).flatten(1)
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))  # one factor for each sample
+    assert not torch.isclose(ratio[0, 0], ratio[1, 0])
+
+
+def test_a_share_of_rescaling_lies_between_none_and_all_of_it() -> None:
+    network = drawn()
+    none, some, all_of_it = (
+        make_guidance(REQUEST, replace(PLAIN_GUIDANCE, guidance_rescale=share), 1)(0, network, network.section)
+        for share in (0.0, 0.7, 1.0)
+    )
+    torch.testing.assert_close(some, 0.7 * all_of_it + 0.3 * none)
+
+
+def test_rescaling_acts_on_what_skip_layer_guidance_makes() -> None:
+    network = drawn()
+    options = replace(skipping("original", "1"), guidance_rescale=1.0)
+    velocity = make_guidance(REQUEST, options, 4)(0, network, network.section)
+    torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))
+
+
+def test_rescaling_is_an_option_of_the_scripts_that_add_it() -> None:
+    parser = argparse.ArgumentParser()
+    add_guidance_arguments(parser)
+    assert "--guidance_rescale" not in parser.format_help()
+    assert read_options(GuidanceOptions, parser.parse_args([])) == PLAIN_GUIDANCE
+
+    add_rescale_argument(parser.add_argument_group("more"))
+
+    assert read_options(GuidanceOptions, parser.parse_args([])) == PLAIN_GUIDANCE
+    found = read_options(GuidanceOptions, parser.parse_args(["--guidance_rescale", "0.7"]))
+    assert found == replace(PLAIN_GUIDANCE, guidance_rescale=0.7)
+
+
+@pytest.mark.parametrize("share", [float("nan"), -0.1, 1.1])
+def test_rescaling_by_what_is_no_share_is_refused(share: float) -> None:
+    with pytest.raises(OptionError, match=f"--guidance_rescale {share}: give a share from 0 to 1"):
+        replace(PLAIN_GUIDANCE, guidance_rescale=share)
 
 
 @pytest.mark.parametrize("layers", ["a", "-1", "1;2"])

@@ -1,6 +1,7 @@
 """What outputs say about themselves."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ def test_metadata_has_the_known_keys_and_the_sizes() -> None:
         "bt_fps": "16",
         "bt_lora_0": "style.safetensors: 0.8",
     }
+
+
+def test_what_only_the_family_reads_is_said_too_but_for_where_files_lie() -> None:
+    extra = {"video_sections": "4", "one_frame": "default", "image_path": "a.png", "control_image_path": "b.png"}
+    found = output_metadata(replace(REQUEST, extra=extra), {})
+    assert (found["bt_video_sections"], found["bt_one_frame"]) == ("4", "default")
+    assert not any(name.endswith("_path") for name in found)
+
+
+def test_the_known_names_without_prefix_are_read() -> None:
+    assert seed_in({"seeds": "12"}) == 12
+    assert frame_rate_in({"fps": "24"}) == 24.0
+    assert seed_in({"bt_seeds": "3", "seeds": "12"}) == 3
 
 
 def test_tags_are_one_line_and_keep_their_letters() -> None:

@@ -76,6 +76,22 @@ def test_items_without_text_are_left_out_with_a_warning(tmp_path: Path, caplog: 
     assert "python cache_text.py --y" in caplog.text
 
 
+def test_caches_for_another_model_or_of_another_kind_are_named_where_none_is_found(tmp_path: Path) -> None:
+    config = cached(tmp_path)
+    with pytest.raises(
+        CacheError, match=r"no latent cache in .* of videos for this model: clip_0_.*_toy\.safetensors is for another"
+    ):
+        require_items(find_items(config, "other", LATENT), COMMANDS)
+    images = DatasetConfig(config.path, (dataclasses.replace(config.datasets[0], kind="image"),))
+    for path in (tmp_path / "cache").glob("*_te.safetensors"):
+        path.unlink()  # a user's own `style_toy.safetensors` is no cache
+        path.with_name("style_toy.safetensors").touch()
+    for path in (tmp_path / "cache").glob("clip_*"):
+        path.unlink()
+    with pytest.raises(CacheError, match=r"no latent cache in [^:]*\n"):
+        require_items(find_items(images, "toy", LATENT), COMMANDS)
+
+
 @pytest.mark.parametrize("remove", ["*_toy.safetensors", "*_te.safetensors"])
 def test_missing_caches_give_both_commands(tmp_path: Path, remove: str) -> None:
     config = cached(tmp_path)

@@ -43,6 +43,7 @@ def test_without_the_encoder_the_rest_is_checked(tmp_path: Path) -> None:
         """A family whose encoder was not named on the command line."""
 
         cache_tag, latent, defaults = "toy", LATENT, ToyFamily().defaults
+        check_table, sections_of = ToyFamily().check_table, ToyFamily().sections_of
 
         @property
         def media_identity(self) -> dict[str, str]:

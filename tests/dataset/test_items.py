@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dataset.config import load_dataset_config
-from dataset.items import decode_source, plan_source
+from dataset.items import DecodedSource, decode_source, plan_source
 from dataset.sources import find_sources
 from modules.errors import DatasetError, MediaError
+from modules.media import resize_cover
 from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table
 from tests.golden_cases import read_case
 
@@ -152,7 +154,7 @@ def test_a_plan_from_headers_equals_the_decoded_one(tmp_path: Path, suffix: str)
 
     plan, decoded = plan_source(source, 16.0), decode_source(source, 16.0)
 
-    assert (plan.items, plan.size, plan.frames) == (decoded.items, decoded.size, ())
+    assert (plan.items, plan.size, len(plan.frames)) == (decoded.items, decoded.size, 0)
 
 
 def test_a_fixed_resolution_has_to_suit_the_model(tmp_path: Path) -> None:
@@ -173,14 +175,58 @@ def test_pictures_too_small_are_named(tmp_path: Path) -> None:
         decode_source(source, 16.0)
 
 
-def test_crops_are_copies(tmp_path: Path) -> None:
+def test_crops_are_no_copies(tmp_path: Path) -> None:
+    """A minute of video is there once; what needs a copy makes one."""
     make_frames(tmp_path / "clip", 3)
     (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
     (source,) = find_sources(make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), frame_extraction="full"))
     decoded = decode_source(source, 16.0)
 
     crop = decoded.crop((0, 1))
-    crop[:] = 0
 
     assert crop.dtype == np.uint8
-    assert decoded.frames[0].any()
+    assert np.shares_memory(crop, decoded.frames)
+    assert np.array_equal(crop[0], decoded.frames[0])
+
+
+@pytest.mark.parametrize("num_frames", [63, 64, 65, 150])
+def test_a_clip_of_any_length_is_gathered_whole(tmp_path: Path, num_frames: int) -> None:
+    """Memory is asked for in steps of 64 frames, and what was too much is given back."""
+    (tmp_path / "clip").mkdir()
+    for index in range(num_frames):
+        make_image(tmp_path / "clip" / f"{index:04d}.png", (16, 16), (index, 0, 0))
+    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
+    table = make_table(tmp_path, "video_jsonl_file", resolution=(16, 16), frame_extraction="full", max_frames=1000)
+
+    decoded = decode_source(find_sources(table)[0], 16.0)
+
+    assert decoded.frames.shape == (num_frames, 16, 16, 3)
+    assert [int(frame[0, 0, 0]) for frame in decoded.frames] == list(range(num_frames))
+
+
+@pytest.mark.parametrize(("size", "resolution"), [((32, 32), (32, 32)), ((64, 64), (32, 32)), ((16, 16), (32, 32))])
+def test_transparency_of_an_image_is_kept_beside_its_colours(
+    tmp_path: Path, size: tuple[int, int], resolution: tuple[int, int]
+) -> None:
+    """Made larger, smaller or left: colours are those of the image without its alpha."""
+    picture = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "pic.png")
+    (tmp_path / "opaque").mkdir()
+    Image.fromarray(picture[..., :3]).save(tmp_path / "opaque" / "pic.png")
+
+    def decoded(folder: Path) -> DecodedSource:
+        table = make_table(folder, "image_directory", resolution=resolution)
+        return decode_source(find_sources(table)[0], 16.0)
+
+    with_alpha, without = decoded(tmp_path), decoded(tmp_path / "opaque")
+
+    assert without.alpha is None
+    assert with_alpha.alpha is not None
+    assert np.array_equal(with_alpha.frames, without.frames)
+    assert np.array_equal(with_alpha.alpha, resize_cover(np.ascontiguousarray(picture[..., 3]), resolution))
+
+
+def test_an_image_whose_alpha_hides_nothing_has_none(tmp_path: Path) -> None:
+    make_image(tmp_path / "pic.png", (32, 32), (1, 2, 3, 255))
+    table = make_table(tmp_path, "image_directory", resolution=(32, 32))
+    assert decode_source(find_sources(table)[0], 16.0).alpha is None

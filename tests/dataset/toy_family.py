@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from dataset.options import CachingOptions
+from modules.errors import DatasetError, MediaError
 from modules.family import LatentSpec, SamplingDefaults
-from modules.records import CacheEntry, Conditions, MediaBatch, MediaEncoders, Prompt
+from modules.records import CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable, Prompt
 
-LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
+LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
 OPTIONS = CachingOptions(
     dataset_config=Path("data.toml"),
     device="cpu",
@@ -53,7 +54,7 @@ class ToyText:
 
 @dataclass
 class ToyFamily:
-    """Latents hold the mean of each clip; `seen` lists what was encoded, batch by batch."""
+    """Latents hold the mean of each clip; `seen` lists what was encoded, batch by batch, `media` what there was to see."""
 
     name: str = "toy"
     cache_tag: str = "toy"
@@ -61,10 +62,13 @@ class ToyFamily:
     defaults: SamplingDefaults = SamplingDefaults(4, 16.0, 5.0, None, 5.0, "unipc", 32, 32, 5)
     media_identity: Mapping[str, str] = field(default_factory=lambda: {"vae": "first"})
     sections: int = 0  # more than 0: as FramePack, that many files for each item
+    refuses: str | None = None  # what is wrong with every table
+    least_frames: int = 1  # of an item
     value: float | None = None  # instead of the mean
     text: list[ToyText] = field(default_factory=lambda: [ToyText()])
     text_keys: frozenset[str] = frozenset({"t5"})
     seen: list[tuple[str, ...]] = field(default_factory=list)
+    media: list[MediaBatch] = field(default_factory=list)
     loaded: int = 0
 
     def text_encoders(self) -> Sequence[Any]:
@@ -74,9 +78,21 @@ class ToyFamily:
         self.loaded += 1
         return MediaEncoders(vae=None)
 
+    def check_table(self, table: MediaTable) -> None:
+        if self.refuses is not None:
+            raise DatasetError(f"{table.name}: {self.refuses}")
+
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        if frames < self.least_frames:
+            raise MediaError(f"{frames} frames, {self.least_frames} are needed")
+        return self.sections or None
+
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         self.seen.append(media.keys)
+        self.media.append(media)
         _, frames, height, width, _ = media.frames.shape
+        if self.sections:
+            frames = 4 * (media.table.window - 1) + 1
         shape = self.latent.shape(frames, height, width)[1:]
         found = []
         for index in range(len(media.keys)):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, run_python, run_script
-from tests.faults.runs import DYING, FAMILIES, Scripts, Undisturbed, assert_whole, write_project
+from tests.faults.runs import DYING, FAMILIES, FRAMEPACK, FRAMEPACK_ONE_FRAME, Scripts, Undisturbed, assert_whole, write_project
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -19,6 +19,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "undisturbed" in metafunc.fixturenames:
             families = getattr(metafunc.module, "TRAININGS", families)
         metafunc.parametrize("scripts", families, ids=lambda scripts: scripts.name, indirect=True, scope="session")
+
+
+# what of a family is tried in the default suite; the rest is slow: many processes each, through code that all families share
+STANDING_FOR_ALL = {FRAMEPACK.name: ("while_sampling]", "caching_killed"), FRAMEPACK_ONE_FRAME.name: ()}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the other tests of these families as slow, before slow ones are left out."""
+    for item in items:
+        found = getattr(item, "callspec", None)
+        scripts = None if found is None else found.params.get("scripts")
+        chosen = STANDING_FOR_ALL.get(getattr(scripts, "name", ""))
+        if chosen is not None and "place" not in found.params and not any(word in item.name for word in chosen):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.commands import QUIET, ROOT
 
@@ -51,6 +52,15 @@ def run_here(script: str, *arguments: object, folder: Path) -> tuple[int, str]:
         torch.set_num_threads(threads)
     assert code is None or isinstance(code, int), code
     return code or 0, said.getvalue()
+
+
+def succeed_here(script: str, *arguments: object, folder: Path) -> str:
+    """The same for a command that has to succeed, training included. Returns what it wrote to standard error."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps its precision for the life of a process
+    code, said = run_here(script, *arguments, folder=folder)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert code == 0, said[-4000:]
+    return said
 
 
 def assert_one_message(code: int, said: str, *words: object, remedy: bool = True) -> str:

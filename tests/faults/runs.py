@@ -14,10 +14,25 @@ from torch import Tensor
 
 from modules.media import read_image, video_frames
 from tests.commands import ROOT
+from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.project import write_clips, write_dataset
+from tests.tiny.project import write_clips, write_dataset, write_image, write_picture_dataset, write_pictures
 from tests.tiny.wan import write_tiny_wan
 from training.state import SavedState, read_state
+
+SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3 --n dull
+a dog --w 32 --h 32 --f 1 --d 8 --s 1 --fs 5
+"""
+PROMPTS = """a cat --w 32 --h 32 --f 5 --d 1 --s 2
+a dog --w 32 --h 32 --f 1 --d 2 --s 2
+two dogs --w 32 --h 48 --f 5 --d 3 --s 2
+"""
+
+
+def write_clip_dataset(folder: Path) -> None:
+    """Clips of 5 frames with captions, and dataset.toml."""
+    write_clips(folder / "clips", count=6)
+    write_dataset(folder, frames="5", batch_size=2)
 
 
 @dataclass(frozen=True)
@@ -33,13 +48,19 @@ class Scripts:
     train_script: str
     learner: tuple[str, ...]  # the options of what learns
     generate_script: str
+    write_data: Callable[[Path], None] = write_clip_dataset
+    samples: str = SAMPLES
+    prompts: str = PROMPTS
+    length: tuple[str, ...] = ("--video_length", "5")  # of a generation
+    longer: tuple[str, ...] = ("--video_length", "9")
+    trained: tuple[str, ...] = ()  # further options of training
 
     @property
     def train_only(self) -> tuple[str, ...]:
         """Training without samples: 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps, the second of one
         micro-batch; 8 steps in all."""
         return (
-            *(self.train_script, *self.models, "--dataset_config", "dataset.toml", "--sdpa", "--seed", "7"),
+            *(self.train_script, *self.models, *self.trained, "--dataset_config", "dataset.toml", "--sdpa", "--seed", "7"),
             *self.learner,
             *("--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
             *("--timestep_sampling", "shift", "--discrete_flow_shift", "3", "--num_timestep_buckets", "5"),
@@ -93,20 +114,60 @@ HUNYUAN_VIDEO = Scripts(
     learner=_lora("networks.lora"),
     generate_script="hv_generate_video.py",
 )
-FAMILIES = (WAN, HUNYUAN_VIDEO)
 FINE_TUNING = replace(  # of the transformer itself
     HUNYUAN_VIDEO,
     name="hunyuan_video fine-tuning",
     train_script="hv_train.py",
     learner=("--trainable_modules", "blocks", "final_layer", "--full_bf16", "--mixed_precision", "bf16"),
 )
-SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3 --n dull
-a dog --w 32 --h 32 --f 1 --d 8 --s 1 --fs 5
-"""
-PROMPTS = """a cat --w 32 --h 32 --f 5 --d 1 --s 2
-a dog --w 32 --h 32 --f 1 --d 2 --s 2
-two dogs --w 32 --h 48 --f 5 --d 3 --s 2
-"""
+
+
+def write_sections(folder: Path) -> None:
+    """Clips of a single section, one latent frame long, and a start image."""
+    write_clips(folder / "clips", count=6)
+    write_dataset(folder, frames="5", batch_size=2, more="fp_latent_window_size = 1")
+    write_image(folder / "start.png", 32, 32)
+
+
+def write_made_pictures(folder: Path) -> None:
+    """Pictures with their control images, and a start image."""
+    write_pictures(folder / "clips", folder / "control", count=6, stem="clip")
+    write_picture_dataset(folder, batch_size=2)
+    write_image(folder / "start.png", 32, 32)
+
+
+_IMAGE_ENCODER = ("--image_encoder", "model/siglip.safetensors")
+FRAMEPACK = Scripts(
+    name="framepack",
+    tag="fp",
+    write_models=write_tiny_framepack,
+    models=("--dit", "model/dit.safetensors", *_VAE, *_ENCODERS, *_IMAGE_ENCODER, "--latent_window_size", "1"),
+    cache_latents=("fpack_cache_latents.py", *_DATASET, *_VAE, *_IMAGE_ENCODER),
+    cache_texts=("fpack_cache_text_encoder_outputs.py", *_DATASET, *_ENCODERS),
+    train_script="fpack_train_network.py",
+    learner=_lora("networks.lora_framepack"),
+    generate_script="fpack_generate_video.py",
+    write_data=write_sections,
+    samples="""a cat --w 32 --h 32 --f 9 --d 7 --s 2 --l 3 --n dull --i start.png
+a dog --w 32 --h 32 --of no_2x --ci start.png --d 8 --s 1 --i start.png
+""",
+    prompts="""a cat --w 32 --h 32 --vs 2 --d 1 --s 2 --i start.png
+a dog --w 32 --h 32 --of no_4x --ci start.png --d 2 --s 2 --i start.png
+two dogs --w 32 --h 48 --vs 1 --d 3 --s 2 --i start.png
+""",
+    length=("--video_sections", "1", "--image_path", "start.png"),
+    longer=("--video_sections", "2", "--image_path", "start.png"),
+)
+FRAMEPACK_ONE_FRAME = replace(
+    FRAMEPACK,
+    name="framepack one frame",
+    cache_latents=(*FRAMEPACK.cache_latents, "--one_frame"),
+    write_data=write_made_pictures,
+    trained=("--one_frame",),
+    samples="a dog --w 32 --h 32 --ci start.png --d 8 --s 2 --l 3 --n dull --i start.png\n",
+)
+SECTIONED = (FRAMEPACK, FRAMEPACK_ONE_FRAME)
+FAMILIES = (WAN, HUNYUAN_VIDEO, *SECTIONED)
 DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 _TIME = re.compile(r"\d{14}|\d{8}-\d{6}")
 
@@ -123,15 +184,16 @@ class Undisturbed:
 def write_project(folder: Path, scripts: Scripts) -> None:
     """Models, clips with captions, dataset.toml, prompts; no caches."""
     scripts.write_models(folder / "model")
-    write_clips(folder / "clips", count=6)
-    write_dataset(folder, frames="5", batch_size=2)
-    (folder / "samples.txt").write_text(SAMPLES, encoding="utf-8")
-    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    scripts.write_data(folder)
+    (folder / "samples.txt").write_text(scripts.samples, encoding="utf-8")
+    (folder / "prompts.txt").write_text(scripts.prompts, encoding="utf-8")
 
 
 def copy_data(project: Path, folder: Path, *, cached: bool) -> Path:
     """The project's clips, and its caches, once more below `folder`. Returns the dataset configuration that names them."""
-    shutil.copytree(project / "clips", folder / "clips")
+    for name in ("clips", "control"):
+        if (project / name).exists():
+            shutil.copytree(project / name, folder / name)
     if cached:
         shutil.copytree(project / "cache", folder / "cache")
     text = (project / "dataset.toml").read_text(encoding="utf-8").replace(project.as_posix(), folder.as_posix())
@@ -152,7 +214,7 @@ def assert_whole(folder: Path) -> None:
         if path.suffix in {".safetensors", ".part"}:  # a text cache waits for further encoders as .part, whole too
             load_file(path)
         elif path.suffix == ".mp4":
-            assert len(list(video_frames(path))) == 5, path
+            assert len(list(video_frames(path))) in {5, 9}, path
         elif path.suffix == ".png":
             read_image(path)
         else:

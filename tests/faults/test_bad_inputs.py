@@ -31,7 +31,7 @@ from tests.faults.damage import (
     web_page,
 )
 from tests.faults.messages import assert_one_message, run_here
-from tests.faults.runs import HUNYUAN_VIDEO, WAN, Scripts, Undisturbed, as_bytes, assert_same_tensors
+from tests.faults.runs import FRAMEPACK, HUNYUAN_VIDEO, WAN, Scripts, Undisturbed, as_bytes, assert_same_tensors
 from tests.tiny.hunyuan_encoders import write_comfy_text_encoders
 from tests.tiny.wan_dit import tiny_state
 from training.state import ForeignState, SavedState, read_state
@@ -45,13 +45,14 @@ TOKENIZERS = {
         for word in (option, f"model/{folder}")
     ),
 }
+TOKENIZERS[FRAMEPACK.name] = TOKENIZERS[HUNYUAN_VIDEO.name]
 TOKENIZER = TOKENIZERS[WAN.name]
-SMALL = ("--video_size", "32", "32", "--video_length", "5", "--infer_steps", "1", "--prompt", "a cat", "--save_path", "made")
+SMALL = ("--video_size", "32", "32", "--infer_steps", "1", "--prompt", "a cat", "--save_path", "made")
 
 
 def generating(scripts: Scripts) -> tuple[str, ...]:
     """A generation of one small video."""
-    return (scripts.generate_script, *scripts.models, *SMALL, *TOKENIZERS[scripts.name])
+    return (scripts.generate_script, *scripts.models, *scripts.length, *SMALL, *TOKENIZERS[scripts.name])
 
 
 def training(scripts: Scripts) -> tuple[str, ...]:
@@ -101,6 +102,10 @@ PLACES = (
     Place(HV_TEXTS, "text_encoder2", "text_encoder1", "--text_encoder2", HUNYUAN_VIDEO),
     Place(HV_GENERATE, "lora", "vae", "--lora_weight", HUNYUAN_VIDEO),
     Place(HV_GENERATE, "latent", "text_encoder1", "--latent_path", HUNYUAN_VIDEO),
+    Place(training(FRAMEPACK), "dit", "siglip", "--dit", FRAMEPACK),
+    Place(generating(FRAMEPACK), "siglip", "text_encoder2", "--image_encoder", FRAMEPACK),
+    Place(FRAMEPACK.cache_latents, "siglip", "vae", "--image_encoder", FRAMEPACK),
+    Place(FRAMEPACK.cache_latents, "vae", "siglip", "--vae", FRAMEPACK),
     Place(GENERATE, "lora", "dit", "--lora_weight"),
     Place(SHORT_TRAINING, "lora", "dit", "--network_weights"),
     Place(SHORT_TRAINING, "lora", "t5", "--base_weights"),
@@ -176,12 +181,12 @@ def test_a_file_of_another_kind_is_refused_in_one_message(place: Place, project:
     assert not (project / "never.safetensors").exists()
 
 
-def test_a_lora_is_not_merged_into_a_model_it_does_not_fit(project: Path, good: Path) -> None:
+def test_a_file_that_is_no_transformer_is_named_and_no_lora_is_merged_into_it(project: Path, good: Path) -> None:
     code, said = run_here(
         "merge_lora.py", "--lora_weight", "lora.safetensors", *NEVER_MERGED, "--dit", good / "vae.safetensors", folder=project
     )
 
-    assert_one_message(code, said, "lora.safetensors does not fit")
+    assert_one_message(code, said, "vae.safetensors is no transformer that a LoRA could be added to", "it looks like")
     assert not (project / "never.safetensors").exists()
 
 

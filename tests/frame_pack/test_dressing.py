@@ -1,4 +1,4 @@
-"""What acts on the FramePack transformer from outside by the names in its DitSpec: swap, fp8, compiling, token pieces."""
+"""What acts on the FramePack transformer from outside, as far as it is not alike in all families (tests/modules has that)."""
 
 import logging
 from collections.abc import Iterator
@@ -8,22 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from frame_pack.checkpoints import DIT, load_dit
-from modules.activation import checkpoint_blocks
+from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
+from modules.fp8_matmul import emulated_product
 from modules.fp8_options import Quantisation
 from modules.records import Placement
-from modules.token_pieces import compute_in_pieces
 from tests.frame_pack.making import tiny_inputs, tiny_model
-from tests.modules.fake_device import FakeDevice
-from tests.modules.swap_cases import swapped
-from tests.tiny.framepack_dit import tiny_state, write_dit
+from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
 
-SIZES = {"double_blocks": 3, "single_blocks": 7}  # enough to swap
+SIZES = {"double_blocks": 2, "single_blocks": 3}
+LINEAR = 2 * (8 + 4) + 3 * 5  # layers that 8 bits are for: of attention and feed-forwards
+ONE = tiny_inputs((11,))  # one sample, of tokens enough to multiply in 8 bits
+WINDOW = ONE["noisy"].shape[2]
 CPU = Placement(torch.device("cpu"))
 NEAR = 1e-5  # of the largest value, float32: sums in another order
 
@@ -37,70 +38,65 @@ def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.compiler.reset()
 
 
-def results(dit: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """The output, and the gradient that arrives at the noisy latents through all blocks."""
-    noisy = inputs["noisy"].clone().requires_grad_()
-    output = dit(**inputs | {"noisy": noisy})
-    output.square().mean().backward()
-    assert noisy.grad is not None
-    return [output.detach(), noisy.grad]
-
-
-def assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).abs().max() <= NEAR * other.abs().max()
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("blocks", [1, 4])
-def test_swapped_blocks_give_the_same_to_the_bit(blocks: int, checkpointing: bool) -> None:
-    expected = results(tiny_model(**SIZES), tiny_inputs())
-    dit = tiny_model(**SIZES)
-    if checkpointing:
-        checkpoint_blocks(dit, DIT)
-    swapped(dit, DIT, blocks, FakeDevice())
-
-    found = results(dit.train(checkpointing), tiny_inputs())
-
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize(("asked", "counts"), [(1, (0, 3)), (4, (2, 5)), (36, (18, 37)), (38, (19, 39))])
 def test_blocks_to_swap_are_spread_over_the_lists_as_in_hunyuanvideo(asked: int, counts: tuple[int, int]) -> None:
     assert DIT.swap_counts(asked) == counts
 
 
 @pytest.mark.parametrize("kind", ["cast", "rows"])
-def test_blocks_in_8_bits_stay_near_and_norms_are_left_alone(tmp_path: Path, kind: str) -> None:
-    path = write_dit(tmp_path, tiny_state())
+@pytest.mark.parametrize("fast", [False, True], ids=["", "fast"])
+def test_blocks_in_8_bits_stay_near_and_norms_are_left_alone(tmp_path: Path, kind: str, fast: bool) -> None:
+    path, calls = write_dit(tmp_path, tiny_state()), list[Tensor]()
 
-    dit = load_dit(path, replace(CPU, fp8=Quantisation(kind)))
+    def product(a: Tensor, *others: Any) -> Tensor:
+        calls.append(a)
+        return emulated_product(a, *others)
+
+    fp8 = Quantisation(kind, fp8_matmul=True, product=product) if fast else Quantisation(kind)
+    dit = load_dit(path, replace(CPU, fp8=fp8))
 
     in_8_bits = {name for name, weight in dit.named_parameters() if weight.dtype.itemsize == 1}
     in_8_bits |= {name for name, tensor in dit.named_buffers() if tensor.dtype.itemsize == 1}
-    assert len(in_8_bits) == 2 * (8 + 4) + 3 * 5
+    assert len(in_8_bits) == LINEAR
     assert not any(".norm" in name for name in in_8_bits)
-    expected = load_dit(path, CPU)(**tiny_inputs())
-    assert 0 < (dit(**tiny_inputs()) - expected).abs().max() <= 0.15 * expected.abs().max()  # three digits of mantissa
+    expected = load_dit(path, CPU)(**ONE)
+    assert 0 < (dit(**ONE) - expected).abs().max() <= 0.15 * expected.abs().max()  # three digits of mantissa
+    assert len(calls) == (LINEAR if fast else 0)
+
+
+@pytest.fixture(params=[ANTI_DRIFTING, F1], ids=["anti-drifting", "f1"])
+def sections(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What the transformer is given in each section of a video of five."""
+    start = torch.randn(1, CONFIG.in_dim, 1, 6, 10, generator=torch.Generator().manual_seed(1))
+    order: Order = request.param
+    history, found = order.begin(start, None), []
+    for section in order.plan(5, WINDOW, ()):
+        seen, places = order.seen(start, history), section.indices
+        found.append(
+            ONE
+            | {
+                "latent_indices": torch.tensor([places.target]),
+                "clean_latents": seen.clean,
+                "clean_latent_indices": torch.tensor([places.clean]),
+                "clean_latents_2x": seen.clean_2x,
+                "clean_latent_2x_indices": torch.tensor([places.clean_2x]),
+                "clean_latents_4x": seen.clean_4x,
+                "clean_latent_4x_indices": torch.tensor([places.clean_4x]),
+            }
+        )
+        history = order.grown(history, ONE["noisy"])
+    return found
 
 
 @pytest.mark.usefixtures("_nothing_compiled")
-def test_compiled_blocks_share_one_compilation_for_each_list() -> None:
-    dit, inputs = tiny_model(), tiny_inputs((7,))
+def test_compiled_blocks_of_each_list_share_one_compilation_in_all_sections(sections: list[dict[str, Any]]) -> None:
+    dit = tiny_model(**SIZES)
     with torch.no_grad():
-        expected = dit(**inputs)
+        expected = [dit(**inputs) for inputs in sections]
         compile_blocks(dit, DIT, Compilation("eager", fullgraph=True))
 
-        found = dit(**inputs)
+        found = [dit(**inputs) for inputs in sections]
 
-    assert counters["stats"]["unique_graphs"] == len(DIT.block_lists)
-    assert_near([found], [expected])
-
-
-def test_feed_forwards_in_pieces_give_the_same() -> None:
-    expected = results(tiny_model(), tiny_inputs())
-    dit = tiny_model()
-    compute_in_pieces(dit, DIT, tokens=8)
-    checkpoint_blocks(dit, DIT)
-
-    assert_near(results(dit.train(), tiny_inputs()), expected)
+    assert counters["stats"]["unique_graphs"] == len(DIT.block_lists) == 2
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= NEAR * other.abs().max()

@@ -13,8 +13,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from frame_pack.image_checkpoints import SiglipConfig, read_siglip
 from frame_pack.image_encoder import SiglipVision, load_siglip
-from modules.checkpoint import load_module, open_checkpoint
+from modules.checkpoint import open_checkpoint
 from modules.errors import CheckpointError
+from modules.filling import load_module
 from modules.pixels import to_pixels
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.framepack_encoders import SIGLIP_DIM, siglip_config, siglip_config_json, siglip_layouts, siglip_tensors

@@ -49,3 +49,8 @@ def test_places_without_a_control_image_are_ignored_with_a_warning(caplog: pytes
 def test_other_lists_are_refused(text: str) -> None:
     with pytest.raises(OptionError, match="--one_frame_inference"):
         parse_one_frame(text)
+
+
+def test_places_with_a_comma_between_them_are_told_of_the_semicolon() -> None:
+    with pytest.raises(OptionError, match="'10' stands alone: places have a semicolon between them, as control_index=0;10"):
+        parse_one_frame("target_index=1,control_index=0,10,no_post")

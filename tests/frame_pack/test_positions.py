@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from frame_pack.positions import Layout, Stretch, rotary_table
+from frame_pack.positions import Layout, Stretch, position_scale, rotary_table
 from modules.rope import exact_table
 
 WIDTHS, THETA = (8, 28, 28), 256.0
@@ -43,6 +43,13 @@ def test_the_scale_acts_on_rows_and_columns_alone() -> None:
     doubled = table((0, 1, 2), 1, scale=2.0)
 
     assert torch.equal(doubled, whole[:, ::2, ::2].flatten(0, 2))
+
+
+@pytest.mark.parametrize(("timestep", "expected"), [(799.0, 1.0), (800.0, 0.7), (1000.0, 0.7)])
+def test_positions_are_scaled_from_the_threshold_on(timestep: float, expected: float) -> None:
+    timesteps = torch.full((2,), timestep)
+    assert position_scale(timesteps, 800, 0.7) == expected
+    assert position_scale(timesteps, None, 0.7) == 1.0
 
 
 def test_samples_have_tables_of_their_own_only_where_their_indices_differ() -> None:

@@ -9,9 +9,11 @@ from modules.errors import OptionError
 from modules.fp8_options import Quantisation
 from modules.options import read_options
 
+DEFAULTS = ScriptDefaults(fps=16, guidance_scale=5.0)
 
-def read(folder: Path, *arguments: str) -> GenerationOptions:
-    parser = generation_parser(None, ScriptDefaults(fps=16, guidance_scale=5.0))
+
+def read(folder: Path, *arguments: str, defaults: ScriptDefaults = DEFAULTS) -> GenerationOptions:
+    parser = generation_parser(None, defaults)
     return read_options(GenerationOptions, read_arguments(parser, ["--save_path", str(folder), *arguments]))
 
 
@@ -66,3 +68,36 @@ def test_a_finer_rounding_of_nothing_is_told_of(tmp_path: Path, caplog: pytest.L
 
 def test_prores_needs_matroska(tmp_path: Path) -> None:
     assert read(tmp_path, "--prompt", "p", "--codec", "prores").output.format.suffix == ".mkv"
+
+
+def test_a_script_has_the_output_types_that_it_says(tmp_path: Path) -> None:
+    more = ScriptDefaults(fps=16, guidance_scale=5.0, output_types=("video", "latent_images"))
+    output = read(tmp_path, "--prompt", "p", "--output_type", "latent_images", defaults=more).output
+    assert (output.decodes, output.keeps_latents, output.writes_images) == (True, True, True)
+    for said, script in (("latent_images", DEFAULTS), ("both", more)):
+        with pytest.raises(SystemExit):
+            read(tmp_path, "--prompt", "p", "--output_type", said, defaults=script)
+    with pytest.raises(OptionError, match="the latents are there already"):
+        read(tmp_path, "--latent_path", __file__, "--output_type", "latent_images", defaults=more)
+
+
+def test_only_videos_that_come_in_sections_can_be_watched_while_they_grow(tmp_path: Path) -> None:
+    sections = ScriptDefaults(fps=30, guidance_scale=1.0, in_sections=True)
+    assert read(tmp_path, "--prompt", "p", defaults=sections).output.shows_progress
+    assert not read(tmp_path, "--prompt", "p", "--no_progressive_save", defaults=sections).output.shows_progress
+    assert not read(tmp_path, "--prompt", "p", "--output_type", "latent", defaults=sections).output.shows_progress
+    with pytest.raises(SystemExit):
+        read(tmp_path, "--prompt", "p", "--no_progressive_save")
+
+
+def test_a_script_may_have_options_about_each_video_of_its_own(tmp_path: Path) -> None:
+    defaults = ScriptDefaults(fps=30, guidance_scale=1.0, has_length=False, extras={"paws": "feet"}, rescales_guidance=True)
+    parser = generation_parser(None, defaults)
+    parser.add_argument("--paws", type=int, default=4)
+    args = read_arguments(parser, ["--save_path", str(tmp_path), "--prompt", "p", "--paws", "3", "--guidance_rescale", "0.5"])
+    options = read_options(GenerationOptions, args)
+    assert options.request.extras == {"paws": ("feet", 3)}
+    assert options.request.video_length is None
+    assert options.guidance.guidance_rescale == 0.5
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--save_path", str(tmp_path), "--video_length", "5"])

@@ -18,9 +18,15 @@ from modules.media import read_image, read_tags, video_frames, video_info
 
 
 def options(
-    folder: Path, output_type: str = "video", trim: int = 0, codec: str = "h264", container: str = "mp4", pngs: bool = False
+    folder: Path,
+    output_type: str = "video",
+    trim: int = 0,
+    codec: str = "h264",
+    container: str = "mp4",
+    pngs: bool = False,
+    numbered: bool = False,
 ) -> OutputOptions:
-    return OutputOptions(folder, output_type, False, trim, FormatOptions(codec, container, pngs))
+    return OutputOptions(folder, output_type, False, trim, False, numbered, FormatOptions(codec, container, pngs))
 
 
 def clip(frames: int = 5) -> Iterator[Tensor]:
@@ -116,6 +122,21 @@ def test_images_go_into_a_folder(tmp_path: Path) -> None:
     path = save_pixels(options(tmp_path, "images"), "a", clip(3), 16.0, {"bt_seeds": "1"})
     assert sorted(file.name for file in path.iterdir()) == ["a_000.png", "a_001.png", "a_002.png"]
     assert int(read_image(path / "a_002.png")[0, 0, 0]) == round((0.2 / 2 + 0.5) * 255)
+
+
+@pytest.mark.parametrize("output_type", ["video", "images", "latent_images"])
+def test_a_single_picture_may_have_a_number_and_lies_in_no_folder(tmp_path: Path, output_type: str) -> None:
+    path = save_pixels(options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
+    assert path == tmp_path / "a_000.png"
+    assert save_pixels(options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None) == tmp_path / "a__000.png"
+
+
+def test_images_may_come_with_latents(tmp_path: Path) -> None:
+    asked = options(tmp_path, "latent_images")
+    assert asked.keeps_latents
+    assert asked.decodes
+    path = save_pixels(asked, "a", clip(), 16, None)
+    assert sorted(each.name for each in path.iterdir()) == [f"a_00{index}.png" for index in range(5)]
 
 
 def test_prores_is_written_as_matroska(tmp_path: Path) -> None:

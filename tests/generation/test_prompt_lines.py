@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from generation.prompt_lines import (
-    LineOption,
+    EMBEDDED_GENERATION_OPTIONS,
+    SECTIONED_GENERATION_OPTIONS,
     parse_generation_line,
     parse_sample_line,
     read_generation_lines,
@@ -32,18 +33,32 @@ def test_generation_lines_are_read_as_measured(line: str, expected: dict[str, An
 
 
 @pytest.mark.parametrize(("line", "expected"), CASE["framepack_generation_lines"])
-def test_a_family_may_bring_its_own_letters(line: str, expected: dict[str, Any]) -> None:
-    letters = {
-        "f": LineOption("video_seconds", float),
-        "vs": LineOption("video_sections", int),
-        "ei": LineOption("end_image_path", str),
-        "ci": LineOption("control_image_path", str, repeats=True),
-        "cim": LineOption("control_image_mask_path", str, repeats=True),
-        "of": LineOption("one_frame_inference", str),
-        "d": LineOption("seed", text_to_seed),
-        "g": LineOption("guidance_scale", float),
-    }
-    assert parse_generation_line(line, letters) == expected
+def test_lines_of_videos_in_sections_are_read_as_measured(line: str, expected: dict[str, Any]) -> None:
+    """`fs` and `cs` are newer than what was measured."""
+    found = parse_generation_line(line, SECTIONED_GENERATION_OPTIONS)
+    newer = {"flow_shift": 3.0, "cfg_schedule": "1-2"} if "--fs" in line else {}
+    assert found == {**expected, **newer}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("p --f 3", {"video_seconds": 3.0, "video_sections": None}),  # the sections of the command line are not to count
+        ("p --vs 2", {"video_sections": 2}),
+        ("p --vs 2 --f 3", {"video_sections": 2, "video_seconds": 3.0}),
+        ("p --g 2 --l 3", {"guidance_scale": 3.0}),
+        ("p --i 0:a.png;;;-1:b.png", {"image_path": "0:a.png;;;-1:b.png"}),
+        ("p --cn a.mp4 --v b.mp4", {}),
+    ],
+)
+def test_lengths_and_images_of_videos_in_sections(line: str, expected: dict[str, Any]) -> None:
+    assert parse_generation_line(line, SECTIONED_GENERATION_OPTIONS) == {"prompt": "p", **expected}
+
+
+def test_a_script_says_what_its_letters_mean() -> None:
+    line = "p --g 3 --f 5"
+    assert parse_generation_line(line) == {"prompt": "p", "guidance_scale": 3.0, "video_length": 5}
+    assert parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS) == {"prompt": "p", "embedded_cfg_scale": 3.0, "video_length": 5}
 
 
 @pytest.mark.parametrize(("text", "seeds"), SEEDS["cases"])

@@ -13,7 +13,7 @@ from modules.errors import OptionError
 from modules.records import Request
 
 OPTIONS = RequestOptions(
-    "a cat", None, (480, 832), None, 16.0, None, None, 5.0, None, None, "unipc", None, None, None, None, None, None
+    "a cat", None, (480, 832), None, 16.0, None, None, 5.0, None, None, "unipc", None, None, None, None, None, None, {}
 )
 
 
@@ -40,6 +40,28 @@ def test_a_line_wins_over_the_command_line() -> None:
     assert (request.steps, request.guidance_scale, request.flow_shift, request.cfg_schedule) == (4, 2.0, 1.5, "1-2")
     assert request.image_path == Path("~/x.png").expanduser()
     assert request.control_path == Path("c.mp4")
+
+
+EXTRAS = {
+    "image_path": ("image_path", "a.png"),
+    "seconds": ("length", 5.0),
+    "one": ("one", None),
+    "controls": ("controls", ["a", "b"]),
+}
+
+
+def test_what_only_the_family_reads_goes_there_as_text() -> None:
+    """It is no path here even where it looks like one; of a list each has a line of its own."""
+    request = make_request(replace(OPTIONS, extras=EXTRAS, image_path=Path("a.png")))
+    assert request.extra == {"image_path": "a.png", "length": "5.0", "controls": "a\nb"}
+    assert request.image_path is None
+
+
+def test_a_line_says_otherwise_there_too() -> None:
+    line = {"image_path": "0:b.png;;;1:c.png", "seconds": None, "one": "default", "controls": ["c"]}
+    request = make_request(replace(OPTIONS, extras=EXTRAS), line)
+    assert request.extra == {"image_path": "0:b.png;;;1:c.png", "one": "default", "controls": "c"}
+    assert request.image_path is None
 
 
 def test_lines_without_a_seed_draw_their_own() -> None:
@@ -80,6 +102,12 @@ def test_skip_layer_guidance_without_guidance_is_warned_about(caplog: pytest.Log
     options = replace(PLAIN_GUIDANCE, slg_mode="uncond", slg_layers="1")
     check_guidance(Request("p", 0, steps=4, guidance_scale=1.0), options)
     assert "--slg_mode uncond is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(("scale", "warnings"), [(1.0, 1), (3.0, 0)])
+def test_rescaling_without_guidance_is_warned_about(scale: float, warnings: int, caplog: pytest.LogCaptureFixture) -> None:
+    check_guidance(Request("p", 0, steps=4, guidance_scale=scale), replace(PLAIN_GUIDANCE, guidance_rescale=0.5))
+    assert caplog.text.count("--guidance_rescale 0.5 is ignored because no step uses guidance") == warnings
 
 
 def test_a_negative_prompt_without_guidance_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:

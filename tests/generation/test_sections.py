@@ -8,7 +8,7 @@ from torch import Tensor
 
 from generation.denoise import Start, StepDone, denoise
 from generation.noise import SeededNoise
-from generation.sections import make_latents
+from generation.sections import conditions_to, make_latents
 from modules.records import EncodedPrompts, Request, Section
 from modules.solvers import solver_for
 from tests.generation.toy_family import ToyDit, ToyFamily
@@ -107,6 +107,17 @@ def test_conditions_of_different_shapes_are_not_batched() -> None:
     assert len(family.diary) == 2 * REQUEST.steps  # type: ignore[operator]
 
 
+def test_whole_numbers_stay_where_code_reads_them() -> None:
+    given = {"t5": [torch.zeros(2, 3)], "image": torch.zeros(1, 4), "mask": torch.ones(1, 5).bool(), "places": torch.arange(6)}
+
+    there = conditions_to(given, torch.device("meta"))
+    text = there["t5"]
+
+    assert isinstance(text, list)
+    assert {name for name, value in there.items() if isinstance(value, Tensor) and value.is_meta} == {"image"}
+    assert text[0].is_meta
+
+
 def test_the_positive_pass_comes_first() -> None:
     family, dit = ToyFamily(), ToyDit()
     make_latents(family, lambda timestep: dit, replace(REQUEST, steps=1), toy_texts(3, 8), {0: {}}, CPU)
@@ -146,3 +157,20 @@ def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
     start = Start(torch.ones(1, 2, 1, 2, 2), step=3)
     denoise(family, lambda timestep: dit, section, start, solver_for("unipc", 5, 3.0), positive_only)
     assert steps == [0, 1]
+
+
+@pytest.mark.parametrize(("by_family", "asked", "on_cpu"), [(False, False, False), (False, True, True), (True, False, True)])
+def test_a_family_may_have_its_noise_drawn_on_the_cpu(
+    by_family: bool, asked: bool, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bool] = []
+
+    def seeded(seed: int, device: torch.device, cpu_noise: bool) -> SeededNoise:
+        made.append(cpu_noise)
+        return SeededNoise(seed, device, cpu_noise)
+
+    monkeypatch.setattr("generation.sections.SeededNoise", seeded)
+    family = ToyFamily()
+    family = replace(family, defaults=replace(family.defaults, noise_on_cpu=by_family))
+    make_latents(family, lambda _: ToyDit(), REQUEST, toy_texts(), {0: {}}, CPU, cpu_noise=asked)
+    assert made == [on_cpu]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.records import (
@@ -17,6 +18,7 @@ from modules.records import (
     EncodedPrompts,
     MediaBatch,
     MediaEncoders,
+    Piece,
     Placement,
     Prompt,
     Prompts,
@@ -26,6 +28,7 @@ from modules.records import (
 )
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
+WINDOW = 3
 
 
 class ToyTextEncoder:
@@ -57,26 +60,43 @@ class ToyTextEncoder:
 
 
 class ToyVae(nn.Module):
-    """Every latent pixel is one picture of 8 x 8 pixels; latent frames after the first are four."""
+    """Every latent pixel is one picture of 8 x 8 pixels; latent frames after the first are four. A frame shows the mean so far."""
 
-    def __init__(self, diary: list[str]) -> None:
+    def __init__(self, diary: list[str], places: dict[str, str], on_chunk: Callable[[], object] = lambda: None) -> None:
         super().__init__()
+        self.on_chunk = on_chunk
         self.diary = diary
+        self.places = places
+
+    def to(self, device: torch.device) -> "ToyVae":  # type: ignore[override]
+        self.places["vae"] = str(device)
+        return self
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        self.diary.append("decode")
+        together = self.places["vae"] != "cpu" and self.places["vae"] == self.places.get("dit")
+        self.diary.append("decode beside dit" if together else "decode")
+        latents = latents.cumsum(2) / torch.arange(1, latents.shape[2] + 1).view(-1, 1, 1)
         pixels = latents[:, :1].clamp(-1, 1).repeat(1, 3, 1, 1, 1).repeat_interleave(8, 3).repeat_interleave(8, 4)
         for index, frame in enumerate(pixels.split(1, dim=2)):
+            self.on_chunk()
             yield frame if index == 0 else frame.repeat_interleave(4, 2)
 
 
 class ToyDit(nn.Module):
     """velocity = scale * (noisy + letters / 100); a skipped block halves it."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: dict[str, str] | None = None, has_room_on_host: bool = True) -> None:
         super().__init__()
+        self.places = {} if places is None else places
+        self.has_room_on_host = has_room_on_host
         self.scale = nn.Parameter(torch.tensor(0.5))
         self.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def to(self, device: torch.device) -> "ToyDit":  # type: ignore[override]
+        if device.type == "cpu" and not self.has_room_on_host:
+            raise RuntimeError("not enough memory")  # as torch's allocator of host memory does
+        self.places["dit"] = str(device)
+        return self
 
     def forward(self, noisy: Tensor, letters: list[Tensor], skip_blocks: frozenset[int]) -> Tensor:
         text = torch.stack([one.mean() for one in letters]).view(-1, 1, 1, 1, 1)
@@ -85,7 +105,10 @@ class ToyDit(nn.Module):
 
 @dataclass(frozen=True)
 class ToyFamily:
-    """Text to video. An image path "missing.png" fails when it is read, a prompt "impossible" at once."""
+    """Text to video. An image path "missing.png" fails when it is read, a prompt "impossible" at once.
+
+    With `sections_made` a video is that many windows of latent frames behind a first one, made like those of FramePack.
+    """
 
     diary: list[str] = field(default_factory=list)
     name: str = "toy"
@@ -99,7 +122,15 @@ class ToyFamily:
     media_identity: Mapping[str, str] = field(default_factory=dict)
     can_decode: bool = True
     interrupt_at: str | None = None  # the prompt at which someone presses Ctrl-C
+    interrupt_pass: int | None = None  # the pass at which someone does, from 1
     lost: Path | None = None  # a model file that is not there
+    lengths_without_room: frozenset[int] = frozenset()  # of latents whose decoding fails
+    has_room_for_two: bool = True  # whether the VAE can decode where the DiT is
+    has_room_on_host: bool = True  # whether the DiT can be moved there
+    sections_made: int = 0
+    makes_last_first: bool = True
+    places: dict[str, str] = field(default_factory=dict)  # where networks were moved to, though nothing moves
+    on_chunk: Callable[[], object] = lambda: None  # called with each chunk of pixels
     stop_loading: set[str] = field(default_factory=set)  # networks at whose next loading someone presses Ctrl-C
 
     def stop(self, network: str) -> None:
@@ -117,7 +148,8 @@ class ToyFamily:
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         self.diary.append("load vae")
         self.stop("media")
-        return MediaEncoders(ToyVae(self.diary))
+        self.places["vae"] = str(device)
+        return MediaEncoders(ToyVae(self.diary, self.places, self.on_chunk))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         raise NotImplementedError
@@ -134,7 +166,8 @@ class ToyFamily:
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         self.diary.append("load dit")
         self.stop("dit")
-        dit = ToyDit()
+        self.places["dit"] = str(placement.device)
+        dit = ToyDit(self.places, self.has_room_on_host)
         if placement.patch is not None:
             dit.scale.data = placement.patch("blocks.0.scale", dit.scale.data)
         return dit
@@ -146,6 +179,8 @@ class ToyFamily:
         self.diary.append(
             f"pass {int(cond['letters'][0])}" + (f" without {sorted(tweaks.skip_blocks)}" if tweaks.skip_blocks else "")
         )
+        if self.interrupt_pass == sum(line.startswith("pass") for line in self.diary):
+            raise KeyboardInterrupt
         if self.interrupt_at is not None and int(cond["letters"][0]) == len(self.interrupt_at):
             raise KeyboardInterrupt
         return dit(noisy, cond["letters"], tweaks.skip_blocks)
@@ -156,7 +191,7 @@ class ToyFamily:
         usual = self.defaults
         return replace(
             request,
-            frames=request.frames or usual.frames,
+            frames=video_frames(self.sections_made, WINDOW) if self.sections_made else request.frames or usual.frames,
             steps=request.steps or usual.steps,
             flow_shift=request.flow_shift or usual.flow_shift,
             solver=request.solver or usual.solver,
@@ -188,13 +223,34 @@ class ToyFamily:
         assert request.frames is not None
         assert request.height is not None
         assert request.width is not None
+        if self.sections_made:
+            return (yield from self.windows(request, prompts[0], noise))
         shape = self.latent.shape(request.frames, request.height, request.width)
         return (yield prompts[0].section(noise.draw(shape), inputs[0]))
 
+    def windows(self, request: Request, prompts: EncodedPrompts, noise: NoiseSource) -> Generator[Section, Tensor, Tensor]:
+        shape = list(self.latent.shape(*request.size[::-1]))
+        start, shape[2] = torch.full([*shape[:2], 1, *shape[3:]], 0.5), WINDOW
+        video, made = (None if self.makes_last_first else start), None
+        for number in range(self.sections_made):
+            latents = yield replace(prompts.section(noise.draw(shape)), made=made, label=f"section {number + 1}")
+            parts = [latents] if video is None else [latents, video] if self.makes_last_first else [video, latents]
+            video = torch.cat(parts, dim=2)
+            newest = video[:, :, : 2 * WINDOW] if self.makes_last_first else video[:, :, -2 * WINDOW :]
+            made = Piece(newest if number else video, section_frames(WINDOW) if number else 0, self.makes_last_first)
+        assert video is not None
+        return torch.cat([start, video], dim=2) if self.makes_last_first else video
+
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        if not self.can_decode:
+        is_crowded = self.places.get("dit") == self.places.get("vae", "cpu") != "cpu" and not self.has_room_for_two
+        if not self.can_decode or latents.shape[2] in self.lengths_without_room or is_crowded:
             raise torch.OutOfMemoryError("no room")
-        yield from encoders.vae.decode(latents)
+        if latents.shape[2] != self.sections_made * WINDOW + 1:
+            yield from encoders.vae.decode(latents)
+            return
+        slices = decoding_slices(self.sections_made, WINDOW)
+        clips = (torch.cat(list(encoders.vae.decode(latents[:, :, part])), dim=2) for part in slices)
+        yield from blend_overlaps(clips, section_frames(WINDOW))
 
 
 _: type[Family] = ToyFamily

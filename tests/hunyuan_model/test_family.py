@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from generation.noise import SeededNoise
 from hunyuan_model import conditioning
+from hunyuan_model.encoders import Encoders
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.vae import load_vae
-from modules.errors import CacheError, CheckpointError, OptionError
-from modules.records import Batch, EncodedPrompts, MediaBatch, MediaEncoders, Placement, Request
+from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
+from modules.records import Batch, EncodedPrompts, MediaBatch, MediaEncoders, MediaTable, Placement, Request
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_dit import tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
@@ -34,7 +35,7 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> FamilyOf:
     def make(kind: str = "t2v", dtype: torch.dtype = torch.float32, **settings: object) -> HunyuanVideo:
         if (kind, dtype) not in made:
             files = write_tiny_hunyuan(root / f"{kind} {dtype}", kind, dtype)
-            made[kind, dtype] = HunyuanFiles(files.dit, files.vae, files.text_encoder1, files.text_encoder2)
+            made[kind, dtype] = HunyuanFiles(files.dit, Encoders(files.vae, files.text_encoder1, files.text_encoder2))
         return HunyuanVideo(made[kind, dtype], **settings)  # type: ignore[arg-type]
 
     return make
@@ -177,7 +178,9 @@ def test_a_float32_transformer_has_everything_in_float32(family_of: FamilyOf) ->
     assert dtypes(family_of()) == {torch.float32}
     assert dtypes(family_of(dtype=torch.bfloat16)) == {torch.float16}
     assert dtypes(family_of(dit_dtype=torch.bfloat16)) == {torch.float16}
-    assert dtypes(family_of(vae_dtype=torch.bfloat16, text_dtype=torch.bfloat16)) == {torch.bfloat16}
+    family = family_of()
+    asked = replace(family.files.encoders, vae_dtype=torch.bfloat16, text_dtype=torch.bfloat16)
+    assert dtypes(replace(family, files=replace(family.files, encoders=asked))) == {torch.bfloat16}
 
 
 def test_the_transformer_computes_in_the_dtype_that_is_asked_for(family_of: FamilyOf) -> None:
@@ -237,7 +240,7 @@ def test_a_batch_without_one_of_the_texts_names_the_command(family_of: FamilyOf)
 
 @pytest.mark.parametrize(("name", "wide"), [("llm", torch.zeros(1, 256, 96)), ("clipL", torch.zeros(1, 96))])
 def test_texts_of_another_encoder_name_the_command(family_of: FamilyOf, name: str, wide: Tensor) -> None:
-    with pytest.raises(CacheError, match=rf"{name} in its text cache is 96 numbers wide.*cache_text_encoder_outputs.py"):
+    with pytest.raises(CacheError, match=rf"{name} in its cache is 96 numbers wide.*cache_text_encoder_outputs.py"):
         family_of().batch_conditions(torch.zeros(1, 16, 1, 4, 4), batch(**{name: wide}))
 
 
@@ -250,7 +253,7 @@ def test_the_caching_command_is_that_for_the_transformer(family_of: FamilyOf) ->
 def test_an_items_latents_do_not_depend_on_its_neighbours(family_of: FamilyOf) -> None:
     """Nor on --i2v; another name gives another sample of the posterior."""
     family = family_of()
-    encoders = MediaEncoders(load_vae(family.files.vae_path, CPU, torch.float32))
+    encoders = MediaEncoders(load_vae(family.files.encoders.vae_path, CPU, torch.float32))
     frames = torch.randint(0, 256, (2, 5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     media = MediaBatch(frames, ("one", "two"), ((0, 5), (0, 5)))
 
@@ -264,6 +267,6 @@ def test_an_items_latents_do_not_depend_on_its_neighbours(family_of: FamilyOf) -
 
 
 def test_control_videos_are_refused(family_of: FamilyOf) -> None:
-    frames = torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8)
-    with pytest.raises(CacheError, match="control_directory"):
-        family_of().encode_media(MediaEncoders(None), MediaBatch(frames, ("one",), ((0, 1),), (frames,)))
+    family_of().check_table(MediaTable("data.toml"))
+    with pytest.raises(DatasetError, match="data.toml: .*control_directory"):
+        family_of().check_table(MediaTable("data.toml", has_control=True))

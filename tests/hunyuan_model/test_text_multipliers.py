@@ -1,10 +1,19 @@
-import torch
-from torch import nn
+"""--te_multiplier in the token refiners of HunyuanVideo and FramePack."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frame_pack.model import TokenRefiner as FramePackRefiner
 from hunyuan_model.configs import HunyuanVideoConfig
-from hunyuan_model.text_multipliers import multiply_text
+from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, HUNYUAN_REFINER, multiply_text
 from hunyuan_model.token_refiner import TokenRefiner
 from modules.attention_options import SDPA
+from tests.tiny import framepack_dit
 
 CONFIG = HunyuanVideoConfig(
     dim=128,
@@ -19,44 +28,86 @@ CONFIG = HunyuanVideoConfig(
     text_dim=32,
     pooled_dim=16,
 )
+TIMESTEPS = torch.tensor([500.0])
 
 
-class Dit(nn.Module):
-    """As much of a transformer as the option touches."""
+@dataclass(frozen=True)
+class Case:
+    """One refiner under the name that its transformer has for it, and what it does to the text by itself."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    name: str
+    make: Callable[[], Any]
+    modules: tuple[str, str]
+    vector: Callable[[Any, Tensor, float], Tensor]  # refiner, text, factor of the mean's vector
+    tokens: Callable[[Any, Tensor], Tensor]  # what the first block is given
+    blocks: Callable[[Any], nn.ModuleList]
+
+    def dit(self) -> nn.Module:
+        dit = nn.Module()
         torch.manual_seed(5)
-        self.txt_in = TokenRefiner(CONFIG)
+        dit.add_module(self.name, self.make())
+        return dit.requires_grad_(False)
 
-    @torch.no_grad()
-    def forward(self, text: torch.Tensor) -> torch.Tensor:
-        return self.txt_in(text, torch.tensor([500.0]), None, torch.float32)
-
-
-TEXT = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
+    def run(self, dit: nn.Module, text: Tensor) -> Tensor:
+        arguments = (None, torch.float32) if self.name == "txt_in" else (None, torch.float32, SDPA)
+        return dit.get_submodule(self.name)(text, TIMESTEPS, *arguments)
 
 
-def test_each_block_and_the_mean_text_are_multiplied() -> None:
-    dit, plain = Dit(), Dit().txt_in
-    with torch.no_grad():
-        vector = plain.t_embedder(torch.tensor([500.0])) + 3 * plain.c_embedder(TEXT.mean(dim=1))
-        expected = plain.input_embedder(TEXT)
-        for block in plain.individual_token_refiner.blocks:
-            expected = 2 * block(expected, vector, None, SDPA)
-
-    multiply_text(dit, llm=2, clip=3)
-
-    torch.testing.assert_close(dit(TEXT), expected)
+def _framepack_vector(refiner: Any, text: Tensor, factor: float) -> Tensor:
+    embedding = refiner.time_text_embed
+    without = embedding(TIMESTEPS, torch.zeros_like(text.mean(dim=1))) - embedding.text_embedder(torch.zeros_like(text.mean(dim=1)))
+    return without + factor * embedding.text_embedder(text.mean(dim=1))
 
 
-def test_each_of_the_two_acts_alone_and_one_changes_nothing() -> None:
-    plain = Dit()(TEXT)
-    found = []
+CASES = [
+    Case(
+        "txt_in",
+        lambda: TokenRefiner(CONFIG),
+        HUNYUAN_REFINER,
+        lambda refiner, text, factor: refiner.t_embedder(TIMESTEPS) + factor * refiner.c_embedder(text.mean(dim=1)),
+        lambda refiner, text: refiner.input_embedder(text),
+        lambda refiner: refiner.individual_token_refiner.blocks,
+    ),
+    Case(
+        "context_embedder",
+        lambda: FramePackRefiner(framepack_dit.CONFIG),
+        FRAMEPACK_REFINER,
+        _framepack_vector,
+        lambda refiner, text: refiner.proj_in(text),
+        lambda refiner: refiner.token_refiner.refiner_blocks,
+    ),
+]
+
+
+def text_of(width: int) -> Tensor:
+    return torch.randn(1, 6, width, generator=torch.Generator().manual_seed(1))
+
+
+TEXTS = {"txt_in": text_of(CONFIG.text_dim), "context_embedder": text_of(framepack_dit.CONFIG.text_dim)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_block_and_the_mean_text_are_multiplied(case: Case) -> None:
+    dit, text = case.dit(), TEXTS[case.name]
+    plain = case.dit().get_submodule(case.name)
+    vector, expected = case.vector(plain, text, 3.0), case.tokens(plain, text)
+    assert len(case.blocks(plain)) == 2
+    for block in case.blocks(plain):
+        expected = 2 * block(expected, vector, None, SDPA)
+
+    multiply_text(dit, case.modules, llm=2, clip=3)
+
+    torch.testing.assert_close(case.run(dit, text), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_of_the_two_acts_alone_and_one_changes_nothing(case: Case) -> None:
+    text, found = TEXTS[case.name], []
+    plain = case.run(case.dit(), text)
     for llm, clip in ((1.0, 1.0), (1.5, 1.0), (1.0, 1.5)):
-        dit = Dit()
-        multiply_text(dit, llm, clip)
-        found.append(dit(TEXT))
+        dit = case.dit()
+        multiply_text(dit, case.modules, llm, clip)
+        found.append(case.run(dit, text))
     assert torch.equal(found[0], plain)
     assert not torch.allclose(found[1], plain)
     assert not torch.allclose(found[2], plain)

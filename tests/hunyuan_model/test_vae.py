@@ -10,9 +10,11 @@ from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hunyuan_model import vae_blocks
+from hunyuan_model import vae_blocks, vae_tiles
 from hunyuan_model.vae import HunyuanVae, load_vae
+from modules.dry_run import dry_run, place
 from modules.errors import OptionError
+from modules.pixels import byte_clips, to_pixels
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.hunyuan_vae import vae_config, vae_tensors
 
@@ -122,6 +124,20 @@ def test_a_clip_of_one_tile_is_not_cut(tmp_path: Path, vae: HunyuanVae, settings
     latents = vae.encode(pixels)
     assert torch.equal(tiled.encode(pixels), latents)
     assert torch.equal(joined(tiled.decode(latents)), joined(vae.decode(latents)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 32, "tile_frames": 16}])
+def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """And of a long clip no more at a time are numbers than are computed at a time."""
+    vae = made(tmp_path, **settings)
+    frames = torch.randint(0, 256, (1, 37, 48, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert byte_clips(frames).data_ptr() == frames.data_ptr()
+    expected = vae.encode(to_pixels(frames))
+    computed = []
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[2:]))
+
+    assert torch.equal(vae.encode(byte_clips(frames)), expected)
+    assert max(computed) <= ((17, 32, 32) if settings else (37, 48, 40))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 8])
@@ -235,3 +251,24 @@ def test_16_bit_weights_give_float32_results_near_the_exact_ones(
     assert latents.dtype == torch.float32
     assert relative_error(latents, vae.encode(pixels)) < limit
     assert relative_error(joined(half.decode_unclamped(latents)), joined(vae.decode_unclamped(latents))) < limit
+
+
+def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(vae_tensors(), tmp_path / "vae.safetensors")
+    tiles: list[tuple[int, ...]] = []
+
+    def peak() -> int:
+        tiled = load_vae(tmp_path / "vae.safetensors", torch.device("meta"), torch.float32, tile=64)
+        pixels = tiled._pixels
+        monkeypatch.setattr(tiled, "_pixels", lambda latents: tiles.append(tuple(latents.shape)) or pixels(latents))
+        with dry_run() as ledger, torch.no_grad():
+            place(tiled, ledger)
+            for _ in tiled.decode(torch.empty(1, 16, 3, 20, 12)):
+                pass
+            return max(sum(moment.values()) for moment in ledger.peaks.values())
+
+    found = peak()
+    assert tiles == [(1, 16, 3, 8, 8)]
+    monkeypatch.setattr(vae_tiles, "compute_piece", lambda compute, piece: compute(piece))
+    assert found == pytest.approx(peak(), rel=0.01)  # sizes are rounded up to what an allocator gives
+    assert len(tiles) == 1 + 4 * 2

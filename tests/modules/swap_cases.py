@@ -1,4 +1,4 @@
-"""Tiny transformers of both families with enough blocks to swap, dressed as in a run, and what is done with them."""
+"""Tiny transformers of all families with enough blocks to swap, dressed as in a run, and what is done with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frame_pack.checkpoints import DIT as FRAMEPACK
+from frame_pack.model import FramePackModel
 from hunyuan_model.checkpoints import DIT as HUNYUAN
 from hunyuan_model.model import HunyuanVideoModel
 from modules.activation import checkpoint_blocks
 from modules.block_swap import HostWeights, host_weights, swap_blocks
 from modules.family import DitSpec
 from modules.swap_plan import SwapPlan
-from networks import lora_hunyuan, lora_wan
+from networks import lora_framepack, lora_hunyuan, lora_wan
 from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide
-from tests.tiny import hunyuan_dit, wan_dit
+from tests.tiny import dits, framepack_dit, hunyuan_dit, wan_dit
 from tests.wan.test_model import tiny_inputs as wan_inputs
 from wan.checkpoints import DIT as WAN
 from wan.model import WanModel
@@ -60,6 +62,18 @@ def _hunyuan_inputs(seed: int) -> dict[str, Any]:
     return {**inputs, "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed))}
 
 
+def _framepack() -> nn.Module:
+    sizes = {"double_blocks": 3, "single_blocks": 7}
+    dit = FramePackModel(replace(framepack_dit.CONFIG, **sizes))  # type: ignore[arg-type]
+    dit.load_state_dict(framepack_dit.tiny_state(**sizes))
+    return dit.requires_grad_(False)
+
+
+def _framepack_inputs(seed: int) -> dict[str, Any]:
+    inputs = dits.ONE_OF_EACH[2].inputs((2, 4, 6, 7), 1)
+    return {**inputs, "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed))}
+
+
 def _lora(builder: Any) -> Callable[[nn.Module], nn.Module]:
     def build(dit: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -77,6 +91,7 @@ def _lora(builder: Any) -> Callable[[nn.Module], nn.Module]:
 CASES = (
     Case("wan", WAN, _wan, _wan_inputs, _lora(lora_wan), (5,), 4),
     Case("hunyuan", HUNYUAN, _hunyuan, _hunyuan_inputs, _lora(lora_hunyuan), (3, 7), 4),
+    Case("framepack", FRAMEPACK, _framepack, _framepack_inputs, _lora(lora_framepack), (3, 7), 4),
 )
 
 

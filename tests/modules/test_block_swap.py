@@ -245,7 +245,7 @@ def test_input_layers_are_on_the_device_during_their_calls_only(case: Case) -> N
     host = swapped(dit, case.spec, 0, None, input_layers=True)
     assert host is not None
     names = [name for name in case.spec.input_layers if hasattr(dit, name)]
-    assert len(names) == 2
+    assert len(names) >= 2
     places = host.adopt(dit)
     seen: list[bool] = []
     for name, place in places.items():

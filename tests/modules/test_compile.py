@@ -17,7 +17,7 @@ from modules.errors import OptionError
 from modules.family import DitSpec
 from modules.fp8 import attach, quantise
 from modules.fp8_options import Quantisation
-from tests.tiny.dits import DITS, TinyDit, gradients
+from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
 EAGER = Compilation("eager", fullgraph=True)  # torch's own kernels, called by what Dynamo has captured: an error where it cannot
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_learning_blocks_share_theirs_with_lora_and_checkpointing(tiny: TinyDit)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("float32_linear", [False, True])
-@pytest.mark.parametrize("tiny", [DITS[0], DITS[2]], ids=lambda dit: dit.name)
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
 def test_fp8_blocks_share_theirs_and_keep_their_numbers(tiny: TinyDit, float32_linear: bool) -> None:
     results = []
     for compiled in (False, True):
@@ -235,7 +235,7 @@ def test_inductor_without_a_compiler_is_refused_for_a_cpu(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("tiny", [DITS[0], DITS[2]], ids=lambda dit: dit.name)
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
 def test_inductor_gives_the_same_numbers(tiny: TinyDit) -> None:
     results = []
     for compiled in (False, True):

@@ -1,4 +1,9 @@
-from modules.device_memory import Usage
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modules.device_memory import Usage, bytes_on, host_room
 from modules.memory_plan import GIB
 
 
@@ -19,3 +24,16 @@ def test_the_warning_names_numbers_and_remedies() -> None:
     line = Usage(total=24 * GIB, free=0, reserved=26 * GIB).warning
     assert "26.00 of 24.00 GiB" in line
     assert "--blocks_to_swap" in line
+
+
+def test_the_bytes_of_a_network_are_those_on_that_device() -> None:
+    network = nn.ModuleList([nn.Linear(3, 5), nn.Linear(7, 2, device="meta")])
+    network.register_buffer("table", torch.zeros(4, dtype=torch.float16))
+    assert bytes_on(network, torch.device("cpu")) == 4 * (3 * 5 + 5) + 2 * 4
+    assert bytes_on(network, torch.device("meta")) == 4 * (7 * 2 + 2)
+
+
+def test_the_room_of_the_host_is_what_linux_says_or_not_known(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:     2000 kB\n", encoding="ascii")
+    assert host_room(tmp_path / "meminfo") == 2000 * 1024
+    assert host_room(tmp_path / "none") is None

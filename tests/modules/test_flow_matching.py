@@ -45,6 +45,13 @@ def test_whole_timesteps_are_cut_not_rounded(solver: str, timesteps: list[int]) 
     assert make_schedule(solver, 5, 3.0).timesteps.tolist() == timesteps
 
 
+def test_framepack_visits_the_sigmas_of_euler_and_is_fed_them_exactly() -> None:
+    schedule, even = make_schedule("unipc-bh1", 25, 7.0), make_schedule("euler", 25, 7.0)
+    assert torch.equal(schedule.sigmas, even.sigmas)
+    assert torch.equal(schedule.timesteps, 1000 * even.sigmas[:-1])
+    assert not torch.equal(schedule.timesteps, schedule.timesteps.floor())
+
+
 def test_euler_visits_the_documented_sigmas() -> None:
     sigmas = make_schedule("euler", 5, 14.5).sigmas
     torch.testing.assert_close(sigmas, torch.tensor([1, 0.98305, 0.95604, 0.90625, 0.78378, 0]), atol=1e-5, rtol=0)

@@ -11,11 +11,14 @@ from PIL import Image
 
 from modules.errors import MediaError, OutputError
 from modules.media import (
+    Segment,
     image_size,
     image_suffixes,
+    join_videos,
     read_image,
     read_tags,
     resize_cover,
+    segment_of,
     video_frames,
     video_info,
     write_png,
@@ -321,3 +324,51 @@ def test_a_codec_that_does_not_fit_the_container_is_refused(tmp_path: Path) -> N
         write_video(tmp_path / "clip.mp4", gradients(2), 16, codec="prores")
     with pytest.raises(MediaError, match="no frame to write"):
         write_video(tmp_path / "clip.mkv", [], 16)
+
+
+def segments(folder: Path, frames: list[np.ndarray], lengths: list[int], fps: float = 30) -> list[Segment]:
+    """The frames cut into videos of their own."""
+    found, start = [], 0
+    for number, length in enumerate(lengths):
+        write_video(folder / f"{number}.mp4", frames[start : start + length], fps, preset="veryfast")
+        found.append(segment_of(folder / f"{number}.mp4", fps))
+        start += length
+    return found
+
+
+@pytest.mark.parametrize("lengths", [[7], [1, 2, 17, 3, 20], [20, 1, 20]], ids=str)
+@pytest.mark.parametrize("fps", [30, 23.976])
+def test_joined_videos_show_the_same_pictures_one_behind_the_other(tmp_path: Path, lengths: list[int], fps: float) -> None:
+    frames = list(gradients(sum(lengths)))
+    parts = segments(tmp_path, frames, lengths, fps)
+    assert [part.frames for part in parts] == lengths
+    assert max(part.lead for part in parts) > 0 or max(lengths) < 10  # frames that are stored out of order are among them
+
+    join_videos(tmp_path / "joined.mp4", parts, fps)
+
+    expected = [frame for part in parts for frame in video_frames(part.path)]
+    assert all((ours == theirs).all() for ours, theirs in zip(video_frames(tmp_path / "joined.mp4"), expected, strict=True))
+    with av.open(str(tmp_path / "joined.mp4")) as container:
+        stream = container.streams.video[0]
+        times = [float(frame.time) for frame in container.decode(stream)]
+        assert stream.frames == sum(lengths)
+        assert stream.codec_context.colorspace == av.video.reformatter.Colorspace.ITU709.value
+    np.testing.assert_allclose(times, np.arange(sum(lengths)) / fps, atol=1e-4)  # the container counts in ticks
+
+
+def test_videos_of_other_settings_are_not_joined(tmp_path: Path) -> None:
+    parts = segments(tmp_path, list(gradients(4)), [4])
+    write_video(tmp_path / "other.mp4", gradients(4, 32, 32), 30)
+    with pytest.raises(MediaError, match="other settings"):
+        join_videos(tmp_path / "joined.mp4", [*parts, segment_of(tmp_path / "other.mp4", 30)], 30)
+    assert not (tmp_path / "joined.mp4").exists()
+
+
+def test_joining_leaves_the_file_that_is_being_watched_alone(tmp_path: Path) -> None:
+    frames = list(gradients(12))
+    parts = segments(tmp_path, frames, [4, 8])
+    join_videos(tmp_path / "joined.mp4", parts[:1], 30)
+    with av.open(str(tmp_path / "joined.mp4")) as player:
+        join_videos(tmp_path / "joined.mp4", parts, 30)
+        assert sum(1 for _ in player.decode(video=0)) == 4
+    assert sum(1 for _ in video_frames(tmp_path / "joined.mp4")) == 12

@@ -1,6 +1,7 @@
 """Arithmetic of the plan on numbers, and on the headers of released files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from hunyuan_model.checkpoints import load_dit as load_hunyuan
 from modules.dry_run import KEPT, WEIGHTS, WORKING
+from modules.errors import MemoryPlanError, OptionError
 from modules.family import DitSpec
 from modules.memory_plan import (
     CONTEXT,
@@ -23,12 +25,15 @@ from modules.memory_plan import (
     comparison,
     dtypes_of,
     parts_of,
+    predicted_before_run,
+    present,
     smallest_swap,
     swapped,
     swaps_of,
     verdict,
 )
 from modules.records import Placement
+from modules.swap_options import SwapOptions
 from modules.swap_plan import SwapPlan
 from tests.manifests import tensor_list, write_hollow
 from wan.checkpoints import load_dit as load_wan
@@ -132,3 +137,59 @@ def test_hunyuan_video_takes_what_its_header_says(full_size: Path) -> None:
     dit = load_hunyuan(hollow(full_size, "hunyuanvideo-t2v-dit"), Placement(torch.device("meta"), compute_dtype=torch.bfloat16))
     small = sum(tensor.nbytes for tensor in dit.parameters() if tensor.dtype == torch.float32) // 2
     assert round((sum(tensor.nbytes for tensor in dit.parameters()) - small) / 1e9, 1) == 25.6
+
+
+@dataclass(frozen=True)
+class Even:
+    """A prediction: 20 GiB, and 1 GiB less for each of at most 12 blocks."""
+
+    most: int = 12
+
+    def device(self, blocks: int) -> int:
+        return (20 - blocks) * GIB
+
+
+def presented(swap: SwapOptions, room: Room | None, capsys: pytest.CaptureFixture[str]) -> str:
+    def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
+        return MemoryPlan("Memory plan", (Phase("training step", (Part("weights", Even().device(blocks)),)),), tuple(remarks))
+
+    present(Even(), swap, room, plan_of, lambda room: [f"a card of more than {room.total // GIB}"])
+    return capsys.readouterr().out
+
+
+def test_a_plan_is_presented_with_the_blocks_that_auto_stands_for_and_advice_where_it_does_not_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    room = Room("a card of 16 GiB", 16 * GIB, 16 * GIB)
+
+    auto = presented(SwapOptions("auto", False), room, capsys)
+    given = presented(SwapOptions(2, False), room, capsys)
+    without = presented(SwapOptions(None, False), None, capsys)
+
+    assert "--blocks_to_swap auto: 6. 14.00 GiB are predicted" in auto
+    assert "Fits: 14.00 GiB" in auto
+    assert "Does not fit: 18.00 GiB" in given
+    assert "a card of more than 16" in given
+    assert "auto" not in given
+    assert "Needs 20.00 GiB" in without
+
+
+@pytest.mark.parametrize("swap", [SwapOptions("auto", False), SwapOptions(4, False)], ids=["auto", "4"])
+def test_a_rehearsal_that_fails_ends_a_run_only_where_auto_waits_for_it(
+    swap: SwapOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(error: Exception) -> Callable[[], int]:
+        def predict() -> int:
+            raise error
+
+        return predict
+
+    assert predicted_before_run(lambda: 7, swap) == 7
+    with pytest.raises(OptionError, match="the user's"):
+        predicted_before_run(fails(OptionError("the user's")), swap)
+    if swap.is_auto:
+        with pytest.raises(MemoryPlanError, match=r"no plan can be made \(ours\). Give a number of blocks"):
+            predicted_before_run(fails(ValueError("ours")), swap)
+    else:
+        assert predicted_before_run(fails(ValueError("ours")), swap) is None
+        assert "The memory of this run cannot be planned (ValueError: ours)" in caplog.text

@@ -16,10 +16,10 @@ from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, Case, swapped
 from tests.modules.test_activation_offload import away
 from tests.networks.making import randomize
-from tests.tiny.dits import DITS, TinyDit, gradients
+from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
 
 ROWS = Quantisation("rows")
-TINY = {"wan": DITS[0], "hunyuan": DITS[2]}
+TINY = dict(zip(("wan", "hunyuan", "framepack"), ONE_OF_EACH, strict=True))
 SIZES = ((1, 4, 4, 7), (2, 4, 6, 9))
 
 

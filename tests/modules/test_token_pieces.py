@@ -19,7 +19,7 @@ from modules.token_pieces import TOKENS, compute_in_pieces
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
 from tests.networks.making import randomize
-from tests.tiny.dits import DITS, TinyDit, gradients
+from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
 SIZE = (3, 8, 8, 7)  # 48 video tokens
 PIECE = 17  # three pieces of 16
@@ -66,7 +66,7 @@ def test_they_are_the_same_where_torch_does_not_stop_early() -> None:
     assert_alike(found, results(DITS[0], False), FLOAT32)
 
 
-@pytest.mark.parametrize("tiny", [DITS[0], DITS[2]], ids=lambda dit: dit.name)
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
 def test_fp8_weights_give_the_same_too(tiny: TinyDit) -> None:
     found = []
     for pieces in (False, True):
@@ -78,7 +78,7 @@ def test_fp8_weights_give_the_same_too(tiny: TinyDit) -> None:
     assert_alike(found[1], found[0], BF16)
 
 
-@pytest.mark.parametrize("tiny", [DITS[0], DITS[2]], ids=lambda dit: dit.name)
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
 def test_all_weights_may_learn(tiny: TinyDit) -> None:
     found = []
     for pieces in (False, True):
@@ -105,7 +105,7 @@ def test_swapped_blocks_give_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["nothing kept", "attention kept"])
-@pytest.mark.parametrize("tiny", [DITS[0], DITS[2]], ids=lambda dit: dit.name)
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
 def test_nothing_is_computed_a_third_time(tiny: TinyDit, keep: bool) -> None:
     flops = []
     for pieces in (False, True):

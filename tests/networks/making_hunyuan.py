@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from networks import lora_hunyuan
@@ -14,6 +12,7 @@ from networks.lora import LoraNetwork
 from networks.merge import LoraPatch, LoraUse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making import randomize
+from tests.networks.making_dialects import saved_by_diffusers
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order
 IN_DIFFUSERS = {
@@ -55,15 +54,5 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 def made_there(folder: Path, kind: str, targets: Any, alpha: int = 4, with_settings: bool = True) -> tuple[Path, Tensor]:
     """A LoRA that diffusers saves, and what its model gives with it."""
     theirs = in_diffusers(kind)
-    theirs.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    path = folder / "theirs.safetensors"
-    if with_settings:
-        theirs.save_lora_adapter(folder, weight_name=path.name)
-    else:
-        names = {name.replace(".default", ""): tensor for name, tensor in theirs.state_dict().items() if "lora_" in name}
-        save_file({f"transformer.{name}": tensor for name, tensor in names.items()}, path)
+    path = saved_by_diffusers(theirs, folder / "theirs.safetensors", targets, alpha, with_settings)
     return path, run_there(theirs, tiny_inputs(kind))

@@ -87,7 +87,7 @@ def test_keys_that_cannot_be_used_are_listed(saved: Path, caplog: pytest.LogCapt
         assert read_lora(saved).tensors.keys() == tensors.keys()
 
     assert "1 tensors change a text encoder and are ignored: lora_te_x.lora_down.weight" in caplog.text
-    assert "1 tensors are no part of a LoRA and are ignored: emb_params" in caplog.text
+    assert "1 of 62 tensors are no part of a LoRA and are ignored: emb_params" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,19 @@ def test_peft_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: 
         read_lora(tmp_path)
 
 
+@pytest.mark.parametrize(("number", "is_loud"), [(5, False), (9, True)])
+def test_a_file_of_which_more_than_a_few_tensors_are_none_of_a_lora_is_said_loudly(
+    saved: Path, number: int, is_loud: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = dict(read_lora(saved).tensors)
+    save_file(tensors | {f"emb_params.{index}": torch.ones(2) for index in range(number)}, saved)
+
+    read_lora(saved)
+
+    assert f"{number} of {len(tensors) + number} tensors are no part of a LoRA" in caplog.text
+    assert ("IS USED ONLY IN PART" in caplog.text) == is_loud
+
+
 def test_a_part_named_twice_is_listed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors = dict(read_lora(saved).tensors)
     save_file(tensors | {"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 2)}, saved)
@@ -135,7 +148,7 @@ def test_a_part_named_twice_is_listed(saved: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         read_lora(saved)
 
-    assert "1 tensors are no part of a LoRA and are ignored" in caplog.text
+    assert "1 of 61 tensors are no part of a LoRA and are ignored" in caplog.text
 
 
 def test_network_modules_are_imported_by_name() -> None:

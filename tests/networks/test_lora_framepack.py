@@ -1,19 +1,23 @@
-"""LoRA on FramePack: fidelity, and files of its own."""
+"""LoRA on FramePack: fidelity, files of its own, and files that go to and come from diffusers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from frame_pack.checkpoints import load_dit
 from modules.records import Placement
 from networks import lora_framepack
+from networks.convert import convert_file
 from networks.loading import import_network_module, read_lora
 from networks.merge import LoraPatch, LoraUse
-from tests.frame_pack.making import golden_model, tiny_inputs, tiny_model
+from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import read_case
 from tests.networks.making import golden_lora, randomize
+from tests.networks.making_dialects import saved_by_diffusers
 from tests.tiny.framepack_dit import tiny_state, write_dit
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order
@@ -65,3 +69,76 @@ def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_pat
         found, attached, plain = (one(**tiny_inputs()) for one in (loaded, dit, tiny_model()))
     assert (found - attached).abs().max() <= NEAR * attached.abs().max()
     assert (attached - plain).abs().max() > 0.01 * plain.abs().max()
+
+
+# Files that go to and come from diffusers
+
+IN_DIFFUSERS = {
+    "attention": ["to_q", "to_k", "to_v", "to_out.0"],
+    "blocks": r".*blocks\.\d+\..*(to_\w|to_out\.0|add_\w_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out|linear)",
+    "last": r"norm_out\.linear|proj_out|time_text_embed.timestep_embedder.linear_2",
+    "its own": r"image_projection\.\w+|clean_x_embedder\.proj\w*|.*to_v",
+}
+
+
+@torch.no_grad()
+def run_here(path: Path) -> Tensor:
+    """What the model with a LoRA file added gives."""
+    dit, patch = tiny_model(), LoraPatch([LoraUse(read_lora(path))])
+    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
+    patch.check()
+    assert patch.unused() == []
+    return dit(**tiny_inputs())
+
+
+def made_there(folder: Path, targets: Any, alpha: int, with_settings: bool = True) -> tuple[Path, Tensor]:
+    """A LoRA that diffusers saves, and what its model gives with it."""
+    theirs = in_diffusers()
+    path = saved_by_diffusers(theirs, folder / "theirs.safetensors", targets, alpha, with_settings)
+    with torch.no_grad():
+        return path, run_there(theirs, tiny_inputs())
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"exclude_patterns": r"[r'.*ff.*', r'single_transformer_blocks\.1\..*']"}])
+def test_a_lora_made_here_acts_in_diffusers_as_here(tmp_path: Path, arguments: dict[str, str]) -> None:
+    network = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_model(), **arguments)
+    randomize(network)
+    network.save_weights(tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
+    convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
+    theirs = in_diffusers()
+
+    theirs.load_lora_adapter(load_file(tmp_path / "other.safetensors"), prefix="diffusion_model")
+
+    with torch.no_grad():
+        expected, plain = run_there(theirs, tiny_inputs()), tiny_model()(**tiny_inputs())
+    assert_near(run_here(tmp_path / "lora.safetensors"), expected)
+    assert (expected - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("with_settings", [True, False])
+@pytest.mark.parametrize("targets", IN_DIFFUSERS)
+def test_a_lora_that_diffusers_saves_acts_here_as_there(tmp_path: Path, targets: str, with_settings: bool) -> None:
+    alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
+    path, expected = made_there(tmp_path, IN_DIFFUSERS[targets], alpha, with_settings)
+
+    out = run_here(path)
+
+    assert_near(out, expected)
+    assert (out - tiny_model()(**tiny_inputs())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("target", ["default", "other"])
+@pytest.mark.parametrize("targets", IN_DIFFUSERS)
+def test_a_lora_of_diffusers_acts_the_same_once_converted(tmp_path: Path, targets: str, target: str) -> None:
+    path, expected = made_there(tmp_path, IN_DIFFUSERS[targets], alpha=3)
+
+    convert_file(path, tmp_path / "converted.safetensors", target)
+
+    names = load_file(tmp_path / "converted.safetensors")
+    # modules that only FramePack has tell its files from HunyuanVideo's, whose names the others get; both act here
+    assert any("to_v" in name for name in names) == (targets == "its own")
+    assert_near(run_here(tmp_path / "converted.safetensors"), expected)

@@ -20,6 +20,7 @@ from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, tiny_inputs, tiny_model
 from tests.manifests import tensor_list
 from tests.networks.making import golden_lora
+from tests.networks.making_dialects import saved_with_points
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, network_of, run_here, saved
 from tests.tiny.hunyuan_dit import comfy_state, diffusers_parts, tiny_state, write_dit
 
@@ -86,13 +87,7 @@ def test_files_of_diffusion_pipe_and_comfyui_act_as_ours(
     tmp_path: Path, state: Callable[[dict[str, Tensor]], dict[str, Tensor]], start: str
 ) -> None:
     network = saved(tmp_path / "ours.safetensors", alpha=4)
-    theirs = {}
-    for name, layer in network.named_children():
-        path = module_path(name.removeprefix("lora_unet_"), HUNYUAN_VIDEO)
-        (renamed,) = state({f"{path}.weight": layer.lora_up.weight})
-        theirs[f"{start}{renamed.removesuffix('weight')}lora_A.weight"] = layer.lora_down.weight.detach()
-        theirs[f"{start}{renamed.removesuffix('weight')}lora_B.weight"] = layer.lora_up.weight.detach()
-    save_file(theirs, tmp_path / "theirs.safetensors")
+    saved_with_points(network, tmp_path / "theirs.safetensors", HUNYUAN_VIDEO, start, state)
 
     out = run_here("t2v", tmp_path / "theirs.safetensors")
 

@@ -91,13 +91,15 @@ def test_a_large_weight_changed_part_by_part_equals_one_changed_at_once(kind: st
 
 
 def test_patterns_choose_parts_of_a_lora(tmp_path: Path) -> None:
-    tensors = dict(wan_network(tiny_dit(tmp_path)).state_dict())
-    use = LoraUse(lora_file(tensors), 1.0, include=r"self_attn", exclude=r"_1_self_attn_[qk]")
+    dit = tiny_dit(tmp_path)
+    patch = LoraPatch([LoraUse(lora_file(dict(wan_network(dit).state_dict())), 1.0, r"self_attn", r"_1_self_attn_[qk]")])
 
-    assert sorted(use.modules()) == [
-        f"lora_unet_blocks_{part}"
-        for part in ("0_self_attn_k", "0_self_attn_o", "0_self_attn_q", "0_self_attn_v", "1_self_attn_o", "1_self_attn_v")
-    ]
+    changed = [name for name, weight in dit.state_dict().items() if not torch.equal(patch(name, weight), weight)]
+
+    kept = ("0.self_attn.k", "0.self_attn.o", "0.self_attn.q", "0.self_attn.v", "1.self_attn.o", "1.self_attn.v")
+    assert sorted(changed) == [f"blocks.{module}.weight" for module in kept]
+    patch.check()
+    assert patch.unused() == []
 
 
 def test_whole_and_bias_differences_change_norms_and_biases() -> None:

@@ -4,10 +4,9 @@ Samples are stored as pictures and videos. Pictures lose nothing but rounding, s
 the latents are compared, caught where the sampler hands them to the decoder.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from modules.media import write_png
 from modules.options import read_options
-from modules.records import MediaEncoders, Placement
+from modules.records import Placement
 from networks.adapter import make_network
 from tests.golden_cases import read_case
 from tests.parity import reference
@@ -27,6 +26,7 @@ from tests.parity.reference import Inputs, Sampling, denoise, draw_noise, open_i
 from tests.parity.running import assert_equal, generate, generate_one, models_in
 from tests.parity.theirs import Theirs
 from tests.tiny.project import write_clips, write_image
+from tests.training.watched import Watched
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.samples import prepare_samples
 from wan.family import family_for_training
@@ -63,21 +63,6 @@ def projects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Projec
         return made[kind]
 
     return project_of
-
-
-class Watched:
-    """A family that keeps what is given to its decoder."""
-
-    def __init__(self, family: Any) -> None:
-        self.family = family
-        self.decoded: list[Tensor] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.family, name)
-
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        self.decoded.append(latents.clone())
-        yield from self.family.decode(encoders, latents)
 
 
 def sample_latents(project: Project, line: str, folder: Path) -> Tensor:

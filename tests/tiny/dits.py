@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frame_pack import checkpoints as framepack
+from frame_pack.model import FramePackModel
 from hunyuan_model.model import HunyuanVideoModel
 from modules.family import DitSpec
-from networks import lora_hunyuan, lora_wan
+from networks import lora_framepack, lora_hunyuan, lora_wan
 from networks.lora import LoraNetwork
 from tests.networks.making import randomize
-from tests.tiny import hunyuan_dit, wan_dit
+from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from wan.model import WanModel
 
 Size = tuple[int, int, int, int]  # latent frames, rows, columns, tokens of the text
@@ -96,4 +98,38 @@ def _hunyuan(kind: str) -> TinyDit:
     return TinyDit(f"hunyuan {kind}", spec, make, lora_hunyuan.create_arch_network, inputs)
 
 
-DITS = (_wan("t2v"), _wan("i2v"), _hunyuan("t2v"))
+def _framepack() -> TinyDit:
+    """With all three kinds of history, of frames that are no multiples of two and of four."""
+    config, history = framepack_dit.CONFIG, {"": 2, "_2x": 3, "_4x": 6}
+
+    def make(blocks: int) -> nn.Module:
+        sizes = {"double_blocks": blocks, "single_blocks": blocks}
+        dit = FramePackModel(replace(config, **sizes))  # type: ignore[arg-type]
+        dit.load_state_dict(framepack_dit.tiny_state(**sizes))
+        return dit.requires_grad_(False)
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        generator, (frames, *area, text) = torch.Generator().manual_seed(7), size
+        lengths = torch.arange(batch).neg() + text  # of a batch, texts differ in length
+        given = {
+            "noisy": torch.randn(batch, config.in_dim, frames, *area, generator=generator),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "llama": torch.randn(batch, text, config.text_dim, generator=generator),
+            "llama_mask": (torch.arange(text) < lengths[:, None]).long(),
+            "clip_l": torch.randn(batch, config.pooled_dim, generator=generator),
+            "guidance": torch.linspace(1000.0, 6000.0, batch),
+            "image_embeddings": torch.randn(batch, 7, config.image_dim, generator=generator),
+            "latent_indices": torch.arange(1, 1 + frames).expand(batch, -1),
+        }
+        start = 1 + frames
+        for kind, count in history.items():
+            given[f"clean_latents{kind}"] = torch.randn(batch, config.in_dim, count, *area, generator=generator)
+            given[f"clean_latent{kind}_indices"] = torch.arange(start, start + count).expand(batch, -1)
+            start += count
+        return given
+
+    return TinyDit("framepack", framepack.DIT, make, lora_framepack.create_arch_network, inputs)
+
+
+DITS = (_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack())
+ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.project import write_clips, write_dataset, write_image
+from tests.tiny.project import write_clips, write_dataset, write_image, write_picture_dataset, write_pictures
 from tests.tiny.wan import write_tiny_wan
 
 Command = list[str]  # script, then arguments
@@ -51,7 +52,7 @@ def _wan(task: str, kind: str, *, with_clip: Command, media: Command, line: str 
         ],
         cache_texts=["wan_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", "--t5", "model/t5.safetensors"],
         train=["wan_train_network.py", *models, *clip, "--dataset_config", "dataset.toml", "--sdpa", *network],
-        generate=["wan_generate_video.py", *models, *clip, *media],
+        generate=["wan_generate_video.py", *models, *clip, *media, *LENGTH],
         sample_line=f"{TinyFamily.sample_line} {line}".strip(),
     )
 
@@ -73,13 +74,45 @@ def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: st
         cache_latents=["cache_latents.py", "--dataset_config", "dataset.toml", *vae, *caching],
         cache_texts=["cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", *texts],
         train=["hv_train_network.py", *models, "--dataset_config", "dataset.toml", "--sdpa", *network],
-        generate=["hv_generate_video.py", *models, *media, "--negative_prompt", "dull"],
+        generate=["hv_generate_video.py", *models, *media, "--negative_prompt", "dull", *LENGTH],
         sample_line=f"{TinyFamily.sample_line} --n dull {line}".strip(),
     )
 
 
+def _framepack(name: str, *, switches: Command, media: Command, line: str, is_picture: bool = False) -> TinyFamily:
+    """Sections are one latent frame long: clips of 5 and 9 frames have one and two."""
+
+    def prepare(folder: Path) -> None:
+        write_tiny_framepack(folder / "model")
+        write_image(folder / "start.png", 32, 32)
+        if is_picture:
+            write_pictures(folder / "clips", folder / "control")
+            write_picture_dataset(folder, batch_size=2)
+        else:
+            write_clips(folder / "clips")
+            write_dataset(folder, frames="5, 9", batch_size=2, more="fp_latent_window_size = 1")
+
+    window = ["--latent_window_size", "1"]
+    vae, image_encoder = ["--vae", "model/vae.safetensors"], ["--image_encoder", "model/siglip.safetensors"]
+    texts = ["--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2"]
+    models = ["--dit", "model/dit.safetensors", *vae, *texts, *image_encoder, *window]
+    network = ["--network_module", "networks.lora_framepack", "--network_dim", "4", "--learning_rate", "1e-2"]
+    shared = [] if is_picture else switches  # a picture is asked for by its own options
+    return TinyFamily(
+        name=name,
+        prepare=prepare,
+        cache_latents=["fpack_cache_latents.py", "--dataset_config", "dataset.toml", *vae, *image_encoder, *switches],
+        cache_texts=["fpack_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", *texts],
+        train=["fpack_train_network.py", *models, *switches, "--dataset_config", "dataset.toml", "--sdpa", *network],
+        generate=["fpack_generate_video.py", *models, *shared, *media, *START, "--negative_prompt", "dull"],
+        sample_line=f"a cat --w 32 --h 32 --f 9 --d 7 --s 2 --l 3 --n dull --i start.png {line}".strip(),
+    )
+
+
+LENGTH = ["--video_length", "5", "--flow_shift", "5"]
 CLIP = ["--clip", "model/clip.safetensors"]
 CONTROL = 'control_directory = "{folder}/control"'
+CONTROLS = ["control/picture 0_0.png", "control/picture 0_1.png"]
 START, END, FOLLOW = ["--image_path", "start.png"], ["--end_image_path", "end.png"], ["--control_path", "control/clip 0.mp4"]
 
 FAMILIES = (
@@ -97,4 +130,13 @@ FAMILIES = (
     ),
     _hunyuan("hunyuan_video", "t2v", caching=[], media=[]),
     _hunyuan("skyreels i2v", "i2v", caching=["--i2v"], media=START, line="--i start.png"),
+    _framepack("framepack", switches=[], media=["--video_sections", "2"], line=""),
+    _framepack("framepack f1", switches=["--f1"], media=["--video_sections", "2"], line=""),
+    _framepack(
+        "framepack one frame",
+        switches=["--one_frame"],
+        media=["--one_frame_inference", "target_index=1,control_index=0;3", "--control_image_path", *CONTROLS],
+        line=f"--of target_index=1,control_index=0;3 --ci {CONTROLS[0]} --ci {CONTROLS[1]}",
+        is_picture=True,
+    ),
 )

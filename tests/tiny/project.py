@@ -4,14 +4,28 @@ from pathlib import Path
 
 import numpy
 import torch
+from PIL import Image
 
 from modules.atomic_write import save_tensors
 from modules.media import write_png, write_video
-from tests.tiny import hunyuan
+from tests.tiny import framepack, hunyuan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import CLIP_DIM, write_encoders
 
 CAPTIONS = ("a red square moves right", "a blue circle moves left", "a green dot falls", "two dogs play on the beach")
+PICTURES = """[general]
+resolution = [32, 32]
+caption_extension = ".txt"
+batch_size = {batch_size}
+
+[[datasets]]
+image_directory = "{folder}/{pictures}"
+control_directory = "{folder}/control"
+cache_directory = "{folder}/{cache}"
+fp_latent_window_size = 1
+fp_1f_clean_indices = [0, 3]
+fp_1f_target_index = 1
+"""
 DATASET = """[general]
 resolution = [{size}, {size}]
 caption_extension = ".txt"
@@ -57,9 +71,33 @@ def write_dataset(folder: Path, size: int = 32, frames: str = "1, 5", batch_size
     return path
 
 
+def write_picture_dataset(
+    folder: Path, path: Path | None = None, batch_size: int = 1, pictures: str = "clips", cache: str = "cache"
+) -> Path:
+    """dataset.toml, or `path`, for the pictures in `folder`/`pictures`, made from those in `folder`/control."""
+    path = path or folder / "dataset.toml"
+    text = PICTURES.format(folder=folder.as_posix(), batch_size=batch_size, pictures=pictures, cache=cache)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def write_image(path: Path, width: int, height: int) -> None:
     """A small picture."""
     write_png(path, moving_square(1, width, height, 5)[0])
+
+
+def write_pictures(folder: Path, controls: Path, count: int = 4, size: int = 48, stem: str = "picture") -> None:
+    """Pictures with captions, and for each two control images, of which the second is transparent at its left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    controls.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        first, opaque, after = moving_square(3, size, size, index)
+        write_png(folder / f"{stem} {index}.png", after)
+        (folder / f"{stem} {index}.txt").write_text(CAPTIONS[index % len(CAPTIONS)], encoding="utf-8")
+        alpha = numpy.full((size, size, 1), 255, dtype=numpy.uint8)
+        alpha[:, : size // 3] = 0
+        write_png(controls / f"{stem} {index}_0.png", first)
+        Image.fromarray(numpy.concatenate([opaque, alpha], axis=2)).save(controls / f"{stem} {index}_1.png")
 
 
 def write_lora(path: Path, dit: Path, rank: int = 2) -> None:
@@ -78,6 +116,7 @@ def write_lora(path: Path, dit: Path, rank: int = 2) -> None:
 def lay_out_models(folder: Path) -> None:
     """Tiny models under the names that the documents use."""
     hunyuan.lay_out_models(folder)
+    framepack.lay_out_models(folder)
     write_encoders(folder)
     for size in ("1.3B", "14B"):
         write_dit(folder, tiny_state("t2v", dtype=torch.bfloat16), name=f"wan2.1_t2v_{size}_bf16")

@@ -11,9 +11,11 @@ from dataset.config import load_dataset_config
 from modules.memory_plan import CONTEXT, GIB, Room
 from tests.training.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.toy import write_caches
-from training.memory import advice, cheaper, cut, halved, largest_batch, prepare_memory
+from training.loss import NoisyBatch
+from training.memory import advice, cheaper, cut, halved, largest_batch, prepare_memory, shrunk
 from training.options import TrainingOptions
 from training.prediction import describe, predict
+from wan.family import LATENT
 
 CPU = torch.device("cpu")
 
@@ -38,6 +40,36 @@ def test_a_batch_is_cut_in_all_its_tensors() -> None:
     small = cut(wan_batch(3), 1, 2, 6, 4)
     assert small.noise.shape == small.batch.tensor("latents").shape == (1, 16, 2, 6, 4)
     assert len(small.batch.tensors["t5"]) == len(small.batch) == len(small.sigmas) == 1
+
+
+def test_what_stands_beside_the_latents_becomes_as_small_as_they() -> None:
+    """An image condition has other frames than the latents, and the same rows and columns."""
+    batch = beside(wan_batch(3, (3, 8, 12)), latents_image=torch.zeros(3, 16, 1, 8, 12))
+    small = cut(batch, 1, 2, 6, 4)
+    assert small.batch.tensor("latents_image").shape == (1, 16, 1, 6, 4)
+
+
+def test_a_section_is_made_smaller_but_no_shorter() -> None:
+    """Its length is the model's, and each of its frames has a place in time."""
+    places, past = torch.arange(3).expand(2, -1), torch.zeros(2, 16, 2, 8, 12)
+    batch = beside(wan_batch(2, (3, 8, 12)), latent_indices=places, latents_clean=past, clean_latent_indices=places[:, :2])
+
+    found = dict(shrunk(replace(LATENT, in_sections=True), batch))
+
+    assert [size for size, _ in found["batch_size"]] == ["1"]
+    assert found["target_frames"] == []
+    assert found["resolution"]
+    for size, small in found["resolution"]:
+        width, height = (int(side) // 8 for side in size.strip("[]").split(","))
+        assert small.noise.shape == small.batch.tensor("latents").shape == (1, 16, 3, height, width)
+        assert small.batch.tensor("latents_clean").shape == (1, 16, 2, height, width)
+        assert small.batch.tensor("latent_indices").shape == (1, 3)
+
+
+def beside(noisy_batch: NoisyBatch, **tensors: torch.Tensor) -> NoisyBatch:
+    """The batch with more tensors."""
+    batch = replace(noisy_batch.batch, tensors={**noisy_batch.batch.tensors, **tensors})
+    return replace(noisy_batch, batch=batch)
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, []), (2, [1]), (3, [2, 1]), (8, [4, 2, 1])])

@@ -1,13 +1,18 @@
 """What a rehearsal predicts is what the same step counts when it really runs."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from frame_pack.family import family_for_training as framepack_family
+from frame_pack.options import FramePackTrainingOptions
+from frame_pack.options import add_training_arguments as add_framepack_arguments
 from hunyuan_model.family import family_for_training as hunyuan_family
 from hunyuan_model.options import HunyuanTrainingOptions
 from hunyuan_model.options import add_training_arguments as add_hunyuan_arguments
@@ -18,9 +23,9 @@ from modules.options import read_options
 from modules.planned_kernels import PlannedKernels
 from modules.records import Batch, Placement
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny import hunyuan_dit, wan_dit
+from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from training import dressing, rehearsal
-from training.loss import NoisyBatch
+from training.loss import NoisyBatch, squared_errors
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.prediction import predict
 from training.rehearsal import rehearse
@@ -52,6 +57,16 @@ def hunyuan(folder: Path, *more: str, is_whole: bool = False) -> tuple[Family, T
     return hunyuan_family(read_options(HunyuanTrainingOptions, args)), read_options(TrainingOptions, args)
 
 
+def framepack(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
+    state = framepack_dit.tiny_state(dtype=torch.bfloat16, double_blocks=5, single_blocks=LAYERS)
+    path = framepack_dit.write_dit(folder, state)
+    parser = training_parser("")
+    add_framepack_arguments(parser)
+    network = ["--network_module", "networks.lora_framepack", "--network_dim", "4"]
+    args = read_arguments(parser, [*GIVEN, *network, "--dit", str(path), *more], {})
+    return framepack_family(read_options(FramePackTrainingOptions, args)), read_options(TrainingOptions, args)
+
+
 def wan_batch(count: int = 1, size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
     latents = torch.zeros(count, 16, *size, dtype=torch.bfloat16)
     return noisy({"latents": latents, "t5": [torch.zeros(7 + index, 32, dtype=torch.bfloat16) for index in range(count)]})
@@ -68,6 +83,26 @@ def hunyuan_batch(lengths: tuple[int, ...] = (5,), size: tuple[int, int, int] = 
             "clipL": torch.zeros(len(lengths), 24, dtype=torch.float16),
         }
     )
+
+
+def framepack_batch(lengths: tuple[int, ...] = (5,), size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
+    """The first sample is of another section than the others."""
+    count, (frames, *area), config = len(lengths), size, framepack_dit.CONFIG
+    tensors = {
+        "latents": torch.zeros(count, 16, *size, dtype=torch.float32),
+        "llama_vec": torch.zeros(count, 8, config.text_dim, dtype=torch.float16),
+        "llama_attention_mask": torch.arange(8) < torch.tensor(lengths)[:, None],
+        "clip_l_pooler": torch.zeros(count, config.pooled_dim, dtype=torch.float16),
+        "image_embeddings": torch.zeros(count, 7, config.image_dim, dtype=torch.float16),
+    }
+    start = torch.tensor([[10]] + [[1]] * (count - 1))
+    tensors["latent_indices"] = start + torch.arange(frames)
+    start = start + frames
+    for kind, number in {"": 2, "_2x": 2, "_4x": 16}.items():
+        tensors[f"latents_clean{kind}"] = torch.zeros(count, 16, number, *area, dtype=torch.float32)
+        tensors[f"clean_latent{kind}_indices"] = start + torch.arange(number)
+        start = start + number
+    return noisy(tensors)
 
 
 def noisy(tensors: Mapping[str, Tensor | list[Tensor]]) -> NoisyBatch:
@@ -138,6 +173,45 @@ def test_a_hunyuan_step_takes_what_was_predicted(tmp_path: Path, monkeypatch: py
         with monkeypatch.context() as patch:
             real = counted(family, options, batch, patch)
         assert_alike(predicted(family, options, batch), real)
+
+
+@pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"])
+def test_a_framepack_step_takes_what_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str]
+) -> None:
+    family, options = framepack(tmp_path, *checkpointing, "--mixed_precision", "bf16")
+    for batch in (framepack_batch(), framepack_batch((8, 3), (2, 12, 8))):
+        with monkeypatch.context() as patch:
+            real = counted(family, options, batch, patch)
+        assert_alike(predicted(family, options, batch), real)
+
+
+class Given(nn.Module):
+    """In place of a network: the devices of what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contents: set[str] = set()
+        self.whole_numbers: set[str] = set()
+
+    def forward(self, noisy: Tensor, *others: Tensor, **named: Tensor) -> Tensor:
+        for value in [noisy, *others, *named.values()]:
+            if isinstance(value, Tensor):
+                (self.contents if value.is_floating_point() else self.whole_numbers).add(value.device.type)
+        return noisy
+
+
+@pytest.mark.parametrize("case", [(hunyuan, hunyuan_batch()), (framepack, framepack_batch())], ids=["hunyuan", "framepack"])
+def test_networks_are_given_whole_numbers_on_the_host(tmp_path: Path, case: tuple[Any, NoisyBatch]) -> None:
+    """They are read there; on the device they would have the host wait for it in every pass."""
+    make, batch = case
+    family, _ = make(tmp_path)
+    given = Given()
+
+    squared_errors(family, given, batch.to(torch.device("meta")), nullcontext)
+
+    assert given.contents == {"meta"}
+    assert given.whole_numbers == {"cpu"}
 
 
 @pytest.mark.parametrize(

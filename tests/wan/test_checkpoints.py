@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from modules.errors import CheckpointError
 from modules.model_files import read_once
@@ -104,32 +104,6 @@ def test_fp8_files_compute_in_float16_where_that_is_wanted_and_other_files_do_no
     assert load_dit(write_dit(tmp_path / "plain", state), wanted).compute_dtype == torch.float32
 
 
-def test_fp8_scales_are_exact_where_the_stored_numbers_are(tmp_path: Path) -> None:
-    state = tiny_state("t2v")
-    path = write_dit(tmp_path, state, "fp8_row_scale")
-    stored = load_file(path)
-
-    dit = load_dit(path, replace(CPU, compute_dtype=torch.float32))
-
-    name = "blocks.1.ffn.0"
-    expected = stored[f"{name}.weight"].float() * stored[f"{name}.scale_weight"]
-    assert torch.equal(dit.get_parameter(f"{name}.weight"), expected)
-
-
-@pytest.mark.parametrize(
-    ("stored", "asked", "expected"),
-    [("float32", None, "float32"), ("float16", None, "float16"), ("float32", "bfloat16", "bfloat16")],
-)
-def test_weights_take_the_file_dtype_or_the_one_asked_for(tmp_path: Path, stored: str, asked: str | None, expected: str) -> None:
-    path = write_dit(tmp_path, tiny_state("t2v", dtype=getattr(torch, stored)))
-
-    dit = load_dit(path, replace(CPU, compute_dtype=getattr(torch, asked) if asked else None))
-
-    assert dit.compute_dtype == getattr(torch, expected)
-    assert dit.get_parameter("blocks.0.norm3.weight").dtype == getattr(torch, expected)
-    assert dit.get_parameter("time_projection.1.weight").dtype == torch.float32  # the modulation is always computed in float32
-
-
 def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> None:
     state = {
         name: tensor.to(torch.bfloat16) if name.startswith("blocks.") and name.endswith("weight") and tensor.ndim == 2 else tensor
@@ -143,20 +117,6 @@ def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> No
     assert dit.get_parameter("blocks.0.ffn.0.weight").dtype == torch.bfloat16
     assert dit.get_parameter("blocks.0.ffn.0.bias").dtype == torch.bfloat16  # a layer has one dtype
     assert dit(torch.zeros(1, 16, 1, 2, 2), torch.zeros(1), [torch.zeros(3, 32)]).isfinite().all()
-
-
-def test_a_patch_sees_published_names_and_unrounded_weights(tmp_path: Path) -> None:
-    path, seen = write_dit(tmp_path, tiny_state("t2v"), "diffusers"), {}
-
-    def patch(name: str, weight: torch.Tensor) -> torch.Tensor:
-        seen[name] = weight.dtype
-        return weight + 1 if name == "blocks.0.ffn.0.weight" else weight
-
-    dit = load_dit(path, replace(CPU, compute_dtype=torch.bfloat16, patch=patch))
-
-    assert set(seen.values()) == {torch.float32}
-    expected = (tiny_state("t2v")["blocks.0.ffn.0.weight"] + 1).to(torch.bfloat16)
-    assert torch.equal(dit.get_parameter("blocks.0.ffn.0.weight"), expected)
 
 
 @pytest.mark.parametrize(
@@ -207,28 +167,14 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     save_file({"decoder.conv1.weight": torch.zeros(1)}, vae)
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, other)
+    siglip = tmp_path / "siglip.safetensors"
+    save_file({f"vision_model.embeddings.patch_embedding.{name}": torch.zeros(1) for name in ("weight", "bias")}, siglip)
 
+    assert identify(siglip) == "it looks like a SigLIP image encoder (--image_encoder)"
     assert identify(dit) == "it is a Wan2.1 transformer (--dit) for --task i2v-14B"
     assert identify(vae) == "it looks like the Wan VAE (--vae)"
     assert identify(other) is None
     assert identify(tmp_path / "nothing.safetensors") is None
-
-
-def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path) -> None:
-    state = tiny_state("t2v")
-    for block in (0, 1):
-        del state[f"blocks.{block}.ffn.2.bias"]
-    state["blocks.1.norm3.bias"] = torch.zeros(7)
-    state["blocks.0.extra.weight"] = torch.zeros(2)
-
-    with pytest.raises(CheckpointError) as caught:
-        load_dit(write_dit(tmp_path, state), CPU)
-
-    lines = str(caught.value).splitlines()
-    assert lines[0].endswith("does not fit Wan2.1 t2v:")
-    assert "  missing: blocks.{0..1}.ffn.2.bias" in lines
-    assert "  unexpected: blocks.0.extra.weight" in lines
-    assert "  blocks.1.norm3.bias: the file has 7, 128 is needed" in lines
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.errors import OptionError
-from modules.records import Placement, Request
+from modules.errors import DatasetError, OptionError
+from modules.records import MediaTable, Placement, Request
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 from wan.configs import TASKS, default_flow_shift
@@ -89,3 +89,11 @@ def test_what_it_will_compute_in_is_known_before_it_is_loaded(family_of: FamilyO
     dit = family.load_dit(placement)
     assert isinstance(dit, WanModel)
     assert dit.compute_dtype == dtype
+
+
+def test_a_table_with_several_control_images_for_one_item_is_refused(family_of: FamilyOf) -> None:
+    family = family_of("t2v-1.3B", "t2v")
+    family.check_table(MediaTable("data.toml", "image", has_control=True, clean_indices=(0,)))
+    family.check_table(MediaTable("data.toml", "image", clean_indices=(0, 10)))  # there are none
+    with pytest.raises(DatasetError, match=r"^data\.toml: Wan takes one control.* fp_1f_clean_indices asks for 2"):
+        family.check_table(MediaTable("data.toml", "image", has_control=True, clean_indices=(0, 10)))

@@ -1,0 +1,30 @@
+"""Encode the clips or pictures of a dataset with FramePack's VAE and image encoder for training, section by section.
+
+All options: python fpack_cache_latents.py --help
+"""
+
+from collections.abc import Sequence
+
+from dataset.config import load_dataset_config
+from dataset.options import read_latent_caching
+from families import identify
+from frame_pack.options import FramePackLatentCachingOptions, add_latent_caching_arguments
+from modules.command import command_line
+from modules.options import require
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options, debug, fpack_options = read_latent_caching(__doc__, add_latent_caching_arguments, FramePackLatentCachingOptions, argv)
+    if debug.debug_mode is None and not options.check:
+        require(fpack_options.vae.file.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
+        require(fpack_options.image_encoder, "--image_encoder", "it encodes first frames; only --debug_mode and --check do without")
+    config = load_dataset_config(options.dataset_config)
+
+    from dataset.modes import run_latent_caching  # torch loads here, after every option has been read
+    from frame_pack.family import family_for_latent_caching
+
+    run_latent_caching(family_for_latent_caching(fpack_options), config, options, debug)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

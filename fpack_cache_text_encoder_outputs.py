@@ -1,0 +1,26 @@
+"""Encode the captions of a dataset with the text encoders of FramePack for training.
+
+All options: python fpack_cache_text_encoder_outputs.py --help
+"""
+
+from collections.abc import Sequence
+
+from dataset.config import load_dataset_config
+from dataset.options import read_text_caching
+from families import identify
+from frame_pack.options import FramePackTextCachingOptions, add_text_caching_arguments
+from modules.command import command_line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options, fpack_options = read_text_caching(__doc__, add_text_caching_arguments, FramePackTextCachingOptions, argv)
+    config = load_dataset_config(options.dataset_config)
+
+    from dataset.modes import run_text_caching  # torch loads here, after every option has been read
+    from frame_pack.family import family_for_text_caching
+
+    run_text_caching(family_for_text_caching(fpack_options), config, options)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

@@ -1,0 +1,44 @@
+"""Make videos and images with FramePack and FramePack-F1. All options: python fpack_generate_video.py --help"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from families import identify
+from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions, add_generation_arguments
+from frame_pack.section_syntax import parse_entries
+from generation.options import ScriptDefaults, read_generation
+from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
+from modules.command import command_line
+
+DEFAULTS = ScriptDefaults(
+    fps=30,
+    guidance_scale=1.0,
+    infer_steps=25,
+    sample_solver="unipc",
+    embedded_guidance=10.0,
+    media=frozenset({"end_image_path"}),
+    has_length=False,
+    rescales_guidance=True,
+    noise_on_cpu=True,
+    extras=REQUEST_OPTIONS,
+    line_options=SECTIONED_GENERATION_OPTIONS,
+    output_types=("video", "images", "latent", "both", "latent_images"),
+    numbers_single=True,
+    in_sections=True,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options, fpack_options = read_generation(__doc__, DEFAULTS, add_generation_arguments, FramePackGenerationOptions, argv)
+    parse_entries(options.request.prompt or "", "--prompt")  # raises where it cannot be read
+
+    from frame_pack.family import family_for_generation
+    from frame_pack.files import saved_window
+    from generation.run import generate  # torch loads here, after every option has been read
+
+    window = saved_window(options.latent_path or (), fpack_options.latent_window_size)
+    generate(family_for_generation(replace(fpack_options, latent_window_size=window)), options)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

@@ -1,0 +1,177 @@
+"""What FramePack's latent caches hold: a file for every section of a clip, or one for a picture made from control images.
+
+A section is what the network learns in one step: its true latents, and what the network will be given beside their noise when it
+makes that section (`sections.py`). The clip's own latents take the place of what generation would have made before.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from frame_pack.masks import masked
+from frame_pack.one_frame import OneFrame, one_frame_indices
+from frame_pack.sections import LATENT_STRIDE, Indices, Order, sections_in, video_frames
+from hunyuan_model.conditioning import posterior_generator
+from hunyuan_model.family import LATENT as VAE_LATENT
+from modules.errors import DatasetError, MediaError
+from modules.pixels import byte_clips, to_pixels
+from modules.records import CacheEntry, MediaBatch, MediaEncoders, MediaTable
+
+logger = logging.getLogger(__name__)
+
+WHOLE_FRAMES = 192  # up to six seconds a clip is encoded as a whole, as by the known tuners; in memory a longer one is as large
+COARSENESS = ("", "_2x", "_4x")  # at which the past is seen, as in the names of tensors
+
+
+# Which tables can be cached
+
+
+def check_table(table: MediaTable, one_frame: bool) -> None:
+    """Raise DatasetError where a table's items are not what is asked for, or too short for a section.
+
+    one_frame: --one_frame. Clips that are longer than whole sections are warned about.
+    """
+    if one_frame:
+        _check_pictures(table)
+        return
+    if table.kind != "video":
+        raise DatasetError(
+            f"{table.name}: FramePack learns from clips, these are images. Give a video_directory or video_jsonl_file, or "
+            "--one_frame to learn how an image is made from its control images."
+        )
+    if table.has_control:
+        raise DatasetError(f"{table.name}: FramePack follows no control video. Take control_directory or control_path out.")
+    least = _least_frames(table)
+    short = [frames for frames in table.target_frames if frames < least]
+    if short:
+        raise DatasetError(
+            f"{table.name}: target_frames = {list(table.target_frames)}, but clips of {', '.join(map(str, short))} frames are too "
+            f"short: a section takes {least}, 4 x {table.window} (fp_latent_window_size) + 1. Use target_frames of 4 x "
+            f'{table.window} x n + 1, such as [{video_frames(4, table.window)}], or frame_extraction = "full".'
+        )
+    for frames in table.target_frames:
+        used = video_frames(_whole_sections(table, frames), table.window)
+        if used < frames:
+            logger.warning(
+                "%s: of clips of %d frames the last %d are left out: %d are whole sections", table.name, frames, frames - used, used
+            )
+
+
+def _check_pictures(table: MediaTable) -> None:
+    if table.kind != "image":
+        raise DatasetError(
+            f"{table.name}: --one_frame caches images that have control images, these are videos. Leave --one_frame out, or give "
+            "an image_directory or image_jsonl_file."
+        )
+    if not table.has_control:
+        raise DatasetError(
+            f"{table.name}: --one_frame needs control images, from which each image is made, and there are none. Set "
+            "control_directory, or control_path in every line of the list."
+        )
+
+
+def count_sections(table: MediaTable, frames: int) -> int:
+    """How many sections a clip of so many frames has; a rest is left out. Raises MediaError where it is too short for one."""
+    sections = _whole_sections(table, frames)
+    if sections == 0:
+        raise MediaError(
+            f"{frames} usable frames are too few: a section takes {_least_frames(table)}, 4 x {table.window} "
+            "(fp_latent_window_size) + 1. Use a longer clip, or take this one out"
+        )
+    return sections
+
+
+def _whole_sections(table: MediaTable, frames: int) -> int:
+    return sections_in((frames - 1) // LATENT_STRIDE + 1, table.window)
+
+
+def _least_frames(table: MediaTable) -> int:
+    return video_frames(1, table.window)
+
+
+# Clips
+
+
+def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> list[list[CacheEntry]]:
+    """The sections of every clip, each with `section`, its place in the clip. Tensors are in the VAE's dtype, on the CPU.
+
+    The clip is encoded as a whole, a sample of the posterior of its own name; its first frame stands for the start image.
+    """
+    window = media.table.window
+    frames = video_frames(count_sections(media.table, media.frames.shape[1]), window)
+    latents = _encoded(encoders, media.keys, [media.frames[:, :frames]])[0]
+    features = _features(encoders, media.frames[:, :1])
+    return [clip_sections(*one, order, window) for one in zip(latents.split(1), features, strict=True)]
+
+
+def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) -> list[CacheEntry]:
+    """The sections of one clip in the order of making. latents: 1 C F h w, the start frame and whole sections."""
+    start, rest = latents[:, :, :1], latents[:, :, 1:]
+    targets = rest.split(window, dim=2)
+    history = order.begin(start, None)
+    entries = []
+    for plan in order.plan(len(targets), window, ()):
+        target, seen = targets[plan.index], order.seen(start, history)
+        past = (seen.clean, seen.clean_2x, seen.clean_4x)
+        named = {f"latents_clean{name}": part for name, part in zip(COARSENESS, past, strict=True)}
+        tensors = {name: part[0].clone() for name, part in {"latents": target, **named}.items()}  # else each holds a whole history
+        entries.append(_entry(tensors, plan.indices, features, section=plan.index))
+        history = order.grown(history, target)
+    return entries
+
+
+# Pictures
+
+
+def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
+    """One file for every picture: its latents as the target, those of its control images before it. Each is encoded alone.
+
+    Where a picture is transparent its latents are 0. switches: which black frames there are; places come from the table.
+    """
+    table = media.table
+    settings = replace(switches, target_index=table.target_index, control_indices=table.clean_indices, has_post=table.has_post)
+    indices = one_frame_indices(settings, len(media.control), table.window)
+    target, *controls = _encoded(encoders, media.keys, [media.frames, *media.control])
+    target = masked(target, media.alpha)
+    clean = [masked(latents, _alpha_of(frames)) for latents, frames in zip(controls, media.control, strict=True)]
+    clean += [torch.zeros_like(target)] * (len(indices.clean) - len(clean))
+    seen = torch.cat(clean, dim=2)
+    features = _features(encoders, media.control[0])
+    return [
+        [_entry({"latents": target[item], "latents_clean": seen[item]}, indices, features[item])] for item in range(len(media.keys))
+    ]
+
+
+def _alpha_of(frames: Tensor) -> Tensor | None:
+    """B 1 H W C -> B H W of the fourth channel."""
+    return frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
+
+
+# Both
+
+
+def _encoded(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor]) -> list[Tensor]:
+    """Latents B C F h w of each of `clips` (B F H W C uint8), in model space, in the VAE's dtype and on the CPU."""
+    vae = encoders.vae
+    generators = [posterior_generator(key) for key in keys]  # one after the other for all that belongs to an item
+    return [vae.encode(byte_clips(clip), generators).mul_(VAE_LATENT.scale).to("cpu", vae.dtype) for clip in clips]
+
+
+def _features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
+    """Image features B L C of the first of `frames`, B F H W C uint8, in the dtype of latents and on the CPU."""
+    return encoders.image_encoder.encode(to_pixels(frames[:, :1]).squeeze(2)).to("cpu", encoders.vae.dtype)
+
+
+def _entry(tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None) -> CacheEntry:
+    """tensors: C F h w each, of which `latents` is the target. Its size stands in the names of all latents."""
+    places = {f"clean_latent{name}_indices": part for name, part in zip(COARSENESS, _clean(indices), strict=True)}
+    numbers = {name: torch.tensor(part) for name, part in {"latent_indices": indices.target, **places}.items() if part}
+    frames, height, width = tensors["latents"].shape[1:]
+    return CacheEntry({**tensors, **numbers, "image_embeddings": features}, section, (frames, height, width))
+
+
+def _clean(indices: Indices) -> tuple[tuple[int, ...], ...]:
+    return indices.clean, indices.clean_2x, indices.clean_4x

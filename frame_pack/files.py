@@ -1,0 +1,73 @@
+"""The files of one FramePack run: where each is, and that it is what its option says."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from frame_pack.checkpoints import read_dit_header
+from frame_pack.configs import FramePackConfig
+from frame_pack.image_checkpoints import FILES, OPTION, read_siglip
+from hunyuan_model.encoders import Encoders
+from modules.checkpoint import Checkpoint, open_checkpoint
+from modules.dit_files import DitHeader
+from modules.errors import CheckpointError, OptionError
+from modules.model_files import existing, inside, read_once
+
+
+@dataclass(frozen=True)
+class FramePackFiles:
+    """Paths as given. The properties return a path that exists, or raise OptionError or CheckpointError naming the option."""
+
+    dit: Path | None = None
+    encoders: Encoders = Encoders()
+    image_encoder: Path | None = None
+
+    @property
+    def dit_path(self) -> Path:
+        return existing(self.dit, "--dit", "the transformer checkpoint")
+
+    @property
+    def image_encoder_path(self) -> Path:
+        return inside(existing(self.image_encoder, OPTION, "FramePack sees its start image through SigLIP"), "image_encoder")
+
+    def dit_header(self) -> DitHeader[FramePackConfig]:
+        """What the transformer file says of itself."""
+        return read_once(self.dit_path, read_dit_header)
+
+    def check_encoders(self) -> None:
+        """Raise CheckpointError where a given file is another kind or size of network, before any is loaded."""
+        config = self.dit_header().config
+        self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim)
+        if self.image_encoder is not None:
+            path = self.image_encoder_path
+            width = read_once(path, _siglip_width)
+            if width != config.image_dim:
+                raise CheckpointError(
+                    f"{OPTION} {path} gives states of {width} numbers, {self.dit_path} takes {config.image_dim}. Give {FILES}.",
+                    path,
+                )
+
+
+def saved_window(paths: Sequence[Path], otherwise: int) -> int:
+    """How many latent frames a section of saved latents has, as the files say; those that say nothing: `otherwise`.
+
+    Raises OptionError where the files differ, CheckpointError where one is damaged.
+    """
+    found = {path: _window_in(path, otherwise) for path in paths}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{path}: {window}" for path, window in found.items())
+        raise OptionError(f"--latent_path: sections of different lengths ({said} latent frames). Decode them in runs of their own.")
+    return next(iter(found.values()), otherwise)
+
+
+def _window_in(path: Path, otherwise: int) -> int:
+    if path.suffix != ".safetensors":
+        return otherwise
+    with open_checkpoint(path) as file:
+        text = file.metadata.get("bt_latent_window_size", file.metadata.get("latent_window_size", ""))
+    return int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else otherwise
+
+
+def _siglip_width(checkpoint: Checkpoint) -> int:
+    return read_siglip(checkpoint).config.dim

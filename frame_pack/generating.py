@@ -1,0 +1,147 @@
+"""The denoising of a video section by section, of a single picture, and what becomes of latents: pixels.
+
+Source: the released code; Zhang and Agrawala 2025, arXiv 2504.12626.
+"""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from frame_pack.one_frame import one_frame_indices, parse_one_frame
+from frame_pack.sections import (
+    CleanLatents,
+    Indices,
+    Order,
+    blend_overlaps,
+    decoding_slices,
+    section_frames,
+    sections_in,
+    video_latents,
+)
+from hunyuan_model.family import LATENT as VAE_LATENT
+from hunyuan_model.vae import HunyuanVae
+from modules.family import NoiseSource
+from modules.records import Conditions, EncodedPrompts, Piece, Section
+
+CPU = torch.device("cpu")
+Sections = Generator[Section, Tensor, Tensor]
+
+
+def video_sections(
+    prompts: Mapping[int, EncodedPrompts],
+    inputs: Mapping[int, Conditions],
+    noise: NoiseSource,
+    guidance: Tensor,
+    order: Order,
+    window: int,
+    paddings: Sequence[int],
+) -> Sections:
+    """One run of the denoising loop for each section in the order of making; returns the latents of the video, 1 C F h w.
+
+    prompts, inputs: for every section, as `frame_pack.inputs.video_inputs` makes them. guidance: 1, what the network is fed.
+    Each section's noise is one draw of float32. What is made is kept on the CPU: the device holds the same for any length.
+    """
+    plan = order.plan(len(inputs), window, paddings)
+    end = inputs[0].get("end_latents")
+    assert end is None or isinstance(end, Tensor)
+    start = _tensor(inputs[plan[0].index], "start_latents")
+    history, piece, device = order.begin(start, end), None, CPU
+    for number, section in enumerate(plan):
+        given = inputs[section.index]
+        start = _tensor(given, "start_latents")
+        conditions = {
+            "image_embeddings": given["image_embeddings"],
+            "guidance": guidance,
+            **_placed(section.indices, order.seen(start, history)),
+        }
+        drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))
+        label = f"section {number + 1} of {len(plan)}"
+        latents = yield replace(prompts[section.index].section(drawn, conditions), made=piece, label=label)
+        device, history = latents.device, order.grown(history, latents.to(CPU))
+        piece = _newest(order, history, window, number)
+    return order.video(_tensor(inputs[0], "start_latents"), history, len(plan) * window).to(device)
+
+
+def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
+    """The section that was made last, with the one before or after it, for a transition as in the finished video."""
+    first = window if order.in_front else window + 1  # the start image stands before the first section in playing order
+    length = 2 * window if number else first
+    latents = history[:, :, :length] if order.in_front else history[:, :, -length:]
+    return Piece(latents, section_frames(window) if number else 0, order.in_front)
+
+
+def one_frame_section(
+    settings: str,
+    prompts: EncodedPrompts,
+    inputs: Conditions,
+    noise: NoiseSource,
+    guidance: Tensor,
+    window: int,
+    shape: Sequence[int],
+) -> Sections:
+    """The single run of the denoising loop that makes a picture; returns its latent, 1 C 1 h w.
+
+    settings: as `parse_one_frame` reads them. inputs: of `frame_pack.inputs.one_frame_inputs`. shape: of the latent.
+    """
+    controls = inputs.get("control_latents")
+    black = torch.zeros(*shape)
+    clean = controls if isinstance(controls, Tensor) else black
+    chosen = parse_one_frame(settings)
+    indices = one_frame_indices(chosen, clean.shape[2], window)
+    if chosen.has_post:
+        clean = torch.cat([clean, black.to(clean)], dim=2)
+    conditions = {
+        "image_embeddings": inputs["image_embeddings"],
+        "guidance": guidance,
+        **_places(indices),
+        "latents_clean": clean,
+    }
+    return (yield prompts.section(noise.draw(shape), conditions))
+
+
+def decoded(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
+    """Pixels 1 3 F H W in -1..1 in playing order, on the CPU where sections are decoded two by two and blended into one another.
+
+    latents: 1 C F h w in model space. at_once: all together, which has no seams and takes more memory.
+    A part of a video is decoded at once too, and not limited to -1..1: for a preview its transitions are still to be made.
+    """
+    sections = sections_in(latents.shape[2], window)
+    if video_latents(sections, window) != latents.shape[2]:
+        yield from vae.decode_unclamped(latents / VAE_LATENT.scale)
+        return
+    if at_once or sections < 2:
+        yield from vae.decode(latents / VAE_LATENT.scale)
+        return
+
+    def clips() -> Iterator[Tensor]:
+        for part in decoding_slices(sections, window):  # scaled only now: no copy of a long video
+            chunks = vae.decode_unclamped(latents[:, :, part] / VAE_LATENT.scale)
+            yield torch.cat([chunk.cpu() for chunk in chunks], dim=2)
+
+    for chunk in blend_overlaps(clips(), section_frames(window)):
+        yield chunk.clamp_(-1, 1)  # only now, as released
+
+
+def _placed(indices: Indices, seen: CleanLatents) -> dict[str, Tensor]:
+    """Places and finished latents as caches name them, with batch dimension."""
+    history = {"latents_clean": seen.clean, "latents_clean_2x": seen.clean_2x, "latents_clean_4x": seen.clean_4x}
+    return _places(indices) | history
+
+
+def _places(indices: Indices) -> dict[str, Tensor]:
+    """Places alone; those of a kind that there is none of are left out."""
+    places = {
+        "latent_indices": indices.target,
+        "clean_latent_indices": indices.clean,
+        "clean_latent_2x_indices": indices.clean_2x,
+        "clean_latent_4x_indices": indices.clean_4x,
+    }
+    return {name: torch.tensor([where]) for name, where in places.items() if where}
+
+
+def _tensor(conditions: Conditions, name: str) -> Tensor:
+    value = conditions[name]
+    assert isinstance(value, Tensor)
+    return value

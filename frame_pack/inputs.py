@@ -1,0 +1,85 @@
+"""Images of a request as what its sections are given: latents, and what the image encoder sees in them.
+
+Every latent is a sample of the VAE's posterior, drawn from the seed of the request alone: that of a file does not depend on which
+other files there are. Source: the released code; features of masks as in kisekaeichi.
+"""
+
+from pathlib import Path
+
+import numpy
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from frame_pack.masks import latent_mask
+from frame_pack.requests import controls_of, images_of, masks_of
+from hunyuan_model.conditioning import posterior_generator
+from hunyuan_model.family import LATENT as VAE_LATENT
+from modules.buckets import Size
+from modules.pixels import image_pixels
+from modules.records import Conditions, MediaEncoders, Request
+
+
+def video_inputs(encoders: MediaEncoders, request: Request, sections: int) -> dict[int, Conditions]:
+    """For each section `image_embeddings` (1 S D) and `start_latents` (1 16 1 h w) of its image; in section 0 also `end_latents`.
+
+    All on the CPU, latents in model space; sections with one image share its tensors.
+    """
+    images = images_of(request, sections)
+    embeddings = {path: _embeddings(encoders, path, request) for path in dict.fromkeys(images)}
+    end = [] if request.end_image_path is None else [request.end_image_path]
+    latents = {path: _latents(encoders, path, request) for path in dict.fromkeys([*images, *end])}
+    inputs: dict[int, Conditions] = {
+        index: {"image_embeddings": embeddings[path], "start_latents": latents[path]} for index, path in enumerate(images)
+    }
+    if end:
+        inputs[0] = {**inputs[0], "end_latents": latents[end[0]]}
+    return inputs
+
+
+def one_frame_inputs(encoders: MediaEncoders, request: Request) -> dict[int, Conditions]:
+    """`image_embeddings` (1 S D) of the start image and, where there are control images, `control_latents` (1 16 n h w).
+
+    A control's latent is multiplied by its mask: a mask's file, else the alpha channel of the control. On the CPU.
+    """
+    (image,) = images_of(request, 1)
+    conditions: dict[str, Tensor | list[Tensor]] = {"image_embeddings": _embeddings(encoders, image, request)}
+    controls, masks = controls_of(request), masks_of(request)
+    if controls:
+        latents = {path: _latents(encoders, path, request) for path in dict.fromkeys(controls)}
+        masked = []
+        for index, path in enumerate(controls):
+            latent = latents[path]
+            size = (latent.shape[-1], latent.shape[-2])
+            mask = read_mask(masks[index], size) if index < len(masks) else read_alpha(path, size)
+            masked.append(latent if mask is None else latent * mask)
+        conditions["control_latents"] = torch.cat(masked, dim=2)
+    return {0: conditions}
+
+
+def read_mask(path: Path, size: Size) -> Tensor:
+    """An image as grey, h w in 0..1. size: width and height of the latents. Raises MediaError."""
+    from modules.media import read_image
+
+    grey = numpy.array(Image.fromarray(read_image(path)).convert("L"))
+    return latent_mask(torch.from_numpy(grey), size[1], size[0])
+
+
+def read_alpha(path: Path, size: Size) -> Tensor | None:
+    """How opaque an image is, h w in 0..1; None where it has no transparency. Raises MediaError."""
+    from modules.media import read_image
+
+    image = torch.from_numpy(read_image(path, alpha=True))
+    return latent_mask(image[..., 3].contiguous(), size[1], size[0]) if image.shape[2] == 4 else None
+
+
+def _embeddings(encoders: MediaEncoders, path: Path, request: Request) -> Tensor:
+    width, height, _ = request.size
+    return encoders.image_encoder.encode(rearrange(image_pixels(path, width, height), "b c 1 h w -> b c h w")).cpu()
+
+
+def _latents(encoders: MediaEncoders, path: Path, request: Request) -> Tensor:
+    width, height, _ = request.size
+    pixels = image_pixels(path, width, height)
+    return (encoders.vae.encode(pixels, [posterior_generator(request.seed)]) * VAE_LATENT.scale).cpu()

@@ -1,0 +1,27 @@
+"""Transparency of a picture as what its latents are multiplied by."""
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
+    """Transparency made as small as latents: 0 where nothing of the picture is to be seen, 1 where all is.
+
+    alpha: H W uint8, cropped to the part of a picture that covers the latents. height, width: of the latents.
+    Returns height x width, float32, on the CPU; Lanczos as the known tuners.
+    """
+    scale = min(alpha.shape[1] / width, alpha.shape[0] / height)
+    left, top = (alpha.shape[1] - scale * width) / 2, (alpha.shape[0] - scale * height) / 2
+    box = (left, top, alpha.shape[1] - left, alpha.shape[0] - top)
+    small = Image.fromarray(alpha.cpu().numpy()).resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(numpy.asarray(small).copy()).float() / 255
+
+
+def masked(latents: Tensor, alpha: Tensor | None) -> Tensor:
+    """Latents B C F h w times the masks of `alpha`, B H W uint8; without it the latents themselves. In their dtype."""
+    if alpha is None:
+        return latents
+    masks = torch.stack([latent_mask(one, *latents.shape[-2:]) for one in alpha])
+    return (latents * masks[:, None, None].to(latents.device)).to(latents.dtype)

@@ -1,0 +1,237 @@
+"""FramePack's own options for caching, training and generation."""
+
+import argparse
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from frame_pack.section_syntax import parse_entries
+from hunyuan_model.options import (
+    HunyuanTextOptions,
+    HunyuanVaeOptions,
+    add_te_multiplier,
+    add_text,
+    add_vae,
+    read_multipliers,
+)
+from modules.command import as_typed
+from modules.errors import OptionError
+from modules.options import check_at_least
+
+logger = logging.getLogger(__name__)
+
+# options about each video, which a prompt line may give too -> their names in Request.extra
+REQUEST_OPTIONS = {
+    "image_path": "image_path",
+    "video_seconds": "video_seconds",
+    "video_sections": "video_sections",
+    "one_frame_inference": "one_frame",
+    "control_image_path": "control_image_path",
+    "control_image_mask_path": "control_image_mask_path",
+}
+WINDOW = 9  # latent frames of a section, as the model was trained
+ROPE_FACTOR = 0.5  # of --rope_scaling_factor, where nothing is said
+
+
+@dataclass(frozen=True)
+class FramePackLatentCachingOptions:
+    """Options of fpack_cache_latents.py beside the shared ones."""
+
+    vae: HunyuanVaeOptions
+    image_encoder: Path | None
+    f1: bool
+    one_frame: bool
+    one_frame_no_2x: bool
+    one_frame_no_4x: bool
+
+    def __post_init__(self) -> None:
+        _warn_of_both(self.f1, self.one_frame)
+        for coarse in ("2x", "4x"):
+            if getattr(self, f"one_frame_no_{coarse}") and not self.one_frame:
+                logger.warning("--one_frame_no_%s is ignored because --one_frame is not given", coarse)
+
+
+@dataclass(frozen=True)
+class FramePackTextCachingOptions:
+    """Options of fpack_cache_text_encoder_outputs.py beside the shared ones."""
+
+    text: HunyuanTextOptions
+
+
+@dataclass(frozen=True)
+class FramePackTrainingOptions:
+    """Options of fpack_train_network.py beside the shared ones."""
+
+    dit: Path | None
+    vae: HunyuanVaeOptions
+    text: HunyuanTextOptions
+    image_encoder: Path | None
+    latent_window_size: int
+    bulk_decode: bool
+    f1: bool
+    one_frame: bool
+    embedded_guidance: float = field(metadata={"option": "guidance_scale"})
+
+    def __post_init__(self) -> None:
+        _check_window(self.latent_window_size)
+        _warn_of_both(self.f1, self.one_frame)
+
+
+@dataclass(frozen=True)
+class FramePackGenerationOptions:
+    """Options of fpack_generate_video.py beside the shared ones, the same for all its videos."""
+
+    dit: Path | None
+    vae: HunyuanVaeOptions
+    text: HunyuanTextOptions
+    image_encoder: Path | None
+    latent_window_size: int
+    bulk_decode: bool
+    f1: bool
+    latent_paddings: str | None
+    custom_system_prompt: str | None
+    rope_scaling_factor: float
+    rope_scaling_timestep_threshold: int | None
+    te_multiplier: tuple[str, ...] | None
+    image_path: str | None  # of the command line: read here only to be checked early
+    one_frame_inference: str | None  # likewise
+
+    def __post_init__(self) -> None:
+        _check_window(self.latent_window_size)
+        parse_entries(self.image_path or "", "--image_path")
+        if self.one_frame_inference is not None and not self.one_frame_inference.strip():
+            raise OptionError("--one_frame_inference is empty: give default for a picture, or leave the option out for a video.")
+        threshold = self.rope_scaling_timestep_threshold
+        if threshold is not None and not 0 <= threshold <= 1000:
+            raise OptionError(f"--rope_scaling_timestep_threshold {threshold}: give a timestep from 0 to 1000, such as 800")
+        if not (math.isfinite(self.rope_scaling_factor) and self.rope_scaling_factor > 0):
+            raise OptionError(f"--rope_scaling_factor {self.rope_scaling_factor}: give a number above 0, such as 0.5")
+        if self.rope_scaling_factor != ROPE_FACTOR and self.rope_scaling_timestep_threshold is None:
+            factor = self.rope_scaling_factor
+            logger.warning("--rope_scaling_factor %g is ignored because --rope_scaling_timestep_threshold is not given", factor)
+        _ = self.text_multipliers
+
+    @property
+    def text_multipliers(self) -> tuple[float, float] | None:
+        """What --te_multiplier gives for the text's tokens and for their mean."""
+        return read_multipliers(self.te_multiplier)
+
+
+def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
+    """VAE, image encoder, and which caches are made."""
+    group = parser.add_argument_group("FramePack")
+    add_vae(group)
+    _add_image_encoder(group)
+    group.add_argument("--f1", action="store_true", help="for FramePack-F1, which makes its sections in playing order")
+    group.add_argument("--one_frame", action="store_true", help="for single pictures made from control images")
+    for coarse in ("2x", "4x"):
+        group.add_argument(f"--one_frame_no_{coarse}", action="store_true", help=f"with --one_frame: no black frames at {coarse}")
+
+
+def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two text encoders and their tokenizers."""
+    group = parser.add_argument_group("FramePack")
+    add_text(group, required=True)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint and what training samples need."""
+    group = parser.add_argument_group("FramePack")
+    group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
+    _add_encoders(group)
+    _add_sections(group, "samples are made")
+    group.add_argument("--one_frame", action="store_true", help="samples are single pictures (--of and --ci in a prompt line)")
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoints of a generation, and how its sections are made."""
+    group = parser.add_argument_group("FramePack")
+    group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
+    _add_encoders(group)
+    _add_sections(group, "the video is made")
+    _add_video_arguments(parser)
+    group.add_argument(
+        "--latent_paddings", type=str, default=None, help="distance of each section to the start image, last section first: 3,2,1,0"
+    )
+    group.add_argument(
+        "--custom_system_prompt", type=str, default=None, help="what the language model is told to describe, in place of the usual"
+    )
+    group.add_argument(
+        "--rope_scaling_factor",
+        type=float,
+        default=ROPE_FACTOR,
+        help="what positions in a picture are multiplied by at the noisy steps; 0.7 for 1.5 times the trained size",
+    )
+    group.add_argument(
+        "--rope_scaling_timestep_threshold", type=int, default=None, help="multiply them at timesteps from this one on (0 to 1000)"
+    )
+    add_te_multiplier(group)
+
+
+def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    """What REQUEST_OPTIONS lists."""
+    group = parser.add_argument_group("what to make of which images")
+    group.add_argument(
+        "--image_path",
+        type=str,
+        default=None,
+        help="start image; or one for each section, as with --prompt: '0:first.png;;;1-2:then.png;;;-1:last.png'",
+    )
+    group.add_argument("--video_seconds", type=float, default=5.0, help="length of the video, made whole sections; default 5")
+    group.add_argument("--video_sections", type=int, default=None, help="number of sections in place of the length")
+    group.add_argument(
+        "--one_frame_inference",
+        type=str,
+        default=None,
+        help="make a picture, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, control_index=N;N",
+    )
+    group.add_argument("--control_image_path", type=str, nargs="*", default=None, help="images that a picture is made from")
+    group.add_argument(
+        "--control_image_mask_path",
+        type=str,
+        nargs="*",
+        default=None,
+        help="for each of them what of it counts (white); without one its alpha channel says so",
+    )
+
+
+def caching_commands(
+    dataset_config: Path | None, options: FramePackTrainingOptions, switches: Iterable[str] = ()
+) -> tuple[str, str]:
+    """What to type where caches of latents, or of texts, are missing. switches: of fpack_cache_latents.py."""
+    dataset = ["--dataset_config", str(dataset_config)]
+    files = {"--vae": options.vae.file.vae, "--image_encoder": options.image_encoder}
+    encoders = {"--text_encoder1": options.text.text_encoder1, "--text_encoder2": options.text.text_encoder2}
+    latents = [word for option, path in files.items() for word in (option, str(path or option[2:].upper()))]
+    texts = [word for option, path in encoders.items() for word in (option, str(path or option[2:].upper()))]
+    return (
+        as_typed(["python", "fpack_cache_latents.py", *dataset, *latents, *switches]),
+        as_typed(["python", "fpack_cache_text_encoder_outputs.py", *dataset, *texts]),
+    )
+
+
+def _add_encoders(group: argparse._ArgumentGroup) -> None:
+    add_vae(group, always_tiled=True)
+    add_text(group, required=False)
+    _add_image_encoder(group)
+
+
+def _add_image_encoder(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--image_encoder", type=str, default=None, help="SigLIP image encoder: folder or file")
+
+
+def _add_sections(group: argparse._ArgumentGroup, what: str) -> None:
+    group.add_argument("--latent_window_size", type=int, default=WINDOW, help=f"latent frames of a section; default {WINDOW}")
+    group.add_argument("--bulk_decode", action="store_true", help="decode all sections at once: no seams, more memory")
+    group.add_argument("--f1", action="store_true", help=f"{what} as FramePack-F1 does, in playing order")
+
+
+def _warn_of_both(f1: bool, one_frame: bool) -> None:
+    if f1 and one_frame:
+        logger.warning("--f1 is ignored because --one_frame is given: single pictures are made by FramePack, not by F1")
+
+
+def _check_window(window: int) -> None:
+    check_at_least("--latent_window_size", window, 1, f"latent frames of a section; the model was trained with {WINDOW}")

@@ -1,0 +1,247 @@
+"""A video that can be watched while it is made: after each section what there is so far, as `<stem>_progress.mp4`.
+
+The memory this takes does not grow with the video. A piece is decoded by itself; where its edge shows what the piece before shows
+too, the two fade into each other, as in the finished video. Frames that nothing will fade into any more are encoded once, into a
+segment in a hidden folder; only the newest piece's other frames wait in memory. The preview is these segments and the waiting
+frames, joined without encoding anything again.
+"""
+
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from generation.outputs import frames_of
+from generation.session import CPU, Session
+from modules.atomic_write import give_name
+from modules.errors import OutputError
+from modules.fading import cross_fade
+from modules.media import Segment, join_videos, segment_of, write_video
+from modules.records import Piece
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_SUFFIX = "_progress.mp4"
+PRESET = "veryfast"  # of the encoder: somebody waits for the next section
+FORGOTTEN_SECONDS = 24 * 3600.0  # a folder of segments this old is in nobody's use, wherever it was made
+_PARTS = re.compile(r"\..+_progress\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})\.parts")
+
+
+def settled(edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool) -> tuple[Tensor | None, Tensor]:
+    """Put the newest clip to what waits, and say which frames are final now and which wait for the next clip.
+
+    edge: frames that wait, of the clip before; None: there was none. clip: the newest, `overlap` of whose frames show the same
+    moments as frames of the edge. in_front: it is played before the edge. All 1 3 F H W.
+    Returns the final frames (None where there are none) and the new edge. Raises ValueError where either is too short.
+    """
+    if edge is None:
+        if overlap:
+            raise ValueError(f"a first clip has nothing to overlap with by {overlap} frames")
+        return None, clip
+    if min(edge.shape[2], clip.shape[2]) < overlap:
+        raise ValueError(f"clips of {edge.shape[2]} and {clip.shape[2]} frames cannot overlap by {overlap}")
+    earlier, later = (clip, edge) if in_front else (edge, clip)
+    before, tail = earlier.tensor_split([earlier.shape[2] - overlap], dim=2)
+    head, behind = later.tensor_split([overlap], dim=2)
+    faded = cross_fade(tail, head) if overlap else head
+    if in_front:
+        return torch.cat([faded, behind], dim=2), before.clone()  # a clone: a part would keep the whole clip in memory
+    return torch.cat([before, faded], dim=2), behind.clone()
+
+
+@dataclass
+class GrowingVideo:
+    """The preview of one video. Used through `growing`, which cleans up."""
+
+    session: Session
+    path: Path
+    fps: float
+    needed: int | None  # bytes that decoding takes on the device, where that is known
+    parts: Path  # hidden folder of segments; there from the first piece on
+    give_name: Callable[[Path, Path], None] = give_name
+    _segments: list[Segment] = field(default_factory=list)  # in playing order
+    _edge: Tensor | None = None
+    _grows_in_front: bool | None = None
+    _count: int = 0
+    _has_failed: bool = False
+    _is_held: bool = False
+
+    def add(self, piece: Piece) -> None:
+        """Show a new piece. What goes wrong with it ends the preview, with a warning, and not the generation."""
+        if self._has_failed:
+            return
+        clip = None
+        with self._optional():
+            if self.session.dit_can_stay(self.needed):
+                clip = self._decoded_beside(piece.latents)
+        if clip is None and not self._has_failed:
+            clip = self._decoded_alone(piece.latents)
+        with self._optional():
+            if clip is not None:
+                final = self._take(clip, piece)
+                del clip  # while files are written
+                self._write(final)
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._has_failed, self._edge = True, None
+            stays = f" {self.path} stays as it is until then." if self.path.exists() else ""
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("The video cannot be watched while it grows (%s). It is made nevertheless.%s", reason, stays)
+
+    def _decoded_beside(self, latents: Tensor) -> Tensor | None:
+        """As `_decoded`; None where the device has no room for that beside the DiT after all, which then makes room from now on."""
+        try:
+            return self._decoded(latents)
+        except torch.OutOfMemoryError:
+            if self.session.device.type == "cpu":
+                raise
+            logger.info("There is no room to decode beside the transformer: it leaves the device meanwhile")
+            self.needed = None
+            return None
+
+    def _decoded_alone(self, latents: Tensor) -> Tensor | None:
+        """As `_decoded`, the DiT meanwhile in host memory; None where one of both fails.
+
+        A DiT that cannot leave is where it was, and only the preview ends. One that cannot come back is no matter of the preview.
+        """
+        with ExitStack() as stack:
+            with self._optional():
+                stack.enter_context(self.session.dit_aside())
+            if not self._has_failed:
+                with self._optional():
+                    return self._decoded(latents)
+        return None
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """1 3 F H W, -1..1, in host memory."""
+        with self.session.media(images=False, again=True) as encoders:
+            return torch.cat([chunk.to(CPU) for chunk in self.session.family.decode(encoders, latents)], dim=2)
+
+    def _take(self, clip: Tensor, piece: Piece) -> Tensor | None:
+        """Let the newest clip follow what waits; returns what no longer does."""
+        if self._grows_in_front not in (None, piece.in_front):
+            raise ValueError("a video grows at one end only")
+        self._grows_in_front = piece.in_front
+        final, self._edge = settled(self._edge, clip, piece.overlap, piece.in_front)
+        return final
+
+    def _write(self, final: Tensor | None) -> None:
+        """Encode what is final, and show it with what waits."""
+        if final is not None and final.shape[2]:
+            self._segments = self._with(self._segment(final))
+        segments, edge = self._segments, None
+        if self._edge is not None and self._edge.shape[2]:
+            edge = self._segment(self._edge)
+            segments = self._with(edge)
+        joined = self.parts / "joined.mp4"
+        join_videos(joined, segments, self.fps)
+        if edge is not None:
+            edge.path.unlink()
+        self._publish(joined)
+
+    def _publish(self, joined: Path) -> None:
+        is_first = not self.path.exists()
+        try:
+            self.give_name(joined, self.path)
+        except OutputError as error:
+            if not self.path.is_file():
+                raise
+            if not self._is_held:  # Windows: a player that is showing it may keep others from replacing it
+                logger.warning("%s It is tried again after each section.", error)
+            self._is_held = True
+        if is_first:
+            logger.info("Watch it grow: %s, written anew after each section", self.path)
+
+    def _with(self, segment: Segment) -> list[Segment]:
+        return [segment, *self._segments] if self._grows_in_front else [*self._segments, segment]
+
+    def _segment(self, pixels: Tensor) -> Segment:
+        self.parts.mkdir(exist_ok=True)
+        path = self.parts / f"{self._count:06d}.mp4"
+        self._count += 1
+        write_video(path, frames_of(pixels.split(4, dim=2)), self.fps, preset=PRESET)
+        return segment_of(path, self.fps)
+
+
+def preview_path(folder: Path, stem: str) -> Path:
+    """Where the preview of an output is."""
+    return folder / f"{stem}{PREVIEW_SUFFIX}"
+
+
+@contextmanager
+def growing(session: Session, folder: Path, stem: str, fps: float, needed: int | None = None) -> Iterator[GrowingVideo]:
+    """A preview for the time of a block that makes the sections of one video, with the session's DiT at work.
+
+    needed: bytes that decoding takes on the device; where so many are free the DiT stays there too, else it makes room.
+    Afterwards the temporary files are gone; the preview stays, and where the block has failed its place is told.
+    """
+    parts = folder / f".{stem}_progress.{_machine()}-{os.getpid()}.parts"
+    video = GrowingVideo(session, preview_path(folder, stem), fps, needed, parts)
+    try:
+        with kept_where_it_fails(video.path):
+            yield video
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+@contextmanager
+def kept_where_it_fails(preview: Path) -> Iterator[None]:
+    """Say where the preview is, should the block not end well (Ctrl-C too)."""
+    try:
+        yield
+    except BaseException:
+        if preview.exists():
+            logger.warning("What was made of the video so far stays in %s", preview)
+        raise
+
+
+def remove_preview(preview: Path) -> None:
+    """Remove the preview of a finished video, if there is one; where that cannot be done it stays, with a warning."""
+    try:
+        preview.unlink(missing_ok=True)
+    except OSError as error:  # Windows: a player that is showing it keeps it from being removed; the video is there nevertheless
+        logger.warning("%s is no longer needed and cannot be removed (%s). Remove it by hand.", preview, error.strerror)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove segments that runs which were killed have left in a folder of outputs; those of runs that go on stay."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            found = _PARTS.fullmatch(entry.name)
+            if found is None:
+                continue
+            with suppress(OSError):  # another process was faster
+                is_forgotten = entry.stat(follow_symlinks=False).st_mtime < time.time() - FORGOTTEN_SECONDS
+                if is_forgotten or (found["machine"] == _machine() and not _runs(int(found["process"]))):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of that number runs on this machine; taken for granted where asking would end it."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,54 @@
+"""What the console says while a video is made."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from blissful_tuner.video_to_video import steps_to_make
+from generation.denoise import StepDone
+from modules.records import Request, Section
+
+logger = logging.getLogger(__name__)
+
+
+def describe(label: str, request: Request) -> None:
+    """One line about what is being made."""
+    logger.info(
+        "%s: %s x %s (width x height), %s, %s steps, seed %d",
+        label,
+        request.width,
+        request.height,
+        "1 frame" if request.frames == 1 else f"{request.frames} frames",
+        steps_to_make(request),
+        request.seed,
+    )
+
+
+@dataclass
+class Bars:
+    """A bar over the steps of each section. Used as a context."""
+
+    request: Request
+    _bar: Any = field(default=None, init=False)
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def begin(self, section: Section) -> None:
+        """The bar of a section that is about to be denoised."""
+        self._bar = tqdm(total=steps_to_make(self.request), desc=section.label or "denoising", unit="step")
+
+    def advance(self, _: StepDone) -> None:
+        """One step of it is done."""
+        self._bar.update()
+
+    def end(self) -> None:
+        """Leave the bar as it is, for other output."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,112 @@
+"""The VAE and the text encoders that HunyuanVideo and FramePack share: where their files are, and what they compute in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hunyuan_model.options import HunyuanTextOptions, HunyuanVaeOptions
+from hunyuan_model.text_checkpoints import CLIP_FILES, LLAMA_FILES, read_clip_text, read_llama
+from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
+from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
+from hunyuan_model.vae_checkpoints import read_vae
+from modules.checkpoint import Checkpoint, fingerprint
+from modules.devices import computing_dtype, dtype_name
+from modules.errors import CheckpointError
+from modules.model_files import existing, inside, read_once
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Paths as given, dtypes as asked for. The path properties raise OptionError or CheckpointError naming the option.
+
+    A dtype that was not asked for is float16 as released, beside a float32 transformer float32.
+    """
+
+    vae: Path | None = None
+    text_encoder1: Path | None = None
+    text_encoder2: Path | None = None
+    text_encoder1_tokenizer: Path | None = None
+    text_encoder2_tokenizer: Path | None = None
+    vae_dtype: torch.dtype | None = None
+    vae_tile: int | None = None
+    vae_tile_frames: int = TILE_FRAMES
+    vae_chunk_size: int | None = None
+    text_dtype: torch.dtype | None = None
+    llm_in_fp8: bool = False
+
+    @property
+    def vae_path(self) -> Path:
+        return inside(existing(self.vae, "--vae", "it turns pixels into latents and back"), "vae")
+
+    @property
+    def text_encoder1_path(self) -> Path:
+        return existing(self.text_encoder1, "--text_encoder1", "the prompts are encoded by LLaVA's language model")
+
+    @property
+    def text_encoder2_path(self) -> Path:
+        return existing(self.text_encoder2, "--text_encoder2", "the prompts are encoded by CLIP-L too")
+
+    def with_vae(self, options: HunyuanVaeOptions) -> "Encoders":
+        """The same with what the options say about the VAE."""
+        return replace(
+            self,
+            vae=options.file.vae,
+            vae_dtype=computing_dtype(options.file.vae_dtype, "--vae_dtype", None),
+            vae_tile=options.file.tile,
+            vae_chunk_size=options.vae_chunk_size,
+        )
+
+    def with_text(self, options: HunyuanTextOptions) -> "Encoders":
+        """The same with what the options say about the text encoders."""
+        return replace(
+            self,
+            text_encoder1=options.text_encoder1,
+            text_encoder2=options.text_encoder2,
+            text_encoder1_tokenizer=options.text_encoder1_tokenizer,
+            text_encoder2_tokenizer=options.text_encoder2_tokenizer,
+            text_dtype=computing_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            llm_in_fp8=options.fp8_llm,
+        )
+
+    def load_vae(self, device: torch.device, dit_dtype: torch.dtype | None) -> HunyuanVae:
+        """The VAE. dit_dtype: what the transformer computes in; None where there is none. Raises as `load_vae`."""
+        dtype = beside(self.vae_dtype, dit_dtype)
+        return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile, tile_frames=self.vae_tile_frames)
+
+    def vae_identity(self, dit_dtype: torch.dtype | None) -> Mapping[str, str]:
+        """What latents depend on, beside what is encoded."""
+        dtype = dtype_name(beside(self.vae_dtype, dit_dtype))
+        return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
+
+    def check(self, dit_path: Path, text_dim: int, pooled_dim: int) -> None:
+        """Raise CheckpointError where a given file is another kind or size of network than the transformer needs. Loads nothing."""
+        if self.vae is not None:
+            read_once(self.vae_path, read_vae)
+        if self.text_encoder1 is not None:
+            path = LlavaTextEncoder(self.text_encoder1_path).path
+            _check_width("--text_encoder1", path, read_once(path, _llama_width), dit_path, text_dim, LLAMA_FILES)
+        if self.text_encoder2 is not None:
+            path = ClipTextEncoder(self.text_encoder2_path).path
+            _check_width("--text_encoder2", path, read_once(path, _clip_width), dit_path, pooled_dim, CLIP_FILES)
+
+
+def beside(chosen: torch.dtype | None, dit_dtype: torch.dtype | None) -> torch.dtype:
+    """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer float32."""
+    if chosen is not None:
+        return chosen
+    return torch.float32 if dit_dtype == torch.float32 else torch.float16
+
+
+def _check_width(option: str, path: Path, width: int, dit_path: Path, taken: int, give: str) -> None:
+    if width != taken:
+        raise CheckpointError(f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path)
+
+
+def _llama_width(checkpoint: Checkpoint) -> int:
+    return read_llama(checkpoint, skip_layers=0, final_norm=False).config.dim  # which state is asked for does not change it
+
+
+def _clip_width(checkpoint: Checkpoint) -> int:
+    return read_clip_text(checkpoint).config.dim

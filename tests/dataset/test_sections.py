@@ -1,0 +1,234 @@
+"""Families that cut a clip into sections, one file each: all of them are there, or all are made again."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.batches import CachingCommands, find_items, read_batch
+from dataset.cache_files import write_tensors
+from dataset.caching import cache_media, cache_texts
+from dataset.check import check_media, check_training
+from dataset.config import DatasetConfig
+from dataset.reports import conclude
+from modules.errors import CacheError, DatasetError
+from modules.records import MediaTable
+from tests.dataset.making import make_clip, make_image, make_table
+from tests.dataset.test_caching import change, make_config, names
+from tests.dataset.toy_family import LATENT, ToyFamily, options
+
+COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
+
+
+def section_names(count: int, stem: str = "clip_0", frames: int = 5) -> list[str]:
+    return [f"{stem}_00000-{frames:03d}-{section:04d}_0032x0032_toy.safetensors" for section in range(count)]
+
+
+def cached(folder: Path, sections: int = 3, **changes: Any) -> DatasetConfig:
+    config = make_config(folder, **({"clips": (5,), "fp_latent_window_size": 2} | changes))
+    cache_media(ToyFamily(sections=sections), config, options())
+    cache_texts(ToyFamily(), config, options())
+    return config
+
+
+# Caching
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_one_missing_section_makes_all_again(tmp_path: Path, gone: int, caplog: pytest.LogCaptureFixture) -> None:
+    config = cached(tmp_path)
+    (tmp_path / "cache" / section_names(3)[gone]).unlink()
+    with caplog.at_level("INFO"):
+        assert cache_media(ToyFamily(sections=3), config, options()).written == 3
+    left = ", ".join(str(section) for section in range(3) if section != gone)
+    assert f"sections {left} are there, 3 files belong together" in caplog.text
+    assert cache_media(ToyFamily(sections=3), config, options()).kept == 3
+
+
+@pytest.mark.parametrize("keep_cache", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(5, 2), (2, 5), (0, 3), (3, 0)])
+def test_another_number_of_sections_replaces_all_files_of_an_item(
+    tmp_path: Path, before: int, after: int, keep_cache: bool
+) -> None:
+    """Also with --keep_cache: sections of another window would be trained on beside the new ones."""
+    config = cached(tmp_path, before, clips=(5, 5))
+    cache_media(ToyFamily(sections=after), config, options(keep_cache=keep_cache))
+    expected = [name for stem in ("clip_0", "clip_1") for name in section_names(after, stem)]
+    if not after:
+        expected = [f"{stem}_00000-005_0032x0032_toy.safetensors" for stem in ("clip_0", "clip_1")]
+    assert [name for name in names(tmp_path) if "_te" not in name] == expected
+
+
+def test_files_of_another_program_in_the_place_of_surplus_sections_stay(tmp_path: Path) -> None:
+    """Only what is a cache by its tensors is removed."""
+    config = cached(tmp_path, 2)
+    stranger = tmp_path / "cache" / section_names(4)[3]
+    write_tensors(stranger, {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, {})
+    assert cache_media(ToyFamily(sections=2), config, options()).written == 2
+    assert stranger.exists()
+
+
+def test_the_keys_of_sections_make_files_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = cached(tmp_path)
+    with caplog.at_level("INFO"):
+        assert cache_media(ToyFamily(sections=3), change(config, fp_latent_window_size=9), options()).written == 3
+    assert "fp_latent_window_size was 2, is now 9" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("present", "grid", "kept"),
+    [
+        ((0, 1, 2), (2, 4, 4), 3),
+        ((0, 2), (2, 4, 4), 0),  # one is missing
+        ((0, 1), (2, 4, 4), 0),  # the last one is
+        ((0, 1, 2, 3), (2, 4, 4), 0),  # one too many
+        ((0, 1, 2), (9, 4, 4), 0),  # of another window
+        ((0, 1, 2), (2, 4, 6), 0),  # of another size
+        ((None,), (2, 4, 4), 0),  # not cut into sections
+    ],
+)
+def test_skip_existing_keeps_sections_of_other_programs_where_all_are_there(
+    tmp_path: Path, present: tuple[int | None, ...], grid: tuple[int, int, int], kept: int
+) -> None:
+    config = make_config(tmp_path, clips=(5,), fp_latent_window_size=2)
+    (tmp_path / "cache").mkdir()
+    for section in present:
+        name = "clip_0_00000-005_0032x0032_toy.safetensors" if section is None else section_names(4)[section]
+        tensor = {f"latents_{'x'.join(map(str, grid))}_bfloat16": torch.zeros(2, *grid)}
+        write_tensors(tmp_path / "cache" / name, tensor, {"architecture": "toy"})
+
+    report = cache_media(ToyFamily(sections=3), config, options(skip_existing=True))
+
+    assert (report.kept, report.foreign, report.written) == (kept, kept, 3 - kept)
+    assert names(tmp_path) == section_names(3)
+
+
+def test_a_clip_too_short_for_a_section_stops_no_other(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(5, 3, 9), frame_extraction="full")
+    report = cache_media(ToyFamily(sections=2, least_frames=5), config, options())
+    assert names(tmp_path) == [*section_names(2), *section_names(2, "clip_2", 9)]
+    with pytest.raises(DatasetError, match=r"(?s)1 of the sources.*clip_1\.mp4: 1 frames, 5 are needed"):
+        conclude(report)
+    again = ToyFamily(sections=2, least_frames=5)
+    assert (cache_media(again, config, options()).kept, again.loaded) == (4, 0)
+
+
+def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    family = ToyFamily(refuses="it is no good")
+    with pytest.raises(DatasetError, match=r"data\.toml, \[\[datasets\]\] 1 .*: it is no good"):
+        cache_media(family, config, options())
+    assert (family.loaded, family.seen, (tmp_path / "cache").exists()) == (0, [], False)
+    result = check_media(family, config, workers=1, skip_existing=False)
+    assert not result.ok
+    assert "it is no good" in "\n".join(result.lines)
+
+
+def test_check_counts_sections_as_training_does(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(5, 9), frame_extraction="full", batch_size=4, fp_latent_window_size=2)
+    before = "\n".join(check_media(ToyFamily(sections=3), config, workers=1, skip_existing=False).lines)
+    cache_media(ToyFamily(sections=3), config, options())
+    cache_texts(ToyFamily(), config, options())
+    after = "\n".join(check_training(config, "toy", LATENT).lines)
+    assert "2 items are to be encoded" in before
+    for text in (before, after):
+        assert "32x32, 5 frames: 6 items x 1, 2 batches of 4" in text
+
+
+def test_keys_of_sections_mean_nothing_to_a_family_without_sections(tmp_path: Path) -> None:
+    """A dataset may serve several models: what changes for one of them makes no caches of another anew."""
+    family, whole = ToyFamily(), replace(LATENT, in_sections=False)
+    family.latent = whole
+    config = make_config(tmp_path, clips=(5,), fp_latent_window_size=2)
+    cache_media(family, config, options())
+    cache_texts(family, config, options())
+    changed = change(config, fp_latent_window_size=9)
+    assert (cache_media(family, changed, options()).kept, len(family.seen)) == (1, 1)
+    (item,) = find_items(changed, "toy", whole).items
+    assert read_batch([item], whole).tensor("latents").shape == (1, 2, 2, 4, 4)
+
+
+# What families are told
+
+
+def test_families_are_told_what_the_table_says(tmp_path: Path) -> None:
+    for name, colour in {"pic": (1, 2, 3, 128), "other": (1, 2, 3)}.items():
+        make_image(tmp_path / f"{name}.png", colour=colour)
+    (tmp_path / "control").mkdir()
+    for name in ("pic_0", "pic_1", "other_0", "other_1"):
+        make_image(tmp_path / "control" / f"{name}.png", colour=(1, 2, 3, 4))
+    keys = {"fp_latent_window_size": 3, "fp_1f_clean_indices": (0, 10), "fp_1f_target_index": 5, "fp_1f_no_post": True}
+    table = make_table(
+        tmp_path, "image_directory", resolution=(32, 32), control_directory=tmp_path / "control", batch_size=2, **keys
+    )
+    family = ToyFamily()
+
+    cache_media(family, DatasetConfig(table.config_path, (table,)), options())
+
+    told = MediaTable(table.name, "image", True, (), 3, (0, 10), 5, has_post=False)
+    assert [media.table for media in family.media] == [told, told]
+    by_key = {media.keys: media for media in family.media}  # an image with alpha is in no batch with one that has none
+    assert by_key[("other_0032x0032_toy",)].alpha is None
+    alpha = by_key[("pic_0032x0032_toy",)].alpha
+    assert alpha is not None
+    assert (alpha.shape, alpha.dtype, alpha.unique().tolist()) == ((1, 32, 32), torch.uint8, [128])
+
+
+def test_items_of_a_batch_keep_their_own_alpha(tmp_path: Path) -> None:
+    for index in range(2):
+        picture = np.full((32, 32, 4), 40 * (index + 1), np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    table = make_table(tmp_path, "image_directory", resolution=(32, 32), batch_size=2)
+    family = ToyFamily()
+    cache_media(family, DatasetConfig(table.config_path, (table,)), options())
+    (media,) = family.media
+    first, second = media.singly()
+    assert first.alpha is not None
+    assert second.alpha is not None
+    assert (int(first.alpha[0, 0, 0]), int(second.alpha[0, 0, 0])) == (40, 80)
+    assert (first.keys, second.keys, second.table) == (media.keys[:1], media.keys[1:], media.table)
+
+
+# Training
+
+
+def test_sections_of_clips_of_different_lengths_form_batches(tmp_path: Path) -> None:
+    config = cached(tmp_path, clips=(5, 9), frame_extraction="full")
+    items = find_items(config, "toy", LATENT).items
+    assert {item.bucket for item in items} == {(32, 32, 5)}  # what a section of two latent frames decodes to
+    assert read_batch(items, LATENT).tensor("latents").shape == (6, 2, 2, 4, 4)
+
+
+def test_a_missing_section_is_named_with_the_command(tmp_path: Path) -> None:
+    config = cached(tmp_path)
+    (tmp_path / "cache" / section_names(3)[1]).unlink()
+    item = find_items(config, "toy", LATENT).items[0]
+    reason = r"-0000_0032x0032_toy.safetensors: 3 files of its clip belong together, 2 are there.*python cache_latents"
+    with pytest.raises(CacheError, match=rf"(?s){reason}"):
+        read_batch([item], LATENT, COMMANDS)
+
+
+def test_sections_of_another_window_are_named_with_the_command(tmp_path: Path) -> None:
+    config = change(cached(tmp_path), fp_latent_window_size=9)
+    item = find_items(config, "toy", LATENT).items[0]
+    with pytest.raises(CacheError, match=r"(?s)fp_latent_window_size was 2, is now 9 in .*data\.toml.*python cache_latents"):
+        read_batch([item], LATENT, COMMANDS)
+
+
+def test_sections_of_other_programs_are_as_long_as_the_window(tmp_path: Path) -> None:
+    table = make_table(tmp_path, fp_latent_window_size=2)
+    table.cache_directory.mkdir()
+    make_clip(tmp_path / "a.mp4", 5)
+    text = {"varlen_t5_float16": torch.ones(4, 4)}
+    write_tensors(table.cache_directory / "a_toy_te.safetensors", text, {"architecture": "toy", "caption1": "a text"})
+    for section, frames in enumerate((2, 9)):
+        tensors = {f"latents_{frames}x4x4_float16": torch.ones(2, frames, 4, 4)}
+        write_tensors(table.cache_directory / section_names(2, "a", 17)[section], tensors, {"architecture": "toy"})
+    good, bad = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT).items
+    assert read_batch([good], LATENT).tensor("latents").shape == (1, 2, 2, 4, 4)
+    with pytest.raises(CacheError, match="shape 2x9x4x4, .* asks for 2x2x4x4"):
+        read_batch([bad], LATENT)

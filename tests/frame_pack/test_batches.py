@@ -1,0 +1,192 @@
+"""What training gives the transformer of what the caches hold, and how it is told that caches do not go together."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frame_pack.batches import HISTORY, _note_other_order
+from frame_pack.family import FramePack
+from frame_pack.files import FramePackFiles
+from modules.errors import CacheError
+from modules.records import Batch
+from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
+
+WINDOW, AREA = 2, (4, 6)
+Change = Callable[[dict[str, Tensor]], object]
+
+
+class Seen(nn.Module):
+    """Keeps what it is called with."""
+
+    def forward(self, noisy: Tensor, *others: object, position_scale: object, skip_blocks: object, **history: object) -> Tensor:
+        self.given = (noisy, *others)
+        self.history = history
+        return noisy
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> FramePack:
+    return FramePack(FramePackFiles(write_dit(tmp_path_factory.mktemp("dit"), tiny_state())), trained_guidance=2.5)
+
+
+def batch() -> Batch:
+    """Two sections at different places, with all of their history."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(2, *shape, generator=generator)
+
+    def places(start: int, count: int) -> Tensor:
+        return torch.stack([torch.arange(start, start + count), torch.arange(start + 4, start + 4 + count)])
+
+    tensors = {
+        "latents": draw(16, WINDOW, *AREA),
+        "latent_indices": places(1, WINDOW),
+        "latents_clean": draw(16, 2, *AREA).half(),
+        "clean_latent_indices": places(3, 2),
+        "latents_clean_2x": draw(16, 2, *AREA),
+        "clean_latent_2x_indices": places(5, 2),
+        "latents_clean_4x": draw(16, 16, *AREA),
+        "clean_latent_4x_indices": places(7, 16),
+        "image_embeddings": draw(9, CONFIG.image_dim).half(),
+        "llama_vec": draw(512, CONFIG.text_dim),
+        "llama_attention_mask": torch.arange(512).expand(2, -1) < torch.tensor([[7], [500]]),
+        "clip_l_pooler": draw(CONFIG.pooled_dim),
+    }
+    return Batch(tensors, ("a cat", "a dog"), ("clip 0_00000-017-0001", "clip 1_00000-017-0000"))
+
+
+def changed(change: Change) -> Batch:
+    tensors = {name: value for name, value in batch().tensors.items() if isinstance(value, Tensor)}
+    change(tensors)
+    return replace(batch(), tensors=tensors)
+
+
+def predicted(family: FramePack, one: Batch) -> Seen:
+    dit, noisy = Seen(), torch.zeros(2, 16, WINDOW, *AREA)
+    family.predict(dit, noisy, torch.tensor([965.5172, 3.0]), family.batch_conditions(one.tensor("latents"), one))
+    return dit
+
+
+def test_the_transformer_is_given_what_the_caches_hold(family: FramePack) -> None:
+    one = batch()
+    seen = predicted(family, one)
+    names = ("llama_vec", "llama_attention_mask", "clip_l_pooler", "image_embeddings", "latent_indices")
+
+    assert torch.equal(seen.given[1], torch.tensor([965.5172, 3.0]))  # not rounded
+    assert torch.equal(seen.given[5], torch.tensor([2500.0, 2500.0]))
+    for name, given in zip(names, (*seen.given[2:5], *seen.given[6:8]), strict=True):
+        assert given is one.tensors[name]
+    for latents, (argument, indices) in HISTORY.items():
+        assert torch.equal(seen.history[argument], one.tensor(latents).float())
+        assert seen.history[indices] is one.tensors[indices]
+    assert seen.history["clean_latents"].dtype == torch.float32  # as the noisy ones, whatever the caches keep
+
+
+def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_not_there(family: FramePack) -> None:
+    def without(tensors: dict[str, Tensor]) -> None:
+        del tensors["latents_clean_2x"], tensors["latents_clean_4x"], tensors["clean_latent_4x_indices"]
+
+    seen = predicted(family, changed(without))
+
+    assert seen.history.keys() == {"clean_latents", "clean_latent_indices", "clean_latents_2x", "clean_latent_2x_indices"}
+    assert seen.history["clean_latents_2x"].shape == (2, 16, 2, *AREA)
+    assert not seen.history["clean_latents_2x"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("llama_vec"), "no llama_vec,.*fpack_cache_text_encoder_outputs.py"),
+        (lambda t: t.pop("llama_attention_mask"), "no llama_attention_mask,.*fpack_cache_text_encoder_outputs.py"),
+        (lambda t: t.pop("image_embeddings"), "no image_embeddings,.*fpack_cache_latents.py"),
+        (lambda t: t.pop("latent_indices"), "no latent_indices,.*fpack_cache_latents.py"),
+        (lambda t: t.pop("clean_latent_4x_indices"), "latents_clean_4x without clean_latent_4x_indices.*fpack_cache_latents.py"),
+        (
+            lambda t: t.update(clean_latent_indices=t["clean_latent_indices"][:, :1]),
+            r"clean_latent_indices of shape 1 .* latents_clean of 16x2x4x6 .*fpack_cache_latents.py",
+        ),
+        (lambda t: t.update(latents_clean=t["latents_clean"][..., :2]), r"latents_clean of 16x2x4x2 .* latents of 16x2x4x6"),
+        (lambda t: t.update(latent_indices=t["latent_indices"].float()), r"latent_indices of shape 2 \(torch.float32\)"),
+    ],
+)
+def test_caches_that_do_not_go_together_are_named_with_the_command_that_mends_them(
+    family: FramePack, change: Change, words: str
+) -> None:
+    with pytest.raises(CacheError, match=rf"^clip 0_00000-017-0001: .*{words}"):
+        predicted(family, changed(change))
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("llama_vec", "fpack_cache_text_encoder_outputs.py and the text encoders of HunyuanVideo"),
+        ("clip_l_pooler", "fpack_cache_text_encoder_outputs.py and the text encoders of HunyuanVideo"),
+        ("image_embeddings", "fpack_cache_latents.py and the SigLIP image encoder of FramePack"),
+    ],
+)
+def test_caches_of_another_encoder_are_named(family: FramePack, name: str, command: str) -> None:
+    def widen(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = torch.zeros(*tensors[name].shape[:-1], 96)
+
+    with pytest.raises(CacheError, match=rf"{name} in its cache is 96 numbers wide, .*framepack.safetensors takes .*{command}"):
+        predicted(family, changed(widen))
+
+
+def f1_places(tensors: dict[str, Tensor]) -> None:
+    """As every F1 section has them."""
+    tensors["clean_latent_indices"] = torch.tensor([[0, 19]] * 2)
+    tensors["latent_indices"] = torch.tensor([[20, 21]] * 2)
+
+
+def a_picture(tensors: dict[str, Tensor]) -> None:
+    """One control image and no black frame behind it: before the target, as F1's neighbour."""
+    f1_places(tensors)
+    del tensors["latents_clean_2x"], tensors["latents_clean_4x"]
+
+
+@pytest.mark.parametrize(
+    ("is_f1", "change", "words"),
+    [
+        (False, None, ""),
+        (True, f1_places, ""),
+        (True, a_picture, ""),
+        (False, a_picture, ""),
+        (True, None, "--f1 is given and sections in the caches are not for FramePack-F1"),
+        (False, f1_places, "sections in the caches are for FramePack-F1 .* and --f1 is not given"),
+    ],
+)
+def test_sections_of_the_other_order_are_told_once(
+    family: FramePack, is_f1: bool, change: Change | None, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _note_other_order.cache_clear()  # of what other tests of this process have seen
+    one = batch() if change is None else changed(change)
+    for _ in range(2):
+        replace(family, is_f1=is_f1).batch_conditions(one.tensor("latents"), one)
+    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(found) == bool(words)
+    assert all(re.search(words, text) for text in found)
+
+
+def test_one_section_of_the_other_order_in_a_batch_is_noticed(family: FramePack, caplog: pytest.LogCaptureFixture) -> None:
+    """As caching that was stopped while it made all anew leaves them."""
+
+    def half(tensors: dict[str, Tensor]) -> None:
+        tensors["clean_latent_indices"] = torch.tensor([[0, 5], [0, 19]])
+        tensors["latent_indices"] = torch.tensor([[3, 4], [20, 21]])
+
+    _note_other_order.cache_clear()
+    one = changed(half)
+    family.batch_conditions(one.tensor("latents"), one)
+    assert "--f1 is not given" in caplog.text
+
+
+def test_what_else_a_cache_holds_is_left_alone(family: FramePack) -> None:
+    def more(tensors: dict[str, Tensor]) -> None:
+        tensors["latents_control"] = torch.zeros(2, 1)
+
+    assert "latents_control" not in family.batch_conditions(torch.zeros(2, 16, WINDOW, *AREA), changed(more))

@@ -1,0 +1,184 @@
+"""Which tables FramePack caches, and what lies in memory while it does. Numbers: tests/parity/test_framepack_caches.py."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from frame_pack.caching import check_table, clip_entries, clip_sections, count_sections, picture_entries
+from frame_pack.family import family_for_latent_caching
+from frame_pack.image_encoder import load_siglip
+from frame_pack.masks import latent_mask, masked
+from frame_pack.one_frame import OneFrame
+from frame_pack.options import FramePackLatentCachingOptions
+from frame_pack.sections import ANTI_DRIFTING, F1, Order
+from hunyuan_model.options import HunyuanVaeOptions
+from hunyuan_model.vae import load_vae
+from modules.errors import DatasetError, MediaError
+from modules.records import CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from modules.vae_options import VaeOptions
+from tests.tiny.framepack import write_siglip
+from tests.tiny.hunyuan_vae import write_vae
+
+CPU = torch.device("cpu")
+CLIPS = MediaTable("data.toml", target_frames=(37,))
+PICTURES = MediaTable("data.toml", "image", has_control=True)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> MediaEncoders:
+    folder = tmp_path_factory.mktemp("encoders")
+    vae = load_vae(write_vae(folder / "vae.safetensors"), CPU, torch.float32, tile=256)
+    return MediaEncoders(vae, load_siglip(write_siglip(folder / "siglip.safetensors"), CPU, torch.float32))
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+# Tables
+
+
+@pytest.mark.parametrize(
+    ("table", "one_frame", "message"),
+    [
+        (MediaTable("data.toml", "image"), False, "these are images.*video_directory.*or --one_frame"),
+        (MediaTable("data.toml", "image", has_control=True), False, "these are images.*--one_frame"),
+        (MediaTable("data.toml", has_control=True), False, "follows no control video"),
+        (CLIPS, True, "these are videos.*Leave --one_frame out"),
+        (MediaTable("data.toml", "image"), True, "needs control images.*control_directory"),
+        (MediaTable("data.toml", target_frames=(1,)), False, r"1 frames are too short: a section takes 37, 4 x 9"),
+        (MediaTable("data.toml", target_frames=(25, 33, 37)), False, "25, 33 frames are too short"),
+        (MediaTable("data.toml", target_frames=(37,), window=10), False, r"takes 41, 4 x 10 .* such as \[161\]"),
+    ],
+)
+def test_tables_of_another_kind_are_refused_by_name(table: MediaTable, one_frame: bool, message: str) -> None:
+    with pytest.raises(DatasetError, match=rf"^data\.toml: .*{message}"):
+        check_table(table, one_frame)
+
+
+@pytest.mark.parametrize("table", [CLIPS, MediaTable("data.toml"), MediaTable("data.toml", target_frames=(5, 9), window=1)])
+def test_clips_of_whole_sections_are_taken_without_a_word(table: MediaTable, caplog: pytest.LogCaptureFixture) -> None:
+    check_table(table, one_frame=False)
+    check_table(PICTURES, one_frame=True)
+    assert not caplog.text
+
+
+def test_frames_behind_the_last_section_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    check_table(MediaTable("data.toml", target_frames=(37, 81)), one_frame=False)
+    assert caplog.text.count("data.toml") == 1
+    assert "of clips of 81 frames the last 8 are left out: 73 are whole sections" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("window", "frames", "sections"), [(9, 37, 1), (9, 72, 1), (9, 73, 2), (9, 1801, 50), (5, 41, 2), (1, 5, 1), (20, 81, 1)]
+)
+def test_sections_are_counted_by_the_window(window: int, frames: int, sections: int) -> None:
+    assert count_sections(MediaTable(window=window), frames) == sections
+
+
+def test_a_clip_too_short_for_a_section_is_told_what_is_needed() -> None:
+    with pytest.raises(MediaError, match=r"^33 usable frames are too few: a section takes 37, 4 x 9"):
+        count_sections(MediaTable(), 33)
+
+
+# The family
+
+
+def caching_options(**switches: Any) -> FramePackLatentCachingOptions:
+    vae = HunyuanVaeOptions(VaeOptions(None, None, vae_tiling=False, vae_spatial_tile_sample_min_size=None), None)
+    given = dict.fromkeys(("f1", "one_frame", "one_frame_no_2x", "one_frame_no_4x"), False) | switches
+    return FramePackLatentCachingOptions(vae=vae, image_encoder=None, **given)
+
+
+def test_every_switch_that_changes_caches_is_part_of_what_they_were_made_from(tmp_path: Path) -> None:
+    models = {"vae": write_vae(tmp_path / "vae.safetensors"), "image_encoder": write_siglip(tmp_path / "siglip.safetensors")}
+    switches: list[dict[str, bool]] = [{}, {"f1": True}]
+    for no_2x in (False, True):
+        switches += [{"one_frame": True, "one_frame_no_2x": no_2x, "one_frame_no_4x": no_4x} for no_4x in (False, True)]
+    vae = HunyuanVaeOptions(VaeOptions(models["vae"], None, vae_tiling=False, vae_spatial_tile_sample_min_size=None), None)
+    found = []
+    for given in switches:
+        all_given = dict.fromkeys(("f1", "one_frame", "one_frame_no_2x", "one_frame_no_4x"), False) | given
+        options = FramePackLatentCachingOptions(vae=vae, image_encoder=models["image_encoder"], **all_given)
+        found.append(dict(family_for_latent_caching(options).media_identity))
+    assert len({str(sorted(identity.items())) for identity in found}) == len(switches)
+    assert all(identity.keys() == {"vae", "vae_dtype", "tile", "tile_frames", "image_encoder", "sections"} for identity in found)
+
+
+def test_the_vae_is_tiled_unasked_and_in_time_from_six_seconds_on() -> None:
+    encoders = family_for_latent_caching(caching_options()).files.encoders
+    assert (encoders.vae_tile, encoders.vae_tile_frames) == (256, 192)
+
+
+def test_switches_without_effect_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caching_options(one_frame=True, f1=True, one_frame_no_2x=True)
+    assert "--f1 is ignored because --one_frame is given" in caplog.text
+    caching_options(one_frame_no_4x=True)
+    assert "--one_frame_no_4x is ignored because --one_frame is not given" in caplog.text
+    assert "--one_frame_no_2x" not in caplog.text
+
+
+# What lies in memory
+
+
+@pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
+def test_a_section_holds_no_more_than_its_own_tensors(order: Order) -> None:
+    """A view would keep a whole history alive, and there is one for each of 50 sections."""
+    latents = torch.randn(1, 16, 1 + 6 * 9, 2, 2)
+    for entry in clip_sections(latents, torch.zeros(3, 4), order, 9):
+        for name, tensor in entry.tensors.items():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+@pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
+def test_items_encoded_together_equal_those_encoded_alone(encoders: MediaEncoders, order: Order) -> None:
+    """As a GPU encodes them; each has its own sample of the posterior."""
+    media = MediaBatch(noise(2, 21, 16, 16, 3), ("one", "two"), ((0, 21),) * 2, table=MediaTable(window=2))
+    assert_same(clip_entries(encoders, media, order), [clip_entries(encoders, one, order)[0] for one in media.singly()])
+
+
+def test_pictures_encoded_together_equal_those_encoded_alone(encoders: MediaEncoders) -> None:
+    media = MediaBatch(
+        noise(2, 1, 16, 32, 3),
+        ("one", "two"),
+        ((0, 1),) * 2,
+        (noise(2, 1, 16, 32, 4, seed=1), noise(2, 1, 16, 32, 3, seed=2)),
+        noise(2, 16, 32, seed=3),
+        MediaTable("data.toml", "image", has_control=True, clean_indices=(0, 10)),
+    )
+    together = picture_entries(encoders, media, OneFrame())
+    assert together[0][0].tensors["latents_clean"].shape == (16, 3, 2, 4)
+    assert_same(together, [picture_entries(encoders, one, OneFrame())[0] for one in media.singly()])
+
+
+def assert_same(items: list[list[CacheEntry]], others: list[list[CacheEntry]]) -> None:
+    for entries, alone in zip(items, others, strict=True):
+        for entry, other in zip(entries, alone, strict=True):
+            assert (entry.section, entry.grid, entry.tensors.keys()) == (other.section, other.grid, other.tensors.keys())
+            for name, tensor in entry.tensors.items():
+                # float32: a batch sums in another order
+                torch.testing.assert_close(tensor, other.tensors[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+# Masks
+
+
+def test_what_is_hidden_has_no_latents() -> None:
+    alpha = torch.zeros(2, 32, 48, dtype=torch.uint8)
+    alpha[1, :, 24:] = 255
+    latents = masked(torch.ones(2, 16, 1, 4, 6), alpha)
+    assert latents.shape == (2, 16, 1, 4, 6)
+    assert not latents[0].any()
+    # Lanczos swings beside the edge: by a step of 255 where it is two latents away
+    assert latents[1, ..., :2].abs().max() <= 2 / 255
+    assert (1 - latents[1, ..., -2:]).abs().max() <= 2 / 255
+    assert torch.equal(latents, latents[:, :1].expand_as(latents))
+
+
+def test_a_mask_of_another_shape_is_cropped_to_what_covers_the_latents() -> None:
+    mask = torch.full((80, 20), 51, dtype=torch.uint8)
+    mask[:10] = mask[70:] = 255  # further from the square in the middle than Lanczos reaches
+    assert torch.equal(latent_mask(mask, 4, 4), torch.full((4, 4), 0.2))

@@ -1,0 +1,129 @@
+"""Samples of a FramePack training: they are what the generation script makes of the LoRA, and say what they cannot be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from frame_pack.family import FramePack
+from frame_pack.files import FramePackFiles
+from modules.records import Placement
+from networks import lora_framepack
+from tests.faults.messages import assert_one_message, run_here
+from tests.frame_pack.projects import CPU, OUTPUT, ProjectOf, generated_latents, sample_latents, train
+from tests.parity.reference import relative_error
+
+NEAR = 1e-4  # of the largest value, float32: the LoRA is beside the weights in one, in them in the other
+
+
+@pytest.fixture(scope="module")
+def lora(project_of: ProjectOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA with an effect; the transformers of all variants are the same."""
+    family = FramePack(FramePackFiles(project_of("framepack")[1] / "model" / "dit.safetensors"))
+    network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, family.load_dit(Placement(CPU)))
+    generator = torch.Generator().manual_seed(3)
+    drawn = {
+        name: torch.randn(tensor.shape, generator=generator) * 0.1 if tensor.ndim == 2 else tensor
+        for name, tensor in network.state_dict().items()
+    }
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    save_file(drawn, path)
+    return path
+
+
+SLOW = pytest.mark.slow  # a training and a generation each; one of them goes with every change
+
+
+@pytest.mark.parametrize(
+    "name", ["framepack", pytest.param("framepack f1", marks=SLOW), pytest.param("framepack one frame", marks=SLOW)]
+)
+def test_latents_of_a_sample_equal_those_of_the_generation_script(
+    name: str, project_of: ProjectOf, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sections, or a picture with two control images of which one is transparent."""
+    family, folder = project_of(name)
+    monkeypatch.chdir(folder)
+
+    (sample,) = sample_latents(family, lora, family.sample_line, tmp_path)
+    expected = generated_latents(family, lora, tmp_path / "made")
+    assert sample.shape == expected.shape
+    assert relative_error(sample, expected) <= NEAR
+    if name == "framepack":
+        assert relative_error(sample, generated_latents(family, lora, tmp_path / "weak", "--lora_multiplier", "0")) > 0.01
+
+
+@pytest.mark.parametrize("name", ["framepack"])
+def test_frames_decide_about_sections_and_the_flow_shift_of_a_line_does_not_count(
+    name: str, project_of: ProjectOf, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    family, folder = project_of(name)
+    monkeypatch.chdir(folder)
+    line = "a cat --w 32 --h 32 --d 7 --s 1 --i start.png"
+
+    made = sample_latents(family, lora, f"{line} --f 12\n{line} --f 9 --fs 3\n{line} --f 4 --fs 3\n{line}", tmp_path)
+
+    assert [latents.shape[2] for latents in made] == [3, 3]  # 12 frames are rounded down to two sections of 4 behind the first
+    assert torch.equal(*made)
+    assert caplog.text.count("the flow shift (--fs) is ignored") == 1
+    assert caplog.text.count("1 frames are less than a section") == 2
+    assert "prompt 2 is skipped" in caplog.text
+    assert "prompt 3 is skipped" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["framepack one frame"])
+def test_a_line_without_of_is_a_picture_by_default(
+    name: str, project_of: ProjectOf, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, folder = project_of(name)
+    monkeypatch.chdir(folder)
+    Image.new("RGBA", (32, 32), (200, 100, 50, 0)).save(tmp_path / "nothing.png")
+    line = "a cat --w 32 --h 32 --d 7 --s 1 --i start.png"
+    controls = f"--ci start.png --ci {tmp_path / 'nothing.png'}"
+
+    silent, default, other, transparent, black = sample_latents(
+        family,
+        lora,
+        "\n".join(
+            [
+                f"{line} --ci start.png",
+                f"{line} --ci start.png --of default",
+                f"{line} --ci start.png --of target_index=5",
+                f"{line} {controls} --of no_post,control_index=0;2",
+                f"{line} --ci start.png --of default",
+            ]
+        ),
+        tmp_path,
+    )
+
+    assert silent.shape == (1, 16, 1, 4, 4)
+    assert torch.equal(silent, default)
+    assert not torch.equal(silent, other)
+    # a control without anything that is seen is the black frame that stands behind the controls by default, at window + 1
+    assert torch.equal(transparent, black)
+
+
+@pytest.mark.parametrize("left_out", ["--image_encoder", "--vae", "--text_encoder1", "--text_encoder2"])
+def test_an_encoder_that_samples_need_is_asked_for_before_anything_is_loaded(
+    left_out: str, project_of: ProjectOf, tmp_path: Path
+) -> None:
+    family, folder = project_of("framepack")
+    place = family.train.index(left_out)
+    command = family.train[:place] + family.train[place + 2 :]
+    (tmp_path / "prompts.txt").write_text(family.sample_line, encoding="utf-8")
+    samples = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 1)
+
+    words = (*command, *OUTPUT, "--output_dir", tmp_path, "--max_train_steps", 1, *samples)
+    code, said = run_here(*words, folder=folder)
+
+    assert_one_message(code, said, f"{left_out} is missing", remedy=False)
+    assert "Loading" not in said
+    assert "VAE:" not in said
+
+
+def test_both_kinds_of_order_at_once_are_said_not_to_go_together(project_of: ProjectOf, tmp_path: Path) -> None:
+    family, folder = project_of("framepack one frame")
+    _, said = train(folder, family, tmp_path, "--f1")
+    assert "--f1 is ignored because --one_frame is given" in said
+    assert load_file(tmp_path / "lora.safetensors")

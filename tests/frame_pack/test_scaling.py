@@ -1,0 +1,105 @@
+"""What scales positions and texts in the FramePack transformer: from the command line to what it computes."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frame_pack.family import HISTORY, FramePack, family_for_generation
+from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
+from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
+from modules.errors import OptionError
+from modules.options import read_options
+from modules.records import Conditions, Placement
+from tests.frame_pack.making import tiny_inputs, tiny_model
+from tests.tiny.framepack_dit import tiny_state, write_dit
+
+INPUTS = tiny_inputs((7,))
+NAMES = {"llama_vec": "llama", "llama_attention_mask": "llama_mask", "clip_l_pooler": "clip_l"}
+NAMES |= {name: latents for name, (latents, _) in HISTORY.items()}
+CONDITIONS: Conditions = {ours: INPUTS[theirs] for ours, theirs in NAMES.items()} | {
+    name: value for name, value in INPUTS.items() if name in ("guidance", "image_embeddings") or name.endswith("indices")
+}
+
+
+def options(*words: str) -> FramePackGenerationOptions:
+    parser = argparse.ArgumentParser()
+    add_generation_arguments(parser)
+    return read_options(FramePackGenerationOptions, parser.parse_args(list(words)))
+
+
+def velocity(family: FramePack, dit: nn.Module, timestep: float, guidance: torch.dtype = torch.float32) -> Tensor:
+    conditions = {**CONDITIONS, "guidance": INPUTS["guidance"].to(guidance)}
+    return family.predict(dit, INPUTS["noisy"], torch.tensor([timestep]), conditions)
+
+
+def scaled(dit: nn.Module, timestep: float, factor: float, guidance: torch.dtype = torch.float32) -> Tensor:
+    given: dict[str, Any] = INPUTS | {"timesteps": torch.tensor([timestep]), "guidance": INPUTS["guidance"].to(guidance).float()}
+    return dit(**given, position_scale=factor)
+
+
+def test_positions_are_scaled_from_the_threshold_on() -> None:
+    family, dit = family_for_generation(options("--rope_scaling_timestep_threshold", "800")), tiny_model()
+
+    assert torch.equal(velocity(family, dit, 799.0), scaled(dit, 799.0, 1.0))
+    assert torch.equal(velocity(family, dit, 800.0), scaled(dit, 800.0, 0.5))
+    assert not torch.equal(scaled(dit, 800.0, 0.5), scaled(dit, 800.0, 1.0))
+    family = family_for_generation(options("--rope_scaling_timestep_threshold", "800", "--rope_scaling_factor", "0.7"))
+    assert torch.equal(velocity(family, dit, 900.0), scaled(dit, 900.0, 0.7))
+
+
+def test_the_timestep_that_the_model_is_fed_decides() -> None:
+    family, dit = family_for_generation(options("--rope_scaling_timestep_threshold", "800")), tiny_model()
+    # bfloat16 has steps of 4 there: 799 becomes 800
+    assert torch.equal(velocity(family, dit, 799.0, torch.bfloat16), scaled(dit, 800.0, 0.5, torch.bfloat16))
+
+
+def test_without_a_threshold_nothing_is_scaled() -> None:
+    dit = tiny_model()
+    assert torch.equal(velocity(family_for_generation(options()), dit, 1000.0), scaled(dit, 1000.0, 1.0))
+
+
+def test_a_factor_without_a_threshold_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    options("--rope_scaling_factor", "0.7", "--rope_scaling_timestep_threshold", "800")
+    assert not caplog.text
+    options("--rope_scaling_factor", "0.7")
+    assert "--rope_scaling_factor 0.7 is ignored" in caplog.text
+
+
+def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state())
+    family = family_for_generation(options("--dit", str(path), "--te_multiplier", "1.3", "0.7"))
+    expected = tiny_model()
+    plain = expected(**INPUTS)
+    multiply_text(expected, FRAMEPACK_REFINER, 1.3, 0.7)
+
+    found = family.load_dit(Placement(torch.device("cpu")))(**INPUTS)
+
+    assert torch.equal(found, expected(**INPUTS))
+    assert not torch.equal(found, plain)
+    unchanged = replace(family, text_multipliers=None).load_dit(Placement(torch.device("cpu")))
+    assert torch.equal(unchanged(**INPUTS), plain)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--te_multiplier", "much", "1"), "--te_multiplier much 1: give two numbers"),
+        (("--rope_scaling_factor", "0"), "--rope_scaling_factor 0.0: give a number above 0"),
+        (("--rope_scaling_factor", "nan"), "--rope_scaling_factor nan"),
+        (("--rope_scaling_timestep_threshold", "-5"), "--rope_scaling_timestep_threshold -5: give a timestep from 0 to 1000"),
+        (("--rope_scaling_timestep_threshold", "1001"), "--rope_scaling_timestep_threshold 1001: give a timestep"),
+    ],
+)
+def test_what_is_no_factor_is_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        options(*words)
+
+
+def test_empty_settings_of_a_picture_are_refused_rather_than_made_a_video() -> None:
+    with pytest.raises(OptionError, match="--one_frame_inference is empty: give default for a picture"):
+        options("--one_frame_inference", " ")

@@ -1,0 +1,310 @@
+"""FramePack's text encoders against transformers, in every layout of their files."""
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from frame_pack.family import family_for_generation
+from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
+from frame_pack.text_encoders import TEXT_ROWS, FramePackClip, FramePackLlama
+from hunyuan_model.text_encoders import VIDEO_TEMPLATE
+from modules.dry_run import dry_run, largest, modules_in, place
+from modules.errors import CheckpointError
+from modules.options import read_options
+from modules.records import Prompt
+from tests.frame_pack.texts_there import KEPT_TOKENS, TextsThere, template_there
+from tests.tiny.hunyuan_encoders import (
+    CLIP_DIM,
+    CLIP_VOCABULARY,
+    LLAMA_VOCABULARY,
+    LLM_DIM,
+    clip_text_layouts,
+    clip_text_tensors,
+    llama_layouts,
+    llama_tensors,
+    save,
+    save_sharded,
+    write_clip_tokenizer,
+    write_comfy_text_encoders,
+    write_llama_tokenizer,
+    write_text_encoders,
+)
+
+CPU = torch.device("cpu")
+LONG = "the rabbit runs through tall grass " * 60
+PROMPTS = (
+    "a rabbit in the grass, 1024 x 576",
+    "",
+    "\n  The SUN rises — über den Hügeln {}; don't   blink\t",
+    "日本 🐇",
+    LONG,
+)
+SYSTEMS = (
+    "Describe the picture in one word.",
+    "",
+    "Name {} and {0} first;\n\nthen <|eot_id|> 日本",
+    "Describe the grass. " * 90,  # longer than what is kept of a prompt
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release")
+    write_text_encoders(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def there(folder: Path) -> TextsThere:
+    return TextsThere(folder)
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def rounded(request: pytest.FixtureRequest, folder: Path) -> TextsThere:
+    """In each dtype that one can choose."""
+    return TextsThere(folder, request.param)
+
+
+def encoded(encoder: FramePackLlama | FramePackClip, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+    encoder.load(CPU)
+    return [dict(found) for found in encoder.encode([Prompt(text) for text in prompts])]  # type: ignore[arg-type]
+
+
+def assert_text(found: dict[str, Tensor], states: Tensor) -> None:
+    """The states first, zeros behind them, and the mask says where they end.
+
+    Equal to the last bit: these are the same operations in the same order, over as many tokens.
+    """
+    rows, mask = found["llama_vec"], found["llama_attention_mask"]
+    assert rows.shape == (TEXT_ROWS, LLM_DIM)
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, torch.arange(512) < len(states))
+    torch.testing.assert_close(rows[: len(states)], states, rtol=0, atol=0)
+    assert not rows[len(states) :].any()
+
+
+def test_states_are_those_of_the_prompts_own_tokens(folder: Path, rounded: TextsThere) -> None:
+    counts = set()
+    for prompt, found in zip(PROMPTS, encoded(FramePackLlama(folder, rounded.dtype), PROMPTS), strict=True):
+        assert_text(found, rounded.llama_vec(prompt))
+        counts.add(int(found["llama_attention_mask"].sum()))
+    assert min(counts) == 1  # the end of the empty prompt
+    assert max(counts) == KEPT_TOKENS  # of the one that is too long
+
+
+def test_clips_vector_is_its_pooled_state(folder: Path, rounded: TextsThere) -> None:
+    prompts = [*PROMPTS, "a rabbit <|endoftext|> and a dog"]
+    for prompt, found in zip(prompts, encoded(FramePackClip(folder, rounded.dtype), prompts), strict=True):
+        assert found["clip_l_pooler"].shape == (CLIP_DIM,)
+        torch.testing.assert_close(found["clip_l_pooler"], rounded.clip_l_pooler(prompt), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=range(len(SYSTEMS)))
+def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
+    folder: Path, there: TextsThere, system: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    usual = encoded(FramePackLlama(folder, torch.float32), PROMPTS)
+    own = encoded(FramePackLlama(folder, torch.float32, system_prompt=system), PROMPTS)
+    for prompt, found, before in zip(PROMPTS, own, usual, strict=True):
+        assert_text(found, there.llama_vec(prompt, system))
+        assert torch.equal(found["llama_attention_mask"], before["llama_attention_mask"])  # the prompt's tokens are the same
+        assert not torch.allclose(found["llama_vec"], before["llama_vec"], rtol=0.1)  # but they come after other words
+    counted = len(there.tokenizer(template_there(system)[0]).input_ids)
+    assert f"system prompt: {system} ({counted} tokens before the prompt" in caplog.text
+    assert "cut in the wrong place" not in caplog.text
+
+
+def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path) -> None:
+    usual, own = FramePackLlama(folder), FramePackLlama(folder, system_prompt=VIDEO_TEMPLATE.system)
+    assert own.identity == usual.identity
+    for found, expected in zip(encoded(own, PROMPTS), encoded(usual, PROMPTS), strict=True):
+        assert torch.equal(found["llama_vec"], expected["llama_vec"])
+
+
+@pytest.mark.parametrize("told", [None, "Describe.", ""])
+def test_the_option_of_the_generation_script_reaches_the_language_model(folder: Path, told: str | None) -> None:
+    parser = argparse.ArgumentParser()
+    add_generation_arguments(parser)
+    more = [] if told is None else ["--custom_system_prompt", told]
+    args = parser.parse_args(["--text_encoder1", str(folder), "--text_encoder2", str(folder), *more])
+    llama, clip = family_for_generation(read_options(FramePackGenerationOptions, args)).text_encoders()
+    assert llama.identity == FramePackLlama(folder, system_prompt=told).identity
+    assert clip.identity == FramePackClip(folder).identity
+
+
+def test_identity_follows_all_that_an_output_depends_on(folder: Path) -> None:
+    identities = [
+        dict(encoder.identity)
+        for encoder in (
+            FramePackLlama(folder),
+            FramePackLlama(folder, torch.bfloat16),
+            FramePackLlama(folder, system_prompt="Describe."),
+            FramePackLlama(folder, system_prompt=""),
+            FramePackLlama(folder, in_fp8=True),
+            FramePackClip(folder),
+            FramePackClip(folder, torch.bfloat16),
+        )
+    ]
+    assert all(one != other for index, one in enumerate(identities) for other in identities[:index])
+    assert dict(FramePackLlama(folder / "text_encoder").identity) == identities[0]
+    assert dict(FramePackClip(folder / "text_encoder_2").identity) == identities[5]
+
+
+def test_a_prompts_conditions_do_not_depend_on_its_neighbours(folder: Path) -> None:
+    for kind in (FramePackLlama, FramePackClip):
+        encoder = kind(folder, torch.float16)
+        together = encoded(encoder, PROMPTS)
+        for prompt, found in zip(PROMPTS, together, strict=True):
+            (alone,) = encoded(encoder, [prompt])
+            assert all(torch.equal(alone[key], found[key]) for key in encoder.keys)
+        assert encoder.encode([]) == []
+
+
+def test_in_fp8_the_states_differ_and_stay_near(folder: Path, there: TextsThere) -> None:
+    for prompt, found in zip(PROMPTS, encoded(FramePackLlama(folder, torch.float32, in_fp8=True), PROMPTS), strict=True):
+        expected = there.llama_vec(prompt)
+        rows = found["llama_vec"][: len(expected)]
+        assert not found["llama_vec"][len(expected) :].any()
+        assert 1e-4 < (rows - expected).norm() / expected.norm() < 0.1  # weights that are off by 2.25 %
+
+
+def test_a_rehearsal_finds_the_networks_and_knows_how_long_a_text_is(folder: Path) -> None:
+    for encoder, heaviest in (
+        (FramePackLlama(folder), LLAMA_VOCABULARY * LLM_DIM),
+        (FramePackClip(folder), CLIP_VOCABULARY * CLIP_DIM),
+    ):
+        encoder.load(torch.device("meta"))
+        with dry_run() as ledger, torch.no_grad():
+            (network,) = modules_in(encoder)
+            place(network, ledger)
+            (found,) = encoder.encode([Prompt(PROMPTS[0])])
+        assert sum(largest(ledger.peaks)[1].values()) > 2 * heaviest  # float16: the table of tokens, and more
+        assert (
+            {key: (value.shape, value.dtype) for key, value in found.items()}
+            == {  # type: ignore[union-attr]
+                key: (value.shape, value.dtype) for key, value in encoded(type(encoder)(folder), PROMPTS[:1])[0].items()
+            }
+        )
+        if "llama_attention_mask" in found:
+            assert int(found["llama_attention_mask"].sum()) > 5  # type: ignore[union-attr]
+
+
+def test_outputs_have_the_keys_they_are_announced_with_and_memory_of_their_own(folder: Path) -> None:
+    for encoder in (FramePackLlama(folder), FramePackClip(folder)):
+        for found in encoded(encoder, PROMPTS[:2]):
+            assert set(found) == encoder.keys
+            assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in found.values())
+        assert not encoder.variable_length
+
+
+def test_free_gives_the_encoder_up_and_load_brings_it_back(folder: Path) -> None:
+    for encoder in (FramePackLlama(folder, torch.float32), FramePackClip(folder, torch.float32)):
+        (first,) = encoded(encoder, PROMPTS[:1])
+        encoder.free()
+        encoder.free()
+        with pytest.raises(AssertionError, match=r"load\(\) comes first"):
+            encoder.encode([Prompt("a")])
+        (again,) = encoded(encoder, PROMPTS[:1])
+        assert all(torch.equal(again[key], first[key]) for key in first)
+
+
+# file layouts: each gives the two paths
+
+
+def in_one_file(folder: Path) -> tuple[Path, Path]:
+    """ComfyUI's files, tokenizers in folders beside them."""
+    files = write_comfy_text_encoders(folder)
+    return files["text_encoder1"], files["text_encoder2"]
+
+
+def alone_in_folders(folder: Path) -> tuple[Path, Path]:
+    """Folders of the bare models, tokenizers inside."""
+    save(folder / "llama" / "model.safetensors", llama_layouts(llama_tensors())["bare"])
+    save(folder / "clip" / "model.safetensors", clip_text_layouts(clip_text_tensors())["text"])
+    write_llama_tokenizer(folder / "llama")
+    write_clip_tokenizer(folder / "clip")
+    return folder / "llama", folder / "clip"
+
+
+def first_of_split_files(folder: Path) -> tuple[Path, Path]:
+    """The first shard of several, as the community's copy is split."""
+    save_sharded(folder / "text_encoder", llama_layouts(llama_tensors())["bare"])
+    save_sharded(folder / "text_encoder_2", clip_text_layouts(clip_text_tensors())["text"])
+    write_llama_tokenizer(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer_2")
+    first = [sorted((folder / name).glob("*-00001-of-*"))[0] for name in ("text_encoder", "text_encoder_2")]
+    return first[0], first[1]
+
+
+def snapshot(folder: Path) -> tuple[Path, Path]:
+    """The snapshot that the hub's library keeps of a whole release: links to files that are named by their content."""
+    release, blobs = folder / "snapshots" / "0123abcd", folder / "blobs"
+    first_of_split_files(release)
+    blobs.mkdir()
+    for index, file in enumerate([path for path in sorted(release.rglob("*")) if path.is_file()]):
+        file.symlink_to(shutil.move(file, blobs / f"{index:064x}"))
+    return release, release
+
+
+def first_file_of_a_snapshot(folder: Path) -> tuple[Path, Path]:
+    release, _ = snapshot(folder)
+    return next(release.glob("text_encoder/*-00001-of-*")), next(release.glob("text_encoder_2/*-00001-of-*"))
+
+
+def of_hunyuan(folder: Path) -> tuple[Path, Path]:
+    """HunyuanVideo's own folder of everything, tokenizers beside the weights."""
+    write_text_encoders(folder)
+    return folder, folder
+
+
+LAYOUTS = (in_one_file, alone_in_folders, first_of_split_files, snapshot, first_file_of_a_snapshot, of_hunyuan)
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_every_layout_gives_the_same(write: Callable[[Path], tuple[Path, Path]], tmp_path: Path, there: TextsThere) -> None:
+    """None of them is told where its tokenizers are, nor may it ask the hub."""
+    first, second = write(tmp_path)
+    (llama,) = encoded(FramePackLlama(first, torch.float32), PROMPTS[:1])
+    (clip,) = encoded(FramePackClip(second, torch.float32), PROMPTS[:1])
+    assert_text(llama, there.llama_vec(PROMPTS[0]))
+    assert torch.equal(clip["clip_l_pooler"], there.clip_l_pooler(PROMPTS[0]))
+
+
+def test_tokenizers_that_are_named_come_first(tmp_path: Path, there: TextsThere) -> None:
+    files = write_comfy_text_encoders(tmp_path)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.move(tmp_path / name, tmp_path / "elsewhere" / name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text("{}", encoding="utf-8")  # not to be looked at
+    elsewhere = tmp_path / "elsewhere"
+    (llama,) = encoded(FramePackLlama(files["text_encoder1"], torch.float32, elsewhere / "tokenizer"), PROMPTS[:1])
+    (clip,) = encoded(FramePackClip(files["text_encoder2"], torch.float32, elsewhere / "tokenizer_2"), PROMPTS[:1])
+    assert_text(llama, there.llama_vec(PROMPTS[0]))
+    assert torch.equal(clip["clip_l_pooler"], there.clip_l_pooler(PROMPTS[0]))
+
+
+def test_the_other_ones_file_is_refused_by_name(folder: Path) -> None:
+    for encoder, message in (
+        (FramePackLlama(folder / "text_encoder_2"), r"a Llama language model.*--text_encoder1"),
+        (FramePackClip(folder / "text_encoder"), r"a CLIP text encoder.*--text_encoder2"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"(?s){message}"):
+            _ = encoder.identity  # which caching asks for before it loads anything
+
+
+def test_rotary_frequencies_of_a_later_llama_are_refused(tmp_path: Path) -> None:
+    write_text_encoders(tmp_path)
+    file = tmp_path / "text_encoder" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="rotary frequencies of type llama3"):
+        _ = FramePackLlama(tmp_path).identity

@@ -1,0 +1,166 @@
+"""Plans of FramePack's generation: what a section is predicted to take is what it counts when it really runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blissful_tuner.guidance import make_guidance
+from fpack_generate_video import DEFAULTS
+from frame_pack.family import LATENT, FramePack, family_for_generation
+from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
+from generation.denoise import predictor
+from generation.memory import largest_requests, predict_largest, rehearse_decoding, rehearse_denoising, resolved
+from generation.noise import SeededNoise
+from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.sections import on_device
+from modules.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
+from modules.errors import MemoryPlanError
+from modules.memory_plan import GIB, Part, Room
+from modules.options import read_options
+from modules.planned_kernels import PlannedKernels
+from modules.records import EncodedPrompts, MediaEncoders, Placement, Request
+from tests.manifests import tensor_list, write_hollow
+from tests.tiny.framepack import write_tiny_framepack
+from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
+from tests.tiny.project import write_image
+
+ROWS, COLUMNS, SECTIONS = 8, 12, 2
+
+
+def text(tokens: int) -> dict[str, Any]:
+    return {
+        "llama_vec": torch.zeros(32, CONFIG.text_dim, dtype=torch.float16),
+        "llama_attention_mask": torch.arange(32) < tokens,
+        "clip_l_pooler": torch.zeros(CONFIG.pooled_dim, dtype=torch.float16),
+    }
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--f1",), ("--rope_scaling_timestep_threshold", "900", "--guidance_rescale", "0.5")],
+    ids=["anti-drifting", "f1", "scaled"],
+)
+def test_denoising_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...]) -> None:
+    path = write_dit(tmp_path, tiny_state(dtype=torch.bfloat16, double_blocks=5, single_blocks=6))
+    parser = generation_parser("", DEFAULTS)
+    add_generation_arguments(parser)
+    args = read_arguments(parser, ["--dit", str(path), "--prompt", "x", "--save_path", str(tmp_path / "out"), *more])
+    options = read_options(GenerationOptions, args)
+    family = family_for_generation(read_options(FramePackGenerationOptions, args))
+    request = Request("x", 0, 8 * COLUMNS, 8 * ROWS, 4 * 9 * SECTIONS + 1, 4, 5.0, 10.0, 3.0, "unipc-bh1", 30.0, "y")
+    encoded = {index: EncodedPrompts(text(20), text(11)) for index in range(SECTIONS)}
+    image = {"image_embeddings": torch.zeros(1, 7, CONFIG.image_dim), "start_latents": torch.zeros(1, 16, 1, ROWS, COLUMNS)}
+    inputs = dict.fromkeys(range(SECTIONS), image)
+
+    phase, most = rehearse_denoising(family, options, request, encoded, inputs, Part("more", 0))
+
+    dit = family.load_dit(Placement(HOST)).requires_grad_(False)
+    section = on_device(next(family.sections(request, encoded, inputs, SeededNoise(0, HOST))), HOST)
+    given = [section.noise, *(tensor for tensor in section.positive.values() if torch.is_tensor(tensor))]
+    given += [tensor for tensor in (section.negative or {}).values() if torch.is_tensor(tensor)]
+    with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():
+        for tensor in dit.parameters():
+            ledger.see(tensor, WEIGHTS)
+        for tensor in given:
+            ledger.see(tensor)
+        predict = predictor(family, lambda _: dit, section.noise, 1000.0, options.split_uncond)
+        make_guidance(request, options.guidance, 4)(0, predict, section)
+        real = max(sum(moment.values()) for moment in ledger.peaks.values())
+    assert phase(0).device == pytest.approx(real, rel=0.02)
+    assert most == 4  # both lists keep a block: 2 and 5 are swapped
+    assert phase(most).device < phase(0).device
+
+
+def made_for(folder: Path, *more: str) -> tuple[FramePack, GenerationOptions]:
+    """A tiny family with all its files, and the options of a run on it."""
+    files = write_tiny_framepack(folder / "models")
+    parser = generation_parser("", DEFAULTS)
+    add_generation_arguments(parser)
+    args = read_arguments(parser, [*files.models, "--latent_window_size", "2", "--save_path", str(folder / "out"), *more])
+    return family_for_generation(read_options(FramePackGenerationOptions, args)), read_options(GenerationOptions, args)
+
+
+def made_for_lines(tmp_path: Path) -> tuple[FramePack, GenerationOptions]:
+    """A long video of small frames, a short one of large frames, and one that is the least in both."""
+    write_image(tmp_path / "start.png", 32, 32)
+    large, long, least = "a --w 64 --h 64 --vs 2", "a --w 32 --h 32 --vs 12", "a --w 32 --h 32 --vs 1"
+    (tmp_path / "lines.txt").write_text("\n".join([least, long, large]), encoding="utf-8")
+    return made_for(tmp_path, "--from_file", str(tmp_path / "lines.txt"), "--image_path", str(tmp_path / "start.png"))
+
+
+def test_of_many_lines_those_may_take_most_that_are_largest_or_longest(tmp_path: Path) -> None:
+    requests = largest_requests(*made_for_lines(tmp_path))
+    assert [request.size for request in requests] == [(32, 32, 97), (64, 64, 17)]
+
+
+@pytest.mark.slow
+def test_the_largest_frames_take_most_and_not_the_longest_video(tmp_path: Path) -> None:
+    family, options = made_for_lines(tmp_path)
+    request, _ = predict_largest(family, options, largest_requests(family, options), HOST)
+    assert request.size == (64, 64, 17)
+
+
+def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path) -> None:
+    """Images come with the lines; auto has to know before."""
+    room = Room("some GPU", 8 * GIB, 8 * GIB)
+    family, options = made_for(tmp_path, "--interactive")
+    assert resolved(family, options, HOST, room) == (options, None)
+
+    family, options = made_for(tmp_path, "--interactive", "--blocks_to_swap", "auto")
+    with pytest.raises(MemoryPlanError, match=r"--interactive: the command line .* --image_path is missing"):
+        resolved(family, options, HOST, room)
+
+
+@pytest.mark.slow
+def test_at_full_size_a_section_fits_a_card_of_6_gb(tmp_path: Path) -> None:
+    """640x640, which the model was trained for; of 5.6 GiB CUDA itself takes about 0.6."""
+    path = tmp_path / "dit.safetensors"
+    write_hollow(path, {name: ("BF16", shape) for name, (_, shape) in tensor_list("framepack-dit").items()})
+    parser = generation_parser("", DEFAULTS)
+    add_generation_arguments(parser)
+    found = {}
+    for more in ((), ("--fp8_scaled",)):
+        args = read_arguments(parser, ["--dit", str(path), "--prompt", "x", "--save_path", str(tmp_path / "out"), *more])
+        family = family_for_generation(read_options(FramePackGenerationOptions, args))
+        request = Request("x", 0, 640, 640, 145, 25, 1.0, 10.0, 7.0, "unipc-bh1", 30.0, "")
+        words = {"llama_vec": torch.zeros(512, 4096), "llama_attention_mask": torch.arange(512) < 200}
+        encoded = EncodedPrompts({**words, "clip_l_pooler": torch.zeros(768)})
+        inputs = {"image_embeddings": torch.zeros(1, 729, 1152), "start_latents": torch.zeros(1, 16, 1, 80, 80)}
+        options, sections = read_options(GenerationOptions, args), range(4)
+        phase, most = rehearse_denoising(
+            family, options, request, dict.fromkeys(sections, encoded), dict.fromkeys(sections, inputs), Part("cuBLAS", 32 << 20)
+        )
+        assert most == 38
+        found[more] = [round(phase(count).device / GIB, 1) for count in (0, 36, 38)]
+    path.unlink()
+    assert found[()] == pytest.approx([25.5, 4.4, 4.1], abs=0.2)
+    assert found["--fp8_scaled",] == pytest.approx([17.1, 3.6, 3.5], abs=0.2)
+
+
+class Decoding:
+    """As much of a family as decoding needs; it yields chunks of so many frames."""
+
+    latent = LATENT
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes, self.made = sizes, 0
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        return MediaEncoders(None)
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        for size in self.sizes:
+            self.made += 1
+            yield torch.empty(1, 3, size, 8, 8, device=ACCELERATOR)
+
+
+@pytest.mark.parametrize(("sizes", "made"), [((1, 4, 4, 4, 4, 4), 4), ((40, 36, 36, 33), 1), ((1, 4), 2)])
+def test_of_a_video_no_more_is_decoded_than_shows_what_decoding_holds(sizes: tuple[int, ...], made: int) -> None:
+    """FramePack's pieces are two sections each; a long video has many."""
+    family: Any = Decoding(sizes)
+    rehearse_decoding(family, Request("x", 0, 64, 64, 145), Part("more", 0))
+    assert family.made == made

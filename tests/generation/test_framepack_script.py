@@ -1,0 +1,317 @@
+"""fpack_generate_video.py on a tiny FramePack, from the command line to files."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fpack_generate_video
+from frame_pack.files import saved_window
+from modules.errors import OptionError, UserError
+from modules.media import read_image, video_frames, write_png
+from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
+
+SIZE = ("--video_size", "32", "48", "--infer_steps", "2", "--device", "cpu")
+SAY = ("--prompt", "a cat", "--seed", 1, "--video_sections", 1)
+
+
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyFramePack:
+    return write_tiny_framepack(tmp_path_factory.mktemp("framepack"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder, random = tmp_path_factory.mktemp("pictures"), numpy.random.default_rng(1)
+    for name in ("start", "other"):
+        write_png(folder / f"{name}.png", random.integers(0, 256, (32, 48, 3), dtype=numpy.uint8))
+    return folder / "start.png", folder / "other.png"
+
+
+def run(folder: Path, files: TinyFramePack, *arguments: object, output: str = "latent") -> None:
+    words = ["--save_path", str(folder), *SIZE, *files.models, "--output_type", output, *map(str, arguments)]
+    fpack_generate_video.main(words)
+
+
+def latents(folder: Path, files: TinyFramePack, *arguments: object) -> dict[int, Tensor]:
+    """The latents that are left, by seed."""
+    run(folder, files, *arguments)
+    return {int(path.name.split("_")[1]): load_file(path)["latent"] for path in folder.glob("*_latent.safetensors")}
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_a_video_of_two_sections_is_the_same_every_time(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
+    start, _ = pictures
+    say = ("--prompt", "a cat", "--image_path", start, "--video_sections", 2)
+
+    first = latents(tmp_path / "a", files, *say, "--seed", 1)
+    again = latents(tmp_path / "b", files, *say, "--seed", 1)
+    other = latents(tmp_path / "c", files, *say, "--seed", 2)
+
+    assert first[1].shape == (16, 19, 4, 6)
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1][:, 1:], other[2][:, 1:])
+
+
+def test_f1_begins_with_the_start_image_too_and_is_another_video(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
+    start, _ = pictures
+    say = ("--prompt", "a cat", "--image_path", start, "--video_sections", 2, "--seed", 1)
+    usual, f1 = latents(tmp_path / "a", files, *say)[1], latents(tmp_path / "b", files, *say, "--f1")[1]
+    assert usual.shape == f1.shape
+    assert torch.equal(usual[:, 0], f1[:, 0])
+    assert not torch.allclose(usual[:, 1:], f1[:, 1:], atol=1e-3)
+
+
+def test_texts_images_and_the_end_act_on_their_sections(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
+    """In F1 the first section sees nothing of the second, so only the second changes; the first latent is the start image."""
+    start, other = pictures
+    say = ("--video_sections", 2, "--seed", 1, "--f1")
+    plain = latents(tmp_path / "a", files, *say, "--prompt", "a cat", "--image_path", start)[1]
+    text = latents(tmp_path / "b", files, *say, "--prompt", "a cat;;;1:a dog", "--image_path", start)[1]
+    image = latents(tmp_path / "c", files, *say, "--prompt", "a cat", "--image_path", f"{start};;;-1:{other}")[1]
+    for changed in (text, image):
+        assert torch.equal(changed[:, :10], plain[:, :10])
+        assert not torch.equal(changed[:, 10:], plain[:, 10:])
+
+
+def test_paddings_mean_nothing_to_f1(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    start, _ = pictures
+    say = (*SAY, "--image_path", start, "--latent_window_size", 1, "--latent_paddings", 3)
+    plain = latents(tmp_path / "a", files, *say)[1]
+    assert "is ignored" not in caplog.text
+    f1 = latents(tmp_path / "b", files, *say, "--f1")[1]
+    assert "--latent_paddings 3 is ignored because --f1 makes a video from its start on" in caplog.text
+    assert torch.equal(f1, latents(tmp_path / "c", files, *say[:-2], "--f1")[1])
+    assert not torch.equal(plain, latents(tmp_path / "d", files, *say[:-2])[1])
+
+
+def test_the_end_image_changes_the_video_and_not_its_beginning(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
+    start, other = pictures
+    plain = latents(tmp_path / "a", files, *SAY, "--image_path", start)[1]
+    ended = latents(tmp_path / "b", files, *SAY, "--image_path", start, "--end_image_path", other)[1]
+    assert torch.equal(plain[:, 0], ended[:, 0])
+    assert not torch.equal(plain[:, 1:], ended[:, 1:])
+
+
+def test_a_video_is_written_whole_and_can_be_decoded_again(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
+    start, _ = pictures
+    window = ("--latent_window_size", 2)
+    run(tmp_path / "a", files, *SAY, "--video_sections", 2, *window, "--image_path", start, output="both")
+    (video,), (saved,) = (tmp_path / "a").glob("*.mp4"), (tmp_path / "a").glob("*.safetensors")
+    frames = list(video_frames(video))
+    assert len(frames) == 17  # 4 * 2 * 2 + 1
+    assert metadata_of(saved)["bt_latent_window_size"] == "2"
+
+    # the window is in the file
+    fpack_generate_video.main(
+        ["--latent_path", str(saved), "--vae", str(files.vae), "--vae_dtype", "float32", "--save_path", str(tmp_path / "b")]
+    )
+
+    (again,) = (tmp_path / "b").glob(f"*_1_{saved.stem}.mp4")
+    # the same pixels but for the last bits of sums, which the encoder may round to another level
+    apart = [numpy.abs(ours.astype(int) - theirs) for ours, theirs in zip(frames, video_frames(again), strict=True)]
+    assert max(each.mean() for each in apart) < 0.5
+
+
+def test_decoding_at_once_makes_as_many_frames(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
+    start, _ = pictures
+    say = (*SAY, "--video_sections", 3, "--latent_window_size", 2, "--image_path", start)
+    for name, more in (("blended", ()), ("bulk", ("--bulk_decode",))):
+        run(tmp_path / name, files, *say, *more, output="video")
+    counts = [len(list(video_frames(next((tmp_path / name).glob("*.mp4"))))) for name in ("blended", "bulk")]
+    assert counts == [25, 25]
+
+
+def test_one_picture_is_a_png_beside_nothing_else(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    start, other = pictures
+    caplog.set_level("INFO")
+    for output, left in (("video", 1), ("images", 1), ("latent_images", 2)):
+        run(
+            tmp_path / output,
+            files,
+            *("--prompt", "a cat", "--seed", 1, "--image_path", start),
+            *("--one_frame_inference", "target_index=1,control_index=0;10,no_post,no_2x,no_4x"),
+            *("--control_image_path", start, other),
+            output=output,
+        )
+        (png,) = (tmp_path / output).glob("*_1_000.png")
+        assert len(list((tmp_path / output).iterdir())) == left
+        assert read_image(png).shape == (32, 48, 3)
+    assert caplog.text.count("48 x 32 (width x height), 1 frame, ") == 3
+    (saved,) = (tmp_path / "latent_images").glob("*.safetensors")
+    assert load_file(saved)["latent"].shape == (16, 1, 4, 6)
+    assert metadata_of(saved)["bt_one_frame"].startswith("target_index=1")
+    assert not any(str(start) in text for text in metadata_of(saved).values())
+
+
+def test_a_control_that_is_masked_out_is_as_one_that_is_black(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
+    start, other = pictures
+    write_png(tmp_path / "black.png", numpy.zeros((32, 48, 3), dtype=numpy.uint8))
+    say = ("--prompt", "a cat", "--seed", 1, "--image_path", start, "--one_frame_inference", "no_post")
+    masked = ("--control_image_path", other, "--control_image_mask_path", tmp_path / "black.png")
+    without = latents(tmp_path / "a", files, *say)[1]
+    assert torch.equal(latents(tmp_path / "b", files, *say, *masked)[1], without)
+    assert not torch.equal(latents(tmp_path / "c", files, *say, "--control_image_path", other)[1], without)
+
+
+def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
+    start, other = pictures
+    lines = [
+        f"a cat --d 1 --i {start} --f 1",  # seconds, in place of the sections of the command line
+        "a dog --d 2",  # the image of the command line
+        f"a dog --d 3 --of default --ci {start} --ci {other} --cim {start}",
+        f"a dog --d 4 --g 2 --n dull --ei {other} --vs 1",
+        "a dog --d 5 --i nothing.png",
+        f"0:a cat;;;-1:a dog --d 6 --of no_4x --f1 --i {other}",
+    ]
+    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
+    usual = ("--image_path", other, "--video_sections", 2, "--latent_window_size", 2)
+
+    with pytest.raises(UserError, match=r"1 of 6 failed:\s+line 5: OptionError: --image_path nothing.png: no such file"):
+        run(tmp_path / "file", files, "--from_file", tmp_path / "lines.txt", *usual)
+
+    made = {int(path.name.split("_")[1]): load_file(path)["latent"] for path in (tmp_path / "file").iterdir()}
+    singly: dict[int, tuple[object, ...]] = {
+        1: ("--prompt", "a cat", "--image_path", start, "--video_seconds", 1, "--latent_window_size", 2),
+        2: ("--prompt", "a dog", *usual),
+        3: (
+            *("--prompt", "a dog", *usual, "--one_frame_inference", "default"),
+            *("--control_image_path", start, other, "--control_image_mask_path", start),
+        ),
+        4: (
+            *("--prompt", "a dog", *usual, "--video_sections", 1, "--end_image_path", other),
+            *("--guidance_scale", 2, "--negative_prompt", "dull"),
+        ),
+        6: ("--prompt", "a cat", *usual, "--one_frame_inference", "no_4x"),
+    }
+    assert made.keys() == singly.keys()
+    for seed, say in singly.items():
+        assert torch.equal(made[seed], latents(tmp_path / str(seed), files, "--seed", seed, *say)[seed]), seed
+
+
+def test_interactive_goes_on_behind_a_line_that_fails(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, _ = pictures
+    lines = iter([f"a cat --d 1 --vs 1 --i {start}", "a dog --d 2", f"a dog --d 3 --of default --i {start}"])
+
+    def answer(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    run(tmp_path, files, "--interactive", "--latent_window_size", 2)
+    assert sorted(int(path.name.split("_")[1]) for path in tmp_path.iterdir()) == [1, 3]
+
+
+def test_guidance_and_its_rescaling_change_the_video(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
+    start, _ = pictures
+    say = ("--prompt", "a cat", "--seed", 1, "--image_path", start, "--one_frame_inference", "default")
+    guide = ("--guidance_scale", 3, "--negative_prompt", "dull")
+    found = [
+        latents(tmp_path / str(index), files, *say, *more)[1]
+        for index, more in enumerate([(), guide, (*guide, "--guidance_rescale", 0.7)])
+    ]
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+    assert not torch.allclose(found[1], found[2], atol=1e-3)
+
+
+def test_the_metadata_says_how_it_was_made(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
+    start, _ = pictures
+    run(tmp_path, files, *SAY, "--image_path", start, "--f1", "--latent_window_size", 2)
+    (path,) = tmp_path.iterdir()
+    found = metadata_of(path)
+    assert (found["bt_model_type"], found["bt_embedded_cfg_scale"], found["bt_fps"]) == ("framepack", "10.0", "30")
+    assert (found["bt_video_sections"], found["bt_video_length"], found["bt_f1"]) == ("1", "9", "True")
+    assert "bt_image_path" not in found
+
+
+def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack) -> None:
+    """Its names have no prefix."""
+    said = {"seeds": "77", "fps": "24", "latent_window_size": "2", "prompt": "a cat"}
+    save_file({"latent": torch.zeros(16, 5, 4, 6)}, tmp_path / "theirs.safetensors", said)
+    fpack_generate_video.main(
+        [
+            *("--latent_path", str(tmp_path / "theirs.safetensors"), "--vae", str(files.vae), "--container", "mkv"),
+            *("--save_path", str(tmp_path / "out"), "--device", "cpu", "--vae_dtype", "float32"),
+        ]
+    )
+    (video,) = (tmp_path / "out").iterdir()
+    assert "_77_theirs" in video.name
+    assert len(list(video_frames(video))) == 17
+
+
+@pytest.mark.parametrize(
+    "said", ["9" * 5000, "0", "-2", "2.0", "\u0662"], ids=["huge", "0", "negative", "no whole number", "other digits"]
+)
+def test_a_window_that_is_none_does_not_count(tmp_path: Path, said: str) -> None:
+    save_file({"latent": torch.zeros(1)}, tmp_path / "hostile.safetensors", {"bt_latent_window_size": said})
+    assert saved_window([tmp_path / "hostile.safetensors"], 9) == 9
+
+
+def test_saved_latents_with_different_windows_are_decoded_in_runs_of_their_own(tmp_path: Path, files: TinyFramePack) -> None:
+    for window in ("2", "4"):
+        said = {"bt_latent_window_size": window}
+        save_file({"latent": torch.zeros(16, 9, 4, 6)}, tmp_path / f"{window}.safetensors", said)
+    both = [str(tmp_path / "2.safetensors"), str(tmp_path / "4.safetensors")]
+    with pytest.raises(OptionError, match="sections of different lengths"):
+        fpack_generate_video.main(["--latent_path", *both, "--vae", str(files.vae), "--save_path", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--image_path is missing"),
+        (["--image_path", "3-1:a;;;0:b"], "--image_path: 3-1 is no range"),
+        (["--prompt", "3-1:a;;;0:b"], "--prompt: 3-1 is no range"),
+        (["--sample_solver", "dpm++"], r"--sample_solver dpm\+\+: FramePack is sampled with unipc only"),
+        (["--latent_window_size", "0"], "--latent_window_size 0"),
+        (["--latent_paddings", "1,x"], "--latent_paddings '1,x'"),
+        (["--video_size", "32", "40"], "--video_size 32 40"),
+        (["--preview_latent_every", "2"], "--preview_latent_every is not supported yet: "),
+        (["--preview_vae", "x"], "--preview_vae is not supported yet: "),
+        (["--prompt_wildcards", "x"], "--prompt_wildcards is not supported yet: "),
+        (["--optimized"], "--optimized is not supported yet: "),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], arguments: list[str], message: str
+) -> None:
+    image = ["--image_path", str(pictures[0])] if arguments else []
+    with pytest.raises(OptionError, match=message):
+        run(tmp_path, files, "--prompt", "a cat", *image, *arguments)
+
+
+def test_every_option_of_a_prompt_line_is_an_option_of_the_script(files: TinyFramePack) -> None:
+    described = json.loads((Path(__file__).parents[1] / "data" / "cli" / "fpack_generate_video.json").read_text(encoding="utf-8"))
+    known = {option["dest"] for option in described["options"]}
+    ours = {"video_size_width", "video_size_height", "flow_shift", "cfg_schedule"}  # two of one; newer; shared by all scripts
+    assert {option.key for option in fpack_generate_video.DEFAULTS.line_options.values()} <= known | ours

@@ -1,0 +1,360 @@
+"""A video that can be watched while it is made: what is final when, the files, errors, and where networks are meanwhile."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frame_pack.sections import section_frames
+from frame_pack.sections import video_frames as frames_of_video
+from generation.growing import growing, remove_parts, settled
+from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from generation.outputs import pixels_to_uint8
+from generation.run import generate
+from generation.sections import make_latents
+from generation.session import CPU, Session
+from modules.atomic_write import give_name
+from modules.errors import OutputError
+from modules.media import video_frames
+from modules.options import read_options
+from modules.records import EncodedPrompts, MediaEncoders, Piece, Placement, Request, Section
+from tests.generation.toy_family import WINDOW, ToyDit, ToyFamily, ToyVae
+from tests.held_memory import held_memory
+
+DEFAULTS = ScriptDefaults(fps=16, guidance_scale=1.0, in_sections=True, infer_steps=2)
+REQUEST = Request("cat", 3, 48, 32, None, 2, 1.0, None, 3.0, "unipc", 16.0)
+TEXTS = {0: EncodedPrompts({"letters": [torch.full((1, 1), 3.0)]})}
+ORDERS = pytest.mark.parametrize("backwards", [True, False], ids=["in front", "behind"])
+
+
+def options(folder: Path, *arguments: object) -> GenerationOptions:
+    parser = generation_parser(None, DEFAULTS)
+    common = ["--save_path", str(folder), "--device", "cpu", "--video_size", "32", "48", "--prompt", "cat", "--seed", "1"]
+    return read_options(GenerationOptions, read_arguments(parser, [*common, *map(str, arguments)]))
+
+
+def session(family: ToyFamily, device: str = "cpu", spare: int = 0, host: int | None = None) -> Session:
+    def load(expert: int) -> nn.Module:
+        return family.load_dit(Placement(torch.device(device)), expert)
+
+    return Session(family, torch.device(device), load, False, lambda _: spare, lambda: host)
+
+
+def pieces_of(family: ToyFamily) -> tuple[list[Piece], Tensor]:
+    """What each section but the last added, and the latents of the whole video."""
+    pieces: list[Piece] = []
+
+    def note(section: Section) -> None:
+        if section.made is not None:
+            pieces.append(section.made)
+
+    latents = make_latents(family, lambda _: ToyDit(), family.prepare(REQUEST), TEXTS, {0: {}}, CPU, on_section=note)
+    return pieces, latents
+
+
+def clip_of(family: ToyFamily, latents: Tensor) -> Tensor:
+    encoders = MediaEncoders(ToyVae([], {"vae": "cpu"}))
+    return torch.cat(list(family.decode(encoders, latents)), dim=2)
+
+
+def joined(pieces: list[Piece], family: ToyFamily) -> tuple[Tensor, Tensor]:
+    """The frames that are final after all pieces, and those that wait."""
+    shown: list[Tensor] = []
+    edge: Tensor | None = None
+    for piece in pieces:
+        final, edge = settled(edge, clip_of(family, piece.latents), piece.overlap, piece.in_front)
+        if final is not None:
+            shown = [final, *shown] if piece.in_front else [*shown, final]
+    assert edge is not None
+    return torch.cat(shown, dim=2), edge
+
+
+def test_what_grows_in_front_is_the_end_of_the_finished_video_to_the_bit() -> None:
+    family = ToyFamily(sections_made=5)
+    pieces, latents = pieces_of(family)
+    finished, (final, edge) = clip_of(family, latents), joined(pieces, family)
+    assert torch.equal(final, finished[:, :, -final.shape[2] :])
+    assert final.shape[2] + edge.shape[2] == section_frames(4 * WINDOW)  # four of five sections, without the start
+
+
+def test_what_grows_behind_is_the_start_of_the_finished_video_but_for_two_sections() -> None:
+    family = ToyFamily(sections_made=5, makes_last_first=False)
+    pieces, latents = pieces_of(family)
+    finished, (final, edge) = clip_of(family, latents), joined(pieces, family)
+    first = frames_of_video(2, WINDOW)  # the finished video decodes these together, with the start
+    assert torch.equal(final[:, :, first:], finished[:, :, first : final.shape[2]])
+    assert final.shape[2] + edge.shape[2] == frames_of_video(4, WINDOW)
+
+
+def test_clips_that_are_too_short_to_overlap_are_refused() -> None:
+    clip = torch.zeros(1, 3, 4, 8, 8)
+    with pytest.raises(ValueError, match="cannot overlap by 5"):
+        settled(clip, clip, 5, True)
+    with pytest.raises(ValueError, match="nothing to overlap with"):
+        settled(None, clip, 1, True)
+
+
+@ORDERS
+def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(tmp_path: Path, backwards: bool) -> None:
+    family = ToyFamily(sections_made=4, makes_last_first=backwards)
+    pieces, _ = pieces_of(family)
+    lengths = []
+    with growing(session(family), tmp_path, "film", 16) as video:
+        for piece in pieces:
+            video.add(piece)
+            lengths.append(sum(1 for _ in video_frames(tmp_path / "film_progress.mp4")))
+    extra = -3 if backwards else 1  # the start is there from the beginning, or never
+    assert lengths == [4 * WINDOW * count + extra for count in (1, 2, 3)]
+    assert [path.name for path in tmp_path.iterdir()] == ["film_progress.mp4"]
+    # the encoder loses little: the frames are those that have been put together, in their order
+    final, edge = joined(pieces, family)
+    expected = pixels_to_uint8(torch.cat([edge, final] if backwards else [final, edge], dim=2)).astype(int)
+    shown = np.stack(list(video_frames(tmp_path / "film_progress.mp4"))).astype(int)
+    assert np.abs(shown - expected).mean() < 3
+
+
+def test_a_run_writes_the_preview_and_removes_it_when_the_video_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    family = ToyFamily(sections_made=3)
+    with caplog.at_level(logging.INFO):
+        generate(family, options(tmp_path))
+    notes = [line for line in family.diary if not line.startswith(("pass", "encode", "free", "load text"))]
+    assert notes == ["load dit", "load vae", "decode", "decode", *["decode"] * 3]  # two previews, three slices of the whole
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == ".mp4"
+    assert not path.stem.endswith("_progress")
+    assert caplog.text.count(f"Watch it grow: {path.with_name(path.stem)}_progress.mp4") == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "more"),
+    [(1, ()), (3, ("--no_progressive_save",)), (3, ("--output_type", "latent"))],
+    ids=["one section", "turned off", "latents only"],
+)
+def test_there_is_no_preview_of_what_is_not_to_be_watched(
+    tmp_path: Path, sections: int, more: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    family = ToyFamily(sections_made=sections)
+    with caplog.at_level(logging.INFO):
+        generate(family, options(tmp_path, *more))
+    assert "_progress" not in caplog.text
+    assert family.diary.count("decode") == (0 if "latent" in more else sections)
+
+
+def test_a_name_that_another_run_takes_meanwhile_stays_its_own(tmp_path: Path) -> None:
+    def take() -> None:
+        for preview in tmp_path.glob("*_progress.mp4"):
+            preview.with_name(preview.name.replace("_progress.mp4", "_latent.safetensors")).touch()
+
+    generate(ToyFamily(sections_made=4, on_chunk=take), options(tmp_path))
+    video, theirs = sorted(tmp_path.iterdir(), key=lambda path: path.suffix)
+    assert theirs.stat().st_size == 0
+    assert video.stem == theirs.stem.removesuffix("_latent") + "_"
+
+
+def test_a_preview_that_cannot_be_removed_does_not_spoil_the_video(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As on Windows, where a player that has it open keeps it from being removed."""
+
+    def hold() -> None:
+        for preview in tmp_path.glob("*_progress.mp4"):
+            if preview.is_file():
+                preview.unlink()
+                preview.mkdir()
+
+    generate(ToyFamily(sections_made=3, on_chunk=hold), options(tmp_path))
+    assert sorted(path.name.rpartition("_1")[2] for path in tmp_path.iterdir()) == [".mp4", "_progress.mp4"]  # and no latents
+    assert "_progress.mp4 is no longer needed and cannot be removed" in caplog.text
+
+
+def test_ctrl_c_leaves_what_was_made_and_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        generate(ToyFamily(sections_made=4, interrupt_pass=2 * 2 + 1), options(tmp_path))  # two steps each: in the third section
+    (preview,) = tmp_path.iterdir()
+    assert preview.name.endswith("_1_progress.mp4")
+    assert sum(1 for _ in video_frames(preview)) == 8 * WINDOW - 3
+    assert f"stays in {preview}" in caplog.text
+
+
+def test_a_failure_of_the_last_decoding_leaves_preview_and_latents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    family = ToyFamily(sections_made=3, lengths_without_room=frozenset({3 * WINDOW + 1}))
+    with pytest.raises(Exception, match="no room"):
+        generate(family, options(tmp_path))
+    (preview,) = tmp_path.glob("*_1_progress.mp4")
+    assert len(list(tmp_path.glob("*_1_latent.safetensors"))) == 1
+    assert f"stays in {preview}" in caplog.text
+
+
+@pytest.mark.parametrize("lengths", [{WINDOW}, {2 * WINDOW}], ids=["at once", "later"])
+def test_a_preview_that_fails_is_told_once_and_the_video_is_made(
+    tmp_path: Path, lengths: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    generate(ToyFamily(sections_made=4, lengths_without_room=frozenset(lengths)), options(tmp_path))
+    (path,) = tmp_path.iterdir()
+    assert sum(1 for _ in video_frames(path)) == frames_of_video(4, WINDOW)
+    assert caplog.text.count("cannot be watched while it grows (OutOfMemoryError: no room)") == 1
+
+
+def test_a_preview_that_cannot_be_written_does_not_end_the_generation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pieces, _ = pieces_of(ToyFamily(sections_made=3))
+    (tmp_path / "film_progress.mp4").mkdir()
+    (tmp_path / "film_progress.mp4" / "in the way").touch()
+    with growing(session(ToyFamily(sections_made=3)), tmp_path, "film", 16) as video:
+        for piece in pieces:
+            video.add(piece)
+    assert caplog.text.count("cannot be watched while it grows") == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_preview_that_a_player_holds_is_replaced_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    held = iter([False, True, True, False])
+
+    def rename(file: Path, path: Path) -> None:
+        if next(held):
+            raise OutputError(f"{path} cannot be written: permission denied.")
+        give_name(file, path)
+
+    family = ToyFamily(sections_made=5)
+    pieces, _ = pieces_of(family)
+    lengths = []
+    with growing(session(family), tmp_path, "film", 16) as video:
+        video.give_name = rename
+        for piece in pieces:
+            video.add(piece)
+            lengths.append(sum(1 for _ in video_frames(video.path)))
+    assert lengths == [4 * WINDOW * count - 3 for count in (1, 1, 1, 4)]
+    assert caplog.text.count("permission denied. It is tried again after each section") == 1
+
+
+def test_segments_of_killed_runs_are_removed_and_those_of_others_are_not(tmp_path: Path) -> None:
+    with growing(session(ToyFamily()), tmp_path, "film", 16) as video:
+        mine = video.parts
+        machine, _ = mine.name.removesuffix(".parts").split(".film_progress.")[1].split("-")
+        dead = mine.with_name(f".film_progress.{machine}-{2**22 + 1}.parts")  # above the largest number of a process
+        elsewhere, forgotten = (mine.with_name(f".film_progress.{other}-1.parts") for other in ("0" * 8, "f" * 8))
+        for folder in (mine, dead, elsewhere, forgotten):
+            folder.mkdir()
+            (folder / "000000.mp4").touch()
+        os.utime(forgotten, (0, 0))
+        (tmp_path / ".film_progress.parts").mkdir()  # none of ours
+        remove_parts(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere, tmp_path / ".film_progress.parts"])
+
+
+def test_the_next_run_of_a_folder_removes_them(tmp_path: Path) -> None:
+    with growing(session(ToyFamily()), tmp_path, "film", 16) as video:
+        machine = video.parts.name.removesuffix(".parts").split("_progress.")[1].split("-")[0]
+    (tmp_path / f".film_progress.{machine}-{2**22 + 1}.parts").mkdir()
+    generate(ToyFamily(), options(tmp_path))
+    (made,) = tmp_path.iterdir()
+    assert made.suffix == ".mp4"
+
+
+# Where networks are meanwhile
+
+
+@contextmanager
+def dit_at_work(made: Session) -> Iterator[None]:
+    with made.dit():
+        yield
+        assert made.family.places["dit"] == str(made.device)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("spare", "needed", "expected"),
+    [(99, 100, "decode"), (100, 100, "decode beside dit"), (100, None, "decode")],
+    ids=["no room", "room", "not known"],
+)
+def test_the_dit_leaves_the_device_unless_both_fit(tmp_path: Path, spare: int, needed: int | None, expected: str) -> None:
+    family = ToyFamily(sections_made=4)
+    pieces, _ = pieces_of(family)
+    made = session(family, "cuda", spare)
+    with dit_at_work(made), growing(made, tmp_path, "film", 16, needed) as video:
+        for piece in pieces:
+            video.add(piece)
+            assert family.places == {"dit": "cuda", "vae": "cpu"}
+    notes = [line for line in family.diary if not line.startswith("pass")]
+    assert notes == ["load dit", "load vae", *[expected] * 3]  # the VAE waits on the CPU, it is loaded once
+
+
+def test_the_dit_leaves_the_device_where_it_turns_out_that_both_do_not_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = ToyFamily(sections_made=4, has_room_for_two=False)
+    pieces, _ = pieces_of(family)
+    made = session(family, "cuda", 100)
+    with caplog.at_level(logging.INFO), dit_at_work(made), growing(made, tmp_path, "film", 16, 100) as video:
+        for piece in pieces:
+            video.add(piece)
+    notes = [line for line in family.diary if not line.startswith("pass")]
+    assert notes == ["load dit", "load vae", "decode", "decode", "decode"]
+    assert caplog.text.count("no room to decode beside the transformer") == 1
+    assert sum(1 for _ in video_frames(video.path)) == 4 * WINDOW * 3 - 3
+
+
+@pytest.mark.parametrize("spare", [0, 100], ids=["at once", "when it turns out that it has to leave"])
+def test_a_dit_for_which_the_host_has_no_room_stays_and_there_is_no_preview(
+    tmp_path: Path, spare: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = ToyFamily(sections_made=2, has_room_for_two=False)
+    made = session(family, "cuda", spare, host=-1)
+    with dit_at_work(made), growing(made, tmp_path, "film", 16, 100) as video:
+        video.add(Piece(torch.zeros(1, 2, WINDOW, 4, 4), 0, True))
+    assert "would have to wait in host memory" in caplog.text
+    assert not list(tmp_path.iterdir())
+    assert "decode" not in family.diary
+
+
+def test_a_dit_that_cannot_leave_stays_and_there_is_no_preview(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the system does not say how much memory the host has, it shows only when there is none left."""
+    family = ToyFamily(sections_made=2, has_room_on_host=False)
+    made = session(family, "cuda")
+    with made.dit(), growing(made, tmp_path, "film", 16) as video:
+        video.add(Piece(torch.zeros(1, 2, WINDOW, 4, 4), 0, True))
+        assert family.places["dit"] == "cuda"
+    assert caplog.text.count("cannot be watched while it grows (RuntimeError: not enough memory)") == 1
+    assert "decode" not in family.diary
+
+
+def test_ctrl_c_while_a_piece_is_decoded_brings_the_dit_back(tmp_path: Path) -> None:
+    family = ToyFamily(sections_made=2, stop_loading={"media"})
+    made = session(family, "cuda")
+    with pytest.raises(KeyboardInterrupt), dit_at_work(made), growing(made, tmp_path, "film", 16) as video:  # noqa: PT012
+        video.add(Piece(torch.zeros(1, 2, WINDOW, 4, 4), 0, True))
+    assert family.places["dit"] == "cuda"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_network_leaves_and_comes_back() -> None:
+    gpu = torch.device("cuda")
+    made = Session(ToyFamily(), gpu, lambda _: nn.Linear(64, 64, device=gpu), keep=False)
+    with made.dit() as dit_at:
+        assert made.dit_can_stay(1)
+        assert made.most_beside > 64 * 64 * 4
+        assert not made.dit_can_stay(1 << 50)
+        with made.dit_aside():
+            assert {each.device.type for each in dit_at(500).parameters()} == {"cpu"}
+        assert {each.device.type for each in dit_at(500).parameters()} == {"cuda"}
+
+
+# Memory
+
+
+@ORDERS
+def test_pixels_that_are_held_at_once_do_not_grow_with_the_number_of_sections(tmp_path: Path, backwards: bool) -> None:
+    def most(sections: int) -> int:
+        found: list[int] = []
+        with held_memory() as held:
+            family = ToyFamily(sections_made=sections, makes_last_first=backwards, on_chunk=lambda: found.append(held()))
+            generate(family, options(tmp_path / str(sections)))
+        return max(found)
+
+    most(3)  # what a first run loads
+    few, many = most(4), most(12)
+    frame_bytes = 3 * 32 * 48 * 4
+    assert few > section_frames(2 * WINDOW) * frame_bytes  # a clip at least is seen
+    assert many - few < 3 * frame_bytes  # of 96 frames that are more: latents and notes

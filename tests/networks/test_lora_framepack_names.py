@@ -1,0 +1,362 @@
+"""LoRAs of HunyuanVideo, and those in other tools' names, on FramePack; which names its modules have."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frame_pack.checkpoints import load_dit
+from modules.errors import CheckpointError
+from modules.records import Placement
+from networks import lora_framepack
+from networks.deltas import weight_delta
+from networks.loading import LoraFile, read_lora
+from networks.merge import LoraPatch, LoraUse
+from networks.module_names import FRAMEPACK, HUNYUAN_VIDEO, choose_family, module_path, relatives, underscored
+from networks.parts import cut, for_model
+from tests.frame_pack.making import tiny_inputs, tiny_model
+from tests.manifests import tensor_list
+from tests.networks.making import randomize
+from tests.networks.making_dialects import saved_with_points
+from tests.networks.making_hunyuan import saved
+from tests.tiny import hunyuan_dit
+from tests.tiny.framepack_dit import tiny_state, write_dit
+from tests.tiny.hunyuan_dit import comfy_state, diffusers_parts, diffusers_state
+
+CPU = torch.device("cpu")
+TRUNK = hunyuan_dit.tiny_state()  # HunyuanVideo's weights, which the tiny FramePack below has too
+
+
+def framepack_state() -> dict[str, Tensor]:
+    """A FramePack transformer that has the tiny HunyuanVideo's weights wherever both have one of that name."""
+    return tiny_state() | diffusers_state(TRUNK)
+
+
+def changes(state: dict[str, Tensor], *uses: LoraUse) -> dict[str, Tensor]:
+    """What LoRAs add to each weight."""
+    patch = LoraPatch(uses)
+    found = {name: patch(name, weight) - weight for name, weight in state.items()}
+    patch.check()
+    assert patch.unused() == []
+    return found
+
+
+def random_lora(kind: str) -> LoraFile:
+    """Factors for every matrix of the tiny HunyuanVideo: rank 4, alpha 3."""
+    generator, tensors = torch.Generator().manual_seed(3), dict[str, Tensor]()
+
+    def draw(module: str, part: str, *shape: int) -> None:
+        tensors[f"lora_unet_{underscored(module)}.{part}"] = 0.1 * torch.randn(shape, generator=generator)
+
+    for module in MATRICES:
+        rows, columns = TRUNK[f"{module}.weight"].flatten(1).shape
+        match kind:
+            case "LoRA":
+                draw(module, "lora_down.weight", 4, columns)
+                draw(module, "lora_up.weight", rows, 4)
+            case "LoHa":
+                for number in "12":
+                    draw(module, f"hada_w{number}_a", rows, 4)
+                    draw(module, f"hada_w{number}_b", 4, columns)
+            case "LoKr":
+                draw(module, "lokr_w1", 2, 2)
+                draw(module, "lokr_w2_a", rows // 2, 4)
+                draw(module, "lokr_w2_b", 4, columns // 2)
+            case "whole":
+                draw(module, "diff", rows, columns)
+                draw(module, "diff_b", rows)
+        if kind != "whole":
+            tensors[f"lora_unet_{underscored(module)}.alpha"] = torch.tensor(3.0)
+    return LoraFile(Path("hv.safetensors"), tensors, {"ss_base_model_version": "hunyuan_video"}, "ours")
+
+
+MATRICES = [name.removesuffix(".weight") for name, weight in TRUNK.items() if name.endswith(".weight") and weight.ndim > 1]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "whole"])
+def test_a_lora_on_every_matrix_of_hunyuan_video_adds_the_same_to_framepack(kind: str) -> None:
+    lora = LoraUse(random_lora(kind), 0.7)
+
+    here, there = changes(framepack_state(), lora), diffusers_state(changes(TRUNK, lora))
+
+    assert there.keys() <= here.keys()
+    for name, delta in here.items():
+        if name not in there:
+            assert not delta.any(), name
+            continue
+        torch.testing.assert_close(delta, there[name], rtol=0, atol=2e-6)  # float32, the weight was added and taken off
+        assert delta.ndim == 1 or bool(delta.any()), name
+
+
+@pytest.mark.parametrize("start", ["diffusion_model.", "transformer.", "base_model.model."])
+@pytest.mark.parametrize("state", [comfy_state, dict], ids=["ComfyUI", "official"])
+def test_hunyuan_loras_of_diffusion_pipe_add_the_same_to_framepack(
+    tmp_path: Path, state: Callable[[dict[str, Tensor]], dict[str, Tensor]], start: str
+) -> None:
+    network = saved(tmp_path / "ours.safetensors", alpha=4)
+    saved_with_points(network, tmp_path / "theirs.safetensors", HUNYUAN_VIDEO, start, state)
+
+    found, expected = (
+        changes(framepack_state(), LoraUse(read_lora(tmp_path / name))) for name in ("theirs.safetensors", "ours.safetensors")
+    )
+
+    assert all(torch.equal(delta, expected[name]) for name, delta in found.items())
+    assert sum(bool(delta.any()) for delta in found.values()) == 2 * 12 + 3 * 5
+
+
+@pytest.mark.parametrize("start", ["diffusion_model.", "transformer.", "base_model.model."])
+def test_framepacks_own_names_with_points_act_as_with_underscores(tmp_path: Path, start: str) -> None:
+    network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, tiny_model())
+    randomize(network)
+    network.save_weights(tmp_path / "ours.safetensors", torch.float32, {})
+    saved_with_points(network, tmp_path / "theirs.safetensors", FRAMEPACK, start)
+
+    found, expected = (
+        changes(tiny_state(), LoraUse(read_lora(tmp_path / name))) for name in ("theirs.safetensors", "ours.safetensors")
+    )
+
+    assert all(torch.equal(delta, expected[name]) for name, delta in found.items())
+    assert sum(bool(delta.any()) for delta in found.values()) == len(network.layers)
+
+
+def test_a_model_loaded_with_a_hunyuan_lora_is_the_merged_one(tmp_path: Path) -> None:
+    saved(tmp_path / "lora.safetensors")
+    use, state = LoraUse(read_lora(tmp_path / "lora.safetensors")), framepack_state()
+    merged = tiny_model()
+    changed = changes(state, use)
+    merged.load_state_dict({name: weight + changed[name] for name, weight in state.items()})
+
+    loaded = load_dit(write_dit(tmp_path, state, "folder"), Placement(CPU, patch=LoraPatch([use])))
+
+    torch.testing.assert_close(loaded(**tiny_inputs()), merged(**tiny_inputs()), rtol=1e-4, atol=1e-5)
+
+
+def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None:
+    saved(tmp_path / "lora.safetensors", alpha=3)
+    lora, dit = read_lora(tmp_path / "lora.safetensors"), tiny_model()
+    network = lora_framepack.create_arch_network_from_weights(1.0, lora.tensors, unet=dit)
+
+    problems = network.load_weights(tmp_path / "lora.safetensors")
+
+    assert problems == []
+    assert {layer.scale for layer in network.layers} == {3 / 4}
+    expected = changes(tiny_state(), LoraUse(lora))
+    for name, factors in network.named_children():
+        delta = weight_delta({f"lora_{part}.weight": getattr(factors, f"lora_{part}").weight for part in ("down", "up")}, CPU)
+        path = module_path(name.removeprefix("lora_unet_"), FRAMEPACK)
+        assert delta is not None
+        torch.testing.assert_close(3 / 4 * delta, expected[f"{path}.weight"], rtol=0, atol=2e-6)
+    assert len(network.layers) == 2 * 12 + 3 * 5
+
+
+def test_a_network_without_some_parts_takes_what_it_has_of_a_hunyuan_lora(tmp_path: Path) -> None:
+    saved(tmp_path / "lora.safetensors", alpha=3)
+    arguments = {"exclude_patterns": "[r'.*to_k', r'single_transformer_blocks.*']"}
+    network = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_model(), **arguments)
+
+    problems = network.load_weights(tmp_path / "lora.safetensors")
+
+    left = [f"lora_unet_single_blocks_{block}_linear{layer}" for block in range(3) for layer in "12"]
+    assert problems == [f"{name} is not in this network" for name in left]
+    up = read_lora(tmp_path / "lora.safetensors").tensors["lora_unet_double_blocks_1_img_attn_qkv.lora_up.weight"]
+    assert torch.equal(network.lora_unet_transformer_blocks_1_attn_to_v.lora_up.weight, up[256:])  # type: ignore[union-attr]
+
+
+def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFixture) -> None:
+    name = "lora_unet_single_blocks_0_linear1"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(56, 2)}
+    heights = {f"lora_unet_single_transformer_blocks_0_{part}": 8 for part in ("attn_to_q", "attn_to_k", "attn_to_v")}
+
+    assert cut(tensors, (heights | {"lora_unet_single_transformer_blocks_0_proj_mlp": 16}).get).keys() == tensors.keys()
+    assert "its 56 rows are not those of its parts, which have 8 + 8 + 8 + 16; it stays whole" in caplog.text
+
+
+def test_the_halves_of_the_last_modulation_change_about() -> None:
+    name, up = "lora_unet_final_layer_adaLN_modulation_1", torch.arange(12.0).view(6, 2)
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 3), f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+
+    found = for_model(tensors, {"lora_unet_norm_out_linear": 6}.get)
+
+    assert torch.equal(found["lora_unet_norm_out_linear.lora_up.weight"], torch.cat([up[3:], up[:3]]))
+    assert float(found["lora_unet_norm_out_linear.alpha"]) == 1
+
+
+def test_a_lokr_for_a_fused_module_is_not_cut_for_training(caplog: pytest.LogCaptureFixture) -> None:
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.ones(12, 4)}
+
+    assert for_model(tensors, {"lora_unet_transformer_blocks_0_attn_to_q": 8}.get).keys() == tensors.keys()
+    assert "only plain LoRAs can be cut up; it stays whole" in caplog.text
+
+
+# Patterns
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "changed"),
+    [
+        ("single_blocks", None, {"single_transformer_blocks": 15}),
+        ("single_transformer_blocks", None, {"single_transformer_blocks": 15}),
+        ("img_attn_qkv", "attn_to_k", {"transformer_blocks.0.attn.to_q": 1, "transformer_blocks.1.attn.to_v": 1, ".to_": 4}),
+        (None, "single_(transformer_)?blocks|linear", {".ff": 8}),
+        ("transformer_blocks_0_attn_to_q", None, {"transformer_blocks.0.attn.to_q": 2}),
+    ],
+)
+def test_patterns_may_be_written_for_the_names_in_the_file_or_in_the_model(
+    tmp_path: Path, include: str | None, exclude: str | None, changed: dict[str, int]
+) -> None:
+    saved(tmp_path / "lora.safetensors")
+
+    found = changes(tiny_state(), LoraUse(read_lora(tmp_path / "lora.safetensors"), 1.0, include, exclude))
+
+    names = [name for name, delta in found.items() if delta.any()]
+    for part, number in changed.items():
+        assert len([name for name in names if part in name]) == number
+    assert all((include or "single") != "single" or "single" not in name for name in names)
+
+
+@pytest.mark.parametrize("exclude", ["double_blocks|single_blocks", "transformer_blocks"])
+def test_patterns_that_leave_nothing_are_warned_about(tmp_path: Path, exclude: str, caplog: pytest.LogCaptureFixture) -> None:
+    saved(tmp_path / "lora.safetensors")
+
+    found = changes(tiny_state(), LoraUse(read_lora(tmp_path / "lora.safetensors"), 1.0, None, exclude))
+
+    assert not any(delta.any() for delta in found.values())
+    assert "lora.safetensors changes nothing, because its patterns leave no tensor" in caplog.text
+
+
+# What does not belong together
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"ss_base_model_version": "framepack"}, {"modelspec.architecture": "framepack/lora"}], ids=["ss", "modelspec"]
+)
+def test_a_framepack_lora_on_hunyuan_video_is_warned_about(metadata: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    factors = {"lora_down.weight": torch.ones(2, 128), "lora_up.weight": torch.ones(128, 2)}
+    name = "lora_unet_transformer_blocks_0_attn_to_q"
+    tensors = {f"{name}.{part}": tensor for part, tensor in factors.items()}
+
+    changes(TRUNK, LoraUse(LoraFile(Path("fp.safetensors"), tensors, metadata, "ours")))
+
+    assert "fp.safetensors was trained for framepack, as its metadata say, and is used on a hunyuan_video model" in caplog.text
+    caplog.clear()
+    changes(diffusers_state(TRUNK), LoraUse(LoraFile(Path("fp.safetensors"), tensors, metadata, "ours")))
+    assert "trained for framepack" in caplog.text
+    caplog.clear()
+    changes(tiny_state(), LoraUse(LoraFile(Path("fp.safetensors"), tensors, metadata, "ours")))
+    changes(TRUNK, LoraUse(LoraFile(Path("fp.safetensors"), tensors, {}, "ours")))
+    assert not caplog.records
+
+
+def test_a_lora_of_flux_whose_names_are_hunyuan_videos_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    tensors = {"lora_unet_double_blocks_0_img_attn_qkv.diff": torch.ones(384, 128)}
+    metadata = {"ss_base_model_version": "flux1", "modelspec.architecture": "flux-1-dev/lora"}
+
+    changes(TRUNK, LoraUse(LoraFile(Path("flux.safetensors"), tensors, metadata, "ours")))
+
+    assert "flux.safetensors was trained for flux1, as its metadata say, and is used on a hunyuan_video model" in caplog.text
+
+
+def test_a_hunyuan_lora_on_framepack_is_as_it_should_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved(tmp_path / "lora.safetensors")
+
+    changes(tiny_state(), LoraUse(read_lora(tmp_path / "lora.safetensors")))
+
+    assert not caplog.records
+
+
+def test_training_hunyuan_video_from_a_framepack_lora_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from networks import lora_hunyuan
+    from tests.hunyuan_model.making import tiny_model as tiny_hunyuan
+
+    network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, tiny_model())
+    network.save_weights(tmp_path / "fp.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
+
+    lora_hunyuan.create_arch_network(1.0, 4, 4.0, None, None, tiny_hunyuan("t2v")).load_weights(tmp_path / "fp.safetensors")
+
+    assert "was trained for framepack" in caplog.text
+
+
+def test_a_lora_of_wan_is_refused_with_both_models_named(tmp_path: Path) -> None:
+    tensors = {"lora_unet_blocks_0_ffn_0.diff": torch.ones(2, 2)}
+    patch = LoraPatch([LoraUse(LoraFile(Path("wan.safetensors"), tensors, {}, "ours"))])
+
+    load_dit(write_dit(tmp_path, tiny_state()), Placement(CPU, patch=patch))
+
+    with pytest.raises(CheckpointError, match=r"wan.safetensors does not fit this model.* It is for wan, the model is framepack"):
+        patch.check()
+
+
+@pytest.mark.parametrize(("damaged", "is_loud"), [(1, False), (3, False), (4, True)])
+def test_names_that_fit_nothing_are_counted_and_many_of_them_are_said_loudly(
+    damaged: int, is_loud: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, tiny_model())
+    randomize(network)
+    wrong = tuple(name for name, _ in network.named_children())[:damaged]
+    tensors = {f"x{name}" if name.startswith(wrong) else name: tensor for name, tensor in network.state_dict().items()}
+    patch = LoraPatch([LoraUse(LoraFile(Path("fp.safetensors"), tensors, {}, "ours"))])
+    for name, weight in tiny_state().items():
+        patch(name, weight)
+
+    patch.check()
+
+    assert f"{damaged} of 39 weights are not in this model: xlora_unet_" in caplog.text
+    assert ("fp.safetensors IS USED ONLY IN PART: it is damaged or for another model" in caplog.text) == is_loud
+
+
+# The lists of names
+
+
+def test_every_module_of_the_published_model_is_named() -> None:
+    for name in tensor_list("framepack-dit"):
+        path = name.removesuffix(".weight")
+        if name.endswith(".weight") and not (path.startswith("context_embedder.") and path.endswith((".norm1", ".norm2"))):
+            assert module_path(underscored(path), FRAMEPACK) == path
+
+
+def test_every_layer_of_the_model_here_is_named() -> None:
+    for path, module in tiny_model().named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            assert module_path(underscored(path), FRAMEPACK) == path
+
+
+def test_hunyuan_videos_parts_are_modules_of_framepack() -> None:
+    for name in tensor_list("hunyuanvideo-t2v-dit"):
+        path = underscored(name.removesuffix(".weight"))
+        if name.endswith(".weight") and not path.endswith(("_norm1", "_norm2")):
+            parts = [underscored(part.removesuffix(".weight")) for part in diffusers_parts(name)]
+            assert [relative.name for relative in relatives(path)] == parts
+            assert all(module_path(part, FRAMEPACK) for part in parts)
+
+
+def test_a_lora_on_every_matrix_of_the_published_hunyuan_video_fits_the_published_framepack() -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, (_, shape) in tensor_list("hunyuanvideo-t2v-dit").items():
+        if name.endswith(".weight") and len(shape) == 2:
+            module = f"lora_unet_{underscored(name.removesuffix('.weight'))}"
+            tensors |= {
+                f"{module}.lora_down.weight": torch.zeros(1, shape[1]),
+                f"{module}.lora_up.weight": torch.zeros(shape[0], 1),
+            }
+    patch = LoraPatch([LoraUse(LoraFile(Path("hv.safetensors"), tensors, {}, "ours"))])
+    framepack = tensor_list("framepack-dit")
+
+    for name, (_, shape) in framepack.items():
+        patch.add_to(name, torch.empty(shape, device="meta"))  # raises where a part has other rows
+
+    patch.check()
+    assert patch.unused() == []
+    touched = [name for name, (_, shape) in framepack.items() if len(shape) == 2 and patch.touches(name)]
+    assert len(touched) == sum(len(shape) == 2 for _, shape in framepack.values()) - 2  # all but those of the image projection
+
+
+def test_only_framepack_has_modules_for_finished_latents() -> None:
+    names = [underscored(name.removesuffix(".weight")) for name in tensor_list("framepack-dit") if name.endswith(".weight")]
+    hunyuan = [name for name in names if not name.startswith(("clean_x_embedder", "image_projection"))]
+
+    assert choose_family(names, "hunyuan_video") is FRAMEPACK
+    assert choose_family(hunyuan, "hunyuan_video") is HUNYUAN_VIDEO
+    assert choose_family(hunyuan, "framepack") is FRAMEPACK

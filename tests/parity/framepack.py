@@ -1,0 +1,163 @@
+"""What FramePack's latent caches hold, written out with diffusers' VAE and transformers' SigLIP after the documented rules.
+
+Plain loops over the index lines of features.md, sections 5.2, 5.7 and 5.10. Nothing of ours is imported.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from tests.parity.hunyuan import load_vae
+from tests.parity.reference import to_pixels
+
+SCALE = 0.476986
+Frames = Sequence[numpy.ndarray]  # H W 3 uint8 each
+Section = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The two networks that caching needs, in float32."""
+
+    vae: Path
+    siglip: Path
+
+    @torch.no_grad()
+    def latents(self, frames: Frames, generator: torch.Generator) -> Tensor:
+        """A sample of the posterior, 16 F h w: cut in space from 256 pixels on, in time where it is longer than 192 frames."""
+        vae = load_vae(self.vae)
+        vae.enable_tiling(
+            tile_sample_min_height=256, tile_sample_min_width=256, tile_sample_stride_height=192, tile_sample_stride_width=192
+        )
+        vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 192, 144
+        return vae.encode(to_pixels(frames)).latent_dist.sample(generator)[0] * SCALE
+
+    @torch.no_grad()
+    def features(self, frame: numpy.ndarray) -> Tensor:
+        """729 D."""
+        processor = SiglipImageProcessorPil(
+            size={"height": 384, "width": 384}, resample=Image.Resampling.BICUBIC, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        pixels = processor.preprocess([frame], return_tensors="pt")["pixel_values"]
+        return load_siglip(self.siglip)(pixels).last_hidden_state[0]
+
+
+def load_siglip(path: Path) -> SiglipVisionModel:
+    """An image tower whose heads have 72 channels, for images of 384 pixels."""
+    tensors = {name.removeprefix("vision_model."): tensor for name, tensor in load_file(path).items()}
+    dim = tensors["embeddings.position_embedding.weight"].shape[1]
+    siglip = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=dim,
+            intermediate_size=len(tensors["encoder.layers.0.mlp.fc1.weight"]),
+            num_hidden_layers=1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layers.")),
+            num_attention_heads=dim // 72,
+            image_size=384,
+            patch_size=14,
+        )
+    ).eval()
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in siglip.state_dict()) else ""
+    _, unexpected = siglip.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()}, strict=False)
+    assert not unexpected
+    return siglip
+
+
+def anti_drifting_sections(latents: Tensor, window: int) -> dict[int, Section]:
+    """By number of the section from the clip's start. latents: 16 F h w of the clip."""
+    video = list(latents.unbind(1))
+    sections = (len(video) - 1) // window
+    paddings = [3, *[2] * (sections - 3), 1, 0] if sections > 4 else list(range(sections - 1, -1, -1))
+    history = [torch.zeros_like(video[0])] * 19  # earliest in the video first
+    made = {}
+    for padding, section in zip(paddings, range(sections - 1, -1, -1), strict=True):
+        line = count()
+        start, _, target, post, near, far = (list(islice(line, length)) for length in (1, padding * window, window, 1, 2, 16))
+        frames = [video[1 + section * window + offset] for offset in range(window)]
+        made[section] = {
+            "latents": torch.stack(frames, dim=1),
+            "latent_indices": torch.tensor(target),
+            "latents_clean": torch.stack([video[0], history[0]], dim=1),
+            "clean_latent_indices": torch.tensor(start + post),
+            "latents_clean_2x": torch.stack(history[1:3], dim=1),
+            "clean_latent_2x_indices": torch.tensor(near),
+            "latents_clean_4x": torch.stack(history[3:19], dim=1),
+            "clean_latent_4x_indices": torch.tensor(far),
+        }
+        history = frames + history
+    return made
+
+
+def f1_sections(latents: Tensor, window: int) -> dict[int, Section]:
+    """The same for FramePack-F1: the 19 frames before the target, black where the clip has none."""
+    video = list(latents.unbind(1))
+    made = {}
+    for section in range((len(video) - 1) // window):
+        first = 1 + section * window
+        past = [video[index] if index >= 0 else torch.zeros_like(video[0]) for index in range(first - 19, first)]
+        line = count()
+        start, far, near, last, target = (list(islice(line, length)) for length in (1, 16, 2, 1, window))
+        made[section] = {
+            "latents": torch.stack([video[first + offset] for offset in range(window)], dim=1),
+            "latent_indices": torch.tensor(target),
+            "latents_clean": torch.stack([video[0], past[18]], dim=1),
+            "clean_latent_indices": torch.tensor(start + last),
+            "latents_clean_2x": torch.stack(past[16:18], dim=1),
+            "clean_latent_2x_indices": torch.tensor(near),
+            "latents_clean_4x": torch.stack(past[:16], dim=1),
+            "clean_latent_4x_indices": torch.tensor(far),
+        }
+    return made
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image or a control image in its bucket."""
+
+    colours: numpy.ndarray  # H W 3
+    alpha: numpy.ndarray | None = None  # H W
+
+    def hidden(self, latents: Tensor) -> Tensor:
+        """16 1 h w, 0 where the picture is transparent."""
+        if self.alpha is None:
+            return latents
+        size = (self.alpha.shape[1] // 8, self.alpha.shape[0] // 8)
+        small = Image.fromarray(self.alpha, mode="L").resize(size, Image.Resampling.LANCZOS)
+        return latents * torch.from_numpy(numpy.array(small)).float() / 255
+
+
+def one_frame_section(
+    encoders: Encoders,
+    target: Picture,
+    controls: Sequence[Picture],
+    generator: torch.Generator,
+    places: Sequence[int],
+    target_index: int,
+    post_index: int | None,
+    coarse: Mapping[str, Sequence[int]],
+) -> Section:
+    """A picture made from control images. coarse: places of black frames, by the name of their tensor."""
+
+    def encoded() -> Iterator[Tensor]:
+        for picture in (target, *controls):
+            yield picture.hidden(encoders.latents([picture.colours], generator))
+
+    latents, *clean = encoded()
+    if post_index is not None:
+        clean.append(torch.zeros_like(latents))
+    return {
+        "latents": latents,
+        "latent_indices": torch.tensor([target_index]),
+        "latents_clean": torch.cat(clean, dim=1),
+        "clean_latent_indices": torch.tensor([*places, *([] if post_index is None else [post_index])]),
+        **{name: torch.tensor(list(numbers)) for name, numbers in coarse.items()},
+        "image_embeddings": encoders.features(controls[0].colours),
+    }
