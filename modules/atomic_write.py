@@ -149,7 +149,8 @@ def check_space(path: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if size_bytes and free < size_bytes + SPARE_BYTES:
         raise OutputError(
-            f"{path}: the disk has {free / 1e6:.0f} MB free, it needs {size_bytes / 1e6:.0f} MB. Free some space and run again."
+            f"{path}: the disk has {free / 1e6:,.1f} MB free and this takes {size_bytes / 1e6:,.1f} MB, with"
+            f" {SPARE_BYTES / 1e6:.1f} MB to spare. Free some space and run again."
         )
 
 

@@ -26,7 +26,7 @@ from tests.faults.runs import (
 )
 
 PAGE = 4096  # bytes in which such a file system gives room
-ONE_VIDEO = ("--prompt", "a cat", "--seed", "1", "--video_size", "64", "64", "--infer_steps", "1")
+QUALITY = ("--codec", "prores")  # its videos are far larger than their latents
 # mounts a file system of $1 bytes on folder $2 for the command in the rest; what lies in the folder is carried in and out
 SMALL_DISK = """
 size=$1 disk=$2; shift 2
@@ -83,6 +83,12 @@ def small_files(size_bytes: int) -> RunFull:
     return run
 
 
+def generation(scripts: Scripts) -> tuple[str, ...]:
+    """The command for one small video, of more bytes than its latents."""
+    one_video = ("--prompt", "a cat", "--seed", "1", "--video_size", "64", "64", "--infer_steps", "1")
+    return (scripts.generate_script, *scripts.models, *scripts.longer, *one_video, *QUALITY)
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in visible_files(folder)}
 
@@ -130,17 +136,34 @@ def test_training_on_a_full_disk(what: str, scripts: Scripts, project: Path, und
     assert_same_end(output, undisturbed.output)
 
 
-@pytest.mark.parametrize("full", [small_disk(1_060_000), small_files(6000)], ids=["disk", "file"])
-def test_generation_on_a_full_disk_keeps_the_latents(full: RunFull, scripts: Scripts, project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", [small_disk(1 << 20), small_files(6000)], ids=["disk", "file"])
+def test_generation_with_no_room_for_the_latents(full: RunFull, scripts: Scripts, project: Path, tmp_path: Path) -> None:
     output = tmp_path / "made"
     output.mkdir()
     (output / "earlier.txt").write_text("a file that was there before", encoding="utf-8")
 
-    command = [scripts.generate_script, *scripts.models, *scripts.longer, *ONE_VIDEO, "--save_path", str(output)]
-    code, said = full(command, output, project)
+    code, said = full([*generation(scripts), "--save_path", str(output)], output, project)
 
     assert_one_message(code, said, str(output))
     assert not hidden(output)
     assert (output / "earlier.txt").read_text(encoding="utf-8") == "a file that was there before"
-    videos = [path.name for path in output.glob("*.mp4")]  # what a video in sections has shown while it grew may stay
-    assert all(name.endswith("_progress.mp4") for name in videos)
+    assert all(path.stem.endswith("_progress") for path in output.glob("*.mkv"))  # what sections have shown meanwhile may stay
+
+
+def test_latents_outlive_a_disk_that_is_full_of_their_video(scripts: Scripts, project: Path, tmp_path: Path) -> None:
+    output, disk = tmp_path / "made", tmp_path / "disk"
+    code, said = small_files(24 << 10)([*generation(scripts), "--save_path", str(output)], output, project)
+
+    assert_one_message(code, said, str(output))
+    assert not hidden(output)
+    (latents,) = output.glob("*_latent.safetensors")
+    assert not list(output.glob("*[0-9].mkv"))
+
+    decode = [scripts.generate_script, *scripts.models, *QUALITY, "--latent_path", str(latents), "--save_path", str(disk)]
+    code, said = small_disk(24 << 10)(decode, disk, project)
+
+    assert_one_message(code, said, str(disk))
+    assert not visible_files(disk)
+    assert not hidden(disk)
+    assert run_here(*decode, folder=project)[0] == 0
+    assert [path.suffix for path in visible_files(disk)] == [".mkv"]
