@@ -122,9 +122,27 @@ def in_projects(places: Sequence[Place]) -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def good(scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good_folders() -> dict[str, Path]:
+    """What `good` made, by family."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def good(
+    scripts: Scripts,
+    project: Path,
+    undisturbed: Undisturbed,
+    good_folders: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A folder with one good file of each kind, by the names in PLACES."""
-    folder = tmp_path_factory.mktemp("good")
+    if scripts.name not in good_folders:
+        good_folders[scripts.name] = write_good(tmp_path_factory.mktemp("good"), scripts, project, undisturbed)
+    return good_folders[scripts.name]
+
+
+def write_good(folder: Path, scripts: Scripts, project: Path, undisturbed: Undisturbed) -> Path:
+    """Write one good file of each kind into a new folder, which is returned."""
     for path in (project / "model").glob("*.safetensors"):
         shutil.copy(path, folder)
     if scripts is WAN:
