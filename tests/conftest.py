@@ -1,0 +1,33 @@
+"""What all tests share."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+FILES_BETWEEN = 10  # of tests, after which garbage older than a test is collected too
+
+
+@pytest.fixture(autouse=True)
+def _quick_garbage_collection() -> Iterator[None]:
+    """Scripts collect garbage between their phases, which takes half a second a time once all libraries are loaded.
+
+    What was there before a test is left out of that.
+    """
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_garbage(files_done: list[None]) -> Iterator[None]:
+    yield
+    files_done.append(None)
+    if len(files_done) % FILES_BETWEEN == 0:
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def files_done() -> list[None]:
+    """One entry for each file of tests that this process has ended."""
+    return []
