@@ -17,6 +17,7 @@ from blissful_tuner.options import (
     refuse_video_to_video,
 )
 from generation.prompt_lines import GENERATION_OPTIONS, LineOption
+from modules.command import Parser
 from modules.errors import OptionError
 from modules.options import read_options, refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
@@ -194,7 +195,7 @@ def read_generation(
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
     """A parser with the shared options, as the family's script has them."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_request_arguments(parser, defaults)
     if "video_path" in defaults.media:
         add_video_to_video_arguments(parser)
