@@ -250,9 +250,8 @@ def _make_sampler(job: Job) -> Sampler | None:
         logger.warning("--sample_prompts is ignored, because neither --sample_every_n_steps nor another time for samples is given.")
         return None
     share = accelerator.process_index, accelerator.num_processes
-    return prepare_samples(
-        job.family, options.sample_prompts, job.output_dir / "sample", job.output_name, accelerator.device, *share
-    )
+    folder, has_metadata = job.output_dir / "sample", not job.options.metadata.no_metadata
+    return prepare_samples(job.family, options.sample_prompts, folder, job.output_name, accelerator.device, *share, has_metadata)
 
 
 def _placement(job: Job) -> Placement:
