@@ -1,16 +1,15 @@
 """Convert a LoRA file between dialects. All options: python convert_lora.py --help"""
 
-import argparse
 from collections.abc import Sequence
 
 from families import identify
-from modules.command import command_line
+from modules.command import Parser, command_line
 from modules.options import read_options
 from networks.options import ConvertOptions, add_convert_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_convert_arguments(parser)
     options = read_options(ConvertOptions, parser.parse_args(argv))
 

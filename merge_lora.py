@@ -1,16 +1,15 @@
 """Add LoRAs to a model file, one tensor at a time. All options: python merge_lora.py --help"""
 
-import argparse
 from collections.abc import Sequence
 
 from families import identify
-from modules.command import command_line
+from modules.command import Parser, command_line
 from modules.options import read_options
 from networks.options import MERGE_CHANNELS_UNCHECKED, MergeOptions, add_merge_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_merge_arguments(parser)
     options = read_options(MergeOptions, parser.parse_args(argv))
 

@@ -2,16 +2,56 @@
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from modules.records import Request
 
 TUNER_VERSION = "reelsmith 0.1.0"
 NOT_SET = "N/A"
 
+# options of generation scripts that the record has no entry for, because they change no pixel
+NO_PIXELS = frozenset(
+    {
+        *("save_path", "output_type", "no_metadata", "no_progressive_save", "keep_pngs"),  # what is written, and where
+        *("codec", "container"),  # the file itself says how it is compressed
+        *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),  # what the run is to do
+        *("blocks_to_swap", "img_in_txt_in_offloading", "vae_cache_cpu", "vae_chunk_size"),  # memory: equal to the bit
+        *("lycoris", "dit_in_channels"),  # not needed; a check
+    }
+)
+# those whose values for one video stand in it under these names: a line of prompts, an image or the task may say something else
+OF_REQUEST: Mapping[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("prompt", "negative_prompt", "fps", "infer_steps", "guidance_scale", "cfg_schedule")},
+    **{name: (name,) for name in ("flow_shift", "embedded_cfg_scale", "video_length", "video_seconds", "video_sections")},
+    **{name: (name,) for name in ("image_path", "end_image_path", "control_path", "video_path", "strength")},
+    **{name: (name,) for name in ("control_image_path", "control_image_mask_path", "task", "device", "f1", "latent_window_size")},
+    "seed": ("seeds",),
+    "video_size": ("height", "width"),
+    "one_frame_inference": ("one_frame",),
+    "lora_weight": ("lora_0",),
+    "lora_multiplier": ("lora_0",),
+}
+# what latents are decoded with; a run that only decodes says it anew
+OF_DECODING = frozenset(
+    {"vae", "vae_dtype", "vae_tiling", "vae_spatial_tile_sample_min_size", "bulk_decode", "trim_tail_frames", "ckpt_dir"}
+)
 
-def output_metadata(request: Request, model: Mapping[str, str], loras: Sequence[tuple[str, float]] = ()) -> dict[str, str]:
-    """Metadata of one output. model: `Family.metadata`. loras: file name and multiplier of each LoRA."""
+
+def output_metadata(
+    request: Request,
+    model: Mapping[str, str],
+    loras: Sequence[tuple[str, float]] = (),
+    settings: Mapping[str, Any] | None = None,
+    device: str | None = None,
+) -> dict[str, str]:
+    """Metadata of one output: all that its pixels depend on; of files their names, without the folders they lie in.
+
+    model: `Family.metadata`. loras: file name and multiplier of each LoRA. settings: the script's options that are not as they are
+    without being given, by name. device: the kind that made it.
+    """
     values: dict[str, object] = {
         "model_type": model.get("model_type"),
         "task": model.get("task"),
@@ -28,13 +68,44 @@ def output_metadata(request: Request, model: Mapping[str, str], loras: Sequence[
         "video_length": request.frames,
         "fps": None if request.fps is None else f"{request.fps:g}",
     }
-    if request.embedded_guidance is not None:
-        values["embedded_cfg_scale"] = request.embedded_guidance
-    if request.video_path is not None:
-        values |= {"video": request.video_path.name, "strength": request.strength}
-    values |= {name: text for name, text in request.extra.items() if not name.endswith("_path")}
+    optional: dict[str, object] = {
+        "embedded_cfg_scale": request.embedded_guidance,
+        "strength": None if request.video_path is None else request.strength,
+        "device": device,
+    }
+    media = ("image_path", "end_image_path", "control_path", "video_path")
+    optional |= {name: path.name for name in media if (path := getattr(request, name)) is not None}
+    values |= {name: value for name, value in optional.items() if value is not None}
+    values |= {name: _without_folders(text) if name.endswith("_path") else text for name, text in request.extra.items()}
     values |= {f"lora_{index}": f"{name}: {multiplier}" for index, (name, multiplier) in enumerate(loras)}
+    values |= _recorded(settings or {})
     return {f"bt_{name}": NOT_SET if value is None else str(value) for name, value in values.items()}
+
+
+def decoded_metadata(saved: Mapping[str, str], settings: Mapping[str, Any], fps: float) -> dict[str, str]:
+    """Metadata of pixels that were decoded from a latent file: what that says of itself, and what this run decoded it with."""
+    kept = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in OF_DECODING | {"fps"}}
+    values = {name: text for name, text in _recorded(settings).items() if name in OF_DECODING}
+    return kept | {f"bt_{name}": text for name, text in {**values, "fps": f"{fps:g}"}.items()}
+
+
+def _recorded(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: _as_text(value)
+        for name, value in settings.items()
+        if name not in NO_PIXELS and name not in OF_REQUEST and value is not None
+    }
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return value.name
+    return shlex.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _without_folders(text: str) -> str:
+    """Paths, one a line or given by section (`0:a/first.png;;;1-2:b/then.png`), as the names at their ends."""
+    return re.sub(r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]", r"\1", text)
 
 
 def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:

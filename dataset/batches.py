@@ -15,14 +15,22 @@ import torch
 from torch import Tensor
 
 from dataset.cache_files import Entry, LatentName, parse_latent_name, part_path, read_entry, text_file_name
-from dataset.cache_records import FileIdentity, LatentRecord, is_unchanged, latent_record, text_records, verify_tensors
+from dataset.cache_records import (
+    FileIdentity,
+    LatentRecord,
+    TextRecord,
+    is_unchanged,
+    latent_record,
+    text_records,
+    verify_tensors,
+)
 from dataset.captions import read_caption
 from dataset.config import SECTION_DEFAULTS, DatasetConfig, DatasetTable
 from dataset.items import bucket_of
 from dataset.planning import options_difference, section_frames
 from modules.errors import CacheError
 from modules.family import LatentSpec
-from modules.records import Batch
+from modules.records import LATENTS_MADE, Batch, MadeBy
 from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -192,7 +200,8 @@ def read_batch(items: Sequence[TrainingItem], latent: LatentSpec, commands: Cach
                 f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
             )
     tensors = {name: _stacked(name, items, read, commands) for name in first.tensors}
-    return Batch(tensors, tuple(one.caption for one in read), tuple(item.key for item in items))
+    made_by = tuple(made for one in read for made in one.made_by)
+    return Batch(tensors, tuple(one.caption for one in read), tuple(item.key for item in items), made_by)
 
 
 @dataclass(frozen=True)
@@ -201,6 +210,7 @@ class _ReadItem:
     text: frozenset[str]  # names of those that come from the text cache
     variable: frozenset[str]
     caption: str
+    made_by: tuple[MadeBy, ...]
 
 
 def _training_item(
@@ -225,7 +235,7 @@ def _clip_of(name: LatentName) -> LatentName:
 
 def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands) -> _ReadItem:
     with _remedy(commands.latents):
-        latents = _read_latents(item, latent)
+        latents, media = _read_latents(item, latent)
     with _remedy(commands.text):
         text = read_entry(item.text_path)
         absent = sorted(item.text_keys - text.tensors.keys())
@@ -235,12 +245,15 @@ def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands
                 f"{item.text_path}: it is only a part of a text cache, it has no {', '.join(absent)}"
                 + (f" (made for {maker})" if maker else "")
             )
-        caption = _checked_caption(item, text)
+        texts = text_records(text.header)
+        caption = _checked_caption(item, text, texts)
     tensors = {**latents.tensors, **text.tensors}
-    return _ReadItem(tensors, frozenset(text.tensors), latents.variable | text.variable, caption)
+    made_by = [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
+    made_by += [MadeBy(item.text_path, name, record.encoder) for name, record in texts.items()]
+    return _ReadItem(tensors, frozenset(text.tensors), latents.variable | text.variable, caption, tuple(made_by))
 
 
-def _read_latents(item: TrainingItem, latent: LatentSpec) -> Entry:
+def _read_latents(item: TrainingItem, latent: LatentSpec) -> tuple[Entry, LatentRecord | None]:
     entry = read_entry(item.latent_path)
     if "latents" not in entry.tensors:
         raise CacheError(f"{item.latent_path}: it has no latents, so it is no cache; move it out of the cache folder")
@@ -260,7 +273,7 @@ def _read_latents(item: TrainingItem, latent: LatentSpec) -> Entry:
             f"{item.latent_path}: its latents have the shape {_by(found)}, {item.table.name} asks for {_by(expected)}"
             f" ({frames} frames of {width}x{height})"
         )
-    return entry
+    return entry, record
 
 
 def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec) -> None:
@@ -299,8 +312,7 @@ def _changed_file(folders: tuple[Path, ...], files: tuple[FileIdentity, ...]) ->
     return None
 
 
-def _checked_caption(item: TrainingItem, text: Entry) -> str:
-    records = text_records(text.header)
+def _checked_caption(item: TrainingItem, text: Entry, records: Mapping[str, TextRecord]) -> str:
     for record in records.values():
         verify_tensors(text, record.crc32)
         if record.file is None or item.table.directory is None:

@@ -9,6 +9,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.items import decode_source
 from dataset.planning import Plan, Recipe, complete, list_names, media_table, names_of, plan_all
 from dataset.reports import Failure
+from dataset.same_encoders import SameEncoders
 from dataset.source_jobs import decode_ahead, progress
 from dataset.sources import Source, find_sources, missing_captions
 from dataset.text_caching import plan_text
@@ -114,6 +115,7 @@ def check_training(
     """
     found = find_items(config, cache_tag, latent, text_keys)
     lines, ok = ["Files recognised:", *_indented(files)], True
+    encoders = SameEncoders(commands)
     for table in config.datasets:
         items = [item for item in found.items if item.table.index == table.index]
         buckets = Counter(item.bucket for item in items)
@@ -121,10 +123,11 @@ def check_training(
         lines += _indented(_bucket_lines(table, buckets))
         missing = [path for path in found.missing_text if path.parent == table.cache_directory]
         unfinished = [path for path in found.unfinished_text if path.parent == table.cache_directory]
-        faults = _unusable(items, latent, commands)
+        faults, remarks = _unusable(items, latent, encoders)
         lines += _listed("text caches are missing", missing)
         lines += _listed("text caches are unfinished", unfinished)
         lines += _listed("cannot be used", faults)
+        lines += _indented(remarks)
         lines += _source_lines(table, items)
         ok = ok and not missing and not unfinished and not faults and bool(items)
     training = [item for item in found.items if not item.table.validation]
@@ -173,15 +176,17 @@ def _num_batches(table: DatasetTable, buckets: Mapping[tuple[int, ...], int]) ->
     return sum(-(-count * table.num_repeats // table.batch_size) for count in buckets.values())
 
 
-def _unusable(items: Sequence[TrainingItem], latent: LatentSpec, commands: CachingCommands) -> list[str]:
-    """Why items cannot be trained on, by reading every one."""
-    faults = []
+def _unusable(items: Sequence[TrainingItem], latent: LatentSpec, encoders: SameEncoders) -> tuple[list[str], list[str]]:
+    """Why items cannot be trained on, by reading every one; and what is to be said of those that can."""
+    faults, remarks = [], []
     for item in items:
         try:
-            read_batch([item], latent, commands)
+            said = encoders.difference(read_batch([item], latent, encoders.commands).made_by)
         except CacheError as error:
             faults.append(str(error).splitlines()[0])
-    return faults
+        else:
+            remarks += [] if said is None else said.splitlines()
+    return faults, remarks
 
 
 def _source_lines(table: DatasetTable, items: Sequence[TrainingItem]) -> list[str]:

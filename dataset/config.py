@@ -93,7 +93,7 @@ class DatasetTable:
             entry["target_frames"] = list(self.target_frames)
             names = ("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
             entry |= {name: getattr(self, name) for name in names}
-        return entry
+        return entry | self.section_keys
 
 
 @dataclass(frozen=True)

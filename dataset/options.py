@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from modules.command import Parser
 from modules.errors import OptionError
 from modules.options import read_options, refuse_unsupported
 
@@ -56,7 +57,7 @@ def read_latent_caching(
     description: str | None, add_arguments: AddArguments, record: type[T], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, T]:
     """The options of a script that caches latents. add_arguments, record: the family's own."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     add_caching_arguments(parser)
     add_arguments(parser)
     add_debug_arguments(parser)
@@ -68,7 +69,7 @@ def read_text_caching(
     description: str | None, add_arguments: AddArguments, record: type[T], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, T]:
     """The options of a script that caches texts. add_arguments, record: the family's own."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     add_caching_arguments(parser)
     add_arguments(parser)
     args = _parsed(parser, argv)

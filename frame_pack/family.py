@@ -119,6 +119,7 @@ class FramePack:
             "architecture": "framepack",
             "implementation": "https://github.com/lllyasviel/FramePack",
             "model_type": "framepack",
+            "trained_for": "single pictures" if self.one_frame is not None else f"videos of FramePack{'-F1' if self.is_f1 else ''}",
             **{key: path.name for key, path in names.items() if path is not None},
         }
 

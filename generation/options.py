@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +17,15 @@ from blissful_tuner.options import (
     refuse_video_to_video,
 )
 from generation.prompt_lines import GENERATION_OPTIONS, LineOption
+from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import read_options, refuse_unsupported
+from modules.options import option_values, read_options, refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
 from networks.options import LoraOptions, LoraPatternOptions, add_lora_arguments, add_lora_pattern_arguments, require_files
 
 T = TypeVar("T")
 
+ALWAYS_RECORDED = frozenset({"sample_solver", "guidance_rescale"})  # by the known tools too
 LATENT_OUTPUTS = ("latent", "both", "latent_images")
 IMAGE_OUTPUTS = ("images", "latent_images")
 MEDIA = {
@@ -145,6 +147,7 @@ class GenerationOptions:
     latent_path: tuple[Path, ...] | None
     device: str | None
     line_options: Mapping[str, LineOption]  # what the letters of a prompt line mean
+    settings: Mapping[str, Any]  # options of the script, the family's too, that are not as they are without being given
 
     @property
     def splits_guidance(self) -> bool:
@@ -189,12 +192,16 @@ def read_generation(
     parser = generation_parser(description, defaults)
     add_arguments(parser)
     args = read_arguments(parser, argv)
-    return read_options(GenerationOptions, args), read_options(record, args)
+    options, own = read_options(GenerationOptions, args), read_options(record, args)
+    values = option_values(options) | option_values(own)
+    given = {action.dest for action in parser._actions if getattr(args, action.dest, action.default) != action.default}
+    settings = {name: value for name, value in values.items() if name in given | ALWAYS_RECORDED}
+    return replace(options, settings=settings), own
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
     """A parser with the shared options, as the family's script has them."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_request_arguments(parser, defaults)
     if "video_path" in defaults.media:
         add_video_to_video_arguments(parser)
@@ -210,6 +217,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_generation_speed_arguments(parser, defaults.blocks_to_swap)
     add_later_arguments(parser)
     parser.set_defaults(extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single)
+    parser.set_defaults(settings={})  # known when all options have been read
     return parser
 
 

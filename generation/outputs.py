@@ -15,13 +15,15 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blissful_tuner.metadata import as_tags
+from blissful_tuner.metadata import as_tags, output_metadata
 from generation.options import OutputOptions
 from modules.atomic_write import atomic_folder, save_tensors
 from modules.checkpoint import open_checkpoint
 from modules.checkpoint_files import load_pickled
 from modules.errors import CheckpointError, OutputError
+from modules.family import Family
 from modules.media import write_png, write_video
+from modules.records import Request
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +126,11 @@ def save_pixels(
     write_video(path, playing, fps, codec=options.format.codec, tags=tags)
     logger.info("Video: %s", path)
     return path
+
+
+def sample_tags(family: Family, request: Request, model: str, device: torch.device) -> dict[str, str]:
+    """What a picture made while training says about itself. model: what had been learned by then."""
+    return as_tags(output_metadata(request, family.metadata, settings={"sampled_from": model}, device=device.type))
 
 
 def written(frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]) -> Iterator[Frame]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import uses_guidance
-from blissful_tuner.metadata import frame_rate_in, output_metadata, seed_in
+from blissful_tuner.metadata import decoded_metadata, frame_rate_in, output_metadata, seed_in
 from blissful_tuner.options import STRENGTH
 from generation.denoise import OnStep
 from generation.dressing import dit_loader
@@ -109,7 +109,8 @@ class Run:
             return None
         lora = self.options.lora
         names = [path.name for path in lora.lora_weight or ()]
-        return output_metadata(request, self.family.metadata, list(zip(names, lora.multipliers(), strict=True)))
+        loras = list(zip(names, lora.multipliers(), strict=True))
+        return output_metadata(request, self.family.metadata, loras, self.options.settings, self.session.device.type)
 
     def read_line(self, line: str) -> Mapping[str, Any]:
         """What a prompt line says. Raises OptionError."""
@@ -346,7 +347,7 @@ def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
 
 
 def decode_files(run: Run, paths: Sequence[Path]) -> None:
-    """Decode latent files; what they say about themselves is passed on."""
+    """Decode latent files; what they say about themselves is passed on, with what they are decoded with."""
     saved = [checked_latents(run.family, path) for path in paths]
     output = run.options.output
     failures = Failures(strict=len(paths) == 1)
@@ -355,8 +356,9 @@ def decode_files(run: Run, paths: Sequence[Path]) -> None:
         for path, one in zip(paths, saved, strict=True):
             with failures.noted(str(path)):
                 stem = output_stem(datetime.now(), seed_in(one.metadata), path)
-                metadata = None if output.no_metadata else one.metadata
-                save_pixels(output, stem, run.family.decode(encoders, one.latents), frame_rate(run, one), metadata)
+                fps = frame_rate(run, one)
+                metadata = None if output.no_metadata else decoded_metadata(one.metadata, run.options.settings, fps)
+                save_pixels(output, stem, run.family.decode(encoders, one.latents), fps, metadata)
     failures.raise_if_any(len(paths))
 
 

@@ -1,12 +1,16 @@
 """The frame around every script: logging, clean error output, exit codes. Standard library only, so `--help` answers at once."""
 
+import argparse
+import difflib
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from modules.errors import CheckpointError, UserError
 
@@ -43,6 +47,43 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a script's options. A mistake is one message, with the option or value that was probably meant, and exit code 2."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does. What is mistyped is told before what is missing, which often is the same option."""
+        words = sys.argv[1:] if args is None else list(args)
+        if not {"-h", "--help"} & set(words):
+            self._refuse_unknown(words)
+        found, others = self.parse_known_args(words, namespace)
+        if others:
+            self.error(f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes.")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """End with code 2, without the list of all options."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
+
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        names = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
+        options = [name for name in dict.fromkeys(names) if re.match(r"--.|-[A-Za-z]", name) and " " not in name]
+        # argparse takes the beginning of an option too
+        unknown = [option for option in options if not any(flag.startswith(option) for flag in flags)]
+        if unknown:
+            self.error(" ".join(f"Unknown option {option}.{_hint('--' + option.lstrip('-'), flags)}" for option in unknown))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(action, f"{value} is no choice. Use {', '.join(choices)}.{_hint(str(value), choices)}")
+
+
+def _hint(given: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, list(known), 1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def as_typed(words: Sequence[str]) -> str:

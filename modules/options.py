@@ -42,6 +42,15 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     return cls(**values)
 
 
+def option_values(options: Any) -> dict[str, Any]:
+    """Every value of an option record by its public name, those of the records in it too."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        values |= option_values(value) if dataclasses.is_dataclass(value) else {option_name(field): value}
+    return values
+
+
 def record_of(hint: Any) -> Any:
     """The option record that a field's type is or may be: `Record`, `Record | None`; None for any other type."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

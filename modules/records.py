@@ -18,6 +18,18 @@ from modules.fp8_options import Quantisation
 Conditions = Mapping[str, Tensor | list[Tensor]]
 
 
+LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """What encoded a cache file, as its record says."""
+
+    path: Path
+    part: str  # LATENTS_MADE, or the name of a text encoder
+    encoder: Mapping[str, str]  # `Family.media_identity`, or `TextEncoder.identity`
+
+
 @dataclass(frozen=True)
 class Batch:
     """One training batch as read from caches: tensors by cache name (`latents` B C F H W, as the format stores them)."""
@@ -25,6 +37,7 @@ class Batch:
     tensors: Conditions
     captions: tuple[str, ...]
     keys: tuple[str, ...]  # which items, for messages
+    made_by: tuple[MadeBy, ...] = ()  # of all files that say so
 
     def __len__(self) -> int:
         return len(self.captions)

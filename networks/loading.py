@@ -25,6 +25,7 @@ logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
 A_FEW = 0.1  # share of a file that may be of no use without more than a warning
 PEFT_SETTINGS = "lora_adapter_metadata"  # where diffusers keeps the adapter's settings among a file's metadata
+TRAINED_FOR = "reelsmith_trained_for"  # what of a model's uses a LoRA has learned, in words: `Family.metadata` as trained_for
 MADE_FOR = ("ss_base_model_version", "modelspec.architecture")
 OF_EQUAL_NAMES = (
     "flux",
@@ -84,7 +85,8 @@ def read_lora(path: Path) -> LoraFile:
         alphas = _peft_alphas(native.tensors, _peft_config(path, metadata))
     except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise CheckpointError(f"{path}: its PEFT settings cannot be read ({error}). Copy it again.", path) from error
-    logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}")
+    use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
+    logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
     return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
 
 

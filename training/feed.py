@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from multiprocessing.synchronize import Event
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.batches import BatchOrder, CachingCommands, TrainingItem, read_batch
+from dataset.same_encoders import SameEncoders
 from modules.errors import UserError
 from modules.family import LatentSpec
 from modules.records import Batch
@@ -124,6 +125,7 @@ class Feed:
     workers: int  # as asked for; never more than there are CPUs
     keep_workers: bool  # from one epoch to the next
     pin_memory: bool
+    encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
 
     def start(self, epoch: int, position: int) -> Generator[MicroBatch]:
         """All micro-batches from that place on to the end of the run."""
@@ -149,7 +151,10 @@ class Feed:
             for packed in loader:
                 if isinstance(packed, UserError):
                     raise packed
-                yield packed.unpacked()
+                micro_batch = packed.unpacked()
+                if self.process == 0:  # one tells; shuffled epochs bring it items of all
+                    self.encoders.warn(micro_batch.data.batch.made_by)
+                yield micro_batch
         finally:
             ending.set()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from networks.loading import TRAINED_FOR
 from training.options import TrainingOptions
 
 DEFAULT_RANK = 4
@@ -33,7 +34,8 @@ class RunFacts:
 def run_metadata(options: TrainingOptions, family_name: str, family_metadata: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
     """The `ss_*` entries that stay the same over the run; with --no_metadata only what loading needs.
 
-    family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name, vae_name).
+    family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name, vae_name; trained_for
+    where a model has several uses that its files do not tell apart).
     A whole DiT has no `ss_network_*`, by which a LoRA is known.
     """
     network = options.network
@@ -48,6 +50,8 @@ def run_metadata(options: TrainingOptions, family_name: str, family_metadata: Ma
     if not options.metadata.no_metadata:
         values |= _training_values(options, facts)
         values |= {f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", "vae_name")}
+        if "trained_for" in family_metadata:
+            values[TRAINED_FOR] = family_metadata["trained_for"]
     return {key: str(value) for key, value in values.items()}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from modules.command import Parser
 from modules.errors import OptionError
 from modules.options import read_options, refuse_unsupported, require
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
@@ -116,7 +117,7 @@ def training_parser(
     doc: the script's docstring. add_learner: adds the arguments of what learns, `add_network_arguments` or
     `add_whole_dit_arguments`.
     """
-    parser = argparse.ArgumentParser(description=doc)
+    parser = Parser(description=doc)
     add_config_argument(parser)
     add_loop_arguments(parser)
     add_learner(parser)

@@ -16,6 +16,7 @@ from torch import nn
 from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingItem, find_items, require_items, split_validation
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.same_encoders import SameEncoders
 from modules.attention import check_backend
 from modules.block_swap import HostWeights, host_weights, settle
 from modules.compile import check_compilation
@@ -95,6 +96,7 @@ class Data:
     order: BatchOrder
     validation: Sequence[TrainingItem]
     plan: Plan
+    encoders: SameEncoders
 
 
 def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
@@ -235,7 +237,8 @@ def _find_data(job: Job, config: DatasetConfig) -> Data:
     order = BatchOrder(training, job.progress.seed)
     processes, accumulation = job.accelerator.num_processes, loop.gradient_accumulation_steps
     steps = total_steps(loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation)
-    return Data(config, training, order, validation, Plan(order.num_batches, processes, accumulation, steps))
+    plan = Plan(order.num_batches, processes, accumulation, steps)
+    return Data(config, training, order, validation, plan, SameEncoders(job.commands))
 
 
 def _make_sampler(job: Job) -> Sampler | None:
@@ -247,9 +250,8 @@ def _make_sampler(job: Job) -> Sampler | None:
         logger.warning("--sample_prompts is ignored, because neither --sample_every_n_steps nor another time for samples is given.")
         return None
     share = accelerator.process_index, accelerator.num_processes
-    return prepare_samples(
-        job.family, options.sample_prompts, job.output_dir / "sample", job.output_name, accelerator.device, *share
-    )
+    folder, has_metadata = job.output_dir / "sample", not job.options.metadata.no_metadata
+    return prepare_samples(job.family, options.sample_prompts, folder, job.output_name, accelerator.device, *share, has_metadata)
 
 
 def _placement(job: Job) -> Placement:
@@ -327,6 +329,7 @@ def _make_feed(job: Job, data: Data) -> Feed:
         loop.max_data_loader_n_workers,
         loop.persistent_data_loader_workers,
         pin_memory=accelerator.device.type == "cuda",
+        encoders=data.encoders,
     )
 
 
@@ -335,7 +338,7 @@ def _make_validation(job: Job, data: Data) -> Validation | None:
         return None
     accelerator = job.accelerator
     share = accelerator.device, accelerator.process_index, accelerator.num_processes
-    return Validation(job.family, data.validation, job.options.timesteps, job.commands, *share)
+    return Validation(job.family, data.validation, job.options.timesteps, job.commands, *share, encoders=data.encoders)
 
 
 def _make_saver(

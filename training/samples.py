@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from generation.denoise import StepDone
-from generation.outputs import frames_of
+from generation.outputs import frames_of, sample_tags
 from generation.prompt_lines import read_sample_prompts
 from generation.sections import make_latents
 from generation.session import Session, encode_inputs
@@ -53,6 +53,7 @@ class Sampler:
     session: Session  # holds the VAE, on the CPU between uses
     folder: Path
     name: str  # --output_name
+    has_metadata: bool = True  # pictures say what made them, as those of a generation do; MP4 holds nothing
 
     def make(self, dit: nn.Module, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt; mark: `e000001` at the end of an epoch, `000020` at a step.
@@ -74,17 +75,18 @@ class Sampler:
                 )
             seed = f"_{request.seed}" if sample.is_seeded else ""
             stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
-            paths.append(self._write(latents, request, stem))
+            paths.append(self._write(latents, request, stem, f"{self.name}_{mark}"))
             logger.info("Sample %s", paths[-1])
         return paths
 
     @torch.no_grad()
-    def _write(self, latents: torch.Tensor, request: Request, stem: str) -> Path:
+    def _write(self, latents: torch.Tensor, request: Request, stem: str, model: str) -> Path:
         with self.session.media(images=False, again=True) as encoders:
             frames = frames_of(self.session.family.decode(encoders, latents))
             if request.frames == 1:
                 path = self.folder / f"{stem}_000.png"
-                write_png(path, next(frames))
+                tags = sample_tags(self.session.family, request, model, self.session.device) if self.has_metadata else None
+                write_png(path, next(frames), tags)
             else:
                 path = self.folder / f"{stem}.mp4"
                 assert request.fps is not None  # `prepare` has set it
@@ -93,7 +95,14 @@ class Sampler:
 
 
 def prepare_samples(
-    family: Family, prompt_file: Path, folder: Path, name: str, device: torch.device, process: int, processes: int
+    family: Family,
+    prompt_file: Path,
+    folder: Path,
+    name: str,
+    device: torch.device,
+    process: int,
+    processes: int,
+    has_metadata: bool = True,
 ) -> Sampler:
     """Read the prompts, check them, and encode this process' share of texts and images. For before the DiT is loaded.
 
@@ -120,7 +129,7 @@ def prepare_samples(
         inputs = encode_inputs(family, encoders, requests)
     session.drop_image_encoder()
     samples = [Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)]
-    return Sampler(samples, session, folder, name)
+    return Sampler(samples, session, folder, name, has_metadata)
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:

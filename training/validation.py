@@ -5,12 +5,13 @@ values of two steps, and of two runs with the same items, can be compared.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from dataset.batches import CachingCommands, TrainingItem, read_batch
+from dataset.same_encoders import SameEncoders
 from modules.family import Family
 from training.feed import seeded
 from training.loss import Autocast, NoisyBatch, squared_errors
@@ -31,6 +32,7 @@ class Validation:
     device: torch.device
     process: int
     processes: int
+    encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -57,6 +59,8 @@ class Validation:
     def _losses(self, item: TrainingItem, dit: nn.Module, autocast: Autocast) -> list[float]:
         """The loss of one item in every band."""
         batch = read_batch((item,), self.family.latent, self.commands)
+        if self.process == 0:
+            self.encoders.warn(batch.made_by)
         shape = batch.tensor("latents").shape
         losses = []
         for band, sigma in enumerate(self.sigmas):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blissful_tuner.metadata import TUNER_VERSION, as_tags, frame_rate_in, output_metadata, seed_in
+from blissful_tuner.metadata import TUNER_VERSION, as_tags, decoded_metadata, frame_rate_in, output_metadata, seed_in
 from modules.records import Request
 
 REQUEST = Request("a\ncat ä", 7, 832, 480, 81, 50, 5.0, None, 5.0, "unipc", 16.0, "bad")
@@ -33,11 +33,39 @@ def test_metadata_has_the_known_keys_and_the_sizes() -> None:
     }
 
 
-def test_what_only_the_family_reads_is_said_too_but_for_where_files_lie() -> None:
-    extra = {"video_sections": "4", "one_frame": "default", "image_path": "a.png", "control_image_path": "b.png"}
+def test_what_only_the_family_reads_is_said_too() -> None:
+    extra = {"video_sections": "4", "one_frame": "default"}
     found = output_metadata(replace(REQUEST, extra=extra), {})
     assert (found["bt_video_sections"], found["bt_one_frame"]) == ("4", "default")
-    assert not any(name.endswith("_path") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a b/c d/first.png", "first.png"),
+        ("0:/a/first.png;;;1-2:b/then.png;;;-1:last.png", "0:first.png;;;1-2:then.png;;;-1:last.png"),
+        ("/a/b.png\nc.png", "b.png\nc.png"),
+        (r"0:C:\d\x.png;;;1:C:\d\y.png", "0:x.png;;;1:y.png"),
+    ],
+)
+def test_of_images_names_are_said_and_not_where_they_lie(text: str, names: str) -> None:
+    request = replace(REQUEST, extra={"image_path": text}, end_image_path=Path("/home/me/end.png"))
+    found = output_metadata(request, {}, settings={"dit": Path("/home/me/dit.safetensors")})
+    assert found["bt_image_path"] == names
+    assert (found["bt_end_image_path"], found["bt_dit"]) == ("end.png", "dit.safetensors")
+
+
+def test_settings_are_said_as_they_are_typed_and_never_in_place_of_what_the_request_says() -> None:
+    settings = {"te_multiplier": ("1.2", "a b"), "bulk_decode": True, "fps": 30, "save_path": Path("x"), "latent_paddings": None}
+    found = output_metadata(REQUEST, {}, settings=settings)
+    assert (found["bt_te_multiplier"], found["bt_bulk_decode"], found["bt_fps"]) == ("1.2 'a b'", "True", "16")
+    assert not found.keys() & {"bt_save_path", "bt_latent_paddings"}
+
+
+def test_decoding_passes_on_what_is_known_and_says_anew_what_it_is_decoded_with() -> None:
+    saved = {"bt_prompt": "a cat", "seeds": "7", "bt_bulk_decode": "True", "bt_vae": "old.pt", "bt_fps": "16"}
+    found = decoded_metadata(saved, {"vae": Path("m/new.pt"), "guidance_scale": 3.0, "dit": Path("other")}, 24.0)
+    assert found == {"bt_prompt": "a cat", "seeds": "7", "bt_vae": "new.pt", "bt_fps": "24"}
 
 
 def test_the_known_names_without_prefix_are_read() -> None:

@@ -266,6 +266,23 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
     }
 
 
+def test_what_sections_are_made_from_is_in_the_metadata_where_it_is_not_the_usual(tmp_path: Path) -> None:
+    (pictures,) = tables(
+        tmp_path,
+        """
+        [[datasets]]
+        image_directory = "data/pics"
+        control_directory = "data/control"
+        caption_extension = ".txt"
+        fp_1f_clean_indices = [0, 10]
+        fp_1f_target_index = 1
+        fp_latent_window_size = 9
+        """,
+    )
+    found = {name: value for name, value in pictures.describe().items() if name.startswith("fp_")}
+    assert found == {"fp_1f_clean_indices": [0, 10], "fp_1f_target_index": 1}
+
+
 @pytest.fixture(autouse=True)
 def _warnings_are_seen(caplog) -> None:
     caplog.set_level(logging.WARNING)

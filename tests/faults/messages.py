@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from tests.commands import QUIET, ROOT
 
-ERROR = re.compile(r"^(?:\w+Error: |usage: |.*\.py: error: )")
+ERROR = re.compile(r"^(?:\w+Error: |.*\.py: error: )")
 # what a message tells the user to do begins with one of these
 REMEDIES = (
     *("Give", "Use", "Download", "Copy", "Fetch", "Mend", "Make", "Resume", "Run", "Free", "Cache", "Update", "Lower", "Remove"),

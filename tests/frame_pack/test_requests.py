@@ -39,6 +39,14 @@ def test_a_video_has_the_recorded_length(video: dict[str, Any], picture: Path) -
     request = settle(picture, extra, window)
     assert (request.frames, sections_of(request, window)) == (video["final_pixel_frames"], video["total_sections"])
     assert request.extra["video_sections"] == str(video["total_sections"])
+    assert float(request.extra["video_seconds"]) == pytest.approx(video["final_pixel_frames"] / 30, rel=1e-4)
+
+
+def test_a_request_says_what_the_metadata_of_outputs_tell(picture: Path) -> None:
+    video = settle(picture, {"video_sections": "2"}, window=3, f1=True, fps=24.0).extra
+    said = {"latent_window_size": "3", "video_sections": "2", "f1": "True", "video_seconds": "1.04167"}
+    assert video == {"image_path": str(picture), **said}
+    assert "video_seconds" not in settle(picture, {"one_frame": "default"}).extra
 
 
 def test_samples_say_frames_which_are_made_whole_sections(picture: Path, caplog: pytest.LogCaptureFixture) -> None:

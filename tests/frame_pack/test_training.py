@@ -10,11 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from frame_pack.family import family_for_training
+from frame_pack.options import FramePackTrainingOptions, add_training_arguments
+from modules.options import read_options
 from tests.faults.damage import flipped_data
 from tests.faults.messages import assert_one_message, run_here
 from tests.frame_pack.projects import FAST, OUTPUT, ProjectOf, train, write_project
 from tests.tiny.families import FAMILIES, TinyFamily
 from tests.tiny.framepack import write_tiny_framepack
+from training.options import read_arguments, training_parser
 
 TRAIN = "fpack_train_network.py"
 
@@ -56,10 +60,27 @@ def test_a_lora_says_what_it_was_trained_on(project_of: ProjectOf, tmp_path: Pat
     assert (dataset["video_directory"], dataset["target_frames"]) == ("clips", [5, 9])
     assert found["modelspec.sai_model_spec"] == "1.0.0"
     assert found["modelspec.architecture"] == "framepack/lora"
+    assert found["reelsmith_trained_for"] == "videos of FramePack"
     assert found["modelspec.implementation"] == "https://github.com/lllyasviel/FramePack"
     assert (found["modelspec.title"], found["modelspec.resolution"]) == ("A cat", "1280x720")
     assert found["modelspec.timestep_range"] == "100,1000"
     assert len(found["sshs_model_hash"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("switches", "use"),
+    [
+        ([], "videos of FramePack"),
+        (["--f1"], "videos of FramePack-F1"),
+        (["--one_frame"], "single pictures"),
+        (["--f1", "--one_frame"], "single pictures"),  # with a warning, see frame_pack/options.py
+    ],
+)
+def test_what_a_lora_is_trained_for_is_told_apart(switches: list[str], use: str) -> None:
+    parser = training_parser("")
+    add_training_arguments(parser)
+    options = read_options(FramePackTrainingOptions, read_arguments(parser, switches))
+    assert family_for_training(options).metadata["trained_for"] == use
 
 
 def test_no_metadata_keeps_what_other_tools_need(project_of: ProjectOf, tmp_path: Path) -> None:
@@ -69,6 +90,7 @@ def test_no_metadata_keeps_what_other_tools_need(project_of: ProjectOf, tmp_path
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         found = file.metadata()
     kept = {name for name in found if name.startswith("ss_")}
+    assert "reelsmith_trained_for" not in found
     assert kept == {
         f"ss_{name}" for name in ("base_model_version", "network_module", "network_dim", "network_alpha", "network_args")
     }

@@ -251,7 +251,8 @@ def test_the_metadata_says_how_it_was_made(tmp_path: Path, files: TinyFramePack,
     found = metadata_of(path)
     assert (found["bt_model_type"], found["bt_embedded_cfg_scale"], found["bt_fps"]) == ("framepack", "10.0", "30")
     assert (found["bt_video_sections"], found["bt_video_length"], found["bt_f1"]) == ("1", "9", "True")
-    assert "bt_image_path" not in found
+    assert (found["bt_image_path"], found["bt_dit"], found["bt_vae_dtype"]) == (start.name, files.dit.name, "float32")
+    assert (found["bt_video_seconds"], found["bt_latent_window_size"], found["bt_sample_solver"]) == ("0.3", "2", "unipc")
 
 
 def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack) -> None:

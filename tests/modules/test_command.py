@@ -1,8 +1,51 @@
-"""Commands that messages tell to type."""
+"""Commands that messages tell to type, and what is said of mistyped ones."""
 
 import pytest
 
 from modules import command
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(prog="make.py")
+    parser.add_argument("--prompt")
+    parser.add_argument("--save_path", required=True)
+    parser.add_argument("--codec", choices=["h264", "prores"])
+    parser.add_argument("--layers", type=int, nargs="*")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--save-path videos", "Unknown option --save-path. Did you mean --save_path?"),  # not that --save_path is missing
+        ("--promt=cat --zzz", "Unknown option --promt. Did you mean --prompt? Unknown option --zzz."),
+        ("-prompt cat", "Unknown option -prompt. Did you mean --prompt?"),
+        ("--save_path", "argument --save_path: expected one argument"),
+        ("--save_path x --codec prorse", "argument --codec: prorse is no choice. Use h264, prores. Did you mean prores?"),
+        ("--save_path x --layers one", "argument --layers: invalid int value: 'one'"),
+        ("--save_path x --prompt a cat", "cat belongs to no option. Put a text with blanks in quotes."),
+        ("--prompt cat", "the following arguments are required: --save_path"),
+    ],
+)
+def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        _parser().parse_args(words.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"make.py: error: {message}\nmake.py --help lists all options\n"
+
+
+@pytest.mark.parametrize("words", [["--help", "--promt"], ["-h", "more"]])
+def test_help_is_given_whatever_else_is_said(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        _parser().parse_args(words)
+    assert end.value.code == 0
+    assert "--layers" in capsys.readouterr().out
+
+
+def test_beginnings_of_options_and_values_like_options_are_taken_as_before() -> None:
+    args = _parser().parse_args(["--save", "x", "--pro=--cat", "--layers", "-1", "2"])
+    assert (args.save_path, args.prompt, args.layers) == ("x", "--cat", [-1, 2])
+    assert _parser().parse_args(["--save_path", "--no option of ours"]).save_path == "--no option of ours"
 
 
 @pytest.mark.parametrize(

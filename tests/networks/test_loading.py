@@ -45,6 +45,14 @@ def test_a_truncated_file_is_refused(saved: Path, keep: int) -> None:
         read_lora(saved)
 
 
+def test_what_a_lora_was_trained_for_is_said_when_it_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    network, use = wan_network(tiny_dit(tmp_path)), "videos of FramePack-F1"
+    network.save_weights(tmp_path / "f1.safetensors", torch.bfloat16, {"reelsmith_trained_for": use})
+    read_lora(tmp_path / "f1.safetensors")
+    assert caplog.messages[-1].endswith(f"names as of ours, trained for {use}")
+
+
 def test_old_hashes_that_another_tool_copied_do_no_harm(saved: Path) -> None:
     metadata = dict(read_lora(saved).metadata)
     renamed = {

@@ -9,7 +9,7 @@ from dataset.batches import NO_COMMANDS, BatchOrder, find_items
 from dataset.config import load_dataset_config
 from modules.errors import CacheError
 from modules.records import Batch
-from tests.training.toy import LATENT, toy_options, write_caches
+from tests.training.toy import LATENT, record_encoders, toy_options, write_caches
 from training.feed import Feed, MicroBatch, MicroBatches, Packed, Randomness
 from training.loss import NoisyBatch
 from training.plan import Plan
@@ -69,6 +69,21 @@ def test_a_damaged_cache_names_file_and_command_also_from_a_worker(tmp_path: Pat
     with pytest.raises(CacheError, match=r"clip\d_0032x0032_toy(?s:.)*Make it again with") as error:
         list(feed.start(0, 0))
     assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(("workers", "process", "processes"), [(0, 0, 1), (1, 0, 1), (0, 1, 2)])
+def test_the_first_process_warns_once_of_caches_that_other_encoders_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int, process: int, processes: int
+) -> None:
+    write_caches(tmp_path, count=4)
+    record_encoders(tmp_path, {"clip0": "first", "clip1": "first", "clip2": "second"})  # clip3: another program's
+    plan = Plan(4, processes, 1, total_steps=20)
+
+    list(Feed(micro_batches(tmp_path), plan, process, workers, keep_workers=True, pin_memory=False).start(0, 0))
+
+    said = [message for message in caplog.messages if message.startswith("Not all caches were made by the same encoders:")]
+    assert len(said) == (1 if process == 0 else 0)
+    assert all("letters second" in message and "letters first" in message for message in said)
 
 
 def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:

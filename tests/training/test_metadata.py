@@ -92,3 +92,10 @@ def test_a_whole_model_does_not_look_like_a_lora() -> None:
         "ss_network_dropout"
     }
     assert made["ss_full_bf16"] == "True"
+
+
+def test_of_a_model_with_several_uses_the_file_says_what_it_was_trained_for() -> None:
+    options = read_options(TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {}))
+    made = run_metadata(options, "framepack", {**FAMILY, "trained_for": "single pictures"}, FACTS)
+    assert made["reelsmith_trained_for"] == "single pictures"
+    assert "reelsmith_trained_for" not in metadata()

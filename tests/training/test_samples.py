@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from generation.sections import make_latents
 from generation.session import encode_texts
@@ -63,6 +64,22 @@ def test_times_of_samples(tmp_path: Path) -> None:
     assert [step for step in range(10) if is_due_at_step(options, step)] == [3, 6, 9]
     assert [epoch for epoch in range(1, 6) if is_due_after_epoch(options, epoch)] == [2, 4]
     assert is_due_at_step(replace(options, sample_at_first=True), 0)
+
+
+@pytest.mark.parametrize("switches", [[], ["--no_metadata"]], ids=["told", "not told"])
+def test_pictures_say_what_made_them_as_those_of_a_generation_do(tmp_path: Path, switches: list[str]) -> None:
+    write_caches(tmp_path, count=2)
+    prompts = write_prompts(tmp_path, "a cat --d 11 --s 2 --l 3\n")
+
+    train_toy(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 2, "--max_train_steps", 2, *switches)
+
+    (path,) = (tmp_path / "output" / "sample").iterdir()
+    with Image.open(path) as picture:
+        found = dict(picture.info)
+    assert found.get("bt_prompt") == (None if switches else "a cat")
+    if not switches:
+        assert (found["bt_seeds"], found["bt_guidance_scale"], found["bt_sampled_from"]) == ("11", "3.0", "x_000002")
+        assert (found["bt_infer_steps"], found["bt_width"], found["bt_device"]) == ("2", "256", "cpu")
 
 
 def test_files_are_named_by_epoch_or_step_prompt_time_and_seed(tmp_path: Path) -> None:

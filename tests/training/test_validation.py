@@ -12,7 +12,7 @@ from dataset.batches import NO_COMMANDS, find_items, split_validation
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError
 from modules.records import Placement
-from tests.training.toy import LATENT, ToyFamily, toy_options, train_toy, write_caches
+from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
 from training.run import train_network
 from training.validation import Validation
 
@@ -118,3 +118,18 @@ def test_steps_without_anything_to_validate_on_are_refused(tmp_path: Path) -> No
 
     with pytest.raises(OptionError, match="--validation_split"):
         train_network(ToyFamily(), toy_options(tmp_path, "--validate_every_n_steps", 2))
+
+
+def test_held_back_caches_of_another_encoder_are_told_of_with_those_that_are_learned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A whole run: nothing but the validation item differs, and it is told of once, however often it is measured."""
+    write_caches(tmp_path, count=3)
+    items = find_items(load_dataset_config(tmp_path / "dataset.toml"), "toy", LATENT).items
+    _, (held,) = split_validation(items, 0.3)
+    record_encoders(tmp_path, {item.source_stem: "second" if item is held else "first" for item in items})
+
+    train_toy(tmp_path, "--validation_split", 0.3, "--validate_every_n_steps", 2)
+
+    (said,) = (message for message in caplog.messages if message.startswith("Not all caches were made by the same encoders:"))
+    assert f"{held.text_path}: letters second" in said

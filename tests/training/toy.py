@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dataset.cache_files import checksum, read_entry, write_tensors
+from dataset.cache_records import TextRecord, text_metadata
 from modules.atomic_write import save_tensors
 from modules.errors import OptionError
 from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -196,6 +198,15 @@ def write_caches(folder: Path, count: int = 5, batch_size: int = 1, more: str = 
     table = f'[[datasets]]\nimage_directory = "{here}/images"\ncache_directory = "{here}/cache"\n{more}\n'
     path.write_text(f"[general]\nresolution = [32, 32]\nbatch_size = {batch_size}\n{table}", encoding="utf-8")
     return path
+
+
+def record_encoders(folder: Path, names: Mapping[str, str]) -> None:
+    """Have text caches say which encoder made them. names: `clip0` -> the encoder's identity."""
+    for stem, identity in names.items():
+        entry = read_entry(folder / "cache" / f"{stem}_toy_te.safetensors")
+        crc32 = {name: checksum(name, tensor) for name, tensor in entry.named.items()}
+        record = TextRecord({"letters": identity}, "a text", None, crc32)
+        write_tensors(entry.header.path, entry.named, text_metadata({"letters": record}))
 
 
 def toy_options(folder: Path, *arguments: object, whole_dit: bool = False) -> TrainingOptions:

@@ -1,0 +1,131 @@
+"""Every option of the generation scripts that changes pixels stands in the metadata of what it made."""
+
+import argparse
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fpack_generate_video
+import hv_generate_video
+import wan_generate_video
+from blissful_tuner.metadata import NO_PIXELS, OF_DECODING, OF_REQUEST
+from frame_pack import options as frame_pack
+from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_generation
+from generation.request import make_request
+from generation.run import Run
+from generation.session import Session
+from hunyuan_model import options as hunyuan
+from tests.generation.toy_family import ToyFamily
+from wan import options as wan
+
+
+@dataclass(frozen=True)
+class Script:
+    """A generation script's options."""
+
+    defaults: ScriptDefaults
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    record: type[Any]
+
+    @functools.cached_property
+    def actions(self) -> Mapping[str, argparse.Action]:
+        """Its options by name, without those that are refused."""
+        parser = generation_parser(None, self.defaults)
+        self.add_arguments(parser)
+        supported = [action for action in parser._actions if not hasattr(action, "unsupported_reason")]
+        return {action.dest: action for action in supported if action.dest != "help"}
+
+    def read(self, *arguments: str) -> GenerationOptions:
+        return read_generation(None, self.defaults, self.add_arguments, self.record, ["--save_path", "made", *arguments])[0]
+
+
+SCRIPTS = {
+    "wan": Script(wan_generate_video.DEFAULTS, wan.add_generation_arguments, wan.WanGenerationOptions),
+    "hv": Script(hv_generate_video.DEFAULTS, hunyuan.add_generation_arguments, hunyuan.HunyuanGenerationOptions),
+    "fpack": Script(fpack_generate_video.DEFAULTS, frame_pack.add_generation_arguments, frame_pack.FramePackGenerationOptions),
+}
+FROM_FAMILY = {"task", "device", "f1", "latent_window_size"}  # said by the family when it has settled a request, and by the run
+RECORDED = [
+    (name, option) for name, script in SCRIPTS.items() for option in script.actions if option not in NO_PIXELS | FROM_FAMILY
+]
+SHARES = {"strength", "guidance_rescale", "cfg_apply_ratio"}  # not above 1
+LORA = __file__  # a file that is there
+VALUES = {  # where any value of the right type does not do
+    "seed": ["5"],
+    "video_size": ["48", "64"],
+    "vae_spatial_tile_sample_min_size": ["64"],
+    "te_multiplier": ["1.5", "0.5"],
+    "slg_layers": ["9,10"],
+    "latent_paddings": ["3,2,0"],
+    "compile_args": ["inductor", "default", "True", "False"],
+    "lora_weight": [LORA],
+}
+WITH = {  # what has to be given too
+    "cfg_skip_mode": ["--cfg_apply_ratio", "0.25"],
+    "cfg_apply_ratio": ["--cfg_skip_mode", "late"],
+    "upcast_linear": ["--fp8_scaled"],
+    "upcast_quantization": ["--fp8_scaled"],
+    "compile_args": ["--compile"],
+    "strength": ["--video_path", "clip.mp4"],
+    "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
+    "lora_multiplier": ["--lora_weight", LORA],
+}
+
+
+def recorded(options: GenerationOptions) -> Mapping[str, str]:
+    """The metadata of the video that the options ask for, before a family settles what they leave open."""
+    device = torch.device("cpu")
+    run = Run(ToyFamily(), options, Session(ToyFamily(), device, lambda expert: torch.nn.Identity(), keep=False))
+    metadata = run.metadata(make_request(options.request))
+    assert metadata is not None
+    return metadata
+
+
+def another_value(action: argparse.Action) -> list[str]:
+    """What may stand behind an option, and is not what it has by itself."""
+    if action.nargs == 0 or action.dest in VALUES:
+        return VALUES.get(action.dest, [])
+    if action.choices is not None:
+        return [next(str(choice) for choice in action.choices if choice != action.default)]
+    if action.dest in SHARES:
+        return ["0.75"]
+    return ["8" if action.type in {int, float} else "x"]
+
+
+@pytest.mark.parametrize(("name", "option"), RECORDED)
+def test_every_option_that_changes_pixels_is_recorded(name: str, option: str) -> None:
+    script = SCRIPTS[name]
+    values, prompt = another_value(script.actions[option]), ["--prompt", "a cat"]
+    metadata = recorded(script.read(*prompt, *WITH.get(option, []), script.actions[option].option_strings[0], *values))
+    keys = OF_REQUEST.get(option, (option,))
+    said = [metadata[f"bt_{key}"] for key in keys]
+    for value in values or ["True"]:
+        assert any(Path(value).name in text for text in said), f"{option} {value} is not in {said}"
+    assert said != [recorded(script.read(*prompt)).get(f"bt_{key}") for key in keys]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(name: str) -> None:
+    found = recorded(SCRIPTS[name].read("--prompt", "a cat"))
+    extra = {"bt_embedded_cfg_scale", "bt_video_seconds", "bt_guidance_rescale"}
+    assert found.keys() - extra == {
+        *("bt_model_type", "bt_task", "bt_tunerver", "bt_seeds", "bt_prompt", "bt_negative_prompt", "bt_infer_steps", "bt_device"),
+        *("bt_guidance_scale", "bt_cfg_schedule", "bt_flow_shift", "bt_height", "bt_width", "bt_video_length", "bt_fps"),
+        "bt_sample_solver",
+    }
+
+
+def test_lists_of_options_name_options_that_there_are() -> None:
+    known = {option for script in SCRIPTS.values() for option in script.actions}
+    assert known >= NO_PIXELS | OF_DECODING | OF_REQUEST.keys()
+
+
+def test_files_are_recorded_by_name(tmp_path: Path) -> None:
+    found = recorded(SCRIPTS["hv"].read("--prompt", "a cat", "--dit", str(tmp_path / "dit.pt"), "--vae", f"{tmp_path}/vae/"))
+    assert (found["bt_dit"], found["bt_vae"]) == ("dit.pt", "vae")
+    assert not [text for text in found.values() if str(tmp_path) in text]
