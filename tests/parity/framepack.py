@@ -26,29 +26,33 @@ Section = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Encoders:
-    """The two networks that caching needs, in float32."""
+    """The two networks that caching needs. In 16 bits each computes as diffusers and transformers have it; noise is float32."""
 
     vae: Path
     siglip: Path
+    vae_dtype: torch.dtype = torch.float32
+    siglip_dtype: torch.dtype = torch.float32
 
     @torch.no_grad()
     def latents(self, frames: Frames, generator: torch.Generator) -> Tensor:
-        """A sample of the posterior, 16 F h w: cut in space from 256 pixels on, in time where it is longer than 192 frames."""
-        vae = load_vae(self.vae)
+        """A sample of the posterior, 16 F h w float32: cut in space from 256 pixels on, in time where longer than 192 frames."""
+        vae = load_vae(self.vae).to(self.vae_dtype)
         vae.enable_tiling(
             tile_sample_min_height=256, tile_sample_min_width=256, tile_sample_stride_height=192, tile_sample_stride_width=192
         )
         vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 192, 144
-        return vae.encode(to_pixels(frames)).latent_dist.sample(generator)[0] * SCALE
+        posterior = vae.encode(to_pixels(frames).to(self.vae_dtype)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        return (posterior.mean.float() + posterior.std.float() * noise)[0] * SCALE
 
     @torch.no_grad()
     def features(self, frame: numpy.ndarray) -> Tensor:
-        """729 D."""
+        """729 D in the dtype of the image tower."""
         processor = SiglipImageProcessorPil(
             size={"height": 384, "width": 384}, resample=Image.Resampling.BICUBIC, image_mean=[0.5] * 3, image_std=[0.5] * 3
         )
         pixels = processor.preprocess([frame], return_tensors="pt")["pixel_values"]
-        return load_siglip(self.siglip)(pixels).last_hidden_state[0]
+        return load_siglip(self.siglip).to(self.siglip_dtype)(pixels.to(self.siglip_dtype)).last_hidden_state[0]
 
 
 def load_siglip(path: Path) -> SiglipVisionModel:

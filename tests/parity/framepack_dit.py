@@ -54,16 +54,23 @@ def load_dit(path: Path) -> HunyuanVideoFramepackTransformer3DModel:
 def velocity(
     dit: HunyuanVideoFramepackTransformer3DModel, noisy: Tensor, timestep: Tensor, guidance: Tensor, given: Mapping[str, Tensor]
 ) -> Tensor:
-    """1 16 F h w of one sample. given: what caches and conditions hold of it, with batch dimension.
+    """1 16 F h w float32 of one sample. given: what caches and conditions hold of it, with batch dimension.
+
+    All that a 16-bit transformer is given is rounded to 16 bits.
 
     It has no forward without one of the three kinds of finished latents, though the code that puts tokens in a row would leave one
     out: for a kind that is not there one black frame is embedded and then dropped at that place.
     """
-    arguments = {there: given[here] for here, there in TEXTS.items()}
+    dtype = dit.x_embedder.proj.weight.dtype
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    arguments = {there: rounded(given[here]) for here, there in TEXTS.items()}
     missing = []
     for latents, (argument, places, there) in KINDS.items():
         black = noisy.new_zeros(1, 16, given[places].shape[1] if places in given else 1, *noisy.shape[3:])
-        arguments[argument] = given.get(latents, black).float()
+        arguments[argument] = rounded(given.get(latents, black))
         arguments[there] = given[places][0] if places in given else torch.zeros(1, dtype=torch.int64)
         missing.append(places not in given)
     pack = dit._pack_history_states
@@ -75,6 +82,8 @@ def velocity(
     try:
         dit._pack_history_states = packed
         indices = given["latent_indices"][0]
-        return dit(noisy, timestep, guidance=guidance, indices_latents=indices, **arguments, return_dict=False)[0]
+        return dit(
+            rounded(noisy), rounded(timestep), guidance=rounded(guidance), indices_latents=indices, **arguments, return_dict=False
+        )[0].float()
     finally:
         del dit._pack_history_states

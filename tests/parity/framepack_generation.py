@@ -63,29 +63,35 @@ class OneFrame:
 
 @dataclass
 class Theirs:
-    """The networks of a folder that `write_tiny_framepack` has written, in float32."""
+    """The networks of a folder that `write_tiny_framepack` has written; in float32 where nothing else is said."""
 
     folder: Path
+    dit_dtype: torch.dtype = torch.float32
+    vae_dtype: torch.dtype = torch.float32
+    text_dtype: torch.dtype = torch.float32
+    siglip_dtype: torch.dtype = torch.float32
+    numbers_dtype: torch.dtype = torch.float32  # what timestep and guidance are rounded to
 
     @cached_property
     def dit(self) -> torch.nn.Module:
-        return framepack_dit.load_dit(self.folder / "dit.safetensors")
+        return framepack_dit.load_dit(self.folder / "dit.safetensors").to(self.dit_dtype)
 
     @cached_property
     def encoders(self) -> framepack.Encoders:
-        return framepack.Encoders(self.folder / "vae.safetensors", self.folder / "siglip.safetensors")
+        paths = (self.folder / "vae.safetensors", self.folder / "siglip.safetensors")
+        return framepack.Encoders(*paths, self.vae_dtype, self.siglip_dtype)
 
     @cached_property
     def pipe(self) -> HunyuanVideoPipeline:
         """HunyuanVideo's, for its way with prompts."""
-        llama = LlamaForCausalLM.from_pretrained(self.folder / "text_encoder", dtype=torch.float32)
+        llama = LlamaForCausalLM.from_pretrained(self.folder / "text_encoder", dtype=self.text_dtype)
         return HunyuanVideoPipeline(
             text_encoder=llama.model.eval(),
             tokenizer=PreTrainedTokenizerFast.from_pretrained(self.folder / "text_encoder"),
             transformer=None,
             vae=None,
             scheduler=FlowMatchEulerDiscreteScheduler(),
-            text_encoder_2=load_clip(self.folder / "text_encoder_2"),
+            text_encoder_2=load_clip(self.folder / "text_encoder_2").to(self.text_dtype),
             tokenizer_2=CLIPTokenizer.from_pretrained(self.folder / "text_encoder_2"),
         )
 
@@ -93,7 +99,7 @@ class Theirs:
         """Only real tokens, zeros behind them up to 512."""
         states, pooled, mask = self.pipe.encode_prompt(prompt, prompt_template=TEMPLATE)
         real = int(mask.sum())
-        rows = torch.zeros(1, 512, states.shape[2])
+        rows = states.new_zeros(1, 512, states.shape[2])
         rows[:, :real] = states[:, :real]
         return {"llama_vec": rows, "llama_attention_mask": torch.arange(512)[None] < real, "clip_l_pooler": pooled}
 
@@ -184,11 +190,12 @@ def sampled(theirs: Theirs, asked: Asked, prompt: str, given: Given, noise: Tens
     shift = math.exp(mu)
     sigmas = [shift / (shift + 1 / (1 - index / asked.steps) - 1) for index in range(asked.steps)]
     positive, negative = {**theirs.text(prompt), **given}, {**theirs.text(asked.negative), **given}
-    guidance = torch.tensor([1000 * asked.embedded_guidance])
+    guidance = torch.tensor([1000 * asked.embedded_guidance]).to(theirs.numbers_dtype).float()
 
     def clean(noisy: Tensor, sigma: float) -> Tensor:
         def velocity(conditions: Given) -> Tensor:
-            return framepack_dit.velocity(theirs.dit, noisy, torch.tensor([1000 * sigma]), guidance, conditions)
+            timestep = torch.tensor([1000 * sigma]).to(theirs.numbers_dtype).float()
+            return framepack_dit.velocity(theirs.dit, noisy, timestep, guidance, conditions)
 
         found = velocity(positive)
         if asked.scale != 1:
@@ -232,12 +239,12 @@ def unipc(clean: Callable[[Tensor, float], Tensor], noise: Tensor, sigmas: Seque
 
 def frames_of(theirs: Theirs, latents: Tensor, at_once: bool) -> Tensor:
     """Pixels 1 3 F H W in -1..1: two sections at a time, each clip going over into the one that was decoded before it."""
-    vae = framepack.load_vae(theirs.folder / "vae.safetensors")
+    vae = framepack.load_vae(theirs.folder / "vae.safetensors").to(theirs.vae_dtype)
     vae.use_framewise_decoding = False
 
     def decode(part: Tensor) -> Tensor:
         with torch.no_grad():
-            return vae.decode(part / framepack.SCALE).sample
+            return vae.decode((part / framepack.SCALE).to(theirs.vae_dtype)).sample.float()
 
     if at_once:
         return decode(latents)

@@ -70,17 +70,23 @@ def load_clip(folder: Path) -> CLIPTextModel:
     return clip.eval()
 
 
-def pipeline(folder: Path, flow_shift: float, image: bool = False) -> HunyuanVideoPipeline:
-    """Everything in float32 on the CPU. image: the pipeline of SkyReels' image-to-video."""
-    llama = LlamaForCausalLM.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+def pipeline(
+    folder: Path,
+    flow_shift: float,
+    image: bool = False,
+    dit_dtype: torch.dtype = torch.float32,
+    encoder_dtype: torch.dtype = torch.float32,
+) -> HunyuanVideoPipeline:
+    """On the CPU, in float32 where nothing else is said. image: the pipeline of SkyReels' image-to-video."""
+    llama = LlamaForCausalLM.from_pretrained(folder / "text_encoder", dtype=encoder_dtype)
     kind = HunyuanSkyreelsImageToVideoPipeline if image else HunyuanVideoPipeline
     made = kind(
         text_encoder=llama.model.eval(),
         tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "text_encoder"),
-        transformer=load_dit(folder / "dit.safetensors"),
-        vae=load_vae(folder / "vae.safetensors"),
+        transformer=load_dit(folder / "dit.safetensors").to(dit_dtype),
+        vae=load_vae(folder / "vae.safetensors").to(encoder_dtype),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=flow_shift),
-        text_encoder_2=load_clip(folder / "text_encoder_2"),
+        text_encoder_2=load_clip(folder / "text_encoder_2").to(encoder_dtype),
         tokenizer_2=CLIPTokenizer.from_pretrained(folder / "text_encoder_2"),
     )
     made.set_progress_bar_config(disable=True)

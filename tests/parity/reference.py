@@ -123,9 +123,11 @@ def without(dit: WanTransformer3DModel, layers: frozenset[int]) -> Iterator[None
 
 @torch.no_grad()
 def velocity(dit: WanTransformer3DModel, noisy: Tensor, timestep: float, text: Tensor, inputs: Inputs) -> Tensor:
-    """One pass: 16 F h w."""
+    """One pass: 16 F h w float32. What a 16-bit transformer is given is rounded to 16 bits, but for the timestep."""
+    dtype = dit.patch_embedding.weight.dtype
     given = noisy if inputs.extra is None else torch.cat([noisy, inputs.extra])
-    return dit(given[None], torch.tensor([timestep]), pad_text(text), inputs.clip, return_dict=False)[0][0]
+    clip = None if inputs.clip is None else inputs.clip.to(dtype)
+    return dit(given[None].to(dtype), torch.tensor([timestep]), pad_text(text).to(dtype), clip, return_dict=False)[0][0].float()
 
 
 def guided(dit: WanTransformer3DModel, noisy: Tensor, timestep: float, step: int, inputs: Inputs, sampling: Sampling) -> Tensor:

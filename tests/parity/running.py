@@ -48,3 +48,16 @@ def assert_equal(ours: Tensor, expected: Tensor, what: str = "", tolerance: floa
     error = relative_error(ours, expected)
     print(f"parity {what}: {error:.2e}")  # noqa: T201 (shown with pytest -s, and where a test fails)
     assert error <= tolerance, f"{what}: relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+def assert_as_exact(ours: Tensor, theirs: Tensor, exact: Tensor, what: str = "") -> None:
+    """What we compute in 16 bits is no further from the same computed in float32 than theirs in 16 bits, both as vectors.
+
+    Half as far again is allowed: both are sums of thousands of roundings, and of tiny models one seed is not like another.
+    """
+    assert ours.shape == theirs.shape == exact.shape
+    wanted = exact.float()
+    ours_off, theirs_off = (float((found.float() - wanted).norm() / wanted.norm()) for found in (ours, theirs))
+    print(f"parity {what}: {ours_off:.2e}, theirs {theirs_off:.2e}")  # noqa: T201 (as above)
+    assert 0 < theirs_off < 5e-2, f"{what}: the reference is {theirs_off:.2e} from its own float32"
+    assert ours_off <= 1.5 * theirs_off, f"{what}: {ours_off:.2e} from float32, the reference {theirs_off:.2e}"

@@ -17,14 +17,13 @@ from tests.commands import run_script
 from tests.parity import reference
 from tests.parity.datasets import bucket_for, decoded, dropped_to, in_bucket, training_key
 from tests.parity.reference import open_image
-from tests.parity.running import assert_equal
+from tests.parity.running import assert_as_exact, assert_equal
 from tests.parity.theirs import Theirs
 from tests.tiny.project import moving_square
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_encoders import t5_tensors, write_tokenizer
 
 FLOAT16 = 1e-3  # image features are stored in 11 bits
-BFLOAT16 = 5e-2  # a VAE that computes in 8 bits and random weights
 CAPTIONS = {"clip_one": "a  rabbit &amp; a squirrel", "clip_two": "waves，foam", "pic": "a red apple in the morning light"}
 DATASET = """
 [general]
@@ -189,9 +188,9 @@ def test_texts_of_a_bfloat16_encoder_have_the_known_name(project: Path, cached: 
 
     ((name, rows),) = read(project / "cache te" / "pictures" / "pic_wan_te.safetensors")[0].items()
     assert (name, rows.dtype) == ("varlen_t5_bfloat16", torch.bfloat16)
-    theirs = Theirs(project / "models")
+    exact, theirs = Theirs(models), Theirs(models)
     theirs.t5.bfloat16()
-    assert_equal(rows, theirs.text(CAPTIONS["pic"]), "bfloat16 text", BFLOAT16)
+    assert_as_exact(rows, theirs.text(CAPTIONS["pic"]), exact.text(CAPTIONS["pic"]), "bfloat16 text")
 
 
 def test_first_and_last_frame_conditions_equal_those_of_diffusers(project: Path, cached: Cached, tmp_path: Path) -> None:
@@ -224,7 +223,9 @@ def test_without_a_dtype_latents_are_bfloat16(project: Path, cached: Cached, tmp
     ((name, latents),) = read(project / "cache bf16" / "pictures" / "pic_0030x0090_wan.safetensors")[0].items()
     assert name == f"latents_1x{picture.shape[-2] // 8}x{picture.shape[-1] // 8}_bfloat16"
     assert latents.dtype == torch.bfloat16
-    assert_equal(latents, cached.theirs.encode(picture)[0], "bfloat16", BFLOAT16)
+    theirs = Theirs(project / "models")
+    theirs.vae.bfloat16()
+    assert_as_exact(latents, theirs.encode(picture.bfloat16())[0], cached.theirs.encode(picture)[0], "bfloat16")
 
 
 def pictures_only(project: Path, folder: Path, mark: str) -> None:

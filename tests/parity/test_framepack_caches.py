@@ -1,7 +1,7 @@
 """FramePack's caches written by the command line hold what diffusers and transformers make of independently decoded frames."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -17,7 +17,7 @@ from modules.seeds import derive_seed
 from tests.parity import framepack
 from tests.parity.datasets import decoded, dropped_to, training_key
 from tests.parity.reference import covering
-from tests.parity.running import assert_equal
+from tests.parity.running import assert_as_exact, assert_equal
 from tests.tiny.framepack import write_siglip
 from tests.tiny.hunyuan_vae import write_vae
 from tests.tiny.project import moving_square
@@ -25,6 +25,7 @@ from tests.tiny.project import moving_square
 CLIPS = {"one": (40, 1), "two": (76, 2), "five": (181, 5), "six": (220, 6)}  # frames on disk, sections of 9 latent frames
 INDICES = {"latent_indices", "clean_latent_indices", "clean_latent_2x_indices", "clean_latent_4x_indices"}
 LATENTS = {"latents", "latents_clean", "latents_clean_2x", "latents_clean_4x"}
+ROUNDED = 1e-3  # float16, stored with 11 bits
 Rules = Callable[[Tensor, int], dict[int, framepack.Section]]  # latents of a clip, window -> its sections
 DATASET = """
 [[datasets]]
@@ -49,6 +50,10 @@ class Project:
 
     folder: Path
     encoders: framepack.Encoders
+
+    @property
+    def in_float16(self) -> framepack.Encoders:
+        return replace(self.encoders, vae_dtype=torch.float16)
 
     def cache(self, name: str, dataset: str, *switches: str, more: str = "", dtype: str | None = "float32") -> Path:
         """Run fpack_cache_latents.py on a dataset in this process, which saves the start of Python; the folder of its caches."""
@@ -175,11 +180,7 @@ def assert_pictures(
 ) -> None:
     assert sorted(path.name for path in cache.iterdir()) == ["cut_0096x0064_fp.safetensors", "plain_0096x0064_fp.safetensors"]
     for name in ("cut", "plain"):
-        target = in_bucket(project.folder / "pictures" / f"{name}.png")
-        controls = [in_bucket(project.folder / "controls" / f"{name}_{index}.png") for index in range(len(places))]
-        generator = generator_of(f"{name}_0096x0064_fp")
-        settings = (places, target_index, post_index, coarse)
-        expected = framepack.one_frame_section(project.encoders, target, controls, generator, *settings)
+        expected = expected_picture(project, project.encoders, name, places, target_index, post_index, coarse)
         tensors, metadata = read(cache / f"{name}_0096x0064_fp.safetensors")
         assert metadata["architecture"] == "framepack"
         assert "frame_count" not in metadata
@@ -191,6 +192,21 @@ def assert_pictures(
             assert_equal(ours, expected[training_key(tensor_name)], f"{name} {tensor_name}")
 
 
+def expected_picture(
+    project: Project,
+    encoders: framepack.Encoders,
+    name: str,
+    places: list[int],
+    target_index: int,
+    post_index: int | None,
+    coarse: dict[str, range],
+) -> framepack.Section:
+    target = in_bucket(project.folder / "pictures" / f"{name}.png")
+    controls = [in_bucket(project.folder / "controls" / f"{name}_{index}.png") for index in range(len(places))]
+    generator = generator_of(f"{name}_0096x0064_fp")
+    return framepack.one_frame_section(encoders, target, controls, generator, places, target_index, post_index, coarse)
+
+
 def in_bucket(path: Path) -> framepack.Picture:
     """An image file at 48 x 32, its colours and its transparency apart."""
     pixels = numpy.asarray(Image.open(path))
@@ -200,10 +216,51 @@ def in_bucket(path: Path) -> framepack.Picture:
     )
 
 
+File = tuple[dict[str, Tensor], framepack.Section, framepack.Section]  # of a cache, and what theirs and the exact ones hold
+
+
 def test_without_a_dtype_everything_is_float16(project: Project) -> None:
     cache = project.cache("float16", PICTURES, "--one_frame", dtype=None)
-    exact = read(project.cache("float32", PICTURES, "--one_frame") / "plain_0096x0064_fp.safetensors")[0]
-    tensors, _ = read(cache / "plain_0096x0064_fp.safetensors")
-    assert {name.rsplit("_", 1)[1] for name in tensors} == {"float16", "int64"}
-    # a VAE that computes in 11 bits, and random weights
-    assert_equal(tensors["latents_1x4x6_float16"].float(), exact["latents_1x4x6_float32"], "float16", 2e-2)
+    coarse = {"clean_latent_2x_indices": range(11, 13), "clean_latent_4x_indices": range(13, 29)}
+    files: list[File] = []
+    for name in ("cut", "plain"):
+        theirs, exact = (
+            expected_picture(project, encoders, name, [0], 9, 10, coarse) for encoders in (project.in_float16, project.encoders)
+        )
+        files.append((read(cache / f"{name}_0096x0064_fp.safetensors")[0], theirs, exact))
+    assert_float16(files, "latents_1x4x6_float16", "pictures")
+
+
+@pytest.mark.parametrize(("switches", "rules"), ORDERS)
+def test_without_a_dtype_sections_are_float16(project: Project, switches: tuple[str, ...], rules: Rules) -> None:
+    more = "target_frames = [17]\nfp_latent_window_size = 2"
+    cache = project.cache(f"half{' '.join(switches)}", DATASET, *switches, more=more, dtype=None)
+    frames = project.clip("two")[:17]
+    theirs, exact = (
+        rules(encoders.latents(frames, generator_of("two_00000-017_0032x0032_fp")), 2)
+        for encoders in (project.in_float16, project.encoders)
+    )
+    features = {"image_embeddings": project.encoders.features(frames[0])}
+    files: list[File] = []
+    for section in range(2):
+        tensors, _ = read(cache / f"two_00000-017-{section:04d}_0032x0032_fp.safetensors")
+        files.append((tensors, theirs[section] | features, exact[section] | features))
+    assert_float16(files, "latents_2x4x4_float16", f"sections{' '.join(switches)}")
+
+
+def assert_float16(files: list[File], target: str, what: str) -> None:
+    """Latents, all together, are as exact as diffusers' in float16. On a CPU SigLIP computes in float32, rounded at the end."""
+    latents: list[tuple[Tensor, Tensor, Tensor]] = []
+    for tensors, theirs, exact in files:
+        assert {target, "image_embeddings_float16"} <= tensors.keys()
+        for name, ours in tensors.items():
+            key = training_key(name)
+            if key in INDICES or not exact[key].any():
+                assert torch.equal(ours, exact[key].to(ours.dtype)), (what, key)
+                continue
+            assert ours.dtype == torch.float16, name
+            if key == "image_embeddings":
+                assert_equal(ours, exact[key], f"{what} {key}", ROUNDED)
+            else:
+                latents.append((ours.flatten(), theirs[key].flatten(), exact[key].flatten()))
+    assert_as_exact(*(torch.cat(parts) for parts in zip(*latents, strict=True)), f"{what} in float16")

@@ -11,13 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import cache_latents
+import cache_text_encoder_outputs
 import hv_generate_video
 from modules.media import read_image, video_frames, write_png, write_video
 from modules.seeds import derive_seed
 from tests.commands import run_script
 from tests.parity.hunyuan import TEMPLATE, draw_noise, load_vae, pipeline
-from tests.parity.reference import to_pixels
-from tests.parity.running import assert_equal
+from tests.parity.reference import covering, to_pixels
+from tests.parity.running import assert_as_exact, assert_equal
 from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
 from tests.tiny.project import CAPTIONS, moving_square, write_clips, write_dataset
 
@@ -226,8 +228,6 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def test_cached_latents_are_samples_of_diffusers_posterior(cached: Path) -> None:
     """Not multiplied by the scaling factor; drawn from a generator that the item's name seeds."""
-    from tests.parity.reference import covering
-
     stem = "clip 1_00000-005_0032x0032_hv"
     frames = [covering(frame, 32, 32) for frame in list(video_frames(cached / "clips" / "clip 1.mp4"))[:5]]
     vae, generator = load_vae(cached / "models" / "vae.safetensors"), torch.Generator().manual_seed(derive_seed("posterior", stem))
@@ -238,6 +238,31 @@ def test_cached_latents_are_samples_of_diffusers_posterior(cached: Path) -> None
     pixels = to_pixels(frames)
     assert_equal(tensors["latents_2x4x4_float32"], vae.encode(pixels).latent_dist.sample(generator)[0], "latents")
     assert_equal(tensors["latents_image_1x4x4_float32"], vae.encode(pixels[:, :, :1]).latent_dist.sample(generator)[0], "image")
+
+
+@torch.no_grad()
+def test_without_a_dtype_caches_are_float16_as_exact_as_the_pipelines(cached: Path) -> None:
+    stem, models = "clip 0_00000-005_0032x0032_hv", cached / "models"
+    config = (cached / "dataset.toml").read_text(encoding="utf-8").replace("/cache", "/cache in float16")
+    (cached / "half.toml").write_text(config, encoding="utf-8")
+    texts = ("--text_encoder1", models / "text_encoder", "--text_encoder2", models / "text_encoder_2")
+    say = ("--dataset_config", cached / "half.toml", "--device", "cpu")
+
+    cache_latents.main([str(word) for word in (*say, "--vae", models / "vae.safetensors")])
+    cache_text_encoder_outputs.main([str(word) for word in (*say, *texts)])
+
+    (latents,) = load_file(cached / "cache in float16" / f"{stem}.safetensors").values()
+    exact = load_file(cached / "cache" / f"{stem}.safetensors")["latents_2x4x4_float32"]  # compared with diffusers above
+    frames = [covering(frame, 32, 32) for frame in list(video_frames(cached / "clips" / "clip 0.mp4"))[:5]]
+    posterior = load_vae(models / "vae.safetensors").half().encode(to_pixels(frames).half()).latent_dist
+    noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(derive_seed("posterior", stem)))
+    assert latents.dtype == torch.float16
+    assert_as_exact(latents, posterior.mean[0].float() + posterior.std[0].float() * noise, exact, "latents in float16")
+    tensors = load_file(cached / "cache in float16" / "clip 0_hv_te.safetensors")
+    text, pooled, mask = pipeline(models, 7.0, encoder_dtype=torch.float16).encode_prompt(CAPTIONS[0], prompt_template=TEMPLATE)
+    real = int(mask.sum())
+    assert torch.equal(tensors["llm_float16"][:real], text[0, :real])
+    assert torch.equal(tensors["clipL_float16"], pooled[0])
 
 
 @torch.no_grad()
