@@ -26,7 +26,7 @@ from frame_pack.options import (
 from frame_pack.positions import position_scale
 from frame_pack.requests import sections_of, settled, texts_of
 from frame_pack.sections import ANTI_DRIFTING, F1, FRAMES_PER_SECOND, Order, parse_paddings, video_frames
-from frame_pack.text_encoders import FramePackClip, FramePackLlama
+from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.family import GUIDANCE_UNIT
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
@@ -129,10 +129,10 @@ class FramePack:
         given = self.files.encoders
         dtype = beside(given.text_dtype, self._dit_dtype())
         return [
-            FramePackLlama(
+            framepack_llama(
                 given.text_encoder1_path, dtype, given.text_encoder1_tokenizer, self.system_prompt, in_fp8=given.llm_in_fp8
             ),
-            FramePackClip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
+            framepack_clip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
         ]
 
     @property
