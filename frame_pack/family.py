@@ -312,7 +312,7 @@ def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
     """For fpack_train_network.py. What is said of sections is for samples: the caches say what is trained."""
     return FramePack(
-        FramePackFiles(options.dit, _whole(Encoders().with_vae(options.vae).with_text(options.text)), options.image_encoder),
+        _all_files(options),
         window=options.latent_window_size,
         is_f1=options.f1 and not options.one_frame,
         bulk_decode=options.bulk_decode,
@@ -327,7 +327,7 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
     if options.f1 and options.latent_paddings is not None:
         logger.warning("--latent_paddings %s is ignored because --f1 makes a video from its start on", options.latent_paddings)
     return FramePack(
-        FramePackFiles(options.dit, _whole(Encoders().with_vae(options.vae).with_text(options.text)), options.image_encoder),
+        _all_files(options),
         window=options.latent_window_size,
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
@@ -344,9 +344,10 @@ def _tiled(encoders: Encoders) -> Encoders:
     return replace(encoders, vae_tile=encoders.vae_tile or VAE_TILE)
 
 
-def _whole(encoders: Encoders) -> Encoders:
-    """The same, but what is decoded together is not cut in time: sections have transitions of their own."""
-    return replace(_tiled(encoders), vae_tile_frames=UNCUT)
+def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
+    """The transformer and all encoders. What is decoded together is not cut in time: sections have transitions of their own."""
+    encoders = _tiled(Encoders().with_vae(options.vae).with_text(options.text))
+    return FramePackFiles(options.dit, replace(encoders, vae_tile_frames=UNCUT), options.image_encoder)
 
 
 _: type[Family] = FramePack
