@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generation.outputs import frames_of
+from generation.outputs import PREVIEW_SUFFIX, frames_of
 from generation.session import CPU, Session
 from modules.atomic_write import give_name
 from modules.errors import OutputError
@@ -31,7 +31,6 @@ from modules.records import Piece
 
 logger = logging.getLogger(__name__)
 
-PREVIEW_SUFFIX = "_progress.mp4"
 PRESET = "veryfast"  # of the encoder: somebody waits for the next section
 FORGOTTEN_SECONDS = 24 * 3600.0  # a folder of segments this old is in nobody's use, wherever it was made
 _PARTS = re.compile(r"\..+_progress\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})\.parts")

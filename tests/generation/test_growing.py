@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,6 +177,22 @@ def test_a_preview_that_cannot_be_removed_does_not_spoil_the_video(tmp_path: Pat
     generate(ToyFamily(sections_made=3, on_chunk=hold), options(tmp_path))
     assert sorted(path.name.rpartition("_1")[2] for path in tmp_path.iterdir()) == [".mp4", "_progress.mp4"]  # and no latents
     assert "_progress.mp4 is no longer needed and cannot be removed" in caplog.text
+
+
+def test_runs_of_one_second_and_seed_leave_each_others_files_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second begins and ends while the first shows its first section, nearly always in the same second."""
+    runs = [options(tmp_path, "--output_type", "both")] * 2
+
+    def begin_the_next() -> None:
+        if runs:
+            generate(ToyFamily(sections_made=3, on_chunk=begin_the_next), runs.pop())
+
+    with caplog.at_level(logging.INFO):
+        begin_the_next()
+    previews = re.findall(r"Watch it grow: (\S+),", caplog.text)
+    assert len(set(previews)) == 2
+    assert len(list(tmp_path.glob("*.mp4"))) == len(list(tmp_path.glob("*_latent.safetensors"))) == 2
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_ctrl_c_leaves_what_was_made_and_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
