@@ -26,7 +26,7 @@ from frame_pack.options import (
 from frame_pack.positions import position_scale
 from frame_pack.requests import sections_of, settled, texts_of
 from frame_pack.sections import ANTI_DRIFTING, F1, FRAMES_PER_SECOND, Order, parse_paddings, video_frames
-from frame_pack.text_encoders import FramePackClip, FramePackLlama
+from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.family import GUIDANCE_UNIT
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
@@ -130,10 +130,10 @@ class FramePack:
         given = self.files.encoders
         dtype = beside(given.text_dtype, self._dit_dtype())
         return [
-            FramePackLlama(
+            framepack_llama(
                 given.text_encoder1_path, dtype, given.text_encoder1_tokenizer, self.system_prompt, in_fp8=given.llm_in_fp8
             ),
-            FramePackClip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
+            framepack_clip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
         ]
 
     @property
@@ -313,7 +313,7 @@ def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
     """For fpack_train_network.py. What is said of sections is for samples: the caches say what is trained."""
     return FramePack(
-        FramePackFiles(options.dit, _whole(Encoders().with_vae(options.vae).with_text(options.text)), options.image_encoder),
+        _all_files(options),
         window=options.latent_window_size,
         is_f1=options.f1 and not options.one_frame,
         bulk_decode=options.bulk_decode,
@@ -328,7 +328,7 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
     if options.f1 and options.latent_paddings is not None:
         logger.warning("--latent_paddings %s is ignored because --f1 makes a video from its start on", options.latent_paddings)
     return FramePack(
-        FramePackFiles(options.dit, _whole(Encoders().with_vae(options.vae).with_text(options.text)), options.image_encoder),
+        _all_files(options),
         window=options.latent_window_size,
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
@@ -345,9 +345,10 @@ def _tiled(encoders: Encoders) -> Encoders:
     return replace(encoders, vae_tile=encoders.vae_tile or VAE_TILE)
 
 
-def _whole(encoders: Encoders) -> Encoders:
-    """The same, but what is decoded together is not cut in time: sections have transitions of their own."""
-    return replace(_tiled(encoders), vae_tile_frames=UNCUT)
+def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
+    """The transformer and all encoders. What is decoded together is not cut in time: sections have transitions of their own."""
+    encoders = _tiled(Encoders().with_vae(options.vae).with_text(options.text))
+    return FramePackFiles(options.dit, replace(encoders, vae_tile_frames=UNCUT), options.image_encoder)
 
 
 _: type[Family] = FramePack

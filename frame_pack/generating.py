@@ -23,7 +23,7 @@ from frame_pack.sections import (
 from hunyuan_model.family import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
 from modules.family import NoiseSource
-from modules.records import Conditions, EncodedPrompts, Piece, Section
+from modules.records import Conditions, EncodedPrompts, MediaEncoders, Piece, Section
 
 CPU = torch.device("cpu")
 Sections = Generator[Section, Tensor, Tensor]
@@ -69,7 +69,7 @@ def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
     first = window if order.in_front else window + 1  # the start image stands before the first section in playing order
     length = 2 * window if number else first
     latents = history[:, :, :length] if order.in_front else history[:, :, -length:]
-    return Piece(latents, section_frames(window) if number else 0, order.in_front)
+    return Piece(latents, section_frames(window) if number else 0, order.in_front, decoded_part)
 
 
 def one_frame_section(
@@ -104,14 +104,11 @@ def one_frame_section(
 def decoded(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
     """Pixels 1 3 F H W in -1..1 in playing order, on the CPU where sections are decoded two by two and blended into one another.
 
-    latents: 1 C F h w in model space. at_once: all together, which has no seams and takes more memory.
-    A part of a video is decoded at once too, and not limited to -1..1: for a preview its transitions are still to be made.
+    latents: 1 C F h w in model space. at_once: all together, which has no seams and takes more memory; so are latents of a file
+    that are no whole number of sections.
     """
     sections = sections_in(latents.shape[2], window)
-    if video_latents(sections, window) != latents.shape[2]:
-        yield from vae.decode_unclamped(latents / VAE_LATENT.scale)
-        return
-    if at_once or sections < 2:
+    if at_once or sections < 2 or video_latents(sections, window) != latents.shape[2]:
         yield from vae.decode(latents / VAE_LATENT.scale)
         return
 
@@ -122,6 +119,11 @@ def decoded(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Ite
 
     for chunk in blend_overlaps(clips(), section_frames(window)):
         yield chunk.clamp_(-1, 1)  # only now, as released
+
+
+def decoded_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+    """Pixels of a `Piece`, 1 3 F H W in playing order: at once, and not limited to -1..1 before its transitions are made."""
+    return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 
 def _placed(indices: Indices, seen: CleanLatents) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ image. So a model of motion edits pictures (kisekaeichi: two controls, of which 
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,8 @@ from frame_pack.sections import Indices, later_indices
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
+
+_WHOLE = re.compile(r"-?[0-9]+")  # before the start too, as fp_1f_clean_indices and fp_1f_target_index of a dataset
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def parse_one_frame(text: str) -> OneFrame:
             settings = replace(settings, target_index=_index(value, text))
         elif word == "control_index":
             settings = replace(settings, control_indices=tuple(_index(number, text) for number in value.split(";")))
-        elif item.isdecimal():
+        elif _WHOLE.fullmatch(item):
             raise _refused(text, f"{item!r} stands alone: places have a semicolon between them, as control_index=0;10")
         else:
             raise _refused(text, f"{item!r} is none of them")
@@ -55,8 +58,8 @@ _SWITCHES: Mapping[str, Callable[[OneFrame], OneFrame]] = {
 
 
 def _index(number: str, text: str) -> int:
-    if not number.strip().isdecimal():
-        raise _refused(text, f"{number.strip()!r} is no whole number from 0 on")
+    if not _WHOLE.fullmatch(number.strip()):
+        raise _refused(text, f"{number.strip()!r} is no whole number")
     return int(number)
 
 

@@ -4,45 +4,31 @@ Names, shapes and dtypes of the outputs are those of the cache format. Source: t
 """
 # Letters: C = width of the model
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE, ClipTextEncoder, LlavaTextEncoder, PromptTemplate
+from modules.family import TextEncoder
 from modules.records import Conditions, Prompt
 
 TEXT_ROWS = 512  # of the language model's states, zeros behind those of the prompt
+LLAMA_KEYS = frozenset({"llama_vec", "llama_attention_mask"})
+CLIP_KEYS = frozenset({"clip_l_pooler"})
 
 
-class FramePackLlama:
-    """Text encoder 1: the states that HunyuanVideo's language model has for a prompt's own tokens, at most 256 of them."""
+@dataclass(frozen=True)
+class FramePackTextEncoder:
+    """One of HunyuanVideo's text encoders. Made by `framepack_llama` and `framepack_clip`."""
 
-    name = "llama"
-    keys = frozenset({"llama_vec", "llama_attention_mask"})
+    name: str
+    keys: frozenset[str]
+    encoder: TextEncoder
+    output: Callable[[Conditions], Conditions]  # what the encoder makes of a prompt -> what FramePack's caches hold of it
     variable_length: frozenset[str] = frozenset()
-
-    def __init__(
-        self,
-        path: Path,
-        dtype: torch.dtype = torch.float16,
-        tokenizer: Path | None = None,
-        system_prompt: str | None = None,
-        in_fp8: bool = False,
-    ) -> None:
-        """path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype: it computes in.
-
-        system_prompt: what the model is told in place of the usual description of its task. in_fp8: keep the linear layers in
-        8 bits.
-        """
-        template = VIDEO_TEMPLATE if system_prompt is None else PromptTemplate(system_prompt)
-        self._llava = LlavaTextEncoder(path, dtype, tokenizer, template, in_fp8=in_fp8)
-
-    @property
-    def path(self) -> Path:
-        """Where the model is."""
-        return self._llava.path
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -50,70 +36,62 @@ class FramePackLlama:
 
         Raises CheckpointError where the file is of another model.
         """
-        return self._llava.identity
+        return self.encoder.identity
 
     def load(self, device: torch.device) -> None:
         """Read encoder and tokenizer. A loaded encoder moves to the device."""
-        self._llava.load(device)
+        self.encoder.load(device)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """For each prompt {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}, on the CPU.
+        """The tensors `keys` of each prompt, on the CPU.
 
-        As the release: each prompt alone, filled up to 351 tokens. Fewer tokens, or several prompts at once, are quicker but sum in
+        As the release: each prompt alone, filled up to one length. Fewer tokens, or several prompts at once, are quicker but sum in
         another order, which shows in the last bits.
         Raises CheckpointError where the tokenizer knows more tokens than the model.
         """
-        return [self._in_rows(*self._llava.encode([prompt])) for prompt in prompts]
-
-    def _in_rows(self, encoded: Conditions) -> Conditions:
-        states, mask = encoded["llm"], encoded["llm_mask"]
-        assert isinstance(states, Tensor)
-        assert isinstance(mask, Tensor)
-        count = int(mask.sum())
-        rows = states.new_zeros(TEXT_ROWS, states.shape[1])
-        rows[:count] = states[:count]
-        return {"llama_vec": rows, "llama_attention_mask": torch.arange(TEXT_ROWS) < count}
+        return [self.output(encoded) for prompt in prompts for encoded in self.encoder.encode([prompt])]
 
     def free(self) -> None:
         """Give the memory back."""
-        self._llava.free()
+        self.encoder.free()
 
 
-class FramePackClip:
-    """Text encoder 2: CLIP-L's pooled state, one vector for a prompt."""
+def framepack_llama(
+    path: Path,
+    dtype: torch.dtype = torch.float16,
+    tokenizer: Path | None = None,
+    system_prompt: str | None = None,
+    in_fp8: bool = False,
+) -> FramePackTextEncoder:
+    """Text encoder 1: the states that HunyuanVideo's language model has for a prompt's own tokens, at most 256 of them.
 
-    name = "clip_l"
-    keys = frozenset({"clip_l_pooler"})
-    variable_length: frozenset[str] = frozenset()
+    Gives {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}.
+    path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype: it computes in. system_prompt:
+    what the model is told in place of the usual description of its task. in_fp8: keep the linear layers in 8 bits.
+    """
+    template = VIDEO_TEMPLATE if system_prompt is None else PromptTemplate(system_prompt)
+    llava = LlavaTextEncoder(path, dtype, tokenizer, template, in_fp8=in_fp8)
+    return FramePackTextEncoder("llama", LLAMA_KEYS, llava, _in_rows)
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
-        """path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`. dtype: it computes in."""
-        self._clip = ClipTextEncoder(path, dtype, tokenizer)
 
-    @property
-    def path(self) -> Path:
-        """Where the model is."""
-        return self._clip.path
+def framepack_clip(path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> FramePackTextEncoder:
+    """Text encoder 2: CLIP-L's pooled state, one vector for a prompt.
 
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """What an output depends on beside the prompt. Reads a few MB.
+    Gives {"clip_l_pooler": C}.
+    path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`. dtype: it computes in.
+    """
+    return FramePackTextEncoder("clip_l", CLIP_KEYS, ClipTextEncoder(path, dtype, tokenizer), _pooled)
 
-        Raises CheckpointError where the file is of another model.
-        """
-        return self._clip.identity
 
-    def load(self, device: torch.device) -> None:
-        """Read encoder and tokenizer. A loaded encoder moves to the device."""
-        self._clip.load(device)
+def _in_rows(encoded: Conditions) -> Conditions:
+    states, mask = encoded["llm"], encoded["llm_mask"]
+    assert isinstance(states, Tensor)
+    assert isinstance(mask, Tensor)
+    count = int(mask.sum())
+    rows = states.new_zeros(TEXT_ROWS, states.shape[1])
+    rows[:count] = states[:count]
+    return {"llama_vec": rows, "llama_attention_mask": torch.arange(TEXT_ROWS) < count}
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """For each prompt {"clip_l_pooler": C}, on the CPU, each prompt alone as in the release.
 
-        Raises CheckpointError where the tokenizer knows more tokens than the model.
-        """
-        return [{"clip_l_pooler": encoded["clipL"]} for prompt in prompts for encoded in self._clip.encode([prompt])]
-
-    def free(self) -> None:
-        """Give the memory back."""
-        self._clip.free()
+def _pooled(encoded: Conditions) -> Conditions:
+    return {"clip_l_pooler": encoded["clipL"]}

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generation.outputs import frames_of
+from generation.outputs import PREVIEW_SUFFIX, frames_of
 from generation.session import CPU, Session
 from modules.atomic_write import give_name
 from modules.errors import OutputError
@@ -31,7 +31,6 @@ from modules.records import Piece
 
 logger = logging.getLogger(__name__)
 
-PREVIEW_SUFFIX = "_progress.mp4"
 PRESET = "veryfast"  # of the encoder: somebody waits for the next section
 FORGOTTEN_SECONDS = 24 * 3600.0  # a folder of segments this old is in nobody's use, wherever it was made
 _PARTS = re.compile(r"\..+_progress\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})\.parts")
@@ -83,9 +82,9 @@ class GrowingVideo:
         clip = None
         with self._optional():
             if self.session.dit_can_stay(self.needed):
-                clip = self._decoded_beside(piece.latents)
+                clip = self._decoded_beside(piece)
         if clip is None and not self._has_failed:
-            clip = self._decoded_alone(piece.latents)
+            clip = self._decoded_alone(piece)
         with self._optional():
             if clip is not None:
                 final = self._take(clip, piece)
@@ -102,10 +101,10 @@ class GrowingVideo:
             reason = f"{type(error).__name__}: {error}"
             logger.warning("The video cannot be watched while it grows (%s). It is made nevertheless.%s", reason, stays)
 
-    def _decoded_beside(self, latents: Tensor) -> Tensor | None:
+    def _decoded_beside(self, piece: Piece) -> Tensor | None:
         """As `_decoded`; None where the device has no room for that beside the DiT after all, which then makes room from now on."""
         try:
-            return self._decoded(latents)
+            return self._decoded(piece)
         except torch.OutOfMemoryError:
             if self.session.device.type == "cpu":
                 raise
@@ -113,7 +112,7 @@ class GrowingVideo:
             self.needed = None
             return None
 
-    def _decoded_alone(self, latents: Tensor) -> Tensor | None:
+    def _decoded_alone(self, piece: Piece) -> Tensor | None:
         """As `_decoded`, the DiT meanwhile in host memory; None where one of both fails.
 
         A DiT that cannot leave is where it was, and only the preview ends. One that cannot come back is no matter of the preview.
@@ -123,13 +122,13 @@ class GrowingVideo:
                 stack.enter_context(self.session.dit_aside())
             if not self._has_failed:
                 with self._optional():
-                    return self._decoded(latents)
+                    return self._decoded(piece)
         return None
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """1 3 F H W, -1..1, in host memory."""
+    def _decoded(self, piece: Piece) -> Tensor:
+        """1 3 F H W in host memory."""
         with self.session.media(images=False, again=True) as encoders:
-            return torch.cat([chunk.to(CPU) for chunk in self.session.family.decode(encoders, latents)], dim=2)
+            return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _take(self, clip: Tensor, piece: Piece) -> Tensor | None:
         """Let the newest clip follow what waits; returns what no longer does."""

@@ -4,6 +4,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from blissful_tuner.metadata import as_tags, output_metadata
 from generation.options import OutputOptions
-from modules.atomic_write import atomic_folder, save_tensors
+from modules.atomic_write import atomic_folder, claimed, save_tensors
 from modules.checkpoint import open_checkpoint
 from modules.checkpoint_files import load_pickled
 from modules.errors import CheckpointError, OutputError
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]  # H W 3, RGB
 LATENT_SUFFIX = "_latent.safetensors"
+PREVIEW_SUFFIX = "_progress.mp4"
+SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")  # of all that may be an output
 
 
 def output_stem(when: datetime, seed: int, origin: Path | None = None) -> str:
@@ -53,6 +56,18 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
     while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         stem += "_"
     return stem
+
+
+@contextmanager
+def own_stem(folder: Path, stem: str) -> Iterator[str]:
+    """`stem` with as many `_` behind it as it takes that no output has that name and no other run takes it during the block.
+
+    Runs that begin in the same second with the same seed make the same stem. At the block's end an output has to be there.
+    """
+    with ExitStack() as claims:
+        while not claims.enter_context(claimed(folder / stem)) or free_stem(folder, stem, SUFFIXES) != stem:
+            stem += "_"
+        yield stem
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from blissful_tuner.metadata import decoded_metadata, frame_rate_in, output_meta
 from blissful_tuner.options import STRENGTH
 from generation.denoise import OnStep
 from generation.dressing import dit_loader
-from generation.growing import PREVIEW_SUFFIX, growing, kept_where_it_fails, preview_path, remove_parts, remove_preview
+from generation.growing import growing, kept_where_it_fails, preview_path, remove_parts, remove_preview
 from generation.memory import Peaks, plan_generation, resolved
 from generation.options import GenerationOptions, OutputOptions
 from generation.outputs import (
@@ -27,6 +27,7 @@ from generation.outputs import (
     load_latents,
     make_folder,
     output_stem,
+    own_stem,
     save_latents,
     save_pixels,
 )
@@ -276,22 +277,22 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
         for job, texts, inputs in ready:
             with failures.noted(job.label):
                 describe(job.label, job.request)
-                stem = unused(run, output_stem(datetime.now(), job.request.seed))
-                with watched(run, job, stem) as (on_step, on_section):
-                    latents = make_latents(
-                        run.family,
-                        dit_at,
-                        job.request,
-                        texts,
-                        inputs,
-                        run.session.device,
-                        run.options.cpu_noise,
-                        run.options.guidance,
-                        on_step,
-                        run.options.splits_guidance,
-                        on_section,
-                    ).to(CPU)
-                done.append(kept(run, job, latents, stem))
+                with own_stem(run.options.output.save_path, output_stem(datetime.now(), job.request.seed)) as stem:
+                    with watched(run, job, stem) as (on_step, on_section):
+                        latents = make_latents(
+                            run.family,
+                            dit_at,
+                            job.request,
+                            texts,
+                            inputs,
+                            run.session.device,
+                            run.options.cpu_noise,
+                            run.options.guidance,
+                            on_step,
+                            run.options.splits_guidance,
+                            on_section,
+                        ).to(CPU)
+                    done.append(kept(run, job, latents, stem))
     return done
 
 
@@ -312,14 +313,8 @@ def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[OnStep, OnSection]]
         yield bars.advance, on_section
 
 
-def unused(run: Run, stem: str) -> str:
-    """A name that no output has yet, made from `stem`."""
-    suffixes = [LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", ""]
-    return free_stem(run.options.output.save_path, stem, suffixes)
-
-
 def kept(run: Run, job: Job, latents: Tensor, stem: str) -> Denoised:
-    """Write the latents of a job, named `stem` if no other run has taken that meanwhile. Its preview keeps the name."""
+    """Write the latents of a job, named `stem` if nothing else has taken that meanwhile. Its preview keeps the name."""
     preview = preview_path(run.options.output.save_path, stem)
     stem = free_stem(run.options.output.save_path, stem, [LATENT_SUFFIX])
     path = run.options.output.save_path / f"{stem}{LATENT_SUFFIX}"
@@ -355,10 +350,10 @@ def decode_files(run: Run, paths: Sequence[Path]) -> None:
     with run.session.media(images=False, again=False) as encoders:
         for path, one in zip(paths, saved, strict=True):
             with failures.noted(str(path)):
-                stem = output_stem(datetime.now(), seed_in(one.metadata), path)
                 fps = frame_rate(run, one)
                 metadata = None if output.no_metadata else decoded_metadata(one.metadata, run.options.settings, fps)
-                save_pixels(output, stem, run.family.decode(encoders, one.latents), fps, metadata)
+                with own_stem(output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)) as stem:
+                    save_pixels(output, stem, run.family.decode(encoders, one.latents), fps, metadata)
     failures.raise_if_any(len(paths))
 
 

@@ -74,6 +74,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether the block has the name `path` to itself; false where another block, of whatever process, has claimed it meanwhile.
+
+    A hidden file says so, whose name lets it be swept like a temporary one where a killed run leaves it. Raises OutputError.
+    """
+    claim = path.with_name(f".{path.name}.claim.{'0' * 8}.tmp")  # no name that a temporary file or folder of `path` has
+    with _explained(path):
+        try:
+            claim.touch(exist_ok=False)
+            is_ours = True
+        except FileExistsError:
+            is_ours = False
+    try:
+        yield is_ours
+    finally:
+        if is_ours:
+            claim.unlink(missing_ok=True)
+
+
 def recover_folder(path: Path) -> None:
     """Bring back the earlier folder where a kill came between the two renames of `atomic_folder`; remove half-built ones."""
     aside = path.with_name(f".{path.name}.old")

@@ -190,5 +190,3 @@ class Family(Protocol):
     ) -> Generator[Section, Tensor, Tensor]: ...
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]: ...  # B C F H W chunks in playing order, -1..1
-
-    # latents of a `Piece`, which are a part of a video, may decode to values beyond -1..1: a transition is still to be made

@@ -1,6 +1,6 @@
 """The frozen records that cross folder borders."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -198,12 +198,24 @@ def batched(conditions: Conditions) -> Conditions:
 
 
 @dataclass(frozen=True)
+class MediaEncoders:
+    """The networks that turn pixels into conditions and latents into pixels, on their device."""
+
+    vae: Any  # the family's own VAE class
+    image_encoder: Any = None
+
+
+DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]  # as `Family.decode`, but not limited to -1..1
+
+
+@dataclass(frozen=True)
 class Piece:
     """What a section added to a video that grows, for a preview of it."""
 
     latents: Tensor  # B C F H W, to decode by themselves
     overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
     in_front: bool  # it is played before the video so far; else after it
+    decode: DecodePart  # makes its pixels, before they fade into what is there
 
 
 @dataclass(frozen=True)
@@ -217,14 +229,6 @@ class Section:
     source: Tensor | None = None  # clean latents to start from (video-to-video), B C F H W
     made: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
-
-
-@dataclass(frozen=True)
-class MediaEncoders:
-    """The networks that turn pixels into conditions and latents into pixels, on their device."""
-
-    vae: Any  # the family's own VAE class
-    image_encoder: Any = None
 
 
 WeightPatch = Callable[[str, Tensor], Tensor]  # (parameter name, loaded weight) -> weight with LoRA deltas added, same dtype

@@ -63,10 +63,12 @@ def test_seams_go_over_linearly_from_the_earlier_clip_to_the_later() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 9, 18, 20, 27])
-def test_a_part_of_a_video_is_decoded_at_once(count: int) -> None:
-    values, lengths = frames(rising(count))
+def test_latents_that_are_no_whole_sections_are_decoded_at_once(count: int) -> None:
+    """And are limited to the colours there are, as those of every finished video."""
+    values, lengths = frames(32 * rising(count))
     assert lengths == [count]
     assert len(values) == 4 * (count - 1) + 1
+    assert values.max() == min((count - 1) / 2, 1)
 
 
 def test_latents_are_given_to_the_vae_as_it_makes_them() -> None:

@@ -14,7 +14,7 @@ from generation.growing import settled
 from generation.sections import make_latents
 from modules.media import video_frames as frames_in
 from modules.media import write_png
-from modules.records import MediaEncoders, Piece, Section
+from modules.records import DecodePart, MediaEncoders, Piece, Section
 from tests.frame_pack.stubs import CPU, RepeatingVae, family, images, request, texts
 from tests.held_memory import held_memory
 from tests.tiny.framepack import write_tiny_framepack
@@ -62,9 +62,9 @@ def made(model: FramePack) -> tuple[list[Piece], Tensor]:
     return pieces, latents
 
 
-def pixels(model: FramePack, latents: Tensor) -> Tensor:
-    """What the family decodes to. A part is not limited to -1..1 yet: that comes after the transitions."""
-    return torch.cat(list(model.decode(MediaEncoders(RememberingVae()), latents)), dim=2)
+def pixels(decode: DecodePart, latents: Tensor) -> Tensor:
+    """What the latents of a whole video or of a part of one decode to."""
+    return torch.cat(list(decode(MediaEncoders(RememberingVae()), latents)), dim=2)
 
 
 @pytest.mark.parametrize("window", [9, 4, 2, 1])  # with 1 a piece is as long as a video of one section
@@ -72,9 +72,9 @@ def pixels(model: FramePack, latents: Tensor) -> Tensor:
 def test_what_is_shown_is_what_the_finished_video_shows(is_f1: bool, window: int) -> None:
     model = family(is_f1=is_f1, window=window)
     pieces, latents = made(model)
-    finished, final, edge = pixels(model, latents), [], None
+    finished, final, edge = pixels(model.decode, latents), [], None
     for piece in pieces:
-        new, edge = settled(edge, pixels(model, piece.latents), piece.overlap, piece.in_front)
+        new, edge = settled(edge, pixels(piece.decode, piece.latents), piece.overlap, piece.in_front)
         final += [] if new is None else [new]
     assert edge is not None
     assert len(finished.unique()) > 5  # pictures, not a surface
@@ -87,6 +87,13 @@ def test_what_is_shown_is_what_the_finished_video_shows(is_f1: bool, window: int
         shown = torch.cat(final[::-1], dim=2)
         assert torch.equal(shown.clamp(-1, 1), finished[:, :, -shown.shape[2] :])
         assert shown.shape[2] + edge.shape[2] == video_frames(SECTIONS - 1, window) - 4  # all but the start image's latent frame
+
+
+@pytest.mark.parametrize("is_f1", [False, True], ids=["anti-drifting", "f1"])
+def test_no_piece_is_limited_to_the_colours_there_are_before_its_transitions(is_f1: bool) -> None:
+    """However long: one of F1's first section is as long as a video of one section."""
+    pieces, _ = made(family(is_f1=is_f1))
+    assert all(pixels(piece.decode, piece.latents).max() > 1 for piece in pieces)
 
 
 def test_pixels_that_are_held_at_once_do_not_grow_with_the_length_of_a_video() -> None:

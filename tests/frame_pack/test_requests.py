@@ -1,18 +1,30 @@
 """What a request for FramePack asks for, and what cannot be made."""
 
+import argparse
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from frame_pack.family import LATENT, FramePack
+from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles
+from frame_pack.options import (
+    FramePackGenerationOptions,
+    FramePackTrainingOptions,
+    add_generation_arguments,
+    add_training_arguments,
+)
 from frame_pack.requests import images_of, sections_of, settled, texts_of
 from modules.errors import OptionError
+from modules.options import read_options
 from modules.records import Request
 from tests.golden_cases import read_case
+from tests.tiny.framepack import write_siglip
+from tests.tiny.framepack_dit import tiny_state, write_dit
+from tests.tiny.framepack_encoders import SIGLIP_DIM
 from tests.tiny.project import write_image
 
 USUAL = FramePack(FramePackFiles()).defaults
@@ -172,3 +184,28 @@ def test_of_one_picture_only_the_first_text_counts(picture: Path) -> None:
 def test_a_start_image_may_come_as_a_path(picture: Path) -> None:
     request = settled(Request("a cat", 1, width=48, height=32, image_path=picture), USUAL, LATENT, 9, False)
     assert images_of(request, 4) == (picture,) * 4
+
+
+def test_without_a_negative_prompt_a_sample_has_no_guidance_and_a_generation_an_empty_one(
+    tmp_path: Path, picture: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dit = write_dit(tmp_path, tiny_state(image_dim=SIGLIP_DIM))
+    words = ["--dit", str(dit), "--image_encoder", str(write_siglip(tmp_path / "siglip.safetensors"))]
+    training, generation = argparse.ArgumentParser(), argparse.ArgumentParser()
+    add_training_arguments(training)
+    training.add_argument("--guidance_scale", type=float, default=1.0)
+    add_generation_arguments(generation)
+    samples = family_for_training(read_options(FramePackTrainingOptions, training.parse_args(words)))
+    videos = family_for_generation(read_options(FramePackGenerationOptions, generation.parse_args(words)))
+    asked = Request("a cat", 1, 48, 32, guidance_scale=3.0, extra={"image_path": str(picture)})
+
+    def guided(model: FramePack, request: Request) -> tuple[float | None, str | None]:
+        prepared = model.prepare(request)
+        return prepared.guidance_scale, prepared.negative_prompt
+
+    assert guided(videos, asked) == (3.0, "")
+    assert not caplog.text
+    assert guided(samples, asked) == (1.0, None)
+    assert "the guidance scale of 'a cat' is ignored because it has no negative prompt (--n)" in caplog.text
+    for model in (samples, videos):
+        assert guided(model, replace(asked, negative_prompt="dull")) == (3.0, "dull")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from frame_pack.family import family_for_generation
 from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
-from frame_pack.text_encoders import TEXT_ROWS, FramePackClip, FramePackLlama
+from frame_pack.text_encoders import TEXT_ROWS, FramePackTextEncoder, framepack_clip, framepack_llama
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE
 from modules.dry_run import dry_run, largest, modules_in, place
 from modules.errors import CheckpointError
@@ -73,7 +73,7 @@ def rounded(request: pytest.FixtureRequest, folder: Path) -> TextsThere:
     return TextsThere(folder, request.param)
 
 
-def encoded(encoder: FramePackLlama | FramePackClip, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+def encoded(encoder: FramePackTextEncoder, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
     encoder.load(CPU)
     return [dict(found) for found in encoder.encode([Prompt(text) for text in prompts])]  # type: ignore[arg-type]
 
@@ -93,7 +93,7 @@ def assert_text(found: dict[str, Tensor], states: Tensor) -> None:
 
 def test_states_are_those_of_the_prompts_own_tokens(folder: Path, rounded: TextsThere) -> None:
     counts = set()
-    for prompt, found in zip(PROMPTS, encoded(FramePackLlama(folder, rounded.dtype), PROMPTS), strict=True):
+    for prompt, found in zip(PROMPTS, encoded(framepack_llama(folder, rounded.dtype), PROMPTS), strict=True):
         assert_text(found, rounded.llama_vec(prompt))
         counts.add(int(found["llama_attention_mask"].sum()))
     assert min(counts) == 1  # the end of the empty prompt
@@ -102,7 +102,7 @@ def test_states_are_those_of_the_prompts_own_tokens(folder: Path, rounded: Texts
 
 def test_clips_vector_is_its_pooled_state(folder: Path, rounded: TextsThere) -> None:
     prompts = [*PROMPTS, "a rabbit <|endoftext|> and a dog"]
-    for prompt, found in zip(prompts, encoded(FramePackClip(folder, rounded.dtype), prompts), strict=True):
+    for prompt, found in zip(prompts, encoded(framepack_clip(folder, rounded.dtype), prompts), strict=True):
         assert found["clip_l_pooler"].shape == (CLIP_DIM,)
         torch.testing.assert_close(found["clip_l_pooler"], rounded.clip_l_pooler(prompt), rtol=0, atol=0)
 
@@ -112,8 +112,8 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
     folder: Path, there: TextsThere, system: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    usual = encoded(FramePackLlama(folder, torch.float32), PROMPTS)
-    own = encoded(FramePackLlama(folder, torch.float32, system_prompt=system), PROMPTS)
+    usual = encoded(framepack_llama(folder, torch.float32), PROMPTS)
+    own = encoded(framepack_llama(folder, torch.float32, system_prompt=system), PROMPTS)
     for prompt, found, before in zip(PROMPTS, own, usual, strict=True):
         assert_text(found, there.llama_vec(prompt, system))
         assert torch.equal(found["llama_attention_mask"], before["llama_attention_mask"])  # the prompt's tokens are the same
@@ -124,7 +124,7 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
 
 
 def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path) -> None:
-    usual, own = FramePackLlama(folder), FramePackLlama(folder, system_prompt=VIDEO_TEMPLATE.system)
+    usual, own = framepack_llama(folder), framepack_llama(folder, system_prompt=VIDEO_TEMPLATE.system)
     assert own.identity == usual.identity
     for found, expected in zip(encoded(own, PROMPTS), encoded(usual, PROMPTS), strict=True):
         assert torch.equal(found["llama_vec"], expected["llama_vec"])
@@ -137,30 +137,30 @@ def test_the_option_of_the_generation_script_reaches_the_language_model(folder: 
     more = [] if told is None else ["--custom_system_prompt", told]
     args = parser.parse_args(["--text_encoder1", str(folder), "--text_encoder2", str(folder), *more])
     llama, clip = family_for_generation(read_options(FramePackGenerationOptions, args)).text_encoders()
-    assert llama.identity == FramePackLlama(folder, system_prompt=told).identity
-    assert clip.identity == FramePackClip(folder).identity
+    assert llama.identity == framepack_llama(folder, system_prompt=told).identity
+    assert clip.identity == framepack_clip(folder).identity
 
 
 def test_identity_follows_all_that_an_output_depends_on(folder: Path) -> None:
     identities = [
         dict(encoder.identity)
         for encoder in (
-            FramePackLlama(folder),
-            FramePackLlama(folder, torch.bfloat16),
-            FramePackLlama(folder, system_prompt="Describe."),
-            FramePackLlama(folder, system_prompt=""),
-            FramePackLlama(folder, in_fp8=True),
-            FramePackClip(folder),
-            FramePackClip(folder, torch.bfloat16),
+            framepack_llama(folder),
+            framepack_llama(folder, torch.bfloat16),
+            framepack_llama(folder, system_prompt="Describe."),
+            framepack_llama(folder, system_prompt=""),
+            framepack_llama(folder, in_fp8=True),
+            framepack_clip(folder),
+            framepack_clip(folder, torch.bfloat16),
         )
     ]
     assert all(one != other for index, one in enumerate(identities) for other in identities[:index])
-    assert dict(FramePackLlama(folder / "text_encoder").identity) == identities[0]
-    assert dict(FramePackClip(folder / "text_encoder_2").identity) == identities[5]
+    assert dict(framepack_llama(folder / "text_encoder").identity) == identities[0]
+    assert dict(framepack_clip(folder / "text_encoder_2").identity) == identities[5]
 
 
 def test_a_prompts_conditions_do_not_depend_on_its_neighbours(folder: Path) -> None:
-    for kind in (FramePackLlama, FramePackClip):
+    for kind in (framepack_llama, framepack_clip):
         encoder = kind(folder, torch.float16)
         together = encoded(encoder, PROMPTS)
         for prompt, found in zip(PROMPTS, together, strict=True):
@@ -170,7 +170,7 @@ def test_a_prompts_conditions_do_not_depend_on_its_neighbours(folder: Path) -> N
 
 
 def test_in_fp8_the_states_differ_and_stay_near(folder: Path, there: TextsThere) -> None:
-    for prompt, found in zip(PROMPTS, encoded(FramePackLlama(folder, torch.float32, in_fp8=True), PROMPTS), strict=True):
+    for prompt, found in zip(PROMPTS, encoded(framepack_llama(folder, torch.float32, in_fp8=True), PROMPTS), strict=True):
         expected = there.llama_vec(prompt)
         rows = found["llama_vec"][: len(expected)]
         assert not found["llama_vec"][len(expected) :].any()
@@ -178,10 +178,11 @@ def test_in_fp8_the_states_differ_and_stay_near(folder: Path, there: TextsThere)
 
 
 def test_a_rehearsal_finds_the_networks_and_knows_how_long_a_text_is(folder: Path) -> None:
-    for encoder, heaviest in (
-        (FramePackLlama(folder), LLAMA_VOCABULARY * LLM_DIM),
-        (FramePackClip(folder), CLIP_VOCABULARY * CLIP_DIM),
+    for kind, heaviest in (
+        (framepack_llama, LLAMA_VOCABULARY * LLM_DIM),
+        (framepack_clip, CLIP_VOCABULARY * CLIP_DIM),
     ):
+        encoder = kind(folder)
         encoder.load(torch.device("meta"))
         with dry_run() as ledger, torch.no_grad():
             (network,) = modules_in(encoder)
@@ -191,7 +192,7 @@ def test_a_rehearsal_finds_the_networks_and_knows_how_long_a_text_is(folder: Pat
         assert (
             {key: (value.shape, value.dtype) for key, value in found.items()}
             == {  # type: ignore[union-attr]
-                key: (value.shape, value.dtype) for key, value in encoded(type(encoder)(folder), PROMPTS[:1])[0].items()
+                key: (value.shape, value.dtype) for key, value in encoded(kind(folder), PROMPTS[:1])[0].items()
             }
         )
         if "llama_attention_mask" in found:
@@ -199,7 +200,7 @@ def test_a_rehearsal_finds_the_networks_and_knows_how_long_a_text_is(folder: Pat
 
 
 def test_outputs_have_the_keys_they_are_announced_with_and_memory_of_their_own(folder: Path) -> None:
-    for encoder in (FramePackLlama(folder), FramePackClip(folder)):
+    for encoder in (framepack_llama(folder), framepack_clip(folder)):
         for found in encoded(encoder, PROMPTS[:2]):
             assert set(found) == encoder.keys
             assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in found.values())
@@ -207,7 +208,7 @@ def test_outputs_have_the_keys_they_are_announced_with_and_memory_of_their_own(f
 
 
 def test_free_gives_the_encoder_up_and_load_brings_it_back(folder: Path) -> None:
-    for encoder in (FramePackLlama(folder, torch.float32), FramePackClip(folder, torch.float32)):
+    for encoder in (framepack_llama(folder, torch.float32), framepack_clip(folder, torch.float32)):
         (first,) = encoded(encoder, PROMPTS[:1])
         encoder.free()
         encoder.free()
@@ -273,8 +274,8 @@ LAYOUTS = (in_one_file, alone_in_folders, first_of_split_files, snapshot, first_
 def test_every_layout_gives_the_same(write: Callable[[Path], tuple[Path, Path]], tmp_path: Path, there: TextsThere) -> None:
     """None of them is told where its tokenizers are, nor may it ask the hub."""
     first, second = write(tmp_path)
-    (llama,) = encoded(FramePackLlama(first, torch.float32), PROMPTS[:1])
-    (clip,) = encoded(FramePackClip(second, torch.float32), PROMPTS[:1])
+    (llama,) = encoded(framepack_llama(first, torch.float32), PROMPTS[:1])
+    (clip,) = encoded(framepack_clip(second, torch.float32), PROMPTS[:1])
     assert_text(llama, there.llama_vec(PROMPTS[0]))
     assert torch.equal(clip["clip_l_pooler"], there.clip_l_pooler(PROMPTS[0]))
 
@@ -286,16 +287,16 @@ def test_tokenizers_that_are_named_come_first(tmp_path: Path, there: TextsThere)
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text("{}", encoding="utf-8")  # not to be looked at
     elsewhere = tmp_path / "elsewhere"
-    (llama,) = encoded(FramePackLlama(files["text_encoder1"], torch.float32, elsewhere / "tokenizer"), PROMPTS[:1])
-    (clip,) = encoded(FramePackClip(files["text_encoder2"], torch.float32, elsewhere / "tokenizer_2"), PROMPTS[:1])
+    (llama,) = encoded(framepack_llama(files["text_encoder1"], torch.float32, elsewhere / "tokenizer"), PROMPTS[:1])
+    (clip,) = encoded(framepack_clip(files["text_encoder2"], torch.float32, elsewhere / "tokenizer_2"), PROMPTS[:1])
     assert_text(llama, there.llama_vec(PROMPTS[0]))
     assert torch.equal(clip["clip_l_pooler"], there.clip_l_pooler(PROMPTS[0]))
 
 
 def test_the_other_ones_file_is_refused_by_name(folder: Path) -> None:
     for encoder, message in (
-        (FramePackLlama(folder / "text_encoder_2"), r"a Llama language model.*--text_encoder1"),
-        (FramePackClip(folder / "text_encoder"), r"a CLIP text encoder.*--text_encoder2"),
+        (framepack_llama(folder / "text_encoder_2"), r"a Llama language model.*--text_encoder1"),
+        (framepack_clip(folder / "text_encoder"), r"a CLIP text encoder.*--text_encoder2"),
     ):
         with pytest.raises(CheckpointError, match=rf"(?s){message}"):
             _ = encoder.identity  # which caching asks for before it loads anything
@@ -307,4 +308,4 @@ def test_rotary_frequencies_of_a_later_llama_are_refused(tmp_path: Path) -> None
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**config, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), encoding="utf-8")
     with pytest.raises(CheckpointError, match="rotary frequencies of type llama3"):
-        _ = FramePackLlama(tmp_path).identity
+        _ = framepack_llama(tmp_path).identity

@@ -40,7 +40,6 @@ def latents(folder: Path, *arguments: object) -> Tensor:
     return load_file(path)["latent"]
 
 
-@pytest.mark.usefixtures("quick_garbage_collection")
 def test_a_hunyuan_lora_acts_in_a_run_as_merged_into_the_model_before(tmp_path: Path, files: TinyFramePack, lora: Path) -> None:
     given = ("--lora_weight", lora, "--lora_multiplier", 0.7)
     merge_lora.main([str(word) for word in ("--dit", files.dit, *given, "--save_merged_model", tmp_path / "m.safetensors")])

@@ -20,9 +20,6 @@ SIZE = ("--video_size", "32", "48", "--infer_steps", "2", "--device", "cpu")
 SAY = ("--prompt", "a cat", "--seed", 1, "--video_sections", 1)
 
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> TinyFramePack:
     return write_tiny_framepack(tmp_path_factory.mktemp("framepack"))
@@ -115,22 +112,23 @@ def test_a_video_is_written_whole_and_can_be_decoded_again(
     tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
 ) -> None:
     start, _ = pictures
-    window = ("--latent_window_size", 2)
-    run(tmp_path / "a", files, *SAY, "--video_sections", 2, *window, "--image_path", start, output="both")
+    say = (*SAY, "--video_sections", 2, "--latent_window_size", 2, "--image_path", start, "--keep_pngs")
+    run(tmp_path / "a", files, *say, output="both")
     (video,), (saved,) = (tmp_path / "a").glob("*.mp4"), (tmp_path / "a").glob("*.safetensors")
-    frames = list(video_frames(video))
-    assert len(frames) == 17  # 4 * 2 * 2 + 1
+    assert len(list(video_frames(video))) == 17  # 4 * 2 * 2 + 1
     assert metadata_of(saved)["bt_latent_window_size"] == "2"
 
     # the window is in the file
-    fpack_generate_video.main(
-        ["--latent_path", str(saved), "--vae", str(files.vae), "--vae_dtype", "float32", "--save_path", str(tmp_path / "b")]
-    )
+    vae = ("--vae", str(files.vae), "--vae_dtype", "float32")
+    fpack_generate_video.main(["--latent_path", str(saved), *vae, "--save_path", str(tmp_path / "b"), "--keep_pngs"])
 
     (again,) = (tmp_path / "b").glob(f"*_1_{saved.stem}.mp4")
-    # the same pixels but for the last bits of sums, which the encoder may round to another level
-    apart = [numpy.abs(ours.astype(int) - theirs) for ours, theirs in zip(frames, video_frames(again), strict=True)]
-    assert max(each.mean() for each in apart) < 0.5
+    assert len(list(video_frames(again))) == 17
+    # the frames before encoding: x264's macroblock tree reads memory that nothing was written to, unless the width is a multiple
+    # of 128, so that now and then the same frames become another file
+    frames, theirs = (list(video_frames(tmp_path / folder / "frames")) for folder in ("a", "b"))
+    assert len(frames) == 17
+    assert numpy.array_equal(frames, theirs)
 
 
 def test_decoding_at_once_makes_as_many_frames(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,17 +59,24 @@ def pieces_of(family: ToyFamily) -> tuple[list[Piece], Tensor]:
     return pieces, latents
 
 
+ENCODERS = MediaEncoders(ToyVae([], {"vae": "cpu"}))
+
+
 def clip_of(family: ToyFamily, latents: Tensor) -> Tensor:
-    encoders = MediaEncoders(ToyVae([], {"vae": "cpu"}))
-    return torch.cat(list(family.decode(encoders, latents)), dim=2)
+    return torch.cat(list(family.decode(ENCODERS, latents)), dim=2)
 
 
-def joined(pieces: list[Piece], family: ToyFamily) -> tuple[Tensor, Tensor]:
+def black_piece(family: ToyFamily) -> Piece:
+    return Piece(torch.zeros(1, 2, WINDOW, 4, 4), 0, True, family.decode_part)
+
+
+def joined(pieces: list[Piece]) -> tuple[Tensor, Tensor]:
     """The frames that are final after all pieces, and those that wait."""
     shown: list[Tensor] = []
     edge: Tensor | None = None
     for piece in pieces:
-        final, edge = settled(edge, clip_of(family, piece.latents), piece.overlap, piece.in_front)
+        clip = torch.cat(list(piece.decode(ENCODERS, piece.latents)), dim=2)
+        final, edge = settled(edge, clip, piece.overlap, piece.in_front)
         if final is not None:
             shown = [final, *shown] if piece.in_front else [*shown, final]
     assert edge is not None
@@ -78,7 +86,7 @@ def joined(pieces: list[Piece], family: ToyFamily) -> tuple[Tensor, Tensor]:
 def test_what_grows_in_front_is_the_end_of_the_finished_video_to_the_bit() -> None:
     family = ToyFamily(sections_made=5)
     pieces, latents = pieces_of(family)
-    finished, (final, edge) = clip_of(family, latents), joined(pieces, family)
+    finished, (final, edge) = clip_of(family, latents), joined(pieces)
     assert torch.equal(final, finished[:, :, -final.shape[2] :])
     assert final.shape[2] + edge.shape[2] == section_frames(4 * WINDOW)  # four of five sections, without the start
 
@@ -86,7 +94,7 @@ def test_what_grows_in_front_is_the_end_of_the_finished_video_to_the_bit() -> No
 def test_what_grows_behind_is_the_start_of_the_finished_video_but_for_two_sections() -> None:
     family = ToyFamily(sections_made=5, makes_last_first=False)
     pieces, latents = pieces_of(family)
-    finished, (final, edge) = clip_of(family, latents), joined(pieces, family)
+    finished, (final, edge) = clip_of(family, latents), joined(pieces)
     first = frames_of_video(2, WINDOW)  # the finished video decodes these together, with the start
     assert torch.equal(final[:, :, first:], finished[:, :, first : final.shape[2]])
     assert final.shape[2] + edge.shape[2] == frames_of_video(4, WINDOW)
@@ -113,7 +121,7 @@ def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(tmp_pat
     assert lengths == [4 * WINDOW * count + extra for count in (1, 2, 3)]
     assert [path.name for path in tmp_path.iterdir()] == ["film_progress.mp4"]
     # the encoder loses little: the frames are those that have been put together, in their order
-    final, edge = joined(pieces, family)
+    final, edge = joined(pieces)
     expected = pixels_to_uint8(torch.cat([edge, final] if backwards else [final, edge], dim=2)).astype(int)
     shown = np.stack(list(video_frames(tmp_path / "film_progress.mp4"))).astype(int)
     assert np.abs(shown - expected).mean() < 3
@@ -169,6 +177,22 @@ def test_a_preview_that_cannot_be_removed_does_not_spoil_the_video(tmp_path: Pat
     generate(ToyFamily(sections_made=3, on_chunk=hold), options(tmp_path))
     assert sorted(path.name.rpartition("_1")[2] for path in tmp_path.iterdir()) == [".mp4", "_progress.mp4"]  # and no latents
     assert "_progress.mp4 is no longer needed and cannot be removed" in caplog.text
+
+
+def test_runs_of_one_second_and_seed_leave_each_others_files_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second begins and ends while the first shows its first section, nearly always in the same second."""
+    runs = [options(tmp_path, "--output_type", "both")] * 2
+
+    def begin_the_next() -> None:
+        if runs:
+            generate(ToyFamily(sections_made=3, on_chunk=begin_the_next), runs.pop())
+
+    with caplog.at_level(logging.INFO):
+        begin_the_next()
+    previews = re.findall(r"Watch it grow: (\S+),", caplog.text)
+    assert len(set(previews)) == 2
+    assert len(list(tmp_path.glob("*.mp4"))) == len(list(tmp_path.glob("*_latent.safetensors"))) == 2
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_ctrl_c_leaves_what_was_made_and_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -303,7 +327,7 @@ def test_a_dit_for_which_the_host_has_no_room_stays_and_there_is_no_preview(
     family = ToyFamily(sections_made=2, has_room_for_two=False)
     made = session(family, "cuda", spare, host=-1)
     with dit_at_work(made), growing(made, tmp_path, "film", 16, 100) as video:
-        video.add(Piece(torch.zeros(1, 2, WINDOW, 4, 4), 0, True))
+        video.add(black_piece(family))
     assert "would have to wait in host memory" in caplog.text
     assert not list(tmp_path.iterdir())
     assert "decode" not in family.diary
@@ -314,7 +338,7 @@ def test_a_dit_that_cannot_leave_stays_and_there_is_no_preview(tmp_path: Path, c
     family = ToyFamily(sections_made=2, has_room_on_host=False)
     made = session(family, "cuda")
     with made.dit(), growing(made, tmp_path, "film", 16) as video:
-        video.add(Piece(torch.zeros(1, 2, WINDOW, 4, 4), 0, True))
+        video.add(black_piece(family))
         assert family.places["dit"] == "cuda"
     assert caplog.text.count("cannot be watched while it grows (RuntimeError: not enough memory)") == 1
     assert "decode" not in family.diary
@@ -324,7 +348,7 @@ def test_ctrl_c_while_a_piece_is_decoded_brings_the_dit_back(tmp_path: Path) -> 
     family = ToyFamily(sections_made=2, stop_loading={"media"})
     made = session(family, "cuda")
     with pytest.raises(KeyboardInterrupt), dit_at_work(made), growing(made, tmp_path, "film", 16) as video:  # noqa: PT012
-        video.add(Piece(torch.zeros(1, 2, WINDOW, 4, 4), 0, True))
+        video.add(black_piece(family))
     assert family.places["dit"] == "cuda"
 
 

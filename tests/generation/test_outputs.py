@@ -12,7 +12,16 @@ from torch import Tensor
 
 from blissful_tuner.options import FormatOptions
 from generation.options import OutputOptions
-from generation.outputs import free_stem, load_latents, output_stem, pixels_to_uint8, save_latents, save_pixels, without_tail
+from generation.outputs import (
+    free_stem,
+    load_latents,
+    output_stem,
+    own_stem,
+    pixels_to_uint8,
+    save_latents,
+    save_pixels,
+    without_tail,
+)
 from modules.errors import CheckpointError, OptionError
 from modules.media import read_image, read_tags, video_frames, video_info
 
@@ -47,6 +56,18 @@ def test_a_taken_name_gets_underscores(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
     (tmp_path / "a_.png").touch()
     assert free_stem(tmp_path, "a", [".mp4", ".png"]) == "a__"
+
+
+def test_a_name_that_a_run_has_is_given_to_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.mkv").touch()
+    with own_stem(tmp_path, "a") as first:
+        with own_stem(tmp_path, "a") as second:
+            (tmp_path / f"{second}_latent.safetensors").touch()
+        with own_stem(tmp_path, "a") as third:
+            assert (first, second, third) == ("a_", "a__", "a___")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mkv", "a___latent.safetensors"]
+    with own_stem(tmp_path, "a") as again:
+        assert again == "a_"
 
 
 def test_latents_come_back_with_their_metadata(tmp_path: Path) -> None:

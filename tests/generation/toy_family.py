@@ -237,20 +237,28 @@ class ToyFamily:
             parts = [latents] if video is None else [latents, video] if self.makes_last_first else [video, latents]
             video = torch.cat(parts, dim=2)
             newest = video[:, :, : 2 * WINDOW] if self.makes_last_first else video[:, :, -2 * WINDOW :]
-            made = Piece(newest if number else video, section_frames(WINDOW) if number else 0, self.makes_last_first)
+            made = Piece(
+                newest if number else video, section_frames(WINDOW) if number else 0, self.makes_last_first, self.decode_part
+            )
         assert video is not None
         return torch.cat([start, video], dim=2) if self.makes_last_first else video
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        self.check_room(latents)
+        if not self.sections_made:
+            return encoders.vae.decode(latents)
+        slices = decoding_slices(self.sections_made, WINDOW)
+        clips = (torch.cat(list(encoders.vae.decode(latents[:, :, part])), dim=2) for part in slices)
+        return blend_overlaps(clips, section_frames(WINDOW))
+
+    def decode_part(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        self.check_room(latents)
+        return encoders.vae.decode(latents)
+
+    def check_room(self, latents: Tensor) -> None:
         is_crowded = self.places.get("dit") == self.places.get("vae", "cpu") != "cpu" and not self.has_room_for_two
         if not self.can_decode or latents.shape[2] in self.lengths_without_room or is_crowded:
             raise torch.OutOfMemoryError("no room")
-        if latents.shape[2] != self.sections_made * WINDOW + 1:
-            yield from encoders.vae.decode(latents)
-            return
-        slices = decoding_slices(self.sections_made, WINDOW)
-        clips = (torch.cat(list(encoders.vae.decode(latents[:, :, part])), dim=2) for part in slices)
-        yield from blend_overlaps(clips, section_frames(WINDOW))
 
 
 _: type[Family] = ToyFamily

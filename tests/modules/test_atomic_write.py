@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modules.atomic_write import atomic_folder, atomic_path, recover_folder, save_tensors, write_bytes, write_text
+from modules.atomic_write import (
+    atomic_folder,
+    atomic_path,
+    claimed,
+    recover_folder,
+    remove_leftovers,
+    save_tensors,
+    write_bytes,
+    write_text,
+)
 from modules.errors import OutputError
 
 
@@ -78,6 +87,25 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
         fill()
 
     assert _names(tmp_path) == []
+
+
+def test_a_name_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "video"
+    with claimed(path) as first, claimed(path) as second, claimed(tmp_path / "other") as other:
+        assert (first, second, other) == (True, False, True)
+        assert not path.exists()
+    with claimed(path) as again:
+        assert again
+        (claim,) = tmp_path.iterdir()
+        with atomic_folder(path):  # sweeps what it finds of its own name
+            pass
+        path.rmdir()
+        assert claim.exists()
+        os.utime(claim, (0, 0))
+        remove_leftovers(tmp_path)  # of a killed run
+        assert not claim.exists()
+    with pytest.raises(OutputError, match="video cannot be written"), claimed(tmp_path / "no folder" / "video"):
+        pass
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
