@@ -13,6 +13,8 @@ from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
+MOST_PLACE = 9999  # 40 is far already; more digits are a slip of the finger
+
 
 @dataclass(frozen=True)
 class OneFrame:
@@ -57,6 +59,8 @@ _SWITCHES: Mapping[str, Callable[[OneFrame], OneFrame]] = {
 def _index(number: str, text: str) -> int:
     if not number.strip().isdecimal():
         raise _refused(text, f"{number.strip()!r} is no whole number from 0 on")
+    if len(number.strip()) > len(str(MOST_PLACE)):
+        raise _refused(text, f"places go to {MOST_PLACE}")
     return int(number)
 
 

@@ -18,6 +18,7 @@ from modules.records import Request
 
 logger = logging.getLogger(__name__)
 
+MOST_STEPS = 10_000  # the models know 1000 timesteps; far more is a slip of the finger
 SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.solvers
 
 
@@ -111,6 +112,8 @@ def _check_numbers(request: Request) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise OptionError(f"{name} is {count}: it has to be at least 1")
+    if request.steps is not None and request.steps > MOST_STEPS:
+        raise OptionError(f"the number of steps is {request.steps}: {MOST_STEPS} are the most")
     values = {
         "the guidance scale": request.guidance_scale,
         "the embedded guidance scale": request.embedded_guidance,

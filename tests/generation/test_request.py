@@ -82,6 +82,7 @@ def test_vanilla_is_euler() -> None:
     [
         {"video_length": 0},
         {"infer_steps": -1},
+        {"infer_steps": 10**11},
         {"video_size_width": 0},
         {"guidance_scale": float("nan")},
         {"flow_shift": 0.0},
