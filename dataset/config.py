@@ -19,6 +19,7 @@ from modules.errors import DatasetError
 logger = logging.getLogger(__name__)
 
 MODES = ("head", "chunk", "slide", "uniform", "full")  # of frame_extraction; what they do: dataset/frames.py
+FAR = 10_000  # latent frames; places in time stay far below
 FRAME_STEP = 4  # target_frames are 4n + 1 for every family
 Table = Mapping[str, Any]
 
@@ -187,7 +188,13 @@ def _counts(value: Any) -> tuple[int, ...]:
 def _indices(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
         raise _Unfit
-    return tuple(_whole(item) for item in value)
+    return tuple(_place(item) for item in value)
+
+
+def _place(value: Any) -> int:
+    if not -FAR < _whole(value) < FAR:
+        raise _Unfit
+    return int(value)
 
 
 def _caption_extension(value: Any) -> str:
@@ -238,8 +245,8 @@ KEYS: Mapping[str, Key] = {
     "max_frames": Key(_count, _POSITIVE, 129, ("video",)),
     "source_fps": Key(_rate, "a number above 0, such as 30 or 29.97", None, ("video",)),
     "fp_latent_window_size": Key(_count, _POSITIVE, 9),
-    "fp_1f_clean_indices": Key(_indices, "a list of whole numbers, such as [0, 10]", None, ("image",)),
-    "fp_1f_target_index": Key(_whole, "a whole number", None, ("image",)),
+    "fp_1f_clean_indices": Key(_indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)),
+    "fp_1f_target_index": Key(_place, f"a whole number below {FAR}", None, ("image",)),
     "fp_1f_no_post": Key(_yes_no, _BOOL, False, ("image",)),
 }
 # what else than frames the latents of a family with sections depend on

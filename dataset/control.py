@@ -27,14 +27,22 @@ class ControlFolder:
 
         Raises DatasetError where there are fewer, or where a name that begins with `stem` has no number.
         """
-        first, end = (bisect.bisect_left(self._image_stems, text) for text in (stem, stem + chr(0x10FFFF)))  # begin with `stem`
-        ranked = [(self._rank(path, stem), path) for path in self._images[first:end] if self._may_belong(path, stem)]
+        ranked = self._images_of(stem)
         if len(ranked) < count:
             wanted = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
             raise DatasetError(
                 f"{self._folder} has {len(ranked)} control images for {stem}; needed: {wanted} (or another image type)"
             )
-        return tuple(path for _, path in sorted(ranked)[:count])
+        return tuple(ranked[:count])
+
+    def beyond(self, stem: str, count: int) -> list[Path]:
+        """Control images of a picture behind the first `count`, but for those named as another picture of the table is."""
+        return [path for path in self._images_of(stem)[count:] if path.stem not in self._stems]
+
+    def _images_of(self, stem: str) -> list[Path]:
+        first, end = (bisect.bisect_left(self._image_stems, text) for text in (stem, stem + chr(0x10FFFF)))  # begin with `stem`
+        ranked = [(self._rank(path, stem), path) for path in self._images[first:end] if self._may_belong(path, stem)]
+        return [path for _, path in sorted(ranked)]
 
     def for_video(self, video: Path) -> Path:
         """The control clip of a video: the same file name, else a folder `<stem>` of images, else `<stem>` with a video suffix.

@@ -257,6 +257,7 @@ def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
         kind=table.kind,
         has_control=has_control,
         target_frames=() if table.kind == "image" or table.frame_extraction == "full" else table.target_frames,
+        max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
         window=table.fp_latent_window_size,
         clean_indices=table.fp_1f_clean_indices or (),
         target_index=table.fp_1f_target_index,

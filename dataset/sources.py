@@ -1,6 +1,7 @@
 """Which files a dataset table means: pictures or clips with their captions and control media, from a folder or a JSONL list."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,8 @@ from dataset.config import DatasetTable
 from dataset.control import ControlFolder, list_folder
 from modules.errors import DatasetError
 from modules.media import VIDEO_SUFFIXES, image_suffixes
+
+logger = logging.getLogger(__name__)
 
 LISTED = 20  # how many problems of one kind a message shows
 
@@ -114,7 +117,21 @@ def _folder_controls(table: DatasetTable, paths: Sequence[Path]) -> list[tuple[P
         except DatasetError as error:
             problems.append(str(error))
     _raise_listed(f"problems with the control media of {table.name}", problems)
+    if table.kind == "image":
+        _tell_unused(table, [unused for path in paths for unused in folder.beyond(path.stem, table.control_count)])
     return controls
+
+
+def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
+    if unused:
+        logger.warning(
+            "%s: %d control images are ignored, such as %s, because each image takes %d. Where there are more, "
+            "fp_1f_clean_indices names a place for each.",
+            table.name,
+            len(unused),
+            unused[0],
+            table.control_count,
+        )
 
 
 # --- JSONL lists ------------------------------------------------------------------------------------------------------------------

@@ -44,12 +44,15 @@ def conditions_of(batch: Batch, config: FramePackConfig, dit: Path) -> Condition
     return {name: tensor for name, tensor in tensors.items() if name != "latents"}
 
 
-def compare_order(batch: Batch, is_f1: bool) -> None:
-    """Warn once where sections were cached for the other order of making than samples have. is_f1: --f1.
+def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
+    """Warn once where caches hold something else than samples are made as. is_f1: --f1; one_frame: --one_frame.
 
     The caches of both have the same names. In F1 the neighbour in time stands before the target, else behind it. Pictures, which
     have no coarse history, are of neither order.
     """
+    if one_frame and batch.tensor("latents").shape[2] > 1:
+        _note_clips()
+        return
     if not {"latents_clean_2x", "clean_latent_indices"} <= batch.tensors.keys():
         return
     is_before = batch.tensor("clean_latent_indices")[:, -1] < batch.tensor("latent_indices")[:, 0]
@@ -71,6 +74,15 @@ def _note_other_order(is_f1: bool) -> None:
             "is learned. Give --f1, or cache again without it if --dit is not F1.",
             LATENTS_AGAIN,
         )
+
+
+@lru_cache
+def _note_clips() -> None:
+    logger.warning(
+        "--one_frame is given and the caches hold sections of clips: videos are learned and samples are pictures. Give the "
+        "--dataset_config whose caches were made with %s --one_frame, or leave --one_frame out.",
+        LATENTS_AGAIN,
+    )
 
 
 def _check_places(batch: Batch, tensors: Mapping[str, Tensor]) -> None:

@@ -45,6 +45,11 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
     if table.has_control:
         raise DatasetError(f"{table.name}: FramePack follows no control video. Take control_directory or control_path out.")
     least = _least_frames(table)
+    if table.max_frames is not None and table.max_frames < least:
+        raise DatasetError(
+            f"{table.name}: max_frames = {table.max_frames} is less than a section takes: {least}, 4 x {table.window} "
+            f"(fp_latent_window_size) + 1. Set max_frames = {video_frames(4, table.window)} for up to 4 sections."
+        )
     short = [frames for frames in table.target_frames if frames < least]
     if short:
         raise DatasetError(

@@ -24,7 +24,7 @@ from frame_pack.options import (
     FramePackTrainingOptions,
 )
 from frame_pack.positions import position_scale
-from frame_pack.requests import sections_of, settled, texts_of
+from frame_pack.requests import sections_of, settled, tell_unused_paddings, texts_of
 from frame_pack.sections import ANTI_DRIFTING, F1, FRAMES_PER_SECOND, Order, parse_paddings, video_frames
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
@@ -190,7 +190,7 @@ class FramePack:
         """What training gives `predict`: everything in the caches but the latents to learn, and guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = conditions_of(batch, self.files.dit_header().config, self.files.dit_path)
-        compare_order(batch, self.is_f1)
+        compare_order(batch, self.is_f1, self.one_frame is not None)
         return {**conditions, "guidance": guidance}
 
     def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
@@ -240,7 +240,10 @@ class FramePack:
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check_encoders()
         _ = self.files.image_encoder_path
-        return with_negative(settled(request, self.defaults, LATENT, self.window, self.is_f1), self.negative_is_empty)
+        request = settled(request, self.defaults, LATENT, self.window, self.is_f1)
+        if not self.is_f1:  # which takes none, as is said once for all videos
+            tell_unused_paddings(self.paddings, request, sections_of(request, self.window))
+        return with_negative(request, self.negative_is_empty)
 
     def prompts(self, request: Request) -> Mapping[int, Prompts]:
         """The texts of every section; the negative one is the same for all."""

@@ -15,6 +15,7 @@ from modules.errors import OptionError
 logger = logging.getLogger(__name__)
 
 _WHOLE = re.compile(r"-?[0-9]+")  # before the start too, as fp_1f_clean_indices and fp_1f_target_index of a dataset
+MOST_PLACE = 9999  # 40 is far already; more digits are a slip of the finger
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ _SWITCHES: Mapping[str, Callable[[OneFrame], OneFrame]] = {
 def _index(number: str, text: str) -> int:
     if not _WHOLE.fullmatch(number.strip()):
         raise _refused(text, f"{number.strip()!r} is no whole number")
+    if len(number.strip().lstrip("-")) > len(str(MOST_PLACE)):
+        raise _refused(text, f"places go to {MOST_PLACE}")
     return int(number)
 
 

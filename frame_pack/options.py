@@ -32,6 +32,7 @@ REQUEST_OPTIONS = {
     "control_image_mask_path": "control_image_mask_path",
 }
 WINDOW = 9  # latent frames of a section, as the model was trained
+LARGEST_WINDOW = 1000  # over two minutes in one section: more is a slip of the finger
 ROPE_FACTOR = 0.5  # of --rope_scaling_factor, where nothing is said
 
 
@@ -235,3 +236,5 @@ def _warn_of_both(f1: bool, one_frame: bool) -> None:
 
 def _check_window(window: int) -> None:
     check_at_least("--latent_window_size", window, 1, f"latent frames of a section; the model was trained with {WINDOW}")
+    if window > LARGEST_WINDOW:
+        raise OptionError(f"--latent_window_size {window}: {LARGEST_WINDOW} is the most; the model was trained with {WINDOW}")

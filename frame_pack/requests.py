@@ -5,7 +5,7 @@
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +51,9 @@ def settled(request: Request, usual: SamplingDefaults, latent: LatentSpec, windo
         _check_image("--end_image_path", request.end_image_path)
     request = with_media(request, {"control_path": False, "video_path": False}, "FramePack does not take it")
     sections = 1 if one_frame is not None else _count(request, usual, window)
+    asked = request.extra.get("video_sections")
+    if one_frame is not None and asked not in (None, "1"):
+        logger.warning("--video_sections %s is ignored because a single picture is made", asked)
     request = replace(request, frames=1 if one_frame is not None else video_frames(sections, window))
     request = filled(replace(request, solver=_solver(request)), usual)
     check_size(request, latent)
@@ -62,6 +65,20 @@ def settled(request: Request, usual: SamplingDefaults, latent: LatentSpec, windo
     request = replace(request, flow_shift=flow_shift, extra=_with_controls(extra) | said)
     _check_sections(request, sections)
     return request
+
+
+def tell_unused_paddings(paddings: Sequence[int], request: Request, sections: int) -> None:
+    """Warn where not all of --latent_paddings count. request: settled, of so many sections."""
+    given = ",".join(map(str, paddings))
+    if paddings and "one_frame" in request.extra:
+        logger.warning("--latent_paddings %s is ignored because a single picture is made", given)
+    elif len(paddings) > sections:
+        logger.warning(
+            "--latent_paddings %s: only the first %d count, as there are no more sections; that played first has distance %d",
+            given,
+            sections,
+            paddings[sections - 1],
+        )
 
 
 def sections_of(request: Request, window: int) -> int:

@@ -23,6 +23,7 @@ FRAMES_PER_SECOND = 30  # what the model was trained with; --fps only labels the
 LATENT_STRIDE = 4  # frames of a latent frame, but for the first, which holds one
 FRAMES_2X = 2  # latent frames of the past that are seen at half resolution
 FRAMES_4X = 16  # and at quarter resolution
+FURTHEST = 999  # sections between the start image and another; usual are 3 at most
 HISTORY = 1 + FRAMES_2X + FRAMES_4X  # latent frames of the past that a section sees in all
 
 # as released: the line through (256 tokens, 0.5) and (4096 tokens, 1.15), and its upper end
@@ -109,13 +110,15 @@ def default_paddings(sections: int) -> tuple[int, ...]:
 
 
 def parse_paddings(text: str) -> tuple[int, ...]:
-    """Read --latent_paddings, as "3,2,1,0". Raises OptionError where it is no list of whole numbers from 0 on."""
+    """Read --latent_paddings, as "3,2,1,0". Raises OptionError where it is no list of whole numbers from 0 to 999."""
     try:
         paddings = tuple(int(piece) for piece in text.split(","))
     except ValueError:
         paddings = (-1,)
-    if min(paddings) < 0:
-        raise OptionError(f"--latent_paddings {text!r}: give whole numbers from 0 on with commas between them, as 3,2,1,0.")
+    if min(paddings) < 0 or max(paddings) > FURTHEST:
+        raise OptionError(
+            f"--latent_paddings {text!r}: give whole numbers from 0 to {FURTHEST} with commas between them, as 3,2,1,0."
+        )
     return paddings
 
 

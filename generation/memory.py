@@ -265,7 +265,8 @@ def advice(
     lines: list[str] = []
     for phase in (*prediction.before, *prediction.after):
         if phase.device > room.usable:
-            lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: {SMALLER.get(phase.name, 'an encoder in fp8')}")
+            smaller = SMALLER.get(phase.name, "the text encoder in fp8, --fp8_llm or --fp8_t5")
+            lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: {smaller}")
     if prediction.device(0) <= room.usable:
         return lines
     speed = options.speed

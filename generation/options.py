@@ -26,6 +26,7 @@ from networks.options import LoraOptions, LoraPatternOptions, add_lora_arguments
 T = TypeVar("T")
 
 ALWAYS_RECORDED = frozenset({"sample_solver", "guidance_rescale"})  # by the known tools too
+MOST_FPS = 1000  # more is a slip of the finger
 LATENT_OUTPUTS = ("latent", "both", "latent_images")
 IMAGE_OUTPUTS = ("images", "latent_images")
 MEDIA = {
@@ -85,6 +86,8 @@ class RequestOptions:
     def __post_init__(self) -> None:
         if self.fps <= 0:
             raise OptionError(f"--fps {self.fps:g}: has to be above 0")
+        if self.fps > MOST_FPS:
+            raise OptionError(f"--fps {self.fps:g}: {MOST_FPS} is the most")
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise OptionError(f"--strength {self.strength:g}: give a share of the steps from 0 to 1")
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -46,6 +47,13 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"--save_path {folder} cannot be created: {error.strerror}. Choose another folder.") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # only writing shows whether it may be: a disk may be read-only too
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"--save_path {folder}: nothing can be written there: {error.strerror}. Choose another folder."
+        ) from error
     if not os.access(folder, os.W_OK):
         raise OutputError(f"--save_path {folder}: there is no right to write in it. Choose another folder.")
 

@@ -78,6 +78,11 @@ def _number(text: str) -> float:
         raise ValueError(f"{text!r} is no number") from None
 
 
+def _path(text: str) -> str:
+    """A path; quotes around it, as file managers copy them, are not part of it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
 # --from_file and --interactive; the letters of the known Wan script, and its newer `ei`
 GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("video_size_width", _whole),
@@ -88,10 +93,10 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "g": LineOption("guidance_scale", _number),
     "l": LineOption("guidance_scale", _number),
     "fs": LineOption("flow_shift", _number),
-    "i": LineOption("image_path", str),
-    "ei": LineOption("end_image_path", str),
-    "cn": LineOption("control_path", str),
-    "v": LineOption("video_path", str),
+    "i": LineOption("image_path", _path),
+    "ei": LineOption("end_image_path", _path),
+    "cn": LineOption("control_path", _path),
+    "v": LineOption("video_path", _path),
     "n": LineOption("negative_prompt", str),
     "cs": LineOption("cfg_schedule", str),
 }
@@ -106,8 +111,8 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "v"}},
     "f": LineOption("video_seconds", _number, instead_of="video_sections"),
     "vs": LineOption("video_sections", _whole),
-    "ci": LineOption("control_image_path", str, repeats=True),
-    "cim": LineOption("control_image_mask_path", str, repeats=True),
+    "ci": LineOption("control_image_path", _path, repeats=True),
+    "cim": LineOption("control_image_mask_path", _path, repeats=True),
     "of": LineOption("one_frame_inference", str),
 }
 
@@ -142,10 +147,10 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "l": LineOption("cfg_scale", _leading_number),
     "fs": LineOption("discrete_flow_shift", _leading_number),
     "n": LineOption("negative_prompt", str),
-    "i": LineOption("image_path", str),
-    "ei": LineOption("end_image_path", str),
-    "cn": LineOption("control_video_path", str),
-    "ci": LineOption("control_image_path", str, repeats=True),
+    "i": LineOption("image_path", _path),
+    "ei": LineOption("end_image_path", _path),
+    "cn": LineOption("control_video_path", _path),
+    "ci": LineOption("control_image_path", _path, repeats=True),
     "of": LineOption("one_frame", str),
 }
 

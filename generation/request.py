@@ -18,6 +18,8 @@ from modules.records import Request
 
 logger = logging.getLogger(__name__)
 
+# what is larger is a slip of the finger; the models know 1000 timesteps
+MOST = {"the width": 16384, "the height": 16384, "the number of steps": 10_000}
 SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.solvers
 
 
@@ -111,6 +113,8 @@ def _check_numbers(request: Request) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise OptionError(f"{name} is {count}: it has to be at least 1")
+        if count is not None and count > MOST.get(name, count):
+            raise OptionError(f"{name} is {count}: {MOST[name]} is the most")
     values = {
         "the guidance scale": request.guidance_scale,
         "the embedded guidance scale": request.embedded_guidance,

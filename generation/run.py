@@ -187,7 +187,6 @@ def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, devic
     for expert, file in enumerate(family.dit_files):
         target = path if expert == 0 else path.with_name(f"{path.stem}_{expert}{path.suffix}")
         merge_into_file(file, uses, target, device)
-        logger.info("Merged model: %s", target)
 
 
 def make_from_file(run: Run, path: Path) -> None:

@@ -1,6 +1,7 @@
 """HunyuanVideo's and SkyReels V1's own options for caching, training and generation."""
 
 import argparse
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,9 @@ def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | Non
     try:
         tokens, mean = map(float, words)
     except ValueError:
-        raise OptionError(f"--te_multiplier {' '.join(words)}: give two numbers, such as 1.2 1.0") from None
+        tokens = mean = math.nan
+    if not (math.isfinite(tokens) and math.isfinite(mean)):
+        raise OptionError(f"--te_multiplier {' '.join(words)}: give two numbers, such as 1.2 1.0")
     return tokens, mean
 
 

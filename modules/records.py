@@ -77,6 +77,7 @@ class MediaTable:
     kind: str = "video"  # or "image"
     has_control: bool = False
     target_frames: tuple[int, ...] = ()  # lengths that clips are cut to; () where each is as long as it is, and for images
+    max_frames: int | None = None  # of the longest clip, where each is as long as it is
     window: int = 9  # latent frames that are denoised together, where a clip has several sections
     clean_indices: tuple[int, ...] = ()  # places in time of the control images; those without one stand at 0
     target_index: int | None = None  # place in time of the target

@@ -322,6 +322,7 @@ def merge_into_file(
         else:
             metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
         stream_tensors(output, checkpoint.tensors, read, metadata)
+    logger.info("Merged model: %s", output)
 
 
 def _refuse_replacing(inputs: Sequence[Path], output: Path) -> None:

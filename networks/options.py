@@ -1,6 +1,7 @@
 """Options of LoRA networks: training one, adding some to a model, merging and converting files. Standard library only."""
 
 import argparse
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import split_pairs
+
+logger = logging.getLogger(__name__)
 
 MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
 
@@ -42,6 +45,7 @@ class NetworkOptions:
         if self.base_weights_multiplier and not self.base_weights:
             raise OptionError("--base_weights_multiplier is given without --base_weights")
         self.arguments()
+        _warn_of_surplus(self.base_weights, self.base_weights_multiplier or (), "--base_weights_multiplier")
         require_files("--network_weights", [self.network_weights] if self.network_weights else [])
         require_files("--base_weights", self.base_weights or ())
 
@@ -63,6 +67,7 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         self.multipliers()
+        _warn_of_surplus(self.lora_weight, self.lora_multiplier, "--lora_multiplier")
         require_files("--lora_weight", self.lora_weight or ())
 
     def multipliers(self) -> tuple[float, ...]:
@@ -190,6 +195,14 @@ def require_files(option: str, paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.exists():
             raise OptionError(f"{option} {path}: there is no such file")
+
+
+def _warn_of_surplus(files: Sequence[Path] | None, multipliers: Sequence[float], option: str) -> None:
+    """Say which multipliers no file is for. Where no file is given at all, what there is may be the default."""
+    surplus = multipliers[len(files) :] if files else ()
+    if surplus:
+        numbers = " ".join(f"{value:g}" for value in surplus)
+        logger.warning("%s: %s is ignored because there are %d files", option, numbers, len(files or ()))
 
 
 def multipliers_for(files: Sequence[Path], multipliers: Sequence[float], option: str) -> tuple[float, ...]:

@@ -152,6 +152,15 @@ def test_the_number_of_input_channels_can_be_demanded(tmp_path: Path, lora: Path
         merge("--dit", model, "--lora_weight", lora, "--save_merged_model", tmp_path / "o.safetensors", "--dit_in_channels", 36)
 
 
+def test_the_log_says_where_the_merged_model_is(tmp_path: Path, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    merged = tmp_path / "merged.safetensors"
+
+    merge("--dit", write_dit(tmp_path, tiny_state("t2v")), "--lora_weight", lora, "--save_merged_model", merged)
+
+    assert f"Merged model: {merged}" in caplog.text
+
+
 def test_an_infinite_multiplier_is_refused(tmp_path: Path, lora: Path) -> None:
     with pytest.raises(OptionError, match="--lora_multiplier inf"):
         merge("--dit", "x", "--lora_weight", lora, "--lora_multiplier", "inf", "--save_merged_model", "o")

@@ -119,7 +119,7 @@ def prepare_samples(
         try:
             chosen.append((index, family.prepare(sample_request(entry, family)), entry.get("seed") is not None))
         except (OptionError, ValueError, TypeError) as error:  # the latter two: a text where a number belongs, in toml or json
-            logger.error("%s: prompt %d is skipped: %s", prompt_file, index, error)
+            logger.error("%s: prompt %d is skipped (%r): %s", prompt_file, index, entry.get("prompt", ""), error)
     if process == 0:
         _remove_leftovers(folder, name)
     requests = [request for _, request, _ in chosen]

@@ -151,6 +151,8 @@ def test_control_directory_beside_a_list_is_ignored_with_a_warning(tmp_path: Pat
         ("target_frames = []", ["target_frames = [] (a list)"]),
         ("source_fps = 0", ["source_fps = 0", "above 0"]),
         ("fp_1f_target_index = 1", ["fp_1f_target_index = 1 is for image tables", "video_directory makes this one videos"]),
+        (f"fp_1f_target_index = {10**20}", ["fp_1f_target_index = 1000", "a whole number below 10000"]),
+        ("fp_1f_clean_indices = [0, 10000]", ["fp_1f_clean_indices = [0, 10000]", "below 10000"]),
         ('image_directory = "x"', ["image_directory and video_directory exclude each other"]),
         ("max_frames = 0", ["max_frames = 0"]),
     ],

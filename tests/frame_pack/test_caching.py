@@ -51,6 +51,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
         (MediaTable("data.toml", "image"), True, "needs control images.*control_directory"),
         (MediaTable("data.toml", target_frames=(1,)), False, r"1 frames are too short: a section takes 37, 4 x 9"),
         (MediaTable("data.toml", target_frames=(25, 33, 37)), False, "25, 33 frames are too short"),
+        (MediaTable("data.toml", max_frames=20), False, r"max_frames = 20 is less than a section takes: 37, .*max_frames = 145"),
         (MediaTable("data.toml", target_frames=(37,), window=10), False, r"takes 41, 4 x 10 .* such as \[161\]"),
     ],
 )
@@ -59,7 +60,15 @@ def test_tables_of_another_kind_are_refused_by_name(table: MediaTable, one_frame
         check_table(table, one_frame)
 
 
-@pytest.mark.parametrize("table", [CLIPS, MediaTable("data.toml"), MediaTable("data.toml", target_frames=(5, 9), window=1)])
+@pytest.mark.parametrize(
+    "table",
+    [
+        CLIPS,
+        MediaTable("data.toml"),
+        MediaTable("data.toml", max_frames=37),
+        MediaTable("data.toml", target_frames=(5, 9), window=1),
+    ],
+)
 def test_clips_of_whole_sections_are_taken_without_a_word(table: MediaTable, caplog: pytest.LogCaptureFixture) -> None:
     check_table(table, one_frame=False)
     check_table(PICTURES, one_frame=True)

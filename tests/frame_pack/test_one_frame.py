@@ -9,6 +9,7 @@ from frame_pack.sections import Indices, section_indices
 from modules.errors import OptionError
 
 FOUR = tuple(range(13, 29))
+BEYOND = f"control_index=0;{10**20}"  # of what a tensor of places holds
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,8 @@ def test_places_without_a_control_image_are_ignored_with_a_warning(caplog: pytes
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no_8x", "default,", "target_index", "target_index=", "target_index=--1", "control_index=0;;1", "control_index=a"]
+    "text",
+    ["", "no_8x", "default,", "target_index", "target_index=", "target_index=--1", "control_index=0;;1", "control_index=a", BEYOND],
 )
 def test_other_lists_are_refused(text: str) -> None:
     with pytest.raises(OptionError, match="--one_frame_inference"):

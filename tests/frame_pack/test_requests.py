@@ -17,7 +17,7 @@ from frame_pack.options import (
     add_generation_arguments,
     add_training_arguments,
 )
-from frame_pack.requests import images_of, sections_of, settled, texts_of
+from frame_pack.requests import images_of, sections_of, settled, tell_unused_paddings, texts_of
 from modules.errors import OptionError
 from modules.options import read_options
 from modules.records import Request
@@ -160,6 +160,32 @@ def test_a_file_that_is_no_image_is_refused_by_its_option_before_anything_is_loa
         said["extra"] = {"one_frame": "default", "control_image_path": str(picture), **said["extra"]}
     with pytest.raises(OptionError, match=rf"--{option} .*clip\.mp4 is no image that can be read.*Give an image file"):
         settle(picture, **said)
+
+
+@pytest.mark.parametrize(
+    ("paddings", "extra", "message"),
+    [
+        ((3, 2, 1, 0), {}, ""),
+        ((0,), {}, ""),
+        ((3, 2, 1, 0, 5), {}, "--latent_paddings 3,2,1,0,5: only the first 4 count, as there are no more sections"),
+        ((3, 2, 1, 0), {"video_sections": "2"}, "that played first has distance 2"),
+        ((1,), {"one_frame": "default"}, "--latent_paddings 1 is ignored because a single picture is made"),
+    ],
+)
+def test_distances_without_a_section_are_warned_about(
+    picture: Path, paddings: tuple[int, ...], extra: dict[str, str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = settle(picture, extra)
+    tell_unused_paddings(paddings, request, sections_of(request, 9))
+    assert (message in caplog.text) if message else not caplog.text
+
+
+@pytest.mark.parametrize(("sections", "warnings"), [("1", 0), ("3", 1)])
+def test_a_picture_says_that_it_has_no_sections(
+    picture: Path, sections: str, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    settle(picture, {"one_frame": "default", "video_sections": sections})
+    assert caplog.text.count(f"--video_sections {sections} is ignored") == warnings
 
 
 def test_more_masks_than_controls_are_warned_about(picture: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -119,7 +119,7 @@ def test_given_paddings_replace_the_first(sections: int, given: str, paddings: l
     assert [section.padding for section in ANTI_DRIFTING.plan(sections, 9, parse_paddings(given))] == paddings
 
 
-@pytest.mark.parametrize("text", ["", "3,,1", "3,a", "2,-1", "1.5"])
+@pytest.mark.parametrize("text", ["", "3,,1", "3,a", "2,-1", "1.5", "0,1000"])
 def test_other_paddings_are_refused(text: str) -> None:
     with pytest.raises(OptionError, match="--latent_paddings"):
         parse_paddings(text)

@@ -85,15 +85,17 @@ def test_texts_images_and_the_end_act_on_their_sections(tmp_path: Path, files: T
         assert not torch.equal(changed[:, 10:], plain[:, 10:])
 
 
-def test_paddings_mean_nothing_to_f1(
+def test_of_paddings_as_many_count_as_sections_and_none_to_f1(
     tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     start, _ = pictures
-    say = (*SAY, "--image_path", start, "--latent_window_size", 1, "--latent_paddings", 3)
+    say = (*SAY, "--image_path", start, "--latent_window_size", 1, "--latent_paddings", "3,2")
     plain = latents(tmp_path / "a", files, *say)[1]
-    assert "is ignored" not in caplog.text
+    assert "--latent_paddings 3,2: only the first 1 count" in caplog.text
+    caplog.clear()
     f1 = latents(tmp_path / "b", files, *say, "--f1")[1]
-    assert "--latent_paddings 3 is ignored because --f1 makes a video from its start on" in caplog.text
+    assert "only the first" not in caplog.text
+    assert "--latent_paddings 3,2 is ignored because --f1 makes a video from its start on" in caplog.text
     assert torch.equal(f1, latents(tmp_path / "c", files, *say[:-2], "--f1")[1])
     assert not torch.equal(plain, latents(tmp_path / "d", files, *say[:-2])[1])
 

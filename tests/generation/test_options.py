@@ -36,6 +36,7 @@ def test_defaults_are_read(tmp_path: Path) -> None:
         (["--prompt", "p", "--lora_weight", "no such.safetensors"], "--lora_weight no such.safetensors: there is no such file"),
         (["--latent_path", __file__, "no such.pt"], "--latent_path no such.pt: there is no such file"),
         (["--latent_path", __file__, "--fps", "0"], "--fps 0: has to be above 0"),
+        (["--latent_path", __file__, "--fps", "99999999999"], "--fps 1e\\+11: 1000 is the most"),
         (["--prompt", "p", "--trim_tail_frames", "-1"], "--trim_tail_frames"),
         (["--prompt", "p", "--upcast_linear"], "--upcast_linear needs --fp8_scaled"),
         (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: give a number"),

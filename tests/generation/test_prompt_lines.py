@@ -40,6 +40,9 @@ def test_lines_of_videos_in_sections_are_read_as_measured(line: str, expected: d
     assert found == {**expected, **newer}
 
 
+IMAGES = {"image_path": "my cat.png", "end_image_path": "b.png"}
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -49,6 +52,8 @@ def test_lines_of_videos_in_sections_are_read_as_measured(line: str, expected: d
         ("p --g 2 --l 3", {"guidance_scale": 3.0}),
         ("p --i 0:a.png;;;-1:b.png", {"image_path": "0:a.png;;;-1:b.png"}),
         ("p --cn a.mp4 --v b.mp4", {}),
+        ('p --i "my cat.png" --ei \'b.png\' --ci "c.png"', {**IMAGES, "control_image_path": ["c.png"]}),
+        ('p --i " --ei "b.png', {"image_path": '"', "end_image_path": '"b.png'}),
     ],
 )
 def test_lengths_and_images_of_videos_in_sections(line: str, expected: dict[str, Any]) -> None:

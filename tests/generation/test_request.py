@@ -82,7 +82,9 @@ def test_vanilla_is_euler() -> None:
     [
         {"video_length": 0},
         {"infer_steps": -1},
+        {"infer_steps": 10**11},
         {"video_size_width": 0},
+        {"video_size_height": 16 * 10**8},
         {"guidance_scale": float("nan")},
         {"flow_shift": 0.0},
         {"seed": 2**70},

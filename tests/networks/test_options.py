@@ -35,6 +35,21 @@ def test_missing_multipliers_are_one_and_a_single_number_is_a_list(tmp_path: Pat
     assert network("--base_weights", *map(str, files), "--base_weights_multiplier", "2").base_multipliers() == (2.0, 1.0)
 
 
+def test_multipliers_without_a_file_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "a"
+    file.touch()
+    parser = argparse.ArgumentParser()
+    add_lora_arguments(parser)
+
+    read_options(LoraOptions, parser.parse_args([]))
+    read_options(LoraOptions, parser.parse_args(["--lora_weight", str(file), "--lora_multiplier", "0.5"]))
+    assert not caplog.text
+    read_options(LoraOptions, parser.parse_args(["--lora_weight", str(file), "--lora_multiplier", "1", "0.5", "2"]))
+    network("--base_weights", str(file), "--base_weights_multiplier", "1", "3")
+    assert "--lora_multiplier: 0.5 2 is ignored" in caplog.text
+    assert "--base_weights_multiplier: 3 is ignored" in caplog.text
+
+
 @pytest.mark.parametrize(
     "argv",
     [

@@ -135,7 +135,7 @@ def test_a_prompt_that_cannot_be_made_is_reported_and_the_others_keep_their_numb
 
     train_toy(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 8)
 
-    assert "prompt 0 is skipped: this cannot be made" in caplog.text
+    assert "prompt 0 is skipped ('impossible'): this cannot be made" in caplog.text
     (name,) = (path.name for path in (tmp_path / "output" / "sample").iterdir())
     assert name.startswith("x_000008_01_")
 
