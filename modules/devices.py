@@ -70,12 +70,17 @@ def sent(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Te
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
 
 
-def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers of the host, or rows of them, as a tensor on a device, without waiting for what it was asked to do before.
+def sent_ahead(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what that was asked to do before.
 
-    `torch.tensor` with a device waits; so does `to`. Only MPS might read the host's copy when that is gone.
+    Where that is safe: MPS alone might read the host's memory when it is given free already.
     """
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=device.type != "mps")
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
+def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers of the host, or rows of them, as a tensor on a device. `torch.tensor` with a device would wait for it."""
+    return sent_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
 def make_deterministic() -> None:
