@@ -15,6 +15,7 @@ from hunyuan_model.configs import HunyuanVideoConfig
 from modules.attention import attend
 from modules.attention_lengths import Lengths, lengths_on
 from modules.attention_options import SDPA, AttentionChoice
+from modules.devices import numbers_on
 from modules.norms import Float32LayerNorm
 from modules.precision import run, run_float32
 from modules.sinusoid import sinusoid
@@ -119,6 +120,6 @@ def mean_text(text: Tensor, counts: Sequence[int] | None) -> Tensor:
     """The mean of the real rows of B T D: B D float32; zeros for an empty text."""
     if counts is None:
         return text.float().mean(dim=1)
-    lengths = torch.tensor(counts, device=text.device)
+    lengths = numbers_on(text.device, counts)
     real = torch.arange(text.shape[1], device=text.device) < lengths[:, None]  # B T
     return (text.float() * real[:, :, None]).sum(dim=1) / lengths.clamp(min=1)[:, None]

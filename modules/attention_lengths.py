@@ -8,6 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from modules.devices import numbers_on
+
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # query B L N D, key and value B S N D -> B L N D
 
 
@@ -25,7 +27,7 @@ class Lengths:
 
 def lengths_on(counts: Sequence[int], device: torch.device) -> Lengths:
     """counts: how many tokens of each sample are real, each at least 1."""
-    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+    starts = numbers_on(device, [0, *accumulate(counts)], torch.int32)
     return Lengths(tuple(counts), starts)
 
 

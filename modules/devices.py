@@ -3,7 +3,8 @@
 import gc
 import logging
 import os
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 def choose_device(name: str | None) -> torch.device:
     """The device of that name; without one CUDA, else MPS, else the CPU. Has CUDA compute float32 exactly from now on.
 
+    A GPU with a number becomes the current one: pinning and waiting act on that, and would else take memory of the first GPU too.
     Raises OptionError where it is not there.
     """
     keep_float32_exact()
@@ -53,6 +55,8 @@ def choose_device(name: str | None) -> torch.device:
         raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from cuda:0.")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"--device {name}: torch sees no Apple GPU. Use --device cpu.")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -64,6 +68,19 @@ def sent(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Te
     """
     is_content = tensor.is_floating_point()
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
+
+
+def sent_ahead(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what that was asked to do before.
+
+    Where that is safe: MPS alone might read the host's memory when it is given free already.
+    """
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
+def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers of the host, or rows of them, as a tensor on a device. `torch.tensor` with a device would wait for it."""
+    return sent_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
 def make_deterministic() -> None:

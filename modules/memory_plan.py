@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modules.dry_run import ATTENTION, BATCH, GRADIENTS, KEPT, NETWORK, OPTIMIZER, WEIGHTS, WORKING, Moment, rounded
-from modules.errors import MemoryPlanError, UserError
+from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.family import DitSpec
 from modules.swap_options import SwapOptions
 from modules.swap_plan import SwapPlan, big_weights, most_blocks
@@ -270,8 +270,13 @@ class Swappable(Protocol):
 
 
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
-    """How many blocks to swap, and why so many where that was left to `auto`."""
-    return chosen_swap(prediction.device, prediction.most, room) if swap.is_auto else (swap.number, None)
+    """How many blocks to swap, and why so many where that was left to `auto`. Raises OptionError where there are too few blocks."""
+    if swap.is_auto:
+        return chosen_swap(prediction.device, prediction.most, room)
+    if swap.number > prediction.most:
+        most = prediction.most
+        raise OptionError(f"--blocks_to_swap {swap.number}: at most {most} of this transformer's blocks can be. Use {most} or less")
+    return swap.number, None
 
 
 def present(

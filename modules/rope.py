@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from modules.devices import sent_ahead
+
 Layout = TypeVar("Layout", bound=Hashable)
 THETA = 10000.0  # base of the frequencies, as trained
 
@@ -76,7 +78,7 @@ class GridTable(Generic[Layout]):
         """The table of that grid on that device."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # a table made for a sample also serves the next training step
-                self._last = grid, self._make(grid).to(device)
+                self._last = grid, sent_ahead(self._make(grid), device)
         return self._last[1]
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from modules.devices import numbers_on
 from modules.seeds import derive_seed
 
 _32_BITS = 0xFFFFFFFF
@@ -47,7 +48,7 @@ class DropoutSeed:
     def tables(self, layers: int, device: torch.device) -> Tensor:
         """What `derive` gives for all of them: layers x KINDS x (lower, upper 32 bits) int64, copied to the device at once."""
         seeds = [[halves(self.derive(layer, kind)) for kind in KINDS] for layer in range(layers)]
-        return torch.tensor(seeds).to(device, non_blocking=True)
+        return numbers_on(device, seeds)
 
 
 class LoraLayer(nn.Module):

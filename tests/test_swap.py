@@ -134,8 +134,10 @@ def test_in_a_conversation_the_network_waits_between_prompts(
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
-def test_too_many_blocks_are_refused(project: Project, tmp_path: Path) -> None:
-    arguments = (*OUTPUT, "--output_dir", tmp_path, "--max_train_steps", 1, "--blocks_to_swap", 9)
+@pytest.mark.parametrize("more", [(), ("--plan", "24")], ids=["training", "plan"])
+def test_too_many_blocks_are_refused(project: Project, tmp_path: Path, more: Sequence[str]) -> None:
+    """By the plan too, which on a CUDA device comes before every run."""
+    arguments = (*OUTPUT, "--output_dir", tmp_path, "--max_train_steps", 1, "--blocks_to_swap", 9, *more)
 
     code, said = run_here(*project.family.train, *arguments, folder=project.folder)
 

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.device_memory import MemoryWatch
+from modules.devices import numbers_on
 from modules.errors import UserError
 from modules.family import Family
 from modules.seeds import derive_seed
@@ -124,8 +125,8 @@ def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bo
     numbers = loss.view(1)
     is_alone = run.plan.processes == 1
     if not is_alone:
-        wishes = torch.tensor([run.stop.asked, run.clock.is_due()], dtype=torch.float32)
-        numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes.to(run.device)]))
+        wishes = numbers_on(run.device, [run.stop.asked, run.clock.is_due()], torch.float32)
+        numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes]))
     norm = _update(run)
     norms = None if run.trainable.limit_norms is None else run.trainable.limit_norms()
     reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, norm.view(1)]), Notes(keys, rates, norms))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from modules.dry_run import (
     BATCH,
@@ -167,7 +168,8 @@ def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Le
     blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
     watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
-    optimizer, _ = make_optimizer(options.optimizer, groups)
+    with _disable_current_modes():  # bitsandbytes reads a table of numbers that it makes; the weights stay without content
+        optimizer, _ = make_optimizer(options.optimizer, groups)
     use_foreach(optimizer)
     set_training(optimizer, True)
     parameters = [parameter for group in groups for parameter in group["params"]]

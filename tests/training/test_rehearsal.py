@@ -244,6 +244,15 @@ def test_states_are_those_the_optimizer_really_makes(tmp_path: Path, name: str, 
     assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)  # alpha and step counts are no weights
 
 
+@pytest.mark.parametrize(("name", "per_element"), [("AdamW8bit", 2.03), ("Lion8bit", 1.02), ("PagedAdamW8bit", 0.0)])
+def test_states_in_8_bits_are_counted_and_end_no_run(tmp_path: Path, name: str, per_element: float) -> None:
+    """On a CUDA device every training is rehearsed before it begins, with its optimizer."""
+    pytest.importorskip("bitsandbytes")
+    family, options = wan(tmp_path, *CHECKPOINTED, "--optimizer_type", name, "--network_dim", "16")
+    _, moment = largest(predicted(family, options, wan_batch()))
+    assert moment.get("optimizer", 0) == pytest.approx(per_element / 4 * moment[NETWORK], rel=0.15)
+
+
 def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,40 @@
+"""Which device a run gets, and what is sent there."""
+
+import pytest
+import torch
+
+from modules.devices import choose_device, numbers_on
+from modules.errors import OptionError
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine with two GPUs; which of them were made the current one."""
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    return made
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(current: list[torch.device]) -> None:
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+
+
+def test_a_launcher_chooses_the_current_gpu_where_none_is_named(current: list[torch.device]) -> None:
+    assert choose_device(None) == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")
+    assert current == []
+
+
+def test_a_gpu_that_is_not_there_is_refused(current: list[torch.device]) -> None:
+    with pytest.raises(OptionError, match="torch sees 2 CUDA devices, counted from cuda:0"):
+        choose_device("cuda:2")
+    assert current == []
+
+
+def test_numbers_are_sent_in_rows_and_as_the_dtype_asked_for() -> None:
+    device = torch.device("cpu")
+    assert torch.equal(numbers_on(device, [[1, 1 << 40], [3, 4]]), torch.tensor([[1, 1 << 40], [3, 4]]))
+    assert numbers_on(device, [True, False], torch.float32).tolist() == [1.0, 0.0]

@@ -1,0 +1,85 @@
+"""No pass of a transformer has the host wait for the device: it could ask for nothing meanwhile, and the device would run dry.
+
+The device is torch's meta device, which lets nobody read its numbers; what is sent to it is seen.
+"""
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tiny.dits import DITS, TinyDit
+
+META, HOST = torch.device("meta"), torch.device("cpu")
+
+
+class _Copies(TorchDispatchMode):
+    """Copies from the host to the device, by whether the host waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        named = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].device == HOST and named.get("device") == META:
+            if not named.get("non_blocking"):
+                self.waiting.append(f"a tensor of {tuple(args[0].shape)}")
+        elif func is torch.ops.aten.copy_.default and args[0].device == META and args[1].device == HOST and not any(args[2:]):
+            self.waiting.append(f"into a tensor of {tuple(args[0].shape)}")
+        return func(*args, **named)
+
+
+class _Made(TorchFunctionMode):
+    """Tensors made on the device of numbers of the host: a copy that torch hides from modes of the other kind."""
+
+    def __init__(self, copies: _Copies) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in {torch.tensor, torch.as_tensor} and (kwargs or {}).get("device") == META:
+            self._copies.waiting.append(f"{func.__name__}({args[0]})")
+        return func(*args, **(kwargs or {}))
+
+
+def waits(dit: torch.nn.Module, inputs: dict[str, Any]) -> list[str]:
+    with _Copies() as copies, _Made(copies):
+        dit(**inputs)
+    return copies.waiting
+
+
+def sent(value: Any) -> Any:
+    """As `modules.devices.sent`, which leaves whole numbers on the host."""
+    if isinstance(value, list):
+        return [sent(each) for each in value]
+    return value.to(META) if value.is_floating_point() else value
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device has none."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+
+
+@pytest.mark.parametrize("tiny", DITS, ids=lambda each: each.name)
+def test_a_pass_waits_for_nothing(tiny: TinyDit) -> None:
+    dit = tiny.make(2).to(META)
+    inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}  # texts of two lengths
+
+    assert waits(dit, inputs) == []  # the first pass of its size makes a table of positions too
+
+
+def test_waiting_would_be_seen() -> None:
+    def forward(x: Tensor) -> Tensor:
+        x = x + torch.ones(2).to(META) + torch.tensor([1, 2], device=META)
+        return x.copy_(torch.zeros(2)) + torch.ones(2).to(META, non_blocking=True)
+
+    module = torch.nn.Module()
+    module.forward = forward  # type: ignore[method-assign]
+    assert waits(module, {"x": torch.zeros(2, device=META)}) == ["a tensor of (2,)", "tensor([1, 2])", "into a tensor of (2,)"]
