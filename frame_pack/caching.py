@@ -83,8 +83,8 @@ def count_sections(table: MediaTable, frames: int) -> int:
     sections = _whole_sections(table, frames)
     if sections == 0:
         raise MediaError(
-            f"{frames} usable frames are too few: a section takes {_least_frames(table)}, 4 x {table.window} "
-            "(fp_latent_window_size) + 1. Use a longer clip, or take this one out"
+            f"{frames} usable frames (4 n + 1 of the clip's) are too few: a section takes {_least_frames(table)}, "
+            f"4 x {table.window} (fp_latent_window_size) + 1. Use a longer clip, or take this one out"
         )
     return sections
 

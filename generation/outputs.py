@@ -1,8 +1,6 @@
 """What a generation leaves on disk: latent files, videos, images, and their names."""
 
 import logging
-import os
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,7 +20,7 @@ from generation.options import OutputOptions
 from modules.atomic_write import atomic_folder, claimed, save_tensors
 from modules.checkpoint import open_checkpoint
 from modules.checkpoint_files import load_pickled
-from modules.errors import CheckpointError, OutputError
+from modules.errors import CheckpointError
 from modules.family import Family
 from modules.media import write_png, write_video
 from modules.records import Request
@@ -39,23 +37,6 @@ def output_stem(when: datetime, seed: int, origin: Path | None = None) -> str:
     """The name of an output without suffix: time, seed, and the latent file it was decoded from."""
     stem = f"{when:%Y%m%d-%H%M%S}_{seed}"
     return stem if origin is None else f"{stem}_{origin.stem}"
-
-
-def make_folder(folder: Path) -> None:
-    """Create the folder of outputs before the work begins. Raises OutputError where nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--save_path {folder} cannot be created: {error.strerror}. Choose another folder.") from error
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # only writing shows whether it may be: a disk may be read-only too
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"--save_path {folder}: nothing can be written there: {error.strerror}. Choose another folder."
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"--save_path {folder}: there is no right to write in it. Choose another folder.")
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:

@@ -25,7 +25,6 @@ from generation.outputs import (
     SavedLatents,
     free_stem,
     load_latents,
-    make_folder,
     output_stem,
     own_stem,
     save_latents,
@@ -36,6 +35,7 @@ from generation.prompt_lines import is_blank, parse_generation_line, read_genera
 from generation.request import check_guidance, make_request
 from generation.sections import OnSection, make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
+from modules.atomic_write import make_folder
 from modules.attention import check_backend
 from modules.compile import check_compilation
 from modules.devices import allow_fp16_accumulation, choose_device
@@ -237,7 +237,7 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
         _ = run.family.media_identity  # raises where a file is missing, before gigabytes are loaded
     if run.options.forces_split and any(uses_guidance(job.request) for job in jobs):
         logger.warning("--split_attn has the passes of guidance made one after the other, as --split_uncond does.")
-    make_folder(run.options.output.save_path)
+    make_folder(run.options.output.save_path, "--save_path")
     remove_parts(run.options.output.save_path)
     texts = run.session.texts([job.request for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
@@ -345,7 +345,7 @@ def decode_files(run: Run, paths: Sequence[Path]) -> None:
     saved = [checked_latents(run.family, path) for path in paths]
     output = run.options.output
     failures = Failures(strict=len(paths) == 1)
-    make_folder(output.save_path)
+    make_folder(output.save_path, "--save_path")
     with run.session.media(images=False, again=False) as encoders:
         for path, one in zip(paths, saved, strict=True):
             with failures.noted(str(path)):

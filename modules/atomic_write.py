@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -72,6 +73,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise
         _flush_folder(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Create a folder of outputs before the work begins. Raises OutputError naming `option` where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{option} {folder} cannot be created: {error.strerror}. Choose another folder.") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # only writing shows whether it may be: a disk may be read-only too
+            pass
+    except OSError as error:
+        raise OutputError(f"{option} {folder}: nothing can be written there: {error.strerror}. Choose another folder.") from error
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from modules.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # the first bytes of what `torch.save` writes, now and in its older format
 WRAPPERS = ("module", "state_dict", "model_state_dict", "ema", "model")  # keys under which trainers hide the tensors
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -84,7 +85,7 @@ def open_file(path: Path) -> TensorFile:
             raise CheckpointError(f"{path} is empty. Download or copy it again.", path)
         if start[8:9] == b"{":  # first: the length before it may begin like a pickle
             return SafetensorsFile(path)
-        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        if start[:4] == ZIP or start[:1] == PICKLE:
             return TorchFile(path)
         if path.suffix in {".safetensors", ".sft"}:
             return SafetensorsFile(path)
@@ -214,7 +215,10 @@ def load_pickled(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
+            start = file.read(16)
+        is_zip = start[:4] == ZIP
+        if start and not is_zip and start[:1] != PICKLE:
+            raise CheckpointError(f"{path} {_what_it_is(start)}", path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the pickle protocol, which say nothing to a user
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # the older format cannot be mapped
@@ -228,7 +232,7 @@ def load_pickled(path: Path) -> Any:
             f"  {f'It asks for {refused[1]}. ' if refused else ''}Use a safetensors version of the file.",
             path,
         ) from error
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
         raise _damaged_pickle(path, str(error) or type(error).__name__) from error

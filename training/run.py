@@ -17,6 +17,7 @@ from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingIt
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.same_encoders import SameEncoders
+from modules.atomic_write import make_folder
 from modules.attention import check_backend
 from modules.block_swap import HostWeights, host_weights, settle
 from modules.compile import check_compilation
@@ -127,6 +128,8 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
     job = _start(family, options, commands)
     _check_attention(job)
     data = _find_data(job, config)
+    if job.accelerator.is_main_process:
+        make_folder(job.output_dir, "--output_dir")
     identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
     habits = habits_of(options, family.metadata)
     check_resumable(job.saved, identity, habits)

@@ -89,7 +89,7 @@ def test_sections_are_counted_by_the_window(window: int, frames: int, sections: 
 
 
 def test_a_clip_too_short_for_a_section_is_told_what_is_needed() -> None:
-    with pytest.raises(MediaError, match=r"^33 usable frames are too few: a section takes 37, 4 x 9"):
+    with pytest.raises(MediaError, match=r"^33 usable frames \(4 n \+ 1 of the clip's\) are too few: a section takes 37, 4 x 9"):
         count_sections(MediaTable(), 33)
 
 

@@ -97,7 +97,9 @@ def test_a_short_clip_is_named_and_the_others_are_cached(tmp_path: Path) -> None
     folder = make_project(tmp_path / "my data", long=21, short=8)
     more = 'frame_extraction = "full"\nfp_latent_window_size = 2'
     done = run_script("fpack_cache_latents.py", *arguments(folder, CLIPS, more=more), check=False)
-    assert_user_error(done, "1 of the sources", "short.mp4", "5 usable frames are too few: a section takes 9, 4 x 2")
+    assert_user_error(
+        done, "1 of the sources", "short.mp4", "5 usable frames (4 n + 1 of the clip's) are too few: a section takes 9, 4 x 2"
+    )
     assert files(folder) == [f"long_00000-021-000{section}_0032x0032_fp.safetensors" for section in range(2)]
 
 

@@ -15,7 +15,6 @@ from generation.options import OutputOptions
 from generation.outputs import (
     free_stem,
     load_latents,
-    make_folder,
     output_stem,
     own_stem,
     pixels_to_uint8,
@@ -23,7 +22,7 @@ from generation.outputs import (
     save_pixels,
     without_tail,
 )
-from modules.errors import CheckpointError, OptionError, OutputError
+from modules.errors import CheckpointError, OptionError
 from modules.media import read_image, read_tags, video_frames, video_info
 
 
@@ -188,15 +187,3 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(OptionError, match="it is a file"):
         options(tmp_path / "x")
-
-
-def test_a_folder_that_is_there_and_can_be_written_to_stays_as_it_is(tmp_path: Path) -> None:
-    make_folder(tmp_path / "out")
-    make_folder(tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
-
-
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
-def test_a_folder_in_which_nothing_can_be_written_is_found_out_before_the_work() -> None:
-    with pytest.raises(OutputError, match="--save_path /proc/self: nothing can be written there: .*Choose another folder"):
-        make_folder(Path("/proc/self"))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from modules.checkpoint import open_checkpoint
+from modules.checkpoint_files import load_pickled
 from modules.errors import CheckpointError
 from tests.modules.making import tensors, write
 
@@ -200,3 +201,10 @@ def test_what_is_no_model_file_is_called_by_its_name(tmp_path: Path, start: byte
 
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "model.bin")
+
+
+def test_a_picture_is_no_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"a\.png is neither a safetensors nor a torch file"):
+        load_pickled(path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.errors import OptionError
+from modules.errors import OptionError, OutputError
 from tests.training.toy import ToyFamily, train_toy, write_caches
 
 
@@ -17,3 +17,14 @@ def test_products_in_fp8_are_refused_at_start_where_the_device_has_none(tmp_path
 
     assert not watched
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
+def test_a_folder_that_nothing_can_be_written_to_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    watched: list[int] = []
+
+    with pytest.raises(OutputError, match=r"--output_dir /proc/self: nothing can be written there"):
+        train_toy(tmp_path, "--output_dir", "/proc/self", family=ToyFamily(watch=watched.append))
+
+    assert not watched
