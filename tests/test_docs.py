@@ -16,10 +16,12 @@ BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_HERE = ("quickstart.py", "run_tests.py")  # they have tests of their own, or are running this one
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
 TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
+QUICK_VAE = ["--vae_dtype", "float32"]  # a CPU takes long in float16
 SMALLER = {  # appended, so that the last value wins
     "wan_generate_video.py": GENERATION,
-    "hv_generate_video.py": GENERATION,
-    "fpack_generate_video.py": ["--video_size", "32", "32", "--infer_steps", "2", "--video_sections", "2"],
+    "hv_generate_video.py": [*GENERATION, *QUICK_VAE],
+    "fpack_cache_latents.py": QUICK_VAE,
+    "fpack_generate_video.py": ["--video_size", "32", "32", "--infer_steps", "2", "--video_sections", "2", *QUICK_VAE],
     "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,

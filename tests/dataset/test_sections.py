@@ -169,7 +169,7 @@ def test_families_are_told_what_the_table_says(tmp_path: Path) -> None:
 
     cache_media(family, DatasetConfig(table.config_path, (table,)), options())
 
-    told = MediaTable(table.name, "image", True, (), 3, (0, 10), 5, has_post=False)
+    told = MediaTable(table.name, "image", has_control=True, window=3, clean_indices=(0, 10), target_index=5, has_post=False)
     assert [media.table for media in family.media] == [told, told]
     by_key = {media.keys: media for media in family.media}  # an image with alpha is in no batch with one that has none
     assert by_key[("other_0032x0032_toy",)].alpha is None
