@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.rope import angles_at, on_grid
+from modules.devices import sent_ahead
+from modules.rope import CPU, angles_at, on_grid, turns
 
 
 @dataclass(frozen=True)
@@ -40,35 +41,35 @@ def position_scale(timesteps: Tensor, threshold: float | None, factor: float) ->
     return factor if threshold is not None and float(timesteps.max()) >= threshold else 1.0
 
 
-def rotary_table(layout: Layout, widths: Sequence[int], theta: float) -> Tensor:
-    """The turns as (cosine, sine) pairs, float32: L 1 D/2 2 where all samples have the same indices, else B L 1 D/2 2.
+def rotary_table(layout: Layout, widths: Sequence[int], theta: float, device: torch.device = CPU) -> Tensor:
+    """The turns as (cosine, sine) pairs on `device`, float32: L 1 D/2 2 where all samples have the same indices, else B L 1 D/2 2.
 
     widths: channels for frames, rows, columns, together D.
     """
     batch = len(layout.stretches[0].indices)
     samples = [tuple(stretch.indices[sample] for stretch in layout.stretches) for sample in range(batch)]
-    tables = {indices: _table(layout, indices, widths, theta) for indices in set(samples)}
+    tables = {indices: _table(layout, indices, widths, theta, device) for indices in set(samples)}
     return tables[samples[0]] if len(tables) == 1 else torch.stack([tables[indices] for indices in samples])
 
 
-def _table(layout: Layout, indices: Sequence[Sequence[int]], widths: Sequence[int], theta: float) -> Tensor:
+def _table(layout: Layout, indices: Sequence[Sequence[int]], widths: Sequence[int], theta: float, device: torch.device) -> Tensor:
     """Of one sample: L 1 D/2 2."""
     rows, columns = (torch.arange(size) * layout.scale for size in (layout.rows, layout.columns))
     parts = []
     for stretch, frames in zip(layout.stretches, indices, strict=True):
         positions = (torch.tensor(frames), rows, columns)
-        parts.append(on_grid([_turns(one, width, theta, stretch.coarseness) for one, width in zip(positions, widths, strict=True)]))
+        axes = [_axis(one, width, theta, stretch.coarseness) for one, width in zip(positions, widths, strict=True)]
+        parts.append(on_grid([sent_ahead(one, device) for one in axes]))
     return torch.cat(parts).unsqueeze(1)
 
 
-def _turns(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
+def _axis(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
     """Turns along one axis: ceil(n / coarseness) x width/2 x 2 float32.
 
     The mean of cosines and sines, not of positions, as trained: turns of coarse tokens also shrink what they turn. A mean over
     a cell of the grid is that over the cell's axis, because an axis' turns do not depend on the other axes.
     """
-    angles = angles_at(positions.double(), width, theta)
-    turns = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    missing = -len(turns) % coarseness
-    turns = torch.cat([turns, turns[-1:].expand(missing, -1, -1)])
-    return turns.unflatten(0, (-1, coarseness)).mean(dim=1).float()
+    each = turns(angles_at(positions.double(), width, theta))
+    missing = -len(each) % coarseness
+    each = torch.cat([each, each[-1:].expand(missing, -1, -1)])
+    return each.unflatten(0, (-1, coarseness)).mean(dim=1).float()

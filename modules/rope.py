@@ -4,8 +4,8 @@ Source: Su et al. 2021, arXiv 2104.09864; split over the axes of a video as the 
 """
 # Letters: B batch, L tokens, N heads, D head width
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from modules.devices import sent_ahead
 
 Layout = TypeVar("Layout", bound=Hashable)
+Asked = TypeVar("Asked", bound=Hashable, contravariant=True)
+CPU = torch.device("cpu")
 THETA = 10000.0  # base of the frequencies, as trained
 
 
@@ -25,14 +27,6 @@ def angles_at(positions: Tensor, width: int, theta: float = THETA) -> Tensor:
     """The same of any positions on the axis: n -> n x width/2, in their dtype."""
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     return torch.outer(positions, frequencies)
-
-
-def grid_angles(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Angles of a grid of tokens in row-major order: L x D/2, the axes' pairs side by side.
-
-    sizes: positions along each axis (frames, rows, columns). widths: channels of each axis, together D.
-    """
-    return on_grid([axis_angles(size, width, theta, dtype) for size, width in zip(sizes, widths, strict=True)])
 
 
 def on_grid(axes: Sequence[Tensor]) -> Tensor:
@@ -48,29 +42,44 @@ def on_grid(axes: Sequence[Tensor]) -> Tensor:
     return torch.cat(columns, dim=len(axes)).flatten(0, len(axes) - 1)
 
 
-def exact_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA) -> Tensor:
-    """The turns as (cosine, sine) pairs, L 1 D/2 2 float32, of float64 angles."""
+def exact_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU) -> Tensor:
+    """The turns of a grid of tokens in row-major order as (cosine, sine) pairs on `device`: L 1 D/2 2 float32, of float64 angles.
+
+    sizes: positions along each axis (frames, rows, columns). widths: channels of each axis, together D.
+    """
     # at position 1000 a float32 angle is already wrong in the fifth digit
-    return _turns(grid_angles(sizes, widths, theta))
+    return _table(sizes, widths, theta, torch.float64, device)
 
 
-def float32_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA) -> Tensor:
+def float32_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU) -> Tensor:
     """The same of float32 angles."""
-    return _turns(grid_angles(sizes, widths, theta, torch.float32))
+    return _table(sizes, widths, theta, torch.float32, device)
 
 
-def _turns(angles: Tensor) -> Tensor:
-    return torch.stack([angles.cos().float(), angles.sin().float()], dim=-1).unsqueeze(1)
+def _table(sizes: Sequence[int], widths: Sequence[int], theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # the host computes and sends the axes only: a table of a long video is 60 MB, and batches of several sizes need one each step
+    axes = [turns(axis_angles(size, width, theta, dtype)).float() for size, width in zip(sizes, widths, strict=True)]
+    return on_grid([sent_ahead(one, device) for one in axes]).unsqueeze(1)
+
+
+def turns(angles: Tensor) -> Tensor:
+    """Cosine and sine of each angle, side by side in a new last dimension."""
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 TABLES = {"default": exact_table, "comfy": float32_table}  # values of --rope_func
 
 
-class GridTable(Generic[Layout]):
-    """A table kept for the last grid that was asked for: every step of a run has the same."""
+class TableMaker(Protocol[Asked]):
+    """Makes a table on a device from what says where the tokens are, such as their numbers along frames, rows and columns."""
 
-    def __init__(self, make: Callable[[Layout], Tensor]) -> None:
-        """make: from what says where the tokens are, such as their numbers along frames, rows and columns."""
+    def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor: ...
+
+
+class GridTable(Generic[Layout]):
+    """A table kept for the last grid that was asked for: the steps of a generation have the same."""
+
+    def __init__(self, make: TableMaker[Layout]) -> None:
         self._make = make
         self._last: tuple[Layout, Tensor] | None = None
 
@@ -78,7 +87,7 @@ class GridTable(Generic[Layout]):
         """The table of that grid on that device."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # a table made for a sample also serves the next training step
-                self._last = grid, sent_ahead(self._make(grid), device)
+                self._last = grid, self._make(grid, device=device)
         return self._last[1]
 
 

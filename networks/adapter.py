@@ -1,7 +1,7 @@
 """One interface for the trainer to a network built by any `--network_module`, ours or foreign (LyCORIS and the like)."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.atomic_write import save_tensors
+from modules.devices import numbers_on
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.hashes import saved_dtype, with_hashes
@@ -29,6 +30,12 @@ class NormReport:
     keys_scaled: int
     mean_norm: float
     max_norm: float
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "NormReport":
+        """From what `TrainableNetwork.scale_norms` returned, read from the device."""
+        keys_scaled, mean_norm, max_norm = numbers
+        return cls(int(keys_scaled), mean_norm, max_norm)
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,17 @@ class TrainableNetwork:
         if own is not None:
             own()
 
-    def scale_norms(self, max_norm: float, device: torch.device) -> NormReport:
-        """`--scale_weight_norms`: after an optimizer step, scale modules above this norm down to it."""
+    def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
+        """`--scale_weight_norms`: after an optimizer step, scale modules above this norm down to it.
+
+        Returns the three numbers of a `NormReport` on `device`, where they may be still to come.
+        """
         scale = self._offered("apply_max_norm_regularization")
         assert scale is not None  # make_network refuses the option without it
-        keys_scaled, mean, largest = scale(max_norm, device)
-        return NormReport(int(keys_scaled), float(mean), float(largest))
+        report: Sequence[Any] = scale(max_norm, device)
+        if all(isinstance(number, Tensor) for number in report):
+            return torch.stack([number.to(device, torch.float32) for number in report])
+        return numbers_on(device, [float(number) for number in report], torch.float32)
 
     def load_weights(self, path: Path) -> None:
         """Start from a file; what does not fit is listed in the log."""

@@ -250,10 +250,11 @@ class LoraNetwork(nn.Module):
         save_tensors(Path(file), tensors, with_hashes(tensors, metadata or {}))
 
     @torch.no_grad()
-    def apply_max_norm_regularization(self, max_norm: float, device: torch.device | None = None) -> tuple[int, float, float]:
+    def apply_max_norm_regularization(self, max_norm: float, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Scale both factors of each LoRA whose norm ||alpha / rank * up @ down|| is above `max_norm` down to it.
 
-        Returns how many were scaled, and mean and largest norm afterwards. `device` is not needed.
+        Returns how many were scaled, and mean and largest norm afterwards: numbers on the network's device, which the host need
+        not wait for. `device` is not needed.
         """
         norms = torch.stack([_norm(layer) for layer in self.layers])
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
@@ -261,8 +262,7 @@ class LoraNetwork(nn.Module):
             layer.lora_down.weight.mul_(root)
             layer.lora_up.weight.mul_(root)
         after = norms * ratios
-        scaled, mean, largest = torch.stack([(ratios < 1).sum(), after.mean(), after.max()]).tolist()
-        return int(scaled), mean, largest
+        return (ratios < 1).sum(), after.mean(), after.max()
 
 
 def _norm(layer: LoraLayer) -> Tensor:

@@ -23,6 +23,7 @@ from modules.devices import numbers_on
 from modules.errors import UserError
 from modules.family import Family
 from modules.seeds import derive_seed
+from networks.adapter import NormReport
 from training.evaluation import evaluation
 from training.feed import Feed, MicroBatch
 from training.fused_backward import FusedBackward
@@ -128,8 +129,8 @@ def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bo
         wishes = numbers_on(run.device, [run.stop.asked, run.clock.is_due()], torch.float32)
         numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes]))
     norm = _update(run)
-    norms = None if run.trainable.limit_norms is None else run.trainable.limit_norms()
-    reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, norm.view(1)]), Notes(keys, rates, norms))
+    norms = [] if run.trainable.limit_norms is None else [run.trainable.limit_norms()]
+    reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), Notes(keys, rates))
     if reading is not None:
         _note(run, reading)
     if is_alone:
@@ -215,7 +216,8 @@ def _note(run: Run, reading: Reading) -> None:
     if run.plan.processes > 1:
         run.stop.agreed = run.stop.agreed or reading.values[1] > 0
     average = sum(losses) / max(len(losses), 1)
-    run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, reading.notes.norms))
+    norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
+    run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, norms))
 
 
 def _settle(run: Run) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from networks.adapter import NormReport
-
 
 @dataclass(frozen=True)
 class Notes:
@@ -16,7 +14,6 @@ class Notes:
 
     keys: tuple[str, ...]  # the items this process trained on
     rates: Mapping[str, float]  # learning rates by group
-    norms: NormReport | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from modules.checkpoint_files import TensorInfo
 from modules.errors import OptionError
 from modules.tensor_stream import stream_tensors
-from networks.adapter import NormReport, TrainableNetwork
+from networks.adapter import TrainableNetwork
 
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
 
@@ -28,7 +28,7 @@ class Trainable:
     set_dropout_seed: Callable[[int], None]  # before each micro-batch
     start_epoch: Callable[[], None]
     start_step: Callable[[], None]
-    limit_norms: Callable[[], NormReport] | None = None  # after each optimizer step
+    limit_norms: Callable[[], Tensor] | None = None  # after each optimizer step; the numbers of a `NormReport`
 
     @property
     def parameters(self) -> list[Parameter]:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from modules.rope import TABLES, GridTable, angles_at, axis_angles, exact_table, grid_angles, rotate
+from modules import rope
+from modules.rope import TABLES, GridTable, angles_at, axis_angles, exact_table, on_grid, rotate
 from tests.golden_cases import read_case
 
 WIDTHS = (44, 42, 42)  # frames, rows, columns of a Wan head of 128
@@ -33,10 +34,10 @@ def test_positions_need_be_neither_counted_nor_whole() -> None:
 
 
 def test_tokens_run_through_columns_first_then_rows_then_frames() -> None:
-    angles = grid_angles((2, 3, 4), (2, 2, 2))
+    places = on_grid([torch.arange(size).unsqueeze(1) for size in (2, 3, 4)])
 
-    assert angles.shape == (24, 3)
-    assert angles[1 * 12 + 2 * 4 + 3].tolist() == [1, 2, 3]
+    assert places.shape == (24, 3)
+    assert places[1 * 12 + 2 * 4 + 3].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -88,12 +89,28 @@ def test_bfloat16_comes_back_as_bfloat16_rounded_once(kind: str) -> None:
     assert torch.equal(turned, rotate(x.float(), table).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_host_computes_and_sends_axes_but_no_table(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    def record(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append(tensor.numel())
+        return tensor.to(device)
+
+    monkeypatch.setattr(rope, "sent_ahead", record)
+
+    table = TABLES[kind]((21, 30, 52), WIDTHS, device=torch.device("meta"))
+
+    assert table.is_meta
+    assert sent == [21 * 44, 30 * 42, 52 * 42]  # a cosine and a sine for every two channels
+
+
 def test_a_table_is_made_anew_only_for_another_grid_or_device() -> None:
     asked = []
 
-    def make(grid: tuple[int, int, int]) -> torch.Tensor:
+    def make(grid: tuple[int, int, int], *, device: torch.device) -> torch.Tensor:
         asked.append(grid)
-        return torch.tensor(grid)
+        return torch.tensor(grid, device=device)
 
     table, cpu = GridTable(make), torch.device("cpu")
     with torch.inference_mode():

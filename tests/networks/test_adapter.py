@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from modules.errors import OptionError
-from networks.adapter import make_network
+from networks.adapter import NormReport, TrainableNetwork, make_network
 from networks.hashes import model_hashes
 from networks.loading import read_lora
 from networks.options import NetworkOptions
@@ -119,12 +119,32 @@ def test_scaling_norms_reports_and_is_refused_where_it_is_not_offered(tmp_path: 
         for parameter in network.parameters():
             parameter.fill_(0.1)
 
-    report = network.scale_norms(0.5, torch.device("cpu"))
+    report = NormReport.of(network.scale_norms(0.5, torch.device("cpu")).tolist())
 
     assert report.keys_scaled == 20
     assert report.max_norm == pytest.approx(0.5)
     with pytest.raises(OptionError, match="--scale_weight_norms cannot be used"):
         make_network(options(scale_weight_norms=0.5, network_module=FOREIGN), OURS, dit, seed=1)
+
+
+def test_scaling_norms_waits_for_no_device(tmp_path: Path) -> None:
+    network = make_network(options(scale_weight_norms=0.5), OURS, tiny_dit(tmp_path), seed=1)
+    network.module.to("meta")  # whose numbers nobody can read
+
+    report = network.scale_norms(0.5, torch.device("meta"))
+
+    assert report.is_meta
+    assert report.shape == (3,)
+
+
+def test_foreign_modules_report_scaled_norms_as_plain_numbers(tmp_path: Path) -> None:
+    class Scaling(torch.nn.Module):
+        def apply_max_norm_regularization(self, max_norm: float, device: torch.device) -> tuple[int, float, float]:
+            return 2, max_norm / 2, max_norm
+
+    network = TrainableNetwork(Scaling(), tiny_dit(tmp_path), FOREIGN)
+
+    assert NormReport.of(network.scale_norms(0.5, torch.device("cpu")).tolist()) == NormReport(2, 0.25, 0.5)
 
 
 def test_dim_from_weights_is_refused_where_the_module_lacks_it(tmp_path: Path) -> None:
