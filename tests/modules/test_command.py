@@ -11,6 +11,8 @@ def _parser() -> command.Parser:
     parser.add_argument("--save_path", required=True)
     parser.add_argument("--codec", choices=["h264", "prores"])
     parser.add_argument("--layers", type=int, nargs="*")
+    parser.add_argument("--strength", type=float)
+    parser.add_argument("--fast", action="store_true")
     return parser
 
 
@@ -20,6 +22,9 @@ def _parser() -> command.Parser:
         ("--save-path videos", "Unknown option --save-path. Did you mean --save_path?"),  # not that --save_path is missing
         ("--promt=cat --zzz", "Unknown option --promt. Did you mean --prompt? Unknown option --zzz."),
         ("-prompt cat", "Unknown option -prompt. Did you mean --prompt?"),
+        ("--prompt -dark", "-dark is no option. A value that begins with - goes behind =: --prompt=-dark"),
+        ("--strength -1e-4", "-1e-4 is no option. A value that begins with - goes behind =: --strength=-1e-4"),
+        ("--fast --promt -1", "Unknown option --promt. Did you mean --prompt?"),
         ("--save_path", "argument --save_path: expected one argument"),
         ("--save_path x --codec prorse", "argument --codec: prorse is no choice. Use h264, prores. Did you mean prores?"),
         ("--save_path x --layers one", "argument --layers: invalid int value: 'one'"),
@@ -45,7 +50,9 @@ def test_help_is_given_whatever_else_is_said(words: list[str], capsys: pytest.Ca
 def test_beginnings_of_options_and_values_like_options_are_taken_as_before() -> None:
     args = _parser().parse_args(["--save", "x", "--pro=--cat", "--layers", "-1", "2"])
     assert (args.save_path, args.prompt, args.layers) == ("x", "--cat", [-1, 2])
-    assert _parser().parse_args(["--save_path", "--no option of ours"]).save_path == "--no option of ours"
+    for text in ("--no option of ours", "- a cat", "-w=3 cats", "--w=3 cats", "-1", "-.5"):
+        assert _parser().parse_args(["--save_path", text]).save_path == text
+    assert _parser().parse_args(["--save_path", "x", "--strength=-1e-4"]).strength == -1e-4
 
 
 @pytest.mark.parametrize(
