@@ -164,6 +164,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def storable(text: str) -> str:
+    """The text as metadata can hold it, in UTF-8. Names of files may have bytes that are none; they become as `\\udce9`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, complete or not at all. Tensors may lie anywhere; they are made contiguous on the CPU."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
