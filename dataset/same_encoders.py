@@ -71,4 +71,5 @@ def _differing(one: MadeBy, other: MadeBy) -> list[str]:
 
 
 def _are_other_networks(one: MadeBy, other: MadeBy) -> bool:
-    return any(_FINGERPRINT.fullmatch(one.encoder.get(key, "")) for key in _differing(one, other))
+    texts = [made.encoder.get(key, "") for key in _differing(one, other) for made in (one, other)]
+    return any(_FINGERPRINT.fullmatch(text) for text in texts)

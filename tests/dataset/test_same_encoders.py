@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from dataset.batches import CachingCommands, find_items, read_batch
 from dataset.caching import cache_media, cache_texts
 from dataset.check import check_training
@@ -93,6 +95,14 @@ def test_weights_of_a_text_encoder_in_8_bits_are_told() -> None:
         "  b: t5_weights fp8",
         "  Their numbers differ, if only a little. To have all alike, cache again with:",
     ]
+
+
+@pytest.mark.parametrize("tokenizers", [("google/umt5-xxl", OTHER), (OTHER, "google/umt5-xxl")])
+def test_a_tokenizer_of_a_file_may_be_that_of_the_hub(tokenizers: tuple[str, str]) -> None:
+    """In whichever order they are read."""
+    encoders = SameEncoders(COMMANDS)
+    made = [MadeBy(Path("a"), "t5", {"t5": ONE, "t5_tokenizer": name}) for name in tokenizers]
+    assert "Unless the files of the encoders hold the same" in (encoders.difference(made) or "")
 
 
 def test_check_says_it_and_finds_nothing_wrong(tmp_path: Path) -> None:
