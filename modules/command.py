@@ -1,6 +1,7 @@
 """The frame around every script: logging, clean error output, exit codes. Standard library only, so `--help` answers at once."""
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -8,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,31 @@ def start_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_LineFormatter(colour=sys.stderr.isatty()))
     logging.basicConfig(level=level, handlers=[handler])
+
+
+@contextlib.contextmanager
+def each_warning_once() -> Iterator[None]:
+    """In the block no warning is shown twice: what an option brings about is the same for every line of a prompt file."""
+    filters = [(handler, _once()) for handler in logging.getLogger().handlers]
+    for handler, is_new in filters:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler, is_new in filters:
+            handler.removeFilter(is_new)
+
+
+def _once() -> Callable[[logging.LogRecord], bool]:
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_repeated = record.levelno == logging.WARNING and message in told
+        told.add(message)
+        return not is_repeated
+
+    return is_new
 
 
 def command_line(main: Callable[[], None], explain: Callable[[Path], str | None] | None = None) -> None:

@@ -1,4 +1,6 @@
-"""Commands that messages tell to type, and what is said of mistyped ones."""
+"""Commands that messages tell to type, and what is said of mistyped ones and of many lines."""
+
+import logging
 
 import pytest
 
@@ -66,3 +68,19 @@ def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch: pytest.Mon
     monkeypatch.setattr(command.os, "name", system)
     words = ["python", "x.py", "--vae", "models/my vae.pt", "--dataset_config", r"C:\d.toml"]
     assert command.as_typed(words) == typed
+
+
+def test_a_warning_is_not_shown_again_within_the_block(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("a module")
+
+    def speak() -> None:
+        for number in (1, 2, 1):
+            logger.warning("%d is ignored", number)
+            logger.error("line %d is skipped", number)
+
+    with command.each_warning_once():
+        speak()
+    assert [message.split()[0] for message in caplog.messages] == ["1", "line", "2", "line", "line"]
+    caplog.clear()
+    speak()
+    assert len(caplog.messages) == 6
