@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.atomic_write import storable
 from modules.records import Request
 
 TUNER_VERSION = "reelsmith 0.1.0"
@@ -79,14 +80,14 @@ def output_metadata(
     values |= {name: _without_folders(text) if name.endswith("_path") else text for name, text in request.extra.items()}
     values |= {f"lora_{index}": f"{name}: {multiplier}" for index, (name, multiplier) in enumerate(loras)}
     values |= _recorded(settings or {})
-    return {f"bt_{name}": NOT_SET if value is None else str(value) for name, value in values.items()}
+    return {f"bt_{name}": NOT_SET if value is None else storable(str(value)) for name, value in values.items()}
 
 
 def decoded_metadata(saved: Mapping[str, str], settings: Mapping[str, Any], fps: float) -> dict[str, str]:
     """Metadata of pixels that were decoded from a latent file: what that says of itself, and what this run decoded it with."""
     kept = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in OF_DECODING | {"fps"}}
     values = {name: text for name, text in _recorded(settings).items() if name in OF_DECODING}
-    return kept | {f"bt_{name}": text for name, text in {**values, "fps": f"{fps:g}"}.items()}
+    return kept | {f"bt_{name}": storable(text) for name, text in {**values, "fps": f"{fps:g}"}.items()}
 
 
 def _recorded(settings: Mapping[str, Any]) -> dict[str, str]:

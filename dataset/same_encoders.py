@@ -11,6 +11,8 @@ from modules.records import LATENTS_MADE, MadeBy
 logger = logging.getLogger(__name__)
 
 _FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")  # of a network's file: `modules.checkpoint.fingerprint`
+# of `Family.media_identity`: which conditions lie beside the latents, where tables may differ
+_BESIDE_LATENTS = frozenset({"image", "sections"})
 
 
 @dataclass
@@ -36,7 +38,7 @@ class SameEncoders:
         pairs = []
         for made in made_by:
             first = self._first.setdefault(made.part, made)
-            if made.encoder != first.encoder and made.part not in self._told:
+            if made.part not in self._told and _differing(first, made):
                 self._told.add(made.part)
                 pairs.append((first, made))
         if not pairs:
@@ -55,10 +57,19 @@ class SameEncoders:
 
 def _in_words(one: MadeBy, other: MadeBy) -> str:
     """What of an encoder's identity is not as in the other's; fingerprints by their beginnings."""
-    keys = [key for key in sorted({*one.encoder, *other.encoder}) if one.encoder.get(key) != other.encoder.get(key)]
-    texts = {key: _FINGERPRINT.sub(r"\1...", one.encoder.get(key, "none")) for key in keys}
+    texts = {key: _FINGERPRINT.sub(r"\1...", one.encoder.get(key, "none")) for key in _differing(one, other)}
     return ", ".join(f"{key} {text}" for key, text in texts.items())
 
 
+def _differing(one: MadeBy, other: MadeBy) -> list[str]:
+    """What of two identities differs. A latent file without conditions of images has no image encoder, which is no difference."""
+    if one.part != LATENTS_MADE:
+        keys = one.encoder.keys() | other.encoder.keys()
+    else:
+        keys = (one.encoder.keys() & other.encoder.keys()) - _BESIDE_LATENTS
+    return sorted(key for key in keys if one.encoder.get(key) != other.encoder.get(key))
+
+
 def _are_other_networks(one: MadeBy, other: MadeBy) -> bool:
-    return any(_FINGERPRINT.fullmatch(text) and other.encoder.get(key) != text for key, text in one.encoder.items())
+    texts = [made.encoder.get(key, "") for key in _differing(one, other) for made in (one, other)]
+    return any(_FINGERPRINT.fullmatch(text) for text in texts)

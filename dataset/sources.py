@@ -125,8 +125,8 @@ def _folder_controls(table: DatasetTable, paths: Sequence[Path]) -> list[tuple[P
 def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
     if unused:
         logger.warning(
-            "%s: %d control images are ignored, such as %s, because each image takes %d. Where there are more, "
-            "fp_1f_clean_indices names a place for each.",
+            "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
+            "fp_1f_clean_indices names a place for each that counts.",
             table.name,
             len(unused),
             unused[0],

@@ -37,6 +37,7 @@ from generation.sections import OnSection, make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
 from modules.atomic_write import make_folder
 from modules.attention import check_backend
+from modules.command import each_warning_once
 from modules.compile import check_compilation
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, UserError
@@ -194,9 +195,10 @@ def make_from_file(run: Run, path: Path) -> None:
     lines = read_generation_lines(path)
     failures = Failures()
     jobs = []
-    for number, line in lines:
-        with failures.noted(label := f"line {number}", fatal=CheckpointError):  # a wrong model file is wrong for every line
-            jobs.append(prepared(run, label, run.read_line(line)))
+    with each_warning_once():
+        for number, line in lines:
+            with failures.noted(label := f"line {number}", fatal=CheckpointError):  # a wrong model file is wrong for every line
+                jobs.append(prepared(run, label, run.read_line(line)))
     if jobs:
         tell_unused_strength(run.options.request.strength, jobs)
         make(run, jobs, failures)

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -82,8 +81,9 @@ def make_folder(folder: Path, option: str) -> None:
     except OSError as error:
         raise OutputError(f"{option} {folder} cannot be created: {error.strerror}. Choose another folder.") from error
     try:
-        with tempfile.TemporaryFile(dir=folder):  # only writing shows whether it may be: a disk may be read-only too
-            pass
+        trial = folder / f".trial.{secrets.token_hex(4)}.tmp"  # not `tempfile`: refused on Windows, it tries on and on
+        trial.touch(exist_ok=False)  # only writing shows whether it may be: a disk may be read-only too
+        trial.unlink()
     except OSError as error:
         raise OutputError(f"{option} {folder}: nothing can be written there: {error.strerror}. Choose another folder.") from error
 
@@ -162,6 +162,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, complete or not at all."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def storable(text: str) -> str:
+    """The text as metadata can hold it, in UTF-8. Names of files may have bytes that are none; they become as `\\udce9`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

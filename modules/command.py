@@ -1,6 +1,7 @@
 """The frame around every script: logging, clean error output, exit codes. Standard library only, so `--help` answers at once."""
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -8,7 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +29,31 @@ def start_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_LineFormatter(colour=sys.stderr.isatty()))
     logging.basicConfig(level=level, handlers=[handler])
+
+
+@contextlib.contextmanager
+def each_warning_once() -> Iterator[None]:
+    """In the block no warning is shown twice: what an option brings about is the same for every line of a prompt file."""
+    filters = [(handler, _once()) for handler in logging.getLogger().handlers]
+    for handler, is_new in filters:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler, is_new in filters:
+            handler.removeFilter(is_new)
+
+
+def _once() -> Callable[[logging.LogRecord], bool]:
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_repeated = record.levelno == logging.WARNING and message in told
+        told.add(message)
+        return not is_repeated
+
+    return is_new
 
 
 def command_line(main: Callable[[], None], explain: Callable[[Path], str | None] | None = None) -> None:
@@ -67,13 +94,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        names = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
-        options = [name for name in dict.fromkeys(names) if re.match(r"--.|-[A-Za-z]", name) and " " not in name]
-        # argparse takes the beginning of an option too
-        unknown = [option for option in options if not any(flag.startswith(option) for flag in flags)]
-        if unknown:
-            self.error(" ".join(f"Unknown option {option}.{_hint('--' + option.lstrip('-'), flags)}" for option in unknown))
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        said: dict[str, None] = {}  # each message once, in order
+        for before, word in pairwise(["", *words[: words.index("--") if "--" in words else None]]):
+            name = word.partition("=")[0]
+            is_number = self._negative_number_matcher.match(word) is not None
+            # argparse takes the beginning of an option too
+            if not re.match(r"--.|-[^-]", name) or is_number or any(flag.startswith(name) for flag in flags):
+                continue
+            is_value = before in flags and flags[before].nargs != 0
+            if " " in name or (" " in word and (is_value or not word.startswith("--"))):
+                continue  # argparse takes what has blanks as a text
+            if is_value and not word.startswith("--"):
+                message = f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
+            else:
+                message = f"Unknown option {name}.{_hint('--' + name.lstrip('-'), flags)}"
+            said[message] = None
+        if said:
+            self.error(" ".join(said))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

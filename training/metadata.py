@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from modules.atomic_write import storable
 from networks.loading import TRAINED_FOR
 from training.options import TrainingOptions
 
@@ -70,7 +71,8 @@ def file_metadata(
     values = dict(run)
     if not options.metadata.no_metadata:
         values |= {"ss_training_finished_at": str(now.timestamp()), "ss_steps": str(step), "ss_epoch": str(epoch)}
-    return values | _modelspec(options, family_metadata, now)
+    values |= _modelspec(options, family_metadata, now)
+    return {key: storable(text) for key, text in values.items()}
 
 
 def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:

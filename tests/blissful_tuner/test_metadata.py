@@ -68,6 +68,16 @@ def test_decoding_passes_on_what_is_known_and_says_anew_what_it_is_decoded_with(
     assert found == {"bt_prompt": "a cat", "seeds": "7", "bt_vae": "new.pt", "bt_fps": "24"}
 
 
+def test_names_of_files_that_are_no_utf_8_can_be_stored() -> None:
+    """A video would be lost with an error at its very end."""
+    name = "caf\udce9 é.png"  # as the system gives a byte of Latin-1
+    request = replace(REQUEST, image_path=Path("m") / name)
+    made = output_metadata(request, {}, settings={"dit": Path(name)})
+    decoded = decoded_metadata({}, {"vae": Path(name)}, 24.0)
+    for text in (made["bt_image_path"], made["bt_dit"], decoded["bt_vae"]):
+        assert ascii(text) == ascii("caf\\udce9 é.png")  # `ascii`, as pytest could not print what is wrong
+
+
 def test_the_known_names_without_prefix_are_read() -> None:
     assert seed_in({"seeds": "12"}) == 12
     assert frame_rate_in({"fps": "24"}) == 24.0

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from dataset.batches import CachingCommands, find_items, read_batch
 from dataset.caching import cache_media, cache_texts
 from dataset.check import check_training
@@ -51,10 +53,10 @@ def test_what_differs_is_told_once_with_a_file_of_each_and_what_to_do(tmp_path: 
 
 
 def test_another_dtype_is_no_other_network(tmp_path: Path) -> None:
-    config = cached(tmp_path, {"vae": ONE, "vae_dtype": "bfloat16"}, {"vae": ONE, "vae_dtype": "float16", "clip": "c"})
+    config = cached(tmp_path, {"vae": ONE, "vae_dtype": "bfloat16"}, {"vae": ONE, "vae_dtype": "float16", "clip": OTHER})
     (said,) = said_of(config)
-    assert "clip_0_00000-005_0032x0032_toy.safetensors: clip none, vae_dtype bfloat16" in said
-    assert "clip_1_00000-005_0032x0032_toy.safetensors: clip c, vae_dtype float16" in said
+    assert "clip_0_00000-005_0032x0032_toy.safetensors: vae_dtype bfloat16" in said
+    assert "clip_1_00000-005_0032x0032_toy.safetensors: vae_dtype float16" in said
     assert "Their numbers differ, if only a little." in said
 
 
@@ -68,6 +70,39 @@ def test_text_encoders_are_compared_too(tmp_path: Path) -> None:
 
 def test_caches_of_one_run_are_alike(tmp_path: Path) -> None:
     assert said_of(cached(tmp_path, {"vae": ONE}, {"vae": ONE})) == []
+
+
+def test_tables_may_differ_in_what_lies_beside_their_latents(tmp_path: Path) -> None:
+    """Caches for text-to-video and for image-to-video, of clips and of single pictures: the latents are the same."""
+    for index, beside in enumerate([{"clip": OTHER, "image": "i2v"}, {"sections": "one frame"}]):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        assert said_of(cached(folder, {"vae": ONE, "sections": "anti-drifting"}, {"vae": ONE, **beside})) == []
+
+
+def test_another_encoder_of_the_images_is_told(tmp_path: Path) -> None:
+    (said,) = said_of(cached(tmp_path, {"vae": ONE, "clip": ONE}, {"vae": ONE, "clip": OTHER}))
+    assert "clip 1a2b3c4d..." in said
+
+
+def test_weights_of_a_text_encoder_in_8_bits_are_told() -> None:
+    encoders = SameEncoders(COMMANDS)
+    assert encoders.difference([MadeBy(Path("a"), "t5", {"t5": ONE})]) is None
+    said = encoders.difference([MadeBy(Path("b"), "t5", {"t5": ONE, "t5_weights": "fp8"})])
+    assert said is not None
+    assert said.splitlines()[1:4] == [
+        "  a: t5_weights none",
+        "  b: t5_weights fp8",
+        "  Their numbers differ, if only a little. To have all alike, cache again with:",
+    ]
+
+
+@pytest.mark.parametrize("tokenizers", [("google/umt5-xxl", OTHER), (OTHER, "google/umt5-xxl")])
+def test_a_tokenizer_of_a_file_may_be_that_of_the_hub(tokenizers: tuple[str, str]) -> None:
+    """In whichever order they are read."""
+    encoders = SameEncoders(COMMANDS)
+    made = [MadeBy(Path("a"), "t5", {"t5": ONE, "t5_tokenizer": name}) for name in tokenizers]
+    assert "Unless the files of the encoders hold the same" in (encoders.difference(made) or "")
 
 
 def test_check_says_it_and_finds_nothing_wrong(tmp_path: Path) -> None:

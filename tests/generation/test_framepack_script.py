@@ -179,7 +179,7 @@ def test_a_control_that_is_masked_out_is_as_one_that_is_black(
 
 
 def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     start, other = pictures
     lines = [
@@ -195,6 +195,7 @@ def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
 
     with pytest.raises(UserError, match=r"1 of 6 failed:\s+line 5: OptionError: --image_path nothing.png: no such file"):
         run(tmp_path / "file", files, "--from_file", tmp_path / "lines.txt", *usual)
+    assert caplog.text.count("--video_sections 2 is ignored because a single picture is made") == 1  # for lines 3 and 6
 
     made = {int(path.name.split("_")[1]): load_file(path)["latent"] for path in (tmp_path / "file").iterdir()}
     singly: dict[int, tuple[object, ...]] = {

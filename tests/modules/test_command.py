@@ -1,4 +1,6 @@
-"""Commands that messages tell to type, and what is said of mistyped ones."""
+"""Commands that messages tell to type, and what is said of mistyped ones and of many lines."""
+
+import logging
 
 import pytest
 
@@ -11,6 +13,8 @@ def _parser() -> command.Parser:
     parser.add_argument("--save_path", required=True)
     parser.add_argument("--codec", choices=["h264", "prores"])
     parser.add_argument("--layers", type=int, nargs="*")
+    parser.add_argument("--strength", type=float)
+    parser.add_argument("--fast", action="store_true")
     return parser
 
 
@@ -20,6 +24,9 @@ def _parser() -> command.Parser:
         ("--save-path videos", "Unknown option --save-path. Did you mean --save_path?"),  # not that --save_path is missing
         ("--promt=cat --zzz", "Unknown option --promt. Did you mean --prompt? Unknown option --zzz."),
         ("-prompt cat", "Unknown option -prompt. Did you mean --prompt?"),
+        ("--prompt -dark", "-dark is no option. A value that begins with - goes behind =: --prompt=-dark"),
+        ("--strength -1e-4", "-1e-4 is no option. A value that begins with - goes behind =: --strength=-1e-4"),
+        ("--fast --promt -1", "Unknown option --promt. Did you mean --prompt?"),
         ("--save_path", "argument --save_path: expected one argument"),
         ("--save_path x --codec prorse", "argument --codec: prorse is no choice. Use h264, prores. Did you mean prores?"),
         ("--save_path x --layers one", "argument --layers: invalid int value: 'one'"),
@@ -45,7 +52,9 @@ def test_help_is_given_whatever_else_is_said(words: list[str], capsys: pytest.Ca
 def test_beginnings_of_options_and_values_like_options_are_taken_as_before() -> None:
     args = _parser().parse_args(["--save", "x", "--pro=--cat", "--layers", "-1", "2"])
     assert (args.save_path, args.prompt, args.layers) == ("x", "--cat", [-1, 2])
-    assert _parser().parse_args(["--save_path", "--no option of ours"]).save_path == "--no option of ours"
+    for text in ("--no option of ours", "- a cat", "-w=3 cats", "--w=3 cats", "-1", "-.5"):
+        assert _parser().parse_args(["--save_path", text]).save_path == text
+    assert _parser().parse_args(["--save_path", "x", "--strength=-1e-4"]).strength == -1e-4
 
 
 @pytest.mark.parametrize(
@@ -59,3 +68,19 @@ def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch: pytest.Mon
     monkeypatch.setattr(command.os, "name", system)
     words = ["python", "x.py", "--vae", "models/my vae.pt", "--dataset_config", r"C:\d.toml"]
     assert command.as_typed(words) == typed
+
+
+def test_a_warning_is_not_shown_again_within_the_block(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("a module")
+
+    def speak() -> None:
+        for number in (1, 2, 1):
+            logger.warning("%d is ignored", number)
+            logger.error("line %d is skipped", number)
+
+    with command.each_warning_once():
+        speak()
+    assert [message.split()[0] for message in caplog.messages] == ["1", "line", "2", "line", "line"]
+    caplog.clear()
+    speak()
+    assert len(caplog.messages) == 6

@@ -1,6 +1,7 @@
 """Metadata of saved files."""
 
 import json
+from dataclasses import replace
 from datetime import datetime
 
 from modules.options import read_options
@@ -42,6 +43,14 @@ def metadata(*argv: str, whole_dit: bool = False) -> dict[str, str]:
     options = read_options(TrainingOptions, read_arguments(parser, [*needed, *argv], {}))
     run = run_metadata(options, "wan", FAMILY, FACTS)
     return file_metadata(run, options, FAMILY, step=5, epoch=2, now=NOW)
+
+
+def test_names_of_files_that_are_no_utf_8_lose_no_run() -> None:
+    options = read_options(TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {}))
+    family, facts = {**FAMILY, "sd_model_name": "\udce9.pt"}, replace(FACTS, datasets=[{"image_directory": "caf\udce9"}])
+    made = file_metadata(run_metadata(options, "wan", family, facts), options, family, step=5, epoch=2, now=NOW)
+    assert ascii(made["ss_sd_model_name"]) == ascii("\\udce9.pt")  # `ascii`, as pytest could not print what is wrong
+    assert ascii(made["ss_datasets"]) == ascii('[{"image_directory": "caf\\udce9"}]')
 
 
 def test_every_key_of_the_format_is_there_as_text() -> None:
