@@ -25,7 +25,8 @@ from dataset.cache_records import (
     verify_tensors,
 )
 from dataset.captions import read_caption
-from dataset.config import SECTION_DEFAULTS, DatasetConfig, DatasetTable
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.config_keys import SECTION_DEFAULTS
 from dataset.items import bucket_of
 from dataset.planning import options_difference, section_frames
 from modules.errors import CacheError

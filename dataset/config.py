@@ -1,7 +1,7 @@
 """The dataset configuration: a TOML or JSON file -> frozen tables. Standard library only.
 
-The reading is a table of keys (`KEYS`): what a value may be, its default, and where the key may stand. Paths are relative to the
-working folder. Every problem of a file is reported at once.
+What each key may be stands in `dataset/config_keys.py`. Paths are relative to the working folder. Every problem of a file is
+reported at once.
 """
 
 import difflib
@@ -9,17 +9,16 @@ import json
 import logging
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dataset.config_keys import KEYS, MODES, SECTION_DEFAULTS, SOURCES, Unfit
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
-MODES = ("head", "chunk", "slide", "uniform", "full")  # of frame_extraction; what they do: dataset/frames.py
-FAR = 10_000  # latent frames; places in time stay far below
 FRAME_STEP = 4  # target_frames are 4n + 1 for every family
 Table = Mapping[str, Any]
 
@@ -130,130 +129,6 @@ def load_dataset_config(path: Path) -> DatasetConfig:
 _TOP_LEVEL = frozenset({"general", "datasets"})
 
 
-# --- what each key may be ---------------------------------------------------------------------------------------------------------
-
-
-class _Unfit(Exception):
-    """The value is not one of those allowed."""
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _Unfit
-    return value
-
-
-def _count(value: Any) -> int:
-    if _whole(value) < 1:
-        raise _Unfit
-    return int(value)
-
-
-def _rate(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise _Unfit
-    return float(value)
-
-
-def _yes_no(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _Unfit
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise _Unfit
-    return value
-
-
-def _path(value: Any) -> Path:
-    return Path(_text(value)).expanduser()
-
-
-def _resolution(value: Any) -> tuple[int, int]:
-    if isinstance(value, list):
-        if len(value) != 2:
-            raise _Unfit
-        return _count(value[0]), _count(value[1])
-    return _count(value), _count(value)
-
-
-def _counts(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value:
-        raise _Unfit
-    return tuple(_count(item) for item in value)
-
-
-def _indices(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value:
-        raise _Unfit
-    return tuple(_place(item) for item in value)
-
-
-def _place(value: Any) -> int:
-    if not -FAR < _whole(value) < FAR:
-        raise _Unfit
-    return int(value)
-
-
-def _caption_extension(value: Any) -> str:
-    if "." not in _text(value):
-        raise _Unfit
-    return str(value)
-
-
-def _mode(value: Any) -> str:
-    if value not in MODES:
-        raise _Unfit
-    return str(value)
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of a table: `read` turns its value into the field or raises _Unfit; `allowed` says in words what fits."""
-
-    read: Callable[[Any], Any]
-    allowed: str
-    default: Any
-    kinds: tuple[str, ...] = ("image", "video")
-    in_general: bool = False
-
-
-_POSITIVE = "a whole number, 1 or more"
-_BOOL = "true or false, without quotes"
-_FOLDER = "a path in quotes"
-
-KEYS: Mapping[str, Key] = {
-    "resolution": Key(_resolution, "a whole number or [width, height], such as 512 or [960, 544]", (960, 544), in_general=True),
-    "caption_extension": Key(_caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True),
-    "batch_size": Key(_count, _POSITIVE, 1, in_general=True),
-    "num_repeats": Key(_count, _POSITIVE, 1, in_general=True),
-    "enable_bucket": Key(_yes_no, _BOOL, False, in_general=True),
-    "bucket_no_upscale": Key(_yes_no, _BOOL, False, in_general=True),
-    "cache_directory": Key(_path, _FOLDER, None),
-    "image_directory": Key(_path, _FOLDER, None, ("image",)),
-    "image_jsonl_file": Key(_path, _FOLDER, None, ("image",)),
-    "video_directory": Key(_path, _FOLDER, None, ("video",)),
-    "video_jsonl_file": Key(_path, _FOLDER, None, ("video",)),
-    "control_directory": Key(_path, _FOLDER, None),
-    "validation": Key(_yes_no, _BOOL, False),
-    "target_frames": Key(_counts, "a list of whole numbers, each 1 or more, such as [1, 25, 45]", (1,), ("video",)),
-    "frame_extraction": Key(_mode, "one of " + ", ".join(f'"{mode}"' for mode in MODES), "head", ("video",)),
-    "frame_stride": Key(_count, _POSITIVE, 1, ("video",)),
-    "frame_sample": Key(_count, _POSITIVE, 1, ("video",)),
-    "max_frames": Key(_count, _POSITIVE, 129, ("video",)),
-    "source_fps": Key(_rate, "a number above 0, such as 30 or 29.97", None, ("video",)),
-    "fp_latent_window_size": Key(_count, _POSITIVE, 9),
-    "fp_1f_clean_indices": Key(_indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)),
-    "fp_1f_target_index": Key(_place, f"a whole number below {FAR}", None, ("image",)),
-    "fp_1f_no_post": Key(_yes_no, _BOOL, False, ("image",)),
-}
-# what else than frames the latents of a family with sections depend on
-SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
-_SOURCES = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -324,15 +199,15 @@ def _read_table(path: Path, index: int, entry: Any, general: Table, problems: li
 
 
 def _source_key(entry: Table, where: str, problems: list[str]) -> str | None:
-    given = [name for name in _SOURCES if name in entry]
+    given = [name for name in SOURCES if name in entry]
     if len(given) == 1:
         return given[0]
     if given:
         problems.append(f"{where}: {' and '.join(given)} exclude each other; make a [[datasets]] table for each")
     else:
-        near = [name for key in entry if key not in KEYS for name in difflib.get_close_matches(key, _SOURCES, 1)]
+        near = [name for key in entry if key not in KEYS for name in difflib.get_close_matches(key, SOURCES, 1)]
         hint = f" Did you mean {near[0]}?" if near else ""
-        problems.append(f"{where}: nothing says where its items are; it needs one of {', '.join(_SOURCES)}.{hint}")
+        problems.append(f"{where}: nothing says where its items are; it needs one of {', '.join(SOURCES)}.{hint}")
     return None
 
 
@@ -353,7 +228,7 @@ def _read_value(name: str, value: Any, where: str, problems: list[str]) -> Any:
     key = KEYS[name]
     try:
         return key.read(value)
-    except _Unfit:
+    except Unfit:
         near = difflib.get_close_matches(value, MODES, 1) if name == "frame_extraction" and isinstance(value, str) else []
         hint = f'. Did you mean "{near[0]}"?' if near else ""
         problems.append(f"{where}: {name} = {_shown(value)} ({_kind_of(value)}); allowed: {key.allowed}{hint}")
@@ -366,7 +241,7 @@ def _finish_table(
     where = f"[[datasets]] {index + 1}"
     directory = values.pop("image_directory") or values.pop("video_directory")
     jsonl_file = values.pop("image_jsonl_file") or values.pop("video_jsonl_file")
-    fields = {name: value for name, value in values.items() if name not in _SOURCES}
+    fields = {name: value for name, value in values.items() if name not in SOURCES}
     if jsonl_file and fields["control_directory"]:
         logger.warning("%s, %s: control_directory is ignored because a list names control files itself (control_path)", path, where)
         fields["control_directory"] = None

@@ -9,7 +9,8 @@ from typing import Any
 
 from dataset.cache_files import Entry, LatentName, parse_latent_name, read_entry, read_header
 from dataset.cache_records import ClipFacts, LatentRecord, difference, is_unchanged, latent_record, verify_tensors
-from dataset.config import SECTION_DEFAULTS, DatasetTable
+from dataset.config import DatasetTable
+from dataset.config_keys import SECTION_DEFAULTS
 from dataset.frames import Span, frames_wanted, spans
 from dataset.items import DecodedSource, bucket_of, plan_source
 from dataset.reports import Failure

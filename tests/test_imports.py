@@ -26,6 +26,7 @@ LIGHT_FILES = {
     "modules/errors.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
+    "dataset/config_keys.py",
 } | {"frame_pack/section_syntax.py"}
 HEAVY = ("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops")
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name not in {"families.py", "run_tests.py", "quickstart.py"})

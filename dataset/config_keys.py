@@ -1,0 +1,130 @@
+"""The keys of a dataset configuration: what a value may be, its default, and where the key may stand. Standard library only."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODES = ("head", "chunk", "slide", "uniform", "full")  # of frame_extraction; what they do: dataset/frames.py
+FAR = 10_000  # latent frames; places in time stay far below
+
+
+class Unfit(Exception):
+    """The value is not one of those allowed."""
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Unfit
+    return value
+
+
+def _count(value: Any) -> int:
+    if _whole(value) < 1:
+        raise Unfit
+    return int(value)
+
+
+def _rate(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise Unfit
+    return float(value)
+
+
+def _yes_no(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise Unfit
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise Unfit
+    return value
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(value)).expanduser()
+
+
+def _resolution(value: Any) -> tuple[int, int]:
+    if isinstance(value, list):
+        if len(value) != 2:
+            raise Unfit
+        return _count(value[0]), _count(value[1])
+    return _count(value), _count(value)
+
+
+def _counts(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise Unfit
+    return tuple(_count(item) for item in value)
+
+
+def _indices(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise Unfit
+    return tuple(_place(item) for item in value)
+
+
+def _place(value: Any) -> int:
+    if not -FAR < _whole(value) < FAR:
+        raise Unfit
+    return int(value)
+
+
+def _caption_extension(value: Any) -> str:
+    if "." not in _text(value):
+        raise Unfit
+    return str(value)
+
+
+def _mode(value: Any) -> str:
+    if value not in MODES:
+        raise Unfit
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a table: `read` turns its value into the field or raises Unfit; `allowed` says in words what fits."""
+
+    read: Callable[[Any], Any]
+    allowed: str
+    default: Any
+    kinds: tuple[str, ...] = ("image", "video")
+    in_general: bool = False
+
+
+_POSITIVE = "a whole number, 1 or more"
+_BOOL = "true or false, without quotes"
+_FOLDER = "a path in quotes"
+
+KEYS: Mapping[str, Key] = {
+    "resolution": Key(_resolution, "a whole number or [width, height], such as 512 or [960, 544]", (960, 544), in_general=True),
+    "caption_extension": Key(_caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True),
+    "batch_size": Key(_count, _POSITIVE, 1, in_general=True),
+    "num_repeats": Key(_count, _POSITIVE, 1, in_general=True),
+    "enable_bucket": Key(_yes_no, _BOOL, False, in_general=True),
+    "bucket_no_upscale": Key(_yes_no, _BOOL, False, in_general=True),
+    "cache_directory": Key(_path, _FOLDER, None),
+    "image_directory": Key(_path, _FOLDER, None, ("image",)),
+    "image_jsonl_file": Key(_path, _FOLDER, None, ("image",)),
+    "video_directory": Key(_path, _FOLDER, None, ("video",)),
+    "video_jsonl_file": Key(_path, _FOLDER, None, ("video",)),
+    "control_directory": Key(_path, _FOLDER, None),
+    "validation": Key(_yes_no, _BOOL, False),
+    "target_frames": Key(_counts, "a list of whole numbers, each 1 or more, such as [1, 25, 45]", (1,), ("video",)),
+    "frame_extraction": Key(_mode, "one of " + ", ".join(f'"{mode}"' for mode in MODES), "head", ("video",)),
+    "frame_stride": Key(_count, _POSITIVE, 1, ("video",)),
+    "frame_sample": Key(_count, _POSITIVE, 1, ("video",)),
+    "max_frames": Key(_count, _POSITIVE, 129, ("video",)),
+    "source_fps": Key(_rate, "a number above 0, such as 30 or 29.97", None, ("video",)),
+    "fp_latent_window_size": Key(_count, _POSITIVE, 9),
+    "fp_1f_clean_indices": Key(_indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)),
+    "fp_1f_target_index": Key(_place, f"a whole number below {FAR}", None, ("image",)),
+    "fp_1f_no_post": Key(_yes_no, _BOOL, False, ("image",)),
+}
+# what else than frames the latents of a family with sections depend on
+SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
+SOURCES = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")
