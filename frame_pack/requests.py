@@ -12,6 +12,7 @@ from pathlib import Path
 from frame_pack.one_frame import parse_one_frame
 from frame_pack.section_syntax import MOST_SECTIONS, parse_entries
 from frame_pack.sections import (
+    FRAMES_PER_SECOND,
     LATENT_STRIDE,
     count_sections,
     count_tokens,
@@ -60,8 +61,8 @@ def settled(request: Request, usual: SamplingDefaults, latent: LatentSpec, windo
     flow_shift = _shift_of_size(request, latent, window) if request.flow_shift is None else request.flow_shift
     said = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     extra = {name: text for name, text in request.extra.items() if name != "video_seconds"}
-    if one_frame is None and request.fps:
-        said["video_seconds"] = f"{video_frames(sections, window) / request.fps:g}"
+    if one_frame is None:  # as the option counts them, whatever the rate it is played at
+        said["video_seconds"] = f"{video_frames(sections, window) / FRAMES_PER_SECOND:g}"
     request = replace(request, flow_shift=flow_shift, extra=_with_controls(extra) | said)
     _check_sections(request, sections)
     return request

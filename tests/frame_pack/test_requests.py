@@ -56,7 +56,7 @@ def test_a_video_has_the_recorded_length(video: dict[str, Any], picture: Path) -
 
 def test_a_request_says_what_the_metadata_of_outputs_tell(picture: Path) -> None:
     video = settle(picture, {"video_sections": "2"}, window=3, f1=True, fps=24.0).extra
-    said = {"latent_window_size": "3", "video_sections": "2", "f1": "True", "video_seconds": "1.04167"}
+    said = {"latent_window_size": "3", "video_sections": "2", "f1": "True", "video_seconds": "0.833333"}
     assert video == {"image_path": str(picture), **said}
     assert "video_seconds" not in settle(picture, {"one_frame": "default"}).extra
 
