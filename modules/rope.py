@@ -38,8 +38,8 @@ def on_grid(axes: Sequence[Tensor]) -> Tensor:
     for axis, one in enumerate(axes):
         shape = [1] * len(axes) + list(one.shape[1:])
         shape[axis] = sizes[axis]
-        columns.append(one.view(shape).expand(*sizes, *one.shape[1:]))
-    return torch.cat(columns, dim=len(axes)).flatten(0, len(axes) - 1)
+        columns.append(one.view(shape).expand(*sizes, *one.shape[1:]).flatten(0, len(axes) - 1))
+    return torch.cat(columns, dim=1)  # no view of a grid: compiled blocks would depend on its sizes
 
 
 def exact_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU) -> Tensor:
