@@ -18,7 +18,7 @@ from tests.commands import run_script
 from tests.faults.messages import succeed_here
 from tests.parity.framepack_dit import load_dit, velocity
 from tests.parity.test_training import by_shift
-from tests.parity.training import Factors, Item, noise_of, read_factors, shuffled, uniform_of
+from tests.parity.training import Factors, Item, assert_steps_of_descent, noise_of, shuffled, uniform_of
 from tests.tiny.framepack_caches import random_text, write_latents, write_text
 from tests.tiny.framepack_dit import tiny_state, write_dit
 from tests.tiny.framepack_encoders import SIGLIP_DIM
@@ -173,19 +173,9 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, make: Kind) -> Non
         succeed_here(*arguments, folder=tmp_path)
 
     dit, modules = load_dit(dit_file), modules_of(dit_file)
-    first, scale = read_factors(tmp_path / "out" / "lora-step00000001.safetensors")
-    assert (first.keys(), scale) == (modules.keys(), ALPHA / RANK)
-    before = {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
-    for step, name in enumerate(("lora-step00000001", "lora")):
-        after, _ = read_factors(tmp_path / "out" / f"{name}.safetensors")
+
+    def gradients_at(factors: Factors, step: int) -> Factors:
         batch = [item for item in shuffled(items, SEED, step) if isinstance(item, FramePackItem)]
-        worst = 0.0
-        for module, gradients in gradients_of(dit, modules, before, batch, step).items():
-            for factor in (1,) if step == 0 else (0, 1):
-                assert gradients[factor].abs().max() > 1e-6, module
-                expected = before[module][factor] - RATE * gradients[factor]
-                error = float((after[module][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3))
-                worst = max(worst, error)
-        print(f"parity {make.__name__}, step {step + 1}: {worst:.2e}")  # noqa: T201
-        assert worst <= TOLERANCE
-        before = after
+        return gradients_of(dit, modules, factors, batch, step)
+
+    assert_steps_of_descent(tmp_path / "out", modules, ALPHA / RANK, RATE, gradients_at, TOLERANCE, make.__name__)

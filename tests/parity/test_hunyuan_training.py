@@ -17,7 +17,7 @@ from tests.parity.hunyuan import load_dit
 from tests.parity.projects import DATASET, GRID
 from tests.parity.running import TOLERANCE
 from tests.parity.test_training import by_shift
-from tests.parity.training import Factors, Item, noise_of, read_factors, shuffled, uniform_of
+from tests.parity.training import Factors, Item, assert_steps_of_descent, noise_of, shuffled, uniform_of
 from tests.tiny.hunyuan_dit import diffusers_parts, tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 
@@ -114,19 +114,9 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, kind: str, cached_
     run_script("hv_train_network.py", *files, *network, *descent, *run, *times, folder=tmp_path)
 
     dit, parts = load_dit(dit_file), parts_of(dit_file)
-    first, scale = read_factors(tmp_path / "out" / "lora-step00000001.safetensors")
-    assert (first.keys(), scale) == (parts.keys(), ALPHA / RANK)
-    before = {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
-    for step, name in enumerate(("lora-step00000001", "lora")):
-        after, _ = read_factors(tmp_path / "out" / f"{name}.safetensors")
+
+    def gradients_at(factors: Factors, step: int) -> Factors:
         batch = [item for item in shuffled(items, SEED, step) if isinstance(item, HunyuanItem)]
-        worst = 0.0
-        for module, gradients in gradients_of(dit, parts, before, batch, step).items():
-            for factor in (1,) if step == 0 else (0, 1):
-                assert gradients[factor].abs().max() > 1e-6, module
-                expected = before[module][factor] - RATE * gradients[factor]
-                error = float((after[module][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3))
-                worst = max(worst, error)
-        print(f"parity {kind} {cached_image}, step {step + 1}: {worst:.2e}")  # noqa: T201
-        assert worst <= TOLERANCE
-        before = after
+        return gradients_of(dit, parts, factors, batch, step)
+
+    assert_steps_of_descent(tmp_path / "out", parts, ALPHA / RANK, RATE, gradients_at, TOLERANCE, f"{kind} {cached_image}")

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,37 @@ def read_factors(path: Path) -> tuple[Factors, float]:
         name.removeprefix("lora_unet_"): (tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]) for name in names
     }
     return factors, scale
+
+
+def assert_steps_of_descent(
+    output: Path,
+    modules: Collection[str],
+    scale: float,
+    rate: float,
+    gradients_at: Callable[[Factors, int], Factors],
+    tolerance: float,
+    label: str,
+) -> None:
+    """Two steps of plain gradient descent that saved `lora` into `output` went where the reference's gradients point.
+
+    modules: all that are trained. scale: alpha / rank. gradients_at: by down and up, of these factors at the step of that number.
+    tolerance: of the largest weight.
+    """
+    first, found = read_factors(output / "lora-step00000001.safetensors")
+    assert (first.keys(), found) == (set(modules), scale)
+    before = {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
+    for step, name in enumerate(("lora-step00000001", "lora")):
+        after, _ = read_factors(output / f"{name}.safetensors")
+        worst = 0.0
+        for module, gradients in gradients_at(before, step).items():
+            for factor in (1,) if step == 0 else (0, 1):
+                assert gradients[factor].abs().max() > 1e-6, module
+                expected = before[module][factor] - rate * gradients[factor]
+                error = float((after[module][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3))
+                worst = max(worst, error)
+        print(f"parity {label}, step {step + 1}: {worst:.2e}")  # noqa: T201
+        assert worst <= tolerance
+        before = after
 
 
 def linear_modules(dit_file: Path) -> dict[str, str]:
