@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(hunyuan_options.vae.file.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.modes import run_latent_caching  # torch loads here, after every option has been read
+    from dataset.commands import run_latent_caching  # torch loads here, after every option has been read
     from hunyuan_model.family import family_for_latent_caching
 
     run_latent_caching(family_for_latent_caching(hunyuan_options), config, options, debug)

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, hunyuan_options = read_text_caching(__doc__, add_text_caching_arguments, HunyuanTextCachingOptions, argv)
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.modes import run_text_caching  # torch loads here, after every option has been read
+    from dataset.commands import run_text_caching  # torch loads here, after every option has been read
     from hunyuan_model.family import family_for_text_caching
 
     run_text_caching(family_for_text_caching(hunyuan_options), config, options)

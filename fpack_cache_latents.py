@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(fpack_options.image_encoder, "--image_encoder", "it encodes first frames; only --debug_mode and --check do without")
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.modes import run_latent_caching  # torch loads here, after every option has been read
+    from dataset.commands import run_latent_caching  # torch loads here, after every option has been read
     from frame_pack.family import family_for_latent_caching
 
     run_latent_caching(family_for_latent_caching(fpack_options), config, options, debug)

@@ -11,7 +11,7 @@ from training.options import read_training
 def main(argv: Sequence[str] | None = None) -> None:
     options, fpack_options = read_training(__doc__, add_training_arguments, FramePackTrainingOptions, argv)
 
-    from dataset.batches import CachingCommands
+    from dataset.batches.finding import CachingCommands
     from frame_pack.family import family_for_training
     from training.run import train_network  # torch loads here, after every option has been read
 

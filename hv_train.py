@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if hunyuan_options.dit_dtype is not None:
         raise OptionError("--dit_dtype: weights that learn are kept in float32, or in bfloat16 with --full_bf16; leave it out")
 
-    from dataset.batches import CachingCommands
+    from dataset.batches.finding import CachingCommands
     from hunyuan_model.family import family_for_training
     from training.run import train_network  # torch loads here, after every option has been read
 

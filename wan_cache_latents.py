@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(wan_options.vae.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.modes import run_latent_caching  # torch loads here, after every option has been read
+    from dataset.commands import run_latent_caching  # torch loads here, after every option has been read
     from wan.family import family_for_latent_caching
 
     run_latent_caching(family_for_latent_caching(wan_options), config, options, debug)

@@ -11,7 +11,7 @@ from wan.options import WanTrainingOptions, add_training_arguments
 def main(argv: Sequence[str] | None = None) -> None:
     options, wan_options = read_training(__doc__, add_training_arguments, WanTrainingOptions, argv)
 
-    from dataset.batches import CachingCommands
+    from dataset.batches.finding import CachingCommands
     from training.run import train_network  # torch loads here, after every option has been read
     from wan.family import family_for_training
 

@@ -21,12 +21,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from dataset.caching import cache_media  # noqa: E402
+from dataset.caching.loop import cache_media  # noqa: E402
 from dataset.config import load_dataset_config  # noqa: E402
 from dataset.options import CachingOptions  # noqa: E402
-from modules.family import LatentSpec, SamplingDefaults  # noqa: E402
-from modules.media import write_video  # noqa: E402
-from modules.records import CacheEntry, MediaBatch, MediaEncoders  # noqa: E402
+from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders  # noqa: E402
+from modules.contract.family import LatentSpec, SamplingDefaults  # noqa: E402
+from modules.media.writing import write_video  # noqa: E402
 
 CONFIG = """[[datasets]]
 video_directory = "{folder}/clips"

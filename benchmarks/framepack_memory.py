@@ -67,7 +67,7 @@ def _measure(options: tuple[str, ...], sections: int) -> int:
     import numpy as np
 
     from fpack_generate_video import main as generate
-    from modules.media import write_png
+    from modules.media.writing import write_png
     from tests.tiny.framepack import write_tiny_framepack
 
     with tempfile.TemporaryDirectory() as name:

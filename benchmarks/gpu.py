@@ -144,15 +144,15 @@ def training(row: Row, path: Path, device: Any) -> Bench:
     import torch
 
     from benchmarks.noise import fill_with_noise
-    from modules.block_swap import host_weights
-    from modules.fp8_matmul import with_product
-    from modules.swap_plan import SwapPlan
+    from modules.fp8.products import with_product
+    from modules.offload.block_swap import host_weights
+    from modules.offload.swap_plan import SwapPlan
     from networks.adapter import make_network
     from training.dressing import dress, placement_of
     from training.loss import training_loss
-    from training.optimizer import make_optimizer
-    from training.prediction import predict
-    from training.rehearsal import autocast_of
+    from training.optimizers.optimizer import make_optimizer
+    from training.planning.prediction import predict
+    from training.planning.rehearsal import autocast_of
 
     options, family = training_family(row, path)
     batch = random_batch(row, family)
@@ -188,7 +188,7 @@ def generation(row: Row, path: Path, device: Any) -> Bench:
     from generation.dressing import dit_loader
     from generation.memory import rehearse_denoising
     from generation.sections import make_latents
-    from modules.memory_plan import workspace
+    from modules.planning.memory_plan import workspace
 
     options, family = generation_family(row, path)
     request, prompts, inputs = random_request(row, family)
@@ -242,7 +242,7 @@ def random_batch(row: Row, family: Any) -> Any:
     """A batch of one clip, as the feed would give it: latents, texts, noise."""
     import torch
 
-    from modules.records import Batch
+    from modules.contract.data import Batch
     from training.loss import NoisyBatch
 
     size, config = row.size, family.files.dit_header().config
@@ -263,7 +263,7 @@ def random_request(row: Row, family: Any) -> tuple[Any, Any, Any]:
     """A request for a few steps, its texts and its image as the encoders would give them."""
     import torch
 
-    from modules.records import EncodedPrompts, Request
+    from modules.contract.generation import EncodedPrompts, Request
 
     size, config = row.size, family.files.dit_header().config
     texts = [{"t5": [torch.randn(row.text_tokens, config.text_dim)]} for _ in range(2)]

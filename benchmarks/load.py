@@ -70,9 +70,9 @@ def _load(path: Path, target: str) -> None:
     """In the child: load, and print peak, size of the model, largest tensor (bytes) and seconds."""
     import torch
 
-    from modules.checkpoint import open_checkpoint
-    from modules.fp8_options import Quantisation
-    from modules.records import Placement
+    from modules.checkpoints.opening import open_checkpoint
+    from modules.contract.loading import Placement
+    from modules.fp8.options import Quantisation
     from wan.checkpoints import load_dit
 
     load_dit(path, Placement(torch.device("meta")))  # whatever a first call loads besides weights

@@ -74,7 +74,7 @@ def _bare_step(run: Any, batch: Any) -> Callable[[], None]:
     """Forward, backward, clipping and optimizer step; the batch is moved and mixed with noise once, before."""
     import torch
 
-    from modules.flow_matching import add_noise
+    from modules.flow.schedule import add_noise
 
     batch = batch.to(run.device)
     latents = run.family.latent.to_model(batch.batch.tensor("latents"))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from blissful_tuner.cfg_schedule import parse_cfg_schedule
 from blissful_tuner.options import GuidanceOptions
+from modules.contract.data import Conditions
+from modules.contract.generation import NO_TWEAKS, Predict, Request, Section, Tweaks
 from modules.errors import OptionError
-from modules.records import NO_TWEAKS, Conditions, Predict, Request, Section, Tweaks
 
 Guidance = Callable[[int, Predict, Section], Tensor]  # (step from 0, predict, section) -> velocity B C F H W
 Combine = Callable[[int, float, Predict, Section], Tensor]  # the same with the guidance scale of the step

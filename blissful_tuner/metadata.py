@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.atomic_write import storable
-from modules.records import Request
+from modules.contract.generation import Request
 
 TUNER_VERSION = "reelsmith 0.1.0"
 NOT_SET = "N/A"

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from blissful_tuner.options import STRENGTH
-from modules.flow_matching import Schedule, add_noise
-from modules.records import Request
+from modules.contract.generation import Request
+from modules.flow.schedule import Schedule, add_noise
 
 
 def steps_to_make(request: Request) -> int:

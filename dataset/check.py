@@ -4,17 +4,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingItem, find_items, read_batch
+from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, find_items
+from dataset.batches.order import BatchOrder
+from dataset.batches.reading import read_batch
+from dataset.batches.same_encoders import SameEncoders
+from dataset.caching.planning import Plan, Recipe, complete, list_names, media_table, names_of, plan_all
+from dataset.caching.reports import Failure
+from dataset.caching.source_jobs import decode_ahead, progress
+from dataset.caching.texts import plan_text
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.items import decode_source
-from dataset.planning import Plan, Recipe, complete, list_names, media_table, names_of, plan_all
-from dataset.reports import Failure
-from dataset.same_encoders import SameEncoders
-from dataset.source_jobs import decode_ahead, progress
-from dataset.sources import Source, find_sources, missing_captions
-from dataset.text_caching import plan_text
+from dataset.sources.decoding import decode_source
+from dataset.sources.listing import Source, find_sources, missing_captions
+from modules.contract.family import Family, LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
-from modules.family import Family, LatentSpec
 
 LISTED = 50  # lines of one kind
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODES = ("head", "chunk", "slide", "uniform", "full")  # of frame_extraction; what they do: dataset/frames.py
+MODES = ("head", "chunk", "slide", "uniform", "full")  # of frame_extraction; what they do: dataset/sources/frames.py
 FAR = 10_000  # latent frames; places in time stay far below
 
 

@@ -10,14 +10,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset.caching.reports import CacheReport, Failure
+from dataset.caching.source_jobs import decode_ahead, progress
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.items import DecodedSource, Item, decode_source
 from dataset.options import COLOURS, DebugOptions
-from dataset.reports import CacheReport, Failure
-from dataset.source_jobs import decode_ahead, progress
-from dataset.sources import find_sources
-from modules.family import Family
-from modules.media import Frame, write_png, write_video
+from dataset.sources.decoding import DecodedSource, Item, decode_source
+from dataset.sources.listing import find_sources
+from modules.contract.family import Family
+from modules.media.reading import Frame
+from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)
 

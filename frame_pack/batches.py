@@ -10,8 +10,8 @@ from torch import Tensor
 
 from frame_pack.configs import FramePackConfig
 from frame_pack.text_encoders import CLIP_KEYS, LLAMA_KEYS
+from modules.contract.data import Batch, Conditions
 from modules.errors import CacheError
-from modules.records import Batch, Conditions
 
 logger = logging.getLogger(__name__)
 

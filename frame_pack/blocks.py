@@ -12,12 +12,12 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from hunyuan_model.blocks import Modulation, Tokens, attend_turned, gated, gelu, modulated
-from modules.attention import attend
-from modules.attention_lengths import Lengths
-from modules.attention_options import AttentionChoice
-from modules.norms import Float32LayerNorm, RMSNorm
-from modules.precision import run
-from modules.rope import rotate
+from modules.attention.attend import attend
+from modules.attention.lengths import Lengths
+from modules.attention.options import AttentionChoice
+from modules.layers.norms import Float32LayerNorm, RMSNorm
+from modules.layers.precision import run
+from modules.layers.rope import rotate
 
 
 class JointAttention(nn.Module):

@@ -16,9 +16,9 @@ from frame_pack.one_frame import OneFrame, one_frame_indices
 from frame_pack.sections import LATENT_STRIDE, Indices, Order, sections_in, video_frames
 from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.family import LATENT as VAE_LATENT
+from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
 from modules.errors import DatasetError, MediaError
-from modules.pixels import byte_clips, to_pixels
-from modules.records import CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from modules.media.pixels import byte_clips, to_pixels
 
 logger = logging.getLogger(__name__)
 

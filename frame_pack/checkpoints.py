@@ -9,13 +9,13 @@ import torch
 import hunyuan_model.checkpoints as hunyuan
 from frame_pack.configs import FramePackConfig
 from frame_pack.model import FramePackModel
-from modules.checkpoint import Checkpoint, open_checkpoint, plain_sources
+from modules.checkpoints.dialects import DitShapes, other_kind
+from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.contract.family import DitSpec
+from modules.contract.loading import Placement
 from modules.devices import dtype_name
-from modules.dialects import DitShapes, other_kind
-from modules.dit_files import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.errors import CheckpointError
-from modules.family import DitSpec
-from modules.records import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def identify(path: Path) -> str | None:
 def load_dit(path: Path, placement: Placement) -> FramePackModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-    path: a safetensors file, or a folder of shards or its index. dtype: see `modules.dit_files.kept_dtype` and `fill_dit`. The
+    path: a safetensors file, or a folder of shards or its index. dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The
     embeddings of timestep, guidance and pooled text and the last layer are kept in float32. `placement.patch` is given the
     published parameter names.
     Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.

@@ -30,27 +30,14 @@ from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.family import GUIDANCE_UNIT
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
-from modules.checkpoint import fingerprint
+from modules.checkpoints.dits import kept_dtype
+from modules.checkpoints.opening import fingerprint
+from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.loading import Placement
+from modules.contract.requests import with_negative
 from modules.devices import sent
-from modules.dit_files import kept_dtype
-from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.records import (
-    NO_TWEAKS,
-    Batch,
-    CacheEntry,
-    Conditions,
-    EncodedPrompts,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    Placement,
-    Prompt,
-    Prompts,
-    Request,
-    Section,
-    Tweaks,
-)
-from modules.requests import with_negative
 from modules.vae_options import VAE_TILE
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from frame_pack.checkpoints import read_dit_header
 from frame_pack.configs import FramePackConfig
 from frame_pack.image_checkpoints import FILES, OPTION, read_siglip
 from hunyuan_model.encoders import Encoders
-from modules.checkpoint import Checkpoint, open_checkpoint
-from modules.dit_files import DitHeader
+from modules.checkpoints.dits import DitHeader
+from modules.checkpoints.model_files import existing, inside, read_once
+from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError, OptionError
-from modules.model_files import existing, inside, read_once
 
 
 @dataclass(frozen=True)

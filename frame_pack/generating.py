@@ -22,8 +22,9 @@ from frame_pack.sections import (
 )
 from hunyuan_model.family import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
-from modules.family import NoiseSource
-from modules.records import Conditions, EncodedPrompts, MediaEncoders, Piece, Section
+from modules.contract.data import Conditions, MediaEncoders
+from modules.contract.family import NoiseSource
+from modules.contract.generation import EncodedPrompts, Piece, Section
 
 CPU = torch.device("cpu")
 Sections = Generator[Section, Tensor, Tensor]

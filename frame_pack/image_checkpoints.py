@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from modules.checkpoint import Checkpoint, plain_sources
-from modules.dialects import LoadPlan, count, other_kind, shapes_of
-from modules.encoder_files import ALL_IN_ONE, head_width, network_in, told_beside
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.encoders import ALL_IN_ONE, head_width, network_in, told_beside
+from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
 OPTION = "--image_encoder"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from frame_pack.image_checkpoints import OPTION, SiglipConfig, read_siglip
 from hunyuan_model.clip_layers import ClipLayers, check_activation
-from modules.checkpoint import open_checkpoint
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name, half_where_fast
-from modules.dialects import load_planned
-from modules.pixels import to_pixels
+from modules.media.pixels import to_pixels
 
 logger = logging.getLogger(__name__)
 

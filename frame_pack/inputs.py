@@ -16,9 +16,10 @@ from frame_pack.masks import latent_mask
 from frame_pack.requests import controls_of, images_of, masks_of
 from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.family import LATENT as VAE_LATENT
-from modules.buckets import Size
-from modules.pixels import image_pixels
-from modules.records import Conditions, MediaEncoders, Request
+from modules.contract.data import Conditions, MediaEncoders
+from modules.contract.generation import Request
+from modules.media.buckets import Size
+from modules.media.pixels import image_pixels
 
 
 def video_inputs(encoders: MediaEncoders, request: Request, sections: int) -> dict[int, Conditions]:
@@ -60,7 +61,7 @@ def one_frame_inputs(encoders: MediaEncoders, request: Request) -> dict[int, Con
 
 def read_mask(path: Path, size: Size) -> Tensor:
     """An image as grey, h w in 0..1. size: width and height of the latents. Raises MediaError."""
-    from modules.media import read_image
+    from modules.media.reading import read_image
 
     grey = numpy.array(Image.fromarray(read_image(path)).convert("L"))
     return latent_mask(torch.from_numpy(grey), size[1], size[0])
@@ -68,7 +69,7 @@ def read_mask(path: Path, size: Size) -> Tensor:
 
 def read_alpha(path: Path, size: Size) -> Tensor | None:
     """How opaque an image is, h w in 0..1; None where it has no transparency. Raises MediaError."""
-    from modules.media import read_image
+    from modules.media.reading import read_image
 
     image = torch.from_numpy(read_image(path, alpha=True))
     return latent_mask(image[..., 3].contiguous(), size[1], size[0]) if image.shape[2] == 4 else None

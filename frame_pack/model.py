@@ -19,12 +19,12 @@ from frame_pack.positions import Layout, Stretch, rotary_table
 from hunyuan_model.blocks import Modulation, Tokens, modulated
 from hunyuan_model.model import PatchEmbedding, check_sizes, from_patches, real_tokens, rotary_widths, without_skipped
 from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refined
-from modules.attention_lengths import lengths_on
-from modules.attention_options import SDPA, AttentionChoice
-from modules.norms import Float32LayerNorm
-from modules.precision import activation_dtype, run, run_float32
-from modules.rope import GridTable
-from modules.sinusoid import sinusoid
+from modules.attention.lengths import lengths_on
+from modules.attention.options import SDPA, AttentionChoice
+from modules.layers.norms import Float32LayerNorm
+from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.rope import GridTable
+from modules.layers.sinusoid import sinusoid
 
 
 class ConditionEmbedding(nn.Module):
@@ -117,7 +117,7 @@ class FramePackModel(nn.Module):
     """Predicts the velocity of noisy latents, given finished ones before or after them, an image, and text in two encodings."""
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: what `modules.attention.attend` is told."""
+        """attention: what `modules.attention.attend.attend` is told."""
         super().__init__()
         self.config = config
         self.attention = attention

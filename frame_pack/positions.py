@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.devices import sent_ahead
-from modules.rope import CPU, angles_at, on_grid, turns
+from modules.layers.rope import CPU, angles_at, on_grid, turns
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from frame_pack.sections import (
     sections_in,
     video_frames,
 )
+from modules.contract.family import LatentSpec, SamplingDefaults
+from modules.contract.generation import Request
+from modules.contract.requests import check_size, filled, with_media
 from modules.errors import MediaError, OptionError
-from modules.family import LatentSpec, SamplingDefaults
 from modules.options import require
-from modules.records import Request
-from modules.requests import check_size, filled, with_media
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def _check_sections(request: Request, sections: int) -> None:
 
 def _check_image(option: str, path: Path) -> None:
     """Raise OptionError where there is no image file: minutes before it would be read."""
-    from modules.media import image_size
+    from modules.media.reading import image_size
 
     if not path.exists():
         raise OptionError(f"{option} {path}: no such file")

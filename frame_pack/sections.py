@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
-from modules.fading import cross_fade
+from modules.media.fading import cross_fade
 
 FRAMES_PER_SECOND = 30  # what the model was trained with; --fps only labels the file
 LATENT_STRIDE = 4  # frames of a latent frame, but for the first, which holds one

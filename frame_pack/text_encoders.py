@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE, ClipTextEncoder, LlavaTextEncoder, PromptTemplate
-from modules.family import TextEncoder
-from modules.records import Conditions, Prompt
+from modules.contract.data import Conditions
+from modules.contract.family import TextEncoder
+from modules.contract.generation import Prompt
 
 TEXT_ROWS = 512  # of the language model's states, zeros behind those of the prompt
 LLAMA_KEYS = frozenset({"llama_vec", "llama_attention_mask"})

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import Guidance
-from modules.family import Family
-from modules.records import NO_TWEAKS, Conditions, DitAt, Predict, Section, Tweaks
-from modules.solvers import Solver
+from modules.contract.data import Conditions
+from modules.contract.family import Family
+from modules.contract.generation import NO_TWEAKS, DitAt, Predict, Section, Tweaks
+from modules.flow.solvers import Solver
 
 
 @dataclass(frozen=True)

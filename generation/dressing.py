@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from generation.options import GenerationOptions
-from modules.block_swap import host_weights, swap_blocks
 from modules.compile import compile_blocks
+from modules.contract.family import Family
+from modules.contract.loading import Placement
 from modules.errors import OptionError
-from modules.family import Family
-from modules.fp8_matmul import with_product
-from modules.records import Placement
-from modules.swap_plan import SwapPlan
+from modules.fp8.products import with_product
+from modules.offload.block_swap import host_weights, swap_blocks
+from modules.offload.swap_plan import SwapPlan
 from networks.merge import LoraPatch, LoraUse
 
 

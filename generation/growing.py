@@ -24,10 +24,10 @@ from torch import Tensor
 from generation.outputs import PREVIEW_SUFFIX, frames_of
 from generation.session import CPU, Session
 from modules.atomic_write import give_name
+from modules.contract.generation import Piece
 from modules.errors import OutputError
-from modules.fading import cross_fade
-from modules.media import Segment, join_videos, segment_of, write_video
-from modules.records import Piece
+from modules.media.fading import cross_fade
+from modules.media.writing import Segment, join_videos, segment_of, write_video
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,12 @@ from generation.prompt_lines import parse_generation_line, read_generation_lines
 from generation.request import make_request
 from generation.sections import on_device
 from generation.session import NO_ENCODERS, encode_inputs, encoded, texts_of, wanted_texts
-from modules.dry_run import (
+from modules.contract.data import Conditions
+from modules.contract.family import Family
+from modules.contract.generation import EncodedPrompts, Prompt, Request
+from modules.contract.loading import Placement
+from modules.errors import MemoryPlanError, OptionError, UserError
+from modules.planning.dry_run import (
     ACCELERATOR,
     WEIGHTS,
     WORKING,
@@ -34,9 +39,7 @@ from modules.dry_run import (
     quiet,
     watch_blocks,
 )
-from modules.errors import MemoryPlanError, OptionError, UserError
-from modules.family import Family
-from modules.memory_plan import (
+from modules.planning.memory_plan import (
     MemoryPlan,
     Part,
     Phase,
@@ -52,7 +55,6 @@ from modules.memory_plan import (
     swaps_of,
     workspace,
 )
-from modules.records import Conditions, EncodedPrompts, Placement, Prompt, Request
 from modules.speed_options import swapping
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from torch import Tensor
 from blissful_tuner.metadata import as_tags, output_metadata
 from generation.options import OutputOptions
 from modules.atomic_write import atomic_folder, claimed, save_tensors
-from modules.checkpoint import open_checkpoint
-from modules.checkpoint_files import load_pickled
+from modules.checkpoints.containers import load_pickled
+from modules.checkpoints.opening import open_checkpoint
+from modules.contract.family import Family
+from modules.contract.generation import Request
 from modules.errors import CheckpointError
-from modules.family import Family
-from modules.media import write_png, write_video
-from modules.records import Request
+from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import StepDone
-from modules.records import Request, Section
+from modules.contract.generation import Request, Section
 
 logger = logging.getLogger(__name__)
 

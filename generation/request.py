@@ -13,14 +13,14 @@ from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import steps_to_make
 from generation.options import RequestOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
+from modules.contract.generation import Request
 from modules.errors import OptionError
-from modules.records import Request
 
 logger = logging.getLogger(__name__)
 
 # what is larger is a slip of the finger; the models know 1000 timesteps
 MOST = {"the width": 16384, "the height": 16384, "the number of steps": 10_000}
-SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.solvers
+SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.flow.solvers
 
 
 def draw_seed() -> int:

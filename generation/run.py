@@ -36,14 +36,16 @@ from generation.request import check_guidance, make_request
 from generation.sections import OnSection, make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
 from modules.atomic_write import make_folder
-from modules.attention import check_backend
+from modules.attention.attend import check_backend
 from modules.command import each_warning_once
 from modules.compile import check_compilation
+from modules.contract.data import Conditions
+from modules.contract.family import Family
+from modules.contract.generation import EncodedPrompts, Request, Section
+from modules.contract.loading import Placement
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, UserError
-from modules.family import Family
-from modules.memory_plan import comparison, room_on, too_little
-from modules.records import Conditions, EncodedPrompts, Placement, Request, Section
+from modules.planning.memory_plan import comparison, room_on, too_little
 from networks.merge import LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,11 @@ from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import noisy_source, steps_to_make
 from generation.denoise import OnStep, Start, denoise
 from generation.noise import SeededNoise
+from modules.contract.data import Conditions
+from modules.contract.family import Family
+from modules.contract.generation import DitAt, EncodedPrompts, Request, Section
 from modules.devices import sent
-from modules.family import Family
-from modules.records import Conditions, DitAt, EncodedPrompts, Request, Section
-from modules.solvers import Solver, solver_for
+from modules.flow.solvers import Solver, solver_for
 
 OnSection = Callable[[Section], None]
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from blissful_tuner.guidance import uses_guidance
 from generation.sections import conditions_to
-from modules.block_swap import move_network
-from modules.device_memory import bytes_on, host_room, spare_bytes
+from modules.contract.data import Conditions, MediaEncoders
+from modules.contract.family import Family, TextEncoder
+from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts, Request
 from modules.devices import free_memory
 from modules.errors import MemoryPlanError
-from modules.family import Family, TextEncoder
-from modules.memory_plan import gib
-from modules.records import Conditions, DitAt, EncodedPrompts, MediaEncoders, Prompt, Prompts, Request
+from modules.offload.block_swap import move_network
+from modules.planning.device_memory import bytes_on, host_room, spare_bytes
+from modules.planning.memory_plan import gib
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
-from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
-from modules.checkpoint_files import load_pickled
+from modules.checkpoints.containers import load_pickled
+from modules.checkpoints.dialects import DitShapes, Names, other_kind, translated
+from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
+from modules.checkpoints.opening import Checkpoint, Source, open_checkpoint, plain_sources
+from modules.contract.family import DitSpec
+from modules.contract.loading import Placement
 from modules.devices import dtype_name
-from modules.dialects import DitShapes, Names, other_kind, translated
-from modules.dit_files import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.errors import CheckpointError
-from modules.family import DitSpec
-from modules.fp8 import dequantise, stored_scale
-from modules.records import Placement
+from modules.fp8.weights import dequantise, stored_scale
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def describe(checkpoint: Checkpoint) -> str | None:
 def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-    dtype: see `modules.dit_files.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and pooled text are kept in
+    dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and pooled text are kept in
     float32. `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.
     """

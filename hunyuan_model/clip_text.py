@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hunyuan_model.clip_layers import ClipLayers, check_activation
 from hunyuan_model.text_checkpoints import ClipTextConfig, read_clip_text
-from modules.checkpoint import open_checkpoint
-from modules.dialects import load_planned
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import open_checkpoint
 
 
 class ClipTextEmbeddings(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.vae import HunyuanVae
-from modules.family import LatentSpec
-from modules.pixels import byte_clips
-from modules.records import Batch, CacheEntry, MediaBatch
+from modules.contract.data import Batch, CacheEntry, MediaBatch
+from modules.contract.family import LatentSpec
+from modules.media.pixels import byte_clips
 from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)

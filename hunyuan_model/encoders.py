@@ -11,10 +11,10 @@ from hunyuan_model.text_checkpoints import CLIP_FILES, LLAMA_FILES, read_clip_te
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
-from modules.checkpoint import Checkpoint, fingerprint
+from modules.checkpoints.model_files import existing, inside, read_once
+from modules.checkpoints.opening import Checkpoint, fingerprint
 from modules.devices import computing_dtype, dtype_name
 from modules.errors import CheckpointError
-from modules.model_files import existing, inside, read_once
 
 
 @dataclass(frozen=True)

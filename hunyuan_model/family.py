@@ -26,29 +26,16 @@ from hunyuan_model.options import (
 )
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
+from modules.checkpoints.dits import kept_dtype
+from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.loading import Placement
+from modules.contract.requests import check_size, filled, whole_frames, with_media, with_negative
 from modules.devices import computing_dtype, sent
-from modules.dit_files import kept_dtype
 from modules.errors import DatasetError, OptionError
-from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.media.pixels import image_pixels, video_pixels
 from modules.options import require
-from modules.pixels import image_pixels, video_pixels
-from modules.records import (
-    NO_TWEAKS,
-    Batch,
-    CacheEntry,
-    Conditions,
-    EncodedPrompts,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    Placement,
-    Prompt,
-    Prompts,
-    Request,
-    Section,
-    Tweaks,
-)
-from modules.requests import check_size, filled, whole_frames, with_media, with_negative
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from hunyuan_model.checkpoints import read_dit_header
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.encoders import Encoders
-from modules.dit_files import DitHeader
-from modules.model_files import existing, read_once
+from modules.checkpoints.dits import DitHeader
+from modules.checkpoints.model_files import existing, read_once
 
 
 @dataclass(frozen=True)

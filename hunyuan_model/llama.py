@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
-from modules.checkpoint import open_checkpoint
-from modules.dialects import load_planned
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import open_checkpoint
 
 
 def rotate_halves(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from hunyuan_model.blocks import MMDoubleStreamBlock, MMSingleStreamBlock, Tokens, modulated
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
-from modules.attention_lengths import lengths_on
-from modules.attention_options import SDPA, AttentionChoice
-from modules.norms import Float32LayerNorm
-from modules.precision import activation_dtype, run, run_float32
-from modules.rope import GridTable, exact_table
+from modules.attention.lengths import lengths_on
+from modules.attention.options import SDPA, AttentionChoice
+from modules.layers.norms import Float32LayerNorm
+from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.rope import GridTable, exact_table
 
 
 class PatchEmbedding(nn.Module):
@@ -65,7 +65,7 @@ class HunyuanVideoModel(nn.Module):
     """Predicts the velocity of noisy video latents, given text in two encodings and, by variant, guidance and a first frame."""
 
     def __init__(self, config: HunyuanVideoConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: what `modules.attention.attend` is told."""
+        """attention: what `modules.attention.attend.attend` is told."""
         super().__init__()
         self.config = config
         self.attention = attention

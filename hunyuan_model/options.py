@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hunyuan_model.configs import SKIP_LAYERS
-from modules.attention_options import add_split_argument
+from modules.attention.options import add_split_argument
 from modules.command import as_typed
 from modules.errors import OptionError
 from modules.options import check_at_least

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.checkpoint import Checkpoint, plain_sources
-from modules.dialects import LoadPlan, count, other_kind, shapes_of
-from modules.encoder_files import head_width, network_in, told_beside
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.encoders import head_width, network_in, told_beside
+from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
 LLAMA_HEAD_WIDTH = 128  # Llama 3; nothing in the tensors tells it

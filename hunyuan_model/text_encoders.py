@@ -25,12 +25,13 @@ from hunyuan_model.tokenizer import (
     load_clip_tokenizer,
     load_llama_tokenizer,
 )
-from modules.checkpoint import fingerprint, open_checkpoint
+from modules.checkpoints.model_files import inside
+from modules.checkpoints.opening import fingerprint, open_checkpoint
+from modules.contract.data import Conditions
+from modules.contract.generation import Prompt
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.loaded import Loaded
-from modules.model_files import inside
-from modules.records import Conditions, Prompt
+from modules.offload.loaded import Loaded
 
 logger = logging.getLogger(__name__)
 

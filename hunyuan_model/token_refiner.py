@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import Mlp, gated, heads
 from hunyuan_model.configs import HunyuanVideoConfig
-from modules.attention import attend
-from modules.attention_lengths import Lengths, lengths_on
-from modules.attention_options import SDPA, AttentionChoice
+from modules.attention.attend import attend
+from modules.attention.lengths import Lengths, lengths_on
+from modules.attention.options import SDPA, AttentionChoice
 from modules.devices import numbers_on
-from modules.norms import Float32LayerNorm
-from modules.precision import run, run_float32
-from modules.sinusoid import sinusoid
+from modules.layers.norms import Float32LayerNorm
+from modules.layers.precision import run, run_float32
+from modules.layers.sinusoid import sinusoid
 
 
 class NumberEmbedding(nn.Module):

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from hunyuan_model.text_checkpoints import CLIP_TOKENS
-from modules.tokenizer_files import TokenizerFiles
+from modules.checkpoints.tokenizers import TokenizerFiles
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from hunyuan_model.vae_blocks import Decoder, Encoder, VaeConfig
 from hunyuan_model.vae_checkpoints import read_vae
 from hunyuan_model.vae_tiles import Cut, in_spans, in_tiles
-from modules.checkpoint import open_checkpoint
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name
-from modules.dialects import load_planned
 from modules.errors import OptionError
-from modules.memory_layouts import lay_out, layouts
-from modules.pixels import check_clip, from_bytes
+from modules.layers.memory_layouts import lay_out, layouts
+from modules.media.pixels import check_clip, from_bytes
 
 logger = logging.getLogger(__name__)
 

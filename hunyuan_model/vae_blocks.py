@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from modules.attention import attend
-from modules.convolution import conv3d
-from modules.memory_layouts import empty_clip
+from modules.attention.attend import attend
+from modules.layers.convolution import conv3d
+from modules.layers.memory_layouts import empty_clip
 
 KERNEL = 3  # of every convolution that is not pointwise
 EPS = 1e-6  # of every group norm

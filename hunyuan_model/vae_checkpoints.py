@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from hunyuan_model.vae_blocks import DOWN, UP, VaeConfig
-from modules.checkpoint import Checkpoint, Source, plain_sources
-from modules.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
+from modules.checkpoints.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
+from modules.checkpoints.opening import Checkpoint, Source, plain_sources
 from modules.errors import CheckpointError
 
 LATENT_CHANNELS = 16

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.equal_pieces import Compute, compute_piece
+from modules.planning.pieces import Compute, compute_piece
 
 
 @dataclass(frozen=True)

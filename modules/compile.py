@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from modules.compile_options import INDUCTOR, Compilation
+from modules.contract.family import DitSpec
 from modules.errors import OptionError
-from modules.family import DitSpec
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from modules.attention_options import (
+from modules.attention.options import (
     GenerationAttentionOptions,
     TrainingAttentionOptions,
     add_generation_attention_arguments,
@@ -16,14 +16,9 @@ from modules.compile_options import (
     add_generation_compile_arguments,
     add_training_compile_arguments,
 )
-from modules.fp8_options import (
-    GenerationFp8Options,
-    TrainingFp8Options,
-    add_generation_fp8_arguments,
-    add_training_fp8_arguments,
-)
-from modules.plan_options import PlanOptions, add_plan_argument
-from modules.swap_options import SwapOptions, add_swap_arguments
+from modules.fp8.options import GenerationFp8Options, TrainingFp8Options, add_generation_fp8_arguments, add_training_fp8_arguments
+from modules.offload.options import SwapOptions, add_swap_arguments
+from modules.planning.options import PlanOptions, add_plan_argument
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoint import open_checkpoint
+from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import fault, group_by_module, rank_of
 from networks.hashes import is_damaged

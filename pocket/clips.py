@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from modules.atomic_write import write_text
-from modules.media import write_video
+from modules.media.writing import write_video
 from modules.seeds import derive_seed
 from pocket import drawing
 from pocket.captions import caption

@@ -18,7 +18,7 @@ import numpy as np
 import wan_generate_video
 from modules.atomic_write import write_text
 from modules.command import command_line
-from modules.media import video_frames
+from modules.media.reading import video_frames
 from modules.seeds import derive_seed
 from pocket import drawing
 from pocket.concepts import CONCEPTS, Concept

@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modules.atomic_write import write_text
 from modules.errors import UserError
-from modules.media import read_image, resize_cover, video_frames, write_png
+from modules.media.reading import read_image, resize_cover, video_frames
+from modules.media.writing import write_png
 from pocket import drawing
 from pocket.concepts import CONCEPTS, Concept
 from pocket.measure import FORMS

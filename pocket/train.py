@@ -18,10 +18,10 @@ from torch import nn
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from modules.atomic_write import save_tensors
-from modules.checkpoint import open_checkpoint
+from modules.checkpoints.opening import open_checkpoint
 from modules.command import command_line
+from modules.layers.rope import axis_angles
 from modules.options import read_options
-from modules.rope import axis_angles
 from pocket import train_text, train_vae
 from pocket.clips import write_clips, write_dataset
 from pocket.footage import real_clips

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modules.atomic_write import atomic_path, save_tensors
-from modules.media import video_frames
-from modules.pixels import to_pixels
+from modules.media.pixels import to_pixels
+from modules.media.reading import video_frames
 from modules.seeds import derive_seed
 from pocket import drawing, vae_learning
 from pocket.muon import Muon

@@ -68,7 +68,7 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
 
 def shown(folder: Path) -> torch.Tensor:
     """The frames of the only video or picture in a folder."""
-    from modules.media import read_image, video_frames
+    from modules.media.reading import read_image, video_frames
 
     (path,) = (path for path in folder.iterdir() if path.suffix in {".mp4", ".png"})
     frames = [read_image(path)] if path.suffix == ".png" else list(video_frames(path))

@@ -11,8 +11,8 @@ import merge_lora
 from benchmarks import process_memory
 from families import identify
 from frame_pack.checkpoints import load_dit as load_framepack
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from modules.records import Placement
 from networks import lora_framepack
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse

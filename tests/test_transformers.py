@@ -18,10 +18,10 @@ import tests.hunyuan_model.making as hunyuan_making
 import tests.wan.making as wan_making
 import wan.checkpoints
 import wan.family
-from modules.activation import checkpoint_blocks
+from modules.contract.family import DitSpec
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError
-from modules.family import DitSpec
-from modules.records import Placement
+from modules.offload.checkpointing import checkpoint_blocks
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 
 CPU = Placement(torch.device("cpu"))

@@ -3,15 +3,15 @@
 import torch
 from torch import nn
 
-from modules.activation import checkpoint_blocks
-from modules.activation_offload import offload_to_host
-from modules.block_swap import HostWeights, swap_blocks
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
-from modules.family import DitSpec
-from modules.fp8_options import Quantisation
-from modules.records import Placement
-from modules.token_pieces import compute_in_pieces
+from modules.contract.family import DitSpec
+from modules.contract.loading import Placement
+from modules.fp8.options import Quantisation
+from modules.offload.activations import offload_to_host
+from modules.offload.block_swap import HostWeights, swap_blocks
+from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.token_pieces import compute_in_pieces
 from training.loop_options import LoopOptions
 from training.options import TrainingOptions
 

@@ -18,26 +18,26 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from modules.device_memory import MemoryWatch
+from modules.contract.family import Family
 from modules.devices import numbers_on
 from modules.errors import UserError
-from modules.family import Family
+from modules.planning.device_memory import MemoryWatch
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
-from training.evaluation import evaluation
-from training.feed import Feed, MicroBatch
-from training.fused_backward import FusedBackward
-from training.gradients import fill_missing_gradients, is_any, norm_of_gradients, sum_over_processes
-from training.logs import Logs, StepReport, named_rates
+from training.data.feed import Feed, MicroBatch
 from training.loss import Autocast, training_loss
-from training.lr_schedule import LrSchedule
+from training.optimizers.finished_weights import evaluation
+from training.optimizers.fused_backward import FusedBackward
+from training.optimizers.lr_schedule import LrSchedule
+from training.optimizers.parameter_steps import ParameterSteps
 from training.options import TrainingOptions
-from training.parameter_steps import ParameterSteps
-from training.plan import Plan
-from training.readings import Notes, Reading, Readings
+from training.processes.gradients import fill_missing_gradients, is_any, norm_of_gradients, sum_over_processes
+from training.progress import Progress
+from training.reports.logs import Logs, StepReport, named_rates
+from training.reports.readings import Notes, Reading, Readings
 from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
-from training.saving import MinuteClock, Saver
-from training.state import Progress
+from training.saving.files import MinuteClock, Saver
+from training.steps import Plan
 from training.stopping import StopRequest
 from training.trainable import Trainable
 from training.validation import Validation

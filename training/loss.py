@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from modules.contract.data import Batch, Conditions
+from modules.contract.family import Family
 from modules.devices import sent
-from modules.family import Family
-from modules.flow_matching import add_noise
-from modules.records import Batch, Conditions
+from modules.flow.schedule import add_noise
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network, nothing else
 

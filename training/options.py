@@ -11,14 +11,15 @@ from modules.errors import OptionError
 from modules.options import read_options, refuse_unsupported, require
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
 from networks.options import NetworkOptions, add_network_arguments
-from training.accelerator_options import AcceleratorOptions, add_accelerator_arguments
 from training.config_options import add_config_argument, read_config_file
-from training.log_options import LogOptions, add_log_arguments
+from training.data.options import TimestepOptions, add_timestep_arguments
 from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
-from training.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
-from training.optimizer_options import OptimizerOptions, add_optimizer_arguments
+from training.optimizers.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
+from training.optimizers.options import OptimizerOptions, add_optimizer_arguments
+from training.processes.options import AcceleratorOptions, add_accelerator_arguments
+from training.reports.options import LogOptions, add_log_arguments
 from training.sample_options import SampleOptions, add_sample_arguments
-from training.saving_options import (
+from training.saving.options import (
     HubOptions,
     MetadataOptions,
     SavingOptions,
@@ -26,7 +27,6 @@ from training.saving_options import (
     add_metadata_arguments,
     add_saving_arguments,
 )
-from training.timestep_options import TimestepOptions, add_timestep_arguments
 from training.whole_dit_options import WholeDitOptions
 
 T = TypeVar("T")

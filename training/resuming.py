@@ -13,17 +13,16 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.optim import Optimizer
 
-from dataset.batches import BatchOrder
+from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError
-from training.logs import public_config
-from training.lr_schedule import LrSchedule
-from training.optimizer_state import encode_optimizer, move_states, restore_foreign_optimizer, restore_optimizer
+from training.optimizers.lr_schedule import LrSchedule
+from training.optimizers.state import encode_optimizer, move_states, restore_foreign_optimizer, restore_optimizer
 from training.options import TrainingOptions
-from training.plan import Plan
-from training.saving_options import LATEST
-from training.state import (
+from training.progress import Progress
+from training.reports.logs import public_config
+from training.saving.options import LATEST
+from training.saving.states import (
     ForeignState,
-    Progress,
     SavedState,
     StoredPart,
     check_identity,
@@ -32,8 +31,9 @@ from training.state import (
     read_state,
     warn_of_changes,
 )
+from training.saving.upload import download_state
+from training.steps import Plan
 from training.trainable import Trainable
-from training.upload import download_state
 
 logger = logging.getLogger(__name__)
 

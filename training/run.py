@@ -13,50 +13,52 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dataset.batches import NO_COMMANDS, BatchOrder, CachingCommands, TrainingItem, find_items, require_items, split_validation
+from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, find_items, require_items, split_validation
+from dataset.batches.order import BatchOrder
+from dataset.batches.same_encoders import SameEncoders
 from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
-from dataset.same_encoders import SameEncoders
 from modules.atomic_write import make_folder
-from modules.attention import check_backend
-from modules.block_swap import HostWeights, host_weights, settle
+from modules.attention.attend import check_backend
 from modules.compile import check_compilation
+from modules.contract.family import Family
+from modules.contract.loading import Placement
 from modules.devices import DTYPES, choose_device, dtype_name
 from modules.errors import DatasetError, OptionError
-from modules.family import Family
-from modules.fp8_matmul import with_product
-from modules.fp8_options import Quantisation
-from modules.memory_plan import too_little
+from modules.fp8.options import Quantisation
+from modules.fp8.products import with_product
+from modules.offload.block_swap import HostWeights, host_weights, settle
+from modules.offload.swap_plan import SwapPlan
 from modules.options import require
-from modules.records import Placement
-from modules.swap_plan import SwapPlan
+from modules.planning.memory_plan import too_little
 from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
-from training.accelerator import make_accelerator
+from training.data.feed import Feed, MicroBatches, Randomness
+from training.data.timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
-from training.evaluation import finished_weights
-from training.feed import Feed, MicroBatches, Randomness
-from training.fused_backward import FusedBackward, check_fused_backward
-from training.gradients import largest
-from training.ignored import ignored_options
-from training.logs import TRACKER_NAME, check_trackers, public_config, run_folder, start_logs
 from training.loop import Run, train
-from training.lr_schedule import make_lr_schedule, warmup_steps
-from training.memory import plan_training, prepare_memory, with_swap
 from training.metadata import RunFacts, file_metadata, run_metadata
-from training.optimizer import make_optimizer, set_training
+from training.optimizers.finished_weights import finished_weights
+from training.optimizers.fused_backward import FusedBackward, check_fused_backward
+from training.optimizers.lr_schedule import make_lr_schedule, warmup_steps
+from training.optimizers.optimizer import make_optimizer, set_training
+from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
-from training.parameter_steps import ParameterSteps, steps_alone
-from training.plan import Plan, total_steps
+from training.planning.memory import plan_training, prepare_memory, with_swap
+from training.processes.accelerator import make_accelerator
+from training.processes.gradients import largest
+from training.progress import Progress
+from training.reports.logs import TRACKER_NAME, check_trackers, public_config, run_folder, start_logs
 from training.resuming import Learning, capture, check_resumable, find_state, first_progress, habits_of, identity_of, restore
 from training.samples import Sampler, prepare_samples
-from training.saving import MinuteClock, Names, Saver
-from training.state import ForeignState, Progress, SavedState, write_state
-from training.timesteps import show_timesteps
+from training.saving.files import MinuteClock, Names, Saver
+from training.saving.states import ForeignState, SavedState, write_state
+from training.saving.upload import Uploads, make_uploads
+from training.steps import Plan, total_steps
 from training.trainable import train_dit
 from training.trainable import train_network as as_trainable
-from training.upload import Uploads, make_uploads
+from training.unused_options import ignored_options
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)

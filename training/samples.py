@@ -17,10 +17,11 @@ from generation.outputs import frames_of, sample_tags
 from generation.prompt_lines import read_sample_prompts
 from generation.sections import make_latents
 from generation.session import Session, encode_inputs
+from modules.contract.data import Conditions
+from modules.contract.family import Family
+from modules.contract.generation import EncodedPrompts, Request
 from modules.errors import OptionError
-from modules.family import Family
-from modules.media import write_png, write_video
-from modules.records import Conditions, EncodedPrompts, Request
+from modules.media.writing import write_png, write_video
 from training.loss import Autocast
 from training.sample_options import SampleOptions
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from modules.checkpoint_files import TensorInfo
+from modules.checkpoints.writing import stream_tensors
+from modules.contract.loading import TensorInfo
 from modules.errors import OptionError
-from modules.tensor_stream import stream_tensors
 from networks.adapter import TrainableNetwork
 
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dataset.batches import CachingCommands, TrainingItem, read_batch
-from dataset.same_encoders import SameEncoders
-from modules.family import Family
-from training.feed import seeded
+from dataset.batches.finding import CachingCommands, TrainingItem
+from dataset.batches.reading import read_batch
+from dataset.batches.same_encoders import SameEncoders
+from modules.contract.family import Family
+from training.data.feed import seeded
+from training.data.options import TimestepOptions
+from training.data.timesteps import timesteps_at
 from training.loss import Autocast, NoisyBatch, squared_errors
-from training.timestep_options import TimestepOptions
-from training.timesteps import timesteps_at
 
 NUM_BANDS = 5
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from modules.checkpoint import Checkpoint, Source, open_checkpoint, plain_sources
+from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
+from modules.checkpoints.opening import Checkpoint, Source, open_checkpoint, plain_sources
+from modules.contract.family import DitSpec
+from modules.contract.loading import Placement
 from modules.devices import dtype_name
-from modules.dit_files import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.errors import CheckpointError
-from modules.family import DitSpec
-from modules.records import Placement
 from wan.configs import HEAD_WIDTH, TASKS, WanConfig, WanTask
 from wan.model import WanModel
 
@@ -112,7 +112,7 @@ def note_size(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
 def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-    dtype: see `modules.dit_files.kept_dtype` and `fill_dit`. Time embedding and final layer are kept in float32.
+    dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. Time embedding and final layer are kept in float32.
     `placement.patch` is given the published parameter names.
     Raises CheckpointError where the file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
     """

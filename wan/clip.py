@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.checkpoint import open_checkpoint
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name, half_where_fast
-from modules.dialects import load_planned
 from wan.encoder_checkpoints import ClipConfig, read_clip
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.checkpoint import Checkpoint, Source, plain_sources
-from modules.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
+from modules.checkpoints.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
+from modules.checkpoints.opening import Checkpoint, Source, plain_sources
 from modules.errors import CheckpointError
 from wan.vae_blocks import VaeConfig, VaeLayer
 

@@ -9,30 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoint import fingerprint
+from modules.checkpoints.dits import kept_dtype
+from modules.checkpoints.opening import fingerprint
+from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.loading import Placement
+from modules.contract.requests import check_size, filled, whole_frames, with_media
 from modules.devices import dtype_name, dtype_named
-from modules.dit_files import kept_dtype
 from modules.errors import CacheError, DatasetError, OptionError
-from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.media.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
 from modules.options import require
-from modules.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
-from modules.records import (
-    NO_TWEAKS,
-    Batch,
-    CacheEntry,
-    Conditions,
-    EncodedPrompts,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    Placement,
-    Prompt,
-    Prompts,
-    Request,
-    Section,
-    Tweaks,
-)
-from modules.requests import check_size, filled, whole_frames, with_media
 from wan import conditioning
 from wan.checkpoints import DIT, check_task, load_dit, note_size
 from wan.clip import load_clip

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modules.dit_files import DitHeader
+from modules.checkpoints.dits import DitHeader
+from modules.checkpoints.model_files import existing, read_once
 from modules.errors import OptionError
-from modules.model_files import existing, read_once
 from wan.checkpoints import read_dit_header
 from wan.configs import WanConfig
 from wan.encoder_checkpoints import read_clip, read_t5, read_vae

@@ -14,12 +14,12 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from modules.attention import attend
-from modules.attention_options import SDPA, AttentionChoice
-from modules.norms import Float32LayerNorm, RMSNorm
-from modules.precision import activation_dtype, run, run_float32
-from modules.rope import TABLES, GridTable, rotate
-from modules.sinusoid import sinusoid
+from modules.attention.attend import attend
+from modules.attention.options import SDPA, AttentionChoice
+from modules.layers.norms import Float32LayerNorm, RMSNorm
+from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.rope import TABLES, GridTable, rotate
+from modules.layers.sinusoid import sinusoid
 from wan.configs import WanConfig
 
 TEXT_ROWS_AS_IMAGE = 257  # how many text rows older tools mistook for image tokens
@@ -169,7 +169,7 @@ class WanModel(nn.Module):
     """Predicts the velocity of noisy video latents, given text and, by variant, image features and further input channels."""
 
     def __init__(self, config: WanConfig, attention: AttentionChoice = SDPA, rope: str = "default") -> None:
-        """attention: what `modules.attention.attend` is told. rope: a key of modules.rope.TABLES."""
+        """attention: what `modules.attention.attend.attend` is told. rope: a key of modules.layers.rope.TABLES."""
         super().__init__()
         self.config = config
         self.attention = attention

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.checkpoint import fingerprint, open_checkpoint
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import fingerprint, open_checkpoint
+from modules.contract.data import Conditions
+from modules.contract.generation import Prompt
 from modules.devices import dtype_name
-from modules.dialects import load_planned
 from modules.errors import CheckpointError
-from modules.loaded import Loaded
-from modules.records import Conditions, Prompt
+from modules.offload.loaded import Loaded
 from wan.encoder_checkpoints import T5Config, read_t5
 from wan.tokenizer import Tokenize, find_tokenizer, load_tokenizer
 

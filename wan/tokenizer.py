@@ -8,9 +8,9 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import Tokenizer
 
-from modules.checkpoint import open_checkpoint
+from modules.checkpoints.opening import open_checkpoint
+from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError
-from modules.tokenizer_files import TokenizerFiles
 from wan.encoder_checkpoints import SPIECE_MODEL
 
 logger = logging.getLogger(__name__)

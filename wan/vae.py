@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoint import open_checkpoint
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name
-from modules.dialects import load_planned
-from modules.memory_layouts import lay_out, layouts
-from modules.pixels import check_clip
+from modules.layers.memory_layouts import lay_out, layouts
+from modules.media.pixels import check_clip
 from wan.encoder_checkpoints import read_vae
 from wan.vae_blocks import Decoder, Encoder, TimeMemory, VaeConfig
 from wan.vae_tiles import Tile, add_tile, tiles

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.convolution import conv3d
-from modules.memory_layouts import empty_clip
+from modules.layers.convolution import conv3d
+from modules.layers.memory_layouts import empty_clip
 
 TIME_KERNEL = 3  # every causal convolution sees its frame and the two before it
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from blissful_tuner.guidance import applied_steps, guidance_scales, make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions, add_guidance_arguments, add_rescale_argument
+from modules.contract.data import Conditions
+from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
 from modules.errors import OptionError
 from modules.options import read_options
-from modules.records import NO_TWEAKS, Conditions, Request, Section, Tweaks
 from tests.golden_cases import read_case
 
 REQUEST = Request("p", 0, guidance_scale=5.0)

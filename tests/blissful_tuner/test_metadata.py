@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blissful_tuner.metadata import TUNER_VERSION, as_tags, decoded_metadata, frame_rate_in, output_metadata, seed_in
-from modules.records import Request
+from modules.contract.generation import Request
 
 REQUEST = Request("a\ncat ä", 7, 832, 480, 81, 50, 5.0, None, 5.0, "unipc", 16.0, "bad")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from blissful_tuner.video_to_video import noisy_source, steps_to_make
-from modules.flow_matching import make_schedule
-from modules.records import Request
+from modules.contract.generation import Request
+from modules.flow.schedule import make_schedule
 
 
 @pytest.mark.parametrize(

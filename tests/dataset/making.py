@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.config import DatasetTable, load_dataset_config
-from modules.media import write_video
+from modules.media.writing import write_video
 
 GREY_STEP = 4  # frame i of a clip made here is grey 4 * i + 4
 

@@ -1,11 +1,11 @@
 from pathlib import Path
 from typing import Any, cast
 
-from dataset.batches import CachingCommands
-from dataset.caching import cache_media, cache_texts
+from dataset.batches.finding import CachingCommands
+from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_media, check_texts, check_training
 from modules.errors import OptionError
-from tests.dataset.test_caching import change, make_config
+from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")

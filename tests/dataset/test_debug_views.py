@@ -7,9 +7,9 @@ import pytest
 from dataset.debug_views import coloured_text, sheet, show_datasets
 from dataset.options import DebugOptions
 from modules.errors import OptionError
-from modules.media import image_size, read_image, video_frames
+from modules.media.reading import image_size, read_image, video_frames
+from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import frame_numbers, make_clip
-from tests.dataset.test_caching import make_config
 from tests.dataset.toy_family import ToyFamily
 
 DEBUG = DebugOptions(debug_mode="console", console_width=16, console_back=None, console_num_images=None)

@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.batches import CachingCommands, find_items, read_batch
-from dataset.cache_files import write_tensors
-from dataset.caching import cache_media, cache_texts
+from dataset.batches.finding import CachingCommands, find_items
+from dataset.batches.reading import read_batch
+from dataset.cache.files import write_tensors
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.reports import conclude
 from dataset.check import check_media, check_training
 from dataset.config import DatasetConfig
-from dataset.reports import conclude
+from modules.contract.data import MediaTable
 from modules.errors import CacheError, DatasetError
-from modules.records import MediaTable
+from tests.dataset.caching.test_loop import change, make_config, names
 from tests.dataset.making import make_clip, make_image, make_table
-from tests.dataset.test_caching import change, make_config, names
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from dataset.batches import CachingCommands, find_items, read_batch, require_items
-from dataset.cache_files import read_entry, write_tensors
-from dataset.cache_records import text_records
-from dataset.caching import cache_media, cache_texts
+from dataset.batches.finding import CachingCommands, find_items, require_items
+from dataset.batches.reading import read_batch
+from dataset.cache.files import read_entry, write_tensors
+from dataset.cache.records import text_records
+from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_texts, check_training
 from dataset.config import DatasetConfig
+from modules.contract.data import Conditions
+from modules.contract.generation import Prompt
 from modules.errors import CacheError, OutputError
-from modules.records import Conditions, Prompt
-from tests.dataset.test_caching import make_config, names
+from tests.dataset.caching.test_loop import make_config, names
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -346,7 +348,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.dataset.test_two_passes import make_config, options, two
-from dataset.caching import cache_texts
+from dataset.caching.loop import cache_texts
 cache_texts(two(), make_config(Path({folder!r})), options())
 """
 # of two sources: each writes and renames its unfinished file, then the joined one, which is renamed once more

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from dataset.options import CachingOptions
+from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.family import LatentSpec, SamplingDefaults
+from modules.contract.generation import Prompt
 from modules.errors import DatasetError, MediaError
-from modules.family import LatentSpec, SamplingDefaults
-from modules.records import CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable, Prompt
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
 OPTIONS = CachingOptions(

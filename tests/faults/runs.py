@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modules.media import read_image, video_frames
+from modules.media.reading import read_image, video_frames
 from tests.commands import ROOT
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_clips, write_dataset, write_image, write_picture_dataset, write_pictures
 from tests.tiny.wan import write_tiny_wan
-from training.state import SavedState, read_state
+from training.saving.states import SavedState, read_state
 
 SAMPLES = """a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3 --n dull
 a dog --w 32 --h 32 --f 1 --d 8 --s 1 --fs 5

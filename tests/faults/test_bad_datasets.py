@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dataset.batches import find_items, read_batch
+from dataset.batches.finding import find_items
+from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
+from modules.contract.data import Batch
 from modules.errors import CacheError
-from modules.media import write_video
-from modules.records import Batch
+from modules.media.writing import write_video
 from tests.faults.damage import Damage, empty, flip_any_bit, flipped_data, one_byte_short, pickled_code, proof_of, truncated
 from tests.faults.messages import assert_one_message, run_here
 from tests.faults.runs import WAN, as_bytes, assert_same_tensors, copy_data

@@ -34,7 +34,7 @@ from tests.faults.messages import assert_one_message, run_here
 from tests.faults.runs import FRAMEPACK, HUNYUAN_VIDEO, WAN, Scripts, Undisturbed, as_bytes, assert_same_tensors
 from tests.tiny.hunyuan_encoders import write_comfy_text_encoders
 from tests.tiny.wan_dit import tiny_state
-from training.state import ForeignState, SavedState, read_state
+from training.saving.states import ForeignState, SavedState, read_state
 
 FAMILIES = (WAN,)  # of tests that do not choose themselves: what is wrong there is found by code that all share
 TOKENIZERS = {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from frame_pack.family import family_for_training
 from frame_pack.options import FramePackTrainingOptions, add_training_arguments
+from modules.contract.loading import Placement
 from modules.options import read_options
-from modules.records import Placement
 from networks.adapter import make_network
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily

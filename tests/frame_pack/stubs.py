@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from generation.sections import make_latents
-from modules.records import Conditions, EncodedPrompts, Request
+from modules.contract.data import Conditions
+from modules.contract.generation import EncodedPrompts, Request
 from tests.golden_cases import read_case
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from frame_pack.batches import HISTORY, _note_clips, _note_other_order
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.one_frame import OneFrame
+from modules.contract.data import Batch
 from modules.errors import CacheError
-from modules.records import Batch
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
 
 WINDOW, AREA = 2, (4, 6)

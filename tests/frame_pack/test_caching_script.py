@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 import fpack_cache_latents
 from modules.errors import DatasetError, OptionError
-from modules.media import write_video
+from modules.media.writing import write_video
 from tests.commands import assert_user_error, run_script
 from tests.tiny.framepack import write_siglip
 from tests.tiny.hunyuan_vae import write_vae

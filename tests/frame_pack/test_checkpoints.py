@@ -11,10 +11,10 @@ import families
 import hunyuan_model.checkpoints
 import wan.checkpoints
 from frame_pack.checkpoints import DIT, identify, load_dit, read_dit_header
+from modules.checkpoints.model_files import read_once
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError
-from modules.fp8 import linear_weights
-from modules.model_files import read_once
-from modules.records import Placement
+from modules.fp8.weights import linear_weights
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit
 from tests.tiny.framepack_dit import CONFIG, DIALECTS, tiny_state, write_dit

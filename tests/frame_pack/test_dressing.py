@@ -15,9 +15,9 @@ from frame_pack.checkpoints import DIT, load_dit
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
-from modules.fp8_matmul import emulated_product
-from modules.fp8_options import Quantisation
-from modules.records import Placement
+from modules.contract.loading import Placement
+from modules.fp8.options import Quantisation
+from modules.fp8.products import emulated_product
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
 

@@ -13,8 +13,8 @@ from frame_pack.family import family_for_generation
 from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
 from frame_pack.sections import section_frames
 from hunyuan_model.family import LATENT as VAE_LATENT
+from modules.contract.data import MediaEncoders
 from modules.options import read_options
-from modules.records import MediaEncoders
 from tests.frame_pack.stubs import RepeatingVae, family
 from tests.tiny.hunyuan_vae import write_vae
 

@@ -12,9 +12,10 @@ from frame_pack.family import FramePack
 from frame_pack.sections import section_frames, video_frames, video_latents
 from generation.growing import settled
 from generation.sections import make_latents
-from modules.media import video_frames as frames_in
-from modules.media import write_png
-from modules.records import DecodePart, MediaEncoders, Piece, Section
+from modules.contract.data import MediaEncoders
+from modules.contract.generation import DecodePart, Piece, Section
+from modules.media.reading import video_frames as frames_in
+from modules.media.writing import write_png
 from tests.frame_pack.stubs import CPU, RepeatingVae, family, images, request, texts
 from tests.held_memory import held_memory
 from tests.tiny.framepack import write_tiny_framepack

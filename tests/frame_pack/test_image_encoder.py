@@ -13,10 +13,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from frame_pack.image_checkpoints import SiglipConfig, read_siglip
 from frame_pack.image_encoder import SiglipVision, load_siglip
-from modules.checkpoint import open_checkpoint
+from modules.checkpoints.filling import load_module
+from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
-from modules.filling import load_module
-from modules.pixels import to_pixels
+from modules.media.pixels import to_pixels
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.framepack_encoders import SIGLIP_DIM, siglip_config, siglip_config_json, siglip_layouts, siglip_tensors
 from tests.tiny.hunyuan_encoders import clip_text_layouts, clip_text_tensors, save

@@ -11,8 +11,9 @@ from torch import Tensor
 from frame_pack.inputs import one_frame_inputs, read_alpha, read_mask, video_inputs
 from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.family import LATENT as VAE_LATENT
-from modules.media import write_png
-from modules.records import MediaEncoders, Request
+from modules.contract.data import MediaEncoders
+from modules.contract.generation import Request
+from modules.media.writing import write_png
 
 WIDTH, HEIGHT = 48, 32
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dataset.batches import BatchOrder, find_items, read_batch
-from dataset.cache_files import write_tensors
+from dataset.batches.finding import find_items
+from dataset.batches.order import BatchOrder
+from dataset.batches.reading import read_batch
+from dataset.cache.files import write_tensors
 from dataset.config import DatasetConfig, load_dataset_config
 from frame_pack.family import LATENT, TEXT_KEYS, FramePack
 from frame_pack.files import FramePackFiles
+from modules.contract.data import Batch, Conditions
 from modules.errors import CacheError
-from modules.records import Batch, Conditions
 from tests.frame_pack.making import tiny_model
 from tests.tiny.framepack_dit import CONFIG
 

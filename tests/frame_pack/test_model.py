@@ -8,7 +8,7 @@ from torch import Tensor
 
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import Tokens
-from modules.attention_options import SDPA, AttentionChoice
+from modules.attention.options import SDPA, AttentionChoice
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.modules.attention_packages import PACKAGES, put_in
 

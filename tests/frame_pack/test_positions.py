@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as functional
 
 from frame_pack.positions import Layout, Stretch, position_scale, rotary_table
-from modules.rope import exact_table
+from modules.layers.rope import exact_table
 
 WIDTHS, THETA = (8, 28, 28), 256.0
 

@@ -18,9 +18,9 @@ from frame_pack.options import (
     add_training_arguments,
 )
 from frame_pack.requests import images_of, sections_of, settled, tell_unused_paddings, texts_of
+from modules.contract.generation import Request
 from modules.errors import OptionError
 from modules.options import read_options
-from modules.records import Request
 from tests.golden_cases import read_case
 from tests.tiny.framepack import write_siglip
 from tests.tiny.framepack_dit import tiny_state, write_dit

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
-from modules.records import Placement
+from modules.contract.loading import Placement
 from networks import lora_framepack
 from tests.faults.messages import assert_one_message, run_here
 from tests.frame_pack.projects import CPU, OUTPUT, ProjectOf, generated_latents, sample_latents, train

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from frame_pack.family import HISTORY, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
+from modules.contract.data import Conditions
+from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.options import read_options
-from modules.records import Conditions, Placement
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.tiny.framepack_dit import tiny_state, write_dit
 

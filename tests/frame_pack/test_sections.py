@@ -27,7 +27,7 @@ from frame_pack.sections import (
     video_latents,
 )
 from modules.errors import OptionError
-from modules.flow_matching import make_schedule
+from modules.flow.schedule import make_schedule
 from tests.golden_cases import read_case
 
 DESCRIPTION, TENSORS = read_case("framepack_schedule")

@@ -12,14 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dataset.batches import CachingCommands, find_items, read_batch, require_items
-from dataset.cache_files import read_header
-from dataset.cache_records import text_records
+from dataset.batches.finding import CachingCommands, find_items, require_items
+from dataset.batches.reading import read_batch
+from dataset.cache.files import read_header
+from dataset.cache.records import text_records
 from dataset.config import load_dataset_config
 from frame_pack.family import LATENT, TEXT_KEYS, FramePack
 from frame_pack.files import FramePackFiles
+from modules.contract.data import Batch
+from modules.contract.loading import Placement
 from modules.errors import CacheError
-from modules.records import Batch, Placement
 from tests.commands import ROOT, run_python
 from tests.faults.messages import assert_one_message, run_here
 from tests.faults.runs import DYING, assert_same_caches, assert_whole

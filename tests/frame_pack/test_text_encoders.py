@@ -15,10 +15,10 @@ from frame_pack.family import family_for_generation
 from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
 from frame_pack.text_encoders import TEXT_ROWS, FramePackTextEncoder, framepack_clip, framepack_llama
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE
-from modules.dry_run import dry_run, largest, modules_in, place
+from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
 from modules.options import read_options
-from modules.records import Prompt
+from modules.planning.dry_run import dry_run, largest, modules_in, place
 from tests.frame_pack.texts_there import KEPT_TOKENS, TextsThere, template_there
 from tests.tiny.hunyuan_encoders import (
     CLIP_DIM,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fpack_generate_video
 import merge_lora
-from modules.media import write_png
+from modules.media.writing import write_png
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from tests.networks.making_hunyuan import saved

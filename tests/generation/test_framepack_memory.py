@@ -17,12 +17,14 @@ from generation.memory import largest_requests, predict_largest, rehearse_decodi
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.sections import on_device
-from modules.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
+from modules.contract.data import MediaEncoders
+from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.loading import Placement
 from modules.errors import MemoryPlanError
-from modules.memory_plan import GIB, Part, Room
 from modules.options import read_options
-from modules.planned_kernels import PlannedKernels
-from modules.records import EncodedPrompts, MediaEncoders, Placement, Request
+from modules.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
+from modules.planning.kernels import PlannedKernels
+from modules.planning.memory_plan import GIB, Part, Room
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit

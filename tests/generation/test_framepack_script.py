@@ -13,7 +13,8 @@ from torch import Tensor
 import fpack_generate_video
 from frame_pack.files import saved_window
 from modules.errors import OptionError, UserError
-from modules.media import read_image, video_frames, write_png
+from modules.media.reading import read_image, video_frames
+from modules.media.writing import write_png
 from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
 
 SIZE = ("--video_size", "32", "48", "--infer_steps", "2", "--device", "cpu")

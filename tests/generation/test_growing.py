@@ -21,10 +21,12 @@ from generation.run import generate
 from generation.sections import make_latents
 from generation.session import CPU, Session
 from modules.atomic_write import give_name
+from modules.contract.data import MediaEncoders
+from modules.contract.generation import EncodedPrompts, Piece, Request, Section
+from modules.contract.loading import Placement
 from modules.errors import OutputError
-from modules.media import video_frames
+from modules.media.reading import video_frames
 from modules.options import read_options
-from modules.records import EncodedPrompts, MediaEncoders, Piece, Placement, Request, Section
 from tests.generation.toy_family import WINDOW, ToyDit, ToyFamily, ToyVae
 from tests.held_memory import held_memory
 

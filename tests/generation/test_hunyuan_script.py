@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hv_generate_video
 from modules.errors import MediaError, OptionError
-from modules.media import write_video
+from modules.media.writing import write_video
 from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
 from tests.tiny.project import moving_square
 

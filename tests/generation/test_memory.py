@@ -9,11 +9,12 @@ from torch import Tensor
 from generation.denoise import predictor
 from generation.memory import rehearse_denoising
 from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
-from modules.dry_run import HOST, WEIGHTS, Ledger
-from modules.memory_plan import Part
+from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.loading import Placement
 from modules.options import read_options
-from modules.planned_kernels import PlannedKernels
-from modules.records import EncodedPrompts, Placement, Request
+from modules.planning.dry_run import HOST, WEIGHTS, Ledger
+from modules.planning.kernels import PlannedKernels
+from modules.planning.memory_plan import Part
 from tests.commands import run_script
 from tests.tiny import wan_dit
 from tests.tiny.families import FAMILIES, TinyFamily

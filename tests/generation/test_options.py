@@ -6,7 +6,7 @@ import pytest
 
 from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
 from modules.errors import OptionError
-from modules.fp8_options import Quantisation
+from modules.fp8.options import Quantisation
 from modules.options import read_options
 
 DEFAULTS = ScriptDefaults(fps=16, guidance_scale=5.0)

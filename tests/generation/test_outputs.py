@@ -23,7 +23,7 @@ from generation.outputs import (
     without_tail,
 )
 from modules.errors import CheckpointError, OptionError
-from modules.media import read_image, read_tags, video_frames, video_info
+from modules.media.reading import read_image, read_tags, video_frames, video_info
 
 
 def options(

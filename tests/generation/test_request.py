@@ -9,8 +9,8 @@ import pytest
 from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.options import RequestOptions
 from generation.request import check_guidance, make_request
+from modules.contract.generation import Request
 from modules.errors import OptionError
-from modules.records import Request
 
 OPTIONS = RequestOptions(
     "a cat", None, (480, 832), None, 16.0, None, None, 5.0, None, None, "unipc", None, None, None, None, None, None, {}

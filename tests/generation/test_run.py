@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
 from generation.run import generate
 from modules.errors import CheckpointError, MediaError, MemoryPlanError, OptionError, OutputError, UserError
-from modules.media import video_frames
+from modules.media.reading import video_frames
 from modules.options import read_options
 from tests.generation.toy_family import ToyFamily
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from generation.denoise import Start, StepDone, denoise
 from generation.noise import SeededNoise
 from generation.sections import conditions_to, make_latents
-from modules.records import EncodedPrompts, Request, Section
-from modules.solvers import solver_for
+from modules.contract.generation import EncodedPrompts, Request, Section
+from modules.flow.solvers import solver_for
 from tests.generation.toy_family import ToyDit, ToyFamily
 from tests.golden_cases import make_weights, read_case
 from wan.configs import TASKS, WanConfig

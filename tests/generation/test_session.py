@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from generation.session import NO_ENCODERS, Session, encode_inputs, encode_texts
-from modules.records import Placement, Request
+from modules.contract.generation import Request
+from modules.contract.loading import Placement
 from tests.generation.toy_family import ToyFamily
 
 CPU = torch.device("cpu")

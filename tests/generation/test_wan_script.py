@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import wan_generate_video
+from modules.contract.generation import Prompt
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError, UserError
-from modules.media import video_frames
-from modules.records import Placement, Prompt
+from modules.media.reading import video_frames
 from tests.tiny.project import write_clips, write_image, write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan
 from wan.checkpoints import load_dit

@@ -8,24 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
+from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders
+from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Piece, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError, MediaError, OptionError
-from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.records import (
-    NO_TWEAKS,
-    Batch,
-    CacheEntry,
-    Conditions,
-    EncodedPrompts,
-    MediaBatch,
-    MediaEncoders,
-    Piece,
-    Placement,
-    Prompt,
-    Prompts,
-    Request,
-    Section,
-    Tweaks,
-)
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
 WINDOW = 3

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 import families
 import wan.checkpoints
 from hunyuan_model.checkpoints import identify, load_dit, read_dit_header
+from modules.checkpoints.model_files import read_once
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError
-from modules.model_files import read_once
-from modules.records import Placement
 from tests.hunyuan_model.making import tiny_inputs
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_dit import CONFIGS, DIALECTS, tiny_state, write_dit

@@ -7,7 +7,7 @@ import torch
 
 from hunyuan_model.conditioning import cached_latents
 from hunyuan_model.vae import HunyuanVae, load_vae
-from modules.records import MediaBatch
+from modules.contract.data import MediaBatch
 from tests.tiny.hunyuan_vae import write_vae
 
 CPU = torch.device("cpu")

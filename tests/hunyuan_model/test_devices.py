@@ -19,7 +19,7 @@ from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.llama import Llama
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.vae import HunyuanVae, Tiling
-from modules.memory_layouts import lay_out
+from modules.layers.memory_layouts import lay_out
 from tests.tiny.hunyuan_dit import CONFIGS
 from tests.tiny.hunyuan_encoders import clip_text_config, llama_config
 from tests.tiny.hunyuan_vae import vae_config

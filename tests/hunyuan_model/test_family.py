@@ -15,8 +15,10 @@ from hunyuan_model.encoders import Encoders
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.vae import load_vae
+from modules.contract.data import Batch, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.loading import Placement
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
-from modules.records import Batch, EncodedPrompts, MediaBatch, MediaEncoders, MediaTable, Placement, Request
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_dit import tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hunyuan_model.checkpoints import load_dit
-from modules.media import read_image
-from modules.records import Placement
+from modules.contract.loading import Placement
+from modules.media.reading import read_image
 from tests.commands import ROOT, run_python, run_script
 from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.hunyuan import write_tiny_hunyuan

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.attention_options import SDPA, AttentionChoice
+from modules.attention.options import SDPA, AttentionChoice
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state

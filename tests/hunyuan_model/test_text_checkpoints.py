@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from hunyuan_model.clip_text import ClipText, load_clip_text
 from hunyuan_model.llama import Llama, load_llama
 from hunyuan_model.text_checkpoints import read_clip_text, read_llama
-from modules.checkpoint import Checkpoint, open_checkpoint
-from modules.dialects import LoadPlan
+from modules.checkpoints.dialects import LoadPlan
+from modules.checkpoints.filling import load_module
+from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
-from modules.filling import load_module
-from modules.fp8 import dequantise, quantised_layers, scale_of
+from modules.fp8.weights import dequantise, quantised_layers, scale_of
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_encoders import (
     CLIP_VOCABULARY,

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, ClipTextEncoder, LlavaTextEncoder
+from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
-from modules.fp8 import quantised_layers
-from modules.records import Prompt
+from modules.fp8.weights import quantised_layers
 from tests.golden_cases import read_case
 from tests.tiny.hunyuan_encoders import (
     CLIP_DIM,

@@ -12,7 +12,7 @@ from frame_pack.model import TokenRefiner as FramePackRefiner
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, HUNYUAN_REFINER, multiply_text
 from hunyuan_model.token_refiner import TokenRefiner
-from modules.attention_options import SDPA
+from modules.attention.options import SDPA
 from tests.tiny import framepack_dit
 
 CONFIG = HunyuanVideoConfig(

@@ -10,8 +10,8 @@ import torch
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from hunyuan_model.tokenizer import CLIP_FILES, LLAMA_FILES, load_clip_tokenizer, load_llama_tokenizer
+from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError
-from modules.tokenizer_files import TokenizerFiles
 from tests.tiny.hunyuan_encoders import LLAMA_SPECIAL, save, write_clip_tokenizer, write_llama_tokenizer
 
 TEXTS = (

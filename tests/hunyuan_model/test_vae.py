@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hunyuan_model import vae_blocks, vae_tiles
 from hunyuan_model.vae import HunyuanVae, load_vae
-from modules.dry_run import dry_run, place
 from modules.errors import OptionError
-from modules.pixels import byte_clips, to_pixels
+from modules.media.pixels import byte_clips, to_pixels
+from modules.planning.dry_run import dry_run, place
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.hunyuan_vae import vae_config, vae_tensors
 

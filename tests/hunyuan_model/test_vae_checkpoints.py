@@ -12,9 +12,9 @@ from torch import Tensor
 from hunyuan_model.vae import HunyuanVae, load_vae
 from hunyuan_model.vae_blocks import VaeConfig
 from hunyuan_model.vae_checkpoints import read_vae
-from modules.checkpoint import open_checkpoint
+from modules.checkpoints.filling import load_module
+from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
-from modules.filling import load_module
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_vae import vae_comfy_tensors, vae_config, vae_tensors
 from tests.tiny.wan_encoders import vae_tensors as wan_vae_tensors

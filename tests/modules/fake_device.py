@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.transfer import Pairs
+from modules.offload.transfer import Pairs
 
 NONSENSE = 255  # in every byte: not a number in all floating types
 

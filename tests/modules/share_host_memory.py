@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from modules.block_swap import host_weights, swap_blocks
-from modules.records import Placement
-from modules.swap_plan import SwapPlan
+from modules.contract.loading import Placement
+from modules.offload.block_swap import host_weights, swap_blocks
+from modules.offload.swap_plan import SwapPlan
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from tests.modules.swap_cases import CASES, CPU

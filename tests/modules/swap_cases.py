@@ -11,10 +11,10 @@ from frame_pack.checkpoints import DIT as FRAMEPACK
 from frame_pack.model import FramePackModel
 from hunyuan_model.checkpoints import DIT as HUNYUAN
 from hunyuan_model.model import HunyuanVideoModel
-from modules.activation import checkpoint_blocks
-from modules.block_swap import HostWeights, host_weights, swap_blocks
-from modules.family import DitSpec
-from modules.swap_plan import SwapPlan
+from modules.contract.family import DitSpec
+from modules.offload.block_swap import HostWeights, host_weights, swap_blocks
+from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.swap_plan import SwapPlan
 from networks import lora_framepack, lora_hunyuan, lora_wan
 from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from modules.activation import checkpoint_blocks
-from modules.activation_offload import offload_to_host
 from modules.compile import RECOMPILE_LIMIT, check_compilation, compile_blocks
 from modules.compile_options import Compilation
+from modules.contract.family import DitSpec
 from modules.errors import OptionError
-from modules.family import DitSpec
-from modules.fp8 import attach, quantise
-from modules.fp8_options import Quantisation
+from modules.fp8.options import Quantisation
+from modules.fp8.weights import attach, quantise
+from modules.offload.activations import offload_to_host
+from modules.offload.checkpointing import checkpoint_blocks
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
 EAGER = Compilation("eager", fullgraph=True)  # torch's own kernels, called by what Dynamo has captured: an error where it cannot

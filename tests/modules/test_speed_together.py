@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.activation import checkpoint_blocks
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
-from modules.fp8 import attach, quantise
-from modules.fp8_options import Quantisation
+from modules.fp8.options import Quantisation
+from modules.fp8.weights import attach, quantise
+from modules.offload.checkpointing import checkpoint_blocks
 from tests.modules.fake_device import FakeDevice
+from tests.modules.offload.test_activations import away
 from tests.modules.swap_cases import CASES, Case, swapped
-from tests.modules.test_activation_offload import away
 from tests.networks.making import randomize
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
 

@@ -6,7 +6,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from modules.activation import checkpoint_blocks
+from modules.offload.checkpointing import checkpoint_blocks
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, Case, gradients, same, swapped
 

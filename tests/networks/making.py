@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.records import Placement
+from modules.contract.loading import Placement
 from networks import lora_wan
 from networks.lora import LoraNetwork
 from tests.golden_cases import make_weights

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from modules.activation import checkpoint_blocks
+from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
-from modules.family import DitSpec
+from modules.offload.checkpointing import checkpoint_blocks
 from networks import lora_hunyuan, lora_wan
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, halves, keep_mask
 from tests.golden_cases import make_input, read_case

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from frame_pack.checkpoints import load_dit
-from modules.records import Placement
+from modules.contract.loading import Placement
 from networks import lora_framepack
 from networks.convert import convert_file
 from networks.loading import import_network_module, read_lora

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from frame_pack.checkpoints import load_dit
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError
-from modules.records import Placement
 from networks import lora_framepack
 from networks.deltas import weight_delta
 from networks.loading import LoraFile, read_lora

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.model import HunyuanVideoModel
-from modules.records import Placement
+from modules.contract.loading import Placement
 from networks import lora_hunyuan
 from networks.convert import convert_file
 from networks.loading import import_network_module, read_lora

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from modules.records import Placement
 from networks import lora_wan
 from networks.deltas import weight_delta
 from networks.loading import LoraFile, read_lora

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import wan_cache_text_encoder_outputs
-from modules.media import write_png, write_video
+from modules.media.writing import write_png, write_video
 from tests.commands import run_script
 from tests.parity import reference
 from tests.parity.datasets import bucket_for, decoded, dropped_to, in_bucket, training_key

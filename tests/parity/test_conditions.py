@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules.errors import MediaError
-from modules.media import write_png, write_video
-from modules.pixels import video_pixels
+from modules.media.pixels import video_pixels
+from modules.media.writing import write_png, write_video
 from tests.golden_cases import read_case
 from tests.parity import reference
 from tests.parity.datasets import decoded

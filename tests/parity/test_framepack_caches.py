@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import fpack_cache_latents
-from modules.media import write_video
+from modules.media.writing import write_video
 from modules.seeds import derive_seed
 from tests.parity import framepack
 from tests.parity.datasets import decoded, dropped_to, training_key

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fpack_generate_video
-from modules.media import read_image, write_png
+from modules.media.reading import read_image
+from modules.media.writing import write_png
 from tests.commands import run_script
 from tests.parity import framepack_generation
 from tests.parity.framepack_generation import Asked, OneFrame, Theirs

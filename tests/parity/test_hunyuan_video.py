@@ -14,7 +14,8 @@ from torch import Tensor
 import cache_latents
 import cache_text_encoder_outputs
 import hv_generate_video
-from modules.media import read_image, video_frames, write_png, write_video
+from modules.media.reading import read_image, video_frames
+from modules.media.writing import write_png, write_video
 from modules.seeds import derive_seed
 from tests.commands import run_script
 from tests.parity.hunyuan import TEMPLATE, draw_noise, load_vae, pipeline

@@ -14,9 +14,9 @@ import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from torch import Tensor
 
-from modules.media import write_png
+from modules.contract.loading import Placement
+from modules.media.writing import write_png
 from modules.options import read_options
-from modules.records import Placement
 from networks.adapter import make_network
 from tests.golden_cases import read_case
 from tests.parity import reference

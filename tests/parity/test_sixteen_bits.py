@@ -24,7 +24,8 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from frame_pack.image_encoder import load_siglip
-from modules.media import read_image, write_png
+from modules.media.reading import read_image
+from modules.media.writing import write_png
 from tests.golden_cases import read_case
 from tests.parity import framepack_generation, hunyuan, reference
 from tests.parity.framepack import Encoders

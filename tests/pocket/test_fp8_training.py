@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-from modules import fp8_matmul
+from modules.contract.loading import Placement
 from modules.errors import UserError
-from modules.fp8_matmul import Product, emulated_product
+from modules.fp8 import products as fp8_matmul
+from modules.fp8.products import Product, emulated_product
 from modules.options import read_options
-from modules.records import Placement
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS, known
 from pocket.measure import POCKET, model_options

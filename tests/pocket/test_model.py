@@ -16,7 +16,7 @@ from torch import Tensor
 import merge_lora
 import wan_generate_video
 from modules.atomic_write import save_tensors, write_text
-from modules.media import video_frames
+from modules.media.reading import video_frames
 from pocket import drawing
 from pocket.measure import CLIP, POCKET, Accuracy, Asked, judged, model_options
 from pocket.train_vae import as_pixels, psnr

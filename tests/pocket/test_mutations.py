@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from generation import session
+from modules.contract.data import Batch
+from modules.contract.loading import Placement
 from modules.options import read_options
-from modules.records import Batch, Placement
 from pocket import drawing
 from pocket.captions import plain
 from pocket.measure import POCKET, judged, model_options

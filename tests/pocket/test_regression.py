@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modules.flow_matching import Schedule, make_schedule
+from modules.flow.schedule import Schedule, make_schedule
 from tests.pocket.regression import CASES, FILE, latents, write_float32_dit
 
 
@@ -33,6 +33,6 @@ def test_a_wrong_schedule_would_be_seen(dit: Path, tmp_path: Path, mistake: str,
         late = make_schedule(solver, steps + 1, flow_shift)
         return Schedule(late.sigmas[1:], late.timesteps[1:])
 
-    monkeypatch.setattr("modules.solvers.make_schedule", wrong)
+    monkeypatch.setattr("modules.flow.solvers.make_schedule", wrong)
     for case in ("vanilla_shift_3", "unipc_shift_3"):
         assert not torch.allclose(latents(dit, tmp_path / case, case), load_file(FILE)[case], atol=2e-3), case

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modules.media import write_video
+from modules.media.writing import write_video
 from pocket import drawing, train_vae
 from pocket.muon import Muon, orthogonal
 from pocket.vae_learning import begin, decode, encode, fold_statistics

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from frame_pack import checkpoints as framepack
 from frame_pack.model import FramePackModel
 from hunyuan_model.model import HunyuanVideoModel
-from modules.family import DitSpec
+from modules.contract.family import DitSpec
 from networks import lora_framepack, lora_hunyuan, lora_wan
 from networks.lora import LoraNetwork
 from tests.networks.making import randomize

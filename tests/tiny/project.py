@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from modules.atomic_write import save_tensors
-from modules.media import write_png, write_video
+from modules.media.writing import write_png, write_video
 from tests.tiny import framepack, hunyuan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import CLIP_DIM, write_encoders

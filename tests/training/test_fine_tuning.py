@@ -12,13 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modules.contract.loading import Placement
 from modules.errors import OptionError
-from modules.records import Placement
 from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
+from training.optimizers.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
+from training.progress import Progress
 from training.run import prepared_run, train_network
-from training.state import Progress, SavedState, StoredPart, read_state
+from training.saving.states import SavedState, StoredPart, read_state
 
 FUSED = "--fused_backward_pass"
 BF16 = ("--full_bf16", "--mixed_precision", "bf16")
@@ -153,7 +154,7 @@ def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(t
         (["--optimizer_type", "Prodigy"], "one learning rate from the gradients of all weights"),
         (["--optimizer_type", "AdamWScheduleFree"], "counts its steps for all weights together"),
         (["--optimizer_type", "LBFGS"], "several times a step"),
-        (["--optimizer_type", "tests.training.test_optimizer.Descent"], "not known to step each weight by itself"),
+        (["--optimizer_type", "tests.training.optimizers.test_optimizer.Descent"], "not known to step each weight by itself"),
     ],
 )
 def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(tmp_path: Path, arguments: list[object], expected: str) -> None:
@@ -170,7 +171,7 @@ def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(tmp_path: Pat
 
 
 def test_several_processes_are_refused(tmp_path: Path) -> None:
-    from training.fused_backward import check_fused_backward
+    from training.optimizers.fused_backward import check_fused_backward
 
     check_fused_backward(toy_options(tmp_path, FUSED, whole_dit=True), 1)
     with pytest.raises(OptionError, match="2 processes"):

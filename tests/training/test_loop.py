@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dataset.batches import BatchOrder, find_items, read_batch
+from dataset.batches.finding import find_items
+from dataset.batches.order import BatchOrder
+from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
+from modules.contract.loading import Placement
 from modules.errors import CacheError, MemoryPlanError, UserError
-from modules.flow_matching import add_noise
-from modules.records import Placement
+from modules.flow.schedule import add_noise
 from networks.adapter import make_network
 from tests.training.toy import LATENT, ToyDit, ToyFamily, same, toy_options, train_toy, write_caches
-from training.feed import Randomness
+from training.data.feed import Randomness
 from training.loop import take_step
 from training.run import prepared_run, train_network
 
@@ -136,7 +138,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(tmp_p
 
 
 def test_missing_caches_are_an_error_with_both_commands(tmp_path: Path) -> None:
-    from dataset.batches import CachingCommands
+    from dataset.batches.finding import CachingCommands
 
     write_caches(tmp_path, count=1)
     for path in (tmp_path / "cache").iterdir():

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import torch
 
-from modules.records import Batch
+from modules.contract.data import Batch
 from tests.training.toy import LATENT, ToyFamily
 from training.loss import NoisyBatch, squared_errors, training_loss
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modules.attention_options import SDPA
+from modules.attention.options import SDPA
 from modules.errors import OptionError, UserError
 from modules.options import read_options
 from training.options import TrainingOptions, read_arguments, training_parser

@@ -16,7 +16,7 @@ from tests.commands import ROOT, run_python
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.resuming import habits_of
 from training.run import train_network
-from training.state import warn_of_changes
+from training.saving.states import warn_of_changes
 
 
 class Killed(BaseException):

@@ -11,9 +11,9 @@ from PIL import Image
 
 from generation.sections import make_latents
 from generation.session import encode_texts
+from modules.contract.loading import Placement
 from modules.errors import OptionError
-from modules.media import read_image, video_info
-from modules.records import Placement
+from modules.media.reading import read_image, video_info
 from networks.adapter import make_network
 from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
 from training.run import train_network

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modules.contract.loading import Placement
 from modules.errors import OptionError
-from modules.records import Placement
 from networks.adapter import make_network
 from tests.training.toy import ToyFamily, toy_options
 from training.trainable import train_dit, train_network

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches import NO_COMMANDS, find_items, split_validation
+from dataset.batches.finding import NO_COMMANDS, find_items, split_validation
 from dataset.config import load_dataset_config
+from modules.contract.loading import Placement
 from modules.errors import DatasetError, OptionError
-from modules.records import Placement
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
 from training.run import train_network
 from training.validation import Validation

@@ -9,27 +9,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataset.cache_files import checksum, read_entry, write_tensors
-from dataset.cache_records import TextRecord, text_metadata
+from dataset.cache.files import checksum, read_entry, write_tensors
+from dataset.cache.records import TextRecord, text_metadata
 from modules.atomic_write import save_tensors
+from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders
+from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.loading import Placement
 from modules.errors import OptionError
-from modules.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.options import read_options
-from modules.records import (
-    NO_TWEAKS,
-    Batch,
-    CacheEntry,
-    Conditions,
-    EncodedPrompts,
-    MediaBatch,
-    MediaEncoders,
-    Placement,
-    Prompt,
-    Prompts,
-    Request,
-    Section,
-    Tweaks,
-)
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
 from training.whole_dit_options import add_whole_dit_arguments

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modules.records import MediaEncoders
+from modules.contract.data import MediaEncoders
 
 
 class Watched:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from modules.checkpoints.model_files import read_once
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError
-from modules.model_files import read_once
-from modules.records import Placement
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_dit import CONFIGS, DIALECTS, KIND_OF, tiny_state, write_dit
 from wan.checkpoints import check_task, identify, load_dit, note_size, read_dit_header

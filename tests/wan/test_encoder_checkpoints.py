@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modules.checkpoint import Checkpoint, open_checkpoint
-from modules.dialects import LoadPlan
+from modules.checkpoints.dialects import LoadPlan
+from modules.checkpoints.filling import load_module
+from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
-from modules.filling import load_module
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_encoders import (
     clip_hf_tensors,

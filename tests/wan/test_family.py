@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from modules.contract.data import MediaTable
+from modules.contract.generation import Request
+from modules.contract.loading import Placement
 from modules.errors import DatasetError, OptionError
-from modules.records import MediaTable, Placement, Request
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 from wan.configs import TASKS, default_flow_shift

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.attention_options import AttentionChoice
+from modules.attention.options import AttentionChoice
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
-from modules.fp8 import dequantise, quantised_layers, scale_of
-from modules.records import Prompt
+from modules.fp8.weights import dequantise, quantised_layers, scale_of
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import (
     T5_FILE,

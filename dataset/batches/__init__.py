@@ -1,0 +1,1 @@
+"""Cached items in the order of training."""

@@ -1,0 +1,165 @@
+"""Cached items for training, found by their names."""
+
+import hashlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dataset.cache.files import LatentName, parse_latent_name, part_path, text_file_name
+from dataset.cache.records import section_frames
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.sources.decoding import bucket_of
+from modules.contract.family import LatentSpec
+from modules.errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CachingCommands:
+    """The two commands that make the caches of a configuration, as a user types them."""
+
+    latents: str = "the latent caching script"
+    text: str = "the text caching script"
+
+
+NO_COMMANDS = CachingCommands()
+
+_LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
+
+
+@dataclass(frozen=True)
+class TrainingItem:
+    """A pair of cache files."""
+
+    key: str  # name of the latent file without suffix
+    latent_path: Path
+    text_path: Path
+    table: DatasetTable
+    bucket: tuple[int, ...]  # width, height in pixels; videos: and frames, of a section those that it decodes to
+    source_stem: str
+    parts: int = 1  # how many files of the same clip are there
+    text_keys: frozenset[str] = frozenset()  # what the text file has to hold
+
+
+@dataclass(frozen=True)
+class FoundItems:
+    """What one listing of the cache folders shows."""
+
+    items: tuple[TrainingItem, ...]  # sorted by table and file name
+    missing_text: tuple[Path, ...]  # text files that are not there; their items are left out
+    empty_tables: tuple[DatasetTable, ...]  # tables without any latent cache
+    unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
+
+
+def find_items(config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_keys: frozenset[str] = frozenset()) -> FoundItems:
+    """All items by the names of their files; none is opened. text_keys: what a whole text cache holds."""
+    items: list[TrainingItem] = []
+    missing: dict[Path, None] = {}
+    unfinished: dict[Path, None] = {}
+    empty: list[DatasetTable] = []
+    for table in config.datasets:
+        folder = table.cache_directory
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        parsed = [(name, parse_latent_name(name, cache_tag, table.kind)) for name in sorted(names)]
+        parts = Counter(_clip_of(what) for _, what in parsed if what is not None)
+        found = [
+            replace(_training_item(table, name, what, cache_tag, latent, text_keys), parts=parts[_clip_of(what)])
+            for name, what in parsed
+            if what is not None
+        ]
+        if not found:
+            empty.append(table)
+        items += [item for item in found if item.text_path.name in names]
+        unfinished |= {part_path(item.text_path): None for item in found if part_path(item.text_path).name in names}
+        missing |= {
+            item.text_path: None
+            for item in found
+            if item.text_path.name not in names and part_path(item.text_path) not in unfinished
+        }
+    return FoundItems(tuple(items), tuple(missing), tuple(empty), tuple(unfinished))
+
+
+def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> tuple[TrainingItem, ...]:
+    """The items to train on. Items without a text cache are left out with a warning.
+
+    Raises CacheError with the caching commands where a table has no usable cache at all, or text caching has not come to its end.
+    """
+    if found.unfinished_text:
+        raise CacheError(
+            f"{len(found.unfinished_text)} text caches are unfinished, such as {found.unfinished_text[0]}: text caching was "
+            f"stopped before all text encoders had written.\n  Finish it with: {commands.text}"
+        )
+    usable = {item.table.index for item in found.items}
+    untexted = sorted({path.parent for path in found.missing_text})
+    faults = [f"{table.name}: no latent cache in {table.cache_directory}{_others_in(table)}" for table in found.empty_tables]
+    if not faults and not found.items:
+        faults = [f"no text cache in {folder}" for folder in untexted]
+    if faults:
+        raise CacheError("\n  ".join([*faults, "Make the caches first:", commands.latents, commands.text]))
+    if found.missing_text:
+        logger.warning(
+            "%d of the sources have latents but no text cache (the first: %s); they are left out. Run: %s",
+            len(found.missing_text),
+            found.missing_text[0],
+            commands.text,
+        )
+    logger.info("%d items of %d dataset tables are cached", len(found.items), len(usable))
+    return found.items
+
+
+def split_validation(items: Sequence[TrainingItem], fraction: float) -> tuple[tuple[TrainingItem, ...], tuple[TrainingItem, ...]]:
+    """Split into (training, validation): tables marked `validation` go to validation, and this fraction of the others' sources.
+
+    By source name: all crops of a clip, in all tables, fall on one side; the choice depends on nothing but the names.
+    A fraction above 0 takes at least one source and leaves at least one.
+    """
+    stems = sorted({item.source_stem for item in items if not item.table.validation}, key=_stem_hash)
+    count = round(fraction * len(stems))
+    if fraction > 0:
+        count = min(max(count, 1), len(stems) - 1)
+    held_back = set(stems[: max(count, 0)])
+    training: list[TrainingItem] = []
+    validation: list[TrainingItem] = []
+    for item in items:
+        (validation if item.table.validation or item.source_stem in held_back else training).append(item)
+    return tuple(training), tuple(validation)
+
+
+def _training_item(
+    table: DatasetTable, file_name: str, name: LatentName, tag: str, latent: LatentSpec, text_keys: frozenset[str]
+) -> TrainingItem:
+    bucket: tuple[int, ...] = name.size  # a video's name holds the size after bucketing
+    if table.kind == "image":
+        bucket = bucket_of(table, name.size, latent.pixel_step, table.cache_directory / file_name)
+    elif name.section is not None:  # of clips of all lengths: what is stacked is equal
+        bucket = (*name.size, section_frames(table.fp_latent_window_size, latent))
+    elif name.span is not None:
+        bucket = (*name.size, name.span[1])
+    folder = table.cache_directory
+    text_path = folder / text_file_name(name.stem, tag)
+    return TrainingItem(Path(file_name).stem, folder / file_name, text_path, table, bucket, name.stem, text_keys=text_keys)
+
+
+def _clip_of(name: LatentName) -> LatentName:
+    """What all parts of a clip share."""
+    return replace(name, section=None)
+
+
+def _others_in(table: DatasetTable) -> str:
+    """Words about caches in a table's folder that are there and not for this: made for another model, or of another kind."""
+    folder = table.cache_directory
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    other = next((name for name in names if _LATENTS_OF_ANY.search(name)), None)
+    return "" if other is None else f" of {table.kind}s for this model: {other} is for another model, or of something else"
+
+
+def _stem_hash(stem: str) -> bytes:
+    return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
+
+
+def _by(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))

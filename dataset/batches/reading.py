@@ -1,0 +1,172 @@
+"""Cached items read, verified and stacked when their turn comes."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _by
+from dataset.cache.files import Entry, read_entry
+from dataset.cache.records import (
+    FileIdentity,
+    LatentRecord,
+    TextRecord,
+    is_unchanged,
+    latent_record,
+    options_difference,
+    text_records,
+    verify_tensors,
+)
+from dataset.config_keys import SECTION_DEFAULTS
+from dataset.sources.captions import read_caption
+from dataset.sources.decoding import bucket_of
+from modules.contract.data import LATENTS_MADE, Batch, MadeBy
+from modules.contract.family import LatentSpec
+from modules.errors import CacheError
+
+
+def read_batch(items: Sequence[TrainingItem], latent: LatentSpec, commands: CachingCommands = NO_COMMANDS) -> Batch:
+    """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay lists.
+
+    Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other options, made from a source
+    or a caption that has changed since, or not of the shape that the configuration asks for.
+    """
+    read = [_read_item(item, latent, commands) for item in items]
+    first = read[0]
+    for item, other in zip(items, read, strict=True):
+        if other.tensors.keys() != first.tensors.keys():
+            odd = ", ".join(sorted(other.tensors.keys() ^ first.tensors.keys()))
+            in_text = other.text != first.text
+            paths = (item.text_path, items[0].text_path) if in_text else (item.latent_path, items[0].latent_path)
+            raise CacheError(
+                f"{paths[0]} and {paths[1]} do not hold the same tensors: {odd}.\n"
+                f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
+            )
+    tensors = {name: _stacked(name, items, read, commands) for name in first.tensors}
+    made_by = tuple(made for one in read for made in one.made_by)
+    return Batch(tensors, tuple(one.caption for one in read), tuple(item.key for item in items), made_by)
+
+
+@dataclass(frozen=True)
+class _ReadItem:
+    tensors: Mapping[str, Tensor]
+    text: frozenset[str]  # names of those that come from the text cache
+    variable: frozenset[str]
+    caption: str
+    made_by: tuple[MadeBy, ...]
+
+
+def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands) -> _ReadItem:
+    with _remedy(commands.latents):
+        latents, media = _read_latents(item, latent)
+    with _remedy(commands.text):
+        text = read_entry(item.text_path)
+        absent = sorted(item.text_keys - text.tensors.keys())
+        if absent:
+            maker = text.header.metadata.get("architecture", "")
+            raise CacheError(
+                f"{item.text_path}: it is only a part of a text cache, it has no {', '.join(absent)}"
+                + (f" (made for {maker})" if maker else "")
+            )
+        texts = text_records(text.header)
+        caption = _checked_caption(item, text, texts)
+    tensors = {**latents.tensors, **text.tensors}
+    made_by = [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
+    made_by += [MadeBy(item.text_path, name, record.encoder) for name, record in texts.items()]
+    return _ReadItem(tensors, frozenset(text.tensors), latents.variable | text.variable, caption, tuple(made_by))
+
+
+def _read_latents(item: TrainingItem, latent: LatentSpec) -> tuple[Entry, LatentRecord | None]:
+    entry = read_entry(item.latent_path)
+    if "latents" not in entry.tensors:
+        raise CacheError(f"{item.latent_path}: it has no latents, so it is no cache; move it out of the cache folder")
+    record = latent_record(entry.header)
+    if record is not None:
+        verify_tensors(entry, record.crc32)
+        _check_options(item, record, latent)
+        folders = tuple(folder for folder in (item.table.directory, item.table.control_directory) if folder is not None)
+        changed = _changed_file(folders, record.files)
+        if changed is not None:
+            raise CacheError(f"{item.latent_path}: {changed} has changed since it was encoded")
+    width, height, frames = (*item.bucket, 1)[:3]
+    expected = list(latent.shape(frames, height, width)[1:])
+    found = list(entry.tensors["latents"].shape)
+    if found != expected:
+        raise CacheError(
+            f"{item.latent_path}: its latents have the shape {_by(found)}, {item.table.name} asks for {_by(expected)}"
+            f" ({frames} frames of {width}x{height})"
+        )
+    return entry, record
+
+
+def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec) -> None:
+    size, made_for = record.options.get("size"), record.options.get("bucket")
+    if size is None or made_for is None:
+        raise CacheError(f"{item.latent_path}: its record names no sizes")
+    bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step, item.latent_path)
+    if tuple(made_for) != bucket:
+        raise CacheError(f"{item.latent_path}: made for {_by(made_for)} pixels, {item.table.name} asks for {_by(bucket)}")
+    rate = record.options.get("source_fps")
+    if item.table.kind == "video" and rate != item.table.source_fps:
+        raise CacheError(f"{item.latent_path}: made for source_fps = {rate}, {item.table.name} has {item.table.source_fps}")
+    made_with = {key: value for key, value in record.options.items() if key in SECTION_DEFAULTS}
+    changed = options_difference(made_with, item.table.section_keys, latent)
+    if changed is not None:
+        raise CacheError(f"{item.latent_path}: {changed} in {item.table.name}")
+    if record.parts != item.parts:
+        raise CacheError(f"{item.latent_path}: {record.parts} files of its clip belong together, {item.parts} are there")
+
+
+@functools.cache  # once in a process for each item: an edit during a run does not end it
+def _changed_file(folders: tuple[Path, ...], files: tuple[FileIdentity, ...]) -> Path | None:
+    """The first source that is still there and not what it was. Sources that are gone are no fault: training needs only caches."""
+    for place, file in enumerate(files):
+        path = folders[min(place, len(folders) - 1)] / file.name if folders else None
+        if path is not None and path.exists() and not is_unchanged(file, path):
+            return path
+    return None
+
+
+def _checked_caption(item: TrainingItem, text: Entry, records: Mapping[str, TextRecord]) -> str:
+    for record in records.values():
+        verify_tensors(text, record.crc32)
+        if record.file is None or item.table.directory is None:
+            continue
+        now = _current_caption(item.table.directory / record.file.name)
+        if now is not None and now != record.caption:
+            raise CacheError(f"{item.text_path}: made from the caption {record.caption!r}, which now is {now!r}")
+    stored = [record.caption for record in records.values()]
+    return stored[0] if stored else text.header.metadata.get("caption1", "")
+
+
+@functools.cache
+def _current_caption(path: Path) -> str | None:
+    return read_caption(path)
+
+
+def _stacked(
+    name: str, items: Sequence[TrainingItem], read: Sequence[_ReadItem], commands: CachingCommands
+) -> Tensor | list[Tensor]:
+    tensors = [one.tensors[name] for one in read]
+    if name in read[0].variable:
+        return tensors
+    for item, tensor in zip(items, tensors, strict=True):
+        if tensor.shape != tensors[0].shape:
+            raise CacheError(
+                f"{item.latent_path}: {name} has the shape {_by(tensor.shape)}, in {items[0].latent_path} it has"
+                f" {_by(tensors[0].shape)}.\n  Make both again with the same options: {commands.latents}"
+            )
+    return torch.stack(tensors)
+
+
+@contextlib.contextmanager
+def _remedy(command: str) -> Iterator[None]:
+    """Adds the command that mends it to every CacheError."""
+    try:
+        yield
+    except CacheError as error:
+        raise CacheError(f"{error}.\n  Make it again with: {command}") from error

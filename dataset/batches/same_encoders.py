@@ -1,0 +1,75 @@
+"""Whether all caches that are trained on were made by the same encoders, as far as the files say so."""
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dataset.batches.finding import NO_COMMANDS, CachingCommands
+from modules.contract.data import LATENTS_MADE, MadeBy
+
+logger = logging.getLogger(__name__)
+
+_FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")  # of a network's file: `modules.checkpoints.opening.fingerprint`
+# of `Family.media_identity`: which conditions lie beside the latents, where tables may differ
+_BESIDE_LATENTS = frozenset({"image", "sections"})
+
+
+@dataclass
+class SameEncoders:
+    """Compares what made the caches of one batch after the other, and tells once of each part (latents, each encoder's texts).
+
+    Never an error: one network may lie in two files, whose fingerprints differ, and a little noise from another dtype does no harm.
+    Files of other programs do not say what made them.
+    """
+
+    commands: CachingCommands = NO_COMMANDS
+    _first: dict[str, MadeBy] = field(default_factory=dict)  # by part
+    _told: set[str] = field(default_factory=set)  # parts
+
+    def warn(self, made_by: Iterable[MadeBy]) -> None:
+        """Say where caches that were read were made by others than those before."""
+        said = self.difference(made_by)
+        if said is not None:
+            logger.warning(said)
+
+    def difference(self, made_by: Iterable[MadeBy]) -> str | None:
+        """What `warn` says; None where there is nothing new."""
+        pairs = []
+        for made in made_by:
+            first = self._first.setdefault(made.part, made)
+            if made.part not in self._told and _differing(first, made):
+                self._told.add(made.part)
+                pairs.append((first, made))
+        if not pairs:
+            return None
+        files = [f"{one.path}: {_in_words(one, other)}" for pair in pairs for one, other in (pair, pair[::-1])]
+        parts = {first.part == LATENTS_MADE for first, _ in pairs}
+        again = ([self.commands.latents] if True in parts else []) + ([self.commands.text] if False in parts else [])
+        consequence = (
+            "Unless the files of the encoders hold the same network, a mixture is learned that fits neither."
+            if any(_are_other_networks(*pair) for pair in pairs)
+            else "Their numbers differ, if only a little."
+        )
+        remedy = f"{consequence} To have all alike, cache again with:"
+        return "\n  ".join(["Not all caches were made by the same encoders:", *files, remedy, *again])
+
+
+def _in_words(one: MadeBy, other: MadeBy) -> str:
+    """What of an encoder's identity is not as in the other's; fingerprints by their beginnings."""
+    texts = {key: _FINGERPRINT.sub(r"\1...", one.encoder.get(key, "none")) for key in _differing(one, other)}
+    return ", ".join(f"{key} {text}" for key, text in texts.items())
+
+
+def _differing(one: MadeBy, other: MadeBy) -> list[str]:
+    """What of two identities differs. A latent file without conditions of images has no image encoder, which is no difference."""
+    if one.part != LATENTS_MADE:
+        keys = one.encoder.keys() | other.encoder.keys()
+    else:
+        keys = (one.encoder.keys() & other.encoder.keys()) - _BESIDE_LATENTS
+    return sorted(key for key in keys if one.encoder.get(key) != other.encoder.get(key))
+
+
+def _are_other_networks(one: MadeBy, other: MadeBy) -> bool:
+    texts = [made.encoder.get(key, "") for key in _differing(one, other) for made in (one, other)]
+    return any(_FINGERPRINT.fullmatch(text) for text in texts)

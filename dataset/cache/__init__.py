@@ -1,0 +1,1 @@
+"""Cache files: names, contents, and what they were made from."""

@@ -1,0 +1,219 @@
+"""Cache files: their names, the names of their tensors, reading and writing.
+
+Names and tensors are those of the known tuners, so files go both ways. What a file was made from stands in its metadata besides
+(see cache_records.py).
+"""
+
+import contextlib
+import logging
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from modules.checkpoints.writing import stream_tensors
+from modules.contract.loading import TensorInfo
+from modules.devices import dtype_name
+from modules.errors import CacheError
+
+FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
+SUFFIX = ".safetensors"
+PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
+VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
+
+Grid = tuple[int, int, int]  # F, H, W of latents
+
+_DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
+_TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
+_LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(\d+)x(\d+)x(\d+)_{_DTYPE}", re.ASCII)
+_SPAN = re.compile(r"(\d+)-(\d+)(?:-(\d+))?")
+_SIZE = re.compile(r"(\d+)x(\d+)")
+
+
+@dataclass(frozen=True)
+class LatentName:
+    """What the name of a latent cache file says."""
+
+    stem: str
+    size: tuple[int, int]  # width, height: of the original for images, after bucketing for videos
+    span: tuple[int, int] | None = None  # videos: first kept frame, number of frames
+    section: int | None = None  # FramePack videos
+
+    def file_name(self, tag: str) -> str:
+        """`clip_00000-017_0112x0080_wan.safetensors`. tag: the family's cache_tag."""
+        parts = [self.stem]
+        if self.span is not None:
+            section = "" if self.section is None else f"-{self.section:04d}"
+            parts.append(f"{self.span[0]:05d}-{self.span[1]:03d}{section}")
+        return "_".join([*parts, f"{self.size[0]:04d}x{self.size[1]:04d}", tag]) + SUFFIX
+
+
+def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
+    """What a file name says, or None where it is no latent cache of this family and kind ("image" or "video") of table."""
+    end = f"_{tag}{SUFFIX}"
+    if not file_name.endswith(end) or file_name.startswith("."):
+        return None
+    tokens = file_name.removesuffix(end).split("_")
+    size = _SIZE.fullmatch(tokens.pop())
+    if size is None:
+        return None
+    width, height = int(size[1]), int(size[2])
+    if kind == "image":
+        return LatentName("_".join(tokens), (width, height)) if tokens else None
+    span = _SPAN.fullmatch(tokens.pop()) if len(tokens) > 1 else None
+    if span is None:
+        return None
+    section = None if span[3] is None else int(span[3])
+    return LatentName("_".join(tokens), (width, height), (int(span[1]), int(span[2])), section)
+
+
+def text_file_name(stem: str, tag: str) -> str:
+    """`clip_wan_te.safetensors`: one for all items of a source."""
+    return f"{stem}_{tag}_te{SUFFIX}"
+
+
+def parse_text_name(file_name: str, tag: str) -> str | None:
+    """The stem of a text cache file name, or None where it is none of this family."""
+    end = f"_{tag}_te{SUFFIX}"
+    return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
+
+
+def part_path(path: Path) -> Path:
+    """Where a text cache is kept until all text encoders have written: `clip_hv_te.safetensors.part`."""
+    return path.with_name(path.name + PART)
+
+
+def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None) -> str:
+    """The name in a file of the tensor that batches call `key`. grid: F, H, W to write instead of a latent's own."""
+    if variable:
+        return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
+    if key.endswith("_mask"):
+        return key
+    if key == "latents" or key.startswith("latents_"):
+        frames, height, width = grid or tuple(tensor.shape[-3:])
+        return f"{key}_{frames}x{height}x{width}_{dtype_name(tensor.dtype)}"
+    return f"{key}_{dtype_name(tensor.dtype)}"
+
+
+def tensor_key(name: str) -> str:
+    """The inverse: `latents_image_5x8x8_bfloat16` -> `latents_image`, `varlen_t5_bfloat16` -> `t5`, masks unchanged."""
+    latents = _LATENT_NAME.fullmatch(name)
+    if latents is not None:
+        return latents[1]
+    name = name.removeprefix(VARIABLE)
+    return name if name.endswith("_mask") else re.sub(f"_{_DTYPE}$", "", name)
+
+
+def grid_in_name(name: str) -> Grid | None:
+    """F, H, W in the name of a tensor of latents."""
+    latents = _LATENT_NAME.fullmatch(name)
+    return None if latents is None else (int(latents[2]), int(latents[3]), int(latents[4]))
+
+
+@dataclass(frozen=True)
+class Header:
+    """A cache file without its tensors' data."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    names: tuple[str, ...]  # of the tensors
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Names as batches know them."""
+        return frozenset(tensor_key(name) for name in self.names)
+
+    @property
+    def grids(self) -> frozenset[Grid]:
+        """The sizes that stand in the names of tensors."""
+        return frozenset(grid for grid in map(grid_in_name, self.names) if grid is not None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cache file that has been read."""
+
+    header: Header
+    named: Mapping[str, Tensor] = field(repr=False)  # by the names in the file
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By the keys that batches use."""
+        return {tensor_key(name): tensor for name, tensor in self.named.items()}
+
+    @property
+    def variable(self) -> frozenset[str]:
+        """Keys of tensors whose length differs per item."""
+        return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
+
+
+def read_header(path: Path) -> Header:
+    """Metadata and tensor names. Raises CacheError where the file is missing or damaged."""
+    with _opened(path) as file:
+        return Header(path, file.metadata() or {}, tuple(file.keys()))
+
+
+def read_entry(path: Path) -> Entry:
+    """Everything in a cache file, on the CPU. Raises CacheError where the file is missing or damaged."""
+    with _opened(path) as file:
+        # copies: what the library gives maps the file, and Windows does not replace one that is mapped
+        named = {name: file.get_tensor(name).clone() for name in tuple(file.keys())}
+        return Entry(Header(path, file.metadata() or {}, tuple(named)), named)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a cache file, complete or not at all. tensors: by the names in the file.
+
+    Equal contents are equal bytes; the safetensors library would put the metadata in another order each time.
+    """
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, infos, tensors.__getitem__, dict(sorted(metadata.items())))
+
+
+def checksum(name: str, tensor: Tensor) -> str:
+    """CRC-32 over a tensor's name, shape and bytes, as eight hexadecimal digits."""
+    start = zlib.crc32(f"{name} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(data.data, start):08x}"
+
+
+def is_latent_cache(header: Header, architecture: str) -> bool:
+    """Whether a file is a latent cache of the family `architecture`, by its tensor names: a LoRA of a like name is not."""
+    return bool(header.grids) and _all_cache_names(header) and header.metadata.get("architecture", architecture) == architecture
+
+
+def is_text_cache(header: Header, architecture: str) -> bool:
+    """Whether a file is a text cache of the family: cache tensors only, none of them latents, and the family's name inside."""
+    return not header.grids and _all_cache_names(header) and header.metadata.get("architecture") == architecture
+
+
+def _all_cache_names(header: Header) -> bool:
+    return bool(header.names) and all(_TENSOR_NAME.fullmatch(name) for name in header.names)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise CacheError(f"{path}: no such cache file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CacheError(f"{path}: damaged, it cannot be read as safetensors ({error})") from error
+
+
+logger = logging.getLogger(__name__)
+
+
+def without_nan(tensor: Tensor, file: str, key: str) -> Tensor:
+    """The tensor with 0 in place of NaN, which would spread through all of training."""
+    if not tensor.is_floating_point() or not bool(tensor.isnan().any()):
+        return tensor
+    logger.warning("%s: %s has %d NaN values; they are stored as 0", file, key, int(tensor.isnan().sum()))
+    return tensor.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)

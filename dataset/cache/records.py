@@ -1,0 +1,213 @@
+"""What a cache file was made from, kept in its metadata, and whether that still holds.
+
+One JSON text under `reelsmith_record` holds the options, the encoders, the source files (size, mtime, content hash), the caption of
+a text cache, and a checksum of every tensor; `reelsmith_record_crc32` guards that text. Other programs ignore both.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataset.cache.files import Entry, Header, checksum
+from dataset.config_keys import SECTION_DEFAULTS
+from modules.contract.family import LatentSpec
+from modules.errors import CacheError
+from modules.media.reading import folder_images
+
+RECORD_KEY = "reelsmith_record"
+CHECK_KEY = "reelsmith_record_crc32"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """Which file, or folder of images, something was made from."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What decoding a clip showed. With it a later run knows the clip's items without decoding."""
+
+    size: tuple[int, int]  # width, height of the original
+    kept_frames: int
+    complete: bool  # False: decoding stopped here, there may be more
+
+
+@dataclass(frozen=True)
+class LatentRecord:
+    """What a latent cache was made from."""
+
+    encoder: Mapping[str, str]  # Family.media_identity
+    options: Mapping[str, Any]  # what else the latents depend on: span, sizes, frame rate; JSON values
+    files: tuple[FileIdentity, ...]  # the source, then its control media
+    clip: ClipFacts | None  # None for images
+    parts: int  # how many files the item has (one, or one per section)
+    crc32: Mapping[str, str]  # checksum by tensor name
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """What one encoder's tensors of a text cache were made from."""
+
+    encoder: Mapping[str, str]  # TextEncoder.identity
+    caption: str
+    file: FileIdentity | None  # of the caption; None where a JSONL list holds it
+    crc32: Mapping[str, str]
+
+
+def latent_metadata(record: LatentRecord) -> dict[str, str]:
+    """The metadata entries that hold a record."""
+    return _guarded({"latents": dataclasses.asdict(record)})
+
+
+def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
+    """The metadata entries that hold the records of a text cache, by encoder name."""
+    return _guarded({"texts": {name: dataclasses.asdict(record) for name, record in records.items()}})
+
+
+def latent_record(header: Header) -> LatentRecord | None:
+    """The record of a latent cache, None where it has none (made elsewhere). Raises CacheError where it is damaged."""
+    found = _read(header)
+    if found is None:
+        return None
+    try:
+        data = found["latents"]
+        clip = data["clip"]
+        return LatentRecord(
+            encoder=dict(data["encoder"]),
+            options=dict(data["options"]),
+            files=tuple(FileIdentity(**file) for file in data["files"]),
+            clip=None if clip is None else ClipFacts(tuple(clip["size"]), clip["kept_frames"], clip["complete"]),
+            parts=int(data["parts"]),
+            crc32=dict(data["crc32"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(header, error) from error
+
+
+def text_records(header: Header) -> dict[str, TextRecord]:
+    """The records of a text cache by encoder name, empty where it has none. Raises CacheError where they are damaged."""
+    found = _read(header)
+    if found is None:
+        return {}
+    try:
+        return {
+            name: TextRecord(
+                encoder=dict(data["encoder"]),
+                caption=str(data["caption"]),
+                file=None if data["file"] is None else FileIdentity(**data["file"]),
+                crc32=dict(data["crc32"]),
+            )
+            for name, data in found["texts"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(header, error) from error
+
+
+def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
+    """Raise CacheError where a tensor of the record is missing or its bytes have changed."""
+    for name, expected in crc32.items():
+        if name not in entry.named:
+            raise CacheError(f"{entry.header.path}: damaged, it has no tensor {name}, which its record lists")
+        if checksum(name, entry.named[name]) != expected:
+            raise CacheError(f"{entry.header.path}: damaged, the data of {name} do not match their checksum")
+
+
+def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """How two mappings of JSON values differ, in words, or None where they do not."""
+    then, now = json.loads(json.dumps(dict(then))), json.loads(json.dumps(dict(now)))
+    changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    return ", ".join(f"{key} was {then.get(key)}, is now {now.get(key)}" for key in changed) or None
+
+
+def identify(path: Path) -> FileIdentity:
+    """Size, time and content hash of a file, or of the images in a folder."""
+    size_bytes, mtime_ns = _stamp(path)
+    return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns))
+
+
+def is_unchanged(then: FileIdentity, path: Path) -> bool:
+    """Whether a file still is what it was. Its content is read only where its time alone differs.
+
+    Raises OSError where it is gone, MediaError where a folder has no image any more.
+    """
+    size_bytes, mtime_ns = _stamp(path)
+    if size_bytes != then.size_bytes:
+        return False
+    return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns) == then.sha256
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = [file.stat() for file in _files(path)]
+    return sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)
+
+
+@functools.lru_cache(maxsize=4096)  # training asks again for every item of a dataset that was copied without its times
+def _content_hash(path: Path, size_bytes: int, mtime_ns: int) -> str:
+    """SHA-256 of a file; of a folder: over the names and hashes of its images. Size and time are part of the cache's key only."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for part in _files(path):
+        with part.open("rb") as file:
+            whole.update(f"{part.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return folder_images(path) if path.is_dir() else [path]
+
+
+def _guarded(content: Mapping[str, Any]) -> dict[str, str]:
+    text = json.dumps({"version": VERSION, **content}, sort_keys=True, ensure_ascii=False)
+    return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
+
+
+def _read(header: Header) -> dict[str, Any] | None:
+    text = header.metadata.get(RECORD_KEY)
+    if text is None:
+        return None
+    if _crc(text) != header.metadata.get(CHECK_KEY):
+        raise CacheError(f"{header.path}: damaged, its record does not match its checksum")
+    try:
+        content = json.loads(text)
+        if content["version"] != VERSION:
+            raise CacheError(f"{header.path}: its record has version {content['version']}, this program knows version {VERSION}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(header, error) from error
+    return dict(content)
+
+
+def _crc(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _damaged(header: Header, error: Exception) -> CacheError:
+    return CacheError(f"{header.path}: damaged, its record cannot be read ({type(error).__name__}: {error})")
+
+
+def section_frames(window: int, latent: LatentSpec) -> int:
+    """Frames that a section of so many latent frames decodes to."""
+    return (window - 1) * latent.stride[0] + 1
+
+
+def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:
+    """As `difference`, for options of records, in which the usual values of the keys of sections do not stand.
+
+    Where latents do not depend on these keys they are ignored: one dataset may serve several models.
+    """
+    if latent.in_sections:
+        return difference({**SECTION_DEFAULTS, **then}, {**SECTION_DEFAULTS, **now})
+    return difference(*({key: value for key, value in options.items() if key not in SECTION_DEFAULTS} for options in (then, now)))

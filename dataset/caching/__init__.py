@@ -1,0 +1,1 @@
+"""The caching loop and its two halves."""

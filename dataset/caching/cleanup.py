@@ -1,0 +1,65 @@
+"""Removing cache files that belong to no item any more. A file goes only where its tensor names show that it is one."""
+
+import logging
+from collections.abc import Callable, Container, Iterable
+from pathlib import Path
+
+from dataset.cache.files import PART, Header, is_latent_cache, is_text_cache, parse_latent_name, parse_text_name, read_header
+from dataset.config import DatasetTable
+from modules.atomic_write import remove_leftovers
+from modules.contract.family import Family
+from modules.errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+
+def remove_stale_latents(table: DatasetTable, family: Family, names: Container[str], failed_stems: Container[str]) -> int:
+    """Remove latent caches not in `names`, sparing those of sources that failed in this run. Returns how many were removed."""
+    tag = family.cache_tag
+    stale = []
+    for path in _listed(table):
+        name = parse_latent_name(path.name, tag, table.kind)
+        if name is not None and path.name not in names and name.stem not in failed_stems:
+            stale.append(path)
+    _remove_leftovers(table, lambda name: parse_latent_name(name, tag, table.kind) is not None)
+    return remove_caches(stale, family.name)
+
+
+def remove_caches(paths: Iterable[Path], architecture: str) -> int:
+    """Remove those of `paths` whose tensor names show that they are latent caches of the family. Returns how many were."""
+    return _remove(paths, lambda header: is_latent_cache(header, architecture))
+
+
+def remove_stale_texts(table: DatasetTable, family: Family, names: Container[str]) -> int:
+    """Remove text caches not in `names`, unfinished ones too. Returns how many were removed."""
+
+    def is_text(name: str) -> bool:
+        return parse_text_name(name.removesuffix(PART), family.cache_tag) is not None
+
+    stale = [path for path in _listed(table) if is_text(path.name) and path.name.removesuffix(PART) not in names]
+    _remove_leftovers(table, is_text)
+    return _remove(stale, lambda header: is_text_cache(header, family.name))
+
+
+def _listed(table: DatasetTable) -> list[Path]:
+    return sorted(table.cache_directory.iterdir()) if table.cache_directory.is_dir() else []
+
+
+def _remove(paths: Iterable[Path], is_cache: Callable[[Header], bool]) -> int:
+    count = 0
+    for path in paths:
+        try:
+            is_ours = path.is_file() and is_cache(read_header(path))
+        except CacheError as error:
+            logger.warning("%s. It belongs to no item and is left alone, as it cannot be told whether it is a cache file.", error)
+            continue
+        if is_ours:
+            path.unlink(missing_ok=True)
+            count += 1
+    return count
+
+
+def _remove_leftovers(table: DatasetTable, of: Callable[[str], bool]) -> None:
+    """Remove temporary files of cache files that a killed run left behind; all processes of this one have finished writing."""
+    if table.cache_directory.is_dir():
+        remove_leftovers(table.cache_directory, of, older_seconds=0)

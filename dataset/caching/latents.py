@@ -1,0 +1,239 @@
+"""Encoding the items that have no valid latent cache: decoded ahead, encoded in batches of one size, written behind."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name, without_nan, write_tensors
+from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
+from dataset.caching.cleanup import remove_caches
+from dataset.caching.planning import ExistingNames, Names, Plan, Recipe, complete, media_table, names_of, paths_of
+from dataset.caching.prefetch import WriteBehind
+from dataset.caching.reports import Failure
+from dataset.caching.source_jobs import check_memory, decode_ahead, progress
+from dataset.config import DatasetTable
+from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
+from dataset.sources.frames import Span, frames_wanted
+from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
+from modules.contract.family import Family
+from modules.devices import free_memory
+from modules.errors import MediaError
+
+logger = logging.getLogger(__name__)
+
+PARTIAL_BYTES = 1 << 29  # frames of items that wait until their batch is full
+
+SMALLEST_SIDE = 8  # pixels: one latent
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The frames of one item."""
+
+    frames: Tensor  # F H W C uint8
+    control: tuple[Tensor, ...]  # each F H W C uint8
+    alpha: Tensor | None  # H W uint8
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it has."""
+        return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A source whose frames are in memory."""
+
+    plan: Plan  # its `missing` is known
+    media: DecodedSource  # without frames where all crops are cut already
+    crops: Mapping[Span, Crop]
+    files: tuple[FileIdentity, ...]
+    clip: ClipFacts | None
+
+    def crop(self, span: Span) -> Crop:
+        """One of the missing items, as memory of its own."""
+        return self.crops[span] if span in self.crops else cut(self.media, span)
+
+
+def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
+    """Read the frames of a source, find out what is missing where only decoding tells, and hash its files.
+
+    Raises MediaError, DatasetError, OSError.
+    """
+    source = plan.source
+    check_memory(source)
+    media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    if min(media.bucket) < SMALLEST_SIDE:
+        width, height = media.bucket
+        raise MediaError(f"{source.path}: {width}x{height} pixels are too few to encode, a side has at least {SMALLEST_SIDE}")
+    plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
+    missing = plan.missing or ()
+    files = tuple(map(identify, paths_of(source))) if missing else ()
+    size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
+    if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
+        return Decoded(plan, media, {}, files, clip)  # overlapping or large: cut one by one when their turn comes
+    crops = {span: cut(media, span) for span in missing}
+    return Decoded(plan, dataclasses.replace(media, frames=NO_FRAMES, control=()), crops, files, clip)
+
+
+def cut(media: DecodedSource, span: Span) -> Crop:
+    """The frames of a span, copied unless they are most of the clip: a copy lets go of the rest, else a clip is there once."""
+    alone = 2 * span[1] < len(media.frames)
+    frames, *control = (torch.from_numpy(clip.copy() if alone else clip) for clip in (media.crop(span), *media.control_crops(span)))
+    return Crop(frames, tuple(control), None if media.alpha is None else torch.from_numpy(media.alpha))
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """One item that waits for its batch to be full."""
+
+    table: DatasetTable
+    path: Path  # of its cache file; where a family makes sections, their names differ
+    name: LatentName
+    span: Span
+    record: LatentRecord  # without checksums
+    crop: Crop
+    there: Names  # cache files that it has already
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.crop.tensors)
+
+
+class LatentEncoding:
+    """One run over the sources that need encoding. Afterwards its public members say what was done."""
+
+    def __init__(self, family: Family, recipe: Recipe, device: torch.device, batch_size: int | None) -> None:
+        self.finished: list[Plan] = []
+        self.failures: list[Failure] = []
+        self.written: set[tuple[int, str]] = set()  # table index and name of each file
+        self._family = family
+        self._recipe = recipe
+        self._device = device
+        self._batch_size = batch_size
+        self._encoders: MediaEncoders | None = None
+        self._pending: dict[tuple[object, ...], list[_Pending]] = {}  # by what items must share to be one batch
+        self._writer = WriteBehind()
+
+    def run(self, plans: Sequence[Plan], existing: ExistingNames, workers: int, show_progress: bool) -> None:
+        """Decode and encode what the plans miss. Raises CheckpointError, OutputError; unreadable sources become failures."""
+
+        def work(plan: Plan) -> Decoded:
+            return decode(plan, names_of(existing, plan.source), self._recipe)
+
+        bar = progress(len(plans), "encoding", shown=show_progress)
+        ahead = decode_ahead(plans, lambda plan: plan.source, work, workers, bar)
+        with self._writer, contextlib.closing(ahead), torch.no_grad():
+            for _, result in ahead:
+                if isinstance(result, Failure):
+                    self.failures.append(result)
+                else:
+                    self._add(result, names_of(existing, result.plan.source))
+                del result  # gives its frames back before the next source is waited for
+            for group in list(self._pending):
+                self._encode(group)
+        self._encoders = None
+        free_memory(self._device)
+
+    def _add(self, decoded: Decoded, there: Names) -> None:
+        """Put the missing items of a source into their batches; encode those that are full."""
+        plan, table = decoded.plan, decoded.plan.source.table
+        self.finished.append(plan)
+        for span in plan.missing or ():
+            item = self._item(decoded, span, there)
+            group = (table.index, *(tensor.shape for tensor in item.crop.tensors))
+            self._pending.setdefault(group, []).append(item)
+            if len(self._pending[group]) >= (self._batch_size or table.batch_size):
+                self._encode(group)
+        sizes = {group: sum(item.size_bytes for item in items) for group, items in self._pending.items()}
+        if sum(sizes.values()) > PARTIAL_BYTES:
+            self._encode(max(sizes, key=lambda group: sizes[group]))
+
+    def _item(self, decoded: Decoded, span: Span, there: Names) -> _Pending:
+        source, media, recipe = decoded.plan.source, decoded.media, self._recipe
+        is_image = source.table.kind == "image"
+        name = LatentName(source.stem, media.size if is_image else media.bucket, None if is_image else span)
+        options = recipe.options(source.table, media.size, media.bucket, span)
+        return _Pending(
+            table=source.table,
+            path=source.table.cache_directory / name.file_name(recipe.tag),
+            name=name,
+            span=span,
+            record=LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
+            crop=decoded.crop(span),
+            there={file: other for file, other in there.items() if (other.size, other.span) == (name.size, name.span)},
+        )
+
+    def _encode(self, group: tuple[object, ...]) -> None:
+        items = self._pending.pop(group)
+        if self._encoders is None:
+            self._encoders = self._family.media_encoders(self._device)
+        media = MediaBatch(
+            frames=_batched([item.crop.frames for item in items]),
+            keys=tuple(item.path.stem for item in items),
+            spans=tuple(item.span for item in items),
+            control=tuple(_batched(controls) for controls in zip(*(item.crop.control for item in items), strict=True)),
+            alpha=_all_or_none([item.crop.alpha for item in items]),
+            table=media_table(items[0].table, bool(items[0].crop.control)),
+        )
+        for item, entries in zip(items, self._family.encode_media(self._encoders, media), strict=True):
+            self._write(item, entries)
+
+    def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
+        """The files of an item, then without those that it had besides: fewer sections than before, or of other numbers."""
+        names = set()
+        for entry in entries:
+            name = dataclasses.replace(item.name, section=entry.section)
+            path = item.path.with_name(name.file_name(self._recipe.tag))
+            tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+            record = dataclasses.replace(item.record, parts=len(entries))
+            whole = dataclasses.replace(entry, tensors=tensors)
+            self._writer.submit(partial(write_latents, path, name, record, whole, self._family.name))
+            names.add(path.name)
+        self.written |= {(item.table.index, name) for name in names}
+        surplus = [item.path.with_name(name) for name in item.there if name not in names]
+        if surplus:
+            self._writer.submit(partial(remove_caches, surplus, self._family.name))
+
+
+def write_latents(path: Path, name: LatentName, record: LatentRecord, entry: CacheEntry, architecture: str) -> None:
+    """Write one latent cache file with its record. NaN becomes 0, with a warning. Raises OutputError."""
+    named = {
+        tensor_name(key, tensor, grid=entry.grid): without_nan(tensor, path.name, key) for key, tensor in entry.tensors.items()
+    }
+    metadata = {
+        "architecture": architecture,
+        "width": str(name.size[0]),
+        "height": str(name.size[1]),
+        "format_version": FORMAT_VERSION,
+    }
+    if name.span is not None:
+        metadata["frame_count"] = str(name.span[1])
+    sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
+    write_tensors(path, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
+
+
+def _batched(tensors: Sequence[Tensor]) -> Tensor:
+    """Stacked; a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _all_or_none(alphas: Sequence[Tensor | None]) -> Tensor | None:
+    """Stacked, where the items of a batch have them."""
+    given = [alpha for alpha in alphas if alpha is not None]
+    return _batched(given) if given else None
+
+
+def _clip_facts(media: DecodedSource) -> ClipFacts | None:
+    """What decoding showed of a clip: unless it stopped at the frames that are enough, its whole length."""
+    if media.source.table.kind == "image":
+        return None
+    enough = frames_wanted(media.source.table)
+    return ClipFacts(media.size, len(media.frames), complete=enough is None or len(media.frames) < enough)

@@ -1,0 +1,265 @@
+"""Which cache files a source yields, and which of them are still right: decided from records, without decoding where possible."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataset.cache.files import Entry, LatentName, parse_latent_name, read_entry, read_header
+from dataset.cache.records import (
+    ClipFacts,
+    LatentRecord,
+    difference,
+    is_unchanged,
+    latent_record,
+    options_difference,
+    section_frames,
+    verify_tensors,
+)
+from dataset.caching.reports import Failure
+from dataset.caching.source_jobs import progress, read_ahead
+from dataset.config import DatasetTable
+from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
+from dataset.sources.frames import Span, frames_wanted, spans
+from dataset.sources.listing import Source
+from modules.contract.data import MediaTable
+from modules.contract.family import LatentSpec
+from modules.errors import CacheError, MediaError
+from modules.media.buckets import Size
+from modules.media.reading import image_size
+
+Names = Mapping[str, LatentName]  # latent cache files of one source: what their names say
+
+ExistingNames = Mapping[int, Mapping[str, Names]]  # by table index and stem
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How this run makes latents: all that the cache files depend on beside the sources and their tables."""
+
+    tag: str  # in file names
+    encoder: Mapping[str, str]
+    latent: LatentSpec
+    fps: float
+    skip_existing: bool  # files without a record count as right where their sizes are
+    sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
+
+    def options(self, table: DatasetTable, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
+        """What the record of an item says beside the encoders."""
+        options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
+        if table.kind == "video":
+            options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
+        return options | table.section_keys
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done for one source."""
+
+    source: Source
+    kept: frozenset[str]  # file names that are right
+    foreign: int  # how many of them have no record
+    missing: tuple[Span, ...] | None  # what is to be encoded; None: only decoding can tell
+    items: tuple[tuple[int, ...], ...] = ()  # width, height and for videos frames of what training sees, where `missing` is known
+    reason: str | None = None  # why there is no item at all
+    outdated: str | None = None  # why a file that is there is made again
+
+
+def list_names(table: DatasetTable, tag: str) -> dict[str, dict[str, LatentName]]:
+    """The latent cache files of a table by the stem of their source. One listing, no file opened."""
+    found: dict[str, dict[str, LatentName]] = {}
+    folder = table.cache_directory
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name = parse_latent_name(path.name, tag, table.kind)
+        if name is not None:
+            found.setdefault(name.stem, {})[path.name] = name
+    return found
+
+
+def names_of(existing: ExistingNames, source: Source) -> Names:
+    """Those of one source."""
+    return existing[source.table.index].get(source.stem, {})
+
+
+def plan_all(
+    sources: Sequence[Source], existing: ExistingNames, recipe: Recipe, workers: int, show_progress: bool = True
+) -> tuple[list[Plan], list[Failure]]:
+    """Compare all sources with their cache files. Sources whose header cannot be read become failures."""
+    plans: list[Plan] = []
+    failures: list[Failure] = []
+
+    def work(source: Source) -> Plan:
+        return plan_latents(source, names_of(existing, source), recipe)
+
+    bar = progress(len(sources), "comparing", shown=show_progress)
+    for _, result in read_ahead(sources, lambda source: source, work, workers, bar):
+        if isinstance(result, Failure):
+            failures.append(result)
+        else:
+            plans.append(result)
+    return plans, failures
+
+
+def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
+    """Compare the cache files of a source with what this run would make. Raises MediaError where its header cannot be read."""
+    if source.table.kind == "image":
+        return compare(source, image_size(source.path), [(0, 1)], existing, recipe)
+    if not existing:
+        return Plan(source, frozenset(), 0, None)
+    table, step = source.table, recipe.latent.frame_step
+    clip = _known_clip(source, existing, recipe)
+    if clip is not None:
+        wanted = frames_wanted(table)
+        if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
+            found = spans(table, clip.kept_frames, step)
+            reason = None if found else f"{clip.kept_frames} frames, target_frames are {', '.join(map(str, table.target_frames))}"
+            return dataclasses.replace(compare(source, clip.size, found, existing, recipe), reason=reason)
+    if recipe.skip_existing:
+        # the header may be wrong about the number of frames, so it counts only where it agrees with the files that are there
+        headers = plan_source(source, recipe.fps, recipe.latent.pixel_step, step)
+        with contextlib.suppress(MediaError):  # too short for a section, says the header
+            plan = compare(source, headers.size, headers.spans, existing, recipe)
+            if plan.kept == existing.keys() and not plan.missing:
+                return plan
+    return Plan(source, frozenset(), 0, None)
+
+
+def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names, recipe: Recipe) -> Plan:
+    """The plan for a source whose size and spans are known."""
+    bucket = bucket_of(source.table, size, recipe.latent.pixel_step, source.path)
+    kept: set[str] = set()
+    foreign = 0
+    missing: list[Span] = []
+    outdated: str | None = None
+    is_image = source.table.kind == "image"
+    there = _by_item(existing)
+    items: list[tuple[int, ...]] = []
+    for span in wanted:
+        sections = recipe.sections(media_table(source.table), span[1])
+        items += [bucket if is_image else (*bucket, _frames_of(source.table, span, sections, recipe))] * (sections or 1)
+        files = there.get((size, None) if is_image else (bucket, span), {})
+        if not files:
+            missing.append(span)
+            continue
+        try:
+            _check_sections(source, files, sections)
+            foreign += _check_item(source, size, bucket, span, files, recipe)
+            kept |= set(files)
+        except CacheError as error:
+            missing.append(span)
+            outdated = outdated or str(error)
+    return Plan(source, frozenset(kept), foreign, tuple(missing), tuple(items), outdated=outdated)
+
+
+def _frames_of(table: DatasetTable, span: Span, sections: int | None, recipe: Recipe) -> int:
+    """Frames of what training sees: of the whole item, or of one of its sections."""
+    return span[1] if sections is None else section_frames(table.fp_latent_window_size, recipe.latent)
+
+
+def complete(plan: Plan, media: DecodedSource, existing: Names, recipe: Recipe) -> Plan:
+    """The plan of a source that has been decoded."""
+    if plan.missing is not None:
+        return plan
+    return dataclasses.replace(compare(plan.source, media.size, media.spans, existing, recipe), reason=media.reason)
+
+
+def _by_item(existing: Names) -> Mapping[tuple[Size, Span | None], Names]:
+    """The files of each item, in the order of their sections, by what stands in their names."""
+    found: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
+    for file, name in sorted(existing.items(), key=lambda pair: pair[1].section or 0):
+        found.setdefault((name.size, name.span), {})[file] = name
+    return found
+
+
+def _check_sections(source: Source, files: Names, sections: int | None) -> None:
+    """Raise CacheError where the files of an item are not those of all its sections."""
+    expected = [None] if sections is None else list(range(sections))
+    found = [name.section for name in files.values()]
+    if found != expected:
+        path = source.table.cache_directory / next(iter(files))
+        theirs = ", ".join("the whole" if section is None else str(section) for section in found)
+        raise CacheError(f"{path}: sections {theirs} are there, {len(expected)} files belong together")
+
+
+def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe) -> int:
+    """Raise CacheError where the files of an item are not what this run would write. Returns how many have no record."""
+    foreign = 0
+    for file in files:
+        path = source.table.cache_directory / file
+        entry = read_entry(path)
+        record = latent_record(entry.header)
+        if record is None:
+            _check_foreign(entry, bucket, span, files[file].section, source.table, recipe)
+            foreign += 1
+            continue
+        if record.parts != len(files):
+            raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} are there")
+        expected = recipe.options(source.table, size, bucket, span)
+        changed = (
+            difference(record.encoder, recipe.encoder)
+            or options_difference(record.options, expected, recipe.latent)
+            or _changed(source, record)
+        )
+        if changed is not None:
+            raise CacheError(f"{path}: {changed}")
+        verify_tensors(entry, record.crc32)
+    return foreign
+
+
+def _check_foreign(entry: Entry, bucket: Size, span: Span, section: int | None, table: DatasetTable, recipe: Recipe) -> None:
+    """Raise CacheError where a file made elsewhere is not to be kept."""
+    path = entry.header.path
+    if not recipe.skip_existing:
+        raise CacheError(f"{path}: it has no record of what it was made from")
+    length = span[1] if section is None else section_frames(table.fp_latent_window_size, recipe.latent)
+    frames, height, width = recipe.latent.shape(length, bucket[1], bucket[0])[2:]
+    if (frames, height, width) not in entry.header.grids:
+        found = ", ".join("x".join(map(str, grid)) for grid in sorted(entry.header.grids)) or "no latents"
+        raise CacheError(f"{path}: it holds {found}, this configuration writes {frames}x{height}x{width}")
+
+
+def _changed(source: Source, record: LatentRecord) -> str | None:
+    paths = paths_of(source)
+    if len(paths) != len(record.files):
+        return f"made from {len(record.files)} source files, now there are {len(paths)}"
+    changed = [str(path) for path, then in zip(paths, record.files, strict=True) if not is_unchanged(then, path)]
+    return f"{', '.join(changed)} changed since" if changed else None
+
+
+def _known_clip(source: Source, existing: Names, recipe: Recipe) -> ClipFacts | None:
+    """What an earlier run found when it decoded the source, if any file of it says so and the source is the same."""
+    rate = recipe.options(source.table, (0, 0), (0, 0), (0, 0))
+    known = []
+    for file in existing:
+        try:
+            record = latent_record(read_header(source.table.cache_directory / file))
+        except CacheError:
+            continue
+        if record is None or record.clip is None or not record.files:
+            continue
+        same_rate = all(record.options.get(key) == rate[key] for key in ("source_fps", "fps"))
+        if same_rate and is_unchanged(record.files[0], source.path):
+            known.append(record.clip)
+    return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
+
+
+def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
+    """What families are told of a table. has_control: whether its items have control media."""
+    return MediaTable(
+        name=table.name,
+        kind=table.kind,
+        has_control=has_control,
+        target_frames=() if table.kind == "image" or table.frame_extraction == "full" else table.target_frames,
+        max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
+        window=table.fp_latent_window_size,
+        clean_indices=table.fp_1f_clean_indices or (),
+        target_index=table.fp_1f_target_index,
+        has_post=not table.fp_1f_no_post,
+    )
+
+
+def paths_of(source: Source) -> tuple[Path, ...]:
+    """The files or folders a source's latents are made from."""
+    return (source.path, *source.control)

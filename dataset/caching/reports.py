@@ -1,0 +1,82 @@
+"""What a caching run did, and how it says so."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.sources.listing import Source
+from modules.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A source that gave nothing, and why."""
+
+    path: Path
+    reason: str
+    table: int
+    stem: str
+
+    @staticmethod
+    def of(source: Source, reason: object) -> "Failure":
+        """`reason`: a text or the exception."""
+        return Failure(source.path, str(reason), source.table.index, source.stem)
+
+    def __str__(self) -> str:
+        return self.reason if str(self.path) in self.reason else f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Counts are of cache files."""
+
+    written: int = 0
+    kept: int = 0
+    foreign: int = 0  # those that another program made, at least in part, and that are used: they have no record
+    removed: int = 0
+    failures: tuple[Failure, ...] = ()  # sources that could not be read
+    dropped: tuple[Failure, ...] = ()  # sources that are fine but give no item
+    is_main: bool = True  # whether this process speaks for all
+
+
+def joined(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = True) -> CacheReport:
+    """One report of several processes."""
+    return CacheReport(
+        written=sum(report.written for report in reports),
+        kept=sum(report.kept for report in reports),
+        foreign=sum(report.foreign for report in reports),
+        removed=removed,
+        failures=tuple(sorted((one for report in reports for one in report.failures), key=_by_path)),
+        dropped=tuple(sorted((one for report in reports for one in report.dropped), key=_by_path)),
+        is_main=is_main,
+    )
+
+
+def conclude(report: CacheReport) -> None:
+    """Log what was done. Where a source failed, the program ends with exit code 1: DatasetError, in other processes SystemExit."""
+    if not report.is_main:
+        if report.failures:
+            raise SystemExit(DatasetError.exit_code)
+        return
+    if report.dropped:
+        lines = "\n  ".join(map(str, report.dropped))
+        logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)
+    if report.foreign:
+        logger.warning(
+            "%d files were made by another program: only their sizes could be compared (--skip_existing)", report.foreign
+        )
+    if report.written or report.kept or report.removed:
+        logger.info("cache files: %d written, %d kept, %d removed", report.written, report.kept, report.removed)
+    if report.failures:
+        lines = "\n  ".join(map(str, report.failures))
+        raise DatasetError(
+            f"{len(report.failures)} of the sources could not be used; all others are done:\n  {lines}\n"
+            "  Mend or remove these files, then run the same command again."
+        )
+
+
+def _by_path(failure: Failure) -> str:
+    return str(failure.path)

@@ -1,0 +1,290 @@
+"""Encoding the captions that have no valid text cache. One file per source serves all its items and holds all encoders' tensors.
+
+Each text encoder is a pass of its own, as two of them would not fit into memory. What an encoder makes while others are still to
+come goes to a `.part` beside the file; the last pass joins everything and gives it the file's name. So a file is always whole.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset.cache.files import (
+    FORMAT_VERSION,
+    Entry,
+    Header,
+    checksum,
+    part_path,
+    read_entry,
+    tensor_key,
+    tensor_name,
+    text_file_name,
+    without_nan,
+    write_tensors,
+)
+from dataset.cache.records import FileIdentity, TextRecord, difference, identify, text_metadata, text_records, verify_tensors
+from dataset.caching.prefetch import WriteBehind, run_ahead
+from dataset.caching.source_jobs import progress
+from dataset.sources.listing import Source
+from modules.atomic_write import give_name
+from modules.contract.data import Conditions
+from modules.contract.family import Family, TextEncoder
+from modules.contract.generation import Prompt
+from modules.errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]  # in the order of their passes, each with its identity
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """What is to be done for one source, by names of encoders."""
+
+    source: Source
+    path: Path  # of its cache file
+    missing: tuple[str, ...]  # those that have to encode, in their order
+    in_part: tuple[str, ...]  # those whose outputs are right in the unfinished file only
+    is_foreign: bool  # whether right outputs have no record: another program made them
+
+    def is_last(self, encoder: str) -> bool:
+        """Whether the file is whole when this encoder has written."""
+        return encoder == self.missing[-1]
+
+
+def plan_text(source: Source, tag: str, encoders: Encoders, skip_existing: bool) -> TextPlan:
+    """Compare a source's file, finished or not, with what the encoders would write. Nothing is changed."""
+    path = source.table.cache_directory / text_file_name(source.stem, tag)
+    right, _ = _right(path, source, encoders, skip_existing)
+    part, others = _right(part_path(path), source, encoders, skip_existing=False)
+    if others:
+        part = {}  # of another run, with other encoders or another caption: joined, it would spoil what is right in the file
+    names = [encoder.name for encoder, _ in encoders]
+    return TextPlan(
+        source,
+        path,
+        missing=tuple(name for name in names if name not in right and name not in part),
+        in_part=tuple(name for name in names if name not in right and name in part),
+        is_foreign=not all(right.values()),
+    )
+
+
+class TextEncoding:
+    """The text encoders' passes over this process's sources. Afterwards its counters say what was done, in files.
+
+    written: files that any encoder had something to add to. kept: all others. foreign: those with outputs that have no record.
+    """
+
+    def __init__(
+        self, family: Family, device: torch.device, batch_size: int | None, workers: int, skip_existing: bool, show_progress: bool
+    ) -> None:
+        self.written = self.kept = self.foreign = 0
+        self._family = family
+        self._device = device
+        self._batch_size = batch_size
+        self._workers = workers
+        self._skip_existing = skip_existing
+        self._show_progress = show_progress
+
+    def run(self, sources: Sequence[Source]) -> None:
+        """Encode what is missing, one encoder after the other; each is loaded only where there is something to do."""
+        encoders = [(encoder, dict(encoder.identity)) for encoder in self._family.text_encoders()]
+        plans = self._plan(sources, encoders)
+        for encoder, identity in encoders:
+            to_do = {plan.path: plan for plan in plans if encoder.name in plan.missing}
+            logger.info("%s: %d captions, %d of them to encode", encoder.name, len(sources), len(to_do))
+            if not to_do:
+                continue
+            encoder.load(self._device)
+            try:
+                with progress(len(to_do), encoder.name, "caption", self._show_progress) as bar:
+                    self._encode(encoder, identity, sources, to_do, bar)
+            finally:
+                encoder.free()
+
+    def _plan(self, sources: Sequence[Source], encoders: Encoders) -> list[TextPlan]:
+        """Compare all sources with their files. Unfinished files are brought in order."""
+
+        def compare(source: Source) -> TextPlan:
+            return plan_text(source, self._family.cache_tag, encoders, self._skip_existing)
+
+        plans = []
+        for _, plan in run_ahead(sources, compare, self._workers, lambda _: 0, limit_bytes=1):
+            if isinstance(plan, Exception):
+                raise plan
+            plans.append(plan)
+            self.foreign += plan.is_foreign
+            if plan.missing or plan.in_part:
+                self.written += 1
+            else:
+                self.kept += 1
+            if not plan.in_part:
+                part_path(plan.path).unlink(missing_ok=True)  # nothing of it is right, or nothing of it is needed
+            elif not plan.missing:
+                finish_text(plan.path)  # a run was stopped before it could
+        return plans
+
+    def _encode(
+        self,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        sources: Sequence[Source],
+        to_do: Mapping[Path, TextPlan],
+        bar: "tqdm[None]",
+    ) -> None:
+        """Encode every batch of `sources` in which something is to do, and write that.
+
+        Whole batches, because the last bits of an embedding depend on its neighbours: so a run that was killed ends as one that
+        was not.
+        """
+        with WriteBehind() as writer, torch.no_grad():
+            for batch in _batches(sources, self._batch_size):
+                missing = [source for source in batch if self._path(source) in to_do]
+                if not missing:
+                    continue
+                encoded = encoder.encode([Prompt(source.caption or "") for source in batch])
+                for source, conditions in zip(batch, encoded, strict=True):
+                    if source not in missing:
+                        continue
+                    tensors = _named_tensors(conditions, encoder, source.stem)
+                    record = TextRecord(identity, source.caption or "", _caption_file(source), crc32={})
+                    path = self._path(source)
+                    is_last = to_do[path].is_last(encoder.name)
+                    writer.submit(partial(write_text, path, tensors, encoder.name, record, self._family.name, is_last))
+                bar.update(len(missing))
+
+    def _path(self, source: Source) -> Path:
+        return source.table.cache_directory / text_file_name(source.stem, self._family.cache_tag)
+
+
+def write_text(
+    path: Path, tensors: Mapping[str, Tensor], encoder: str, record: TextRecord, architecture: str, is_last: bool = True
+) -> None:
+    """Write one encoder's tensors (by their names in the file) for a text cache: into its `.part`, or the whole file.
+
+    is_last: no other encoder has anything to add; what stands in the `.part` and in the file is joined with the tensors. There,
+    tensors of other names, other metadata and other encoders' records stay. A caption that has changed is replaced with a warning.
+    Raises OutputError.
+    """
+    sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
+    metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}
+    metadata |= text_metadata({encoder: dataclasses.replace(record, crc32=sums)})
+    part = part_path(path)
+    new = Entry(Header(path, metadata, tuple(tensors)), tensors)
+    unfinished = _existing(part)
+    if unfinished is not None:
+        new = _joined(unfinished, new)
+    if not is_last:
+        write_tensors(part, new.named, new.header.metadata)
+        return
+    old = _existing(path)
+    if old is not None:
+        before = old.header.metadata.get("caption1", record.caption)
+        if before != record.caption:
+            logger.warning("%s: the caption was %r, now it is %r; it is replaced", path, before, record.caption)
+        new = _joined(old, new)
+    if unfinished is None:
+        write_tensors(path, new.named, new.header.metadata)
+    else:
+        write_tensors(part, new.named, new.header.metadata)
+        give_name(part, path)
+
+
+def finish_text(path: Path) -> None:
+    """Join a text cache with its `.part`, where nothing is left to encode. Raises CacheError, OutputError."""
+    part = part_path(path)
+    old, new = _existing(path), read_entry(part)
+    if old is not None:
+        new = _joined(old, new)
+        write_tensors(part, new.named, new.header.metadata)
+    give_name(part, path)
+
+
+def _joined(old: Entry, new: Entry) -> Entry:
+    """Both entries in one; where both have something, the new one's."""
+    new_keys = new.header.keys
+    kept = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
+    named = {**kept, **new.named}
+    records = text_metadata({**text_records(old.header), **text_records(new.header)})
+    metadata = {**old.header.metadata, **new.header.metadata, **records}
+    return Entry(Header(new.header.path, metadata, tuple(named)), named)
+
+
+def _right(path: Path, source: Source, encoders: Encoders, skip_existing: bool) -> tuple[dict[str, bool], frozenset[str]]:
+    """The encoders whose outputs in a file are what they would write: name -> whether they have a record. And all other records.
+
+    skip_existing: outputs without a record count where they are of the same caption.
+    """
+    right: dict[str, bool] = {}
+    if not path.exists():
+        return right, frozenset()
+    try:
+        entry = read_entry(path)
+        records = text_records(entry.header)
+    except CacheError as error:
+        logger.warning("%s. It is made again.", error)
+        return right, frozenset()
+    for encoder, identity in encoders:
+        record = records.get(encoder.name)
+        if record is None:
+            if skip_existing and _is_foreign(entry.header, encoder, source.caption):
+                right[encoder.name] = False
+            continue
+        changed = difference(record.encoder, identity) or difference({"caption": record.caption}, {"caption": source.caption})
+        if changed is not None:
+            logger.debug("%s: %s", path, changed)
+            continue
+        try:
+            verify_tensors(entry, record.crc32)
+            right[encoder.name] = True
+        except CacheError as error:
+            logger.warning("%s. It is made again.", error)
+    return right, frozenset(records.keys() - right.keys())
+
+
+def _existing(path: Path) -> Entry | None:
+    try:
+        entry = read_entry(path) if path.exists() else None
+        if entry is not None:
+            text_records(entry.header)
+        return entry
+    except CacheError as error:
+        logger.warning("%s. It is replaced.", error)
+        return None
+
+
+def _is_foreign(header: Header, encoder: TextEncoder, caption: str | None) -> bool:
+    """Whether a file without this encoder's record holds its tensors, of the same caption."""
+    return encoder.keys <= header.keys and header.metadata.get("caption1", caption) == caption
+
+
+def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> dict[str, Tensor]:
+    """One prompt's outputs by their names in a file, on the CPU."""
+    named = {}
+    for key, value in conditions.items():
+        tensor = (value[0] if isinstance(value, list) else value).detach().cpu()
+        tensor = without_nan(tensor, stem, key)
+        named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
+    return named
+
+
+def _caption_file(source: Source) -> FileIdentity | None:
+    return None if source.caption_path is None else identify(source.caption_path)
+
+
+def _batches(sources: Sequence[Source], batch_size: int | None) -> list[Sequence[Source]]:
+    """Consecutive sources of one table, as many as its batch size or `batch_size` says."""
+    batches: list[list[Source]] = []
+    for source in sources:
+        last = batches[-1] if batches else None
+        if last is None or last[0].table is not source.table or len(last) >= (batch_size or source.table.batch_size):
+            batches.append([source])
+        else:
+            last.append(source)
+    return [tuple(batch) for batch in batches]

@@ -1,0 +1,33 @@
+"""What a caching script does once its options are read: show what the model will see, check, or cache."""
+
+import sys
+
+from dataset.caching.loop import cache_media, cache_texts, workers_of
+from dataset.caching.reports import conclude
+from dataset.check import CheckResult, check_media, check_texts
+from dataset.config import DatasetConfig
+from dataset.debug_views import show_datasets
+from dataset.options import CachingOptions, DebugOptions
+from modules.contract.family import Family
+
+
+def run_latent_caching(family: Family, config: DatasetConfig, options: CachingOptions, debug: DebugOptions) -> None:
+    """--debug_mode, --check, or caching of latents. Raises UserError, and SystemExit with the result of a check."""
+    if debug.debug_mode is not None:
+        conclude(show_datasets(family, config, debug, workers_of(options)))
+    elif options.check:
+        _end_with(check_media(family, config, workers_of(options), options.skip_existing))
+    else:
+        conclude(cache_media(family, config, options))
+
+
+def run_text_caching(family: Family, config: DatasetConfig, options: CachingOptions) -> None:
+    """--check, or caching of texts. Raises UserError, and SystemExit with the result of a check."""
+    if options.check:
+        _end_with(check_texts(family, config, options.skip_existing))
+    conclude(cache_texts(family, config, options))
+
+
+def _end_with(result: CheckResult) -> None:
+    sys.stdout.write("\n".join(result.lines) + "\n")
+    raise SystemExit(result.exit_code)

@@ -1,0 +1,1 @@
+"""Media and captions on disk."""

@@ -1,0 +1,187 @@
+"""From a source to the items that are encoded: decode once, keep and resize frames, choose the bucket, cut spans."""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset.config import DatasetTable
+from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
+from dataset.sources.listing import Source
+from modules.errors import DatasetError, MediaError
+from modules.media.buckets import Size, bucket_sizes, choose_bucket
+from modules.media.reading import Frame, image_size, read_image, resize_cover, video_frames, video_info
+
+Clip = NDArray[np.uint8]  # F H W C
+
+NO_FRAMES: Clip = np.empty((0, 0, 0, 3), np.uint8)
+GROWTH = 64  # frames that are made room for at a time
+IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to encode: an image, or a span of a clip."""
+
+    source: Source
+    key: str  # for messages: "clip_00000-017" or "pic"
+    span: Span  # first kept frame, number of frames; (0, 1) for images
+    size: Size  # of the original, upright
+    bucket: Size  # of the frames
+
+
+@dataclass(frozen=True)
+class DecodedSource:
+    """The kept frames of one source, resized to its bucket. Images have one frame."""
+
+    source: Source
+    size: Size
+    bucket: Size
+    frames: Clip  # F H W 3; none from `plan_source`
+    control: tuple[Clip, ...]  # per control image or clip: as many frames; C = 4 where a control image has alpha
+    spans: tuple[Span, ...]
+    reason: str | None  # why there is no span: "12 frames, the shortest of target_frames is 17"
+    alpha: NDArray[np.uint8] | None = None  # H W, of an image that is transparent somewhere
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """One item per span."""
+        is_image = self.source.table.kind == "image"
+        keys = [self.source.stem if is_image else f"{self.source.stem}_{start:05d}-{length:03d}" for start, length in self.spans]
+        return tuple(Item(self.source, key, span, self.size, self.bucket) for key, span in zip(keys, self.spans, strict=True))
+
+    def crop(self, span: Span) -> Clip:
+        """F H W 3 of a span, not copied."""
+        return _cut(self.frames, span)
+
+    def control_crops(self, span: Span) -> tuple[Clip, ...]:
+        """F H W C of a span, for each control, not copied."""
+        return tuple(_cut(frames, span) for frames in self.control)
+
+
+def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
+    """Read a source and its control media; the whole clip lies in memory at bucket size, larger frames only one at a time.
+
+    fps: the family's rate, reached by dropping frames where the table has source_fps. step, frame_step: of the family's LatentSpec.
+    Raises MediaError (unreadable, too small), DatasetError (a resolution that is no multiple of `step`).
+    """
+    table = source.table
+    if table.kind == "image":
+        image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
+        size = (image.shape[1], image.shape[0])
+        bucket = bucket_of(table, size, step, source.path)
+        control = tuple(_control_image(read_image(path, alpha=True), bucket) for path in source.control)
+        alpha = None if alpha is None or alpha.min() == 255 else resize_cover(alpha, bucket)
+        return DecodedSource(source, size, bucket, resize_cover(image, bucket)[None], control, IMAGE_SPANS, None, alpha)
+    decoded = _kept_frames(source.path, table, fps)
+    first = next(decoded)
+    size = (first.shape[1], first.shape[0])
+    bucket = bucket_of(table, size, step, source.path)
+    frames = _gathered(itertools.chain([first], decoded), bucket, frames_wanted(table))
+    found, reason = _spans_or_reason(table, len(frames), frame_step)
+    control = tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control) if found else ()
+    return DecodedSource(source, size, bucket, frames, control, found, reason)
+
+
+def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
+    """As `decode_source`, but from headers and without frames: to compare with cache files that have no record.
+
+    A header may be wrong about the number of frames; a clip whose header has none is decoded.
+    Raises as `decode_source`, as far as headers tell.
+    """
+    table = source.table
+    if table.kind == "image":
+        size = image_size(source.path)
+        return DecodedSource(source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), IMAGE_SPANS, None)
+    info = video_info(source.path)
+    size = (info.width, info.height)
+    if info.frames is None:
+        kept = sum(1 for _ in _kept_frames(source.path, table, fps))
+    else:
+        kept = len(resample_indices(info.frames, table.source_fps, fps))
+    found, reason = _spans_or_reason(table, kept, frame_step)
+    return DecodedSource(source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason)
+
+
+def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
+    """The size that a picture of `size` is resized to. path: for messages.
+
+    Raises MediaError (the picture is too small to keep its size), DatasetError (the resolution does not suit `step`).
+    """
+    width, height = table.resolution
+    if not table.enable_bucket:
+        if width % step or height % step:
+            down, up = (width // step * step, height // step * step), (-(-width // step) * step, -(-height // step) * step)
+            options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
+            raise DatasetError(
+                f"{table.name}: resolution = [{width}, {height}] is no multiple of {step}, and enable_bucket is false. "
+                f"Use {options}, or enable_bucket = true."
+            )
+        return table.resolution
+    try:
+        sizes = _bucket_sizes(width, height, step)
+    except ValueError as error:
+        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}") from None
+    try:
+        return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
+    except ValueError as error:
+        raise MediaError(f"{path or 'an image'} is too small: {error}") from None
+
+
+_bucket_sizes = functools.cache(bucket_sizes)
+
+
+def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]:
+    """The frames of a clip that stay after dropping to `fps`, at their own size; no more of them than the table wants."""
+    kept = (frame for frame, keep in zip(video_frames(path), keep_pattern(table.source_fps, fps), strict=False) if keep)
+    return itertools.islice(kept, frames_wanted(table))
+
+
+def _gathered(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
+    """The frames at bucket size, one behind the other in one piece of memory that grows as they come: no second copy of a clip."""
+    width, height = bucket
+    clip, count = np.empty((min(wanted or GROWTH, GROWTH), height, width, 3), np.uint8), 0
+    for frame in frames:
+        if count == len(clip):
+            clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)  # nothing else refers to it yet
+        clip[count] = resize_cover(frame, bucket)
+        count += 1
+    clip.resize((count, height, width, 3), refcheck=False)
+    return clip
+
+
+def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
+    """H W 3, and H W of the fourth channel where there is one."""
+    alpha = image[..., 3] if image.shape[2] == 4 else None
+    return np.ascontiguousarray(image[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
+
+
+def _control_image(image: Frame, bucket: Size) -> Clip:
+    """1 H W C. Transparency is resized apart from the colours, which Pillow would darken by it; generation does not read it so."""
+    colours, alpha = _colours_and_alpha(image)
+    parts = [resize_cover(colours, bucket)] + ([] if alpha is None else [resize_cover(alpha, bucket)[..., None]])
+    return np.concatenate(parts, axis=2)[None]
+
+
+def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num_frames: int) -> Clip:
+    """As many control frames as the clip has: a longer one is cut, a shorter one repeats its last frame."""
+    kept = itertools.islice(_kept_frames(path, table, fps), num_frames)
+    frames = _gathered(kept, bucket, num_frames)
+    return np.concatenate([frames, *[frames[-1:]] * (num_frames - len(frames))]) if len(frames) < num_frames else frames
+
+
+def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
+    found = spans(table, kept, frame_step)
+    if found:
+        return found, None
+    rate = f" after dropping from source_fps = {table.source_fps:g}" if table.source_fps else ""
+    return (), f"{kept} frames{rate}, the shortest of target_frames is {min(table.target_frames)}"
+
+
+def _cut(frames: Clip, span: Span) -> Clip:
+    start, length = span
+    return frames[start : start + length]

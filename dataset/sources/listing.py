@@ -1,0 +1,196 @@
+"""Which files a dataset table means: pictures or clips with their captions and control media, from a folder or a JSONL list."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataset.config import DatasetTable
+from dataset.sources.captions import caption_path, read_caption
+from dataset.sources.control import ControlFolder, list_folder
+from modules.errors import DatasetError
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+
+logger = logging.getLogger(__name__)
+
+LISTED = 20  # how many problems of one kind a message shows
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture or clip of a table. Nothing of it has been opened."""
+
+    path: Path  # a file, or for a clip also a folder of images
+    stem: str  # file name without suffix: the beginning of its cache names, unique within the table
+    caption: str | None  # None: missing (see `missing_captions`), or not read
+    caption_path: Path | None  # the text file of the caption, there or not; None: JSONL, or no caption_extension
+    control: tuple[Path, ...]  # control images in order, or one control clip; () without control
+    table: DatasetTable
+
+
+def find_sources(table: DatasetTable, captions: bool = True) -> list[Source]:
+    """All sources of a table, sorted by path. captions=False reads no caption files (latents do not need them).
+
+    A missing caption is left None; files named by a JSONL list are not looked for.
+    Raises DatasetError: a folder or list that is missing or empty, a malformed line, missing or misnamed control media, two sources
+    with one stem (they would share one cache file).
+    """
+    sources = _from_folder(table, captions) if table.directory is not None else _from_list(table)
+    if not sources:
+        kinds = ", ".join(sorted(_suffixes(table)))
+        holds = f"holds no {table.kind}s ({kinds}; folders inside it are not searched)" if table.directory else "has no line"
+        raise DatasetError(f"{table.name}: {table.source} {holds}. Put some there, or correct the path.")
+    sources.sort(key=lambda source: str(source.path))
+    _check_stems(table, sources)
+    return sources
+
+
+def missing_captions(sources: Iterable[Source]) -> list[str]:
+    """One line per source without a caption: the file, and where its caption was looked for."""
+    return [f"{source.path}: {_where_caption(source)}" for source in sources if source.caption is None]
+
+
+def require_captions(sources: Sequence[Source]) -> None:
+    """Raise DatasetError listing the sources without a caption."""
+    _raise_listed(f"of {len(sources)} captions are missing; write them, then run again", missing_captions(sources))
+
+
+def _where_caption(source: Source) -> str:
+    if source.caption_path is not None:
+        return f"no {source.caption_path.name} beside it"
+    return 'no "caption" in its line' if source.table.jsonl_file else "no caption_extension in its table, such as .txt"
+
+
+def _suffixes(table: DatasetTable) -> frozenset[str]:
+    return image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES
+
+
+def _check_stems(table: DatasetTable, sources: Sequence[Source]) -> None:
+    first: dict[str, Source] = {}
+    clashes = []
+    for source in sources:
+        other = first.setdefault(os.path.normcase(source.stem), source)
+        if other is not source:
+            clashes.append(f"{other.path} and {source.path}")
+    _raise_listed(f"pairs of {table.name} would share a cache file; rename one of each, or use two tables", clashes)
+
+
+def _raise_listed(what: str, lines: Sequence[str]) -> None:
+    """Raise DatasetError with the number of lines, `what`, and the lines; nothing where there is none."""
+    if lines:
+        more = [f"... and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+        raise DatasetError("\n  ".join([f"{len(lines)} {what}:", *lines[:LISTED], *more]))
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------------------
+
+
+def _from_folder(table: DatasetTable, captions: bool) -> list[Source]:
+    assert table.directory is not None
+    suffixes = _suffixes(table)
+    entries = list_folder(table.directory, f"{table.name}: {table.kind}_directory")
+    paths = [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]
+    controls = _folder_controls(table, paths)
+    sources = []
+    for path, control in zip(paths, controls, strict=True):
+        text_path = caption_path(path, table.caption_extension) if table.caption_extension else None
+        caption = read_caption(text_path) if captions and text_path else None
+        sources.append(Source(path, path.stem, caption, text_path, control, table))
+    return sources
+
+
+def _folder_controls(table: DatasetTable, paths: Sequence[Path]) -> list[tuple[Path, ...]]:
+    if table.control_directory is None:
+        return [()] * len(paths)
+    folder = ControlFolder(table.control_directory, {path.stem for path in paths})
+    controls: list[tuple[Path, ...]] = []
+    problems = []
+    for path in paths:
+        try:
+            controls.append(
+                folder.for_image(path.stem, table.control_count) if table.kind == "image" else (folder.for_video(path),)
+            )
+        except DatasetError as error:
+            problems.append(str(error))
+    _raise_listed(f"problems with the control media of {table.name}", problems)
+    if table.kind == "image":
+        _tell_unused(table, [unused for path in paths for unused in folder.beyond(path.stem, table.control_count)])
+    return controls
+
+
+def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
+    if unused:
+        logger.warning(
+            "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
+            "fp_1f_clean_indices names a place for each that counts.",
+            table.name,
+            len(unused),
+            unused[0],
+            table.control_count,
+        )
+
+
+# --- JSONL lists ------------------------------------------------------------------------------------------------------------------
+
+
+def _from_list(table: DatasetTable) -> list[Source]:
+    path = table.jsonl_file
+    assert path is not None
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except OSError as error:
+        raise DatasetError(f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path.") from error
+    if not lines[-1]:  # the end of the last line
+        lines.pop()
+    sources = [_from_line(table, f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
+    return _checked_controls(table, sources)
+
+
+def _from_line(table: DatasetTable, where: str, line: str) -> Source:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        found = "an empty line" if not line.strip() else f"no valid JSON: {error}"
+        raise DatasetError(f"{where}: {found}. Each line is one object such as {_example(table)}") from None
+    name = f"{table.kind}_path"
+    if not isinstance(record, dict) or not isinstance(record.get(name), str):
+        raise DatasetError(f"{where}: there is no {name}. Each line is one object such as {_example(table)}")
+    caption = record.get("caption")
+    if caption is not None and not isinstance(caption, str):
+        raise DatasetError(f"{where}: caption = {json.dumps(caption)} is no text")
+    path = Path(record[name]).expanduser()
+    return Source(path, path.stem, caption, None, _line_controls(table, record, where), table)
+
+
+def _example(table: DatasetTable) -> str:
+    return f'{{"{table.kind}_path": "...", "caption": "..."}}'
+
+
+def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> tuple[Path, ...]:
+    """`control_path`, or `control_path_<number>` in the order of the numbers; the first `control_count` of them."""
+    numbered: dict[int, str] = {}
+    for name, value in record.items():
+        match = re.fullmatch(r"control_path(?:_(\d+))?", name)
+        if match is None or value is None:
+            continue
+        number = int(match[1] or 0)
+        if not isinstance(value, str):
+            raise DatasetError(f"{where}: {name} = {json.dumps(value)} is no path in quotes")
+        if number in numbered:
+            raise DatasetError(f"{where}: {name} says again what another control_path said; control_path is control_path_0")
+        numbered[number] = value
+    return tuple(Path(numbered[number]).expanduser() for number in sorted(numbered))[: table.control_count]
+
+
+def _checked_controls(table: DatasetTable, sources: list[Source]) -> list[Source]:
+    if any(source.control for source in sources):
+        lacking = [str(source.path) for source in sources if len(source.control) < table.control_count]
+        needed = "control_path" if table.control_count == 1 else f"control_path_0 to control_path_{table.control_count - 1}"
+        _raise_listed(f"lines of {table.jsonl_file} have no {needed}, while others have", lacking)
+    return sources

@@ -1,0 +1,1 @@
+"""Attention: one function over a table of back ends."""

@@ -1,0 +1,1 @@
+"""Files of weights: opened, recognised, streamed into networks, written."""

@@ -1,0 +1,249 @@
+"""Containers that hold named tensors on disk: safetensors, and torch's zip or pickle files read without running code.
+
+Each reader lists its tensors without reading them and reads one at a time into memory of its own, so that nothing maps the file
+afterwards and a file on a slow or vanishing volume gives an error rather than a crash.
+"""
+
+import json
+import math
+import pickle
+import re
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from modules.contract.loading import TensorInfo
+from modules.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
+
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # the first bytes of what `torch.save` writes, now and in its older format
+
+WRAPPERS = ("module", "state_dict", "model_state_dict", "ema", "model")  # keys under which trainers hide the tensors
+
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+class TensorFile(Protocol):
+    """One open file of named tensors."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    def read(self, name: str) -> Tensor: ...  # on the CPU, in memory of its own
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor: ...  # to be copied from at once; bytes may lie in `scratch` (uint8)
+
+    def close(self) -> None: ...
+
+
+def open_file(path: Path) -> TensorFile:
+    """Open one file by what it holds; the suffix decides only where the first bytes are damaged.
+
+    Raises CheckpointError saying what the file is instead, or how it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+        if not start:
+            raise CheckpointError(f"{path} is empty. Download or copy it again.", path)
+        if start[8:9] == b"{":  # first: the length before it may begin like a pickle
+            return SafetensorsFile(path)
+        if start[:4] == ZIP or start[:1] == PICKLE:
+            return TorchFile(path)
+        if path.suffix in {".safetensors", ".sft"}:
+            return SafetensorsFile(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    raise CheckpointError(f"{path} {_what_it_is(start)}", path)
+
+
+def _what_it_is(start: bytes) -> str:
+    if start.startswith(b"GGUF"):
+        return "is a GGUF file, which is not supported. Give the safetensors file of the same model."
+    if start.startswith(b"version https://"):
+        return "is a Git LFS pointer, not the model. Fetch the real file (git lfs pull, or download it)."
+    if start.lstrip()[:1] == b"<":
+        return "is a web page, not a model: the download went wrong. Download the file again."
+    return "is neither a safetensors nor a torch file, or its beginning is damaged. Download or copy it again."
+
+
+class SafetensorsFile:
+    """A safetensors file. Source: the format's description at huggingface.co/docs/safetensors."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb")
+        try:
+            self.metadata, self._entries, self._start = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+        self.tensors = {name: info for name, (info, _) in self._entries.items()}
+
+    def read(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        if info.size_bytes:
+            self._read_into(name, tensor.reshape(-1).view(torch.uint8))
+        return tensor
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        info = self.tensors[name]
+        room = scratch[: info.size_bytes]
+        self._read_into(name, room)
+        return room.view(info.dtype).view(info.shape)
+
+    def _read_into(self, name: str, room: Tensor) -> None:
+        self._file.seek(self._start + self._entries[name][1])
+        if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
+            raise CheckpointError(f"{self._path} ends inside {name}: it was cut short while being read. Copy it again.", self._path)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read_header(self) -> tuple[dict[str, str], dict[str, tuple[TensorInfo, int]], int]:
+        """Metadata; name -> what and where; where the data begin. Every number is checked against the others."""
+        size = self._path.stat().st_size
+        length = struct.unpack("<Q", self._file.read(8))[0] if size >= 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise self._damaged(f"its header claims {length} bytes, the file has {size}")
+        try:
+            header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_without_repeats)
+            metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+            entries = {name: self._entry(name, entry) for name, entry in header.items()}
+            "".join([*header, *metadata, *metadata.values()]).encode("utf-8")  # raises for what could not be written again
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise self._damaged(f"its header cannot be read ({error})") from error
+        end = 0
+        for name, (info, offset) in sorted(entries.items(), key=lambda item: (item[1][1], item[1][0].size_bytes)):
+            if offset != end:
+                raise self._damaged(f"the data of {name} begin at byte {offset}, not {end}")
+            end += info.size_bytes
+        if 8 + length + end != size:
+            raise self._damaged(f"it has {size} bytes, its header describes {8 + length + end}")
+        return metadata, entries, 8 + length
+
+    def _entry(self, name: str, entry: Mapping[str, Any]) -> tuple[TensorInfo, int]:
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{name} has the unknown type {entry['dtype']}")
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
+        if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+            raise ValueError(f"{name} has the impossible shape {shape}")
+        info = TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(shape))
+        if end - begin != info.size_bytes:
+            raise ValueError(f"{name} has {end - begin} bytes for shape {list(info.shape)}")
+        return info, begin
+
+    def _damaged(self, how: str) -> CheckpointError:
+        return CheckpointError(f"{self._path} is damaged or incomplete: {how}. Download or copy it again.", self._path)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return content
+
+
+class TorchFile:
+    """A file written by `torch.save`, mapped and unpickled with tensors and plain containers only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.metadata: dict[str, str] = {}
+        self._tensors = _unwrapped(load_pickled(path), path)
+        self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+        size = path.stat().st_size
+        for name, info in self.tensors.items():
+            if info.size_bytes > size:  # a few bytes repeated over a shape that no memory holds, or a tensor without data
+                raise CheckpointError(f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path)
+
+    def read(self, name: str) -> Tensor:
+        # a tensor that is a view (of a larger storage, or transposed) becomes one of its own size
+        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        return self._tensors[name].detach()  # mapped: its pages belong to the file
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def load_pickled(path: Path) -> Any:
+    """What `torch.save` wrote: tensors, mapped where the format allows, in plain containers. Code in the file is refused, not run.
+
+    Raises CheckpointError saying which of the two is wrong, or that the file is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+        is_zip = start[:4] == ZIP
+        if start and not is_zip and start[:1] != PICKLE:
+            raise CheckpointError(f"{path} {_what_it_is(start)}", path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on the pickle protocol, which say nothing to a user
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # the older format cannot be mapped
+    except pickle.UnpicklingError as error:
+        nonsense = re.search(r"Unsupported operand \d+", str(error))
+        if nonsense is not None or "weights_only" not in str(error):
+            raise _damaged_pickle(path, nonsense[0] if nonsense else str(error)) from error
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise CheckpointError(
+            f"{path} holds program code beside its tensors and is refused: opening it would run that code.\n"
+            f"  {f'It asks for {refused[1]}. ' if refused else ''}Use a safetensors version of the file.",
+            path,
+        ) from error
+    except (MemoryError, CheckpointError):
+        raise
+    except Exception as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
+        raise _damaged_pickle(path, str(error) or type(error).__name__) from error
+
+
+def _damaged_pickle(path: Path, reason: str) -> CheckpointError:
+    reason = reason.strip().splitlines()[0].split(". ")[0]
+    return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
+
+
+def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
+    """The named tensors inside whatever a trainer wrapped around them; a step count beside a wrapper may be a tensor too."""
+    for _ in range(1 + len(WRAPPERS)):  # a harmful file may wrap a dictionary in itself
+        if not isinstance(content, dict):
+            break
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
+            break
+        content = inner
+    raise CheckpointError(f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path)

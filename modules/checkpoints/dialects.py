@@ -1,0 +1,144 @@
+"""Dialects of model files: their names to ours, dimensions read off the tensors, and what a file is that is none of them."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from modules.checkpoints.filling import load_module
+from modules.checkpoints.fp8_layers import encoder_loading
+from modules.checkpoints.opening import Checkpoint, Source
+from modules.errors import CheckpointError
+
+Config = TypeVar("Config")
+Network = TypeVar("Network", bound=nn.Module)
+Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our name
+
+
+@dataclass(frozen=True)
+class LoadPlan(Generic[Config]):
+    """All that loading needs: dimensions, where each of our tensors comes from, and what in the file may stay unused."""
+
+    config: Config
+    checkpoint: Checkpoint  # without prefixes
+    sources: Mapping[str, Source]
+    ignore: tuple[str, ...] = ()
+
+
+def load_planned(
+    plan: LoadPlan[Config],
+    build: Callable[[Config], Network],
+    device: torch.device,
+    dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype],
+    what: str,
+    in_fp8: bool = False,
+) -> Network:
+    """The network of a plan whose file is open, on the device, in eval mode, without gradients.
+
+    build: makes it from the plan's dimensions; it is called on the meta device. dtype, what: as for `load_module`; one dtype counts
+    for all tensors. in_fp8: keep its linear layers in 8 bits. Raises CheckpointError as `load_module`.
+    """
+    with torch.device("meta"):
+        network = build(plan.config)
+    dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
+    fp8 = encoder_loading(network, plan.sources, plan.checkpoint.tensors, device) if in_fp8 else None
+    load_module(network, plan.checkpoint, plan.sources, device=device, dtype=dtype_of, ignore=plan.ignore, what=what, fp8=fp8)
+    return network.eval()
+
+
+def translated(name: str, table: Names) -> str:
+    """Our name for one in the file; itself where the table does not have it, to be reported as unexpected."""
+    for pattern, ours in table:
+        found = re.fullmatch(pattern, name)
+        if found:
+            return found.expand(ours)
+    return name
+
+
+def renamed(sources: Mapping[str, Source], name_of: Callable[[str], str]) -> dict[str, Source]:
+    """The same sources under the names that `name_of` gives."""
+    return {name_of(name): source for name, source in sources.items()}
+
+
+def count(names: Iterable[str], start: str) -> int:
+    """How many different beginnings of names match the pattern."""
+    pattern = re.compile(rf"({start})\.")
+    return len({found[1] for found in map(pattern.match, names) if found})
+
+
+def shapes_of(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Callable[[str], tuple[int, ...]]:
+    """A function: our name -> shape of the tensor in the file. It raises CheckpointError where the file has no such tensor."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in sources:
+            raise CheckpointError(
+                f"{checkpoint.path} is incomplete: {name} is missing. Download or copy it again.", checkpoint.path
+            )
+        return checkpoint.tensors[sources[name].names[0]].shape
+
+    return shape
+
+
+@dataclass(frozen=True)
+class DitShapes:
+    """The shapes of a transformer's tensors, from which its dimensions are read."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
+    model: str  # for messages: HunyuanVideo
+
+    def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
+        """The shape of a tensor with so many axes. Raises CheckpointError where the file has none of that name."""
+        found = self.shapes.get(name, ())
+        if len(found) != axes:
+            raise CheckpointError(
+                f"{self.path} is an incomplete {self.model} transformer: {name} is not there. Copy it again.", self.path
+            )
+        return found
+
+    def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
+        """Of the layer that makes tokens of latents: width of the model, channels of latents, size of a patch."""
+        dim, in_dim, frames, rows, columns = self.of(name, axes=5)
+        return dim, in_dim, (frames, rows, columns)
+
+    def blocks(self, start: str) -> int:
+        """How many blocks there are in a list, whose name this is."""
+        return count(self.shapes, rf"{re.escape(start)}\.\d+")
+
+
+KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> what the file is
+    ("decoder.upsamples.0.upsamples.0.residual.2.weight", "the Wan2.2 VAE (48 channels), which Wan2.1 models cannot use"),
+    ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
+    ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
+    ("quant_conv.weight", "a VAE of another model"),
+    ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
+    ("blocks.0.self_attn.q.weight", "a Wan transformer (--dit)"),
+    ("blocks.0.attn1.to_q.weight", "a Wan transformer in diffusers layout (--dit)"),
+    ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
+    ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
+    ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
+    ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
+    ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
+    ("vision_model.embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),  # CLIP's has none
+    ("head.probe", "a SigLIP image encoder (--image_encoder)"),
+    ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder (--text_encoder2)"),
+    ("model.embed_tokens.weight", "a language model (--text_encoder1)"),
+    ("embed_tokens.weight", "a language model (--text_encoder1)"),
+    ("language_model.model.embed_tokens.weight", "a language model (--text_encoder1)"),
+    ("vision_model.embeddings.class_embedding", "a CLIP image encoder (--clip)"),
+)
+
+
+def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
+    """The error for a file that is not what an option takes. wanted, give: what it should be, and which files are that."""
+    bare = {name.removeprefix("model.diffusion_model.") for name in checkpoint.tensors}
+    kind = next((text for name, text in KINDS if name in bare), None)
+    if kind is None:
+        some = ", ".join(sorted(checkpoint.tensors)[:3])
+        kind = "a LoRA" if any("lora_" in name for name in checkpoint.tensors) else f"an unknown model with tensors such as {some}"
+    return CheckpointError(f"{checkpoint.path} is not {wanted}; it looks like {kind}.\n  Give {give} to {option}.", checkpoint.path)

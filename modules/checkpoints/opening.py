@@ -1,0 +1,241 @@
+"""Model files: found and opened in any container, their tensors listed, and how each is made from what is stored.
+
+with open_checkpoint(path) as checkpoint:
+    sources = plain_sources(checkpoint)              # or a dialect's table of Sources
+    ...                                              # `filling.load_module` fills a network with them
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from modules.checkpoints.containers import TensorFile, open_file
+from modules.checkpoints.sources import Source
+from modules.contract.loading import TensorInfo
+from modules.errors import CheckpointError
+from modules.fp8.weights import dequantise, is_fp8, stored_scale
+
+__all__ = ["Checkpoint", "Source", "TensorInfo", "fingerprint", "open_checkpoint", "plain_sources"]
+
+LISTED = 8  # file names in a message
+SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+
+class Checkpoint:
+    """The named tensors of one or several files, listed but not read. Use it as a context manager."""
+
+    def __init__(self, path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> None:
+        self.path = path
+        self._files = files
+        self._places = dict(places)  # our name -> file and the name there
+        self.tensors: dict[str, TensorInfo] = {name: file.tensors[stored] for name, (file, stored) in self._places.items()}
+        self.metadata: dict[str, str] = {key: value for file in files for key, value in file.metadata.items()}
+
+    def read(self, name: str) -> Tensor:
+        """That tensor on the CPU, contiguous, in memory of its own. Raises CheckpointError where the file ends too soon."""
+        file, stored = self._places[name]
+        with self._explained():
+            return file.read(stored)
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """That tensor on the CPU, to be copied from before anything else is read. scratch: bytes (uint8) that may be used."""
+        file, stored = self._places[name]
+        with self._explained():
+            return file.borrow(stored, scratch)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.", self.path) from error
+
+    def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
+        """The same tensors, each of `prefixes` cut off in turn where every name begins with it.
+
+        others: beginnings of names that belong to other networks in an all-in-one file; these names are left out once a prefix
+        was found. The files stay shared: close one of the two.
+        """
+        places = self._places
+        for prefix in prefixes:
+            own = {name: place for name, place in places.items() if name.startswith(prefix)}
+            rest = places.keys() - own.keys()
+            if own and all(name.startswith(tuple(others)) for name in rest):
+                places = {name.removeprefix(prefix): place for name, place in own.items()}
+        return Checkpoint(self.path, places, self._files)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
+
+    Raises CheckpointError where it is not there, incomplete, damaged, of another kind, or holds code.
+    """
+    files: list[TensorFile] = []
+    places: dict[str, tuple[TensorFile, str]] = {}
+    try:
+        for part in checkpoint_paths(path):
+            file = open_file(part)
+            files.append(file)
+            for name in file.tensors:
+                if name in places:
+                    raise CheckpointError(f"{path}: {name} stands in two files, the second is {part.name}. Give one file.", path)
+                places[name] = (file, name)
+        if not places:
+            raise CheckpointError(f"{path} holds no tensors.", path)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return Checkpoint(path, places, files)
+
+
+def checkpoint_paths(path: Path) -> list[Path]:
+    """The files that belong to what the user named, in order. Raises CheckpointError where one is not there."""
+    if path.is_dir():
+        return _folder_paths(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file or folder.", path)
+    if path.name.endswith(".index.json"):
+        return _indexed_paths(path)
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None:
+        return [path]
+    count = int(shard["count"])
+    names = [f"{shard['stem']}-{number:05d}-of-{count:05d}{shard['suffix']}" for number in range(1, count + 1)]
+    return _existing(path, names)
+
+
+def _indexed_paths(path: Path) -> list[Path]:
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(Path(name)) for name in named.values()})
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no index of model files: {error!r}. Give the first of the files instead.", path
+        ) from error
+    return _existing(path, names)
+
+
+def _existing(path: Path, names: Sequence[str]) -> list[Path]:
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        which = ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else "")
+        raise CheckpointError(f"{path}: {len(missing)} of its {len(names)} files are not beside it: {which}.", path)
+    return [path.parent / name for name in names]
+
+
+def _folder_paths(folder: Path) -> list[Path]:
+    """An index where there is one, else all safetensors files, else the only other model file."""
+    indexes = sorted(folder.glob("*.index.json"))
+    if len(indexes) == 1:
+        return _indexed_paths(indexes[0])
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    safe = [file for file in files if file.suffix in {".safetensors", ".sft"}]
+    if not indexes and safe:
+        return safe
+    if not indexes and len(files) == 1:
+        return files
+    found = ", ".join(file.name for file in indexes + files) or "none"
+    raise CheckpointError(
+        f"{folder} is a folder from which no single model can be chosen (model files: {found}). Name the file.", folder
+    )
+
+
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+def fingerprint(path: Path) -> str:
+    """A short identity of a model file's content: sizes, beginnings, and chunks spread over the files. Reads about 2 MB a file.
+
+    Equal content gives equal text under any name; for cache records. Raises CheckpointError as `open_checkpoint` does.
+    """
+    digest = hashlib.sha256()
+    for part in checkpoint_paths(path):
+        try:
+            with part.open("rb") as file:
+                size = part.stat().st_size
+                digest.update(size.to_bytes(8, "little"))
+                digest.update(file.read(1 << 20))  # a safetensors header lies here
+                for sample in range(_SAMPLES):
+                    file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        except OSError as error:
+            raise CheckpointError(f"{part} cannot be read: {error.strerror or error}.", path) from error
+    return digest.hexdigest()[:32]
+
+
+_SCALES = (".scale_weight", ".weight_scale")
+QUANT_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")  # of no use once the weights are plain
+_QUANT_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
+_FOREIGN = ("*.absmax", "*.quant_map", "*.quant_state.*", "*.weight_scale_2", "*.qweight", "*.qzeros")  # nf4, nvfp4, GPTQ
+
+
+def plain_sources(checkpoint: Checkpoint) -> dict[str, Source]:
+    """Each tensor of the file by its own name; fp8 weights stored with scales are multiplied out, their scales left out.
+
+    Raises CheckpointError where the file is quantised in a way that cannot be undone here.
+    """
+    _refuse_foreign_quantisation(checkpoint)
+    scales = {
+        name.removesuffix(ending) + ".weight": name for name in checkpoint.tensors for ending in _SCALES if name.endswith(ending)
+    }
+    sources = {}
+    for name in checkpoint.tensors:
+        if name in scales.values() or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
+            continue
+        in_fp8 = is_fp8(checkpoint.tensors[name].dtype)
+        if name in scales:
+            sources[name] = Source((name, scales[name]), dequantise, _with_scale if in_fp8 else None)
+        else:
+            sources[name] = Source((name,), as_fp8=_without_scale if in_fp8 else None)
+    return sources
+
+
+def _with_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return weight, stored_scale(scale)
+
+
+def _without_scale(weight: Tensor) -> tuple[Tensor, None]:
+    return weight, None
+
+
+def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:
+    kinds = [name for name in checkpoint.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in _FOREIGN)]
+    formats: set[str] = set()
+    try:
+        layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        formats |= {str(layer["format"]) for layer in layers.values()}
+        for name in checkpoint.tensors:
+            if name.endswith(".comfy_quant"):
+                formats.add(str(json.loads(bytes(checkpoint.read(name).tolist()))["format"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
+        ) from error
+    if kinds or formats - _QUANT_FORMATS:
+        how = ", ".join(sorted(formats - _QUANT_FORMATS)) or f"it has {kinds[0]}"
+        raise CheckpointError(
+            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or fp8 file of the model.",
+            checkpoint.path,
+        )

@@ -1,0 +1,40 @@
+"""How a tensor of ours is made from those of a file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from modules.contract.loading import TensorInfo
+from modules.fp8.weights import is_fp8
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one tensor of ours is made: the names in the file, and what to do with these tensors (None: take the only one).
+
+    `build` also runs on meta tensors, to compare shapes before anything is read.
+    as_fp8: of an 8-bit weight, the same without multiplying it out: the weight, and its scale where it has one.
+    """
+
+    names: tuple[str, ...]
+    build: Callable[..., Tensor] | None = None
+    as_fp8: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> "Source":
+        """The same source with a further step, such as cutting rows or transposing."""
+        build = self.build
+        return Source(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
+
+    def make(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0] if self.build is None else self.build(*tensors)
+
+    def is_fp8_in(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether the file, which has these tensors, holds it as a weight in 8 bits that can be kept so."""
+        formats = {tensors[name].dtype for name in self.names if is_fp8(tensors[name].dtype)}
+        return self.as_fp8 is not None and len(formats) == 1  # rows put together from two formats have none in common
+
+    def make_fp8(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The weight in 8 bits, and its scale."""
+        assert self.as_fp8 is not None
+        return self.as_fp8(*tensors)

@@ -1,0 +1,84 @@
+"""Where the tokenizer of a text encoder is: named by the user, beside or inside the encoder's folder, or on the hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from modules.checkpoints.opening import fingerprint
+from modules.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """Which files are the tokenizer of one text encoder, and where they may lie."""
+
+    option: str  # "--t5_tokenizer"
+    names: tuple[str, ...]  # any of these files is one; the first that is there counts
+    folder: str  # of it in the repository on the hub; "" for the top
+    repository: str  # on the hub
+    beside: tuple[str, ...]  # folders to look into, from the encoder's own; ".." only in front
+    token: str = ""  # has to stand in a file that lies loose beside a single-file encoder, where others' may lie too
+
+    def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
+        """What the option names (`path`), else the first file beside or inside the encoder's folder, else None.
+
+        Raises CheckpointError where `path` is given and is no tokenizer.
+        """
+        if path is not None:
+            return self._given(path)
+        folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
+        for place in self.beside:
+            parts = place.split("/")
+            file = self._file_in(folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts))
+            is_loose = place == "." and not checkpoint_path.is_dir()
+            if file is not None and not (is_loose and self.token.encode() not in file.read_bytes()):
+                return file
+        return None
+
+    def identity(self, file: Path | None) -> str:
+        """What distinguishes a tokenizer in cache records. file: None for the hub's."""
+        return fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
+
+    def download(self, checkpoint_path: Path) -> Path:
+        """tokenizer.json of the hub, from its cache where it is there. Raises CheckpointError where it cannot be reached."""
+        try:
+            return Path(hf_hub_download(self.repository, "tokenizer.json", subfolder=self.folder or None))
+        except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
+            raise CheckpointError(
+                f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and the hub cannot be reached "
+                f"({first_line(error)})\n  Give {self.option} {self._what()}.",
+                checkpoint_path,
+            ) from error
+
+    def unreadable(self, file: Path, error: Exception) -> CheckpointError:
+        """The error for a file that is no tokenizer."""
+        return CheckpointError(
+            f"{file} is no tokenizer that can be read ({first_line(error)}). Give {self.option} {self._what()}.", file
+        )
+
+    def _given(self, path: Path) -> Path:
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            raise CheckpointError(f"{self.option} {path}: there is no such file or folder.", path)
+        for place in (path, *(path / place for place in self.beside if not place.startswith(".."))):
+            file = self._file_in(place)
+            if file is not None:
+                return file
+        found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it holds {found}). Give {self._what()}.", path
+        )
+
+    def _file_in(self, folder: Path) -> Path | None:
+        return next((folder / name for name in self.names if (folder / name).is_file()), None)
+
+    def _what(self) -> str:
+        place = f"the folder {self.folder} of {self.repository}" if self.folder else f"the files of {self.repository}"
+        return f"{place} (or its {' or '.join(self.names[:2])})"
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's text, its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

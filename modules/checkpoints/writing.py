@@ -1,0 +1,58 @@
+"""Write a safetensors file tensor by tensor, so that only one of them is in memory at a time."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from modules.atomic_write import atomic_path
+from modules.checkpoints.containers import SAFETENSORS_DTYPES
+from modules.contract.loading import TensorInfo
+
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def stream_tensors(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `path`, complete or not at all.
+
+    tensors: what the file will hold; the header is made from it. read: gives the tensor of a name, on any device; it is asked once
+    for each, largest element size first, then by name, as the safetensors library orders its files.
+    Raises ValueError where `read` gives another dtype or shape, OutputError where the file cannot be written.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header = _header({name: tensors[name] for name in order}, metadata)
+    size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())
+    with atomic_path(path, size_bytes) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for name in order:
+            tensor = read(name)
+            if (tensor.dtype, tuple(tensor.shape)) != (tensors[name].dtype, tensors[name].shape):
+                raise ValueError(f"{name} was announced as {tensors[name]}, but is {tensor.dtype} {tuple(tensor.shape)}")
+            _write_data(file, tensor)
+            del tensor  # before the next one is read
+
+
+def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
+    """8 bytes of length, then JSON padded with spaces to a multiple of 8. Source: huggingface.co/docs/safetensors."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, info in tensors.items():
+        start, end = end, end + info.size_bytes
+        entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_data(file: BinaryIO, tensor: Tensor) -> None:
+    if tensor.numel():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        file.write(memoryview(cast(Any, flat.view(torch.uint8).numpy())))

@@ -1,0 +1,1 @@
+"""What a model family tells the shared loops: start reading here."""

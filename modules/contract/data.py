@@ -1,0 +1,132 @@
+"""The frozen records of data: what caches, datasets and encoders hand to the loops."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.errors import CacheError
+
+# What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are the tensor names of
+# the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one entry per sample.
+Conditions = Mapping[str, Tensor | list[Tensor]]
+
+LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """What encoded a cache file, as its record says."""
+
+    path: Path
+    part: str  # LATENTS_MADE, or the name of a text encoder
+    encoder: Mapping[str, str]  # `Family.media_identity`, or `TextEncoder.identity`
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch as read from caches: tensors by cache name (`latents` B C F H W, as the format stores them)."""
+
+    tensors: Conditions
+    captions: tuple[str, ...]
+    keys: tuple[str, ...]  # which items, for messages
+    made_by: tuple[MadeBy, ...] = ()  # of all files that say so
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def check(self, needed: Mapping[str, str], purpose: str) -> None:
+        """Raise CacheError where a tensor is not there. needed: name -> what to cache again with. purpose: "--task i2v-14B"."""
+        for name, remedy in needed.items():
+            if name not in self.tensors:
+                raise CacheError(f"{self.keys[0]}: the cache has no {name}, which {purpose} needs. Cache again with {remedy}.")
+
+    def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
+        """Raise CacheError where tensors were made by another encoder than the network was trained with.
+
+        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: what to cache again with.
+        """
+        for name, taken in widths.items():
+            width = self.tensor(name).shape[-1]
+            if width != taken:
+                raise CacheError(
+                    f"{self.keys[0]}: {name} in its cache is {width} numbers wide, {taker} takes {taken}. "
+                    f"Cache again with {remedy}."
+                )
+
+    def tensor(self, name: str) -> Tensor:
+        """The stacked tensor of that name. Raises KeyError where the caches have none."""
+        value = self.tensors[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a list of tensors of different lengths")
+        return value
+
+
+@dataclass(frozen=True)
+class MediaTable:
+    """What a dataset table says of its items, for families to whom a clip or a picture alone does not say all."""
+
+    name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
+    kind: str = "video"  # or "image"
+    has_control: bool = False
+    target_frames: tuple[int, ...] = ()  # lengths that clips are cut to; () where each is as long as it is, and for images
+    max_frames: int | None = None  # of the longest clip, where each is as long as it is
+    window: int = 9  # latent frames that are denoised together, where a clip has several sections
+    clean_indices: tuple[int, ...] = ()  # places in time of the control images; those without one stand at 0
+    target_index: int | None = None  # place in time of the target
+    has_post: bool = True  # one black frame behind the control images
+
+
+@dataclass(frozen=True)
+class MediaBatch:
+    """Frames to encode. All items are of one table and have one size and number of frames."""
+
+    frames: Tensor  # B F H W C uint8, RGB
+    keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
+    spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
+    control: tuple[Tensor, ...] = ()  # each B F H W C uint8; C = 4 where a control image has alpha
+    alpha: Tensor | None = None  # B H W uint8: of pictures that are transparent somewhere
+    table: MediaTable = MediaTable()
+
+    def singly(self) -> "list[MediaBatch]":
+        """The items as batches of one."""
+        return [self._only(slice(index, index + 1)) for index in range(len(self.keys))]
+
+    def _only(self, items: slice) -> "MediaBatch":
+        alpha = None if self.alpha is None else self.alpha[items]
+        control = tuple(control[items] for control in self.control)
+        return replace(
+            self, frames=self.frames[items], keys=self.keys[items], spans=self.spans[items], control=control, alpha=alpha
+        )
+
+    def encoded_at_once(self, device: torch.device) -> "list[MediaBatch]":
+        """The items as an encoder on that device takes them: all in one batch, on a CPU each by itself.
+
+        A batch gains nothing there, and singly an item's numbers do not depend on what else a run that was killed had left to do.
+        """
+        return self.singly() if device.type == "cpu" else [self]
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype (`latents`, `clip`)."""
+
+    tensors: Mapping[str, Tensor]
+    section: int | None = None  # which section of the clip, from its start, where each has a file
+    grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
+
+
+def batched(conditions: Conditions) -> Conditions:
+    """Give conditions of a single sample their batch dimension: tensors gain an axis, lists stay (one entry per sample)."""
+    return {name: value if isinstance(value, list) else value.unsqueeze(0) for name, value in conditions.items()}
+
+
+@dataclass(frozen=True)
+class MediaEncoders:
+    """The networks that turn pixels into conditions and latents into pixels, on their device."""
+
+    vae: Any  # the family's own VAE class
+    image_encoder: Any = None

@@ -1,0 +1,179 @@
+"""The contract between a model family and the shared loops.
+
+Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is what is mixed (B, 0..1); `timesteps` is what the
+model is fed (B, float, about 1000 * sigma). `predict` returns the velocity `noise - latents`, shaped like `noisy`. A family is a
+frozen dataclass made by `family_for_training/caching/generation(options)` in its `family.py`; no loop asks for its name.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.loading import Placement
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The latent space of a family's VAE and how cached latents become model-space latents: `cached * scale + shift`."""
+
+    channels: int
+    stride: tuple[int, int, int]  # frames, height, width
+    pixel_step: int  # widths and heights are multiples of this
+    frame_step: int  # frames are frame_step * n + 1
+    scale: float = 1.0
+    shift: float = 0.0
+    preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to colour
+    preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    in_sections: bool = False  # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """1 C F H W of the latents for a size in pixels."""
+        return (1, self.channels, (frames - 1) // self.stride[0] + 1, height // self.stride[1], width // self.stride[2])
+
+    def to_model(self, cached: Tensor) -> Tensor:
+        """Cached latents in model space, float32."""
+        return cached.float() * self.scale + self.shift
+
+
+@dataclass(frozen=True)
+class DitSpec:
+    """Names inside a DiT for code that acts on it from outside."""
+
+    block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
+    fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
+    keep_float32: tuple[str, ...] = ()
+    input_layers: tuple[str, ...] = ()  # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
+    swap_counts: Callable[[int], tuple[int, ...]] = lambda blocks: (blocks,)  # --blocks_to_swap -> how many of each list
+    token_wise: tuple[
+        str, ...
+    ] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What generation and training samples use where nothing is said."""
+
+    steps: int
+    fps: float
+    guidance_scale: float
+    embedded_guidance: float | None
+    flow_shift: float | None  # None: the family finds it from the size, and training samples cannot change it
+    solver: str
+    width: int
+    height: int
+    frames: int
+    noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
+
+
+class NoiseSource(Protocol):
+    """Random numbers of one request; `draw` continues one generator made from seed, device and --cpu_noise."""
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """One of a family's text encoders; loaded, used and freed one after the other."""
+
+    @property
+    def name(self) -> str: ...  # "t5": for messages and cache records
+
+    @property
+    def keys(self) -> frozenset[str]: ...  # of what `encode` returns
+
+    @property
+    def variable_length(self) -> frozenset[str]: ...  # keys whose length differs per prompt; stored as `varlen_{key}`
+
+    @property
+    def identity(self) -> Mapping[str, str]: ...  # what an output depends on beside the text; found without loading the weights
+
+    def load(self, device: torch.device) -> None: ...  # one that is loaded already moves there
+
+    def encode(
+        self, prompts: Sequence[Prompt]
+    ) -> list[Conditions]: ...  # one per prompt, without batch dimension (lists: one entry)
+
+    def free(self) -> None: ...
+
+
+class Family(Protocol):
+    """What the loops know of a model family."""
+
+    @property
+    def name(self) -> str: ...  # "wan": architecture in cache and LoRA metadata
+
+    @property
+    def cache_tag(self) -> str: ...  # "wan": at the end of cache file names
+
+    @property
+    def lora_module(self) -> str: ...  # "networks.lora_wan"
+
+    @property
+    def latent(self) -> LatentSpec: ...
+
+    @property
+    def dit(self) -> DitSpec: ...
+
+    @property
+    def defaults(self) -> SamplingDefaults: ...
+
+    @property
+    def experts(self) -> tuple[float, ...]: ...  # lowest timestep of each expert; (0.0,) for a single network
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...  # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
+
+    # encoding: caching and generation
+    def text_encoders(self) -> Sequence[TextEncoder]: ...
+
+    @property
+    def text_keys(self) -> frozenset[str]: ...  # of all text encoders together: what a whole text cache holds
+
+    @property
+    def media_identity(self) -> Mapping[str, str]: ...  # what encoded media depend on; found without loading the weights
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders: ...  # images: what conditions need too
+
+    def check_table(self, table: MediaTable) -> None: ...  # DatasetError where its items cannot be cached; nothing is loaded
+
+    def sections_of(
+        self, table: MediaTable, frames: int
+    ) -> int | None: ...  # cache files of an item of so many frames, one per section; None: one without; MediaError: too short
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...  # per item at least one
+
+    # the network: training and generation
+    @property
+    def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype: ...  # of the loaded network without autocast; from headers alone
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module: ...
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions: ...  # latents in model space
+
+    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor: ...
+
+    # generation only
+    def prepare(self, request: Request) -> Request: ...  # final sizes and numbers, or raises; nothing loaded
+
+    def prompts(self, request: Request) -> Mapping[int, Prompts]: ...  # by section; 0 is always there
+
+    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]: ...
+
+    def needs_media(self, request: Request) -> bool: ...  # whether `request_conditions` needs the encoders at all
+
+    def sections(
+        self,
+        request: Request,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]: ...
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]: ...  # B C F H W chunks in playing order, -1..1

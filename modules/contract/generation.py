@@ -1,0 +1,119 @@
+"""The frozen records of generation: what is asked for, sections, and one call of the network."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from modules.contract.data import Conditions, MediaEncoders, batched
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to encode, with weights for parts of it as (start, end, weight) in characters."""
+
+    text: str
+    spans: tuple[tuple[int, int, float], ...] = ()
+    second: str | None = None  # for the second text encoder of a family that has two; None: the same text
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of one section: what to show, what to avoid, and the empty prompt where a guidance idea needs it."""
+
+    positive: Prompt
+    negative: Prompt | None = None
+    blank: Prompt | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video or image to make. None = not said; `Family.prepare` fills it from the task, the images and the options."""
+
+    prompt: str
+    seed: int
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    embedded_guidance: float | None = None
+    flow_shift: float | None = None
+    solver: str | None = None  # euler, unipc, unipc-bh1, dpm++
+    fps: float | None = None
+    negative_prompt: str | None = None
+    cfg_schedule: str | None = None
+    image_path: Path | None = None
+    end_image_path: Path | None = None
+    control_path: Path | None = None
+    video_path: Path | None = None
+    strength: float | None = None  # how much of `video_path` is made anew, 0..1
+    extra: Mapping[str, str] = field(default_factory=dict)  # family-only prompt options, as text
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Width, height and frames, once `Family.prepare` has settled them."""
+        assert self.width is not None
+        assert self.height is not None
+        assert self.frames is not None
+        return self.width, self.height, self.frames
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """The conditions of one section's texts, without batch dimension, on the CPU."""
+
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+
+    def section(self, noise: Tensor, inputs: Conditions | None = None, source: Tensor | None = None) -> "Section":
+        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised."""
+
+        def joined(text: Conditions | None) -> Conditions | None:
+            return None if text is None else {**batched(text), **(inputs or {})}
+
+        positive = joined(self.positive)
+        assert positive is not None
+        return Section(noise, positive, joined(self.negative), joined(self.blank), source)
+
+
+DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]  # as `Family.decode`, but not limited to -1..1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a section added to a video that grows, for a preview of it."""
+
+    latents: Tensor  # B C F H W, to decode by themselves
+    overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
+    in_front: bool  # it is played before the video so far; else after it
+    decode: DecodePart  # makes its pixels, before they fade into what is there
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run of the denoising loop. Conditions have a batch dimension."""
+
+    noise: Tensor  # B C F H W, model space, float32
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+    source: Tensor | None = None  # clean latents to start from (video-to-video), B C F H W
+    made: Piece | None = None  # what the section before this one added to the video
+    label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
+
+
+@dataclass(frozen=True)
+class Tweaks:
+    """Ideas that change a single call of the network."""
+
+    skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
+
+
+NO_TWEAKS = Tweaks()
+
+Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
+
+DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call

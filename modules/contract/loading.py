@@ -1,0 +1,55 @@
+"""The frozen records of loading: where and how a network's weights are placed."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from modules.attention.options import SDPA, AttentionChoice
+from modules.fp8.options import Quantisation
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+WeightPatch = Callable[[str, Tensor], Tensor]  # (parameter name, loaded weight) -> weight with LoRA deltas added, same dtype
+
+
+class HostPlace(Protocol):
+    """Where weights are kept that stay in host memory although their network computes on a device."""
+
+    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
+        """Memory for those that are to stay, by name. network: may be on the meta device. tensors: all that it has."""
+        ...
+
+    @property
+    def is_filled_here(self) -> bool: ...  # else another process writes them
+
+    def finish(self) -> None: ...  # all are written; returns when those of other processes are too
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a network is loaded."""
+
+    device: torch.device
+    storage_dtype: torch.dtype | None = None  # None: as the file stores it (fp8 files: upcast to the compute dtype)
+    compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
+    fp8_compute_dtype: torch.dtype | None = None  # what fp8 files compute in where nothing else is said; None: bfloat16
+    keep_file_dtypes: bool = False  # every tensor as the file stores it, where it mixes dtypes
+    attention: AttentionChoice = SDPA
+    patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
+    fp8: Quantisation | None = None  # how the linear layers of the blocks are kept in 8 bits; None: they are not
+    host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device

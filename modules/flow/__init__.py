@@ -1,0 +1,1 @@
+"""Noise schedules and the solvers that follow them."""

@@ -1,0 +1,211 @@
+"""Ordinary differential equation solvers that follow a predicted velocity from noise to data. All arithmetic is float32.
+
+A solver belongs to one run over one schedule and may remember earlier predictions. Letters as in the papers: sigma and
+alpha = 1 - sigma are the shares of noise and data, lambda = log(alpha / sigma), h a step in lambda, x0 a predicted clean sample.
+A step is exact where x0 stays the same; higher orders take x0 for a polynomial in lambda.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from modules.flow.schedule import Schedule, make_schedule
+
+
+class Solver(Protocol):
+    """Steps in order of their index; it may begin at a later index than 0 (video-to-video)."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """From the sample at `schedule.sigmas[index]` and its velocity to the sample at the next sigma, both float32."""
+        ...
+
+
+def make_solver(name: str, schedule: Schedule) -> Solver:
+    """A fresh solver: "euler", "unipc", "unipc-bh1" or "dpm++". Raises ValueError for another name."""
+    if name not in _SOLVERS:
+        raise ValueError(f"unknown solver {name!r}: one of {', '.join(_SOLVERS)}")
+    return _SOLVERS[name](schedule)
+
+
+def solver_for(name: str, steps: int, flow_shift: float) -> Solver:
+    """A fresh solver with the schedule that belongs to it."""
+    return make_solver(name, make_schedule(name, steps, flow_shift))
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Straight steps along the velocity."""
+
+    schedule: Schedule
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        sigma, sigma_next = self.schedule.sigmas[index], self.schedule.sigmas[index + 1]
+        return sample.float() + float(sigma_next - sigma) * velocity.float()
+
+
+@dataclass
+class DpmPlusPlus:
+    """DPM-Solver++ 2M, midpoint form; the first and the last step are of order 1.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
+    """
+
+    schedule: Schedule
+    _past: list["_Prediction"] = field(default_factory=list)
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        here, there = _Level.at(self.schedule, index), _Level.at(self.schedule, index + 1)
+        now = _Prediction.make(here, velocity, sample)
+        x0 = now.x0
+        if self._past and there.sigma > 0:
+            before = self._past[-1]
+            ratio = (here.lam - before.level.lam) / (there.lam - here.lam)  # infinite after a start from pure noise
+            x0 = x0 + (0.5 / ratio) * (x0 - before.x0)
+        self._past = [now]
+        return _move(here, there, sample.float(), x0)
+
+
+def _data_share(sigma: float) -> float:
+    return 1.0 - sigma
+
+
+@dataclass(frozen=True)
+class UniPCVariant:
+    """In what the released codes of UniPC differ. B(h) cancels out of all weights that are solved for: only a lone one shows it."""
+
+    order: int  # of the predictions, at most; lower at the start, and 1 to sigma 0
+    alpha: Callable[[float], float]  # of a sigma
+    lone_weight: Callable[[float], float]  # h -> weight of a difference that is the only one: B(h) / 2 in units of 1 - e^-h
+
+
+BH2 = UniPCVariant(order=2, alpha=_data_share, lone_weight=lambda step: 0.5)  # Wan's: B(h) = 1 - e^-h
+# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if the data under the noise were never made weaker
+BH1 = UniPCVariant(order=3, alpha=lambda sigma: 1.0, lone_weight=lambda step: 0.5 * step / -math.expm1(-step))
+
+
+@dataclass
+class UniPC:
+    """UniPC on clean-sample predictions.
+
+    Each call first corrects the sample that the last call predicted, with the velocity now known there, then predicts the next.
+    Source: Zhao et al. 2023, arXiv 2302.04867.
+    """
+
+    schedule: Schedule
+    variant: UniPCVariant = BH2
+    corrected: Tensor | None = None  # the sample that the last step began at
+    _order: int = 0  # that the last step used
+    _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        here, there = (_Level.at(self.schedule, place, self.variant.alpha) for place in (index, index + 1))
+        now = _Prediction.make(here, velocity, sample)
+        self.corrected = self._correct(here, sample.float(), now)
+
+        self._past = [*self._past, now][-self.variant.order :]
+        self._order = len(self._past) if there.sigma > 0 else 1
+        return self._predict(there, self.corrected)
+
+    def _predict(self, there: "_Level", sample: Tensor) -> Tensor:
+        *older, last = self._past[-self._order :]
+        step = there.lam - last.level.lam
+        return _move(last.level, there, sample, last.x0, self._change(step, _relative(older, last, step)))
+
+    def _correct(self, here: "_Level", sample: Tensor, now: "_Prediction") -> Tensor:
+        if self.corrected is None:
+            return sample
+        *older, last = self._past[-self._order :]
+        step = here.lam - last.level.lam
+        points = [*_relative(older, last, step), _Point(1.0, now.x0 - last.x0)]
+        return _move(last.level, here, self.corrected, last.x0, self._change(step, points))
+
+    def _change(self, step: float, points: list["_Point"]) -> Tensor | float:
+        """How much the prediction changes over the step."""
+        alone = len(points) == 1  # the limit 1/2 of the exact weight for small steps, as the released code
+        weights = [self.variant.lone_weight(step)] if alone else _weights(step, [point.ratio for point in points])
+        return sum((weight / point.ratio * point.difference for weight, point in zip(weights, points, strict=True)), start=0.0)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One noise level."""
+
+    sigma: float
+    alpha: float
+
+    @classmethod
+    def at(cls, schedule: Schedule, index: int, alpha: Callable[[float], float] = _data_share) -> "_Level":
+        sigma = float(schedule.sigmas[index])
+        return cls(sigma, alpha(sigma))
+
+    @property
+    def lam(self) -> float:
+        if self.sigma <= 0:
+            return math.inf
+        return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """The clean sample predicted at a noise level."""
+
+    level: _Level
+    x0: Tensor
+
+    @classmethod
+    def make(cls, level: _Level, velocity: Tensor, sample: Tensor) -> "_Prediction":
+        return cls(level, sample.float() - level.sigma * velocity.float())
+
+
+@dataclass(frozen=True)
+class _Point:
+    """An earlier (or the newest) prediction seen from the start of a step."""
+
+    ratio: float  # where it lies, in units of h
+    difference: Tensor  # to the prediction at the start
+
+
+def _relative(older: list[_Prediction], last: _Prediction, step: float) -> list[_Point]:
+    """The earlier predictions, nearest first; those made at pure noise are infinitely far away and tell nothing."""
+    points = [_Point((past.level.lam - last.level.lam) / step, past.x0 - last.x0) for past in reversed(older)]
+    return [point for point in points if math.isfinite(point.ratio)]
+
+
+def _weights(step: float, ratios: list[float]) -> list[float]:
+    """Weights of the differences to other predictions (paper, equation 9), solved in float64.
+
+    step: h of this step. ratios: where the predictions lie, in units of h from its start; as many weights come back.
+    """
+    phi = math.expm1(-step) / -step - 1
+    factorial, rows, right = 1.0, [], []
+    for power in range(len(ratios)):
+        rows.append([ratio**power for ratio in ratios])
+        right.append(phi * factorial / math.expm1(-step))
+        factorial *= power + 2
+        phi = phi / -step - 1 / factorial
+    if not rows:
+        return []
+    solution: list[float] = torch.linalg.solve(
+        torch.tensor(rows, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
+    ).tolist()
+    return solution
+
+
+def _move(here: _Level, there: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0) -> Tensor:
+    """The step between two levels, exact where the prediction is the constant x0; `change` bends it."""
+    step = there.lam - here.lam
+    return (there.sigma / here.sigma) * sample - there.alpha * math.expm1(-step) * (x0 + change)
+
+
+def _bh1(schedule: Schedule) -> UniPC:
+    return UniPC(schedule, BH1)
+
+
+_SOLVERS: dict[str, Callable[[Schedule], Solver]] = {"euler": Euler, "unipc": UniPC, "unipc-bh1": _bh1, "dpm++": DpmPlusPlus}

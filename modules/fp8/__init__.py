@@ -1,0 +1,1 @@
+"""Linear layers with weights in 8 bits."""

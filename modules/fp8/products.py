@@ -1,0 +1,226 @@
+"""Products in fp8 for linears whose fp8 weight is frozen: the output and the gradient of the input, and nothing else.
+
+`y = x W^T + b` with W stored in e4m3, one scale for the tensor or one per output row. The other factor is quantised when it comes:
+e4m3 with a scale for each row (token), its largest magnitude over 448, so that no token's outlier costs another token digits.
+
+    output           y  = (x / a) W^T, its columns times the weight's scales s, its rows times a = amax(x) / 448
+    input gradient   dx = ((dy s) / g) W, its rows times g. The contraction runs over the output features, so their scales
+                     are folded into dy before it is quantised
+
+The backward pass needs the weight and its scales only: no activation is kept for a base that does not learn. Rounding to e4m3 is
+unbiased, at most 2^-4 of a value (2.7 % in the mean square); the fp8 weight itself is taken as exact. Gradients too are e4m3: with
+a scale for each row they lie well inside its 18 binades (error of a product on the pocket model's: 2.1 %, in e5m2 4.3 %).
+Source of the recipe: Micikevicius et al. 2022, arXiv 2209.05433, with scales by row as in torchao's row-wise recipe.
+"""
+# Letters: M tokens, K input features, N output features
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.nn.functional import ScalingType
+
+from modules.errors import OptionError
+from modules.fp8.options import Quantisation
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_DTYPE = torch.float8_e4m3fn
+STEP = 16  # K and N are multiples of it: cuBLASLt wants rows that begin at 16 bytes
+FEWEST_ROWS = 16  # fewer tokens than a tile of the units has rows gain nothing
+LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
+PIECE = 1 << 26  # values quantised at a time where nothing fuses: 256 MiB of float32
+# Hopper sums fp8 products in 14 bits unless told to move the sums to float32 now and then, which costs speed. As in torchao's
+# defaults the forward pass takes the quick way, the gradient the exact one.
+FAST_SUMS, EXACT_SUMS = True, False
+
+
+class Product(Protocol):
+    """a b with the rows of a scaled, the columns of b scaled, and a bias added; summed in float32, rounded once.
+
+    a: M K e4m3, row by row. b: K N e4m3, column by column. scale_a: M 1, scale_b: 1 N, both float32. bias: N or None.
+    Returns M N in `dtype`, bfloat16 or float16. fast_sums: see FAST_SUMS.
+    """
+
+    def __call__(
+        self, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    ) -> Tensor: ...
+
+
+def row_scaled_product(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+) -> Tensor:
+    """The `Product` of the device's fp8 units, with scales and bias applied before the sums leave the registers."""
+    by_row = ScalingType.RowWise
+    added = None if bias is None else bias.to(dtype)
+    return functional.scaled_mm(a, b, scale_a, by_row, scale_b, by_row, bias=added, output_dtype=dtype, use_fast_accum=fast_sums)
+
+
+def tensor_scaled_product(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+) -> Tensor:
+    """The `Product` for builds of torch whose fp8 units take no scales by row (Windows): unscaled sums in bfloat16, scaled after.
+
+    One pass over the result more, and a second rounding of 2^-9, which is small beside that to e4m3.
+    """
+    one, whole = torch.ones(1, device=a.device), ScalingType.TensorWise
+    sums = functional.scaled_mm(a, b, one, whole, one, whole, output_dtype=torch.bfloat16, use_fast_accum=fast_sums)
+    out = sums * scale_a * scale_b  # float32, as the scales are
+    return (out if bias is None else out + bias).to(dtype)
+
+
+def emulated_product(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+) -> Tensor:
+    """The `Product` in plain float32, for devices without fp8 units: slow, for tests only. Sums are exact whatever `fast_sums`."""
+    with torch.autocast(a.device.type, enabled=False):
+        out = (a.float() @ b.float()) * scale_a * scale_b
+        return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def supports_fp8(device: torch.device) -> bool:
+    """Whether the device has fp8 units that torch reaches: NVIDIA from compute capability 8.9 (AMD's have another format)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+
+
+def choose_product(
+    device: torch.device,
+    supported: Callable[[torch.device], bool] = supports_fp8,
+    products: Sequence[Product] = (row_scaled_product, tensor_scaled_product),
+) -> Product:
+    """The first of `products` that computes on the device; each is tried once on a small tile. Logs it where it is not the first.
+
+    Raises OptionError where the device has no fp8 units, or torch cannot use them.
+    """
+    remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bit."
+    if not supported(device):
+        raise OptionError(f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have). {remedy}")
+    reasons = []
+    for product in products:
+        try:
+            _try(product, device)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            reasons.append(str(error).partition("\n")[0])
+        else:
+            if reasons:
+                logger.info("fp8 products are scaled after they are summed, because torch says: %s", reasons[0])
+            return product
+    raise OptionError(f"--fp8_fast: torch {torch.__version__} cannot multiply in fp8 on {_name(device)}: {reasons[-1]}. {remedy}")
+
+
+def with_product(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
+    """The same with what multiplies in 8 bits on the device, where that is asked for. Raises OptionError as `choose_product`."""
+    if quantisation is None or not quantisation.fp8_matmul:
+        return quantisation
+    return replace(quantisation, product=choose_product(device))
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device.type}"
+
+
+def _try(product: Product, device: torch.device) -> None:
+    """Raise what the product raises on a tile."""
+    tile = torch.ones(STEP, STEP, device=device).to(WEIGHT_DTYPE)
+    ones, bias = torch.ones(STEP, 1, device=device), torch.zeros(STEP, device=device)
+    out = product(tile, tile.t(), ones, ones.t().contiguous(), bias, torch.bfloat16, FAST_SUMS)
+    if not bool((out == STEP).all()):
+        raise RuntimeError(f"the product of two tiles of ones is {float(out.flatten()[0])}, not {STEP}")
+
+
+def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether `fp8_linear` takes this layer: an e4m3 weight scaled as a whole or by rows, sizes in steps of 16, 16 tokens or more.
+
+    Depends on shapes and dtypes only. x: ... K. weight: N K. scale: one number, N 1, or None.
+    """
+    rows, columns = weight.shape
+    return (
+        weight.dtype == WEIGHT_DTYPE
+        and rows % STEP == 0
+        and columns % STEP == 0
+        and x.numel() >= FEWEST_ROWS * columns
+        and (scale is None or scale.numel() == 1 or (scale.numel() == rows and scale.ndim <= 2))
+    )
+
+
+def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, product: Product) -> Tensor:
+    """x W^T + b with W = weight * scale, multiplied in fp8; differentiable in x alone. For what `suits_fp8` accepts.
+
+    x: ... K, rows without bound of magnitude; one that holds a NaN or an infinity gives a row of NaN. weight: N K e4m3.
+    scale: one number, N 1, or None for 1. bias: N. Returns ... N in autocast's dtype where it is on, else in that of x.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return _FrozenLinear.apply(x, weight, scale, bias, dtype, product)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """`fp8_linear`, of which the backward pass keeps weight and scale."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, product: Product
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.product, ctx.dtype = product, x.dtype
+        quantised, row_scales = quantise_rows(x.reshape(-1, x.shape[-1]))
+        out = product(quantised, weight.t(), row_scales, _column_scales(weight, scale), bias, _product_dtype(dtype), FAST_SUMS)
+        return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None
+        (gradient,) = gradients
+        weight, scale = ctx.saved_tensors
+        quantised, row_scales = quantise_rows(gradient.reshape(-1, gradient.shape[-1]), _column_scales(weight, scale))
+        columns = weight.t().contiguous().t()  # N K, column by column as the units want it; gone with this call
+        ones = torch.ones(1, weight.shape[1], device=weight.device)
+        out = ctx.product(quantised, columns, row_scales, ones, None, _product_dtype(gradient.dtype), EXACT_SUMS)
+        return out.to(ctx.dtype).view(*gradient.shape[:-1], weight.shape[1]), None, None, None, None, None
+
+
+def quantise_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> tuple[Tensor, Tensor]:
+    """x * fold as e4m3 numbers and the scale of each row: `x * fold = quantised * scales` but for rounding.
+
+    x: M K. fold: 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros; a NaN or an infinity makes the
+    scale NaN or infinite, and with it the row of any product NaN.
+    piece: how many values have a float32 copy at a time; without bound while compiling, where the copy is fused away.
+    """
+    rows = max(1, piece // x.shape[1])
+    if torch.compiler.is_compiling() or x.shape[0] <= rows:
+        return _quantised(x, fold)
+    out = torch.empty(x.shape, dtype=WEIGHT_DTYPE, device=x.device)
+    scales = torch.empty(x.shape[0], 1, device=x.device)
+    for start in range(0, x.shape[0], rows):
+        part = slice(start, start + rows)
+        out[part], scales[part] = _quantised(x[part], fold)
+    return out, scales
+
+
+def _quantised(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
+    if fold is not None:
+        x = x * fold  # float32, as the scales are
+    largest = x.abs().amax(dim=1, keepdim=True).float()
+    # the least scale keeps rows of zeros (and of numbers that bf16 can hardly hold) from dividing by zero
+    # (limits come from finfo, not from a constant of this file: compiling for changing shapes makes such numbers inputs too)
+    scales = (largest / torch.finfo(WEIGHT_DTYPE).max).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x / scales).to(WEIGHT_DTYPE), scales
+
+
+def _column_scales(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The weight's scale for each output feature, 1 N float32."""
+    if scale is None:
+        return torch.ones(1, weight.shape[0], device=weight.device)
+    return scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a product is rounded to: 16 bits hold more than is exact."""
+    return dtype if dtype == torch.float16 else torch.bfloat16

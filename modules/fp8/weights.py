@@ -1,0 +1,164 @@
+"""Linear layers whose weights are kept in 8 bits: rounding them, and computing with them.
+
+A quantised layer stays an `nn.Linear`. Its `weight` is a frozen float8 parameter of the checkpoint's shape; beside it stands a
+buffer `scale_weight` (float32: [1], [out, 1] or [out, blocks, 1]; None for a plain cast); the weight that is meant is their
+product. `forward` is set on the layer itself, so that what is put around it afterwards (a LoRA, compilation) finds it.
+"""
+
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from modules.fp8.options import Quantisation
+from modules.fp8.products import fp8_linear, suits_fp8
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of float8_e4m3fn; what is beyond it would become NaN
+_BLOCK_ELEMENTS = 1 << 20  # of a weight that are rounded at once: temporaries of a few MB instead of whole weights
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    """Whether it is one of the float8 formats."""
+    return dtype.itemsize == 1 and dtype.is_floating_point
+
+
+def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor | None]:
+    """The weight in float8_e4m3fn, and the scale (float32) that gives it back: weight ~ fp8 * scale.
+
+    weight: out x in. kind "cast": rounded as it is, beyond +-448 to +-448, without a scale. "tensor" and "rows": divided by
+    scale = max|weight| / 448, one number [1] or one per row [out, 1]; where all is zero it is 1. Scale and quotient are rounded to
+    the weight's dtype before they are used, unless `float32_scales` asks for float32 or the weight is float16, whose range is too
+    narrow for them.
+    """
+    wide = quantisation.float32_scales or weight.dtype == torch.float16
+    dtype = torch.float32 if wide else weight.dtype
+    scale = None if quantisation.kind == "cast" else _scale(weight, dtype, per_row=quantisation.kind == "rows")
+    rounded = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
+    for rows in _row_blocks(weight):
+        part = weight[rows].to(dtype)
+        if scale is not None:
+            part = part / (scale if scale.ndim == 1 else scale[rows])
+        rounded[rows] = part.clamp(-LARGEST, LARGEST).to(E4M3)
+    return rounded, None if scale is None else scale.float()
+
+
+def _scale(weight: Tensor, dtype: torch.dtype, per_row: bool) -> Tensor:
+    """max|weight| / 448 in that dtype: [out, 1] or [1]."""
+    peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
+    if not per_row:
+        peak = peak.amax().reshape(1)
+    scale = peak.to(dtype) / LARGEST
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if len(weight) else 1
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
+
+
+def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """weight * scale, multiplied in float32 and rounded once to that dtype.
+
+    weight: rows x columns. scale: one number, one per row, or one per block of a row (rows x blocks x 1).
+    """
+    plain = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
+    if scale is None:
+        return plain
+    if not scale.is_floating_point() or scale.ndim == 0 or scale.dtype != torch.float32:
+        scale = scale.float()
+    if scale.numel() == 1:
+        return plain.mul_(scale.reshape([1] * weight.ndim))  # of as many axes: a number without axes would be rounded first
+    if scale.ndim == 3:
+        plain.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
+        return plain
+    return plain.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """A file's scale as layers keep it: float32, [1], [out, 1] or [out, blocks, 1]."""
+    if scale.numel() == 1:
+        return scale.float().reshape(1)
+    return scale.float() if scale.ndim == 3 else scale.float().reshape(-1, 1)
+
+
+def attach(layer: nn.Linear, weight: Tensor, scale: Tensor | None, quantisation: Quantisation) -> None:
+    """Give a layer its 8-bit weight, its scale and a forward that computes with them.
+
+    The layer computes in autocast's dtype, without autocast in that of its input; in float32 where `float32_linear` asks for it.
+    With a `product` it multiplies in 8 bits, but for what does not suit that (`modules.fp8.products.suits_fp8`).
+    """
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.register_buffer("scale_weight", scale)
+    layer.quantisation = quantisation  # type: ignore[assignment]
+    # a method rather than a partial function, by which compiled code would know the layer, and be compiled for every block
+    layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether `attach` has given it an 8-bit weight."""
+    return isinstance(layer, nn.Linear) and is_fp8(layer.weight.dtype)
+
+
+def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """Those layers of a network by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_quantised(layer)}
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    # x: ... in -> ... out
+    quantisation = layer.quantisation
+    assert isinstance(quantisation, Quantisation)
+    if quantisation.product is not None and suits_fp8(x, layer.weight, scale_of(layer)):
+        return fp8_linear(x, layer.weight, scale_of(layer), layer.bias, quantisation.product)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if not quantisation.float32_linear:
+        return multiply(x.to(dtype), layer.weight, scale_of(layer), layer.bias)
+    with torch.autocast(kind, enabled=False):
+        return multiply(x.float(), layer.weight, scale_of(layer), layer.bias).to(dtype)
+
+
+def scale_of(layer: nn.Linear) -> Tensor | None:
+    """The buffer beside the weight."""
+    scale = layer.scale_weight
+    assert scale is None or isinstance(scale, Tensor)
+    return scale
+
+
+def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x @ (weight * scale)^T + bias in the dtype of x; gradients flow to x and bias."""
+    out: Tensor = _Product.apply(x, weight, scale, None if bias is None else bias.to(x.dtype))
+    return out
+
+
+class _Product(torch.autograd.Function):
+    """A linear layer that keeps only its 8-bit weight for the backward pass, where it is multiplied out again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return functional.linear(x, dequantise(weight, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        (gradient,) = gradients
+        weight, scale = ctx.saved_tensors
+        of_x = gradient @ dequantise(weight, scale, gradient.dtype) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+
+
+def linear_weights(module: nn.Module, lists: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> frozenset[str]:
+    """Names of the weights of linear layers. lists: only below these; exclude: none whose name has one of these parts."""
+    begin = None if lists is None else tuple(f"{name}." for name in lists)
+    return frozenset(
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and (begin is None or name.startswith(begin))
+        and not any(part in f"{name}.weight" for part in exclude)
+    )

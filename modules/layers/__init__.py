@@ -1,0 +1,1 @@
+"""Small layers and rules that several models share."""

@@ -1,0 +1,1 @@
+"""Images and videos on disk, and their pixels."""

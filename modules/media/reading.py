@@ -1,0 +1,205 @@
+"""Images and videos on disk <-> uint8 frames: the only place that reads or writes either.
+
+A frame is `H W C` uint8 RGB (C = 4 with alpha); sizes are (width, height). A "video" may also be a folder of images, its frames in
+name order. Colours are converted by what the file says of itself. Every failure is a MediaError naming the file and the reason.
+"""
+
+import contextlib
+import functools
+import importlib
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+
+from modules.errors import MediaError
+from modules.media.buckets import Size, fit_cover
+
+Frame = NDArray[np.uint8]  # H W C
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})  # lower case
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those that Pillow always reads
+
+ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
+
+# what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
+_DAMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, av.FFmpegError),
+)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """Size of the upright frames; count and rate where the header has them."""
+
+    width: int
+    height: int
+    frames: int | None
+    fps: float | None
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Image suffixes that can be read here, lower case; .avif and .jxl only where Pillow can decode them."""
+    for plugin in ("pillow_jxl", "pillow_avif"):  # optional packages that register themselves with Pillow
+        with contextlib.suppress(ImportError):
+            importlib.import_module(plugin)
+    has_avif = features.check("avif") or "AVIF" in Image.OPEN and "pillow_avif" in str(Image.OPEN["AVIF"])
+    Image.init()
+    registered = {".jxl"} & Image.registered_extensions().keys()
+    return IMAGE_SUFFIXES | registered | ({".avif"} if has_avif else set())
+
+
+def read_image(path: Path, alpha: bool = False) -> Frame:
+    """H W 3 RGB, upright; with `alpha`, H W 4 where the image has transparency. Raises MediaError."""
+    with _reading(path), Image.open(path) as file:
+        image: Image.Image = ImageOps.exif_transpose(file)
+        has_alpha = image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info
+        if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return np.array(image.convert("RGBA" if alpha and has_alpha else "RGB"))
+
+
+def image_size(path: Path) -> Size:
+    """Width and height of the upright image, from the header alone. Raises MediaError."""
+    with _reading(path), Image.open(path) as image:
+        width, height = image.size
+        return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
+
+
+def resize_cover(frame: Frame, bucket: Size) -> Frame:
+    """Resize a frame until it covers `bucket`, crop the centre. Lanczos when enlarging, else area average. Source: cache format."""
+    fit = fit_cover((frame.shape[1], frame.shape[0]), bucket)
+    if fit.interpolation == "none":
+        return frame
+    if fit.interpolation == "lanczos":
+        resized = np.array(Image.fromarray(frame).resize(fit.resized, Image.Resampling.LANCZOS))  # a copy: Pillow's is read-only
+    else:
+        resized = np.asarray(cv2.resize(frame, fit.resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    left, top = fit.crop
+    return np.ascontiguousarray(resized[top : top + bucket[1], left : left + bucket[0]])
+
+
+def video_frames(path: Path) -> Iterator[Frame]:
+    """All frames in playing order, H W 3, upright, one at a time; of a file FFmpeg reads or of a folder of images.
+
+    Raises MediaError: missing, empty, no video in it, not decodable, or cut short (a download that stopped).
+    """
+    if path.is_dir():
+        yield from (read_image(image) for image in folder_images(path))
+        return
+    num_frames = 0
+    end_seconds = 0.0
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise MediaError(f"{path} is damaged or cut short: only {num_frames} frames could be read")
+            for frame in packet.decode():
+                num_frames += 1
+                end_seconds = max(end_seconds, frame.time or 0.0)
+                yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+        _check_whole(path, container, stream, num_frames, end_seconds)
+
+
+def video_info(path: Path) -> VideoInfo:
+    """Size, number of frames and rate (of a folder: its first image and its count); one frame is decoded. Raises MediaError."""
+    if path.is_dir():
+        images = folder_images(path)
+        width, height = image_size(images[0])
+        return VideoInfo(width, height, len(images), None)
+    with _opened(path) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise MediaError(f"{path} holds no frame that can be decoded")
+        sideways = round(first.rotation / 90) % 2 == 1
+        width, height = (first.height, first.width) if sideways else (first.width, first.height)
+        return VideoInfo(width, height, stream.frames or None, float(stream.average_rate) if stream.average_rate else None)
+
+
+def read_tags(path: Path) -> dict[str, str]:
+    """Text stored in a PNG or a video, {} where there is none. Keys of videos in lower case: mkv stores them in upper case.
+
+    Raises MediaError.
+    """
+    if path.suffix.lower() in image_suffixes():
+        with _reading(path), Image.open(path) as image:
+            return {str(name): str(value) for name, value in getattr(image, "text", {}).items()}
+    with _opened(path) as (container, _):
+        return {name.lower(): value for name, value in container.metadata.items()}
+
+
+def folder_images(folder: Path) -> list[Path]:
+    """The images that are the frames of a folder given as a video, in name order. Raises MediaError where there is none."""
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in image_suffixes() and not path.name.startswith("."))
+    if not images:
+        raise MediaError(f"{folder} is a folder without images")
+    return images
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream."""
+    with _reading(path), av.open(_url(path), metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise MediaError(
+                f"{path} has no video stream, only {', '.join(other.type for other in container.streams) or 'nothing'}"
+            )
+        yield container, stream
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what Pillow and FFmpeg raise into MediaError."""
+    if not path.exists():
+        raise MediaError(f"{path} does not exist")
+    if path.is_file() and path.stat().st_size == 0:
+        raise MediaError(f"{path} is empty (0 bytes)")
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise MediaError(f"{path} is no image that can be read, or it is damaged") from None
+    except _DAMAGE as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MediaError(f"{path} cannot be read: {reason}") from error
+
+
+def _url(path: Path) -> str:
+    """Without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol."""
+    return f"file:{path}"
+
+
+def _upright(frame: Frame, degrees: float) -> Frame:
+    """Turn a frame by the rotation a phone has written beside it, counter-clockwise; only quarter turns occur."""
+    turns = round(degrees / 90) % 4
+    return np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame
+
+
+def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_seconds: float) -> None:
+    """Raise MediaError where a file ends before the length it states.
+
+    Most demuxers report a cut file themselves; Matroska's ends quietly, but each stream has its length as a tag.
+    """
+    if not num_frames:
+        raise MediaError(f"{path} holds no frame that can be decoded")
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if "matroska" not in container.format.name or match is None:
+        return
+    seconds = int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+    frame_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
+    if end_seconds + max(4 * frame_seconds, 0.3) < seconds:
+        raise MediaError(
+            f"{path} is cut short: it should last {seconds:.2f} s, the last of {num_frames} frames is at {end_seconds:.2f} s"
+        )

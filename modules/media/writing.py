@@ -1,0 +1,183 @@
+"""uint8 frames -> image and video files: writing, and joining videos without encoding again."""
+
+import contextlib
+import errno
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image, PngImagePlugin
+
+from modules.atomic_write import atomic_path
+from modules.errors import MediaError
+from modules.media.reading import Frame, _reading, _url
+
+
+def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
+    """Write one frame (H W 3 or H W 4) as PNG, with text chunks in UTF-8, complete or not at all. Raises OutputError."""
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        add = chunks.add_text if value.isascii() else chunks.add_itxt  # a plain chunk is Latin-1, iTXt is UTF-8
+        add(name, value)
+    with atomic_path(path, frame.nbytes) as temporary:
+        Image.fromarray(frame).save(temporary, format="PNG", pnginfo=chunks)
+
+
+@dataclass(frozen=True)
+class _Codec:
+    encoder: str
+    pixel_format: str
+    options: Mapping[str, str]
+    has_crf: bool  # whether it knows crf and preset
+    suffixes: tuple[str, ...]
+
+
+_CODECS = {
+    "h264": _Codec("libx264", "yuv420p", {}, True, (".mp4", ".mkv", ".mov")),
+    "h265": _Codec("libx265", "yuv420p", {"x265-params": "log-level=error"}, True, (".mp4", ".mkv", ".mov")),
+    "prores": _Codec("prores_ks", "yuv422p10le", {"profile": "3"}, False, (".mkv", ".mov")),
+}
+
+_MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[Frame],
+    fps: float,
+    codec: str = "h264",
+    crf: int = 12,
+    preset: str = "slow",
+    bit_rate: int | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Encode frames (H W 3, consumed one at a time) to `path` (.mp4, .mkv or .mov), complete or not at all.
+
+    codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf. tags: kept by .mkv only.
+    The last row or column of an odd size is cut off. Colours are BT.709 and say so. No time and no random id is written.
+    Raises MediaError (no frame, codec not for this suffix), OutputError.
+    """
+    kind = _CODECS[codec]
+    suffix = path.suffix.lower()
+    if suffix not in kind.suffixes:
+        raise MediaError(f"{path}: {codec} is written to {', '.join(kind.suffixes)}, not to {suffix or 'a name without suffix'}")
+    remaining = iter(frames)
+    first = next(remaining, None)
+    if first is None:
+        raise MediaError(f"{path}: there is no frame to write")
+    with atomic_path(path) as temporary, _writing():
+        container = av.open(_url(temporary), "w", format=_MUXERS[suffix], options={"fflags": "+bitexact"})  # no random ids
+        with container:
+            container.metadata.update(tags if tags and suffix == ".mkv" else {})
+            stream = _add_stream(container, kind, first, fps)
+            if bit_rate is not None:
+                stream.bit_rate = bit_rate
+            elif kind.has_crf:
+                stream.options = {**stream.options, "crf": str(crf)}
+            if kind.has_crf:
+                stream.options = {**stream.options, "preset": preset}
+            for index, frame in enumerate(itertools.chain([first], remaining)):
+                container.mux(stream.encode(_video_frame(frame, stream, index)))
+            container.mux(stream.encode())
+
+
+def _add_stream(container: Any, kind: _Codec, first: Frame, fps: float) -> Any:
+    stream = container.add_stream(kind.encoder, rate=_rate(fps))
+    stream.height, stream.width = (side // 2 * 2 for side in first.shape[:2])
+    stream.pix_fmt = kind.pixel_format
+    stream.options = dict(kind.options)
+    context = stream.codec_context
+    context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
+    context.color_range = ColorRange.MPEG.value
+    return stream
+
+
+def _video_frame(frame: Frame, stream: Any, index: int) -> av.VideoFrame:
+    even = np.ascontiguousarray(frame[: stream.height, : stream.width])
+    converted = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
+        format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
+    converted.pts = index
+    converted.time_base = 1 / stream.codec_context.framerate
+    return converted
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A video that `write_video` has written, to be joined with others of the same size, rate and settings."""
+
+    path: Path
+    frames: int
+    lead: int  # by how many frames decoding is ahead of showing: frames that look at later ones are stored behind these
+
+
+def segment_of(path: Path, fps: float) -> Segment:
+    """Measure a finished file. Raises MediaError where it cannot be read."""
+    with _reading(path), av.open(_url(path)) as container:
+        places = [_place(packet, fps) for packet in _packets(container)]
+    return Segment(path, len(places), max(order - place for order, place in enumerate(places)))
+
+
+def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
+    """Write segments one behind the other as one video (.mp4), complete or not at all. Pictures are copied, not encoded again.
+
+    A player that has the file open which was there before goes on with that one. Raises MediaError where the segments differ in
+    their settings, OutputError.
+    """
+    lead = max(segment.lead for segment in segments)
+    with atomic_path(path) as temporary, _writing():
+        target = av.open(_url(temporary), "w", format=_MUXERS[".mp4"], options={"fflags": "+bitexact"})
+        with target:
+            stream: Any = None
+            settings, frames, order = b"", 0, 0
+            for segment in segments:
+                with av.open(_url(segment.path)) as source:
+                    original = source.streams.video[0]
+                    if stream is None:
+                        stream = target.add_stream_from_template(original, opaque=True)
+                        stream.time_base = 1 / _rate(fps)
+                        settings = bytes(original.codec_context.extradata or b"")
+                    if bytes(original.codec_context.extradata or b"") != settings:
+                        raise MediaError(
+                            f"{segment.path} was encoded with other settings than {segments[0].path}: they cannot be joined"
+                        )
+                    for packet in _packets(source):
+                        shown = frames + _place(packet, fps)
+                        packet.time_base, packet.duration = 1 / _rate(fps), 1
+                        packet.pts, packet.dts = shown, order - lead  # in the order of storing, never later than shown
+                        packet.stream = stream
+                        target.mux(packet)
+                        order += 1
+                frames += segment.frames
+
+
+def _packets(container: Any) -> Iterator[Any]:
+    """The stored pictures in the order of storing."""
+    for packet in container.demux(container.streams.video[0]):
+        if packet.size:  # the last one says only that there are no more
+            yield packet
+
+
+def _place(packet: Any, fps: float) -> int:
+    """Which frame of its file a stored picture is."""
+    return round(packet.pts * packet.time_base * _rate(fps))
+
+
+def _rate(fps: float) -> Fraction:
+    return Fraction(fps).limit_denominator(1001)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """FFmpeg's own errors as OSError, which `atomic_path` explains."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        number = error.errno if error.errno in errno.errorcode else errno.EIO
+        raise OSError(number, error.strerror) from error

@@ -1,0 +1,1 @@
+"""What waits in host memory, and what is computed again, so that a network fits."""

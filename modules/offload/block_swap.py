@@ -1,0 +1,389 @@
+"""Blocks of a transformer that wait in host memory and come to the device in time, forwards and backwards.
+
+    host = host_weights(SwapPlan(family.dit, blocks), device)            # None where nothing is to be swapped
+    dit = family.load_dit(Placement(device, host=host))                 # swapped weights go from disk to where they stay
+    ...                                                                 # LoRA, compilation, checkpointing
+    swap_blocks(dit, host, device)
+
+The streamed blocks of a list share a few slots of device memory. Whenever a block is entered, the next ones on the way get the
+slots that are free by then: the way through a pass, to its last block, then back through the backward pass or on to the next pass.
+What lies in a slot follows from the block that is entered alone, so a pass may end anywhere, by an exception too. A parameter
+stays the same object; only its `.data` is now the host's copy, now a slot. Frozen weights are never copied back.
+
+Without checkpointing autograd keeps weights for the backward pass. What it would keep of a slot is replaced by the weight's name,
+and the weight is fetched again. Weights that learn are stepped in the backward pass (`--fused_backward_pass`), while their block is
+on the device, and copied back before their slot is used for another.
+"""
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Parameter
+
+from modules.contract.loading import TensorInfo
+from modules.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
+from modules.offload.input_layers import offload_layer
+from modules.offload.swap_plan import ListPlan, SwapPlan, big_layers
+from modules.offload.transfer import Transfer, transfer_to
+
+logger = logging.getLogger(__name__)
+
+_NAME = "_block_swap"  # under which a network carries its own
+
+
+class HostWeights:
+    """The weights of one network that stay in host memory: a `HostPlace`."""
+
+    def __init__(self, plan: SwapPlan, pinned: bool, machine: Machine) -> None:
+        """pinned: for a CUDA device. machine: processes that share them."""
+        self.plan = plan
+        self._pinned, self._machine = pinned, machine
+        self._held: HostTensors | None = None
+
+    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
+        """Memory for the weights that the plan names. Raises OptionError where the network has too few blocks."""
+        self._held = allocate({name: tensors[name] for name in self.plan.names(network)}, self._pinned, self._machine)
+        return self._held.tensors
+
+    @property
+    def is_filled_here(self) -> bool:
+        return self._held is None or self._held.is_filled_here
+
+    def finish(self) -> None:
+        wait_for_all(self._machine)
+
+    def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
+        """The weights by name, moved here where the network was loaded without `hold`."""
+        if self._held is not None:
+            return self._held.tensors
+        weights = {name: network.get_parameter(name) for name in self.plan.names(network)}
+        held = self.hold(network, {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()})
+        for name, weight in weights.items():
+            if self.is_filled_here:
+                held[name].copy_(weight.data)
+            weight.data = held[name]  # one by one: no second copy of all
+        self.finish()
+        return held
+
+
+def host_weights(plan: SwapPlan, device: torch.device, environment: Mapping[str, str] = os.environ) -> HostWeights | None:
+    """Where the weights wait that the plan keeps off the device; None where it keeps none off it."""
+    return HostWeights(plan, device.type == "cuda", machine_of(environment)) if plan else None
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A block that is streamed."""
+
+    position: int  # among all blocks, in the order in which they run
+    weights: Sequence[Parameter]
+    host: Sequence[Tensor]  # their places in host memory
+
+    @property
+    def learns(self) -> bool:
+        return any(weight.requires_grad for weight in self.weights)
+
+
+@dataclass(eq=False)
+class Slot:
+    """Device memory for the weights of one streamed block."""
+
+    memory: list[Tensor] = field(default_factory=list)  # uint8, one for each weight; none while the network is parked
+    unit: Unit | None = None  # whose weights are in it or on the way
+    arrival: Any = None  # the moment at which they are
+    is_entered: bool = False  # the parameters are here rather than on the host
+    is_changed: bool = False  # the host's copies are out of date
+
+    def views(self, unit: Unit) -> list[Tensor]:
+        """The memory as that unit's weights."""
+        places = zip(self.memory, unit.host, strict=False)  # another block may have more
+        return [memory[: host.nbytes].view(host.dtype).view(host.shape) for memory, host in places]
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """The streamed blocks of one list and the slots that they share."""
+
+    units: Mapping[int, Unit]  # by position
+    slots: Sequence[Slot]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of a slot's parts: the largest of all units. Usually the blocks of a list are equal."""
+        count = max(len(unit.host) for unit in self.units.values())
+        return [max(unit.host[i].nbytes for unit in self.units.values() if i < len(unit.host)) for i in range(count)]
+
+    def slot_of(self, unit: Unit) -> Slot | None:
+        return next((slot for slot in self.slots if slot.unit is unit), None)
+
+    def next(self, route: Iterable[int]) -> list[Unit]:
+        """The first units on a route through positions, as many as there are slots."""
+        found: list[Unit] = []
+        for position in route:
+            unit = self.units.get(position)
+            if unit is not None and unit not in found:
+                found.append(unit)
+                if len(found) == len(self.slots):
+                    break
+        return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What autograd keeps in place of (a view of) a streamed weight."""
+
+    unit: Unit
+    index: int  # of the weight
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class BlockSwap:
+    """Brings weights to the device ahead of their need. One network's; `swap_blocks` makes it."""
+
+    def __init__(self, rings: Sequence[Ring], num_blocks: int, held: Set[Parameter], transfer: Transfer) -> None:
+        """num_blocks: streamed or not. held: all parameters that stay in host memory, others than blocks' too."""
+        self.rings, self.held = rings, held
+        self._ring_of = {position: ring for ring in rings for position in ring.units}
+        self._num_blocks, self._transfer = num_blocks, transfer
+        self._owners: dict[int, tuple[Slot, int]] = {}  # address of device memory -> whose, which part
+        self._turns, self._skipped = False, frozenset[int]()
+        self._at: tuple[int, bool] | None = None
+
+    def begin(self, turns: bool, skipped: Set[int]) -> None:
+        """A forward pass begins. turns: a backward pass follows. skipped: positions of blocks that it leaves out."""
+        self._turns, self._skipped, self._at = turns, frozenset(skipped), None
+        self._prepare(next(self._route(0, False), 0), False)
+
+    def enter(self, position: int, backward: bool) -> None:
+        """The block at that position computes from now on: its weights are there, those of the next ones are sent for."""
+        if self._at == (position, backward):
+            return
+        self._prepare(position, backward)
+        ring = self._ring_of.get(position)
+        if ring is not None:
+            self._settle_in(ring, ring.units[position], backward)
+        self._at = (position, backward)
+
+    def run(self, position: int, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        """The forward of the block at that position, with its weights there, and seen to that they are in its backward pass."""
+        self.enter(position, backward=False)
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **named)
+        ring = self._ring_of.get(position)
+        if ring is None:
+            output = forward(*inputs, **named)
+        else:
+            caches = torch.is_autocast_cache_enabled()
+            # autocast would keep a copy of every learning weight on the device until the end of the pass
+            torch.set_autocast_cache_enabled(caches and not ring.units[position].learns)
+            try:
+                with saved_tensors_hooks(self._pack, self._unpack):
+                    output = forward(*inputs, **named)
+            finally:
+                torch.set_autocast_cache_enabled(caches)
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(functools.partial(self._come_back, position))
+        return output
+
+    def settle(self) -> None:
+        """Put the newest values of all weights into host memory, where the parameters are from now on."""
+        for ring in self.rings:
+            for slot in ring.slots:
+                self._empty(slot, self._transfer.mark() if slot.is_changed else None)
+        self._transfer.finish()
+        self._at = None
+
+    def park(self) -> None:
+        """`settle`, and give the device's memory back until the next pass."""
+        self.settle()
+        self._owners.clear()
+        for ring in self.rings:
+            for slot in ring.slots:
+                slot.memory = []
+
+    def _route(self, position: int, backward: bool) -> Iterator[int]:
+        """Positions in the order in which they will be entered, from this one on; what is not known yet is guessed."""
+        everything = range(self._num_blocks)
+        taken = [each for each in everything if each not in self._skipped]
+        if backward:
+            yield from (each for each in reversed(taken) if each <= position)
+            yield from everything
+        else:
+            yield from (each for each in taken if each >= position)
+            yield from reversed(taken) if self._turns else everything
+
+    def _prepare(self, position: int, backward: bool) -> None:
+        """Fill the slots of all rings with what comes next, as far as that is not in them."""
+        for ring in self.rings:
+            wanted = ring.next(self._route(position, backward))
+            missing = [unit for unit in wanted if ring.slot_of(unit) is None]
+            free = [slot for slot in ring.slots if slot.unit not in wanted]
+            for unit, slot in zip(missing, free, strict=False):
+                self._send(ring, unit, slot)
+
+    def _send(self, ring: Ring, unit: Unit, slot: Slot) -> None:
+        """Have a unit's weights copied into a slot. An exception in the middle of it leaves an empty slot."""
+        after = self._transfer.mark()
+        self._empty(slot, after)
+        if not slot.memory:
+            with torch.inference_mode(False):  # a slot made for a sample also serves the next training step
+                slot.memory = [self._transfer.memory(size) for size in ring.sizes]
+            self._owners.update({part.untyped_storage().data_ptr(): (slot, i) for i, part in enumerate(slot.memory)})
+        with torch.no_grad():
+            slot.arrival = self._transfer.copy(list(zip(slot.views(unit), unit.host, strict=True)), after)
+        slot.unit = unit
+
+    def _empty(self, slot: Slot, after: Any) -> None:
+        """Take what is in a slot out of it; `after`: the moment at which it is finished."""
+        unit = slot.unit
+        if unit is None:
+            return
+        if slot.is_changed:
+            learned = [
+                (host, view)
+                for weight, host, view in zip(unit.weights, unit.host, slot.views(unit), strict=True)
+                if weight.requires_grad
+            ]
+            with torch.no_grad():
+                self._transfer.copy(learned, after)
+        slot.is_entered = slot.is_changed = False
+        for weight, host in zip(unit.weights, unit.host, strict=True):
+            weight.data = host
+        slot.unit = None
+
+    def _settle_in(self, ring: Ring, unit: Unit, backward: bool) -> None:
+        slot = ring.slot_of(unit)
+        assert slot is not None
+        if not slot.is_entered:
+            self._transfer.wait(slot.arrival)
+            for weight, view in zip(unit.weights, slot.views(unit), strict=True):
+                weight.data = view
+            slot.is_entered = True
+        if backward and unit.learns:
+            slot.is_changed = True  # they are stepped as soon as their gradients are complete
+
+    def _come_back(self, position: int, gradient: Tensor) -> None:
+        self.enter(position, backward=True)
+
+    def _pack(self, tensor: Tensor) -> Tensor | Kept:
+        slot, index = self._owners.get(tensor.untyped_storage().data_ptr(), (None, 0))
+        if slot is None:
+            return tensor.detach()
+        assert slot.unit is not None
+        return Kept(slot.unit, index, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+    def _unpack(self, kept: Tensor | Kept) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        self.enter(kept.unit.position, backward=True)
+        slot = self._ring_of[kept.unit.position].slot_of(kept.unit)
+        assert slot is not None
+        memory = slot.memory[kept.index]
+        whole = memory[: len(memory) // kept.dtype.itemsize * kept.dtype.itemsize].view(kept.dtype)
+        return whole.as_strided(kept.size, kept.stride, kept.offset)
+
+
+def swap_blocks(dit: nn.Module, host: HostWeights | None, device: torch.device, transfer: Transfer | None = None) -> None:
+    """Have a network bring its weights from host memory when it runs. For the end of dressing: it wraps the blocks' forwards.
+
+    host: as the network was loaded with; None leaves it as it is. transfer: None: what fits the device.
+    Raises OptionError where the network has too few blocks.
+    """
+    if host is None:
+        return
+    places = host.adopt(dit)
+    for path in host.plan.input_layer_names(dit):
+        for name, layer in big_layers(dit, path):
+            offload_layer(layer, places[f"{name}.weight"], device)
+    lists = host.plan.lists(dit)
+    blocks = [block for each in lists for block in dit.get_submodule(each.name).children()]
+    held = {dit.get_parameter(name) for name in places}
+    swap = BlockSwap(_rings(dit, lists, places), len(blocks), held, transfer or transfer_to(device))
+    for position, block in enumerate(blocks):
+        block.forward = functools.partial(swap.run, position, block.forward)
+    parameters = inspect.signature(dit.forward)
+
+    def begin(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = parameters.bind(*inputs, **named).arguments
+        swap.begin(torch.is_grad_enabled(), given.get("skip_blocks", frozenset()))
+
+    dit.register_forward_pre_hook(begin, with_kwargs=True)
+    setattr(dit, _NAME, swap)
+    _report(lists, swap, places, device)
+
+
+def _rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tensor]) -> list[Ring]:
+    rings, start = [], 0
+    for each in lists:
+        units = {}
+        for index in each.streamed:
+            names = [f"{name}.weight" for name, _ in big_layers(dit, f"{each.name}.{index}") if f"{name}.weight" in places]
+            weights, host = [dit.get_parameter(name) for name in names], [places[name] for name in names]
+            units[start + index] = Unit(start + index, weights, host)
+        if units:
+            rings.append(Ring(units, [Slot() for _ in range(each.slots)]))
+        start += each.num_blocks
+    return rings
+
+
+def _report(lists: Sequence[ListPlan], swap: BlockSwap, places: Mapping[str, Tensor], device: torch.device) -> None:
+    total = sum(tensor.nbytes for tensor in places.values()) / 1e9
+    if swap.rings:
+        streamed, count = sum(len(each.streamed) for each in lists), sum(each.num_blocks for each in lists)
+        slots = sum(sum(ring.sizes) * len(ring.slots) for ring in swap.rings) / 1e9
+        logger.info(
+            "%d of %d blocks come from host memory each time (%.2f GB there), through %.2f GB on the device",
+            streamed,
+            count,
+            total,
+            slots,
+        )
+    if device.type in {"cpu", "mps"}:
+        logger.warning("--blocks_to_swap and --img_in_txt_in_offloading save nothing on %s; they only cost time.", device.type)
+
+
+def swap_of(network: nn.Module) -> BlockSwap | None:
+    """What brings the network's weights; None where they are all on the device."""
+    found = getattr(network, _NAME, None)
+    return found if isinstance(found, BlockSwap) else None
+
+
+def settle(network: nn.Module) -> None:
+    """Have every parameter hold its newest values, where it can be read and written: before saving and restoring."""
+    swap = swap_of(network)
+    if swap is not None:
+        swap.settle()
+
+
+def move_network(network: nn.Module, device: torch.device) -> None:
+    """As `network.to(device)`, for networks with swapped weights too: these stay in host memory, their slots are given back."""
+    swap = swap_of(network)
+    if swap is None:
+        network.to(device)
+        return
+    swap.park()
+    staying = [
+        (module, name, parameter)
+        for module in network.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in swap.held
+    ]
+    try:
+        for module, name, _ in staying:
+            module._parameters[name] = None  # so that torch passes over it
+        network.to(device)
+    finally:
+        for module, name, parameter in staying:
+            module._parameters[name] = parameter

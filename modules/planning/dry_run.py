@@ -1,0 +1,336 @@
+"""A rehearsal of real code on tensors without content, counting the bytes that a device would hold.
+
+Inside `dry_run` tensors have shapes, dtypes, devices and storages that live and die as usual, but no values: a step of a 14B model
+takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU for the host. Small tensors of whole numbers
+(text masks, lengths) do have values, so code may read them.
+"""
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from modules.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
+from modules.planning.pieces import compute_piece
+
+ACCELERATOR = torch.device("cpu:0")  # to torch another device than plain `cpu`, and one that every build can compute on
+HOST = torch.device("cpu")
+GRANULE = 512  # CUDA's caching allocator rounds every allocation up to a multiple of this
+SMALL = 1 << 16  # elements up to which whole numbers keep their values
+
+WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
+ATTENTION = "attention"  # its workspace
+KEPT, WORKING = "kept", "working"  # what is neither: made before the present place of the run, or in it
+Moment = Mapping[str, int]  # bytes by kind
+
+
+def rounded(size: int) -> int:
+    """Bytes that an allocation takes."""
+    return -(-size // GRANULE) * GRANULE
+
+
+@dataclass
+class _Allocation:
+    size: int
+    kind: str
+    place: int  # number of the place it was made in
+    on_device: bool
+
+
+class Ledger(TorchDispatchMode):
+    """Live bytes by kind, and for each place of the run the moment at which the device held most.
+
+    A place is what `enter` names, such as the backward pass through a block.
+    """
+
+    def __init__(self, device: torch.device = ACCELERATOR) -> None:
+        """device: what lies elsewhere does not count."""
+        super().__init__()
+        self.device = device
+        self.is_backward = False
+        self.peaks: dict[str, Moment] = {}
+        self._place, self._number, self._kind = "start", 0, WORKING
+        self._live: Counter[str] = Counter()  # KEPT and WORKING together stand under WORKING
+        self._here = 0  # of these, what was made in the present place
+        self._total = 0
+        self._most = 0  # that there ever was since `rise` began
+        self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}
+        self._guesses = False
+        self.counts: dict[str, int] = {}  # blocks of each list that run
+        self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list is given
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._guesses and func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        result = _computed(func, args, kwargs or {}, self.device)
+        kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.see(leaf, kind)
+        return result
+
+    def enter(self, place: str) -> None:
+        """From here on the run is at another place: what is live now and of no other kind counts as kept."""
+        self._place, self._number, self._here = place, self._number + 1, 0
+        self._compare()
+
+    def forget_peaks(self) -> None:
+        """Begin anew to look for the largest moments."""
+        self.peaks = {}
+
+    def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        """What `run` returns, and how many bytes more than before it the device held at most while it ran."""
+        before, self._most = self._total, self._total
+        result = run()
+        return result, self._most - before
+
+    @contextmanager
+    def allocating(self, kind: str) -> Iterator[None]:
+        """What is made inside is of that kind."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    @contextmanager
+    def guessing(self) -> Iterator[None]:
+        """Inside, code may read numbers that nobody knows: they are 1. Where memory does not depend on them."""
+        before, self._guesses = self._guesses, True
+        try:
+            yield
+        finally:
+            self._guesses = before
+
+    def see(self, tensor: Tensor, kind: str | None = None) -> None:
+        """Count a tensor's storage; with `kind` also change what one that is known counts as."""
+        storage = tensor.untyped_storage()
+        known = self._known.get(id(storage))
+        if known is not None and known[0]() is storage:
+            if kind is not None and known[1].kind != kind:
+                self._add(known[1], -1)
+                known[1].kind = kind
+                self._add(known[1], 1)
+            return
+        made = _Allocation(rounded(storage.nbytes()), kind or self._kind, self._number, tensor.device == self.device)
+        key = id(storage)
+        self._known[key] = (weakref.ref(storage, lambda _: self._gone(key)), made)
+        self._add(made, 1)
+        self._compare()
+
+    @property
+    def moment(self) -> Moment:
+        """The device's bytes by kind as they are now."""
+        found = {kind: size for kind, size in self._live.items() if kind != WORKING}
+        return {**found, KEPT: self._live[WORKING] - self._here, WORKING: self._here}
+
+    def _gone(self, key: int) -> None:
+        _, made = self._known.pop(key)
+        self._add(made, -1)
+
+    def _add(self, made: _Allocation, sign: int) -> None:
+        if not made.on_device:
+            return
+        self._live[made.kind] += sign * made.size
+        self._total += sign * made.size
+        if made.kind == WORKING and made.place == self._number:
+            self._here += sign * made.size
+
+    def _compare(self) -> None:
+        self._most = max(self._most, self._total)
+        if self._total > sum(self.peaks.get(self._place, {}).values()):
+            self.peaks[self._place] = self.moment
+
+
+def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
+    """The result of an operation: with values where all its inputs have them, or where it makes few whole numbers of nothing."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    is_fake = [isinstance(tensor, FakeTensor) for tensor in given]
+    if given and not any(is_fake):
+        if kwargs.get("device") == device != HOST and any(tensor.is_floating_point() for tensor in given):
+            return torch.empty(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype, device=device)  # sent there
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+    if given and not all(is_fake):
+        there = next(tensor.device for tensor in given if isinstance(tensor, FakeTensor))
+
+        def without_values(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, FakeTensor):
+                return tensor
+            return torch.empty_like(tensor, device=there if tensor.ndim else HOST)
+
+        args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
+    result = func(*args, **kwargs)
+    if not given and isinstance(result, FakeTensor) and not result.dtype.is_floating_point and result.numel() <= SMALL:
+        with unset_fake_temporarily():
+            return func(*args, **{**kwargs, "device": HOST} if "device" in kwargs else kwargs)
+    return result
+
+
+def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
+    """The networks that an object holds: it, or what its attributes and their items are."""
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif depth:
+        held = thing if isinstance(thing, tuple | list) else vars(thing).values() if hasattr(thing, "__dict__") else ()
+        for each in held:
+            yield from modules_in(each, depth - 1)
+
+
+class OneOfManyPieces(TorchFunctionMode):
+    """While it is on, `compute_piece` computes one piece of each kind; of others it holds and returns as much as their share."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+        self._done: dict[tuple[Any, ...], tuple[torch.Size, torch.Size, torch.dtype, torch.device, int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not compute_piece:
+            return func(*args, **(kwargs or {}))
+        compute, piece = args
+        kind = (compute, piece.shape[:-2], piece.dtype, piece.device)
+        known = self._done.get(kind)
+        if known is None or piece.shape[-2:].numel() > known[0][-2:].numel():
+            result, rise = self._ledger.rise(lambda: compute(piece))
+            self._done[kind] = (piece.shape, result.shape, result.dtype, result.device, rise)
+            return result
+        first, made, dtype, device, rise = known
+        held = torch.empty(rise * piece.numel() // first.numel(), dtype=torch.uint8, device=self._ledger.device)
+        del held
+        sides = (now * there // then for now, then, there in zip(piece.shape[-2:], first[-2:], made[-2:], strict=True))
+        return torch.empty((*made[:-2], *sides), dtype=dtype, device=device)
+
+
+@contextmanager
+def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
+    """Everything inside is rehearsed. device: what the code inside is told to compute on."""
+    ledger = Ledger(device)
+    # the last one is asked first: inside a piece kernels are planned as everywhere
+    with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:
+        yield ledger
+
+
+def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
+    """Give a module from the meta device or the CPU storages on the ledger's device, inside a dry run."""
+    stand_ins: dict[int, Tensor] = {}  # a tensor may have several names
+    with ledger.allocating(kind):
+        for part in module.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if id(tensor) not in stand_ins:
+                            stand_ins[id(tensor)] = _stand_in(tensor, ledger.device)
+                        tensors[name] = stand_ins[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
+
+
+def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
+    """Have the ledger enter a place of its own for the forward and for the backward pass of the first and last blocks of each list.
+
+    For after LoRA, before checkpointing: what a block computes again counts as its backward pass.
+    """
+    is_first = True
+    for name, all_of_them in blocks.items():
+        for index, block in enumerate(all_of_them):
+            block.forward = _watched(block.forward, name, index, ledger, is_first)
+            is_first = False
+
+
+def _watched(forward: Callable[..., Tensor], name: str, index: int, ledger: Ledger, is_first: bool) -> Callable[..., Tensor]:
+    def entering(place: str) -> Callable[[Tensor], None]:
+        return lambda _: ledger.enter(place)
+
+    def run(x: Tensor, *others: Any) -> Tensor:
+        with PlannedKernels():  # torch turns it off during `backward`, where checkpointed blocks run again
+            if ledger.is_backward:
+                return forward(x, *others)
+            if is_first and x.requires_grad:
+                x.register_hook(entering("backward before the blocks"))
+            ledger.inputs[name] = rounded(x.nbytes)
+            where = _nth(index, ledger.counts[name])
+            ledger.enter(f"forward of {name}, {where}")
+            result = forward(x, *others)
+        ledger.enter("forward outside the blocks")
+        if result.requires_grad:
+            result.register_hook(entering(f"backward of {name}, {where}"))
+        return result
+
+    return run
+
+
+def _nth(index: int, count: int) -> str:
+    """Which block of its list: both ends have two places, the outermost and one like all those between."""
+    if index == count - 1:
+        return "last"
+    return BEFORE_LAST if 1 < index == count - 2 else ("first", SECOND, "between")[min(index, 2)]
+
+
+SECOND, BEFORE_LAST = "second", "last but one"
+
+
+Counts = tuple[int, ...]  # blocks in each list
+FEWEST = 3  # both ends of a list and one block like all those between
+
+
+def keep_blocks(dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: Counts, ledger: Ledger) -> None:
+    """Leave only the first blocks of each list in a network. blocks: all there are."""
+    for (name, all_of_them), count in zip(blocks.items(), counts, strict=True):
+        parent, _, leaf = name.rpartition(".")
+        setattr(dit.get_submodule(parent), leaf, nn.ModuleList(all_of_them[:count]))
+        ledger.counts[name] = count
+
+
+def extrapolated(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
+    """What `measure` would give for so many blocks, from runs with few: at each place every kind grows by the block.
+
+    What a block's place holds depends linearly on its index, so the largest of all is at an end of a list.
+    """
+    base = tuple(min(count, FEWEST) for count in counts)
+    found = _with_both_ends(measure(base))
+    moments = {name: Counter(moment) for name, moment in found.items()}
+    for index, count in enumerate(counts):
+        if count > base[index]:
+            more = _with_both_ends(measure((*base[:index], base[index] + 1, *base[index + 1 :])))
+            for name, moment in moments.items():
+                for kind in {*more[name], *found[name]}:
+                    grown = more[name].get(kind, 0) - found[name].get(kind, 0)
+                    moment[kind] += (count - base[index]) * grown
+    return {name: dict(moment) for name, moment in moments.items()}
+
+
+def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
+    """Of three blocks the one in the middle is both the second and the last but one."""
+    ends = {name.removesuffix(SECOND) + BEFORE_LAST: moment for name, moment in moments.items() if name.endswith(SECOND)}
+    return {**ends, **moments}
+
+
+def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
+    """The place at which the device holds most, and its bytes by kind."""
+    name = max(moments, key=lambda each: sum(moments[each].values()))
+    return name, moments[name]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What is rehearsed says nothing, it would be heard again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

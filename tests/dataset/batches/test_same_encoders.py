@@ -1,0 +1,119 @@
+"""Caches that were made by different encoders and are trained on together are told of, once."""
+
+from pathlib import Path
+
+import pytest
+
+from dataset.batches.finding import CachingCommands, find_items
+from dataset.batches.reading import read_batch
+from dataset.batches.same_encoders import SameEncoders
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.check import check_training
+from dataset.config import DatasetConfig
+from modules.contract.data import MadeBy
+from tests.dataset.caching.test_loop import make_config
+from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
+
+COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
+ONE, OTHER = "1a2b3c4d" * 4, "99887766" * 4
+
+
+def cached(folder: Path, media: dict[str, str], other_media: dict[str, str], other_text: str = "first") -> DatasetConfig:
+    """Two clips, of which the second's caches were made by other encoders."""
+    config = make_config(folder)
+    second = ToyFamily(media_identity=other_media, text=[ToyText(identity={"t5": other_text})])
+    for family in (ToyFamily(media_identity=media), second):
+        kept = {path: path.read_bytes() for path in (folder / "cache").glob("clip_0*")}
+        cache_media(family, config, options())
+        cache_texts(family, config, options())
+        for path, content in kept.items():
+            path.write_bytes(content)
+    return config
+
+
+def said_of(config: DatasetConfig) -> list[str]:
+    """What is said when each item is read twice."""
+    encoders = SameEncoders(COMMANDS)
+    items = find_items(config, "toy", LATENT).items
+    assert len(items) == 2
+    found = [encoders.difference(read_batch([item], LATENT).made_by) for item in [*items, *items]]
+    return [said for said in found if said is not None]
+
+
+def test_what_differs_is_told_once_with_a_file_of_each_and_what_to_do(tmp_path: Path) -> None:
+    config = cached(tmp_path, {"vae": ONE, "tile": "None"}, {"vae": OTHER, "tile": "None"})
+    (said,) = said_of(config)
+    assert said.splitlines() == [
+        "Not all caches were made by the same encoders:",
+        f"  {tmp_path / 'cache' / 'clip_0_00000-005_0032x0032_toy.safetensors'}: vae 1a2b3c4d...",
+        f"  {tmp_path / 'cache' / 'clip_1_00000-005_0032x0032_toy.safetensors'}: vae 99887766...",
+        "  Unless the files of the encoders hold the same network, a mixture is learned that fits neither. "
+        "To have all alike, cache again with:",
+        "  python cache_latents.py --x",
+    ]
+
+
+def test_another_dtype_is_no_other_network(tmp_path: Path) -> None:
+    config = cached(tmp_path, {"vae": ONE, "vae_dtype": "bfloat16"}, {"vae": ONE, "vae_dtype": "float16", "clip": OTHER})
+    (said,) = said_of(config)
+    assert "clip_0_00000-005_0032x0032_toy.safetensors: vae_dtype bfloat16" in said
+    assert "clip_1_00000-005_0032x0032_toy.safetensors: vae_dtype float16" in said
+    assert "Their numbers differ, if only a little." in said
+
+
+def test_text_encoders_are_compared_too(tmp_path: Path) -> None:
+    config = cached(tmp_path, {"vae": ONE}, {"vae": OTHER}, other_text="second")
+    (said,) = said_of(config)
+    assert "clip_0_toy_te.safetensors: t5 first" in said
+    assert "clip_1_toy_te.safetensors: t5 second" in said
+    assert said.endswith("python cache_latents.py --x\n  python cache_text.py --y")
+
+
+def test_caches_of_one_run_are_alike(tmp_path: Path) -> None:
+    assert said_of(cached(tmp_path, {"vae": ONE}, {"vae": ONE})) == []
+
+
+def test_tables_may_differ_in_what_lies_beside_their_latents(tmp_path: Path) -> None:
+    """Caches for text-to-video and for image-to-video, of clips and of single pictures: the latents are the same."""
+    for index, beside in enumerate([{"clip": OTHER, "image": "i2v"}, {"sections": "one frame"}]):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        assert said_of(cached(folder, {"vae": ONE, "sections": "anti-drifting"}, {"vae": ONE, **beside})) == []
+
+
+def test_another_encoder_of_the_images_is_told(tmp_path: Path) -> None:
+    (said,) = said_of(cached(tmp_path, {"vae": ONE, "clip": ONE}, {"vae": ONE, "clip": OTHER}))
+    assert "clip 1a2b3c4d..." in said
+
+
+def test_weights_of_a_text_encoder_in_8_bits_are_told() -> None:
+    encoders = SameEncoders(COMMANDS)
+    assert encoders.difference([MadeBy(Path("a"), "t5", {"t5": ONE})]) is None
+    said = encoders.difference([MadeBy(Path("b"), "t5", {"t5": ONE, "t5_weights": "fp8"})])
+    assert said is not None
+    assert said.splitlines()[1:4] == [
+        "  a: t5_weights none",
+        "  b: t5_weights fp8",
+        "  Their numbers differ, if only a little. To have all alike, cache again with:",
+    ]
+
+
+@pytest.mark.parametrize("tokenizers", [("google/umt5-xxl", OTHER), (OTHER, "google/umt5-xxl")])
+def test_a_tokenizer_of_a_file_may_be_that_of_the_hub(tokenizers: tuple[str, str]) -> None:
+    """In whichever order they are read."""
+    encoders = SameEncoders(COMMANDS)
+    made = [MadeBy(Path("a"), "t5", {"t5": ONE, "t5_tokenizer": name}) for name in tokenizers]
+    assert "Unless the files of the encoders hold the same" in (encoders.difference(made) or "")
+
+
+def test_check_says_it_and_finds_nothing_wrong(tmp_path: Path) -> None:
+    result = check_training(cached(tmp_path, {"vae": ONE}, {"vae": OTHER}), "toy", LATENT, COMMANDS)
+    assert "  Not all caches were made by the same encoders:" in result.lines
+    assert result.ok
+
+
+def test_a_part_that_was_told_of_is_not_told_of_again_and_another_one_is() -> None:
+    encoders = SameEncoders(COMMANDS)
+    made = [MadeBy(Path(f"{part}{number}"), part, {part: str(number)}) for number in range(3) for part in ("latents", "t5")]
+    found = [encoders.difference([one]) for one in made]
+    assert [said is None for said in found] == [True, True, False, False, True, True]

@@ -1,0 +1,379 @@
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dataset.cache.files import read_entry, read_header, write_tensors
+from dataset.cache.records import latent_record
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.reports import conclude
+from dataset.config import DatasetConfig
+from modules.errors import DatasetError
+from tests.dataset.making import make_clip, make_frames, make_image, make_table
+from tests.dataset.toy_family import ToyFamily, ToyText, options
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def make_config(folder: Path, *, clips: tuple[int, ...] = (9, 9), **changes: Any) -> DatasetConfig:
+    """Clips of these numbers of frames, with captions."""
+    settings = {"resolution": (32, 32), "target_frames": (5,), "caption_extension": ".txt"} | changes
+    for index, frames in enumerate(clips):
+        if not (folder / f"clip_{index}.mp4").exists():
+            make_clip(folder / f"clip_{index}.mp4", frames)
+            (folder / f"clip_{index}.txt").write_text(f"clip number {index}", encoding="utf-8")
+    return DatasetConfig(folder / "data.toml", (make_table(folder, **settings),))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "cache").iterdir())
+
+
+def change(config: DatasetConfig, **changes: Any) -> DatasetConfig:
+    return dataclasses.replace(config, datasets=tuple(dataclasses.replace(table, **changes) for table in config.datasets))
+
+
+def test_clips_become_files_of_the_known_format(tmp_path: Path) -> None:
+    report = cache_media(ToyFamily(), make_config(tmp_path), options())
+
+    assert names(tmp_path) == ["clip_0_00000-005_0032x0032_toy.safetensors", "clip_1_00000-005_0032x0032_toy.safetensors"]
+    entry = read_entry(tmp_path / "cache" / names(tmp_path)[0])
+    assert report.written == 2
+    assert list(entry.named) == ["latents_2x4x4_bfloat16"]
+    metadata = {key: value for key, value in entry.header.metadata.items() if not key.startswith("reelsmith")}
+    assert metadata == {"architecture": "toy", "width": "32", "height": "32", "format_version": "1.0.1", "frame_count": "5"}
+
+
+def test_images_are_named_by_their_original_size(tmp_path: Path) -> None:
+    make_image(tmp_path / "pic_0.png", (120, 80))
+    table = make_table(tmp_path, "image_directory", resolution=(64, 64), enable_bucket=True)
+    cache_media(ToyFamily(), DatasetConfig(table.config_path, (table,)), options())
+    assert names(tmp_path) == ["pic_0_0120x0080_toy.safetensors"]
+    header = read_header(tmp_path / "cache" / "pic_0_0120x0080_toy.safetensors")
+    assert header.grids == {(1, 6, 10)}  # 80 x 48, the bucket
+    assert "frame_count" not in header.metadata
+
+
+def test_a_second_run_encodes_nothing_and_loads_no_encoder(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    family = ToyFamily()
+    report = cache_media(family, config, options())
+    assert (report.written, report.kept, family.loaded, family.seen) == (0, 2, 0, [])
+
+
+def test_a_kept_clip_is_not_decoded_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    clip = tmp_path / "clip_0.mp4"
+    stat = clip.stat()
+    clip.write_bytes(b"x" * stat.st_size)  # would fail to decode; size and time say it is the same
+    os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert cache_media(ToyFamily(), config, options()).kept == 2
+
+
+def test_a_touched_source_is_kept_by_its_content(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    os.utime(tmp_path / "clip_0.mp4", ns=(0, 0))
+    assert cache_media(ToyFamily(), config, options()).kept == 2
+
+
+def test_how_the_work_is_done_makes_nothing_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    others = change(config, batch_size=7, num_repeats=3, caption_extension=".cap")
+    report = cache_media(ToyFamily(), others, options(batch_size=5, num_workers=3, skip_existing=True))
+    assert (report.kept, report.written, report.foreign) == (2, 0, 0)
+
+
+def test_a_note_beside_the_images_of_a_clip_changes_nothing(tmp_path: Path) -> None:
+    make_frames(tmp_path / "clip", 5)
+    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
+    table = make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), target_frames=(5,))
+    config = DatasetConfig(table.config_path, (table,))
+    cache_media(ToyFamily(), config, options())
+
+    (tmp_path / "clip" / "notes.txt").write_text("bright")
+    assert cache_media(ToyFamily(), config, options()).kept == 1
+    make_image(tmp_path / "clip" / "0002.png", colour=(9, 9, 9))
+    assert cache_media(ToyFamily(), config, options()).written == 1
+
+
+def test_caches_beside_the_clips_and_names_of_any_script_do_no_harm(tmp_path: Path) -> None:
+    folder = tmp_path / "мои видео ü 1"
+    folder.mkdir()
+    make_clip(folder / "clip à_2_wan.v1 .mp4", 9)
+    (folder / "clip à_2_wan.v1 .txt").write_text("日本", encoding="utf-8")
+    before = sorted(path.name for path in folder.iterdir())
+    table = make_table(folder, resolution=(32, 32), target_frames=(5,), caption_extension=".txt", cache_directory=folder)
+    config = DatasetConfig(table.config_path, (table,))
+
+    for written in (1, 0):
+        assert cache_media(ToyFamily(), config, options()).written == written
+        assert cache_texts(ToyFamily(), config, options()).written == written
+
+    made = {"clip à_2_wan.v1 _00000-005_0032x0032_toy.safetensors", "clip à_2_wan.v1 _toy_te.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {*before, "data.toml", *made}
+
+
+def test_a_changed_source_is_encoded_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    make_clip(tmp_path / "clip_0.mp4", 12)
+    family = ToyFamily()
+    assert cache_media(family, config, options()).kept == 1
+    assert family.seen == [("clip_0_00000-005_0032x0032_toy",)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [({}, ToyFamily(media_identity={"vae": "second"})), ({"source_fps": 32.0}, ToyFamily()), ({"source_fps": 16.0}, ToyFamily())],
+)
+def test_another_encoder_or_rate_makes_everything_again(tmp_path: Path, changes: dict[str, Any], family: ToyFamily) -> None:
+    config = make_config(tmp_path, clips=(12,))
+    cache_media(ToyFamily(), config, options())
+    report = cache_media(dataclasses.replace(family, seen=[]), change(config, **changes), options())
+    assert (report.written, report.kept) == (1, 0)
+
+
+def test_a_further_target_encodes_only_the_new_items(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    report = cache_media(ToyFamily(), change(config, target_frames=(5, 9)), options())
+    assert (report.written, report.kept, report.removed) == (2, 2, 0)
+
+
+def test_files_of_items_that_are_gone_are_removed_unless_kept(tmp_path: Path) -> None:
+    config = make_config(tmp_path, target_frames=(5, 9))
+    cache_media(ToyFamily(), config, options())
+    user = {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}
+    write_tensors(tmp_path / "cache" / "style_wan.safetensors", user, {})
+    write_tensors(tmp_path / "cache" / "my_00000-009_0032x0032_toy.safetensors", user, {})
+    write_tensors(tmp_path / "cache" / "clip_9_00000-009_0032x0032_hv.safetensors", {"latents_1x1x1_float32": torch.zeros(1)}, {})
+    (tmp_path / "cache" / ".clip_0_00000-005_0032x0032_toy.safetensors.ab12cd34.tmp").write_bytes(b"left by a kill")
+    narrower = change(config, target_frames=(5,))
+
+    assert cache_media(ToyFamily(), narrower, options(keep_cache=True)).removed == 0
+    assert cache_media(ToyFamily(), narrower, options()).removed == 2
+    assert names(tmp_path) == [
+        "clip_0_00000-005_0032x0032_toy.safetensors",
+        "clip_1_00000-005_0032x0032_toy.safetensors",
+        "clip_9_00000-009_0032x0032_hv.safetensors",
+        "my_00000-009_0032x0032_toy.safetensors",
+        "style_wan.safetensors",
+    ]
+
+
+def test_an_unreadable_clip_is_reported_at_the_end_and_keeps_its_old_file(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    (tmp_path / "clip_0.mp4").write_bytes(b"")
+    make_clip(tmp_path / "clip_2.mp4", 9)
+
+    report = cache_media(ToyFamily(), config, options())
+
+    assert (report.written, report.kept, report.removed) == (1, 1, 0)
+    assert "clip_0_00000-005_0032x0032_toy.safetensors" in names(tmp_path)
+    with pytest.raises(DatasetError, match=r"(?s)1 of the sources.*clip_0\.mp4 is empty") as caught:
+        conclude(report)
+    assert caught.value.exit_code == 1
+
+
+def test_a_clip_that_is_too_short_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    report = cache_media(ToyFamily(), make_config(tmp_path, clips=(9, 3)), options())
+    conclude(report)
+    assert report.written == 1
+    assert "clip_1.mp4: 3 frames, the shortest of target_frames is 5" in caplog.text
+
+
+def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    first, second = (tmp_path / "cache" / name for name in names(tmp_path))
+    first.write_bytes(first.read_bytes()[:-3])
+    data = bytearray(second.read_bytes())
+    data[-1] ^= 4  # one bit of the last value
+    second.write_bytes(data)
+    assert cache_media(ToyFamily(), config, options()).written == 2
+    assert cache_media(ToyFamily(), config, options()).kept == 2
+
+
+@pytest.mark.parametrize(("grid", "kept"), [("2x4x4", 1), ("2x4x6", 0)])
+def test_skip_existing_keeps_files_of_other_programs_where_the_size_is_right(tmp_path: Path, grid: str, kept: int) -> None:
+    config = make_config(tmp_path, clips=(9,))
+    path = tmp_path / "cache" / "clip_0_00000-005_0032x0032_toy.safetensors"
+    path.parent.mkdir()
+    write_tensors(path, {f"latents_{grid}_bfloat16": torch.zeros(2, *map(int, grid.split("x")))}, {"architecture": "toy"})
+    report = cache_media(ToyFamily(), config, options(skip_existing=True))
+    assert (report.kept, report.foreign, report.written) == (kept, kept, 1 - kept)
+    assert cache_media(ToyFamily(), change(config), options()).written == kept  # without the option it has no record
+
+
+def test_batches_have_one_size_and_the_size_asked_for(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 9, 5, 9), target_frames=(5, 9), batch_size=2)
+    family = ToyFamily()
+    cache_media(family, config, options())
+    assert sorted(map(len, family.seen)) == [1, 2, 2, 2]
+    assert all(len({key.split("_")[2] for key in batch}) == 1 for batch in family.seen)
+    everything = ToyFamily()
+    cache_media(everything, change(config, cache_directory=tmp_path / "cache2"), options(batch_size=16))
+    assert sorted(map(len, everything.seen)) == [3, 4]
+
+
+def test_nan_is_stored_as_zero_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache_media(ToyFamily(value=float("nan")), make_config(tmp_path, clips=(5,)), options())
+    entry = read_entry(tmp_path / "cache" / names(tmp_path)[0])
+    assert not entry.tensors["latents"].any()
+    assert "NaN" in caplog.text
+
+
+def test_every_section_of_a_clip_is_a_file_and_all_must_be_there(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(5,))
+    family = ToyFamily(sections=3)
+    cache_media(family, config, options())
+    assert names(tmp_path) == [f"clip_0_00000-005-{section:04d}_0032x0032_toy.safetensors" for section in range(3)]
+    assert cache_media(family, config, options()).kept == 3
+    (tmp_path / "cache" / names(tmp_path)[1]).unlink()
+    assert cache_media(family, config, options()).written == 3
+
+
+def test_the_record_says_what_a_file_was_made_from(tmp_path: Path) -> None:
+    cache_media(ToyFamily(), make_config(tmp_path, clips=(7,), frame_extraction="chunk"), options())
+    record = latent_record(read_header(tmp_path / "cache" / names(tmp_path)[0]))
+    assert record is not None
+    assert record.encoder == {"vae": "first"}
+    assert record.options["span"] == [0, 5]
+    assert record.files[0].name == "clip_0.mp4"
+    assert record.files[0].size_bytes == (tmp_path / "clip_0.mp4").stat().st_size
+    assert record.clip is not None
+    assert (record.clip.kept_frames, record.clip.complete) == (7, True)
+
+
+def test_control_clips_are_part_of_the_record(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    make_clip(tmp_path / "control" / "clip_0.mp4", 3)
+    config = make_config(tmp_path, clips=(5,), control_directory=tmp_path / "control")
+    cache_media(ToyFamily(), config, options())
+    entry = read_entry(tmp_path / "cache" / names(tmp_path)[0])
+    assert set(entry.tensors) == {"latents", "latents_control"}
+    make_clip(tmp_path / "control" / "clip_0.mp4", 4)
+    assert cache_media(ToyFamily(), config, options()).written == 1
+
+
+def test_captions_become_one_file_for_each_source(tmp_path: Path) -> None:
+    config = make_config(tmp_path, target_frames=(1, 5))
+    report = cache_texts(ToyFamily(), config, options())
+    assert report.written == 2
+    entry = read_entry(tmp_path / "cache" / "clip_1_toy_te.safetensors")
+    assert list(entry.named) == ["varlen_t5_float32"]
+    assert entry.tensors["t5"].shape == (3, 4)
+    assert entry.header.metadata["caption1"] == "clip number 1"
+    assert entry.header.metadata["format_version"] == "1.0.1"
+
+
+def test_only_changed_captions_are_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config(tmp_path)
+    cache_texts(ToyFamily(), config, options())
+    (tmp_path / "clip_1.txt").write_text("another text\n", encoding="utf-8")
+    family = ToyFamily()
+    report = cache_texts(family, config, options())
+    assert (report.written, report.kept, family.text[0].calls) == (1, 1, ["another text"])
+    assert "the caption was 'clip number 1', now it is 'another text'" in caplog.text
+    unchanged = ToyFamily()
+    assert cache_texts(unchanged, config, options()).kept == 2
+    assert unchanged.text[0].loaded == 0
+
+
+def test_each_encoder_adds_to_the_file_and_keeps_what_others_wrote(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(5,))
+    path = tmp_path / "cache" / "clip_0_toy_te.safetensors"
+    path.parent.mkdir()
+    write_tensors(path, {"clipL_mask": torch.ones(3)}, {"architecture": "toy", "note": "mine", "caption1": "clip number 0"})
+    llm = ToyText(name="llm", variable_length=frozenset({"llm"}), identity={"llm": "one"})
+    cache_texts(ToyFamily(text=[ToyText(), llm]), config, options())
+    entry = read_entry(path)
+    assert set(entry.tensors) == {"t5", "llm", "clipL_mask"}
+    assert entry.header.metadata["note"] == "mine"
+    changed = ToyFamily(text=[ToyText(), dataclasses.replace(llm, identity={"llm": "two"}, calls=[])])
+    assert (cache_texts(changed, config, options()).written, changed.text[0].calls) == (1, [])
+
+
+@pytest.mark.parametrize(("caption", "kept"), [("clip number 0", 1), ("an older text", 0)])
+def test_skip_existing_keeps_text_files_of_other_programs_with_the_same_caption(tmp_path: Path, caption: str, kept: int) -> None:
+    config = make_config(tmp_path, clips=(5,))
+    path = tmp_path / "cache" / "clip_0_toy_te.safetensors"
+    path.parent.mkdir()
+    write_tensors(path, {"varlen_t5_bfloat16": torch.ones(3, 4)}, {"architecture": "toy", "caption1": caption})
+    report = cache_texts(ToyFamily(), config, options(skip_existing=True))
+    assert (report.kept, report.foreign) == (kept, kept)
+
+
+def test_text_files_of_sources_that_are_gone_are_removed(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_texts(ToyFamily(), config, options())
+    cache_media(ToyFamily(), config, options())
+    (tmp_path / "clip_1.mp4").unlink()
+    assert cache_texts(ToyFamily(), config, options()).removed == 1
+    assert cache_media(ToyFamily(), config, options()).removed == 1
+    assert names(tmp_path) == ["clip_0_00000-005_0032x0032_toy.safetensors", "clip_0_toy_te.safetensors"]
+
+
+def test_missing_captions_are_listed_before_anything_is_loaded(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    (tmp_path / "clip_1.txt").unlink()
+    family = ToyFamily()
+    with pytest.raises(DatasetError, match=r"clip_1\.mp4"):
+        cache_texts(family, config, options())
+    assert family.text[0].loaded == 0
+
+
+PROCESS = """
+import logging, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.dataset.caching.test_loop import make_config
+from tests.dataset.toy_family import ToyFamily, options
+from dataset.caching.loop import cache_media, cache_texts
+folder, family = Path({folder!r}), ToyFamily()
+config = make_config(folder, clips=(9, 9, 9, 9, 9))
+report = cache_media(family, config, options())
+texts = cache_texts(family, config, options())
+print(len(family.seen), len(family.text[0].calls), report.written, report.removed, texts.written)
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_one_cleans_up_when_all_are_done(tmp_path: Path) -> None:
+    make_config(tmp_path, clips=(9, 9, 9, 9, 9))
+    stale = tmp_path / "cache" / "gone_00000-005_0032x0032_toy.safetensors"
+    stale.parent.mkdir()
+    write_tensors(stale, {"latents_2x4x4_bfloat16": torch.zeros(2, 2, 4, 4)}, {"architecture": "toy"})
+    code = PROCESS.format(root=str(ROOT), folder=str(tmp_path))
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0].split() for process in running]
+    assert [output[:2] for output in outputs] == [["3", "3"], ["2", "2"]]  # of 5 each
+    assert all(output[2:] == ["5", "1", "5"] for output in outputs)
+    assert len(names(tmp_path)) == 10
+
+
+def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        conclude(cache_media(ToyFamily(), make_config(tmp_path, clips=(5,)), options()))
+    assert "1 sources, 1 of them to encode" in caplog.text
+    assert "cache files: 1 written, 0 kept, 0 removed" in caplog.text

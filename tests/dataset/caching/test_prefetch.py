@@ -1,0 +1,70 @@
+import threading
+import time
+
+import pytest
+
+from dataset.caching.prefetch import WriteBehind, run_ahead
+
+
+def test_results_come_in_order_whatever_finishes_first() -> None:
+    def work(number: int) -> int:
+        time.sleep(0.02 if number == 0 else 0)
+        return number * 10
+
+    assert list(run_ahead(range(6), work, 3, lambda _: 0, 1)) == [(number, number * 10) for number in range(6)]
+
+
+def test_an_exception_is_a_result_and_stops_nothing() -> None:
+    def work(number: int) -> int:
+        if number == 1:
+            raise OSError("broken")
+        return number
+
+    results = [result for _, result in run_ahead(range(3), work, 2, lambda _: 0, 1)]
+    assert (results[0], results[2]) == (0, 2)
+    assert isinstance(results[1], OSError)
+
+
+def test_no_more_is_started_than_the_limit_allows() -> None:
+    started: list[int] = []
+
+    def work(number: int) -> int:
+        started.append(number)
+        return number
+
+    ahead = run_ahead(range(8), work, 4, lambda _: 10, limit_bytes=25)
+    next(ahead)
+    time.sleep(0.05)
+    assert len(started) == 2  # 20 bytes; the first is not given back yet
+    next(ahead)
+    time.sleep(0.05)
+    assert len(started) == 3
+    ahead.close()
+
+
+def test_one_result_may_be_larger_than_the_limit() -> None:
+    assert len(list(run_ahead(range(3), lambda number: number, 2, lambda _: 100, limit_bytes=1))) == 3
+
+
+def test_work_goes_on_while_the_consumer_is_busy() -> None:
+    done = threading.Event()
+    ahead = run_ahead(range(2), lambda number: done.set() if number else None, 1, lambda _: 0, 1)
+    next(ahead)
+    assert done.wait(timeout=5)
+    ahead.close()
+
+
+def test_writes_happen_in_order_and_are_finished_at_the_end() -> None:
+    written: list[int] = []
+    with WriteBehind() as writer:
+        for number in range(20):
+            writer.submit(lambda number=number: written.append(number))  # type: ignore[misc]
+    assert written == list(range(20))
+
+
+def test_a_failed_write_is_raised() -> None:
+    def fail() -> None:
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), WriteBehind() as writer:
+        writer.submit(fail)

@@ -1,0 +1,232 @@
+"""From files to crops: the recorded frames of every mode, buckets, control media, and clips that give nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.config import load_dataset_config
+from dataset.sources.decoding import DecodedSource, decode_source, plan_source
+from dataset.sources.listing import find_sources
+from modules.errors import DatasetError, MediaError
+from modules.media.reading import resize_cover
+from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table
+from tests.golden_cases import read_case
+
+FAMILY_FPS = {"wan": 16.0, "hv": 24.0, "fp": 30.0}
+CASES = read_case("frame_extraction")[0]["cases"]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders with one clip each, by its number of frames."""
+    folders = {count: tmp_path_factory.mktemp(f"clip{count}") for count in {case["video_frames"] for case in CASES}}
+    for count, folder in folders.items():
+        make_clip(folder / "clip.mkv", count)
+    return folders
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['architecture']}-{case['video_frames']}-{case['dataset_keys']}")
+def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, case: dict) -> None:
+    keys = "\n".join(f"{name} = {value!r}" for name, value in case["dataset_keys"].items())
+    config = tmp_path / "data.toml"
+    config.write_text(
+        f"[[datasets]]\nvideo_directory = {str(clips[case['video_frames']])!r}\nresolution = 32\n{keys}", encoding="utf-8"
+    )
+    (table,) = load_dataset_config(config).datasets
+    (source,) = find_sources(table, captions=False)
+
+    decoded = decode_source(source, FAMILY_FPS[case["architecture"]])
+
+    found = {
+        f"{item.key}_0032x0032_{case['architecture']}.safetensors": frame_numbers(decoded.crop(item.span)) for item in decoded.items
+    }
+    assert found == {item["cache_file"]: item["frames"] for item in case["items"]}
+    assert list(table.target_frames) == case["effective_target_frames"]
+    assert table.frame_extraction == case["effective_mode"]
+    assert (decoded.reason is None) == bool(case["items"])
+
+
+def test_a_clip_too_short_says_so(tmp_path: Path) -> None:
+    make_clip(tmp_path / "clip.mkv", 12)
+    (source,) = find_sources(make_table(tmp_path, resolution=(32, 32), target_frames=(17, 25), source_fps=30.0))
+
+    decoded = decode_source(source, 16.0)
+
+    assert decoded.items == ()
+    assert decoded.reason == "6 frames after dropping from source_fps = 30, the shortest of target_frames is 17"
+
+
+def test_head_reads_no_more_than_it_needs(tmp_path: Path) -> None:
+    make_frames(tmp_path / "clip", 6)
+    (tmp_path / "clip" / "0005.png").write_bytes(b"broken")
+    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
+    (source,) = find_sources(make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), target_frames=(1, 5)))
+
+    assert len(decode_source(source, 16.0).frames) == 5
+
+
+@pytest.mark.parametrize(
+    ("keys", "bucket"),
+    [
+        ({"enable_bucket": False}, (64, 48)),
+        ({"enable_bucket": True}, (96, 32)),
+        ({"enable_bucket": True, "bucket_no_upscale": True}, (48, 16)),
+    ],
+)
+def test_videos_follow_the_bucket_keys_of_their_table(tmp_path: Path, keys: dict, bucket: tuple[int, int]) -> None:
+    make_clip(tmp_path / "clip.mkv", 2, (60, 24))
+    (source,) = find_sources(make_table(tmp_path, resolution=(64, 48), **keys))
+
+    decoded = decode_source(source, 16.0)
+
+    (item,) = decoded.items
+    assert (item.size, item.bucket) == ((60, 24), bucket)
+    assert decoded.crop(item.span).shape == (1, bucket[1], bucket[0], 3)
+
+
+def test_images_are_named_by_their_own_size(tmp_path: Path) -> None:
+    make_image(tmp_path / "pic.png", (120, 90))
+    (source,) = find_sources(make_table(tmp_path, "image_directory", resolution=(64, 48), enable_bucket=True))
+
+    decoded = decode_source(source, 16.0)
+
+    (item,) = decoded.items
+    assert (item.key, item.span, item.size, item.bucket) == ("pic", (0, 1), (120, 90), (64, 48))
+    assert decoded.crop(item.span).shape == (1, 48, 64, 3)
+
+
+def test_control_images_are_resized_with_their_alpha(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    make_image(tmp_path / "pic.png", (64, 48))
+    make_image(tmp_path / "control" / "pic_0.png", (50, 50), (1, 2, 3, 128))
+    make_image(tmp_path / "control" / "pic_1.png", (20, 40))
+    table = make_table(
+        tmp_path, "image_directory", resolution=(64, 48), control_directory=tmp_path / "control", fp_1f_clean_indices=(0, 1)
+    )
+
+    decoded = decode_source(find_sources(table)[0], 16.0)
+
+    assert [control.shape for control in decoded.control_crops((0, 1))] == [(1, 48, 64, 4), (1, 48, 64, 3)]
+
+
+@pytest.mark.parametrize("control_frames", [3, 9])
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_control_clip_gets_the_length_of_its_video(tmp_path: Path, control_frames: int, as_folder: bool) -> None:
+    (tmp_path / "control").mkdir()
+    make_clip(tmp_path / "clip.mkv", 7)
+    make_frames(tmp_path / "control" / "clip", control_frames) if as_folder else make_clip(
+        tmp_path / "control" / "clip.mp4", control_frames
+    )
+    table = make_table(
+        tmp_path, resolution=(32, 32), control_directory=tmp_path / "control", target_frames=(5,), frame_extraction="slide"
+    )
+
+    decoded = decode_source(find_sources(table)[0], 16.0)
+
+    last = min(control_frames - 1, 6)
+    assert [span[0] for span in decoded.spans] == [0, 1, 2]
+    assert frame_numbers(decoded.control_crops((2, 5))[0]) == [min(index, last) for index in range(2, 7)]
+    assert frame_numbers(decoded.crop((2, 5))) == [2, 3, 4, 5, 6]
+
+
+def test_control_frames_are_dropped_like_those_of_the_video(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    for folder in (tmp_path, tmp_path / "control"):
+        make_clip(folder / "clip.mkv", 20)
+    table = make_table(
+        tmp_path, resolution=(32, 32), control_directory=tmp_path / "control", frame_extraction="full", source_fps=32.0
+    )
+
+    decoded = decode_source(find_sources(table)[0], 16.0)
+
+    assert frame_numbers(decoded.crop((0, 9))) == frame_numbers(decoded.control_crops((0, 9))[0]) == list(range(0, 18, 2))
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_plan_from_headers_equals_the_decoded_one(tmp_path: Path, suffix: str) -> None:
+    make_clip(tmp_path / f"clip{suffix}", 30, (60, 24))
+    table = make_table(
+        tmp_path, resolution=(64, 48), enable_bucket=True, frame_extraction="chunk", target_frames=(5, 9), source_fps=30.0
+    )
+    (source,) = find_sources(table)
+
+    plan, decoded = plan_source(source, 16.0), decode_source(source, 16.0)
+
+    assert (plan.items, plan.size, len(plan.frames)) == (decoded.items, decoded.size, 0)
+
+
+def test_a_fixed_resolution_has_to_suit_the_model(tmp_path: Path) -> None:
+    make_image(tmp_path / "pic.png")
+    (source,) = find_sources(make_table(tmp_path, "image_directory", resolution=(100, 48)))
+
+    with pytest.raises(DatasetError, match=r"resolution = \[100, 48\] is no multiple of 16.*\[96, 48\] or \[112, 48\]"):
+        decode_source(source, 16.0)
+
+
+def test_pictures_too_small_are_named(tmp_path: Path) -> None:
+    make_image(tmp_path / "pic.png", (10, 50))
+    (source,) = find_sources(
+        make_table(tmp_path, "image_directory", resolution=(64, 48), enable_bucket=True, bucket_no_upscale=True)
+    )
+
+    with pytest.raises(MediaError, match="pic.png is too small: 10x50"):
+        decode_source(source, 16.0)
+
+
+def test_crops_are_no_copies(tmp_path: Path) -> None:
+    """A minute of video is there once; what needs a copy makes one."""
+    make_frames(tmp_path / "clip", 3)
+    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
+    (source,) = find_sources(make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), frame_extraction="full"))
+    decoded = decode_source(source, 16.0)
+
+    crop = decoded.crop((0, 1))
+
+    assert crop.dtype == np.uint8
+    assert np.shares_memory(crop, decoded.frames)
+    assert np.array_equal(crop[0], decoded.frames[0])
+
+
+@pytest.mark.parametrize("num_frames", [63, 64, 65, 150])
+def test_a_clip_of_any_length_is_gathered_whole(tmp_path: Path, num_frames: int) -> None:
+    """Memory is asked for in steps of 64 frames, and what was too much is given back."""
+    (tmp_path / "clip").mkdir()
+    for index in range(num_frames):
+        make_image(tmp_path / "clip" / f"{index:04d}.png", (16, 16), (index, 0, 0))
+    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
+    table = make_table(tmp_path, "video_jsonl_file", resolution=(16, 16), frame_extraction="full", max_frames=1000)
+
+    decoded = decode_source(find_sources(table)[0], 16.0)
+
+    assert decoded.frames.shape == (num_frames, 16, 16, 3)
+    assert [int(frame[0, 0, 0]) for frame in decoded.frames] == list(range(num_frames))
+
+
+@pytest.mark.parametrize(("size", "resolution"), [((32, 32), (32, 32)), ((64, 64), (32, 32)), ((16, 16), (32, 32))])
+def test_transparency_of_an_image_is_kept_beside_its_colours(
+    tmp_path: Path, size: tuple[int, int], resolution: tuple[int, int]
+) -> None:
+    """Made larger, smaller or left: colours are those of the image without its alpha."""
+    picture = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "pic.png")
+    (tmp_path / "opaque").mkdir()
+    Image.fromarray(picture[..., :3]).save(tmp_path / "opaque" / "pic.png")
+
+    def decoded(folder: Path) -> DecodedSource:
+        table = make_table(folder, "image_directory", resolution=resolution)
+        return decode_source(find_sources(table)[0], 16.0)
+
+    with_alpha, without = decoded(tmp_path), decoded(tmp_path / "opaque")
+
+    assert without.alpha is None
+    assert with_alpha.alpha is not None
+    assert np.array_equal(with_alpha.frames, without.frames)
+    assert np.array_equal(with_alpha.alpha, resize_cover(np.ascontiguousarray(picture[..., 3]), resolution))
+
+
+def test_an_image_whose_alpha_hides_nothing_has_none(tmp_path: Path) -> None:
+    make_image(tmp_path / "pic.png", (32, 32), (1, 2, 3, 255))
+    table = make_table(tmp_path, "image_directory", resolution=(32, 32))
+    assert decode_source(find_sources(table)[0], 16.0).alpha is None

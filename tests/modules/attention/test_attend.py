@@ -1,0 +1,383 @@
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modules.attention.attend import BACKENDS, attend, check_backend, refusal, try_out
+from modules.attention.lengths import lengths_on, pack, unpack
+from modules.attention.options import SDPA, AttentionChoice
+from modules.errors import OptionError
+from tests.modules.attention_packages import PACKAGES, Call, packed, put_in
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+COUNTS = (9, 4, 7)  # real tokens of the samples of a padded batch of 9
+EVERY_MODE = ["sdpa", *PACKAGES]
+WITH_PACKED = {"flash", "flash3", "flash3 of an early build", "xformers"}
+NEAR = 1e-6  # float32, sums of a few numbers in another order
+
+
+def _inputs(batch: int = 2, queries: int = 5, keys: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(batch, length, 3, 8, generator=generator) for length in (queries, keys, keys))  # type: ignore[return-value]
+
+
+def _choice(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool = False) -> tuple[AttentionChoice, list[Call]]:
+    """The back end, its package standing in; and the calls the package gets."""
+    calls = put_in(monkeypatch, mode) if mode in PACKAGES else []
+    return AttentionChoice(mode.partition(" ")[0], split), calls
+
+
+def test_attention_is_the_softmax_average_of_the_values() -> None:
+    query, key, value = _inputs()
+
+    weights = torch.einsum("blnd,bsnd->bnls", query, key).div(8**0.5).softmax(-1)
+
+    torch.testing.assert_close(attend(query, key, value), torch.einsum("bnls,bsnd->blnd", weights, value))
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", EVERY_MODE)
+def test_every_back_end_equals_torch(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+    query, key, value = _inputs()
+    choice, calls = _choice(monkeypatch, mode, split)
+
+    result = attend(query, key, value, choice)
+
+    torch.testing.assert_close(result, attend(query, key, value), atol=NEAR, rtol=NEAR)
+    shapes = [(1, 5, 3, 8), (1, 5, 3, 8)] if split else [(2, 5, 3, 8)]
+    assert [call.shape for call in calls] == ([] if mode == "sdpa" else shapes)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", EVERY_MODE)
+def test_a_padded_batch_equals_its_samples_alone_in_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
+) -> None:
+    inputs = [one.requires_grad_() for one in _inputs(3, 9, 9)]
+    choice, _ = _choice(monkeypatch, mode, split)
+    weights = torch.rand(3, 9, 3, 8, generator=torch.Generator().manual_seed(1))
+
+    result = attend(*inputs, choice, lengths_on(COUNTS, CPU))
+    gradients = torch.autograd.grad((result * weights).sum(), inputs)
+
+    for sample, count in enumerate(COUNTS):
+        own = [one[sample : sample + 1, :count].detach().requires_grad_() for one in inputs]
+        alone = attend(*own)
+        torch.testing.assert_close(result[sample, :count], alone[0], atol=NEAR, rtol=NEAR)
+        for ours, theirs in zip(gradients, torch.autograd.grad((alone * weights[sample, :count]).sum(), own), strict=True):
+            torch.testing.assert_close(ours[sample, :count], theirs[0], atol=NEAR, rtol=1e-5)
+        assert not result[sample, count:].any()
+        assert not any(gradient[sample, count:].any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("mode", EVERY_MODE)
+def test_what_stands_in_the_padding_is_never_computed_with(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    choice, _ = _choice(monkeypatch, mode)
+    inputs = _inputs(3, 9, 9)
+    for one in inputs:
+        for sample, count in enumerate(COUNTS):
+            one[sample, count:] = torch.nan
+        one.requires_grad_()
+
+    result = attend(*inputs, choice, lengths_on(COUNTS, CPU))
+
+    assert result.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(result.sum(), inputs))
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", PACKAGES)
+def test_packages_get_real_tokens_only_with_arguments_in_their_order(
+    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
+) -> None:
+    choice, calls = _choice(monkeypatch, mode, split)
+
+    attend(*_inputs(3, 9, 9), choice, lengths_on(COUNTS, CPU))
+
+    one_by_one = {
+        "sage": [Call("sageattn", (1, count, 3, 8), ("NHD", False)) for count in COUNTS],
+        "xformers": [Call("memory_efficient_attention", (1, count, 3, 8)) for count in COUNTS],
+    }
+    together = {"xformers": [Call("memory_efficient_attention", (1, 20, 3, 8), (COUNTS,))]}
+    if split or mode not in WITH_PACKED:
+        assert calls == one_by_one.get(mode, [Call("flash_attn_func", (1, count, 3, 8)) for count in COUNTS])
+    else:
+        assert calls == together.get(mode, [Call("flash_attn_varlen_func", (20, 3, 8), ([0, 9, 13, 20], 9, 9))])
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns, and whether attention was given a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.masked = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        returned = result if isinstance(result, (tuple, list)) else [result]
+        self.largest = max(self.largest, *(one.numel() for one in returned if isinstance(one, Tensor)), 0)
+        self.masked |= "scaled_dot_product" in func.name() and (kwargs or {}).get("attn_mask") is not None
+        return result
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", EVERY_MODE)
+def test_lengths_make_no_matrix_of_queries_and_keys(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+    choice, _ = _choice(monkeypatch, mode, split)
+    inputs = [torch.randn(2, 90, 2, 16, requires_grad=True) for _ in range(3)]  # 5760 numbers; a mask would have 8100 or more
+
+    with _Sizes() as sizes:
+        attend(*inputs, choice, lengths_on((90, 50), CPU)).sum().backward()
+
+    assert 0 < sizes.largest <= inputs[0].numel()
+    assert not sizes.masked
+
+
+def test_the_watch_over_sizes_sees_a_mask() -> None:
+    query, key, value = _inputs()
+    with _Sizes() as sizes:
+        attend(query, key, value, repeats=torch.ones(7))
+    assert sizes.masked
+
+
+def test_packing_is_undone_by_unpacking() -> None:
+    tokens, lengths = _inputs(3, 9, 9)[0], lengths_on(COUNTS, CPU)
+
+    together = pack(tokens, lengths)
+
+    assert together.shape == (20, 3, 8)
+    assert lengths.starts.tolist() == [0, 9, 13, 20]
+    real = torch.arange(9) < torch.tensor(COUNTS)[:, None]
+    assert torch.equal(together, tokens[real])
+    assert torch.equal(unpack(together, lengths, 9), tokens * real[:, :, None, None])
+
+
+def test_packing_a_sample_costs_the_backward_pass_no_batch_of_zeros() -> None:
+    """A slice of the whole batch would have a gradient of the batch's size for every sample."""
+    tokens, lengths = torch.randn(8, 9, 1, 4, requires_grad=True), lengths_on((9, *[4] * 7), CPU)
+    total = pack(tokens, lengths).sum()
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            made.append(result.numel() if isinstance(result, Tensor) else 0)
+            return result
+
+    with Watch():
+        total.backward()
+
+    assert made.count(tokens.numel()) <= 2  # the gradient, and at most one copy of it
+
+
+@pytest.mark.parametrize("mode", PACKAGES)
+def test_packages_compute_in_autocasts_dtype_as_torch_does(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    choice, _ = _choice(monkeypatch, mode)
+    inputs = _inputs(2, 9, 9)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        result = attend(*inputs, choice, lengths_on((9, 5), CPU))
+        assert result.dtype == attend(*inputs).dtype == torch.bfloat16
+
+
+def test_lengths_are_for_tokens_that_look_at_themselves() -> None:
+    with pytest.raises(ValueError, match="not of 5 queries and 7 keys"):
+        attend(*_inputs(), lengths=lengths_on((5, 3), CPU))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_key_may_stand_for_many_equal_ones(split: bool) -> None:
+    query, key, value = _inputs()
+    repeats = torch.tensor([1.0, 1, 1, 1, 1, 1, 505])
+
+    merged = attend(query, key, value, AttentionChoice("sdpa", split), repeats=repeats)
+
+    many = (tensor.repeat_interleave(repeats.long(), dim=1) for tensor in (key, value))
+    torch.testing.assert_close(merged, attend(query, *many), atol=5e-5, rtol=1e-5)  # sums of 511 rounded exponentials
+
+
+def test_only_torch_knows_keys_that_stand_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice, calls = _choice(monkeypatch, "flash")
+    with pytest.raises(ValueError, match="repeats are for sdpa, without lengths"):
+        attend(*_inputs(), choice, repeats=torch.ones(7))
+    with pytest.raises(ValueError, match="repeats are for sdpa, without lengths"):
+        attend(*_inputs(2, 7, 7), lengths=lengths_on((7, 3), CPU), repeats=torch.ones(7))
+    assert not calls
+
+
+@pytest.mark.parametrize("counts", [None, (20, 11)])
+def test_few_tokens_in_bfloat16_on_a_cpu_stay_near_float32(counts: tuple[int, ...] | None) -> None:
+    inputs = _inputs(queries=20, keys=20)
+    repeats = torch.rand(20) * 9 + 1 if counts is None else None
+    lengths = None if counts is None else lengths_on(counts, CPU)
+
+    result = attend(*(tensor.to(torch.bfloat16) for tensor in inputs), SDPA, lengths, repeats)
+
+    expected = attend(*inputs, SDPA, lengths, repeats)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), expected, atol=2e-2, rtol=2e-2)  # bfloat16 has 8 bits
+
+
+@torch.library.custom_op("reelsmith_tests::varlen", mutates_args=())
+def _varlen(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, q_longest: int, k_longest: int) -> Tensor:
+    """As the package has it: an operation that tracing does not look into."""
+    return packed(q, k, v, q_starts.tolist(), k_starts.tolist())
+
+
+_varlen.register_fake(lambda q, *_: torch.empty_like(q))
+
+
+@pytest.mark.parametrize(("mode", "split"), [("sdpa", False), ("sdpa", True), ("flash", False)])
+def test_it_compiles_as_one_graph_that_serves_other_lengths(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+    """One graph for the first lengths, one more in which they are symbols."""
+    module = ModuleType("flash_attn")
+    module.__dict__["flash_attn_varlen_func"] = _varlen
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    choice, made = AttentionChoice(mode, split), []
+
+    def count(graph: Any, _: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v, lengths: attend(q, k, v, choice, lengths), fullgraph=True, backend=count)
+    for counts in ((9, 4), (9, 6), (9, 3), (9, 7)):
+        inputs, lengths = _inputs(2, 9, 9), lengths_on(counts, CPU)
+        torch.testing.assert_close(compiled(*inputs, lengths), attend(*inputs, choice, lengths), atol=NEAR, rtol=NEAR)
+    torch._dynamo.reset()
+    assert len(made) <= 2
+
+
+def _bfloat16() -> torch.dtype:
+    return torch.bfloat16
+
+
+def test_torch_needs_no_check_and_no_dtype() -> None:
+    check_backend(SDPA, CPU, lambda: pytest.fail("asked for a dtype"), training=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "training", "message"),
+    [
+        (
+            "flash",
+            True,
+            "--flash_attn runs on CUDA devices only, and this run is on none. Leave --flash_attn out: ",
+        ),
+        ("flash", False, "--attn_mode flash runs on CUDA devices only"),
+        ("flash3", True, "--flash3 runs on CUDA devices only"),
+        ("flash3", False, "--attn_mode flash3 runs on CUDA devices only"),
+        ("sage", True, "--sage_attn has no backward pass, so that nothing would be learned: it is for generation only"),
+        ("sage", False, "--attn_mode sageattn runs on CUDA devices only"),
+        ("xformers", True, "--xformers runs on CUDA devices only"),
+        ("xformers", False, "--attn_mode xformers runs on CUDA devices only"),
+    ],
+)
+def test_a_back_end_that_cannot_run_here_is_refused_by_the_option_that_asked(mode: str, training: bool, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        check_backend(AttentionChoice(mode), CPU, _bfloat16, training)
+
+
+@pytest.mark.parametrize(
+    ("mode", "capability", "dtype", "message"),
+    [
+        ("flash", (7, 5), torch.float16, r"compute capability 8.0 or more \(Ampere and later\); this one has 7.5"),
+        ("flash", (8, 0), torch.float32, "computes in float16 and bfloat16 only, and the model computes in float32. Use"),
+        ("flash", (12, 0), torch.bfloat16, None),
+        (
+            "flash3",
+            (8, 9),
+            torch.bfloat16,
+            r"runs on Hopper GPUs \(H100, H200, GH200\), of compute capability 9.0; this GPU has 8.9",
+        ),
+        ("flash3", (10, 0), torch.bfloat16, "this GPU has 10.0"),
+        ("flash3", (9, 0), torch.float16, None),
+        ("flash3", (9, 0), torch.float32, "the model computes in float32"),
+        ("sage", (7, 0), torch.float16, "this one has 7.0"),
+        ("sage", (8, 9), torch.float32, "the model computes in float32"),
+        ("sage", (8, 6), torch.bfloat16, None),
+        ("xformers", (7, 5), torch.float32, None),
+    ],
+)
+def test_what_a_package_asks_of_gpu_and_dtype(
+    mode: str, capability: tuple[int, int], dtype: torch.dtype, message: str | None
+) -> None:
+    package = BACKENDS[mode].package
+    assert package is not None
+    reason = refusal(package, capability, lambda: dtype, training=False)
+    if message is None:
+        assert reason is None
+    else:
+        with pytest.raises(AssertionError, match=message):
+            raise AssertionError(reason)
+
+
+@pytest.mark.parametrize("mode", ["flash", "flash3", "sage", "xformers"])
+def test_a_package_that_is_not_installed_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    package = BACKENDS[mode].package
+    assert package is not None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.delitem(sys.modules, package.module, raising=False)
+
+    with pytest.raises(OptionError, match=f"needs {package.name}, which is not installed. Install it (with: pip|from source)"):
+        check_backend(AttentionChoice(mode), CUDA, _bfloat16, training=False)
+
+
+def test_a_package_that_breaks_while_it_is_imported_is_refused_with_its_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    with pytest.raises(OptionError, match=r"--flash_attn: FlashAttention 2 cannot be loaded \(undefined symbol: _ZN3c10\)"):
+        check_backend(AttentionChoice("flash"), CUDA, _bfloat16, training=True)
+
+
+def test_a_package_without_a_kernel_for_the_gpu_is_refused_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("flash_attn")
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    module.__dict__["flash_attn_func"] = fails
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_: self)  # there is no such device here
+
+    with pytest.raises(OptionError, match="does not work here .*no kernel image"):
+        check_backend(AttentionChoice("flash"), CUDA, _bfloat16, training=True)
+
+
+@pytest.mark.parametrize("mode", ["flash", "flash3", "xformers"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_trial_computes_both_ways_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, mode: str, training: bool) -> None:
+    choice, calls = _choice(monkeypatch, mode)
+
+    try_out(choice, CPU, torch.bfloat16, training)
+
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda q, k, v: torch.zeros_like(q), "its results are wrong"),
+        (lambda q, k, v: attend(q, k, v).detach(), "does not require grad"),
+        (lambda q, k, v: attend(q, k, v) * torch.nan, "its results are wrong"),
+    ],
+)
+def test_a_trial_sees_wrong_results_and_missing_gradients(monkeypatch: pytest.MonkeyPatch, make: Any, error: str) -> None:
+    module = ModuleType("flash_attn")
+    module.__dict__["flash_attn_func"] = make
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+    with pytest.raises((ArithmeticError, RuntimeError), match=error):
+        try_out(AttentionChoice("flash"), CPU, torch.bfloat16, training=True)

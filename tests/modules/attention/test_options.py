@@ -1,0 +1,114 @@
+"""Which back end an option asks for, and what the command lines refuse before anything is loaded."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from modules.attention.options import (
+    GENERATION_VALUES,
+    SDPA,
+    AttentionChoice,
+    GenerationAttentionOptions,
+    TrainingAttentionOptions,
+    add_generation_attention_arguments,
+    add_split_argument,
+    add_training_attention_arguments,
+    flag_of,
+)
+from modules.options import read_options
+from tests.commands import assert_user_error, run_script
+
+TRAIN = ("--output_dir", "out", "--output_name", "x", "--dataset_config", "dataset.toml", "--dit", "no such file")
+
+
+def _training(*arguments: str) -> TrainingAttentionOptions:
+    parser = argparse.ArgumentParser()
+    add_training_attention_arguments(parser)
+    return read_options(TrainingAttentionOptions, parser.parse_args(arguments))
+
+
+def _generation(*arguments: str, splits: bool = True) -> GenerationAttentionOptions:
+    parser = argparse.ArgumentParser()
+    group = parser.add_argument_group("speed")
+    add_generation_attention_arguments(parser, group)
+    if splits:
+        add_split_argument(group)
+    return read_options(GenerationAttentionOptions, parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode", "ignored"),
+    [
+        ((), "sdpa", ()),
+        (("--sdpa",), "sdpa", ()),
+        (("--flash_attn",), "flash", ()),
+        (("--flash3",), "flash3", ()),
+        (("--sage_attn",), "sage", ()),
+        (("--xformers",), "xformers", ()),
+        (("--flash3", "--xformers", "--sage_attn", "--flash_attn", "--sdpa"), "sdpa", None),
+        (("--flash3", "--xformers", "--sage_attn", "--flash_attn"), "flash", ("--sage_attn", "--xformers", "--flash3")),
+        (("--flash3", "--xformers", "--sage_attn"), "sage", ("--xformers", "--flash3")),
+        (("--flash3", "--xformers"), "xformers", ("--flash3",)),
+    ],
+)
+def test_the_first_back_end_counts_and_the_others_are_named(
+    arguments: tuple[str, ...], mode: str, ignored: tuple[str, ...] | None
+) -> None:
+    options = _training(*arguments)
+    assert options.choice == AttentionChoice(mode)
+    assert options.ignored == (("--flash_attn", "--sage_attn", "--xformers", "--flash3") if ignored is None else ignored)
+
+
+def test_splitting_goes_with_every_back_end() -> None:
+    assert _training("--split_attn").choice == AttentionChoice("sdpa", split=True)
+    assert _training("--xformers", "--split_attn").choice == AttentionChoice("xformers", split=True)
+    assert _generation("--attn_mode", "flash3", "--split_attn").choice == AttentionChoice("flash3", split=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"),
+    [
+        *(("torch", "sdpa"), ("sdpa", "sdpa"), ("flash", "flash"), ("flash2", "flash"), ("flash3", "flash3")),
+        *(("sageattn", "sage"), ("xformers", "xformers")),
+    ],
+)
+def test_generation_names_back_ends_by_values(value: str, mode: str) -> None:
+    assert _generation("--attn_mode", value).choice == AttentionChoice(mode)
+    assert _generation("--attn_mode", flag_of(mode, training=False).split()[1]).choice.mode == mode
+
+
+def test_torchs_own_attention_is_what_nothing_else_means() -> None:
+    assert _generation().choice == _generation(splits=False).choice == SDPA
+    assert set(GENERATION_VALUES) == {"torch", "sdpa", "flash", "flash2", "flash3", "sageattn", "xformers"}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("wan_train_network.py", ("--flash_attn",), ("--flash_attn runs on CUDA devices only", "Leave --flash_attn out")),
+        ("wan_train_network.py", ("--sage_attn", "--flash3"), ("--sage_attn has no backward pass", "Leave --sage_attn out")),
+        ("wan_train_network.py", ("--xformers", "--split_attn"), ("--xformers runs on CUDA devices only", "Leave --xformers out")),
+    ],
+)
+def test_training_refuses_before_it_opens_a_model(
+    tmp_path: Path, script: str, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    folder = tmp_path.as_posix()
+    table = f'[[datasets]]\nimage_directory = "{folder}"\ncache_directory = "{folder}/cache"\n'
+    (tmp_path / "dataset.toml").write_text(f"[general]\nresolution = [32, 32]\n{table}", encoding="utf-8")
+
+    assert_user_error(run_script(script, *TRAIN, *arguments, folder=tmp_path, check=False), *words)
+
+
+@pytest.mark.parametrize(
+    ("script", "value"),
+    [("hv_generate_video.py", "flash"), ("hv_generate_video.py", "sageattn"), ("wan_generate_video.py", "flash3")],
+)
+def test_generation_refuses_before_it_opens_a_model(tmp_path: Path, script: str, value: str) -> None:
+    arguments = ("--prompt", "a cat", "--save_path", "out", "--dit", "no such file", "--device", "cpu", "--attn_mode", value)
+
+    done = run_script(script, *arguments, folder=tmp_path, check=False)
+
+    assert_user_error(done, f"--attn_mode {value} runs on CUDA devices only", f"Leave --attn_mode {value} out")
+    assert not (tmp_path / "out").exists()

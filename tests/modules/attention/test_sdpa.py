@@ -1,0 +1,147 @@
+"""The order of torch's kernels. None of those for GPUs runs here: what is tested is the order, and that torch obeys it."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modules.attention import sdpa as attention_sdpa
+from modules.attention.sdpa import cudnn_note, kernels, ordered
+from tests.commands import ROOT, run_python
+
+CUDNN, FLASH, EFFICIENT, MATH = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+GOOD = 91501
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "has_mask", "cudnn", "is_first"),
+    [
+        ((9, 0), torch.bfloat16, 128, False, GOOD, True),
+        ((9, 0), torch.float16, 64, False, 92200, True),
+        ((10, 0), torch.bfloat16, 128, False, GOOD, True),
+        ((10, 3), torch.bfloat16, 128, False, GOOD, True),
+        ((10, 7), torch.bfloat16, 128, False, 92400, False),  # no plans for it in this version
+        ((12, 0), torch.bfloat16, 128, False, GOOD, False),
+        ((8, 0), torch.bfloat16, 128, False, GOOD, False),
+        ((8, 9), torch.bfloat16, 128, False, GOOD, False),
+        ((9, 0), torch.float32, 128, False, GOOD, False),
+        ((9, 0), torch.bfloat16, 256, False, GOOD, False),
+        ((9, 0), torch.bfloat16, 100, False, GOOD, False),
+        ((9, 0), torch.bfloat16, 512, False, GOOD, False),  # the VAE's
+        ((9, 0), torch.bfloat16, 128, True, GOOD, False),
+        ((9, 0), torch.bfloat16, 128, False, 91500, False),
+        ((9, 0), torch.bfloat16, 128, False, 91002, False),
+        ((9, 0), torch.bfloat16, 128, False, None, False),
+    ],
+)
+def test_cudnn_comes_first_where_it_is_the_fastest_and_known_to_be_right(
+    capability: tuple[int, int], dtype: torch.dtype, width: int, has_mask: bool, cudnn: int | None, is_first: bool
+) -> None:
+    expected = [CUDNN, FLASH, EFFICIENT, MATH] if is_first else [FLASH, EFFICIENT, MATH]
+    assert kernels(capability, dtype, width, has_mask, cudnn) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "speaks"),
+    [((9, 0), GOOD, False), ((9, 0), 91002, True), ((10, 0), None, True), ((8, 9), 91002, False)],
+)
+def test_a_gpu_whose_fastest_kernel_is_left_out_is_told_of(capability: tuple[int, int], cudnn: int | None, speaks: bool) -> None:
+    note = cudnn_note(capability, cudnn)
+    assert (note is not None) is speaks
+    if note is not None:
+        assert "9.15.1" in note
+        assert "Install torch for CUDA 13" in note
+
+
+def test_attention_does_not_import_the_compiler() -> None:
+    """That takes longer than all else at the start of a program."""
+    run_python("-c", "import sys, modules.attention.attend; assert 'torch._dynamo' not in sys.modules", folder=ROOT)
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def _heads() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, 30, 16, generator=generator, requires_grad=True) for _ in range(3)]
+
+
+# a CPU has two of the kernels, and obeys which of them are allowed
+@pytest.mark.parametrize(("order", "is_flash"), [([CUDNN, FLASH, EFFICIENT, MATH], True), ([CUDNN, MATH], False)])
+def test_only_the_kernels_given_are_used_and_the_backward_pass_takes_the_forward_ones(
+    order: list[SDPBackend], is_flash: bool
+) -> None:
+    inputs = _heads()
+    before = torch._C._get_sdp_priority_order()
+
+    with _Names() as forward:
+        result = ordered(*inputs, None, order)
+    with _Names() as backward:  # outside the order
+        result.sum().backward()
+
+    assert any("flash_attention" in name for name in forward.names) is is_flash
+    assert any("flash_attention_for_cpu_backward" in name for name in backward.names) is is_flash
+    torch.testing.assert_close(result, functional.scaled_dot_product_attention(*inputs), atol=1e-6, rtol=1e-6)
+    assert torch._C._get_sdp_priority_order() == before
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize(("order", "is_flash"), [([CUDNN, FLASH, EFFICIENT, MATH], True), ([CUDNN, MATH], False)])
+def test_a_compiled_graph_holds_the_kernel_of_the_order(order: list[SDPBackend], is_flash: bool) -> None:
+    """One graph without breaks; the choice is made while tracing, and nothing of it is left in what runs."""
+    graphs: list[list[str]] = []
+
+    def note(graph: Any, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k, v: ordered(q, k, v, None, order),
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=note, bw_compiler=note),
+    )
+    inputs = _heads()
+    result = compiled(*inputs)
+    result.sum().backward()
+    torch._dynamo.reset()
+
+    forward, backward = graphs
+    assert any("flash_attention" in name for name in forward) is is_flash
+    assert any("flash_attention_for_cpu_backward" in name for name in backward) is is_flash
+    assert not any("sdpa_kernel" in name for graph in graphs for name in graph)
+
+
+def test_the_order_is_the_gpus_under_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the GPU is a constant of the graph."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: GOOD)
+    found: list[list[SDPBackend]] = []
+
+    def order(x: Tensor) -> Tensor:
+        found.append(kernels(attention_sdpa._capability(x.device), torch.bfloat16, x.shape[-1], False, attention_sdpa._cudnn()))
+        return x + (1 if found[-1][0] == CUDNN else 2)
+
+    torch._dynamo.reset()
+    result = torch.compile(order, fullgraph=True, backend="eager")(torch.zeros(2, 128))
+    torch._dynamo.reset()
+    assert result.unique().tolist() == [1]

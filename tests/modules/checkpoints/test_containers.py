@@ -1,0 +1,210 @@
+"""Single model files: each container as written, damaged, or made to do harm."""
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modules.checkpoints.containers import load_pickled
+from modules.checkpoints.opening import open_checkpoint
+from modules.errors import CheckpointError
+from tests.modules.making import tensors, write
+
+
+class Code:
+    """Unpickling it would run a command."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("echo this must never run",)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "model.sft.pt"])
+def test_every_tensor_reads_back_as_written(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, tensors())
+
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors.keys() == tensors().keys()
+        for key, tensor in tensors().items():
+            read = checkpoint.read(key)
+            assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape) == (checkpoint.tensors[key].dtype, tensor.shape)
+            assert torch.equal(read.float(), tensor.float())
+
+
+def test_metadata_of_a_safetensors_file_are_there(tmp_path: Path) -> None:
+    with open_checkpoint(write(tmp_path / "a.safetensors", tensors(), metadata={"format": "pt", "title": "clay"})) as checkpoint:
+        assert checkpoint.metadata == {"format": "pt", "title": "clay"}
+
+
+@pytest.mark.parametrize("wrapper", ["module", "state_dict", "model_state_dict"])
+def test_tensors_are_found_inside_what_trainers_wrap_around_them(tmp_path: Path, wrapper: str) -> None:
+    path = write(tmp_path / "a.pt", {wrapper: tensors(), "step": torch.tensor(7), "options": {"lr": 1e-4}})
+
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors.keys() == tensors().keys()
+
+
+def test_the_older_torch_format_opens(tmp_path: Path) -> None:
+    with open_checkpoint(write(tmp_path / "a.pth", {"a": torch.ones(3)}, _use_new_zipfile_serialization=False)) as checkpoint:
+        assert torch.equal(checkpoint.read("a"), torch.ones(3))
+
+
+def test_a_tensor_that_is_a_view_reads_as_one_of_its_own_size(tmp_path: Path) -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    path = write(tmp_path / "a.pth", {"columns": base.t(), "rows": base[1:3]})
+
+    with open_checkpoint(path) as checkpoint:
+        rows, columns = checkpoint.read("rows"), checkpoint.read("columns")
+
+    assert rows.untyped_storage().nbytes() == rows.nbytes
+    assert columns.is_contiguous()
+    assert torch.equal(columns, base.t())
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_still_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2)}, path, metadata={"note": "x"})
+    header = path.read_bytes()[8:-8].rstrip()
+    path.write_bytes((0x80).to_bytes(8, "little") + header.ljust(0x80) + path.read_bytes()[-8:])
+
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.metadata == {"note": "x"}
+        assert torch.equal(checkpoint.read("a"), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "old.pth"])
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    path = write(tmp_path / name, {"a": torch.ones(2), "b": Code()}, _use_new_zipfile_serialization=name == "zip.pth")
+
+    with pytest.raises(CheckpointError, match="holds program code beside its tensors and is refused") as caught:
+        open_checkpoint(path)
+
+    assert caught.value.path == path
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path, name: str) -> None:
+    data = write(tmp_path / name, tensors()).read_bytes()
+
+    for length in [0, 4, 8, 40, len(data) // 2, len(data) - 1]:
+        (tmp_path / name).write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match="damaged|empty|neither"):
+            open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_crash(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, {"first.weight": torch.ones(4), "second.weight": torch.ones(4)})
+    data = path.read_bytes()
+
+    for place in range(min(len(data), 200)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError), open_checkpoint(path) as checkpoint:  # any other error fails the test
+            for key in checkpoint.tensors:
+                checkpoint.read(key)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}, "the unknown type F4"),
+        ({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}, "8 bytes for shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "begin at byte 4, not 0"),
+        ({"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "its header describes"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}, "has the shape"),
+        ({"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}, "has the shape"),
+        ({"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}, "has the shape"),
+        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "has the shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}, "has the shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 1e999]}, "has the shape"),
+        ({"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}, "impossible shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}, "unpack"),
+        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "unhashable"),
+        ({"shape": [2]}, "dtype"),
+        ([], "header cannot be read"),
+    ],
+)
+def test_a_safetensors_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(write_header(tmp_path / "a.safetensors", json.dumps({"a": entry})))
+
+
+def write_header(path: Path, header: str, length: int | None = None) -> Path:
+    """A safetensors file with 8 bytes of data; `length` is what it claims of its header."""
+    text = header.encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(8))
+    return path
+
+
+WHOLE = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (f'{{"a":{WHOLE},"a":{WHOLE}}}', "stands in it twice"),
+        (f'{{"a":{WHOLE},"b":{WHOLE}}}', "begin at byte 0, not 8"),
+        (f'{{"__metadata__":["x"],"a":{WHOLE}}}', "header cannot be read"),
+        (f'{{"\\ud800":{WHOLE}}}', "surrogates"),
+        (f'{{"__metadata__":{{"x":"\\ud800"}},"a":{WHOLE}}}', "surrogates"),
+        ('{"a":' * 100_000, "header cannot be read"),
+        ("[" * 100_000, "neither a safetensors nor a torch file|header cannot be read"),
+        ("{" + " " * 64, "header cannot be read"),
+    ],
+)
+def test_a_header_made_to_do_harm_is_refused(tmp_path: Path, header: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(write_header(tmp_path / "a.safetensors", header))
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 62, (1 << 64) - 1])
+def test_a_header_length_beyond_the_file_is_refused_before_memory_is_taken(tmp_path: Path, length: int) -> None:
+    with pytest.raises(CheckpointError, match="its header claims"):
+        open_checkpoint(write_header(tmp_path / "a.safetensors", f'{{"a":{WHOLE}}}', length))
+
+
+def test_a_pickled_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pth", {"a": torch.zeros(1).expand(1 << 40)})
+
+    with pytest.raises(CheckpointError, match="the whole file"):
+        open_checkpoint(path)
+
+
+def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["module"] = content
+
+    with pytest.raises(CheckpointError, match="no named tensors"):
+        open_checkpoint(write(tmp_path / "a.pth", content))
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"GGUF\x03\0\0\0" + bytes(9), "is a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"some other file content", "is neither a safetensors nor a torch file"),
+    ],
+)
+def test_what_is_no_model_file_is_called_by_its_name(tmp_path: Path, start: bytes, message: str) -> None:
+    (tmp_path / "model.bin").write_bytes(start)
+
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "model.bin")
+
+
+def test_a_picture_is_no_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"a\.png is neither a safetensors nor a torch file"):
+        load_pickled(path)

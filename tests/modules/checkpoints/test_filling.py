@@ -1,0 +1,156 @@
+"""Networks filled from model files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoints.filling import compress_names, load_module
+from modules.checkpoints.opening import Source, open_checkpoint, plain_sources
+from modules.errors import CheckpointError
+from tests.modules.making import write
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Sequential:
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))  # parameters and buffers
+
+
+def state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).state_dict()
+
+
+def same(name: str, stored: torch.dtype) -> torch.dtype:
+    return stored
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_is_filled_in_the_dtype_asked_for(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    module, content = network(), state()
+
+    with open_checkpoint(write(tmp_path / name, content)) as checkpoint:
+        load_module(
+            module,
+            checkpoint,
+            plain_sources(checkpoint),
+            device=CPU,
+            dtype=lambda name, stored: dtype if stored.is_floating_point else stored,
+        )
+
+    for key, tensor in module.state_dict().items():
+        assert tensor.dtype == (dtype if content[key].is_floating_point() else content[key].dtype)
+        assert torch.equal(tensor, content[key].to(tensor.dtype))
+    assert not any(weight.requires_grad for weight in module.parameters())
+
+
+def test_sources_rename_split_and_transpose(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        module = nn.ModuleDict({"k": nn.Linear(4, 8, bias=False), "v": nn.Linear(4, 8, bias=False)})
+    stacked = torch.arange(64.0).reshape(4, 16)
+    both = Source(("kv",)).then(torch.t)
+    sources = {"k.weight": both.then(lambda rows: rows[:8]), "v.weight": both.then(lambda rows: rows[8:])}
+
+    with open_checkpoint(write(tmp_path / "a.safetensors", {"kv": stacked})) as checkpoint:
+        load_module(module, checkpoint, sources, device=CPU, dtype=same)
+
+    assert torch.equal(module["v"].weight, stacked[:, 8:].t())
+    assert module["v"].weight.untyped_storage().nbytes() == 8 * 4 * 4  # not the whole of what it was cut from
+
+
+def test_every_mismatch_is_reported_at_once(tmp_path: Path) -> None:
+    content = state()
+    del content["0.bias"]
+    content |= {"0.weight": torch.zeros(3, 4), "2.weight": torch.zeros(1), "3.weight": torch.zeros(1)}
+
+    with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint, pytest.raises(CheckpointError) as caught:
+        load_module(network(), checkpoint, plain_sources(checkpoint), device=CPU, dtype=same, what="--vae")
+
+    assert str(caught.value).splitlines()[:-1] == [
+        f"{tmp_path / 'a.safetensors'} does not fit --vae:",
+        "  missing: 0.bias",
+        "  unexpected: 2.weight",
+        "  unexpected: 3.weight",
+        "  0.weight: the file has 3 x 4, 8 x 4 is needed",
+    ]
+
+
+def test_tensors_to_ignore_may_stand_in_the_file(tmp_path: Path) -> None:
+    content = state() | {"text.0.weight": torch.zeros(1)}
+
+    with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
+        load_module(network(), checkpoint, plain_sources(checkpoint), device=CPU, dtype=same, ignore=("text.*",))
+
+
+def test_on_the_meta_device_nothing_is_read(tmp_path: Path) -> None:
+    module = network()
+    with open_checkpoint(write(tmp_path / "a.safetensors", state())) as checkpoint:
+        checkpoint.close()  # reading would fail now
+        load_module(module, checkpoint, plain_sources(checkpoint), device=torch.device("meta"), dtype=same)
+
+    assert module[0].weight.is_meta
+
+
+def test_a_patch_is_added_before_rounding(tmp_path: Path) -> None:
+    content = state()
+    delta = torch.full((8, 4), 2.0**-12)  # lost where it is added to a rounded weight of about one half
+
+    def patch(name: str, weight: Tensor) -> Tensor:
+        return weight + delta if name == "0.weight" else weight
+
+    module = network()
+    with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
+        load_module(
+            module,
+            checkpoint,
+            plain_sources(checkpoint),
+            device=CPU,
+            dtype=lambda name, stored: torch.bfloat16 if name == "0.weight" else stored,
+            patch=patch,
+        )
+
+    assert torch.equal(module[0].weight, (content["0.weight"] + delta).to(torch.bfloat16))
+
+
+def test_a_patch_meets_fp8_weights_in_the_target_dtype(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        module = nn.Linear(4, 8, bias=False)
+    weight = torch.ones(8, 4).to(torch.float8_e4m3fn)
+
+    with open_checkpoint(write(tmp_path / "a.safetensors", {"weight": weight})) as checkpoint:
+        load_module(
+            module,
+            checkpoint,
+            plain_sources(checkpoint),
+            device=CPU,
+            dtype=lambda name, stored: torch.bfloat16,
+            patch=lambda name, weight: weight + 2.0**-7,
+        )
+
+    assert torch.equal(module.weight, torch.full((8, 4), 1 + 2.0**-7, dtype=torch.bfloat16))
+
+
+def test_newer_fp8_files_with_their_own_record_are_read(tmp_path: Path) -> None:
+    content = {
+        "0.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        "0.weight_scale": torch.tensor(0.5),
+        "0.input_scale": torch.tensor(1.0),
+        "0.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8),
+    }
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(2, 2, bias=False))
+
+    with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
+        load_module(module, checkpoint, plain_sources(checkpoint), device=CPU, dtype=lambda name, stored: torch.bfloat16)
+
+    assert torch.equal(module[0].weight, torch.full((2, 2), 0.5, dtype=torch.bfloat16))
+
+
+def test_names_that_differ_in_their_number_are_listed_together() -> None:
+    names = [f"blocks.{index}.norm.weight" for index in (0, 1, 2, 5)] + ["head.bias", "blocks.1.ffn.0.bias"]
+
+    assert compress_names(names) == ["blocks.1.ffn.0.bias", "blocks.{0..2}.norm.weight", "blocks.5.norm.weight", "head.bias"]

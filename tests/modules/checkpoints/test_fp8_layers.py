@@ -1,0 +1,329 @@
+"""Transformers of all families loaded with weights in 8 bits: rounded from 16 bits, or as released fp8 files have them."""
+
+import functools
+import gc
+import logging
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import frame_pack.checkpoints as framepack
+import hunyuan_model.checkpoints as hunyuan
+import wan.checkpoints as wan
+from modules.contract.family import DitSpec
+from modules.contract.loading import Placement
+from modules.errors import CheckpointError, OptionError
+from modules.fp8.options import Quantisation
+from modules.fp8.weights import E4M3, dequantise, quantise, quantised_layers, scale_of
+from tests.commands import ROOT, run_python
+from tests.manifests import tensor_list, write_hollow
+from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
+
+CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
+ROWS, CAST = Quantisation("rows"), Quantisation("cast")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One family's transformer."""
+
+    load: Callable[..., nn.Module]
+    spec: DitSpec
+    state: Callable[..., dict[str, Tensor]]
+    write: Callable[..., Path]
+    rounded: int  # linear layers of its tiny blocks that are rounded,
+    in_blocks: int  # and all of them
+
+
+KINDS = {
+    "wan": Kind(wan.load_dit, wan.DIT, functools.partial(wan_dit.tiny_state, "t2v"), wan_dit.write_dit, 20, 20),
+    "hunyuan": Kind(hunyuan.load_dit, hunyuan.DIT, hunyuan_dit.tiny_state, hunyuan_dit.write_dit, 26, 29),
+    "framepack": Kind(framepack.load_dit, framepack.DIT, framepack_dit.tiny_state, framepack_dit.write_dit, 39, 46),
+}
+DIALECTS = {"wan": wan_dit.FP8_DIALECTS, "hunyuan": hunyuan_dit.FP8_DIALECTS, "framepack": framepack_dit.FP8_DIALECTS}
+RELEASED = [(family, dialect) for family, dialects in DIALECTS.items() for dialect in dialects]
+
+
+@pytest.fixture(params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+def meant(layer: nn.Linear) -> Tensor:
+    return dequantise(layer.weight, scale_of(layer))
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def in_bf16(kind: Kind) -> dict[str, Tensor]:
+    return {name: tensor.bfloat16() for name, tensor in kind.state().items()}
+
+
+@pytest.mark.parametrize("quantisation", [CAST, ROWS, Quantisation("rows", float32_scales=True)], ids=["cast", "rows", "float32"])
+def test_loading_gives_what_rounding_the_loaded_model_would(tmp_path: Path, kind: Kind, quantisation: Quantisation) -> None:
+    path = kind.write(tmp_path, in_bf16(kind))
+    plain = kind.load(path, CPU)
+
+    dit = kind.load(path, replace(CPU, fp8=quantisation))
+
+    layers = quantised_layers(dit)
+    assert len(layers) == kind.rounded
+    for name, layer in layers.items():
+        weight, scale = quantise(plain.get_parameter(f"{name}.weight"), quantisation)
+        assert same_bytes(layer.weight, weight), name
+        assert scale is None if scale_of(layer) is None else torch.equal(scale_of(layer), scale), name
+    others = {name: t for name, t in dit.state_dict().items() if name.rpartition(".")[0] not in layers or name.endswith("bias")}
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in others.items())
+    assert others.keys() | {f"{name}.weight" for name in layers} == plain.state_dict().keys()
+    assert dit.compute_dtype == torch.bfloat16
+
+
+def test_what_is_rounded_follows_the_rule_of_the_family(tmp_path: Path, kind: Kind) -> None:
+    """Every two-dimensional `.weight` below a block list without an excluded word, and nothing else."""
+    state = in_bf16(kind)
+    expected = {
+        name
+        for name, tensor in state.items()
+        if name.startswith(tuple(f"{block}." for block in kind.spec.block_lists))
+        and name.endswith(".weight")
+        and tensor.ndim == 2
+        and not any(word in name for word in kind.spec.fp8_exclude)
+    }
+    dit = kind.load(kind.write(tmp_path, state), replace(CPU, fp8=ROWS))
+    assert {f"{name}.weight" for name in quantised_layers(dit)} == expected
+
+
+def test_deltas_are_added_before_the_rounding(tmp_path: Path, kind: Kind) -> None:
+    state = in_bf16(kind)
+
+    def patch(name: str, weight: Tensor) -> Tensor:
+        assert weight.dtype == torch.bfloat16
+        return weight + 0.01 if weight.ndim == 2 else weight
+
+    dit = kind.load(kind.write(tmp_path, state), replace(CPU, fp8=ROWS, patch=patch))
+    for name, layer in quantised_layers(dit).items():
+        assert same_bytes(layer.weight, quantise(state[f"{name}.weight"] + 0.01, ROWS)[0]), name
+
+
+def test_the_error_is_told_once(tmp_path: Path, kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    path = kind.write(tmp_path, in_bf16(kind))
+    with caplog.at_level(logging.INFO):
+        kind.load(path, replace(CPU, fp8=ROWS))
+    (line,) = [record.getMessage() for record in caplog.records if "relative error" in record.getMessage()]
+    found = re.search(r": (\d+) linear layers in fp8 with a scale per row, relative error ([\d.]+) %", line)
+    assert found is not None
+    assert int(found[1]) == kind.rounded
+    assert 1.9 < float(found[2]) < 2.5  # normal numbers lose 2.25 % on average
+
+
+def test_a_weight_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    state = in_bf16(KINDS["wan"])
+    state["blocks.0.ffn.0.weight"][-1, 3] = math.nan
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.ffn\.0\.weight has values that are no numbers"):
+        wan.load_dit(wan_dit.write_dit(tmp_path, state), replace(CPU, fp8=ROWS))
+
+
+@pytest.mark.parametrize(("family", "dialect"), RELEASED)
+def test_released_fp8_files_stay_as_they_are(tmp_path: Path, family: str, dialect: str) -> None:
+    kind = KINDS[family]
+    path = kind.write(tmp_path, kind.state(), dialect)
+    multiplied_out = kind.load(path, replace(CPU, compute_dtype=torch.float32))
+
+    dit = kind.load(path, replace(CPU, fp8=CAST))
+
+    layers = quantised_layers(dit)
+    assert len(layers) == kind.in_blocks
+    for name, layer in layers.items():
+        assert torch.equal(meant(layer), multiplied_out.get_parameter(f"{name}.weight")), name
+    assert dit.compute_dtype == torch.bfloat16
+    assert all(tensor.dtype != E4M3 for name, tensor in dit.named_parameters() if name.removesuffix(".weight") not in layers)
+
+
+def test_bytes_of_a_released_file_are_kept(tmp_path: Path) -> None:
+    path = wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v"), "fp8_scaled")
+    stored = load_file(path)
+    for name, layer in quantised_layers(wan.load_dit(path, replace(CPU, fp8=CAST))).items():
+        assert same_bytes(layer.weight, stored[f"{name}.weight"])
+        assert torch.equal(scale_of(layer), stored[f"{name}.scale_weight"].reshape(1))
+
+
+def test_scales_by_blocks_of_columns_are_kept(tmp_path: Path) -> None:
+    """As newer tools save them: out x blocks x 1, in the dtype that the weights had."""
+    state = in_bf16(KINDS["wan"])
+    weight = state["blocks.0.ffn.0.weight"]
+    scale = (weight.unflatten(1, (-1, 64)).abs().amax(2, keepdim=True).float() / 448).bfloat16()
+    state["blocks.0.ffn.0.weight"] = (weight.unflatten(1, (-1, 64)) / scale).flatten(1).clamp(-448, 448).to(E4M3)
+    state["blocks.0.ffn.0.scale_weight"] = scale
+
+    dit = wan.load_dit(wan_dit.write_dit(tmp_path, state), replace(CPU, fp8=CAST))
+
+    layer = dit.blocks[0].ffn[0]
+    assert scale_of(layer).shape == (256, 2, 1)
+    torch.testing.assert_close(meant(layer), weight.float(), rtol=2**-4, atol=2**-9 * float(weight.abs().max()))
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(layer(x), nn.functional.linear(x, meant(layer).bfloat16(), layer.bias))
+
+
+def test_e5m2_files_stay_as_they_are(tmp_path: Path) -> None:
+    state = in_bf16(KINDS["wan"])
+    stored = {name: t.to(torch.float8_e5m2) if t.ndim == 2 else t for name, t in state.items()}
+    save_file(stored, tmp_path / "dit.safetensors")
+    layers = quantised_layers(wan.load_dit(tmp_path / "dit.safetensors", replace(CPU, fp8=CAST)))
+    assert len(layers) == KINDS["wan"].in_blocks
+    assert all(same_bytes(layer.weight, stored[f"{name}.weight"]) for name, layer in layers.items())
+
+
+def test_rows_put_together_from_two_formats_are_widened(tmp_path: Path) -> None:
+    """diffusers' q, k and v are one weight here; it has one format."""
+    state = hunyuan_dit.diffusers_state(hunyuan_dit.tiny_state())
+    stored = {name: t.to(E4M3) if t.ndim == 2 else t.bfloat16() for name, t in state.items()}
+    odd = "transformer_blocks.0.attn.to_k.weight"
+    stored[odd] = state[odd].to(torch.float8_e5m2)
+    save_file(stored, tmp_path / "dit.safetensors")
+    dit = hunyuan.load_dit(tmp_path / "dit.safetensors", replace(CPU, fp8=CAST))
+    layers = quantised_layers(dit)
+    assert "double_blocks.1.img_attn_qkv" in layers
+    assert "double_blocks.0.img_attn_qkv" not in layers
+    rows = [stored[odd.replace("to_k", f"to_{letter}")].to(torch.bfloat16) for letter in "qkv"]
+    assert torch.equal(dit.get_parameter("double_blocks.0.img_attn_qkv.weight"), torch.cat(rows))
+
+
+def test_a_device_without_such_numbers_is_refused(tmp_path: Path, kind: Kind) -> None:
+    path = kind.write(tmp_path, in_bf16(kind))
+    with pytest.raises(OptionError, match="Apple's GPUs have no numbers of 8 bits"):
+        kind.load(path, Placement(torch.device("mps"), fp8=ROWS))
+
+
+def test_fp8_files_are_not_rounded_again(tmp_path: Path, kind: Kind) -> None:
+    path = kind.write(tmp_path, kind.state(), "fp8_scaled")
+    with pytest.raises(CheckpointError, match=r"--fp8_scaled: .* is in fp8 already.*\n  Leave --fp8_scaled out"):
+        kind.load(path, replace(CPU, fp8=ROWS))
+
+
+def test_fp8_files_that_stay_so_take_no_lora(tmp_path: Path, kind: Kind) -> None:
+    path = kind.write(tmp_path, kind.state(), "fp8")
+    with pytest.raises(CheckpointError, match=r"too coarse to add a LoRA to.\n  Give the bf16 file"):
+        kind.load(path, replace(CPU, fp8=CAST, patch=lambda name, weight: weight))
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(torch.float16, torch.float16), (None, torch.bfloat16)])
+def test_other_layers_of_fp8_files_are_in_the_computing_dtype(
+    tmp_path: Path, kind: Kind, kept: torch.dtype | None, expected: torch.dtype
+) -> None:
+    path = kind.write(tmp_path, kind.state(), "fp8_scaled")
+    dit = kind.load(path, replace(CPU, fp8=CAST, fp8_compute_dtype=kept))
+    assert dit.compute_dtype == expected
+    wide = kind.spec.keep_float32
+    layers = quantised_layers(dit)
+    for name, tensor in dit.named_parameters():
+        if name.removesuffix(".weight") not in layers:
+            assert tensor.dtype == (torch.float32 if name.startswith(wide) else expected), name
+
+
+MANIFESTS: dict[str, tuple[Any, int]] = {
+    "wan2.1-t2v-14b": (wan.load_dit, 400),
+    "framepack-dit": (framepack.load_dit, 520),
+    "hunyuanvideo-t2v-dit-fp8": (hunyuan.load_dit, 320),
+    "hunyuanvideo-t2v-dit-fp8-kijai": (hunyuan.load_dit, 320),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_published_fp8_files_of_full_size_stay_in_fp8(tmp_path: Path, name: str) -> None:
+    load, expected = MANIFESTS[name]
+    tensors = tensor_list(name)
+    if not name.endswith(("fp8", "kijai")):  # as ComfyUI repackages them: every matrix in fp8
+        tensors = {key: ("F8_E4M3" if len(shape) > 1 else "F16", shape) for key, (_, shape) in tensors.items()}
+    dit = load(write_hollow(tmp_path / "dit.safetensors", tensors), replace(META, fp8=CAST))
+    assert len(quantised_layers(dit)) == expected
+    assert dit.compute_dtype == torch.bfloat16
+
+
+# modulation stays: HunyuanVideo's of the single blocks, 9 % of the model, FramePack's of all blocks, 26 %
+@pytest.mark.parametrize(
+    ("name", "expected", "share"), [("wan2.1-t2v-14b", 400, 0.85), ("hunyuanvideo-t2v-dit", 280, 0.85), ("framepack-dit", 440, 0.7)]
+)
+def test_of_published_files_the_linear_layers_of_blocks_are_rounded(tmp_path: Path, name: str, expected: int, share: float) -> None:
+    load = {"wan2.1": wan.load_dit, "hunyuanvideo": hunyuan.load_dit, "framepack": framepack.load_dit}[name.split("-")[0]]
+    dit = load(write_hollow(tmp_path / "dit.safetensors", tensor_list(name)), replace(META, fp8=ROWS))
+    in_fp8 = sum(layer.weight.numel() for layer in quantised_layers(dit).values())
+    assert len(quantised_layers(dit)) == expected
+    assert in_fp8 / sum(parameter.numel() for parameter in dit.parameters()) > share
+
+
+def test_a_transformer_is_freed_when_nothing_refers_to_it(tmp_path: Path) -> None:
+    dit = wan.load_dit(wan_dit.write_dit(tmp_path, in_bf16(KINDS["wan"])), replace(CPU, fp8=ROWS))
+    freed: list[bool] = []
+    torch.nn.Module.__setattr__(dit, "watch", _Watch(freed))
+    del dit
+    gc.collect()  # as modules.devices.free_memory does
+    assert freed == [True]
+
+
+class _Watch:
+    def __init__(self, freed: list[bool]) -> None:
+        self._freed = freed
+
+    def __del__(self) -> None:
+        self._freed.append(True)
+
+
+MEASURE = """
+import re, sys, threading
+from dataclasses import replace
+from pathlib import Path
+import torch
+from modules.fp8.options import Quantisation
+from modules.contract.generation import Placement
+from tests.tiny.wan_dit import tiny_state, write_dit
+from wan.checkpoints import load_dit
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+def load(path, placement):
+    before, peak, done = anonymous(), 0, threading.Event()
+    def sample():
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, anonymous())
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    dit = load_dit(path, placement)
+    done.set()
+    sampler.join()
+    return dit, max(peak, anonymous()) - before
+
+sizes = {"dim": 1024, "num_heads": 8, "ffn_dim": 5120, "num_layers": 8, "text_dim": 1024, "freq_dim": 256}
+placement = Placement(torch.device("cpu"), fp8=Quantisation(sys.argv[1]))
+if sys.argv[1] == "patched":
+    placement = replace(placement, fp8=Quantisation("rows"), patch=lambda name, weight: weight.clone())
+load(write_dit(Path("warm"), tiny_state("t2v", dtype=torch.bfloat16)), placement)
+dit, peak = load(Path("wan.safetensors"), placement)
+kept = sum(tensor.nbytes for tensor in dit.state_dict().values())
+largest = max(weight.numel() for weight in dit.parameters()) * 2
+print((peak - kept) / largest, kept / largest)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux")
+@pytest.mark.parametrize(("how", "most"), [("rows", 2.5), ("cast", 2.5), ("patched", 7)])
+def test_loading_holds_a_few_tensors_beside_what_stays(tmp_path: Path, how: str, most: float) -> None:
+    """In units of the largest tensor: it as it is read, and pieces of it; with a patch copies of it, and holes that they leave."""
+    sizes = {"dim": 1024, "num_heads": 8, "ffn_dim": 5120, "num_layers": 8, "text_dim": 1024, "freq_dim": 256}
+    wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v", dtype=torch.bfloat16, **sizes))
+    done = run_python("-c", MEASURE, how, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})
+    above, model = (float(number) for number in done.stdout.split())
+    assert above < most
+    assert model > 10  # so that the model in 16 bits would not pass

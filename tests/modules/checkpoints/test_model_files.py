@@ -1,0 +1,47 @@
+"""What is read once of a model file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modules.checkpoints.model_files import read_once
+from modules.checkpoints.opening import Checkpoint
+from modules.errors import CheckpointError
+
+READS: list[Path] = []
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    READS.append(checkpoint.path)
+    return list(checkpoint.tensors)
+
+
+def written(path: Path, *tensors: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: torch.zeros(1) for name in tensors}, path)
+    return path
+
+
+def test_a_file_is_opened_once_and_again_where_it_has_changed(tmp_path: Path) -> None:
+    READS.clear()
+    path = written(tmp_path / "a.safetensors", "one")
+    assert read_once(path, names) == read_once(path, names) == ["one"]
+    assert [path] == READS
+    written(path, "one", "two")
+    assert read_once(path, names) == ["one", "two"]
+
+
+def test_a_relative_path_means_the_file_in_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("one", "two"):
+        written(tmp_path / folder / "model.safetensors", folder)
+        monkeypatch.chdir(tmp_path / folder)
+        assert read_once(Path("model.safetensors"), names) == [folder]
+
+
+def test_a_damaged_file_is_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.safetensors").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match=r"^model\.safetensors"):
+        read_once(Path("model.safetensors"), names)

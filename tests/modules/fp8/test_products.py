@@ -1,0 +1,369 @@
+"""Products in fp8 against exact sums. The device's own calls run here too, as torch has a slow CPU kernel for them.
+
+Error bounds. e4m3 has three digits after the point: a number is rounded by at most 2^-4 of itself, below 2^-6 by at most 2^-10.
+A row x is divided by its scale a first, so |x^ - x| <= 2^-4 |x| + 2^-10 a, and an output, summed exactly and rounded to bf16 (2^-9
+of itself), is off by at most
+
+    sum_k (2^-4 |x_k| + 2^-10 a) |w_k| + 2^-8 |y|
+
+with the fp8 weight w taken as exact; the last term is doubled for the product that rounds twice. For the input gradient x is dy
+times the scales of the weight's rows, and w the fp8 numbers without their scales. Rounding is unbiased: over numbers spread evenly
+in the logarithm its mean square is 2^-3 sqrt(0.54 / 12) = 2.7 % of the value, and so is that of a sum of products.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modules.errors import OptionError
+from modules.fp8.options import Quantisation
+from modules.fp8.products import (
+    FEWEST_ROWS,
+    Product,
+    choose_product,
+    emulated_product,
+    fp8_linear,
+    quantise_rows,
+    row_scaled_product,
+    suits_fp8,
+    supports_fp8,
+    tensor_scaled_product,
+    with_product,
+)
+from modules.fp8.weights import attach, quantise
+
+CPU = torch.device("cpu")
+PRODUCTS = (row_scaled_product, tensor_scaled_product, emulated_product)
+SCALES = ("none", "tensor", "rows")
+E4M3 = torch.float8_e4m3fn
+M, K, N = 96, 64, 48
+
+
+def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def fp8_weight(scales: str, rows: int = N, columns: int = K) -> tuple[Tensor, Tensor | None]:
+    """A weight whose rows differ in size by up to 50, in fp8, and its scale."""
+    weight = random(rows, columns, seed=2, dtype=torch.float32) * torch.logspace(-1.7, 0, rows)[:, None]
+    if scales == "none":
+        return weight.to(E4M3), None
+    largest = weight.abs().amax().reshape(1) if scales == "tensor" else weight.abs().amax(1, keepdim=True)
+    return (weight / (largest / 448)).to(E4M3), largest / 448
+
+
+def row_scales(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """N 1 float64."""
+    return torch.ones(len(weight), 1, dtype=torch.float64) if scale is None else scale.double().expand(len(weight), 1)
+
+
+def bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
+    """The largest error of x W^T as derived above. x: M K, weight: N K, both float64."""
+    spacing = 2**-10 * x.abs().amax(1, keepdim=True) / 448
+    return 1.001 * ((2**-4 * x.abs() + spacing) @ weight.abs().T + 2**-8 * exact.abs())
+
+
+@pytest.mark.parametrize(("scales", "product"), itertools.product(SCALES, PRODUCTS))
+def test_the_output_is_within_the_bound_of_rounding(scales: str, product: Product) -> None:
+    x, bias, (weight, scale) = random(M, K), random(N, seed=3), fp8_weight(scales)
+    plain = weight.double() * row_scales(weight, scale)
+    exact = x.double() @ plain.T + bias.double()
+
+    out = fp8_linear(x, weight, scale, bias, product)
+
+    assert out.dtype == torch.bfloat16
+    assert ((out.double() - exact).abs() <= bound(x.double(), plain, exact) + 2**-8 * bias.double().abs()).all()
+
+
+def input_gradient(product: Product, weight: Tensor, scale: Tensor | None, gradient: Tensor) -> Tensor:
+    x = torch.zeros(len(gradient), weight.shape[1], dtype=gradient.dtype, requires_grad=True)
+    fp8_linear(x, weight, scale, None, product).backward(gradient)
+    assert x.grad is not None
+    return x.grad
+
+
+def within_gradient_bound(got: Tensor, weight: Tensor, scale: Tensor | None, gradient: Tensor) -> bool:
+    folded = gradient.double() * row_scales(weight, scale).T
+    exact = folded @ weight.double()
+    return bool(((got.double() - exact).abs() <= bound(folded, weight.double().T, exact)).all())
+
+
+@pytest.mark.parametrize(("scales", "product"), itertools.product(SCALES, PRODUCTS))
+def test_the_input_gradient_is_within_the_bound_of_rounding(scales: str, product: Product) -> None:
+    weight, scale = fp8_weight(scales)
+    gradient = random(M, N, seed=4) * 1e-5  # as small as gradients are
+
+    got = input_gradient(product, weight, scale, gradient)
+
+    assert got.dtype == torch.bfloat16
+    assert within_gradient_bound(got, weight, scale, gradient)
+
+
+def with_wrong_scales(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Product:
+    def product(
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    ) -> Tensor:
+        return emulated_product(a, b, *change(scale_a, scale_b), bias, dtype, fast_sums)
+
+    return product
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda a, b: (a, b * 1.1), lambda a, b: (a.mean().expand(len(a), 1), b), lambda a, b: (a, b.flip(1))],
+    ids=["10 % more", "one scale for all tokens", "scales of the wrong rows"],
+)
+def test_the_bound_sees_a_wrong_scale(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    x, (weight, scale) = random(M, K), fp8_weight("rows")
+    x = x * torch.logspace(-2, 0, M)[:, None].bfloat16()
+    plain = weight.double() * row_scales(weight, scale)
+    exact = x.double() @ plain.T
+
+    out = fp8_linear(x, weight, scale, None, with_wrong_scales(change))
+
+    assert not ((out.double() - exact).abs() <= bound(x.double(), plain, exact)).all()
+
+
+def test_the_gradient_s_bound_sees_scales_that_are_not_folded() -> None:
+    weight, scale = fp8_weight("rows")
+    gradient = random(M, N, seed=4)
+
+    unfolded = input_gradient(emulated_product, weight, None, gradient)
+
+    assert not within_gradient_bound(unfolded, weight, scale, gradient)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_errors_are_as_large_as_rounding_makes_them_and_have_no_direction(product: Product) -> None:
+    x, weight = random(256, 512), fp8_weight("rows", 256, 512)[0]
+    exact = x.double() @ weight.double().T
+
+    error = fp8_linear(x, weight, None, None, product).double() - exact
+
+    size = error.square().mean().sqrt()
+    assert 0.02 < size / exact.square().mean().sqrt() < 0.03  # 2.7 % by the mean square, see above
+    assert abs(error.mean()) < 4 * size / error.numel() ** 0.5  # four standard deviations of the mean of independent errors
+    assert abs((error * exact).sum() / exact.square().sum()) < 0.002  # nor is everything a little too large or too small
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_rows_of_zeros_give_the_bias(product: Product) -> None:
+    x, bias, (weight, scale) = random(M, K), random(N, seed=3), fp8_weight("rows")
+    x[5] = 0
+
+    out = fp8_linear(x, weight, scale, bias, product)
+
+    assert torch.equal(out[5], bias)
+    assert not input_gradient(product, weight, scale, torch.zeros(M, N, dtype=torch.bfloat16)).any()
+
+
+def test_numbers_too_small_for_any_scale_become_zeros() -> None:
+    quantised, scales = quantise_rows(torch.full((1, 16), 1e-42))
+
+    assert not quantised.float().any()
+    assert scales.isfinite().all()
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_an_outlier_costs_other_tokens_nothing(product: Product) -> None:
+    x, (weight, scale) = random(M, K), fp8_weight("rows")
+    calm = fp8_linear(x, weight, scale, None, product)
+    x[7, 3] = 3e4
+
+    out = fp8_linear(x, weight, scale, None, product)
+
+    others = torch.arange(M) != 7
+    assert torch.equal(out[others], calm[others])
+    assert out[7].isfinite().all()
+
+
+@pytest.mark.parametrize(("value", "product"), itertools.product([float("nan"), float("inf"), -float("inf")], PRODUCTS))
+def test_what_is_no_number_is_not_hidden(value: float, product: Product) -> None:
+    x, gradient, (weight, scale) = random(M, K), random(M, N), fp8_weight("rows")
+    x[7, 3] = gradient[9, 2] = value
+
+    out, back = fp8_linear(x, weight, scale, None, product), input_gradient(product, weight, scale, gradient)
+
+    assert [int(row) for row in out.isnan().all(1).nonzero()] == [7]
+    assert [int(row) for row in back.isnan().all(1).nonzero()] == [9]
+    assert out.isnan().any(1).sum() == back.isnan().any(1).sum() == 1
+
+
+@pytest.mark.parametrize("product", PRODUCTS[:2])
+def test_the_emulation_computes_what_the_device_s_calls_do(product: Product) -> None:
+    x, bias, (weight, scale) = random(M, K), random(N, seed=3), fp8_weight("rows")
+
+    out, emulated = (fp8_linear(x, weight, scale, bias, each) for each in (product, emulated_product))
+
+    # another order of summation, and for the second a rounding of 2^-9 more: one or two steps of bf16 of the larger summand
+    torch.testing.assert_close(out, emulated, rtol=2**-7, atol=2**-7)
+
+
+def test_pieces_are_quantised_as_the_whole() -> None:
+    x, fold = random(M, K), torch.rand(1, K)
+    whole, scales = quantise_rows(x, fold)
+
+    pieces, their_scales = quantise_rows(x, fold, piece=10 * K)
+
+    assert torch.equal(pieces.float(), whole.float())
+    assert torch.equal(their_scales, scales)
+
+
+def test_the_backward_pass_keeps_weight_and_scale_alone() -> None:
+    x, (weight, scale) = random(2, M, K).requires_grad_(), fp8_weight("rows")
+    assert scale is not None
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fp8_linear(x, weight, scale, random(N).requires_grad_(False), emulated_product)
+
+    assert [tensor.data_ptr() for tensor in kept] == [weight.data_ptr(), scale.data_ptr()]
+
+
+def test_leading_axes_stay_and_autocast_chooses_the_dtype() -> None:
+    x, (weight, scale) = random(2, 3, 16, K, dtype=torch.float32).requires_grad_(), fp8_weight("tensor")
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fp8_linear(x, weight, scale, random(N, dtype=torch.float32), emulated_product)
+    out.sum().backward()
+
+    assert (out.shape, out.dtype) == ((2, 3, 16, N), torch.bfloat16)
+    assert x.grad is not None
+    assert (x.grad.shape, x.grad.dtype) == (x.shape, torch.float32)
+    assert fp8_linear(x, weight, scale, None, emulated_product).dtype == torch.float32
+
+
+def test_float16_is_multiplied_into_float16() -> None:
+    x, (weight, scale) = random(M, K, dtype=torch.float16), fp8_weight("rows")
+
+    out = fp8_linear(x, weight, scale, None, emulated_product)
+
+    exact = x.double() @ (weight.double() * row_scales(weight, scale)).T
+    assert out.dtype == torch.float16
+    assert ((out.double() - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "scale", "dtype", "suits"),
+    [
+        (48, 64, 16, None, E4M3, True),
+        (48, 64, 16, torch.ones(1), E4M3, True),
+        (48, 64, 16, torch.ones(()), E4M3, True),
+        (48, 64, 16, torch.ones(48, 1), E4M3, True),
+        (40, 64, 16, None, E4M3, False),
+        (48, 60, 16, None, E4M3, False),
+        (48, 64, 15, None, E4M3, False),
+        (48, 128, 16, torch.ones(48, 2, 1), E4M3, False),
+        (48, 64, 16, torch.ones(48, 1, 1), E4M3, False),
+        (48, 64, 16, None, torch.float8_e5m2, False),
+    ],
+)
+def test_what_does_not_suit_is_told_from_shapes(
+    rows: int, columns: int, tokens: int, scale: Tensor | None, dtype: torch.dtype, suits: bool
+) -> None:
+    assert suits_fp8(torch.empty(1, tokens, columns), torch.empty(rows, columns, dtype=dtype), scale) == suits
+
+
+def test_it_compiles_to_one_graph_for_all_token_counts() -> None:
+    weights = [fp8_weight("rows") for _ in range(2)]
+    graphs = []
+
+    def three(x: Tensor) -> Tensor:
+        (first, scale), (second, second_scale) = weights
+        h = fp8_linear(x, first, scale, None, emulated_product)
+        return h + fp8_linear(x, second, second_scale, None, emulated_product)
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(three, backend=count, fullgraph=True, dynamic=True)
+    for tokens in (24, 40):
+        x = random(1, tokens, K).requires_grad_()
+        out = compiled(x)
+        gradient = torch.autograd.grad(out.sum(), x)[0]
+        assert torch.equal(out, three(x))
+        assert torch.equal(gradient, torch.autograd.grad(three(x).sum(), x)[0])
+
+    assert len(graphs) == 1
+
+
+def refusing(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+) -> Tensor:
+    raise RuntimeError("row-wise scaling is not built in\nat line 1")
+
+
+def wrong(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+) -> Tensor:
+    return torch.zeros(a.shape[0], b.shape[1], dtype=dtype)
+
+
+def test_a_device_without_fp8_units_is_refused() -> None:
+    assert not supports_fp8(CPU)
+    with pytest.raises(OptionError, match=r"--fp8_fast: the device cpu has no fp8 units.*Leave --fp8_fast out"):
+        choose_product(CPU)
+
+
+def test_the_first_product_that_works_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_product(CPU, lambda _: True) is row_scaled_product
+    with caplog.at_level(logging.INFO):
+        assert choose_product(CPU, lambda _: True, (refusing, tensor_scaled_product)) is tensor_scaled_product
+    assert "row-wise scaling is not built in" in caplog.text
+    with pytest.raises(OptionError, match="cannot multiply in fp8 on the device cpu: the product of two tiles of ones is 0.0"):
+        choose_product(CPU, lambda _: True, (refusing, wrong))
+
+
+def test_a_product_is_looked_for_only_where_it_is_asked_for() -> None:
+    for quantisation in (None, Quantisation("rows")):
+        assert with_product(quantisation, CPU) is quantisation
+    with pytest.raises(OptionError, match="--fp8_fast"):
+        with_product(Quantisation("rows", fp8_matmul=True), CPU)
+
+
+def in_fp8(quantisation: Quantisation, rows: int = N) -> nn.Linear:
+    layer = nn.Linear(K, rows, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    layer.bias = nn.Parameter(random(rows, seed=3), requires_grad=False)
+    attach(layer, *quantise(random(rows, K, seed=2), quantisation), quantisation)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["cast", "tensor", "rows"])
+def test_a_layer_multiplies_in_fp8_what_suits_it_and_all_else_in_16_bits(kind: str) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def counted(
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    ) -> Tensor:
+        calls.append(tuple(a.shape))
+        return emulated_product(a, b, scale_a, scale_b, bias, dtype, fast_sums)
+
+    plain, fast = Quantisation(kind), Quantisation(kind, product=counted)
+    for tokens, rows, in_8_bits in ((M, N, True), (M, N + 1, False), (FEWEST_ROWS - 1, N, False)):
+        calls.clear()
+        x = random(1, tokens, K).requires_grad_()
+        expected, out = in_fp8(plain, rows)(x), in_fp8(fast, rows)(x)
+        out.sum().backward()
+        assert calls == ([(tokens, K), (tokens, rows)] if in_8_bits else [])  # forward and the gradient of the input
+        assert torch.equal(out, expected) != in_8_bits
+        assert (out - expected).norm() < 0.04 * expected.norm()
+
+
+def test_rounding_in_float32_layers_is_for_what_is_multiplied_in_16_bits() -> None:
+    x = random(M, K)
+    fast = Quantisation("rows", product=emulated_product)
+    wide = Quantisation("rows", float32_linear=True, product=emulated_product)
+
+    assert torch.equal(in_fp8(fast)(x), in_fp8(wide)(x))
+    assert not torch.equal(in_fp8(fast)(x[:3]), in_fp8(wide)(x[:3]))

@@ -1,0 +1,235 @@
+"""Linear layers whose weights are kept in 8 bits."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from modules.fp8.options import Quantisation
+from modules.fp8.weights import (
+    E4M3,
+    attach,
+    dequantise,
+    is_quantised,
+    linear_weights,
+    quantise,
+    quantised_layers,
+    scale_of,
+    stored_scale,
+)
+from tests.golden_cases import read_case
+
+CAST, TENSOR, ROWS = (Quantisation(kind) for kind in ("cast", "tensor", "rows"))
+HALF_STEP = 2**-4  # e4m3 has three digits of mantissa: the largest relative error of a number that is not tiny
+GOLDEN = [f"{size}.{dtype}" for size in ("normal", "small", "wide") for dtype in ("float32", "bfloat16")]
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def quantised(layer: nn.Linear, quantisation: Quantisation) -> nn.Linear:
+    """A copy of the layer with its weight in 8 bits."""
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    attach(layer, *quantise(layer.weight, quantisation), quantisation)
+    return layer
+
+
+def multiplied_out(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    return dequantise(layer.weight, scale_of(layer), dtype)
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_one_scale_per_weight_gives_the_golden_numbers(case: str) -> None:
+    _, golden = read_case("fp8_scaled")
+    weight = golden[f"{case}.weight"]
+    rounded, scale = quantise(weight, TENSOR)
+    assert scale is not None
+    assert torch.equal(rounded.view(torch.uint8), golden[f"{case}.fp8_bytes"])
+    assert scale.dtype == torch.float32
+    assert torch.equal(scale, golden[f"{case}.scale_weight"].float())
+    assert torch.equal(dequantise(rounded, scale, weight.dtype), golden[f"{case}.dequantised"])
+
+
+def test_a_layer_gives_the_golden_output() -> None:
+    _, golden = read_case("fp8_scaled")
+    weight = golden["normal.float32.weight"]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    attach(layer, *quantise(weight, TENSOR), TENSOR)
+    # two sums of 40 products in another order
+    torch.testing.assert_close(layer(golden["x"]), golden["linear_out_dequant_fp32"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_per_row_is_that_of_the_row_alone() -> None:
+    weight = drawn(6, 40, dtype=torch.bfloat16) * torch.logspace(-3, 2, 6)[:, None].bfloat16()
+    rounded, scale = quantise(weight, ROWS)
+    assert scale is not None
+    assert scale.shape == (6, 1)
+    for row in range(6):
+        alone, own = quantise(weight[row : row + 1], TENSOR)
+        assert own is not None
+        assert torch.equal(alone.view(torch.uint8)[0], rounded.view(torch.uint8)[row])
+        assert own.item() == scale[row].item()
+
+
+def test_rows_of_very_different_size_need_scales_of_their_own() -> None:
+    weight = drawn(8, 64) * torch.logspace(-6, 0, 8)[:, None]
+
+    def worst(quantisation: Quantisation) -> float:
+        back = dequantise(*quantise(weight, quantisation))
+        return float(((back - weight).norm(dim=1) / weight.norm(dim=1)).max())
+
+    assert worst(ROWS) < HALF_STEP
+    assert worst(TENSOR) > 0.5
+
+
+def test_weights_of_usual_size_are_nearer_with_scales_than_cast() -> None:
+    """The mean error of normal numbers is 2.25 % of their size; without a scale many lie below the smallest normal number."""
+    weight = 0.02 * drawn(64, 1024)
+
+    def mean(quantisation: Quantisation) -> float:
+        return float((dequantise(*quantise(weight, quantisation)) - weight).abs().mean() / weight.abs().mean())
+
+    assert mean(ROWS) == pytest.approx(0.0225, abs=0.0005)
+    assert mean(TENSOR) == pytest.approx(0.0225, abs=0.0005)
+    assert mean(CAST) > 0.03
+
+
+def test_float32_scales_are_finer_than_those_of_bfloat16() -> None:
+    weight = drawn(16, 40, dtype=torch.bfloat16)
+    _, coarse = quantise(weight, ROWS)
+    _, fine = quantise(weight, Quantisation("rows", float32_scales=True))
+    assert coarse is not None
+    assert fine is not None
+    assert torch.equal(fine, weight.float().abs().amax(1, keepdim=True) / 448)
+    assert torch.equal(coarse, coarse.bfloat16().float())
+    assert not torch.equal(coarse, fine)
+
+
+def test_scales_of_float16_weights_are_float32_because_float16_cannot_hold_them() -> None:
+    weight = drawn(4, 40).mul(1e-4).half()
+    _, scale = quantise(weight, ROWS)
+    assert scale is not None
+    assert torch.equal(scale, weight.float().abs().amax(1, keepdim=True) / 448)
+
+
+@pytest.mark.parametrize("quantisation", [TENSOR, ROWS], ids=["tensor", "rows"])
+def test_zeros_stay_zeros(quantisation: Quantisation) -> None:
+    rounded, scale = quantise(torch.zeros(4, 8), quantisation)
+    assert scale is not None
+    assert (scale == 1).all()
+    assert (dequantise(rounded, scale) == 0).all()
+
+
+def test_a_plain_cast_saturates_rather_than_becoming_no_number() -> None:
+    weight = torch.tensor([[1000.0, -1000.0, 448.0, 0.5, 500.0]])
+    rounded, scale = quantise(weight, CAST)
+    assert scale is None
+    assert rounded.float().tolist() == [[448.0, -448.0, 448.0, 0.5, 448.0]]
+
+
+def test_large_weights_are_rounded_in_pieces_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = drawn(37, 24)
+    whole, _ = quantise(weight, ROWS)
+    monkeypatch.setattr("modules.fp8.weights._BLOCK_ELEMENTS", 100)  # four rows
+    pieces, _ = quantise(weight, ROWS)
+    assert torch.equal(whole.view(torch.uint8), pieces.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"), [((), (1,)), ((1,), (1,)), ((6,), (6, 1)), ((6, 1), (6, 1)), ((6, 4, 1), (6, 4, 1)), ((1, 1), (1,))]
+)
+def test_scales_of_every_shape_are_applied(stored: tuple[int, ...], kept: tuple[int, ...]) -> None:
+    weight, scale = drawn(6, 8).to(E4M3), drawn(*stored, seed=1).abs().bfloat16()
+    found = stored_scale(scale)
+    assert found.shape == kept
+    assert found.dtype == torch.float32
+    each = scale.float() if scale.ndim == 3 else scale.float().reshape(-1, 1, 1)
+    expected = (weight.float().view(6, -1, 2) * each).view(6, 8)
+    assert torch.equal(dequantise(weight, found), expected)
+    assert torch.equal(dequantise(weight, scale), expected)
+    # rounded once, not the scale before it
+    assert torch.equal(dequantise(weight, found, torch.bfloat16), expected.bfloat16())
+
+
+@pytest.mark.parametrize("quantisation", [CAST, TENSOR, ROWS], ids=["cast", "tensor", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_and_its_gradient_are_those_of_the_weight_multiplied_out(quantisation: Quantisation, dtype: torch.dtype) -> None:
+    layer = quantised(nn.Linear(24, 16).to(dtype), quantisation)
+    plain = multiplied_out(layer, dtype)
+    x, gradient = drawn(2, 5, 24, dtype=dtype), drawn(2, 5, 16, seed=2, dtype=dtype)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outputs = [layer(inputs[0]), functional.linear(inputs[1], plain, layer.bias)]
+    for output in outputs:
+        output.backward(gradient)
+    assert torch.equal(outputs[0], outputs[1])
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is not None
+    # the same products; the plain layer's backward may add them up in another order
+    close = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=close, atol=close)
+
+
+def test_the_backward_pass_keeps_no_copy_of_the_weight_in_16_bits() -> None:
+    layer = quantised(nn.Linear(64, 48).bfloat16(), ROWS)
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(drawn(3, 64, dtype=torch.bfloat16).requires_grad_())
+    assert any(tensor is layer.weight or tensor.data_ptr() == layer.weight.data_ptr() for tensor in saved)
+    assert all(tensor.dtype == E4M3 for tensor in saved if tensor.numel() == layer.weight.numel())
+
+
+def test_a_layer_computes_in_the_dtype_of_autocast() -> None:
+    layer = quantised(nn.Linear(24, 16), ROWS)
+    x = drawn(3, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    expected = functional.linear(x.bfloat16(), multiplied_out(layer, torch.bfloat16), layer.bias.bfloat16())
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float32_layers_compute_outside_autocast_and_give_back_the_usual_dtype(autocast: bool) -> None:
+    layer = quantised(nn.Linear(24, 16).bfloat16(), Quantisation("rows", float32_linear=True))
+    x = drawn(3, 24, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layer(x)
+    expected = functional.linear(x.float(), multiplied_out(layer, torch.float32), layer.bias.float()).bfloat16()
+    assert torch.equal(out, expected)
+
+
+def test_a_layer_survives_copying_moving_and_its_state() -> None:
+    layer = quantised(nn.Linear(24, 16), ROWS)
+    other = copy.deepcopy(layer)
+    scale = scale_of(other)
+    assert scale is not None
+    scale.mul_(2)
+    x = drawn(3, 24)
+    assert not torch.equal(other(x), layer(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.to("cpu")(x), layer(x))
+    assert other.weight.dtype == E4M3
+
+
+def test_names_of_linear_layers_are_found_by_list_and_by_what_they_are_not() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.norm, self.modulation = nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2)
+
+    network = nn.Module()
+    network.blocks, network.head, network.blocks_out = nn.ModuleList([Block()]), nn.Linear(2, 2), nn.Linear(2, 2)
+    assert linear_weights(network, ["blocks"], ["modulation"]) == {"blocks.0.q.weight"}
+    assert linear_weights(network) == {f"{name}.weight" for name in ("blocks.0.q", "blocks.0.modulation", "head", "blocks_out")}
+    attach(network.head, *quantise(network.head.weight.detach(), ROWS), ROWS)
+    assert list(quantised_layers(network)) == ["head"]
+    assert is_quantised(network.head)
+    assert not is_quantised(network.blocks_out)

@@ -1,0 +1,362 @@
+"""Images and videos on disk: what is written is read back; damaged files are told by name and reason."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from modules.errors import MediaError, OutputError
+from modules.media.reading import image_size, image_suffixes, read_image, read_tags, resize_cover, video_frames, video_info
+from modules.media.writing import Segment, join_videos, segment_of, write_png, write_video
+from tests.golden_cases import read_case
+
+GOLDEN_RESIZES = ["50x37_to_32x32", "20x14_to_32x32", "32x32_to_32x32", "64x20_to_32x16"]
+
+
+def gradients(count: int, width: int = 64, height: int = 48) -> Iterator[np.ndarray]:
+    """Smooth coloured frames, each a little brighter than the one before."""
+    x, y = np.meshgrid(np.linspace(0, 150, width), np.linspace(0, 120, height))
+    for index in range(count):
+        yield np.stack([x + index, y + 2 * index, 200 - x], axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def write_noise(path: Path, count: int = 48) -> None:
+    """A clip whose frames are hard to compress, so that cutting the file cuts frames."""
+    generator = np.random.default_rng(0)
+    write_video(path, (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(count)), 16, preset="ultrafast")
+
+
+def cut(path: Path, fraction: float) -> Path:
+    shorter = path.with_name("cut_" + path.name)
+    data = path.read_bytes()
+    shorter.write_bytes(data[: int(len(data) * fraction)])
+    return shorter
+
+
+@pytest.mark.parametrize("name", GOLDEN_RESIZES)
+def test_resizing_equals_the_recorded_pixels(name: str) -> None:
+    description, tensors = read_case("resize_pixels")
+    expected = tensors[f"{name}.out"].numpy()
+
+    resized = resize_cover(tensors[f"{name}.in"].numpy(), (expected.shape[1], expected.shape[0]))
+
+    assert resized.shape == expected.shape
+    assert np.abs(resized.astype(int) - expected).max() <= description["tolerance"]["out"]["max_abs_diff"]
+
+
+def test_resizing_keeps_an_alpha_channel() -> None:
+    image = np.full((20, 30, 4), 128, np.uint8)
+
+    assert resize_cover(image, (16, 16)).shape == (16, 16, 4)
+    assert resize_cover(image, (64, 64)).shape == (64, 64, 4)
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("h264", ".mp4"), ("h264", ".mkv"), ("h265", ".mp4"), ("h265", ".mkv"), ("prores", ".mkv")]
+)
+def test_a_written_video_is_read_back(tmp_path: Path, codec: str, suffix: str) -> None:
+    path = tmp_path / f"a clip é漢{suffix}"
+    frames = list(gradients(9))
+
+    write_video(path, frames, 16, codec=codec, preset="ultrafast")
+
+    back = list(video_frames(path))
+    assert len(back) == 9
+    assert np.abs(np.stack(back).astype(int) - np.stack(frames)).mean() < 2.5
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == {"h264": "h264", "h265": "hevc", "prores": "prores"}[codec]
+        assert stream.codec_context.pix_fmt == ("yuv422p10le" if codec == "prores" else "yuv420p")
+        assert stream.average_rate == 16
+    assert (video_info(path).width, video_info(path).height, video_info(path).fps) == (64, 48, 16)
+
+
+def test_the_last_row_and_column_of_an_odd_size_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "odd.mp4"
+
+    write_video(path, gradients(2, 33, 47), 24, preset="ultrafast")
+
+    assert next(video_frames(path)).shape == (46, 32, 3)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_equal_frames_give_equal_pictures(tmp_path: Path, suffix: str) -> None:
+    first, second = tmp_path / f"1{suffix}", tmp_path / f"2{suffix}"
+
+    for path in (first, second):
+        write_video(path, gradients(5), 16, preset="ultrafast", tags={"bt_prompt": "a cat"})
+
+    # not byte for byte: x264 may decide differently in a bit for equal frames
+    pictures = [np.stack(list(video_frames(path))).astype(float) for path in (first, second)]
+    assert pictures[0].shape == pictures[1].shape
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1
+    assert read_tags(first) == read_tags(second)
+
+
+def test_a_bit_rate_replaces_the_quality_setting(tmp_path: Path) -> None:
+    for name, bit_rate in (("small", 20_000), ("large", 2_000_000)):
+        generator = np.random.default_rng(0)
+        frames = (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(24))
+        write_video(tmp_path / f"{name}.mp4", frames, 24, bit_rate=bit_rate)
+
+    assert 10 * (tmp_path / "small.mp4").stat().st_size < (tmp_path / "large.mp4").stat().st_size
+
+
+def test_tags_stand_in_mkv_but_not_in_mp4(tmp_path: Path) -> None:
+    tags = {"bt_prompt": "ein Käfer, 漢字 --f 9", "bt_seeds": "7"}
+    for name in ("clip.mkv", "clip.mp4"):
+        write_video(tmp_path / name, gradients(2), 16, preset="ultrafast", tags=tags)
+
+    assert tags.items() <= read_tags(tmp_path / "clip.mkv").items()
+    assert not [name for name in read_tags(tmp_path / "clip.mp4") if name.startswith("bt_")]
+
+
+def test_png_text_is_read_back_as_written(tmp_path: Path) -> None:
+    frame = next(gradients(1))
+    text = {"bt_prompt": "plain", "bt_negative_prompt": "色调艳丽, é"}
+
+    write_png(tmp_path / "bild ü.png", frame, text)
+
+    assert read_tags(tmp_path / "bild ü.png") == text
+    np.testing.assert_array_equal(read_image(tmp_path / "bild ü.png"), frame)
+
+
+def test_a_folder_of_images_is_a_video_in_name_order(tmp_path: Path) -> None:
+    for name, value in (("b.png", 2), ("a.jpg", 1), ("c.PNG", 3)):
+        Image.new("RGB", (8, 6), (value * 50,) * 3).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a frame")
+
+    frames = list(video_frames(tmp_path))
+
+    assert [round(frame.mean() / 50) for frame in frames] == [1, 2, 3]
+    assert video_info(tmp_path).frames == 3
+
+
+@pytest.mark.parametrize("degrees", [90, -90, 180])
+def test_frames_are_turned_upright(tmp_path: Path, degrees: int) -> None:
+    frame = np.zeros((32, 64, 3), np.uint8)
+    frame[:16, :32] = 255  # top left
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(degrees)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+    (upright,) = video_frames(path)
+
+    expected = np.rot90(frame, degrees // 90)  # the matrix turns counter-clockwise
+    assert upright.shape == expected.shape
+    assert np.abs(upright.astype(int) - expected).mean() < 8
+    assert (video_info(path).width, video_info(path).height) == (expected.shape[1], expected.shape[0])
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize("matrix", ["ITU601", "ITU709"])
+def test_colours_are_read_by_what_the_file_says(tmp_path: Path, full_range: bool, matrix: str) -> None:
+    colour = np.zeros((32, 32, 3), np.uint8) + np.array([200, 40, 90], np.uint8)
+    path = tmp_path / "colour.mkv"
+    space = av.video.reformatter.Colorspace[matrix]
+    levels = av.video.reformatter.ColorRange["JPEG" if full_range else "MPEG"]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16, options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.color_range = levels.value
+        stream.codec_context.colorspace = space.value
+        frame = av.VideoFrame.from_ndarray(colour, format="rgb24")
+        container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=levels)))
+        container.mux(stream.encode())
+
+    (back,) = video_frames(path)
+
+    assert np.abs(back.astype(int) - colour).max() <= 4
+
+
+def test_frames_of_uneven_durations_come_in_playing_order(tmp_path: Path) -> None:
+    path = tmp_path / "uneven.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for index, time in enumerate([0, 1, 5, 6, 20]):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 40 * index + 20, np.uint8), format="rgb24")
+            frame.pts = time
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+    assert [round((frame.mean() - 20) / 40) for frame in video_frames(path)] == [0, 1, 2, 3, 4]
+
+
+def test_image_size_needs_only_the_header_and_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken sideways
+    Image.effect_noise((400, 200), 80).save(tmp_path / "phone.jpg", exif=exif)
+
+    assert image_size(cut(tmp_path / "phone.jpg", 0.5)) == (200, 400)
+    assert read_image(tmp_path / "phone.jpg").shape == (400, 200, 3)
+    with pytest.raises(MediaError, match="truncated"):
+        read_image(tmp_path / "cut_phone.jpg")
+
+
+def test_alpha_is_kept_only_when_asked_for_and_there(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (10, 20, 30, 40)).save(tmp_path / "rgba.png")
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "rgb.png")
+
+    assert read_image(tmp_path / "rgba.png", alpha=True)[0, 0].tolist() == [10, 20, 30, 40]
+    assert read_image(tmp_path / "rgba.png").shape == (8, 8, 3)
+    assert read_image(tmp_path / "rgb.png", alpha=True).shape == (8, 8, 3)
+
+
+def test_grey_of_sixteen_bits_is_scaled(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(tmp_path / "grey.png")
+
+    assert read_image(tmp_path / "grey.png")[0, 0].tolist() == [128, 128, 128]
+
+
+def test_the_usual_image_types_are_readable() -> None:
+    assert {".png", ".jpg", ".jpeg", ".webp", ".bmp"} <= image_suffixes()
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_video_that_was_cut_short_is_refused(tmp_path: Path, suffix: str) -> None:
+    write_noise(tmp_path / f"whole{suffix}")
+
+    with pytest.raises(MediaError, match=f"cut_whole{suffix}.*(cut short|cannot be read)"):
+        list(video_frames(cut(tmp_path / f"whole{suffix}", 0.6)))
+
+
+def test_a_cut_file_with_its_index_in_front_is_refused(tmp_path: Path) -> None:
+    write_noise(tmp_path / "plain.mp4")
+    with (
+        av.open(str(tmp_path / "plain.mp4")) as source,
+        av.open(str(tmp_path / "fast.mp4"), "w", options={"movflags": "faststart"}) as out,
+    ):
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+
+    with pytest.raises(MediaError, match="damaged or cut short|cannot be read"):
+        list(video_frames(cut(tmp_path / "fast.mp4", 0.6)))
+
+
+def test_the_first_frames_of_a_cut_file_can_still_be_used(tmp_path: Path) -> None:
+    write_noise(tmp_path / "whole.mkv")
+
+    frames = video_frames(cut(tmp_path / "whole.mkv", 0.6))
+
+    assert [next(frames).shape for _ in range(5)] == [(64, 64, 3)] * 5
+
+
+@pytest.mark.parametrize("name", ["empty.mp4", "empty.png", "noise.mp4", "noise.png", "absent.mp4", "folder"])
+def test_unreadable_files_are_named_with_the_reason(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.startswith("noise"):
+        path.write_bytes(bytes(range(256)) * 20)
+    elif name.startswith("empty"):
+        path.touch()
+    elif name == "folder":
+        path.mkdir()
+    reason = {"empty": "0 bytes", "noise": "cannot be read|can be read", "absent": "does not exist", "folder": "without images"}[
+        path.stem
+    ]
+
+    with pytest.raises(MediaError, match=reason) as caught:
+        read_image(path) if name.endswith(".png") else list(video_frames(path))
+
+    assert str(path) in str(caught.value)
+
+
+def test_a_sound_file_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+    with pytest.raises(MediaError, match="no video stream, only audio"):
+        list(video_frames(path))
+
+
+def test_a_name_with_a_colon_is_a_file_name(tmp_path: Path) -> None:
+    write_noise(tmp_path / "plain.mkv", 2)
+    shutil.move(tmp_path / "plain.mkv", tmp_path / "rtmp:take 2.mkv")
+
+    assert len(list(video_frames(tmp_path / "rtmp:take 2.mkv"))) == 2
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"earlier")
+
+    def breaking() -> Iterator[np.ndarray]:
+        yield from gradients(3)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="disk is full"):
+        write_video(path, breaking(), 16)
+
+    assert path.read_bytes() == b"earlier"
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_codec_that_does_not_fit_the_container_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="prores is written to .mkv"):
+        write_video(tmp_path / "clip.mp4", gradients(2), 16, codec="prores")
+    with pytest.raises(MediaError, match="no frame to write"):
+        write_video(tmp_path / "clip.mkv", [], 16)
+
+
+def segments(folder: Path, frames: list[np.ndarray], lengths: list[int], fps: float = 30) -> list[Segment]:
+    """The frames cut into videos of their own."""
+    found, start = [], 0
+    for number, length in enumerate(lengths):
+        write_video(folder / f"{number}.mp4", frames[start : start + length], fps, preset="veryfast")
+        found.append(segment_of(folder / f"{number}.mp4", fps))
+        start += length
+    return found
+
+
+@pytest.mark.parametrize("lengths", [[7], [1, 2, 17, 3, 20], [20, 1, 20]], ids=str)
+@pytest.mark.parametrize("fps", [30, 23.976])
+def test_joined_videos_show_the_same_pictures_one_behind_the_other(tmp_path: Path, lengths: list[int], fps: float) -> None:
+    frames = list(gradients(sum(lengths)))
+    parts = segments(tmp_path, frames, lengths, fps)
+    assert [part.frames for part in parts] == lengths
+    assert max(part.lead for part in parts) > 0 or max(lengths) < 10  # frames that are stored out of order are among them
+
+    join_videos(tmp_path / "joined.mp4", parts, fps)
+
+    expected = [frame for part in parts for frame in video_frames(part.path)]
+    assert all((ours == theirs).all() for ours, theirs in zip(video_frames(tmp_path / "joined.mp4"), expected, strict=True))
+    with av.open(str(tmp_path / "joined.mp4")) as container:
+        stream = container.streams.video[0]
+        times = [float(frame.time) for frame in container.decode(stream)]
+        assert stream.frames == sum(lengths)
+        assert stream.codec_context.colorspace == av.video.reformatter.Colorspace.ITU709.value
+    np.testing.assert_allclose(times, np.arange(sum(lengths)) / fps, atol=1e-4)  # the container counts in ticks
+
+
+def test_videos_of_other_settings_are_not_joined(tmp_path: Path) -> None:
+    parts = segments(tmp_path, list(gradients(4)), [4])
+    write_video(tmp_path / "other.mp4", gradients(4, 32, 32), 30)
+    with pytest.raises(MediaError, match="other settings"):
+        join_videos(tmp_path / "joined.mp4", [*parts, segment_of(tmp_path / "other.mp4", 30)], 30)
+    assert not (tmp_path / "joined.mp4").exists()
+
+
+def test_joining_leaves_the_file_that_is_being_watched_alone(tmp_path: Path) -> None:
+    frames = list(gradients(12))
+    parts = segments(tmp_path, frames, [4, 8])
+    join_videos(tmp_path / "joined.mp4", parts[:1], 30)
+    with av.open(str(tmp_path / "joined.mp4")) as player:
+        join_videos(tmp_path / "joined.mp4", parts, 30)
+        assert sum(1 for _ in player.decode(video=0)) == 4
+    assert sum(1 for _ in video_frames(tmp_path / "joined.mp4")) == 12

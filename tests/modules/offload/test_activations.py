@@ -1,0 +1,187 @@
+"""Inputs of blocks in host memory: through a transfer that copies as late as it may and spoils what nobody may read any more."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modules.offload.activations import ALIGNMENT, HostMemory, Offload, offload_to_host
+from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.transfer import Pairs
+from tests.tiny.dits import DITS, TinyDit, gradients
+
+SIZE, LARGER = (2, 4, 6, 9), (3, 6, 8, 11)
+
+
+class LateTransfer:
+    """A copy happens when it is waited for; the source of a saved one is spoilt then, as memory that is used for something else."""
+
+    def __init__(self) -> None:
+        self.actions: list[str] = []
+        self._names: dict[int, int] = {}  # of pieces of host memory, in the order of their making
+        self._waiting: list[tuple[str, Tensor, Tensor]] = []
+
+    def make(self, size_bytes: int) -> Tensor:
+        piece = torch.full((size_bytes,), 255, dtype=torch.uint8)  # as numbers: NaN
+        self._names[piece.data_ptr()] = len(self._names)
+        return piece
+
+    def memory(self, size_bytes: int) -> Tensor:
+        raise AssertionError("such memory is held back by the stream of the copies")
+
+    def mark(self) -> str:
+        return "now"
+
+    def copy(self, pairs: Pairs, after: Any) -> int:
+        assert after == "now"
+        ((target, source),) = pairs
+        leaves = target.data_ptr() in self._names
+        name = f"{'save' if leaves else 'fetch'} {self._names[(target if leaves else source).data_ptr()]}"
+        self.actions.append(name)
+        target.fill_(math.nan)
+        self._waiting.append((name, target, source))
+        return len(self._waiting)
+
+    def wait(self, moment: int) -> None:
+        name, target, source = self._waiting[moment - 1]
+        self.actions.append(name.replace("save", "saved").replace("fetch", "fetched"))
+        target.copy_(source)
+        if name.startswith("save"):
+            source.data.fill_(math.nan)
+
+    def finish(self) -> None:
+        raise AssertionError("nothing waits on the host")
+
+
+def away() -> tuple[Offload, LateTransfer]:
+    transfer = LateTransfer()
+    return Offload(transfer, transfer.make), transfer
+
+
+def dressed(tiny: TinyDit, offload: Offload | None, blocks: int = 3, **arguments: Any) -> tuple[nn.Module, Any]:
+    dit, network = tiny.with_lora(blocks, **arguments)
+    checkpoint_blocks(dit.train(), tiny.spec, offload=offload)
+    return dit, network
+
+
+def assert_equal(ours: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]]) -> None:
+    assert torch.equal(ours[0], theirs[0])
+    assert all(torch.equal(one, other) for one, other in zip(ours[1], theirs[1], strict=True))
+    assert any(one.any() for one in ours[1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [{"neuron_dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.4"}], ids=str)
+@pytest.mark.parametrize("tiny", DITS, ids=lambda dit: dit.name)
+def test_gradients_are_equal_to_the_bit(tiny: TinyDit, dropout: dict[str, Any], autocast: bool) -> None:
+    offload, transfer = away()
+    plain, ours = dressed(tiny, None, **dropout), dressed(tiny, offload, **dropout)
+
+    for step, size in enumerate((SIZE, LARGER, SIZE)):
+        results = []
+        for dit, network in (plain, ours):
+            network.set_dropout_seed(step)
+            results.append(gradients(dit, network, tiny.inputs(size, 2), autocast))
+        assert_equal(results[1], results[0])
+    assert transfer.actions
+
+
+def test_inputs_leave_while_their_block_computes_and_come_back_one_block_ahead() -> None:
+    tiny, (offload, transfer) = DITS[0], away()
+    dit, network = dressed(tiny, offload, blocks=4)
+
+    gradients(dit, network, tiny.inputs(SIZE, 1))
+
+    assert transfer.actions == [
+        *("save 0", "saved 0", "save 1", "saved 1", "save 2"),  # the input of the last block stays
+        *("saved 2", "fetch 2", "fetched 2", "fetch 1"),  # the third block is differentiated while the second's input comes
+        *("fetched 1", "fetch 0"),
+        "fetched 0",
+    ]
+
+
+def test_host_memory_is_used_again_and_grows_with_the_largest_size_only() -> None:
+    tiny, (offload, _) = DITS[0], away()
+    dit, network = dressed(tiny, offload, blocks=4)
+
+    sizes = []
+    for size in (SIZE, SIZE, LARGER, SIZE, LARGER):
+        gradients(dit, network, tiny.inputs(size, 1))
+        sizes.append(offload.memory.size_bytes)
+
+    assert sizes[0] == sizes[1] < sizes[2] == sizes[3] == sizes[4]
+    tokens, width, needed = 3 * 3 * 4, 128 * 4, 3  # of the larger size; bytes of a token; blocks but the last
+    assert sizes[4] == tokens * width * needed
+
+
+def test_two_forward_passes_may_stand_before_their_backward_passes() -> None:
+    tiny = DITS[0]
+    results = []
+    for offload in (None, away()[0]):
+        dit, network = dressed(tiny, offload)
+        losses = [dit(**tiny.inputs(size, 1)).square().mean() for size in (SIZE, LARGER)]
+        losses[0].backward()
+        losses[1].backward()
+        results.append([parameter.grad for parameter in network.parameters()])
+
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_pass_that_is_given_up_gives_its_memory_back() -> None:
+    tiny, (offload, _) = DITS[0], away()
+    dit, network = dressed(tiny, offload)
+    dit(**tiny.inputs(SIZE, 1))  # nothing is differentiated
+    size = offload.memory.size_bytes
+
+    gradients(dit, network, tiny.inputs(SIZE, 1))
+
+    assert offload.memory.size_bytes == size
+
+
+def test_without_gradients_nothing_leaves() -> None:
+    tiny, (offload, transfer) = DITS[0], away()
+    dit, _ = dressed(tiny, offload)
+
+    with torch.no_grad():
+        dit(**tiny.inputs(SIZE, 1))
+    dit.eval()(**tiny.inputs(SIZE, 1)).sum().backward()
+
+    assert transfer.actions == []
+
+
+def test_what_was_sent_for_and_is_not_used_is_waited_for() -> None:
+    """A backward pass that goes only half of the way: the memory of a copy may not be used for something else before its end."""
+    offload, transfer = away()
+    x = torch.ones(2, 2, requires_grad=True)
+    with offload.hooks():
+        first = x.square()
+        second = first.clone().square()
+    transfer.actions.clear()
+
+    torch.autograd.grad(second.sum(), first)
+    assert transfer.actions[-1] == "fetch 0"
+    del first, second
+
+    assert transfer.actions[-1] == "fetched 0"
+
+
+def test_on_a_cpu_inputs_are_copied_at_once() -> None:
+    tiny, results = DITS[2], []
+    for offload in (None, offload_to_host(torch.device("cpu"))):
+        dit, network = dressed(tiny, offload)
+        results.append(gradients(dit, network, tiny.inputs(SIZE, 2)))
+
+    assert_equal(results[1], results[0])
+
+
+def test_pieces_are_aligned_and_the_smallest_that_fits_is_taken() -> None:
+    memory = HostMemory(lambda size: torch.empty(size, dtype=torch.uint8))
+    large, small = memory.take(10_000), memory.take(100)
+
+    assert large.numel() % ALIGNMENT == small.numel() % ALIGNMENT == 0
+    memory.put(large)
+    memory.put(small)
+    assert memory.take(90) is small
+    assert memory.take(90) is large

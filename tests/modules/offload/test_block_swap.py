@@ -1,0 +1,338 @@
+"""Swapped blocks give the same bits as blocks that stay on the device, whatever is done with them.
+
+The device is a fake one on which a weight that is used before its arrival, after its slot was given away, or from host memory, is
+not a number.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modules.offload.block_swap import move_network, settle, swap_of
+from tests.modules.fake_device import FakeDevice, hide
+from tests.modules.swap_cases import CASES, CPU, Case, gradients, learner, same, swapped
+
+EVERY = [pytest.param(case, blocks, id=f"{case.name} {blocks}") for case in CASES for blocks in range(case.most + 1)]
+SOME = [pytest.param(case, blocks, id=f"{case.name} {blocks}") for case in CASES for blocks in (1, case.most)]
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+
+
+@functools.cache
+def expected_gradients(case: Case, checkpointing: bool) -> list[Tensor]:
+    return gradients(case, *learner(case, 0, checkpointing))
+
+
+@functools.cache
+def expected_outputs(case: Case) -> list[Tensor]:
+    dit = case.make().eval()
+    with torch.no_grad():
+        return [dit(**case.inputs(seed), skip_blocks=skipped) for seed, skipped in PASSES]
+
+
+PASSES = ((1, frozenset[int]()), (2, frozenset({0})), (3, frozenset({1, 2})), (4, frozenset({4})), (5, frozenset[int]()))
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize(("case", "blocks"), EVERY)
+def test_output_and_gradients_are_those_without_swap(case: Case, blocks: int, checkpointing: bool) -> None:
+    found = gradients(case, *learner(case, blocks, checkpointing, FakeDevice()))
+
+    assert same(found, expected_gradients(case, checkpointing))
+    assert len(found) > 10
+
+
+@pytest.mark.parametrize(("case", "blocks"), EVERY)
+def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, blocks: int) -> None:
+    dit = case.make().eval()
+    swapped(dit, case.spec, blocks, FakeDevice())
+
+    with torch.no_grad():
+        found = [dit(**case.inputs(seed), skip_blocks=skipped) for seed, skipped in PASSES]
+
+    assert same(found, expected_outputs(case))
+
+
+def several_steps(case: Case, blocks: int, checkpointing: bool, device: FakeDevice | None) -> list[Tensor]:
+    """Steps of two passes each, one of them with both passes before the backward pass, with samples between them."""
+    dit, network = learner(case, blocks, checkpointing, device)
+    optimizer, seen = torch.optim.AdamW(network.parameters(), lr=1e-2), []
+    for step in range(3):
+        if step == 1:
+            losses = [dit(**case.inputs(seed)).square().mean() for seed in (step, 50)]
+            torch.stack(losses).sum().backward()
+        else:
+            for seed in (step, 50 + step):
+                dit(**case.inputs(seed)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        was = dit.training
+        dit.eval()
+        with torch.no_grad():
+            seen += [dit(**case.inputs(90 + step), skip_blocks=skipped) for skipped in (frozenset[int](), frozenset({1}))]
+        dit.train(was)
+    return [*seen, *(weight.detach().clone() for weight in network.parameters())]
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize(("case", "blocks"), SOME)
+def test_several_steps_with_samples_between_them(case: Case, blocks: int, checkpointing: bool) -> None:
+    expected = several_steps(case, 0, checkpointing, None)
+
+    assert same(several_steps(case, blocks, checkpointing, FakeDevice()), expected)
+
+
+class Interruption(BaseException):
+    """Comes from anywhere, as Ctrl-C."""
+
+
+def interrupt_at(device: FakeDevice, count: int) -> None:
+    """Have the device raise when it is asked for something for the count-th time."""
+    left = [count]
+
+    def watched(original):  # type: ignore[no-untyped-def]
+        def call(*arguments):  # type: ignore[no-untyped-def]
+            left[0] -= 1
+            if left[0] == 0:
+                raise Interruption
+            return original(*arguments)
+
+        return call
+
+    for name in ("mark", "copy", "wait"):
+        setattr(device, name, watched(getattr(device, name)))
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("count", range(2, 40, 3))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_after_an_interruption_anywhere_the_next_pass_is_right(case: Case, count: int, checkpointing: bool) -> None:
+    device = FakeDevice()
+    dit, network = learner(case, case.most - 1, checkpointing, device)
+    interrupt_at(device, count)
+    with pytest.raises(Interruption):
+        [gradients(case, dit, network, seed) for seed in range(9)]
+
+    assert same(gradients(case, dit, network), expected_gradients(case, checkpointing))
+
+
+@CHECKPOINTING
+def test_an_error_inside_a_block_leaves_the_next_pass_right(checkpointing: bool) -> None:
+    case = CASES[0]
+    dit, network = learner(case, 3, checkpointing, FakeDevice())
+    layer = dit.get_submodule("blocks.3.ffn.0")
+    forward = layer.forward
+
+    def fail(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    layer.forward = fail
+    with pytest.raises(KeyboardInterrupt):
+        gradients(case, dit, network)
+    layer.forward = forward
+
+    assert same(gradients(case, dit, network), expected_gradients(case, checkpointing))
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize(("case", "blocks"), EVERY)
+def test_the_device_never_holds_more_than_was_promised(case: Case, blocks: int, checkpointing: bool) -> None:
+    """All but the swapped blocks; at the most swapped, two of a list."""
+    device = FakeDevice()
+    dit, network = learner(case, blocks, checkpointing, device)
+    for seed in range(3):
+        gradients(case, dit, network, seed)
+
+    swap = swap_of(dit)
+    held = set() if swap is None else swap.held
+    counts = case.spec.swap_counts(blocks) if blocks else (0,) * len(case.blocks)
+    live = promised = 0
+    for name, total, count in zip(case.spec.block_lists, case.blocks, counts, strict=True):
+        weights = [
+            [layer.weight for layer in block.modules() if isinstance(layer, nn.Linear)]
+            for block in dit.get_submodule(name).children()
+        ]
+        one = sum(weight.nbytes for weight in weights[0])
+        live += sum(weight.nbytes for block in weights for weight in block if weight not in held)
+        promised += one * (total if count == 0 else max(total - count, 2))
+    assert live + device.live_bytes == promised
+
+
+def test_frozen_weights_are_never_copied_back_and_come_twice_a_step() -> None:
+    case = CASES[0]
+    device = FakeDevice()
+    dit, network = learner(case, 4, True, device)  # all five blocks pass through two slots
+    for seed in range(2):
+        gradients(case, dit, network, seed)
+    first = device.log.count("in")
+    device.log.clear()
+    gradients(case, dit, network)
+
+    assert "out" not in device.log
+    # forwards blocks 2, 3 and 4 (0 and 1 are there from the last backward pass), backwards 2, 1 and 0
+    assert device.log.count("in") == 6
+    assert first == 2 + 2 * 6
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: int) -> None:
+    """In every pass, forwards and backwards, also where the last block is followed by the first."""
+    device = FakeDevice()
+    dit, network = learner(case, blocks, True, device)
+    swap = swap_of(dit)
+    assert swap is not None
+    enter = swap.enter
+
+    def counted(position: int, backward: bool) -> None:
+        device.clock += 1
+        enter(position, backward)
+
+    swap.enter = counted  # type: ignore[method-assign]
+    for seed in range(2):
+        gradients(case, dit, network, seed)
+        with torch.no_grad():
+            dit(**case.inputs(seed))
+
+    assert len(device.ages) >= 10
+    assert min(device.ages) >= 1
+
+
+def test_skipped_blocks_are_not_sent_for() -> None:
+    case = CASES[0]
+    device = FakeDevice()
+    dit = case.make().eval()
+    swapped(dit, case.spec, 4, device)
+    swap = swap_of(dit)
+    assert swap is not None
+    sent: list[int] = []
+    send = swap._send
+    swap._send = lambda ring, unit, slot: (sent.append(unit.position), send(ring, unit, slot))  # type: ignore[method-assign]
+    with torch.no_grad():
+        dit(**case.inputs(1))
+        sent.clear()
+        dit(**case.inputs(1), skip_blocks=frozenset({2, 3}))
+
+    assert sent == [1, 4, 0]  # 0 was there, from the end of the pass before
+
+
+def test_parameters_stay_the_same_objects_with_their_dtype_and_shape() -> None:
+    case = CASES[1]
+    dit = case.make()
+    before = {name: (id(weight), weight.dtype, weight.shape) for name, weight in dit.named_parameters()}
+    swapped(dit, case.spec, 3, FakeDevice(), input_layers=True)
+    with torch.no_grad():
+        dit.eval()(**case.inputs(1))
+
+    assert {name: (id(weight), weight.dtype, weight.shape) for name, weight in dit.named_parameters()} == before
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_under_autocast_and_in_bf16(case: Case, checkpointing: bool) -> None:
+    results = []
+    for blocks, device in ((0, None), (2, FakeDevice())):
+        dit, network = learner(case, blocks, checkpointing, device, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(gradients(case, dit, network))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_input_layers_are_on_the_device_during_their_calls_only(case: Case) -> None:
+    dit = case.make().eval()
+    host = swapped(dit, case.spec, 0, None, input_layers=True)
+    assert host is not None
+    names = [name for name in case.spec.input_layers if hasattr(dit, name)]
+    assert len(names) >= 2
+    places = host.adopt(dit)
+    seen: list[bool] = []
+    for name, place in places.items():
+        layer = dit.get_submodule(name.removesuffix(".weight"))
+        layer.register_forward_pre_hook(lambda layer, _, place=place: seen.append(layer.weight.data_ptr() == place.data_ptr()))
+        inner = layer.forward.args[0]  # type: ignore[union-attr]
+
+        def watched(*inputs, layer=layer, place=place, inner=inner):  # type: ignore[no-untyped-def]
+            seen.append(layer.weight.data_ptr() != place.data_ptr())
+            return inner(*inputs)
+
+        layer.forward.__setstate__((layer.forward.func, (watched, *layer.forward.args[1:]), {}, {}))  # type: ignore[union-attr]
+    with torch.no_grad():
+        output = dit(**case.inputs(1))
+
+    assert all(seen)
+    assert len(seen) >= 2 * len(places)
+    assert torch.equal(output, expected_outputs(case)[0])
+    assert all(dit.get_parameter(name).data_ptr() == place.data_ptr() for name, place in places.items())
+
+
+def test_a_network_that_is_parked_frees_its_slots_and_goes_on_as_before() -> None:
+    case = CASES[0]
+    dit = case.make().eval()
+    device = FakeDevice()
+    swapped(dit, case.spec, 3, device)
+    swap = swap_of(dit)
+    assert swap is not None
+    with torch.no_grad():
+        dit(**case.inputs(1))
+        move_network(dit, CPU)
+        assert all(not slot.memory and slot.unit is None for ring in swap.rings for slot in ring.slots)
+        assert not swap._owners
+        move_network(dit, CPU)
+        outputs = [dit(**case.inputs(1))]
+
+    assert same(outputs, expected_outputs(case)[:1])
+
+
+def test_weights_that_learn_are_copied_back() -> None:
+    """Stepped inside the backward pass, read after `settle`; with momentum, so that a lost step shows later too."""
+    case = CASES[0]
+    results = []
+    for device in (None, FakeDevice()):
+        dit = case.make().requires_grad_(True)
+        host = swapped(dit, case.spec, 3 if device else 0, device)
+        optimizers = {weight: torch.optim.SGD([weight], lr=1e-2, momentum=0.9) for weight in dit.parameters()}
+
+        def step(weight, optimizers=optimizers):  # type: ignore[no-untyped-def]
+            optimizers[weight].step()
+            weight.grad = None
+
+        for weight in dit.parameters():
+            weight.register_post_accumulate_grad_hook(step)
+        for seed in range(3):
+            dit(**case.inputs(seed)).square().mean().backward()
+            with torch.no_grad():
+                dit(**case.inputs(40))
+        settle(dit)
+        if host is not None:
+            for tensor in host.adopt(dit).values():
+                hide(tensor)
+        results.append([weight.detach().clone() for weight in dit.parameters()])
+    assert same(*results)
+    untrained = dict(case.make().named_parameters())["blocks.2.ffn.0.weight"]
+    assert not torch.equal(dict(zip(untrained_names(case), results[1], strict=True))["blocks.2.ffn.0.weight"], untrained)
+
+
+def untrained_names(case: Case) -> list[str]:
+    return [name for name, _ in case.make().named_parameters()]
+
+
+def test_moving_a_network_leaves_swapped_weights_where_they_are() -> None:
+    """The meta device stands for the other one."""
+    case = CASES[1]
+    dit = case.make().eval()
+    host = swapped(dit, case.spec, 3, FakeDevice(), input_layers=True)
+    assert host is not None
+    with torch.no_grad():
+        dit(**case.inputs(1))
+
+    move_network(dit, torch.device("meta"))
+
+    places = host.adopt(dit)
+    for name, weight in dit.named_parameters():
+        assert weight.is_meta != (name in places)
+    assert all(dit.get_parameter(name).data_ptr() == place.data_ptr() for name, place in places.items())
+    plain = case.make()
+    move_network(plain, torch.device("meta"))
+    assert all(weight.is_meta for weight in plain.parameters())

@@ -1,0 +1,161 @@
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.contract.loading import HostPlace, Placement, TensorInfo
+from modules.offload.block_swap import host_weights, swap_blocks
+from modules.offload.host_memory import ALIGNMENT, allocate
+from modules.offload.swap_plan import SwapPlan
+from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
+from tests.commands import ROOT, run_python
+from tests.modules.swap_cases import CASES, CPU
+from tests.tiny.project import write_lora
+from tests.tiny.wan_dit import tiny_state, write_dit
+from wan.checkpoints import DIT, load_dit
+
+SIZES = {"num_layers": 5}
+
+
+def test_tensors_lie_where_a_device_likes_them_and_do_not_touch() -> None:
+    infos = {
+        "a": TensorInfo(torch.bfloat16, (3, 5)),
+        "b": TensorInfo(torch.float8_e4m3fn, (7,)),
+        "c": TensorInfo(torch.float32, (2,)),
+    }
+    held = allocate(infos, pinned=False)
+
+    for number, (name, info) in enumerate(infos.items()):
+        tensor = held.tensors[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape)
+        assert tensor.data_ptr() % ALIGNMENT == 0
+        tensor.view(torch.uint8).fill_(number)
+    assert [int(tensor.view(torch.uint8).unique()) for tensor in held.tensors.values()] == [0, 1, 2]
+    assert held.is_filled_here
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_given_back_when_nothing_uses_it() -> None:
+    held = allocate({"a": TensorInfo(torch.uint8, (1 << 30,))}, pinned=False)  # not touched: takes addresses, no memory
+    middle = held.tensors["a"].data_ptr() + (1 << 29)
+
+    def is_mapped() -> bool:
+        ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        return any(int(start, 16) <= middle < int(end, 16) for start, end in ranges)
+
+    part = held.tensors["a"][5:9]
+    del held
+    gc.collect()
+    assert is_mapped()
+    del part
+    gc.collect()
+    assert not is_mapped()
+
+
+class Watched:
+    """A `HostPlace` that notes what is asked of it."""
+
+    def __init__(self, inner: HostPlace, is_filled_here: bool = True) -> None:
+        self.inner, self.is_filled_here, self.finished = inner, is_filled_here, 0
+        self.held: dict[str, Tensor] = {}
+
+    def hold(self, network, tensors):  # type: ignore[no-untyped-def]
+        self.held = dict(self.inner.hold(network, tensors))
+        return self.held
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.mark.parametrize("dialect", ["safetensors", "pth", "diffusers", "fp8_scaled"])
+@pytest.mark.parametrize("target", [None, torch.float32])
+def test_weights_go_from_disk_to_where_they_stay(tmp_path: Path, dialect: str, target: torch.dtype | None) -> None:
+    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, **SIZES), dialect)
+    host = host_weights(SwapPlan(DIT, 3, input_layers=True), CPU)
+    assert host is not None
+    watched = Watched(host)
+
+    expected = load_dit(path, Placement(CPU, compute_dtype=target))
+    found = load_dit(path, Placement(CPU, compute_dtype=target, host=watched))
+
+    weights, ours = dict(expected.named_parameters()), dict(found.named_parameters())
+    assert all(torch.equal(weights[name], ours[name]) and weights[name].dtype == ours[name].dtype for name in weights)
+    assert set(watched.held) == set(SwapPlan(DIT, 3, True).names(found))
+    assert all(ours[name].data_ptr() == place.data_ptr() for name, place in watched.held.items())
+    assert watched.finished == 1
+    assert not any(weight.requires_grad for weight in ours.values())
+
+
+def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_still_seen(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, **SIZES))
+    write_lora(tmp_path / "lora.safetensors", path)
+
+    def patch() -> LoraPatch:
+        return LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"))])
+
+    expected = dict(load_dit(path, Placement(CPU, patch=patch())).named_parameters())
+    plain = dict(load_dit(path, Placement(CPU)).named_parameters())
+    for is_filled_here in (True, False):
+        host, used = host_weights(SwapPlan(DIT, 4), CPU), patch()
+        assert host is not None
+        found = load_dit(path, Placement(CPU, patch=used, host=Watched(host, is_filled_here)))
+        used.check()
+        assert used.unused() == []
+        if is_filled_here:
+            assert all(torch.equal(expected[name], weight) for name, weight in found.named_parameters())
+        else:  # left to another process
+            assert not found.get_parameter("blocks.1.ffn.0.weight").any()
+    assert any(not torch.equal(expected[name], plain[name]) for name in plain)
+
+
+def test_a_network_that_was_loaded_to_the_device_is_moved(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state("t2v", **SIZES))
+    dit = load_dit(path, Placement(CPU))
+    before = {name: weight.detach().clone() for name, weight in dit.named_parameters()}
+    host = host_weights(SwapPlan(DIT, 2), CPU)
+    assert host is not None
+
+    swap_blocks(dit, host, CPU)
+
+    assert all(torch.equal(before[name], weight) for name, weight in dit.named_parameters())
+    assert all(dit.get_parameter(name).data_ptr() == place.data_ptr() for name, place in host.adopt(dit).items())
+
+
+def test_on_the_meta_device_nothing_is_kept(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state("t2v", **SIZES))
+    host = host_weights(SwapPlan(DIT, 4), torch.device("meta"))
+
+    dit = load_dit(path, Placement(torch.device("meta"), host=host))
+
+    assert all(weight.is_meta for weight in dit.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="each process has its own elsewhere")
+def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
+    """What one writes all read; it is one file without a name, so it cannot outlive them."""
+    path = write_dit(tmp_path, tiny_state("t2v", **SIZES))
+    lora = tmp_path / "lora.safetensors"
+    write_lora(lora, path)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
+    script = ROOT / "tests" / "modules" / "share_host_memory.py"
+
+    done = run_python(*launch, script, path, lora, environment={"PYTHONPATH": str(ROOT)})
+
+    first, second = sorted(
+        (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")), key=lambda seen: seen["rank"]
+    )
+    assert (first["fills"], second["fills"]) == (True, False)
+    assert first["mark"] == second["mark"] == 1234
+    assert first["files"] == second["files"]
+    assert [ending for _, ending in first["files"]] == ["(deleted)"]
+    assert first["unused"] == second["unused"] == []
+    with torch.no_grad():
+        expected = load_dit(path, Placement(CPU, patch=LoraPatch([LoraUse(read_lora(lora))])))(**CASES[0].inputs(1))
+    assert first["output"] == second["output"] == expected.double().sum().item()

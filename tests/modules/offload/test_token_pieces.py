@@ -1,0 +1,198 @@
+"""Feed-forwards in pieces give what whole ones give. Pieces are small matrices, whose products may be summed in another order."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+
+from modules.compile import compile_blocks
+from modules.compile_options import Compilation
+from modules.contract.family import DitSpec
+from modules.fp8.options import Quantisation
+from modules.fp8.weights import attach, quantise
+from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.token_pieces import TOKENS, compute_in_pieces
+from tests.modules.fake_device import FakeDevice
+from tests.modules.swap_cases import swapped
+from tests.networks.making import randomize
+from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
+
+SIZE = (3, 8, 8, 7)  # 48 video tokens
+PIECE = 17  # three pieces of 16
+FLOAT32, BF16 = 1e-5, 0.02  # of the largest number: other orders of sums; a few roundings of 1/256
+ROWS = Quantisation("rows")
+
+
+def results(
+    tiny: TinyDit, pieces: bool, autocast: bool = False, dit: nn.Module | None = None, backend: str = "", **arguments: Any
+) -> list[Tensor]:
+    """Velocity and gradients of LoRAs in checkpointed blocks."""
+    if dit is None:
+        dit, network = tiny.with_lora(**arguments)
+    else:
+        with torch.random.fork_rng():
+            network = tiny.add_lora(1.0, 4, 2.0, None, None, dit, **arguments)
+        randomize(network)
+        network.apply_to(None, dit)
+    if pieces:
+        compute_in_pieces(dit, tiny.spec, PIECE)
+    if backend:
+        compile_blocks(dit, tiny.spec, Compilation(backend, fullgraph=True))
+    checkpoint_blocks(dit, tiny.spec)
+    network.set_dropout_seed(3)
+    velocity, found = gradients(dit.train(), network, tiny.inputs(SIZE, 2), autocast)
+    return [velocity, *found]
+
+
+def assert_alike(ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
+    assert (ours[0] - theirs[0]).abs().max() <= share * theirs[0].abs().max()
+    largest = max(one.abs().max() for one in theirs[1:])
+    assert max((one - other).abs().max() for one, other in zip(ours[1:], theirs[1:], strict=True)) <= share * largest
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("tiny", DITS, ids=lambda dit: dit.name)
+def test_outputs_and_gradients_are_those_of_whole_inputs(tiny: TinyDit, autocast: bool) -> None:
+    assert_alike(results(tiny, True, autocast), results(tiny, False, autocast), BF16 if autocast else FLOAT32)
+
+
+def test_they_are_the_same_where_torch_does_not_stop_early() -> None:
+    with set_checkpoint_early_stop(False):
+        found = results(DITS[0], True)
+    assert_alike(found, results(DITS[0], False), FLOAT32)
+
+
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+def test_fp8_weights_give_the_same_too(tiny: TinyDit) -> None:
+    found = []
+    for pieces in (False, True):
+        dit = tiny.make(2)
+        for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
+            if isinstance(layer, nn.Linear):
+                attach(layer, *quantise(layer.weight.data, ROWS), ROWS)
+        found.append(results(tiny, pieces, True, dit))
+    assert_alike(found[1], found[0], BF16)
+
+
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+def test_all_weights_may_learn(tiny: TinyDit) -> None:
+    found = []
+    for pieces in (False, True):
+        dit = tiny.make(2).requires_grad_(True)
+        if pieces:
+            compute_in_pieces(dit, tiny.spec, PIECE)
+        checkpoint_blocks(dit, tiny.spec)
+        velocity, grads = gradients(dit.train(), dit, tiny.inputs(SIZE, 2))
+        found.append([velocity, *grads])
+    assert_alike(found[1], found[0], FLOAT32)
+
+
+def test_swapped_blocks_give_the_same_bits() -> None:
+    tiny, found = DITS[0], []
+    for swaps in (False, True):
+        dit, network = tiny.with_lora(blocks=5)
+        compute_in_pieces(dit, tiny.spec, PIECE)
+        checkpoint_blocks(dit, tiny.spec)
+        if swaps:
+            swapped(dit, tiny.spec, 3, FakeDevice())
+        velocity, grads = gradients(dit.train(), network, tiny.inputs(SIZE, 1))
+        found.append([velocity, *grads])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["nothing kept", "attention kept"])
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+def test_nothing_is_computed_a_third_time(tiny: TinyDit, keep: bool) -> None:
+    flops = []
+    for pieces in (False, True):
+        dit, network = tiny.with_lora()
+        if pieces:
+            compute_in_pieces(dit, tiny.spec, PIECE)
+        checkpoint_blocks(dit, tiny.spec, keep)
+        with FlopCounterMode(display=False) as counter:
+            gradients(dit.train(), network, tiny.inputs(SIZE, 1))
+        flops.append(counter.get_total_flops())
+    assert flops[1] <= flops[0]
+
+
+class Block(nn.Module):
+    """Notes how many tokens it is given at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        self.sizes.append(x.shape[1])
+        return x + self.linear(x).tanh()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+
+
+def sizes(tokens: int, piece: int, training: bool = True) -> list[int]:
+    net = Net()
+    compute_in_pieces(net, DitSpec(("blocks",), token_wise=("branch",)), piece)
+    block = net.train(training).blocks[0]
+    block(torch.ones(1, tokens, 4))
+    return block.sizes
+
+
+def test_pieces_are_equally_large_and_short_inputs_stay_whole() -> None:
+    assert sizes(10, 4) == [4, 4, 2]
+    assert sizes(32, 10) == [8, 8, 8, 8]
+    assert sizes(4, 4) == [4]
+    assert sizes(32760, TOKENS) == [4095] * 8
+
+
+def test_nothing_is_cut_without_a_backward_pass() -> None:
+    assert sizes(10, 4, training=False) == [10]
+    with torch.no_grad():
+        assert sizes(10, 4) == [10]
+
+
+def test_a_second_backward_pass_through_the_same_graph_is_right() -> None:
+    net = Net()
+    compute_in_pieces(net, DitSpec(("blocks",), token_wise=("branch",)), 4)
+    x = torch.randn(1, 10, 4, requires_grad=True)
+    y = net.blocks[0](x).square().sum()
+    first, second = (torch.autograd.grad(y, [x, *net.parameters()], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("share", [{"rank_dropout": "0.3"}, {"module_dropout": "0.5"}], ids=["rank", "module"])
+def test_dropped_ranks_and_modules_are_the_same_in_all_pieces(share: dict[str, str]) -> None:
+    assert_alike(results(DITS[0], True, **share), results(DITS[0], False, **share), FLOAT32)
+
+
+def test_dropout_of_single_values_sees_whole_inputs() -> None:
+    """Its masks follow from the numbers of the elements and would be the same in every piece."""
+    found, expected = (results(DITS[0], pieces, neuron_dropout=0.3) for pieces in (True, False))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("backend", "tiny"),
+    [
+        ("eager", DITS[0]),
+        pytest.param("aot_eager", DITS[0], marks=pytest.mark.slow),
+        pytest.param("eager", DITS[2], marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch, backend: str, tiny: TinyDit) -> None:
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would write all of it down
+    torch.compiler.reset()
+    found = results(tiny, True, backend=backend)
+    torch.compiler.reset()
+    assert_alike(found, results(tiny, False), FLOAT32)

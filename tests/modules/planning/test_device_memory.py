@@ -1,0 +1,39 @@
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modules.planning.device_memory import Usage, bytes_on, host_room
+from modules.planning.memory_plan import GIB
+
+
+def test_more_reserved_than_the_card_has_lies_in_host_memory() -> None:
+    assert Usage(total=24 * GIB, free=0, reserved=26 * GIB).spills
+
+
+def test_nearly_all_of_a_card_of_which_nothing_is_free_is_told_too() -> None:
+    assert Usage(total=24 * GIB, free=GIB // 10, reserved=24 * GIB - GIB // 2).spills
+
+
+def test_a_card_with_room_does_not_spill() -> None:
+    assert not Usage(total=24 * GIB, free=2 * GIB, reserved=21 * GIB).spills
+    assert not Usage(total=24 * GIB, free=2 * GIB, reserved=24 * GIB - GIB // 2).spills  # cached, the driver has room
+
+
+def test_the_warning_names_numbers_and_remedies() -> None:
+    line = Usage(total=24 * GIB, free=0, reserved=26 * GIB).warning
+    assert "26.00 of 24.00 GiB" in line
+    assert "--blocks_to_swap" in line
+
+
+def test_the_bytes_of_a_network_are_those_on_that_device() -> None:
+    network = nn.ModuleList([nn.Linear(3, 5), nn.Linear(7, 2, device="meta")])
+    network.register_buffer("table", torch.zeros(4, dtype=torch.float16))
+    assert bytes_on(network, torch.device("cpu")) == 4 * (3 * 5 + 5) + 2 * 4
+    assert bytes_on(network, torch.device("meta")) == 4 * (7 * 2 + 2)
+
+
+def test_the_room_of_the_host_is_what_linux_says_or_not_known(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:     2000 kB\n", encoding="ascii")
+    assert host_room(tmp_path / "meminfo") == 2000 * 1024
+    assert host_room(tmp_path / "none") is None

@@ -1,0 +1,195 @@
+"""Arithmetic of the plan on numbers, and on the headers of released files."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hunyuan_model.checkpoints import load_dit as load_hunyuan
+from modules.contract.family import DitSpec
+from modules.contract.loading import Placement
+from modules.errors import MemoryPlanError, OptionError
+from modules.offload.options import SwapOptions
+from modules.offload.swap_plan import SwapPlan
+from modules.planning.dry_run import KEPT, WEIGHTS, WORKING
+from modules.planning.memory_plan import (
+    CONTEXT,
+    GIB,
+    MemoryPlan,
+    Part,
+    Phase,
+    Room,
+    Swapped,
+    as_text,
+    chosen_swap,
+    comparison,
+    dtypes_of,
+    parts_of,
+    predicted_before_run,
+    present,
+    smallest_swap,
+    swapped,
+    swaps_of,
+    verdict,
+)
+from tests.manifests import tensor_list, write_hollow
+from wan.checkpoints import load_dit as load_wan
+
+SPEC = DitSpec(block_lists=("blocks",))
+
+
+def model(blocks: int = 6) -> nn.Module:
+    """Blocks of one layer of 1 MiB in bfloat16, and a bias."""
+    dit = nn.Module()
+    with torch.device("meta"):
+        dit.blocks = nn.ModuleList(nn.Linear(512, 1024, dtype=torch.bfloat16) for _ in range(blocks))
+    return dit
+
+
+def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() -> None:
+    found = swapped(model(), SwapPlan(SPEC, 3))
+    assert found == Swapped(away=5 << 20, ring=2 << 20, host=5 << 20)  # as much device memory as three blocks take
+    assert found.saved == 3 << 20
+    assert swapped(model(), SwapPlan(SPEC, 0)).saved == 0
+
+
+def test_each_further_block_saves_one_block() -> None:
+    saved = [each.saved for each in swaps_of(model(), SPEC, input_layers=False)]
+    assert saved == [0, 1 << 20, 2 << 20, 3 << 20, 4 << 20, 4 << 20]  # two places are always needed
+
+
+def test_the_smallest_number_that_fits_is_chosen_and_explained() -> None:
+    def needed(count: int) -> int:
+        return (20 - count) * GIB
+
+    assert smallest_swap(needed, 10, 15 * GIB) == 5
+    room = Room("a card", 18 * GIB, 16 * GIB)
+    count, reason = chosen_swap(needed, 10, room)
+    assert count == 6
+    assert needed(count) <= room.usable < needed(count - 1)
+    assert reason.startswith("--blocks_to_swap auto: 6. 14.00 GiB are predicted")
+    assert chosen_swap(needed, 3, room)[0] == 3  # none fits: the most
+    assert chosen_swap(needed, 10, None)[0] == 0  # a CPU
+
+
+def test_what_can_be_used_is_what_is_free_less_margin_and_context() -> None:
+    room = Room("a card", 24 * GIB, 20 * GIB)
+    assert room.usable == round(20 * GIB * 0.97) - CONTEXT
+
+
+def plan(size: int) -> MemoryPlan:
+    moment = {WEIGHTS: 8 * GIB, KEPT: GIB, WORKING: size - 6 * GIB}
+    parts = parts_of(moment, Swapped(4 * GIB, GIB, 4 * GIB), {WEIGHTS: "8.00 bfloat16"}, waiting=2 * GIB)
+    return MemoryPlan("Memory plan", (Phase("text", (Part("weights", GIB),)), Phase("training step", parts)))
+
+
+def test_the_table_holds_all_parts_of_device_and_host() -> None:
+    text = as_text(plan(10 * GIB))
+    assert "training step (largest)" in text
+    lines = {line.split("  ")[1].strip(): line.split() for line in text.splitlines() if line.startswith("  ")}
+    assert lines["weights of the transformer"][-4:] == ["5.00", "4.00", "8.00", "bfloat16"]  # device, host, note
+    assert lines["kept activations"][-2:] == ["1.00", "2.00"]
+    assert plan(10 * GIB).device == 10 * GIB
+    assert plan(10 * GIB).host == 6 * GIB
+
+
+def test_the_last_line_judges_and_says_what_to_change() -> None:
+    room = Room("a card", 24 * GIB, 24 * GIB)
+    assert verdict(plan(10 * GIB), room).startswith("Fits: 10.00 GiB")
+    too_much = verdict(plan(23 * GIB), room, ["--blocks_to_swap 4: 20.00 GiB fits"])
+    assert too_much.startswith("Does not fit: 23.00 GiB")
+    assert too_much.endswith("--blocks_to_swap 4: 20.00 GiB fits")
+    assert "no CUDA device" in verdict(plan(10 * GIB), None)
+
+
+def test_a_prediction_that_is_far_off_is_told() -> None:
+    assert comparison(103 * GIB, 100 * GIB) == "Memory: predicted 103.00 GiB, measured 100.00 GiB (+3.0%)."
+    assert "more than 7% off" in comparison(92 * GIB, 100 * GIB)
+
+
+def hollow(path: Path, manifest: str) -> Path:
+    """A released file's header, all in bfloat16, with a hole behind it."""
+    return write_hollow(path, {name: ("BF16", shape) for name, (_, shape) in tensor_list(manifest).items()})
+
+
+@pytest.fixture
+def full_size(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "model.safetensors"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def test_released_files_take_what_their_headers_say(full_size: Path) -> None:
+    dit = load_wan(hollow(full_size, "wan2.1-t2v-14b"), Placement(torch.device("meta"), compute_dtype=torch.bfloat16))
+    total = sum(tensor.nbytes for tensor in dit.parameters())
+    block = sum(tensor.nbytes for tensor in dit.get_submodule("blocks.0").parameters())
+    small = sum(tensor.nbytes for name, tensor in dit.named_parameters() if tensor.dtype == torch.float32) // 2
+    assert round((total - small) / 1e9, 1) == 28.6  # all in bfloat16; three layers are kept in float32
+    assert round(block / 1e9, 2) == 0.70
+    assert dtypes_of(dit).startswith("26.")
+    assert "float32" in dtypes_of(dit)
+
+
+def test_hunyuan_video_takes_what_its_header_says(full_size: Path) -> None:
+    dit = load_hunyuan(hollow(full_size, "hunyuanvideo-t2v-dit"), Placement(torch.device("meta"), compute_dtype=torch.bfloat16))
+    small = sum(tensor.nbytes for tensor in dit.parameters() if tensor.dtype == torch.float32) // 2
+    assert round((sum(tensor.nbytes for tensor in dit.parameters()) - small) / 1e9, 1) == 25.6
+
+
+@dataclass(frozen=True)
+class Even:
+    """A prediction: 20 GiB, and 1 GiB less for each of at most 12 blocks."""
+
+    most: int = 12
+
+    def device(self, blocks: int) -> int:
+        return (20 - blocks) * GIB
+
+
+def presented(swap: SwapOptions, room: Room | None, capsys: pytest.CaptureFixture[str]) -> str:
+    def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
+        return MemoryPlan("Memory plan", (Phase("training step", (Part("weights", Even().device(blocks)),)),), tuple(remarks))
+
+    present(Even(), swap, room, plan_of, lambda room: [f"a card of more than {room.total // GIB}"])
+    return capsys.readouterr().out
+
+
+def test_a_plan_is_presented_with_the_blocks_that_auto_stands_for_and_advice_where_it_does_not_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    room = Room("a card of 16 GiB", 16 * GIB, 16 * GIB)
+
+    auto = presented(SwapOptions("auto", False), room, capsys)
+    given = presented(SwapOptions(2, False), room, capsys)
+    without = presented(SwapOptions(None, False), None, capsys)
+
+    assert "--blocks_to_swap auto: 6. 14.00 GiB are predicted" in auto
+    assert "Fits: 14.00 GiB" in auto
+    assert "Does not fit: 18.00 GiB" in given
+    assert "a card of more than 16" in given
+    assert "auto" not in given
+    assert "Needs 20.00 GiB" in without
+
+
+@pytest.mark.parametrize("swap", [SwapOptions("auto", False), SwapOptions(4, False)], ids=["auto", "4"])
+def test_a_rehearsal_that_fails_ends_a_run_only_where_auto_waits_for_it(
+    swap: SwapOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(error: Exception) -> Callable[[], int]:
+        def predict() -> int:
+            raise error
+
+        return predict
+
+    assert predicted_before_run(lambda: 7, swap) == 7
+    with pytest.raises(OptionError, match="the user's"):
+        predicted_before_run(fails(OptionError("the user's")), swap)
+    if swap.is_auto:
+        with pytest.raises(MemoryPlanError, match=r"no plan can be made \(ours\). Give a number of blocks"):
+            predicted_before_run(fails(ValueError("ours")), swap)
+    else:
+        assert predicted_before_run(fails(ValueError("ours")), swap) is None
+        assert "The memory of this run cannot be planned (ValueError: ours)" in caplog.text

@@ -1,0 +1,102 @@
+"""Random numbers of a micro-batch follow from the seed and its number in the run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.batches.finding import NO_COMMANDS, find_items
+from dataset.batches.order import BatchOrder
+from dataset.config import load_dataset_config
+from modules.contract.data import Batch
+from modules.errors import CacheError
+from tests.training.toy import LATENT, record_encoders, toy_options, write_caches
+from training.data.feed import Feed, MicroBatch, MicroBatches, Packed, Randomness
+from training.loss import NoisyBatch
+from training.steps import Plan
+
+
+def micro_batches(folder: Path, seed: int = 3, *arguments: object) -> MicroBatches:
+    order = BatchOrder(find_items(load_dataset_config(folder / "dataset.toml"), "toy", LATENT).items, seed)
+    return MicroBatches(order, LATENT, Randomness(toy_options(folder, *arguments).timesteps, seed), NO_COMMANDS)
+
+
+def test_a_micro_batch_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=5)
+    one, other = micro_batches(tmp_path), micro_batches(tmp_path)
+    first = one[(1, 2)]
+    for key in ((0, 4), (2, 0), (1, 2)):
+        again = other[key]
+
+    assert first.number == again.number == 7
+    assert first.data.batch.keys == again.data.batch.keys
+    for name in ("noise", "sigmas", "timesteps", "weights"):
+        assert torch.equal(getattr(first.data, name), getattr(again.data, name))
+
+
+def test_noise_differs_between_micro_batches_epochs_and_seeds(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=2)
+    batches, other = micro_batches(tmp_path), micro_batches(tmp_path, 4)
+
+    noises = [batches[(0, 0)], batches[(0, 1)], batches[(1, 0)], other[(0, 0)]]
+
+    assert len({tuple(one.data.noise.flatten().tolist()) for one in noises}) == 4
+
+
+def test_timestep_buckets_count_samples_across_batches_and_epochs(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=5, batch_size=2)  # batches of 2, 2 and 1
+    batches = micro_batches(tmp_path, 3, "--timestep_sampling", "uniform", "--num_timestep_buckets", 5)
+
+    for epoch in range(2):
+        sigmas = torch.cat([batches[(epoch, index)].data.sigmas for index in range(3)])
+        assert sorted((sigmas * 5).int().tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_process_gets_its_share_in_order_from_where_it_starts(tmp_path: Path, keep: bool) -> None:
+    write_caches(tmp_path, count=5)
+    plan = Plan(num_batches=5, processes=2, accumulation=1, total_steps=5)
+    feed = Feed(micro_batches(tmp_path), plan, process=1, workers=0, keep_workers=keep, pin_memory=False)
+
+    assert [one.number for one in feed.start(0, 2)] == [3, 6, 8]
+
+
+def test_a_damaged_cache_names_file_and_command_also_from_a_worker(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=2)
+    for path in (tmp_path / "cache").glob("*32_toy.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    feed = Feed(micro_batches(tmp_path), Plan(2, 1, 1, 2), 0, workers=1, keep_workers=False, pin_memory=False)
+
+    with pytest.raises(CacheError, match=r"clip\d_0032x0032_toy(?s:.)*Make it again with") as error:
+        list(feed.start(0, 0))
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(("workers", "process", "processes"), [(0, 0, 1), (1, 0, 1), (0, 1, 2)])
+def test_the_first_process_warns_once_of_caches_that_other_encoders_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int, process: int, processes: int
+) -> None:
+    write_caches(tmp_path, count=4)
+    record_encoders(tmp_path, {"clip0": "first", "clip1": "first", "clip2": "second"})  # clip3: another program's
+    plan = Plan(4, processes, 1, total_steps=20)
+
+    list(Feed(micro_batches(tmp_path), plan, process, workers, keep_workers=True, pin_memory=False).start(0, 0))
+
+    said = [message for message in caplog.messages if message.startswith("Not all caches were made by the same encoders:")]
+    assert len(said) == (1 if process == 0 else 0)
+    assert all("letters second" in message and "letters first" in message for message in said)
+
+
+def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
+    """Tensors of several dtypes and odd sizes, a list of them, and one that does not lie in one piece."""
+    lists = [torch.randn(3, 5), torch.randn(1, 5)]
+    tensors = {"latents": torch.randn(1, 2, 1, 3, 3).bfloat16(), "t5": lists, "clip": torch.randn(7, 3).half().T}
+    sigmas = torch.rand(1)
+    data = NoisyBatch(Batch(tensors, ("a",), ("b",)), torch.randn(1, 2, 1, 3, 3), sigmas, 1000 * sigmas, torch.ones(1))
+
+    out = Packed.of(MicroBatch(3, data)).unpacked()
+
+    assert (out.number, out.data.batch.captions, out.data.batch.keys) == (3, ("a",), ("b",))
+    torch.testing.assert_close(dict(out.data.batch.tensors), tensors, rtol=0, atol=0)
+    for name in ("noise", "sigmas", "timesteps", "weights"):
+        assert torch.equal(getattr(out.data, name), getattr(data, name))

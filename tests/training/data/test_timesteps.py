@@ -1,0 +1,162 @@
+"""Timestep samplers and loss weights."""
+
+import argparse
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.errors import OptionError
+from modules.options import read_options
+from tests.golden_cases import read_case
+from training.data.options import TimestepOptions, add_timestep_arguments
+from training.data.timesteps import (
+    Timesteps,
+    bars,
+    draw,
+    from_numbers,
+    from_uniform,
+    loss_weights,
+    show_timesteps,
+    takes_normal,
+    timestep_statistics,
+    timesteps_at,
+)
+
+GOLDEN, _ = read_case("timestep_sampling")
+
+
+def options(*argv: str) -> TimestepOptions:
+    parser = argparse.ArgumentParser()
+    add_timestep_arguments(parser)
+    return read_options(TimestepOptions, parser.parse_args(argv))
+
+
+def drawn(made: TimestepOptions, count: int = 100_000, seed: int = 1) -> Tensor:
+    return draw(made, count, torch.Generator().manual_seed(seed), seed, 0).sigmas
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: " ".join(case["cli"]) or "default")
+def test_samplers_and_weights_give_the_recorded_numbers(case: dict[str, list[float]]) -> None:
+    made = options(*case["cli"])
+    numbers = torch.tensor(GOLDEN["n" if takes_normal(made) else "u"])
+
+    times = from_numbers(made, numbers)
+
+    torch.testing.assert_close(times.sigmas, torch.tensor(case["sigma_used"]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(times.timesteps, torch.tensor(case["timestep_given_to_model"]), atol=1e-3, rtol=0)
+    expected = torch.tensor(case["loss_weight"]) if case["loss_weight"] else torch.ones(len(numbers))
+    torch.testing.assert_close(loss_weights(made, times), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "quantiles"),  # at u = 0.1, 0.5, 0.9, from closed forms
+    [
+        (("--timestep_sampling", "uniform"), (0.1, 0.5, 0.9)),
+        (("--timestep_sampling", "sigmoid"), (0.21731, 0.5, 0.78269)),
+        (("--timestep_sampling", "shift", "--discrete_flow_shift", "3"), (0.45440, 0.75, 0.91529)),
+        (("--timestep_sampling", "logsnr", "--logit_mean", "-6", "--logit_std", "2"), (0.84792, 0.95257, 0.98638)),
+        (("--timestep_sampling", "sigma"), (0.1, 0.5, 0.9)),
+        (("--timestep_sampling", "sigma", "--weighting_scheme", "logit_normal"), (0.21731, 0.5, 0.78269)),
+        (("--timestep_sampling", "uniform", "--min_timestep", "200", "--max_timestep", "700"), (0.25, 0.45, 0.65)),
+        (("--timestep_sampling", "sigma", "--min_timestep", "0", "--max_timestep", "500"), (0.55, 0.75, 0.95)),
+    ],
+)
+def test_draws_have_the_quantiles_of_their_distribution(argv: tuple[str, ...], quantiles: tuple[float, ...]) -> None:
+    found = drawn(options(*argv)).double().quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+
+    torch.testing.assert_close(found, torch.tensor(quantiles, dtype=torch.float64), atol=6e-3, rtol=0)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "sigmoid", "shift", "logsnr", "sigma"])
+@pytest.mark.parametrize("buckets", [(), ("--num_timestep_buckets", "20")])
+def test_keeping_the_shape_means_the_distribution_cut_to_the_range(sampling: str, buckets: tuple[str, ...]) -> None:
+    limits = ("--min_timestep", "300", "--max_timestep", "450")
+    base = ("--timestep_sampling", sampling, "--discrete_flow_shift", "3")
+    low, high = (0.55, 0.7) if sampling == "sigma" else (0.3, 0.45)
+
+    kept = drawn(options(*base, *limits, *buckets, "--preserve_distribution_shape"), 50_000)
+    whole = drawn(options(*base), 200_000)
+
+    assert float(kept.min()) >= low - 1e-6
+    assert float(kept.max()) <= high + 1e-6
+    middle = whole[(whole >= low) & (whole <= high)].median()
+    torch.testing.assert_close(kept.median(), middle, atol=5e-3, rtol=0)
+
+
+def test_a_range_that_nothing_falls_into_is_an_error() -> None:
+    made = options(
+        "--timestep_sampling", "sigmoid", "--sigmoid_scale", "0.01", "--max_timestep", "50", "--preserve_distribution_shape"
+    )
+
+    with pytest.raises(OptionError, match="--max_timestep 50"):
+        drawn(made, 10)
+
+
+def test_buckets_take_one_draw_from_each_part_in_every_round() -> None:
+    made = options("--timestep_sampling", "uniform", "--num_timestep_buckets", "8")
+
+    sigmas = torch.cat([draw(made, 2, torch.Generator().manual_seed(i), 5, 2 * i).sigmas for i in range(12)])
+
+    rounds = (sigmas * 8).long().view(3, 8)
+    assert all(sorted(parts.tolist()) == list(range(8)) for parts in rounds)
+    assert not torch.equal(rounds[0], rounds[1])
+
+
+def test_a_draw_depends_on_seed_and_place_only() -> None:
+    made = options("--timestep_sampling", "sigmoid", "--num_timestep_buckets", "5")
+
+    def at(first_sample: int) -> Tensor:
+        return draw(made, 3, torch.Generator().manual_seed(first_sample), 9, first_sample).timesteps
+
+    before = [at(place) for place in (0, 3, 6)]
+
+    assert torch.equal(at(6), before[2])
+    assert not torch.equal(at(3), before[0])
+
+
+def test_weights_have_their_closed_forms() -> None:
+    half = Timesteps(torch.tensor([0.5]), torch.tensor([500.0]))
+
+    assert float(loss_weights(options("--weighting_scheme", "cosmap"), half)) == pytest.approx(4 / math.pi)
+    assert float(loss_weights(options("--weighting_scheme", "sigma_sqrt"), half)) == pytest.approx(4)
+    assert float(loss_weights(options("--weighting_scheme", "mode"), half)) == 1
+
+
+def test_extreme_uniform_numbers_stay_finite() -> None:
+    for sampling in ("sigmoid", "shift", "logsnr", "sigma", "uniform"):
+        made = options("--timestep_sampling", sampling, "--sigmoid_scale", "0")
+        assert torch.isfinite(from_uniform(made, torch.tensor([0.0, 1.0])).timesteps).all()
+
+
+def test_the_network_is_fed_one_more_except_on_the_table() -> None:
+    sigmas = torch.tensor([0.1, 0.9])
+
+    torch.testing.assert_close(timesteps_at(options("--timestep_sampling", "shift"), sigmas), torch.tensor([101.0, 901.0]))
+    torch.testing.assert_close(timesteps_at(options(), sigmas), torch.tensor([100.0, 900.0]))
+
+
+def test_statistics_count_every_draw_once() -> None:
+    counts, weights = timestep_statistics(options("--weighting_scheme", "sigma_sqrt"), seed=0, num_batches=3, batch_size=100)
+
+    assert float(counts.sum()) == 300
+    assert counts.shape == weights.shape == (1000,)
+    assert torch.isfinite(weights).all()
+
+
+def test_the_console_shows_forty_bars_for_counts_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    show_timesteps(options("--show_timesteps", "console", "--timestep_sampling", "uniform"))
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 82
+    assert max(line.count("#") for line in lines) == 64
+    assert bars(torch.ones(1000)).splitlines()[39].startswith(" 975.. 999       1.00 ####")
+
+
+def test_the_image_is_written_into_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_timesteps(options("--show_timesteps", "image"), folder=tmp_path)
+
+    assert (tmp_path / "timesteps.png").stat().st_size > 500
+    assert "timesteps.png" in capsys.readouterr().out

@@ -1,0 +1,205 @@
+"""Learning-rate schedules."""
+
+import argparse
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.optim import SGD, AdamW, Optimizer
+
+from modules.errors import CheckpointError, OptionError
+from modules.options import read_options
+from training.optimizers.lr_schedule import LrSchedule, make_lr_schedule, warmup_steps
+from training.optimizers.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
+from training.optimizers.optimizer import make_optimizer
+from training.optimizers.options import OptimizerOptions
+
+RATE = 1e-3
+
+
+def options(*argv: str) -> LrScheduleOptions:
+    parser = argparse.ArgumentParser()
+    add_lr_schedule_arguments(parser)
+    return read_options(LrScheduleOptions, parser.parse_args(argv))
+
+
+def optimizer(*rates: float) -> Optimizer:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates or (RATE,)]
+    return SGD(groups, lr=RATE)
+
+
+def schedule(*argv: str, total: int = 100, **settings: Any) -> tuple[LrSchedule, Optimizer]:
+    made = optimizer(**settings)
+    return make_lr_schedule(options(*argv), made, total), made
+
+
+def curve(*argv: str, steps: int = 101, total: int = 100) -> list[float]:
+    made, inner = schedule(*argv, total=total)
+    factors = []
+    for _ in range(steps):
+        factors.append(made.get_last_lr()[0] / RATE)
+        assert inner.param_groups[0]["lr"] == made.get_last_lr()[0]
+        inner.step()
+        made.step()
+    return factors
+
+
+COSINE = math.cos(math.pi / 4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "points"),  # points: factor at a step; total 100
+    [
+        ("constant", {0: 1, 50: 1, 100: 1}),
+        ("constant_with_warmup --lr_warmup_steps 20", {0: 0, 10: 0.5, 20: 1, 100: 1}),
+        ("linear --lr_warmup_steps 20", {0: 0, 10: 0.5, 20: 1, 60: 0.5, 100: 0}),
+        ("linear --lr_warmup_steps 20%", {0: 0, 10: 0.5, 20: 1, 60: 0.5, 100: 0}),
+        ("cosine --lr_warmup_steps 20", {10: 0.5, 20: 1, 40: (1 + COSINE) / 2, 60: 0.5, 100: 0}),
+        ("cosine_with_restarts --lr_scheduler_num_cycles 2", {0: 1, 25: 0.5, 49: 0.000986, 50: 1, 75: 0.5, 100: 0}),
+        ("polynomial --lr_scheduler_power 2", {0: 1, 50: 0.25 * (1 - 1e-4) + 1e-4, 100: 1e-4}),
+        ("inverse_sqrt --lr_warmup_steps 25", {0: 0, 25: 1, 100: 0.5}),
+        ("inverse_sqrt --lr_scheduler_timescale 25", {0: 1, 75: 0.5}),
+        ("inverse_sqrt", {100: 1 / math.sqrt(1.01)}),
+        ("cosine_with_min_lr --lr_scheduler_min_lr_ratio 0.1", {0: 1, 50: 0.55, 100: 0.1}),
+        (
+            "warmup_stable_decay --lr_warmup_steps 20 --lr_decay_steps 40 --lr_scheduler_min_lr_ratio 0.2",
+            {0: 0.2, 10: 0.6, 20: 1, 59: 1, 80: 0.6, 100: 0.2},
+        ),
+        ("warmup_stable_decay --lr_warmup_steps 20 --lr_decay_steps 0.4", {0: 0, 59: 1, 80: 0.5, 100: 0}),
+        ("warmup_stable_decay", {0: 1, 100: 1}),
+        ("piecewise_constant --lr_scheduler_args step_rules='1:10,0.1:20,0.01'", {0: 1, 9: 1, 10: 0.1, 19: 0.1, 20: 0.01}),
+        ("piecewise_constant --lr_scheduler_args step_rules=1:10,0.1:20,0.01 --lr_warmup_steps 5", {0: 1, 10: 0.1, 100: 0.01}),
+        ("polynomial --lr_scheduler_args lr_end=1e-4", {50: 0.55, 100: 0.1}),
+    ],
+)
+def test_curves_pass_through_their_closed_forms(argv: str, points: dict[int, float]) -> None:
+    factors = curve("--lr_scheduler", *argv.split())
+
+    for step, expected in points.items():
+        assert factors[step] == pytest.approx(expected, abs=1e-6), step
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "arguments"),
+    [
+        ("linear", "linear", {}),
+        ("cosine", "cosine", {}),
+        ("polynomial --lr_scheduler_power 3", "polynomial", {"power": 3}),
+        ("inverse_sqrt", "inverse_sqrt", {}),
+        ("cosine_with_restarts --lr_scheduler_num_cycles 3", "cosine_with_restarts", {"num_cycles": 3}),
+        ("cosine_with_min_lr --lr_scheduler_min_lr_ratio 0.3", "cosine_with_min_lr", {"min_lr_rate": 0.3}),
+    ],
+)
+def test_curves_agree_with_those_of_transformers(ours: str, theirs: str, arguments: dict[str, Any]) -> None:
+    inner = optimizer()
+    reference = transformers.get_scheduler(theirs, inner, 10, 100, arguments)
+    expected = []
+    for _ in range(100):
+        expected.append(reference.get_last_lr()[0] / RATE)
+        inner.step()
+        reference.step()
+
+    assert curve("--lr_scheduler", *ours.split(), "--lr_warmup_steps", "10", steps=100) == pytest.approx(expected, abs=1e-6)
+
+
+def test_each_group_keeps_its_own_rate() -> None:
+    made = make_lr_schedule(options("--lr_scheduler", "linear"), optimizer(1e-3, 4e-3), 10)
+
+    for _ in range(5):
+        made.step()
+
+    assert made.get_last_lr() == pytest.approx([5e-4, 2e-3])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--lr_scheduler", "cosine", "--lr_warmup_steps", "3"),
+        ("--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=20"),
+        ("--lr_scheduler_type", "torch.optim.lr_scheduler.MultiStepLR", "--lr_scheduler_args", "milestones=(4,9)", "gamma=0.5"),
+        ("--lr_scheduler_type", "OneCycleLR", "--lr_scheduler_args", "max_lr=0.01", "total_steps=20", "cycle_momentum=False"),
+    ],
+)
+def test_a_restored_schedule_goes_on_to_the_same_bits(argv: tuple[str, ...]) -> None:
+    whole, inner = schedule(*argv, total=20)
+    for _ in range(7):
+        inner.step()
+        whole.step()
+    state, groups = json.loads(json.dumps(whole.state_dict())), inner.state_dict()
+
+    resumed, other = schedule(*argv, total=20)
+    other.load_state_dict(groups)
+    resumed.load_state_dict(state)
+
+    for _ in range(6):
+        assert resumed.get_last_lr() == whole.get_last_lr()
+        assert other.param_groups[0]["lr"] == inner.param_groups[0]["lr"]
+        for each in (inner, whole, other, resumed):
+            each.step()
+
+
+def test_a_state_of_another_kind_of_schedule_is_refused() -> None:
+    named, _ = schedule("--lr_scheduler", "linear")
+    imported, _ = schedule("--lr_scheduler_type", "ConstantLR")
+
+    with pytest.raises(CheckpointError, match="another kind"):
+        named.load_state_dict(imported.state_dict())
+    with pytest.raises(CheckpointError, match="another kind"):
+        imported.load_state_dict(named.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--lr_scheduler adafactor", "--optimizer_type Adafactor"),
+        ("--lr_scheduler polynomial --lr_scheduler_args powder=2", "has no such argument; it has lr_end, power"),
+        ("--lr_scheduler linear --lr_scheduler_args power=2", "--lr_scheduler linear has no such argument; it has none"),
+        ("--lr_scheduler piecewise_constant --lr_scheduler_args step_rules=1:a,2", "step_rules=1:a,2"),
+        ("--lr_scheduler warmup_stable_decay --lr_warmup_steps 80 --lr_decay_steps 40", "exceed the 100 steps"),
+        ("--lr_scheduler polynomial --lr_scheduler_args lr_end=1", "ends at 1"),
+        ("--lr_scheduler_type CosineLR", "--lr_scheduler_type CosineLR: cannot be imported"),
+        ("--lr_scheduler_type nowhere.CosineLR", "cannot be imported"),
+        ("--lr_scheduler_type CosineAnnealingLR", "refuses --lr_scheduler_args"),
+        ("--lr_scheduler_type ReduceLROnPlateau", "use a curve"),
+    ],
+)
+def test_schedules_that_cannot_be_made_are_refused(argv: str, expected: str) -> None:
+    with pytest.raises(OptionError) as error:
+        schedule(*argv.split())
+
+    assert expected in str(error.value)
+
+
+def test_adafactor_shows_the_rate_it_finds() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    made, _ = make_optimizer(OptimizerOptions("Adafactor", None, 1e-3, 1.0), [{"params": [parameter], "lr": 1e-3}])
+    shown = make_lr_schedule(options(), made, 10)
+    assert shown.get_last_lr() == [0.0]
+
+    parameter.grad = torch.ones(2, 2)
+    made.step()
+    shown.step()
+
+    assert shown.name == "adafactor"
+    assert shown.get_last_lr()[0] == pytest.approx(0.01, rel=0.01)  # its relative step: min(0.01, 1/sqrt(step)) times RMS 1
+
+
+def test_fractions_of_the_run_become_steps() -> None:
+    assert warmup_steps(options("--lr_scheduler", "linear", "--lr_warmup_steps", "0.15"), 30) == 4
+    assert warmup_steps(options("--lr_scheduler", "linear", "--lr_warmup_steps", "15"), 30) == 15
+
+
+def test_a_schedule_free_optimizer_keeps_its_own_pace_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    class TinyScheduleFree(AdamW):
+        """Named as the real ones are."""
+
+    made = TinyScheduleFree([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
+    shown = make_lr_schedule(options("--lr_scheduler", "cosine"), made, 10)
+
+    shown.step()
+
+    assert shown.get_last_lr() == [RATE]
+    assert "needs no schedule" in caplog.text

@@ -1,0 +1,148 @@
+"""Optimizers by name and by import path."""
+
+import importlib.util
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from modules.errors import OptionError
+from training.optimizers.optimizer import find_optimizer, make_optimizer, set_training
+from training.optimizers.options import OptimizerOptions
+
+
+class Descent(torch.optim.SGD):
+    """A class that only an import path finds."""
+
+
+class SwitchingScheduleFree(torch.optim.SGD):
+    """Named and switched as the schedule-free optimizers are."""
+
+    is_training = False
+
+    def train(self) -> None:
+        self.is_training = True
+
+    def eval(self) -> None:
+        self.is_training = False
+
+
+def options(name: str = "", *arguments: str, rate: float = 0.05) -> OptimizerOptions:
+    return OptimizerOptions(name, arguments or None, rate, 1.0)
+
+
+def groups(parameter: nn.Parameter, rate: float = 0.05) -> list[dict[str, Any]]:
+    return [{"params": [parameter], "lr": rate}]
+
+
+def package(name: str) -> Any:
+    return pytest.param(
+        name[1], marks=pytest.mark.skipif(importlib.util.find_spec(name[0]) is None, reason=f"{name[0]} is missing")
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "AdamW",
+        "adamw",
+        "Adafactor",
+        "SGD",
+        "nadam",
+        "RMSprop",
+        "tests.training.optimizers.test_optimizer.Descent",
+        "torch.optim.Adam",
+        *map(
+            package,
+            [
+                ("bitsandbytes", "AdamW8bit"),
+                ("lion_pytorch", "Lion"),
+                ("prodigyopt", "Prodigy"),
+                ("schedulefree", "AdamWScheduleFree"),
+            ],
+        ),
+    ],
+)
+def test_each_optimizer_makes_a_quadratic_smaller(name: str) -> None:
+    parameter = nn.Parameter(torch.ones(8, 8))
+    rate = 1.0 if name == "Prodigy" else 0.05  # it multiplies this by a rate that it finds itself, from 1e-6 upwards
+    made, _ = make_optimizer(options(name, rate=rate), groups(parameter, rate))
+    set_training(made, True)
+
+    for _ in range(5):
+        made.zero_grad()
+        (parameter**2).sum().backward()
+        made.step()
+
+    assert bool((parameter < 1).all())
+
+
+def test_the_description_is_the_class_with_its_arguments() -> None:
+    _, described = make_optimizer(options("AdamW", "betas=0.9,0.95", "weight_decay=0.1"), groups(nn.Parameter(torch.ones(1))))
+    _, plain = make_optimizer(options(), groups(nn.Parameter(torch.ones(1))))
+
+    assert described == "torch.optim.adamw.AdamW(betas=(0.9, 0.95),weight_decay=0.1)"
+    assert plain == "torch.optim.adamw.AdamW"
+
+
+def test_arguments_reach_the_optimizer_and_groups_keep_their_rates() -> None:
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    made, _ = make_optimizer(options("AdamW", "eps=1e-5"), [*groups(first, 0.1), *groups(second, 0.4)])
+
+    assert [group["lr"] for group in made.param_groups] == [0.1, 0.4]
+    assert made.defaults["eps"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("adamw8bit_apex_fused", (), "--optimizer_type adamw8bit_apex_fused: unknown. Use one of"),
+        ("nowhere.Fast", (), "the package nowhere is not installed"),
+        ("torch.optim.Fast", (), "cannot be imported"),
+        ("AdamW", ("speed=3",), "--optimizer_args speed=3"),
+        ("AdamW", ("betas=2,3",), "--optimizer_args betas=(2, 3)"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_a_reason(name: str, arguments: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(OptionError) as error:
+        make_optimizer(options(name, *arguments), groups(nn.Parameter(torch.ones(1))))
+
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "install"), [("Lion", "lion-pytorch"), ("Prodigy", "prodigyopt"), ("AdamWScheduleFree", "schedulefree")]
+)
+def test_a_missing_package_is_named_with_the_command_to_install_it(name: str, install: str) -> None:
+    if importlib.util.find_spec(install.replace("-", "_")) is not None:
+        pytest.skip("it is installed here")
+
+    with pytest.raises(OptionError, match=f"pip install {install}"):
+        find_optimizer(name)
+
+
+def test_adafactor_finds_its_own_rate_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    with caplog.at_level(logging.WARNING):
+        own, _ = make_optimizer(options("adafactor"), groups(parameter))
+        forced, _ = make_optimizer(options("adafactor", "relative_step=False", "warmup_init=True"), groups(parameter))
+        given, _ = make_optimizer(options("adafactor", "relative_step=False", "scale_parameter=False"), groups(parameter))
+
+    assert own.defaults["relative_step"]
+    assert own.param_groups[0]["lr"] is None
+    assert forced.defaults["relative_step"]
+    assert given.param_groups[0]["lr"] == 0.05
+    assert "--max_grad_norm" in caplog.text
+
+
+def test_schedule_free_optimizers_are_switched_and_others_left_alone() -> None:
+    made = SwitchingScheduleFree([nn.Parameter(torch.ones(1))], lr=0.1)
+
+    set_training(made, True)
+    assert made.is_training
+    set_training(made, False)
+    assert not made.is_training
+    set_training(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), True)

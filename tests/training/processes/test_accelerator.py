@@ -1,0 +1,104 @@
+"""Device, precision and processes."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from modules.errors import OptionError
+from training.processes.accelerator import make_accelerator
+from training.processes.options import AcceleratorOptions
+
+ROOT = Path(__file__).parents[3]
+SHARE = """
+import torch
+from training.processes.accelerator import make_accelerator
+from training.processes.options import AcceleratorOptions
+from training.processes.gradients import largest
+accelerator = make_accelerator(AcceleratorOptions("no", False, 5, False, False))
+total = torch.tensor([float(accelerator.process_index + 1)])
+torch.distributed.all_reduce(total)
+blocks = largest(10 * accelerator.process_index, 2, accelerator.device)  # as --blocks_to_swap auto is agreed on
+print(accelerator.num_processes, torch.distributed.get_backend(), total.item(), blocks)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_processes() -> Iterator[None]:
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def options(precision: str = "no", fp16_accumulation: bool = False, ddp: bool = False) -> AcceleratorOptions:
+    return AcceleratorOptions(precision, fp16_accumulation, None, ddp, ddp)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_half_precision_on_a_cpu_is_one_clear_error() -> None:
+    with pytest.raises(OptionError, match="--mixed_precision fp16"):
+        make_accelerator(options("fp16"))
+
+
+def test_bf16_computes_under_autocast() -> None:
+    accelerator = make_accelerator(options("bf16"))
+
+    with accelerator.autocast():
+        product = torch.ones(2, 2, device=accelerator.device) @ torch.ones(2, 2, device=accelerator.device)
+
+    assert product.dtype == torch.bfloat16
+
+
+def test_the_launchers_accumulation_does_not_divide_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = make_accelerator(options())
+    parameter = torch.ones(1, requires_grad=True, device=accelerator.device)
+
+    accelerator.backward(parameter.sum())
+
+    assert parameter.grad is not None
+    assert float(parameter.grad) == 1
+
+
+def test_options_of_ddp_are_answered_with_what_they_change(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        make_accelerator(options(ddp=True))
+
+    assert caplog.text.count("change nothing") == 1
+
+
+def test_fp16_sums_are_switched_on_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_accumulation
+    try:
+        make_accelerator(options(fp16_accumulation=True))
+        assert matmul.allow_fp16_accumulation
+    finally:
+        matmul.allow_fp16_accumulation = before
+    assert "--fp16_accumulation" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_cpu_meet_through_gloo() -> None:
+    port = str(20000 + os.getpid() % 20000)
+    base = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    base |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARE],
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
+
+    assert outputs == [["2", "gloo", "3.0", "10"]] * 2

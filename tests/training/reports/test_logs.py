@@ -1,0 +1,155 @@
+"""Progress bar and trackers."""
+
+import io
+import itertools
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim import SGD
+from tqdm import tqdm
+
+from modules.errors import OptionError, UserError
+from modules.options import read_options
+from networks.adapter import NormReport
+from training.options import TrainingOptions, read_arguments, training_parser
+from training.processes.accelerator import make_accelerator
+from training.processes.options import AcceleratorOptions
+from training.reports.logs import (
+    Logs,
+    StepReport,
+    check_trackers,
+    named_rates,
+    public_config,
+    run_folder,
+    start_logs,
+    tracker_arguments,
+)
+
+PLAIN = AcceleratorOptions("no", False, None, False, False)
+
+
+def options(*argv: str) -> TrainingOptions:
+    needed = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
+    return read_options(TrainingOptions, read_arguments(training_parser(None), [*needed, *argv], {}))
+
+
+@pytest.fixture
+def _fresh_processes() -> Iterator[None]:
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+@pytest.mark.usefixtures("_fresh_processes")
+def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
+    given = options("--logging_dir", str(tmp_path), "--log_prefix", "run-", "--log_config").logs
+    folder = run_folder(given, datetime(2030, 1, 2, 3, 4, 5))
+    assert folder == tmp_path / "run-20300102030405"
+    clock = itertools.count(0, 0.5)
+    accelerator = make_accelerator(PLAIN, given.trackers, folder)
+
+    with start_logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
+        for step in (2, 3, 4):
+            logs.step(StepReport(step, 1 / step, 0.5, {"lr/unet": 1e-4}, 2.0, NormReport(3, 0.5, 0.9)))
+        logs.values({"loss/epoch": 0.4, "validation/loss": 0.3}, 4)
+
+    events = EventAccumulator(str(folder / "network_train"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss/current")] == [
+        (2, 0.5),
+        (3, pytest.approx(1 / 3)),
+        (4, 0.25),
+    ]
+    assert [event.value for event in events.Scalars("steps_per_second")] == [2, 2, 2]
+    assert {"loss/average", "lr/unet", "grad_norm", "loss/epoch", "validation/loss", "max_norm/keys_scaled"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert list((folder / "network_train").glob("*/hparams.yml"))
+
+
+@pytest.mark.usefixtures("_fresh_processes")
+def test_without_trackers_only_the_bar_moves() -> None:
+    out = io.StringIO()
+    with Logs(make_accelerator(PLAIN), tqdm(total=10, initial=4, file=out, mininterval=0)) as logs:
+        logs.step(StepReport(5, 1.0, 0.123456, {}))
+        assert logs.bar.n == 5
+
+    assert "avr_loss=0.1235" in out.getvalue()
+
+
+def test_the_clock_leaves_out_what_is_no_training() -> None:
+    sent: list[dict[str, float]] = []
+
+    class Tracker:
+        """Only what Logs calls."""
+
+        name = "wandb"
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.append(values)
+
+    class Accelerator:
+        """One process with that tracker."""
+
+        trackers = (Tracker(),)
+        is_main_process = True
+
+    times = iter([0.0, 90.0, 92.0])
+    logs = Logs(Accelerator(), tqdm(disable=True), lambda: next(times))  # type: ignore[arg-type]
+    logs.restart_clock()
+    logs.restart_clock()  # a sample took 90 seconds
+    logs.step(StepReport(1, 1.0, 1.0, {}))
+
+    assert sent[0]["steps_per_second"] == 0.5
+
+
+def test_the_config_that_is_logged_has_no_keys_and_no_paths() -> None:
+    config = public_config(options("--huggingface_token", "hf_1", "--wandb_api_key", "w_1", "--learning_rate", "1e-4"))
+
+    assert config["learning_rate"] == 1e-4
+    assert config["discrete_flow_shift"] == 1.0
+    assert config["network_args"] == "None"
+    assert not {"huggingface_token", "wandb_api_key", "dataset_config", "output_dir"} & set(config)
+    assert all(isinstance(value, (int, float, str)) for value in config.values())
+
+
+def test_rates_are_named_by_group_and_scaled_where_the_optimizer_estimates_a_factor() -> None:
+    optimizer = SGD([{"params": [torch.zeros(1)], "lr": 0.5}, {"params": [torch.ones(1)], "lr": 2.0}], lr=1.0)
+    assert named_rates([0.5, 2.0], ("unet", "unet plus"), optimizer) == {"lr/unet": 0.5, "lr/unet plus": 2.0}
+
+    optimizer.param_groups[0]["d"] = 0.1
+
+    assert named_rates([0.5, 2.0], ("unet", "unet plus"), optimizer)["lr/d*lr/unet"] == pytest.approx(0.05)
+
+
+def test_a_tracker_config_replaces_the_name_of_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text('[wandb]\nname = "b"\n')
+
+    assert tracker_arguments(options("--wandb_run_name", "a").logs) == {"wandb": {"name": "a"}}
+    given = options("--wandb_run_name", "a", "--log_tracker_config", str(file)).logs
+    assert tracker_arguments(given) == {"wandb": {"name": "b"}}
+    file.write_text("name = 1")
+    with pytest.raises(UserError, match="outside a table"):
+        tracker_arguments(given)
+
+
+def test_trackers_follow_from_folder_and_choice(tmp_path: Path) -> None:
+    assert options().logs.trackers == ()
+    assert options("--logging_dir", "l").logs.trackers == ("tensorboard",)
+    assert options("--logging_dir", "l", "--log_with", "all").logs.trackers == ("tensorboard", "wandb")
+
+
+@pytest.mark.skipif("wandb" in sys.modules, reason="wandb is installed")
+def test_a_missing_tracker_is_named_with_the_command_to_install_it() -> None:
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.raises(OptionError, match="pip install wandb"):
+            check_trackers(options("--log_with", "wandb").logs)

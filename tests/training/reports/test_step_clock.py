@@ -1,0 +1,40 @@
+from training.reports.step_clock import PAUSE, SEEN, StepClock
+
+
+def clock_after(count: int = SEEN + 1, seconds: float = 1.0) -> StepClock:
+    """A clock that has seen steps of that length; the first of them does not count."""
+    clock = StepClock()
+    for step in range(1, count + 1):
+        assert clock.note(step, seconds) is None
+    return clock
+
+
+def test_a_step_of_more_than_twice_the_median_is_told_with_its_causes() -> None:
+    clock = clock_after()
+    assert clock.note(20, 2.0) is None  # twice is not more than twice
+    line = clock.note(21, 3.0)
+    assert line is not None
+    assert "Step 21 took 3.00 s, 3.0 times this run's median of 1.00 s" in line
+    assert "bucket" in line
+
+
+def test_nothing_is_told_before_ten_steps_are_known() -> None:
+    assert clock_after(SEEN).note(11, 100.0) is None  # nine counted, as the first did not
+
+
+def test_it_is_told_once_in_a_while_only() -> None:
+    clock = clock_after()
+    assert clock.note(20, 9.0) is not None
+    assert clock.note(21, 9.0) is None
+    assert clock.note(20 + PAUSE, 9.0) is not None
+
+
+def test_a_step_with_saving_or_sampling_before_it_does_not_count() -> None:
+    clock = clock_after()
+    clock.skip()
+    assert clock.note(20, 100.0) is None
+    assert clock.note(21, 3.0) is not None
+
+
+def test_the_median_is_of_the_run_itself() -> None:
+    assert clock_after(seconds=10.0).note(20, 15.0) is None

@@ -1,0 +1,1 @@
+"""Batches, noise and timesteps, ahead of need."""

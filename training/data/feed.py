@@ -1,0 +1,187 @@
+"""Micro-batches ahead of need: cache files are read, noise and timesteps are drawn, in workers where there are any.
+
+All that is random about a micro-batch comes from CPU generators seeded by the run's seed and the micro-batch's number in the run.
+So it depends on no device, no number of workers or processes, and on nothing that was done before.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from multiprocessing.synchronize import Event
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dataset.batches.finding import CachingCommands, TrainingItem
+from dataset.batches.order import BatchOrder
+from dataset.batches.reading import read_batch
+from dataset.batches.same_encoders import SameEncoders
+from modules.contract.data import Batch
+from modules.contract.family import LatentSpec
+from modules.errors import UserError
+from modules.seeds import derive_seed
+from training.data.options import TimestepOptions
+from training.data.timesteps import draw, loss_weights
+from training.loss import NoisyBatch
+from training.steps import Plan
+
+Key = tuple[int, int]  # epoch, micro-batch in it
+ALIGNMENT = 64  # bytes: enough for every dtype
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch, ready to be sent to the device."""
+
+    number: int  # in the whole run, over all processes
+    data: NoisyBatch
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A micro-batch on its way between processes, all its tensors in one: each costs the receiver a connection to the sender."""
+
+    outline: MicroBatch  # its tensors are on the meta device: dtypes and shapes
+    content: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch) -> "Packed":
+        pieces: list[Tensor] = []
+
+        def taken(tensor: Tensor) -> Tensor:
+            flat = tensor.contiguous().view(-1).view(torch.uint8)
+            pieces.extend([flat, flat.new_zeros(-len(flat) % ALIGNMENT)])
+            return torch.empty_like(tensor, device="meta")
+
+        outline = MicroBatch(micro_batch.number, micro_batch.data.moved(taken))
+        return cls(outline, torch.cat(pieces))
+
+    def pin_memory(self) -> "Packed":
+        """In page-locked memory. The data loader calls this."""
+        return Packed(self.outline, self.content.pin_memory())
+
+    def unpacked(self) -> MicroBatch:
+        """The micro-batch again. Its tensors are parts of `content`."""
+        start = 0
+
+        def given(outline: Tensor) -> Tensor:
+            nonlocal start
+            piece = self.content[start : start + outline.nbytes]
+            start += outline.nbytes + -outline.nbytes % ALIGNMENT
+            return piece.view(outline.dtype).view(outline.shape)
+
+        return MicroBatch(self.outline.number, self.outline.data.moved(given))
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What the random numbers of a micro-batch are made from."""
+
+    timesteps: TimestepOptions
+    seed: int
+
+    def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
+        """Draw noise and timesteps for micro-batch `number` of the run. first_sample: how many samples the run has seen before."""
+        noise = torch.randn(batch.tensor("latents").shape, generator=seeded(self.seed, "noise", number))
+        times = draw(self.timesteps, len(batch), seeded(self.seed, "timesteps", number), self.seed, first_sample)
+        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, loss_weights(self.timesteps, times))
+
+
+def seeded(*parts: int | str) -> torch.Generator:
+    """A CPU generator of its own for what `parts` name."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+class MicroBatches:
+    """Every micro-batch of every epoch, by key: a map-style data set for the data loader, copied into each worker."""
+
+    def __init__(self, order: BatchOrder, latent: LatentSpec, randomness: Randomness, commands: CachingCommands) -> None:
+        self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
+        self._epoch = -1  # the last one asked for, its batches, and how many samples the run has seen before each of them
+        self._batches: tuple[tuple[TrainingItem, ...], ...] = ()
+        self._first_samples: tuple[int, ...] = ()
+
+    def __getitem__(self, key: Key) -> MicroBatch:
+        """Raises CacheError with the caching command where a cache file of it cannot be used."""
+        epoch, index = key
+        if self._epoch != epoch:
+            self._epoch, self._batches = epoch, self.order.epoch(epoch)
+            self._first_samples = tuple(accumulate(map(len, self._batches), initial=epoch * self.order.num_items))
+        number = epoch * self.order.num_batches + index
+        batch = read_batch(self._batches[index], self.latent, self.commands)
+        return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The micro-batches of one process, in the order of the plan."""
+
+    batches: MicroBatches
+    plan: Plan
+    process: int
+    workers: int  # as asked for; never more than there are CPUs
+    keep_workers: bool  # from one epoch to the next
+    pin_memory: bool
+    encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
+
+    def start(self, epoch: int, position: int) -> Generator[MicroBatch]:
+        """All micro-batches from that place on to the end of the run."""
+        if self.keep_workers:
+            yield from self._load(epoch, position, self.plan.num_epochs)
+            return
+        for number in range(epoch, self.plan.num_epochs):
+            yield from self._load(number, position if number == epoch else 0, 1)
+
+    def _load(self, epoch: int, position: int, num_epochs: int) -> Generator[MicroBatch]:
+        keys = self.plan.keys(self.process, epoch, position, num_epochs)
+        ending = multiprocessing.Event()
+        loader: DataLoader[Packed | UserError] = DataLoader(
+            _HandedOver(self.batches),  # type: ignore[arg-type]  # anything with __getitem__ serves
+            batch_size=None,
+            sampler=keys,
+            num_workers=min(self.workers, os.cpu_count() or 1, len(keys)),
+            collate_fn=_unchanged,  # type: ignore[arg-type]  # without batching it is given one item
+            pin_memory=self.pin_memory,
+            worker_init_fn=functools.partial(_start_worker, ending),
+        )
+        try:
+            for packed in loader:
+                if isinstance(packed, UserError):
+                    raise packed
+                micro_batch = packed.unpacked()
+                if self.process == 0:  # one tells; shuffled epochs bring it items of all
+                    self.encoders.warn(micro_batch.data.batch.made_by)
+                yield micro_batch
+        finally:
+            ending.set()
+
+
+@dataclass(frozen=True)
+class _HandedOver:
+    """The micro-batches as workers hand them over: errors as values, as raised ones would arrive as traceback texts."""
+
+    batches: MicroBatches
+
+    def __getitem__(self, key: Key) -> Packed | UserError:
+        try:
+            return Packed.of(self.batches[key])
+        except UserError as error:
+            return error
+
+
+def _unchanged(packed: Packed | UserError) -> Packed | UserError:
+    return packed
+
+
+def _start_worker(ending: Event, _: int) -> None:
+    """Signals to end that reach the workers too are no matter of theirs: the main process wants to finish its step first.
+
+    ending: set when it is through with them; then its own SIGTERM ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)

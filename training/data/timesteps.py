@@ -1,0 +1,215 @@
+"""How noisy each training sample is: drawing timesteps, weighting losses, and showing both.
+
+Letters: u is uniform in 0..1, n standard normal, t the share of noise (sigma). Every sampler is a function of one number per
+sample, so draws can be spread evenly by spreading u.
+"""
+
+import functools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.errors import OptionError
+from modules.seeds import derive_seed
+from training.data.options import NUM_TIMESTEPS, TimestepOptions
+
+SCAN = 10_000  # points at which the accepted part of a sampler is looked for
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """What one micro-batch is trained at. Both B, float32, on the CPU."""
+
+    sigmas: Tensor  # share of noise in the mixture, 0..1
+    timesteps: Tensor  # what the network is fed
+
+
+def draw(
+    options: TimestepOptions, batch_size: int, generator: torch.Generator, seed: int = 0, first_sample: int | None = None
+) -> Timesteps:
+    """Draw one timestep per sample of a micro-batch.
+
+    generator: on the CPU, made for this micro-batch. With --num_timestep_buckets also: seed, that of the run; first_sample,
+    how many samples the run has drawn before this micro-batch. Then every N samples in a row take one of each of N equal parts.
+    Raises OptionError where nearly nothing lies between --min_timestep and --max_timestep.
+    """
+    low, high = accepted_part(options) if options.preserve_distribution_shape else (0.0, 1.0)
+
+    def uniform() -> Tensor:
+        return torch.rand(batch_size, generator=generator, dtype=torch.float64)
+
+    u = uniform()
+    if options.num_timestep_buckets is not None:
+        if first_sample is None:
+            raise ValueError("with num_timestep_buckets the number of the first sample is needed")
+        u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
+    drawn = from_uniform(options, low + u * (high - low))
+    while options.preserve_distribution_shape and not (fits := is_in_range(options, drawn.sigmas)).all():
+        again = from_uniform(options, low + uniform() * (high - low))
+        drawn = Timesteps(torch.where(fits, drawn.sigmas, again.sigmas), torch.where(fits, drawn.timesteps, again.timesteps))
+    return drawn
+
+
+def from_uniform(options: TimestepOptions, u: Tensor) -> Timesteps:
+    """The timesteps that uniform numbers stand for, through the normal quantiles where the sampler takes those."""
+    u = u.double().clamp(1e-9, 1 - 1e-9)
+    return from_numbers(options, torch.special.ndtri(u) if takes_normal(options) else u)
+
+
+def takes_normal(options: TimestepOptions) -> bool:
+    """Whether the sampler is a function of a normal number, not of a uniform one."""
+    by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
+    return by_weighting or options.timestep_sampling in {"sigmoid", "shift", "logsnr"}
+
+
+def from_numbers(options: TimestepOptions, numbers: Tensor) -> Timesteps:
+    """The deterministic part of the samplers. numbers: B, normal where `takes_normal`, else uniform."""
+    numbers = numbers.double()
+    if options.timestep_sampling == "sigma":
+        return _from_table(options, numbers)
+    match options.timestep_sampling:
+        case "uniform":
+            t = numbers
+        case "sigmoid":
+            t = torch.sigmoid(options.sigmoid_scale * numbers)
+        case "shift":
+            t = torch.sigmoid(options.sigmoid_scale * numbers)
+            t = options.flow_shift * t / (1 + (options.flow_shift - 1) * t)
+        case "logsnr":  # the logarithm of the signal-to-noise ratio is normal
+            t = torch.sigmoid(-(options.logit_mean + options.logit_std * numbers) / 2)
+        case other:
+            raise ValueError(f"unknown timestep sampling {other}")
+    if not options.preserve_distribution_shape:
+        t = t * (options.highest - options.lowest) / NUM_TIMESTEPS + options.lowest / NUM_TIMESTEPS
+    return Timesteps(t.float(), timesteps_at(options, t))
+
+
+def timesteps_at(options: TimestepOptions, sigmas: Tensor) -> Tensor:
+    """What the network is fed for these shares of noise, B float32: 1000 t + 1, or 1000 t in the table of the sampler `sigma`."""
+    offset = 0 if options.timestep_sampling == "sigma" else 1
+    return (NUM_TIMESTEPS * sigmas.double() + offset).float()
+
+
+def is_in_range(options: TimestepOptions, sigmas: Tensor) -> Tensor:
+    """Which of them lie between --min_timestep and --max_timestep; the sampler `sigma` counts these from the noisy end."""
+    timesteps = NUM_TIMESTEPS * sigmas.double()
+    if options.timestep_sampling == "sigma":
+        index = (NUM_TIMESTEPS - timesteps).round()
+        return (index >= options.lowest) & (index < options.highest)
+    return (timesteps >= options.lowest) & (timesteps <= options.highest)
+
+
+@functools.cache
+def accepted_part(options: TimestepOptions) -> tuple[float, float]:
+    """The smallest range of u that holds all accepted draws, a little widened. Narrowing u to it leaves few draws to reject."""
+    u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
+    accepted = u[is_in_range(options, from_uniform(options, u).sigmas)]
+    if not len(accepted):
+        raise OptionError(
+            f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {SCAN} draws of --timestep_sampling "
+            f"{options.timestep_sampling} none lies between. Widen the range or leave out --preserve_distribution_shape."
+        )
+    return max(0.0, float(accepted.min()) - 1 / SCAN), min(1.0, float(accepted.max()) + 1 / SCAN)
+
+
+def loss_weights(options: TimestepOptions, times: Timesteps) -> Tensor:
+    """The weight of each sample's loss: B float32. Each timestep fed to the network counts as the nearest of 1 to 1000.
+
+    Source: Esser et al. 2024, arXiv 2403.03206, section 3.1.
+    """
+    sigmas = times.timesteps.double().round().clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
+    match options.weighting_scheme:
+        case "sigma_sqrt":
+            weights = sigmas**-2
+        case "cosmap":
+            weights = 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+        case _:  # logit_normal and mode shape the draws instead
+            weights = torch.ones_like(sigmas)
+    return weights.float()
+
+
+def _from_table(options: TimestepOptions, numbers: Tensor) -> Timesteps:
+    """The sampler `sigma`: an index into 1000, 999, ..., 1. So the bounds count from the noisy end, as in the known tuners."""
+    match options.weighting_scheme:
+        case "logit_normal":
+            u = torch.sigmoid(options.logit_mean + options.logit_std * numbers)
+        case "mode":
+            u = 1 - numbers - options.mode_scale * (torch.cos(math.pi * numbers / 2) ** 2 - 1 + numbers)
+        case _:
+            u = numbers
+    low, high = (0, NUM_TIMESTEPS) if options.preserve_distribution_shape else (options.lowest, options.highest)
+    index = (u * (high - low) + low).floor().clamp(0, NUM_TIMESTEPS - 1)
+    sigmas = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
+    return Timesteps(sigmas.float(), timesteps_at(options, sigmas))
+
+
+def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
+    """Move each of u into its part of 0..1. Parts are dealt in rounds, each a permutation that depends on (seed, round) only."""
+    spread = torch.empty_like(u)
+    orders: dict[int, Tensor] = {}
+    for i in range(len(u)):
+        deal, place = divmod(first_sample + i, num_buckets)
+        if deal not in orders:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "timestep buckets", deal))
+            orders[deal] = torch.randperm(num_buckets, generator=generator)
+        spread[i] = (orders[deal][place] + u[i]) / num_buckets
+    return spread
+
+
+# --show_timesteps
+
+
+def show_timesteps(options: TimestepOptions, seed: int = 0, folder: Path = Path()) -> None:
+    """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png."""
+    counts, weights = timestep_statistics(options, seed)
+    if options.show_timesteps == "console":
+        sys.stdout.write(f"timesteps drawn\n{bars(counts)}\nloss weights\n{bars(weights)}\n")
+        return
+    from modules.media.writing import write_png  # slow to import, and only this needs it
+
+    path = folder / "timesteps.png"
+    write_png(path, _plots(counts, weights).numpy())
+    sys.stdout.write(f"{path}: timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}\n")
+
+
+def timestep_statistics(
+    options: TimestepOptions, seed: int, num_batches: int = 100, batch_size: int = 1000
+) -> tuple[Tensor, Tensor]:
+    """How often each of 1000 timesteps is drawn, and the loss weight of each."""
+    counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
+    for number in range(num_batches):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number))
+        sigmas = draw(options, batch_size, generator, seed, number * batch_size).sigmas
+        index = (sigmas.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)  # float32 holds 0.7 as 0.69999999
+        counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
+    each = torch.arange(NUM_TIMESTEPS).float()
+    return counts, loss_weights(options, Timesteps(each / NUM_TIMESTEPS, each)).double()
+
+
+def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
+    """Text with a bar for the mean of each of `lines` equal runs of values, the longest `width` characters."""
+    means = values.double().view(lines, -1).mean(1)
+    step = len(values) // lines
+    scale = width / max(float(means.max()), 1e-12)
+    return "\n".join(
+        f"{i * step:4d}..{(i + 1) * step - 1:4d} {mean:10.2f} {'#' * round(mean * scale)}" for i, mean in enumerate(means.tolist())
+    )
+
+
+def _plots(*rows: Tensor, height: int = 300, margin: int = 20) -> Tensor:
+    """An image H W 3 uint8 with one bar plot per row of 1000 values, under each other, a mark at every hundred."""
+    plots = []
+    for values in rows:
+        tops = height - (values / max(float(values.max()), 1e-12) * height).round().long()  # first filled line of each column
+        filled = torch.arange(height).view(-1, 1) >= tops
+        axis = torch.zeros(margin, len(values), dtype=torch.bool)
+        axis[0] = True
+        axis[: margin // 2, ::100] = True
+        plots.append(torch.cat([torch.zeros(margin, len(values), dtype=torch.bool), filled, axis]))
+    dark = torch.nn.functional.pad(torch.cat(plots), (margin, margin))
+    white, blue = torch.tensor([255, 255, 255]), torch.tensor([40, 90, 160])
+    return torch.where(dark.unsqueeze(-1), blue, white).to(torch.uint8)

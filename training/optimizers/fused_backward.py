@@ -1,0 +1,63 @@
+"""--fused_backward_pass: weights are stepped inside the backward pass, so that gradients never exist all at once.
+
+As soon as a weight's gradient is complete (all its uses are differentiated by then, so nothing needs the old value any more) the
+gradient is clipped by itself, the weight stepped, the gradient freed. Beside weights and optimizer state there is room needed for
+the largest gradient only. Without clipping the result is that of the usual order, to the bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from modules.errors import OptionError
+from training.optimizers.parameter_steps import ParameterSteps, require_alone
+from training.options import TrainingOptions
+
+OPTION = "--fused_backward_pass"
+
+
+class FusedBackward:
+    """Every backward pass from its making on steps `parameters`. Call `finish` after each."""
+
+    def __init__(self, steps: ParameterSteps, parameters: Sequence[Parameter], max_norm: float) -> None:
+        """max_norm: of each gradient by itself; 0 turns clipping off."""
+        self._steps, self._parameters, self._max_norm = steps, parameters, max_norm
+        self._norms: dict[Parameter, Tensor] = {}  # of the gradients of this pass, before clipping
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._complete)
+
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        """Step what no gradient reached, as by a gradient of zero. Returns the norm of all gradients before clipping."""
+        for parameter in self._parameters:
+            if parameter not in self._norms:
+                parameter.grad = torch.zeros_like(parameter)
+                self._complete(parameter)
+        norms = [self._norms[parameter] for parameter in self._parameters]
+        self._norms = {}
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    @torch.no_grad()
+    def _complete(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, Parameter)
+        assert parameter.grad is not None
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        if self._max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameter, self._max_norm, norm)
+        self._steps.step(parameter)
+        parameter.grad = None
+        self._norms[parameter] = norm
+
+
+def check_fused_backward(options: TrainingOptions, processes: int) -> None:
+    """Raise OptionError where --fused_backward_pass is asked for and cannot be, before anything large is loaded."""
+    if options.whole_dit is None or not options.whole_dit.fused_backward_pass:
+        return
+    if processes > 1:
+        raise OptionError(
+            f"{OPTION} with {processes} processes: their gradients would have to be summed before any weight is stepped. "
+            "Use one process, or leave it out"
+        )
+    require_alone(OPTION, options.optimizer.optimizer_type)

@@ -1,0 +1,329 @@
+"""The learning rate over the run: curves that are functions of the step alone, stepped once per optimizer step."""
+
+import importlib
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from modules.errors import CheckpointError, OptionError
+from training.optimizers.lr_schedule_options import ADAFACTOR, LrScheduleOptions
+from training.optimizers.optimizer import finds_own_rate, is_schedule_free
+from training.optimizers.state import decode, encode
+
+logger = logging.getLogger(__name__)
+
+POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial curve ends, as in the known tuners
+INVERSE_SQRT_TIMESCALE = 10_000  # where neither a time scale nor a warm-up is given
+
+
+class LrSchedule(Protocol):
+    """What the loop does with a schedule. `state` is JSON; `restore` comes after the optimizer's own state was restored."""
+
+    @property
+    def name(self) -> str: ...  # for logs and metadata
+
+    def step(self) -> None: ...
+
+    def get_last_lr(self) -> list[float]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The numbers that the curves are made of. Those after `total` are set by options or, as `ARGUMENTS` says, by arguments."""
+
+    learning_rate: float
+    warmup: int
+    decay: int
+    total: int
+    num_cycles: float = 1
+    power: float = 1
+    timescale: float | None = None
+    min_lr_ratio: float = 0.0
+    lr_end: float = POLYNOMIAL_END
+    step_rules: str = ""
+
+    def progress(self, step: int) -> float:
+        """From 0 at the end of the warm-up to 1 at the end of the run."""
+        return min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+
+
+def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> LrSchedule:
+    """The schedule for this optimizer and this many optimizer steps. Raises OptionError where the options do not fit together."""
+    if is_schedule_free(optimizer):
+        if options.lr_scheduler != "constant" or options.lr_scheduler_type or options.lr_warmup_steps or options.lr_scheduler_args:
+            logger.warning(
+                f"{type(optimizer).__name__} needs no schedule: the options of --lr_scheduler and its warm-up have no effect; "
+                "some of these optimizers take --optimizer_args warmup_steps=N."
+            )
+        return OwnRates("schedule-free", optimizer, lambda: [float(group["lr"]) for group in optimizer.param_groups])
+    if options.lr_scheduler_type:
+        return Imported(options.lr_scheduler_type, _import_scheduler(options, optimizer))
+    name, _, first_rate = options.lr_scheduler.partition(":")
+    if finds_own_rate(optimizer):
+        return OwnRates(ADAFACTOR, optimizer, lambda: _adafactor_rates(optimizer, float(first_rate or 0)))
+    if name == ADAFACTOR:
+        raise OptionError("--lr_scheduler adafactor goes with --optimizer_type Adafactor and relative_step=True only")
+    if "relative_step" in optimizer.defaults and name != "constant_with_warmup":
+        logger.warning(f"Adafactor without relative_step usually runs with --lr_scheduler constant_with_warmup, not {name}.")
+    curve = make_curve(options, total_steps, float(optimizer.defaults["lr"]))
+    factor = FACTORS[name]
+    return Named(name, LambdaLR(optimizer, lambda step: factor(curve, step)))
+
+
+def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: float) -> Curve:
+    """The numbers of the curve that the options name. Raises OptionError for arguments that no curve has."""
+    standard: dict[str, Any] = {
+        "num_cycles": options.lr_scheduler_num_cycles,
+        "power": options.lr_scheduler_power,
+        "timescale": options.lr_scheduler_timescale,
+        "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
+    }
+    arguments, allowed = options.arguments(), ARGUMENTS.get(options.lr_scheduler, ())
+    if unknown := sorted(set(arguments) - set(allowed)):
+        known = f"it has {', '.join(allowed)}" if allowed else "it has none"
+        raise OptionError(f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such argument; {known}.")
+    curve = Curve(
+        learning_rate=learning_rate,
+        warmup=warmup_steps(options, total_steps),
+        decay=in_steps(options.lr_decay_steps, total_steps),
+        total=total_steps,
+        **{**standard, **arguments},
+    )
+    if options.lr_scheduler == "warmup_stable_decay" and curve.warmup + curve.decay > total_steps:
+        raise OptionError(
+            f"--lr_warmup_steps {curve.warmup} and --lr_decay_steps {curve.decay} exceed the {total_steps} steps of the run"
+        )
+    if options.lr_scheduler == "polynomial" and learning_rate <= curve.lr_end:
+        raise OptionError(
+            f"--learning_rate {learning_rate}: the polynomial schedule ends at {curve.lr_end}; start above, or set lr_end"
+        )
+    if options.lr_scheduler == "piecewise_constant":
+        _read_rules(curve.step_rules)
+    return curve
+
+
+def in_steps(steps: int | float, total_steps: int) -> int:
+    """A number of steps, given as such or as a fraction of the run."""
+    return steps if isinstance(steps, int) else int(steps * total_steps)
+
+
+def warmup_steps(options: LrScheduleOptions, total_steps: int) -> int:
+    """The steps that the learning rate rises from 0."""
+    return in_steps(options.lr_warmup_steps, total_steps)
+
+
+# the curves: factor on the learning rate at a step (from 0)
+
+
+def constant(curve: Curve, step: int) -> float:
+    return min(1.0, step / curve.warmup) if curve.warmup else 1.0
+
+
+def linear(curve: Curve, step: int) -> float:
+    return constant(curve, step) if step < curve.warmup else 1 - curve.progress(step)
+
+
+def cosine(curve: Curve, step: int) -> float:
+    return constant(curve, step) if step < curve.warmup else _half_cosine(curve.progress(step))
+
+
+def cosine_with_restarts(curve: Curve, step: int) -> float:
+    if step < curve.warmup:
+        return constant(curve, step)
+    progress = curve.progress(step)
+    return 0.0 if progress >= 1 else _half_cosine(curve.num_cycles * progress % 1)
+
+
+def cosine_with_min_lr(curve: Curve, step: int) -> float:
+    if step < curve.warmup:
+        return constant(curve, step)
+    return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * curve.progress(step)))
+
+
+def polynomial(curve: Curve, step: int) -> float:
+    if step < curve.warmup:
+        return constant(curve, step)
+    start, end = curve.learning_rate, curve.lr_end
+    return ((start - end) * (1 - curve.progress(step)) ** curve.power + end) / start
+
+
+def inverse_sqrt(curve: Curve, step: int) -> float:
+    if step < curve.warmup:
+        return constant(curve, step)
+    timescale = curve.timescale or curve.warmup or INVERSE_SQRT_TIMESCALE
+    return 1 / math.sqrt((step + timescale - curve.warmup) / timescale)
+
+
+def warmup_stable_decay(curve: Curve, step: int) -> float:
+    falling = step - (curve.total - curve.decay)
+    if step < curve.warmup:
+        return _above(curve.min_lr_ratio, step / curve.warmup)
+    if falling < 0:
+        return 1.0
+    if falling >= curve.decay:
+        return curve.min_lr_ratio if curve.decay else 1.0
+    return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * falling / curve.decay))
+
+
+def piecewise_constant(curve: Curve, step: int) -> float:
+    rules, last = _read_rules(curve.step_rules)
+    return next((factor for factor, until in rules if step < until), last)
+
+
+FACTORS: dict[str, Callable[[Curve, int], float]] = {
+    "constant": constant,
+    "constant_with_warmup": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "cosine_with_restarts": cosine_with_restarts,
+    "polynomial": polynomial,
+    "inverse_sqrt": inverse_sqrt,
+    "cosine_with_min_lr": cosine_with_min_lr,
+    "warmup_stable_decay": warmup_stable_decay,
+    "piecewise_constant": piecewise_constant,
+}
+
+
+# what --lr_scheduler_args can set, for each curve
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("min_lr_ratio", "num_cycles"),
+    "warmup_stable_decay": ("min_lr_ratio", "num_cycles"),
+    "piecewise_constant": ("step_rules",),
+}
+
+
+def _half_cosine(progress: float) -> float:
+    """From 1 to 0 as progress goes from 0 to 1."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def _above(lowest: float, factor: float) -> float:
+    return factor * (1 - lowest) + lowest
+
+
+def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
+    """`1:10,0.1:20,0.01` as [(1, 10), (0.1, 20)], 0.01: factor 1 below step 10, 0.1 below 20, then 0.01."""
+    *rules, last = str(text).split(",")
+    try:
+        read = [(float(factor), int(until)) for factor, until in (rule.split(":") for rule in rules)]
+        return read, float(last)
+    except ValueError:
+        raise OptionError(
+            f"--lr_scheduler_args step_rules={text}: write factor:until step, ..., last factor, as 1:10,0.1:20,0.01"
+        ) from None
+
+
+# the schedules
+
+
+@dataclass(frozen=True)
+class Named:
+    """A curve of ours. Its state is the step."""
+
+    name: str
+    inner: LambdaLR
+
+    def step(self) -> None:
+        self.inner.step()
+
+    def get_last_lr(self) -> list[float]:
+        return [float(rate) for rate in self.inner.get_last_lr()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.inner.last_epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to the saved step; the rates follow from it and from this run's --learning_rate."""
+        if "step" not in state:
+            raise CheckpointError(_other_schedule(self.name))
+        inner = self.inner
+        inner.last_epoch, inner._step_count = state["step"], state["step"] + 1
+        inner._last_lr = [base * factor(state["step"]) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
+        for group, rate in zip(inner.optimizer.param_groups, inner._last_lr, strict=True):
+            group["lr"] = rate
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A scheduler class of torch or of another package."""
+
+    name: str
+    inner: LRScheduler
+
+    def step(self) -> None:
+        self.inner.step()
+
+    def get_last_lr(self) -> list[float]:
+        return [float(rate) for rate in self.inner.get_last_lr()]
+
+    def state_dict(self) -> dict[str, Any]:
+        plain = {key: value for key, value in self.inner.state_dict().items() if not callable(value)}
+        return {"scheduler": encode(plain, "scheduler", {})}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "scheduler" not in state:
+            raise CheckpointError(_other_schedule(self.name))
+        self.inner.load_state_dict(decode(state["scheduler"], {}))
+
+
+@dataclass(frozen=True)
+class OwnRates:
+    """For optimizers that set their own pace: only shows it."""
+
+    name: str
+    optimizer: Optimizer
+    rates: Callable[[], list[float]]
+
+    def step(self) -> None:
+        """Nothing to do."""
+
+    def get_last_lr(self) -> list[float]:
+        return self.rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to do: the pace is part of the optimizer's state."""
+
+
+def _other_schedule(name: str) -> str:
+    return (
+        f"the saved learning-rate schedule is of another kind than {name}: use --lr_scheduler and --lr_scheduler_type of that run"
+    )
+
+
+def _adafactor_rates(optimizer: Any, before: float) -> list[float]:
+    """The rate that Adafactor found for each group in its last step; `before` where it has made none."""
+    rates = []
+    for group in optimizer.param_groups:
+        state = optimizer.state.get(group["params"][0], {})
+        rates.append(float(optimizer._get_lr(group, state)) if "step" in state else before)
+    return rates
+
+
+def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRScheduler:
+    module, _, name = options.lr_scheduler_type.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module) if module else torch.optim.lr_scheduler, name)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"--lr_scheduler_type {options.lr_scheduler_type}: cannot be imported ({error})") from None
+    if kind is ReduceLROnPlateau:
+        raise OptionError("--lr_scheduler_type ReduceLROnPlateau: waits for a value after each epoch; use a curve of the step")
+    try:
+        return kind(optimizer, **options.arguments())
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"--lr_scheduler_type {options.lr_scheduler_type} refuses --lr_scheduler_args: {error}") from None

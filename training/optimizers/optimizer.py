@@ -1,0 +1,129 @@
+"""The optimizer: by short name, by class name of torch.optim, or by import path."""
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from modules.errors import OptionError
+from training.optimizers.options import OptimizerOptions
+
+logger = logging.getLogger(__name__)
+
+# short names, any case -> import path
+NAMES = {
+    "": "torch.optim.AdamW",
+    "adamw": "torch.optim.AdamW",
+    "adafactor": "transformers.optimization.Adafactor",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "pagedadamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "lion8bit": "bitsandbytes.optim.Lion8bit",
+    "lion": "lion_pytorch.Lion",
+    "prodigy": "prodigyopt.Prodigy",
+    "adamwschedulefree": "schedulefree.AdamWScheduleFree",
+    "radamschedulefree": "schedulefree.RAdamScheduleFree",
+    "sgdschedulefree": "schedulefree.SGDScheduleFree",
+}
+# import name -> what to install
+PACKAGES = {
+    "bitsandbytes": "bitsandbytes",
+    "lion_pytorch": "lion-pytorch",
+    "prodigyopt": "prodigyopt",
+    "schedulefree": "schedulefree",
+}
+
+
+def make_optimizer(options: OptimizerOptions, parameter_groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, str]:
+    """Build the optimizer over `parameter_groups` ({"params": [...], "lr": ...}); returns it and how metadata name it.
+
+    Raises OptionError where the class is not there or does not take the arguments.
+    """
+    kind = find_optimizer(options.optimizer_type)
+    arguments = options.arguments()
+    groups = [dict(group) for group in parameter_groups]
+    rate: float | None = options.learning_rate
+    if kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers"):
+        arguments, rate = _adafactor_arguments(options, arguments, groups)
+    elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
+        logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: usually that is 1.")
+    described = ",".join(f"{key}={value}" for key, value in arguments.items())
+    try:
+        optimizer = kind(groups, lr=rate, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(
+            f"--optimizer_type {options.optimizer_type or 'AdamW'} with --optimizer_args {described}: {error}"
+        ) from None
+    return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({described})" if described else "")
+
+
+def find_optimizer(name: str) -> Callable[..., Optimizer]:
+    """The class behind a name. Raises OptionError naming what to install or what there is."""
+    path = NAMES.get(name.lower(), name)
+    module, _, class_name = path.rpartition(".")
+    if not module:
+        return _torch_optimizer(name)
+    try:
+        return getattr(importlib.import_module(module), class_name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or module).partition(".")[0]
+        raise OptionError(
+            f"--optimizer_type {name}: the package {missing} is not installed. Run: pip install {PACKAGES.get(missing, missing)}"
+        ) from None
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"--optimizer_type {name}: cannot be imported ({error})") from None
+
+
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether it needs no schedule and keeps other weights for training than for use."""
+    return type(optimizer).__name__.lower().endswith("schedulefree")
+
+
+def finds_own_rate(optimizer: Optimizer) -> bool:
+    """Whether it is an Adafactor that sets its learning rate from the step."""
+    return bool(optimizer.defaults.get("relative_step"))
+
+
+def set_training(optimizer: Optimizer, is_training: bool) -> None:
+    """Switch the weights of a schedule-free optimizer to those it trains, or to those to save and sample with."""
+    if is_schedule_free(optimizer):
+        switch = optimizer.train if is_training else optimizer.eval  # type: ignore[attr-defined]
+        switch()
+
+
+def _torch_optimizer(name: str) -> Callable[..., Optimizer]:
+    classes = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+    if name.lower() not in classes:
+        known = sorted({*(key for key in NAMES if key), *classes})
+        raise OptionError(
+            f"--optimizer_type {name}: unknown. Use one of {', '.join(known)}, or an import path as package.module.Class."
+        )
+    return classes[name.lower()]
+
+
+def _adafactor_arguments(
+    options: OptimizerOptions, arguments: dict[str, Any], groups: list[dict[str, Any]]
+) -> tuple[dict[str, Any], float | None]:
+    """Adafactor's arguments and learning rate; None where it finds its own, then the groups lose theirs."""
+    arguments = {"relative_step": True, **arguments}
+    if arguments.get("warmup_init") and not arguments["relative_step"]:
+        logger.warning("Adafactor: relative_step is set to True because warmup_init=True needs it.")
+        arguments["relative_step"] = True
+    if arguments["relative_step"]:
+        logger.warning(
+            "Adafactor finds its own learning rate: --learning_rate and --lr_scheduler are ignored (relative_step=True)."
+        )
+        for group in groups:
+            group.pop("lr", None)
+        return arguments, None
+    if options.max_grad_norm != 0:
+        logger.warning(f"Adafactor clips by itself: --max_grad_norm {options.max_grad_norm} clips twice; 0 is usual here.")
+    if arguments.get("clip_threshold", 1.0) != 1.0:
+        logger.warning("Adafactor: clip_threshold=1.0 is usual.")
+    return arguments, options.learning_rate

@@ -1,0 +1,76 @@
+"""What a training step will hold on the device: found by rehearsing it, without data and without anything large loaded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from modules.contract.family import Family
+from modules.planning.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
+from modules.planning.memory_plan import Part, Phase, Swapped, dtypes_of, gib, parts_of, swaps_of, workspace
+from training.dressing import placement_of
+from training.loss import NoisyBatch
+from training.options import TrainingOptions
+from training.planning.rehearsal import rehearse
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step holds, before any block is swapped, and what swapping changes."""
+
+    options: TrainingOptions
+    batch: str  # the size of the batch, in words
+    moments: Mapping[str, Moment]
+    waiting: int  # bytes of activations in host memory
+    weights: str  # their dtypes
+    swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
+    workspace: Part
+
+    def phase(self, blocks: int) -> Phase:
+        """The largest moment of a step with so many blocks swapped."""
+        place, moment = largest(self.moments)
+        notes = {WEIGHTS: self.weights, WORKING: place}
+        if self.swaps[blocks].host:
+            notes[WEIGHTS] += f"; {blocks} blocks swapped, {gib(self.swaps[blocks].ring)} to pass through"
+        if self.waiting:
+            notes[KEPT] = "the rest waits in host memory"
+        return Phase(f"training step, {self.batch}", (*parts_of(moment, self.swaps[blocks], notes, self.waiting), self.workspace))
+
+    def device(self, blocks: int) -> int:
+        """Bytes of the device with so many blocks swapped."""
+        return self.phase(blocks).device
+
+    @property
+    def most(self) -> int:
+        """The largest number of blocks that can be swapped."""
+        return len(self.swaps) - 1
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the options swap; 0 for auto."""
+        swap = self.options.speed.swap
+        return 0 if swap.is_auto else swap.number
+
+
+def predict(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device) -> Prediction:
+    """Rehearse a step. Products in 8 bits are rehearsed as products in 16 bit of the same weights. Raises what loading raises.
+
+    noisy_batch: on the CPU. device: of the run.
+    """
+    choice = replace(options.speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
+    placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
+    with quiet():
+        dit = family.load_dit(placement)
+    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap.img_in_txt_in_offloading)
+    with quiet():
+        moments, waiting = rehearse(family, options, dit, noisy_batch)
+    return Prediction(options, describe(family, noisy_batch), moments, waiting, weights, swaps, workspace(device, is_training=True))
+
+
+def describe(family: Family, noisy_batch: NoisyBatch) -> str:
+    """`832x480, 81 frames, batch 1`."""
+    count, _, frames, height, width = noisy_batch.noise.shape
+    step, rows, columns = family.latent.stride
+    return f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}"

@@ -1,0 +1,212 @@
+"""A training step rehearsed without content: the code of the real step, with its device's bytes counted at every place."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
+
+from modules.contract.family import Family
+from modules.planning.dry_run import (
+    BATCH,
+    GRADIENTS,
+    NETWORK,
+    OPTIMIZER,
+    WORKING,
+    Counts,
+    Ledger,
+    Moment,
+    dry_run,
+    extrapolated,
+    keep_blocks,
+    place,
+    watch_blocks,
+)
+from networks.adapter import make_network
+from training.dressing import AUTOCAST, dress
+from training.loss import Autocast, NoisyBatch, training_loss
+from training.optimizers.fused_backward import FusedBackward
+from training.optimizers.optimizer import make_optimizer, set_training
+from training.optimizers.parameter_steps import ParameterSteps, steps_alone
+from training.options import TrainingOptions
+from training.planning.optimizer_bytes import is_rehearsable, state_bytes
+from training.processes.gradients import fill_missing_gradients, norm_of_gradients
+from training.progress import Progress
+from training.trainable import train_dit
+
+STEP = "optimizer step"
+
+
+@dataclass
+class Rehearsal:
+    """A dressed DiT without content, and what steps it."""
+
+    family: Family
+    options: TrainingOptions
+    ledger: Ledger
+    dit: nn.Module
+    parameters: list[Parameter]
+    optimizer: Optimizer
+    steps: ParameterSteps | None
+    is_fused: bool  # weights are stepped inside the backward pass
+    fused: FusedBackward | None  # what does so, once the optimizer has its states
+    states: list[Tensor]  # what stands for states that a rehearsal cannot make
+    blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
+
+    @property
+    def counts(self) -> Counts:
+        """How many blocks each list has."""
+        return tuple(map(len, self.blocks.values()))
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that --gradient_checkpointing_cpu_offload keeps on the host: what each block is given, but for the last one."""
+        if not self.options.loop.gradient_checkpointing_cpu_offload:
+            return 0
+        inputs = [self.ledger.inputs[name] for name, blocks in self.blocks.items() for _ in blocks]
+        return sum(inputs[:-1])
+
+    def measure(self, noisy_batch: NoisyBatch, counts: Counts) -> dict[str, Moment]:
+        """The largest moment at each place of a step with so many blocks; not that of the optimizer's step."""
+        keep_blocks(self.dit, self.blocks, counts, self.ledger)
+        if self.options.loop.gradient_accumulation_steps > 1:
+            self.fill_gradients()  # those of the micro-batches before
+        self.ledger.enter("forward outside the blocks")
+        self.ledger.forget_peaks()
+        self.ledger.is_backward = False
+        loss = training_loss(self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device))
+        self.ledger.is_backward = True
+        self.ledger.enter("backward outside the blocks")
+        with self.ledger.guessing() if self.is_fused else contextlib.nullcontext():  # optimizers may read numbers
+            loss.backward()
+            found = dict(self.ledger.peaks)
+            if self.fused is not None:
+                self.fused.finish()
+        self.know_states()
+        self.clear_gradients()
+        keep_blocks(self.dit, self.blocks, self.counts, self.ledger)
+        return found
+
+    def measure_step(self) -> dict[str, Moment]:
+        """Clip and step once, which makes the optimizer's states. Returns the largest moment of that, as every step has it."""
+        if not is_rehearsable(self.optimizer):
+            with self.ledger.allocating(OPTIMIZER):
+                self.states.append(torch.empty(state_bytes(self.optimizer), dtype=torch.uint8, device=self.ledger.device))
+            return {}
+        self.fill_gradients()
+        self.ledger.enter(STEP)
+        self.ledger.forget_peaks()
+        with self.ledger.guessing():
+            norm = norm_of_gradients(self.parameters)
+            max_norm = self.options.optimizer.max_grad_norm
+            if max_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+            self.step_weights()
+        self.know_states()
+        self.clear_gradients()
+        if self.is_fused:
+            return {}
+        states, peak = self.ledger.moment.get(OPTIMIZER, 0), self.ledger.peaks[STEP]
+        return {STEP: {**peak, OPTIMIZER: states, WORKING: peak[WORKING] - states}}
+
+    def know_states(self) -> None:
+        """Count as the optimizer's what it keeps, which a step may have made anew."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    self.ledger.see(value, OPTIMIZER)
+
+    def step_weights(self) -> None:
+        """The optimizer's step of all weights, which have gradients."""
+        if self.steps is not None:
+            self.steps.step_all(self.parameters)
+        else:
+            self.optimizer.step()
+
+    def fill_gradients(self) -> None:
+        """Give every weight a gradient, as it has after the backward pass."""
+        with self.ledger.allocating(GRADIENTS):
+            fill_missing_gradients(self.parameters)
+
+    def clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def rehearse(family: Family, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch) -> tuple[dict[str, Moment], int]:
+    """The largest moment of the device at each place of a training step, once the optimizer has its states; and bytes that wait
+    on the host.
+
+    dit: the network as it is loaded, on the meta device; it is of no other use afterwards. noisy_batch: on the CPU.
+    """
+    with dry_run() as ledger:
+        rehearsal = dressed(family, options, dit, ledger)
+        found = rehearsal.measure_step()
+        if rehearsal.is_fused:
+            step_in_backward(rehearsal)
+        on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
+        found |= extrapolated(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
+        return found, rehearsal.waiting
+
+
+def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
+    """The order of dressing of `training.run`: network, then `dress`; and the optimizer."""
+    place(dit, ledger)
+    dit.requires_grad_(False)
+    if options.network is not None:
+        unread = options.network if options.network.dim_from_weights else replace(options.network, network_weights=None)
+        network = make_network(unread, family.lora_module, dit, seed=0)
+        place(network.module, ledger, NETWORK)
+        groups, _ = network.parameter_groups(options.optimizer.learning_rate)
+    else:
+        assert options.whole_dit is not None
+        groups = [dict(each) for each in train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups]
+    blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
+    watch_blocks(blocks, ledger)
+    dress(dit, family.dit, options.loop, ledger.device)
+    with _disable_current_modes():  # bitsandbytes reads a table of numbers that it makes; the weights stay without content
+        optimizer, _ = make_optimizer(options.optimizer, groups)
+    use_foreach(optimizer)
+    set_training(optimizer, True)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    whole = options.whole_dit
+    is_fused = whole is not None and whole.fused_backward_pass
+    by_itself = whole is not None and (whole.full_bf16 or is_fused) and steps_alone(type(optimizer))
+    names = {parameter: str(index) for index, parameter in enumerate(parameters)}
+    steps = ParameterSteps(optimizer, names, Progress(0, 0, 0.0)) if by_itself else None
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda each: ledger.see(each.grad, GRADIENTS))
+    return Rehearsal(family, options, ledger, dit, parameters, optimizer, steps, is_fused, None, [], blocks)
+
+
+def step_in_backward(rehearsal: Rehearsal) -> None:
+    """From now on backward passes step the weights, as with --fused_backward_pass."""
+    assert rehearsal.steps is not None
+    rehearsal.fused = FusedBackward(rehearsal.steps, rehearsal.parameters, rehearsal.options.optimizer.max_grad_norm)
+
+
+def use_foreach(optimizer: Optimizer) -> None:
+    """On a GPU torch's optimizers step many weights at once where nothing else is asked for, which takes more room."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
+    """What accelerate makes of --mixed_precision."""
+    dtype = AUTOCAST.get(options.accelerator.mixed_precision)
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def stand_in_batch(tensor: Tensor, ledger: Ledger) -> Tensor:
+    """A tensor of a batch on the device: without content, but whole numbers (masks) keep theirs."""
+    if not tensor.is_floating_point():
+        return tensor
+    with ledger.allocating(BATCH):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=ledger.device)

@@ -1,0 +1,68 @@
+"""The accelerator: device, mixed precision, processes and trackers. Accumulation and averaging of gradients are the loop's own."""
+
+import logging
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+from modules.devices import allow_fp16_accumulation, keep_float32_exact
+from modules.errors import OptionError
+from training.processes.options import AcceleratorOptions
+
+logger = logging.getLogger(__name__)
+
+SHARDED = {kind.value for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)}
+
+
+def make_accelerator(options: AcceleratorOptions, trackers: Sequence[str] = (), logging_folder: Path | None = None) -> Accelerator:
+    """Join the processes that the launcher started and choose device and precision.
+
+    trackers, logging_folder: `LogOptions.trackers` and `logs.run_folder`.
+    Raises OptionError where the device cannot compute in this precision or a tracker is not installed.
+    """
+    keep_float32_exact()
+    groups = [] if options.ddp_timeout is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout))]
+    try:
+        accelerator = Accelerator(
+            # launched as several processes without a GPU, accelerate would let each of them train alone
+            cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
+            mixed_precision=options.mixed_precision,
+            # a step count of 1, whatever the launcher was told: the loop accumulates itself, backward() must not divide
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            step_scheduler_with_optimizer=False,
+            log_with=list(trackers) or None,
+            project_dir=logging_folder,
+            kwargs_handlers=groups,
+        )
+    except ValueError as error:
+        raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
+    if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would go on without it
+        raise OptionError(f"--mixed_precision {options.mixed_precision} does nothing on {accelerator.device.type}: use bf16 or no")
+    if accelerator.distributed_type.value in SHARDED:
+        raise OptionError(
+            f"accelerate launch asks for {accelerator.distributed_type.value}: the model is not split here, each process holds all "
+            "of it. Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N"
+        )
+    if accelerator.is_main_process:
+        _report(options, accelerator)
+    if options.fp16_accumulation:
+        allow_fp16_accumulation()
+    return accelerator
+
+
+def _report(options: AcceleratorOptions, accelerator: Accelerator) -> None:
+    logger.info(
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, "
+        f"mixed precision {options.mixed_precision}, torch {torch.__version__}"
+    )
+    if options.ddp_gradient_as_bucket_view or options.ddp_static_graph:
+        logger.info(
+            "--ddp_gradient_as_bucket_view and --ddp_static_graph change nothing: gradients are averaged without a DDP wrapper."
+        )
+    if options.fp16_accumulation:
+        logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")

@@ -1,0 +1,207 @@
+"""What a run reports: a progress bar, and TensorBoard or wandb through accelerate's trackers. Only the main process reports."""
+
+import dataclasses
+import logging
+import time
+import tomllib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from modules.errors import OptionError, UserError
+from modules.options import option_name, record_of
+from networks.adapter import NormReport
+from training.reports.options import LogOptions
+from training.reports.step_clock import StepClock
+
+logger = logging.getLogger(__name__)
+
+TRACKER_NAME = "network_train"  # of LoRA training; as in the known tuners
+FLUSH_SECONDS = 10  # how old what TensorBoard shows may be
+PRIVATE = {"wandb_api_key", "huggingface_token", "resume"}  # and every option whose type is a path
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The numbers of one optimizer step."""
+
+    step: int  # from 1
+    loss: float
+    average: float  # of the losses of the last epoch-length window
+    rates: Mapping[str, float]  # as `named_rates` gives them
+    gradient_norm: float | None = None  # before clipping
+    norms: NormReport | None = None  # of --scale_weight_norms
+
+
+@dataclass
+class Logs:
+    """The reports of one run. Use it as a context manager: leaving it closes bar and trackers."""
+
+    accelerator: Accelerator
+    bar: "tqdm[Any]"
+    now: Callable[[], float] = time.monotonic
+    clock: StepClock = field(default_factory=StepClock)
+    _last: float | None = field(default=None, init=False)
+    _flushed: float = field(default=0.0, init=False)
+    _redirect: Any = field(default=None, init=False)
+
+    def __enter__(self) -> "Logs":
+        self._redirect = logging_redirect_tqdm()  # log lines go above the bar, not through it
+        self._redirect.__enter__()
+        self.restart_clock()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        self._redirect.__exit__(*error)
+        self.accelerator.end_training()
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last step (a sample, a save) out of the steps per second."""
+        self._last = self.now()
+        self.clock.skip()
+
+    def step(self, report: StepReport) -> None:
+        """Report an optimizer step and move the bar."""
+        now = self.now()
+        seconds = now - self._last if self._last is not None else 0.0
+        self._last = now
+        slow = self.clock.note(report.step, seconds)
+        if slow is not None:
+            logger.warning(slow)
+        values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
+        shown: dict[str, Any] = {"avr_loss": f"{report.average:.4g}"}
+        if report.gradient_norm is not None:
+            values["grad_norm"] = report.gradient_norm
+        if seconds > 0:
+            values["steps_per_second"] = 1 / seconds
+        if report.norms is not None:
+            values["max_norm/keys_scaled"] = report.norms.keys_scaled
+            values["max_norm/average_key_norm"] = report.norms.mean_norm
+            values["max_norm/max_key_norm"] = report.norms.max_norm
+            shown |= {"keys_scaled": report.norms.keys_scaled, "average_key_norm": f"{report.norms.mean_norm:.4g}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(report.step - self.bar.n)
+        self.values(values, report.step)
+
+    def values(self, values: Mapping[str, float], step: int) -> None:
+        """Report other numbers at a step: `loss/epoch`, validation losses."""
+        if not self.accelerator.is_main_process:
+            return
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                self._to_tensorboard(tracker.writer, values, step)
+            else:
+                tracker.log(dict(values), step=step)
+
+    def _to_tensorboard(self, writer: Any, values: Mapping[str, float], step: int) -> None:
+        """Hand over to its writing thread; accelerate's own `log` waits for the disk each time, some milliseconds a step."""
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        if self._last is not None and self._last - self._flushed >= FLUSH_SECONDS:
+            writer.flush()
+            self._flushed = self._last
+
+
+def start_logs(
+    accelerator: Accelerator,
+    options: LogOptions,
+    total_steps: int,
+    first_step: int = 0,
+    config: Mapping[str, Any] | None = None,
+    tracker_name: str = TRACKER_NAME,
+    now: Callable[[], float] = time.monotonic,
+) -> Logs:
+    """Start the trackers that `make_accelerator` was given, and the bar at `first_step` of `total_steps`.
+
+    config: what to store with the run, from `public_config`; None stores nothing. tracker_name: where the options give none.
+    now: gives seconds.
+    Raises OptionError where wandb is missing, UserError where --log_tracker_config cannot be read.
+    """
+    if options.trackers:
+        arguments = tracker_arguments(options)
+        if accelerator.is_main_process and "wandb" in options.trackers and options.wandb_api_key is not None:
+            _log_in(options.wandb_api_key)
+        accelerator.init_trackers(
+            options.log_tracker_name or tracker_name, config=dict(config) if config else None, init_kwargs=arguments
+        )
+    bar = tqdm(total=total_steps, initial=first_step, desc="steps", smoothing=0.1, disable=not accelerator.is_main_process)
+    return Logs(accelerator, bar, now)
+
+
+def run_folder(options: LogOptions, started: datetime) -> Path | None:
+    """Where this run's TensorBoard files go: `{logging_dir}/{log_prefix}{YYYYmmddHHMMSS}`."""
+    if options.logging_dir is None:
+        return None
+    return options.logging_dir / f"{options.log_prefix or ''}{started:%Y%m%d%H%M%S}"
+
+
+def check_trackers(options: LogOptions) -> None:
+    """Raise OptionError, naming what to install, where a tracker's package is missing."""
+    for tracker in options.trackers:
+        try:
+            __import__(tracker)
+        except ImportError:
+            raise OptionError(f"--log_with {tracker}: the package is not installed. Run: pip install {tracker}") from None
+
+
+def tracker_arguments(options: LogOptions) -> dict[str, Any]:
+    """Arguments for each tracker by its name: the file --log_tracker_config, else the name of the wandb run."""
+    if options.log_tracker_config is None:
+        return {} if options.wandb_run_name is None else {"wandb": {"name": options.wandb_run_name}}
+    path = options.log_tracker_config
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--log_tracker_config {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--log_tracker_config {path} is not valid TOML: {error}") from None
+    for name, table in tables.items():
+        if name not in options.trackers:
+            logger.warning("--log_tracker_config %s: [%s] has no effect, as there is no such tracker in this run", path, name)
+        if not isinstance(table, dict):
+            raise UserError(
+                f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under [wandb] or [tensorboard]"
+            )
+    return tables
+
+
+def public_config(*records: Any) -> dict[str, int | float | str | bool]:
+    """All options of these records by their public names, without keys and paths: for --log_config."""
+    config: dict[str, int | float | str | bool] = {}
+    for record in records:
+        hints = typing.get_type_hints(type(record))
+        for item in dataclasses.fields(record):
+            value, name = getattr(record, item.name), option_name(item)
+            if record_of(hints[item.name]) is not None:
+                config |= {} if value is None else public_config(value)
+            elif name not in PRIVATE and not _is_path(item.type):
+                config[name] = value if isinstance(value, (int, float, str)) else str(value)
+    return config
+
+
+def named_rates(rates: Sequence[float], group_names: Sequence[str], optimizer: Optimizer) -> dict[str, float]:
+    """Learning rates by tracker name, `lr/unet`; and `lr/d*lr/unet` where the optimizer estimates a factor d itself (Prodigy)."""
+    named = {f"lr/{name}": float(rate) for name, rate in zip(group_names, rates, strict=False)}
+    for name, group in zip(group_names, optimizer.param_groups, strict=False):
+        if "d" in group:
+            named[f"lr/d*lr/{name}"] = float(group["d"]) * float(group["lr"])
+    return named
+
+
+def _is_path(annotation: Any) -> bool:
+    return "Path" in str(annotation)
+
+
+def _log_in(key: str) -> None:
+    import wandb  # optional; `check_trackers` has found it
+
+    wandb.login(key=key)

@@ -1,0 +1,163 @@
+"""When and under which names a run is saved, and which older files give way to it."""
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from training.saving.options import SavingOptions
+
+logger = logging.getLogger(__name__)
+
+WriteFile = Callable[[Path], None]
+Publish = Callable[[Path], None]  # hand a finished file or folder on, e.g. to the hub
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of files and state folders: `x-000001.safetensors`, `x-step00000020-state`."""
+
+    folder: Path
+    name: str
+
+    def epoch(self, number: int) -> str:
+        return f"{self.name}-{number:06d}"
+
+    def step(self, number: int) -> str:
+        return f"{self.name}-step{number:08d}"
+
+    def file(self, stem: str) -> Path:
+        return self.folder / f"{stem}.safetensors"
+
+    def state(self, stem: str) -> Path:
+        return self.folder / f"{stem}-state"
+
+
+@dataclass
+class MinuteClock:
+    """Says when so many minutes have passed since the last save. `now` gives seconds."""
+
+    minutes: float | None
+    now: Callable[[], float] = time.monotonic
+    last: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.last = self.now()
+
+    def is_due(self) -> bool:
+        return self.minutes is not None and self.now() - self.last >= 60 * self.minutes
+
+    def restart(self) -> None:
+        self.last = self.now()
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes files and states of a run and removes those that retention gives up. For the main process."""
+
+    options: SavingOptions
+    names: Names
+    write_file: WriteFile
+    write_state: WriteFile
+    publish: Publish
+    publish_state: Publish
+
+    def save_step(self, step: int, with_state: bool | None = None) -> None:
+        """Save under the step's name; then remove what is older than --save_last_n_steps."""
+        self._save(self.names.step(step), self.options.save_state if with_state is None else with_state)
+        self.tidy_steps(step)
+
+    def save_epoch(self, epoch: int) -> None:
+        """Save under the epoch's name (counted from 1); then remove what is older than --save_last_n_epochs."""
+        self._save(self.names.epoch(epoch), self.options.save_state)
+        self.tidy_epochs(epoch)
+
+    def save_final(self) -> None:
+        """Save under the plain name."""
+        self._save(self.names.name, self.options.save_state or self.options.save_state_on_train_end)
+
+    def tidy_steps(self, step: int) -> None:
+        """Remove what retention gives up at a save of `step`."""
+        options = self.options
+        # saves by the clock have any number
+        every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
+        for pattern, last_n in self._kinds(r"-step(\d{8,})", options.save_last_n_steps, options.save_last_n_steps_state):
+            _remove_up_to(self.names.folder, pattern, last_expired_step(step, every, last_n), every)
+
+    def tidy_epochs(self, epoch: int) -> None:
+        """Remove what retention gives up at a save of `epoch`."""
+        options, every = self.options, self.options.save_every_n_epochs or 1
+        for pattern, last_n in self._kinds(r"-(\d{6,})", options.save_last_n_epochs, options.save_last_n_epochs_state):
+            _remove_up_to(self.names.folder, pattern, last_expired_epoch(epoch, every, last_n), every)
+
+    def _kinds(self, number: str, last_n: int | None, last_n_states: int | None) -> tuple[tuple[str, int | None], ...]:
+        """The pattern of files and that of states, each with how much of it is kept."""
+        start = re.escape(self.names.name) + number
+        return (start + r"\.safetensors", last_n), (start + "-state", last_n if last_n_states is None else last_n_states)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed run of this name left under temporary names."""
+        pattern = rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?(-state|\.safetensors)\..+\.tmp"
+        for entry in sorted(self.names.folder.iterdir()) if self.names.folder.is_dir() else []:
+            if re.fullmatch(pattern, entry.name):
+                _remove(entry)
+
+    def _save(self, stem: str, with_state: bool) -> None:
+        file, state = self.names.file(stem), self.names.state(stem)
+        self.write_file(file)
+        logger.info("Saved %s", file)
+        self.publish(file)
+        if with_state:
+            self.write_state(state)
+            logger.info("Saved %s", state)
+            self.publish_state(state)
+
+
+def last_expired_step(step: int, every: int, last_n_steps: int | None) -> int | None:
+    """The newest multiple of `every` that a save at `step` gives up: every 5, last 5: at 25 it is 15, so 20 and 25 remain."""
+    if last_n_steps is None:
+        return None
+    number = step - last_n_steps - 1
+    number -= number % every
+    return number if number > 0 else None
+
+
+def last_expired_epoch(epoch: int, every: int, last_n_epochs: int | None) -> int | None:
+    """The newest epoch that a save at `epoch` no longer keeps."""
+    if last_n_epochs is None:
+        return None
+    number = epoch - every * last_n_epochs
+    return number if number > 0 else None
+
+
+def _remove_up_to(folder: Path, pattern: str, number: int | None, every: int) -> None:
+    """Remove entries whose number is a multiple of `every` and at most `number`.
+
+    All of them, not only the newest: a run that was killed before it could remove one leaves it to the next save.
+    """
+    if number is None or not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        match = re.fullmatch(pattern, entry.name)
+        if match is None or int(match[1]) > number or int(match[1]) % every:
+            continue
+        # moved aside first: a folder that is half removed must not look like a state
+        aside = entry.with_name(f".{entry.name}.removed.tmp")
+        try:
+            os.replace(entry, aside)
+            _remove(aside)
+        except OSError as error:  # open in another program; no reason to end a run
+            logger.warning("%s is kept for now, because it cannot be removed: %s", entry, error)
+        else:
+            logger.info("Removed %s", entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

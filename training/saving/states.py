@@ -1,0 +1,258 @@
+"""Everything a run needs to continue as if it had never stopped: written to a folder, found again, checked, read.
+
+A state folder holds `state.json` and one safetensors file per named part (`network`, `optimizer`, ...). It is built beside its
+place and renamed, so one that is there is whole. Nothing random is stored: all of it follows from the seed and the micro-batch.
+"""
+
+import json
+import logging
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modules.atomic_write import atomic_folder, recover_folder
+from modules.checkpoints.containers import SafetensorsFile, load_pickled
+from modules.checkpoints.writing import stream_tensors
+from modules.contract.loading import TensorInfo
+from modules.errors import CheckpointError, OptionError
+from training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+RECORD = "state.json"
+
+FORMAT = "reelsmith training state"
+
+VERSION = 1
+
+FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state folder as read. `identity` are the settings a resumed run has to share, `habits` those it may change."""
+
+    folder: Path
+    progress: Progress
+    identity: Mapping[str, Any]
+    habits: Mapping[str, Any]
+    described: Mapping[str, Any]  # schedule, optimizer, scaler: as JSON
+    parts: Mapping[str, Mapping[str, Tensor]]  # one that was read is a `StoredPart`
+
+
+class StoredPart(Mapping[str, Tensor]):
+    """The tensors of a part on disk, each read when it is asked for: a whole model is not held a second time."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError where the file is damaged."""
+        self._file = SafetensorsFile(path)  # not mapped: the folder may be replaced or removed later in the run
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.tensors)
+
+    def __len__(self) -> int:
+        return len(self._file.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self._file.tensors[name].shape
+
+    def close(self) -> None:
+        """Windows keeps a folder from being replaced or removed while a file in it is open."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class ForeignState:
+    """What a state folder of a known tuner holds: no position, so counting starts at 0."""
+
+    folder: Path
+    network: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any] | None
+
+
+def write_state(folder: Path, state: SavedState) -> None:
+    """Write `state` as `folder`, whole or not at all. Raises OutputError where the disk does not allow it."""
+    with atomic_folder(folder) as temporary:
+        files = {}
+        for part, tensors in state.parts.items():
+            path = temporary / f"{part}.safetensors"
+            infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            stream_tensors(path, infos, tensors.__getitem__, {"format": "pt"})
+            files[part] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "progress": asdict(state.progress),
+            "identity": dict(state.identity),
+            "habits": dict(state.habits),
+            "described": dict(state.described),
+            "parts": files,
+        }
+        record = _as_read(record)
+        record["crc32"] = _record_checksum(record)
+        (temporary / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def read_state(folder: Path) -> SavedState | ForeignState:
+    """Read a state folder of ours or of a known tuner.
+
+    Raises CheckpointError where it is missing, damaged, or holds none; OptionError where it is not a folder.
+    """
+    if not folder.is_dir():
+        raise OptionError(f"--resume {folder}: no such folder. Give a ...-state folder, or the word latest.")
+    if not (folder / RECORD).exists():
+        return _read_foreign(folder)
+    record = _read_record(folder)
+    parts = {part: _read_part(folder, part, size) for part, size in record["parts"].items()}
+    return SavedState(folder, Progress(**record["progress"]), record["identity"], record["habits"], record["described"], parts)
+
+
+def find_latest(output_dir: Path, name: str) -> Path | None:
+    """The whole state of run `name` with the most steps, or None. Undoes what a kill left half done."""
+    if not output_dir.is_dir():
+        return None
+    pattern = re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
+    for entry in list(output_dir.iterdir()):  # moved aside by a run that was killed between two renames
+        if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
+            recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
+    found = []
+    for folder in output_dir.iterdir():
+        if folder.is_dir() and pattern.fullmatch(folder.name) and (folder / RECORD).exists():
+            try:
+                record = _read_record(folder)
+            except CheckpointError as error:
+                logger.warning("%s is left out of the search for the latest state: %s", folder, error)
+                continue
+            found.append((record["progress"]["step"], folder.name, folder))
+    return max(found)[2] if found else None
+
+
+def check_identity(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
+    """Raise OptionError where a setting that decides the numbers differs from that of the saved run. Keys name the options."""
+    changed = {name: value for name, value in here.items() if saved.get(name) != value}
+    lines = [f"  {name}: {_short(saved.get(name))} in the state, {_short(value)} now" for name, value in changed.items()]
+    if lines:
+        raise OptionError(
+            f"--resume {folder}: this run is not the one that was saved.\n" + "\n".join(lines) + "\n"
+            f"  Use the saved values, or start a new run from what was trained: {FRESH_START}"
+        )
+
+
+def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Name the settings that may change between the runs and did."""
+    for name, value in here.items():
+        if name in saved and saved[name] != value:
+            logger.warning("%s was %s when the state was saved; it is %s from here on.", name, _short(saved[name]), _short(value))
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy saved weights into a learning module, all of them. Raises CheckpointError naming what does not fit."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    misshaped = [name for name in own.keys() & tensors.keys() if tuple(own[name].shape) != _shape(tensors, name)]
+    if missing or unexpected or misshaped:
+        raise CheckpointError(
+            f"{folder} holds another network: {len(missing)} tensors missing {missing[:2]}, {len(unexpected)} unexpected "
+            f"{unexpected[:2]}, {len(misshaped)} of another shape {sorted(misshaped)[:2]}.\n"
+            "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved it.",
+            path=folder,
+        )
+    if not _is_plain(module, own):
+        module.load_state_dict(dict(tensors))
+        return
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])  # one at a time
+
+
+def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether the state dict holds the parameters and buffers themselves, nothing made of them, as foreign networks may have it."""
+    named = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    return all(name in named and named[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items())
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return tensors.shape(name) if isinstance(tensors, StoredPart) else tuple(tensors[name].shape)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT or record["version"] > VERSION:
+            raise CheckpointError(f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder)
+        if record.pop("crc32", None) != _record_checksum(record):
+            raise _damaged(folder / RECORD, "its checksum is not the recorded one")
+        for part, file in record["parts"].items():
+            path = folder / f"{part}.safetensors"
+            size_bytes = path.stat().st_size if path.exists() else 0
+            if size_bytes != file["bytes"]:
+                raise _damaged(path, f"{size_bytes} bytes, {file['bytes']} were written")
+        Progress(**record["progress"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder / RECORD, str(error)) from error
+    return record
+
+
+def _read_part(folder: Path, part: str, file: Mapping[str, int]) -> StoredPart:
+    path = folder / f"{part}.safetensors"
+    try:
+        if _checksum(path) != file["crc32"]:
+            raise _damaged(path, "its checksum is not the recorded one")
+        return StoredPart(path)
+    except OSError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _read_foreign(folder: Path) -> ForeignState:
+    """A folder of accelerate: model.safetensors and optimizer.bin. Its schedule and random states need a count it does not hold."""
+    weights, optimizer = folder / "model.safetensors", folder / "optimizer.bin"
+    if weights.exists():
+        try:
+            network = load_file(weights)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(weights, str(error)) from error
+    elif (folder / "pytorch_model.bin").exists():
+        network = load_pickled(folder / "pytorch_model.bin")
+    else:
+        raise CheckpointError(
+            f"{folder} is no state folder: it has neither {RECORD} nor model.safetensors. Give a ...-state folder.", path=folder
+        )
+    return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else None)
+
+
+def _as_read(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as it comes back from JSON, with texts for keys and lists for tuples."""
+    return dict(json.loads(json.dumps(record)))
+
+
+def _record_checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {reason}.\n  Resume from another state folder.", path=path)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,123 @@
+"""To and from the Hugging Face hub. A failed upload is reported and never ends a run."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modules.errors import OptionError
+from training.saving.options import HubOptions
+
+logger = logging.getLogger(__name__)
+
+
+def hub() -> Any:
+    """The client library. Raises OptionError where it is not installed."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise OptionError("the Hugging Face hub needs the package huggingface_hub: pip install huggingface_hub") from error
+    return huggingface_hub
+
+
+@dataclass(frozen=True)
+class Uploads:
+    """Sends finished files and folders to the repository of --huggingface_repo_id; does nothing without one.
+
+    api: the client, `huggingface_hub.HfApi`. Uploads are made one after the other, so that the repository is created once.
+    """
+
+    options: HubOptions
+    api: Any = None
+    _waiting: list[threading.Thread] = field(default_factory=list)
+
+    def publish(self, path: Path) -> None:
+        """Upload a file or a folder; with --async_upload while training goes on."""
+        if self.options.huggingface_repo_id is None:
+            return
+        if not self.options.async_upload:
+            self._try_upload(path)
+            return
+        before = self._waiting[-1] if self._waiting else None
+        thread = threading.Thread(target=self._upload_after, args=(before, path), daemon=True)
+        self._waiting.append(thread)
+        thread.start()
+
+    def publish_state(self, folder: Path) -> None:
+        """Upload a state folder where --save_state_to_huggingface asks for it."""
+        if self.options.save_state_to_huggingface:
+            self.publish(folder)
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Wait for what is under way however the block ends: the files are saved and asked for."""
+        try:
+            yield
+        finally:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until everything is uploaded or has failed."""
+        while self._waiting:
+            self._waiting.pop(0).join()
+
+    def _upload_after(self, before: threading.Thread | None, path: Path) -> None:
+        if before is not None:
+            before.join()
+        self._try_upload(path)
+
+    def _try_upload(self, path: Path) -> None:
+        try:
+            self._upload(path)
+        except Exception as error:  # whatever it is, the file is saved and training goes on
+            logger.error("%s was saved but not uploaded to %s: %s", path, self.options.huggingface_repo_id, error)
+
+    def _upload(self, path: Path) -> None:
+        options = self.options
+        where = {"repo_id": options.huggingface_repo_id, "repo_type": options.huggingface_repo_type or "model"}
+        target = path.name if options.huggingface_path_in_repo is None else f"{options.huggingface_path_in_repo}/{path.name}"
+        self.api.create_repo(**where, private=options.huggingface_repo_visibility != "public", exist_ok=True)
+        if path.is_dir():
+            self.api.upload_folder(**where, folder_path=str(path), path_in_repo=target)
+        else:
+            self.api.upload_file(**where, path_or_fileobj=str(path), path_in_repo=target)
+        logger.info("Uploaded %s to %s", path.name, options.huggingface_repo_id)
+
+
+def make_uploads(options: HubOptions, make_api: Callable[..., Any] | None = None) -> Uploads:
+    """The uploads of a run. Raises OptionError where the client library is missing."""
+    if options.huggingface_repo_id is None:
+        return Uploads(options)
+    return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
+
+
+def download_state(place: str, token: str | None, folder: Path, download: Callable[..., str] | None = None) -> Path:
+    """Fetch the state folder that `owner/repo/path[:revision[:type]]` names. Returns where it lies.
+
+    folder: files are put below it. Raises OptionError where the name is malformed or nothing is there.
+    """
+    name, _, rest = place.partition(":")
+    revision, _, repo_type = rest.partition(":")
+    parts = name.strip("/").split("/")
+    if len(parts) < 3:
+        raise OptionError(f"--resume {place}: with --resume_from_huggingface write owner/repo/path[:revision[:type]]")
+    repo, path = "/".join(parts[:2]), "/".join(parts[2:])
+    fetch = download or hub().snapshot_download
+    try:
+        fetched = fetch(
+            repo_id=repo,
+            repo_type=repo_type or "model",
+            revision=revision or None,
+            allow_patterns=f"{path}/*",
+            local_dir=str(folder),
+            token=token,
+        )
+    except Exception as error:  # the client has many kinds, for networks, rights and names
+        raise OptionError(f"--resume {place}: cannot be fetched from the hub: {error}") from error
+    state = Path(fetched) / path
+    if not state.is_dir():
+        raise OptionError(f"--resume {place}: {repo} has no folder {path}" + (f" at revision {revision}" if revision else ""))
+    return state

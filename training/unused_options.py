@@ -1,0 +1,113 @@
+"""Options that were given and have no effect beside the others. They are named in the log, so that none does nothing in silence."""
+
+from collections.abc import Iterator
+
+from modules.attention.options import TRAINING_FLAGS, TrainingAttentionOptions
+from training.data.options import TimestepOptions
+from training.optimizers.lr_schedule_options import LrScheduleOptions
+from training.options import TrainingOptions
+from training.reports.options import LogOptions
+from training.saving.options import HubOptions, SavingOptions
+
+Given = tuple[str, object, str]  # an option, whether it was given, why it has no effect
+
+
+def ignored_options(options: TrainingOptions, takes_guidance: bool) -> list[str]:
+    """One line for each of them. takes_guidance: the model has an input for embedded guidance."""
+    loop, network = options.loop, options.network
+    found: list[Given] = [
+        *_of_timesteps(options.timesteps),
+        *_of_schedule(options.lr_schedule),
+        *_of_saving(options.saving),
+        *_of_logs(options.logs),
+        *_of_hub(options.hub),
+        *_of_attention(options.speed.attention),
+    ]
+    fp8 = options.speed.fp8
+    found.append(("--upcast_quantization", fp8.upcast_quantization and not fp8.fp8_scaled, "it needs --fp8_base --fp8_scaled"))
+    if not loop.max_data_loader_n_workers:
+        reason = "there are none with --max_data_loader_n_workers 0"
+        found.append(("--persistent_data_loader_workers", loop.persistent_data_loader_workers, reason))
+    if not takes_guidance:
+        found.append(("--guidance_scale", loop.embedded_guidance != 1, "this model has no input for embedded guidance"))
+    if network is not None and network.dim_from_weights:
+        found.append(("--network_dim", network.network_dim, "--dim_from_weights takes ranks from the file"))
+    return [f"{option} has no effect: {reason}." for option, is_given, reason in found if is_given]
+
+
+def _of_timesteps(options: TimestepOptions) -> Iterator[Given]:
+    sampler, weighting = options.timestep_sampling, options.weighting_scheme
+    if sampler != "shift":
+        yield "--discrete_flow_shift", options.flow_shift != 1, "only --timestep_sampling shift uses it"
+    if sampler not in {"sigmoid", "shift"}:
+        yield "--sigmoid_scale", options.sigmoid_scale != 1, "only --timestep_sampling sigmoid and shift use it"
+    if sampler != "sigma":
+        shapes = weighting in {"logit_normal", "mode"}
+        yield f"--weighting_scheme {weighting}", shapes, "it shapes the draws of --timestep_sampling sigma only"
+    if sampler != "logsnr" and (sampler, weighting) != ("sigma", "logit_normal"):
+        reason = "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it"
+        yield "--logit_mean", options.logit_mean != 0, reason
+        yield "--logit_std", options.logit_std != 1, reason
+    if options.min_timestep is None and options.max_timestep is None:
+        reason = "there is neither --min_timestep nor --max_timestep"
+        yield "--preserve_distribution_shape", options.preserve_distribution_shape, reason
+
+
+def _of_schedule(options: LrScheduleOptions) -> Iterator[Given]:
+    """Schedule-free optimizers and Adafactor, which need none, are told of where the schedule is made."""
+    name = options.lr_scheduler
+    if options.lr_scheduler_type:
+        name, reason = "", "--lr_scheduler_type replaces it"
+        yield "--lr_scheduler", options.lr_scheduler != "constant", reason
+        yield "--lr_warmup_steps", options.lr_warmup_steps, reason
+    elif name == "piecewise_constant":
+        yield "--lr_warmup_steps", options.lr_warmup_steps, "piecewise_constant has no warm-up"
+    with_cycles = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
+    for option, is_given, users in (
+        ("--lr_decay_steps", options.lr_decay_steps, with_cycles[2:]),
+        ("--lr_scheduler_num_cycles", options.lr_scheduler_num_cycles != 1, with_cycles),
+        ("--lr_scheduler_power", options.lr_scheduler_power != 1, ("polynomial",)),
+        ("--lr_scheduler_timescale", options.lr_scheduler_timescale, ("inverse_sqrt",)),
+        ("--lr_scheduler_min_lr_ratio", options.lr_scheduler_min_lr_ratio, with_cycles[1:]),
+    ):
+        if name not in users:
+            yield option, is_given, f"only --lr_scheduler {', '.join(users)} uses it"
+
+
+def _of_saving(options: SavingOptions) -> Iterator[Given]:
+    saves_by_step = options.save_every_n_steps is not None or options.save_every_n_minutes is not None
+    for kind, is_saved, files, states in (
+        ("epochs", options.save_every_n_epochs is not None, options.save_last_n_epochs, options.save_last_n_epochs_state),
+        ("steps", saves_by_step, options.save_last_n_steps, options.save_last_n_steps_state),
+    ):
+        if not is_saved:
+            yield f"--save_last_n_{kind}", files is not None, f"there is no --save_every_n_{kind}"
+        if not (is_saved and options.save_state):
+            reason = f"it needs --save_state and --save_every_n_{kind}"
+            yield f"--save_last_n_{kind}_state", states is not None, reason
+
+
+def _of_logs(options: LogOptions) -> Iterator[Given]:
+    if options.logging_dir is None:
+        yield "--log_prefix", options.log_prefix, "there is no --logging_dir"
+    if not options.trackers:
+        for name in ("log_tracker_name", "log_tracker_config", "log_config"):
+            yield f"--{name}", getattr(options, name), "nothing is logged without --logging_dir or --log_with"
+    if "wandb" not in options.trackers:
+        for name in ("wandb_run_name", "wandb_api_key"):
+            yield f"--{name}", getattr(options, name), "wandb is not used without --log_with wandb"
+    elif options.log_tracker_config is not None:
+        yield "--wandb_run_name", options.wandb_run_name, "--log_tracker_config replaces it"
+
+
+def _of_hub(options: HubOptions) -> Iterator[Given]:
+    if options.huggingface_repo_id is not None:
+        return
+    names = ["huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility"]
+    for name in names if options.resume_from_huggingface else [*names, "huggingface_token"]:
+        yield f"--{name}", getattr(options, name), "nothing is uploaded without --huggingface_repo_id"
+
+
+def _of_attention(options: TrainingAttentionOptions) -> Iterator[Given]:
+    for flag in options.ignored:
+        yield flag, True, f"{TRAINING_FLAGS[options.choice.mode]} comes first"
