@@ -14,9 +14,15 @@ from modules.options import require
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, debug, hunyuan_options = read_latent_caching(__doc__, add_latent_caching_arguments, HunyuanLatentCachingOptions, argv)
+    options, debug, hunyuan_options = read_latent_caching(
+        __doc__, add_latent_caching_arguments, HunyuanLatentCachingOptions, argv
+    )
     if debug.debug_mode is None and not options.check:
-        require(hunyuan_options.vae.file.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
+        require(
+            hunyuan_options.vae.file.vae,
+            "--vae",
+            "it encodes the clips; only --debug_mode and --check do without",
+        )
     config = load_dataset_config(options.dataset_config)
 
     from dataset.commands import run_latent_caching  # torch loads here, after every option has been read

@@ -13,7 +13,9 @@ from modules.command import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, hunyuan_options = read_text_caching(__doc__, add_text_caching_arguments, HunyuanTextCachingOptions, argv)
+    options, hunyuan_options = read_text_caching(
+        __doc__, add_text_caching_arguments, HunyuanTextCachingOptions, argv
+    )
     config = load_dataset_config(options.dataset_config)
 
     from dataset.commands import run_text_caching  # torch loads here, after every option has been read

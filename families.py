@@ -3,12 +3,18 @@
 from importlib import import_module
 from pathlib import Path
 
-# name -> the module that knows its files, with `identify`; Wan's is asked last, as it also knows files of no family
-FAMILIES = {"framepack": "frame_pack.checkpoints", "hunyuan_video": "hunyuan_model.checkpoints", "wan": "wan.checkpoints"}
+# name -> the module that knows its files, with `identify`; Wan's is asked last, as it also knows files of no
+# family
+FAMILIES = {
+    "framepack": "frame_pack.checkpoints",
+    "hunyuan_video": "hunyuan_model.checkpoints",
+    "wan": "wan.checkpoints",
+}
 
 
 def identify(path: Path) -> str | None:
-    """One line about what a checkpoint or LoRA file really is, for a hint below an error; None where nobody knows it.
+    """One line about what a checkpoint or LoRA file really is, for a hint below an error; None where nobody
+    knows it.
 
     The families are imported when they are asked: a script that only prints its help loads none of them.
     """

@@ -1,4 +1,5 @@
-"""Encode the clips or pictures of a dataset with FramePack's VAE and image encoder for training, section by section.
+"""Encode the clips or pictures of a dataset with FramePack's VAE and image encoder for training, section by
+section.
 
 All options: python fpack_cache_latents.py --help
 """
@@ -14,10 +15,20 @@ from modules.options import require
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, debug, fpack_options = read_latent_caching(__doc__, add_latent_caching_arguments, FramePackLatentCachingOptions, argv)
+    options, debug, fpack_options = read_latent_caching(
+        __doc__, add_latent_caching_arguments, FramePackLatentCachingOptions, argv
+    )
     if debug.debug_mode is None and not options.check:
-        require(fpack_options.vae.file.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
-        require(fpack_options.image_encoder, "--image_encoder", "it encodes first frames; only --debug_mode and --check do without")
+        require(
+            fpack_options.vae.file.vae,
+            "--vae",
+            "it encodes the clips; only --debug_mode and --check do without",
+        )
+        require(
+            fpack_options.image_encoder,
+            "--image_encoder",
+            "it encodes first frames; only --debug_mode and --check do without",
+        )
     config = load_dataset_config(options.dataset_config)
 
     from dataset.commands import run_latent_caching  # torch loads here, after every option has been read

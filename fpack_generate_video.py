@@ -1,4 +1,7 @@
-"""Make videos and images with FramePack and FramePack-F1. All options: python fpack_generate_video.py --help"""
+"""Make videos and images with FramePack and FramePack-F1.
+
+All options: python fpack_generate_video.py --help
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +32,9 @@ DEFAULTS = ScriptDefaults(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, fpack_options = read_generation(__doc__, DEFAULTS, add_generation_arguments, FramePackGenerationOptions, argv)
+    options, fpack_options = read_generation(
+        __doc__, DEFAULTS, add_generation_arguments, FramePackGenerationOptions, argv
+    )
     parse_entries(options.request.prompt or "", "--prompt")  # raises where it cannot be read
 
     from frame_pack.family import family_for_generation

@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from training.run import train_network  # torch loads here, after every option has been read
 
     family = family_for_training(fpack_options)
-    commands = CachingCommands(*caching_commands(options.loop.dataset_config, fpack_options, family.caching_switches))
+    commands = CachingCommands(
+        *caching_commands(options.loop.dataset_config, fpack_options, family.caching_switches)
+    )
     code = train_network(family, options, commands)
     if code:
         raise SystemExit(code)

@@ -1,4 +1,7 @@
-"""Make videos and images with HunyuanVideo and SkyReels V1. All options: python hv_generate_video.py --help"""
+"""Make videos and images with HunyuanVideo and SkyReels V1.
+
+All options: python hv_generate_video.py --help
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,10 +28,14 @@ DEFAULTS = ScriptDefaults(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, hunyuan_options = read_generation(__doc__, DEFAULTS, add_generation_arguments, HunyuanGenerationOptions, argv)
+    options, hunyuan_options = read_generation(
+        __doc__, DEFAULTS, add_generation_arguments, HunyuanGenerationOptions, argv
+    )
     if hunyuan_options.exclude_single_blocks:
         files = len(options.lora.lora_weight or ())
-        options = replace(options, lora_patterns=options.lora_patterns.also_excluding("single_(transformer_)?blocks", files))
+        options = replace(
+            options, lora_patterns=options.lora_patterns.also_excluding("single_(transformer_)?blocks", files)
+        )
 
     from generation.run import generate  # torch loads here, after every option has been read
     from hunyuan_model.family import family_for_generation

@@ -15,14 +15,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         __doc__, add_training_arguments, HunyuanTrainingOptions, argv, add_learner=add_whole_dit_arguments
     )
     if hunyuan_options.dit_dtype is not None:
-        raise OptionError("--dit_dtype: weights that learn are kept in float32, or in bfloat16 with --full_bf16; leave it out")
+        raise OptionError(
+            "--dit_dtype: weights that learn are kept in float32, or in bfloat16 with --full_bf16; leave it "
+            "out"
+        )
 
     from dataset.batches.finding import CachingCommands
     from hunyuan_model.family import family_for_training
     from training.run import train_network  # torch loads here, after every option has been read
 
     family = family_for_training(hunyuan_options)
-    commands = CachingCommands(*caching_commands(options.loop.dataset_config, hunyuan_options, family.caching_switches))
+    commands = CachingCommands(
+        *caching_commands(options.loop.dataset_config, hunyuan_options, family.caching_switches)
+    )
     code = train_network(family, options, commands)
     if code:
         raise SystemExit(code)

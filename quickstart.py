@@ -1,4 +1,5 @@
-"""Teach a tiny model something it has never seen, in one command: sets up an environment, then does the whole job once.
+"""Teach a tiny model something it has never seen, in one command: sets up an environment, then does the whole
+job once.
 
 python quickstart.py            writes quickstart/report.html; everything it makes lies in quickstart/
 """
@@ -17,7 +18,8 @@ from modules.errors import UserError
 
 FOLDER = ROOT / "quickstart"
 STEPS = 300
-BLORP, ZINDLE = "blorp", "zindle"  # a form and a colour that the model has no word for: see pocket/concepts.py
+# a form and a colour that the model has no word for: see pocket/concepts.py
+BLORP, ZINDLE = "blorp", "zindle"
 PROMPTS = {
     BLORP: """a red blorp moving left --d 1
 a blue blorp moving up --d 2
@@ -27,13 +29,29 @@ a green circle moving left --d 5
 a red square moving up --d 6
 """,
     ZINDLE: "a zindle circle moving right --d 11\na zindle square moving down --d 12\n",
-    "both": "a zindle blorp moving left --d 21\na zindle blorp moving up --d 22\na zindle blorp moving right --d 23\n",
+    "both": "a zindle blorp moving left --d 21\na zindle blorp moving up --d 22\na zindle blorp moving right --d "
+    "23\n",
 }
 LOOKS = "--w 64 --h 64 --f 17 --s 20 --g 3 --fs 3"
-SAMPLES = {BLORP: f"a red blorp moving left {LOOKS} --d 1\n", ZINDLE: f"a zindle circle moving right {LOOKS} --d 11\n"}
+SAMPLES = {
+    BLORP: f"a red blorp moving left {LOOKS} --d 1\n",
+    ZINDLE: f"a zindle circle moving right {LOOKS} --d 11\n",
+}
 MODEL = ["--task", "t2v-1.3B", "--dit", "pocket/dit.safetensors"]
 ENCODERS = ["--vae", "pocket/vae.safetensors", "--t5", "pocket/t5.safetensors"]
-CLIP = ["--video_size", "64", "64", "--video_length", "17", "--infer_steps", "20", "--guidance_scale", "3", "--flow_shift", "3"]
+CLIP = [
+    "--video_size",
+    "64",
+    "64",
+    "--video_length",
+    "17",
+    "--infer_steps",
+    "20",
+    "--guidance_scale",
+    "3",
+    "--flow_shift",
+    "3",
+]
 
 
 def main() -> None:
@@ -47,14 +65,23 @@ def main() -> None:
         (FOLDER / f"{name}_samples.txt").write_text(line, encoding="utf-8")
     runner = Runner(python)
     show_footage(runner)
-    runner.run("Drawing clips of two things that the model has never seen", ["-m", "pocket.concepts", "quickstart"])
+    runner.run(
+        "Drawing clips of two things that the model has never seen", ["-m", "pocket.concepts", "quickstart"]
+    )
     for name in (BLORP, ZINDLE):
         teach(runner, name)
     generate(runner, "Generating before: the model without a LoRA", BLORP, "before", [])
     generate(runner, "Generating after: same prompts, same seeds, with the LoRA", BLORP, "after", [BLORP])
     generate(runner, "Generating with the second LoRA", ZINDLE, ZINDLE, [ZINDLE])
     generate(runner, "Generating with both LoRAs at once", "both", "both", [BLORP, ZINDLE])
-    convert = ["--input", lora(BLORP), "--output", f"quickstart/{BLORP}/output/{BLORP}_comfy.safetensors", "--target", "other"]
+    convert = [
+        "--input",
+        lora(BLORP),
+        "--output",
+        f"quickstart/{BLORP}/output/{BLORP}_comfy.safetensors",
+        "--target",
+        "other",
+    ]
     runner.run("Converting the LoRA for other tools", ["convert_lora.py", *convert])
     (FOLDER / "commands.json").write_text(json.dumps(runner.commands), encoding="utf-8")
     runner.run("Checking the results and writing the report", ["-m", "pocket.report", "quickstart"])
@@ -62,13 +89,18 @@ def main() -> None:
 
 
 def clear(folder: Path) -> None:
-    """An empty folder in place of what an earlier run left. Raises UserError where something in it cannot be removed."""
+    """An empty folder in place of what an earlier run left.
+
+    Raises UserError where something in it cannot be removed.
+    """
     try:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
     except OSError as error:
-        raise UserError(f"{folder} cannot be emptied ({error}). Close the programs that show files in it and run again.") from None
+        raise UserError(
+            f"{folder} cannot be emptied ({error}). Close the programs that show files in it and run again."
+        ) from None
 
 
 def show_footage(runner: "Runner") -> None:
@@ -82,20 +114,53 @@ def show_footage(runner: "Runner") -> None:
 def teach(runner: "Runner", name: str) -> None:
     """Cache the clips of a concept and train a LoRA on them."""
     dataset = ["--dataset_config", f"quickstart/{name}/dataset.toml"]
-    runner.run(f"{name}: caching latents, every clip goes through the VAE once", ["wan_cache_latents.py", *dataset, *ENCODERS[:2]])
-    runner.run(f"{name}: caching text embeddings", ["wan_cache_text_encoder_outputs.py", *dataset, *ENCODERS[2:]])
+    runner.run(
+        f"{name}: caching latents, every clip goes through the VAE once",
+        ["wan_cache_latents.py", *dataset, *ENCODERS[:2]],
+    )
+    runner.run(
+        f"{name}: caching text embeddings", ["wan_cache_text_encoder_outputs.py", *dataset, *ENCODERS[2:]]
+    )
     runner.run(f"{name}: training a LoRA for {STEPS} steps, with samples on the way", training_command(name))
 
 
 def training_command(name: str) -> list[str]:
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_cpu_threads_per_process", "2", "--cpu"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--num_cpu_threads_per_process",
+        "2",
+        "--cpu",
+    ]
     network = ["--network_module", "networks.lora_wan", "--network_dim", "32", "--network_alpha", "32"]
     times = ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--mixed_precision", "bf16"]
     rate = ["--learning_rate", "3e-3", "--lr_scheduler", "cosine", "--max_train_steps", str(STEPS)]
-    samples = ["--sample_prompts", f"quickstart/{name}_samples.txt", "--sample_every_n_steps", str(STEPS // 3), "--sample_at_first"]
+    samples = [
+        "--sample_prompts",
+        f"quickstart/{name}_samples.txt",
+        "--sample_every_n_steps",
+        str(STEPS // 3),
+        "--sample_at_first",
+    ]
     validation = ["--validate_every_n_steps", str(STEPS // 6)]
-    output = ["--output_dir", f"quickstart/{name}/output", "--output_name", name, "--logging_dir", f"quickstart/{name}/logs"]
-    dataset = ["--dataset_config", f"quickstart/{name}/dataset.toml", "--seed", "42", "--sdpa", "--save_state_on_train_end"]
+    output = [
+        "--output_dir",
+        f"quickstart/{name}/output",
+        "--output_name",
+        name,
+        "--logging_dir",
+        f"quickstart/{name}/logs",
+    ]
+    dataset = [
+        "--dataset_config",
+        f"quickstart/{name}/dataset.toml",
+        "--seed",
+        "42",
+        "--sdpa",
+        "--save_state_on_train_end",
+    ]
     options = [*MODEL, *ENCODERS, *dataset, *network, *times, *rate, *samples, *validation, *output]
     return [*launch, "wan_train_network.py", *options]
 
@@ -119,13 +184,22 @@ class Runner:
         self._python = python
 
     def run(self, title: str, arguments: list[str]) -> None:
-        """Announce and run one step; its output goes to quickstart/log.txt. Raises UserError where it fails."""
+        """Announce and run one step; its output goes to quickstart/log.txt.
+
+        Raises UserError where it fails.
+        """
         say(title)
         self.commands.append(" ".join(["python", *arguments]))
         log = FOLDER / "log.txt"
         with log.open("ab") as file:
             environment = {**os.environ, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run([str(self._python), *arguments], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            done = subprocess.run(
+                [str(self._python), *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
         if done.returncode:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             raise UserError(f"this step failed; the end of {log}:\n{tail}")

@@ -1,4 +1,5 @@
-"""Set up the test environment, then run the linter, the type checker and the tests. Further arguments go to pytest.
+"""Set up the test environment, then run the linter, the type checker and the tests. Further arguments go to
+pytest.
 
 python run_tests.py             everything that runs in minutes (what CI runs)
 python run_tests.py -m slow     the slow tests
@@ -13,15 +14,22 @@ from pathlib import Path
 from modules.command import command_line
 from modules.environment import ROOT, prepare_environment
 
-THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # the models are tiny: workers share the cores better than threads
+# the models are tiny: workers share the cores better than threads
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def main() -> None:
     python = prepare_environment("test")
     chosen = sys.argv[1:]
     checks = [] if chosen else [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
-    workers = [] if any(argument.startswith("-n") for argument in chosen) else ["-n", str(min(os.cpu_count() or 1, 8))]
-    failed = [" ".join(command) for command in [*checks, ["pytest", *workers, *chosen]] if _run(python, command)]
+    workers = (
+        []
+        if any(argument.startswith("-n") for argument in chosen)
+        else ["-n", str(min(os.cpu_count() or 1, 8))]
+    )
+    failed = [
+        " ".join(command) for command in [*checks, ["pytest", *workers, *chosen]] if _run(python, command)
+    ]
     if failed:
         print(f"Failed: {'; '.join(failed)}")
         raise SystemExit(1)

@@ -1,4 +1,7 @@
-"""Encode the images and clips of a dataset with Wan2.1's VAE for training. All options: python wan_cache_latents.py --help"""
+"""Encode the images and clips of a dataset with Wan2.1's VAE for training.
+
+All options: python wan_cache_latents.py --help
+"""
 
 from collections.abc import Sequence
 
@@ -11,9 +14,13 @@ from wan.options import WanLatentCachingOptions, add_latent_caching_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, debug, wan_options = read_latent_caching(__doc__, add_latent_caching_arguments, WanLatentCachingOptions, argv)
+    options, debug, wan_options = read_latent_caching(
+        __doc__, add_latent_caching_arguments, WanLatentCachingOptions, argv
+    )
     if debug.debug_mode is None and not options.check:
-        require(wan_options.vae.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without")
+        require(
+            wan_options.vae.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without"
+        )
     config = load_dataset_config(options.dataset_config)
 
     from dataset.commands import run_latent_caching  # torch loads here, after every option has been read

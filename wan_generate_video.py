@@ -11,7 +11,9 @@ DEFAULTS = ScriptDefaults(fps=16, guidance_scale=5.0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, wan_options = read_generation(__doc__, DEFAULTS, add_generation_arguments, WanGenerationOptions, argv)
+    options, wan_options = read_generation(
+        __doc__, DEFAULTS, add_generation_arguments, WanGenerationOptions, argv
+    )
 
     from generation.run import generate  # torch loads here, after every option has been read
     from wan.family import family_for_generation

@@ -29,7 +29,13 @@ def caching_commands(options: TrainingOptions, wan_options: WanTrainingOptions) 
         latents += ["--clip", str(wan_options.clip or "CLIP_FILE")]
     if wan_options.task.startswith("flf2v"):
         latents.append("--flf2v")
-    text = ["python", "wan_cache_text_encoder_outputs.py", *dataset, "--t5", str(wan_options.text.t5 or "T5_FILE")]
+    text = [
+        "python",
+        "wan_cache_text_encoder_outputs.py",
+        *dataset,
+        "--t5",
+        str(wan_options.text.t5 or "T5_FILE"),
+    ]
     return as_typed(latents), as_typed(text)
 
 

@@ -67,12 +67,17 @@ def write_clip(path: Path, frames: int, size: tuple[int, int], seed: int) -> Non
     random = np.random.default_rng(seed)
     ground = random.integers(0, 255, (height // 8, width // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     grain = random.integers(0, 12, (height, width, 1), np.uint8)
-    pictures = (np.roll(ground, 3 * index, axis=1) // 2 + np.roll(grain, 5 * index, axis=0) + 60 for index in range(frames))
+    pictures = (
+        np.roll(ground, 3 * index, axis=1) // 2 + np.roll(grain, 5 * index, axis=0) + 60
+        for index in range(frames)
+    )
     write_video(path, pictures, 16, crf=20, preset="veryfast")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--source_size", type=int, nargs=2, default=(832, 480), metavar=("WIDTH", "HEIGHT"))
@@ -85,12 +90,15 @@ def main() -> None:
         (folder / "clips").mkdir()
         for index in range(args.clips):
             write_clip(folder / "clips" / f"{index:03d}.mp4", args.frames, tuple(args.source_size), index)
-        (folder / "dataset.toml").write_text(CONFIG.format(folder=folder.as_posix(), frames=args.frames), encoding="utf-8")
+        (folder / "dataset.toml").write_text(
+            CONFIG.format(folder=folder.as_posix(), frames=args.frames), encoding="utf-8"
+        )
         before = peak_bytes()
         taken = run(folder, args)
     waiting = args.clips * args.seconds
     print(
-        f"{args.clips} clips of {args.frames} frames at {args.source_size[0]}x{args.source_size[1]}: {taken:.2f} s,"
+        f"{args.clips} clips of {args.frames} frames at {args.source_size[0]}x{args.source_size[1]}: "
+        f"{taken:.2f} s,"
         f" of which {waiting:.2f} s waiting for the encoder"
     )
     print(f"peak memory {peak_bytes() / 1e9:.2f} GB, {before / 1e9:.2f} GB before the run")

@@ -17,7 +17,10 @@ def matmul_peak(dtype: torch.dtype = torch.bfloat16, side: int = SIDE) -> float:
 
 def upload_peak(size: int = COPIED) -> float:
     """Bytes per second from pinned host memory to the current CUDA device."""
-    host, device = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8, device="cuda")
+    host, device = (
+        torch.empty(size, dtype=torch.uint8, pin_memory=True),
+        torch.empty(size, dtype=torch.uint8, device="cuda"),
+    )
     return size / seconds_of(lambda: device.copy_(host, non_blocking=True))
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from hunyuan_model.configs import HunyuanVideoConfig
 from wan.configs import WanConfig
 
-RECOMPUTED = {"linear": 3.0, "attention": 4.5}  # a step in forwards: forward, recomputation, and of the backward pass
+# a step in forwards: forward, recomputation, and of the backward pass
+RECOMPUTED = {"linear": 3.0, "attention": 4.5}
 KEPT = {"linear": 2.0, "attention": 3.5}  # 1 for a linear (its weight has no gradient), 2.5 for attention
 
 
@@ -25,7 +26,8 @@ class Work:
         return self.linear + self.attention
 
     def lora_step(self, checkpointing: bool) -> float:
-        """Operations the hardware does in a training step of a LoRA, the recomputation of gradient checkpointing included.
+        """Operations the hardware does in a training step of a LoRA, the recomputation of gradient
+        checkpointing included.
 
         The base is frozen, so its layers have no weight gradients; those of the LoRA are left out.
         """
@@ -45,7 +47,8 @@ def wan_work(config: WanConfig, video_tokens: int) -> Work:
 def hunyuan_work(config: HunyuanVideoConfig, video_tokens: int, text_tokens: int) -> Work:
     """video_tokens: L. text_tokens: T, those that are not padding."""
     dim, tokens = config.dim, video_tokens + text_tokens
-    double = 4 * dim**2 + 2 * dim * config.ffn_dim  # qkv, projection, feed-forward; text has the same with weights of its own
+    # qkv, projection, feed-forward; text has the same with weights of its own
+    double = 4 * dim**2 + 2 * dim * config.ffn_dim
     single = dim * (3 * dim + config.ffn_dim) + (dim + config.ffn_dim) * dim
     linear = 2 * tokens * (config.double_blocks * double + config.single_blocks * single)
     attention = (config.double_blocks + config.single_blocks) * 4 * tokens**2 * dim

@@ -1,14 +1,16 @@
 """Peak memory of FramePack videos of 5 and of 50 sections: python benchmarks/framepack_memory.py
 
-A child process gives the command line of fpack_generate_video.py a tiny random model, once for a short video, so that all is loaded
-that a run loads, and then for the video that is measured: text and images, every section, the preview after each (or not, with
---no_progressive_save), the decoding of the whole, the video file. The figure is the highest resident memory of the process above
-what it was before (VmHWM of /proc/self/status, so Linux only), less one copy of the video's latents in float32. It is divided by
-the figure of the shortest video.
+A child process gives the command line of fpack_generate_video.py a tiny random model, once for a short video,
+so that all is loaded that a run loads, and then for the video that is measured: text and images, every
+section, the preview after each (or not, with --no_progressive_save), the decoding of the whole, the video
+file. The figure is the highest resident memory of the process above what it was before (VmHWM of
+/proc/self/status, so Linux only), less one copy of the video's latents in float32. It is divided by the
+figure of the shortest video.
 
-Of 96 x 96 pixels a frame takes 108 KiB as float32 and 27 KiB as bytes, so that the 1620 frames that the longest video has more
-would show with 171 MiB or 43 MiB where anything kept them, against a peak of some 140 MiB; a copy of the latents is 3.7 MiB. What
-the network sees of the past is 19 latent frames of 12 x 12 in any section; all 450 of them as tokens would show as well.
+Of 96 x 96 pixels a frame takes 108 KiB as float32 and 27 KiB as bytes, so that the 1620 frames that the
+longest video has more would show with 171 MiB or 43 MiB where anything kept them, against a peak of some 140
+MiB; a copy of the latents is 3.7 MiB. What the network sees of the past is 19 latent frames of 12 x 12 in any
+section; all 450 of them as tokens would show as well.
 """
 
 import argparse
@@ -34,7 +36,11 @@ MODES: dict[str, tuple[str, ...]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--sections", nargs="+", type=int, default=SECTIONS, help="lengths; the first is what others are compared with"
+        "--sections",
+        nargs="+",
+        type=int,
+        default=SECTIONS,
+        help="lengths; the first is what others are compared with",
     )
     parser.add_argument("--child", nargs=2, metavar=("MODE", "SECTIONS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -54,9 +60,15 @@ def _compare(mode: str, lengths: tuple[int, ...]) -> float:
     for sections in lengths:
         command = [sys.executable, __file__, "--child", mode, str(sections)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
         peaks.append(float(done.stdout.splitlines()[-1]))
-        print(f"{mode}, {sections:3} sections: peak {peaks[-1] / 1e6:6.1f} MB, ratio {peaks[-1] / peaks[0]:.3f}", flush=True)
+        print(
+            f"{mode}, {sections:3} sections: peak {peaks[-1] / 1e6:6.1f} MB, ratio "
+            f"{peaks[-1] / peaks[0]:.3f}",
+            flush=True,
+        )
     return max(peaks) / peaks[0]
 
 
@@ -74,8 +86,27 @@ def _measure(options: tuple[str, ...], sections: int) -> int:
         folder = Path(name)
         models = write_tiny_framepack(folder / "models").models
         write_png(folder / "start.png", np.full((SIDE, SIDE, 3), 120, np.uint8))
-        words = ["--prompt", "a cat", "--image_path", str(folder / "start.png"), "--save_path", str(folder / "out"), "--seed", "1"]
-        words += ["--video_size", str(SIDE), str(SIDE), "--infer_steps", "1", "--device", "cpu", *models, *options]
+        words = [
+            "--prompt",
+            "a cat",
+            "--image_path",
+            str(folder / "start.png"),
+            "--save_path",
+            str(folder / "out"),
+            "--seed",
+            "1",
+        ]
+        words += [
+            "--video_size",
+            str(SIDE),
+            str(SIDE),
+            "--infer_steps",
+            "1",
+            "--device",
+            "cpu",
+            *models,
+            *options,
+        ]
         generate([*words, "--video_sections", "2"])
         before = start_of_peak()
         generate([*words, "--video_sections", str(sections)])

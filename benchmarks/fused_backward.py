@@ -1,9 +1,11 @@
-"""Peak memory of full fine-tuning with --fused_backward_pass, against the same run without: python benchmarks/fused_backward.py
+"""Peak memory of full fine-tuning with --fused_backward_pass, against the same run without: python
+benchmarks/fused_backward.py
 
-A child process loads a random Wan transformer and trains all of it for a few steps through the whole of the training, saving a
-file and a state; Adafactor keeps next to nothing of its own. The figure is the highest resident memory of the process above what
-it was before (VmHWM of /proc/self/status, so Linux only), with the fused pass divided by without. Both runs have to end with the
-same bytes. The last line is the peak of the saving alone above the memory of the trained model, in sizes of its weights.
+A child process loads a random Wan transformer and trains all of it for a few steps through the whole of the
+training, saving a file and a state; Adafactor keeps next to nothing of its own. The figure is the highest
+resident memory of the process above what it was before (VmHWM of /proc/self/status, so Linux only), with the
+fused pass divided by without. Both runs have to end with the same bytes. The last line is the peak of the
+saving alone above the memory of the trained model, in sizes of its weights.
 """
 
 import argparse
@@ -48,7 +50,10 @@ def main() -> None:
     if usual[3] != fused[3]:
         raise SystemExit("the two runs ended with different weights")
     ratio, saving = fused[0] / usual[0], max(usual[2], fused[2]) / weights
-    print(f"weights {weights / 1e6:.0f} MB, ratio {ratio:.3f}, aim at most {AIM}; saving {saving:.3f}, aim at most {SAVING_AIM}")
+    print(
+        f"weights {weights / 1e6:.0f} MB, ratio {ratio:.3f}, aim at most {AIM}; saving {saving:.3f}, aim at "
+        f"most {SAVING_AIM}"
+    )
     raise SystemExit(ratio > AIM or saving > SAVING_AIM)
 
 
@@ -56,7 +61,11 @@ def _run(folder: Path, options: list[str]) -> tuple[int, ...]:
     """Bytes at the peak, bytes of the weights, bytes at the peak of saving, checksum of the trained weights."""
     command = [sys.executable, __file__, "--child", *(f"={word}" for word in options)]
     # a freed tensor goes back to the system at once, whatever its size
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "ACCELERATE_USE_CPU": "true",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -78,7 +87,10 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
     parser = training_parser("", add_whole_dit_arguments)
     add_training_arguments(parser)
     given = read_arguments(parser, [word.removeprefix("=") for word in words], {})
-    family, options = family_for_training(read_options(WanTrainingOptions, given)), read_options(TrainingOptions, given)
+    family, options = (
+        family_for_training(read_options(WanTrainingOptions, given)),
+        read_options(TrainingOptions, given),
+    )
     before = start_of_peak()
     with prepared_run(family, options) as run, contextlib.closing(run.feed.start(0, 0)) as micro_batches:
         for group in _groups(run.plan.groups(0)):
@@ -90,7 +102,12 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
         saving = peak() - held
         weights = sum(weight.nbytes for weight in run.parameters)
     assert options.saving.output_dir is not None
-    return highest, weights, saving, zlib.crc32((options.saving.output_dir / "x-state" / "dit.safetensors").read_bytes())
+    return (
+        highest,
+        weights,
+        saving,
+        zlib.crc32((options.saving.output_dir / "x-state" / "dit.safetensors").read_bytes()),
+    )
 
 
 def _groups(groups: Iterator[range]) -> list[range]:
@@ -104,18 +121,41 @@ def _write_project(folder: Path, dim: int, layers: int) -> list[str]:
     from modules.atomic_write import save_tensors
     from tests.tiny.wan_dit import tiny_state, write_dit
 
-    sizes = {"dim": dim, "num_heads": dim // 128, "ffn_dim": dim * 35 // 6, "num_layers": layers, "text_dim": 256}
+    sizes = {
+        "dim": dim,
+        "num_heads": dim // 128,
+        "ffn_dim": dim * 35 // 6,
+        "num_layers": layers,
+        "text_dim": 256,
+    }
     dit = write_dit(folder, tiny_state("t2v", freq_dim=256, **sizes))
     for index in range(4):
         stem = folder / "cache" / f"clip{index}"
-        save_tensors(Path(f"{stem}_00000-005_0064x0064_wan.safetensors"), {"latents_2x8x8_float32": torch.randn(16, 2, 8, 8)})
+        save_tensors(
+            Path(f"{stem}_00000-005_0064x0064_wan.safetensors"),
+            {"latents_2x8x8_float32": torch.randn(16, 2, 8, 8)},
+        )
         save_tensors(Path(f"{stem}_wan_te.safetensors"), {"varlen_t5_float32": torch.randn(20, 256)})
     here = folder.as_posix()
-    table = f'[[datasets]]\nvideo_directory = "{here}/clips"\ncache_directory = "{here}/cache"\ntarget_frames = [5]\n'
+    table = (
+        f'[[datasets]]\nvideo_directory = "{here}/clips"\ncache_directory = "{here}/cache"\ntarget_frames = '
+        "[5]\n"
+    )
     (folder / "dataset.toml").write_text(f"[general]\nresolution = [64, 64]\n{table}", encoding="utf-8")
     options = {
-        **{"dataset_config": folder / "dataset.toml", "dit": dit, "task": "t2v-1.3B", "seed": 1, "max_data_loader_n_workers": 0},
-        **{"output_dir": folder / "output", "output_name": "x", "max_grad_norm": 0, "optimizer_type": "Adafactor"},
+        **{
+            "dataset_config": folder / "dataset.toml",
+            "dit": dit,
+            "task": "t2v-1.3B",
+            "seed": 1,
+            "max_data_loader_n_workers": 0,
+        },
+        **{
+            "output_dir": folder / "output",
+            "output_name": "x",
+            "max_grad_norm": 0,
+            "optimizer_type": "Adafactor",
+        },
     }
     return [
         *(word for name, value in options.items() for word in (f"--{name}", str(value))),

@@ -1,10 +1,11 @@
 """Training steps and generation of models of real size on one GPU: python benchmarks/gpu.py
 
-Weights are random, so nothing is downloaded: a file of the released model's tensors without content is loaded by the same code as
-a real one, then filled with noise on the device. Each row runs in a process of its own, with the options that a user would type.
-Printed is a Markdown table: seconds a step, operations a second against a bf16 matrix product measured in the same run (hardware
-operations: recomputation counts), the peak of the device's memory beside what --plan predicts for it, and of the host's.
-A generation is 5 steps with guidance, taken times 8 for the 40 of a video; its VAE and text encoders are not in the time.
+Weights are random, so nothing is downloaded: a file of the released model's tensors without content is loaded
+by the same code as a real one, then filled with noise on the device. Each row runs in a process of its own,
+with the options that a user would type. Printed is a Markdown table: seconds a step, operations a second
+against a bf16 matrix product measured in the same run (hardware operations: recomputation counts), the peak
+of the device's memory beside what --plan predicts for it, and of the host's. A generation is 5 steps with
+guidance, taken times 8 for the 40 of a video; its VAE and text encoders are not in the time.
 """
 
 import argparse
@@ -32,8 +33,12 @@ GIB = 1 << 30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="\n".join(rows_in_words()))
-    parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="numbers of rows; default: all")
-    parser.add_argument("--seconds", type=float, default=1200, help="begin no further row after so many; default 1200")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="numbers of rows; default: all"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1200, help="begin no further row after so many; default 1200"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -58,7 +63,10 @@ def print_table(numbers: list[int], seconds: float, device: str) -> None:
     begun, peak = time.monotonic(), matmul_peak()
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {date.today()}. ", end="")
     print(f"bf16 matrix product {peak / 1e12:.0f} TFLOP/s, pinned upload {upload_peak() / 1e9:.0f} GB/s\n")
-    print("| model | size | options | seconds | TFLOP/s | of the peak | device GiB | planned | host GiB | loading s |")
+    print(
+        "| model | size | options | seconds | TFLOP/s | of the peak | device GiB | planned | host GiB | "
+        "loading s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for number in numbers:
         if time.monotonic() - begun > seconds:
@@ -81,11 +89,16 @@ def line_of(start: str, row: Row, found: dict[str, float], peak: float) -> str:
     rate = found["operations"] / found["seconds"]
     shown = f"{found['seconds']:.2f}"
     if row.generates:
-        shown = f"{found['seconds'] / MADE * sampling_steps(row.model):.0f} for {sampling_steps(row.model)} steps"
+        shown = (
+            f"{found['seconds'] / MADE * sampling_steps(row.model):.0f} for {sampling_steps(row.model)} steps"
+        )
     planned, device = found["planned"], found["device"]
     plan = f"{planned / GIB:.1f} ({100 * (planned / device - 1):+.0f} %)"
     memory = f"{device / GIB:.1f} | {plan} | {found['host'] / GIB:.1f}"
-    return f"{start} {shown} | {rate / 1e12:.0f} | {100 * rate / peak:.0f} % | {memory} | {found['loading']:.0f} |"
+    return (
+        f"{start} {shown} | {rate / 1e12:.0f} | {100 * rate / peak:.0f} % | {memory} | "
+        f"{found['loading']:.0f} |"
+    )
 
 
 @dataclass(frozen=True)
@@ -106,10 +119,13 @@ def measured(row: Row, device: str) -> dict[str, float]:
 
     where = torch.device(device)
     with tempfile.TemporaryDirectory() as folder:
-        in_bf16 = {name: ("BF16", shape) for name, (_, shape) in tensor_list(row.model.manifest).items()}  # some are float32
+        # some are float32
+        in_bf16 = {name: ("BF16", shape) for name, (_, shape) in tensor_list(row.model.manifest).items()}
         path = write_hollow(Path(folder) / "dit.safetensors", in_bf16)
         bench = (generation if row.generates else training)(row, path, where)
-        seconds = clocked(bench.call, where, rounds=1 if row.generates else STEPS, warm_up=1 if row.generates else WARM_UP)
+        seconds = clocked(
+            bench.call, where, rounds=1 if row.generates else STEPS, warm_up=1 if row.generates else WARM_UP
+        )
     device_peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
     host = peak() if sys.platform == "linux" else 0
     return {
@@ -123,7 +139,9 @@ def measured(row: Row, device: str) -> dict[str, float]:
 
 
 def clocked(call: Callable[[], object], device: Any, rounds: int, warm_up: int) -> float:
-    """Seconds of a call, the mean of some; the peak of the device's memory begins with the last call before them."""
+    """Seconds of a call, the mean of some; the peak of the device's memory begins with the last call before
+    them.
+    """
     import torch
 
     synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
@@ -140,7 +158,9 @@ def clocked(call: Callable[[], object], device: Any, rounds: int, warm_up: int) 
 
 
 def training(row: Row, path: Path, device: Any) -> Bench:
-    """A LoRA of rank 32 on random latents: loss, backward pass, clipping, optimizer step, as the training loop does them."""
+    """A LoRA of rank 32 on random latents: loss, backward pass, clipping, optimizer step, as the training
+    loop does them.
+    """
     import torch
 
     from benchmarks.noise import fill_with_noise
@@ -167,7 +187,9 @@ def training(row: Row, path: Path, device: Any) -> Bench:
     network.module.to(device)
     dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
     parameters = network.parameters()
-    optimizer, _ = make_optimizer(options.optimizer, network.parameter_groups(options.optimizer.learning_rate)[0])
+    optimizer, _ = make_optimizer(
+        options.optimizer, network.parameter_groups(options.optimizer.learning_rate)[0]
+    )
     autocast, batch = autocast_of(options, device), batch.to(device)
 
     def step() -> None:
@@ -192,7 +214,9 @@ def generation(row: Row, path: Path, device: Any) -> Bench:
 
     options, family = generation_family(row, path)
     request, prompts, inputs = random_request(row, family)
-    plan, _ = rehearse_denoising(family, options, request, prompts, inputs, workspace(device, is_training=False))
+    plan, _ = rehearse_denoising(
+        family, options, request, prompts, inputs, workspace(device, is_training=False)
+    )
     begun = time.monotonic()
     dit = dit_loader(family, (), device, options)(0)
     loading = time.monotonic() - begun
@@ -210,13 +234,26 @@ def training_family(row: Row, path: Path) -> tuple[Any, Any]:
     """The options of a row as the script reads them, and the family."""
     from training.options import read_training
 
-    given = ["--dit", str(path), "--dataset_config", "-", "--output_dir", "-", "--output_name", "-", "--mixed_precision", "bf16"]
+    given = [
+        "--dit",
+        str(path),
+        "--dataset_config",
+        "-",
+        "--output_dir",
+        "-",
+        "--output_name",
+        "-",
+        "--mixed_precision",
+        "bf16",
+    ]
     given += ["--network_dim", "32", "--learning_rate", "1e-4", *row.options]
     if row.model.is_wan:
         from wan.family import family_for_training
         from wan.options import WanTrainingOptions, add_training_arguments
 
-        options, own = read_training(None, add_training_arguments, WanTrainingOptions, ["--task", str(row.model.task), *given])
+        options, own = read_training(
+            None, add_training_arguments, WanTrainingOptions, ["--task", str(row.model.task), *given]
+        )
         return options, family_for_training(own)
     from hunyuan_model import family as hunyuan
     from hunyuan_model import options as hunyuan_options
@@ -232,7 +269,17 @@ def generation_family(row: Row, path: Path) -> tuple[Any, Any]:
     from wan.family import family_for_generation
     from wan.options import WanGenerationOptions, add_generation_arguments
 
-    given = ["--task", str(row.model.task), "--dit", str(path), "--prompt", "-", "--save_path", "-", *row.options]
+    given = [
+        "--task",
+        str(row.model.task),
+        "--dit",
+        str(path),
+        "--prompt",
+        "-",
+        "--save_path",
+        "-",
+        *row.options,
+    ]
     defaults = ScriptDefaults(fps=16, guidance_scale=5.0)
     options, own = read_generation(None, defaults, add_generation_arguments, WanGenerationOptions, given)
     return options, family_for_generation(own)

@@ -1,4 +1,6 @@
-"""What benchmarks/gpu.py measures: models of real size, and the options of each row as a user would type them."""
+"""What benchmarks/gpu.py measures: models of real size, and the options of each row as a user would type
+them.
+"""
 
 from dataclasses import dataclass
 
@@ -71,7 +73,13 @@ ROWS = (
     Row("bf16, 75 % swapped, compiled", WAN_14B, SMALL, (*CHECKPOINTED, *TRAIN_COMPILED, *THREE_QUARTERS)),
     Row("fp8, 95 % swapped, offload", WAN_14B, SMALL, (*CHECKPOINTED, *OFFLOADED, *FP8, *MOST)),
     Row("bf16, compiled, 5 steps", WAN_14B_I2V, SMALL, GENERATE_COMPILED, generates=True),
-    Row("fp8 products, compiled, 5 steps", WAN_14B_I2V, SMALL, (*GENERATE_COMPILED, "--fp8_scaled", "--fp8_fast"), generates=True),
+    Row(
+        "fp8 products, compiled, 5 steps",
+        WAN_14B_I2V,
+        SMALL,
+        (*GENERATE_COMPILED, "--fp8_scaled", "--fp8_fast"),
+        generates=True,
+    ),
     Row("bf16, eager", WAN_14B, SMALL, CHECKPOINTED),
     Row(
         "fp8 products, 75 % swapped, compiled",

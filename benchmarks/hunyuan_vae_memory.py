@@ -1,9 +1,11 @@
-"""Peak memory of the HunyuanVideo VAE in tiles, for clips of growing length and size: python benchmarks/hunyuan_vae_memory.py
+"""Peak memory of the HunyuanVideo VAE in tiles, for clips of growing length and size: python
+benchmarks/hunyuan_vae_memory.py
 
-A child process encodes a clip or decodes latents with a narrow random VAE and throws each chunk of frames away, as writing a video
-does. The figure is the highest resident memory of the process above what it was before (VmHWM of /proc/self/status, so Linux only),
-less the pixels that must be there: of the clip when encoding, of one tile's length of frames when decoding. It is divided by the
-figure of the smallest clip. The last lines, without tiles, show for comparison how memory grows where nothing bounds it.
+A child process encodes a clip or decodes latents with a narrow random VAE and throws each chunk of frames
+away, as writing a video does. The figure is the highest resident memory of the process above what it was
+before (VmHWM of /proc/self/status, so Linux only), less the pixels that must be there: of the clip when
+encoding, of one tile's length of frames when decoding. It is divided by the figure of the smallest clip. The
+last lines, without tiles, show for comparison how memory grows where nothing bounds it.
 """
 
 import argparse
@@ -24,7 +26,9 @@ WHOLE = ((33, 96, 96), (65, 96, 96), (129, 96, 96))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--child", nargs=5, metavar=("WHAT", "TILING", "FRAMES", "HEIGHT", "WIDTH"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", nargs=5, metavar=("WHAT", "TILING", "FRAMES", "HEIGHT", "WIDTH"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.child:
         what, tiling, *sizes = args.child
@@ -44,10 +48,13 @@ def _compare(what: str, tiling: str, clips: tuple[tuple[int, int, int], ...]) ->
     for clip in clips:
         command = [sys.executable, __file__, "--child", what, tiling, *map(str, clip)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-        peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout))
+        peaks.append(
+            float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+        )
         frames, height, width = clip
         print(
-            f"{what} in {tiling}, {frames:3} frames of {height:3} x {width:3}: peak {peaks[-1] / 1e6:6.1f} MB, "
+            f"{what} in {tiling}, {frames:3} frames of {height:3} x {width:3}: peak {peaks[-1] / 1e6:6.1f} "
+            "MB, "
             f"ratio {peaks[-1] / peaks[0]:.3f}",
             flush=True,
         )
@@ -70,7 +77,8 @@ def _measure(what: str, tiling: bool, frames: int, height: int, width: int) -> i
     list(vae.decode(torch.zeros(1, 16, 2, 2, 2)))
     pixel_bytes = 3 * height * width * 4
     if what == "encode":
-        pixels, needed = torch.zeros(1, 3, frames, height, width).uniform_(-1, 1), 0  # there before the first reading
+        # there before the first reading
+        pixels, needed = torch.zeros(1, 3, frames, height, width).uniform_(-1, 1), 0
         before = start_of_peak()
         vae.encode(pixels)
     else:

@@ -1,8 +1,9 @@
 """Peak memory of loading a transformer, against what the loaded model needs: python benchmarks/load.py
 
-For every container and pair of dtypes a child process loads a random Wan transformer while a thread samples its anonymous memory
-(RssAnon of /proc/self/status, so Linux only; pages of mapped files do not count). The figure is the peak above the state before
-loading, divided by the model's size in its target dtype plus its largest tensor, as stored or as kept, whichever is larger.
+For every container and pair of dtypes a child process loads a random Wan transformer while a thread samples
+its anonymous memory (RssAnon of /proc/self/status, so Linux only; pages of mapped files do not count). The
+figure is the peak above the state before loading, divided by the model's size in its target dtype plus its
+largest tensor, as stored or as kept, whichever is larger.
 """
 
 import argparse
@@ -51,7 +52,14 @@ def _measure(dim: int, layers: int, dialect: str, stored: str, target: str) -> f
 
     from tests.tiny.wan_dit import tiny_state, write_dit
 
-    sizes = {"dim": dim, "num_heads": dim // 128, "ffn_dim": dim * 35 // 6, "num_layers": layers, "text_dim": 4096, "freq_dim": 256}
+    sizes = {
+        "dim": dim,
+        "num_heads": dim // 128,
+        "ffn_dim": dim * 35 // 6,
+        "num_layers": layers,
+        "text_dim": 4096,
+        "freq_dim": 256,
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = write_dit(Path(folder), tiny_state("t2v", dtype=getattr(torch, stored), **sizes), dialect)
         command = [sys.executable, __file__, "--child", str(path), target]
@@ -61,7 +69,8 @@ def _measure(dim: int, layers: int, dialect: str, stored: str, target: str) -> f
     ratio = peak / (model + largest)
     print(
         f"{dialect:12} {stored:8} -> {target:8}  peak {peak / 1e6:7.1f} MB, "
-        f"model {model / 1e6:7.1f} MB + largest tensor {largest / 1e6:5.1f} MB, {seconds:4.1f} s: ratio {ratio:.3f}"
+        f"model {model / 1e6:7.1f} MB + largest tensor {largest / 1e6:5.1f} MB, {seconds:4.1f} s: ratio "
+        f"{ratio:.3f}"
     )
     return ratio
 
@@ -88,7 +97,9 @@ def _load(path: Path, target: str) -> None:
     start = time.perf_counter()
     cpu = torch.device("cpu")
     placement = (
-        Placement(cpu, fp8=Quantisation("rows")) if target == "fp8" else Placement(cpu, compute_dtype=getattr(torch, target))
+        Placement(cpu, fp8=Quantisation("rows"))
+        if target == "fp8"
+        else Placement(cpu, compute_dtype=getattr(torch, target))
     )
     dit = load_dit(path, placement)
     seconds = time.perf_counter() - start

@@ -8,7 +8,8 @@ SPREAD = 0.02  # standard deviation of the weights
 
 @torch.no_grad()
 def fill_with_noise(network: nn.Module, seed: int = 0) -> None:
-    """Replace all parameters, wherever they lie, by small random numbers: products of zeros run faster than real ones.
+    """Replace all parameters, wherever they lie, by small random numbers: products of zeros run faster than
+    real ones.
 
     fp8 weights get numbers over much of their range; their scales are set so that the products stay small.
     """

@@ -1,4 +1,5 @@
-"""How long --help and a mistyped option take, against `import torch` in the same run. Prints a ratio for every script.
+"""How long --help and a mistyped option take, against `import torch` in the same run. Prints a ratio for
+every script.
 
 python benchmarks/startup.py [runs]
 """

@@ -1,8 +1,9 @@
 """What the training loop costs beside the computation: python benchmarks/train_step.py
 
-A bare step is forward, backward, clipping and optimizer step of a Wan transformer with a LoRA on a batch that already lies on the
-device. A step of the loop also reads caches in workers, draws noise and timesteps, copies, logs to TensorBoard and counts. Both
-are timed in turns in one run, with the same network, optimizer and autocast; the figure is the median ratio of neighbours.
+A bare step is forward, backward, clipping and optimizer step of a Wan transformer with a LoRA on a batch that
+already lies on the device. A step of the loop also reads caches in workers, draws noise and timesteps,
+copies, logs to TensorBoard and counts. Both are timed in turns in one run, with the same network, optimizer
+and autocast; the figure is the median ratio of neighbours.
 """
 
 import argparse
@@ -25,7 +26,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=384, help="width of the model; Wan2.1 1.3B has 1536")
     parser.add_argument("--layers", type=int, default=3, help="blocks of the model; Wan2.1 1.3B has 30")
     parser.add_argument("--size", type=int, default=128, help="width and height of the clips in pixels")
-    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="as --mixed_precision")
+    parser.add_argument(
+        "--precision", default="no", choices=["no", "bf16", "fp16"], help="as --mixed_precision"
+    )
     parser.add_argument("--rounds", type=int, default=12, help="how often both are timed")
     parser.add_argument("--steps", type=int, default=4, help="steps of each kind in a round")
     args = parser.parse_args()
@@ -112,7 +115,12 @@ def _write_project(folder: Path, args: argparse.Namespace) -> list[str]:
     from modules.atomic_write import save_tensors
     from tests.tiny.wan_dit import tiny_state, write_dit
 
-    sizes = {"dim": args.dim, "num_heads": args.dim // 128, "ffn_dim": args.dim * 35 // 6, "num_layers": args.layers}
+    sizes = {
+        "dim": args.dim,
+        "num_heads": args.dim // 128,
+        "ffn_dim": args.dim * 35 // 6,
+        "num_layers": args.layers,
+    }
     dit = write_dit(folder, tiny_state("t2v", text_dim=256, freq_dim=256, **sizes))
     latent = args.size // 8
     for index in range(64):
@@ -122,11 +130,20 @@ def _write_project(folder: Path, args: argparse.Namespace) -> list[str]:
         save_tensors(Path(name), {f"latents_3x{latent}x{latent}_float32": latents})
         save_tensors(Path(f"{stem}_wan_te.safetensors"), {"varlen_t5_float32": torch.randn(40, 256)})
     here = folder.as_posix()
-    table = f'[[datasets]]\nvideo_directory = "{here}/clips"\ncache_directory = "{here}/cache"\ntarget_frames = [9]\n'
+    table = (
+        f'[[datasets]]\nvideo_directory = "{here}/clips"\ncache_directory = "{here}/cache"\ntarget_frames = '
+        "[9]\n"
+    )
     general = f"[general]\nresolution = [{args.size}, {args.size}]\nnum_repeats = 100\n"
     (folder / "dataset.toml").write_text(general + table, encoding="utf-8")
     options = {
-        **{"dataset_config": folder / "dataset.toml", "dit": dit, "task": "t2v-1.3B", "network_dim": 16, "learning_rate": 1e-4},
+        **{
+            "dataset_config": folder / "dataset.toml",
+            "dit": dit,
+            "task": "t2v-1.3B",
+            "network_dim": 16,
+            "learning_rate": 1e-4,
+        },
         **{"output_dir": folder / "output", "output_name": "x", "logging_dir": folder / "logs", "seed": 1},
         **{"mixed_precision": args.precision, "max_data_loader_n_workers": 2, "max_train_steps": 6400},
     }

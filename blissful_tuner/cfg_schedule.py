@@ -6,9 +6,10 @@ from modules.errors import OptionError
 def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int, float]:
     """The guidance scale by step number, counted from 1; steps that are not in it run without guidance.
 
-    text: comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`; `!` in front excludes. Later
-    entries win over earlier ones, exclusions over all, wherever they stand. Without a scale `guidance_scale` holds.
-    Raises OptionError naming the entry for what is no number, lies outside 1..steps, or runs backwards.
+    text: comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`; `!` in front
+    excludes. Later entries win over earlier ones, exclusions over all, wherever they stand. Without a scale
+    `guidance_scale` holds. Raises OptionError naming the entry for what is no number, lies outside 1..steps,
+    or runs backwards.
     """
     scales: dict[int, float] = {}
     excluded: set[int] = set()
@@ -53,4 +54,6 @@ def _scale(text: str, entry: str) -> float:
 
 
 def _problem(entry: str, reason: str) -> OptionError:
-    return OptionError(f"--cfg_schedule entry {entry!r}: {reason}. Write entries such as 1-10, 20, e~3 or 1-10:6.5, !5")
+    return OptionError(
+        f"--cfg_schedule entry {entry!r}: {reason}. Write entries such as 1-10, 20, e~3 or 1-10:6.5, !5"
+    )

@@ -1,8 +1,9 @@
 """Guidance: how the velocities of a network's passes become one velocity.
 
-A strategy is a `Combine`: given a step, its guidance scale and `predict`, it returns the velocity. Strategies wrap one another in
-`make_guidance`; a new idea is a function that wraps a `Combine` and a line there. `predict` answers a pass that was already made
-at this step from memory, so a strategy simply asks for every pass it needs.
+A strategy is a `Combine`: given a step, its guidance scale and `predict`, it returns the velocity. Strategies
+wrap one another in `make_guidance`; a new idea is a function that wraps a `Combine` and a line there.
+`predict` answers a pass that was already made at this step from memory, so a strategy simply asks for every
+pass it needs.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,8 @@ def guidance_scales(request: Request, options: GuidanceOptions, num_steps: int) 
     if request.cfg_schedule:
         if options.cfg_skip_mode != "none":
             raise OptionError(
-                f"--cfg_schedule {request.cfg_schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which steps have "
+                f"--cfg_schedule {request.cfg_schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both "
+                "say which steps have "
                 "guidance: give one of them"
             )
         table = parse_cfg_schedule(request.cfg_schedule, num_steps, scale)
@@ -61,7 +63,8 @@ def uses_guidance(request: Request) -> bool:
 
 
 def applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:
-    """At which steps `--cfg_skip_mode` keeps guidance: int(num_steps * ratio) of them, or about so many for "alternate".
+    """At which steps `--cfg_skip_mode` keeps guidance: int(num_steps * ratio) of them, or about so many for
+    "alternate".
 
     The mode names where guidance is skipped: early, late, in the middle, or early and late.
     """
@@ -92,7 +95,8 @@ def _alternating(ratio: float, num_steps: int) -> tuple[bool, ...]:
 
 
 def plain_cfg(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
-    """Classifier-free guidance: from the negative velocity through the positive one, and beyond for scale > 1.
+    """Classifier-free guidance: from the negative velocity through the positive one, and beyond for scale >
+    1.
 
     Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
@@ -102,9 +106,11 @@ def plain_cfg(step: int, scale: float, predict: Predict, section: Section) -> Te
 
 
 def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int) -> Combine:
-    """Skip-layer guidance: a pass without some blocks shows what is weak about a picture, and guidance leads away from it.
+    """Skip-layer guidance: a pass without some blocks shows what is weak about a picture, and guidance leads
+    away from it.
 
-    Source: the released code of Stable Diffusion 3.5 ("original"); "uncond" makes no further pass but weakens the negative one.
+    Source: the released code of Stable Diffusion 3.5 ("original"); "uncond" makes no further pass but weakens
+    the negative one.
     """
     layers = options.skipped_layers
     active = range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
@@ -114,7 +120,9 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
     def uncond(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
         def skipping(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
             skip = replace(tweaks, skip_blocks=tweaks.skip_blocks | layers)
-            return tuple(predict(one, tweaks=skip if one is section.negative else tweaks)[0] for one in conditions)
+            return tuple(
+                predict(one, tweaks=skip if one is section.negative else tweaks)[0] for one in conditions
+            )
 
         return inner(step, scale, skipping if step in active else predict, section)
 
@@ -130,7 +138,8 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
 
 
 def with_rescaling(inner: Combine, share: float) -> Combine:
-    """Take back, to a share from 0 to 1, what guidance adds to the deviation of the velocity: pictures that are too strong.
+    """Take back, to a share from 0 to 1, what guidance adds to the deviation of the velocity: pictures that
+    are too strong.
 
     Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
     """
@@ -155,7 +164,9 @@ def remembering(predict: Predict) -> Predict:
         missing = [one for one in conditions if (id(one), tweaks) not in made]
         if missing:
             velocities = predict(*missing, tweaks=tweaks)
-            made.update({(id(one), tweaks): velocity for one, velocity in zip(missing, velocities, strict=True)})
+            made.update(
+                {(id(one), tweaks): velocity for one, velocity in zip(missing, velocities, strict=True)}
+            )
         return tuple(made[id(one), tweaks] for one in conditions)
 
     return predict_once

@@ -1,4 +1,6 @@
-"""What an output says about how it was made: `bt_*` texts in latent files, PNG and Matroska, with the known tools' keys."""
+"""What an output says about how it was made: `bt_*` texts in latent files, PNG and Matroska, with the known
+tools' keys.
+"""
 
 import math
 import re
@@ -16,19 +18,38 @@ NOT_SET = "N/A"
 # options of generation scripts that the record has no entry for, because they change no pixel
 NO_PIXELS = frozenset(
     {
-        *("save_path", "output_type", "no_metadata", "no_progressive_save", "keep_pngs"),  # what is written, and where
+        # what is written, and where
+        *("save_path", "output_type", "no_metadata", "no_progressive_save", "keep_pngs"),
         *("codec", "container"),  # the file itself says how it is compressed
         *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),  # what the run is to do
-        *("blocks_to_swap", "img_in_txt_in_offloading", "vae_cache_cpu", "vae_chunk_size"),  # memory: equal to the bit
+        # memory: equal to the bit
+        *("blocks_to_swap", "img_in_txt_in_offloading", "vae_cache_cpu", "vae_chunk_size"),
         *("lycoris", "dit_in_channels"),  # not needed; a check
     }
 )
-# those whose values for one video stand in it under these names: a line of prompts, an image or the task may say something else
+# those whose values for one video stand in it under these names: a line of prompts, an image or the task may
+# say something else
 OF_REQUEST: Mapping[str, tuple[str, ...]] = {
-    **{name: (name,) for name in ("prompt", "negative_prompt", "fps", "infer_steps", "guidance_scale", "cfg_schedule")},
-    **{name: (name,) for name in ("flow_shift", "embedded_cfg_scale", "video_length", "video_seconds", "video_sections")},
+    **{
+        name: (name,)
+        for name in ("prompt", "negative_prompt", "fps", "infer_steps", "guidance_scale", "cfg_schedule")
+    },
+    **{
+        name: (name,)
+        for name in ("flow_shift", "embedded_cfg_scale", "video_length", "video_seconds", "video_sections")
+    },
     **{name: (name,) for name in ("image_path", "end_image_path", "control_path", "video_path", "strength")},
-    **{name: (name,) for name in ("control_image_path", "control_image_mask_path", "task", "device", "f1", "latent_window_size")},
+    **{
+        name: (name,)
+        for name in (
+            "control_image_path",
+            "control_image_mask_path",
+            "task",
+            "device",
+            "f1",
+            "latent_window_size",
+        )
+    },
     "seed": ("seeds",),
     "video_size": ("height", "width"),
     "one_frame_inference": ("one_frame",),
@@ -37,7 +58,15 @@ OF_REQUEST: Mapping[str, tuple[str, ...]] = {
 }
 # what latents are decoded with; a run that only decodes says it anew
 OF_DECODING = frozenset(
-    {"vae", "vae_dtype", "vae_tiling", "vae_spatial_tile_sample_min_size", "bulk_decode", "trim_tail_frames", "ckpt_dir"}
+    {
+        "vae",
+        "vae_dtype",
+        "vae_tiling",
+        "vae_spatial_tile_sample_min_size",
+        "bulk_decode",
+        "trim_tail_frames",
+        "ckpt_dir",
+    }
 )
 
 
@@ -48,10 +77,11 @@ def output_metadata(
     settings: Mapping[str, Any] | None = None,
     device: str | None = None,
 ) -> dict[str, str]:
-    """Metadata of one output: all that its pixels depend on; of files their names, without the folders they lie in.
+    """Metadata of one output: all that its pixels depend on; of files their names, without the folders they
+    lie in.
 
-    model: `Family.metadata`. loras: file name and multiplier of each LoRA. settings: the script's options that are not as they are
-    without being given, by name. device: the kind that made it.
+    model: `Family.metadata`. loras: file name and multiplier of each LoRA. settings: the script's options
+    that are not as they are without being given, by name. device: the kind that made it.
     """
     values: dict[str, object] = {
         "model_type": model.get("model_type"),
@@ -77,15 +107,24 @@ def output_metadata(
     media = ("image_path", "end_image_path", "control_path", "video_path")
     optional |= {name: path.name for name in media if (path := getattr(request, name)) is not None}
     values |= {name: value for name, value in optional.items() if value is not None}
-    values |= {name: _without_folders(text) if name.endswith("_path") else text for name, text in request.extra.items()}
+    values |= {
+        name: _without_folders(text) if name.endswith("_path") else text
+        for name, text in request.extra.items()
+    }
     values |= {f"lora_{index}": f"{name}: {multiplier}" for index, (name, multiplier) in enumerate(loras)}
     values |= _recorded(settings or {})
-    return {f"bt_{name}": NOT_SET if value is None else storable(str(value)) for name, value in values.items()}
+    return {
+        f"bt_{name}": NOT_SET if value is None else storable(str(value)) for name, value in values.items()
+    }
 
 
 def decoded_metadata(saved: Mapping[str, str], settings: Mapping[str, Any], fps: float) -> dict[str, str]:
-    """Metadata of pixels that were decoded from a latent file: what that says of itself, and what this run decoded it with."""
-    kept = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in OF_DECODING | {"fps"}}
+    """Metadata of pixels that were decoded from a latent file: what that says of itself, and what this run
+    decoded it with.
+    """
+    kept = {
+        name: text for name, text in saved.items() if name.removeprefix("bt_") not in OF_DECODING | {"fps"}
+    }
     values = {name: text for name, text in _recorded(settings).items() if name in OF_DECODING}
     return kept | {f"bt_{name}": storable(text) for name, text in {**values, "fps": f"{fps:g}"}.items()}
 
@@ -115,12 +154,17 @@ def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def value_in(metadata: Mapping[str, str], name: str) -> str | None:
-    """What a file says under `bt_{name}`, or under `name` as some of the known tools write it; None where it says nothing."""
+    """What a file says under `bt_{name}`, or under `name` as some of the known tools write it; None where it
+    says nothing.
+    """
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 
 def seed_in(metadata: Mapping[str, str]) -> int:
-    """The seed that is stored, 0 where there is none. Not read as a float: that would round seeds above 2^53."""
+    """The seed that is stored, 0 where there is none.
+
+    Not read as a float: that would round seeds above 2^53.
+    """
     text = (value_in(metadata, "seeds") or "").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
 

@@ -29,9 +29,14 @@ class GuidanceOptions:
 
     def __post_init__(self) -> None:
         if self.cfg_skip_mode != "none" and self.cfg_apply_ratio is None:
-            raise OptionError(f"--cfg_skip_mode {self.cfg_skip_mode} needs --cfg_apply_ratio: the share of the steps with guidance")
+            raise OptionError(
+                f"--cfg_skip_mode {self.cfg_skip_mode} needs --cfg_apply_ratio: the share of the steps with "
+                "guidance"
+            )
         if self.cfg_apply_ratio is not None and not 0 <= self.cfg_apply_ratio <= 1:
-            raise OptionError(f"--cfg_apply_ratio {self.cfg_apply_ratio}: give a share of the steps from 0 to 1")
+            raise OptionError(
+                f"--cfg_apply_ratio {self.cfg_apply_ratio}: give a share of the steps from 0 to 1"
+            )
         if self.cfg_apply_ratio is not None and self.cfg_skip_mode == "none":
             logger.warning("--cfg_apply_ratio is ignored because --cfg_skip_mode is none")
         for option, share in (("--slg_start", self.slg_start), ("--slg_end", self.slg_end)):
@@ -40,7 +45,9 @@ class GuidanceOptions:
         if not 0 <= self.guidance_rescale <= 1:  # nan too
             raise OptionError(f"--guidance_rescale {self.guidance_rescale}: give a share from 0 to 1")
         if (self.slg_mode is None) != (self.slg_layers is None):
-            given, missing = ("--slg_mode", "--slg_layers") if self.slg_layers is None else ("--slg_layers", "--slg_mode")
+            given, missing = (
+                ("--slg_mode", "--slg_layers") if self.slg_layers is None else ("--slg_layers", "--slg_mode")
+            )
             logger.warning("%s is ignored because %s is not given", given, missing)
         _ = self.skipped_layers
 
@@ -52,7 +59,9 @@ class GuidanceOptions:
         try:
             layers = frozenset(int(part) for part in self.slg_layers.split(",") if part.strip())
         except ValueError:
-            raise OptionError(f"--slg_layers {self.slg_layers!r}: give block numbers separated by commas, such as 9,10") from None
+            raise OptionError(
+                f"--slg_layers {self.slg_layers!r}: give block numbers separated by commas, such as 9,10"
+            ) from None
         if any(layer < 0 for layer in layers):
             raise OptionError(f"--slg_layers {self.slg_layers!r}: blocks are counted from 0")
         return layers
@@ -77,7 +86,8 @@ class FormatOptions:
 
 
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `GuidanceOptions` and --cfg_schedule; guidance ideas that are not built yet are refused.
+    """Declare the options of `GuidanceOptions` and --cfg_schedule; guidance ideas that are not built yet are
+    refused.
 
     Scripts that have --guidance_rescale add it by `add_rescale_argument` as well.
     """
@@ -87,32 +97,56 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg_schedule",
         type=str,
         default=None,
-        help="steps with guidance, counted from 1, e.g. '1-10, e~3:6.5, !7': numbers, ranges, every n-th, own scale, exclusion",
+        help="steps with guidance, counted from 1, e.g. '1-10, e~3:6.5, !7': numbers, ranges, every n-th, own "
+        "scale, exclusion",
     )
     group.add_argument(
-        "--cfg_skip_mode", type=str, default="none", choices=CFG_SKIP_MODES, help="which steps go without guidance, to save time"
+        "--cfg_skip_mode",
+        type=str,
+        default="none",
+        choices=CFG_SKIP_MODES,
+        help="which steps go without guidance, to save time",
     )
-    group.add_argument("--cfg_apply_ratio", type=float, default=None, help="share of the steps that keep guidance, 0 to 1")
+    group.add_argument(
+        "--cfg_apply_ratio", type=float, default=None, help="share of the steps that keep guidance, 0 to 1"
+    )
     group.add_argument(
         "--slg_mode",
         type=str,
         default=None,
         choices=["original", "uncond"],
-        help="skip-layer guidance: original adds a third pass that skips the layers, uncond skips them in the negative pass",
+        help="skip-layer guidance: original adds a third pass that skips the layers, uncond skips them in the "
+        "negative pass",
     )
-    group.add_argument("--slg_layers", type=str, default=None, help="numbers of the blocks to skip, e.g. 9,10")
+    group.add_argument(
+        "--slg_layers", type=str, default=None, help="numbers of the blocks to skip, e.g. 9,10"
+    )
     group.add_argument("--slg_scale", type=float, default=3.0, help="strength of --slg_mode original")
     group.add_argument("--slg_start", type=float, default=0.0, help="share of the steps at which it begins")
     group.add_argument("--slg_end", type=float, default=0.3, help="share of the steps at which it ends")
     later = "use --guidance_scale, --cfg_schedule or skip-layer guidance"
-    add_unsupported(group, "--cfgzerostar_scaling", action="store_true", reason=later, help="CFG-Zero* scaling")
-    add_unsupported(group, "--cfgzerostar_init_steps", type=int, default=-1, reason=later, help="CFG-Zero* zero initialisation")
-    add_unsupported(group, "--perp_neg", type=float, default=None, reason=later, help="perpendicular negative guidance")
+    add_unsupported(
+        group, "--cfgzerostar_scaling", action="store_true", reason=later, help="CFG-Zero* scaling"
+    )
+    add_unsupported(
+        group,
+        "--cfgzerostar_init_steps",
+        type=int,
+        default=-1,
+        reason=later,
+        help="CFG-Zero* zero initialisation",
+    )
+    add_unsupported(
+        group, "--perp_neg", type=float, default=None, reason=later, help="perpendicular negative guidance"
+    )
 
 
 def add_rescale_argument(group: argparse._ArgumentGroup) -> None:
     """--guidance_rescale, which not all scripts have."""
-    text = "share of the deviation added by guidance that is taken back, 0 to 1: against pictures that are too strong"
+    text = (
+        "share of the deviation added by guidance that is taken back, 0 to 1: against pictures that are too "
+        "strong"
+    )
     group.add_argument("--guidance_rescale", type=float, default=0.0, help=text)
 
 
@@ -120,21 +154,38 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `FormatOptions`."""
     group = parser.add_argument_group("video format")
     group.add_argument("--codec", type=str, default="h264", choices=["prores", "h264", "h265"])
-    group.add_argument("--container", type=str, default="mp4", choices=["mkv", "mp4"], help="only mkv holds metadata")
-    group.add_argument("--keep_pngs", action="store_true", help="also keep the frames as PNG files in a folder `frames`")
+    group.add_argument(
+        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="only mkv holds metadata"
+    )
+    group.add_argument(
+        "--keep_pngs", action="store_true", help="also keep the frames as PNG files in a folder `frames`"
+    )
 
 
 def add_later_arguments(parser: argparse.ArgumentParser) -> None:
     """List the ideas of this folder that are not built yet; using one is refused with its reason."""
     group = parser.add_argument_group("not supported yet")
     preview = "watch the progress bar instead"
-    add_unsupported(group, "--preview_latent_every", type=int, default=None, reason=preview, help="preview every n steps")
-    add_unsupported(group, "--preview_vae", type=str, default=None, reason=preview, help="small VAE for previews")
-    prompts = "write the prompt out"
-    add_unsupported(group, "--prompt_wildcards", type=str, default=None, reason=prompts, help="folder of wildcard files")
-    add_unsupported(group, "--prompt_weighting", action="store_true", reason=prompts, help="(word:1.2) in prompts")
     add_unsupported(
-        group, "--riflex_index", type=int, default=0, reason="make videos of the trained length", help="longer videos with RIFLEx"
+        group, "--preview_latent_every", type=int, default=None, reason=preview, help="preview every n steps"
+    )
+    add_unsupported(
+        group, "--preview_vae", type=str, default=None, reason=preview, help="small VAE for previews"
+    )
+    prompts = "write the prompt out"
+    add_unsupported(
+        group, "--prompt_wildcards", type=str, default=None, reason=prompts, help="folder of wildcard files"
+    )
+    add_unsupported(
+        group, "--prompt_weighting", action="store_true", reason=prompts, help="(word:1.2) in prompts"
+    )
+    add_unsupported(
+        group,
+        "--riflex_index",
+        type=int,
+        default=0,
+        reason="make videos of the trained length",
+        help="longer videos with RIFLEx",
     )
     add_unsupported(
         group,
@@ -148,7 +199,12 @@ def add_later_arguments(parser: argparse.ArgumentParser) -> None:
 def add_video_to_video_arguments(parser: argparse.ArgumentParser) -> None:
     """--video_path and --strength."""
     group = parser.add_argument_group("video to video")
-    group.add_argument("--video_path", type=str, default=None, help="video, or folder of images, to start from instead of noise")
+    group.add_argument(
+        "--video_path",
+        type=str,
+        default=None,
+        help="video, or folder of images, to start from instead of noise",
+    )
     text = "with --video_path: share of the steps that are made on it; 1 leaves nothing of it"
     group.add_argument("--strength", type=float, default=STRENGTH, help=text)
 
@@ -158,8 +214,19 @@ def refuse_video_to_video(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("video to video")
     reason = "videos start from noise; use an image-to-video or a Fun-Control task"
     add_unsupported(group, "--video_path", type=str, default=None, reason=reason, help="video to start from")
-    add_unsupported(group, "--v2v_denoise", type=float, default=0.5, reason=reason, help="how much of it is made anew")
-    add_unsupported(group, "--v2v_extra_noise", type=float, default=None, reason=reason, help="noise added to it")
+    add_unsupported(
+        group, "--v2v_denoise", type=float, default=0.5, reason=reason, help="how much of it is made anew"
+    )
+    add_unsupported(
+        group, "--v2v_extra_noise", type=float, default=None, reason=reason, help="noise added to it"
+    )
     add_unsupported(group, "--v2v_pad_mode", type=str, default="end", choices=["front", "end"], reason=reason)
-    add_unsupported(group, "--v2v_noise_mode", type=str, default="traditional", choices=["traditional", "direct"], reason=reason)
+    add_unsupported(
+        group,
+        "--v2v_noise_mode",
+        type=str,
+        default="traditional",
+        choices=["traditional", "direct"],
+        reason=reason,
+    )
     parser.set_defaults(strength=None)

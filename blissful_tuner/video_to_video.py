@@ -8,7 +8,9 @@ from modules.flow.schedule import Schedule, add_noise
 
 
 def steps_to_make(request: Request) -> int:
-    """How many of a prepared request's steps are made: all from noise; from a video the last ones, and at least one."""
+    """How many of a prepared request's steps are made: all from noise; from a video the last ones, and at
+    least one.
+    """
     assert request.steps is not None
     if request.video_path is None:
         return request.steps
@@ -17,5 +19,7 @@ def steps_to_make(request: Request) -> int:
 
 
 def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """What denoising begins with at that step: clean latents and noise, both B C F H W, as the schedule mixes them there."""
+    """What denoising begins with at that step: clean latents and noise, both B C F H W, as the schedule mixes
+    them there.
+    """
     return add_noise(source.float(), noise, schedule.sigmas[step].expand(len(noise)).to(noise.device))

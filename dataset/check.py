@@ -48,12 +48,20 @@ class _Table:
 
 
 def check_media(family: Family, config: DatasetConfig, workers: int, skip_existing: bool) -> CheckResult:
-    """What latent caching would do. Every source that records do not tell about is decoded; nothing is encoded or written."""
+    """What latent caching would do.
+
+    Every source that records do not tell about is decoded; nothing is encoded or written.
+    """
     try:
-        encoder, files = dict(family.media_identity), [f"{name}: {value}" for name, value in family.media_identity.items()]
+        encoder, files = (
+            dict(family.media_identity),
+            [f"{name}: {value}" for name, value in family.media_identity.items()],
+        )
     except OptionError as error:
         encoder, files = {}, [f"caches are not compared: {error}"]
-    recipe = Recipe(family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, family.sections_of)
+    recipe = Recipe(
+        family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, family.sections_of
+    )
     lines, ok = ["Files recognised:", *_indented(files)], True
     batches = 0
     for table in config.datasets:
@@ -85,7 +93,9 @@ def check_texts(family: Family, config: DatasetConfig, skip_existing: bool) -> C
     """What text caching would do. No encoder is loaded."""
     encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
     lines, ok = ["Files recognised:"], True
-    lines += _indented(f"{encoder.name} {key}: {value}" for encoder, identity in encoders for key, value in identity.items())
+    lines += _indented(
+        f"{encoder.name} {key}: {value}" for encoder, identity in encoders for key, value in identity.items()
+    )
     for table in config.datasets:
         sources = find_sources(table)
         captions = missing_captions(sources)
@@ -94,7 +104,9 @@ def check_texts(family: Family, config: DatasetConfig, skip_existing: bool) -> C
         for encoder, _ in encoders:
             to_do = sum(encoder.name in plan.missing for plan in plans)
             kept = len(plans) - to_do
-            lines += _indented([f"caches of {encoder.name}: {kept} are right, {to_do} captions are to be encoded"])
+            lines += _indented(
+                [f"caches of {encoder.name}: {kept} are right, {to_do} captions are to be encoded"]
+            )
         lines += _listed("have no caption", captions)
         ok = ok and not captions
     return CheckResult((*lines, _verdict(ok)), ok)
@@ -112,8 +124,8 @@ def check_training(
 ) -> CheckResult:
     """What a training run would see in its caches; every cache file is read and verified.
 
-    accumulation, processes: batches per optimizer step. files: lines about the checkpoints, as the caller recognised them.
-    text_keys: what a whole text cache holds.
+    accumulation, processes: batches per optimizer step. files: lines about the checkpoints, as the caller
+    recognised them. text_keys: what a whole text cache holds.
     """
     found = find_items(config, cache_tag, latent, text_keys)
     lines, ok = ["Files recognised:", *_indented(files)], True
@@ -121,7 +133,9 @@ def check_training(
     for table in config.datasets:
         items = [item for item in found.items if item.table.index == table.index]
         buckets = Counter(item.bucket for item in items)
-        lines += [f"{table.name}: {len(items)} cached items" + (", for validation" if table.validation else "")]
+        lines += [
+            f"{table.name}: {len(items)} cached items" + (", for validation" if table.validation else "")
+        ]
         lines += _indented(_bucket_lines(table, buckets))
         missing = [path for path in found.missing_text if path.parent == table.cache_directory]
         unfinished = [path for path in found.unfinished_text if path.parent == table.cache_directory]
@@ -154,7 +168,9 @@ def _look_at(table: DatasetTable, sources: Sequence[Source], recipe: Recipe, wor
 
     known = [plan for plan in plans if plan.missing is not None]
     unknown = [plan for plan in plans if plan.missing is None]
-    for _, result in decode_ahead(unknown, lambda plan: plan.source, decoded, workers, progress(len(unknown), "decoding")):
+    for _, result in decode_ahead(
+        unknown, lambda plan: plan.source, decoded, workers, progress(len(unknown), "decoding")
+    ):
         if isinstance(result, Failure):
             unreadable.append(result)
         else:
@@ -169,7 +185,8 @@ def _bucket_lines(table: DatasetTable, buckets: Mapping[tuple[int, ...], int]) -
         repeated = count * table.num_repeats
         frames = "" if len(bucket) == 2 else f", {bucket[2]} frames"
         lines.append(
-            f"{bucket[0]}x{bucket[1]}{frames}: {count} items x {table.num_repeats}, {-(-repeated // size)} batches of {size}"
+            f"{bucket[0]}x{bucket[1]}{frames}: {count} items x {table.num_repeats}, {-(-repeated // size)} "
+            f"batches of {size}"
         )
     return lines
 
@@ -178,7 +195,9 @@ def _num_batches(table: DatasetTable, buckets: Mapping[tuple[int, ...], int]) ->
     return sum(-(-count * table.num_repeats // table.batch_size) for count in buckets.values())
 
 
-def _unusable(items: Sequence[TrainingItem], latent: LatentSpec, encoders: SameEncoders) -> tuple[list[str], list[str]]:
+def _unusable(
+    items: Sequence[TrainingItem], latent: LatentSpec, encoders: SameEncoders
+) -> tuple[list[str], list[str]]:
     """Why items cannot be trained on, by reading every one; and what is to be said of those that can."""
     faults, remarks = [], []
     for item in items:
@@ -192,7 +211,9 @@ def _unusable(items: Sequence[TrainingItem], latent: LatentSpec, encoders: SameE
 
 
 def _source_lines(table: DatasetTable, items: Sequence[TrainingItem]) -> list[str]:
-    """Sources without a cache and without a caption, where the sources are there at all: training needs only the caches."""
+    """Sources without a cache and without a caption, where the sources are there at all: training needs only
+    the caches.
+    """
     try:
         sources = find_sources(table)
     except DatasetError as error:

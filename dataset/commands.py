@@ -11,8 +11,13 @@ from dataset.options import CachingOptions, DebugOptions
 from modules.contract.family import Family
 
 
-def run_latent_caching(family: Family, config: DatasetConfig, options: CachingOptions, debug: DebugOptions) -> None:
-    """--debug_mode, --check, or caching of latents. Raises UserError, and SystemExit with the result of a check."""
+def run_latent_caching(
+    family: Family, config: DatasetConfig, options: CachingOptions, debug: DebugOptions
+) -> None:
+    """--debug_mode, --check, or caching of latents.
+
+    Raises UserError, and SystemExit with the result of a check.
+    """
     if debug.debug_mode is not None:
         conclude(show_datasets(family, config, debug, workers_of(options)))
     elif options.check:

@@ -1,7 +1,7 @@
 """The dataset configuration: a TOML or JSON file -> frozen tables. Standard library only.
 
-What each key may be stands in `dataset/config_keys.py`. Paths are relative to the working folder. Every problem of a file is
-reported at once.
+What each key may be stands in `dataset/config_keys.py`. Paths are relative to the working folder. Every
+problem of a file is reported at once.
 """
 
 import difflib
@@ -25,7 +25,10 @@ Table = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """One `[[datasets]]` entry with everything filled in. Keys of the other kind of table have their defaults."""
+    """One `[[datasets]]` entry with everything filled in.
+
+    Keys of the other kind of table have their defaults.
+    """
 
     config_path: Path
     index: int  # place in the file, from 0
@@ -72,11 +75,18 @@ class DatasetTable:
     @property
     def section_keys(self) -> dict[str, Any]:
         """Those of SECTION_DEFAULTS that are set to something else, as JSON values."""
-        given = {name: getattr(self, name) for name, usual in SECTION_DEFAULTS.items() if getattr(self, name) != usual}
+        given = {
+            name: getattr(self, name)
+            for name, usual in SECTION_DEFAULTS.items()
+            if getattr(self, name) != usual
+        }
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
-        """The entry of the metadata list `ss_datasets`. has_control: None means whether there is a control_directory."""
+        """The entry of the metadata list `ss_datasets`.
+
+        has_control: None means whether there is a control_directory.
+        """
         entry: dict[str, Any] = {
             "resolution": list(self.resolution),
             "caption_extension": self.caption_extension,
@@ -105,17 +115,24 @@ class DatasetConfig:
 
 
 def load_dataset_config(path: Path) -> DatasetConfig:
-    """Read `path` (.toml or .json). Folders are not looked for: training needs only the caches (`sources.find_sources` looks).
+    """Read `path` (.toml or .json). Folders are not looked for: training needs only the caches
+    (`sources.find_sources` looks).
 
     Raises DatasetError naming file, table, key, the value found and the values allowed.
     """
     problems: list[str] = []
     content = _parse(path)
-    problems += [_unknown(name, value, ("general", "datasets")) for name, value in content.items() if name not in _TOP_LEVEL]
+    problems += [
+        _unknown(name, value, ("general", "datasets"))
+        for name, value in content.items()
+        if name not in _TOP_LEVEL
+    ]
     general = _without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
     if not isinstance(entries, list) or not entries:
-        problems.append("there is no [[datasets]] table; the file needs one per folder or list of images or videos")
+        problems.append(
+            "there is no [[datasets]] table; the file needs one per folder or list of images or videos"
+        )
         entries = []
     _check_general(general, problems)
     tables = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
@@ -129,22 +146,35 @@ def load_dataset_config(path: Path) -> DatasetConfig:
 _TOP_LEVEL = frozenset({"general", "datasets"})
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _parse(path: Path) -> dict[str, Any]:
     if path.suffix.lower() not in {".toml", ".json"}:
-        raise DatasetError(f"{path}: a dataset configuration ends in .toml or .json, this ends in {path.suffix or 'nothing'}")
+        raise DatasetError(
+            f"{path}: a dataset configuration ends in .toml or .json, this ends in {path.suffix or 'nothing'}"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor.") from None
+        raise DatasetError(
+            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor."
+        ) from None
     except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror}. Give --dataset_config the file's path.") from error
+        raise DatasetError(
+            f"{path} cannot be read: {error.strerror}. Give --dataset_config the file's path."
+        ) from error
     try:
-        content = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text, object_pairs_hook=_no_repeats)
+        content = (
+            tomllib.loads(text)
+            if path.suffix.lower() == ".toml"
+            else json.loads(text, object_pairs_hook=_no_repeats)
+        )
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
-        hint = "\n  A Windows path needs forward slashes or single quotes: 'C:\\data'." if "\\" in text else ""
+        hint = (
+            "\n  A Windows path needs forward slashes or single quotes: 'C:\\data'." if "\\" in text else ""
+        )
         raise DatasetError(f"{path} is no valid {path.suffix[1:].upper()}: {error}{hint}") from None
     if not isinstance(content, dict):
         raise DatasetError(f'{path}: the top level has to be an object with "datasets"')
@@ -155,7 +185,9 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(
+            f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+        )
     return content
 
 
@@ -174,12 +206,16 @@ def _check_general(general: Table, problems: list[str]) -> None:
         if name in allowed:
             _read_value(name, value, "[general]", problems)
         elif name in KEYS:
-            problems.append(f"[general]: {name} = {_shown(value)} may only stand in a [[datasets]] table; move it there")
+            problems.append(
+                f"[general]: {name} = {_shown(value)} may only stand in a [[datasets]] table; move it there"
+            )
         else:
             problems.append(f"[general]: {_unknown(name, value, allowed)}")
 
 
-def _read_table(path: Path, index: int, entry: Any, general: Table, problems: list[str]) -> DatasetTable | None:
+def _read_table(
+    path: Path, index: int, entry: Any, general: Table, problems: list[str]
+) -> DatasetTable | None:
     where = f"[[datasets]] {index + 1}"
     before = len(problems)
     entry = _without_nulls(entry, where, problems)
@@ -203,11 +239,17 @@ def _source_key(entry: Table, where: str, problems: list[str]) -> str | None:
     if len(given) == 1:
         return given[0]
     if given:
-        problems.append(f"{where}: {' and '.join(given)} exclude each other; make a [[datasets]] table for each")
+        problems.append(
+            f"{where}: {' and '.join(given)} exclude each other; make a [[datasets]] table for each"
+        )
     else:
-        near = [name for key in entry if key not in KEYS for name in difflib.get_close_matches(key, SOURCES, 1)]
+        near = [
+            name for key in entry if key not in KEYS for name in difflib.get_close_matches(key, SOURCES, 1)
+        ]
         hint = f" Did you mean {near[0]}?" if near else ""
-        problems.append(f"{where}: nothing says where its items are; it needs one of {', '.join(SOURCES)}.{hint}")
+        problems.append(
+            f"{where}: nothing says where its items are; it needs one of {', '.join(SOURCES)}.{hint}"
+        )
     return None
 
 
@@ -218,7 +260,10 @@ def _check_names(entry: Table, kind: str, source_key: str, where: str, problems:
             problems.append(f"{where}: {_unknown(name, value, allowed)}")
         elif name not in allowed:
             other = "video" if kind == "image" else "image"
-            problems.append(f"{where}: {name} = {_shown(value)} is for {other} tables; {source_key} makes this one {kind}s")
+            problems.append(
+                f"{where}: {name} = {_shown(value)} is for {other} tables; {source_key} makes this one "
+                f"{kind}s"
+            )
 
 
 _BAD = object()  # stands for a value that has been reported
@@ -229,9 +274,15 @@ def _read_value(name: str, value: Any, where: str, problems: list[str]) -> Any:
     try:
         return key.read(value)
     except Unfit:
-        near = difflib.get_close_matches(value, MODES, 1) if name == "frame_extraction" and isinstance(value, str) else []
+        near = (
+            difflib.get_close_matches(value, MODES, 1)
+            if name == "frame_extraction" and isinstance(value, str)
+            else []
+        )
         hint = f'. Did you mean "{near[0]}"?' if near else ""
-        problems.append(f"{where}: {name} = {_shown(value)} ({_kind_of(value)}); allowed: {key.allowed}{hint}")
+        problems.append(
+            f"{where}: {name} = {_shown(value)} ({_kind_of(value)}); allowed: {key.allowed}{hint}"
+        )
         return _BAD
 
 
@@ -243,7 +294,11 @@ def _finish_table(
     jsonl_file = values.pop("image_jsonl_file") or values.pop("video_jsonl_file")
     fields = {name: value for name, value in values.items() if name not in SOURCES}
     if jsonl_file and fields["control_directory"]:
-        logger.warning("%s, %s: control_directory is ignored because a list names control files itself (control_path)", path, where)
+        logger.warning(
+            "%s, %s: control_directory is ignored because a list names control files itself (control_path)",
+            path,
+            where,
+        )
         fields["control_directory"] = None
     if fields["cache_directory"] is None and jsonl_file:
         problems.append(f"{where}: cache_directory is required with {kind}_jsonl_file")
@@ -252,7 +307,9 @@ def _finish_table(
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
     fields["target_frames"] = _rounded_targets(fields["target_frames"], f"{path}, {where}")
     if fields["frame_extraction"] == "uniform" and fields["frame_sample"] == 1:
-        logger.warning('%s, %s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', path, where)
+        logger.warning(
+            '%s, %s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', path, where
+        )
         fields["frame_extraction"] = "head"
     return DatasetTable(path, index, kind, directory, jsonl_file, **fields)
 
@@ -260,7 +317,12 @@ def _finish_table(
 def _rounded_targets(targets: tuple[int, ...], where: str) -> tuple[int, ...]:
     rounded = tuple(sorted({(target - 1) // FRAME_STEP * FRAME_STEP + 1 for target in targets}))
     if not set(targets) <= set(rounded):
-        logger.warning("%s: target_frames %s become %s: clips are 4n + 1 frames long", where, list(targets), list(rounded))
+        logger.warning(
+            "%s: target_frames %s become %s: clips are 4n + 1 frames long",
+            where,
+            list(targets),
+            list(rounded),
+        )
     return rounded
 
 
@@ -270,12 +332,14 @@ def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[
         first = users.setdefault(os.path.normcase(table.cache_directory.resolve()), table)
         if first is not table:
             problems.append(
-                f"[[datasets]] {first.index + 1} and {table.index + 1} share the cache directory {table.cache_directory}; "
+                f"[[datasets]] {first.index + 1} and {table.index + 1} share the cache directory "
+                f"{table.cache_directory}; "
                 "give each its own cache_directory (without one it is the folder of the images or videos)"
             )
 
 
-# --- words ------------------------------------------------------------------------------------------------------------------------
+# --- words
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _unknown(name: str, value: Any, allowed: tuple[str, ...] | list[str]) -> str:
@@ -290,5 +354,12 @@ def _shown(value: Any) -> str:
 
 
 def _kind_of(value: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a table"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a table",
+    }
     return names.get(type(value), type(value).__name__)

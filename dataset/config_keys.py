@@ -1,11 +1,14 @@
-"""The keys of a dataset configuration: what a value may be, its default, and where the key may stand. Standard library only."""
+"""The keys of a dataset configuration: what a value may be, its default, and where the key may stand.
+Standard library only.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODES = ("head", "chunk", "slide", "uniform", "full")  # of frame_extraction; what they do: dataset/sources/frames.py
+# of frame_extraction; what they do: dataset/sources/frames.py
+MODES = ("head", "chunk", "slide", "uniform", "full")
 FAR = 10_000  # latent frames; places in time stay far below
 
 
@@ -87,7 +90,9 @@ def _mode(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a table: `read` turns its value into the field or raises Unfit; `allowed` says in words what fits."""
+    """One key of a table: `read` turns its value into the field or raises Unfit; `allowed` says in words what
+    fits.
+    """
 
     read: Callable[[Any], Any]
     allowed: str
@@ -101,8 +106,15 @@ _BOOL = "true or false, without quotes"
 _FOLDER = "a path in quotes"
 
 KEYS: Mapping[str, Key] = {
-    "resolution": Key(_resolution, "a whole number or [width, height], such as 512 or [960, 544]", (960, 544), in_general=True),
-    "caption_extension": Key(_caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True),
+    "resolution": Key(
+        _resolution,
+        "a whole number or [width, height], such as 512 or [960, 544]",
+        (960, 544),
+        in_general=True,
+    ),
+    "caption_extension": Key(
+        _caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True
+    ),
     "batch_size": Key(_count, _POSITIVE, 1, in_general=True),
     "num_repeats": Key(_count, _POSITIVE, 1, in_general=True),
     "enable_bucket": Key(_yes_no, _BOOL, False, in_general=True),
@@ -114,14 +126,18 @@ KEYS: Mapping[str, Key] = {
     "video_jsonl_file": Key(_path, _FOLDER, None, ("video",)),
     "control_directory": Key(_path, _FOLDER, None),
     "validation": Key(_yes_no, _BOOL, False),
-    "target_frames": Key(_counts, "a list of whole numbers, each 1 or more, such as [1, 25, 45]", (1,), ("video",)),
+    "target_frames": Key(
+        _counts, "a list of whole numbers, each 1 or more, such as [1, 25, 45]", (1,), ("video",)
+    ),
     "frame_extraction": Key(_mode, "one of " + ", ".join(f'"{mode}"' for mode in MODES), "head", ("video",)),
     "frame_stride": Key(_count, _POSITIVE, 1, ("video",)),
     "frame_sample": Key(_count, _POSITIVE, 1, ("video",)),
     "max_frames": Key(_count, _POSITIVE, 129, ("video",)),
     "source_fps": Key(_rate, "a number above 0, such as 30 or 29.97", None, ("video",)),
     "fp_latent_window_size": Key(_count, _POSITIVE, 9),
-    "fp_1f_clean_indices": Key(_indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)),
+    "fp_1f_clean_indices": Key(
+        _indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)
+    ),
     "fp_1f_target_index": Key(_place, f"a whole number below {FAR}", None, ("image",)),
     "fp_1f_no_post": Key(_yes_no, _BOOL, False, ("image",)),
 }

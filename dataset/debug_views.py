@@ -63,7 +63,9 @@ def show_datasets(family: Family, config: DatasetConfig, debug: DebugOptions, wo
 
 
 def side_by_side(media: DecodedSource, item: Item) -> NDArray[np.uint8]:
-    """The frames of an item, F H W 3, with those of its control media to the right; transparent parts are grey."""
+    """The frames of an item, F H W 3, with those of its control media to the right; transparent parts are
+    grey.
+    """
     parts = [media.crop(item.span), *map(_opaque, media.control_crops(item.span))]
     return np.concatenate(parts, axis=2)
 
@@ -77,20 +79,28 @@ def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
 def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
     """A picture as lines for a terminal with 24-bit colours.
 
-    Without a background a character is two pixels, one above the other; on a background it is a letter, denser where it is light.
+    Without a background a character is two pixels, one above the other; on a background it is a letter,
+    denser where it is light.
     """
     rows = max(round(picture.shape[0] / picture.shape[1] * columns / 2), 1)
     if background is None:
         small = cv2.resize(picture, (columns, 2 * rows), interpolation=cv2.INTER_AREA)
         cells = [
-            [f"\033[38;2;{_rgb(upper)};48;2;{_rgb(lower)}m▀" for upper, lower in zip(small[row], small[row + 1], strict=True)]
+            [
+                f"\033[38;2;{_rgb(upper)};48;2;{_rgb(lower)}m▀"
+                for upper, lower in zip(small[row], small[row + 1], strict=True)
+            ]
             for row in range(0, 2 * rows, 2)
         ]
     else:
         small = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_AREA)
         back = 40 + COLOURS.index(background.lower())
         cells = [
-            [f"\033[{back};38;2;{_rgb(pixel)}m{SHADES[int(pixel.mean()) * len(SHADES) // 256]}" for pixel in row] for row in small
+            [
+                f"\033[{back};38;2;{_rgb(pixel)}m{SHADES[int(pixel.mean()) * len(SHADES) // 256]}"
+                for pixel in row
+            ]
+            for row in small
         ]
     return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
 
@@ -100,7 +110,11 @@ def _decoded(family: Family, table: DatasetTable, workers: int) -> Iterator[Deco
     sources = find_sources(table)
     bar = progress(len(sources), "decoding", shown=False)
     found = decode_ahead(
-        sources, lambda one: one, lambda one: decode_source(one, fps, latent.pixel_step, latent.frame_step), workers, bar
+        sources,
+        lambda one: one,
+        lambda one: decode_source(one, fps, latent.pixel_step, latent.frame_step),
+        workers,
+        bar,
     )
     for _, result in found:
         yield result
@@ -129,7 +143,11 @@ def _file(folder: Path, item: Item) -> Path:
 def _title(item: Item) -> str:
     width, height = item.bucket
     size = f"{width}x{height} from {item.size[0]}x{item.size[1]}"
-    return f"{item.key}, {size}" if item.source.table.kind == "image" else f"{item.key}, {item.span[1]} frames of {size}"
+    return (
+        f"{item.key}, {size}"
+        if item.source.table.kind == "image"
+        else f"{item.key}, {item.span[1]} frames of {size}"
+    )
 
 
 def _to_console(frames: NDArray[np.uint8], debug: DebugOptions) -> str:
@@ -153,15 +171,21 @@ def _to_picture(path: Path, picture: Frame) -> str:
 def _to_window(frames: NDArray[np.uint8]) -> str:
     picture = sheet(frames)
     scale = min(1.0, WINDOW_WIDTH / picture.shape[1])
-    small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
+    small = (
+        cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
+    )
     cv2.imshow("dataset", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
     key = cv2.waitKey(0) & 0xFF
     return {ord("d"): NEXT_DATASET, ord("q"): QUIT}.get(key, NEXT)
 
 
 def _has_window() -> bool:
-    """Whether OpenCV can open a window here: the headless build cannot, and without a display it would end the process."""
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    """Whether OpenCV can open a window here: the headless build cannot, and without a display it would end
+    the process.
+    """
+    if sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
         return False
     try:
         cv2.namedWindow("dataset")

@@ -85,18 +85,36 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
 def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of both caching scripts."""
     group = parser.add_argument_group("caching")
-    group.add_argument("--dataset_config", type=str, required=True, help="dataset configuration, .toml or .json")
-    group.add_argument("--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; default: the best there is")
-    group.add_argument("--batch_size", type=int, default=None, help="items encoded at once; default: batch_size of each dataset")
     group.add_argument(
-        "--num_workers", type=int, default=None, help="threads that read ahead of the encoder; default: all cores but one"
+        "--dataset_config", type=str, required=True, help="dataset configuration, .toml or .json"
     )
     group.add_argument(
-        "--skip_existing", action="store_true", help="also keep files made by other programs where their size is the right one"
+        "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; default: the best there is"
     )
-    group.add_argument("--keep_cache", action="store_true", help="do not remove cache files that belong to no item any more")
     group.add_argument(
-        "--check", action="store_true", help="say what would be cached and what is wrong with the dataset, then exit (0 or 1)"
+        "--batch_size",
+        type=int,
+        default=None,
+        help="items encoded at once; default: batch_size of each dataset",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=int,
+        default=None,
+        help="threads that read ahead of the encoder; default: all cores but one",
+    )
+    group.add_argument(
+        "--skip_existing",
+        action="store_true",
+        help="also keep files made by other programs where their size is the right one",
+    )
+    group.add_argument(
+        "--keep_cache", action="store_true", help="do not remove cache files that belong to no item any more"
+    )
+    group.add_argument(
+        "--check",
+        action="store_true",
+        help="say what would be cached and what is wrong with the dataset, then exit (0 or 1)",
     )
 
 
@@ -108,8 +126,16 @@ def add_debug_arguments(parser: argparse.ArgumentParser) -> None:
         type=str,
         default=None,
         choices=["image", "console", "video"],
-        help="show what the model will see and cache nothing: in a window (or PNG files), as coloured text, as mp4 files",
+        help="show what the model will see and cache nothing: in a window (or PNG files), as coloured text, "
+        "as mp4 files",
     )
     group.add_argument("--console_width", type=int, default=80, help="console: width in characters")
-    group.add_argument("--console_back", type=str, default=None, help=f"console: background ({', '.join(COLOURS)})")
-    group.add_argument("--console_num_images", type=int, default=None, help="console: at most this many items of each dataset")
+    group.add_argument(
+        "--console_back", type=str, default=None, help=f"console: background ({', '.join(COLOURS)})"
+    )
+    group.add_argument(
+        "--console_num_images",
+        type=int,
+        default=None,
+        help="console: at most this many items of each dataset",
+    )

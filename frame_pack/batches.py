@@ -15,7 +15,8 @@ from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
-# what is finished, by resolution: latents as caches name them, as the transformer's argument is called, and their places
+# what is finished, by resolution: latents as caches name them, as the transformer's argument is called, and
+# their places
 HISTORY = {
     "latents_clean": ("clean_latents", "clean_latent_indices"),
     "latents_clean_2x": ("clean_latents_2x", "clean_latent_2x_indices"),
@@ -28,27 +29,40 @@ _NEEDED = ("latent_indices", "image_embeddings")
 
 
 def conditions_of(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
-    """Texts, image, places and history of a batch, as caches name them; a kind of history may have no latents, or be missing.
+    """Texts, image, places and history of a batch, as caches name them; a kind of history may have no
+    latents, or be missing.
 
-    config: of the transformer in the file `dit`. Raises CacheError naming the item and the command that mends it, where something
-    is not there or does not go together.
+    config: of the transformer in the file `dit`. Raises CacheError naming the item and the command that mends
+    it, where something is not there or does not go together.
     """
     batch.check(dict.fromkeys(sorted(TEXT_KEYS), TEXTS_AGAIN), "the transformer")
     texts = {"llama_vec": config.text_dim, "clip_l_pooler": config.pooled_dim}
     batch.check_widths(texts, dit, f"{TEXTS_AGAIN} and the text encoders of HunyuanVideo")
     batch.check(dict.fromkeys(_NEEDED, LATENTS_AGAIN), "the transformer")
-    batch.check_widths({"image_embeddings": config.image_dim}, dit, f"{LATENTS_AGAIN} and the SigLIP image encoder of FramePack")
-    history = [name for latents, (_, indices) in HISTORY.items() for name in (latents, indices) if name in batch.tensors]
-    tensors: Mapping[str, Tensor] = {name: batch.tensor(name) for name in ("latents", *sorted(TEXT_KEYS), *_NEEDED, *history)}
+    batch.check_widths(
+        {"image_embeddings": config.image_dim},
+        dit,
+        f"{LATENTS_AGAIN} and the SigLIP image encoder of FramePack",
+    )
+    history = [
+        name
+        for latents, (_, indices) in HISTORY.items()
+        for name in (latents, indices)
+        if name in batch.tensors
+    ]
+    tensors: Mapping[str, Tensor] = {
+        name: batch.tensor(name) for name in ("latents", *sorted(TEXT_KEYS), *_NEEDED, *history)
+    }
     _check_places(batch, tensors)
     return {name: tensor for name, tensor in tensors.items() if name != "latents"}
 
 
 def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
-    """Warn once where caches hold something else than samples are made as. is_f1: --f1; one_frame: --one_frame.
+    """Warn once where caches hold something else than samples are made as. is_f1: --f1; one_frame:
+    --one_frame.
 
-    The caches of both have the same names. In F1 the neighbour in time stands before the target, else behind it. Pictures, which
-    have no coarse history, are of neither order.
+    The caches of both have the same names. In F1 the neighbour in time stands before the target, else behind
+    it. Pictures, which have no coarse history, are of neither order.
     """
     if one_frame and batch.tensor("latents").shape[2] > 1:
         _note_clips()
@@ -64,13 +78,15 @@ def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
 def _note_other_order(is_f1: bool) -> None:
     if is_f1:
         logger.warning(
-            "--f1 is given and sections in the caches are not for FramePack-F1: it would learn another order than it makes videos "
+            "--f1 is given and sections in the caches are not for FramePack-F1: it would learn another order "
+            "than it makes videos "
             "in. Cache again with %s --f1, or leave --f1 out if --dit is FramePack.",
             LATENTS_AGAIN,
         )
     else:
         logger.warning(
-            "sections in the caches are for FramePack-F1 (%s --f1) and --f1 is not given: samples are made in another order than "
+            "sections in the caches are for FramePack-F1 (%s --f1) and --f1 is not given: samples are made "
+            "in another order than "
             "is learned. Give --f1, or cache again without it if --dit is not F1.",
             LATENTS_AGAIN,
         )
@@ -79,7 +95,8 @@ def _note_other_order(is_f1: bool) -> None:
 @lru_cache
 def _note_clips() -> None:
     logger.warning(
-        "--one_frame is given and the caches hold sections of clips: videos are learned and samples are pictures. Give the "
+        "--one_frame is given and the caches hold sections of clips: videos are learned and samples are "
+        "pictures. Give the "
         "--dataset_config whose caches were made with %s --one_frame, or leave --one_frame out.",
         LATENTS_AGAIN,
     )
@@ -88,15 +105,26 @@ def _note_clips() -> None:
 def _check_places(batch: Batch, tensors: Mapping[str, Tensor]) -> None:
     """Every latent frame has a place, and all are of one size."""
     target = tensors["latents"]
-    for latents, indices in {"latents": "latent_indices", **{name: indices for name, (_, indices) in HISTORY.items()}}.items():
+    for latents, indices in {
+        "latents": "latent_indices",
+        **{name: indices for name, (_, indices) in HISTORY.items()},
+    }.items():
         if latents not in tensors:
             continue
         if indices not in tensors:
-            raise CacheError(f"{batch.keys[0]}: the cache has {latents} without {indices}. Cache again with {LATENTS_AGAIN}.")
-        shape, places = tensors[latents].shape, tensors[indices]
-        if places.dtype.is_floating_point or places.shape != (len(target), shape[2]) or shape[3:] != target.shape[3:]:
             raise CacheError(
-                f"{batch.keys[0]}: {indices} of shape {_by(places)} ({places.dtype}) and {latents} of {_by(tensors[latents])} "
+                f"{batch.keys[0]}: the cache has {latents} without {indices}. Cache again with "
+                f"{LATENTS_AGAIN}."
+            )
+        shape, places = tensors[latents].shape, tensors[indices]
+        if (
+            places.dtype.is_floating_point
+            or places.shape != (len(target), shape[2])
+            or shape[3:] != target.shape[3:]
+        ):
+            raise CacheError(
+                f"{batch.keys[0]}: {indices} of shape {_by(places)} ({places.dtype}) and {latents} of "
+                f"{_by(tensors[latents])} "
                 f"do not go together with latents of {_by(target)}. Cache again with {LATENTS_AGAIN}."
             )
 

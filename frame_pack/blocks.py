@@ -1,7 +1,8 @@
-"""The blocks of HunyuanVideo as FramePack's files have them: query, key and value apart, under diffusers' names.
+"""The blocks of HunyuanVideo as FramePack's files have them: query, key and value apart, under diffusers'
+names.
 
-What they compute, and in which dtype, is as in `hunyuan_model.blocks` and `hunyuan_model.token_refiner`, where the parts come from.
-Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
+What they compute, and in which dtype, is as in `hunyuan_model.blocks` and `hunyuan_model.token_refiner`,
+where the parts come from. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
@@ -33,7 +34,8 @@ class JointAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim)
         self.norm_added_q = RMSNorm(dim // num_heads, eps)
         self.norm_added_k = RMSNorm(dim // num_heads, eps)
-        self.add_k_proj = nn.Linear(dim, dim)  # in the order of the released code, which that of a LoRA's tensors follows
+        # in the order of the released code, which that of a LoRA's tensors follows
+        self.add_k_proj = nn.Linear(dim, dim)
         self.add_v_proj = nn.Linear(dim, dim)
         self.add_q_proj = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
@@ -43,9 +45,12 @@ class JointAttention(nn.Module):
         # video: B L C    text: B T C    returned in the same two
         q = rotate(self.norm_q(heads(self.to_q, video, self.num_heads)), tokens.rotary)
         k = rotate(self.norm_k(heads(self.to_k, video, self.num_heads)), tokens.rotary)
-        q = torch.cat([q, self.norm_added_q(heads(self.add_q_proj, text, self.num_heads))], dim=1)  # B L+T N D
+        # B L+T N D
+        q = torch.cat([q, self.norm_added_q(heads(self.add_q_proj, text, self.num_heads))], dim=1)
         k = torch.cat([k, self.norm_added_k(heads(self.add_k_proj, text, self.num_heads))], dim=1)
-        v = torch.cat([heads(self.to_v, video, self.num_heads), heads(self.add_v_proj, text, self.num_heads)], dim=1)
+        v = torch.cat(
+            [heads(self.to_v, video, self.num_heads), heads(self.add_v_proj, text, self.num_heads)], dim=1
+        )
         seen = attend(q, k, v, tokens.attention, tokens.lengths).flatten(2)
         return run(self.to_out[0], seen[:, : tokens.video]), run(self.to_add_out, seen[:, tokens.video :])
 
@@ -64,7 +69,10 @@ class SingleAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         # x: B L+T C
-        q, k = self.norm_q(heads(self.to_q, x, self.num_heads)), self.norm_k(heads(self.to_k, x, self.num_heads))
+        q, k = (
+            self.norm_q(heads(self.to_q, x, self.num_heads)),
+            self.norm_k(heads(self.to_k, x, self.num_heads)),
+        )
         return attend_turned(q, k, heads(self.to_v, x, self.num_heads), tokens)
 
 
@@ -114,7 +122,8 @@ class HunyuanVideoTransformerBlock(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
-        self.layer_norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
+        # has no weights, so one serves both streams and both branches
+        self.layer_norm = Float32LayerNorm(dim, eps)
         self.norm1 = Modulation(dim, 6)
         self.norm1_context = Modulation(dim, 6)
         self.attn = JointAttention(dim, num_heads, eps)
@@ -125,7 +134,9 @@ class HunyuanVideoTransformerBlock(nn.Module):
         # x: B L+T C
         video, text = x[:, : tokens.video], x[:, tokens.video :]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(tokens.vector)
-        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.norm1_context(tokens.vector)
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.norm1_context(
+            tokens.vector
+        )
         seen, text_seen = self.attn(
             modulated(self.layer_norm(video), shift1, scale1, tokens.dtype),
             modulated(self.layer_norm(text), text_shift1, text_scale1, tokens.dtype),
@@ -137,8 +148,12 @@ class HunyuanVideoTransformerBlock(nn.Module):
         video = self.feed_forward(gated(video, gate1, seen), self.ff, shift2, scale2, gate2, tokens.dtype)
         return torch.cat([video, text], dim=1)
 
-    def feed_forward(self, x: Tensor, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        """The last branch of a stream, added to x: B L C. Each token is treated by itself. shift, scale, gate: B 1 C float32."""
+    def feed_forward(
+        self, x: Tensor, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The last branch of a stream, added to x: B L C. Each token is treated by itself. shift, scale,
+        gate: B 1 C float32.
+        """
         return gated(x, gate, ff(modulated(self.layer_norm(x), shift, scale, dtype)))
 
 
@@ -162,7 +177,10 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
 
 
 class RefinerBlock(nn.Module):
-    """Self-attention and feed-forward among text tokens. Timestep and mean text only gate the two branches."""
+    """Self-attention and feed-forward among text tokens.
+
+    Timestep and mean text only gate the two branches.
+    """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -172,7 +190,9 @@ class RefinerBlock(nn.Module):
         self.ff = FeedForward(dim, ffn_dim, functional.silu)
         self.norm_out = Modulation(dim, 2)
 
-    def forward(self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
+    def forward(
+        self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice
+    ) -> Tensor:
         # x: B T C    vector: B C float32
         gate1, gate2 = self.norm_out(vector)
         x = gated(x, gate1, self.attn(self.norm1(x).to(x.dtype), lengths, attention))

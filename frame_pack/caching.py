@@ -1,7 +1,9 @@
-"""What FramePack's latent caches hold: a file for every section of a clip, or one for a picture made from control images.
+"""What FramePack's latent caches hold: a file for every section of a clip, or one for a picture made from
+control images.
 
-A section is what the network learns in one step: its true latents, and what the network will be given beside their noise when it
-makes that section (`sections.py`). The clip's own latents take the place of what generation would have made before.
+A section is what the network learns in one step: its true latents, and what the network will be given beside
+their noise when it makes that section (`sections.py`). The clip's own latents take the place of what
+generation would have made before.
 """
 
 import logging
@@ -22,7 +24,8 @@ from modules.media.pixels import byte_clips, to_pixels
 
 logger = logging.getLogger(__name__)
 
-WHOLE_FRAMES = 192  # up to six seconds a clip is encoded as a whole, as by the known tuners; in memory a longer one is as large
+# up to six seconds a clip is encoded as a whole, as by the known tuners; in memory a longer one is as large
+WHOLE_FRAMES = 192
 COARSENESS = ("", "_2x", "_4x")  # at which the past is seen, as in the names of tensors
 
 
@@ -39,51 +42,69 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         return
     if table.kind != "video":
         raise DatasetError(
-            f"{table.name}: FramePack learns from clips, these are images. Give a video_directory or video_jsonl_file, or "
+            f"{table.name}: FramePack learns from clips, these are images. Give a video_directory or "
+            "video_jsonl_file, or "
             "--one_frame to learn how an image is made from its control images."
         )
     if table.has_control:
-        raise DatasetError(f"{table.name}: FramePack follows no control video. Take control_directory or control_path out.")
+        raise DatasetError(
+            f"{table.name}: FramePack follows no control video. Take control_directory or control_path out."
+        )
     least = _least_frames(table)
     if table.max_frames is not None and table.max_frames < least:
         raise DatasetError(
-            f"{table.name}: max_frames = {table.max_frames} is less than a section takes: {least}, 4 x {table.window} "
-            f"(fp_latent_window_size) + 1. Set max_frames = {video_frames(4, table.window)} for up to 4 sections."
+            f"{table.name}: max_frames = {table.max_frames} is less than a section takes: {least}, 4 x "
+            f"{table.window} "
+            f"(fp_latent_window_size) + 1. Set max_frames = {video_frames(4, table.window)} for up to 4 "
+            "sections."
         )
     short = [frames for frames in table.target_frames if frames < least]
     if short:
         raise DatasetError(
-            f"{table.name}: target_frames = {list(table.target_frames)}, but clips of {', '.join(map(str, short))} frames are too "
-            f"short: a section takes {least}, 4 x {table.window} (fp_latent_window_size) + 1. Use target_frames of 4 x "
-            f'{table.window} x n + 1, such as [{video_frames(4, table.window)}], or frame_extraction = "full".'
+            f"{table.name}: target_frames = {list(table.target_frames)}, but clips of "
+            f"{', '.join(map(str, short))} frames are too "
+            f"short: a section takes {least}, 4 x {table.window} (fp_latent_window_size) + 1. Use "
+            "target_frames of 4 x "
+            f"{table.window} x n + 1, such as [{video_frames(4, table.window)}], or frame_extraction = "
+            '"full".'
         )
     for frames in table.target_frames:
         used = video_frames(_whole_sections(table, frames), table.window)
         if used < frames:
             logger.warning(
-                "%s: of clips of %d frames the last %d are left out: %d are whole sections", table.name, frames, frames - used, used
+                "%s: of clips of %d frames the last %d are left out: %d are whole sections",
+                table.name,
+                frames,
+                frames - used,
+                used,
             )
 
 
 def _check_pictures(table: MediaTable) -> None:
     if table.kind != "image":
         raise DatasetError(
-            f"{table.name}: --one_frame caches images that have control images, these are videos. Leave --one_frame out, or give "
+            f"{table.name}: --one_frame caches images that have control images, these are videos. Leave "
+            "--one_frame out, or give "
             "an image_directory or image_jsonl_file."
         )
     if not table.has_control:
         raise DatasetError(
-            f"{table.name}: --one_frame needs control images, from which each image is made, and there are none. Set "
+            f"{table.name}: --one_frame needs control images, from which each image is made, and there are "
+            "none. Set "
             "control_directory, or control_path in every line of the list."
         )
 
 
 def count_sections(table: MediaTable, frames: int) -> int:
-    """How many sections a clip of so many frames has; a rest is left out. Raises MediaError where it is too short for one."""
+    """How many sections a clip of so many frames has; a rest is left out.
+
+    Raises MediaError where it is too short for one.
+    """
     sections = _whole_sections(table, frames)
     if sections == 0:
         raise MediaError(
-            f"{frames} usable frames (4 n + 1 of the clip's) are too few: a section takes {_least_frames(table)}, "
+            f"{frames} usable frames (4 n + 1 of the clip's) are too few: a section takes "
+            f"{_least_frames(table)}, "
             f"4 x {table.window} (fp_latent_window_size) + 1. Use a longer clip, or take this one out"
         )
     return sections
@@ -101,9 +122,11 @@ def _least_frames(table: MediaTable) -> int:
 
 
 def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> list[list[CacheEntry]]:
-    """The sections of every clip, each with `section`, its place in the clip. Tensors are in the VAE's dtype, on the CPU.
+    """The sections of every clip, each with `section`, its place in the clip. Tensors are in the VAE's dtype,
+    on the CPU.
 
-    The clip is encoded as a whole, a sample of the posterior of its own name; its first frame stands for the start image.
+    The clip is encoded as a whole, a sample of the posterior of its own name; its first frame stands for the
+    start image.
     """
     window = media.table.window
     frames = video_frames(count_sections(media.table, media.frames.shape[1]), window)
@@ -113,7 +136,10 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
 
 
 def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) -> list[CacheEntry]:
-    """The sections of one clip in the order of making. latents: 1 C F h w, the start frame and whole sections."""
+    """The sections of one clip in the order of making.
+
+    latents: 1 C F h w, the start frame and whole sections.
+    """
     start, rest = latents[:, :, :1], latents[:, :, 1:]
     targets = rest.split(window, dim=2)
     history = order.begin(start, None)
@@ -122,7 +148,8 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
         target, seen = targets[plan.index], order.seen(start, history)
         past = (seen.clean, seen.clean_2x, seen.clean_4x)
         named = {f"latents_clean{name}": part for name, part in zip(COARSENESS, past, strict=True)}
-        tensors = {name: part[0].clone() for name, part in {"latents": target, **named}.items()}  # else each holds a whole history
+        # else each holds a whole history
+        tensors = {name: part[0].clone() for name, part in {"latents": target, **named}.items()}
         entries.append(_entry(tensors, plan.indices, features, section=plan.index))
         history = order.grown(history, target)
     return entries
@@ -132,21 +159,31 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
 
 
 def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
-    """One file for every picture: its latents as the target, those of its control images before it. Each is encoded alone.
+    """One file for every picture: its latents as the target, those of its control images before it. Each is
+    encoded alone.
 
-    Where a picture is transparent its latents are 0. switches: which black frames there are; places come from the table.
+    Where a picture is transparent its latents are 0. switches: which black frames there are; places come from
+    the table.
     """
     table = media.table
-    settings = replace(switches, target_index=table.target_index, control_indices=table.clean_indices, has_post=table.has_post)
+    settings = replace(
+        switches,
+        target_index=table.target_index,
+        control_indices=table.clean_indices,
+        has_post=table.has_post,
+    )
     indices = one_frame_indices(settings, len(media.control), table.window)
     target, *controls = _encoded(encoders, media.keys, [media.frames, *media.control])
     target = masked(target, media.alpha)
-    clean = [masked(latents, _alpha_of(frames)) for latents, frames in zip(controls, media.control, strict=True)]
+    clean = [
+        masked(latents, _alpha_of(frames)) for latents, frames in zip(controls, media.control, strict=True)
+    ]
     clean += [torch.zeros_like(target)] * (len(indices.clean) - len(clean))
     seen = torch.cat(clean, dim=2)
     features = _features(encoders, media.control[0])
     return [
-        [_entry({"latents": target[item], "latents_clean": seen[item]}, indices, features[item])] for item in range(len(media.keys))
+        [_entry({"latents": target[item], "latents_clean": seen[item]}, indices, features[item])]
+        for item in range(len(media.keys))
     ]
 
 
@@ -159,10 +196,15 @@ def _alpha_of(frames: Tensor) -> Tensor | None:
 
 
 def _encoded(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor]) -> list[Tensor]:
-    """Latents B C F h w of each of `clips` (B F H W C uint8), in model space, in the VAE's dtype and on the CPU."""
+    """Latents B C F h w of each of `clips` (B F H W C uint8), in model space, in the VAE's dtype and on the
+    CPU.
+    """
     vae = encoders.vae
-    generators = [posterior_generator(key) for key in keys]  # one after the other for all that belongs to an item
-    return [vae.encode(byte_clips(clip), generators).mul_(VAE_LATENT.scale).to("cpu", vae.dtype) for clip in clips]
+    # one after the other for all that belongs to an item
+    generators = [posterior_generator(key) for key in keys]
+    return [
+        vae.encode(byte_clips(clip), generators).mul_(VAE_LATENT.scale).to("cpu", vae.dtype) for clip in clips
+    ]
 
 
 def _features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
@@ -170,10 +212,18 @@ def _features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
     return encoders.image_encoder.encode(to_pixels(frames[:, :1]).squeeze(2)).to("cpu", encoders.vae.dtype)
 
 
-def _entry(tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None) -> CacheEntry:
+def _entry(
+    tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
+) -> CacheEntry:
     """tensors: C F h w each, of which `latents` is the target. Its size stands in the names of all latents."""
-    places = {f"clean_latent{name}_indices": part for name, part in zip(COARSENESS, _clean(indices), strict=True)}
-    numbers = {name: torch.tensor(part) for name, part in {"latent_indices": indices.target, **places}.items() if part}
+    places = {
+        f"clean_latent{name}_indices": part for name, part in zip(COARSENESS, _clean(indices), strict=True)
+    }
+    numbers = {
+        name: torch.tensor(part)
+        for name, part in {"latent_indices": indices.target, **places}.items()
+        if part
+    }
     frames, height, width = tensors["latents"].shape[1:]
     return CacheEntry({**tensors, **numbers, "image_embeddings": features}, section, (frames, height, width))
 

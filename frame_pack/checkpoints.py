@@ -28,7 +28,8 @@ DIT = DitSpec(
     # as they compute so; under 1 % of the model
     keep_float32=("time_text_embed.", "context_embedder.time_text_embed.", "proj_out."),
 )
-WHAT = "a FramePack transformer"  # FramePack and FramePack-F1 have the same tensors; nothing in a file tells one from the other
+# FramePack and FramePack-F1 have the same tensors; nothing in a file tells one from the other
+WHAT = "a FramePack transformer"
 FEED_FORWARD = "transformer_blocks.0.ff.net.0.proj.weight"
 MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # what HunyuanVideo does not have
 
@@ -51,10 +52,11 @@ def identify(path: Path) -> str | None:
 def load_dit(path: Path, placement: Placement) -> FramePackModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-    path: a safetensors file, or a folder of shards or its index. dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The
-    embeddings of timestep, guidance and pooled text and the last layer are kept in float32. `placement.patch` is given the
-    published parameter names.
-    Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.
+    path: a safetensors file, or a folder of shards or its index. dtype: see
+    `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and pooled text
+    and the last layer are kept in float32. `placement.patch` is given the published parameter names. Raises
+    CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not
+    know.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
@@ -71,11 +73,16 @@ def load_dit(path: Path, placement: Placement) -> FramePackModel:
 def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
     path, names = checkpoint.path, checkpoint.tensors
     if not any(mark in names for mark in MARKS):
-        files = "the transformer's checkpoint, such as the folder of FramePackI2V_HY or FramePackI2V_HY_bf16.safetensors,"
+        files = (
+            "the transformer's checkpoint, such as the folder of FramePackI2V_HY or "
+            "FramePackI2V_HY_bf16.safetensors,"
+        )
         relative = hunyuan.describe(checkpoint)
         if relative is None:
             raise other_kind(checkpoint, WHAT, "--dit", files)
-        raise CheckpointError(f"{path} is not {WHAT}; it looks like {relative}.\n  Give {files} to --dit.", path)
+        raise CheckpointError(
+            f"{path} is not {WHAT}; it looks like {relative}.\n  Give {files} to --dit.", path
+        )
     config = _config(DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack"))
     return DitHeader(config, "official", names[FEED_FORWARD].dtype)
 

@@ -42,7 +42,8 @@ from modules.vae_options import VAE_TILE
 
 logger = logging.getLogger(__name__)
 
-# caches hold latents in model space already: the scale of HunyuanVideo's VAE is applied where they are encoded and decoded
+# caches hold latents in model space already: the scale of HunyuanVideo's VAE is applied where they are
+# encoded and decoded
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
 EMBEDDED_GUIDANCE = 10.0  # where nothing is said
 USUAL_SECTIONS = 4  # 5 seconds
@@ -53,7 +54,8 @@ UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
 class FramePack:
     """The description of FramePack for one run. Made by the `family_for_...` functions below.
 
-    FramePack-F1 has the same networks and another order of sections; nothing in its file tells one from the other.
+    FramePack-F1 has the same networks and another order of sections; nothing in its file tells one from the
+    other.
     """
 
     files: FramePackFiles
@@ -62,12 +64,14 @@ class FramePack:
     bulk_decode: bool = False
     paddings: tuple[int, ...] = ()  # --latent_paddings
     system_prompt: str | None = None
-    one_frame: OneFrame | None = None  # pictures made from control images, in place of clips: in caches, and in training samples
+    # pictures made from control images, in place of clips: in caches, and in training samples
+    one_frame: OneFrame | None = None
     rope_threshold: float | None = None  # the timestep from which on positions in a picture are multiplied
     rope_factor: float = 1.0  # by this
     text_multipliers: tuple[float, float] | None = None
     trained_guidance: float = 1.0  # embedded guidance that training feeds
-    negative_is_empty: bool = True  # generation: without a negative prompt it is empty; training samples: then no guidance
+    # generation: without a negative prompt it is empty; training samples: then no guidance
+    negative_is_empty: bool = True
 
     name: str = field(default="framepack", init=False)
     cache_tag: str = field(default="fp", init=False)
@@ -106,7 +110,9 @@ class FramePack:
             "architecture": "framepack",
             "implementation": "https://github.com/lllyasviel/FramePack",
             "model_type": "framepack",
-            "trained_for": "single pictures" if self.one_frame is not None else f"videos of FramePack{'-F1' if self.is_f1 else ''}",
+            "trained_for": "single pictures"
+            if self.one_frame is not None
+            else f"videos of FramePack{'-F1' if self.is_f1 else ''}",
             **{key: path.name for key, path in names.items() if path is not None},
         }
 
@@ -118,7 +124,11 @@ class FramePack:
         dtype = beside(given.text_dtype, self._dit_dtype())
         return [
             framepack_llama(
-                given.text_encoder1_path, dtype, given.text_encoder1_tokenizer, self.system_prompt, in_fp8=given.llm_in_fp8
+                given.text_encoder1_path,
+                dtype,
+                given.text_encoder1_tokenizer,
+                self.system_prompt,
+                in_fp8=given.llm_in_fp8,
             ),
             framepack_clip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
         ]
@@ -140,7 +150,9 @@ class FramePack:
         return MediaEncoders(self.files.encoders.load_vae(device, dtype), siglip)
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError where a table does not hold what is cached: long clips, or images with control images."""
+        """Raise DatasetError where a table does not hold what is cached: long clips, or images with control
+        images.
+        """
         caching.check_table(table, self.one_frame is not None)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
@@ -148,10 +160,15 @@ class FramePack:
         return None if self.one_frame is not None else caching.count_sections(table, frames)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """The sections of every clip, or one file for every picture. Stored in the VAE's dtype, in model space."""
+        """The sections of every clip, or one file for every picture.
+
+        Stored in the VAE's dtype, in model space.
+        """
         parts = media.encoded_at_once(encoders.vae.device)
         if self.one_frame is not None:
-            return [item for part in parts for item in caching.picture_entries(encoders, part, self.one_frame)]
+            return [
+                item for part in parts for item in caching.picture_entries(encoders, part, self.one_frame)
+            ]
         return [item for part in parts for item in caching.clip_entries(encoders, part, self.order)]
 
     # the network
@@ -180,11 +197,14 @@ class FramePack:
         compare_order(batch, self.is_f1, self.one_frame is not None)
         return {**conditions, "guidance": guidance}
 
-    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
         """Velocity B C F H W in float32. cond: as caches name it, with guidance B.
 
-        Timesteps are rounded to the dtype of the guidance: generation rounds both to what the model computes in, as the released
-        code, training neither. Of a kind of history that has places and no latents, the latents are black.
+        Timesteps are rounded to the dtype of the guidance: generation rounds both to what the model computes
+        in, as the released code, training neither. Of a kind of history that has places and no latents, the
+        latents are black.
         """
 
         def given(name: str) -> Tensor:
@@ -220,8 +240,8 @@ class FramePack:
     def prepare(self, request: Request) -> Request:
         """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
 
-        Raises OptionError where an image is missing or what is asked for cannot be made, CheckpointError where a file is missing or
-        of another kind.
+        Raises OptionError where an image is missing or what is asked for cannot be made, CheckpointError
+        where a file is missing or of another kind.
         """
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
@@ -256,11 +276,15 @@ class FramePack:
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """One run of the denoising loop for each section, in the order of making; for a picture a single one."""
-        guidance = torch.full((1,), GUIDANCE_UNIT * (request.embedded_guidance or 0.0), dtype=self._dit_dtype())
+        guidance = torch.full(
+            (1,), GUIDANCE_UNIT * (request.embedded_guidance or 0.0), dtype=self._dit_dtype()
+        )
         if "one_frame" in request.extra:
             width, height, _ = request.size
             shape = LATENT.shape(1, height, width)
-            return one_frame_section(request.extra["one_frame"], prompts[0], inputs[0], noise, guidance, self.window, shape)
+            return one_frame_section(
+                request.extra["one_frame"], prompts[0], inputs[0], noise, guidance, self.window, shape
+            )
         return video_sections(prompts, inputs, noise, guidance, self.order, self.window, self.paddings)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
@@ -270,7 +294,11 @@ class FramePack:
     @property
     def caching_switches(self) -> tuple[str, ...]:
         """What fpack_cache_latents.py has to be told for what is trained."""
-        return tuple(switch for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items() if is_on)
+        return tuple(
+            switch
+            for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
+            if is_on
+        )
 
     def _kind_of_sections(self) -> str:
         """Which caches are made, in words."""
@@ -316,7 +344,10 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
 def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
     """For fpack_generate_video.py."""
     if options.f1 and options.latent_paddings is not None:
-        logger.warning("--latent_paddings %s is ignored because --f1 makes a video from its start on", options.latent_paddings)
+        logger.warning(
+            "--latent_paddings %s is ignored because --f1 makes a video from its start on",
+            options.latent_paddings,
+        )
     return FramePack(
         _all_files(options),
         window=options.latent_window_size,
@@ -336,7 +367,10 @@ def _tiled(encoders: Encoders) -> Encoders:
 
 
 def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
-    """The transformer and all encoders. What is decoded together is not cut in time: sections have transitions of their own."""
+    """The transformer and all encoders.
+
+    What is decoded together is not cut in time: sections have transitions of their own.
+    """
     encoders = _tiled(Encoders().with_vae(options.vae).with_text(options.text))
     return FramePackFiles(options.dit, replace(encoders, vae_tile_frames=UNCUT), options.image_encoder)
 

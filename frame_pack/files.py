@@ -17,7 +17,10 @@ from modules.errors import CheckpointError, OptionError
 
 @dataclass(frozen=True)
 class FramePackFiles:
-    """Paths as given. The properties return a path that exists, or raise OptionError or CheckpointError naming the option."""
+    """Paths as given.
+
+    The properties return a path that exists, or raise OptionError or CheckpointError naming the option.
+    """
 
     dit: Path | None = None
     encoders: Encoders = Encoders()
@@ -29,7 +32,10 @@ class FramePackFiles:
 
     @property
     def image_encoder_path(self) -> Path:
-        return inside(existing(self.image_encoder, OPTION, "FramePack sees its start image through SigLIP"), "image_encoder")
+        return inside(
+            existing(self.image_encoder, OPTION, "FramePack sees its start image through SigLIP"),
+            "image_encoder",
+        )
 
     def dit_header(self) -> DitHeader[FramePackConfig]:
         """What the transformer file says of itself."""
@@ -44,20 +50,25 @@ class FramePackFiles:
             width = read_once(path, _siglip_width)
             if width != config.image_dim:
                 raise CheckpointError(
-                    f"{OPTION} {path} gives states of {width} numbers, {self.dit_path} takes {config.image_dim}. Give {FILES}.",
+                    f"{OPTION} {path} gives states of {width} numbers, {self.dit_path} takes "
+                    f"{config.image_dim}. Give {FILES}.",
                     path,
                 )
 
 
 def saved_window(paths: Sequence[Path], otherwise: int) -> int:
-    """How many latent frames a section of saved latents has, as the files say; those that say nothing: `otherwise`.
+    """How many latent frames a section of saved latents has, as the files say; those that say nothing:
+    `otherwise`.
 
     Raises OptionError where the files differ, CheckpointError where one is damaged.
     """
     found = {path: _window_in(path, otherwise) for path in paths}
     if len(set(found.values())) > 1:
         said = ", ".join(f"{path}: {window}" for path, window in found.items())
-        raise OptionError(f"--latent_path: sections of different lengths ({said} latent frames). Decode them in runs of their own.")
+        raise OptionError(
+            f"--latent_path: sections of different lengths ({said} latent frames). Decode them in runs of "
+            "their own."
+        )
     return next(iter(found.values()), otherwise)
 
 

@@ -39,10 +39,12 @@ def video_sections(
     window: int,
     paddings: Sequence[int],
 ) -> Sections:
-    """One run of the denoising loop for each section in the order of making; returns the latents of the video, 1 C F h w.
+    """One run of the denoising loop for each section in the order of making; returns the latents of the
+    video, 1 C F h w.
 
-    prompts, inputs: for every section, as `frame_pack.inputs.video_inputs` makes them. guidance: 1, what the network is fed.
-    Each section's noise is one draw of float32. What is made is kept on the CPU: the device holds the same for any length.
+    prompts, inputs: for every section, as `frame_pack.inputs.video_inputs` makes them. guidance: 1, what the
+    network is fed. Each section's noise is one draw of float32. What is made is kept on the CPU: the device
+    holds the same for any length.
     """
     plan = order.plan(len(inputs), window, paddings)
     end = inputs[0].get("end_latents")
@@ -66,8 +68,11 @@ def video_sections(
 
 
 def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
-    """The section that was made last, with the one before or after it, for a transition as in the finished video."""
-    first = window if order.in_front else window + 1  # the start image stands before the first section in playing order
+    """The section that was made last, with the one before or after it, for a transition as in the finished
+    video.
+    """
+    # the start image stands before the first section in playing order
+    first = window if order.in_front else window + 1
     length = 2 * window if number else first
     latents = history[:, :, :length] if order.in_front else history[:, :, -length:]
     return Piece(latents, section_frames(window) if number else 0, order.in_front, decoded_part)
@@ -84,7 +89,8 @@ def one_frame_section(
 ) -> Sections:
     """The single run of the denoising loop that makes a picture; returns its latent, 1 C 1 h w.
 
-    settings: as `parse_one_frame` reads them. inputs: of `frame_pack.inputs.one_frame_inputs`. shape: of the latent.
+    settings: as `parse_one_frame` reads them. inputs: of `frame_pack.inputs.one_frame_inputs`. shape: of the
+    latent.
     """
     controls = inputs.get("control_latents")
     black = torch.zeros(*shape)
@@ -103,10 +109,11 @@ def one_frame_section(
 
 
 def decoded(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
-    """Pixels 1 3 F H W in -1..1 in playing order, on the CPU where sections are decoded two by two and blended into one another.
+    """Pixels 1 3 F H W in -1..1 in playing order, on the CPU where sections are decoded two by two and
+    blended into one another.
 
-    latents: 1 C F h w in model space. at_once: all together, which has no seams and takes more memory; so are latents of a file
-    that are no whole number of sections.
+    latents: 1 C F h w in model space. at_once: all together, which has no seams and takes more memory; so are
+    latents of a file that are no whole number of sections.
     """
     sections = sections_in(latents.shape[2], window)
     if at_once or sections < 2 or video_latents(sections, window) != latents.shape[2]:
@@ -123,13 +130,19 @@ def decoded(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Ite
 
 
 def decoded_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-    """Pixels of a `Piece`, 1 3 F H W in playing order: at once, and not limited to -1..1 before its transitions are made."""
+    """Pixels of a `Piece`, 1 3 F H W in playing order: at once, and not limited to -1..1 before its
+    transitions are made.
+    """
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 
 def _placed(indices: Indices, seen: CleanLatents) -> dict[str, Tensor]:
     """Places and finished latents as caches name them, with batch dimension."""
-    history = {"latents_clean": seen.clean, "latents_clean_2x": seen.clean_2x, "latents_clean_4x": seen.clean_4x}
+    history = {
+        "latents_clean": seen.clean,
+        "latents_clean_2x": seen.clean_2x,
+        "latents_clean_4x": seen.clean_4x,
+    }
     return _places(indices) | history
 
 

@@ -1,4 +1,7 @@
-"""Which files hold FramePack's image encoder, a SigLIP's image tower, and its dimensions. Our modules have Hugging Face's names."""
+"""Which files hold FramePack's image encoder, a SigLIP's image tower, and its dimensions.
+
+Our modules have Hugging Face's names.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +12,10 @@ from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
 OPTION = "--image_encoder"
-FILES = "the folder image_encoder of flux_redux_bfl, its model.safetensors or sigclip_vision_patch14_384.safetensors"
+FILES = (
+    "the folder image_encoder of flux_redux_bfl, its model.safetensors or "
+    "sigclip_vision_patch14_384.safetensors"
+)
 HEAD_WIDTH = 72  # of so400m; nothing in the tensors tells it
 IMAGE_SIZE = 384  # as FramePack was trained: the tensors only tell how many whole patches there are
 # what a configuration means where it says nothing: transformers leave out what equals their default
@@ -27,7 +33,8 @@ class SiglipConfig:
     ffn_dim: int
     num_heads: int
     num_layers: int
-    image_size: int  # height and width that images are resized to; the rest behind the last whole patch is not seen
+    # height and width that images are resized to; the rest behind the last whole patch is not seen
+    image_size: int
     patch_size: int
     activation: str = "gelu_pytorch_tanh"
     eps: float = 1e-6
@@ -43,7 +50,9 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
 
     Raises CheckpointError for any other file. A CLIP is told by its patches, which have no bias.
     """
-    own = network_in(checkpoint, "embeddings.patch_embedding.bias", "encoder.layers.0.self_attn.q_proj.weight", _BESIDE)
+    own = network_in(
+        checkpoint, "embeddings.patch_embedding.bias", "encoder.layers.0.self_attn.q_proj.weight", _BESIDE
+    )
     if own is None:
         raise other_kind(checkpoint, "a SigLIP image encoder", OPTION, FILES)
     sources = plain_sources(own)
@@ -51,7 +60,8 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     patches = shape("embeddings.patch_embedding.weight")
     if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3]:
         raise CheckpointError(
-            f"{checkpoint.path}: its patches have the shape {list(patches)}, those of a SigLIP for images of one size are "
+            f"{checkpoint.path}: its patches have the shape {list(patches)}, those of a SigLIP for images of "
+            "one size are "
             f"[width, 3, side, side]. Give {FILES} to {OPTION}.",
             checkpoint.path,
         )
@@ -62,7 +72,9 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
         num_heads=dim // head_width(checkpoint.path, dim, told, HEAD_WIDTH),
         num_layers=count(sources, r"encoder\.layers\.\d+"),
-        image_size=_image_size(shape("embeddings.position_embedding.weight")[0], patch, told.get("image_size")),
+        image_size=_image_size(
+            shape("embeddings.position_embedding.weight")[0], patch, told.get("image_size")
+        ),
         patch_size=patch,
         activation=str(told.get("hidden_act", SiglipConfig.activation)),
         eps=float(told.get("layer_norm_eps", SiglipConfig.eps)),
@@ -73,4 +85,6 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
 def _image_size(positions: int, patch: int, told: object) -> int:
     """The side that gives so many patches: that of config.json, else FramePack's, else the smallest one."""
     side = math.isqrt(positions)
-    return next((size for size in (told, IMAGE_SIZE) if isinstance(size, int) and size // patch == side), side * patch)
+    return next(
+        (size for size in (told, IMAGE_SIZE) if isinstance(size, int) and size // patch == side), side * patch
+    )

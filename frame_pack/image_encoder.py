@@ -36,7 +36,10 @@ class SiglipEmbeddings(nn.Module):
 
 
 class SiglipVision(nn.Module):
-    """The image tower without its pooling. Build it on the meta device and load a checkpoint (`load_siglip`)."""
+    """The image tower without its pooling.
+
+    Build it on the meta device and load a checkpoint (`load_siglip`).
+    """
 
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
@@ -57,26 +60,33 @@ class SiglipVision(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels: B 3 H W in -1..1, of any size. Returns B 729 C in the compute dtype, on the encoder's device."""
+        """pixels: B 3 H W in -1..1, of any size. Returns B 729 C in the compute dtype, on the encoder's
+        device.
+        """
         prepared = self.prepare(pixels).to(self.device, self.dtype)
         return self.post_layernorm(self.encoder(self.embeddings(prepared)))
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Squeezed to the tower's square, B 3 S S in -1..1, float32, on the CPU.
 
-        Pillow resizes (bicubic, smoothed where it shrinks) whole steps of 8 bits, as the released model's processor does: torch's
-        float kernel does not clamp between its two passes, and is off by up to 21 of 255 steps on noise. Mean and
-        deviation are 0.5, which leaves -1..1 as it is.
+        Pillow resizes (bicubic, smoothed where it shrinks) whole steps of 8 bits, as the released model's
+        processor does: torch's float kernel does not clamp between its two passes, and is off by up to 21 of
+        255 steps on noise. Mean and deviation are 0.5, which leaves -1..1 as it is.
         """
         steps = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         size = (self.image_size, self.image_size)
-        images = [Image.fromarray(image.numpy()) for image in rearrange(steps, "b c h w -> b h w c").contiguous()]
-        resized = numpy.stack([numpy.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
+        images = [
+            Image.fromarray(image.numpy()) for image in rearrange(steps, "b c h w -> b h w c").contiguous()
+        ]
+        resized = numpy.stack(
+            [numpy.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images]
+        )
         return to_pixels(torch.from_numpy(resized)[:, None]).squeeze(2)
 
 
 def load_siglip(path: Path, device: torch.device, dtype: torch.dtype = torch.float16) -> SiglipVision:
-    """Load the image tower; fp8 weights are multiplied out. On a CPU it computes in float32 instead of float16.
+    """Load the image tower; fp8 weights are multiplied out. On a CPU it computes in float32 instead of
+    float16.
 
     Raises CheckpointError where the file is damaged or of another model.
     """

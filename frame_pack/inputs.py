@@ -1,7 +1,7 @@
 """Images of a request as what its sections are given: latents, and what the image encoder sees in them.
 
-Every latent is a sample of the VAE's posterior, drawn from the seed of the request alone: that of a file does not depend on which
-other files there are. Source: the released code; features of masks as in kisekaeichi.
+Every latent is a sample of the VAE's posterior, drawn from the seed of the request alone: that of a file does
+not depend on which other files there are. Source: the released code; features of masks as in kisekaeichi.
 """
 
 from pathlib import Path
@@ -23,7 +23,8 @@ from modules.media.pixels import image_pixels
 
 
 def video_inputs(encoders: MediaEncoders, request: Request, sections: int) -> dict[int, Conditions]:
-    """For each section `image_embeddings` (1 S D) and `start_latents` (1 16 1 h w) of its image; in section 0 also `end_latents`.
+    """For each section `image_embeddings` (1 S D) and `start_latents` (1 16 1 h w) of its image; in section 0
+    also `end_latents`.
 
     All on the CPU, latents in model space; sections with one image share its tensors.
     """
@@ -32,7 +33,8 @@ def video_inputs(encoders: MediaEncoders, request: Request, sections: int) -> di
     end = [] if request.end_image_path is None else [request.end_image_path]
     latents = {path: _latents(encoders, path, request) for path in dict.fromkeys([*images, *end])}
     inputs: dict[int, Conditions] = {
-        index: {"image_embeddings": embeddings[path], "start_latents": latents[path]} for index, path in enumerate(images)
+        index: {"image_embeddings": embeddings[path], "start_latents": latents[path]}
+        for index, path in enumerate(images)
     }
     if end:
         inputs[0] = {**inputs[0], "end_latents": latents[end[0]]}
@@ -40,9 +42,11 @@ def video_inputs(encoders: MediaEncoders, request: Request, sections: int) -> di
 
 
 def one_frame_inputs(encoders: MediaEncoders, request: Request) -> dict[int, Conditions]:
-    """`image_embeddings` (1 S D) of the start image and, where there are control images, `control_latents` (1 16 n h w).
+    """`image_embeddings` (1 S D) of the start image and, where there are control images, `control_latents` (1
+    16 n h w).
 
-    A control's latent is multiplied by its mask: a mask's file, else the alpha channel of the control. On the CPU.
+    A control's latent is multiplied by its mask: a mask's file, else the alpha channel of the control. On the
+    CPU.
     """
     (image,) = images_of(request, 1)
     conditions: dict[str, Tensor | list[Tensor]] = {"image_embeddings": _embeddings(encoders, image, request)}
@@ -77,7 +81,9 @@ def read_alpha(path: Path, size: Size) -> Tensor | None:
 
 def _embeddings(encoders: MediaEncoders, path: Path, request: Request) -> Tensor:
     width, height, _ = request.size
-    return encoders.image_encoder.encode(rearrange(image_pixels(path, width, height), "b c 1 h w -> b c h w")).cpu()
+    return encoders.image_encoder.encode(
+        rearrange(image_pixels(path, width, height), "b c 1 h w -> b c h w")
+    ).cpu()
 
 
 def _latents(encoders: MediaEncoders, path: Path, request: Request) -> Tensor:

@@ -20,7 +20,10 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
 
 
 def masked(latents: Tensor, alpha: Tensor | None) -> Tensor:
-    """Latents B C F h w times the masks of `alpha`, B H W uint8; without it the latents themselves. In their dtype."""
+    """Latents B C F h w times the masks of `alpha`, B H W uint8; without it the latents themselves.
+
+    In their dtype.
+    """
     if alpha is None:
         return latents
     masks = torch.stack([latent_mask(one, *latents.shape[-2:]) for one in alpha])

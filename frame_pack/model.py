@@ -1,7 +1,8 @@
 """The FramePack transformer, which FramePack-F1 has too. Module names follow the published checkpoints.
 
-HunyuanVideo's, with finished latents in front of the noisy ones, the older the coarser, and image tokens in front of the text.
-Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626. `hunyuan_model.blocks` says what is always float32.
+HunyuanVideo's, with finished latents in front of the noisy ones, the older the coarser, and image tokens in
+front of the text. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
+`hunyuan_model.blocks` says what is always float32.
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
@@ -17,7 +18,14 @@ from frame_pack.blocks import HunyuanVideoSingleTransformerBlock, HunyuanVideoTr
 from frame_pack.configs import FramePackConfig
 from frame_pack.positions import Layout, Stretch, rotary_table
 from hunyuan_model.blocks import Modulation, Tokens, modulated
-from hunyuan_model.model import PatchEmbedding, check_sizes, from_patches, real_tokens, rotary_widths, without_skipped
+from hunyuan_model.model import (
+    PatchEmbedding,
+    check_sizes,
+    from_patches,
+    real_tokens,
+    rotary_widths,
+    without_skipped,
+)
 from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refined
 from modules.attention.lengths import lengths_on
 from modules.attention.options import SDPA, AttentionChoice
@@ -40,8 +48,14 @@ class ConditionEmbedding(nn.Module):
 
     def forward(self, timesteps: Tensor, text: Tensor, guidance: Tensor | None = None) -> Tensor:
         # timesteps, guidance: B    text: B text_dim
-        vector = self.timestep_embedder(sinusoid(timesteps, self._freq_dim, torch.float32)) + self.text_embedder(text)
-        return vector if guidance is None else vector + self.guidance_embedder(sinusoid(guidance, self._freq_dim, torch.float32))
+        vector = self.timestep_embedder(
+            sinusoid(timesteps, self._freq_dim, torch.float32)
+        ) + self.text_embedder(text)
+        return (
+            vector
+            if guidance is None
+            else vector + self.guidance_embedder(sinusoid(guidance, self._freq_dim, torch.float32))
+        )
 
 
 class Refiner(nn.Module):
@@ -63,11 +77,18 @@ class TokenRefiner(nn.Module):
         self.token_refiner = Refiner(config)
 
     def forward(
-        self, text: Tensor, timesteps: Tensor, counts: Sequence[int] | None, dtype: torch.dtype, attention: AttentionChoice
+        self,
+        text: Tensor,
+        timesteps: Tensor,
+        counts: Sequence[int] | None,
+        dtype: torch.dtype,
+        attention: AttentionChoice,
     ) -> Tensor:
         """As `hunyuan_model.token_refiner.TokenRefiner.forward`."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
-        return refined(run(self.proj_in, text).to(dtype), self.token_refiner.refiner_blocks, vector, counts, attention)
+        return refined(
+            run(self.proj_in, text).to(dtype), self.token_refiner.refiner_blocks, vector, counts, attention
+        )
 
 
 class ImageProjection(nn.Module):
@@ -83,7 +104,9 @@ class ImageProjection(nn.Module):
 
 
 class CleanEmbedding(nn.Module):
-    """Finished latents to tokens, by patches as large as those of the noisy ones, twice, or four times as large along each axis."""
+    """Finished latents to tokens, by patches as large as those of the noisy ones, twice, or four times as
+    large along each axis.
+    """
 
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
@@ -96,9 +119,14 @@ class CleanEmbedding(nn.Module):
         self.proj, self.proj_2x, self.proj_4x = patches(1), patches(2), patches(4)
 
     def forward(self, latents: Tensor, times: int) -> Tensor:
-        """B in_dim F H W to B l C. The last patches are filled up with the border's values. times: 1, 2 or 4."""
+        """B in_dim F H W to B l C.
+
+        The last patches are filled up with the border's values. times: 1, 2 or 4.
+        """
         layer = {1: self.proj, 2: self.proj_2x, 4: self.proj_4x}[times]
-        frames, rows, columns = (-size % patch for size, patch in zip(latents.shape[2:], layer.kernel_size, strict=True))
+        frames, rows, columns = (
+            -size % patch for size, patch in zip(latents.shape[2:], layer.kernel_size, strict=True)
+        )
         padded = functional.pad(latents, (0, columns, 0, rows, 0, frames), mode="replicate")
         return run(layer, padded).flatten(2).transpose(1, 2)
 
@@ -114,7 +142,9 @@ class Given:
 
 
 class FramePackModel(nn.Module):
-    """Predicts the velocity of noisy latents, given finished ones before or after them, an image, and text in two encodings."""
+    """Predicts the velocity of noisy latents, given finished ones before or after them, an image, and text in
+    two encodings.
+    """
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: what `modules.attention.attend.attend` is told."""
@@ -128,7 +158,9 @@ class FramePackModel(nn.Module):
         self.image_projection = ImageProjection(config)
         self.time_text_embed = ConditionEmbedding(config, config.pooled_dim, has_guidance=True)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
-        self.transformer_blocks = nn.ModuleList(HunyuanVideoTransformerBlock(*sizes) for _ in range(config.double_blocks))
+        self.transformer_blocks = nn.ModuleList(
+            HunyuanVideoTransformerBlock(*sizes) for _ in range(config.double_blocks)
+        )
         self.single_transformer_blocks = nn.ModuleList(
             HunyuanVideoSingleTransformerBlock(*sizes) for _ in range(config.single_blocks)
         )
@@ -143,7 +175,8 @@ class FramePackModel(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the blocks compute in where no autocast says otherwise."""
-        return self.get_parameter("transformer_blocks.0.attn.to_add_out.bias").dtype  # the weight may be in 8 bits
+        # the weight may be in 8 bits
+        return self.get_parameter("transformer_blocks.0.attn.to_add_out.bias").dtype
 
     def forward(
         self,
@@ -166,13 +199,13 @@ class FramePackModel(nn.Module):
     ) -> Tensor:
         """Velocity B out_dim F H W in float32.
 
-        noisy: B in_dim F H W. timesteps: B, 0..1000. llama: B T text_dim, states of the language model. llama_mask: B T, true or 1
-        for real tokens, which come first. clip_l: B pooled_dim. guidance: B, 1000 times the scale. image_embeddings: B S image_dim,
-        states of the image encoder. latent_indices: B F integers, where on the frame axis the latents stand.
-        clean_latents and the coarser _2x, _4x: B in_dim n H W with their B n indices; None where there are none of that kind.
-        position_scale: what positions along rows and columns are multiplied by. skip_blocks: blocks that pass their input through,
-        double blocks counted first.
-        Raises ValueError where sizes do not go together.
+        noisy: B in_dim F H W. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
+        llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, 1000
+        times the scale. image_embeddings: B S image_dim, states of the image encoder. latent_indices: B F
+        integers, where on the frame axis the latents stand. clean_latents and the coarser _2x, _4x: B in_dim
+        n H W with their B n indices; None where there are none of that kind. position_scale: what positions
+        along rows and columns are multiplied by. skip_blocks: blocks that pass their input through, double
+        blocks counted first. Raises ValueError where sizes do not go together.
         """
         history = (
             _given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
@@ -181,7 +214,9 @@ class FramePackModel(nn.Module):
         )
         given = [*(one for one in history if one is not None), Given("noisy", noisy, latent_indices, 1)]
         self._check(given, llama, llama_mask)
-        x, tokens = self.embed(given, timesteps, llama, llama_mask, clip_l, guidance, image_embeddings, position_scale)
+        x, tokens = self.embed(
+            given, timesteps, llama, llama_mask, clip_l, guidance, image_embeddings, position_scale
+        )
         for block in without_skipped((self.transformer_blocks, self.single_transformer_blocks), skip_blocks):
             x = block(x, tokens)
         return self.unembed(x, tokens)
@@ -220,7 +255,9 @@ class FramePackModel(nn.Module):
         scale, shift = self.norm_out(tokens.vector)
         noisy = self.layer_norm(x[:, tokens.video - frames * rows * columns : tokens.video])
         return from_patches(
-            run_float32(self.proj_out, modulated(noisy, shift, scale, torch.float32)), tokens.grid, self.config.patch_size
+            run_float32(self.proj_out, modulated(noisy, shift, scale, torch.float32)),
+            tokens.grid,
+            self.config.patch_size,
         )
 
     def _check(self, given: Sequence[Given], llama: Tensor, llama_mask: Tensor) -> None:
@@ -231,9 +268,13 @@ class FramePackModel(nn.Module):
             if channels != self.config.in_dim:
                 raise ValueError(f"{one.name} with {channels} channels, the model takes {self.config.in_dim}")
             if batch != len(noisy) or area != list(noisy.shape[3:]):
-                raise ValueError(f"{one.name} of {tuple(one.latents.shape)} beside noisy latents of {tuple(noisy.shape)}")
+                raise ValueError(
+                    f"{one.name} of {tuple(one.latents.shape)} beside noisy latents of {tuple(noisy.shape)}"
+                )
             if one.indices.shape != (batch, frames):
-                raise ValueError(f"indices of {tuple(one.indices.shape)} for {one.name} of {tuple(one.latents.shape)}")
+                raise ValueError(
+                    f"indices of {tuple(one.indices.shape)} for {one.name} of {tuple(one.latents.shape)}"
+                )
 
 
 def _given(name: str, latents: Tensor | None, indices: Tensor | None, times: int) -> Given | None:

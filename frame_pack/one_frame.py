@@ -1,7 +1,9 @@
-"""One picture in place of a video: a section with a single target, whose place in time says how far it is from the controls.
+"""One picture in place of a video: a section with a single target, whose place in time says how far it is
+from the controls.
 
-`target_index` is how much the picture may change; control images stand at places of their own and take the part of the start
-image. So a model of motion edits pictures (kisekaeichi: two controls, of which one is in a later place; 1f-mc: two in a row).
+`target_index` is how much the picture may change; control images stand at places of their own and take the
+part of the start image. So a model of motion edits pictures (kisekaeichi: two controls, of which one is in a
+later place; 1f-mc: two in a row).
 """
 
 import logging
@@ -14,7 +16,8 @@ from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
-_WHOLE = re.compile(r"-?[0-9]+")  # before the start too, as fp_1f_clean_indices and fp_1f_target_index of a dataset
+# before the start too, as fp_1f_clean_indices and fp_1f_target_index of a dataset
+_WHOLE = re.compile(r"-?[0-9]+")
 MOST_PLACE = 9999  # 40 is far already; more digits are a slip of the finger
 
 
@@ -42,9 +45,13 @@ def parse_one_frame(text: str) -> OneFrame:
         elif word == "target_index":
             settings = replace(settings, target_index=_index(value, text))
         elif word == "control_index":
-            settings = replace(settings, control_indices=tuple(_index(number, text) for number in value.split(";")))
+            settings = replace(
+                settings, control_indices=tuple(_index(number, text) for number in value.split(";"))
+            )
         elif _WHOLE.fullmatch(item):
-            raise _refused(text, f"{item!r} stands alone: places have a semicolon between them, as control_index=0;10")
+            raise _refused(
+                text, f"{item!r} stands alone: places have a semicolon between them, as control_index=0;10"
+            )
         else:
             raise _refused(text, f"{item!r} is none of them")
     return settings
@@ -68,20 +75,24 @@ def _index(number: str, text: str) -> int:
 
 def _refused(text: str, why: str) -> OptionError:
     return OptionError(
-        f"--one_frame_inference {text!r}: {why}. Give default, no_post, no_2x, no_4x, target_index=N and control_index=N;N, "
+        f"--one_frame_inference {text!r}: {why}. Give default, no_post, no_2x, no_4x, target_index=N and "
+        "control_index=N;N, "
         "with commas between them."
     )
 
 
 def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices:
-    """Places of the controls, the black frames behind them and the target. controls: how many control images there are.
+    """Places of the controls, the black frames behind them and the target. controls: how many control images
+    there are.
 
-    Without an image a black frame is the control. The order in `clean` is that of the latents: controls, then the black frame.
+    Without an image a black frame is the control. The order in `clean` is that of the latents: controls, then
+    the black frame.
     """
     controls = max(controls, 1)
     if len(settings.control_indices) > controls:
         logger.warning(
-            "control_index names %d places; those after the first %d are ignored because there are no more control images",
+            "control_index names %d places; those after the first %d are ignored because there are no more "
+            "control images",
             len(settings.control_indices),
             controls,
         )

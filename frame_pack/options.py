@@ -103,15 +103,25 @@ class FramePackGenerationOptions:
         _check_window(self.latent_window_size)
         parse_entries(self.image_path or "", "--image_path")
         if self.one_frame_inference is not None and not self.one_frame_inference.strip():
-            raise OptionError("--one_frame_inference is empty: give default for a picture, or leave the option out for a video.")
+            raise OptionError(
+                "--one_frame_inference is empty: give default for a picture, or leave the option out for a "
+                "video."
+            )
         threshold = self.rope_scaling_timestep_threshold
         if threshold is not None and not 0 <= threshold <= 1000:
-            raise OptionError(f"--rope_scaling_timestep_threshold {threshold}: give a timestep from 0 to 1000, such as 800")
+            raise OptionError(
+                f"--rope_scaling_timestep_threshold {threshold}: give a timestep from 0 to 1000, such as 800"
+            )
         if not (math.isfinite(self.rope_scaling_factor) and self.rope_scaling_factor > 0):
-            raise OptionError(f"--rope_scaling_factor {self.rope_scaling_factor}: give a number above 0, such as 0.5")
+            raise OptionError(
+                f"--rope_scaling_factor {self.rope_scaling_factor}: give a number above 0, such as 0.5"
+            )
         if self.rope_scaling_factor != ROPE_FACTOR and self.rope_scaling_timestep_threshold is None:
             factor = self.rope_scaling_factor
-            logger.warning("--rope_scaling_factor %g is ignored because --rope_scaling_timestep_threshold is not given", factor)
+            logger.warning(
+                "--rope_scaling_factor %g is ignored because --rope_scaling_timestep_threshold is not given",
+                factor,
+            )
         _ = self.text_multipliers
 
     @property
@@ -125,10 +135,18 @@ def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("FramePack")
     add_vae(group)
     _add_image_encoder(group)
-    group.add_argument("--f1", action="store_true", help="for FramePack-F1, which makes its sections in playing order")
-    group.add_argument("--one_frame", action="store_true", help="for single pictures made from control images")
+    group.add_argument(
+        "--f1", action="store_true", help="for FramePack-F1, which makes its sections in playing order"
+    )
+    group.add_argument(
+        "--one_frame", action="store_true", help="for single pictures made from control images"
+    )
     for coarse in ("2x", "4x"):
-        group.add_argument(f"--one_frame_no_{coarse}", action="store_true", help=f"with --one_frame: no black frames at {coarse}")
+        group.add_argument(
+            f"--one_frame_no_{coarse}",
+            action="store_true",
+            help=f"with --one_frame: no black frames at {coarse}",
+        )
 
 
 def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +161,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     _add_encoders(group)
     _add_sections(group, "samples are made")
-    group.add_argument("--one_frame", action="store_true", help="samples are single pictures (--of and --ci in a prompt line)")
+    group.add_argument(
+        "--one_frame",
+        action="store_true",
+        help="samples are single pictures (--of and --ci in a prompt line)",
+    )
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,19 +176,29 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sections(group, "the video is made")
     _add_video_arguments(parser)
     group.add_argument(
-        "--latent_paddings", type=str, default=None, help="distance of each section to the start image, last section first: 3,2,1,0"
+        "--latent_paddings",
+        type=str,
+        default=None,
+        help="distance of each section to the start image, last section first: 3,2,1,0",
     )
     group.add_argument(
-        "--custom_system_prompt", type=str, default=None, help="what the language model is told to describe, in place of the usual"
+        "--custom_system_prompt",
+        type=str,
+        default=None,
+        help="what the language model is told to describe, in place of the usual",
     )
     group.add_argument(
         "--rope_scaling_factor",
         type=float,
         default=ROPE_FACTOR,
-        help="what positions in a picture are multiplied by at the noisy steps; 0.7 for 1.5 times the trained size",
+        help="what positions in a picture are multiplied by at the noisy steps; 0.7 for 1.5 times the trained "
+        "size",
     )
     group.add_argument(
-        "--rope_scaling_timestep_threshold", type=int, default=None, help="multiply them at timesteps from this one on (0 to 1000)"
+        "--rope_scaling_timestep_threshold",
+        type=int,
+        default=None,
+        help="multiply them at timesteps from this one on (0 to 1000)",
     )
     add_te_multiplier(group)
 
@@ -178,17 +210,25 @@ def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
         "--image_path",
         type=str,
         default=None,
-        help="start image; or one for each section, as with --prompt: '0:first.png;;;1-2:then.png;;;-1:last.png'",
+        help="start image; or one for each section, as with --prompt: "
+        "'0:first.png;;;1-2:then.png;;;-1:last.png'",
     )
-    group.add_argument("--video_seconds", type=float, default=5.0, help="length of the video, made whole sections; default 5")
-    group.add_argument("--video_sections", type=int, default=None, help="number of sections in place of the length")
+    group.add_argument(
+        "--video_seconds", type=float, default=5.0, help="length of the video, made whole sections; default 5"
+    )
+    group.add_argument(
+        "--video_sections", type=int, default=None, help="number of sections in place of the length"
+    )
     group.add_argument(
         "--one_frame_inference",
         type=str,
         default=None,
-        help="make a picture, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, control_index=N;N",
+        help="make a picture, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, "
+        "control_index=N;N",
     )
-    group.add_argument("--control_image_path", type=str, nargs="*", default=None, help="images that a picture is made from")
+    group.add_argument(
+        "--control_image_path", type=str, nargs="*", default=None, help="images that a picture is made from"
+    )
     group.add_argument(
         "--control_image_mask_path",
         type=str,
@@ -224,17 +264,28 @@ def _add_image_encoder(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_sections(group: argparse._ArgumentGroup, what: str) -> None:
-    group.add_argument("--latent_window_size", type=int, default=WINDOW, help=f"latent frames of a section; default {WINDOW}")
-    group.add_argument("--bulk_decode", action="store_true", help="decode all sections at once: no seams, more memory")
+    group.add_argument(
+        "--latent_window_size", type=int, default=WINDOW, help=f"latent frames of a section; default {WINDOW}"
+    )
+    group.add_argument(
+        "--bulk_decode", action="store_true", help="decode all sections at once: no seams, more memory"
+    )
     group.add_argument("--f1", action="store_true", help=f"{what} as FramePack-F1 does, in playing order")
 
 
 def _warn_of_both(f1: bool, one_frame: bool) -> None:
     if f1 and one_frame:
-        logger.warning("--f1 is ignored because --one_frame is given: single pictures are made by FramePack, not by F1")
+        logger.warning(
+            "--f1 is ignored because --one_frame is given: single pictures are made by FramePack, not by F1"
+        )
 
 
 def _check_window(window: int) -> None:
-    check_at_least("--latent_window_size", window, 1, f"latent frames of a section; the model was trained with {WINDOW}")
+    check_at_least(
+        "--latent_window_size", window, 1, f"latent frames of a section; the model was trained with {WINDOW}"
+    )
     if window > LARGEST_WINDOW:
-        raise OptionError(f"--latent_window_size {window}: {LARGEST_WINDOW} is the most; the model was trained with {WINDOW}")
+        raise OptionError(
+            f"--latent_window_size {window}: {LARGEST_WINDOW} is the most; the model was trained with "
+            f"{WINDOW}"
+        )

@@ -1,4 +1,5 @@
-"""Where FramePack's tokens stand: frames by indices, rows and columns counted; coarse tokens at the mean of those they cover.
+"""Where FramePack's tokens stand: frames by indices, rows and columns counted; coarse tokens at the mean of
+those they cover.
 
 Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
 """
@@ -18,7 +19,8 @@ from modules.layers.rope import CPU, angles_at, on_grid, turns
 class Stretch:
     """Latents that follow one another in the sequence, embedded by patches of one size."""
 
-    indices: tuple[tuple[int, ...], ...]  # of each of the B samples: where on the frame axis its latents stand
+    # of each of the B samples: where on the frame axis its latents stand
+    indices: tuple[tuple[int, ...], ...]
     coarseness: int  # how many frames, rows and columns of patches one token covers
 
 
@@ -33,16 +35,18 @@ class Layout:
 
 
 def position_scale(timesteps: Tensor, threshold: float | None, factor: float) -> float:
-    """What positions along rows and columns are multiplied by: `factor` from the timestep `threshold` on, where there is one.
+    """What positions along rows and columns are multiplied by: `factor` from the timestep `threshold` on,
+    where there is one.
 
-    timesteps: B, as the model is fed them; the noisiest decides for all. Squeezed positions keep a model that was trained on
-    small pictures from repeating itself in a large one while it lays it out.
+    timesteps: B, as the model is fed them; the noisiest decides for all. Squeezed positions keep a model that
+    was trained on small pictures from repeating itself in a large one while it lays it out.
     """
     return factor if threshold is not None and float(timesteps.max()) >= threshold else 1.0
 
 
 def rotary_table(layout: Layout, widths: Sequence[int], theta: float, device: torch.device = CPU) -> Tensor:
-    """The turns as (cosine, sine) pairs on `device`, float32: L 1 D/2 2 where all samples have the same indices, else B L 1 D/2 2.
+    """The turns as (cosine, sine) pairs on `device`, float32: L 1 D/2 2 where all samples have the same
+    indices, else B L 1 D/2 2.
 
     widths: channels for frames, rows, columns, together D.
     """
@@ -52,13 +56,21 @@ def rotary_table(layout: Layout, widths: Sequence[int], theta: float, device: to
     return tables[samples[0]] if len(tables) == 1 else torch.stack([tables[indices] for indices in samples])
 
 
-def _table(layout: Layout, indices: Sequence[Sequence[int]], widths: Sequence[int], theta: float, device: torch.device) -> Tensor:
+def _table(
+    layout: Layout,
+    indices: Sequence[Sequence[int]],
+    widths: Sequence[int],
+    theta: float,
+    device: torch.device,
+) -> Tensor:
     """Of one sample: L 1 D/2 2."""
     rows, columns = (torch.arange(size) * layout.scale for size in (layout.rows, layout.columns))
     parts = []
     for stretch, frames in zip(layout.stretches, indices, strict=True):
         positions = (torch.tensor(frames), rows, columns)
-        axes = [_axis(one, width, theta, stretch.coarseness) for one, width in zip(positions, widths, strict=True)]
+        axes = [
+            _axis(one, width, theta, stretch.coarseness) for one, width in zip(positions, widths, strict=True)
+        ]
         parts.append(on_grid([sent_ahead(one, device) for one in axes]))
     return torch.cat(parts).unsqueeze(1)
 
@@ -66,8 +78,9 @@ def _table(layout: Layout, indices: Sequence[Sequence[int]], widths: Sequence[in
 def _axis(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
     """Turns along one axis: ceil(n / coarseness) x width/2 x 2 float32.
 
-    The mean of cosines and sines, not of positions, as trained: turns of coarse tokens also shrink what they turn. A mean over
-    a cell of the grid is that over the cell's axis, because an axis' turns do not depend on the other axes.
+    The mean of cosines and sines, not of positions, as trained: turns of coarse tokens also shrink what they
+    turn. A mean over a cell of the grid is that over the cell's axis, because an axis' turns do not depend on
+    the other axes.
     """
     each = turns(angles_at(positions.double(), width, theta))
     missing = -len(each) % coarseness

@@ -1,7 +1,9 @@
-"""What a request for FramePack asks for, settled before anything is loaded: how many sections, their texts and images, one picture.
+"""What a request for FramePack asks for, settled before anything is loaded: how many sections, their texts
+and images, one picture.
 
-`Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.section_syntax` reads it), `one_frame` (as
-`parse_one_frame` reads it), `video_sections`, `video_seconds`, `control_image_path` and `control_image_mask_path` (a path a line).
+`Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.section_syntax` reads
+it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds`, `control_image_path` and
+`control_image_mask_path` (a path a line).
 """
 
 import logging
@@ -30,21 +32,29 @@ from modules.options import require
 logger = logging.getLogger(__name__)
 
 SOLVER = "unipc-bh1"
-_NEEDS_IMAGE = "FramePack starts from an image, and a single picture is made of one too (--i in a line of prompts)"
+_NEEDS_IMAGE = (
+    "FramePack starts from an image, and a single picture is made of one too (--i in a line of prompts)"
+)
 _TYPED = {"euler": "vanilla"}  # how --sample_solver calls the others
 
 
-def settled(request: Request, usual: SamplingDefaults, latent: LatentSpec, window: int, is_f1: bool) -> Request:
-    """The request with its size, frames and numbers, its images checked; what cannot be used is warned about and left out.
+def settled(
+    request: Request, usual: SamplingDefaults, latent: LatentSpec, window: int, is_f1: bool
+) -> Request:
+    """The request with its size, frames and numbers, its images checked; what cannot be used is warned about
+    and left out.
 
-    `frames` says how many sections there are (`sections_of`), and that it is one picture where it is 1. `extra` then also says the
-    number of sections and the window. Raises OptionError for what cannot be made.
+    `frames` says how many sections there are (`sections_of`), and that it is one picture where it is 1.
+    `extra` then also says the number of sections and the window. Raises OptionError for what cannot be made.
     """
     one_frame = request.extra.get("one_frame")
     if one_frame is not None:
         parse_one_frame(one_frame)
         if is_f1:
-            raise OptionError("--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit.")
+            raise OptionError(
+                "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to "
+                "--dit."
+            )
     why_not = "--f1 makes a video from its start on" if is_f1 else "a single picture has no end"
     taken = {"end_image_path": not is_f1 and one_frame is None}
     request = with_media(request, taken, why_not)
@@ -75,7 +85,8 @@ def tell_unused_paddings(paddings: Sequence[int], request: Request, sections: in
         logger.warning("--latent_paddings %s is ignored because a single picture is made", given)
     elif len(paddings) > sections:
         logger.warning(
-            "--latent_paddings %s: only the first %d count, as there are no more sections; that played first has distance %d",
+            "--latent_paddings %s: only the first %d count, as there are no more sections; that played first "
+            "has distance %d",
             given,
             sections,
             paddings[sections - 1],
@@ -96,7 +107,9 @@ def texts_of(request: Request, sections: int) -> tuple[str, ...]:
 def images_of(request: Request, sections: int) -> tuple[Path, ...]:
     """The start image of each section, in playing order. Raises OptionError where there is none."""
     text = require(_image_text(request), "--image_path", _NEEDS_IMAGE)
-    return tuple(Path(path).expanduser() for path in _resolved(parse_entries(text, "--image_path"), request, sections))
+    return tuple(
+        Path(path).expanduser() for path in _resolved(parse_entries(text, "--image_path"), request, sections)
+    )
 
 
 def controls_of(request: Request) -> tuple[Path, ...]:
@@ -115,16 +128,22 @@ def _count(request: Request, usual: SamplingDefaults, window: int) -> int:
         sections = count_sections(float(seconds or 0), window, None if asked is None else int(asked))
         if sections > MOST_SECTIONS:
             raise OptionError(
-                f"{sections} sections: a video has {MOST_SECTIONS} at most. Lower --video_seconds or --video_sections."
+                f"{sections} sections: a video has {MOST_SECTIONS} at most. Lower --video_seconds or "
+                "--video_sections."
             )
         return sections
     frames = request.frames or usual.frames
     sections = sections_in((frames - 1) // LATENT_STRIDE + 1, window)
     whole = video_frames(max(sections, 1), window)
     if sections == 0:
-        raise OptionError(f"{frames} frames are less than a section: the least with --latent_window_size {window} are {whole}")
+        raise OptionError(
+            f"{frames} frames are less than a section: the least with --latent_window_size {window} are "
+            f"{whole}"
+        )
     if frames != whole:
-        logger.warning("%d frames are made %d: a video has whole sections behind its first frame", frames, whole)
+        logger.warning(
+            "%d frames are made %d: a video has whole sections behind its first frame", frames, whole
+        )
     return sections
 
 
@@ -137,12 +156,16 @@ def _shift_of_size(request: Request, latent: LatentSpec, window: int) -> float:
 def _solver(request: Request) -> str:
     if request.solver not in (None, "unipc", SOLVER):
         name = _TYPED.get(str(request.solver), request.solver)
-        raise OptionError(f"--sample_solver {name}: FramePack is sampled with unipc only. Leave the option out.")
+        raise OptionError(
+            f"--sample_solver {name}: FramePack is sampled with unipc only. Leave the option out."
+        )
     return SOLVER
 
 
 def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:
-    """`extra` without control images and masks that have no use; raises OptionError where one that has is not there."""
+    """`extra` without control images and masks that have no use; raises OptionError where one that has is not
+    there.
+    """
     kept = dict(extra)
     for name in ("control_image_path", "control_image_mask_path"):
         if name in kept and "one_frame" not in kept:
@@ -152,7 +175,12 @@ def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:
             _check_image(f"--{name}", path)
     controls, masks = len(_paths(kept, "control_image_path")), len(_paths(kept, "control_image_mask_path"))
     if masks > controls:
-        logger.warning("of %d masks the last %d are ignored because there are %d control images", masks, masks - controls, controls)
+        logger.warning(
+            "of %d masks the last %d are ignored because there are %d control images",
+            masks,
+            masks - controls,
+            controls,
+        )
     return kept
 
 
@@ -168,7 +196,13 @@ def _check_sections(request: Request, sections: int) -> None:
             if entry not in used:
                 unused.setdefault(entry, index)  # of a range only its first section: it may have thousands
         for entry, index in unused.items():
-            logger.warning("%s: %r for section %d is ignored: no section takes it, of the %d", option, entry, index, sections)
+            logger.warning(
+                "%s: %r for section %d is ignored: no section takes it, of the %d",
+                option,
+                entry,
+                index,
+                sections,
+            )
 
 
 def _check_image(option: str, path: Path) -> None:
@@ -190,7 +224,9 @@ def _resolved(entries: Mapping[int, str], request: Request, sections: int) -> tu
 
 
 def _image_text(request: Request) -> str | None:
-    return request.extra.get("image_path") or (None if request.image_path is None else str(request.image_path))
+    return request.extra.get("image_path") or (
+        None if request.image_path is None else str(request.image_path)
+    )
 
 
 def _paths(extra: Mapping[str, str], name: str) -> tuple[Path, ...]:

@@ -1,9 +1,11 @@
-"""The sections of a long video: how many, in which order they are made, what each sees of the others, how they are joined.
+"""The sections of a long video: how many, in which order they are made, what each sees of the others, how
+they are joined.
 
-FramePack denoises one window of latent frames after the other. A window sees the start image, and what was made before it at
-full, half and quarter resolution; every latent frame that the network is given has a place on one line of time, its index.
-Two orders exist. **Anti-drifting** (the default) makes the last section first and ends at the start image, which stands before
-every section. **F1** makes them in playing order. Pure arithmetic; nothing here knows a network.
+FramePack denoises one window of latent frames after the other. A window sees the start image, and what was
+made before it at full, half and quarter resolution; every latent frame that the network is given has a place
+on one line of time, its index. Two orders exist. **Anti-drifting** (the default) makes the last section first
+and ends at the start image, which stands before every section. **F1** makes them in playing order. Pure
+arithmetic; nothing here knows a network.
 
 Source: Zhang and Agrawala 2025, arXiv 2504.12626; section numbers and paddings as in the released code.
 """
@@ -35,7 +37,9 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class Indices:
-    """Places on the line of time of all latent frames that the network is given in one call; empty where there are none."""
+    """Places on the line of time of all latent frames that the network is given in one call; empty where
+    there are none.
+    """
 
     clean: tuple[int, ...]  # at full resolution: the start image and the neighbour in time
     clean_2x: tuple[int, ...]
@@ -56,12 +60,17 @@ class SectionPlan:
 
 
 def count_sections(seconds: float, window: int, sections: int | None = None) -> int:
-    """How many sections a video has. seconds: --video_seconds; sections: --video_sections, which is taken where given.
+    """How many sections a video has. seconds: --video_seconds; sections: --video_sections, which is taken
+    where given.
 
-    window: latent frames of a section, --latent_window_size. Raises OptionError for lengths that no video has.
+    window: latent frames of a section, --latent_window_size. Raises OptionError for lengths that no video
+    has.
     """
     if window < 1:
-        raise OptionError(f"--latent_window_size {window}: a section has at least 1 latent frame; the model was trained with 9.")
+        raise OptionError(
+            f"--latent_window_size {window}: a section has at least 1 latent frame; the model was trained "
+            "with 9."
+        )
     if sections is not None:
         if sections < 1:
             raise OptionError(f"--video_sections {sections}: a video has at least 1 section.")
@@ -72,7 +81,9 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
 
 
 def sections_in(latent_frames: int, window: int) -> int:
-    """How many whole sections a video of training has behind its first frame; 0 where it is too short for one."""
+    """How many whole sections a video of training has behind its first frame; 0 where it is too short for
+    one.
+    """
     return (latent_frames - 1) // window
 
 
@@ -110,27 +121,35 @@ def default_paddings(sections: int) -> tuple[int, ...]:
 
 
 def parse_paddings(text: str) -> tuple[int, ...]:
-    """Read --latent_paddings, as "3,2,1,0". Raises OptionError where it is no list of whole numbers from 0 to 999."""
+    """Read --latent_paddings, as "3,2,1,0".
+
+    Raises OptionError where it is no list of whole numbers from 0 to 999.
+    """
     try:
         paddings = tuple(int(piece) for piece in text.split(","))
     except ValueError:
         paddings = (-1,)
     if min(paddings) < 0 or max(paddings) > FURTHEST:
         raise OptionError(
-            f"--latent_paddings {text!r}: give whole numbers from 0 to {FURTHEST} with commas between them, as 3,2,1,0."
+            f"--latent_paddings {text!r}: give whole numbers from 0 to {FURTHEST} with commas between them, "
+            "as 3,2,1,0."
         )
     return paddings
 
 
 def section_indices(padding: int, window: int) -> Indices:
-    """The line of an anti-drifting section: start image, `padding` windows left out, target, then what follows it in the video."""
+    """The line of an anti-drifting section: start image, `padding` windows left out, target, then what
+    follows it in the video.
+    """
     target = 1 + padding * window
     later = later_indices(target + window)
     return replace(later, clean=(0, *later.clean), target=_run(target, window))
 
 
 def later_indices(first: int) -> Indices:
-    """Where what follows a target stands, from index `first` on: one frame in full, two at half, sixteen at quarter resolution."""
+    """Where what follows a target stands, from index `first` on: one frame in full, two at half, sixteen at
+    quarter resolution.
+    """
     return Indices(
         clean=(first,),
         clean_2x=_run(first + 1, FRAMES_2X),
@@ -150,7 +169,9 @@ def f1_indices(window: int) -> Indices:
 
 
 def entry_for(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
-    """What was given for a section (a prompt, an image): by its index from the end (-1 is the last), from the start, else 0."""
+    """What was given for a section (a prompt, an image): by its index from the end (-1 is the last), from the
+    start, else 0.
+    """
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
 
@@ -174,22 +195,26 @@ class CleanLatents:
 class Order:
     """An order of making, as the functions that a loop over its sections calls.
 
-    The history is what was made so far, B C F H W in playing order, never less than 19 frames: black stands for what is missing.
-    A loop over true latents in place of made ones gives what training sees.
+    The history is what was made so far, B C F H W in playing order, never less than 19 frames: black stands
+    for what is missing. A loop over true latents in place of made ones gives what training sees.
     """
 
-    plan: Callable[[int, int, Sequence[int]], tuple[SectionPlan, ...]]  # number of sections, window, --latent_paddings
-    begin: Callable[[Tensor, Tensor | None], Tensor]  # start, end image (B C 1 H W) -> the history before the first section
+    # number of sections, window, --latent_paddings
+    plan: Callable[[int, int, Sequence[int]], tuple[SectionPlan, ...]]
+    # start, end image (B C 1 H W) -> the history before the first section
+    begin: Callable[[Tensor, Tensor | None], Tensor]
     seen: Callable[[Tensor, Tensor], CleanLatents]  # start, history -> what the next section sees
     grown: Callable[[Tensor, Tensor], Tensor]  # history, section just made -> history
-    video: Callable[[Tensor, Tensor, int], Tensor]  # start, history, latent frames made -> these, the start image first
+    # start, history, latent frames made -> these, the start image first
+    video: Callable[[Tensor, Tensor, int], Tensor]
     in_front: bool  # each section is played before those made until then
 
 
 def _plan_backwards(sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
     all_paddings = (*paddings, *default_paddings(sections)[len(paddings) :])[:sections]
     return tuple(
-        SectionPlan(sections - 1 - made, padding, section_indices(padding, window)) for made, padding in enumerate(all_paddings)
+        SectionPlan(sections - 1 - made, padding, section_indices(padding, window))
+        for made, padding in enumerate(all_paddings)
     )
 
 
@@ -239,7 +264,9 @@ def _video_forwards(_start: Tensor, history: Tensor, made: int) -> Tensor:
 
 
 # --latent_paddings and the end image mean nothing to F1
-ANTI_DRIFTING = Order(_plan_backwards, _begin_backwards, _seen_backwards, _grown_backwards, _video_backwards, in_front=True)
+ANTI_DRIFTING = Order(
+    _plan_backwards, _begin_backwards, _seen_backwards, _grown_backwards, _video_backwards, in_front=True
+)
 F1 = Order(_plan_forwards, _begin_forwards, _seen_forwards, _grown_forwards, _video_forwards, in_front=False)
 
 
@@ -265,7 +292,9 @@ def flow_shift_for(tokens: int) -> float:
 
 
 def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
-    """The latent frames that are decoded together, in playing order: each section with the next, for a seam without a jump."""
+    """The latent frames that are decoded together, in playing order: each section with the next, for a seam
+    without a jump.
+    """
     total = video_latents(sections, window)
     starts = [0, *(index * window + 1 for index in range(1, sections))]
     ends = [min((index + 2) * window + 1, total) for index in range(sections)]
@@ -273,10 +302,11 @@ def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
 
 
 def blend_overlaps(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
-    """Join clips, each of which repeats the last `overlap` frames of the one before, with a linear transition.
+    """Join clips, each of which repeats the last `overlap` frames of the one before, with a linear
+    transition.
 
-    clips: B C F H W in playing order. Yields pieces in playing order; no more than two clips are held at a time.
-    Raises ValueError where a clip is too short for its transitions.
+    clips: B C F H W in playing order. Yields pieces in playing order; no more than two clips are held at a
+    time. Raises ValueError where a clip is too short for its transitions.
     """
     tail: Tensor | None = None
     for clip in clips:

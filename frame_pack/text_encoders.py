@@ -28,7 +28,8 @@ class FramePackTextEncoder:
     name: str
     keys: frozenset[str]
     encoder: TextEncoder
-    output: Callable[[Conditions], Conditions]  # what the encoder makes of a prompt -> what FramePack's caches hold of it
+    # what the encoder makes of a prompt -> what FramePack's caches hold of it
+    output: Callable[[Conditions], Conditions]
     variable_length: frozenset[str] = frozenset()
 
     @property
@@ -46,9 +47,9 @@ class FramePackTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """The tensors `keys` of each prompt, on the CPU.
 
-        As the release: each prompt alone, filled up to one length. Fewer tokens, or several prompts at once, are quicker but sum in
-        another order, which shows in the last bits.
-        Raises CheckpointError where the tokenizer knows more tokens than the model.
+        As the release: each prompt alone, filled up to one length. Fewer tokens, or several prompts at once,
+        are quicker but sum in another order, which shows in the last bits. Raises CheckpointError where the
+        tokenizer knows more tokens than the model.
         """
         return [self.output(encoded) for prompt in prompts for encoded in self.encoder.encode([prompt])]
 
@@ -64,22 +65,26 @@ def framepack_llama(
     system_prompt: str | None = None,
     in_fp8: bool = False,
 ) -> FramePackTextEncoder:
-    """Text encoder 1: the states that HunyuanVideo's language model has for a prompt's own tokens, at most 256 of them.
+    """Text encoder 1: the states that HunyuanVideo's language model has for a prompt's own tokens, at most
+    256 of them.
 
-    Gives {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}.
-    path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype: it computes in. system_prompt:
-    what the model is told in place of the usual description of its task. in_fp8: keep the linear layers in 8 bits.
+    Gives {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}. path: file or folder
+    of the model, or a release's folder that holds it as `text_encoder`. dtype: it computes in. system_prompt:
+    what the model is told in place of the usual description of its task. in_fp8: keep the linear layers in 8
+    bits.
     """
     template = VIDEO_TEMPLATE if system_prompt is None else PromptTemplate(system_prompt)
     llava = LlavaTextEncoder(path, dtype, tokenizer, template, in_fp8=in_fp8)
     return FramePackTextEncoder("llama", LLAMA_KEYS, llava, _in_rows)
 
 
-def framepack_clip(path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> FramePackTextEncoder:
+def framepack_clip(
+    path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None
+) -> FramePackTextEncoder:
     """Text encoder 2: CLIP-L's pooled state, one vector for a prompt.
 
-    Gives {"clip_l_pooler": C}.
-    path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`. dtype: it computes in.
+    Gives {"clip_l_pooler": C}. path: file or folder of the model, or a release's folder that holds it as
+    `text_encoder_2`. dtype: it computes in.
     """
     return FramePackTextEncoder("clip_l", CLIP_KEYS, ClipTextEncoder(path, dtype, tokenizer), _pooled)
 

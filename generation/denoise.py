@@ -52,9 +52,11 @@ def denoise(
     on_step: OnStep | None = None,
     split: bool = True,
 ) -> Tensor:
-    """Follow the velocity from noise to clean latents. Returns B C F H W, float32, where the section's noise lies.
+    """Follow the velocity from noise to clean latents. Returns B C F H W, float32, where the section's noise
+    lies.
 
-    dit_at: timestep -> the network to call. split: one pass after the other instead of equal-shaped conditions as one batch.
+    dit_at: timestep -> the network to call. split: one pass after the other instead of equal-shaped
+    conditions as one batch.
     """
     latents = start.latents.float()
     schedule = solver.schedule
@@ -87,10 +89,14 @@ def predictor(family: Family, dit_at: DitAt, noisy: Tensor, timestep: float, spl
 
 
 def can_stack(conditions: Sequence[Conditions]) -> bool:
-    """Whether the conditions have the same names and their tensors the same shapes; lists may differ in length per sample."""
+    """Whether the conditions have the same names and their tensors the same shapes; lists may differ in
+    length per sample.
+    """
 
     def outline(one: Conditions) -> dict[str, tuple[int, ...] | None]:
-        return {name: None if isinstance(value, list) else tuple(value.shape[1:]) for name, value in one.items()}
+        return {
+            name: None if isinstance(value, list) else tuple(value.shape[1:]) for name, value in one.items()
+        }
 
     return all(outline(one) == outline(conditions[0]) for one in conditions)
 

@@ -19,7 +19,10 @@ from networks.merge import LoraPatch, LoraUse
 def dit_loader(
     family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
 ) -> Callable[[int], nn.Module]:
-    """expert -> its network on the device, the LoRAs merged; blocks compiled and swapped as the options say. Raises OptionError."""
+    """expert -> its network on the device, the LoRAs merged; blocks compiled and swapped as the options say.
+
+    Raises OptionError.
+    """
     speed = options.speed
     fp8 = with_product(speed.fp8.quantisation, device)
     plan = SwapPlan(family.dit, speed.swap.number, speed.swap.img_in_txt_in_offloading)

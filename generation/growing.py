@@ -1,9 +1,10 @@
-"""A video that can be watched while it is made: after each section what there is so far, as `<stem>_progress.mp4`.
+"""A video that can be watched while it is made: after each section what there is so far, as
+`<stem>_progress.mp4`.
 
-The memory this takes does not grow with the video. A piece is decoded by itself; where its edge shows what the piece before shows
-too, the two fade into each other, as in the finished video. Frames that nothing will fade into any more are encoded once, into a
-segment in a hidden folder; only the newest piece's other frames wait in memory. The preview is these segments and the waiting
-frames, joined without encoding anything again.
+The memory this takes does not grow with the video. A piece is decoded by itself; where its edge shows what
+the piece before shows too, the two fade into each other, as in the finished video. Frames that nothing will
+fade into any more are encoded once, into a segment in a hidden folder; only the newest piece's other frames
+wait in memory. The preview is these segments and the waiting frames, joined without encoding anything again.
 """
 
 import logging
@@ -39,9 +40,10 @@ _PARTS = re.compile(r"\..+_progress\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9
 def settled(edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool) -> tuple[Tensor | None, Tensor]:
     """Put the newest clip to what waits, and say which frames are final now and which wait for the next clip.
 
-    edge: frames that wait, of the clip before; None: there was none. clip: the newest, `overlap` of whose frames show the same
-    moments as frames of the edge. in_front: it is played before the edge. All 1 3 F H W.
-    Returns the final frames (None where there are none) and the new edge. Raises ValueError where either is too short.
+    edge: frames that wait, of the clip before; None: there was none. clip: the newest, `overlap` of whose
+    frames show the same moments as frames of the edge. in_front: it is played before the edge. All 1 3 F H W.
+    Returns the final frames (None where there are none) and the new edge. Raises ValueError where either is
+    too short.
     """
     if edge is None:
         if overlap:
@@ -54,7 +56,8 @@ def settled(edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool) -> 
     head, behind = later.tensor_split([overlap], dim=2)
     faded = cross_fade(tail, head) if overlap else head
     if in_front:
-        return torch.cat([faded, behind], dim=2), before.clone()  # a clone: a part would keep the whole clip in memory
+        # a clone: a part would keep the whole clip in memory
+        return torch.cat([faded, behind], dim=2), before.clone()
     return torch.cat([before, faded], dim=2), behind.clone()
 
 
@@ -76,7 +79,10 @@ class GrowingVideo:
     _is_held: bool = False
 
     def add(self, piece: Piece) -> None:
-        """Show a new piece. What goes wrong with it ends the preview, with a warning, and not the generation."""
+        """Show a new piece.
+
+        What goes wrong with it ends the preview, with a warning, and not the generation.
+        """
         if self._has_failed:
             return
         clip = None
@@ -99,10 +105,14 @@ class GrowingVideo:
             self._has_failed, self._edge = True, None
             stays = f" {self.path} stays as it is until then." if self.path.exists() else ""
             reason = f"{type(error).__name__}: {error}"
-            logger.warning("The video cannot be watched while it grows (%s). It is made nevertheless.%s", reason, stays)
+            logger.warning(
+                "The video cannot be watched while it grows (%s). It is made nevertheless.%s", reason, stays
+            )
 
     def _decoded_beside(self, piece: Piece) -> Tensor | None:
-        """As `_decoded`; None where the device has no room for that beside the DiT after all, which then makes room from now on."""
+        """As `_decoded`; None where the device has no room for that beside the DiT after all, which then
+        makes room from now on.
+        """
         try:
             return self._decoded(piece)
         except torch.OutOfMemoryError:
@@ -115,7 +125,8 @@ class GrowingVideo:
     def _decoded_alone(self, piece: Piece) -> Tensor | None:
         """As `_decoded`, the DiT meanwhile in host memory; None where one of both fails.
 
-        A DiT that cannot leave is where it was, and only the preview ends. One that cannot come back is no matter of the preview.
+        A DiT that cannot leave is where it was, and only the preview ends. One that cannot come back is no
+        matter of the preview.
         """
         with ExitStack() as stack:
             with self._optional():
@@ -182,11 +193,14 @@ def preview_path(folder: Path, stem: str) -> Path:
 
 
 @contextmanager
-def growing(session: Session, folder: Path, stem: str, fps: float, needed: int | None = None) -> Iterator[GrowingVideo]:
+def growing(
+    session: Session, folder: Path, stem: str, fps: float, needed: int | None = None
+) -> Iterator[GrowingVideo]:
     """A preview for the time of a block that makes the sections of one video, with the session's DiT at work.
 
-    needed: bytes that decoding takes on the device; where so many are free the DiT stays there too, else it makes room.
-    Afterwards the temporary files are gone; the preview stays, and where the block has failed its place is told.
+    needed: bytes that decoding takes on the device; where so many are free the DiT stays there too, else it
+    makes room. Afterwards the temporary files are gone; the preview stays, and where the block has failed its
+    place is told.
     """
     parts = folder / f".{stem}_progress.{_machine()}-{os.getpid()}.parts"
     video = GrowingVideo(session, preview_path(folder, stem), fps, needed, parts)
@@ -209,15 +223,21 @@ def kept_where_it_fails(preview: Path) -> Iterator[None]:
 
 
 def remove_preview(preview: Path) -> None:
-    """Remove the preview of a finished video, if there is one; where that cannot be done it stays, with a warning."""
+    """Remove the preview of a finished video, if there is one; where that cannot be done it stays, with a
+    warning.
+    """
     try:
         preview.unlink(missing_ok=True)
     except OSError as error:  # Windows: a player that is showing it keeps it from being removed; the video is there nevertheless
-        logger.warning("%s is no longer needed and cannot be removed (%s). Remove it by hand.", preview, error.strerror)
+        logger.warning(
+            "%s is no longer needed and cannot be removed (%s). Remove it by hand.", preview, error.strerror
+        )
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove segments that runs which were killed have left in a folder of outputs; those of runs that go on stay."""
+    """Remove segments that runs which were killed have left in a folder of outputs; those of runs that go on
+    stay.
+    """
     with os.scandir(folder) as entries:
         for entry in entries:
             found = _PARTS.fullmatch(entry.name)

@@ -1,4 +1,6 @@
-"""The plan of a generation: its phases rehearsed one after the other, each with its own networks on the device."""
+"""The plan of a generation: its phases rehearsed one after the other, each with its own networks on the
+device.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +63,8 @@ logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
-DECODED = 13  # frames of a video: by then a VAE that goes from frame to frame, four at a time, holds all it will ever hold
+# frames of a video: by then a VAE that goes from frame to frame, four at a time, holds all it will ever hold
+DECODED = 13
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,11 @@ class Prediction:
 
 
 def predict(family: Family, options: GenerationOptions, request: Request, device: torch.device) -> Prediction:
-    """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises as loading does.
+    """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
+    as loading does.
 
-    request: as `Family.prepare` returned it. Products in 8 bits are rehearsed as products in 16 bit of the same weights.
+    request: as `Family.prepare` returned it. Products in 8 bits are rehearsed as products in 16 bit of the
+    same weights.
     """
     extra = workspace(device, is_training=False)
     texts, encoded = rehearse_texts(family, request, extra)
@@ -104,7 +109,9 @@ def predict(family: Family, options: GenerationOptions, request: Request, device
     return Prediction(tuple(before), tuple(after), denoising, most)
 
 
-def rehearse_texts(family: Family, request: Request, extra: Part) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
+def rehearse_texts(
+    family: Family, request: Request, extra: Part
+) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
     """A phase for each text encoder, and what they make of the prompts, without content."""
     wanted = wanted_texts(family, request)
     phases: list[Phase] = []
@@ -122,7 +129,9 @@ def rehearse_texts(family: Family, request: Request, extra: Part) -> tuple[list[
     return phases, {section: encoded(prompts, outputs) for section, prompts in wanted.items()}
 
 
-def rehearse_inputs(family: Family, request: Request, extra: Part) -> tuple[Phase | None, Mapping[int, Conditions]]:
+def rehearse_inputs(
+    family: Family, request: Request, extra: Part
+) -> tuple[Phase | None, Mapping[int, Conditions]]:
     """The phase in which images and videos become conditions; None where there are none."""
     if not family.needs_media(request):
         return None, encode_inputs(family, NO_ENCODERS, [request])[0]
@@ -143,7 +152,9 @@ def rehearse_denoising(
     inputs: Mapping[int, Conditions],
     extra: Part,
 ) -> tuple[Callable[[int], Phase], int]:
-    """The phase in which the transformer works, as a function of how many blocks are swapped, and how many can be at most."""
+    """The phase in which the transformer works, as a function of how many blocks are swapped, and how many
+    can be at most.
+    """
     speed = options.speed
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
@@ -153,7 +164,9 @@ def rehearse_denoising(
     with dry_run() as ledger, torch.no_grad():
         place(dit, ledger)
         watch_blocks(blocks, ledger)
-        section = on_device(next(family.sections(request, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR)
+        section = on_device(
+            next(family.sections(request, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
+        )
         steps = steps_to_make(request)
 
         def measure(counts: Counts) -> Mapping[str, Moment]:
@@ -169,7 +182,9 @@ def rehearse_denoising(
     place_name, moment = largest(moments)
 
     def phase(count: int) -> Phase:
-        note = f"; {count} blocks swapped, {gib(swaps[count].ring)} to pass through" if swaps[count].host else ""
+        note = (
+            f"; {count} blocks swapped, {gib(swaps[count].ring)} to pass through" if swaps[count].host else ""
+        )
         parts = parts_of(moment, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
         return Phase("denoising", (*parts, extra))
 
@@ -194,17 +209,25 @@ def rehearse_decoding(family: Family, request: Request, extra: Part) -> Phase:
 def phase_of(name: str, ledger: Ledger, extra: Part) -> Phase:
     """A phase with one network and one place."""
     _, moment = largest(ledger.peaks)
-    parts = [Part("weights", moment.get(WEIGHTS, 0)), Part("work", sum(moment.values()) - moment.get(WEIGHTS, 0))]
+    parts = [
+        Part("weights", moment.get(WEIGHTS, 0)),
+        Part("work", sum(moment.values()) - moment.get(WEIGHTS, 0)),
+    ]
     return Phase(name, (*parts, extra))
 
 
 def solid(conditions: Conditions) -> Conditions:
-    """Conditions that outlive their rehearsal: real tensors of their sizes; whole numbers, which have values, as they are."""
+    """Conditions that outlive their rehearsal: real tensors of their sizes; whole numbers, which have values,
+    as they are.
+    """
 
     def real(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, FakeTensor) else tensor
 
-    return {name: [real(each) for each in value] if isinstance(value, list) else real(value) for name, value in conditions.items()}
+    return {
+        name: [real(each) for each in value] if isinstance(value, list) else real(value)
+        for name, value in conditions.items()
+    }
 
 
 def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
@@ -229,12 +252,16 @@ def predict_largest(
 
 
 def largest_requests(family: Family, options: GenerationOptions) -> list[Request]:
-    """Of what the command line or its file of prompts asks for, what no other equals both in pixels of a frame and in frames.
+    """Of what the command line or its file of prompts asks for, what no other equals both in pixels of a
+    frame and in frames.
 
-    Usually it is one. Which takes most only a rehearsal knows: where a video is made in sections, a long one takes no more.
-    Lines that cannot be made are passed over, as long as one can; what is wrong with them is told when their turn comes.
+    Usually it is one. Which takes most only a rehearsal knows: where a video is made in sections, a long one
+    takes no more. Lines that cannot be made are passed over, as long as one can; what is wrong with them is
+    told when their turn comes.
     """
-    lines = [""] if options.from_file is None else [line for _, line in read_generation_lines(options.from_file)]
+    lines = (
+        [""] if options.from_file is None else [line for _, line in read_generation_lines(options.from_file)]
+    )
     requests, errors = [], []
     for line in lines:
         try:
@@ -245,8 +272,14 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Request
             errors.append(error)
     if not requests:
         raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: it has no prompt")
-    sizes = {(width * height, frames): request for request in requests for width, height, frames in [request.size]}
-    largest = [size for size in sizes if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)]
+    sizes = {
+        (width * height, frames): request for request in requests for width, height, frames in [request.size]
+    }
+    largest = [
+        size
+        for size in sizes
+        if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)
+    ]
     return [with_scale(sizes[size]) for size in largest]
 
 
@@ -277,7 +310,9 @@ def advice(
         with quiet():
             prediction = predict(family, fp8, request, device)
         needed = prediction.device(0)
-        lines.append(f"--fp8_scaled: {gib(needed)} GiB while denoising" + (" fits" if needed <= room.usable else ""))
+        lines.append(
+            f"--fp8_scaled: {gib(needed)} GiB while denoising" + (" fits" if needed <= room.usable else "")
+        )
         if needed <= room.usable:
             return lines
     count = smallest_swap(prediction.device, prediction.most, room.usable)
@@ -285,19 +320,25 @@ def advice(
         return [*lines, f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB while denoising fits"]
     return [
         *lines,
-        f"fewer frames or a smaller size: even --blocks_to_swap {prediction.most} leaves {gib(prediction.device(prediction.most))}",
+        f"fewer frames or a smaller size: even --blocks_to_swap {prediction.most} leaves "
+        f"{gib(prediction.device(prediction.most))}",
     ]
 
 
-SMALLER = {"decoding": "tiles of the VAE, such as --vae_spatial_tile_sample_min_size 128", "images and videos": "tiles of the VAE"}
+SMALLER = {
+    "decoding": "tiles of the VAE, such as --vae_spatial_tile_sample_min_size 128",
+    "images and videos": "tiles of the VAE",
+}
 
 
 def resolved(
     family: Family, options: GenerationOptions, device: torch.device, room: Room | None
 ) -> tuple[GenerationOptions, Peaks | None]:
-    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for; and the predicted peaks.
+    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for; and the
+    predicted peaks.
 
-    room: of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError where auto cannot be resolved.
+    room: of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError where auto cannot be
+    resolved.
     """
     is_auto = options.speed.swap.is_auto
     if room is None or options.latent_path:
@@ -309,7 +350,8 @@ def resolved(
             raise
         if is_auto:  # what the command line lacks may come with every line
             raise MemoryPlanError(
-                f"--blocks_to_swap auto with --interactive: the command line has to say what may be made, and cannot: {error}\n"
+                "--blocks_to_swap auto with --interactive: the command line has to say what may be made, "
+                f"and cannot: {error}\n"
                 "  Give what it lacks, or a number of blocks."
             ) from error
         return options, None

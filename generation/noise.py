@@ -9,8 +9,8 @@ from torch import Tensor
 class SeededNoise:
     """One generator, continued by every draw.
 
-    By default it runs on the device, whose stream differs from other devices'; with `cpu_noise` on the CPU: the stream of
-    `torch.manual_seed(seed)`, the same everywhere and that of ComfyUI.
+    By default it runs on the device, whose stream differs from other devices'; with `cpu_noise` on the CPU:
+    the stream of `torch.manual_seed(seed)`, the same everywhere and that of ComfyUI.
     """
 
     def __init__(self, seed: int, device: torch.device, cpu_noise: bool = False) -> None:
@@ -19,4 +19,6 @@ class SeededNoise:
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers of that shape on the device."""
-        return torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype).to(self._device)
+        return torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype).to(
+            self._device
+        )

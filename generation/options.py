@@ -21,7 +21,13 @@ from modules.command import Parser
 from modules.errors import OptionError
 from modules.options import option_values, read_options, refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
-from networks.options import LoraOptions, LoraPatternOptions, add_lora_arguments, add_lora_pattern_arguments, require_files
+from networks.options import (
+    LoraOptions,
+    LoraPatternOptions,
+    add_lora_arguments,
+    add_lora_pattern_arguments,
+    require_files,
+)
 
 T = TypeVar("T")
 
@@ -38,7 +44,10 @@ MEDIA = {
 
 @dataclass(frozen=True)
 class ScriptDefaults:
-    """How the shared options stand in the script of a family. None: the task's, or no such option where so said."""
+    """How the shared options stand in the script of a family.
+
+    None: the task's, or no such option where so said.
+    """
 
     fps: int
     guidance_scale: float
@@ -47,14 +56,17 @@ class ScriptDefaults:
     flow_shift: float | None = None
     sample_solver: str = "unipc"
     embedded_guidance: float | None = None  # None: no such option
-    media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})  # what a video may be made from
+    # what a video may be made from
+    media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
     has_length: bool = True  # whether there is a --video_length
     rescales_guidance: bool = False  # whether there is a --guidance_rescale
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
-    extras: Mapping[str, str] = field(default_factory=dict)  # options of the family -> their names in Request.extra
-    line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)  # letters of a prompt line
+    # options of the family -> their names in Request.extra
+    extras: Mapping[str, str] = field(default_factory=dict)
+    # letters of a prompt line
+    line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
@@ -62,7 +74,10 @@ class ScriptDefaults:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What the command line says about each video; a prompt line may say otherwise. None: the task's default."""
+    """What the command line says about each video; a prompt line may say otherwise.
+
+    None: the task's default.
+    """
 
     prompt: str | None
     negative_prompt: str | None
@@ -81,7 +96,8 @@ class RequestOptions:
     video_path: Path | None
     strength: float | None
     embedded_guidance: float | None = field(metadata={"option": "embedded_cfg_scale"})
-    extras: Mapping[str, tuple[str, Any]]  # options of the family -> their names in Request.extra, and what was given
+    # options of the family -> their names in Request.extra, and what was given
+    extras: Mapping[str, tuple[str, Any]]
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
@@ -106,9 +122,13 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         if self.trim_tail_frames < 0:
-            raise OptionError(f"--trim_tail_frames {self.trim_tail_frames}: give 0 or the number of frames to cut off")
+            raise OptionError(
+                f"--trim_tail_frames {self.trim_tail_frames}: give 0 or the number of frames to cut off"
+            )
         if self.save_path.exists() and not self.save_path.is_dir():
-            raise OptionError(f"--save_path {self.save_path}: it is a file; give a folder, it will be created")
+            raise OptionError(
+                f"--save_path {self.save_path}: it is a file; give a folder, it will be created"
+            )
 
     @property
     def keeps_latents(self) -> bool:
@@ -150,7 +170,8 @@ class GenerationOptions:
     latent_path: tuple[Path, ...] | None
     device: str | None
     line_options: Mapping[str, LineOption]  # what the letters of a prompt line mean
-    settings: Mapping[str, Any]  # options of the script, the family's too, that are not as they are without being given
+    # options of the script, the family's too, that are not as they are without being given
+    settings: Mapping[str, Any]
 
     @property
     def splits_guidance(self) -> bool:
@@ -178,7 +199,8 @@ class GenerationOptions:
             raise OptionError("--latent_path only decodes: give it without --from_file and --interactive")
         if self.latent_path and self.output.keeps_latents:
             raise OptionError(
-                f"--latent_path with --output_type {self.output.output_type}: the latents are there already. Use video or images"
+                f"--latent_path with --output_type {self.output.output_type}: the latents are there already. "
+                "Use video or images"
             )
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or ())
@@ -197,7 +219,11 @@ def read_generation(
     args = read_arguments(parser, argv)
     options, own = read_options(GenerationOptions, args), read_options(record, args)
     values = option_values(options) | option_values(own)
-    given = {action.dest for action in parser._actions if getattr(args, action.dest, action.default) != action.default}
+    given = {
+        action.dest
+        for action in parser._actions
+        if getattr(args, action.dest, action.default) != action.default
+    }
     settings = {name: value for name, value in values.items() if name in given | ALWAYS_RECORDED}
     return replace(options, settings=settings), own
 
@@ -219,7 +245,9 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     _add_lora_arguments(parser)
     add_generation_speed_arguments(parser, defaults.blocks_to_swap)
     add_later_arguments(parser)
-    parser.set_defaults(extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single)
+    parser.set_defaults(
+        extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single
+    )
     parser.set_defaults(settings={})  # known when all options have been read
     return parser
 
@@ -235,29 +263,56 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("what to make")
     group.add_argument("--prompt", type=str, default=None, help="what to show")
-    group.add_argument("--negative_prompt", type=str, default=None, help="what to avoid; default: the release's text, if any")
-    group.add_argument("--video_size", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"), help="default 256 256")
+    group.add_argument(
+        "--negative_prompt", type=str, default=None, help="what to avoid; default: the release's text, if any"
+    )
+    group.add_argument(
+        "--video_size",
+        type=int,
+        nargs=2,
+        default=[256, 256],
+        metavar=("HEIGHT", "WIDTH"),
+        help="default 256 256",
+    )
     length, steps, shift = defaults.video_length, defaults.infer_steps, defaults.flow_shift
     if defaults.has_length:
-        group.add_argument("--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}")
+        group.add_argument(
+            "--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}"
+        )
     else:
         parser.set_defaults(video_length=None)
     group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the file")
     group.add_argument("--infer_steps", type=int, default=steps, help=f"number of steps; {_else(steps)}")
-    group.add_argument("--seed", type=str, default=None, help="a number or any text; without it every video draws its own")
     group.add_argument(
-        "--guidance_scale", type=float, default=defaults.guidance_scale, help="weight of the prompt; 1 turns guidance off"
+        "--seed", type=str, default=None, help="a number or any text; without it every video draws its own"
+    )
+    group.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=defaults.guidance_scale,
+        help="weight of the prompt; 1 turns guidance off",
     )
     embedded = defaults.embedded_guidance
     if embedded is None:
         parser.set_defaults(embedded_cfg_scale=None)
     else:
         group.add_argument(
-            "--embedded_cfg_scale", type=float, default=embedded, help="guidance that the model was distilled for; no second pass"
+            "--embedded_cfg_scale",
+            type=float,
+            default=embedded,
+            help="guidance that the model was distilled for; no second pass",
         )
-    group.add_argument("--flow_shift", type=float, default=shift, help=f"time shift of the schedule; {_else(shift)}")
+    group.add_argument(
+        "--flow_shift", type=float, default=shift, help=f"time shift of the schedule; {_else(shift)}"
+    )
     solvers = ["unipc", "dpm++", "vanilla"]
-    group.add_argument("--sample_solver", type=str, default=defaults.sample_solver, choices=solvers, help="vanilla: Euler's steps")
+    group.add_argument(
+        "--sample_solver",
+        type=str,
+        default=defaults.sample_solver,
+        choices=solvers,
+        help="vanilla: Euler's steps",
+    )
     for name, text in MEDIA.items():
         if name in defaults.media:
             group.add_argument(f"--{name}", type=str, default=None, help=text)
@@ -271,14 +326,30 @@ def _else(default: float | None) -> str:
 
 def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--from_file", type=str, default=None, help="file with a prompt and its options on each line")
-    group.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends")
-    group.add_argument("--latent_path", type=str, nargs="*", default=None, help="latent files to decode, nothing else is done")
-    group.add_argument("--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; without it the best there is")
+    group.add_argument(
+        "--from_file", type=str, default=None, help="file with a prompt and its options on each line"
+    )
+    group.add_argument(
+        "--interactive",
+        action="store_true",
+        help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends",
+    )
+    group.add_argument(
+        "--latent_path",
+        type=str,
+        nargs="*",
+        default=None,
+        help="latent files to decode, nothing else is done",
+    )
+    group.add_argument(
+        "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; without it the best there is"
+    )
     if defaults.noise_on_cpu:
         parser.set_defaults(cpu_noise=True)
     else:
-        group.add_argument("--cpu_noise", action="store_true", help="draw the noise on the CPU: the same on every machine")
+        group.add_argument(
+            "--cpu_noise", action="store_true", help="draw the noise on the CPU: the same on every machine"
+        )
     if defaults.joins_guidance:
         group.add_argument(
             "--split_uncond",
@@ -291,19 +362,31 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
 
 def _add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--save_path", type=str, required=True, help="folder for what is made; created when missing")
     group.add_argument(
-        "--output_type", type=str, default="video", choices=list(defaults.output_types), help=_output_help(defaults.output_types)
+        "--save_path", type=str, required=True, help="folder for what is made; created when missing"
     )
-    group.add_argument("--no_metadata", action="store_true", help="do not write prompt, seed and settings into the files")
     group.add_argument(
-        "--trim_tail_frames", type=int, default=0, help="cut so many frames off the end, such as 3 that an end image has spoiled"
+        "--output_type",
+        type=str,
+        default="video",
+        choices=list(defaults.output_types),
+        help=_output_help(defaults.output_types),
+    )
+    group.add_argument(
+        "--no_metadata", action="store_true", help="do not write prompt, seed and settings into the files"
+    )
+    group.add_argument(
+        "--trim_tail_frames",
+        type=int,
+        default=0,
+        help="cut so many frames off the end, such as 3 that an end image has spoiled",
     )
     if defaults.in_sections:
         group.add_argument(
             "--no_progressive_save",
             action="store_true",
-            help="do not write NAME_progress.mp4, which shows after each section what there is of the video and goes when that "
+            help="do not write NAME_progress.mp4, which shows after each section what there is of the video "
+            "and goes when that "
             "is finished; for each section it has the VAE decode about two more",
         )
     else:
@@ -327,5 +410,12 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("LoRA")
     add_lora_arguments(group)
     add_lora_pattern_arguments(group)
-    group.add_argument("--lycoris", action="store_true", help="not needed: LoHa and LoKr files are recognised without it")
-    group.add_argument("--save_merged_model", type=str, default=None, help="write the model with the LoRAs merged in, and end")
+    group.add_argument(
+        "--lycoris", action="store_true", help="not needed: LoHa and LoKr files are recognised without it"
+    )
+    group.add_argument(
+        "--save_merged_model",
+        type=str,
+        default=None,
+        help="write the model with the LoRAs merged in, and end",
+    )

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 Frame = NDArray[np.uint8]  # H W 3, RGB
 LATENT_SUFFIX = "_latent.safetensors"
 PREVIEW_SUFFIX = "_progress.mp4"
-SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")  # of all that may be an output
+# of all that may be an output
+SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")
 
 
 def output_stem(when: datetime, seed: int, origin: Path | None = None) -> str:
@@ -49,9 +50,11 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
 
 @contextmanager
 def own_stem(folder: Path, stem: str) -> Iterator[str]:
-    """`stem` with as many `_` behind it as it takes that no output has that name and no other run takes it during the block.
+    """`stem` with as many `_` behind it as it takes that no output has that name and no other run takes it
+    during the block.
 
-    Runs that begin in the same second with the same seed make the same stem. At the block's end an output has to be there.
+    Runs that begin in the same second with the same seed make the same stem. At the block's end an output has
+    to be there.
     """
     with ExitStack() as claims:
         while not claims.enter_context(claimed(folder / stem)) or free_stem(folder, stem, SUFFIXES) != stem:
@@ -73,7 +76,9 @@ def save_latents(path: Path, latents: Tensor, metadata: Mapping[str, str] | None
 
 
 def load_latents(path: Path) -> SavedLatents:
-    """Read a latent file: safetensors, or a pickled tensor. Raises CheckpointError where it is damaged or holds no latents."""
+    """Read a latent file: safetensors, or a pickled tensor. Raises CheckpointError where it is damaged or
+    holds no latents.
+    """
     metadata: Mapping[str, str] = {}
     if path.suffix == ".safetensors":
         with open_checkpoint(path) as file:
@@ -83,23 +88,32 @@ def load_latents(path: Path) -> SavedLatents:
         content = load_pickled(path)
         found = content.get("latent") if isinstance(content, dict) else content
     if not isinstance(found, Tensor):
-        raise CheckpointError(f"--latent_path {path} has no tensor `latent`. Give a file written with --output_type latent", path)
+        raise CheckpointError(
+            f"--latent_path {path} has no tensor `latent`. Give a file written with --output_type latent",
+            path,
+        )
     if found.ndim == 4:
         found = found[None]
     if found.ndim != 5 or len(found) != 1 or not found.numel():
         raise CheckpointError(
-            f"--latent_path {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is needed", path
+            f"--latent_path {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is "
+            "needed",
+            path,
         )
     return SavedLatents(found.float(), metadata)
 
 
 def save_pixels(
-    options: OutputOptions, stem: str, chunks: Iterable[Tensor], fps: float, metadata: Mapping[str, str] | None
+    options: OutputOptions,
+    stem: str,
+    chunks: Iterable[Tensor],
+    fps: float,
+    metadata: Mapping[str, str] | None,
 ) -> Path:
     """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come, and say where.
 
-    A video; one PNG where there is a single frame; or with `--output_type images` a folder of PNG files (for a single picture not
-    where a script numbers these).
+    A video; one PNG where there is a single frame; or with `--output_type images` a folder of PNG files (for
+    a single picture not where a script numbers these).
     """
     frames = without_tail(frames_of(chunks), options.trim_tail_frames)
     tags = as_tags(metadata or {})
@@ -134,7 +148,9 @@ def save_pixels(
 
 def sample_tags(family: Family, request: Request, model: str, device: torch.device) -> dict[str, str]:
     """What a picture made while training says about itself. model: what had been learned by then."""
-    return as_tags(output_metadata(request, family.metadata, settings={"sampled_from": model}, device=device.type))
+    return as_tags(
+        output_metadata(request, family.metadata, settings={"sampled_from": model}, device=device.type)
+    )
 
 
 def written(frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]) -> Iterator[Frame]:
@@ -167,5 +183,7 @@ def without_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
             passed = True
             yield held.popleft()
     if not passed and held:
-        logger.warning("--trim_tail_frames %d would leave nothing of %d frames; the first one is kept", count, len(held))
+        logger.warning(
+            "--trim_tail_frames %d would leave nothing of %d frames; the first one is kept", count, len(held)
+        )
         yield held[0]

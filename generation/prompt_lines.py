@@ -1,7 +1,8 @@
-"""Prompt lines: `a cat --w 832 --d 7` of --from_file and --interactive, and the prompt files of training samples.
+"""Prompt lines: `a cat --w 832 --d 7` of --from_file and --interactive, and the prompt files of training
+samples.
 
-Standard library only. Both grammars split a line at every ` --`; the first part is the prompt, in the others the first word is the
-option and the rest its value. Unknown options are reported and skipped.
+Standard library only. Both grammars split a line at every ` --`; the first part is the prompt, in the others
+the first word is the option and the rest its value. Unknown options are reported and skipped.
 """
 
 import hashlib
@@ -30,7 +31,8 @@ class LineOption:
     key: str
     read: Callable[[str], Value]
     repeats: bool = False  # each use adds to a list; otherwise the last one wins
-    instead_of: str | None = None  # a key of the command line that the option takes the place of, unless the line has that too
+    # a key of the command line that the option takes the place of, unless the line has that too
+    instead_of: str | None = None
 
 
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
@@ -45,7 +47,9 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
 
 
 def _walk(text: str) -> int:
-    """A number that depends on the order of the characters: their codes added, subtracted, divided or multiplied by position."""
+    """A number that depends on the order of the characters: their codes added, subtracted, divided or
+    multiplied by position.
+    """
     total: float = 0
     try:
         for position, code in enumerate(map(ord, text)):
@@ -102,11 +106,16 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# the same for models with an input for embedded guidance, which `g` means there; `l` is the classifier-free one
-EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {**GENERATION_OPTIONS, "g": LineOption("embedded_cfg_scale", _number)}
+# the same for models with an input for embedded guidance, which `g` means there; `l` is the classifier-free
+# one
+EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
+    **GENERATION_OPTIONS,
+    "g": LineOption("embedded_cfg_scale", _number),
+}
 
 
-# the same for models whose videos are made in sections: texts and start images may be given for each, lengths in seconds
+# the same for models whose videos are made in sections: texts and start images may be given for each, lengths
+# in seconds
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "v"}},
     "f": LineOption("video_seconds", _number, instead_of="video_sections"),
@@ -155,8 +164,11 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-def parse_generation_line(line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS) -> dict[str, Any]:
-    """`prompt` and the options of a line by their keys; None: what the command line says is not to count. Words are case-sensitive.
+def parse_generation_line(
+    line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS
+) -> dict[str, Any]:
+    """`prompt` and the options of a line by their keys; None: what the command line says is not to count.
+    Words are case-sensitive.
 
     Raises OptionError where a value cannot be read.
     """
@@ -167,14 +179,18 @@ def parse_generation_line(line: str, options: Mapping[str, LineOption] = GENERAT
 
 
 def parse_sample_line(line: str) -> dict[str, Any]:
-    """`prompt` and the options of a line of a training prompt file by their keys; values that cannot be read are reported."""
+    """`prompt` and the options of a line of a training prompt file by their keys; values that cannot be read
+    are reported.
+    """
     values, problems = _split_line(line, SAMPLE_OPTIONS, fold_case=True)
     for problem in problems:
         logger.warning("in the sample prompt %r: %s; the option is ignored", line.strip(), problem)
     return values
 
 
-def _split_line(line: str, options: Mapping[str, LineOption], fold_case: bool) -> tuple[dict[str, Any], list[str]]:
+def _split_line(
+    line: str, options: Mapping[str, LineOption], fold_case: bool
+) -> tuple[dict[str, Any], list[str]]:
     prompt, *parts = line.split(" --")
     values: dict[str, Any] = {"prompt": prompt.strip()}
     problems = []
@@ -204,18 +220,26 @@ def is_blank(line: str) -> bool:
 
 
 def read_generation_lines(path: Path) -> list[tuple[int, str]]:
-    """The prompt lines of a --from_file file with their numbers, counted from 1. Raises OptionError where there is none."""
-    lines = [(number, line) for number, line in enumerate(_read_text(path, "--from_file").split("\n"), 1) if not is_blank(line)]
+    """The prompt lines of a --from_file file with their numbers, counted from 1.
+
+    Raises OptionError where there is none.
+    """
+    lines = [
+        (number, line)
+        for number, line in enumerate(_read_text(path, "--from_file").split("\n"), 1)
+        if not is_blank(line)
+    ]
     if not lines:
         raise OptionError(f"--from_file {path}: it has no prompt. Write one per line.")
     return lines
 
 
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
-    """The samples of a training prompt file (.txt, .toml or .json) as dictionaries with the keys of `SAMPLE_OPTIONS` and `prompt`.
+    """The samples of a training prompt file (.txt, .toml or .json) as dictionaries with the keys of
+    `SAMPLE_OPTIONS` and `prompt`.
 
-    toml: `[prompt]` holds what all `[[prompt.subset]]` share; a subset wins. json: a list of lines and objects.
-    Raises OptionError naming the file, the entry and the key for what cannot be read.
+    toml: `[prompt]` holds what all `[[prompt.subset]]` share; a subset wins. json: a list of lines and
+    objects. Raises OptionError naming the file, the entry and the key for what cannot be read.
     """
     text = _read_text(path, "--sample_prompts")
     match path.suffix.lower():
@@ -226,7 +250,10 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
         case ".json":
             entries = _json_entries(path, text)
         case suffix:
-            raise OptionError(f"--sample_prompts {path}: {suffix or 'a file without suffix'} is not read. Use .txt, .toml or .json")
+            raise OptionError(
+                f"--sample_prompts {path}: {suffix or 'a file without suffix'} is not read. Use .txt, .toml "
+                "or .json"
+            )
     return [_checked_entry(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, 1)]
 
 
@@ -257,7 +284,9 @@ def _checked_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in entry.items():
         kind = kinds.get(key)
         if kind is None:
-            logger.warning("%s: the unknown key %s is ignored. Known: %s", where, key, ", ".join(sorted(kinds)))
+            logger.warning(
+                "%s: the unknown key %s is ignored. Known: %s", where, key, ", ".join(sorted(kinds))
+            )
             continue
         if kind is list and isinstance(value, str):
             value = [value]
@@ -283,4 +312,6 @@ def _read_text(path: Path, option: str) -> str:
     except OSError as error:
         raise OptionError(f"{option} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise OptionError(f"{option} {path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise OptionError(
+            f"{option} {path}: it is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None

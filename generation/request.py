@@ -31,8 +31,8 @@ def draw_seed() -> int:
 def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = None) -> Request:
     """The request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
 
-    Without a seed each call draws its own. What is not said stays None; `check_request` has the family fill it.
-    Raises OptionError for numbers that make no sense.
+    Without a seed each call draws its own. What is not said stays None; `check_request` has the family fill
+    it. Raises OptionError for numbers that make no sense.
     """
     line = overrides or {}
     seed = line.get("seed")
@@ -69,7 +69,10 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
     _check_texts(request)
     _check_numbers(request)
     if request.negative_prompt is not None and not uses_guidance(request):
-        logger.warning("the negative prompt %r is ignored because --guidance_scale 1 turns guidance off", request.negative_prompt)
+        logger.warning(
+            "the negative prompt %r is ignored because --guidance_scale 1 turns guidance off",
+            request.negative_prompt,
+        )
     return request
 
 
@@ -85,9 +88,15 @@ def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_guidance(request: Request, options: GuidanceOptions = PLAIN_GUIDANCE) -> Request:
-    """The request that `Family.prepare` has filled, if its guidance can be made. Raises OptionError otherwise."""
+    """The request that `Family.prepare` has filled, if its guidance can be made.
+
+    Raises OptionError otherwise.
+    """
     scales = guidance_scales(request, options, steps_to_make(request))
-    given = {"--slg_mode": options.skipped_layers and options.slg_mode, "--guidance_rescale": options.guidance_rescale}
+    given = {
+        "--slg_mode": options.skipped_layers and options.slg_mode,
+        "--guidance_rescale": options.guidance_rescale,
+    }
     for option, value in given.items():
         if value and all(scale is None for scale in scales):
             logger.warning("%s %s is ignored because no step uses guidance", option, value)
@@ -95,12 +104,19 @@ def check_guidance(request: Request, options: GuidanceOptions = PLAIN_GUIDANCE) 
 
 
 def _check_texts(request: Request) -> None:
-    """Bytes that are no UTF-8 reach Python as halves of characters, which could be encoded but not written into a file."""
-    for name, text in {"the prompt": request.prompt, "the negative prompt": request.negative_prompt or ""}.items():
+    """Bytes that are no UTF-8 reach Python as halves of characters, which could be encoded but not written
+    into a file.
+    """
+    for name, text in {
+        "the prompt": request.prompt,
+        "the negative prompt": request.negative_prompt or "",
+    }.items():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise OptionError(f"{name} {text!r} is not UTF-8 text: set the terminal or the file to UTF-8") from None
+            raise OptionError(
+                f"{name} {text!r} is not UTF-8 text: set the terminal or the file to UTF-8"
+            ) from None
 
 
 def _check_numbers(request: Request) -> None:

@@ -1,4 +1,6 @@
-"""The modes of a generation script: one prompt, a file of prompts, a conversation, decoding only, and saving a merged model."""
+"""The modes of a generation script: one prompt, a file of prompts, a conversation, decoding only, and saving
+a merged model.
+"""
 
 import logging
 import sys
@@ -114,7 +116,9 @@ class Run:
         lora = self.options.lora
         names = [path.name for path in lora.lora_weight or ()]
         loras = list(zip(names, lora.multipliers(), strict=True))
-        return output_metadata(request, self.family.metadata, loras, self.options.settings, self.session.device.type)
+        return output_metadata(
+            request, self.family.metadata, loras, self.options.settings, self.session.device.type
+        )
 
     def read_line(self, line: str) -> Mapping[str, Any]:
         """What a prompt line says. Raises OptionError."""
@@ -164,29 +168,41 @@ def do(family: Family, options: GenerationOptions) -> None:
 
 def tell_where_metadata_is(output: OutputOptions) -> None:
     """MP4 holds no metadata: say so once, where somebody may expect it."""
-    if output.decodes and not output.writes_images and output.format.suffix == ".mp4" and not output.no_metadata:
+    if (
+        output.decodes
+        and not output.writes_images
+        and output.format.suffix == ".mp4"
+        and not output.no_metadata
+    ):
         logger.info("MP4 files hold no prompt and settings; --container mkv, PNG and latent files do")
 
 
 def tell_unused_strength(strength: float | None, jobs: Sequence[Job]) -> None:
     """Warn where --strength was given and no job starts from a video."""
     if strength not in (None, STRENGTH) and all(job.request.video_path is None for job in jobs):
-        logger.warning("--strength %g is ignored because nothing starts from a video (--video_path): every step is made", strength)
+        logger.warning(
+            "--strength %g is ignored because nothing starts from a video (--video_path): every step is made",
+            strength,
+        )
 
 
 def check_models(run: Run) -> None:
-    """Raise UserError where a model file that every prompt needs is missing or of another kind, or the attention that is asked for
-    cannot be had. Nothing is loaded.
+    """Raise UserError where a model file that every prompt needs is missing or of another kind, or the
+    attention that is asked for cannot be had. Nothing is loaded.
     """
     placement = Placement(run.session.device, attention=run.options.speed.attention.choice)
-    check_backend(placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False)
+    check_backend(
+        placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
+    )
     _ = run.family.dit_files, run.family.text_encoders()
     if run.options.output.decodes:
         _ = run.family.media_identity
 
 
 def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:
-    """Write the network's file with the LoRAs merged in, tensor by tensor; further experts get `_1`, `_2` behind the name."""
+    """Write the network's file with the LoRAs merged in, tensor by tensor; further experts get `_1`, `_2`
+    behind the name.
+    """
     for expert, file in enumerate(family.dit_files):
         target = path if expert == 0 else path.with_name(f"{path.stem}_{expert}{path.suffix}")
         merge_into_file(file, uses, target, device)
@@ -199,7 +215,8 @@ def make_from_file(run: Run, path: Path) -> None:
     jobs = []
     with each_warning_once():
         for number, line in lines:
-            with failures.noted(label := f"line {number}", fatal=CheckpointError):  # a wrong model file is wrong for every line
+            # a wrong model file is wrong for every line
+            with failures.noted(label := f"line {number}", fatal=CheckpointError):
                 jobs.append(prepared(run, label, run.read_line(line)))
     if jobs:
         tell_unused_strength(run.options.request.strength, jobs)
@@ -213,7 +230,10 @@ def converse(run: Run) -> None:
         import readline  # noqa: F401 (line editing and history for input(); not there on Windows)
     except ImportError:
         logger.info("Line editing is as the console offers it: this Python has no readline")
-    logger.info("Write a prompt and options such as --w 832 --h 480 --d 7. Ctrl-C drops the current prompt, Ctrl-D ends.")
+    logger.info(
+        "Write a prompt and options such as --w 832 --h 480 --d 7. Ctrl-C drops the current prompt, Ctrl-D "
+        "ends."
+    )
     while True:
         try:
             line = input(PROMPT_SIGN)
@@ -230,7 +250,9 @@ def converse(run: Run) -> None:
 
 
 def prepared(run: Run, label: str, overrides: Mapping[str, Any]) -> Job:
-    """The job of a prompt line (or of the command line alone), checked as far as that goes without loading a network."""
+    """The job of a prompt line (or of the command line alone), checked as far as that goes without loading a
+    network.
+    """
     request = run.family.prepare(make_request(run.options.request, overrides))
     return Job(label, check_guidance(request, run.options.guidance))
 
@@ -240,12 +262,16 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     if any(run.family.needs_media(job.request) for job in jobs):
         _ = run.family.media_identity  # raises where a file is missing, before gigabytes are loaded
     if run.options.forces_split and any(uses_guidance(job.request) for job in jobs):
-        logger.warning("--split_attn has the passes of guidance made one after the other, as --split_uncond does.")
+        logger.warning(
+            "--split_attn has the passes of guidance made one after the other, as --split_uncond does."
+        )
     make_folder(run.options.output.save_path, "--save_path")
     remove_parts(run.options.output.save_path)
     texts = run.session.texts([job.request for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
-    ready = [(job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs]
+    ready = [
+        (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
+    ]
     done = denoise_all(run, ready, failures) if ready else []
     if run.options.output.decodes and done:
         decode_all(run, done, failures)
@@ -254,7 +280,9 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
         logger.info(comparison(most, torch.cuda.max_memory_allocated(run.session.device)))
 
 
-def encode_all_inputs(run: Run, jobs: Sequence[Job], failures: Failures) -> Mapping[str, Mapping[int, Conditions]]:
+def encode_all_inputs(
+    run: Run, jobs: Sequence[Job], failures: Failures
+) -> Mapping[str, Mapping[int, Conditions]]:
     """The media conditions of each job by its label; a job that failed is left out."""
     inputs: dict[str, Mapping[int, Conditions]] = {}
     with_media = [job for job in jobs if run.family.needs_media(job.request)]
@@ -280,7 +308,9 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
         for job, texts, inputs in ready:
             with failures.noted(job.label):
                 describe(job.label, job.request)
-                with own_stem(run.options.output.save_path, output_stem(datetime.now(), job.request.seed)) as stem:
+                with own_stem(
+                    run.options.output.save_path, output_stem(datetime.now(), job.request.seed)
+                ) as stem:
                     with watched(run, job, stem) as (on_step, on_section):
                         latents = make_latents(
                             run.family,
@@ -301,7 +331,9 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
 
 @contextmanager
 def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[OnStep, OnSection]]:
-    """What the loop is to call while it makes a job: bars over the steps, and the preview of a video in sections."""
+    """What the loop is to call while it makes a job: bars over the steps, and the preview of a video in
+    sections.
+    """
     request, output = job.request, run.options.output
     assert request.fps is not None
     needed = None if run.predicted is None else run.predicted.decoding
@@ -317,7 +349,10 @@ def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[OnStep, OnSection]]
 
 
 def kept(run: Run, job: Job, latents: Tensor, stem: str) -> Denoised:
-    """Write the latents of a job, named `stem` if nothing else has taken that meanwhile. Its preview keeps the name."""
+    """Write the latents of a job, named `stem` if nothing else has taken that meanwhile.
+
+    Its preview keeps the name.
+    """
     preview = preview_path(run.options.output.save_path, stem)
     stem = free_stem(run.options.output.save_path, stem, [LATENT_SUFFIX])
     path = run.options.output.save_path / f"{stem}{LATENT_SUFFIX}"
@@ -330,7 +365,10 @@ def kept(run: Run, job: Job, latents: Tensor, stem: str) -> Denoised:
 
 
 def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
-    """Turn latents into videos or images. What is no part of the result goes when it is written: latent files, previews."""
+    """Turn latents into videos or images.
+
+    What is no part of the result goes when it is written: latent files, previews.
+    """
     output = run.options.output
     with run.session.media(images=False, again=False) as encoders:
         for one in done:
@@ -354,8 +392,12 @@ def decode_files(run: Run, paths: Sequence[Path]) -> None:
         for path, one in zip(paths, saved, strict=True):
             with failures.noted(str(path)):
                 fps = frame_rate(run, one)
-                metadata = None if output.no_metadata else decoded_metadata(one.metadata, run.options.settings, fps)
-                with own_stem(output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)) as stem:
+                metadata = (
+                    None if output.no_metadata else decoded_metadata(one.metadata, run.options.settings, fps)
+                )
+                with own_stem(
+                    output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
+                ) as stem:
                     save_pixels(output, stem, run.family.decode(encoders, one.latents), fps, metadata)
     failures.raise_if_any(len(paths))
 
@@ -365,7 +407,9 @@ def checked_latents(family: Family, path: Path) -> SavedLatents:
     saved = load_latents(path)
     _, channels, frames, rows, columns = saved.latents.shape
     if channels != family.latent.channels:
-        raise CheckpointError(f"--latent_path {path} has {channels} channels, {family.name} has {family.latent.channels}", path)
+        raise CheckpointError(
+            f"--latent_path {path} has {channels} channels, {family.name} has {family.latent.channels}", path
+        )
     step, vertical, horizontal = family.latent.stride
     size = columns * horizontal, rows * vertical, (frames - 1) * step + 1
     logger.info("%s: %d x %d (width x height), %d frame%s", path, *size, "" if size[2] == 1 else "s")

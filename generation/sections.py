@@ -1,4 +1,6 @@
-"""From a checked request to clean latents: the family says what to denoise, one section after the other, and gets the results."""
+"""From a checked request to clean latents: the family says what to denoise, one section after the other, and
+gets the results.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -33,11 +35,13 @@ def make_latents(
     split: bool = True,
     on_section: OnSection | None = None,
 ) -> Tensor:
-    """Make the latents of one request that `Family.prepare` has filled. Returns B C F H W in model space, float32, on the device.
+    """Make the latents of one request that `Family.prepare` has filled. Returns B C F H W in model space,
+    float32, on the device.
 
-    prompts, inputs: by section, from `session.encode_texts` and `session.encode_inputs` (on the CPU). dit_at: timestep -> the
-    network to call, which is left as it is: evaluation mode and its device are the caller's. split: see `denoise`. on_section:
-    told of each section before it is denoised; the network may leave its device meanwhile.
+    prompts, inputs: by section, from `session.encode_texts` and `session.encode_inputs` (on the CPU). dit_at:
+    timestep -> the network to call, which is left as it is: evaluation mode and its device are the caller's.
+    split: see `denoise`. on_section: told of each section before it is denoised; the network may leave its
+    device meanwhile.
     """
     assert request.steps is not None  # `prepare` has set them
     assert request.flow_shift is not None
@@ -52,7 +56,9 @@ def make_latents(
             section = on_device(replace(section, made=None), device)
             solver = solver_for(request.solver, request.steps, request.flow_shift)
             guidance = make_guidance(request, guidance_options, steps_to_make(request))
-            latents = denoise(family, dit_at, section, start_of(section, solver, request), solver, guidance, on_step, split)
+            latents = denoise(
+                family, dit_at, section, start_of(section, solver, request), solver, guidance, on_step, split
+            )
             section = sections.send(latents)
     except StopIteration as end:
         return end.value

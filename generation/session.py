@@ -1,7 +1,7 @@
 """The networks of a family over a run: loaded when first needed, one kind at a time on the device.
 
-The kinds are the text encoders, the media encoders (VAE and image encoder) and the DiT. Between its phases a kind is kept on the
-CPU or freed.
+The kinds are the text encoders, the media encoders (VAE and image encoder) and the DiT. Between its phases a
+kind is kept on the CPU or freed.
 """
 
 import logging
@@ -32,11 +32,13 @@ NO_ENCODERS = MediaEncoders(vae=None)
 Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encoders' outputs, on the CPU
 
 
-def encode_texts(family: Family, requests: Sequence[Request], device: torch.device) -> list[Mapping[int, EncodedPrompts]]:
+def encode_texts(
+    family: Family, requests: Sequence[Request], device: torch.device
+) -> list[Mapping[int, EncodedPrompts]]:
     """The conditions of each request's texts by section, on the CPU, without batch dimension.
 
-    Each text encoder is loaded once, encodes each distinct text once and alone (a text's conditions depend on no other), and is
-    freed before the next is loaded.
+    Each text encoder is loaded once, encodes each distinct text once and alone (a text's conditions depend on
+    no other), and is freed before the next is loaded.
     """
     return encode_texts_with(family.text_encoders(), family, requests, device, {}, keep=False)
 
@@ -62,10 +64,14 @@ def encode_texts_with(
                 (conditions,) = encoder.encode([text])
                 outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
     known.update(outputs)  # only now: an interrupted text is not known by half
-    return [{section: encoded(prompts, known) for section, prompts in by_section.items()} for by_section in wanted]
+    return [
+        {section: encoded(prompts, known) for section, prompts in by_section.items()} for by_section in wanted
+    ]
 
 
-def encode_inputs(family: Family, encoders: MediaEncoders, requests: Sequence[Request]) -> list[Mapping[int, Conditions]]:
+def encode_inputs(
+    family: Family, encoders: MediaEncoders, requests: Sequence[Request]
+) -> list[Mapping[int, Conditions]]:
     """The conditions of each request's images and videos by section, on the CPU, with batch dimension.
 
     encoders: on their device; `NO_ENCODERS` will do where no request `needs_media`.
@@ -74,7 +80,9 @@ def encode_inputs(family: Family, encoders: MediaEncoders, requests: Sequence[Re
     with torch.no_grad():
         for request in requests:
             by_section = family.request_conditions(encoders, request)
-            found.append({section: conditions_to(conditions, CPU) for section, conditions in by_section.items()})
+            found.append(
+                {section: conditions_to(conditions, CPU) for section, conditions in by_section.items()}
+            )
     return found
 
 
@@ -88,7 +96,8 @@ class Session:
     keep: bool  # whether networks stay on the CPU between their phases, for the next prompt
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
-    most_beside: int = field(default=0, init=False)  # bytes of the device, where something was let in beside the DiT
+    # bytes of the device, where something was let in beside the DiT
+    most_beside: int = field(default=0, init=False)
     _known: Texts = field(default_factory=dict)
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
@@ -99,14 +108,19 @@ class Session:
         """The encoded texts of the requests."""
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
-        return encode_texts_with(self._text_encoders, self.family, requests, self.device, self._known, self.keep)
+        return encode_texts_with(
+            self._text_encoders, self.family, requests, self.device, self._known, self.keep
+        )
 
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
-        """The VAE on the device, with the image encoder where `images`; `again`: they are needed later and wait on the CPU."""
+        """The VAE on the device, with the image encoder where `images`; `again`: they are needed later and
+        wait on the CPU.
+        """
         try:
             if self._media is None or (images and not self._has_image_encoder):
-                self._media = None  # the VAE comes again with the image encoder: rare, and two at once would not fit
+                # the VAE comes again with the image encoder: rare, and two at once would not fit
+                self._media = None
                 self._media, self._has_image_encoder = self.family.media_encoders(self.device, images), images
             else:
                 _move(self._media, self.device, images)
@@ -125,7 +139,9 @@ class Session:
             self._media, self._has_image_encoder = replace(self._media, image_encoder=None), False
 
     def dit_can_stay(self, needed: int | None) -> bool:
-        """Whether the DiT may stay where it works while something else needs so many bytes of the device; None: not known."""
+        """Whether the DiT may stay where it works while something else needs so many bytes of the device;
+        None: not known.
+        """
         if self.device.type == "cpu":
             return True
         if self.device.type == "cuda" and needed is not None and needed <= self.spare_bytes(self.device):
@@ -137,12 +153,14 @@ class Session:
     def dit_aside(self) -> Iterator[None]:
         """A block in the midst of the DiT's work, which waits on the CPU meanwhile.
 
-        Raises MemoryPlanError where the host has no room for it; there a system may end the process without a word.
+        Raises MemoryPlanError where the host has no room for it; there a system may end the process without a
+        word.
         """
         weights, room = sum(bytes_on(dit, self.device) for dit in self._dits), self.host_room()
         if room is not None and weights > room:
             raise MemoryPlanError(
-                f"the transformer would have to wait in host memory, which has {gib(room)} GiB free; it takes {gib(weights)} GiB"
+                f"the transformer would have to wait in host memory, which has {gib(room)} GiB free; it "
+                f"takes {gib(weights)} GiB"
             )
         try:
             for dit in self._dits:
@@ -159,14 +177,20 @@ class Session:
         experts = self.family.experts
 
         def dit_at(timestep: float) -> nn.Module:
-            begun = [(lowest, index) for index, lowest in enumerate(experts) if lowest <= max(timestep, min(experts))]
+            begun = [
+                (lowest, index)
+                for index, lowest in enumerate(experts)
+                if lowest <= max(timestep, min(experts))
+            ]
             return self._dits[max(begun)[1]]
 
         try:
             for dit in self._dits:
                 move_network(dit, self.device)
             if not self._dits:
-                self._dits = [self.load_dit(expert).eval().requires_grad_(False) for expert in range(len(experts))]
+                self._dits = [
+                    self.load_dit(expert).eval().requires_grad_(False) for expert in range(len(experts))
+                ]
             yield dit_at
         finally:  # also where Ctrl-C comes in the middle of a move
             if self.keep:
@@ -189,7 +213,9 @@ def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
     """All of them one after the other, those that are there."""
     for by_section in wanted:
         for prompts in by_section.values():
-            yield from (text for text in (prompts.positive, prompts.negative, prompts.blank) if text is not None)
+            yield from (
+                text for text in (prompts.positive, prompts.negative, prompts.blank) if text is not None
+            )
 
 
 def encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> EncodedPrompts:

@@ -1,8 +1,10 @@
-"""Blocks of a transformer in which video and text tokens attend to each other; first with weights of their own, then with the same.
+"""Blocks of a transformer in which video and text tokens attend to each other; first with weights of their
+own, then with the same.
 
-Source: the released model code and Kong et al. 2024, arXiv 2412.03603, after Esser et al. 2024, arXiv 2403.03206.
-What is always float32: the embedding that modulates, modulation, norms, rotary angles. All else computes in the dtype of its
-weights, or in autocast's, also the residual stream. Module names follow the published checkpoints.
+Source: the released model code and Kong et al. 2024, arXiv 2412.03603, after Esser et al. 2024, arXiv
+2403.03206. What is always float32: the embedding that modulates, modulation, norms, rotary angles. All else
+computes in the dtype of its weights, or in autocast's, also the residual stream. Module names follow the
+published checkpoints.
 """
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
@@ -28,7 +30,8 @@ class Tokens:
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
     rotary: Tensor  # turns by position of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not turned
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
-    vector: Tensor  # B C float32: timestep, pooled text and guidance, from which every block makes its modulation
+    # B C float32: timestep, pooled text and guidance, from which every block makes its modulation
+    vector: Tensor
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
 
@@ -94,7 +97,9 @@ class MMDoubleStreamBlock(nn.Module):
         # x: B L+T C
         video, text = x[:, : tokens.video], x[:, tokens.video :]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(tokens.vector)
-        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.txt_mod(tokens.vector)
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.txt_mod(
+            tokens.vector
+        )
 
         h = run(self.img_attn_qkv, modulated(self.norm(video), shift1, scale1, tokens.dtype))
         q, k, v = heads(h, self.num_heads)
@@ -102,7 +107,8 @@ class MMDoubleStreamBlock(nn.Module):
         h = run(self.txt_attn_qkv, modulated(self.norm(text), text_shift1, text_scale1, tokens.dtype))
         text_q, text_k, text_v = heads(h, self.num_heads)
         text_q, text_k = self.txt_attn_q_norm(text_q), self.txt_attn_k_norm(text_k)
-        q, k, v = torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1), torch.cat([v, text_v], dim=1)  # B L+T N D
+        # B L+T N D
+        q, k, v = torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1), torch.cat([v, text_v], dim=1)
         seen = attend(q, k, v, tokens.attention, tokens.lengths).flatten(2)
 
         video = gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
@@ -112,8 +118,12 @@ class MMDoubleStreamBlock(nn.Module):
         video = self.feed_forward(video, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
         return torch.cat([video, text], dim=1)
 
-    def feed_forward(self, x: Tensor, mlp: Mlp, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        """The last branch of a stream, added to x: B L C. Each token is treated by itself. shift, scale, gate: B 1 C float32."""
+    def feed_forward(
+        self, x: Tensor, mlp: Mlp, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The last branch of a stream, added to x: B L C. Each token is treated by itself. shift, scale,
+        gate: B 1 C float32.
+        """
         return gated(x, gate, mlp(modulated(self.norm(x), shift, scale, dtype)))
 
 
@@ -134,7 +144,9 @@ class MMSingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
-        qkv, hidden = run(self.linear1, modulated(self.norm(x), shift, scale, tokens.dtype)).split(self.widths, dim=-1)
+        qkv, hidden = run(self.linear1, modulated(self.norm(x), shift, scale, tokens.dtype)).split(
+            self.widths, dim=-1
+        )
         q, k, v = heads(qkv, self.num_heads)
         seen = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
         return gated(x, gate, run(self.linear2, torch.cat([seen, gelu(hidden)], dim=-1)))

@@ -25,10 +25,21 @@ logger = logging.getLogger(__name__)
 
 DIT = DitSpec(
     block_lists=("double_blocks", "single_blocks"),
-    fp8_exclude=("norm", "time_in", "vector_in", "guidance_in", "txt_in", "img_in", "modulation", "bias", "head"),
+    fp8_exclude=(
+        "norm",
+        "time_in",
+        "vector_in",
+        "guidance_in",
+        "txt_in",
+        "img_in",
+        "modulation",
+        "bias",
+        "head",
+    ),
     input_layers=("img_in", "txt_in"),
     token_wise=("feed_forward",),
-    swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),  # a single block is about half as large
+    # a single block is about half as large
+    swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),
     # as they compute so; under 1 % of the model
     keep_float32=("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder."),
 )
@@ -50,10 +61,14 @@ FROM_COMFY: Names = (
     (r"(.+\.(?:img_mod|txt_mod|modulation))\.lin\.(\w+)", r"\1.linear.\2"),
 )
 
-# diffusers' names -> the published ones. Source: checkpoints of hunyuanvideo-community/HunyuanVideo and Skywork/SkyReels-V1-*.
-# A name that ends in #n is the nth of the parts that stand one below the other in the published tensor.
+# diffusers' names -> the published ones. Source: checkpoints of hunyuanvideo-community/HunyuanVideo and
+# Skywork/SkyReels-V1-*. A name that ends in #n is the nth of the parts that stand one below the other in the
+# published tensor.
 _DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)", r"single_transformer_blocks\.(\d+)"
-_REFINER, _REFINED = r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)", r"txt_in.individual_token_refiner.blocks.\1"
+_REFINER, _REFINED = (
+    r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)",
+    r"txt_in.individual_token_refiner.blocks.\1",
+)
 _QKV = (("q", 0), ("k", 1), ("v", 2))
 FROM_DIFFUSERS: Names = (
     (r"x_embedder\.proj\.(\w+)", r"img_in.proj.\1"),
@@ -67,7 +82,10 @@ FROM_DIFFUSERS: Names = (
     (r"context_embedder\.time_text_embed\.timestep_embedder\.linear_1\.(\w+)", r"txt_in.t_embedder.mlp.0.\1"),
     (r"context_embedder\.time_text_embed\.timestep_embedder\.linear_2\.(\w+)", r"txt_in.t_embedder.mlp.2.\1"),
     (r"context_embedder\.time_text_embed\.text_embedder\.(linear_[12])\.(\w+)", r"txt_in.c_embedder.\1.\2"),
-    *((rf"{_REFINER}\.attn\.to_{letter}\.(\w+)", rf"{_REFINED}.self_attn_qkv.\2#{part}") for letter, part in _QKV),
+    *(
+        (rf"{_REFINER}\.attn\.to_{letter}\.(\w+)", rf"{_REFINED}.self_attn_qkv.\2#{part}")
+        for letter, part in _QKV
+    ),
     (rf"{_REFINER}\.attn\.to_out\.0\.(\w+)", rf"{_REFINED}.self_attn_proj.\2"),
     (rf"{_REFINER}\.ff\.net\.0\.proj\.(\w+)", rf"{_REFINED}.mlp.fc1.\2"),
     (rf"{_REFINER}\.ff\.net\.2\.(\w+)", rf"{_REFINED}.mlp.fc2.\2"),
@@ -75,8 +93,14 @@ FROM_DIFFUSERS: Names = (
     (rf"{_REFINER}\.(norm[12])\.(\w+)", rf"{_REFINED}.\2.\3"),
     (rf"{_DOUBLE}\.norm1\.linear\.(\w+)", r"double_blocks.\1.img_mod.linear.\2"),
     (rf"{_DOUBLE}\.norm1_context\.linear\.(\w+)", r"double_blocks.\1.txt_mod.linear.\2"),
-    *((rf"{_DOUBLE}\.attn\.to_{letter}\.(\w+)", rf"double_blocks.\1.img_attn_qkv.\2#{part}") for letter, part in _QKV),
-    *((rf"{_DOUBLE}\.attn\.add_{letter}_proj\.(\w+)", rf"double_blocks.\1.txt_attn_qkv.\2#{part}") for letter, part in _QKV),
+    *(
+        (rf"{_DOUBLE}\.attn\.to_{letter}\.(\w+)", rf"double_blocks.\1.img_attn_qkv.\2#{part}")
+        for letter, part in _QKV
+    ),
+    *(
+        (rf"{_DOUBLE}\.attn\.add_{letter}_proj\.(\w+)", rf"double_blocks.\1.txt_attn_qkv.\2#{part}")
+        for letter, part in _QKV
+    ),
     (rf"{_DOUBLE}\.attn\.to_out\.0\.(\w+)", r"double_blocks.\1.img_attn_proj.\2"),
     (rf"{_DOUBLE}\.attn\.to_add_out\.(\w+)", r"double_blocks.\1.txt_attn_proj.\2"),
     (rf"{_DOUBLE}\.attn\.norm_([qk])\.(\w+)", r"double_blocks.\1.img_attn_\2_norm.\3"),
@@ -85,7 +109,10 @@ FROM_DIFFUSERS: Names = (
     (rf"{_DOUBLE}\.ff\.net\.2\.(\w+)", r"double_blocks.\1.img_mlp.fc2.\2"),
     (rf"{_DOUBLE}\.ff_context\.net\.0\.proj\.(\w+)", r"double_blocks.\1.txt_mlp.fc1.\2"),
     (rf"{_DOUBLE}\.ff_context\.net\.2\.(\w+)", r"double_blocks.\1.txt_mlp.fc2.\2"),
-    *((rf"{_SINGLE}\.attn\.to_{letter}\.(\w+)", rf"single_blocks.\1.linear1.\2#{part}") for letter, part in _QKV),
+    *(
+        (rf"{_SINGLE}\.attn\.to_{letter}\.(\w+)", rf"single_blocks.\1.linear1.\2#{part}")
+        for letter, part in _QKV
+    ),
     (rf"{_SINGLE}\.proj_mlp\.(\w+)", r"single_blocks.\1.linear1.\2#3"),
     (rf"{_SINGLE}\.proj_out\.(\w+)", r"single_blocks.\1.linear2.\2"),
     (rf"{_SINGLE}\.norm\.linear\.(\w+)", r"single_blocks.\1.modulation.linear.\2"),
@@ -93,7 +120,8 @@ FROM_DIFFUSERS: Names = (
     (r"norm_out\.linear\.(\w+)", r"final_layer.adaLN_modulation.1.\1"),
     (r"proj_out\.(\w+)", r"final_layer.linear.\1"),
 )
-SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")  # diffusers: scale first, then shift
+# diffusers: scale first, then shift
+SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")
 DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only it has, its names
     "official": ("double_blocks.0.img_attn_qkv.weight", ()),
     "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", FROM_COMFY),
@@ -102,12 +130,17 @@ DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only i
 
 
 def read_dit_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
-    """Dimensions, dialect and dtype of an open file. Raises CheckpointError where it is no transformer that can run here."""
+    """Dimensions, dialect and dtype of an open file.
+
+    Raises CheckpointError where it is no transformer that can run here.
+    """
     return _header(bare_names(checkpoint))
 
 
 def identify(path: Path) -> str | None:
-    """What a file is, where it is a transformer of this family or a relative of one; None where nothing is known."""
+    """What a file is, where it is a transformer of this family or a relative of one; None where nothing is
+    known.
+    """
     try:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
@@ -133,9 +166,10 @@ def describe(checkpoint: Checkpoint) -> str | None:
 def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-    dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and pooled text are kept in
-    float32. `placement.patch` is given the published parameter names.
-    Raises CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not know.
+    dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and
+    pooled text are kept in float32. `placement.patch` is given the published parameter names. Raises
+    CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not
+    know.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
@@ -153,7 +187,11 @@ def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
 
 def _name_of(config: HunyuanVideoConfig) -> str:
     """The two T2V models have the same tensors; nothing in a file tells one from the other."""
-    return "the SkyReels V1 I2V transformer" if config.kind == "i2v" else "a HunyuanVideo or SkyReels V1 T2V transformer"
+    return (
+        "the SkyReels V1 I2V transformer"
+        if config.kind == "i2v"
+        else "a HunyuanVideo or SkyReels V1 T2V transformer"
+    )
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
@@ -161,19 +199,29 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     relative = _relative(checkpoint)
     if relative is not None:
         raise CheckpointError(
-            f"{path} is {relative}, which is not supported here.\n  Give a HunyuanVideo T2V or SkyReels V1 checkpoint to --dit.",
+            f"{path} is {relative}, which is not supported here.\n  Give a HunyuanVideo T2V or SkyReels V1 "
+            "checkpoint to --dit.",
             path,
         )
-    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names and _has_refiner(names)), None)
+    dialect = next(
+        (name for name, (mark, _) in DIALECTS.items() if mark in names and _has_refiner(names)), None
+    )
     if dialect is None:
-        files = "the transformer's checkpoint, such as mp_rank_00_model_states.pt or skyreels_hunyuan_i2v_bf16.safetensors,"
+        files = (
+            "the transformer's checkpoint, such as mp_rank_00_model_states.pt or "
+            "skyreels_hunyuan_i2v_bf16.safetensors,"
+        )
         raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
     mark, table = DIALECTS[dialect]
     shapes = {translated(name, table): info.shape for name, info in names.items()}
     config = _config(DitShapes(path, shapes, "HunyuanVideo"))
     known = {config.out_dim, config.out_dim + IMAGE_CHANNELS}
     if config.in_dim not in known:
-        name = "HunyuanVideo-I2V" if config.in_dim == 2 * config.out_dim + 1 else "an unknown relative of HunyuanVideo"
+        name = (
+            "HunyuanVideo-I2V"
+            if config.in_dim == 2 * config.out_dim + 1
+            else "an unknown relative of HunyuanVideo"
+        )
         raise CheckpointError(
             f"{path} is {name} with {config.in_dim} input channels, which is not supported.\n"
             "  Give a HunyuanVideo T2V or SkyReels V1 checkpoint to --dit.",
@@ -206,10 +254,13 @@ def _config(found: DitShapes) -> HunyuanVideoConfig:
 
 
 def check_heads(path: Path, dim: int, head_width: int, name: str) -> None:
-    """Raises CheckpointError where a width cannot be cut into such heads, or these not into the axes of the rotary table."""
+    """Raises CheckpointError where a width cannot be cut into such heads, or these not into the axes of the
+    rotary table.
+    """
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(
-            f"{path}: width {dim} with heads of {head_width} is no {name} transformer. Its heads divide the width and are a "
+            f"{path}: width {dim} with heads of {head_width} is no {name} transformer. Its heads divide the "
+            "width and are a "
             f"multiple of {TABLE_MULTIPLE}.",
             path,
         )
@@ -217,7 +268,10 @@ def check_heads(path: Path, dim: int, head_width: int, name: str) -> None:
 
 def _has_refiner(names: Iterable[str]) -> bool:
     """What FLUX, whose double blocks ComfyUI names the same, does not have."""
-    return any(name.startswith(("txt_in.individual_token_refiner.", "context_embedder.token_refiner.")) for name in names)
+    return any(
+        name.startswith(("txt_in.individual_token_refiner.", "context_embedder.token_refiner."))
+        for name in names
+    )
 
 
 def _relative(checkpoint: Checkpoint) -> str | None:
@@ -278,7 +332,9 @@ def _joined(parts: list[Source]) -> Source:
         whole = torch.cat([weight.view(torch.uint8) for weight in weights]).view(weights[0].dtype)
         if any(scale.ndim == 3 for scale in scales):
             return whole, torch.cat(scales)
-        return whole, torch.cat([scale.expand(len(weight), 1) for weight, scale in zip(weights, scales, strict=True)])
+        return whole, torch.cat(
+            [scale.expand(len(weight), 1) for weight, scale in zip(weights, scales, strict=True)]
+        )
 
     names = tuple(name for part in parts for name in part.names)
     kept = all(part.as_fp8 is not None for part in parts)
@@ -295,14 +351,20 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, Source]:
     """Each tensor of the file by its own name, fp8 weights with their scales multiplied out."""
     sources = plain_sources(checkpoint)
-    plain_fp8 = [name for name in sources if checkpoint.tensors[name].dtype.itemsize == 1 and sources[name].build is None]
+    plain_fp8 = [
+        name
+        for name in sources
+        if checkpoint.tensors[name].dtype.itemsize == 1 and sources[name].build is None
+    ]
     path = checkpoint.path
     if path.suffix != ".pt" or header.dialect != "official" or not plain_fp8:
         return sources  # safetensors files without scales are plain casts
     scales = _read_scale_map(path)
     missing = [name for name in plain_fp8 if name.removesuffix(".weight") not in scales]
     if missing:
-        raise CheckpointError(f"{_map_path(path)} has no scale for {missing[0]}: it belongs to another file than {path}.", path)
+        raise CheckpointError(
+            f"{_map_path(path)} has no scale for {missing[0]}: it belongs to another file than {path}.", path
+        )
     return sources | {name: _times(name, scales[name.removesuffix(".weight")]) for name in plain_fp8}
 
 
@@ -323,11 +385,17 @@ def _read_scale_map(path: Path) -> dict[str, float]:
     try:
         return {str(name): float(value) for name, value in content.items()}
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{found} is no map of scales ({error}). Download or copy it again.", found) from error
+        raise CheckpointError(
+            f"{found} is no map of scales ({error}). Download or copy it again.", found
+        ) from error
 
 
 def _times(name: str, scale: float) -> Source:
     def factor(weight: Tensor) -> Tensor:
         return torch.tensor([scale], device=weight.device)
 
-    return Source((name,), lambda weight: dequantise(weight, factor(weight)), lambda weight: (weight, stored_scale(factor(weight))))
+    return Source(
+        (name,),
+        lambda weight: dequantise(weight, factor(weight)),
+        lambda weight: (weight, stored_scale(factor(weight))),
+    )

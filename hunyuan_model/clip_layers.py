@@ -46,9 +46,14 @@ class LayerConfig(Protocol):
 
 
 def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
-    """Raise CheckpointError where config.json asks for a function that no tower has. usual: what it should say, for the message."""
+    """Raise CheckpointError where config.json asks for a function that no tower has.
+
+    usual: what it should say, for the message.
+    """
     if config.activation not in ACTIVATIONS:
-        raise CheckpointError(f"{path}: its config.json asks for the activation {config.activation}; {usual}.", path)
+        raise CheckpointError(
+            f"{path}: its config.json asks for the activation {config.activation}; {usual}.", path
+        )
 
 
 class ClipAttention(nn.Module):
@@ -65,9 +70,12 @@ class ClipAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for linear in (self.q_proj, self.k_proj, self.v_proj)
+            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
         )  # each B N L D
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal).transpose(1, 2).flatten(2))
+        return self.out_proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal).transpose(1, 2).flatten(2)
+        )
 
 
 class ClipFeedForward(nn.Module):

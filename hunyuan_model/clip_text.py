@@ -51,7 +51,10 @@ class ClipText(nn.Module):
 
 
 def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype) -> ClipText:
-    """Load the text tower; fp8 weights are multiplied out. Raises CheckpointError where the file is damaged or of another model."""
+    """Load the text tower; fp8 weights are multiplied out.
+
+    Raises CheckpointError where the file is damaged or of another model.
+    """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")

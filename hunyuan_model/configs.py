@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
-SKIP_LAYERS = 2  # --hidden_state_skip_layer: layers of the language model behind the state that the transformer was trained with
-IMAGE_CHANNELS = 16  # of the first frame's latents, behind the noisy ones where a model is conditioned on an image
+# --hidden_state_skip_layer: layers of the language model behind the state that the transformer was trained
+# with
+SKIP_LAYERS = 2
+# of the first frame's latents, behind the noisy ones where a model is conditioned on an image
+IMAGE_CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class HunyuanVideoConfig:
     pooled_dim: int  # width of the CLIP text encoder's pooled output
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    has_guidance: bool = True  # guidance_in is there: the guidance scale is an input, one pass a step is enough
+    # guidance_in is there: the guidance scale is an input, one pass a step is enough
+    has_guidance: bool = True
     rope_theta: float = 256.0
     eps: float = 1e-6
 

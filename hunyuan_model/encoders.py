@@ -1,4 +1,6 @@
-"""The VAE and the text encoders that HunyuanVideo and FramePack share: where their files are, and what they compute in."""
+"""The VAE and the text encoders that HunyuanVideo and FramePack share: where their files are, and what they
+compute in.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +21,8 @@ from modules.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Encoders:
-    """Paths as given, dtypes as asked for. The path properties raise OptionError or CheckpointError naming the option.
+    """Paths as given, dtypes as asked for. The path properties raise OptionError or CheckpointError naming
+    the option.
 
     A dtype that was not asked for is float16 as released, beside a float32 transformer float32.
     """
@@ -42,7 +45,9 @@ class Encoders:
 
     @property
     def text_encoder1_path(self) -> Path:
-        return existing(self.text_encoder1, "--text_encoder1", "the prompts are encoded by LLaVA's language model")
+        return existing(
+            self.text_encoder1, "--text_encoder1", "the prompts are encoded by LLaVA's language model"
+        )
 
     @property
     def text_encoder2_path(self) -> Path:
@@ -71,9 +76,14 @@ class Encoders:
         )
 
     def load_vae(self, device: torch.device, dit_dtype: torch.dtype | None) -> HunyuanVae:
-        """The VAE. dit_dtype: what the transformer computes in; None where there is none. Raises as `load_vae`."""
+        """The VAE.
+
+        dit_dtype: what the transformer computes in; None where there is none. Raises as `load_vae`.
+        """
         dtype = beside(self.vae_dtype, dit_dtype)
-        return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile, tile_frames=self.vae_tile_frames)
+        return load_vae(
+            self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile, tile_frames=self.vae_tile_frames
+        )
 
     def vae_identity(self, dit_dtype: torch.dtype | None) -> Mapping[str, str]:
         """What latents depend on, beside what is encoded."""
@@ -81,19 +91,27 @@ class Encoders:
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
     def check(self, dit_path: Path, text_dim: int, pooled_dim: int) -> None:
-        """Raise CheckpointError where a given file is another kind or size of network than the transformer needs. Loads nothing."""
+        """Raise CheckpointError where a given file is another kind or size of network than the transformer
+        needs. Loads nothing.
+        """
         if self.vae is not None:
             read_once(self.vae_path, read_vae)
         if self.text_encoder1 is not None:
             path = LlavaTextEncoder(self.text_encoder1_path).path
-            _check_width("--text_encoder1", path, read_once(path, _llama_width), dit_path, text_dim, LLAMA_FILES)
+            _check_width(
+                "--text_encoder1", path, read_once(path, _llama_width), dit_path, text_dim, LLAMA_FILES
+            )
         if self.text_encoder2 is not None:
             path = ClipTextEncoder(self.text_encoder2_path).path
-            _check_width("--text_encoder2", path, read_once(path, _clip_width), dit_path, pooled_dim, CLIP_FILES)
+            _check_width(
+                "--text_encoder2", path, read_once(path, _clip_width), dit_path, pooled_dim, CLIP_FILES
+            )
 
 
 def beside(chosen: torch.dtype | None, dit_dtype: torch.dtype | None) -> torch.dtype:
-    """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer float32."""
+    """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer
+    float32.
+    """
     if chosen is not None:
         return chosen
     return torch.float32 if dit_dtype == torch.float32 else torch.float16
@@ -101,11 +119,14 @@ def beside(chosen: torch.dtype | None, dit_dtype: torch.dtype | None) -> torch.d
 
 def _check_width(option: str, path: Path, width: int, dit_path: Path, taken: int, give: str) -> None:
     if width != taken:
-        raise CheckpointError(f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path)
+        raise CheckpointError(
+            f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path
+        )
 
 
 def _llama_width(checkpoint: Checkpoint) -> int:
-    return read_llama(checkpoint, skip_layers=0, final_norm=False).config.dim  # which state is asked for does not change it
+    # which state is asked for does not change it
+    return read_llama(checkpoint, skip_layers=0, final_norm=False).config.dim
 
 
 def _clip_width(checkpoint: Checkpoint) -> int:

@@ -61,7 +61,8 @@ class HunyuanVideo:
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
     trained_guidance: float = 1.0  # what training feeds the model's guidance input
-    negative_is_empty: bool = True  # generation: without a negative prompt it is empty; training samples: then no guidance
+    # generation: without a negative prompt it is empty; training samples: then no guidance
+    negative_is_empty: bool = True
 
     name: str = field(default="hunyuan_video", init=False)
     cache_tag: str = field(default="hv", init=False)
@@ -129,14 +130,20 @@ class HunyuanVideo:
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError where there is control media, which nothing here follows."""
         if table.has_control:
-            raise DatasetError(f"{table.name}: HunyuanVideo follows no control video. Take control_directory out of the dataset.")
+            raise DatasetError(
+                f"{table.name}: HunyuanVideo follows no control video. Take control_directory out of the "
+                "dataset."
+            )
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
         """None: a file for each item."""
         return None
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every clip; with `caches_image` also those of its first frame alone. Stored in the VAE's dtype, not scaled."""
+        """Latents of every clip; with `caches_image` also those of its first frame alone.
+
+        Stored in the VAE's dtype, not scaled.
+        """
         parts = media.encoded_at_once(encoders.vae.device)
         return [[entry] for part in parts for entry in cached_latents(encoders.vae, part, self.caches_image)]
 
@@ -148,8 +155,10 @@ class HunyuanVideo:
         channels = self.files.dit_header().config.in_dim
         if self.dit_channels not in (None, channels):
             raise OptionError(
-                f"--dit_in_channels {self.dit_channels}: {self.files.dit_path} takes {channels}. Leave the option out, or give "
-                f"{'the SkyReels V1 image-to-video' if channels == LATENT.channels else 'a text-to-video'} checkpoint to --dit."
+                f"--dit_in_channels {self.dit_channels}: {self.files.dit_path} takes {channels}. Leave the "
+                "option out, or give "
+                f"{'the SkyReels V1 image-to-video' if channels == LATENT.channels else 'a text-to-video'} "
+                "checkpoint to --dit."
             )
         return (self.files.dit_path,)
 
@@ -158,7 +167,9 @@ class HunyuanVideo:
         return kept_dtype(self.files.dit_header().block_dtype, self._with_dtype(placement))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """The transformer, checked against --dit_in_channels. --dit_dtype counts where the caller asks for no dtype."""
+        """The transformer, checked against --dit_in_channels. --dit_dtype counts where the caller asks for no
+        dtype.
+        """
         (path,) = self.dit_files
         dit = load_dit(path, self._with_dtype(placement))
         if self.text_multipliers is not None:
@@ -166,7 +177,9 @@ class HunyuanVideo:
         return dit
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """What training gives `predict`: text, guidance (B), and by transformer `condition_latents` (B C F H W)."""
+        """What training gives `predict`: text, guidance (B), and by transformer `condition_latents` (B C F H
+        W).
+        """
         batch.check(dict.fromkeys(sorted(TEXT_KEYS), "cache_text_encoder_outputs.py"), "the transformer")
         config = self.files.dit_header().config
         remedy = "cache_text_encoder_outputs.py and the text encoders of HunyuanVideo"
@@ -176,14 +189,19 @@ class HunyuanVideo:
             "guidance": torch.full((len(latents),), self.trained_guidance, device=latents.device),
         }
         if self._starts_from_image:
-            conditions["condition_latents"] = first_frame_condition(first_frame_of(batch, latents, LATENT), latents.shape[2])
+            conditions["condition_latents"] = first_frame_condition(
+                first_frame_of(batch, latents, LATENT), latents.shape[2]
+            )
         return conditions
 
-    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
-        """Velocity B C F H W in float32. cond: llm B T D, llm_mask B T, clipL B E, guidance B, condition_latents B C F H W.
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Velocity B C F H W in float32. cond: llm B T D, llm_mask B T, clipL B E, guidance B,
+        condition_latents B C F H W.
 
-        Timesteps are rounded to the dtype of the guidance: generation rounds both to what the model computes in, as the released
-        code, training neither.
+        Timesteps are rounded to the dtype of the guidance: generation rounds both to what the model computes
+        in, as the released code, training neither.
         """
 
         def given(name: str) -> Tensor:
@@ -209,19 +227,28 @@ class HunyuanVideo:
     def prepare(self, request: Request) -> Request:
         """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
 
-        Raises OptionError where a needed image is missing or a size cannot be made, CheckpointError where a file is missing or of
-        another kind.
+        Raises OptionError where a needed image is missing or a size cannot be made, CheckpointError where a
+        file is missing or of another kind.
         """
         _ = self.dit_files  # raises where it does not fit
         self.files.check_encoders()
-        taken = {"image_path": self._starts_from_image, "end_image_path": False, "control_path": False, "video_path": True}
+        taken = {
+            "image_path": self._starts_from_image,
+            "end_image_path": False,
+            "control_path": False,
+            "video_path": True,
+        }
         request = with_media(request, taken, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
             require(request.image_path, "--image_path", f"{self.files.dit_path} starts from an image")
         usual = self.defaults
         if usual.embedded_guidance is None and request.embedded_guidance not in (None, EMBEDDED_GUIDANCE):
             scale = request.embedded_guidance
-            logger.warning("the embedded guidance %g is ignored because %s has no input for it", scale, self.files.dit_path)
+            logger.warning(
+                "the embedded guidance %g is ignored because %s has no input for it",
+                scale,
+                self.files.dit_path,
+            )
         request = filled(request, usual)
         request = replace(request, frames=whole_frames(request.size[2], LATENT))
         check_size(request, LATENT)
@@ -229,20 +256,31 @@ class HunyuanVideo:
 
     def prompts(self, request: Request) -> Mapping[int, Prompts]:
         """One section: the prompt, with another text for CLIP where one is given, and the negative prompt."""
-        return {0: Prompts(Prompt(request.prompt, second=self.second_prompt), Prompt(request.negative_prompt or ""))}
+        return {
+            0: Prompts(
+                Prompt(request.prompt, second=self.second_prompt), Prompt(request.negative_prompt or "")
+            )
+        }
 
     def needs_media(self, request: Request) -> bool:
         """Whether an image or a video has to be encoded before denoising."""
         return self._starts_from_image or request.video_path is not None
 
     def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
-        """`condition_latents` of the image, `video_latents` of a video to start from; on the CPU, in model space."""
+        """`condition_latents` of the image, `video_latents` of a video to start from; on the CPU, in model
+        space.
+        """
         width, height, frames = request.size
         generators = [posterior_generator(request.seed)]
         conditions: dict[str, Tensor | list[Tensor]] = {}
         if self._starts_from_image and request.image_path is not None:
-            first = encoders.vae.encode(image_pixels(request.image_path, width, height), generators) * LATENT.scale
-            conditions["condition_latents"] = first_frame_condition(first, LATENT.shape(frames, height, width)[2]).cpu()
+            first = (
+                encoders.vae.encode(image_pixels(request.image_path, width, height), generators)
+                * LATENT.scale
+            )
+            conditions["condition_latents"] = first_frame_condition(
+                first, LATENT.shape(frames, height, width)[2]
+            ).cpu()
         if request.video_path is not None:
             pixels = video_pixels(request.video_path, "--video_path", width, height, frames)
             conditions["video_latents"] = (encoders.vae.encode(pixels, generators) * LATENT.scale).cpu()
@@ -255,10 +293,15 @@ class HunyuanVideo:
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """One run of the denoising loop. Noise is drawn frame by frame, in bfloat16: longer videos begin with that of shorter."""
+        """One run of the denoising loop.
+
+        Noise is drawn frame by frame, in bfloat16: longer videos begin with that of shorter.
+        """
         width, height, frames = request.size
         batch, channels, latent_frames, rows, columns = LATENT.shape(frames, height, width)
-        drawn = [noise.draw((batch, channels, 1, rows, columns), torch.bfloat16) for _ in range(latent_frames)]
+        drawn = [
+            noise.draw((batch, channels, 1, rows, columns), torch.bfloat16) for _ in range(latent_frames)
+        ]
         conditions = dict(inputs.get(0, {}))
         source = conditions.pop("video_latents", None)
         assert source is None or isinstance(source, Tensor)
@@ -304,7 +347,8 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
     return HunyuanVideo(
         HunyuanFiles(options.dit, Encoders().with_vae(options.vae).with_text(options.text)),
         dit_dtype=computing_dtype(options.dit_dtype, "--dit_dtype", None),
-        dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,  # 16 is its default
+        # 16 is its default
+        dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,
         trained_guidance=options.embedded_guidance,
         negative_is_empty=False,
     )

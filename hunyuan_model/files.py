@@ -12,7 +12,10 @@ from modules.checkpoints.model_files import existing, read_once
 
 @dataclass(frozen=True)
 class HunyuanFiles:
-    """Paths as given. `dit_path` is one that exists, or raises OptionError or CheckpointError naming the option."""
+    """Paths as given.
+
+    `dit_path` is one that exists, or raises OptionError or CheckpointError naming the option.
+    """
 
     dit: Path | None = None
     encoders: Encoders = Encoders()

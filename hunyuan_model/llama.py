@@ -33,7 +33,8 @@ def rotary_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]
 class LlamaNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x.
 
-    Rounded before the weight too, as the model was trained and as the released pipelines compute: to the last bit of float16.
+    Rounded before the weight too, as the model was trained and as the released pipelines compute: to the last
+    bit of float16.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -43,7 +44,9 @@ class LlamaNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         exact = x.float()  # the squares of float16 overflow
-        return self.weight * (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        )
 
 
 class LlamaAttention(nn.Module):
@@ -61,7 +64,8 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, seen: Tensor) -> Tensor:
         """x: B L C. seen: B 1 L L, which keys each query looks at."""
         q, k, v = (
-            linear(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for linear in (self.q_proj, self.k_proj, self.v_proj)
+            linear(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
         )  # q: B N L D    k, v: B K L D
         q, k = rotate_halves(q, cosine, sine), rotate_halves(k, cosine, sine)
         k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
@@ -112,13 +116,16 @@ class Llama(nn.Module):
         return self.embed_tokens.weight.device
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The hidden state B L C. ids: B L, on the right filled up to one length. mask: B L, 1 for real tokens.
+        """The hidden state B L C. ids: B L, on the right filled up to one length. mask: B L, 1 for real
+        tokens.
 
         What stands at filled places comes from the real tokens before, as in the released pipeline.
         """
         length = ids.shape[1]
         x = self.embed_tokens(ids)
-        cosine, sine = (part.to(x) for part in rotary_table(length, self.config.head_width, self.config.theta))
+        cosine, sine = (
+            part.to(x) for part in rotary_table(length, self.config.head_width, self.config.theta)
+        )
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         seen = causal & mask.bool()[:, None, None, :]  # B 1 L L; the first token is real, so no row is empty
         for layer in self.layers:
@@ -127,9 +134,15 @@ class Llama(nn.Module):
 
 
 def load_llama(
-    path: Path, device: torch.device, dtype: torch.dtype, skip_layers: int, final_norm: bool, in_fp8: bool = False
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    skip_layers: int,
+    final_norm: bool,
+    in_fp8: bool = False,
 ) -> Llama:
-    """Load the language model up to the state before its last `skip_layers` layers; fp8 weights are multiplied out.
+    """Load the language model up to the state before its last `skip_layers` layers; fp8 weights are
+    multiplied out.
 
     in_fp8: its linear layers are kept in 8 bits, as those of an fp8 file then stay.
 

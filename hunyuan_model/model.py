@@ -1,6 +1,7 @@
 """The HunyuanVideo transformer, which SkyReels V1 has too. Module names follow the published checkpoints.
 
-Source: the released model code and Kong et al. 2024, arXiv 2412.03603. `blocks.py` says what is always float32.
+Source: the released model code and Kong et al. 2024, arXiv 2412.03603. `blocks.py` says what is always
+float32.
 """
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
@@ -57,12 +58,19 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        shift, scale = run(self.adaLN_modulation[1], functional.silu(tokens.vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        shift, scale = (
+            run(self.adaLN_modulation[1], functional.silu(tokens.vector))
+            .float()
+            .unsqueeze(1)
+            .chunk(2, dim=-1)
+        )
         return run(self.linear, modulated(self.norm_final(x), shift, scale, tokens.dtype))
 
 
 class HunyuanVideoModel(nn.Module):
-    """Predicts the velocity of noisy video latents, given text in two encodings and, by variant, guidance and a first frame."""
+    """Predicts the velocity of noisy video latents, given text in two encodings and, by variant, guidance and
+    a first frame.
+    """
 
     def __init__(self, config: HunyuanVideoConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: what `modules.attention.attend.attend` is told."""
@@ -100,12 +108,12 @@ class HunyuanVideoModel(nn.Module):
     ) -> Tensor:
         """Velocity B out_dim F H W in float32.
 
-        noisy: B in_dim F H W; where the model takes an image, its latents stand in frame 0 behind the noisy ones, zeros after it.
-        timesteps: B, 0..1000. llama: B T text_dim, states of the language model. llama_mask: B T, true or 1 for real tokens, which
-        come first. clip_l: B pooled_dim. guidance: B, the number as the model was trained with it (1000 times the scale in
-        generation); a model without guidance embedding does not look at it.
-        skip_blocks: blocks that pass their input through, double blocks counted first.
-        Raises ValueError where sizes do not go together.
+        noisy: B in_dim F H W; where the model takes an image, its latents stand in frame 0 behind the noisy
+        ones, zeros after it. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
+        llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, the
+        number as the model was trained with it (1000 times the scale in generation); a model without guidance
+        embedding does not look at it. skip_blocks: blocks that pass their input through, double blocks
+        counted first. Raises ValueError where sizes do not go together.
         """
         x, tokens = self.embed(noisy, timesteps, llama, llama_mask, clip_l, guidance)
         for block in without_skipped((self.double_blocks, self.single_blocks), skip_blocks):
@@ -132,13 +140,17 @@ class HunyuanVideoModel(nn.Module):
         longest, counts = real_tokens(llama_mask)
         text = self.txt_in(llama[:, :longest], timesteps, counts, dtype, self.attention)
         rotary = self._rotary.of(grid, noisy.device)
-        lengths = None if counts is None else lengths_on([len(rotary) + count for count in counts], noisy.device)
+        lengths = (
+            None if counts is None else lengths_on([len(rotary) + count for count in counts], noisy.device)
+        )
         tokens = Tokens(grid, rotary, lengths, vector, dtype, self.attention)
         return torch.cat([rearrange(patches, "b c f h w -> b (f h w) c"), text], dim=1), tokens
 
     def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Tokens B L+T C to velocity B out_dim F H W, float32."""
-        return from_patches(self.final_layer(x[:, : tokens.video], tokens).float(), tokens.grid, self.config.patch_size)
+        return from_patches(
+            self.final_layer(x[:, : tokens.video], tokens).float(), tokens.grid, self.config.patch_size
+        )
 
     def _check(self, noisy: Tensor, llama: Tensor, llama_mask: Tensor, guidance: Tensor | None) -> None:
         if noisy.shape[1] != self.config.in_dim:
@@ -149,20 +161,26 @@ class HunyuanVideoModel(nn.Module):
 
 
 def without_skipped(lists: Iterable[nn.ModuleList], skip_blocks: Set[int]) -> Iterator[nn.Module]:
-    """The blocks of these lists in order, but those that pass their input through; they are counted over all lists."""
+    """The blocks of these lists in order, but those that pass their input through; they are counted over all
+    lists.
+    """
     for index, block in enumerate(itertools.chain.from_iterable(lists)):
         if index not in skip_blocks:
             yield block
 
 
 def rotary_widths(head_width: int) -> tuple[int, int, int]:
-    """How many of a head's channels are turned by the places along frames, rows and columns: an eighth, and seven sixteenths."""
+    """How many of a head's channels are turned by the places along frames, rows and columns: an eighth, and
+    seven sixteenths.
+    """
     side = 7 * head_width // 16
     return head_width - 2 * side, side, side
 
 
 def check_sizes(noisy: Tensor, patch_size: tuple[int, int, int], text: Tensor, mask: Tensor) -> None:
-    """Raises ValueError where B C F H W latents cannot be cut into patches, or a B T mask is not that of the text."""
+    """Raises ValueError where B C F H W latents cannot be cut into patches, or a B T mask is not that of the
+    text.
+    """
     if any(size % patch for size, patch in zip(noisy.shape[2:], patch_size, strict=True)):
         raise ValueError(f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {patch_size}")
     if mask.shape != text.shape[:2]:
@@ -170,24 +188,36 @@ def check_sizes(noisy: Tensor, patch_size: tuple[int, int, int], text: Tensor, m
 
 
 def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
-    """The values of each token's patch, B L (C pf ph pw), at their places: B C F H W. grid: tokens along frames, rows, columns."""
+    """The values of each token's patch, B L (C pf ph pw), at their places: B C F H W. grid: tokens along
+    frames, rows, columns.
+    """
     (frames, rows, columns), (pf, ph, pw) = grid, patch_size
     return rearrange(
-        patches, "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)", f=frames, h=rows, w=columns, pf=pf, ph=ph, pw=pw
+        patches,
+        "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)",
+        f=frames,
+        h=rows,
+        w=columns,
+        pf=pf,
+        ph=ph,
+        pw=pw,
     )
 
 
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
-    """How many rows of text any sample needs, and how many of these each of the B samples has; None where all have as many.
+    """How many rows of text any sample needs, and how many of these each of the B samples has; None where all
+    have as many.
 
-    mask: B T. The padding behind the longest text is cut off rather than masked: attention without a mask is faster and the same.
-    Raises ValueError where padding stands before a real token.
+    mask: B T. The padding behind the longest text is cut off rather than masked: attention without a mask is
+    faster and the same. Raises ValueError where padding stands before a real token.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     counted = torch.stack([real.sum(dim=1), (real * positions).amax(dim=1)])
     counts, ends = counted.tolist()  # a mask on the device would have the host wait for it
     if counts != ends:
-        raise ValueError(f"padding stands before real tokens in a text mask: {counts} real tokens end at {ends}")
+        raise ValueError(
+            f"padding stands before real tokens in a text mask: {counts} real tokens end at {ends}"
+        )
     longest = max(1, *counts)
     return longest, None if min(counts) == longest else counts

@@ -24,7 +24,9 @@ class HunyuanVaeOptions:
     vae_chunk_size: int | None
 
     def __post_init__(self) -> None:
-        check_at_least("--vae_chunk_size", self.vae_chunk_size, 1, "how many frames a layer computes at a time")
+        check_at_least(
+            "--vae_chunk_size", self.vae_chunk_size, 1, "how many frames a layer computes at a time"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class HunyuanGenerationOptions:
     reproduce: bool
 
     def __post_init__(self) -> None:
-        check_at_least("--hidden_state_skip_layer", self.hidden_state_skip_layer, 0, "0 takes the last layer's state")
+        check_at_least(
+            "--hidden_state_skip_layer", self.hidden_state_skip_layer, 0, "0 takes the last layer's state"
+        )
         if self.dit_in_channels is not None:
             _check_channels(self.dit_in_channels)
         _ = self.text_multipliers
@@ -97,7 +101,10 @@ class HunyuanGenerationOptions:
 
 
 def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | None:
-    """What was given to --te_multiplier as numbers; None where it was not. Raises OptionError for other words."""
+    """What was given to --te_multiplier as numbers; None where it was not.
+
+    Raises OptionError for other words.
+    """
     if words is None:
         return None
     try:
@@ -114,7 +121,9 @@ def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("HunyuanVideo")
     add_vae(group)
     group.add_argument(
-        "--i2v", action="store_true", help="also cache the first frame encoded alone, for training of SkyReels V1 image-to-video"
+        "--i2v",
+        action="store_true",
+        help="also cache the first frame encoded alone, for training of SkyReels V1 image-to-video",
     )
 
 
@@ -129,10 +138,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("HunyuanVideo")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     group.add_argument(
-        "--dit_dtype", type=str, default=None, help="what the transformer computes in; default: as its file stores it"
+        "--dit_dtype",
+        type=str,
+        default=None,
+        help="what the transformer computes in; default: as its file stores it",
     )
     group.add_argument(
-        "--dit_in_channels", type=int, default=16, help="32: the checkpoint has to be the image-to-video one; found from the file"
+        "--dit_in_channels",
+        type=int,
+        default=16,
+        help="32: the checkpoint has to be the image-to-video one; found from the file",
     )
     add_vae(group)
     add_text(group, required=False)
@@ -142,10 +157,14 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoints of a generation, and what is done with the text."""
     group = parser.add_argument_group("HunyuanVideo")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
-    group.add_argument("--dit_in_channels", type=int, default=None, help="input channels it has to have; found from the file")
+    group.add_argument(
+        "--dit_in_channels", type=int, default=None, help="input channels it has to have; found from the file"
+    )
     add_vae(group, always_tiled=True)
     add_text(group, required=False)
-    group.add_argument("--prompt_2", type=str, default=None, help="prompt of the second text encoder; without it the prompt")
+    group.add_argument(
+        "--prompt_2", type=str, default=None, help="prompt of the second text encoder; without it the prompt"
+    )
     group.add_argument(
         "--hidden_state_skip_layer",
         type=int,
@@ -154,17 +173,39 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--apply_final_norm", action="store_true", help="norm that state as the last one is")
     add_te_multiplier(group)
-    group.add_argument("--exclude_single_blocks", action="store_true", help="use of LoRAs only what is for the double blocks")
-    group.add_argument("--reproduce", action="store_true", help="deterministic algorithms only: slower, the same on every run")
+    group.add_argument(
+        "--exclude_single_blocks", action="store_true", help="use of LoRAs only what is for the double blocks"
+    )
+    group.add_argument(
+        "--reproduce",
+        action="store_true",
+        help="deterministic algorithms only: slower, the same on every run",
+    )
     add_split_argument(group)
 
 
-def caching_commands(dataset_config: Path | None, options: HunyuanTrainingOptions, switches: Iterable[str] = ()) -> tuple[str, str]:
-    """What to type where caches of latents, or of texts, are missing. switches: of cache_latents.py, as the transformer needs."""
+def caching_commands(
+    dataset_config: Path | None, options: HunyuanTrainingOptions, switches: Iterable[str] = ()
+) -> tuple[str, str]:
+    """What to type where caches of latents, or of texts, are missing.
+
+    switches: of cache_latents.py, as the transformer needs.
+    """
     dataset = ["--dataset_config", str(dataset_config)]
-    latents = ["python", "cache_latents.py", *dataset, "--vae", str(options.vae.file.vae or "VAE_FILE"), *switches]
+    latents = [
+        "python",
+        "cache_latents.py",
+        *dataset,
+        "--vae",
+        str(options.vae.file.vae or "VAE_FILE"),
+        *switches,
+    ]
     encoders = {"1": options.text.text_encoder1, "2": options.text.text_encoder2}
-    files = [word for number, path in encoders.items() for word in (f"--text_encoder{number}", str(path or f"ENCODER{number}"))]
+    files = [
+        word
+        for number, path in encoders.items()
+        for word in (f"--text_encoder{number}", str(path or f"ENCODER{number}"))
+    ]
     return as_typed(latents), as_typed(["python", "cache_text_encoder_outputs.py", *dataset, *files])
 
 
@@ -172,7 +213,10 @@ def add_vae(group: argparse._ArgumentGroup, always_tiled: bool = False) -> None:
     """The arguments of `HunyuanVaeOptions`. always_tiled: see `add_vae_arguments`."""
     add_vae_arguments(group, always_tiled=always_tiled)
     group.add_argument(
-        "--vae_chunk_size", type=int, default=None, help="frames that a layer of the VAE computes at a time: less memory"
+        "--vae_chunk_size",
+        type=int,
+        default=None,
+        help="frames that a layer of the VAE computes at a time: less memory",
     )
 
 
@@ -210,4 +254,6 @@ def add_text(group: argparse._ArgumentGroup, required: bool) -> None:
 
 def _check_channels(channels: int) -> None:
     if channels not in INPUT_CHANNELS:
-        raise OptionError(f"--dit_in_channels {channels}: 16 for text-to-video, 32 for SkyReels V1 image-to-video")
+        raise OptionError(
+            f"--dit_in_channels {channels}: 16 for text-to-video, 32 for SkyReels V1 image-to-video"
+        )

@@ -1,7 +1,8 @@
 """Which files hold HunyuanVideo's language model and CLIP text tower, and their dimensions.
 
-Both are published under several prefixes, alone or beside an image tower. So the prefix is whatever stands before the table of
-token embeddings, and what belongs to other networks is left out by name. Our modules have Hugging Face's names.
+Both are published under several prefixes, alone or beside an image tower. So the prefix is whatever stands
+before the table of token embeddings, and what belongs to other networks is left out by name. Our modules have
+Hugging Face's names.
 """
 
 from collections.abc import Mapping
@@ -21,16 +22,27 @@ CLIP_TOKENS = 77
 LLAMA_DEFAULTS = {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
 CLIP_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8, "layer_norm_eps": 1e-5}
 
-LLAMA_FILES = "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or llava_llama3_fp16.safetensors"
+LLAMA_FILES = (
+    "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
+    "llava_llama3_fp16.safetensors"
+)
 CLIP_FILES = "the folder text_encoder_2 of HunyuanVideo, clip-vit-large-patch14 or clip_l.safetensors"
 
-# beginnings of names that stand beside the network wanted: other parts of the same model, other networks of all-in-one files
+# beginnings of names that stand beside the network wanted: other parts of the same model, other networks of
+# all-in-one files
 _BESIDE_LLAMA = (
-    *("lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline", "tokenizer"),  # tokenizer: bytes of ComfyUI's files
-    *("language_model.lm_head.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"),
+    # tokenizer: bytes of ComfyUI's files
+    *("lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline", "tokenizer"),
+    *(
+        "language_model.lm_head.",
+        "model.vision_tower.",
+        "model.multi_modal_projector.",
+        "model.image_newline",
+    ),
 )
 _BESIDE_CLIP = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
-_COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq", "embeddings.position_ids")  # in files of old transformers
+# in files of old transformers
+_COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,11 @@ class ClipTextConfig:
     eps: float = 1e-5
 
 
-def read_llama(checkpoint: Checkpoint, skip_layers: int = 0, final_norm: bool = True) -> LoadPlan[LlamaConfig]:
-    """How to load the language model up to a hidden state. skip_layers: how many of the last layers are left out.
+def read_llama(
+    checkpoint: Checkpoint, skip_layers: int = 0, final_norm: bool = True
+) -> LoadPlan[LlamaConfig]:
+    """How to load the language model up to a hidden state. skip_layers: how many of the last layers are left
+    out.
 
     LlavaForConditionalGeneration, LlamaForCausalLM or the bare LlamaModel, ComfyUI's files, fp8 or not.
     Raises CheckpointError for any other file, or where it has fewer layers.
@@ -78,17 +93,22 @@ def read_llama(checkpoint: Checkpoint, skip_layers: int = 0, final_norm: bool = 
     num_layers = all_layers - skip_layers
     if num_layers < 0:
         raise CheckpointError(
-            f"{checkpoint.path} has {all_layers} layers, --hidden_state_skip_layer {skip_layers} would skip more. "
+            f"{checkpoint.path} has {all_layers} layers, --hidden_state_skip_layer {skip_layers} would skip "
+            "more. "
             "Give a smaller number.",
             checkpoint.path,
         )
     vocabulary, dim = shape("embed_tokens.weight")
-    rows, key_rows = shape("layers.0.self_attn.q_proj.weight")[0], shape("layers.0.self_attn.k_proj.weight")[0]
+    rows, key_rows = (
+        shape("layers.0.self_attn.q_proj.weight")[0],
+        shape("layers.0.self_attn.k_proj.weight")[0],
+    )
     told = told_beside(checkpoint.path, "text_config", "llama", dim, LLAMA_DEFAULTS)
     width = head_width(checkpoint.path, rows, told, LLAMA_HEAD_WIDTH)
     if key_rows % width or (rows // width) % max(1, key_rows // width):
         raise CheckpointError(
-            f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys are not made of heads of {width} channels. "
+            f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys are not made of heads of "
+            f"{width} channels. "
             "Put the model's config.json beside it, or give the file of another copy.",
             checkpoint.path,
         )
@@ -105,7 +125,12 @@ def read_llama(checkpoint: Checkpoint, skip_layers: int = 0, final_norm: bool = 
         eps=float(told.get("rms_norm_eps", LlamaConfig.eps)),
     )
     skipped = tuple(f"layers.{index}.*" for index in range(num_layers, all_layers))
-    unused = (*_COMPUTED, *(f"{start}*" for start in _BESIDE_LLAMA), *skipped, *(() if final_norm else ("norm.weight",)))
+    unused = (
+        *_COMPUTED,
+        *(f"{start}*" for start in _BESIDE_LLAMA),
+        *skipped,
+        *(() if final_norm else ("norm.weight",)),
+    )
     return LoadPlan(config, own, sources, unused)
 
 
@@ -114,7 +139,12 @@ def read_clip_text(checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
 
     Raises CheckpointError for any other file.
     """
-    own = network_in(checkpoint, "embeddings.token_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight", _BESIDE_CLIP)
+    own = network_in(
+        checkpoint,
+        "embeddings.token_embedding.weight",
+        "encoder.layers.0.self_attn.q_proj.weight",
+        _BESIDE_CLIP,
+    )
     if own is None:
         raise other_kind(checkpoint, "a CLIP text encoder", "--text_encoder2", CLIP_FILES)
     sources = plain_sources(own)
@@ -123,7 +153,8 @@ def read_clip_text(checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
     positions = shape("embeddings.position_embedding.weight")[0]
     if positions < CLIP_TOKENS:
         raise CheckpointError(
-            f"{checkpoint.path} takes {positions} tokens, HunyuanVideo gives {CLIP_TOKENS}. Give {CLIP_FILES} to --text_encoder2.",
+            f"{checkpoint.path} takes {positions} tokens, HunyuanVideo gives {CLIP_TOKENS}. Give "
+            f"{CLIP_FILES} to --text_encoder2.",
             checkpoint.path,
         )
     told = told_beside(checkpoint.path, "text_config", "clip", dim, CLIP_DEFAULTS)
@@ -141,12 +172,16 @@ def read_clip_text(checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
 
 
 def _theta(path: Path, told: Mapping[str, Any]) -> float:
-    """Base of the rotary frequencies. Raises CheckpointError where they are stretched, as from Llama 3.1 on."""
+    """Base of the rotary frequencies.
+
+    Raises CheckpointError where they are stretched, as from Llama 3.1 on.
+    """
     rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise CheckpointError(
-            f"{path}: its config.json asks for rotary frequencies of type {kind}; the model HunyuanVideo was trained with has none "
+            f"{path}: its config.json asks for rotary frequencies of type {kind}; the model HunyuanVideo was "
+            "trained with has none "
             f"of that. Give {LLAMA_FILES} to --text_encoder1.",
             path,
         )

@@ -1,6 +1,8 @@
-"""HunyuanVideo's two text encoders as the shared loops see them: a language model's states of the prompt, and CLIP's pooled state.
+"""HunyuanVideo's two text encoders as the shared loops see them: a language model's states of the prompt, and
+CLIP's pooled state.
 
-Names and shapes of the outputs are those of the cache format. Source of templates and lengths: the released HunyuanVideo.
+Names and shapes of the outputs are those of the cache format. Source of templates and lengths: the released
+HunyuanVideo.
 """
 # Letters: B prompts, L tokens, C = width of the model
 
@@ -43,7 +45,8 @@ PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
 class PromptTemplate:
     """What the language model is told: a system text, then the prompt as the user's words.
 
-    crop_start: tokens before the prompt, whose states are cut off; None: as many as the tokenizer in use makes of them.
+    crop_start: tokens before the prompt, whose states are cut off; None: as many as the tokenizer in use
+    makes of them.
     """
 
     system: str
@@ -98,10 +101,11 @@ class LlavaTextEncoder:
         final_norm: bool = False,
         in_fp8: bool = False,
     ) -> None:
-        """path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype: it computes in.
+        """path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype: it
+        computes in.
 
-        skip_layers: layers behind the state that is given, 0 for the last, which is normed always. final_norm: norm others too.
-        in_fp8: keep the linear layers in 8 bits.
+        skip_layers: layers behind the state that is given, 0 for the last, which is normed always.
+        final_norm: norm others too. in_fp8: keep the linear layers in 8 bits.
         """
         self.path = inside(path, "text_encoder")
         self.dtype = dtype
@@ -110,11 +114,13 @@ class LlavaTextEncoder:
         self.skip_layers = skip_layers
         self.final_norm = final_norm or skip_layers == 0
         self.in_fp8 = in_fp8
-        self._loaded = Loaded[Llama, tuple[LlamaTokenizer, int]]()  # with the number of tokens before the prompt
+        # with the number of tokens before the prompt
+        self._loaded = Loaded[Llama, tuple[LlamaTokenizer, int]]()
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Content of the checkpoint and of the tokenizer, what config.json adds, and what is asked of them. Reads a few MB.
+        """Content of the checkpoint and of the tokenizer, what config.json adds, and what is asked of them.
+        Reads a few MB.
 
         Raises CheckpointError where the file is of another model.
         """
@@ -135,7 +141,8 @@ class LlavaTextEncoder:
         self._loaded.load(device, self._read)
 
     def _read(self, device: torch.device) -> tuple[Llama, tuple[LlamaTokenizer, int]]:
-        tokenizer = load_llama_tokenizer(self.tokenizer, self.path)  # first: what is wrong with it shows before gigabytes are read
+        # first: what is wrong with it shows before gigabytes are read
+        tokenizer = load_llama_tokenizer(self.tokenizer, self.path)
         start = self._crop_start(tokenizer)
         llama = load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm, self.in_fp8)
         logger.info("text encoder 1: %s, computing in %s", self.path, dtype_name(self.dtype))
@@ -145,11 +152,16 @@ class LlavaTextEncoder:
         """How many tokens of a text stand before the prompt."""
         counted, known = len(tokenizer.tokenize(self.template.before)), self.template.crop_start
         if known is None:
-            logger.info("system prompt: %s (%d tokens before the prompt, which are cut off)", self.template.system, counted)
+            logger.info(
+                "system prompt: %s (%d tokens before the prompt, which are cut off)",
+                self.template.system,
+                counted,
+            )
             return counted
         if counted != known:
             logger.warning(
-                "the tokenizer makes %d tokens of the template before the prompt, that of the model makes %d: prompts will be cut "
+                "the tokenizer makes %d tokens of the template before the prompt, that of the model makes "
+                "%d: prompts will be cut "
                 "in the wrong place. Give --text_encoder1_tokenizer the one that belongs to the model.",
                 counted,
                 known,
@@ -168,15 +180,21 @@ class LlavaTextEncoder:
         for row, prompt in zip(rows, prompts, strict=True):
             if len(row) > length:
                 logger.info(
-                    "%d tokens of the prompt are cut off, %d are used: %.60s", len(row) - length, PROMPT_TOKENS, prompt.text
+                    "%d tokens of the prompt are cut off, %d are used: %.60s",
+                    len(row) - length,
+                    PROMPT_TOKENS,
+                    prompt.text,
                 )
         results: list[Conditions] = []
         for first in range(0, len(rows), PROMPTS_AT_ONCE):
-            ids, mask = _filled([row[:length] for row in rows[first : first + PROMPTS_AT_ONCE]], length, tokenizer.pad)
+            ids, mask = _filled(
+                [row[:length] for row in rows[first : first + PROMPTS_AT_ONCE]], length, tokenizer.pad
+            )
             _check_ids(ids, llama.embed_tokens.num_embeddings, self.path, "--text_encoder1_tokenizer")
             states = llama(ids.to(llama.device), mask.to(llama.device))[:, start:].cpu()
             results += [
-                {"llm": state.clone(), "llm_mask": kept.clone()} for state, kept in zip(states, mask[:, start:], strict=True)
+                {"llm": state.clone(), "llm_mask": kept.clone()}
+                for state, kept in zip(states, mask[:, start:], strict=True)
             ]
         return results
 
@@ -186,14 +204,18 @@ class LlavaTextEncoder:
 
 
 class ClipTextEncoder:
-    """Text encoder 2: CLIP-L. A prompt gives one vector; its second text is taken where it has one (--prompt_2)."""
+    """Text encoder 2: CLIP-L. A prompt gives one vector; its second text is taken where it has one
+    (--prompt_2).
+    """
 
     name = "clipL"
     keys = frozenset({"clipL", "clipL_mask"})
     variable_length: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
-        """path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`. dtype: it computes in."""
+        """path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`. dtype:
+        it computes in.
+        """
         self.path = inside(path, "text_encoder_2")
         self.dtype = dtype
         self.tokenizer = tokenizer
@@ -201,7 +223,8 @@ class ClipTextEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Content of the checkpoint and of the tokenizer, what config.json adds, and the dtype. Reads a few MB.
+        """Content of the checkpoint and of the tokenizer, what config.json adds, and the dtype. Reads a few
+        MB.
 
         Raises CheckpointError where the file is of another model.
         """
@@ -231,14 +254,21 @@ class ClipTextEncoder:
         Raises CheckpointError where the tokenizer knows more tokens than the model.
         """
         clip, tokenizer = self._loaded.get()
-        rows = [tokenizer.tokenize(prompt.text if prompt.second is None else prompt.second) for prompt in prompts]
+        rows = [
+            tokenizer.tokenize(prompt.text if prompt.second is None else prompt.second) for prompt in prompts
+        ]
         if not rows:
             return []
         ids, mask = _filled(rows, CLIP_TOKENS, tokenizer.end)
-        _check_ids(ids, clip.embeddings.token_embedding.num_embeddings, self.path, "--text_encoder2_tokenizer")
+        _check_ids(
+            ids, clip.embeddings.token_embedding.num_embeddings, self.path, "--text_encoder2_tokenizer"
+        )
         ends = torch.tensor([row.index(tokenizer.end) for row in rows])
         pooled = clip(ids.to(clip.device), ends.to(clip.device)).cpu()
-        return [{"clipL": state.clone(), "clipL_mask": real.clone()} for state, real in zip(pooled, mask, strict=True)]
+        return [
+            {"clipL": state.clone(), "clipL_mask": real.clone()}
+            for state, real in zip(pooled, mask, strict=True)
+        ]
 
     def free(self) -> None:
         """Give the memory back."""
@@ -256,5 +286,7 @@ def _check_ids(ids: Tensor, known: int, path: Path, option: str) -> None:
     largest = int(ids.max())
     if largest >= known:
         raise CheckpointError(
-            f"{path} knows {known} tokens, its tokenizer has more (token {largest}). Give its own to {option}.", path
+            f"{path} knows {known} tokens, its tokenizer has more (token {largest}). Give its own to "
+            f"{option}.",
+            path,
         )

@@ -1,6 +1,8 @@
-"""From states of a language model to the text tokens of the transformer: a small bidirectional transformer of its own.
+"""From states of a language model to the text tokens of the transformer: a small bidirectional transformer of
+its own.
 
-Source: the released model code and Kong et al. 2024, arXiv 2412.03603, section 4.3, after Ma et al. 2024, arXiv 2406.11831.
+Source: the released model code and Kong et al. 2024, arXiv 2412.03603, section 4.3, after Ma et al. 2024,
+arXiv 2406.11831.
 """
 # Letters: B batch, T text tokens, N heads, D head width, C = N * D
 
@@ -48,7 +50,10 @@ class VectorEmbedding(nn.Module):
 
 
 class RefinerBlock(nn.Module):
-    """Self-attention and feed-forward among text tokens. Timestep and mean text only gate the two branches."""
+    """Self-attention and feed-forward among text tokens.
+
+    Timestep and mean text only gate the two branches.
+    """
 
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()
@@ -61,9 +66,13 @@ class RefinerBlock(nn.Module):
         self.mlp = Mlp(dim, config.refiner_ffn_dim, functional.silu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
+    def forward(
+        self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice
+    ) -> Tensor:
         # x: B T C    vector: B C float32
-        gate1, gate2 = run(self.adaLN_modulation[1], functional.silu(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        gate1, gate2 = (
+            run(self.adaLN_modulation[1], functional.silu(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        )
         q, k, v = heads(run(self.self_attn_qkv, self.norm1(x).to(x.dtype)), self.num_heads)
         seen = attend(q, k, v, attention, lengths).flatten(2)
         x = gated(x, gate1, run(self.self_attn_proj, seen))
@@ -98,7 +107,8 @@ class TokenRefiner(nn.Module):
     ) -> Tensor:
         """Text tokens B T C in that dtype. What stands in rows of padding has no meaning.
 
-        text: B T text_dim. timesteps: B, 0..1000. counts: how many of the T tokens of each sample are real; None: all.
+        text: B T text_dim. timesteps: B, 0..1000. counts: how many of the T tokens of each sample are real;
+        None: all.
         """
         vector = self.t_embedder(timesteps) + self.c_embedder(mean_text(text, counts))
         x = run(self.input_embedder, text).to(dtype)
@@ -106,9 +116,16 @@ class TokenRefiner(nn.Module):
 
 
 def refined(
-    x: Tensor, blocks: Iterable[nn.Module], vector: Tensor, counts: Sequence[int] | None, attention: AttentionChoice
+    x: Tensor,
+    blocks: Iterable[nn.Module],
+    vector: Tensor,
+    counts: Sequence[int] | None,
+    attention: AttentionChoice,
 ) -> Tensor:
-    """Text tokens B T C after the refiner's blocks. vector: B C float32; counts: as for `TokenRefiner.forward`."""
+    """Text tokens B T C after the refiner's blocks.
+
+    vector: B C float32; counts: as for `TokenRefiner.forward`.
+    """
     # an empty text still has a key, or its rows would have nothing to look at
     lengths = None if counts is None else lengths_on([max(1, count) for count in counts], x.device)
     for block in blocks:

@@ -1,6 +1,7 @@
 """The tokenizers of HunyuanVideo's text encoders, exactly as their files describe them.
 
-tokenizer.json is read as it is: the classes that transformers choose by name build some of these tokenizers anew, with other rules.
+tokenizer.json is read as it is: the classes that transformers choose by name build some of these tokenizers
+anew, with other rules.
 """
 
 import json
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 BEGIN = "<|begin_of_text|>"
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-# how CLIP cuts a text before merging; in a tokenizer.json it is written down. Source: Radford et al. 2021, arXiv 2103.00020
+# how CLIP cuts a text before merging; in a tokenizer.json it is written down. Source: Radford et al. 2021,
+# arXiv 2103.00020
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 LLAMA_FILES = TokenizerFiles(
@@ -57,19 +59,26 @@ class ClipTokenizer:
 
 
 def llama_tokenizer_identity(path: Path | None, encoder: Path) -> str:
-    """What distinguishes the tokenizer in cache records. path: of --text_encoder1_tokenizer, or None to look for it."""
+    """What distinguishes the tokenizer in cache records.
+
+    path: of --text_encoder1_tokenizer, or None to look for it.
+    """
     return LLAMA_FILES.identity(LLAMA_FILES.find(path, encoder))
 
 
 def clip_tokenizer_identity(path: Path | None, encoder: Path) -> str:
-    """What distinguishes the tokenizer in cache records. path: of --text_encoder2_tokenizer, or None to look for it."""
+    """What distinguishes the tokenizer in cache records.
+
+    path: of --text_encoder2_tokenizer, or None to look for it.
+    """
     file = CLIP_FILES.find(path, encoder)
     merges = None if file is None else _merges_of(file)
     return CLIP_FILES.identity(file) + ("" if merges is None else CLIP_FILES.identity(merges))
 
 
 def load_llama_tokenizer(path: Path | None, encoder: Path) -> LlamaTokenizer:
-    """The language model's. path: of --text_encoder1_tokenizer, or None to look for it: beside the encoder, then on the hub.
+    """The language model's. path: of --text_encoder1_tokenizer, or None to look for it: beside the encoder,
+    then on the hub.
 
     Raises CheckpointError where there is none or it cannot be read.
     """
@@ -87,7 +96,8 @@ def load_llama_tokenizer(path: Path | None, encoder: Path) -> LlamaTokenizer:
 
 
 def load_clip_tokenizer(path: Path | None, encoder: Path) -> ClipTokenizer:
-    """CLIP's, from tokenizer.json or from vocab.json with merges.txt. path: of --text_encoder2_tokenizer, or None to look for it.
+    """CLIP's, from tokenizer.json or from vocab.json with merges.txt. path: of --text_encoder2_tokenizer, or
+    None to look for it.
 
     Raises CheckpointError where there is none or it cannot be read.
     """
@@ -98,7 +108,9 @@ def load_clip_tokenizer(path: Path | None, encoder: Path) -> ClipTokenizer:
     tokenizer.enable_truncation(CLIP_TOKENS)
     around = tokenizer.encode("").ids
     if len(around) != 2 or around[1] != tokenizer.token_to_id(CLIP_END):
-        raise CLIP_FILES.unreadable(file, ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}"))
+        raise CLIP_FILES.unreadable(
+            file, ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}")
+        )
 
     def tokenize(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text).ids
@@ -124,7 +136,9 @@ def _merges_of(file: Path) -> Path | None:
 
 def _from_merges(vocabulary: Path, merges: Path) -> Tokenizer:
     try:
-        model = models.BPE.from_file(str(vocabulary), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>")
+        model = models.BPE.from_file(
+            str(vocabulary), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>"
+        )
     except Exception as error:  # the library raises nothing more precise
         raise CLIP_FILES.unreadable(vocabulary, error) from error
     tokenizer = Tokenizer(model)
@@ -140,7 +154,9 @@ def _from_merges(vocabulary: Path, merges: Path) -> Tokenizer:
     start, end = (tokenizer.token_to_id(token) for token in (CLIP_START, CLIP_END))
     if start is None or end is None:
         raise CLIP_FILES.unreadable(vocabulary, ValueError(f"it has no {CLIP_START} or no {CLIP_END}"))
-    tokenizer.post_processor = processors.RobertaProcessing((CLIP_END, end), (CLIP_START, start), False, False)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (CLIP_END, end), (CLIP_START, start), False, False
+    )
     tokenizer.add_special_tokens([CLIP_START, CLIP_END])
     return tokenizer
 
@@ -148,7 +164,9 @@ def _from_merges(vocabulary: Path, merges: Path) -> Tokenizer:
 def _pad(tokenizer: Tokenizer, file: Path) -> int:
     """What rows are filled up with. It is masked, so nothing of a prompt depends on it."""
     try:
-        told = json.loads(file.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("pad_token")
+        told = json.loads(file.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get(
+            "pad_token"
+        )
     except (OSError, ValueError, AttributeError, RecursionError):
         told = None  # there need be none
     name = told.get("content") if isinstance(told, dict) else told

@@ -1,8 +1,9 @@
 """The HunyuanVideo video VAE: pixels to latents and back.
 
-Untiled, a clip is computed as a whole, as in training. Tiles bound the memory by the tile and change the result a little: in height
-and width from 256 pixels on, in time from 64 frames on, each sharing a quarter with its neighbours, as in the released VAE.
-Latents here are those of cache files: not multiplied by the scaling factor.
+Untiled, a clip is computed as a whole, as in training. Tiles bound the memory by the tile and change the
+result a little: in height and width from 256 pixels on, in time from 64 frames on, each sharing a quarter
+with its neighbours, as in the released VAE. Latents here are those of cache files: not multiplied by the
+scaling factor.
 """
 
 import logging
@@ -44,11 +45,13 @@ class Tiling:
 class HunyuanVae(nn.Module):
     """Encoder and decoder. Build it on the meta device and load a checkpoint (`load_vae`).
 
-    chunk_size: how many frames a layer computes at a time; None: as many as 2**26 values take. It changes memory, not results.
-    tiling: None computes every clip as a whole.
+    chunk_size: how many frames a layer computes at a time; None: as many as 2**26 values take. It changes
+    memory, not results. tiling: None computes every clip as a whole.
     """
 
-    def __init__(self, config: VaeConfig, chunk_size: int | None = None, tiling: Tiling | None = None) -> None:
+    def __init__(
+        self, config: VaeConfig, chunk_size: int | None = None, tiling: Tiling | None = None
+    ) -> None:
         super().__init__()
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -69,11 +72,13 @@ class HunyuanVae(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """A sample of the posterior, drawn in float32 from one generator for each clip; without generators its mean.
+        """A sample of the posterior, drawn in float32 from one generator for each clip; without generators
+        its mean.
 
-        pixels: B 3 F H W in -1..1, or bytes 0..255, on any device; F = 4n + 1, H and W multiples of 8. Of bytes as much is made
-        numbers at a time as is computed at a time, so that a long clip takes no more memory than it has.
-        Returns B Z n+1 H/8 W/8, float32, on the VAE's device. Raises ValueError for other sizes.
+        pixels: B 3 F H W in -1..1, or bytes 0..255, on any device; F = 4n + 1, H and W multiples of 8. Of
+        bytes as much is made numbers at a time as is computed at a time, so that a long clip takes no more
+        memory than it has. Returns B Z n+1 H/8 W/8, float32, on the VAE's device. Raises ValueError for other
+        sizes.
         """
         if generators is not None and len(generators) != len(pixels):
             raise ValueError(f"{len(generators)} generators for {len(pixels)} clips")
@@ -97,7 +102,13 @@ class HunyuanVae(nn.Module):
         if self.tiling is None or pixels.shape[2] <= self.tiling.frames:
             return self._encode(pixels)
         batch, _, frames, height, width = pixels.shape
-        shape = (batch, self.quant_conv.out_channels, (frames - 1) // FRAMES + 1, height // PIXELS, width // PIXELS)
+        shape = (
+            batch,
+            self.quant_conv.out_channels,
+            (frames - 1) // FRAMES + 1,
+            height // PIXELS,
+            width // PIXELS,
+        )
         moments, done = torch.empty(shape, device=self.device), 0
         for span in in_spans(self._encode, pixels, Cut(self.tiling.frames // FRAMES, FRAMES, 1)):
             moments[:, :, done : done + span.shape[2]] = span
@@ -107,7 +118,8 @@ class HunyuanVae(nn.Module):
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Pixels in playing order: first one frame, then four at a time. B 3 F H W, float32, -1..1.
 
-        latents: B Z f h w, on any device. The chunks lie on the VAE's device; with tiles in height and width in host memory.
+        latents: B Z f h w, on any device. The chunks lie on the VAE's device; with tiles in height and width
+        in host memory.
         """
         for chunk in self.decode_unclamped(latents):
             yield chunk.clamp_(-1, 1)
@@ -132,7 +144,9 @@ class HunyuanVae(nn.Module):
         """Pixels B 3 F H W, float32, of latents few enough in time."""
         if self.tiling is None or max(latents.shape[-2:]) <= self.tiling.edge // PIXELS:
             return self._pixels(latents)
-        return in_tiles(self._pixels, latents, Cut(self.tiling.edge // PIXELS, 1, PIXELS), torch.device("cpu"))
+        return in_tiles(
+            self._pixels, latents, Cut(self.tiling.edge // PIXELS, 1, PIXELS), torch.device("cpu")
+        )
 
     def _moments(self, pixels: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(self._placed(pixels), self.chunk_size)).float()
@@ -141,7 +155,9 @@ class HunyuanVae(nn.Module):
         return self.decoder(self.post_quant_conv(self._placed(latents)), self.chunk_size).float()
 
     def _placed(self, x: Tensor) -> Tensor:
-        """On the VAE's device, in its dtype and in the memory layout of its weights, which all that follows keeps."""
+        """On the VAE's device, in its dtype and in the memory layout of its weights, which all that follows
+        keeps.
+        """
         if x.dtype == torch.uint8:
             x = from_bytes(x.to(self.device))
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
@@ -165,18 +181,25 @@ def load_vae(
 ) -> HunyuanVae:
     """Load a HunyuanVideo VAE from any of its file layouts.
 
-    chunk_size: frames a layer computes at a time. tiling: cut clips as the released VAE does. tile: edge of a tile in pixels,
-    rounded down to a multiple of 8; it turns tiling on. tile_frames: length of a tile, a multiple of 16.
-    Raises OptionError for sizes that cannot be, CheckpointError where the file is damaged or of another model.
+    chunk_size: frames a layer computes at a time. tiling: cut clips as the released VAE does. tile: edge of a
+    tile in pixels, rounded down to a multiple of 8; it turns tiling on. tile_frames: length of a tile, a
+    multiple of 16. Raises OptionError for sizes that cannot be, CheckpointError where the file is damaged or
+    of another model.
     """
     if chunk_size is not None and chunk_size < 1:
-        raise OptionError(f"--vae_chunk_size {chunk_size}: give the number of frames to compute at a time, from 1 on.")
+        raise OptionError(
+            f"--vae_chunk_size {chunk_size}: give the number of frames to compute at a time, from 1 on."
+        )
     if tile is not None and tile < LEAST_TILE:
-        raise OptionError(f"--vae_spatial_tile_sample_min_size {tile}: a tile has at least {LEAST_TILE} pixels.")
+        raise OptionError(
+            f"--vae_spatial_tile_sample_min_size {tile}: a tile has at least {LEAST_TILE} pixels."
+        )
     cuts = Tiling(TILE if tile is None else tile, tile_frames) if tiling or tile is not None else None
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        vae = load_planned(plan, lambda config: HunyuanVae(config, chunk_size, cuts), device, dtype, "the HunyuanVideo VAE")
+        vae = load_planned(
+            plan, lambda config: HunyuanVae(config, chunk_size, cuts), device, dtype, "the HunyuanVideo VAE"
+        )
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return vae

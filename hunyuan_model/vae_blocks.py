@@ -1,10 +1,12 @@
-"""Pieces of the HunyuanVideo video VAE: causal convolutions and group norms over a whole clip, computed a few frames at a time.
+"""Pieces of the HunyuanVideo video VAE: causal convolutions and group norms over a whole clip, computed a few
+frames at a time.
 
-A group norm looks at every frame of a clip, so features of the whole clip lie in memory between two layers. All that is larger or
-passing (normalised, padded, enlarged copies) exists for a few frames only, and results go into the tensor they are added to.
-How many frames are taken at a time changes no result but for rounding.
+A group norm looks at every frame of a clip, so features of the whole clip lie in memory between two layers.
+All that is larger or passing (normalised, padded, enlarged copies) exists for a few frames only, and results
+go into the tensor they are added to. How many frames are taken at a time changes no result but for rounding.
 
-Module names follow the published checkpoint. Source: the released VAE of HunyuanVideo (arXiv 2412.03603, section 4.1).
+Module names follow the published checkpoint. Source: the released VAE of HunyuanVideo (arXiv 2412.03603,
+section 4.1).
 """
 # Letters: B batch, C channels, T frames, H height, W width (at the layer's own resolution)
 
@@ -43,20 +45,27 @@ UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
 def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Where to begin and stop so as to compute a few frames at a time: `chunk`, else as many as their `values` each allow."""
+    """Where to begin and stop so as to compute a few frames at a time: `chunk`, else as many as their
+    `values` each allow.
+    """
     size = chunk or max(1, STEP_ELEMENTS // max(1, values))
     for start in range(0, frames, size):
         yield start, min(start + size, frames)
 
 
 class ClipNorm(nn.GroupNorm):
-    """Group norm over all frames of a clip, in float32. It gives what to do with each channel rather than doing it."""
+    """Group norm over all frames of a clip, in float32.
+
+    It gives what to do with each channel rather than doing it.
+    """
 
     def __init__(self, groups: int, width: int) -> None:
         super().__init__(groups, width, eps=EPS)
 
     def factors(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """x: B C T H W. Returns factor and offset, B C 1 1 1 float32: x * factor + offset is the normalised clip."""
+        """x: B C T H W. Returns factor and offset, B C 1 1 1 float32: x * factor + offset is the normalised
+        clip.
+        """
         means, variances, shares = [], [], []
         for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()
@@ -66,7 +75,8 @@ class ClipNorm(nn.GroupNorm):
             shares.append((stop - start) / x.shape[2])
         groups = (self.num_groups, -1)
         share = torch.tensor(shares, device=x.device).view(-1, 1, 1, 1)
-        mean, variance = (torch.stack(parts).unflatten(2, groups) for parts in (means, variances))  # steps B groups channels
+        # steps B groups channels
+        mean, variance = (torch.stack(parts).unflatten(2, groups) for parts in (means, variances))
         middle = (share * mean).sum(dim=0).mean(dim=-1, keepdim=True)  # B groups 1
         spread = (share * (variance + (mean - middle).square())).sum(dim=0).mean(dim=-1, keepdim=True)
         factor = self.weight.float().unflatten(0, groups) * torch.rsqrt(spread + self.eps)
@@ -75,24 +85,37 @@ class ClipNorm(nn.GroupNorm):
 
 
 class CausalConv3d(nn.Module):
-    """A 3x3x3 convolution that sees no later frame. Around the picture its border is repeated, before the clip the first frame.
+    """A 3x3x3 convolution that sees no later frame. Around the picture its border is repeated, before the
+    clip the first frame.
 
-    kernel: 1 for a pointwise one. enlarge: how often each pixel is repeated before the convolution; the first frame stands once.
+    kernel: 1 for a pointwise one. enlarge: how often each pixel is repeated before the convolution; the first
+    frame stands once.
     """
 
     def __init__(
-        self, width_in: int, width_out: int, kernel: int = KERNEL, stride: Factors = (1, 1, 1), enlarge: Factors = (1, 1, 1)
+        self,
+        width_in: int,
+        width_out: int,
+        kernel: int = KERNEL,
+        stride: Factors = (1, 1, 1),
+        enlarge: Factors = (1, 1, 1),
     ) -> None:
         super().__init__()
         self.conv = nn.Conv3d(width_in, width_out, kernel, stride)
         self.enlarge = enlarge
 
-    def forward(self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, onto: Tensor | None = None) -> Tensor:
-        """x: B C T H W, first through `norm` and SiLU if one is given. Returns B C' T' H' W', added to `onto` in place if given."""
+    def forward(
+        self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        """x: B C T H W, first through `norm` and SiLU if one is given. Returns B C' T' H' W', added to `onto`
+        in place if given.
+        """
         factors = None if norm is None else norm.factors(x, chunk)
         frames, height, width = self._sizes(x)
         out = onto
-        for start, stop in steps(frames, max(self.conv.in_channels, self.conv.out_channels) * height * width, chunk):
+        for start, stop in steps(
+            frames, max(self.conv.in_channels, self.conv.out_channels) * height * width, chunk
+        ):
             piece = self._convolved(self._padded(x, start, stop, factors))
             if out is None and stop - start == frames:
                 return piece
@@ -112,7 +135,9 @@ class CausalConv3d(nn.Module):
         return tuple((size - 1) // stride + 1 for size, stride in zip(seen, self.conv.stride, strict=True))
 
     def _padded(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-        """What the results `start` to `stop` are computed from: B C T H+2 W+2. A single frame stays one frame."""
+        """What the results `start` to `stop` are computed from: B C T H+2 W+2. A single frame stays one
+        frame.
+        """
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
         step = self.conv.stride[0]
@@ -128,7 +153,11 @@ class CausalConv3d(nn.Module):
             frame = x[:, :, source : source + 1]
             if factors is not None:
                 frame = functional.silu(torch.addcmul(factors[1], frame.float(), factors[0]), inplace=True)
-            inside = padded[:, :, place : place + 1, 1:-1, 1:-1].unflatten(-1, (width, wide)).unflatten(-3, (height, high))
+            inside = (
+                padded[:, :, place : place + 1, 1:-1, 1:-1]
+                .unflatten(-1, (width, wide))
+                .unflatten(-3, (height, high))
+            )
             inside.copy_(frame[..., :, None, :, None])
             _repeat_borders(padded[:, :, place])
         return padded
@@ -165,7 +194,9 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Attention with one head: each pixel looks at its own frame and all earlier ones. Adds to its input in place."""
+    """Attention with one head: each pixel looks at its own frame and all earlier ones. Adds to its input in
+    place.
+    """
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -180,7 +211,8 @@ class FrameAttention(nn.Module):
         normed = torch.addcmul(offset, x.float(), factor).to(x.dtype)
         tokens = normed.permute(0, 2, 3, 4, 1).flatten(2, 3)  # B T H*W C
         q, k, v = (layer(tokens).unsqueeze(3) for layer in (self.to_q, self.to_k, self.to_v))  # B T H*W 1 C
-        for frame in range(x.shape[2]):  # frame by frame there is no mask, which for a long clip would fill the memory
+        # frame by frame there is no mask, which for a long clip would fill the memory
+        for frame in range(x.shape[2]):
             known = (part[:, : frame + 1].flatten(1, 2) for part in (k, v))
             seen = self.to_out[0](attend(q[:, frame], *known).squeeze(2))  # B H*W C
             x[:, :, frame] += seen.transpose(1, 2).unflatten(2, x.shape[3:])
@@ -202,10 +234,18 @@ class Level(nn.Module):
     """Residual blocks, then a change of resolution where there is one."""
 
     def __init__(
-        self, width_in: int, width: int, blocks: int, groups: int, down: Factors | None = None, up: Factors | None = None
+        self,
+        width_in: int,
+        width: int,
+        blocks: int,
+        groups: int,
+        down: Factors | None = None,
+        up: Factors | None = None,
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks))
+        self.resnets = nn.ModuleList(
+            ResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks)
+        )
         self.downsamplers = nn.ModuleList([] if down is None else [Resample(width, stride=down)])
         self.upsamplers = nn.ModuleList([] if up is None else [Resample(width, enlarge=up)])
 
@@ -221,7 +261,9 @@ class Middle(nn.Module):
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([FrameAttention(width, groups)])
-        self.resnets = nn.ModuleList([ResidualBlock(width, width, groups), ResidualBlock(width, width, groups)])
+        self.resnets = nn.ModuleList(
+            [ResidualBlock(width, width, groups), ResidualBlock(width, width, groups)]
+        )
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, chunk), chunk)
@@ -236,7 +278,8 @@ class Encoder(nn.Module):
         widths, groups = config.encoder, config.groups
         self.conv_in = CausalConv3d(3, widths[0])
         self.down_blocks = nn.ModuleList(
-            Level(before, width, config.encoder_blocks, groups, down=down) for before, width, down in _levels(widths, DOWN)
+            Level(before, width, config.encoder_blocks, groups, down=down)
+            for before, width, down in _levels(widths, DOWN)
         )
         self.mid_block = Middle(widths[-1], groups)
         self.conv_norm_out = ClipNorm(groups, widths[-1])
@@ -258,7 +301,8 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.latent_channels, widths[0])
         self.mid_block = Middle(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(before, width, config.decoder_blocks, groups, up=up) for before, width, up in _levels(widths, UP)
+            Level(before, width, config.decoder_blocks, groups, up=up)
+            for before, width, up in _levels(widths, UP)
         )
         self.conv_norm_out = ClipNorm(groups, widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 3)

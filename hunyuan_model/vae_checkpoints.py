@@ -1,4 +1,5 @@
-"""Which files hold the HunyuanVideo VAE: their dialects, how each is recognised, and the dimensions read off the tensors.
+"""Which files hold the HunyuanVideo VAE: their dialects, how each is recognised, and the dimensions read off
+the tensors.
 
 Our modules have the names of the official file, which diffusers keeps. ComfyUI's repackaged file has its own.
 """
@@ -38,9 +39,15 @@ COMFY_LEVEL: Names = (  # inside a level, whose number stands before
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
-    """How to load a HunyuanVideo VAE: official file, diffusers layout or ComfyUI's file. Raises CheckpointError for any other."""
+    """How to load a HunyuanVideo VAE: official file, diffusers layout or ComfyUI's file. Raises
+    CheckpointError for any other.
+    """
     checkpoint = checkpoint.without_prefix(
-        "module.", "_orig_mod.", "first_stage_model.", "vae.", others=("model.diffusion_model.", "model.model.", "text_encoders.")
+        "module.",
+        "_orig_mod.",
+        "first_stage_model.",
+        "vae.",
+        others=("model.diffusion_model.", "model.model.", "text_encoders."),
     )
     names = checkpoint.tensors
     if "encoder.conv_in.conv.weight" not in names or "quant_conv.weight" not in names:
@@ -93,8 +100,13 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-def _widths(checkpoint: Checkpoint, sources: Mapping[str, Source], start: str, levels: int) -> tuple[int, ...]:
-    """Channels of each level. Raises CheckpointError where there are more or fewer of them than the model has."""
+def _widths(
+    checkpoint: Checkpoint, sources: Mapping[str, Source], start: str, levels: int
+) -> tuple[int, ...]:
+    """Channels of each level.
+
+    Raises CheckpointError where there are more or fewer of them than the model has.
+    """
     found = count(sources, re.escape(start) + r"\.\d+")
     if found != levels:
         raise CheckpointError(
@@ -107,7 +119,9 @@ def _widths(checkpoint: Checkpoint, sources: Mapping[str, Source], start: str, l
 
 
 def _groups(checkpoint: Checkpoint, narrowest: int) -> int:
-    """Groups of the norms, which no tensor tells: what a config.json beside the file says, else 32, or two channels to each."""
+    """Groups of the norms, which no tensor tells: what a config.json beside the file says, else 32, or two
+    channels to each.
+    """
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     stated = _stated_groups(folder / "config.json")
     return stated if stated is not None else max(1, min(MOST_GROUPS, narrowest // 2))
@@ -120,8 +134,14 @@ def _stated_groups(path: Path) -> int | None:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Copy it again, or take it away.", path) from error
-    if not isinstance(settings, dict) or settings.get("_class_name") not in CONFIG_CLASSES or "norm_num_groups" not in settings:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}. Copy it again, or take it away.", path
+        ) from error
+    if (
+        not isinstance(settings, dict)
+        or settings.get("_class_name") not in CONFIG_CLASSES
+        or "norm_num_groups" not in settings
+    ):
         return None
     groups = settings["norm_num_groups"]
     if type(groups) is not int or groups < 1:

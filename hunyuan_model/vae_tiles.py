@@ -1,8 +1,9 @@
 """Clips cut into overlapping pieces in time, height and width, and the results joined by linear ramps.
 
-The cuts and ramps are those of the released VAE (hunyuanvideo, `enable_tiling`): a tile begins every three quarters of a tile,
-wherever that leaves the last one; in the overlap a tile fades in over the one above it, then over the one to its left.
-Sizes count latent frames and pixels, which input and output share: in each a unit is so many frames or pixels.
+The cuts and ramps are those of the released VAE (hunyuanvideo, `enable_tiling`): a tile begins every three
+quarters of a tile, wherever that leaves the last one; in the overlap a tile fades in over the one above it,
+then over the one to its left. Sizes count latent frames and pixels, which input and output share: in each a
+unit is so many frames or pixels.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,10 @@ class Cut:
 
 
 def in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Tensor:
-    """What `compute` makes of x, B C F H W, tile by tile in height and width. Returns B C' F' H' W', float32, on `device`."""
+    """What `compute` makes of x, B C F H W, tile by tile in height and width.
+
+    Returns B C' F' H' W', float32, on `device`.
+    """
     height, width = (size // cut.unit_in for size in x.shape[-2:])
     inside = cut.stride * cut.unit_out
     whole = torch.empty(0)
@@ -37,14 +41,18 @@ def in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Ten
         rows = slice(top * cut.unit_in, (top + cut.size) * cut.unit_in)
         beside = torch.empty(0)
         for left in range(0, width, cut.stride):
-            tile = compute_piece(compute, x[..., rows, left * cut.unit_in : (left + cut.size) * cut.unit_in]).float()
+            tile = compute_piece(
+                compute, x[..., rows, left * cut.unit_in : (left + cut.size) * cut.unit_in]
+            ).float()
             if top:
                 _fade_in(tile, above[left], -2)
             if left:
                 _fade_in(tile, beside, -1)
             above[left], beside = tile[..., inside:, :].clone(), tile[..., inside:].clone()
             if not top and not left:
-                whole = torch.empty((*tile.shape[:3], height * cut.unit_out, width * cut.unit_out), device=device)
+                whole = torch.empty(
+                    (*tile.shape[:3], height * cut.unit_out, width * cut.unit_out), device=device
+                )
             kept = tile[..., :inside, :inside]
             first, second = top * cut.unit_out, left * cut.unit_out
             whole[..., first : first + kept.shape[-2], second : second + kept.shape[-1]] = kept
@@ -53,9 +61,11 @@ def in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Ten
 
 
 def in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
-    """What `compute` makes of x, B C F H W, span by span of frames: B C' F' H' W' each, in order and without what they share.
+    """What `compute` makes of x, B C F H W, span by span of frames: B C' F' H' W' each, in order and without
+    what they share.
 
-    A span begins with the last frame of the units before it, as a clip begins with a single frame; its result for that is dropped.
+    A span begins with the last frame of the units before it, as a clip begins with a single frame; its result
+    for that is dropped.
     """
     units = (x.shape[2] - 1) // cut.unit_in  # beside the first frame
     shared = torch.empty(0)
@@ -71,7 +81,9 @@ def in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
 
 
 def _fade_in(piece: Tensor, before: Tensor, axis: int) -> None:
-    """Let the first entries of `piece` along an axis rise from those of `before`, which are of the same pixels or frames."""
+    """Let the first entries of `piece` along an axis rise from those of `before`, which are of the same
+    pixels or frames.
+    """
     length = min(piece.shape[axis], before.shape[axis])
     head = piece.narrow(axis, 0, length)
     shape = [1] * piece.ndim

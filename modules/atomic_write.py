@@ -1,4 +1,6 @@
-"""Files that are either complete or not there: written to a temporary name in the same folder, flushed, then renamed."""
+"""Files that are either complete or not there: written to a temporary name in the same folder, flushed, then
+renamed.
+"""
 
 import contextlib
 import errno
@@ -24,11 +26,12 @@ SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, dir
 
 @contextlib.contextmanager
 def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it is flushed to disk and takes the name `path`.
+    """Yield a temporary path beside `path`; when the block ends well it is flushed to disk and takes the name
+    `path`.
 
-    The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed runs are removed.
-    size_bytes: what will be written, compared with the free space first.
-    Raises OutputError where the folder cannot be written or the disk is full; the file that was there before is untouched then.
+    The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed
+    runs are removed. size_bytes: what will be written, compared with the free space first. Raises OutputError
+    where the folder cannot be written or the disk is full; the file that was there before is untouched then.
     """
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +50,11 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; when the block ends well it takes the name `path`, whole or not at all.
+    """Yield an empty temporary folder beside `path`; when the block ends well it takes the name `path`, whole
+    or not at all.
 
-    A folder of that name is moved aside first and deleted last; `recover_folder` undoes a kill between the two renames.
+    A folder of that name is moved aside first and deleted last; `recover_folder` undoes a kill between the
+    two renames.
     """
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,26 +80,37 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Create a folder of outputs before the work begins. Raises OutputError naming `option` where nothing can be written there."""
+    """Create a folder of outputs before the work begins.
+
+    Raises OutputError naming `option` where nothing can be written there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{option} {folder} cannot be created: {error.strerror}. Choose another folder.") from error
+        raise OutputError(
+            f"{option} {folder} cannot be created: {error.strerror}. Choose another folder."
+        ) from error
     try:
-        trial = folder / f".trial.{secrets.token_hex(4)}.tmp"  # not `tempfile`: refused on Windows, it tries on and on
+        # not `tempfile`: refused on Windows, it tries on and on
+        trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
         trial.touch(exist_ok=False)  # only writing shows whether it may be: a disk may be read-only too
         trial.unlink()
     except OSError as error:
-        raise OutputError(f"{option} {folder}: nothing can be written there: {error.strerror}. Choose another folder.") from error
+        raise OutputError(
+            f"{option} {folder}: nothing can be written there: {error.strerror}. Choose another folder."
+        ) from error
 
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether the block has the name `path` to itself; false where another block, of whatever process, has claimed it meanwhile.
+    """Whether the block has the name `path` to itself; false where another block, of whatever process, has
+    claimed it meanwhile.
 
-    A hidden file says so, whose name lets it be swept like a temporary one where a killed run leaves it. Raises OutputError.
+    A hidden file says so, whose name lets it be swept like a temporary one where a killed run leaves it.
+    Raises OutputError.
     """
-    claim = path.with_name(f".{path.name}.claim.{'0' * 8}.tmp")  # no name that a temporary file or folder of `path` has
+    # no name that a temporary file or folder of `path` has
+    claim = path.with_name(f".{path.name}.claim.{'0' * 8}.tmp")
     with _explained(path):
         try:
             claim.touch(exist_ok=False)
@@ -109,7 +125,9 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def recover_folder(path: Path) -> None:
-    """Bring back the earlier folder where a kill came between the two renames of `atomic_folder`; remove half-built ones."""
+    """Bring back the earlier folder where a kill came between the two renames of `atomic_folder`; remove
+    half-built ones.
+    """
     aside = path.with_name(f".{path.name}.old")
     if aside.exists():
         if path.exists():
@@ -120,7 +138,9 @@ def recover_folder(path: Path) -> None:
         remove_leftovers(path.parent, lambda name: name == path.name, 0)
 
 
-def remove_leftovers(folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS) -> None:
+def remove_leftovers(
+    folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS
+) -> None:
     """Remove temporary files and folders of killed runs that nobody has touched for `older_seconds`.
 
     of: told the name that a temporary file would have got, says whether it is meant.
@@ -132,7 +152,8 @@ def remove_leftovers(folder: Path, of: Callable[[str], bool] = lambda name: True
             if temporary is None or not of(temporary["name"]):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
-                if entry.stat(follow_symlinks=False).st_mtime > newest:  # a folder's changes with every file put into it
+                # a folder's changes with every file put into it
+                if entry.stat(follow_symlinks=False).st_mtime > newest:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -142,7 +163,9 @@ def remove_leftovers(folder: Path, of: Callable[[str], bool] = lambda name: True
 
 @lru_cache(maxsize=64)
 def _sweep(folder: Path) -> None:
-    """`remove_leftovers`, once a run for each folder: listing a large cache with every file would take longer than writing it."""
+    """`remove_leftovers`, once a run for each folder: listing a large cache with every file would take longer
+    than writing it.
+    """
     remove_leftovers(folder)
 
 
@@ -165,17 +188,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def storable(text: str) -> str:
-    """The text as metadata can hold it, in UTF-8. Names of files may have bytes that are none; they become as `\\udce9`."""
+    """The text as metadata can hold it, in UTF-8.
+
+    Names of files may have bytes that are none; they become as `\\udce9`.
+    """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, complete or not at all. Tensors may lie anywhere; they are made contiguous on the CPU."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, complete or not at all.
+
+    Tensors may lie anywhere; they are made contiguous on the CPU.
+    """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size_bytes = sum(tensor.nbytes for tensor in ready.values())
     with atomic_path(path, size_bytes) as temporary:
         temporary.touch()
-        rights = temporary.stat().st_mode  # as the user's umask says; the library makes the file anew, for the owner only
+        # as the user's umask says; the library makes the file anew, for the owner only
+        rights = temporary.stat().st_mode
         try:
             save_file(ready, temporary, metadata=dict(metadata) if metadata is not None else None)
         except SafetensorError as error:  # it reports a full disk in its own way
@@ -213,7 +245,12 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        reason = (
+            "the disk is full"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else error.strerror or str(error)
+        )
         raise OutputError(
-            f"{path} cannot be written: {reason}. Nothing of it was kept; free the space or choose another folder and run again."
+            f"{path} cannot be written: {reason}. Nothing of it was kept; free the space or choose another "
+            "folder and run again."
         ) from error

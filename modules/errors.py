@@ -1,4 +1,6 @@
-"""Errors a user can cause and mend: what is wrong, where, and what to do. They end the program without a traceback."""
+"""Errors a user can cause and mend: what is wrong, where, and what to do. They end the program without a
+traceback.
+"""
 
 from pathlib import Path
 
@@ -28,7 +30,10 @@ class CacheError(UserError):
 
 
 class CheckpointError(UserError):
-    """A model, LoRA or state file that is missing, damaged, or of another kind. `path` lets the caller say what the file is."""
+    """A model, LoRA or state file that is missing, damaged, or of another kind.
+
+    `path` lets the caller say what the file is.
+    """
 
     def __init__(self, message: str, path: Path | None = None) -> None:
         super().__init__(message)

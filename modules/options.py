@@ -1,7 +1,8 @@
 """From parsed arguments to frozen option records. Standard library only.
 
-Defaults stand in `add_argument` only; an option record has none. A record's fields are str, int, float, bool, Path, tuples of
-these, or another option record; where the public name misleads, the field says `metadata={"option": "public_name"}`.
+Defaults stand in `add_argument` only; an option record has none. A record's fields are str, int, float, bool,
+Path, tuples of these, or another option record; where the public name misleads, the field says
+`metadata={"option": "public_name"}`.
 """
 
 import argparse
@@ -21,10 +22,10 @@ T = TypeVar("T")
 def read_options(cls: type[T], args: argparse.Namespace) -> T:
     """Build the option record `cls` from parsed arguments.
 
-    Each field takes the argument of its name (or of its metadata "option"); a field whose type is itself an option record is read
-    the same way, one whose type is `Record | None` only where the parser has arguments of that record; text becomes Path and lists
-    become tuples where the field says so.
-    Raises TypeError where a field has no argument: that is our mistake, not the user's.
+    Each field takes the argument of its name (or of its metadata "option"); a field whose type is itself an
+    option record is read the same way, one whose type is `Record | None` only where the parser has arguments
+    of that record; text becomes Path and lists become tuples where the field says so. Raises TypeError where
+    a field has no argument: that is our mistake, not the user's.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -32,7 +33,9 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         hint = hints[field.name]
         record = record_of(hint)
         if record is not None:
-            is_there = record is hint or any(hasattr(args, option_name(item)) for item in dataclasses.fields(record))
+            is_there = record is hint or any(
+                hasattr(args, option_name(item)) for item in dataclasses.fields(record)
+            )
             values[field.name] = read_options(record, args) if is_there else None
             continue
         option = option_name(field)
@@ -80,9 +83,14 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def add_unsupported(
-    group: argparse._ActionsContainer, *flags: str, reason: str, harmless: tuple[Any, ...] = (), **settings: Any
+    group: argparse._ActionsContainer,
+    *flags: str,
+    reason: str,
+    harmless: tuple[Any, ...] = (),
+    **settings: Any,
 ) -> None:
-    """Declare an option that is listed by --help but refused when used; `reason` completes "--flag is not supported yet: ...".
+    """Declare an option that is listed by --help but refused when used; `reason` completes "--flag is not
+    supported yet: ...".
 
     harmless: values that ask for nothing, beside the default.
     `settings` are those of `add_argument`, so that types, defaults and choices already stand.
@@ -109,7 +117,9 @@ def require(value: T | None, option: str, why: str) -> T:
 
 
 def check_at_least(option: str, value: float | None, minimum: float, meaning: str) -> None:
-    """Raise OptionError where a value is given and below `minimum` (or not a number); `meaning` says what to give instead."""
+    """Raise OptionError where a value is given and below `minimum` (or not a number); `meaning` says what to
+    give instead.
+    """
     if value is not None and not value >= minimum:
         raise OptionError(f"{option} {value}: has to be at least {minimum} ({meaning})")
 
@@ -121,7 +131,10 @@ def check_below(option: str, value: float | None, limit: float, meaning: str) ->
 
 
 def int_or_float(text: str) -> int | float:
-    """A number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05. Raises ArgumentTypeError, for 1.5 too."""
+    """A number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05.
+
+    Raises ArgumentTypeError, for 1.5 too.
+    """
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -133,17 +146,24 @@ def int_or_float(text: str) -> int | float:
             raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run")
         return value if value else 0
     if value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of steps; fractions of the run lie between 0 and 1")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no whole number of steps; fractions of the run lie between 0 and 1"
+        )
     return int(value)
 
 
 def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
-    """`key=value` texts as a dictionary; the value may hold further `=`. Raises OptionError for an item without one."""
+    """`key=value` texts as a dictionary; the value may hold further `=`.
+
+    Raises OptionError for an item without one.
+    """
     pairs: dict[str, str] = {}
     for item in items or ():
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
-            raise OptionError(f"{option} {item!r}: write key=value, without blanks around the = or with the whole in quotes")
+            raise OptionError(
+                f"{option} {item!r}: write key=value, without blanks around the = or with the whole in quotes"
+            )
         pairs[key.strip()] = value
     return pairs
 

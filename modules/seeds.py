@@ -1,4 +1,6 @@
-"""Seeds for independent random streams, derived from names and numbers, equal on every machine and Python version."""
+"""Seeds for independent random streams, derived from names and numbers, equal on every machine and Python
+version.
+"""
 
 import hashlib
 

@@ -16,7 +16,12 @@ from modules.compile_options import (
     add_generation_compile_arguments,
     add_training_compile_arguments,
 )
-from modules.fp8.options import GenerationFp8Options, TrainingFp8Options, add_generation_fp8_arguments, add_training_fp8_arguments
+from modules.fp8.options import (
+    GenerationFp8Options,
+    TrainingFp8Options,
+    add_generation_fp8_arguments,
+    add_training_fp8_arguments,
+)
 from modules.offload.options import SwapOptions, add_swap_arguments
 from modules.planning.options import PlanOptions, add_plan_argument
 
@@ -63,11 +68,16 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_swap: int | None = 0) -> None:
-    """Add the arguments of `GenerationSpeedOptions`, and those that are refused. blocks_to_swap: its default, which means none."""
+    """Add the arguments of `GenerationSpeedOptions`, and those that are refused.
+
+    blocks_to_swap: its default, which means none.
+    """
     group = parser.add_argument_group("memory and speed")
     add_generation_attention_arguments(parser, group)
     group.add_argument(
-        "--fp16_accumulation", action="store_true", help="sum fp16 matrix products in fp16: faster on some GPUs, less exact"
+        "--fp16_accumulation",
+        action="store_true",
+        help="sum fp16 matrix products in fp16: faster on some GPUs, less exact",
     )
     add_generation_fp8_arguments(group)
     add_swap_arguments(group, blocks_to_swap)

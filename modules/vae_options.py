@@ -22,7 +22,10 @@ class VaeOptions:
     def __post_init__(self) -> None:
         size = self.vae_spatial_tile_sample_min_size
         if size is not None and (size < LEAST_TILE or size % TILE_STEP):
-            raise OptionError(f"--vae_spatial_tile_sample_min_size {size}: give a multiple of {TILE_STEP} of at least {LEAST_TILE}")
+            raise OptionError(
+                f"--vae_spatial_tile_sample_min_size {size}: give a multiple of {TILE_STEP} of at least "
+                f"{LEAST_TILE}"
+            )
 
     @property
     def tile(self) -> int | None:
@@ -36,9 +39,17 @@ def add_vae_arguments(group: argparse._ArgumentGroup, *, always_tiled: bool = Fa
     """The arguments of `VaeOptions`. always_tiled: there is no --vae_tiling because it is never off."""
     group.add_argument("--vae", type=str, default=None, help="VAE checkpoint")
     group.add_argument("--vae_dtype", type=str, default=None, help="dtype of the VAE")
-    text = f"edge of a tile in pixels, without it {VAE_TILE}" if always_tiled else "edge of a tile in pixels; implies tiling"
+    text = (
+        f"edge of a tile in pixels, without it {VAE_TILE}"
+        if always_tiled
+        else "edge of a tile in pixels; implies tiling"
+    )
     group.add_argument("--vae_spatial_tile_sample_min_size", type=int, default=None, help=text)
     if always_tiled:
         group.set_defaults(vae_tiling=True)
         return
-    group.add_argument("--vae_tiling", action="store_true", help=f"encode and decode in tiles of {VAE_TILE} pixels: less memory")
+    group.add_argument(
+        "--vae_tiling",
+        action="store_true",
+        help=f"encode and decode in tiles of {VAE_TILE} pixels: less memory",
+    )

@@ -1,4 +1,6 @@
-"""One interface for the trainer to a network built by any `--network_module`, ours or foreign (LyCORIS and the like)."""
+"""One interface for the trainer to a network built by any `--network_module`, ours or foreign (LyCORIS and
+the like).
+"""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,7 +42,10 @@ class NormReport:
 
 @dataclass(frozen=True)
 class TrainableNetwork:
-    """A network inside the DiT it was made for. `module` holds the parameters; its state dict is what a LoRA file holds."""
+    """A network inside the DiT it was made for.
+
+    `module` holds the parameters; its state dict is what a LoRA file holds.
+    """
 
     module: nn.Module
     dit: nn.Module
@@ -61,7 +66,13 @@ class TrainableNetwork:
         )
         groups, names = result if isinstance(result, tuple) else (result, None)
         groups = [{**group, "params": list(group["params"])} for group in groups]
-        names = list(names) if names else ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
+        names = (
+            list(names)
+            if names
+            else ["unet"]
+            if len(groups) == 1
+            else [f"group {index}" for index in range(len(groups))]
+        )
         return groups, names
 
     def parameters(self) -> list[nn.Parameter]:
@@ -115,11 +126,17 @@ class TrainableNetwork:
     def load_weights(self, path: Path) -> None:
         """Start from a file; what does not fit is listed in the log."""
         own = self._offered("load_weights")
-        result = self.module.load_state_dict(dict(read_lora(path).tensors), strict=False) if own is None else own(str(path))
+        result = (
+            self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
+            if own is None
+            else own(str(path))
+        )
         logger.info(f"{path}: loaded, {result or 'everything fits'}")
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write the network as a file, complete or not at all, in that dtype (None: as trained), with hashes among the metadata."""
+        """Write the network as a file, complete or not at all, in that dtype (None: as trained), with hashes
+        among the metadata.
+        """
         tensors = saved_dtype(self.module.state_dict(), dtype)
         save_tensors(path, tensors, with_hashes(tensors, metadata))
 
@@ -132,18 +149,25 @@ class TrainableNetwork:
 def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, seed: int) -> TrainableNetwork:
     """Build the network that the options ask for, load `--network_weights`, and put it into the DiT.
 
-    seed: for the initial values, which are the same on every machine. Parameters are on the CPU; move `.module` to the device.
-    Raises OptionError or CheckpointError where the module, its settings or the file cannot be used.
+    seed: for the initial values, which are the same on every machine. Parameters are on the CPU; move
+    `.module` to the device. Raises OptionError or CheckpointError where the module, its settings or the file
+    cannot be used.
     """
     name = options.network_module or default_module
     builder = import_network_module(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
-        module = _build_from_weights(builder, options, dit) if options.dim_from_weights else _build(builder, options, dit)
+        module = (
+            _build_from_weights(builder, options, dit)
+            if options.dim_from_weights
+            else _build(builder, options, dit)
+        )
         module.apply_to(None, dit, apply_text_encoder=False, apply_unet=True)
     network = TrainableNetwork(module, dit, name)
     if options.scale_weight_norms is not None and not hasattr(module, "apply_max_norm_regularization"):
-        raise OptionError(f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms")
+        raise OptionError(
+            f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
+        )
     if options.network_weights is not None:
         network.load_weights(options.network_weights)
     prepare = network._offered("prepare_grad_etc")
@@ -159,11 +183,19 @@ def _build(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:
     arguments = options.arguments()
     if hasattr(builder, "create_arch_network"):
         return builder.create_arch_network(
-            1.0, rank, options.network_alpha, None, None, dit, neuron_dropout=options.network_dropout, **arguments
+            1.0,
+            rank,
+            options.network_alpha,
+            None,
+            None,
+            dit,
+            neuron_dropout=options.network_dropout,
+            **arguments,
         )
     if options.network_dropout is not None:
         logger.warning(
-            f"--network_dropout is ignored, because {builder.__name__} takes its own settings; try --network_args dropout=..."
+            f"--network_dropout is ignored, because {builder.__name__} takes its own settings; try "
+            "--network_args dropout=..."
         )
     return builder.create_network(1.0, rank, options.network_alpha, None, None, dit, **arguments)
 
@@ -179,17 +211,35 @@ def _build_from_weights(builder: ModuleType, options: NetworkOptions, dit: nn.Mo
         None,
     )
     if create is None:
-        raise OptionError(f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not offer it")
+        raise OptionError(
+            f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
+            "offer it"
+        )
     tensors: Mapping[str, Tensor] = read_lora(options.network_weights).tensors
-    given: dict[str, Any] = {"multiplier": 1.0, "weights_sd": tensors, "file": str(options.network_weights), "unet": dit}
+    given: dict[str, Any] = {
+        "multiplier": 1.0,
+        "weights_sd": tensors,
+        "file": str(options.network_weights),
+        "unet": dit,
+    }
     nothing: Iterable[str] = ("vae", "text_encoder", "text_encoders")
-    result = _call(create, **given, **dict.fromkeys(nothing), neuron_dropout=options.network_dropout, **options.arguments())
+    result = _call(
+        create,
+        **given,
+        **dict.fromkeys(nothing),
+        neuron_dropout=options.network_dropout,
+        **options.arguments(),
+    )
     return result[0] if isinstance(result, tuple) else result
 
 
 def _call(function: Callable[..., Any], **values: Any) -> Any:
-    """Call with those of the values whose names the function has; modules of other tools differ in what they take."""
+    """Call with those of the values whose names the function has; modules of other tools differ in what they
+    take.
+    """
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function(**values)
-    return function(**{parameter.name: values[parameter.name] for parameter in parameters if parameter.name in values})
+    return function(
+        **{parameter.name: values[parameter.name] for parameter in parameters if parameter.name in values}
+    )

@@ -17,11 +17,12 @@ LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "OneTrainer", "without prefi
 
 
 def convert_file(source: Path, output: Path, target: str) -> None:
-    """Write the LoRA of `source`, of any dialect, in ours (target "default") or in that of ComfyUI (target "other").
+    """Write the LoRA of `source`, of any dialect, in ours (target "default") or in that of ComfyUI (target
+    "other").
 
-    Metadata are copied, the hashes among them made anew. Modules without a form in the other dialect are listed in a warning.
-    LoRAs for parts of a fused module are put together.
-    Raises CheckpointError where the file is no LoRA or nothing of it can be written.
+    Metadata are copied, the hashes among them made anew. Modules without a form in the other dialect are
+    listed in a warning. LoRAs for parts of a fused module are put together. Raises CheckpointError where the
+    file is no LoRA or nothing of it can be written.
     """
     lora = read_lora(source)
     made = named_family(lora.metadata)
@@ -38,6 +39,7 @@ def convert_file(source: Path, output: Path, target: str) -> None:
         if reasons:
             logger.warning(f"{source}: {len(reasons)} modules are left out: {listed(reasons)}")
         tensors = other.tensors
-    metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}  # its alphas are in the tensors now
+    # its alphas are in the tensors now
+    metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
     save_tensors(output, tensors, with_hashes(tensors, metadata))
     logger.info(f"{output}: {len(tensors)} tensors written")

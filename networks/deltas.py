@@ -1,6 +1,8 @@
-"""What a LoRA, LoHa or LoKr adds to a weight. Factors of one module go by the end of their tensor names, as files store them.
+"""What a LoRA, LoHa or LoKr adds to a weight. Factors of one module go by the end of their tensor names, as
+files store them.
 
-Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their tensor forms, Yeh et al. 2023, arXiv 2309.14859.
+Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their tensor forms, Yeh et al. 2023,
+arXiv 2309.14859.
 """
 
 import functools
@@ -20,7 +22,13 @@ PARTS = (
     *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 )
 _NO_MATRICES = {"alpha", "diff", "diff_b", "lora_up.bias", "dora_scale"}
-_PAIRS = (LORA, ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
+_PAIRS = (
+    LORA,
+    ("hada_w1_a", "hada_w1_b"),
+    ("hada_w2_a", "hada_w2_b"),
+    ("lokr_w1_a", "lokr_w1_b"),
+    ("lokr_w2_a", "lokr_w2_b"),
+)
 
 
 def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -44,7 +52,9 @@ def fault(factors: Factors) -> str | None:
         return f"it has only {', '.join(factors)}"
     if "hada_w1_a" in factors and "hada_w2_a" not in factors:
         return "it has hada_w1_a but no hada_w2_a"
-    if ("lokr_w1" in factors or "lokr_w1_a" in factors) and not ("lokr_w2" in factors or "lokr_w2_a" in factors):
+    if ("lokr_w1" in factors or "lokr_w1_a" in factors) and not (
+        "lokr_w2" in factors or "lokr_w2_a" in factors
+    ):
         return "it has lokr_w1 but no lokr_w2"
     for part, tensor in factors.items():
         if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
@@ -86,7 +96,8 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
 
 
 def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
-    """What is added to the module's weight at multiplier 1: out x in (x kernel), float32, in memory of its own.
+    """What is added to the module's weight at multiplier 1: out x in (x kernel), float32, in memory of its
+    own.
 
     None where only the bias changes. Raises RuntimeError where the factors do not go together.
     """
@@ -129,4 +140,6 @@ def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
 def _lokr(f: Factors, scale: float) -> Tensor:
     first = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
     second = f["lokr_w2"] if "lokr_w2" in f else _product(f["lokr_w2_a"], f["lokr_w2_b"], f.get("lokr_t2"))
-    return torch.kron((first * scale).reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
+    return torch.kron(
+        (first * scale).reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous()
+    )

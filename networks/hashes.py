@@ -1,4 +1,6 @@
-"""Checksums in the metadata of LoRA files: those that model browsers look up, and whether a file is still what was written."""
+"""Checksums in the metadata of LoRA files: those that model browsers look up, and whether a file is still
+what was written.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,8 +17,9 @@ LAYOUT_KEY = "reelsmith_layout"
 def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """`sshs_model_hash` and `sshs_legacy_hash` of these tensors.
 
-    The first is SHA-256 over the data part of a safetensors file, the second the first 8 digits of SHA-256 over 64 KiB at 1 MiB of
-    a file that has only the `ss_*` metadata: both stay equal when other metadata change.
+    The first is SHA-256 over the data part of a safetensors file, the second the first 8 digits of SHA-256
+    over 64 KiB at 1 MiB of a file that has only the `ss_*` metadata: both stay equal when other metadata
+    change.
     """
     own = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -42,7 +45,8 @@ def layout_hash(tensors: Mapping[str, Tensor]) -> str:
 def is_damaged(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
     """Whether a safetensors file written here no longer holds the data it was written with.
 
-    A tool that renames or casts tensors may copy old hashes, so they count only while names, dtypes and shapes are as written here.
+    A tool that renames or casts tensors may copy old hashes, so they count only while names, dtypes and
+    shapes are as written here.
     """
     if metadata.get(LAYOUT_KEY) != layout_hash(tensors) or "sshs_model_hash" not in metadata:
         return False

@@ -1,9 +1,9 @@
 """Dialects of tensor names in LoRA files: recognise them, bring them into ours, write the other common one.
 
-ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   .alpha
-other       diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight        (diffusion-pipe, ComfyUI; alpha is optional)
-diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, base_model.model. ...       (also PEFT, also .lora.down / .lora.up)
-LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ...
+ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   .alpha other
+diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight        (diffusion-pipe, ComfyUI; alpha is
+optional) diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, base_model.model. ...       (also PEFT,
+also .lora.down / .lora.up) LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ...
 """
 
 import math
@@ -65,11 +65,16 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     used = set(keys.values())
     rest = [key for key in tensors if key not in used]
     texts = tuple(key for key in rest if key.startswith(_TEXT_ENCODERS))
-    return NativeTensors(native, " + ".join(dialects), texts, tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS)))
+    return NativeTensors(
+        native, " + ".join(dialects), texts, tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS))
+    )
 
 
 def rename_modules(modules: Iterable[str], family_hint: str | None = None) -> dict[str, str]:
-    """Underscored names of any layout -> those of our layout. The names are looked at together to tell whose layout it is."""
+    """Underscored names of any layout -> those of our layout.
+
+    The names are looked at together to tell whose layout it is.
+    """
     names = list(dict.fromkeys(modules))
     family = choose_family(names, family_hint)
     return {name: name if family is None else alias(name, family) for name in names}
@@ -117,9 +122,11 @@ class OtherTensors:
 
 
 def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> OtherTensors:
-    """Our names -> `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank), alpha left out.
+    """Our names -> `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
+    alpha left out.
 
-    Module paths come from the lists of the families' real modules; a name that none of them has is left out and reported.
+    Module paths come from the lists of the families' real modules; a name that none of them has is left out
+    and reported.
     """
     modules = {name.removeprefix(OURS): factors for name, factors in group_by_module(tensors).items()}
     family = choose_family(modules, family_hint)
@@ -130,7 +137,9 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
         if path is None:
             left_out[OURS + name] = "no known model has a module of that name"
         elif set(factors) - {"alpha", *LORA, "diff", "diff_b"}:
-            left_out[OURS + name] = f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in that dialect"
+            left_out[OURS + name] = (
+                f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in that dialect"
+            )
         else:
             written.update({f"{OTHER}{path}.{part}": tensor for part, tensor in _folded(factors).items()})
     return OtherTensors(written, left_out)
@@ -144,6 +153,8 @@ def _folded(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         LORA[1]: ("lora_B.weight", math.copysign(math.sqrt(abs(scale)), scale)),
     }
     folded = {
-        name: (factors[part].float() * half).to(factors[part].dtype) for part, (name, half) in halves.items() if part in factors
+        name: (factors[part].float() * half).to(factors[part].dtype)
+        for part, (name, half) in halves.items()
+        if part in factors
     }
     return folded | {part: factors[part] for part in ("diff", "diff_b") if part in factors}

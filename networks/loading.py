@@ -24,20 +24,25 @@ from networks.module_names import FamilyNames, choose_family, named_family, unde
 logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
 A_FEW = 0.1  # share of a file that may be of no use without more than a warning
-PEFT_SETTINGS = "lora_adapter_metadata"  # where diffusers keeps the adapter's settings among a file's metadata
-TRAINED_FOR = "reelsmith_trained_for"  # what of a model's uses a LoRA has learned, in words: `Family.metadata` as trained_for
+# where diffusers keeps the adapter's settings among a file's metadata
+PEFT_SETTINGS = "lora_adapter_metadata"
+# what of a model's uses a LoRA has learned, in words: `Family.metadata` as trained_for
+TRAINED_FOR = "reelsmith_trained_for"
 MADE_FOR = ("ss_base_model_version", "modelspec.architecture")
 OF_EQUAL_NAMES = (
     "flux",
     "Flux",
     "chroma",
 )  # models that are no family here, some of whose blocks and layers are called as HunyuanVideo's
-KNOWN_AS = {"networks.lora": "networks.lora_hunyuan"}  # names of network modules on the command lines of LoRA tuners -> ours
+# names of network modules on the command lines of LoRA tuners -> ours
+KNOWN_AS = {"networks.lora": "networks.lora_hunyuan"}
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA, LoHa or LoKr under our names: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, on the CPU, dtype of the file."""
+    """A LoRA, LoHa or LoKr under our names: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, on the CPU,
+    dtype of the file.
+    """
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -50,11 +55,14 @@ class LoraFile:
 
     def family(self) -> FamilyNames | None:
         """What it was trained for: as its metadata say, else by its names; None where nobody knows."""
-        return named_family(self.metadata) or choose_family(name.removeprefix(OURS) for name in self.modules())
+        return named_family(self.metadata) or choose_family(
+            name.removeprefix(OURS) for name in self.modules()
+        )
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a warning.
+    """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a
+    warning.
 
     Raises CheckpointError where it is missing, damaged, no LoRA, or of a kind that is not supported.
     """
@@ -62,16 +70,22 @@ def read_lora(path: Path) -> LoraFile:
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
     if path.is_file() and is_damaged(path, stored, metadata):
-        raise CheckpointError(f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.", path)
+        raise CheckpointError(
+            f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
+            path,
+        )
     made = named_family(metadata)
     native = to_native(stored, None if made is None else made.name)
     if not native.tensors:
         raise CheckpointError(
-            f"{path} is no LoRA for a video model: it has tensors such as {listed(sorted(stored), 3)}. Give a LoRA file.", path
+            f"{path} is no LoRA for a video model: it has tensors such as {listed(sorted(stored), 3)}. Give "
+            "a LoRA file.",
+            path,
         )
     if native.text_encoder:
         logger.warning(
-            f"{path}: {len(native.text_encoder)} tensors change a text encoder and are ignored: {listed(native.text_encoder)}"
+            f"{path}: {len(native.text_encoder)} tensors change a text encoder and are ignored: "
+            f"{listed(native.text_encoder)}"
         )
     if native.unknown:
         warn_of_rest(path, native.unknown, len(stored), "tensors are no part of a LoRA and are ignored")
@@ -79,12 +93,16 @@ def read_lora(path: Path) -> LoraFile:
         reason = fault(factors)
         if reason is not None:
             raise CheckpointError(
-                f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another LoRA.", path
+                f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another "
+                "LoRA.",
+                path,
             )
     try:
         alphas = _peft_alphas(native.tensors, _peft_config(path, metadata))
     except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
-        raise CheckpointError(f"{path}: its PEFT settings cannot be read ({error}). Copy it again.", path) from error
+        raise CheckpointError(
+            f"{path}: its PEFT settings cannot be read ({error}). Copy it again.", path
+        ) from error
     use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
     logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
     return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
@@ -97,7 +115,8 @@ def listed(names: Sequence[str], most: int = SHOWN) -> str:
 
 
 def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None:
-    """Warn of names of which nothing comes, and in a second, louder line where they are more than a few of so many.
+    """Warn of names of which nothing comes, and in a second, louder line where they are more than a few of so
+    many.
 
     what: as in "4 of 24 {what}: a, b, c".
     """
@@ -106,7 +125,8 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
     logger.warning(f"{path}: {len(rest)} of {whole} {what}: {listed(rest)}")
     if len(rest) > A_FEW * whole:
         logger.warning(
-            f"{path} IS USED ONLY IN PART: it is damaged or for another model, and does not do here what it was trained for. "
+            f"{path} IS USED ONLY IN PART: it is damaged or for another model, and does not do here what it "
+            "was trained for. "
             "Copy it again, or give a LoRA for this model."
         )
 
@@ -114,19 +134,24 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
     """Warn where the metadata of a LoRA that fits by its names say that it was trained for another model."""
     made = named_family(lora.metadata)
-    name = next((text for key in MADE_FOR if (text := lora.metadata.get(key, "")).startswith(OF_EQUAL_NAMES)), None)
+    name = next(
+        (text for key in MADE_FOR if (text := lora.metadata.get(key, "")).startswith(OF_EQUAL_NAMES)), None
+    )
     if made is not None:
         name = made.name
     if name is None or model is None or made is model or name in model.takes:
         return
     logger.warning(
-        f"{lora.path} was trained for {name}, as its metadata say, and is used on a {model.name} model. The names are the same, "
+        f"{lora.path} was trained for {name}, as its metadata say, and is used on a {model.name} model. The "
+        "names are the same, "
         "what it has learned is not: do not expect much of it."
     )
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {} without them."""
+    """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {}
+    without them.
+    """
     folder = path if path.is_dir() else path.parent
     config_path = folder / "adapter_config.json"
     if PEFT_SETTINGS in metadata:
@@ -149,7 +174,10 @@ def _peft_alphas(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
         rank = rank_of(factors)
         if rank is None or "alpha" in factors:
             continue
-        alpha = next((value for key, value in patterns.items() if re.search(rf"(^|_){key}$", module)), config["lora_alpha"])
+        alpha = next(
+            (value for key, value in patterns.items() if re.search(rf"(^|_){key}$", module)),
+            config["lora_alpha"],
+        )
         if config.get("use_rslora"):
             alpha = alpha * rank**0.5  # PEFT scales by alpha / sqrt(rank) then
         alphas[f"{module}.alpha"] = torch.tensor(float(alpha))
@@ -157,9 +185,11 @@ def _peft_alphas(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
 
 
 def import_network_module(name: str) -> ModuleType:
-    """The module that `--network_module` names: one of ours (`networks.lora_wan`) or any that offers `create_network(...)`.
+    """The module that `--network_module` names: one of ours (`networks.lora_wan`) or any that offers
+    `create_network(...)`.
 
-    The folder the command runs in is searched too. Raises OptionError where it is not there or builds no network.
+    The folder the command runs in is searched too. Raises OptionError where it is not there or builds no
+    network.
     """
     here = str(Path.cwd())
     if here not in sys.path:
@@ -168,8 +198,12 @@ def import_network_module(name: str) -> ModuleType:
         module = importlib.import_module(KNOWN_AS.get(name, name))
     except ImportError as error:
         raise OptionError(
-            f"--network_module {name} cannot be imported: {error}. Install the package, or use networks.lora_wan or networks.lora."
+            f"--network_module {name} cannot be imported: {error}. Install the package, or use "
+            "networks.lora_wan or networks.lora."
         ) from error
     if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
-        raise OptionError(f"--network_module {name} offers neither create_arch_network nor create_network, so it builds no network")
+        raise OptionError(
+            f"--network_module {name} offers neither create_arch_network nor create_network, so it builds no "
+            "network"
+        )
     return module

@@ -44,7 +44,10 @@ def create_arch_network_from_weights(
 
 
 def builder_for(targets: LoraTargets) -> Callable[..., "LoraNetwork"]:
-    """A family's `create_arch_network`, in the call that LoRA tuners share. `vae` and `text_encoders` are not used."""
+    """A family's `create_arch_network`, in the call that LoRA tuners share.
+
+    `vae` and `text_encoders` are not used.
+    """
 
     def create_arch_network(
         multiplier: float,
@@ -81,12 +84,15 @@ def build_network(
         size = _size(module, settings)
         chosen = size is not None and settings.takes(path)
         if settings.verbose:
-            logger.info(f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}")
+            logger.info(
+                f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}"
+            )
         if size is not None and chosen:
             layers[OURS + underscored(path)] = LoraLayer(module, *size)
     if not layers:
         raise OptionError(
-            "the LoRA has no module: --network_args exclude_patterns leaves none, or --network_module is for another model"
+            "the LoRA has no module: --network_args exclude_patterns leaves none, or --network_module is for "
+            "another model"
         )
     return LoraNetwork(layers, settings, multiplier)
 
@@ -94,20 +100,28 @@ def build_network(
 def build_network_from_weights(
     multiplier: float, weights: Mapping[str, Tensor], unet: nn.Module | None, arguments: Mapping[str, Any]
 ) -> "LoraNetwork":
-    """A network with the modules, ranks and alphas of these tensors (any dialect); modules that the model lacks are listed.
+    """A network with the modules, ranks and alphas of these tensors (any dialect); modules that the model
+    lacks are listed.
 
     Raises CheckpointError where nothing fits, or where the tensors are no plain LoRA.
     """
     if unet is None:
         raise TypeError("create_arch_network_from_weights needs unet")
     for key in sorted(_FROM_FILE & {key for key, value in arguments.items() if value is not None}):
-        logger.warning(f"--network_args {key} is ignored, because --dim_from_weights takes the modules and ranks from the file")
+        logger.warning(
+            f"--network_args {key} is ignored, because --dim_from_weights takes the modules and ranks from "
+            "the file"
+        )
     others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
     settings = read_settings(None, None, arguments.get("neuron_dropout"), others)
     known = {
-        OURS + underscored(path): module for path, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+        OURS + underscored(path): module
+        for path, module in unet.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
     }
-    native = for_model(to_native(weights).tensors, lambda name: known[name].weight.shape[0] if name in known else None)
+    native = for_model(
+        to_native(weights).tensors, lambda name: known[name].weight.shape[0] if name in known else None
+    )
     stored = group_by_module(with_rank_as_alpha(native))
     layers, missed = {}, []
     for name, factors in stored.items():
@@ -118,9 +132,13 @@ def build_network_from_weights(
         else:
             missed.append(name)
     if not layers:
-        raise CheckpointError(f"--dim_from_weights: the model has none of the file's modules, such as {listed(missed, 3)}")
+        raise CheckpointError(
+            f"--dim_from_weights: the model has none of the file's modules, such as {listed(missed, 3)}"
+        )
     if missed:
-        logger.warning(f"--dim_from_weights: {len(missed)} modules of the file are not in this model: {listed(missed)}")
+        logger.warning(
+            f"--dim_from_weights: {len(missed)} modules of the file are not in this model: {listed(missed)}"
+        )
     return LoraNetwork(layers, settings, multiplier)
 
 
@@ -128,9 +146,13 @@ _FROM_FILE = {"conv_dim", "conv_alpha", "include_patterns", "exclude_patterns"}
 _BESIDE_FILE = {"rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"}
 
 
-def _modules_in_blocks(unet: nn.Module, block_classes: frozenset[str]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+def _modules_in_blocks(
+    unet: nn.Module, block_classes: frozenset[str]
+) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """(path, module) of each Linear and Conv2d inside a block, in the model's order."""
-    blocks = tuple(f"{path}." for path, module in unet.named_modules() if type(module).__name__ in block_classes)
+    blocks = tuple(
+        f"{path}." for path, module in unet.named_modules() if type(module).__name__ in block_classes
+    )
     for path, module in unet.named_modules():
         if path.startswith(blocks) and isinstance(module, (nn.Linear, nn.Conv2d)):
             yield path, module
@@ -146,7 +168,9 @@ def _size(module: nn.Linear | nn.Conv2d, settings: LoraSettings) -> tuple[int, f
 class LoraNetwork(nn.Module):
     """The LoRAs of a model. Its state dict has the tensors of a LoRA file in our dialect."""
 
-    def __init__(self, layers: Mapping[str, LoraLayer], settings: LoraSettings, multiplier: float = 1.0) -> None:
+    def __init__(
+        self, layers: Mapping[str, LoraLayer], settings: LoraSettings, multiplier: float = 1.0
+    ) -> None:
         super().__init__()
         self.settings = settings
         self._seed = DropoutSeed()
@@ -158,8 +182,17 @@ class LoraNetwork(nn.Module):
         ranks = sorted({layer.rank for layer in self.layers})
         logger.info(f"LoRA on {len(self.layers)} modules, rank {listed([str(rank) for rank in ranks])}")
 
-    def apply_to(self, text_encoders: object, unet: nn.Module, apply_text_encoder: bool = False, apply_unet: bool = True) -> None:
-        """Put the LoRAs into the model they were made for. Raises ValueError where text encoders are asked for."""
+    def apply_to(
+        self,
+        text_encoders: object,
+        unet: nn.Module,
+        apply_text_encoder: bool = False,
+        apply_unet: bool = True,
+    ) -> None:
+        """Put the LoRAs into the model they were made for.
+
+        Raises ValueError where text encoders are asked for.
+        """
         if apply_text_encoder:
             raise ValueError("this network has no modules for text encoders")
         if apply_unet:
@@ -184,8 +217,12 @@ class LoraNetwork(nn.Module):
             for layer, table in zip(self.layers, tables.unbind(), strict=True):
                 layer.seed_table = table
 
-    def prepare_optimizer_params(self, unet_lr: float | None = None, **_: Any) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups for the optimizer and a name of each for logs; with LoRA+ the up matrices are a second group."""
+    def prepare_optimizer_params(
+        self, unet_lr: float | None = None, **_: Any
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups for the optimizer and a name of each for logs; with LoRA+ the up matrices are a
+        second group.
+        """
         rate = {} if unet_lr is None else {"lr": unet_lr}
         ratio = self.settings.loraplus_lr_ratio
         if ratio is None:
@@ -218,7 +255,9 @@ class LoraNetwork(nn.Module):
         warn_of_other_family(lora, choose_family(name.removeprefix(OURS) for name in own))
         fitted = for_model(lora.tensors, lambda name: len(own[name][LORA[1]]) if name in own else None)
         stored = group_by_module(with_rank_as_alpha(fitted))
-        wrong = [name for name, factors in stored.items() if name in own and not _same_shapes(factors, own[name])]
+        wrong = [
+            name for name, factors in stored.items() if name in own and not _same_shapes(factors, own[name])
+        ]
         unknown = [name for name in stored if name not in own]
         fitting = {name: factors for name, factors in stored.items() if name not in {*wrong, *unknown}}
         if not fitting:
@@ -228,33 +267,43 @@ class LoraNetwork(nn.Module):
                 else f"there is no {unknown[0]}"
             )
             raise CheckpointError(
-                f"{path} does not fit this network: {example}. Try --dim_from_weights, or another --network_module.", path
+                f"{path} does not fit this network: {example}. Try --dim_from_weights, or another "
+                "--network_module.",
+                path,
             )
         self.load_state_dict(
             {
-                f"{name}.{part}": tensor.reshape(own[name][part].shape)  # some tools store alpha as a list of one
+                # some tools store alpha as a list of one
+                f"{name}.{part}": tensor.reshape(own[name][part].shape)
                 for name, factors in fitting.items()
                 for part, tensor in factors.items()
             },
             strict=False,
         )
-        problems = [f"{name} has another shape" for name in wrong] + [f"{name} is not in this network" for name in unknown]
+        problems = [f"{name} has another shape" for name in wrong] + [
+            f"{name} is not in this network" for name in unknown
+        ]
         problems += [f"{name} is not in the file" for name in own if name not in stored]
         if problems:
             logger.warning(f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {listed(problems)}")
         return problems
 
-    def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+    def save_weights(
+        self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+    ) -> None:
         """Write a LoRA file, complete or not at all, with the hashes of its tensors among the metadata."""
         tensors = saved_dtype(self.state_dict(), dtype)
         save_tensors(Path(file), tensors, with_hashes(tensors, metadata or {}))
 
     @torch.no_grad()
-    def apply_max_norm_regularization(self, max_norm: float, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale both factors of each LoRA whose norm ||alpha / rank * up @ down|| is above `max_norm` down to it.
+    def apply_max_norm_regularization(
+        self, max_norm: float, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale both factors of each LoRA whose norm ||alpha / rank * up @ down|| is above `max_norm` down to
+        it.
 
-        Returns how many were scaled, and mean and largest norm afterwards: numbers on the network's device, which the host need
-        not wait for. `device` is not needed.
+        Returns how many were scaled, and mean and largest norm afterwards: numbers on the network's device,
+        which the host need not wait for. `device` is not needed.
         """
         norms = torch.stack([_norm(layer) for layer in self.layers])
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
@@ -274,7 +323,9 @@ def _norm(layer: LoraLayer) -> Tensor:
 
 
 def _same_shapes(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    return factors.keys() == own.keys() and all(t.shape == own[part].shape for part, t in factors.items() if part != "alpha")
+    return factors.keys() == own.keys() and all(
+        t.shape == own[part].shape for part, t in factors.items() if part != "alpha"
+    )
 
 
 def _shapes(factors: Mapping[str, Tensor]) -> str:

@@ -4,5 +4,7 @@ from networks.lora import LoraTargets, builder_for, create_arch_network_from_wei
 
 __all__ = ["create_arch_network", "create_arch_network_from_weights"]
 
-FRAMEPACK = LoraTargets(frozenset({"HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"}), r".*(norm).*")
+FRAMEPACK = LoraTargets(
+    frozenset({"HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"}), r".*(norm).*"
+)
 create_arch_network = builder_for(FRAMEPACK)

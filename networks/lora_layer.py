@@ -17,7 +17,8 @@ from modules.seeds import derive_seed
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
-Halves = tuple[int, int] | tuple[Tensor, Tensor]  # the lower 32 bits of a seed and the rest; as int64 tensors without axes
+# the lower 32 bits of a seed and the rest; as int64 tensors without axes
+Halves = tuple[int, int] | tuple[Tensor, Tensor]
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
@@ -41,12 +42,17 @@ class DropoutSeed:
         self.value: int | None = None
 
     def derive(self, layer: int, kind: str) -> int:
-        """The seed of one layer's mask. Without a value set, each call draws one from torch's global generator."""
+        """The seed of one layer's mask.
+
+        Without a value set, each call draws one from torch's global generator.
+        """
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind)
 
     def tables(self, layers: int, device: torch.device) -> Tensor:
-        """What `derive` gives for all of them: layers x KINDS x (lower, upper 32 bits) int64, copied to the device at once."""
+        """What `derive` gives for all of them: layers x KINDS x (lower, upper 32 bits) int64, copied to the
+        device at once.
+        """
         seeds = [[halves(self.derive(layer, kind)) for kind in KINDS] for layer in range(layers)]
         return numbers_on(device, seeds)
 
@@ -54,7 +60,8 @@ class DropoutSeed:
 class LoraLayer(nn.Module):
     """`y + multiplier * alpha / rank * up(down(x))` in place of the forward of a frozen module.
 
-    The factors are float32 whatever the model's dtype; under autocast they compute in its dtype, without it in float32.
+    The factors are float32 whatever the model's dtype; under autocast they compute in its dtype, without it
+    in float32.
     """
 
     alpha: Tensor
@@ -62,7 +69,10 @@ class LoraLayer(nn.Module):
     lora_up: nn.Linear | nn.Conv2d
 
     def __init__(self, original: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
-        """alpha: 0 means rank. Initial values come from torch's global CPU generator, as LoRA modules of other tools do it."""
+        """alpha: 0 means rank.
+
+        Initial values come from torch's global CPU generator, as LoRA modules of other tools do it.
+        """
         super().__init__()
         self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
         self.lora_down, self.lora_up = _factors(original, rank)
@@ -71,7 +81,8 @@ class LoraLayer(nn.Module):
         self.rank = rank
         self.multiplier = 1.0
         self.dropouts, self.index, self.seed = Dropouts(), 0, DropoutSeed()
-        self.seed_table: Tensor | None = None  # KINDS x 2 int64: compiled code would take a number for a constant
+        # KINDS x 2 int64: compiled code would take a number for a constant
+        self.seed_table: Tensor | None = None
         self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
@@ -88,7 +99,8 @@ class LoraLayer(nn.Module):
     def attach(self) -> None:
         """From now on the original module's forward is this one's."""
         self._original_forward = self._original[0].forward
-        # a mask follows from the numbers of the elements in the input, and would repeat itself in each piece of it
+        # a mask follows from the numbers of the elements in the input, and would repeat itself in each piece
+        # of it
         self._original[0].sees_whole_input = self.dropouts.neuron > 0  # type: ignore[assignment]
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
@@ -101,7 +113,8 @@ class LoraLayer(nn.Module):
         # x: B L in, or B in H W
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast and x.dtype == torch.float32:
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, rather than in both the original and the LoRA
+            # once, rather than in both the original and the LoRA
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         out = self._original_forward(x)
         dropping = self.training and bool(self.dropouts)
         in_tensors = dropping and self.seed_table is not None and torch.compiler.is_compiling()
@@ -109,12 +122,16 @@ class LoraLayer(nn.Module):
             return out
         if not autocast:
             x = x.to(self.lora_down.weight.dtype)
-        hidden = self.lora_down(x) * (self.multiplier * self.scale)  # B L R: scaled here, where the tensor is small
+        # B L R: scaled here, where the tensor is small
+        hidden = self.lora_down(x) * (self.multiplier * self.scale)
         if dropping:
             hidden = self._dropped(hidden)
         whole = out + self.lora_up(hidden).to(out.dtype)
-        if self.seed_table is not None and in_tensors and self.dropouts.module > 0:  # compiled code computes it in any case
-            return torch.where(self.seed_table[KINDS.index("module"), 0] < self.dropouts.module * (_32_BITS + 1), out, whole)
+        # compiled code computes it in any case
+        if self.seed_table is not None and in_tensors and self.dropouts.module > 0:
+            return torch.where(
+                self.seed_table[KINDS.index("module"), 0] < self.dropouts.module * (_32_BITS + 1), out, whole
+            )
         return whole
 
     def _skips(self) -> bool:
@@ -140,15 +157,21 @@ class LoraLayer(nn.Module):
     def _masked(self, hidden: Tensor, kind: str, shape: Sequence[int], share: float) -> Tensor:
         """0 where dropped, hidden / (1 - share) elsewhere."""
         keep = keep_mask(shape, share, self._halves(kind), hidden.device)
-        # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, the same way everywhere
+        # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, the
+        # same way everywhere
         return hidden.masked_fill(~keep, 0.0) / (1 - share)
 
 
-def _factors(original: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
+def _factors(
+    original: nn.Linear | nn.Conv2d, rank: int
+) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
     """The empty down and up modules, float32 on the CPU."""
     made: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
-        down, up = nn.Linear(original.in_features, rank, **made), nn.Linear(rank, original.out_features, **made)
+        down, up = (
+            nn.Linear(original.in_features, rank, **made),
+            nn.Linear(rank, original.out_features, **made),
+        )
         return _emptied(down), _emptied(up)
     places: Any = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
     places["kernel_size"] = original.kernel_size
@@ -157,7 +180,9 @@ def _factors(original: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear, nn.
 
 
 def _emptied(layer: Layer) -> Layer:
-    """A layer from the meta device with an unfilled weight on the CPU; also where a dry run stands in for allocation."""
+    """A layer from the meta device with an unfilled weight on the CPU; also where a dry run stands in for
+    allocation.
+    """
     layer.weight = nn.Parameter(torch.empty(layer.weight.shape, dtype=layer.weight.dtype))
     return layer
 
@@ -170,8 +195,8 @@ def halves(seed: int) -> tuple[int, int]:
 def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.device) -> Tensor:
     """Booleans, false with probability `share`, equal on every device and at every call with the same seed.
 
-    Each element's number is hashed in integers on the device, so a mask costs no transfer, and the recomputation of a checkpointed
-    block draws the mask of its first pass.
+    Each element's number is hashed in integers on the device, so a mask costs no transfer, and the
+    recomputation of a checkpointed block draws the mask of its first pass.
     """
     numbers = torch.arange(math.prod(shape), device=device)  # int64
     low, high = seed
@@ -181,7 +206,10 @@ def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.de
 
 
 def _hashed(x: Tensor) -> Tensor:
-    """A mixing of 32-bit numbers held in int64. Source: C. Wellons, "Prospecting for hash functions", lowbias32."""
+    """A mixing of 32-bit numbers held in int64.
+
+    Source: C. Wellons, "Prospecting for hash functions", lowbias32.
+    """
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _32_BITS
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _32_BITS
     return x ^ (x >> 16)

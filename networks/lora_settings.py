@@ -65,7 +65,9 @@ def read_settings(
     return settings
 
 
-def _number(rest: dict[str, Any], key: str, kind: type[int] | type[float], low: float, high: float) -> float | None:
+def _number(
+    rest: dict[str, Any], key: str, kind: type[int] | type[float], low: float, high: float
+) -> float | None:
     """Take the number out of `rest`; None where it is not there. `low` is allowed, `high` is not."""
     text = rest.pop(key, None)
     if text is None or text == "None":
@@ -76,12 +78,17 @@ def _number(rest: dict[str, Any], key: str, kind: type[int] | type[float], low: 
         value = math.nan
     if not low <= value < high:
         limits = f"from {low:g} to below {high:g}" if high < math.inf else f"of at least {low:g}"
-        raise OptionError(f"--network_args {key}={text}: give {'a whole' if kind is int else 'a'} number {limits}")
+        raise OptionError(
+            f"--network_args {key}={text}: give {'a whole' if kind is int else 'a'} number {limits}"
+        )
     return value
 
 
 def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
-    """Take a list of regular expressions, or its text as a Python list, out of `rest`. Invalid expressions are warned about."""
+    """Take a list of regular expressions, or its text as a Python list, out of `rest`.
+
+    Invalid expressions are warned about.
+    """
     given = rest.pop(key, ())
     if isinstance(given, str):
         try:
@@ -89,11 +96,15 @@ def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
         except (ValueError, SyntaxError):
             given = None
     if not isinstance(given, (list, tuple)) or not all(isinstance(pattern, str) for pattern in given):
-        raise OptionError(f"""--network_args {key}: write a Python list of texts, such as "{key}=[r'.*ffn.*']".""")
+        raise OptionError(
+            f"""--network_args {key}: write a Python list of texts, such as "{key}=[r'.*ffn.*']"."""
+        )
     compiled = []
     for pattern in given:
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            logger.warning(f"--network_args {key}: {pattern!r} is ignored, because it is no regular expression ({error})")
+            logger.warning(
+                f"--network_args {key}: {pattern!r} is ignored, because it is no regular expression ({error})"
+            )
     return tuple(compiled)

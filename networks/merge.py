@@ -22,7 +22,8 @@ from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import part_rows
 
 logger = getLogger(__name__)
-_FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")  # out x in x kernel
+# out x in x kernel
+_FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")
 _BLOCK_ELEMENTS = 1 << 20  # of a weight that are changed at once: 4 MB in float32
 _META = torch.device("meta")
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
@@ -34,9 +35,9 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 class LoraUse:
     """One LoRA file and how it is used.
 
-    Patterns are regular expressions searched in its tensor names (ours). Where the model calls a module otherwise, as FramePack
-    does HunyuanVideo's, its name counts too: a pattern may be written for either, and choose a part of a fused module.
-    Raises OptionError where a pattern is none.
+    Patterns are regular expressions searched in its tensor names (ours). Where the model calls a module
+    otherwise, as FramePack does HunyuanVideo's, its name counts too: a pattern may be written for either, and
+    choose a part of a fused module. Raises OptionError where a pattern is none.
     """
 
     lora: LoraFile
@@ -49,15 +50,21 @@ class LoraUse:
             try:
                 re.compile(pattern or "")
             except re.error as error:
-                raise OptionError(f"a LoRA pattern for {self.lora.path} is no regular expression: {error}") from None
+                raise OptionError(
+                    f"a LoRA pattern for {self.lora.path} is no regular expression: {error}"
+                ) from None
 
     def keeps(self, factors: Iterable[str], *names: str) -> bool:
-        """Whether the patterns keep one of a module's factors; names: what the module is called, by the file and by the model."""
+        """Whether the patterns keep one of a module's factors; names: what the module is called, by the file
+        and by the model.
+        """
         return any(self._keeps([f"{name}.{factor}" for name in names]) for factor in factors)
 
     def _keeps(self, tensor: Sequence[str]) -> bool:
         included = self.include is None or any(re.search(self.include, name) for name in tensor)
-        return included and (self.exclude is None or not any(re.search(self.exclude, name) for name in tensor))
+        return included and (
+            self.exclude is None or not any(re.search(self.exclude, name) for name in tensor)
+        )
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,9 @@ class _Change:
 
     def on(self, device: torch.device) -> "_Change":
         """The same with its factors on a device."""
-        return replace(self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()})
+        return replace(
+            self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()}
+        )
 
     def placed(self, relative: Relative | None, weight: Tensor) -> "_Change":
         """The same for a weight that is part of the LoRA's module, or of which that module is a part.
@@ -81,7 +90,9 @@ class _Change:
         if relative is None:
             return self
         own, whole = self._height(), len(weight)
-        rows = part_rows(relative.part, own, whole) if relative.is_part else part_rows(relative.part, whole, own)
+        rows = (
+            part_rows(relative.part, own, whole) if relative.is_part else part_rows(relative.part, whole, own)
+        )
         if rows is None:
             return self
         if relative.is_part and isinstance(rows, slice):
@@ -100,8 +111,12 @@ class _Change:
             begin, end = max(start, self.rows.start), min(start + len(total), self.rows.stop)
             if begin >= end:
                 return
-            block, total = slice(begin - self.rows.start, end - self.rows.start), total[begin - start : end - start]
-        factors = (None if block is None else rows_of(self.factors, block)) or self.factors  # LoKr comes whole, see `_blocks`
+            block, total = (
+                slice(begin - self.rows.start, end - self.rows.start),
+                total[begin - start : end - start],
+            )
+        # LoKr comes whole, see `_blocks`
+        factors = (None if block is None else rows_of(self.factors, block)) or self.factors
         delta = self.delta(factors, total.device)
         assert delta is not None
         total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
@@ -116,22 +131,28 @@ class _Change:
 class LoraPatch:
     """Adds LoRAs to weights that it is handed by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
-    W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the weight's dtype.
-    After loading, `check()` tells what found no weight.
+    W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the
+    weight's dtype. After loading, `check()` tells what found no weight.
     """
 
-    def __init__(self, uses: Sequence[LoraUse], parameter_names: Iterable[str] | None = None, model: Path | None = None) -> None:
-        """parameter_names: of a file in another layout than ours, such as the diffusers one. model: its file, for messages."""
+    def __init__(
+        self, uses: Sequence[LoraUse], parameter_names: Iterable[str] | None = None, model: Path | None = None
+    ) -> None:
+        """parameter_names: of a file in another layout than ours, such as the diffusers one. model: its file,
+        for messages.
+        """
         self._uses = tuple(uses)
         self._path = model
         self._model = "this model" if model is None else str(model)
-        self._changes: dict[str, list[_Change]] = {}  # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
+        # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
+        self._changes: dict[str, list[_Change]] = {}
         for use in uses:
             for module, factors in use.lora.modules().items():
                 for leaf, delta in _leaves(factors).items():
                     self._changes.setdefault(f"{module}.{leaf}", []).append(_Change(use, factors, delta))
         self._seen: set[str] = set()  # keys that a weight handed over has in one layout or another
-        self._taken: dict[int, set[str]] = {id(use): set() for use in uses}  # use -> those of its keys that change something
+        # use -> those of its keys that change something
+        self._taken: dict[int, set[str]] = {id(use): set() for use in uses}
         self._modules: dict[str, None] = {}  # of the model, as far as weights were handed over
         self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
 
@@ -143,7 +164,8 @@ class LoraPatch:
         return weight
 
     def add_to(self, name: str, weight: Tensor) -> Tensor:
-        """Change the weight in place, some rows at a time, so that no second one is held; returns it. On meta it is only compared.
+        """Change the weight in place, some rows at a time, so that no second one is held; returns it. On meta
+        it is only compared.
 
         Raises CheckpointError where a LoRA is of another size.
         """
@@ -166,10 +188,18 @@ class LoraPatch:
 
     def unused(self) -> list[str]:
         """What no weight handed over so far belongs to, as `file: module.weight`."""
-        return [f"{use.lora.path.name}: {key}" for use in self._uses for key in self._keys(use) if key not in self._seen]
+        return [
+            f"{use.lora.path.name}: {key}"
+            for use in self._uses
+            for key in self._keys(use)
+            if key not in self._seen
+        ]
 
     def check(self) -> None:
-        """Warn of all that found no weight, and of files for another model. Raises CheckpointError where nothing of one did."""
+        """Warn of all that found no weight, and of files for another model.
+
+        Raises CheckpointError where nothing of one did.
+        """
         family = choose_family(self._modules, LIKELY_MODEL)
         for use in self._uses:
             path, keys = use.lora.path, self._keys(use)
@@ -193,9 +223,14 @@ class LoraPatch:
                 self._path,
             )
         made = lora.family()
-        kinds = "" if made is None or family is None or made is family else f" It is for {made.name}, the model is {family.name}."
+        kinds = (
+            ""
+            if made is None or family is None or made is family
+            else f" It is for {made.name}, the model is {family.name}."
+        )
         return CheckpointError(
-            f"{lora.path} does not fit {self._model}, which has none of its {len(missed)} weights, such as {listed(missed, 2)}."
+            f"{lora.path} does not fit {self._model}, which has none of its {len(missed)} weights, such as "
+            f"{listed(missed, 2)}."
             f"{kinds}\n  Give a LoRA that was trained for this model.",
             self._path or lora.path,
         )
@@ -211,14 +246,18 @@ class LoraPatch:
         return self._renamed.get(module, module), leaf
 
     def _keys_of(self, name: str) -> Iterator[tuple[str, Relative | None]]:
-        """Names under which LoRAs change a parameter: its own, and those of its parts or of what it is part of in other layouts."""
+        """Names under which LoRAs change a parameter: its own, and those of its parts or of what it is part
+        of in other layouts.
+        """
         module, leaf = self._own(name)
         yield f"{OURS}{module}.{leaf}", None
         for relative in relatives(module):
             yield f"{OURS}{relative.name}.{leaf}", relative
 
     def _changes_of(self, name: str) -> Iterator[tuple[str, _Change, Relative | None]]:
-        """What changes a parameter, by key, as far as the patterns keep it under its name in the file and in the model."""
+        """What changes a parameter, by key, as far as the patterns keep it under its name in the file and in
+        the model.
+        """
         own = OURS + self._own(name)[0]
         for key, relative in self._keys_of(name):
             for change in self._changes.get(key, []):
@@ -231,7 +270,8 @@ class LoraPatch:
             key
             for key, changes in self._changes.items()
             for change in changes
-            if change.use is use and (key in self._taken[id(use)] or use.keeps(change.factors, key.partition(".")[0]))
+            if change.use is use
+            and (key in self._taken[id(use)] or use.keeps(change.factors, key.partition(".")[0]))
         ]
 
 
@@ -248,7 +288,11 @@ def _blocks(weight: Tensor, changes: Sequence[_Change]) -> Iterator[slice | None
     if not changes or not weight.numel():
         return
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
-    if weight.ndim == 0 or step >= len(weight) or any(rows_of(change.factors, slice(0, 1)) is None for change in changes):
+    if (
+        weight.ndim == 0
+        or step >= len(weight)
+        or any(rows_of(change.factors, slice(0, 1)) is None for change in changes)
+    ):
         yield None
         return
     for start in range(0, len(weight), step):
@@ -263,7 +307,9 @@ def _fitted(change: _Change, relative: Relative | None, weight: Tensor, name: st
         factors = {part: t for part, t in change.factors.items() if part != "alpha"}
         delta = change.delta(factors, _META)
     except (RuntimeError, IndexError) as error:
-        raise CheckpointError(f"{path}: the factors for {name} do not go together ({error}).", path) from error
+        raise CheckpointError(
+            f"{path}: the factors for {name} do not go together ({error}).", path
+        ) from error
     assert delta is not None
     found, wanted = list(delta.shape), list((weight if change.rows is None else weight[change.rows]).shape)
     if delta.numel() != math.prod(wanted) or found[:1] != wanted[:1]:
@@ -281,33 +327,40 @@ def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) ->
     includes = _per_file(files, patterns.include_patterns if patterns else None, "--include_patterns")
     excludes = _per_file(files, patterns.exclude_patterns if patterns else None, "--exclude_patterns")
     rows = zip(files, loras.multipliers(), includes, excludes, strict=True)
-    return [LoraUse(read_lora(path), multiplier, include, exclude) for path, multiplier, include, exclude in rows]
+    return [
+        LoraUse(read_lora(path), multiplier, include, exclude) for path, multiplier, include, exclude in rows
+    ]
 
 
 def _per_file(files: Sequence[Path], patterns: Sequence[str] | None, option: str) -> list[str | None]:
     """One pattern per file; files beyond them have none."""
     given = list(patterns or ())
     if len(given) > len(files):
-        raise OptionError(f"{option} has {len(given)} patterns for {len(files)} LoRA files: give one per file, in the same order")
+        raise OptionError(
+            f"{option} has {len(given)} patterns for {len(files)} LoRA files: give one per file, in the same "
+            "order"
+        )
     return [*given, *[None] * (len(files) - len(given))]
 
 
 def merge_into_file(
     model: Path, uses: Sequence[LoraUse], output: Path, device: torch.device, in_channels: int | None = None
 ) -> None:
-    """Write the model with the LoRAs added as one safetensors file; names, dtypes and metadata as in the model.
+    """Write the model with the LoRAs added as one safetensors file; names, dtypes and metadata as in the
+    model.
 
-    Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in float32).
-    in_channels: what the model's first layer has to take.
-    Raises CheckpointError where a file is unusable or a LoRA fits nothing, OptionError where the result would replace one of
-    them, OutputError where it cannot be written.
+    Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
+    float32). in_channels: what the model's first layer has to take. Raises CheckpointError where a file is
+    unusable or a LoRA fits nothing, OptionError where the result would replace one of them, OutputError where
+    it cannot be written.
     """
     _refuse_replacing([*checkpoint_paths(model), *(use.lora.path for use in uses)], output)
     with open_checkpoint(model) as checkpoint:
         if in_channels is not None:
             _check_in_channels(checkpoint, in_channels)
         patch = LoraPatch(uses, checkpoint.tensors, model)
-        for name, info in checkpoint.tensors.items():  # a LoRA of another model is found out before anything is written
+        # a LoRA of another model is found out before anything is written
+        for name, info in checkpoint.tensors.items():
             _refuse_rounded(patch, name, info, model)
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
         patch.check()
@@ -327,11 +380,18 @@ def merge_into_file(
 
 def _refuse_replacing(inputs: Sequence[Path], output: Path) -> None:
     if output.resolve() in {path.resolve() for path in inputs}:
-        raise OptionError(f"--save_merged_model {output} is one of the files that are merged. Give a new name.")
+        raise OptionError(
+            f"--save_merged_model {output} is one of the files that are merged. Give a new name."
+        )
 
 
 def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:
-    if patch.touches(name) and info.dtype not in {torch.bfloat16, torch.float16, torch.float32, torch.float64}:
+    if patch.touches(name) and info.dtype not in {
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    }:
         raise CheckpointError(
             f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
             "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
@@ -344,4 +404,6 @@ def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
     found = checkpoint.tensors[first[0]].shape[1] if first else None
     if found != in_channels:
         what = f"{first[0]} takes {found} channels" if first else "it has no first layer that is known"
-        raise CheckpointError(f"{checkpoint.path}: {what}, --dit_in_channels asks for {in_channels}.", checkpoint.path)
+        raise CheckpointError(
+            f"{checkpoint.path}: {what}, --dit_in_channels asks for {in_channels}.", checkpoint.path
+        )

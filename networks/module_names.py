@@ -1,6 +1,8 @@
-"""Names of the modules inside each family's network, as data: what a LoRA may change, and what other layouts call it.
+"""Names of the modules inside each family's network, as data: what a LoRA may change, and what other layouts
+call it.
 
-`{n}` stands for a block number. LoRA files of our dialect write a path with "_" for "."; these lists give the way back.
+`{n}` stands for a block number. LoRA files of our dialect write a path with "_" for "."; these lists give the
+way back.
 """
 
 import re
@@ -17,7 +19,8 @@ class Part:
 
     theirs: str  # path in the other layout
     ours: str
-    # None: all rows; n: the nth of rows as many as it has itself; REST: the last rows; SWAPPED: all, the halves changed about
+    # None: all rows; n: the nth of rows as many as it has itself; REST: the last rows; SWAPPED: all, the
+    # halves changed about
     index: int | None = None
     usual_height: int = 1  # REST: how many times as high as the others, in every published model
 
@@ -65,8 +68,14 @@ WAN = FamilyNames(
     (*_WAN_BLOCK, *_WAN_REST, *_each("text_embedding.", "0 2"), *_each("time_embedding.", "0 2")),
     # diffusers layout
     (
-        *((f"blocks.{{n}}.attn1.{theirs}", f"blocks.{{n}}.self_attn.{ours}") for theirs, ours in _DIFFUSERS_ATTENTION),
-        *((f"blocks.{{n}}.attn2.{theirs}", f"blocks.{{n}}.cross_attn.{ours}") for theirs, ours in _DIFFUSERS_ATTENTION),
+        *(
+            (f"blocks.{{n}}.attn1.{theirs}", f"blocks.{{n}}.self_attn.{ours}")
+            for theirs, ours in _DIFFUSERS_ATTENTION
+        ),
+        *(
+            (f"blocks.{{n}}.attn2.{theirs}", f"blocks.{{n}}.cross_attn.{ours}")
+            for theirs, ours in _DIFFUSERS_ATTENTION
+        ),
         ("blocks.{n}.attn2.add_k_proj", "blocks.{n}.cross_attn.k_img"),
         ("blocks.{n}.attn2.add_v_proj", "blocks.{n}.cross_attn.v_img"),
         ("blocks.{n}.attn2.norm_added_k", "blocks.{n}.cross_attn.norm_k_img"),
@@ -96,7 +105,9 @@ def _same(theirs: str, ours: str, endings: tuple[tuple[str, str], ...]) -> tuple
     return tuple(Part(theirs + ending, ours + own) for ending, own in endings)
 
 
-_MLPS = tuple((stream, theirs, ours) for stream in ("img", "txt") for theirs, ours in (("0", "fc1"), ("2", "fc2")))
+_MLPS = tuple(
+    (stream, theirs, ours) for stream in ("img", "txt") for theirs, ours in (("0", "fc1"), ("2", "fc2"))
+)
 _DIFFUSERS_DOUBLE = (
     *(("norm1.linear", "img_mod.linear"), ("norm1_context.linear", "txt_mod.linear")),
     *(("attn.to_out.0", "img_attn_proj"), ("attn.to_add_out", "txt_attn_proj")),
@@ -133,13 +144,25 @@ HUNYUAN_VIDEO = FamilyNames(
     "hunyuan_video",
     "hunyuan-video",
     (
-        *_each("double_blocks.{n}.img_", "attn_qkv attn_proj mlp.fc1 mlp.fc2 mod.linear attn_q_norm attn_k_norm"),
-        *_each("double_blocks.{n}.txt_", "attn_qkv attn_proj mlp.fc1 mlp.fc2 mod.linear attn_q_norm attn_k_norm"),
-        *_each("single_blocks.{n}.", "linear1 linear2 modulation.linear q_norm k_norm"),
-        *_each("txt_in.individual_token_refiner.blocks.{n}.", "self_attn_qkv self_attn_proj mlp.fc1 mlp.fc2 adaLN_modulation.1"),
-        *_each("txt_in.", "input_embedder t_embedder.mlp.0 t_embedder.mlp.2 c_embedder.linear_1 c_embedder.linear_2"),
         *_each(
-            "", "img_in.proj time_in.mlp.0 time_in.mlp.2 guidance_in.mlp.0 guidance_in.mlp.2 vector_in.in_layer vector_in.out_layer"
+            "double_blocks.{n}.img_", "attn_qkv attn_proj mlp.fc1 mlp.fc2 mod.linear attn_q_norm attn_k_norm"
+        ),
+        *_each(
+            "double_blocks.{n}.txt_", "attn_qkv attn_proj mlp.fc1 mlp.fc2 mod.linear attn_q_norm attn_k_norm"
+        ),
+        *_each("single_blocks.{n}.", "linear1 linear2 modulation.linear q_norm k_norm"),
+        *_each(
+            "txt_in.individual_token_refiner.blocks.{n}.",
+            "self_attn_qkv self_attn_proj mlp.fc1 mlp.fc2 adaLN_modulation.1",
+        ),
+        *_each(
+            "txt_in.",
+            "input_embedder t_embedder.mlp.0 t_embedder.mlp.2 c_embedder.linear_1 c_embedder.linear_2",
+        ),
+        *_each(
+            "",
+            "img_in.proj time_in.mlp.0 time_in.mlp.2 guidance_in.mlp.0 guidance_in.mlp.2 vector_in.in_layer "
+            "vector_in.out_layer",
         ),
         *_each("final_layer.", "linear adaLN_modulation.1"),
     ),
@@ -149,10 +172,19 @@ HUNYUAN_VIDEO = FamilyNames(
             (f"double_blocks.{{n}}.{stream}_mlp.{theirs}", f"double_blocks.{{n}}.{stream}_mlp.{ours}")
             for stream, theirs, ours in _MLPS
         ),
-        *((f"double_blocks.{{n}}.{stream}_mod.lin", f"double_blocks.{{n}}.{stream}_mod.linear") for stream in ("img", "txt")),
+        *(
+            (f"double_blocks.{{n}}.{stream}_mod.lin", f"double_blocks.{{n}}.{stream}_mod.linear")
+            for stream in ("img", "txt")
+        ),
         ("single_blocks.{n}.modulation.lin", "single_blocks.{n}.modulation.linear"),
-        ("txt_in.individual_token_refiner.blocks.{n}.mlp.0", "txt_in.individual_token_refiner.blocks.{n}.mlp.fc1"),
-        ("txt_in.individual_token_refiner.blocks.{n}.mlp.2", "txt_in.individual_token_refiner.blocks.{n}.mlp.fc2"),
+        (
+            "txt_in.individual_token_refiner.blocks.{n}.mlp.0",
+            "txt_in.individual_token_refiner.blocks.{n}.mlp.fc1",
+        ),
+        (
+            "txt_in.individual_token_refiner.blocks.{n}.mlp.2",
+            "txt_in.individual_token_refiner.blocks.{n}.mlp.fc2",
+        ),
         ("txt_in.c_embedder.in_layer", "txt_in.c_embedder.linear_1"),
         ("txt_in.c_embedder.out_layer", "txt_in.c_embedder.linear_2"),
         *((f"{name}.in_layer", f"{name}.mlp.0") for name in ("txt_in.t_embedder", "time_in", "guidance_in")),
@@ -171,7 +203,9 @@ HUNYUAN_VIDEO = FamilyNames(
             "txt_in.individual_token_refiner.blocks.{n}.self_attn_qkv",
         ),
         *_same(
-            "context_embedder.token_refiner.refiner_blocks.{n}.", "txt_in.individual_token_refiner.blocks.{n}.", _DIFFUSERS_REFINER
+            "context_embedder.token_refiner.refiner_blocks.{n}.",
+            "txt_in.individual_token_refiner.blocks.{n}.",
+            _DIFFUSERS_REFINER,
         ),
         *_same("", "", _DIFFUSERS_REST),
         Part("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
@@ -182,17 +216,26 @@ FRAMEPACK = FamilyNames(
     "framepack",
     "framepack",
     (
-        *_each("transformer_blocks.{n}.attn.", "to_q to_k to_v add_q_proj add_k_proj add_v_proj to_out.0 to_add_out"),
+        *_each(
+            "transformer_blocks.{n}.attn.",
+            "to_q to_k to_v add_q_proj add_k_proj add_v_proj to_out.0 to_add_out",
+        ),
         *_each("transformer_blocks.{n}.attn.", "norm_q norm_k norm_added_q norm_added_k"),
         *_each(
             "transformer_blocks.{n}.",
             "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2 norm1.linear norm1_context.linear",
         ),
         *_each(
-            "single_transformer_blocks.{n}.", "attn.to_q attn.to_k attn.to_v proj_mlp proj_out norm.linear attn.norm_q attn.norm_k"
+            "single_transformer_blocks.{n}.",
+            "attn.to_q attn.to_k attn.to_v proj_mlp proj_out norm.linear attn.norm_q attn.norm_k",
         ),
-        *_each("context_embedder.token_refiner.refiner_blocks.{n}.", "attn.to_q attn.to_k attn.to_v attn.to_out.0"),
-        *_each("context_embedder.token_refiner.refiner_blocks.{n}.", "ff.net.0.proj ff.net.2 norm_out.linear"),
+        *_each(
+            "context_embedder.token_refiner.refiner_blocks.{n}.",
+            "attn.to_q attn.to_k attn.to_v attn.to_out.0",
+        ),
+        *_each(
+            "context_embedder.token_refiner.refiner_blocks.{n}.", "ff.net.0.proj ff.net.2 norm_out.linear"
+        ),
         "context_embedder.proj_in",
         *_each("context_embedder.time_text_embed.timestep_embedder.", "linear_1 linear_2"),
         *_each("context_embedder.time_text_embed.text_embedder.", "linear_1 linear_2"),
@@ -216,8 +259,8 @@ def underscored(path: str) -> str:
 
 
 def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
-    """The family whose lists know most of these underscored names; of equals the one named `hint`, then that which has modules of
-    these names rather than other names for its own. None where no list knows any.
+    """The family whose lists know most of these underscored names; of equals the one named `hint`, then that
+    which has modules of these names rather than other names for its own. None where no list knows any.
     """
     names = list(names)
 
@@ -231,9 +274,16 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def named_family(metadata: Mapping[str, str]) -> FamilyNames | None:
-    """The family that a LoRA file's metadata say it was trained for; None where they do not, or name another one."""
-    version, architecture = metadata.get("ss_base_model_version"), metadata.get("modelspec.architecture", "").removesuffix("/lora")
-    return next((family for family in FAMILIES if version == family.name or architecture == family.architecture), None)
+    """The family that a LoRA file's metadata say it was trained for; None where they do not, or name another
+    one.
+    """
+    version, architecture = (
+        metadata.get("ss_base_model_version"),
+        metadata.get("modelspec.architecture", "").removesuffix("/lora"),
+    )
+    return next(
+        (family for family in FAMILIES if version == family.name or architecture == family.architecture), None
+    )
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:
@@ -261,7 +311,9 @@ class Relative:
 
 @cache
 def relatives(name: str) -> tuple[Relative, ...]:
-    """What other layouts call an underscored module, be they parts of it or something it is a part of, in whatever family."""
+    """What other layouts call an underscored module, be they parts of it or something it is a part of, in
+    whatever family.
+    """
     found = []
     for family in FAMILIES:
         for part in family.parts:
@@ -280,13 +332,17 @@ def _template(path: str) -> re.Pattern[str]:
 
 def _filled(templates: Iterable[str], found: re.Match[str]) -> str:
     """The template whose group matched, with its block number."""
-    index, number = next((int(key[1:]), value) for key, value in found.groupdict().items() if value is not None)
+    index, number = next(
+        (int(key[1:]), value) for key, value in found.groupdict().items() if value is not None
+    )
     return list(templates)[index].replace("{n}", number)
 
 
 @cache
 def _patterns(family: FamilyNames) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """Patterns of the underscored modules, aliases and parts; group t<i> holds the block number (or nothing) of template i."""
+    """Patterns of the underscored modules, aliases and parts; group t<i> holds the block number (or nothing)
+    of template i.
+    """
     aliases, parts = (theirs for theirs, _ in family.aliases), (part.theirs for part in family.parts)
     return _pattern(family.modules), _pattern(aliases), _pattern(parts)
 

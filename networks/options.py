@@ -1,4 +1,6 @@
-"""Options of LoRA networks: training one, adding some to a model, merging and converting files. Standard library only."""
+"""Options of LoRA networks: training one, adding some to a model, merging and converting files. Standard
+library only.
+"""
 
 import argparse
 import logging
@@ -35,13 +37,19 @@ class NetworkOptions:
         if self.network_dim is not None and self.network_dim < 1:
             raise OptionError(f"--network_dim {self.network_dim}: the rank is at least 1")
         if not math.isfinite(self.network_alpha) or self.network_alpha < 0:
-            raise OptionError(f"--network_alpha {self.network_alpha}: give a positive number, or 0 for alpha = rank")
+            raise OptionError(
+                f"--network_alpha {self.network_alpha}: give a positive number, or 0 for alpha = rank"
+            )
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
             raise OptionError(f"--network_dropout {self.network_dropout}: give a share from 0 to below 1")
         if self.dim_from_weights and self.network_weights is None:
-            raise OptionError("--dim_from_weights takes ranks and alphas from the file of --network_weights; give that too")
+            raise OptionError(
+                "--dim_from_weights takes ranks and alphas from the file of --network_weights; give that too"
+            )
         if self.scale_weight_norms is not None and not self.scale_weight_norms > 0:
-            raise OptionError(f"--scale_weight_norms {self.scale_weight_norms}: give a positive norm, or leave it out")
+            raise OptionError(
+                f"--scale_weight_norms {self.scale_weight_norms}: give a positive norm, or leave it out"
+            )
         if self.base_weights_multiplier and not self.base_weights:
             raise OptionError("--base_weights_multiplier is given without --base_weights")
         self.arguments()
@@ -55,7 +63,9 @@ class NetworkOptions:
 
     def base_multipliers(self) -> tuple[float, ...]:
         """One multiplier for each of `--base_weights`; missing ones are 1."""
-        return multipliers_for(self.base_weights or (), self.base_weights_multiplier or (), "--base_weights_multiplier")
+        return multipliers_for(
+            self.base_weights or (), self.base_weights_multiplier or (), "--base_weights_multiplier"
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,10 @@ class LoraPatternOptions:
     exclude_patterns: tuple[str, ...] | None
 
     def __post_init__(self) -> None:
-        for option, patterns in (("--include_patterns", self.include_patterns), ("--exclude_patterns", self.exclude_patterns)):
+        for option, patterns in (
+            ("--include_patterns", self.include_patterns),
+            ("--exclude_patterns", self.exclude_patterns),
+        ):
             for pattern in patterns or ():
                 try:
                     re.compile(pattern)
@@ -92,8 +105,12 @@ class LoraPatternOptions:
 
     def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
         """The same, and of each of so many files what matches the pattern is left out too."""
-        given = [*(self.exclude_patterns or ()), *[None] * files][: max(files, len(self.exclude_patterns or ()))]
-        return replace(self, exclude_patterns=tuple(pattern if one is None else f"(?:{one})|{pattern}" for one in given))
+        given = [*(self.exclude_patterns or ()), *[None] * files][
+            : max(files, len(self.exclude_patterns or ()))
+        ]
+        return replace(
+            self, exclude_patterns=tuple(pattern if one is None else f"(?:{one})|{pattern}" for one in given)
+        )
 
 
 @dataclass(frozen=True)
@@ -127,12 +144,17 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument(
         "--network_module",
-        help="module that builds the network, e.g. networks.lora_wan or lycoris.kohya; without it the family's LoRA",
+        help="module that builds the network, e.g. networks.lora_wan or lycoris.kohya; without it the "
+        "family's LoRA",
     )
     group.add_argument("--network_dim", type=int, help="rank; without it 4")
-    group.add_argument("--network_alpha", type=float, default=1, help="strength is alpha / rank; 0 means alpha = rank")
     group.add_argument(
-        "--network_dropout", type=float, help="share of the values between the two factors that is zeroed while training"
+        "--network_alpha", type=float, default=1, help="strength is alpha / rank; 0 means alpha = rank"
+    )
+    group.add_argument(
+        "--network_dropout",
+        type=float,
+        help="share of the values between the two factors that is zeroed while training",
     )
     group.add_argument(
         "--network_args",
@@ -142,51 +164,79 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--network_weights", help="LoRA file to start from; parts that do not fit are listed")
     group.add_argument(
-        "--dim_from_weights", action="store_true", help="take the rank and alpha of each module from --network_weights"
+        "--dim_from_weights",
+        action="store_true",
+        help="take the rank and alpha of each module from --network_weights",
     )
     group.add_argument(
-        "--scale_weight_norms", type=float, help="after each step scale modules down to this norm (1 is a good start)"
+        "--scale_weight_norms",
+        type=float,
+        help="after each step scale modules down to this norm (1 is a good start)",
     )
     group.add_argument("--base_weights", nargs="*", help="LoRA files added to the model before training")
     group.add_argument(
-        "--base_weights_multiplier", type=float, nargs="*", help="strength of each of --base_weights; missing ones are 1"
+        "--base_weights_multiplier",
+        type=float,
+        nargs="*",
+        help="strength of each of --base_weights; missing ones are 1",
     )
 
 
-def add_lora_arguments(group: argparse._ActionsContainer, default_multiplier: float | list[float] = 1.0) -> None:
+def add_lora_arguments(
+    group: argparse._ActionsContainer, default_multiplier: float | list[float] = 1.0
+) -> None:
     """Declare the options of `LoraOptions`."""
-    group.add_argument("--lora_weight", nargs="*", help="LoRA files to add to the model (LoRA, LoHa or LoKr, any dialect)")
     group.add_argument(
-        "--lora_multiplier", type=float, nargs="*", default=default_multiplier, help="strength of each; missing ones are 1"
+        "--lora_weight", nargs="*", help="LoRA files to add to the model (LoRA, LoHa or LoKr, any dialect)"
+    )
+    group.add_argument(
+        "--lora_multiplier",
+        type=float,
+        nargs="*",
+        default=default_multiplier,
+        help="strength of each; missing ones are 1",
     )
 
 
 def add_lora_pattern_arguments(group: argparse._ActionsContainer) -> None:
     """Declare the options of `LoraPatternOptions`."""
-    text = "regular expression per --lora_weight, searched in tensor names such as lora_unet_blocks_9_cross_attn_k.lora_up.weight"
+    text = (
+        "regular expression per --lora_weight, searched in tensor names such as "
+        "lora_unet_blocks_9_cross_attn_k.lora_up.weight"
+    )
     group.add_argument("--include_patterns", nargs="*", help=f"use only what matches: one {text}")
     group.add_argument("--exclude_patterns", nargs="*", help=f"leave out what matches: one {text}")
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `MergeOptions`."""
-    parser.add_argument("--dit", required=True, help="checkpoint of the model: a file, one of its shards, an index, or a folder")
+    parser.add_argument(
+        "--dit",
+        required=True,
+        help="checkpoint of the model: a file, one of its shards, an index, or a folder",
+    )
     parser.add_argument(
         "--dit_in_channels",
         type=int,
         default=MERGE_CHANNELS_UNCHECKED,
-        help="refuse a checkpoint whose first layer takes another number of channels; 16, the default, accepts any",
+        help="refuse a checkpoint whose first layer takes another number of channels; 16, the default, "
+        "accepts any",
     )
     add_lora_arguments(parser, [1.0])
     parser.add_argument("--save_merged_model", required=True, help="safetensors file to write")
-    parser.add_argument("--device", help="where the deltas are computed; without it CUDA if there is one, else the CPU")
+    parser.add_argument(
+        "--device", help="where the deltas are computed; without it CUDA if there is one, else the CPU"
+    )
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `ConvertOptions`."""
     parser.add_argument("--input", required=True, help="LoRA file, any dialect")
     parser.add_argument("--output", required=True, help="safetensors file to write")
-    targets = "other: diffusion_model. with lora_A and lora_B, alpha folded in; default: lora_unet_ with lora_down and lora_up"
+    targets = (
+        "other: diffusion_model. with lora_A and lora_B, alpha folded in; default: lora_unet_ with lora_down "
+        "and lora_up"
+    )
     parser.add_argument("--target", required=True, choices=["other", "default"], help=targets)
 
 
@@ -198,7 +248,10 @@ def require_files(option: str, paths: Sequence[Path]) -> None:
 
 
 def _warn_of_surplus(files: Sequence[Path] | None, multipliers: Sequence[float], option: str) -> None:
-    """Say which multipliers no file is for. Where no file is given at all, what there is may be the default."""
+    """Say which multipliers no file is for.
+
+    Where no file is given at all, what there is may be the default.
+    """
     surplus = multipliers[len(files) :] if files else ()
     if surplus:
         numbers = " ".join(f"{value:g}" for value in surplus)
@@ -208,7 +261,8 @@ def _warn_of_surplus(files: Sequence[Path] | None, multipliers: Sequence[float],
 def multipliers_for(files: Sequence[Path], multipliers: Sequence[float], option: str) -> tuple[float, ...]:
     """One multiplier per file: those given, then 1.0.
 
-    Multipliers beyond the files are ignored, as one default stands where no file is given. Raises OptionError for infinities.
+    Multipliers beyond the files are ignored, as one default stands where no file is given. Raises OptionError
+    for infinities.
     """
     for value in multipliers:
         if not math.isfinite(value):

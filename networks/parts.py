@@ -1,4 +1,6 @@
-"""LoRAs of layouts that cut a fused weight up: which rows belong to which part, and parts put together to one LoRA again."""
+"""LoRAs of layouts that cut a fused weight up: which rows belong to which part, and parts put together to one
+LoRA again.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +18,9 @@ Pieces = Sequence[tuple[Part, Factors]]  # of one fused module
 
 
 def part_rows(part: Part, own: int, whole: int) -> slice | Tensor | None:
-    """Which of the fused weight's `whole` rows the `own` rows of a part are; None where they do not go together."""
+    """Which of the fused weight's `whole` rows the `own` rows of a part are; None where they do not go
+    together.
+    """
     if part.index is None or part.index == SWAPPED:
         if own != whole:
             return None
@@ -26,24 +30,29 @@ def part_rows(part: Part, own: int, whole: int) -> slice | Tensor | None:
 
 
 def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
-    """LoRAs of another layout for the modules that a model has: fused ones cut up or parts put together; all else stays.
+    """LoRAs of another layout for the modules that a model has: fused ones cut up or parts put together; all
+    else stays.
 
-    tensors: under our names, with our prefix. height: module -> how many rows its weight has, None where the model has no such.
+    tensors: under our names, with our prefix. height: module -> how many rows its weight has, None where the
+    model has no such.
     """
     return fuse(cut(tensors, height), height)
 
 
 def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
-    """Cut the LoRA for a fused module up into those for its parts; all else stays, and so does, with a warning, what cannot be.
+    """Cut the LoRA for a fused module up into those for its parts; all else stays, and so does, with a
+    warning, what cannot be.
 
-    Arguments as for `for_model`. Each part has the whole down factor and alpha, and its rows of the up factor. A part that the
-    model does not have is left out, a module of which it has none stays.
+    Arguments as for `for_model`. Each part has the whole down factor and alpha, and its rows of the up
+    factor. A part that the model does not have is left out, a module of which it has none stays.
     """
     modules = group_by_module(tensors)
     apart: dict[str, Factors] = {}
     for name, factors in modules.items():
         parts = () if height(name) is not None else relatives(name.removeprefix(OURS))
-        heights = {one: height(OURS + one.name) for one in parts if one.is_part and OURS + one.name not in modules}
+        heights = {
+            one: height(OURS + one.name) for one in parts if one.is_part and OURS + one.name not in modules
+        }
         found = _cut(factors, heights) if any(heights.values()) else {name: factors}
         if isinstance(found, str):
             logger.warning(f"{name}: {found}; it stays whole")
@@ -64,14 +73,17 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     return {OURS + one.name: piece for one, piece in pieces.items() if piece is not None}
 
 
-def fuse(tensors: Mapping[str, Tensor], height: Callable[[str], int | None] | None = None) -> dict[str, Tensor]:
-    """Put the LoRAs for parts of a module together to one for that module; all else stays. What cannot is warned about and stays.
+def fuse(
+    tensors: Mapping[str, Tensor], height: Callable[[str], int | None] | None = None
+) -> dict[str, Tensor]:
+    """Put the LoRAs for parts of a module together to one for that module; all else stays. What cannot is
+    warned about and stays.
 
-    tensors: under our names, with our prefix.
-    height: fused module -> how many rows its weight has; None: the model has no such module, the parts stay as they are.
-    Without `height` every part is put into what it is a part of, and heights come from the parts, those in other blocks
-    too; where the last part of a weight is in none, it is as high as in every published model.
-    What is added to the weight stays the same. The rank is the sum of the parts', or theirs where they share one down factor.
+    tensors: under our names, with our prefix. height: fused module -> how many rows its weight has; None: the
+    model has no such module, the parts stay as they are. Without `height` every part is put into what it is a
+    part of, and heights come from the parts, those in other blocks too; where the last part of a weight is in
+    none, it is as high as in every published model. What is added to the weight stays the same. The rank is
+    the sum of the parts', or theirs where they share one down factor.
     """
     modules = group_by_module(tensors)
     found: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
@@ -125,7 +137,10 @@ def _likely_height(ours: str, rows: Mapping[int | None, int]) -> int:
         return equal * len(siblings)
     last = rows.get(REST, 0)
     if not last:
-        logger.info(f"{rest.theirs} is not in the file, and taken to be {rest.usual_height} times as high as the parts beside it")
+        logger.info(
+            f"{rest.theirs} is not in the file, and taken to be {rest.usual_height} times as high as the "
+            "parts beside it"
+        )
     return (equal or last // rest.usual_height) * (len(siblings) - 1) + (last or equal * rest.usual_height)
 
 
@@ -143,7 +158,9 @@ def _joined(pieces: Pieces, height: int) -> Factors | str:
         return swapped
     if any(not isinstance(place, slice) for place in places):
         return f"its parts do not fit into {height} rows"
-    return _stacked([factors for _, factors in pieces], [place for place in places if isinstance(place, slice)], height)
+    return _stacked(
+        [factors for _, factors in pieces], [place for place in places if isinstance(place, slice)], height
+    )
 
 
 def _stacked(parts: Sequence[Factors], places: Sequence[slice], height: int) -> Factors:

@@ -1,4 +1,7 @@
-"""Captions of drawn scenes, in several wordings. `a {colour} {shape} moving {direction}` is the one always understood."""
+"""Captions of drawn scenes, in several wordings.
+
+`a {colour} {shape} moving {direction}` is the one always understood.
+"""
 
 import numpy as np
 

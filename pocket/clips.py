@@ -1,4 +1,6 @@
-"""Drawn clips as real video files with a caption beside each, and the dataset file that the caching scripts and training read."""
+"""Drawn clips as real video files with a caption beside each, and the dataset file that the caching scripts
+and training read.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +44,10 @@ def pocket_scene(random: np.random.Generator) -> tuple[drawing.Scene, str]:
 
 
 def write_clips(folder: Path, count: int, seed: int, make: Make = pocket_scene) -> None:
-    """`count` clips and captions into `folder`. Files that are there already are kept: their seed is their number."""
+    """`count` clips and captions into `folder`.
+
+    Files that are there already are kept: their seed is their number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         path = folder / f"{number:05d}.mp4"
@@ -56,6 +61,8 @@ def write_clips(folder: Path, count: int, seed: int, make: Make = pocket_scene) 
 def write_dataset(folder: Path, batch_size: int) -> Path:
     """`folder`/dataset.toml for `folder`/clips."""
     path = folder / "dataset.toml"
-    text = DATASET.format(batch_size=batch_size, clips=(folder / "clips").as_posix(), cache=(folder / "cache").as_posix())
+    text = DATASET.format(
+        batch_size=batch_size, clips=(folder / "clips").as_posix(), cache=(folder / "cache").as_posix()
+    )
     write_text(path, text)
     return path

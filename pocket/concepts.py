@@ -1,6 +1,7 @@
 """Lay out what the quickstart teaches: two things the pocket model has never seen, each under a made-up word.
 
-python -m pocket.concepts FOLDER        writes FOLDER/blorp and FOLDER/zindle: clips with captions, and dataset.toml
+python -m pocket.concepts FOLDER        writes FOLDER/blorp and FOLDER/zindle: clips with captions, and
+dataset.toml
 """
 
 import sys
@@ -71,12 +72,15 @@ def known(random: np.random.Generator) -> tuple[drawing.Scene, str]:
 
 
 CONCEPTS: Mapping[str, Concept] = {
-    concept.word: concept for concept in (Concept("blorp", form="diamond"), Concept("zindle", rgb=(210, 60, 200), colour="magenta"))
+    concept.word: concept
+    for concept in (Concept("blorp", form="diamond"), Concept("zindle", rgb=(210, 60, 200), colour="magenta"))
 }
 
 
 def lay_out(folder: Path, concept: Concept) -> Path:
-    """Clips and captions to learn from, others to validate on, and dataset.toml into `folder`; returns the path of the latter."""
+    """Clips and captions to learn from, others to validate on, and dataset.toml into `folder`; returns the
+    path of the latter.
+    """
     write_clips(folder / "clips", CLIPS, seed=1, make=concept.make)
     write_clips(folder / "known_clips", KNOWN_CLIPS, seed=3, make=known)
     write_clips(folder / "validation_clips", VALIDATION_CLIPS, seed=2, make=concept.make)

@@ -1,4 +1,5 @@
-"""Drawn clips: plain shapes that move over plain grounds, and what a caption says of them. No learned parts, no files.
+"""Drawn clips: plain shapes that move over plain grounds, and what a caption says of them. No learned parts,
+no files.
 
 A scene is a function of a random generator alone, so a seed names a clip.
 """
@@ -35,7 +36,8 @@ GROUNDS: dict[str, Colour] = {
     "purple": (70, 48, 84),
 }
 WIDTHS: dict[str, tuple[float, float]] = {"small": (12, 15), "": (15, 21), "large": (21, 26)}  # pixels
-SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.7, 1.0), "": (1.2, 1.9), "fast": (2.1, 2.7)}  # pixels a frame
+# pixels a frame
+SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.7, 1.0), "": (1.2, 1.9), "fast": (2.1, 2.7)}
 FORMS = (*SHAPES, "diamond", "ring", "cross", "star", "bar")  # all that can be drawn; captions know SHAPES
 
 
@@ -117,15 +119,26 @@ def draw(scene: Scene, first: int = 0, count: int = FRAMES) -> Clip:
     return frames
 
 
-def paint(fine: NDArray[np.uint8], form: str, centre: tuple[float, float], pixels: float, rgb: Colour) -> None:
-    """Fill a form into a picture that is FINE times larger than the clip. Centre and size in pixels of the clip."""
+def paint(
+    fine: NDArray[np.uint8], form: str, centre: tuple[float, float], pixels: float, rgb: Colour
+) -> None:
+    """Fill a form into a picture that is FINE times larger than the clip.
+
+    Centre and size in pixels of the clip.
+    """
     fraction = 16  # cv2 takes whole numbers: sixteenths of a fine pixel
-    contours = [np.round((np.array(centre) + pixels * points) * FINE * fraction).astype(np.int32) for points in outline(form)]
+    contours = [
+        np.round((np.array(centre) + pixels * points) * FINE * fraction).astype(np.int32)
+        for points in outline(form)
+    ]
     cv2.fillPoly(fine, contours, rgb, lineType=cv2.LINE_8, shift=4)
 
 
 def outline(form: str) -> Sequence[NDArray[np.float64]]:
-    """The contours of a form one unit wide around 0, 0; where two overlap there is a hole. Raises KeyError."""
+    """The contours of a form one unit wide around 0, 0; where two overlap there is a hole.
+
+    Raises KeyError.
+    """
     match form:
         case "circle":
             return [_around(48, 0.5)]
@@ -145,7 +158,20 @@ def outline(form: str) -> Sequence[NDArray[np.float64]]:
             a, b = 0.17, 0.5
             return [
                 np.array(
-                    [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+                    [
+                        (-a, -b),
+                        (a, -b),
+                        (a, -a),
+                        (b, -a),
+                        (b, a),
+                        (a, a),
+                        (a, b),
+                        (-a, b),
+                        (-a, a),
+                        (-b, a),
+                        (-b, -a),
+                        (-a, -a),
+                    ]
                 )
             ]
     raise KeyError(form)

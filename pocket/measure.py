@@ -1,8 +1,9 @@
-"""How often the pocket model draws what it is asked for: prompts in the plain wording through wan_generate_video.py, read by the
-detectors of the tests.
+"""How often the pocket model draws what it is asked for: prompts in the plain wording through
+wan_generate_video.py, read by the detectors of the tests.
 
-python -m pocket.measure --prompts 100 --save_path build/measured [--model FOLDER] [options of wan_generate_video.py]
-python -m pocket.measure --word blorp ... --lora_weight LORA     prompts with a made-up word of pocket/concepts.py
+python -m pocket.measure --prompts 100 --save_path build/measured [--model FOLDER] [options of
+wan_generate_video.py] python -m pocket.measure --word blorp ... --lora_weight LORA     prompts with a made-up
+word of pocket/concepts.py
 """
 
 import argparse
@@ -25,13 +26,16 @@ from pocket.concepts import CONCEPTS, Concept
 from tests.pocket.detectors import Verdict, look
 
 POCKET = Path(__file__).resolve().parent
-FORMS = (*drawing.SHAPES, *(concept.form for concept in CONCEPTS.values() if concept.form))  # that are told apart
+# that are told apart
+FORMS = (*drawing.SHAPES, *(concept.form for concept in CONCEPTS.values() if concept.form))
 CLIP = ("--video_size", "64", "64", "--video_length", "17")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a prompt in the plain wording asks for, as the detectors call it, and the word for it where it is a made-up one."""
+    """What a prompt in the plain wording asks for, as the detectors call it, and the word for it where it is
+    a made-up one.
+    """
 
     colour: str
     shape: str
@@ -57,7 +61,9 @@ class Accuracy:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--first_seed", type=int, default=1000)
     parser.add_argument("--model", type=Path, default=POCKET, help="folder of dit, vae and t5")
@@ -81,7 +87,11 @@ def model_options(folder: Path) -> list[str]:
     return [
         "--task",
         "t2v-1.3B",
-        *(part for name in ("dit", "vae", "t5") for part in (f"--{name}", str(folder / f"{name}.safetensors"))),
+        *(
+            part
+            for name in ("dit", "vae", "t5")
+            for part in (f"--{name}", str(folder / f"{name}.safetensors"))
+        ),
     ]
 
 
@@ -90,7 +100,10 @@ def some_prompts(count: int, first_seed: int, concept: Concept | None = None) ->
     asked = {}
     for seed in range(first_seed, first_seed + count):
         random = np.random.default_rng(derive_seed("asked", seed))
-        values = (drawing.pick(random, tuple(names)) for names in (drawing.COLOURS, drawing.SHAPES, drawing.DIRECTIONS))
+        values = (
+            drawing.pick(random, tuple(names))
+            for names in (drawing.COLOURS, drawing.SHAPES, drawing.DIRECTIONS)
+        )
         asked[seed] = Asked(*values)
         if concept is not None:
             taught = {"shape": concept.form} if concept.form else {"colour": concept.colour}
@@ -111,7 +124,9 @@ def read_verdicts(folder: Path) -> dict[int, Verdict]:
 def judged(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accuracy:
     """How often the clips show what was asked for. Raises KeyError where a clip is missing."""
     pairs = [(each, verdicts[seed]) for seed, each in asked.items()]
-    rows = np.array([(v.shape == a.shape, v.colour == a.colour, v.direction == a.direction) for a, v in pairs])
+    rows = np.array(
+        [(v.shape == a.shape, v.colour == a.colour, v.direction == a.direction) for a, v in pairs]
+    )
     steady = np.mean([verdict.keeps_colour and verdict.colour == each.colour for each, verdict in pairs])
     shape, colour, direction = rows.mean(0).tolist()
     return Accuracy(len(pairs), shape, colour, direction, float(rows.all(1).mean()), float(steady))

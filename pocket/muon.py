@@ -1,6 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal, beside Adam for vectors. On these small networks worth several times Adam.
+"""Muon: momentum whose matrices are made orthogonal, beside Adam for vectors. On these small networks worth
+several times Adam.
 
-Source: Jordan 2024, "Muon"; the scale of an update follows Liu et al. 2025 (arXiv 2502.16982), so that rates compare with Adam's.
+Source: Jordan 2024, "Muon"; the scale of an update follows Liu et al. 2025 (arXiv 2502.16982), so that rates
+compare with Adam's.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +17,9 @@ BETAS = (0.9, 0.98)
 
 
 class Muon(Optimizer):
-    """Parameters of two or more axes are matrices (first axis by the rest) and get Muon's step, all others Adam's."""
+    """Parameters of two or more axes are matrices (first axis by the rest) and get Muon's step, all others
+    Adam's.
+    """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr})
@@ -35,7 +39,8 @@ class Muon(Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
         direction = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1))
-        return direction.view_as(parameter) * (0.2 * max(direction.shape) ** 0.5)  # root mean square 0.2, as Adam's is
+        # root mean square 0.2, as Adam's is
+        return direction.view_as(parameter) * (0.2 * max(direction.shape) ** 0.5)
 
     def _vector(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[parameter]

@@ -1,6 +1,8 @@
-"""What the pocket VAE makes of real clips: beginning of each, through the encoder and back, beside the original.
+"""What the pocket VAE makes of real clips: beginning of each, through the encoder and back, beside the
+original.
 
-python -m pocket.reconstruct FOLDER     reads FOLDER/clips, writes FOLDER/reconstructed: NAME.mp4 (original left) and psnr.json
+python -m pocket.reconstruct FOLDER     reads FOLDER/clips, writes FOLDER/reconstructed: NAME.mp4 (original
+left) and psnr.json
 """
 
 import json

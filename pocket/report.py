@@ -1,4 +1,5 @@
-"""The quickstart's report: clips with the detectors' verdicts, curves, samples and commands, in one HTML file without scripts.
+"""The quickstart's report: clips with the detectors' verdicts, curves, samples and commands, in one HTML file
+without scripts.
 
 python -m pocket.report FOLDER
 """
@@ -28,23 +29,33 @@ SHEET_FRAMES = 5
 SHEET_TILE = 96
 LOSS_WINDOW = 20  # steps averaged at the start and at the end
 STYLE = (
-    "body{font:16px/1.5 sans-serif;max-width:66em;margin:2em auto;padding:0 1em}pre{background:#f3f3f3;padding:1em;overflow-x:auto}"
-    "img,svg,video{max-width:100%}figure{margin:1em 0}.ok{color:#176b2c}.pair{display:flex;gap:1em;flex-wrap:wrap}"
+    "body{font:16px/1.5 sans-serif;max-width:66em;margin:2em auto;padding:0 "
+    "1em}pre{background:#f3f3f3;padding:1em;overflow-x:auto}"
+    "img,svg,video{max-width:100%}figure{margin:1em "
+    "0}.ok{color:#176b2c}.pair{display:flex;gap:1em;flex-wrap:wrap}"
 )
 TITLE = "Reelsmith: a model is taught something it has never seen"
-COPYRIGHT = "Footage: Big Buck Bunny, (c) Blender Foundation, CC-BY 3.0; bikes and carphone are common test sequences."
+COPYRIGHT = (
+    "Footage: Big Buck Bunny, (c) Blender Foundation, CC-BY 3.0; bikes and carphone are common test "
+    "sequences."
+)
 
 
 def write_report(folder: Path) -> Path:
     """Check what the run made and describe it in report.html. Raises UserError where a check fails."""
     blorp, zindle = CONCEPTS["blorp"], CONCEPTS["zindle"]
     before, after = (clips_by_seed(folder / name, folder / "blorp.txt") for name in ("before", "after"))
-    counts = [sum(shows(clip, blorp) for clip in clips if blorp.word in clip.prompt) for clips in (before, after)]
+    counts = [
+        sum(shows(clip, blorp) for clip in clips if blorp.word in clip.prompt) for clips in (before, after)
+    ]
     asked = sum(blorp.word in clip.prompt for clip in before)
-    if any(numpy.array_equal(first.frames, second.frames) for first, second in zip(before, after, strict=True)):
+    if any(
+        numpy.array_equal(first.frames, second.frames) for first, second in zip(before, after, strict=True)
+    ):
         raise UserError("the LoRA changed nothing: clips made with and without it are equal")
     sections = [
-        f"<p class=ok>Of {asked} clips that ask for a <b>{blorp.word}</b>, a form that the model has never seen, "
+        f"<p class=ok>Of {asked} clips that ask for a <b>{blorp.word}</b>, a form that the model has never "
+        "seen, "
         f"{counts[0]} show it before and {counts[1]} after {learned(folder / blorp.word)} steps.</p>",
         "<h2>Before and after: same prompts, same seeds</h2>",
         *(pair(folder, *clips) for clips in zip(before, after, strict=True)),
@@ -58,7 +69,10 @@ def write_report(folder: Path) -> Path:
         "<h2>The commands</h2><p>Put in the paths of a real model to repeat this.</p>" + _commands(folder),
         f"<p>{COPYRIGHT}</p>",
     ]
-    text = f"<!doctype html><meta charset=utf-8><title>{TITLE}</title><style>{STYLE}</style><h1>{TITLE}</h1>{''.join(sections)}"
+    text = (
+        "<!doctype html><meta "
+        f"charset=utf-8><title>{TITLE}</title><style>{STYLE}</style><h1>{TITLE}</h1>{''.join(sections)}"
+    )
     report = folder / "report.html"
     write_text(report, text)
     return report
@@ -92,12 +106,17 @@ def clips_by_seed(folder: Path, prompts: Path) -> list[GeneratedClip]:
 
 def shows(clip: GeneratedClip, concept: Concept) -> bool:
     """Whether the detectors see the concept in it."""
-    return clip.verdict.colour == concept.colour if concept.form is None else clip.verdict.shape == concept.form
+    return (
+        clip.verdict.colour == concept.colour if concept.form is None else clip.verdict.shape == concept.form
+    )
 
 
 def pair(folder: Path, *clips: GeneratedClip) -> str:
     """Clips of one prompt side by side, with the prompt above and the detectors' verdict under each."""
-    return f"<h3>{html.escape(clips[0].prompt)}</h3><div class=pair>{''.join(_judged(folder, clip) for clip in clips)}</div>"
+    return (
+        f"<h3>{html.escape(clips[0].prompt)}</h3><div "
+        f"class=pair>{''.join(_judged(folder, clip) for clip in clips)}</div>"
+    )
 
 
 def training_sections(folder: Path, word: str) -> list[str]:
@@ -109,7 +128,8 @@ def training_sections(folder: Path, word: str) -> list[str]:
     return [
         f"<h2>Teaching {word}</h2><p>Four of the clips it learned from:</p>",
         *(figure(folder, path, path.with_suffix(".txt").read_text(encoding="utf-8")) for path in clips),
-        f"<p>Loss: from {first:.3f} to {last:.3f}. Validation loss: from {validation[0]:.3f} to {validation[-1]:.3f}.</p>",
+        f"<p>Loss: from {first:.3f} to {last:.3f}. Validation loss: from {validation[0]:.3f} to "
+        f"{validation[-1]:.3f}.</p>",
         curve(losses, "loss"),
         curve(validation, "validation loss"),
         "<p>Samples while training:</p>",
@@ -120,7 +140,10 @@ def training_sections(folder: Path, word: str) -> list[str]:
 def footage_figures(folder: Path, reconstructed: Path) -> list[str]:
     """Real clips beside what the VAE makes of them."""
     figures = json.loads((reconstructed / "psnr.json").read_text(encoding="utf-8"))
-    return [figure(folder, reconstructed / f"{name}.mp4", f"{name}: {value:.1f} dB") for name, value in figures.items()]
+    return [
+        figure(folder, reconstructed / f"{name}.mp4", f"{name}: {value:.1f} dB")
+        for name, value in figures.items()
+    ]
 
 
 def learned(folder: Path) -> int:
@@ -129,7 +152,10 @@ def learned(folder: Path) -> int:
 
 
 def read_scalars(logs: Path, name: str) -> list[float]:
-    """A number at every step that logged it, from the TensorBoard files below `logs`. Raises UserError where none did."""
+    """A number at every step that logged it, from the TensorBoard files below `logs`.
+
+    Raises UserError where none did.
+    """
     for run in sorted((path.parent for path in logs.rglob("events.out.tfevents.*")), reverse=True):
         events = EventAccumulator(str(run), size_guidance={"scalars": 0})
         events.Reload()
@@ -142,7 +168,9 @@ def curve(values: Sequence[float], name: str, width: int = 720, height: int = 20
     """An SVG line of numbers in their order, from 0 at the bottom."""
     top = max(values)
     step = width / max(len(values) - 1, 1)
-    points = " ".join(f"{index * step:.1f},{height - value / top * (height - 10):.1f}" for index, value in enumerate(values))
+    points = " ".join(
+        f"{index * step:.1f},{height - value / top * (height - 10):.1f}" for index, value in enumerate(values)
+    )
     line = f"<polyline fill=none stroke='#2458a6' stroke-width=1.5 points='{points}'/>"
     label = f"<text x=4 y=14 font-size=12>{top:.2f} {name}</text>"
     return f"<svg viewBox='0 0 {width} {height}' role=img aria-label='{name}'>{line}{label}</svg>"
@@ -153,7 +181,10 @@ def figure(folder: Path, video: Path, text: str) -> str:
     sheet = folder / "sheets" / f"{video.parent.parent.name}_{video.parent.name}_{video.stem}.png"
     write_png(sheet, contact_sheet(video))
     place, name = (html.escape(path.relative_to(folder).as_posix()) for path in (sheet, video))
-    return f"<figure><a href='{name}'><img src='{place}' alt='{name}'></a><figcaption>{html.escape(text)}</figcaption></figure>"
+    return (
+        f"<figure><a href='{name}'><img src='{place}' "
+        f"alt='{name}'></a><figcaption>{html.escape(text)}</figcaption></figure>"
+    )
 
 
 def _judged(folder: Path, clip: GeneratedClip) -> str:
@@ -169,7 +200,9 @@ def _judged(folder: Path, clip: GeneratedClip) -> str:
 def contact_sheet(path: Path) -> numpy.ndarray:
     """A row of frames spread over a video or image, H W 3 uint8."""
     frames = [read_image(path)] if path.suffix == ".png" else list(video_frames(path))
-    chosen = [frames[round(index)] for index in numpy.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames)))]
+    chosen = [
+        frames[round(index)] for index in numpy.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames)))
+    ]
     tile = SHEET_TILE * frames[0].shape[1] // frames[0].shape[0], SHEET_TILE
     return numpy.concatenate([resize_cover(frame, tile) for frame in chosen], axis=1)
 

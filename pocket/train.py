@@ -1,7 +1,8 @@
-"""Make the pocket Wan from nothing: draw clips, train VAE, text encoder and transformer, write dit, vae, t5 and tokenizer.
+"""Make the pocket Wan from nothing: draw clips, train VAE, text encoder and transformer, write dit, vae, t5
+and tokenizer.
 
-python -m pocket.train                  all of it into build/pocket, then into pocket/; run it again to go on where it stopped
-python -m pocket.train --steps 40000    longer, on a GPU
+python -m pocket.train                  all of it into build/pocket, then into pocket/; run it again to go on
+where it stopped python -m pocket.train --steps 40000    longer, on a GPU
 """
 
 import argparse
@@ -38,7 +39,14 @@ logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
 DIT = WanConfig(
-    dim=128, ffn_dim=512, freq_dim=256, text_dim=train_text.CONFIG.dim, num_heads=1, num_layers=8, in_dim=16, out_dim=16
+    dim=128,
+    ffn_dim=512,
+    freq_dim=256,
+    text_dim=train_text.CONFIG.dim,
+    num_heads=1,
+    num_layers=8,
+    in_dim=16,
+    out_dim=16,
 )
 BATCH = 32
 # What each block's attention looks at first of all, in tokens along frames, rows, columns from its own place
@@ -61,14 +69,20 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/pocket"), help="folder for clips, caches and states")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/pocket"), help="folder for clips, caches and states"
+    )
     parser.add_argument("--clips", type=int, default=6000, help="how many clips the transformer learns from")
     parser.add_argument("--steps", type=int, default=18000, help="training steps of the transformer")
     parser.add_argument("--rate", type=float, default=5e-3, help="its learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
-    parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="of the transformer's training")
+    parser.add_argument(
+        "--precision", choices=("no", "bf16"), default="bf16", help="of the transformer's training"
+    )
     settings = read_options(Settings, parser.parse_args(argv))
     torch.set_num_threads(settings.threads)
     make(settings)
@@ -99,7 +113,9 @@ def cache(dataset: Path, vae: Path, t5: Path) -> None:
 
 
 def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
-    """Train every weight of a fresh transformer with the project's own loop; returns the path of dit.safetensors (bfloat16)."""
+    """Train every weight of a fresh transformer with the project's own loop; returns the path of
+    dit.safetensors (bfloat16).
+    """
     output, start = settings.work / "dit", settings.work / "dit" / "random.safetensors"
     if not start.exists():
         write_random_dit(start, settings.seed)
@@ -120,7 +136,14 @@ def dit_options(settings: Settings, dataset: Path, start: Path, vae: Path, t5: P
     """The command line of the transformer's training. A state in its folder is gone on from."""
     output = settings.work / "dit"
     models = ["--task", "t2v-1.3B", "--dit", str(start), "--vae", str(vae), "--t5", str(t5), "--sdpa"]
-    times = ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--num_timestep_buckets", str(BATCH)]
+    times = [
+        "--timestep_sampling",
+        "shift",
+        "--discrete_flow_shift",
+        "3.0",
+        "--num_timestep_buckets",
+        str(BATCH),
+    ]
     precision = ["--mixed_precision", settings.precision]
     learning = [
         "--optimizer_type",
@@ -130,19 +153,50 @@ def dit_options(settings: Settings, dataset: Path, start: Path, vae: Path, t5: P
         "--max_train_steps",
         str(settings.steps),
     ]
-    schedule = ["--lr_scheduler", "warmup_stable_decay", "--lr_warmup_steps", "0.02", "--lr_decay_steps", "0.8"]
-    saving = ["--save_every_n_steps", "500", "--save_last_n_steps", "500", "--save_state", "--save_precision", "float"]
-    names = ["--output_dir", str(output), "--output_name", "trained", "--logging_dir", str(settings.work / "logs")]
+    schedule = [
+        "--lr_scheduler",
+        "warmup_stable_decay",
+        "--lr_warmup_steps",
+        "0.02",
+        "--lr_decay_steps",
+        "0.8",
+    ]
+    saving = [
+        "--save_every_n_steps",
+        "500",
+        "--save_last_n_steps",
+        "500",
+        "--save_state",
+        "--save_precision",
+        "float",
+    ]
+    names = [
+        "--output_dir",
+        str(output),
+        "--output_name",
+        "trained",
+        "--logging_dir",
+        str(settings.work / "logs"),
+    ]
     resume = ["--resume", "latest"] if any(output.glob("*-state")) else []
-    rest = ["--dataset_config", str(dataset), "--seed", str(settings.seed), "--max_data_loader_n_workers", "1"]
+    rest = [
+        "--dataset_config",
+        str(dataset),
+        "--seed",
+        str(settings.seed),
+        "--max_data_loader_n_workers",
+        "1",
+    ]
     return [*models, *times, *precision, *learning, *schedule, *saving, *names, *rest, *resume]
 
 
 def write_random_dit(path: Path, seed: int) -> None:
-    """A transformer that predicts 0 for all: Xavier weights, the last layer silent, and each block looking at one neighbour.
+    """A transformer that predicts 0 for all: Xavier weights, the last layer silent, and each block looking at
+    one neighbour.
 
-    Positions enter through the rotary turns alone. Biases of query and key that agree up to the turn of one step have a block look
-    there from the beginning, which it otherwise takes long to find: about a quarter fewer steps to the same loss.
+    Positions enter through the rotary turns alone. Biases of query and key that agree up to the turn of one
+    step have a block look there from the beginning, which it otherwise takes long to find: about a quarter
+    fewer steps to the same loss.
     """
     torch.manual_seed(seed)
     dit = WanModel(DIT)
@@ -154,17 +208,22 @@ def write_random_dit(path: Path, seed: int) -> None:
     width = DIT.dim // DIT.num_heads
     side = 2 * (width // 6)
     axes = (width - 2 * side, side, side)
-    steps = torch.block_diag(*(axis_angles(2, axis)[1:].T for axis in axes))  # D/2 pairs x 3 axes: the turn of a step along each
+    # D/2 pairs x 3 axes: the turn of a step along each
+    steps = torch.block_diag(*(axis_angles(2, axis)[1:].T for axis in axes))
     sharp = LOOK_STRENGTH * (steps.sum(1) > SHARPEST)  # D/2
     with torch.no_grad():
         for index, block in enumerate(dit.blocks):
             turns = steps @ torch.tensor(LOOKS[index % len(LOOKS)], dtype=steps.dtype)
-            query, key = (torch.stack([sharp * angle.cos(), sharp * angle.sin()], dim=1) for angle in (turns, 0 * turns))
+            query, key = (
+                torch.stack([sharp * angle.cos(), sharp * angle.sin()], dim=1) for angle in (turns, 0 * turns)
+            )
             block.self_attn.q.bias.copy_(query.flatten().repeat(DIT.num_heads))
             block.self_attn.k.bias.copy_(key.flatten().repeat(DIT.num_heads))
     save_tensors(path, dit.state_dict())
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
     command_line(main)

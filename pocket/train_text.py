@@ -1,7 +1,8 @@
 """The pocket text encoder's own short loop. Called by pocket/train.py.
 
-A tiny umT5 learns to say, at every token, what the clip shows: colour, shape, direction, speed and size of the thing the token
-belongs to, the ground, and the token itself, so that a word it has never met still leaves its trace.
+A tiny umT5 learns to say, at every token, what the clip shows: colour, shape, direction, speed and size of
+the thing the token belongs to, the ground, and the token itself, so that a word it has never met still leaves
+its trace.
 """
 
 import logging
@@ -24,7 +25,9 @@ from wan.t5 import UmT5
 
 logger = logging.getLogger(__name__)
 
-CONFIG = T5Config(vocabulary=512, dim=64, attention_dim=64, ffn_dim=128, num_heads=2, num_layers=2, num_buckets=32)
+CONFIG = T5Config(
+    vocabulary=512, dim=64, attention_dim=64, ffn_dim=128, num_heads=2, num_layers=2, num_buckets=32
+)
 SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")  # padding 0 and end 1, as in umT5
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-&"
 STEPS, BATCH, RATE = 1500, 64, 2e-3
@@ -70,7 +73,12 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
         optimizer.step()
         schedule.step()
         if (step + 1) % 250 == 0:
-            logger.info("text %d/%d %s", step + 1, steps, " ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+            logger.info(
+                "text %d/%d %s",
+                step + 1,
+                steps,
+                " ".join(f"{name} {value:.3f}" for name, value in losses.items()),
+            )
     path = folder / "t5.safetensors"
     save_tensors(path, {name: tensor.to(torch.bfloat16) for name, tensor in t5.state_dict().items()})
     return path
@@ -81,7 +89,10 @@ def heads_losses(t5: UmT5, heads: nn.ModuleDict, examples: Sequence[Example]) ->
     embeds = torch.cat(t5([each.ids for each in examples]))  # L C
     targets = {name: torch.cat([each.classes[name] for each in examples]) for name in HEADS}
     targets["token"] = torch.cat([each.ids for each in examples])
-    return {name: F.cross_entropy(heads[name](embeds), target, ignore_index=ABSENT) for name, target in targets.items()}
+    return {
+        name: F.cross_entropy(heads[name](embeds), target, ignore_index=ABSENT)
+        for name, target in targets.items()
+    }
 
 
 def example(random: np.random.Generator, tokenizer: Tokenizer) -> Example:
@@ -101,7 +112,10 @@ def example(random: np.random.Generator, tokenizer: Tokenizer) -> Example:
     owners = [int(start >= border and end > start) for start, end in encoding.offsets]
     classes = {
         name: torch.tensor(
-            [HEADS[name].index(value) if value in HEADS[name] else ABSENT for value in (values[own] for own in owners)]
+            [
+                HEADS[name].index(value) if value in HEADS[name] else ABSENT
+                for value in (values[own] for own in owners)
+            ]
         )
         for name, values in told.items()
     }
@@ -111,7 +125,9 @@ def example(random: np.random.Generator, tokenizer: Tokenizer) -> Example:
 def invented_word(random: np.random.Generator) -> str:
     """A word of three to eight letters that means nothing."""
     length = int(random.integers(3, 9))
-    return "".join(drawing.pick(random, "aeiou" if index % 2 else "bcdfghjklmnprstvwz") for index in range(length))
+    return "".join(
+        drawing.pick(random, "aeiou" if index % 2 else "bcdfghjklmnprstvwz") for index in range(length)
+    )
 
 
 def make_tokenizer(seed: int) -> Tokenizer:
@@ -125,7 +141,10 @@ def make_tokenizer(seed: int) -> Tokenizer:
     random = np.random.default_rng(derive_seed(seed, "tokenizer"))
     texts = [caption(random, drawing.scene(random, two=0.2)) for _ in range(2000)]
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG.vocabulary, special_tokens=list(SPECIAL), initial_alphabet=["▁", *LETTERS], show_progress=False
+        vocab_size=CONFIG.vocabulary,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=["▁", *LETTERS],
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, *WORDINGS], trainer)
     end = tokenizer.token_to_id("</s>")

@@ -1,6 +1,8 @@
-"""The pocket VAE's own short loop: single frames, then clips, then the decoder alone. Called by pocket/train.py.
+"""The pocket VAE's own short loop: single frames, then clips, then the decoder alone. Called by
+pocket/train.py.
 
-Once the encoder has stopped learning its latents are final: they can be cached while the decoder still learns.
+Once the encoder has stopped learning its latents are final: they can be cached while the decoder still
+learns.
 """
 
 import logging
@@ -28,7 +30,8 @@ from wan.vae_blocks import VaeConfig, VaeLayer
 logger = logging.getLogger(__name__)
 
 WIDTH = 16  # base width; levels of 1, 2, 4, 4 times it
-NOISE = 0.1  # added to latents of standard deviation 1: the decoder forgives what a transformer gets slightly wrong
+# added to latents of standard deviation 1: the decoder forgives what a transformer gets slightly wrong
+NOISE = 0.1
 REAL = 0.35  # share of real footage in a batch
 HELD_OUT = 33  # first frames of each real clip, never learned from
 SCALES = (64, 88)  # short side of the real frames that 64 x 64 pieces are cut from
@@ -36,7 +39,10 @@ SCALES = (64, 88)  # short side of the real frames that 64 x 64 pieces are cut f
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of the training. Batches are (clips, frames, side in pixels), used in turn; the rate falls as a cosine."""
+    """One stretch of the training.
+
+    Batches are (clips, frames, side in pixels), used in turn; the rate falls as a cosine.
+    """
 
     name: str
     steps: int
@@ -76,9 +82,11 @@ def train(
     every: int = 200,
     statistics_clips: int = 300,
 ) -> Path:
-    """Train from nothing, or on from `folder`/vae_state.pt; returns the path of the finished vae.safetensors in `folder`.
+    """Train from nothing, or on from `folder`/vae_state.pt; returns the path of the finished vae.safetensors
+    in `folder`.
 
-    clips: real footage. `encoder_final.safetensors` appears when the encoder has stopped learning. every: steps between states.
+    clips: real footage. `encoder_final.safetensors` appears when the encoder has stopped learning. every:
+    steps between states.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -99,15 +107,29 @@ def train(
             finish_encoder(vae, statistics_clips)
             save_tensors(folder / "encoder_final.safetensors", _half(vae))
             optimizer = Muon(vae.parameters())
-        loss = _step(vae, optimizer, phase, position, source.batch(step, *phase.batches[position % len(phase.batches)]), step)
+        loss = _step(
+            vae,
+            optimizer,
+            phase,
+            position,
+            source.batch(step, *phase.batches[position % len(phase.batches)]),
+            step,
+        )
         step += 1
         if step % every == 0 or step == total:
             quality = measure(vae, source)
             logger.info(
-                "%s %d/%d loss %.4f %s", phase.name, step, total, loss, " ".join(f"{k} {v:.1f}" for k, v in quality.items())
+                "%s %d/%d loss %.4f %s",
+                phase.name,
+                step,
+                total,
+                loss,
+                " ".join(f"{k} {v:.1f}" for k, v in quality.items()),
             )
             with atomic_path(state_path) as temporary:
-                torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
+                torch.save(
+                    {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary
+                )
             save_tensors(folder / "vae.safetensors", _half(vae))
     return folder / "vae.safetensors"
 
@@ -121,7 +143,9 @@ class Source:
         self._real: list[NDArray[np.uint8]] = []
         for name, path in clips.items():
             frames = list(video_frames(path))
-            self.held_out[name] = np.stack([fitted(frame, 64)[:64, :64] for frame in _middle(frames[: drawing.FRAMES])])
+            self.held_out[name] = np.stack(
+                [fitted(frame, 64)[:64, :64] for frame in _middle(frames[: drawing.FRAMES])]
+            )
             self._real += [np.stack([fitted(frame, side) for frame in frames[HELD_OUT:]]) for side in SCALES]
 
     def batch(self, step: int, clips: int, frames: int, side: int) -> Tensor:
@@ -138,12 +162,17 @@ class Source:
             return piece[:, :, ::-1] if random.uniform() < 0.5 else piece
         scene, start = any_scene(random), int(random.integers(drawing.FRAMES - frames + 1))
         middle = scene.things[0].centre(start + frames // 2)  # a piece of the clip shows some of the thing
-        left, top = (int(np.clip(place - side / 2 + random.uniform(-16, 16), 0, drawing.SIZE - side)) for place in middle)
+        left, top = (
+            int(np.clip(place - side / 2 + random.uniform(-16, 16), 0, drawing.SIZE - side))
+            for place in middle
+        )
         return drawing.draw(scene, start, frames)[:, top : top + side, left : left + side]
 
 
 def any_scene(random: np.random.Generator) -> drawing.Scene:
-    """Scenes beyond what captions tell: any colour and form now and then, so that the VAE can show what a LoRA is to teach."""
+    """Scenes beyond what captions tell: any colour and form now and then, so that the VAE can show what a
+    LoRA is to teach.
+    """
     scene = drawing.scene(random, two=0.3)
     if random.uniform() < 0.5:
         return scene
@@ -152,17 +181,31 @@ def any_scene(random: np.random.Generator) -> drawing.Scene:
         colour = tuple(random.integers(0, 256, 3).tolist())
         form = drawing.pick(random, drawing.FORMS)
         things.append(
-            drawing.Thing(each.colour, form, each.direction, each.speed, each.width, colour, each.pixels, each.start, each.velocity)
+            drawing.Thing(
+                each.colour,
+                form,
+                each.direction,
+                each.speed,
+                each.width,
+                colour,
+                each.pixels,
+                each.start,
+                each.velocity,
+            )
         )
     ground = tuple(random.integers(0, 256, 3).tolist()) if random.uniform() < 0.3 else scene.ground_rgb
     return drawing.Scene(tuple(things), scene.ground, ground)
 
 
 def finish_encoder(vae: WanVae, clips: int = 300) -> None:
-    """Freeze the encoder, and have normalised latents of drawn clips come out with mean 0 and standard deviation 1."""
+    """Freeze the encoder, and have normalised latents of drawn clips come out with mean 0 and standard
+    deviation 1.
+    """
     random = np.random.default_rng(derive_seed("latent statistics"))
     with torch.no_grad():
-        latents = [encode(vae, as_pixels(drawing.draw(drawing.scene(random, two=0.1))[None])) for _ in range(clips)]
+        latents = [
+            encode(vae, as_pixels(drawing.draw(drawing.scene(random, two=0.1))[None])) for _ in range(clips)
+        ]
     values = torch.cat(latents).transpose(0, 1).flatten(1)
     vae_learning.fold_statistics(vae, values.mean(1), values.std(1))
     for part in (vae.encoder, vae.conv1):
@@ -171,7 +214,9 @@ def finish_encoder(vae: WanVae, clips: int = 300) -> None:
 
 @torch.no_grad()
 def measure(vae: WanVae, source: Source) -> dict[str, float]:
-    """PSNR in dB of held-out drawn and real clips, and the range of the latents' means and deviations before normalisation."""
+    """PSNR in dB of held-out drawn and real clips, and the range of the latents' means and deviations before
+    normalisation.
+    """
     random = np.random.default_rng(derive_seed("held-out clips"))
     drawn = as_pixels(np.stack([drawing.draw(drawing.scene(random, two=0.1)) for _ in range(12)]))
     figures = {"drawn": psnr(drawn, decode(vae, encode(vae, drawn)))}
@@ -215,7 +260,9 @@ def _phase_at(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
     raise ValueError("after the last phase")
 
 
-def _step(vae: WanVae, optimizer: torch.optim.Optimizer, phase: Phase, position: int, pixels: Tensor, step: int) -> float:
+def _step(
+    vae: WanVae, optimizer: torch.optim.Optimizer, phase: Phase, position: int, pixels: Tensor, step: int
+) -> float:
     fall = 0.5 + 0.5 * math.cos(math.pi * position / phase.steps)
     warm = min(1.0, (position + 1) / 50)
     for group in optimizer.param_groups:
@@ -230,7 +277,9 @@ def _step(vae: WanVae, optimizer: torch.optim.Optimizer, phase: Phase, position:
     error = result - pixels
     loss = error.abs().mean() + error.square().mean()
     if phase.learns_encoder:  # each channel near mean 0 and deviation 1, so that NOISE means something
-        loss = loss + 0.01 * (channels.mean(1).square() + channels.std(1).clamp_min(1e-3).log().square()).mean()
+        loss = (
+            loss + 0.01 * (channels.mean(1).square() + channels.std(1).clamp_min(1e-3).log().square()).mean()
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

@@ -1,6 +1,8 @@
-"""The VAE's computation in a form that can be differentiated: whole clips at once, new tensors only. Same modules, same result.
+"""The VAE's computation in a form that can be differentiated: whole clips at once, new tensors only. Same
+modules, same result.
 
-wan/vae_blocks.py streams a clip through buffers it overwrites, which generation wants and a gradient cannot have.
+wan/vae_blocks.py streams a clip through buffers it overwrites, which generation wants and a gradient cannot
+have.
 """
 # Letters: B batch, C channels, F frames (4n + 1), H height, W width, Z latent channels, f h w of the latents
 
@@ -30,7 +32,8 @@ def decode(vae: WanVae, means: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fold_statistics(vae: WanVae, mean: Tensor, std: Tensor) -> None:
-    """Have means with these statistics (Z each) come out as Wan's constants say, so that normalised latents have 0 and 1.
+    """Have means with these statistics (Z each) come out as Wan's constants say, so that normalised latents
+    have 0 and 1.
 
     The affine map goes into the last convolution of the encoder and, inverted, into the first of the decoder.
     """
@@ -48,7 +51,9 @@ def fold_statistics(vae: WanVae, mean: Tensor, std: Tensor) -> None:
 
 @torch.no_grad()
 def begin(vae: WanVae) -> None:
-    """First weights: linear, frame by frame, each branch beside a shortcut silent; so the signal passes from the first step on."""
+    """First weights: linear, frame by frame, each branch beside a shortcut silent; so the signal passes from
+    the first step on.
+    """
     for module in vae.modules():
         match module:
             case CausalConv3d():
@@ -92,9 +97,12 @@ def _layer(layer: nn.Module, x: Tensor) -> Tensor:
             return torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
         case Upsample():
             if layer.time_conv is not None and x.shape[2] > 1:
-                pairs = layer.time_conv(F.pad(x[:, :, 1:], (0, 0, 0, 0, 2, 0))).unflatten(1, (2, -1))  # B 2 C f H W
+                # B 2 C f H W
+                pairs = layer.time_conv(F.pad(x[:, :, 1:], (0, 0, 0, 0, 2, 0))).unflatten(1, (2, -1))
                 x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
-            return _each_frame(layer.resample["1"], F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest-exact"))
+            return _each_frame(
+                layer.resample["1"], F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest-exact")
+            )
     raise TypeError(f"no such layer in the VAE: {type(layer).__name__}")
 
 
@@ -115,7 +123,9 @@ def _normalised(norm: RmsNorm, x: Tensor) -> Tensor:
 def _attend(layer: FrameAttention, x: Tensor) -> Tensor:
     batch, _, _, height, _ = x.shape
     frames = x.transpose(1, 2).flatten(0, 1)  # B*F C H W
-    q, k, v = layer.to_qkv(_normalised(layer.norm, frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+    q, k, v = (
+        layer.to_qkv(_normalised(layer.norm, frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+    )
     seen = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)  # B*F C H*W
     return x + layer.proj(seen.unflatten(2, (height, -1))).unflatten(0, (batch, -1)).transpose(1, 2)
 

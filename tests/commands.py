@@ -7,18 +7,31 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "ACCELERATE_USE_CPU": "true"}
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUTF8": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
 
 
 def run_script(
-    script: str, *arguments: object, folder: Path | None = None, environment: Mapping[str, str] | None = None, check: bool = True
+    script: str,
+    *arguments: object,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run a root script in a process of its own; with `check` a failure shows its output."""
     return run_python(ROOT / script, *arguments, folder=folder, environment=environment, check=check)
 
 
 def run_python(
-    *arguments: object, folder: Path | None = None, environment: Mapping[str, str] | None = None, check: bool = True
+    *arguments: object,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run this Python with arguments."""
     done = subprocess.run(
@@ -32,7 +45,9 @@ def run_python(
         timeout=600,
     )
     if check:
-        assert done.returncode == 0, f"{arguments[0]} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, (
+            f"{arguments[0]} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return done
 
 

@@ -10,7 +10,8 @@ FILES_BETWEEN = 10  # of tests, after which garbage older than a test is collect
 
 @pytest.fixture(autouse=True)
 def _quick_garbage_collection() -> Iterator[None]:
-    """Scripts collect garbage between their phases, which takes half a second a time once all libraries are loaded.
+    """Scripts collect garbage between their phases, which takes half a second a time once all libraries are
+    loaded.
 
     What was there before a test is left out of that.
     """

@@ -10,9 +10,11 @@ from torch import Tensor
 
 @contextmanager
 def held_memory() -> Iterator[Callable[[], int]]:
-    """A function that says how many bytes are held of what was made inside the block; memory that several share counts once.
+    """A function that says how many bytes are held of what was made inside the block; memory that several
+    share counts once.
 
-    Tensors are found among the objects that Python can walk through, arrays by the memory that numpy says it takes.
+    Tensors are found among the objects that Python can walk through, arrays by the memory that numpy says it
+    takes.
     """
 
     def held() -> int:

@@ -1,4 +1,6 @@
-"""The tensor lists of published checkpoints in tests/data/checkpoints, and files that have such a list but no data."""
+"""The tensor lists of published checkpoints in tests/data/checkpoints, and files that have such a list but no
+data.
+"""
 
 import itertools
 import json
@@ -20,17 +22,23 @@ def manifest_names(start: str) -> list[str]:
 def tensor_list(manifest: str) -> TensorList:
     """Name -> (safetensors dtype, shape); `{a..b}` in a name stands for the numbers from a to b."""
     found: TensorList = {}
-    for pattern, (dtype, shape) in json.loads((FOLDER / f"{manifest}.json").read_text(encoding="utf-8"))["tensors"].items():
+    for pattern, (dtype, shape) in json.loads((FOLDER / f"{manifest}.json").read_text(encoding="utf-8"))[
+        "tensors"
+    ].items():
         texts = re.split(r"\{\d+\.\.\d+\}", pattern)
         ranges = [range(int(low), int(high) + 1) for low, high in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]
         for numbers in itertools.product(*ranges):
-            name = texts[0] + "".join(f"{number}{text}" for number, text in zip(numbers, texts[1:], strict=True))
+            name = texts[0] + "".join(
+                f"{number}{text}" for number, text in zip(numbers, texts[1:], strict=True)
+            )
             found[name] = dtype, tuple(shape)
     return found
 
 
 def write_hollow(path: Path, tensors: TensorList, prefix: str = "") -> Path:
-    """A safetensors file of full size whose data are a hole: it takes no space on disk and is fit for the meta device."""
+    """A safetensors file of full size whose data are a hole: it takes no space on disk and is fit for the
+    meta device.
+    """
     header, offset = {}, 0
     for name, (dtype, shape) in tensors.items():
         end = offset + math.prod(shape) * WIDTHS[dtype]

@@ -15,7 +15,8 @@ from tests.faults.messages import assert_one_message, run_here
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
-WIDER_CHOICES = {"--attn_mode", "--task", "--timestep_sampling", "--dynamo_backend"}  # ours may offer more, never less
+# ours may offer more, never less
+WIDER_CHOICES = {"--attn_mode", "--task", "--timestep_sampling", "--dynamo_backend"}
 WIDER_TYPES = {"--blocks_to_swap"}  # a function of the text, which takes all that the type does
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 
@@ -46,7 +47,11 @@ def _cases() -> list[Any]:
 @pytest.mark.parametrize("manifest", _cases())
 def test_every_known_option_is_there(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     description = json.loads(manifest.read_text(encoding="utf-8"))
-    actions = {flag: action for action in _parser_of(description["script"], monkeypatch)._actions for flag in action.option_strings}
+    actions = {
+        flag: action
+        for action in _parser_of(description["script"], monkeypatch)._actions
+        for flag in action.option_strings
+    }
     for option in description["options"]:
         for flag in option["flags"]:
             assert flag in actions, f"{flag} is missing"
@@ -80,7 +85,9 @@ def test_every_known_option_is_in_the_help(manifest: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("manifest", _cases())
-def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
+    manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parser = _parser_of(json.loads(manifest.read_text(encoding="utf-8"))["script"], monkeypatch)
     defaults = {action.dest: action.default for action in parser._actions}
     for action in parser._actions:
@@ -95,9 +102,16 @@ def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(manifest: Pa
 @pytest.mark.parametrize("manifest", _cases())
 def test_a_mistyped_option_is_one_short_message_in_every_script(manifest: Path, tmp_path: Path) -> None:
     description = json.loads(manifest.read_text(encoding="utf-8"))
-    script, option = description["script"], max((option["flags"][0] for option in description["options"]), key=len)
+    script, option = (
+        description["script"],
+        max((option["flags"][0] for option in description["options"]), key=len),
+    )
     code, said = run_here(script, option[:-2] + option[-1], "x", folder=tmp_path)
-    words = f"{script}: error: Unknown option", f"Did you mean {option}?", f"{script} --help lists all options"
+    words = (
+        f"{script}: error: Unknown option",
+        f"Did you mean {option}?",
+        f"{script} --help lists all options",
+    )
     message = assert_one_message(code, said, *words)
     assert (code, said) == (2, message + "\n")
     assert len(said) < 250

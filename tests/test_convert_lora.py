@@ -30,7 +30,9 @@ def convert(source: Path, output: Path, target: str) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "lora.safetensors"
-    wan_network(tiny_dit(tmp_path)).save_weights(path, torch.bfloat16, {"ss_output_name": "lora", "modelspec.title": "A title"})
+    wan_network(tiny_dit(tmp_path)).save_weights(
+        path, torch.bfloat16, {"ss_output_name": "lora", "modelspec.title": "A title"}
+    )
     return path
 
 
@@ -49,9 +51,18 @@ def test_metadata_are_copied_and_hashes_made_anew(tmp_path: Path, saved: Path) -
 
 
 def test_there_and_back_and_there_again_is_the_same_file_content(tmp_path: Path, saved: Path) -> None:
-    for source, target in ((saved, "other"), ("other1", "default"), ("default2", "other"), ("other3", "default")):
+    for source, target in (
+        (saved, "other"),
+        ("other1", "default"),
+        ("default2", "other"),
+        ("other3", "default"),
+    ):
         number = {"lora": 1, "other1": 2, "default2": 3, "other3": 4}[Path(source).stem]
-        convert(tmp_path / Path(source).with_suffix(".safetensors").name, tmp_path / f"{target}{number}.safetensors", target)
+        convert(
+            tmp_path / Path(source).with_suffix(".safetensors").name,
+            tmp_path / f"{target}{number}.safetensors",
+            target,
+        )
 
     for first, second in (("other1", "other3"), ("default2", "default4")):
         one, two = read(tmp_path / f"{first}.safetensors"), read(tmp_path / f"{second}.safetensors")
@@ -71,7 +82,10 @@ def test_a_file_in_the_target_dialect_stays_as_it_is(tmp_path: Path, saved: Path
 
 def test_a_lokr_cannot_become_the_other_dialect(tmp_path: Path) -> None:
     save_file(
-        {"lora_unet_blocks_0_ffn_0.lokr_w1": torch.ones(2, 2), "lora_unet_blocks_0_ffn_0.lokr_w2": torch.ones(2, 2)},
+        {
+            "lora_unet_blocks_0_ffn_0.lokr_w1": torch.ones(2, 2),
+            "lora_unet_blocks_0_ffn_0.lokr_w2": torch.ones(2, 2),
+        },
         tmp_path / "x.safetensors",
     )
 
@@ -86,7 +100,11 @@ def test_a_framepack_lora_has_the_models_own_names_and_comes_back_the_same(tmp_p
     network.save_weights(tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
     modules = {path for path, module in tiny_model().named_modules() if isinstance(module, torch.nn.Linear)}
 
-    for source, output, target in (("lora", "other", "other"), ("other", "back", "default"), ("back", "again", "other")):
+    for source, output, target in (
+        ("lora", "other", "other"),
+        ("other", "back", "default"),
+        ("back", "again", "other"),
+    ):
         convert(tmp_path / f"{source}.safetensors", tmp_path / f"{output}.safetensors", target)
 
     other, back, again = (read(tmp_path / f"{name}.safetensors")[0] for name in ("other", "back", "again"))
@@ -97,18 +115,29 @@ def test_a_framepack_lora_has_the_models_own_names_and_comes_back_the_same(tmp_p
     assert all(torch.equal(tensor, other[name]) for name, tensor in again.items())
     for name, layer in network.named_children():
         product = back[f"{name}.lora_up.weight"] @ back[f"{name}.lora_down.weight"]
-        torch.testing.assert_close(product, 3 / 4 * layer.lora_up.weight @ layer.lora_down.weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            product, 3 / 4 * layer.lora_up.weight @ layer.lora_down.weight, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_framepack_names_need_no_metadata(tmp_path: Path) -> None:
     name = "transformer_blocks_0_ff_context_net_0_proj"
-    factors = {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(3, 2), "alpha": torch.tensor(2.0)}
-    save_file({f"lora_unet_{name}.{part}": tensor for part, tensor in factors.items()}, tmp_path / "lora.safetensors")
+    factors = {
+        "lora_down.weight": torch.ones(2, 3),
+        "lora_up.weight": torch.ones(3, 2),
+        "alpha": torch.tensor(2.0),
+    }
+    save_file(
+        {f"lora_unet_{name}.{part}": tensor for part, tensor in factors.items()},
+        tmp_path / "lora.safetensors",
+    )
 
     convert(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
     convert(tmp_path / "other.safetensors", tmp_path / "back.safetensors", "default")
 
-    paths = [f"diffusion_model.transformer_blocks.0.ff_context.net.0.proj.lora_{factor}.weight" for factor in "AB"]
+    paths = [
+        f"diffusion_model.transformer_blocks.0.ff_context.net.0.proj.lora_{factor}.weight" for factor in "AB"
+    ]
     assert sorted(load_file(tmp_path / "other.safetensors")) == paths
     back = load_file(tmp_path / "back.safetensors")
     assert all(torch.equal(back[f"lora_unet_{name}.{part}"], tensor) for part, tensor in factors.items())
@@ -116,12 +145,29 @@ def test_framepack_names_need_no_metadata(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_script_runs_from_any_folder_and_explains_a_wrong_file(tmp_path: Path, saved: Path) -> None:
-    run_script("convert_lora.py", "--input", saved.name, "--output", "out.safetensors", "--target", "other", folder=tmp_path)
+    run_script(
+        "convert_lora.py",
+        "--input",
+        saved.name,
+        "--output",
+        "out.safetensors",
+        "--target",
+        "other",
+        folder=tmp_path,
+    )
     assert all(name.startswith("diffusion_model.blocks.") for name in load_file(tmp_path / "out.safetensors"))
 
     (tmp_path / "bad.safetensors").write_text(json.dumps({"no": "tensors"}))
     done = run_script(
-        "convert_lora.py", "--input", "bad.safetensors", "--output", "o", "--target", "other", folder=tmp_path, check=False
+        "convert_lora.py",
+        "--input",
+        "bad.safetensors",
+        "--output",
+        "o",
+        "--target",
+        "other",
+        folder=tmp_path,
+        check=False,
     )
     assert_user_error(done, "bad.safetensors", "CheckpointError")
     assert not (tmp_path / "o").exists()

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, run_python
-from tests.tiny.project import lay_out_models, write_clips, write_image, write_lora, write_picture_dataset, write_pictures
+from tests.tiny.project import (
+    lay_out_models,
+    write_clips,
+    write_image,
+    write_lora,
+    write_picture_dataset,
+    write_pictures,
+)
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -21,15 +28,33 @@ SMALLER = {  # appended, so that the last value wins
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": [*GENERATION, *QUICK_VAE],
     "fpack_cache_latents.py": QUICK_VAE,
-    "fpack_generate_video.py": ["--video_size", "32", "32", "--infer_steps", "2", "--video_sections", "2", *QUICK_VAE],
+    "fpack_generate_video.py": [
+        "--video_size",
+        "32",
+        "32",
+        "--infer_steps",
+        "2",
+        "--video_sections",
+        "2",
+        *QUICK_VAE,
+    ],
     "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
-    "fpack_train_network.py": [*TRAINING, "--network_dim", "2", "--latent_window_size", "1", "--sample_every_n_epochs", "1"],
+    "fpack_train_network.py": [
+        *TRAINING,
+        "--network_dim",
+        "2",
+        "--latent_window_size",
+        "1",
+        "--sample_every_n_epochs",
+        "1",
+    ],
 }
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
-    "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],  # inductor is slow, and has its own tests
+    # inductor is slow, and has its own tests
+    "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
 }
 WAN_CACHES = {  # script -> what names its models
     "wan_cache_latents.py": {"--vae": "Wan2.1_VAE.pth"},
@@ -65,7 +90,8 @@ video_directory = "clips"
 cache_directory = "cache"
 target_frames = [1, 5]
 """
-SECTIONS = {"target_frames = [1, 5]": "target_frames = [5]\nfp_latent_window_size = 1"}  # short ones for short clips
+# short ones for short clips
+SECTIONS = {"target_frames = [1, 5]": "target_frames = [5]\nfp_latent_window_size = 1"}
 SAMPLES = {
     "samples.txt": "a cat --i start.png --w 32 --h 32 --f 5 --d 1 --s 1\n",
     "pictures.txt": "a cat --i start.png --ci start.png --w 32 --h 32 --d 1 --s 1 --of no_post\n",
@@ -117,7 +143,9 @@ def lay_out_inputs(folder: Path) -> None:
         write_image(folder / f"{name}.png", 32, 32)
     shutil.copy(folder / "clips" / "clip 0.mp4", folder / "cat.mp4")
     for name in ("my_lora", "style"):
-        write_lora(folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors")
+        write_lora(
+            folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors"
+        )
 
 
 def run_in(folder: Path, command: str, makes_caches: bool) -> None:

@@ -1,6 +1,8 @@
-"""Every family and variant goes the whole way through its scripts: cache, train with a sample, resume, generate.
+"""Every family and variant goes the whole way through its scripts: cache, train with a sample, resume,
+generate.
 
-The first training is a program of its own; the other commands run in this process, where they start in no time.
+The first training is a program of its own; the other commands run in this process, where they start in no
+time.
 """
 
 from pathlib import Path
@@ -13,16 +15,29 @@ from tests.commands import run_script
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily
 
-OUTPUT = ["--output_dir", "output", "--output_name", "lora", "--seed", "1", "--max_data_loader_n_workers", "0"]
+OUTPUT = [
+    "--output_dir",
+    "output",
+    "--output_name",
+    "lora",
+    "--seed",
+    "1",
+    "--max_data_loader_n_workers",
+    "0",
+]
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]
 
 
 F1 = "framepack f1"  # FramePack but for the order of sections, which tests/frame_pack has
-CASES = [pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name == F1 else ()) for each in FAMILIES]
+CASES = [
+    pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name == F1 else ()) for each in FAMILIES
+]
 
 
 @pytest.fixture(scope="module", params=CASES)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyFamily, Path]:
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TinyFamily, Path]:
     """A folder in which a LoRA was trained for three steps; a sample was made at the end."""
     family: TinyFamily = request.param
     folder = tmp_path_factory.mktemp("a family")  # the space in the name is part of the test
@@ -45,17 +60,39 @@ def test_the_lora_has_learned(trained: tuple[TinyFamily, Path]) -> None:
 
 def test_training_goes_on_from_its_state(trained: tuple[TinyFamily, Path]) -> None:
     family, folder = trained
-    output = ["--output_dir", "output", "--output_name", "longer", "--seed", "1", "--max_data_loader_n_workers", "0"]
+    output = [
+        "--output_dir",
+        "output",
+        "--output_name",
+        "longer",
+        "--seed",
+        "1",
+        "--max_data_loader_n_workers",
+        "0",
+    ]
 
-    succeed_here(*family.train, *output, "--max_train_steps", "5", "--resume", "output/lora-state", folder=folder)
-    succeed_here(*family.train, *output[:2], "--output_name", "whole", *output[4:], "--max_train_steps", "5", folder=folder)
+    succeed_here(
+        *family.train, *output, "--max_train_steps", "5", "--resume", "output/lora-state", folder=folder
+    )
+    succeed_here(
+        *family.train,
+        *output[:2],
+        "--output_name",
+        "whole",
+        *output[4:],
+        "--max_train_steps",
+        "5",
+        folder=folder,
+    )
 
     resumed, whole = (load_file(folder / "output" / f"{name}.safetensors") for name in ("longer", "whole"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily, Path]) -> None:
-    """Same LoRA, seed and settings, float32: the pictures may differ by one level where rounding falls on the other side."""
+    """Same LoRA, seed and settings, float32: the pictures may differ by one level where rounding falls on the
+    other side.
+    """
     family, folder = trained
     lora = ["--lora_weight", "output/lora.safetensors", "--prompt", "a cat", "--seed", "7"]
 
@@ -63,7 +100,8 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
 
     ours, theirs = (shown(folder / name) for name in ("output/sample", "videos"))
     assert ours.shape == theirs.shape
-    assert (ours.float() - theirs.float()).abs().mean() < 8  # two encoders' settings; the latents are compared in tests/training
+    # two encoders' settings; the latents are compared in tests/training
+    assert (ours.float() - theirs.float()).abs().mean() < 8
 
 
 def shown(folder: Path) -> torch.Tensor:
@@ -75,7 +113,12 @@ def shown(folder: Path) -> torch.Tensor:
     return torch.stack([torch.from_numpy(frame) for frame in frames])
 
 
-CHECKPOINTS = ["--gradient_checkpointing", "--gradient_checkpointing_cpu_offload", "--gradient_checkpointing_keep", "attention"]
+CHECKPOINTS = [
+    "--gradient_checkpointing",
+    "--gradient_checkpointing_cpu_offload",
+    "--gradient_checkpointing_keep",
+    "attention",
+]
 
 
 def test_what_checkpointed_blocks_keep_and_where_changes_nothing(trained: tuple[TinyFamily, Path]) -> None:
@@ -84,18 +127,31 @@ def test_what_checkpointed_blocks_keep_and_where_changes_nothing(trained: tuple[
 
     succeed_here(*family.train, *output, *CHECKPOINTS, "--max_train_steps", "3", folder=folder)
 
-    plain, checkpointed = (load_file(folder / "output" / f"{name}.safetensors") for name in ("lora", "checkpointed"))
+    plain, checkpointed = (
+        load_file(folder / "output" / f"{name}.safetensors") for name in ("lora", "checkpointed")
+    )
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
 @pytest.mark.slow
 def test_compiled_training_goes_on_from_its_state(trained: tuple[TinyFamily, Path]) -> None:
     family, folder = trained
-    compiled = [*CHECKPOINTS, "--dynamo_backend", "eager", "--dynamo_fullgraph", "--seed", "1", "--max_data_loader_n_workers", "0"]
+    compiled = [
+        *CHECKPOINTS,
+        "--dynamo_backend",
+        "eager",
+        "--dynamo_fullgraph",
+        "--seed",
+        "1",
+        "--max_data_loader_n_workers",
+        "0",
+    ]
     train = [*family.train, *compiled, "--output_dir", "compiled", "--output_name"]
 
     succeed_here(*train, "part", "--max_train_steps", "2", "--save_state", folder=folder)
-    succeed_here(*train, "resumed", "--max_train_steps", "4", "--resume", "compiled/part-state", folder=folder)
+    succeed_here(
+        *train, "resumed", "--max_train_steps", "4", "--resume", "compiled/part-state", folder=folder
+    )
     succeed_here(*train, "whole", "--max_train_steps", "4", folder=folder)
 
     resumed, whole = (load_file(folder / "compiled" / f"{name}.safetensors") for name in ("resumed", "whole"))
@@ -111,7 +167,16 @@ def test_compiled_generation_makes_the_same_latents(trained: tuple[TinyFamily, P
 
     succeed_here(*family.generate, *options, "plain", folder=folder)
     succeed_here(
-        *family.generate, *options, "fast", "--compile", "--compile_args", "eager", "default", "auto", "true", folder=folder
+        *family.generate,
+        *options,
+        "fast",
+        "--compile",
+        "--compile_args",
+        "eager",
+        "default",
+        "auto",
+        "true",
+        folder=folder,
     )
 
     found = [load_file(next((folder / name).glob("*.safetensors")))["latent"] for name in ("plain", "fast")]

@@ -1,4 +1,6 @@
-"""Options of fp8 weights from the command line to files, in every family: training, resuming, generation, text encoders."""
+"""Options of fp8 weights from the command line to files, in every family: training, resuming, generation,
+text encoders.
+"""
 
 import importlib
 from collections.abc import Mapping
@@ -18,8 +20,17 @@ from tests.tiny.project import write_lora
 
 OUTPUT = ["--output_dir", "output", "--seed", "1", "--max_data_loader_n_workers", "0"]
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--device", "cpu"]
-TRAINED = [["--fp8_base"], ["--fp8_base", "--fp8_scaled"], ["--fp8_base", "--fp8_scaled", "--upcast_quantization"]]
-GENERATED = [["--fp8"], ["--fp8_scaled"], ["--fp8_scaled", "--fp8", "--upcast_quantization"], ["--fp8_scaled", "--upcast_linear"]]
+TRAINED = [
+    ["--fp8_base"],
+    ["--fp8_base", "--fp8_scaled"],
+    ["--fp8_base", "--fp8_scaled", "--upcast_quantization"],
+]
+GENERATED = [
+    ["--fp8"],
+    ["--fp8_scaled"],
+    ["--fp8_scaled", "--fp8", "--upcast_quantization"],
+    ["--fp8_scaled", "--upcast_linear"],
+]
 SLOW = {"framepack"}  # tests/frame_pack has what is its own
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
@@ -41,7 +52,9 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 @pytest.fixture(scope="module", params=CHOSEN)
-def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyFamily, Path]:
+def project(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TinyFamily, Path]:
     """A family's files with caches."""
     family: TinyFamily = request.param
     folder = tmp_path_factory.mktemp("fp8")
@@ -77,17 +90,24 @@ def generated(family: TinyFamily, folder: Path, *more: str) -> Tensor:
 
 def with_dit(command: Command, path: Path) -> Command:
     """The same command with another transformer."""
-    return [str(path) if before == "--dit" else word for before, word in zip(["", *command], command, strict=False)]
+    return [
+        str(path) if before == "--dit" else word
+        for before, word in zip(["", *command], command, strict=False)
+    ]
 
 
 @pytest.mark.parametrize("how", TRAINED, ids=" ".join)
 def test_training_with_fp8_weights_learns_nearly_the_same(family: TinyFamily, how: list[str]) -> None:
-    """With plain gradient descent the factor `up` is after one step the gradient itself, times the learning rate."""
+    """With plain gradient descent the factor `up` is after one step the gradient itself, times the learning
+    rate.
+    """
     one_step = ["--optimizer_type", "SGD", "--max_train_steps", "1", "--learning_rate", "1"]
     expected = trained(family, "plain", *one_step)
     found = trained(family, "fp8", *one_step, *how)
 
-    ups = [{name: t for name, t in lora.items() if name.endswith("lora_up.weight")} for lora in (found, expected)]
+    ups = [
+        {name: t for name, t in lora.items() if name.endswith("lora_up.weight")} for lora in (found, expected)
+    ]
     # weights that are off by 2.25 % (a plain cast of these small ones: 4 %) through a few layers
     assert 1e-3 < difference(*ups) < (0.2 if "--fp8_scaled" in how else 0.4)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
@@ -105,20 +125,26 @@ def test_a_resumed_run_with_fp8_weights_ends_with_equal_bytes(family: TinyFamily
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_resumed_run_tells_that_weights_were_kept_otherwise(family: TinyFamily, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resumed_run_tells_that_weights_were_kept_otherwise(
+    family: TinyFamily, caplog: pytest.LogCaptureFixture
+) -> None:
     trained(family, "first", "--fp8_base", "--max_train_steps", "1", "--save_state")
     trained(family, "then", "--max_train_steps", "1", "--resume", "output/first-state")
     assert "--fp8_base" in caplog.text
 
 
 @pytest.mark.parametrize("how", GENERATED, ids=" ".join)
-def test_generation_with_fp8_weights_makes_nearly_the_same(family: TinyFamily, tmp_path: Path, how: list[str]) -> None:
+def test_generation_with_fp8_weights_makes_nearly_the_same(
+    family: TinyFamily, tmp_path: Path, how: list[str]
+) -> None:
     expected, found = generated(family, tmp_path / "plain"), generated(family, tmp_path / "fp8", *how)
     apart = difference({"latent": found}, {"latent": expected})
     assert 1e-4 < apart < (0.05 if "--fp8_scaled" in how else 0.1)
 
 
-def test_loras_are_merged_before_the_rounding(project: tuple[TinyFamily, Path], family: TinyFamily, tmp_path: Path) -> None:
+def test_loras_are_merged_before_the_rounding(
+    project: tuple[TinyFamily, Path], family: TinyFamily, tmp_path: Path
+) -> None:
     """A LoRA and --fp8_scaled give what the merged model does with --fp8_scaled."""
     lora = tmp_path / "lora.safetensors"
     if "wan" in family.name:
@@ -140,7 +166,9 @@ def test_loras_are_merged_before_the_rounding(project: tuple[TinyFamily, Path], 
         "cpu",
     )
 
-    merged = TinyFamily(**{**vars(family), "generate": with_dit(family.generate, tmp_path / "merged.safetensors")})
+    merged = TinyFamily(
+        **{**vars(family), "generate": with_dit(family.generate, tmp_path / "merged.safetensors")}
+    )
     expected = generated(merged, tmp_path / "from_merged", "--fp8_scaled")
     assert torch.equal(generated(family, tmp_path / "from_lora", "--fp8_scaled", *say), expected)
 
@@ -169,7 +197,11 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
 def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
     family: TinyFamily,
 ) -> None:
-    option, key = ("--fp8_t5", "t5") if "wan" in family.name else ("--fp8_llm", "llama_vec" if family.name in SLOW else "llm")
+    option, key = (
+        ("--fp8_t5", "t5")
+        if "wan" in family.name
+        else ("--fp8_llm", "llama_vec" if family.name in SLOW else "llm")
+    )
 
     def caches() -> dict[str, dict[str, Tensor]]:
         return {path.name: load_file(path) for path in sorted(Path("cache").glob("*_te.safetensors"))}
@@ -180,12 +212,20 @@ def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
     try:
         assert before.keys() == after.keys()
         for name, tensors in after.items():
-            assert tensors.keys() == before[name].keys()  # dtype is part of the names: the usual one comes out
-            apart = difference(*({part: t for part, t in found.items() if key in part} for found in (tensors, before[name])))
-            assert 1e-4 < apart < (0.3 if key == "t5" else 0.1)  # T5's attention is not scaled: of random weights it is sharp
+            # dtype is part of the names: the usual one comes out
+            assert tensors.keys() == before[name].keys()
+            apart = difference(
+                *({part: t for part, t in found.items() if key in part} for found in (tensors, before[name]))
+            )
+            # T5's attention is not scaled: of random weights it is sharp
+            assert 1e-4 < apart < (0.3 if key == "t5" else 0.1)
     finally:
         run(*family.cache_texts)  # for the other tests of this project
-    assert all(torch.equal(tensor, before[name][part]) for name, found in caches().items() for part, tensor in found.items())
+    assert all(
+        torch.equal(tensor, before[name][part])
+        for name, found in caches().items()
+        for part, tensor in found.items()
+    )
 
 
 def test_generation_and_samples_use_a_text_encoder_in_fp8(family: TinyFamily, tmp_path: Path) -> None:

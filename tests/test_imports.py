@@ -29,11 +29,17 @@ LIGHT_FILES = {
     "dataset/config_keys.py",
 } | {"frame_pack/section_syntax.py"}
 HEAVY = ("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops")
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name not in {"families.py", "run_tests.py", "quickstart.py"})
+SCRIPTS = sorted(
+    path.name
+    for path in ROOT.glob("*.py")
+    if path.name not in {"families.py", "run_tests.py", "quickstart.py"}
+)
 
 
 def _sources() -> list[Path]:
-    return [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))] + [ROOT / "families.py"]
+    return [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))] + [
+        ROOT / "families.py"
+    ]
 
 
 def _imported(path: Path) -> set[str]:
@@ -54,12 +60,16 @@ def _is_light(path: Path) -> bool:
 @pytest.mark.parametrize("path", _sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_follow_the_arrows(path: Path) -> None:
     home = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    ours = {name.split(".")[0] for name in _imported(path)} & (set(MAY_IMPORT) | {Path(script).stem for script in SCRIPTS})
+    ours = {name.split(".")[0] for name in _imported(path)} & (
+        set(MAY_IMPORT) | {Path(script).stem for script in SCRIPTS}
+    )
     assert ours <= MAY_IMPORT[home] | {home}
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in _sources() if _is_light(path)], ids=lambda path: path.relative_to(ROOT).as_posix()
+    "path",
+    [path for path in _sources() if _is_light(path)],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 def test_option_files_import_the_standard_library_and_each_other(path: Path) -> None:
     for name in _imported(path):
@@ -91,7 +101,9 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 def test_help_needs_no_heavy_library(script: str) -> None:
     blocker = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); sys.argv = [{script!r}, '--help']; "
     code = blocker + f"import runpy; runpy.run_path({script!r}, run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout
 

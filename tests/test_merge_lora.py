@@ -35,7 +35,9 @@ def lora(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dialect", ["pth", "safetensors", "sharded", "prefixed", "all_in_one", "diffusers", "diffusers_sharded"])
+@pytest.mark.parametrize(
+    "dialect", ["pth", "safetensors", "sharded", "prefixed", "all_in_one", "diffusers", "diffusers_sharded"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layout_of_a_model_is_merged_under_its_own_names(
     tmp_path: Path, lora: Path, dialect: str, dtype: torch.dtype
@@ -43,7 +45,16 @@ def test_every_layout_of_a_model_is_merged_under_its_own_names(
     state = tiny_state("t2v", dtype=dtype)
     model = write_dit(tmp_path, state, dialect)
 
-    merge("--dit", model, "--lora_weight", lora, "--lora_multiplier", 0.5, "--save_merged_model", tmp_path / "merged.safetensors")
+    merge(
+        "--dit",
+        model,
+        "--lora_weight",
+        lora,
+        "--lora_multiplier",
+        0.5,
+        "--save_merged_model",
+        tmp_path / "merged.safetensors",
+    )
 
     patch = LoraPatch([LoraUse(read_lora(lora), 0.5)])
     expected = {name: patch(name, tensor) for name, tensor in state.items()}
@@ -58,11 +69,13 @@ def test_every_layout_of_a_model_is_merged_under_its_own_names(
 def test_hunyuan_video_names_work_too(tmp_path: Path) -> None:
     weight = torch.randn(6, 4)
     save_file(
-        {"double_blocks.0.img_mlp.fc1.weight": weight, "final_layer.linear.bias": torch.ones(3)}, tmp_path / "dit.safetensors"
+        {"double_blocks.0.img_mlp.fc1.weight": weight, "final_layer.linear.bias": torch.ones(3)},
+        tmp_path / "dit.safetensors",
     )
     factors = {"lora_A.weight": torch.randn(2, 4), "lora_B.weight": torch.randn(6, 2)}
     save_file(
-        {f"diffusion_model.double_blocks.0.img_mlp.fc1.{part}": t for part, t in factors.items()}, tmp_path / "lora.safetensors"
+        {f"diffusion_model.double_blocks.0.img_mlp.fc1.{part}": t for part, t in factors.items()},
+        tmp_path / "lora.safetensors",
     )
 
     merge(
@@ -82,13 +95,25 @@ def test_hunyuan_video_names_work_too(tmp_path: Path) -> None:
 
 def test_metadata_are_kept_but_for_stale_hashes(tmp_path: Path, lora: Path) -> None:
     save_file(
-        tiny_state("t2v"), tmp_path / "dit.safetensors", metadata={"modelspec.title": "A title", "modelspec.hash_sha256": "0x1"}
+        tiny_state("t2v"),
+        tmp_path / "dit.safetensors",
+        metadata={"modelspec.title": "A title", "modelspec.hash_sha256": "0x1"},
     )
 
-    merge("--dit", tmp_path / "dit.safetensors", "--lora_weight", lora, "--save_merged_model", tmp_path / "out.safetensors")
+    merge(
+        "--dit",
+        tmp_path / "dit.safetensors",
+        "--lora_weight",
+        lora,
+        "--save_merged_model",
+        tmp_path / "out.safetensors",
+    )
 
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
-        assert file.metadata() == {"modelspec.title": "A title", "modelspec.merged_from": "dit.safetensors, lora.safetensors"}
+        assert file.metadata() == {
+            "modelspec.title": "A title",
+            "modelspec.merged_from": "dit.safetensors, lora.safetensors",
+        }
 
 
 def test_no_file_that_is_merged_is_written_over(tmp_path: Path, lora: Path) -> None:
@@ -130,10 +155,21 @@ def test_merging_takes_little_more_memory_than_one_tensor(tmp_path: Path) -> Non
 
 def test_a_lora_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = write_dit(tmp_path, tiny_state("t2v"))
-    wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2)).save_weights(tmp_path / "lora.safetensors", None, {})
+    wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2)).save_weights(
+        tmp_path / "lora.safetensors", None, {}
+    )
 
-    with pytest.raises(CheckpointError, match=r"lora.safetensors does not fit .*wan.safetensors: for blocks.0.cross_attn"):
-        merge("--dit", model, "--lora_weight", tmp_path / "lora.safetensors", "--save_merged_model", tmp_path / "out.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"lora.safetensors does not fit .*wan.safetensors: for blocks.0.cross_attn"
+    ):
+        merge(
+            "--dit",
+            model,
+            "--lora_weight",
+            tmp_path / "lora.safetensors",
+            "--save_merged_model",
+            tmp_path / "out.safetensors",
+        )
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -148,15 +184,30 @@ def test_fp8_weights_are_refused(tmp_path: Path, lora: Path, dialect: str) -> No
 def test_the_number_of_input_channels_can_be_demanded(tmp_path: Path, lora: Path) -> None:
     model = write_dit(tmp_path, tiny_state("t2v"))
 
-    with pytest.raises(CheckpointError, match="patch_embedding.weight takes 16 channels, --dit_in_channels asks for 36"):
-        merge("--dit", model, "--lora_weight", lora, "--save_merged_model", tmp_path / "o.safetensors", "--dit_in_channels", 36)
+    with pytest.raises(
+        CheckpointError, match="patch_embedding.weight takes 16 channels, --dit_in_channels asks for 36"
+    ):
+        merge(
+            "--dit",
+            model,
+            "--lora_weight",
+            lora,
+            "--save_merged_model",
+            tmp_path / "o.safetensors",
+            "--dit_in_channels",
+            36,
+        )
 
 
-def test_the_log_says_where_the_merged_model_is(tmp_path: Path, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_where_the_merged_model_is(
+    tmp_path: Path, lora: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     merged = tmp_path / "merged.safetensors"
 
-    merge("--dit", write_dit(tmp_path, tiny_state("t2v")), "--lora_weight", lora, "--save_merged_model", merged)
+    merge(
+        "--dit", write_dit(tmp_path, tiny_state("t2v")), "--lora_weight", lora, "--save_merged_model", merged
+    )
 
     assert f"Merged model: {merged}" in caplog.text
 
@@ -179,9 +230,13 @@ def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack
     model = framepack_dit.write_dit(tmp_path / "model", state, dialect)
     loras, output = (tmp_path / "own.safetensors", tmp_path / "hv.safetensors"), tmp_path / "out.safetensors"
 
-    merge("--dit", model, "--lora_weight", *loras, "--lora_multiplier", 0.5, -2, "--save_merged_model", output)
+    merge(
+        "--dit", model, "--lora_weight", *loras, "--lora_multiplier", 0.5, -2, "--save_merged_model", output
+    )
 
-    patch = LoraPatch([LoraUse(read_lora(path), multiplier) for path, multiplier in zip(loras, (0.5, -2), strict=True)])
+    patch = LoraPatch(
+        [LoraUse(read_lora(path), multiplier) for path, multiplier in zip(loras, (0.5, -2), strict=True)]
+    )
     merged = load_framepack(output, Placement(torch.device("cpu"))).state_dict()
     for name, tensor in state.items():
         assert torch.equal(merged[name].to(dtype), patch(name, tensor)), name
@@ -206,8 +261,17 @@ def test_a_file_that_is_no_transformer_is_named(tmp_path: Path, lora: Path, wron
     }[wrong]
     save_file(state, tmp_path / "wrong.safetensors")
 
-    with pytest.raises(CheckpointError, match=r"wrong.safetensors is no transformer that a LoRA could be added to") as raised:
-        merge("--dit", tmp_path / "wrong.safetensors", "--lora_weight", lora, "--save_merged_model", tmp_path / "o.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"wrong.safetensors is no transformer that a LoRA could be added to"
+    ) as raised:
+        merge(
+            "--dit",
+            tmp_path / "wrong.safetensors",
+            "--lora_weight",
+            lora,
+            "--save_merged_model",
+            tmp_path / "o.safetensors",
+        )
 
     assert raised.value.path == tmp_path / "wrong.safetensors"
     assert is_what in (identify(raised.value.path) or "")  # printed below the error
@@ -217,7 +281,10 @@ def test_a_file_that_is_no_transformer_is_named(tmp_path: Path, lora: Path, wron
 def test_a_transformer_of_another_family_is_named_beside_the_lora(tmp_path: Path, lora: Path) -> None:
     model = framepack_dit.write_dit(tmp_path / "model", framepack_dit.tiny_state())
 
-    with pytest.raises(CheckpointError, match=r"lora.safetensors does not fit .*framepack.* It is for wan, the model is framepack"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"lora.safetensors does not fit .*framepack.* It is for wan, the model is framepack",
+    ):
         merge("--dit", model, "--lora_weight", lora, "--save_merged_model", tmp_path / "o.safetensors")
     assert not (tmp_path / "o.safetensors").exists()
 
@@ -229,8 +296,11 @@ def test_the_script_runs_from_any_folder_and_explains_a_missing_file(tmp_path: P
 
     run_script("merge_lora.py", *arguments, "--lora_weight", lora.name, folder=tmp_path)
     assert not torch.equal(
-        load_file(tmp_path / "merged.safetensors")["blocks.0.ffn.0.weight"], tiny_state("t2v")["blocks.0.ffn.0.weight"]
+        load_file(tmp_path / "merged.safetensors")["blocks.0.ffn.0.weight"],
+        tiny_state("t2v")["blocks.0.ffn.0.weight"],
     )
 
-    done = run_script("merge_lora.py", *arguments, "--lora_weight", "nothing.safetensors", folder=tmp_path, check=False)
+    done = run_script(
+        "merge_lora.py", *arguments, "--lora_weight", "nothing.safetensors", folder=tmp_path, check=False
+    )
     assert_user_error(done, "nothing.safetensors")

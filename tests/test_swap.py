@@ -1,4 +1,6 @@
-"""Runs with swapped blocks, from the command lines of the families: their files are those of runs without, to the bit."""
+"""Runs with swapped blocks, from the command lines of the families: their files are those of runs without, to
+the bit.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,13 @@ from tests.tiny.wan_dit import tiny_state, write_dit
 
 OUTPUT = ("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0")
 SIZE = ("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3")
-ADAFACTOR = ("--optimizer_type", "adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False")
+ADAFACTOR = (
+    "--optimizer_type",
+    "adafactor",
+    "--optimizer_args",
+    "relative_step=False",
+    "scale_parameter=False",
+)
 FUSED = ("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_grad_norm", "0")
 
 
@@ -51,7 +59,8 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)  # tests/frame_pack/test_training.py has one of these for every day
+# tests/frame_pack/test_training.py has one of these for every day
+FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", FRAMEPACK])
@@ -77,13 +86,19 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize(
     "usual",
-    [(), ("--gradient_checkpointing", "--fp8_base", "--fp8_scaled"), ("--gradient_checkpointing", "--mixed_precision", "bf16")],
+    [
+        (),
+        ("--gradient_checkpointing", "--fp8_base", "--fp8_scaled"),
+        ("--gradient_checkpointing", "--mixed_precision", "bf16"),
+    ],
     ids=["kept", "fp8", "bf16"],
 )
 def test_a_lora_is_trained_to_the_same_bits(project: Project, tmp_path: Path, usual: Sequence[str]) -> None:
     expected = project.train(tmp_path / "plain", *usual)
 
-    found = project.train(tmp_path / "swapped", *usual, "--blocks_to_swap", project.most, "--img_in_txt_in_offloading")
+    found = project.train(
+        tmp_path / "swapped", *usual, "--blocks_to_swap", project.most, "--img_in_txt_in_offloading"
+    )
 
     assert same(expected, found)
     assert any(tensor.any() for name, tensor in found.items() if "lora_up" in name)
@@ -151,8 +166,12 @@ def test_too_many_blocks_are_refused(project: Project, tmp_path: Path, more: Seq
         pytest.param(("--full_bf16", "--mixed_precision", "bf16", "--gradient_checkpointing"), id="bf16"),
     ],
 )
-def test_a_whole_transformer_is_trained_to_the_same_bits(project: Project, tmp_path: Path, more: Sequence[str]) -> None:
-    """Saved in between, resumed, and sampled from; both the file and the state hold what the blocks have learned."""
+def test_a_whole_transformer_is_trained_to_the_same_bits(
+    project: Project, tmp_path: Path, more: Sequence[str]
+) -> None:
+    """Saved in between, resumed, and sampled from; both the file and the state hold what the blocks have
+    learned.
+    """
     if project.family.name != "hunyuan_video":
         pytest.skip("a LoRA is all that is trained for the others")
     models = project.family.train[1 : project.family.train.index("--network_module")]
@@ -165,7 +184,9 @@ def test_a_whole_transformer_is_trained_to_the_same_bits(project: Project, tmp_p
         return load_file(tmp_path / name / "x.safetensors")
 
     expected = train("plain")
-    swapped = train("swapped", "--blocks_to_swap", project.most, *samples, "--save_every_n_steps", 2, "--save_state")
+    swapped = train(
+        "swapped", "--blocks_to_swap", project.most, *samples, "--save_every_n_steps", 2, "--save_state"
+    )
     state = tmp_path / "swapped" / "x-step00000002-state"
     resumed = train("resumed", "--blocks_to_swap", 1, "--resume", state)
 

@@ -50,7 +50,9 @@ class Transformer:
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
         model.zero_grad()
         model(**self.inputs("i2v")).square().mean().backward()
-        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        return {
+            name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+        }
 
 
 TRANSFORMERS = {
@@ -91,7 +93,11 @@ TRANSFORMERS = {
         "folder",
         "single_transformer_blocks.1.proj_mlp",
         "transformer_blocks.0.attn.norm_q",
-        ("time_text_embed.guidance_embedder.linear_2", "proj_out", "context_embedder.time_text_embed.text_embedder.linear_1"),
+        (
+            "time_text_embed.guidance_embedder.linear_2",
+            "proj_out",
+            "context_embedder.time_text_embed.text_embedder.linear_1",
+        ),
     ),
 }
 FP8_FILES = [(name, dialect) for name, each in TRANSFORMERS.items() for dialect in each.fp8_dialects]
@@ -123,7 +129,9 @@ def test_a_model_that_made_a_sample_in_inference_mode_trains_on(transformer: Tra
 
 
 @pytest.mark.parametrize(("name", "dialect"), FP8_FILES)
-def test_fp8_files_compute_in_bfloat16_with_their_scales_applied(tmp_path: Path, name: str, dialect: str) -> None:
+def test_fp8_files_compute_in_bfloat16_with_their_scales_applied(
+    tmp_path: Path, name: str, dialect: str
+) -> None:
     transformer = TRANSFORMERS[name]
     state = transformer.state("i2v")
 
@@ -165,7 +173,9 @@ def test_weights_take_the_file_dtype_or_the_one_asked_for(
     assert dit(**transformer.inputs("i2v")).isfinite().all()
 
 
-def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path, transformer: Transformer) -> None:
+def test_missing_unexpected_and_misshaped_tensors_are_all_listed(
+    tmp_path: Path, transformer: Transformer
+) -> None:
     state, before = transformer.state("i2v"), transformer.linear.partition(".1.")[0]
     rest = transformer.linear.partition(".1.")[2]
     for block in (0, 1):
@@ -183,7 +193,9 @@ def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path: Path,
     assert f"  {transformer.norm.replace('.0.', '.1.')}.weight: the file has 7, {needed} is needed" in lines
 
 
-def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path, transformer: Transformer) -> None:
+def test_a_patch_sees_published_names_and_unrounded_whole_weights(
+    tmp_path: Path, transformer: Transformer
+) -> None:
     state, seen, changed = transformer.state("i2v"), {}, f"{transformer.linear}.weight"
 
     def patch(name: str, weight: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""No pass of a transformer has the host wait for the device: it could ask for nothing meanwhile, and the device would run dry.
+"""No pass of a transformer has the host wait for the device: it could ask for nothing meanwhile, and the
+device would run dry.
 
 The device is torch's meta device, which lets nobody read its numbers; what is sent to it is seen.
 """
@@ -24,24 +25,35 @@ class _Copies(TorchDispatchMode):
         super().__init__()
         self.waiting: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         named = kwargs or {}
         if func is torch.ops.aten._to_copy.default and args[0].device == HOST and named.get("device") == META:
             if not named.get("non_blocking"):
                 self.waiting.append(f"a tensor of {tuple(args[0].shape)}")
-        elif func is torch.ops.aten.copy_.default and args[0].device == META and args[1].device == HOST and not any(args[2:]):
+        elif (
+            func is torch.ops.aten.copy_.default
+            and args[0].device == META
+            and args[1].device == HOST
+            and not any(args[2:])
+        ):
             self.waiting.append(f"into a tensor of {tuple(args[0].shape)}")
         return func(*args, **named)
 
 
 class _Made(TorchFunctionMode):
-    """Tensors made on the device of numbers of the host: a copy that torch hides from modes of the other kind."""
+    """Tensors made on the device of numbers of the host: a copy that torch hides from modes of the other
+    kind.
+    """
 
     def __init__(self, copies: _Copies) -> None:
         super().__init__()
         self._copies = copies
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func in {torch.tensor, torch.as_tensor} and (kwargs or {}).get("device") == META:
             self._copies.waiting.append(f"{func.__name__}({args[0]})")
         return func(*args, **(kwargs or {}))
@@ -70,7 +82,8 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tiny", DITS, ids=lambda each: each.name)
 def test_a_pass_waits_for_nothing(tiny: TinyDit) -> None:
     dit = tiny.make(2).to(META)
-    inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}  # texts of two lengths
+    # texts of two lengths
+    inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}
 
     assert waits(dit, inputs) == []  # the first pass of its size makes a table of positions too
 
@@ -82,4 +95,8 @@ def test_waiting_would_be_seen() -> None:
 
     module = torch.nn.Module()
     module.forward = forward  # type: ignore[method-assign]
-    assert waits(module, {"x": torch.zeros(2, device=META)}) == ["a tensor of (2,)", "tensor([1, 2])", "into a tensor of (2,)"]
+    assert waits(module, {"x": torch.zeros(2, device=META)}) == [
+        "a tensor of (2,)",
+        "tensor([1, 2])",
+        "into a tensor of (2,)",
+    ]

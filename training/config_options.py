@@ -16,17 +16,23 @@ logger = logging.getLogger(__name__)
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
     """Add --config_file."""
-    parser.add_argument("--config_file", help="TOML file with options by name; tables only group them; the command line goes first")
+    parser.add_argument(
+        "--config_file",
+        help="TOML file with options by name; tables only group them; the command line goes first",
+    )
 
 
 def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The options that the file `name` (".toml" may be left out) sets, converted as the command line would.
 
     Tables are flattened, the last of equal keys wins. A key that is no option is warned about and left out.
-    Raises UserError where the file is missing or no TOML, OptionError for a value of a wrong type or outside the choices.
+    Raises UserError where the file is missing or no TOML, OptionError for a value of a wrong type or outside
+    the choices.
     """
     path = Path(name if name.endswith(".toml") else f"{name}.toml").expanduser()
-    actions = {action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}}
+    actions = {
+        action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}
+    }
     values = {}
     for key, value in _flatten(_load(path)):
         if key in actions:
@@ -34,7 +40,8 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
         else:
             close = difflib.get_close_matches(key, actions, n=1)
             logger.warning(
-                f"{path}: {key} is ignored because no option has that name{f'; do you mean {close[0]}?' if close else ''}"
+                f"{path}: {key} is ignored because no option has that "
+                f"name{f'; do you mean {close[0]}?' if close else ''}"
             )
     return values
 
@@ -43,7 +50,9 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"--config_file {path}: cannot be read ({error.strerror}). Give the path of a TOML file.") from None
+        raise UserError(
+            f"--config_file {path}: cannot be read ({error.strerror}). Give the path of a TOML file."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config_file {path} is not valid TOML: {error}") from None
 
@@ -78,7 +87,9 @@ def _single(path: Path, action: argparse.Action, value: Any) -> Any:
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         raise _wrong(path, action, value) from None
     if action.choices is not None and converted not in action.choices:
-        raise OptionError(f"{path}: {action.dest} = {value!r}: choose from {', '.join(map(str, action.choices))}")
+        raise OptionError(
+            f"{path}: {action.dest} = {value!r}: choose from {', '.join(map(str, action.choices))}"
+        )
     return converted
 
 
@@ -97,4 +108,6 @@ def _wrong(path: Path, action: argparse.Action, value: Any) -> OptionError:
         if isinstance(action.nargs, int)
         else ", or a list of them"
     )
-    return OptionError(f"{path}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{many}")
+    return OptionError(
+        f"{path}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{many}"
+    )

@@ -19,7 +19,9 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precisi
 
 
 def placement_of(options: TrainingOptions, device: torch.device, fp8: Quantisation | None) -> Placement:
-    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""
+    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the
+    dtype to learn in.
+    """
     whole = options.whole_dit
     return Placement(
         device,
@@ -38,7 +40,8 @@ def dress(
     compilation: Compilation | None = None,
     host: HostWeights | None = None,
 ) -> None:
-    """Compile the blocks, checkpoint them, and have swapped ones come from the host. For after a LoRA was attached.
+    """Compile the blocks, checkpoint them, and have swapped ones come from the host. For after a LoRA was
+    attached.
 
     Where blocks' inputs go to the host, memory is short, and feed-forwards are computed in pieces too.
     """

@@ -1,8 +1,10 @@
-"""THE training loop: micro-batches -> loss -> gradients -> optimizer step; then log, validate, sample, save where due.
+"""THE training loop: micro-batches -> loss -> gradients -> optimizer step; then log, validate, sample, save
+where due.
 
-The DiT carries no wrapper. Each process works on its share of a step's micro-batches (plan.py), gradients are summed over the
-processes once per step, and the loss of a micro-batch is divided by the number of micro-batches the step really has. A run's
-numbers depend on its settings and its seed alone: not on samples, validation, saving, or on where it was stopped and resumed.
+The DiT carries no wrapper. Each process works on its share of a step's micro-batches (plan.py), gradients are
+summed over the processes once per step, and the loss of a micro-batch is divided by the number of
+micro-batches the step really has. A run's numbers depend on its settings and its seed alone: not on samples,
+validation, saving, or on where it was stopped and resumed.
 """
 
 import contextlib
@@ -47,7 +49,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """All that the loop works with. `progress` changes; so do the network, the optimizer and the schedule, of course."""
+    """All that the loop works with.
+
+    `progress` changes; so do the network, the optimizer and the schedule, of course.
+    """
 
     options: TrainingOptions
     family: Family
@@ -79,7 +84,10 @@ class Run:
 
 
 def train(run: Run) -> bool:
-    """Train from where `run.progress` stands to the last step. Returns False where the run was asked to end before."""
+    """Train from where `run.progress` stands to the last step.
+
+    Returns False where the run was asked to end before.
+    """
     progress, plan = run.progress, run.plan
     with run.stop.listening():
         _begin(run)
@@ -121,7 +129,8 @@ def is_ending(run: Run) -> bool:
 def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
     """One optimizer step on the micro-batches of `group`. Returns whether the clock asks for saving."""
     run.trainable.start_step()
-    rates = named_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)  # before any weight is stepped
+    # before any weight is stepped
+    rates = named_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
     loss, keys = _accumulate(run, group, micro_batches)
     numbers = loss.view(1)
     is_alone = run.plan.processes == 1
@@ -130,7 +139,9 @@ def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bo
         numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes]))
     norm = _update(run)
     norms = [] if run.trainable.limit_norms is None else [run.trainable.limit_norms()]
-    reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), Notes(keys, rates))
+    reading = run.readings.push(
+        run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), Notes(keys, rates)
+    )
     if reading is not None:
         _note(run, reading)
     if is_alone:
@@ -140,12 +151,18 @@ def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bo
     return reading is not None and reading.values[2] > 0
 
 
-def _accumulate(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, tuple[str, ...]]:
-    """Gradients of this process' share of the group. Returns its part of the step's loss, on the device, and the items in it."""
+def _accumulate(
+    run: Run, group: range, micro_batches: Iterator[MicroBatch]
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Gradients of this process' share of the group.
+
+    Returns its part of the step's loss, on the device, and the items in it.
+    """
     total = torch.zeros((), device=run.device)
     keys: tuple[str, ...] = ()
     if run.scaler is not None:
-        run.scaler.scale(total)  # it is set up by its first use, also in a process that has no micro-batch in this step
+        # it is set up by its first use, also in a process that has no micro-batch in this step
+        run.scaler.scale(total)
     for _ in run.plan.share(group, run.feed.process):
         micro_batch = next(micro_batches)
         _seed(run, micro_batch.number)
@@ -161,7 +178,9 @@ def _accumulate(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> 
 
 
 def _seed(run: Run, number: int) -> None:
-    """Make dropout a function of the seed and the micro-batch; the global generators too, for networks that use them."""
+    """Make dropout a function of the seed and the micro-batch; the global generators too, for networks that
+    use them.
+    """
     run.trainable.set_dropout_seed(derive_seed(run.progress.seed, "dropout", number))
     seed = derive_seed(run.progress.seed, "global", number)
     torch.default_generator.manual_seed(
@@ -174,7 +193,10 @@ def _seed(run: Run, number: int) -> None:
 
 
 def _update(run: Run) -> Tensor:
-    """Clip, step optimizer and schedule, clear the gradients. Returns the gradients' norm before clipping, on the device."""
+    """Clip, step optimizer and schedule, clear the gradients.
+
+    Returns the gradients' norm before clipping, on the device.
+    """
     norm = run.fused.finish() if run.fused is not None else _clip_and_step(run)
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -206,8 +228,10 @@ def _note(run: Run, reading: Reading) -> None:
         keys = reading.notes.keys
         items = f" The items of this process in that step: {', '.join(keys)}." if keys else ""
         raise UserError(
-            f"step {reading.step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was saved.{items}\n"
-            "  Lower --learning_rate, or look for a damaged clip among these items, and go on with --resume latest."
+            f"step {reading.step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
+            f"saved.{items}\n"
+            "  Lower --learning_rate, or look for a damaged clip among these items, and go on with --resume "
+            "latest."
         )
     losses = run.progress.losses
     if math.isfinite(loss):  # with a gradient scaler, which skips such steps until it has found its scale
@@ -242,11 +266,16 @@ def _begin(run: Run) -> None:
 
 
 def _after_step(run: Run, saves: bool) -> None:
-    """What is due after an optimizer step. Samples come before saving; a run that is to end leaves them to its resumption."""
+    """What is due after an optimizer step.
+
+    Samples come before saving; a run that is to end leaves them to its resumption.
+    """
     progress, options = run.progress, run.options
     every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
     saves = saves or is_ending(run) or (every is not None and progress.step % every == 0)
-    validates = run.validation is not None and validate_every is not None and progress.step % validate_every == 0
+    validates = (
+        run.validation is not None and validate_every is not None and progress.step % validate_every == 0
+    )
     samples = is_due_at_step(options.samples, progress.step)
     if not (saves or validates or samples):
         return
@@ -267,7 +296,9 @@ def _after_step(run: Run, saves: bool) -> None:
 
 
 def _after_epoch(run: Run) -> None:
-    """What is due at the end of an epoch: save, then samples. An epoch cut short by --max_train_steps stays unfinished."""
+    """What is due at the end of an epoch: save, then samples. An epoch cut short by --max_train_steps stays
+    unfinished.
+    """
     progress, options = run.progress, run.options
     epoch = progress.epoch + 1
     is_whole = progress.position >= run.plan.num_batches
@@ -278,7 +309,13 @@ def _after_epoch(run: Run) -> None:
     if is_whole:
         progress.epoch, progress.position = epoch, 0
     every = options.saving.save_every_n_epochs
-    if is_whole and every is not None and epoch % every == 0 and epoch < run.plan.num_epochs and run.saver is not None:
+    if (
+        is_whole
+        and every is not None
+        and epoch % every == 0
+        and epoch < run.plan.num_epochs
+        and run.saver is not None
+    ):
         run.saver.save_epoch(epoch)
     if progress.sample_pending:
         _sample(run)
@@ -293,12 +330,15 @@ def _save_to_go_on(run: Run) -> None:
     """What a run that ends here leaves behind."""
     if run.saver is not None:
         run.saver.save_step(run.progress.step, with_state=True)
-    logger.info("Ended after step %d of %d; go on with --resume latest.", run.progress.step, run.plan.total_steps)
+    logger.info(
+        "Ended after step %d of %d; go on with --resume latest.", run.progress.step, run.plan.total_steps
+    )
 
 
 def _sample(run: Run) -> None:
-    """Make the samples that are pending. Where the run is asked to end meanwhile it ends at this step, and they stay pending:
-    the resumed run makes them with the weights of the same step."""
+    """Make the samples that are pending. Where the run is asked to end meanwhile it ends at this step, and
+    they stay pending: the resumed run makes them with the weights of the same step.
+    """
     progress = run.progress
     if run.sampler is not None:
         modules = (run.dit, *run.trainable.modules.values())
@@ -320,4 +360,6 @@ def _validate(run: Run) -> None:
     with evaluation((run.dit, *run.trainable.modules.values()), run.optimizer, run.parameters):
         losses = run.validation.measure(run.dit, run.autocast)
     run.logs.values(losses, run.progress.step)
-    logger.info("Step %d: %s", run.progress.step, ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()))
+    logger.info(
+        "Step %d: %s", run.progress.step, ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
+    )

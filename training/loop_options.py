@@ -1,4 +1,6 @@
-"""Options of the training run as a whole: data, length, seed, gradient accumulation and checkpointing, validation."""
+"""Options of the training run as a whole: data, length, seed, gradient accumulation and checkpointing,
+validation.
+"""
 
 import argparse
 from dataclasses import dataclass, field
@@ -20,24 +22,40 @@ class LoopOptions:
     seed: int | None  # None: random below 2^32
     gradient_checkpointing: bool
     gradient_checkpointing_cpu_offload: bool  # what blocks keep waits in host memory
-    gradient_checkpointing_keep: str | None  # "attention": kept beside the blocks' inputs rather than computed again
+    # "attention": kept beside the blocks' inputs rather than computed again
+    gradient_checkpointing_keep: str | None
     gradient_accumulation_steps: int  # micro-batches per optimizer step and process
     embedded_guidance: float = field(metadata={"option": "guidance_scale"})
     check: bool  # print what would be trained on, then exit
 
     def __post_init__(self) -> None:
         check_at_least("--max_train_steps", self.max_train_steps, 1, "how many optimizer steps to train")
-        check_at_least("--max_train_epochs", self.max_train_epochs, 1, "how many times to go through the data")
-        check_at_least("--max_data_loader_n_workers", self.max_data_loader_n_workers, 0, "0 reads in the training process itself")
+        check_at_least(
+            "--max_train_epochs", self.max_train_epochs, 1, "how many times to go through the data"
+        )
+        check_at_least(
+            "--max_data_loader_n_workers",
+            self.max_data_loader_n_workers,
+            0,
+            "0 reads in the training process itself",
+        )
         self._check_checkpointing()
-        check_at_least("--gradient_accumulation_steps", self.gradient_accumulation_steps, 1, "1 means no accumulation")
+        check_at_least(
+            "--gradient_accumulation_steps", self.gradient_accumulation_steps, 1, "1 means no accumulation"
+        )
         check_at_least("--seed", self.seed, 0, "leave it out for a random seed")
 
     def _check_checkpointing(self) -> None:
-        given = {"cpu_offload": self.gradient_checkpointing_cpu_offload, "keep": self.gradient_checkpointing_keep is not None}
+        given = {
+            "cpu_offload": self.gradient_checkpointing_cpu_offload,
+            "keep": self.gradient_checkpointing_keep is not None,
+        }
         for name, is_given in given.items():
             if is_given and not self.gradient_checkpointing:
-                raise OptionError(f"--gradient_checkpointing_{name} says how to checkpoint: give --gradient_checkpointing too")
+                raise OptionError(
+                    f"--gradient_checkpointing_{name} says how to checkpoint: give --gradient_checkpointing "
+                    "too"
+                )
 
 
 @dataclass(frozen=True)
@@ -48,9 +66,18 @@ class ValidationOptions:
     validate_every_n_steps: int | None  # None: at the end of each epoch
 
     def __post_init__(self) -> None:
-        check_at_least("--validation_split", self.validation_split, 0, "the share of source files kept for validation")
-        check_below("--validation_split", self.validation_split, 1, "some source files have to be left for training")
-        check_at_least("--validate_every_n_steps", self.validate_every_n_steps, 1, "leave it out to validate after each epoch")
+        check_at_least(
+            "--validation_split", self.validation_split, 0, "the share of source files kept for validation"
+        )
+        check_below(
+            "--validation_split", self.validation_split, 1, "some source files have to be left for training"
+        )
+        check_at_least(
+            "--validate_every_n_steps",
+            self.validate_every_n_steps,
+            1,
+            "leave it out to validate after each epoch",
+        )
 
 
 def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,44 +85,72 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training run")
     group.add_argument("--dataset_config", type=Path, help="TOML file that describes the data sets")
     group.add_argument(
-        "--max_train_steps", type=int, default=1600, help="optimizer steps in total; a resumed run continues the count"
-    )
-    group.add_argument("--max_train_epochs", type=int, help="passes over the data; replaces --max_train_steps")
-    group.add_argument(
-        "--max_data_loader_n_workers", type=int, default=8, help="readers of cache files, at most the number of CPUs; 0: none"
-    )
-    group.add_argument("--persistent_data_loader_workers", action="store_true", help="keep the readers from one epoch to the next")
-    group.add_argument(
-        "--seed", type=int, help="seed of data order, noise, timesteps, dropout and LoRA weights; random when not given"
+        "--max_train_steps",
+        type=int,
+        default=1600,
+        help="optimizer steps in total; a resumed run continues the count",
     )
     group.add_argument(
-        "--gradient_checkpointing", action="store_true", help="recompute activations block by block: less memory, slower"
+        "--max_train_epochs", type=int, help="passes over the data; replaces --max_train_steps"
+    )
+    group.add_argument(
+        "--max_data_loader_n_workers",
+        type=int,
+        default=8,
+        help="readers of cache files, at most the number of CPUs; 0: none",
+    )
+    group.add_argument(
+        "--persistent_data_loader_workers",
+        action="store_true",
+        help="keep the readers from one epoch to the next",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        help="seed of data order, noise, timesteps, dropout and LoRA weights; random when not given",
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations block by block: less memory, slower",
     )
     group.add_argument(
         "--gradient_checkpointing_cpu_offload",
         action="store_true",
-        help="least memory: keep the inputs of the blocks in host memory until the backward pass, and compute feed-forwards for "
-        "a few thousand tokens at a time (not with --network_dropout); needs --gradient_checkpointing and host memory for one copy "
+        help="least memory: keep the inputs of the blocks in host memory until the backward pass, and compute "
+        "feed-forwards for "
+        "a few thousand tokens at a time (not with --network_dropout); needs --gradient_checkpointing and "
+        "host memory for one copy "
         "of the video tokens per block",
     )
     group.add_argument(
         "--gradient_checkpointing_keep",
         choices=("attention",),
-        help="attention: keep the result of self-attention rather than compute it again: faster; needs --gradient_checkpointing "
+        help="attention: keep the result of self-attention rather than compute it again: faster; needs "
+        "--gradient_checkpointing "
         "and memory for one more copy of the video tokens per block, in the dtype of the computation",
     )
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step"
+    )
     group.add_argument(
         "--guidance_scale",
         type=float,
         default=1.0,
         help="embedded guidance fed to models that were distilled for it; others have no such input",
     )
-    group.add_argument("--check", action="store_true", help="print items, buckets, batches and what is missing, then exit")
+    group.add_argument(
+        "--check", action="store_true", help="print items, buckets, batches and what is missing, then exit"
+    )
     group = parser.add_argument_group("validation")
     group.add_argument(
-        "--validation_split", type=float, default=0.0, help="share of the source files kept out of training for a validation loss"
+        "--validation_split",
+        type=float,
+        default=0.0,
+        help="share of the source files kept out of training for a validation loss",
     )
     group.add_argument(
-        "--validate_every_n_steps", type=int, help="how often to compute the validation loss; after each epoch when not given"
+        "--validate_every_n_steps",
+        type=int,
+        help="how often to compute the validation loss; after each epoch when not given",
     )

@@ -33,25 +33,36 @@ class NoisyBatch:
 
         tensors: Conditions = {name: moved_value(value) for name, value in self.batch.tensors.items()}
         return NoisyBatch(
-            replace(self.batch, tensors=tensors), move(self.noise), move(self.sigmas), move(self.timesteps), move(self.weights)
+            replace(self.batch, tensors=tensors),
+            move(self.noise),
+            move(self.sigmas),
+            move(self.timesteps),
+            move(self.weights),
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
         """Sent to the device; from pinned memory without waiting for it. Whole numbers stay on the host."""
-        is_ordered = device.type == "cuda"  # its streams keep the source alive until it is read; other devices do not promise that
+        # its streams keep the source alive until it is read; other devices do not promise that
+        is_ordered = device.type == "cuda"
         return self.moved(lambda tensor: sent(tensor, device, is_ordered))
 
 
 def squared_errors(family: Family, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
-    """The mean squared error of the predicted velocity for each sample: B, float32. All lies where `to` sends it."""
+    """The mean squared error of the predicted velocity for each sample: B, float32. All lies where `to` sends
+    it.
+    """
     latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
     noise = noisy_batch.noise
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     with autocast():
-        velocity = family.predict(dit, add_noise(latents, noise, noisy_batch.sigmas), noisy_batch.timesteps, conditions)
+        velocity = family.predict(
+            dit, add_noise(latents, noise, noisy_batch.sigmas), noisy_batch.timesteps, conditions
+        )
     return (velocity.float() - (noise - latents)).square().flatten(1).mean(1)
 
 
 def training_loss(family: Family, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
-    """The weighted mean over the batch: one number. Samples of a batch have one size, so this is the mean over all elements too."""
+    """The weighted mean over the batch: one number. Samples of a batch have one size, so this is the mean
+    over all elements too.
+    """
     return (squared_errors(family, dit, noisy_batch, autocast) * noisy_batch.weights).mean()

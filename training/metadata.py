@@ -1,4 +1,6 @@
-"""Metadata of saved files: `ss_*` says how the file was trained, `modelspec.*` what it is. All are text, "None" where absent."""
+"""Metadata of saved files: `ss_*` says how the file was trained, `modelspec.*` what it is. All are text,
+"None" where absent.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,12 +34,14 @@ class RunFacts:
     datasets: Sequence[Mapping[str, Any]]  # `DatasetTable.describe()` of each
 
 
-def run_metadata(options: TrainingOptions, family_name: str, family_metadata: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
+def run_metadata(
+    options: TrainingOptions, family_name: str, family_metadata: Mapping[str, str], facts: RunFacts
+) -> dict[str, str]:
     """The `ss_*` entries that stay the same over the run; with --no_metadata only what loading needs.
 
-    family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name, vae_name; trained_for
-    where a model has several uses that its files do not tell apart).
-    A whole DiT has no `ss_network_*`, by which a LoRA is known.
+    family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name,
+    vae_name; trained_for where a model has several uses that its files do not tell apart). A whole DiT has no
+    `ss_network_*`, by which a LoRA is known.
     """
     network = options.network
     values: dict[str, Any] = {"ss_base_model_version": family_name}
@@ -64,13 +68,18 @@ def file_metadata(
     epoch: int,
     now: datetime,
 ) -> dict[str, str]:
-    """The metadata of a file saved at this moment: those of the run, where it stands, and what the file is (`modelspec.*`).
+    """The metadata of a file saved at this moment: those of the run, where it stands, and what the file is
+    (`modelspec.*`).
 
     epoch: the one under way or just ended, from 1. Hashes of a LoRA are added when its tensors are written.
     """
     values = dict(run)
     if not options.metadata.no_metadata:
-        values |= {"ss_training_finished_at": str(now.timestamp()), "ss_steps": str(step), "ss_epoch": str(epoch)}
+        values |= {
+            "ss_training_finished_at": str(now.timestamp()),
+            "ss_steps": str(step),
+            "ss_epoch": str(epoch),
+        }
     values |= _modelspec(options, family_metadata, now)
     return {key: storable(text) for key, text in values.items()}
 
@@ -118,7 +127,9 @@ def _modelspec(options: TrainingOptions, family_metadata: Mapping[str, str], now
     architecture = family_metadata.get("architecture")
     values = {
         "sai_model_spec": "1.0.0",
-        "architecture": f"{architecture}/lora" if architecture and options.network is not None else architecture,
+        "architecture": f"{architecture}/lora"
+        if architecture and options.network is not None
+        else architecture,
         "implementation": family_metadata.get("implementation"),
         "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
         "resolution": RESOLUTION,

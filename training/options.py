@@ -1,4 +1,6 @@
-"""All options that training has in every family, composed; and reading them from the command line and --config_file."""
+"""All options that training has in every family, composed; and reading them from the command line and
+--config_file.
+"""
 
 import argparse
 import os
@@ -58,7 +60,11 @@ class TrainingOptions:
             return
         require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
         if self.hub.resume_from_huggingface:
-            require(self.saving.resume, "--resume", "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]")
+            require(
+                self.saving.resume,
+                "--resume",
+                "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]",
+            )
         if self.loop.check or self.speed.plan.is_asked:
             return
         require(self.saving.output_dir, "--output_dir", "the folder to save into")
@@ -67,30 +73,40 @@ class TrainingOptions:
     def _check_whole_dit(self, options: WholeDitOptions) -> None:
         precision, accumulation = self.accelerator.mixed_precision, self.loop.gradient_accumulation_steps
         if options.full_bf16 and precision != "bf16":
-            raise OptionError(f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 for both")
+            raise OptionError(
+                f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
+                "for both"
+            )
         if self.speed.fp8.fp8_base:
             raise OptionError(
-                "--fp8_base: weights that learn are kept in float32, or in bfloat16 with --full_bf16, because fp8 would lose the "
+                "--fp8_base: weights that learn are kept in float32, or in bfloat16 with --full_bf16, "
+                "because fp8 would lose the "
                 "steps; leave it out, or train a LoRA with hv_train_network.py"
             )
         swap = self.speed.swap
         if swap.blocks_to_swap and not options.fused_backward_pass:
             raise OptionError(
-                f"--blocks_to_swap {swap.blocks_to_swap} with weights that learn: each has to be stepped while its block is on the "
+                f"--blocks_to_swap {swap.blocks_to_swap} with weights that learn: each has to be stepped "
+                "while its block is on the "
                 "device. Add --fused_backward_pass, or leave it out"
             )
         if swap.img_in_txt_in_offloading:
-            raise OptionError("--img_in_txt_in_offloading: these layers learn, so they have to be on the device. Leave it out")
+            raise OptionError(
+                "--img_in_txt_in_offloading: these layers learn, so they have to be on the device. Leave it "
+                "out"
+            )
         if not options.fused_backward_pass:
             return
         if accumulation != 1:
             raise OptionError(
-                f"--fused_backward_pass with --gradient_accumulation_steps {accumulation}: gradients are freed in each backward "
+                f"--fused_backward_pass with --gradient_accumulation_steps {accumulation}: gradients are "
+                "freed in each backward "
                 "pass, so there are none to accumulate. Use 1, or a larger batch_size in --dataset_config"
             )
         if precision == "fp16":
             raise OptionError(
-                "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients overflowed is known only after "
+                "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients "
+                "overflowed is known only after "
                 "all of them. Use bf16 or no"
             )
 
@@ -102,7 +118,10 @@ def read_training(
     argv: Sequence[str] | None,
     add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments,
 ) -> tuple[TrainingOptions, T]:
-    """The options of a script that trains. add_arguments, record: the family's own. doc, add_learner: see `training_parser`."""
+    """The options of a script that trains.
+
+    add_arguments, record: the family's own. doc, add_learner: see `training_parser`.
+    """
     parser = training_parser(doc, add_learner)
     add_arguments(parser)
     args = read_arguments(parser, argv)
@@ -137,10 +156,11 @@ def training_parser(
 def read_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
-    """Parse: command line over --config_file over what `accelerate launch` was told (precision, compiling) over defaults.
+    """Parse: command line over --config_file over what `accelerate launch` was told (precision, compiling)
+    over defaults.
 
-    Raises OptionError for a wrong value in the file and for an option that is not supported yet; ends the program for a wrong
-    command line, as argparse does.
+    Raises OptionError for a wrong value in the file and for an option that is not supported yet; ends the
+    program for a wrong command line, as argparse does.
     """
     config_file = parser.parse_args(argv).config_file
     prefilled = {

@@ -16,7 +16,12 @@ from torch.optim import Optimizer
 from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError
 from training.optimizers.lr_schedule import LrSchedule
-from training.optimizers.state import encode_optimizer, move_states, restore_foreign_optimizer, restore_optimizer
+from training.optimizers.state import (
+    encode_optimizer,
+    move_states,
+    restore_foreign_optimizer,
+    restore_optimizer,
+)
 from training.options import TrainingOptions
 from training.progress import Progress
 from training.reports.logs import public_config
@@ -37,7 +42,8 @@ from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
-# options that a resumed run shares with the saved one, and those it may change; None where a run has no such option
+# options that a resumed run shares with the saved one, and those it may change; None where a run has no such
+# option
 IDENTITY = (
     *("network_module", "network_dim", "network_alpha", "network_args", "trainable_modules", "full_bf16"),
     *("optimizer_type", "optimizer_args", "learning_rate"),
@@ -106,7 +112,11 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
         found = [find_latest(saving.output_dir, saving.output_name) if is_main_process else None]
         folder = broadcast_object_list(found)[0]
         if folder is None:
-            logger.info("--resume latest: no state of %s in %s yet; starting afresh.", saving.output_name, saving.output_dir)
+            logger.info(
+                "--resume latest: no state of %s in %s yet; starting afresh.",
+                saving.output_name,
+                saving.output_dir,
+            )
             return None
     elif options.hub.resume_from_huggingface:
         folder = download_state(saving.resume, options.hub.huggingface_token, saving.output_dir / "resumed")
@@ -117,7 +127,10 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
 
 
 def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | None) -> Progress:
-    """Where the run begins. A resumed one keeps its seed; without any, a seed is drawn that all processes share."""
+    """Where the run begins.
+
+    A resumed one keeps its seed; without any, a seed is drawn that all processes share.
+    """
     if isinstance(saved, SavedState):
         return saved.progress
     drawn = broadcast_object_list([secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()])
@@ -127,7 +140,9 @@ def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | 
     return Progress(seed=seed, session_id=drawn[1], started_at=drawn[2])
 
 
-def identity_of(options: TrainingOptions, seed: int, order: BatchOrder, plan: Plan, network_module: str) -> dict[str, Any]:
+def identity_of(
+    options: TrainingOptions, seed: int, order: BatchOrder, plan: Plan, network_module: str
+) -> dict[str, Any]:
     """What has to be the same in a resumed run, by the words a user knows it by."""
     config = {**public_config(options), "network_module": network_module}
     epoch = "\n".join(",".join(item.key for item in batch) for batch in order.epoch(0))
@@ -151,8 +166,13 @@ def habits_of(options: TrainingOptions, family_metadata: Mapping[str, str]) -> d
     return {**{f"--{name}": config.get(name) for name in HABITS}, **models}
 
 
-def capture(progress: Progress, learning: Learning, identity: Mapping[str, Any], habits: Mapping[str, Any]) -> SavedState:
-    """Everything that resuming needs, not copied. For between two steps, with the training weights in place."""
+def capture(
+    progress: Progress, learning: Learning, identity: Mapping[str, Any], habits: Mapping[str, Any]
+) -> SavedState:
+    """Everything that resuming needs, not copied.
+
+    For between two steps, with the training weights in place.
+    """
     description, optimizer_tensors = encode_optimizer(learning.optimizer, learning.trainable.names)
     parts = {name: module.state_dict() for name, module in learning.trainable.modules.items()}
     described = {
@@ -160,11 +180,18 @@ def capture(progress: Progress, learning: Learning, identity: Mapping[str, Any],
         "schedule": learning.schedule.state_dict(),
         "scaler": None if learning.scaler is None else learning.scaler.state_dict(),
     }
-    return SavedState(Path(), progress, identity, habits, described, {**parts, "optimizer": optimizer_tensors})
+    return SavedState(
+        Path(), progress, identity, habits, described, {**parts, "optimizer": optimizer_tensors}
+    )
 
 
-def check_resumable(saved: SavedState | ForeignState | None, identity: Mapping[str, Any], habits: Mapping[str, Any]) -> None:
-    """Raise OptionError where the saved run is another one; warn of what has changed. For before anything large is loaded."""
+def check_resumable(
+    saved: SavedState | ForeignState | None, identity: Mapping[str, Any], habits: Mapping[str, Any]
+) -> None:
+    """Raise OptionError where the saved run is another one; warn of what has changed.
+
+    For before anything large is loaded.
+    """
     if isinstance(saved, SavedState):
         check_identity(saved.identity, identity, saved.folder)
         warn_of_changes(saved.habits, habits)
@@ -178,7 +205,9 @@ def restore(saved: SavedState | ForeignState, learning: Learning) -> None:
     trainable = learning.trainable
     for name, module in trainable.modules.items():
         if name not in saved.parts:
-            raise CheckpointError(f"{saved.folder} holds no {name}: it is the state of another kind of run", path=saved.folder)
+            raise CheckpointError(
+                f"{saved.folder} holds no {name}: it is the state of another kind of run", path=saved.folder
+            )
         load_module(module, saved.parts[name], saved.folder)
     described, tensors = saved.described["optimizer"], saved.parts["optimizer"]
     restore_optimizer(learning.optimizer, trainable.names, described, tensors, learning.device)
@@ -198,7 +227,8 @@ def _restore_foreign(saved: ForeignState, learning: Learning) -> None:
         restore_foreign_optimizer(learning.optimizer, saved.optimizer)
         move_states(learning.optimizer, learning.device)
     logger.warning(
-        "%s was made by another program and does not say how far its run was: weights and optimizer are taken over, while steps, "
+        "%s was made by another program and does not say how far its run was: weights and optimizer are "
+        "taken over, while steps, "
         "epochs and the learning-rate schedule count from 0.",
         saved.folder,
     )

@@ -1,4 +1,6 @@
-"""From options to a run: every part is built in order, and what can be checked is checked before gigabytes are loaded."""
+"""From options to a run: every part is built in order, and what can be checked is checked before gigabytes
+are loaded.
+"""
 
 import contextlib
 import logging
@@ -13,7 +15,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, find_items, require_items, split_validation
+from dataset.batches.finding import (
+    NO_COMMANDS,
+    CachingCommands,
+    TrainingItem,
+    find_items,
+    require_items,
+    split_validation,
+)
 from dataset.batches.order import BatchOrder
 from dataset.batches.same_encoders import SameEncoders
 from dataset.check import check_training
@@ -50,7 +59,16 @@ from training.processes.accelerator import make_accelerator
 from training.processes.gradients import largest
 from training.progress import Progress
 from training.reports.logs import TRACKER_NAME, check_trackers, public_config, run_folder, start_logs
-from training.resuming import Learning, capture, check_resumable, find_state, first_progress, habits_of, identity_of, restore
+from training.resuming import (
+    Learning,
+    capture,
+    check_resumable,
+    find_state,
+    first_progress,
+    habits_of,
+    identity_of,
+    restore,
+)
 from training.samples import Sampler, prepare_samples
 from training.saving.files import MinuteClock, Names, Saver
 from training.saving.states import ForeignState, SavedState, write_state
@@ -103,9 +121,11 @@ class Data:
 
 
 def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
-    """Train what the options say, a network (a LoRA) for a family's DiT or the whole DiT, from the first step or a saved state.
+    """Train what the options say, a network (a LoRA) for a family's DiT or the whole DiT, from the first step
+    or a saved state.
 
-    Returns the program's exit code. commands: what to type for missing caches. Raises a UserError for all that the user can mend.
+    Returns the program's exit code. commands: what to type for missing caches. Raises a UserError for all
+    that the user can mend.
     """
     if options.timesteps.show_timesteps is not None:
         show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
@@ -119,12 +139,16 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
         with prepared_run(family, options, commands) as run:
             train(run)
     except torch.OutOfMemoryError as error:
-        raise too_little(error, "Samples need room too. What was saved is untouched: go on with --resume latest.") from error
+        raise too_little(
+            error, "Samples need room too. What was saved is untouched: go on with --resume latest."
+        ) from error
     return 0
 
 
 @contextlib.contextmanager
-def prepared_run(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> Iterator[Run]:
+def prepared_run(
+    family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS
+) -> Iterator[Run]:
     """A run with everything loaded; leaving it ends logs and waits for uploads. Raises as `train_network`."""
     config = _read_config(options)  # a fault in it is told before anything is started
     job = _start(family, options, commands)
@@ -137,12 +161,15 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
-    if job.options.speed.swap.is_auto:  # each process looked at its own device, but they share the weights on the host
+    # each process looked at its own device, but they share the weights on the host
+    if job.options.speed.swap.is_auto:
         number = options.speed.swap.number
         options = with_swap(options, largest(number, job.accelerator.num_processes, job.accelerator.device))
     job = replace(job, options=options)
     swap = options.speed.swap
-    host = host_weights(SwapPlan(job.family.dit, swap.number, swap.img_in_txt_in_offloading), job.accelerator.device)
+    host = host_weights(
+        SwapPlan(job.family.dit, swap.number, swap.img_in_txt_in_offloading), job.accelerator.device
+    )
     dit = _load_dit(job, host)
     learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
     if job.saved is not None:
@@ -162,7 +189,9 @@ def prepared_run(family: Family, options: TrainingOptions, commands: CachingComm
     tracker = TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft"
     with (
         uploads.finishing(),
-        start_logs(job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config, tracker) as logs,
+        start_logs(
+            job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config, tracker
+        ) as logs,
     ):
         logger.info(_summary(job, data))
         yield Run(
@@ -196,14 +225,18 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
-    result = check_training(config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys)
+    result = check_training(
+        config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys
+    )
     sys.stdout.write("\n".join(result.lines) + "\n")
     return result.exit_code
 
 
 def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
     """--plan: print what the run would need."""
-    found = require_items(find_items(_read_config(options), family.cache_tag, family.latent, family.text_keys), commands)
+    found = require_items(
+        find_items(_read_config(options), family.cache_tag, family.latent, family.text_keys), commands
+    )
     items, _ = split_validation(found, options.validation.validation_split)
     plan_training(family, options, items or found, commands, choose_device(None))
 
@@ -211,7 +244,9 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -
 def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> Job:
     """Join the processes; find where to begin."""
     check_trackers(options.logs)
-    accelerator = make_accelerator(options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now()))
+    accelerator = make_accelerator(
+        options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
+    )
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     else:
@@ -225,42 +260,63 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
 
 
 def _read_config(options: TrainingOptions) -> DatasetConfig:
-    return load_dataset_config(require(options.loop.dataset_config, "--dataset_config", "the clips to train on"))
+    return load_dataset_config(
+        require(options.loop.dataset_config, "--dataset_config", "the clips to train on")
+    )
 
 
 def _find_data(job: Job, config: DatasetConfig) -> Data:
-    """Find the caches by their names and plan the steps. Raises CacheError with the caching commands where there are none."""
+    """Find the caches by their names and plan the steps.
+
+    Raises CacheError with the caching commands where there are none.
+    """
     loop, family = job.options.loop, job.family
     found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
     training, validation = split_validation(found, job.options.validation.validation_split)
     if not training:
-        raise DatasetError(f"{config.path}: all {len(found)} items are for validation. Leave a table without `validation = true`.")
+        raise DatasetError(
+            f"{config.path}: all {len(found)} items are for validation. Leave a table without `validation = "
+            "true`."
+        )
     if not validation and job.options.validation.validate_every_n_steps is not None:
         raise OptionError(
-            "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = true` in a table"
+            "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = "
+            "true` in a table"
         )
     order = BatchOrder(training, job.progress.seed)
     processes, accumulation = job.accelerator.num_processes, loop.gradient_accumulation_steps
-    steps = total_steps(loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation)
+    steps = total_steps(
+        loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation
+    )
     plan = Plan(order.num_batches, processes, accumulation, steps)
     return Data(config, training, order, validation, plan, SameEncoders(job.commands))
 
 
 def _make_sampler(job: Job) -> Sampler | None:
-    """Encode what the samples need. Raises OptionError where an encoder is missing, before the DiT is loaded."""
+    """Encode what the samples need.
+
+    Raises OptionError where an encoder is missing, before the DiT is loaded.
+    """
     options, accelerator = job.options.samples, job.accelerator
     if options.sample_prompts is None:
         return None
     if not options.is_timed:
-        logger.warning("--sample_prompts is ignored, because neither --sample_every_n_steps nor another time for samples is given.")
+        logger.warning(
+            "--sample_prompts is ignored, because neither --sample_every_n_steps nor another time for "
+            "samples is given."
+        )
         return None
     share = accelerator.process_index, accelerator.num_processes
     folder, has_metadata = job.output_dir / "sample", not job.options.metadata.no_metadata
-    return prepare_samples(job.family, options.sample_prompts, folder, job.output_name, accelerator.device, *share, has_metadata)
+    return prepare_samples(
+        job.family, options.sample_prompts, folder, job.output_name, accelerator.device, *share, has_metadata
+    )
 
 
 def _placement(job: Job) -> Placement:
-    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the dtype to learn in."""
+    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the
+    dtype to learn in.
+    """
     return placement_of(job.options, job.accelerator.device, job.fp8)
 
 
@@ -268,16 +324,24 @@ def _check_attention(job: Job) -> None:
     """Raise OptionError where the attention that is asked for cannot be had; nothing is loaded yet."""
     autocast = AUTOCAST.get(job.options.accelerator.mixed_precision)
     placement = _placement(job)
-    check_backend(placement.attention, placement.device, lambda: autocast or job.family.compute_dtype(placement), training=True)
+    check_backend(
+        placement.attention,
+        placement.device,
+        lambda: autocast or job.family.compute_dtype(placement),
+        training=True,
+    )
 
 
 def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
-    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the dtype to learn in.
+    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the
+    dtype to learn in.
 
     host: keeps the weights of swapped blocks.
     """
     network, precision = job.options.network, job.options.accelerator.mixed_precision
-    files = [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
+    files = (
+        [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
+    )
     uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
     patch = LoraPatch(uses) if uses else None
     dit = job.family.load_dit(replace(_placement(job), patch=patch, host=host))
@@ -286,17 +350,22 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
     dtype, autocast = _dtype_of(dit), AUTOCAST.get(precision)
     if autocast is not None and dtype not in {autocast, torch.float32}:
         raise OptionError(
-            f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no or that of the model."
+            f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no or "
+            "that of the model."
         )
     return dit.requires_grad_(False)
 
 
 def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, compiling, checkpointing, swap), make optimizer and schedule; also the name for metadata."""
+    """Dress the DiT (network, compiling, checkpointing, swap), make optimizer and schedule; also the name for
+    metadata.
+    """
     options, device = job.options, job.accelerator.device
     if options.network is not None:
         network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
-        trainable = as_trainable(network, options.optimizer.learning_rate, options.network.scale_weight_norms, device)
+        trainable = as_trainable(
+            network, options.optimizer.learning_rate, options.network.scale_weight_norms, device
+        )
     else:
         assert options.whole_dit is not None  # one of the two is there
         trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
@@ -313,14 +382,19 @@ def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, Fu
     if whole is None or not (whole.full_bf16 or whole.fused_backward_pass):
         return None, None
     if not steps_alone(type(optimizer)):
-        logger.warning("--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones.")
+        logger.warning(
+            "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
+        )
         return None, None
     steps = ParameterSteps(optimizer, trainable.names, job.progress)
     if not whole.fused_backward_pass:
         return steps, None
     max_norm = job.options.optimizer.max_grad_norm
     if max_norm > 0:
-        logger.warning(f"--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm {max_norm}.")
+        logger.warning(
+            "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "
+            f"{max_norm}."
+        )
     return steps, FusedBackward(steps, trainable.parameters, max_norm)
 
 
@@ -343,11 +417,18 @@ def _make_validation(job: Job, data: Data) -> Validation | None:
         return None
     accelerator = job.accelerator
     share = accelerator.device, accelerator.process_index, accelerator.num_processes
-    return Validation(job.family, data.validation, job.options.timesteps, job.commands, *share, encoders=data.encoders)
+    return Validation(
+        job.family, data.validation, job.options.timesteps, job.commands, *share, encoders=data.encoders
+    )
 
 
 def _make_saver(
-    job: Job, dit: nn.Module, learning: Learning, facts: RunFacts, uploads: Uploads, take_state: Callable[[], SavedState]
+    job: Job,
+    dit: nn.Module,
+    learning: Learning,
+    facts: RunFacts,
+    uploads: Uploads,
+    take_state: Callable[[], SavedState],
 ) -> Saver | None:
     """For the main process; the others save nothing."""
     if not job.accelerator.is_main_process:
@@ -362,7 +443,9 @@ def _make_saver(
 
     def write_file(path: Path) -> None:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        metadata = file_metadata(run_values, options, job.family.metadata, progress.step, epoch, datetime.now())
+        metadata = file_metadata(
+            run_values, options, job.family.metadata, progress.step, epoch, datetime.now()
+        )
         settle(dit)
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
@@ -409,6 +492,7 @@ def _summary(job: Job, data: Data) -> str:
     plan = data.plan
     held_back = f", {len(data.validation)} items for validation" if data.validation else ""
     return (
-        f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches, {plan.steps_per_epoch} steps an epoch, "
+        f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches, "
+        f"{plan.steps_per_epoch} steps an epoch, "
         f"{plan.total_steps} steps in {plan.num_epochs} epochs, seed {job.progress.seed}"
     )

@@ -18,17 +18,26 @@ class SampleOptions:
     sample_at_first: bool
 
     def __post_init__(self) -> None:
-        check_at_least("--sample_every_n_steps", self.sample_every_n_steps, 1, "leave it out for no samples by step")
-        check_at_least("--sample_every_n_epochs", self.sample_every_n_epochs, 1, "leave it out for no samples by epoch")
+        check_at_least(
+            "--sample_every_n_steps", self.sample_every_n_steps, 1, "leave it out for no samples by step"
+        )
+        check_at_least(
+            "--sample_every_n_epochs", self.sample_every_n_epochs, 1, "leave it out for no samples by epoch"
+        )
         if self.is_timed and self.sample_prompts is None:
             raise OptionError(
-                "--sample_every_n_steps, _epochs and --sample_at_first need --sample_prompts: the file with the prompts"
+                "--sample_every_n_steps, _epochs and --sample_at_first need --sample_prompts: the file with "
+                "the prompts"
             )
 
     @property
     def is_timed(self) -> bool:
         """Whether a time for samples is given."""
-        return self.sample_every_n_steps is not None or self.sample_every_n_epochs is not None or self.sample_at_first
+        return (
+            self.sample_every_n_steps is not None
+            or self.sample_every_n_epochs is not None
+            or self.sample_at_first
+        )
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:

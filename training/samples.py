@@ -28,7 +28,8 @@ from training.sample_options import SampleOptions
 logger = logging.getLogger(__name__)
 
 BIT_RATE = 8_000_000  # of the known tuners' samples
-DEFAULTS = {"width": 256, "height": 256, "frame_count": 1, "sample_steps": 20, "discrete_flow_shift": 14.5}  # formats.md, section 7
+# formats.md, section 7
+DEFAULTS = {"width": 256, "height": 256, "frame_count": 1, "sample_steps": 20, "discrete_flow_shift": 14.5}
 
 
 class SamplingStopped(Exception):
@@ -69,10 +70,20 @@ class Sampler:
 
         paths = []
         for sample in self.samples:
-            request = sample.request if sample.is_seeded else replace(sample.request, seed=secrets.randbelow(1 << 32))
+            request = (
+                sample.request
+                if sample.is_seeded
+                else replace(sample.request, seed=secrets.randbelow(1 << 32))
+            )
             with autocast():
                 latents = make_latents(
-                    self.session.family, lambda _: dit, request, sample.prompts, sample.inputs, self.session.device, on_step=watch
+                    self.session.family,
+                    lambda _: dit,
+                    request,
+                    sample.prompts,
+                    sample.inputs,
+                    self.session.device,
+                    on_step=watch,
                 )
             seed = f"_{request.seed}" if sample.is_seeded else ""
             stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
@@ -86,7 +97,11 @@ class Sampler:
             frames = frames_of(self.session.family.decode(encoders, latents))
             if request.frames == 1:
                 path = self.folder / f"{stem}_000.png"
-                tags = sample_tags(self.session.family, request, model, self.session.device) if self.has_metadata else None
+                tags = (
+                    sample_tags(self.session.family, request, model, self.session.device)
+                    if self.has_metadata
+                    else None
+                )
                 write_png(path, next(frames), tags)
             else:
                 path = self.folder / f"{stem}.mp4"
@@ -105,22 +120,33 @@ def prepare_samples(
     processes: int,
     has_metadata: bool = True,
 ) -> Sampler:
-    """Read the prompts, check them, and encode this process' share of texts and images. For before the DiT is loaded.
+    """Read the prompts, check them, and encode this process' share of texts and images. For before the DiT is
+    loaded.
 
-    A prompt that cannot be made (no image for an image-to-video model) is reported and skipped.
-    Raises OptionError where the file or an encoder is missing, CheckpointError where a model file cannot be used.
+    A prompt that cannot be made (no image for an image-to-video model) is reported and skipped. Raises
+    OptionError where the file or an encoder is missing, CheckpointError where a model file cannot be used.
     """
     entries = read_sample_prompts(prompt_file)
     _ = family.media_identity  # a missing file is told once, and ends the run
     has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
     if process == 0 and has_shift and family.defaults.flow_shift is None:
-        logger.warning("%s: the flow shift (--fs) is ignored because this model's comes from the size", prompt_file)
+        logger.warning(
+            "%s: the flow shift (--fs) is ignored because this model's comes from the size", prompt_file
+        )
     chosen: list[tuple[int, Request, bool]] = []
     for index, entry in list(enumerate(entries))[process::processes]:
         try:
-            chosen.append((index, family.prepare(sample_request(entry, family)), entry.get("seed") is not None))
-        except (OptionError, ValueError, TypeError) as error:  # the latter two: a text where a number belongs, in toml or json
-            logger.error("%s: prompt %d is skipped (%r): %s", prompt_file, index, entry.get("prompt", ""), error)
+            chosen.append(
+                (index, family.prepare(sample_request(entry, family)), entry.get("seed") is not None)
+            )
+        except (
+            OptionError,
+            ValueError,
+            TypeError,
+        ) as error:  # the latter two: a text where a number belongs, in toml or json
+            logger.error(
+                "%s: prompt %d is skipped (%r): %s", prompt_file, index, entry.get("prompt", ""), error
+            )
     if process == 0:
         _remove_leftovers(folder, name)
     requests = [request for _, request, _ in chosen]
@@ -129,12 +155,16 @@ def prepare_samples(
     with session.media(images=True, again=True) as encoders:
         inputs = encode_inputs(family, encoders, requests)
     session.drop_image_encoder()
-    samples = [Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)]
+    samples = [
+        Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)
+    ]
     return Sampler(samples, session, folder, name, has_metadata)
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
-    """One entry of a prompt file (keys of formats.md, section 7) as a request, sizes rounded down to what the family can make."""
+    """One entry of a prompt file (keys of formats.md, section 7) as a request, sizes rounded down to what the
+    family can make.
+    """
     values = {**DEFAULTS, **{key: value for key, value in entry.items() if value is not None}}
     latent = family.latent
 
@@ -144,14 +174,20 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     controls = values.get("control_image_path") or []
     extra = {"one_frame": str(values["one_frame"])} if values.get("one_frame") is not None else {}
     if controls:
-        extra["control_image_path"] = "\n".join([controls] if isinstance(controls, str) else map(str, controls))
+        extra["control_image_path"] = "\n".join(
+            [controls] if isinstance(controls, str) else map(str, controls)
+        )
     has_shift = family.defaults.flow_shift is not None
     asked = int(values["width"]), int(values["height"]), int(values["frame_count"])
     width, height = (max(side // latent.pixel_step, 1) * latent.pixel_step for side in asked[:2])
     frames = max(asked[2] - 1, 0) // latent.frame_step * latent.frame_step + 1
     if asked != (width, height, frames):
         made = f"{width} x {height} pixels and {frames} frames"
-        logger.warning("the sample %r is made with %s: the model takes no other sizes nearby", values.get("prompt", ""), made)
+        logger.warning(
+            "the sample %r is made with %s: the model takes no other sizes nearby",
+            values.get("prompt", ""),
+            made,
+        )
     return Request(
         prompt=str(values.get("prompt", "")),
         seed=int(values.get("seed", 0)),

@@ -1,8 +1,8 @@
 """Which micro-batches form which optimizer step, and which process works on which. Whole numbers only.
 
-An epoch has the micro-batches 0 .. num_batches - 1. An optimizer step takes the next `processes * accumulation` of them, the last
-of an epoch what is left; process r of P works on those whose index is r modulo P. So two processes take the same steps as one
-process with twice the accumulation.
+An epoch has the micro-batches 0 .. num_batches - 1. An optimizer step takes the next `processes *
+accumulation` of them, the last of an epoch what is left; process r of P works on those whose index is r
+modulo P. So two processes take the same steps as one process with twice the accumulation.
 """
 
 from collections.abc import Iterator
@@ -33,18 +33,24 @@ class Plan:
         return -(-self.total_steps // self.steps_per_epoch)
 
     def groups(self, epoch: int, position: int = 0) -> Iterator[range]:
-        """The micro-batches of each optimizer step of epoch `epoch` (from 0), from micro-batch `position` to the end of the run."""
+        """The micro-batches of each optimizer step of epoch `epoch` (from 0), from micro-batch `position` to
+        the end of the run.
+        """
         done = epoch * self.steps_per_epoch + -(-position // self.group_size)
         starts = range(position, self.num_batches, self.group_size)
         for start in starts[: max(0, self.total_steps - done)]:
             yield range(start, min(start + self.group_size, self.num_batches))
 
     def share(self, group: range, process: int) -> list[int]:
-        """The micro-batches of `group` that process number `process` works on; may be empty in the last group of an epoch."""
+        """The micro-batches of `group` that process number `process` works on; may be empty in the last group
+        of an epoch.
+        """
         return [index for index in group if index % self.processes == process]
 
     def keys(self, process: int, epoch: int, position: int, num_epochs: int) -> list[tuple[int, int]]:
-        """(epoch, micro-batch) in the order in which a process needs them, for `num_epochs` epochs from (epoch, position) on."""
+        """(epoch, micro-batch) in the order in which a process needs them, for `num_epochs` epochs from
+        (epoch, position) on.
+        """
         keys = []
         for number in range(epoch, min(epoch + num_epochs, self.num_epochs)):
             for group in self.groups(number, position if number == epoch else 0):
@@ -53,5 +59,8 @@ class Plan:
 
 
 def total_steps(max_train_steps: int, max_train_epochs: int | None, num_batches: int, group_size: int) -> int:
-    """Optimizer steps of a run; epochs, where given, count instead of steps. The last step of an epoch may be a short one."""
+    """Optimizer steps of a run; epochs, where given, count instead of steps.
+
+    The last step of an epoch may be a short one.
+    """
     return max_train_steps if max_train_epochs is None else max_train_epochs * -(-num_batches // group_size)

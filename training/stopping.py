@@ -40,4 +40,7 @@ class StopRequest:
             os.kill(os.getpid(), number)
             return
         self.asked = True
-        logger.warning("Ending after this step, with everything saved. Once more ends at once, back to the last saved state.")
+        logger.warning(
+            "Ending after this step, with everything saved. Once more ends at once, back to the last saved "
+            "state."
+        )

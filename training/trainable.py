@@ -28,7 +28,8 @@ class Trainable:
     set_dropout_seed: Callable[[int], None]  # before each micro-batch
     start_epoch: Callable[[], None]
     start_step: Callable[[], None]
-    limit_norms: Callable[[], Tensor] | None = None  # after each optimizer step; the numbers of a `NormReport`
+    # after each optimizer step; the numbers of a `NormReport`
+    limit_norms: Callable[[], Tensor] | None = None
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -39,16 +40,26 @@ class Trainable:
     def names(self) -> dict[Tensor, str]:
         """The name of each parameter: part, dot, name in the module."""
         return {
-            parameter: f"{part}.{name}" for part, module in self.modules.items() for name, parameter in module.named_parameters()
+            parameter: f"{part}.{name}"
+            for part, module in self.modules.items()
+            for name, parameter in module.named_parameters()
         }
 
 
-def train_network(network: TrainableNetwork, learning_rate: float, max_norm: float | None, device: torch.device) -> Trainable:
-    """A network that is already in its DiT, moved to the device in float32. Raises OptionError where nothing in it can learn."""
+def train_network(
+    network: TrainableNetwork, learning_rate: float, max_norm: float | None, device: torch.device
+) -> Trainable:
+    """A network that is already in its DiT, moved to the device in float32.
+
+    Raises OptionError where nothing in it can learn.
+    """
     network.module.to(device=device, dtype=torch.float32)
     groups, names = network.parameter_groups(learning_rate)
     if not any(group["params"] for group in groups):
-        raise OptionError("the network has no parameters to train: check include_patterns and exclude_patterns in --network_args")
+        raise OptionError(
+            "the network has no parameters to train: check include_patterns and exclude_patterns in "
+            "--network_args"
+        )
     return Trainable(
         modules={"network": network.module},
         groups=groups,
@@ -64,8 +75,8 @@ def train_network(network: TrainableNetwork, learning_rate: float, max_norm: flo
 def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:
     """The whole DiT, or those of its parameters whose name contains one of `name_parts`; the rest is frozen.
 
-    Its files hold all of it under its own names, which are those of the released checkpoints; they are written tensor by tensor.
-    Raises OptionError where no name matches.
+    Its files hold all of it under its own names, which are those of the released checkpoints; they are
+    written tensor by tensor. Raises OptionError where no name matches.
     """
     learning = []
     for name, parameter in dit.named_parameters():
@@ -76,7 +87,8 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
     if not learning:
         some = next(iter(dit.state_dict()))
         raise OptionError(
-            f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names as {some}"
+            f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
+            f"as {some}"
         )
 
     def write(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:

@@ -1,4 +1,7 @@
-"""Options that were given and have no effect beside the others. They are named in the log, so that none does nothing in silence."""
+"""Options that were given and have no effect beside the others.
+
+They are named in the log, so that none does nothing in silence.
+"""
 
 from collections.abc import Iterator
 
@@ -24,12 +27,20 @@ def ignored_options(options: TrainingOptions, takes_guidance: bool) -> list[str]
         *_of_attention(options.speed.attention),
     ]
     fp8 = options.speed.fp8
-    found.append(("--upcast_quantization", fp8.upcast_quantization and not fp8.fp8_scaled, "it needs --fp8_base --fp8_scaled"))
+    found.append(
+        (
+            "--upcast_quantization",
+            fp8.upcast_quantization and not fp8.fp8_scaled,
+            "it needs --fp8_base --fp8_scaled",
+        )
+    )
     if not loop.max_data_loader_n_workers:
         reason = "there are none with --max_data_loader_n_workers 0"
         found.append(("--persistent_data_loader_workers", loop.persistent_data_loader_workers, reason))
     if not takes_guidance:
-        found.append(("--guidance_scale", loop.embedded_guidance != 1, "this model has no input for embedded guidance"))
+        found.append(
+            ("--guidance_scale", loop.embedded_guidance != 1, "this model has no input for embedded guidance")
+        )
     if network is not None and network.dim_from_weights:
         found.append(("--network_dim", network.network_dim, "--dim_from_weights takes ranks from the file"))
     return [f"{option} has no effect: {reason}." for option, is_given, reason in found if is_given]
@@ -40,10 +51,18 @@ def _of_timesteps(options: TimestepOptions) -> Iterator[Given]:
     if sampler != "shift":
         yield "--discrete_flow_shift", options.flow_shift != 1, "only --timestep_sampling shift uses it"
     if sampler not in {"sigmoid", "shift"}:
-        yield "--sigmoid_scale", options.sigmoid_scale != 1, "only --timestep_sampling sigmoid and shift use it"
+        yield (
+            "--sigmoid_scale",
+            options.sigmoid_scale != 1,
+            "only --timestep_sampling sigmoid and shift use it",
+        )
     if sampler != "sigma":
         shapes = weighting in {"logit_normal", "mode"}
-        yield f"--weighting_scheme {weighting}", shapes, "it shapes the draws of --timestep_sampling sigma only"
+        yield (
+            f"--weighting_scheme {weighting}",
+            shapes,
+            "it shapes the draws of --timestep_sampling sigma only",
+        )
     if sampler != "logsnr" and (sampler, weighting) != ("sigma", "logit_normal"):
         reason = "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it"
         yield "--logit_mean", options.logit_mean != 0, reason
@@ -77,7 +96,12 @@ def _of_schedule(options: LrScheduleOptions) -> Iterator[Given]:
 def _of_saving(options: SavingOptions) -> Iterator[Given]:
     saves_by_step = options.save_every_n_steps is not None or options.save_every_n_minutes is not None
     for kind, is_saved, files, states in (
-        ("epochs", options.save_every_n_epochs is not None, options.save_last_n_epochs, options.save_last_n_epochs_state),
+        (
+            "epochs",
+            options.save_every_n_epochs is not None,
+            options.save_last_n_epochs,
+            options.save_last_n_epochs_state,
+        ),
         ("steps", saves_by_step, options.save_last_n_steps, options.save_last_n_steps_state),
     ):
         if not is_saved:

@@ -1,7 +1,7 @@
 """The validation loss: held-out items at fixed noise and fixed timesteps, in bands from little to much noise.
 
-The loss of a training step says nothing by itself, because its timestep and its noise are drawn. Here both belong to the item, so
-values of two steps, and of two runs with the same items, can be compared.
+The loss of a training step says nothing by itself, because its timestep and its noise are drawn. Here both
+belong to the item, so values of two steps, and of two runs with the same items, can be compared.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,8 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, dit: nn.Module, autocast: Autocast) -> dict[str, float]:
-        """The mean loss over the items: `validation/loss`, and each band's `validation/loss_100` (timestep in its middle).
+        """The mean loss over the items: `validation/loss`, and each band's `validation/loss_100` (timestep in
+        its middle).
 
         The networks are in evaluation mode. All processes have to call it and get the same numbers.
         """
@@ -54,7 +55,10 @@ class Validation:
             torch.distributed.all_reduce(shared)
             sums = shared.cpu()
         means = (sums[:-1] / sums[-1]).tolist()
-        bands = {f"validation/loss_{round(1000 * sigma):03d}": loss for sigma, loss in zip(self.sigmas, means, strict=True)}
+        bands = {
+            f"validation/loss_{round(1000 * sigma):03d}": loss
+            for sigma, loss in zip(self.sigmas, means, strict=True)
+        }
         return {"validation/loss": sum(means) / NUM_BANDS, **bands}
 
     def _losses(self, item: TrainingItem, dit: nn.Module, autocast: Autocast) -> list[float]:
@@ -68,6 +72,8 @@ class Validation:
             # seeded by the item alone: not by the run's seed, so that runs can be compared
             noise = torch.randn(shape, generator=seeded("validation", item.key, band))
             sigmas = torch.tensor([sigma])
-            noisy_batch = NoisyBatch(batch, noise, sigmas, timesteps_at(self.timesteps, sigmas), torch.ones(1)).to(self.device)
+            noisy_batch = NoisyBatch(
+                batch, noise, sigmas, timesteps_at(self.timesteps, sigmas), torch.ones(1)
+            ).to(self.device)
             losses.append(squared_errors(self.family, dit, noisy_batch, autocast))
         return torch.cat(losses).tolist()

@@ -32,10 +32,12 @@ DIT = DitSpec(
     ),
     input_layers=("patch_embedding", "text_embedding", "img_emb"),
     token_wise=("feed_forward",),
-    keep_float32=("time_embedding.", "time_projection.", "head.head."),  # as they compute so; under 1 % of the model
+    # as they compute so; under 1 % of the model
+    keep_float32=("time_embedding.", "time_projection.", "head.head."),
 )
 
-# Names in diffusers' layout -> the published ones. Source: checkpoints of Wan-AI/*-Diffusers; norm2 and norm3 change places.
+# Names in diffusers' layout -> the published ones. Source: checkpoints of Wan-AI/*-Diffusers; norm2 and norm3
+# change places.
 FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
     (r"condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
     (r"condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
@@ -65,12 +67,17 @@ FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
 
 
 def read_dit_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
-    """Variant, dialect and dtype of an open file. Raises CheckpointError where it is no Wan2.1 transformer that can run."""
+    """Variant, dialect and dtype of an open file.
+
+    Raises CheckpointError where it is no Wan2.1 transformer that can run.
+    """
     return _header(bare_names(checkpoint))
 
 
 def identify(path: Path) -> str | None:
-    """What a file is, where it is a Wan2.1 transformer or one of the files known beside it; None where nothing is known."""
+    """What a file is, where it is a Wan2.1 transformer or one of the files known beside it; None where
+    nothing is known.
+    """
     try:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
@@ -84,13 +91,16 @@ def identify(path: Path) -> str | None:
 
 
 def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
-    """Compare a file with --task: a file of another kind raises CheckpointError. Another size of its kind is used."""
+    """Compare a file with --task: a file of another kind raises CheckpointError. Another size of its kind is
+    used.
+    """
     config, kind = header.config, "fun-control" if task.has_control else task.kind
     if header.kind != kind:
         raise CheckpointError(
             f"{path} does not fit --task {task.name}:\n"
             f"  {_difference(config, task)} The file looks like {_names_of(header)}.\n"
-            f"  Use --task {_names_of(header)}, or give a {'Fun-Control' if task.has_control else kind} checkpoint to --dit.",
+            f"  Use --task {_names_of(header)}, or give a {'Fun-Control' if task.has_control else kind} "
+            "checkpoint to --dit.",
             path,
         )
 
@@ -112,15 +122,21 @@ def note_size(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
 def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-    dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. Time embedding and final layer are kept in float32.
-    `placement.patch` is given the published parameter names.
-    Raises CheckpointError where the file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
+    dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. Time embedding and final layer are kept
+    in float32. `placement.patch` is given the published parameter names. Raises CheckpointError where the
+    file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)
         target = kept_dtype(header.block_dtype, placement)
-        logger.info("Loading %s: Wan2.1 %s, %d blocks of width %d, as %s", path, header.kind, *_size(header), dtype_name(target))
+        logger.info(
+            "Loading %s: Wan2.1 %s, %d blocks of width %d, as %s",
+            path,
+            header.kind,
+            *_size(header),
+            dtype_name(target),
+        )
         with torch.device("meta"):
             dit = WanModel(header.config, placement.attention, rope)
         sources = _sources(checkpoint, header)
@@ -142,16 +158,24 @@ def _published_name(name: str) -> str:
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, Source]:
     plain = plain_sources(checkpoint)
-    return {_published_name(name): source for name, source in plain.items()} if header.dialect == "diffusers" else plain
+    return (
+        {_published_name(name): source for name, source in plain.items()}
+        if header.dialect == "diffusers"
+        else plain
+    )
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     names = checkpoint.tensors
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
-    shapes = {(_published_name(name) if dialect == "diffusers" else name): info.shape for name, info in names.items()}
+    shapes = {
+        (_published_name(name) if dialect == "diffusers" else name): info.shape
+        for name, info in names.items()
+    }
     if len(shapes.get("patch_embedding.weight", ())) != 5 or "blocks.0.self_attn.q.weight" not in shapes:
         raise CheckpointError(
-            f"{checkpoint.path} is not a Wan2.1 transformer: {_what_else(shapes)}.\n  Give the transformer's checkpoint to --dit.",
+            f"{checkpoint.path} is not a Wan2.1 transformer: {_what_else(shapes)}.\n  Give the transformer's "
+            "checkpoint to --dit.",
             checkpoint.path,
         )
     _refuse_other_variants(checkpoint.path, shapes)
@@ -160,13 +184,23 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
 
 
 def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
-    needed = ("blocks.0.ffn.0.weight", "time_embedding.0.weight", "text_embedding.0.weight", "head.head.weight")
+    needed = (
+        "blocks.0.ffn.0.weight",
+        "time_embedding.0.weight",
+        "text_embedding.0.weight",
+        "head.head.weight",
+    )
     missing = [name for name in needed if name not in shapes]
     if missing:
-        raise CheckpointError(f"{path} is an incomplete Wan2.1 transformer: {', '.join(missing)} not there. Copy it again.", path)
+        raise CheckpointError(
+            f"{path} is an incomplete Wan2.1 transformer: {', '.join(missing)} not there. Copy it again.",
+            path,
+        )
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     if dim % HEAD_WIDTH:
-        raise CheckpointError(f"{path}: width {dim} is no multiple of {HEAD_WIDTH}, the head width of every Wan2.1 model.", path)
+        raise CheckpointError(
+            f"{path}: width {dim} is no multiple of {HEAD_WIDTH}, the head width of every Wan2.1 model.", path
+        )
     image = shapes.get("img_emb.proj.0.weight")
     return WanConfig(
         dim=dim,
@@ -190,7 +224,11 @@ def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
     in_dim, has_image = shapes["patch_embedding.weight"][1], "blocks.0.cross_attn.k_img.weight" in shapes
     name = None
     if any(key.startswith("control_adapter.") for key in shapes):
-        name = "Wan2.1 Fun-Control-Camera (camera control)" if has_image else "Wan2.2 Fun-Control-Camera (camera control)"
+        name = (
+            "Wan2.1 Fun-Control-Camera (camera control)"
+            if has_image
+            else "Wan2.2 Fun-Control-Camera (camera control)"
+        )
     elif any(key.startswith("vace_blocks.") for key in shapes):
         name = "Wan2.1 VACE"
     elif in_dim == 48 and not has_image:
@@ -217,7 +255,10 @@ def _what_else(shapes: Mapping[str, tuple[int, ...]]) -> str:
         ("token_embedding.weight", "it looks like the umT5 text encoder (--t5)"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "it looks like a T5 text encoder (--t5)"),
         ("visual.patch_embedding.weight", "it looks like the CLIP image encoder (--clip)"),
-        ("vision_model.embeddings.patch_embedding.bias", "it looks like a SigLIP image encoder (--image_encoder)"),
+        (
+            "vision_model.embeddings.patch_embedding.bias",
+            "it looks like a SigLIP image encoder (--image_encoder)",
+        ),
         ("vision_model.embeddings.patch_embedding.weight", "it looks like a CLIP image encoder (--clip)"),
         ("double_blocks.0.img_attn_qkv.weight", "it looks like a HunyuanVideo transformer"),
         ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "it looks like a HunyuanVideo transformer"),
@@ -233,7 +274,11 @@ def _what_else(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def _names_of(header: DitHeader[WanConfig]) -> str:
     """The tasks a file serves, of its size where there are such."""
     kind = header.kind
-    tasks = [task for task in TASKS.values() if ("fun-control" if task.has_control else task.kind) == kind and task.frames > 1]
+    tasks = [
+        task
+        for task in TASKS.values()
+        if ("fun-control" if task.has_control else task.kind) == kind and task.frames > 1
+    ]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return " or ".join(task.name for task in sized or tasks)
 

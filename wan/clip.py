@@ -1,4 +1,5 @@
-"""The CLIP ViT-H image encoder of image-to-video models: an image to 257 vectors, those before the tower's last block.
+"""The CLIP ViT-H image encoder of image-to-video models: an image to 257 vectors, those before the tower's
+last block.
 
 Module names follow the released file (its `visual.` half).
 """
@@ -38,14 +39,18 @@ class ClipAttention(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """The residual stream and the norms are float32, the rest in the compute dtype: as the released code's autocast does."""
+    """The residual stream and the norms are float32, the rest in the compute dtype: as the released code's
+    autocast does.
+    """
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim)
         self.attn = ClipAttention(config)
         self.norm2 = nn.LayerNorm(config.dim)
-        self.mlp = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU(), nn.Linear(config.ffn_dim, config.dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(), nn.Linear(config.ffn_dim, config.dim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.attn.proj.weight.dtype
@@ -54,7 +59,10 @@ class ClipBlock(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """The image tower without its last block. Build it on the meta device and load a checkpoint (`load_clip`)."""
+    """The image tower without its last block.
+
+    Build it on the meta device and load a checkpoint (`load_clip`).
+    """
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -62,7 +70,9 @@ class ClipVision(nn.Module):
         patches = (config.image_size // config.patch_size) ** 2
         self.cls_embedding = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embedding = nn.Parameter(torch.zeros(1, patches + 1, config.dim))
-        self.patch_embedding = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size, bias=False)
+        self.patch_embedding = nn.Conv2d(
+            3, config.dim, config.patch_size, stride=config.patch_size, bias=False
+        )
         self.pre_norm = nn.LayerNorm(config.dim)
         self.transformer = nn.ModuleList(ClipBlock(config) for _ in range(config.num_layers))
 
@@ -78,7 +88,9 @@ class ClipVision(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels: B 3 H W in -1..1, of any size. Returns B 257 C in the compute dtype, on the encoder's device."""
+        """pixels: B 3 H W in -1..1, of any size. Returns B 257 C in the compute dtype, on the encoder's
+        device.
+        """
         x = self.patch_embedding(self.prepare(pixels).to(self.dtype)).flatten(2).transpose(1, 2)  # B L-1 C
         x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x.float()], dim=1) + self.pos_embedding
         x = self.pre_norm(x)
@@ -87,7 +99,9 @@ class ClipVision(nn.Module):
         return x.to(self.dtype)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Squeezed to the tower's square (bicubic, without antialiasing, as in the released code) and normalised; float32."""
+        """Squeezed to the tower's square (bicubic, without antialiasing, as in the released code) and
+        normalised; float32.
+        """
         size = (self.image_size, self.image_size)
         pixels = F.interpolate(pixels.to(self.device).float(), size=size, mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))
@@ -105,6 +119,8 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
         return torch.float32 if "norm" in name or name.endswith("_embedding") else dtype
 
     with open_checkpoint(path) as checkpoint:
-        clip = load_planned(read_clip(checkpoint), ClipVision, device, dtype_of, "the CLIP image encoder (--clip)")
+        clip = load_planned(
+            read_clip(checkpoint), ClipVision, device, dtype_of, "the CLIP image encoder (--clip)"
+        )
     logger.info("CLIP: %s, computing in %s", path, dtype_name(dtype))
     return clip

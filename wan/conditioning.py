@@ -1,8 +1,9 @@
 """From images and videos to what a Wan2.1 transformer is conditioned on.
 
-Image-to-video models take 20 more channels: 4 of a mask (1 where the latent frame is known) and 16 of the latents of the known
-frames, the rest mid-grey. Fun-Control models take 32: 16 of the control video's latents and 16 of the start image's, no mask.
-Source: the released Wan2.1 code (Wan team 2025, arXiv 2503.20314, section 5) and VideoX-Fun for Fun-Control.
+Image-to-video models take 20 more channels: 4 of a mask (1 where the latent frame is known) and 16 of the
+latents of the known frames, the rest mid-grey. Fun-Control models take 32: 16 of the control video's latents
+and 16 of the start image's, no mask. Source: the released Wan2.1 code (Wan team 2025, arXiv 2503.20314,
+section 5) and VideoX-Fun for Fun-Control.
 """
 
 import torch
@@ -16,7 +17,8 @@ SIZE_STEP = 16  # pixels: VAE stride 8, patch 2
 
 
 def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
-    """Width and height of the image's aspect whose area comes near `area`, floored to multiples of 16. image: width, height.
+    """Width and height of the image's aspect whose area comes near `area`, floored to multiples of 16. image:
+    width, height.
 
     Source: the released image-to-video code: latent sides are floored to multiples of the patch.
     """
@@ -28,7 +30,9 @@ def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def frame_mask(known: Tensor) -> Tensor:
-    """Which pixel frames are known (F, 0 or 1) -> 4 L: the first frame counts four times, then groups of four are channels."""
+    """Which pixel frames are known (F, 0 or 1) -> 4 L: the first frame counts four times, then groups of four
+    are channels.
+    """
     repeated = torch.cat([known[:1].repeat(FRAMES_PER_LATENT), known[1:]])
     return rearrange(repeated, "(l c) -> c l", c=FRAMES_PER_LATENT)
 
@@ -50,7 +54,9 @@ def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor |
 
 
 def first_last_condition(vae: WanVae, first: Tensor, last: Tensor, frames: int) -> Tensor:
-    """Condition of first-and-last-frame models: B 20 L h w, float32; both images (B 3 1 H W) stand in one clip."""
+    """Condition of first-and-last-frame models: B 20 L h w, float32; both images (B 3 1 H W) stand in one
+    clip.
+    """
     if frames == 1:
         return image_condition(vae, first, 1)
     middle = first.new_zeros(*first.shape[:2], frames - 2, *first.shape[3:])
@@ -60,7 +66,8 @@ def first_last_condition(vae: WanVae, first: Tensor, last: Tensor, frames: int) 
 
 
 def control_condition(control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
-    """Condition of Fun-Control: B 32 L h w from control latents and the latents of the start image (B 16 L h w), if any.
+    """Condition of Fun-Control: B 32 L h w from control latents and the latents of the start image (B 16 L h
+    w), if any.
 
     Only the first latent frame of the image part is kept, and the last where an end image was appended.
     """

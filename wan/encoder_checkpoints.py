@@ -1,6 +1,8 @@
-"""Which files hold Wan2.1's VAE, umT5 and CLIP: their dialects, how each is recognised, and the dimensions read off the tensors.
+"""Which files hold Wan2.1's VAE, umT5 and CLIP: their dialects, how each is recognised, and the dimensions
+read off the tensors.
 
-Our modules have the names of the official files, so these need no table. Each other dialect is a list of (pattern, our name).
+Our modules have the names of the official files, so these need no table. Each other dialect is a list of
+(pattern, our name).
 """
 
 import math
@@ -70,8 +72,12 @@ _UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
-    """How to load a Wan2.1 VAE: official or ComfyUI file, or diffusers layout. Raises CheckpointError for any other file."""
-    checkpoint = checkpoint.without_prefix("first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders."))
+    """How to load a Wan2.1 VAE: official or ComfyUI file, or diffusers layout. Raises CheckpointError for any
+    other file.
+    """
+    checkpoint = checkpoint.without_prefix(
+        "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
+    )
     names = checkpoint.tensors
     if "encoder.downsamples.0.residual.2.weight" in names and "decoder.conv1.weight" in names:
         sources = plain_sources(checkpoint)
@@ -79,7 +85,12 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
         up_layers = _diffusers_up_layers(names)
         sources = renamed(plain_sources(checkpoint), lambda name: _diffusers_vae_name(name, up_layers))
     else:
-        raise other_kind(checkpoint, "a Wan2.1 VAE", "--vae", "Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers vae folder")
+        raise other_kind(
+            checkpoint,
+            "a Wan2.1 VAE",
+            "--vae",
+            "Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers vae folder",
+        )
     shape = shapes_of(checkpoint, sources)
     config = VaeConfig(
         shape("conv2.weight")[0],
@@ -91,7 +102,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
 
 
 def _diffusers_up_layers(names: Iterable[str]) -> dict[tuple[int, str, int], int]:
-    """(level, kind, index in it) -> index in the official list, where residual blocks and upsamplers of all levels form one row."""
+    """(level, kind, index in it) -> index in the official list, where residual blocks and upsamplers of all
+    levels form one row.
+    """
     found = {(int(up[1]), up[2], int(up[3])) for up in map(_UP_BLOCK.fullmatch, names) if up}
     return {layer: index for index, layer in enumerate(sorted(found))}  # "resnets" sorts before "upsamplers"
 
@@ -110,7 +123,11 @@ def _vae_layers(checkpoint: Checkpoint, sources: Mapping[str, Source], start: st
         name = f"{start}.{index}"
         if f"{name}.resample.1.weight" in sources:
             width_out, width_in = shape(f"{name}.resample.1.weight")[:2]
-            layers.append(VaeLayer("temporal" if f"{name}.time_conv.weight" in sources else "spatial", width_in, width_out))
+            layers.append(
+                VaeLayer(
+                    "temporal" if f"{name}.time_conv.weight" in sources else "spatial", width_in, width_out
+                )
+            )
         else:
             width_out, width_in = shape(f"{name}.residual.2.weight")[:2]
             layers.append(VaeLayer("residual", width_in, width_out))
@@ -121,7 +138,8 @@ def _check_vae(config: VaeConfig, checkpoint: Checkpoint) -> None:
     path = checkpoint.path
     if config.latent_channels != LATENT_CHANNELS:
         raise CheckpointError(
-            f"{path}: this VAE has {config.latent_channels} latent channels, that of Wan2.1 has {LATENT_CHANNELS}. "
+            f"{path}: this VAE has {config.latent_channels} latent channels, that of Wan2.1 has "
+            f"{LATENT_CHANNELS}. "
             "Give Wan2.1_VAE.pth (or a file of the same model) to --vae.",
             path,
         )
@@ -130,8 +148,10 @@ def _check_vae(config: VaeConfig, checkpoint: Checkpoint) -> None:
         stride = (2 ** kinds.count("temporal"), 2 ** (kinds.count("temporal") + kinds.count("spatial")))
         if stride != VAE_STRIDE[:2]:
             raise CheckpointError(
-                f"{path}: its {part} scales time by {stride[0]} and space by {stride[1]}, that of Wan2.1 by {VAE_STRIDE[0]} and "
-                f"{VAE_STRIDE[1]}. The file is of another model, or tensors are missing. Give Wan2.1_VAE.pth to --vae.",
+                f"{path}: its {part} scales time by {stride[0]} and space by {stride[1]}, that of Wan2.1 by "
+                f"{VAE_STRIDE[0]} and "
+                f"{VAE_STRIDE[1]}. The file is of another model, or tensors are missing. Give Wan2.1_VAE.pth "
+                "to --vae.",
                 path,
             )
 
@@ -160,21 +180,29 @@ _T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 
 
 def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
-    """How to load an umT5 encoder: official or Kijai's names, Hugging Face's names (ComfyUI, transformers), fp8 or not.
+    """How to load an umT5 encoder: official or Kijai's names, Hugging Face's names (ComfyUI, transformers),
+    fp8 or not.
 
     Raises CheckpointError for any other file.
     """
     checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
-    if "encoder.token_embedding.weight" in checkpoint.tensors:  # official names; in Hugging Face's the same prefix is part of them
+    # official names; in Hugging Face's the same prefix is part of them
+    if "encoder.token_embedding.weight" in checkpoint.tensors:
         checkpoint = checkpoint.without_prefix("encoder.", others=_NOT_T5)
-    tied = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""  # the same tensor, stored twice
-    sources = renamed(plain_sources(checkpoint), lambda name: name if name == tied else translated(name, HF_T5))
+    # the same tensor, stored twice
+    tied = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
+    sources = renamed(
+        plain_sources(checkpoint), lambda name: name if name == tied else translated(name, HF_T5)
+    )
     layers = count(sources, r"blocks\.\d+")
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
-        raise other_kind(checkpoint, "an umT5 encoder", "--t5", "models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors")
+        raise other_kind(
+            checkpoint, "an umT5 encoder", "--t5", "models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors"
+        )
     if layers > 1 and "blocks.1.pos_embedding.embedding.weight" not in sources:
         raise CheckpointError(
-            f"{checkpoint.path} is a T5 encoder, not umT5: only its first block has a table of relative positions. "
+            f"{checkpoint.path} is a T5 encoder, not umT5: only its first block has a table of relative "
+            "positions. "
             "Give models_t5_umt5-xxl-enc-bf16.pth or a file of the same model to --t5.",
             checkpoint.path,
         )
@@ -184,7 +212,8 @@ def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
     attention_dim, ffn_dim = shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0]
     if attention_dim % heads:
         raise CheckpointError(
-            f"{checkpoint.path}: {attention_dim} attention channels cannot be shared by {heads} heads.", checkpoint.path
+            f"{checkpoint.path}: {attention_dim} attention channels cannot be shared by {heads} heads.",
+            checkpoint.path,
         )
     config = T5Config(vocabulary, dim, attention_dim, ffn_dim, heads, layers, buckets)
     return LoadPlan(config, checkpoint, sources, (*_T5_UNUSED, tied))
@@ -203,17 +232,29 @@ HF_CLIP: Names = (
     (r"encoder\.layers\.(\d+)\.mlp\.fc1\.(weight|bias)", r"transformer.\1.mlp.0.\2"),
     (r"encoder\.layers\.(\d+)\.mlp\.fc2\.(weight|bias)", r"transformer.\1.mlp.2.\2"),
 )
-_OTHER_TOWERS = ("textual.", "log_scale", "text_model.", "text_projection.", "visual_projection.", "logit_scale")
+_OTHER_TOWERS = (
+    "textual.",
+    "log_scale",
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+)
 
 
 def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
-    """How to load the CLIP image tower: the official file with both towers, its visual half, or Hugging Face's names.
+    """How to load the CLIP image tower: the official file with both towers, its visual half, or Hugging
+    Face's names.
 
     Raises CheckpointError for any other file.
     """
     checkpoint = checkpoint.without_prefix("model.", "visual.", "vision_model.", others=_OTHER_TOWERS)
     sources = renamed(plain_sources(checkpoint), lambda name: translated(name, HF_CLIP))
-    if "cls_embedding" not in sources or "pos_embedding" not in sources or count(sources, r"transformer\.\d+") < 2:
+    if (
+        "cls_embedding" not in sources
+        or "pos_embedding" not in sources
+        or count(sources, r"transformer\.\d+") < 2
+    ):
         raise other_kind(
             checkpoint,
             "a CLIP image encoder",
@@ -229,11 +270,21 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     dim, _, patch, _ = shape("patch_embedding.weight")
     if dim % CLIP_HEAD_WIDTH:
         raise CheckpointError(
-            f"{checkpoint.path}: width {dim} is no multiple of {CLIP_HEAD_WIDTH}, the head width of ViT-H.", checkpoint.path
+            f"{checkpoint.path}: width {dim} is no multiple of {CLIP_HEAD_WIDTH}, the head width of ViT-H.",
+            checkpoint.path,
         )
     side = math.isqrt(shape("pos_embedding")[-2] - 1)
-    config = ClipConfig(dim, shape("transformer.0.mlp.0.weight")[0], dim // CLIP_HEAD_WIDTH, last, side * patch, patch)
-    unused = ("head", "post_norm.*", "post_layernorm.*", "*.position_ids", f"transformer.{last}.*", f"encoder.layers.{last}.*")
+    config = ClipConfig(
+        dim, shape("transformer.0.mlp.0.weight")[0], dim // CLIP_HEAD_WIDTH, last, side * patch, patch
+    )
+    unused = (
+        "head",
+        "post_norm.*",
+        "post_layernorm.*",
+        "*.position_ids",
+        f"transformer.{last}.*",
+        f"encoder.layers.{last}.*",
+    )
     return LoadPlan(config, checkpoint, sources, unused)
 
 
@@ -244,7 +295,9 @@ def _join_qkv(sources: dict[str, Source], blocks: int) -> None:
             names = [f"transformer.{index}.attn.{part}.{leaf}" for part in "qkv"]
             if all(name in sources for name in names):
                 parts = [sources.pop(name) for name in names]
-                sources[f"transformer.{index}.attn.to_qkv.{leaf}"] = Source(tuple(part.names[0] for part in parts), _rows)
+                sources[f"transformer.{index}.attn.to_qkv.{leaf}"] = Source(
+                    tuple(part.names[0] for part in parts), _rows
+                )
 
 
 def _rows(*parts: Tensor) -> Tensor:

@@ -23,9 +23,21 @@ from modules.options import require
 from wan import conditioning
 from wan.checkpoints import DIT, check_task, load_dit, note_size
 from wan.clip import load_clip
-from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, FLOW_SHIFT, NEGATIVE_PROMPT, TASKS, WanTask, default_flow_shift
+from wan.configs import (
+    FIRST_LAST_NEGATIVE_PROMPT,
+    FLOW_SHIFT,
+    NEGATIVE_PROMPT,
+    TASKS,
+    WanTask,
+    default_flow_shift,
+)
 from wan.files import WanFiles
-from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTextCachingOptions, WanTrainingOptions
+from wan.options import (
+    WanGenerationOptions,
+    WanLatentCachingOptions,
+    WanTextCachingOptions,
+    WanTrainingOptions,
+)
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
 
@@ -51,7 +63,8 @@ class Wan:
     text_as_image_tokens: bool = False
     t5_in_fp8: bool = False
     image_noise: float = 0.0
-    sizes_follow_image: bool = True  # generation: the video takes the image's aspect; training samples: the image is cropped
+    # generation: the video takes the image's aspect; training samples: the image is cropped
+    sizes_follow_image: bool = True
 
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
@@ -98,14 +111,24 @@ class Wan:
     @property
     def media_identity(self) -> Mapping[str, str]:
         """The encoders and switches that cached latents depend on."""
-        identity = {"vae": fingerprint(self.files.vae_path), "vae_dtype": dtype_name(self._vae_dtype()), "tile": str(self.vae_tile)}
+        identity = {
+            "vae": fingerprint(self.files.vae_path),
+            "vae_dtype": dtype_name(self._vae_dtype()),
+            "tile": str(self.vae_tile),
+        }
         if self.image_kind is not None:
             identity |= {"clip": fingerprint(self.files.clip_path), "image": self.image_kind}
         return identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         """The VAE; with `images` also the image encoder, where a model or a cache is conditioned on images."""
-        vae = load_vae(self.files.vae_path, device, self._vae_dtype(), cache_on_cpu=self.vae_cache_cpu, tile=self.vae_tile)
+        vae = load_vae(
+            self.files.vae_path,
+            device,
+            self._vae_dtype(),
+            cache_on_cpu=self.vae_cache_cpu,
+            tile=self.vae_tile,
+        )
         wants_image = self.image_kind is not None or self.task.kind != "t2v"
         return MediaEncoders(vae, load_clip(self.files.clip_path, device) if images and wants_image else None)
 
@@ -113,7 +136,8 @@ class Wan:
         """Raise DatasetError where an item has more than one control image."""
         if table.has_control and len(table.clean_indices) > 1:
             raise DatasetError(
-                f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks for "
+                f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
+                "for "
                 f"{len(table.clean_indices)}. Take fp_1f_clean_indices out."
             )
 
@@ -122,7 +146,8 @@ class Wan:
         return None
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every clip; with an image kind also the CLIP features and the condition; latents of a control video.
+        """Latents of every clip; with an image kind also the CLIP features and the condition; latents of a
+        control video.
 
         Stored in the VAE's dtype, CLIP features in float16: formats.md, section 3.
         """
@@ -140,12 +165,17 @@ class Wan:
             first, last, frames = pixels[:, :, :1], pixels[:, :, -1:], pixels.shape[2]
             if self.image_kind == "flf2v":
                 condition = conditioning.first_last_condition(vae, first, last, frames)
-                features = torch.cat([encoders.image_encoder.encode(image[:, :, 0]) for image in (first, last)], dim=1)
+                features = torch.cat(
+                    [encoders.image_encoder.encode(image[:, :, 0]) for image in (first, last)], dim=1
+                )
             else:
                 condition = conditioning.image_condition(vae, first, frames)
                 features = encoders.image_encoder.encode(first[:, :, 0])
             tensors |= {"latents_image": condition.to(store), "clip": features.to(torch.float16)}
-        return [CacheEntry({name: tensor[item] for name, tensor in tensors.items()}) for item in range(len(pixels))]
+        return [
+            CacheEntry({name: tensor[item] for name, tensor in tensors.items()})
+            for item in range(len(pixels))
+        ]
 
     # the network
 
@@ -166,7 +196,9 @@ class Wan:
         return load_dit(path, replace(placement, keep_file_dtypes=self.keep_file_dtypes), rope=self.rope)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """What training gives `predict`: text, and by task CLIP features and further channels (`condition_latents` B C F H W)."""
+        """What training gives `predict`: text, and by task CLIP features and further channels
+        (`condition_latents` B C F H W).
+        """
         needed = {"t5": "a text cache"}
         if self.task.kind != "t2v":
             needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}
@@ -179,14 +211,25 @@ class Wan:
         else:
             conditions |= self._no_image(len(batch))
         if self.task.has_control:
-            image = batch.tensor("latents_image")[:, -LATENT.channels :].float() if self.task.kind != "t2v" else None
-            conditions["condition_latents"] = conditioning.control_condition(batch.tensor("latents_control").float(), image)
+            image = (
+                batch.tensor("latents_image")[:, -LATENT.channels :].float()
+                if self.task.kind != "t2v"
+                else None
+            )
+            conditions["condition_latents"] = conditioning.control_condition(
+                batch.tensor("latents_control").float(), image
+            )
         elif self.task.kind != "t2v":
             conditions["condition_latents"] = batch.tensor("latents_image").float()
         return conditions
 
-    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
-        """Velocity B C F H W in float32. cond: t5 (list of n D), clip (B T 1280), condition_latents (B C F H W)."""
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Velocity B C F H W in float32.
+
+        cond: t5 (list of n D), clip (B T 1280), condition_latents (B C F H W).
+        """
         device = noisy.device
         text = [embeds.to(device) for embeds in cond["t5"]]
         extra, clip = cond.get("condition_latents"), cond.get("clip")
@@ -200,8 +243,8 @@ class Wan:
     def prepare(self, request: Request) -> Request:
         """Fill what the request leaves open, settle the size, and check files and images. Nothing is loaded.
 
-        Raises OptionError where a needed image or control video is missing or a size cannot be made, CheckpointError where
-        a file is missing or not what --task says.
+        Raises OptionError where a needed image or control video is missing or a size cannot be made,
+        CheckpointError where a file is missing or not what --task says.
         """
         task, usual = self.task, self.defaults
         _ = self.dit_files  # raises where it does not fit
@@ -211,12 +254,17 @@ class Wan:
         request = filled(request, usual)
         width, height, frames = request.size
         if task.frames == 1 and frames != 1:
-            raise OptionError(f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v task.")
+            raise OptionError(
+                f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v "
+                "task."
+            )
         if flow_shift is None:
             flow_shift = default_flow_shift(task, width, height)
         if request.image_path is not None and self.sizes_follow_image:
             width, height = conditioning.size_like_image(image_size(request.image_path), width * height)
-        request = replace(request, width=width, height=height, frames=whole_frames(frames, LATENT), flow_shift=flow_shift)
+        request = replace(
+            request, width=width, height=height, frames=whole_frames(frames, LATENT), flow_shift=flow_shift
+        )
         check_size(request, LATENT)
         usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
         return replace(request, negative_prompt=request.negative_prompt or usual_negative)
@@ -230,7 +278,9 @@ class Wan:
         return self.task.kind != "t2v" or self.task.has_control
 
     def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
-        """CLIP features and condition channels of the request's images and control video, on the CPU, with batch dimension."""
+        """CLIP features and condition channels of the request's images and control video, on the CPU, with
+        batch dimension.
+        """
         width, height, frames = request.size
         vae, task = encoders.vae, self.task
         conditions = self._no_image(1)
@@ -245,15 +295,23 @@ class Wan:
             features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
             conditions["clip"] = torch.cat(features, dim=1).cpu()
             if task.kind == "flf2v" and end is not None:
-                image = conditioning.first_last_condition(vae, pixels(request.image_path), pixels(end), frames)
+                image = conditioning.first_last_condition(
+                    vae, pixels(request.image_path), pixels(end), frames
+                )
             else:
-                image = conditioning.image_condition(vae, pixels(request.image_path), frames, pixels(end) if end else None)
+                image = conditioning.image_condition(
+                    vae, pixels(request.image_path), frames, pixels(end) if end else None
+                )
             conditions["condition_latents"] = image.cpu()
         if task.has_control and request.control_path is not None:
             end_frames = conditioning.FRAMES_PER_LATENT if self._appends_end(request) else 0
-            control = vae.encode(video_pixels(request.control_path, "--control_path", width, height, frames, end_frames))
+            control = vae.encode(
+                video_pixels(request.control_path, "--control_path", width, height, frames, end_frames)
+            )
             start = None if image is None else image[:, -LATENT.channels :]
-            conditions["condition_latents"] = conditioning.control_condition(control, start, self._appends_end(request)).cpu()
+            conditions["condition_latents"] = conditioning.control_condition(
+                control, start, self._appends_end(request)
+            ).cpu()
         return {0: conditions}
 
     def sections(
@@ -263,14 +321,18 @@ class Wan:
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """One run of the denoising loop. Noise is one draw of C F H W; the condition's extra noise follows it."""
+        """One run of the denoising loop.
+
+        Noise is one draw of C F H W; the condition's extra noise follows it.
+        """
         width, height, frames = request.size
         batch, channels, latent_frames, rows, columns = LATENT.shape(frames, height, width)
         start = noise.draw((batch, channels, latent_frames + self._appends_end(request), rows, columns))
         conditions = dict(inputs.get(0, {}))
         extra = conditions.get("condition_latents")
         if self.image_noise and self.task.kind != "t2v" and isinstance(extra, Tensor):
-            # drawn for all channels so that seeds stay comparable with the known tools, added to those of the image only
+            # drawn for all channels so that seeds stay comparable with the known tools, added to those of the
+            # image only
             drawn = noise.draw(extra.shape)[:, -LATENT.channels :].to(extra)
             noisy = extra[:, -LATENT.channels :] + self.image_noise * drawn
             conditions["condition_latents"] = torch.cat([extra[:, : -LATENT.channels], noisy], dim=1)
@@ -288,7 +350,9 @@ class Wan:
         return torch.bfloat16 if self.files.dit is None else self.files.dit_header().compute_dtype
 
     def _no_image(self, batch_size: int) -> dict[str, Tensor | list[Tensor]]:
-        """All-zero CLIP features for a Fun-Control model without an image, as its official pipeline feeds them."""
+        """All-zero CLIP features for a Fun-Control model without an image, as its official pipeline feeds
+        them.
+        """
         if not self.task.has_control or self.text_as_image_tokens:
             return {}
         width = self.files.dit_header().config.image_dim
@@ -299,15 +363,20 @@ class Wan:
         clip, positions = batch.tensor("clip"), self.files.dit_header().config.image_positions
         fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
         if not fits:
-            how, images = ("--clip --flf2v", "two images") if positions else ("--clip, without --flf2v", "one image")
+            how, images = (
+                ("--clip --flf2v", "two images") if positions else ("--clip, without --flf2v", "one image")
+            )
             raise CacheError(
-                f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {self.task.name} needs "
+                f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task "
+                f"{self.task.name} needs "
                 f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {how}."
             )
         return clip
 
     def _appends_end(self, request: Request) -> bool:
-        """Whether an end image takes one more latent frame (image-to-video; FLF2V models keep it inside the clip)."""
+        """Whether an end image takes one more latent frame (image-to-video; FLF2V models keep it inside the
+        clip).
+        """
         return self.task.kind == "i2v" and request.end_image_path is not None
 
     def _with_inputs(self, request: Request) -> Request:
@@ -378,7 +447,8 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
 
 
 def _vae_settings(
-    options: WanLatentCachingOptions | WanTrainingOptions | WanGenerationOptions, default_dtype: torch.dtype | None
+    options: WanLatentCachingOptions | WanTrainingOptions | WanGenerationOptions,
+    default_dtype: torch.dtype | None,
 ) -> Mapping[str, Any]:
     vae = options.vae
     dtype = default_dtype if vae.vae_dtype is None else dtype_named(vae.vae_dtype, "--vae_dtype")

@@ -21,7 +21,10 @@ RELEASE = {
 
 @dataclass(frozen=True)
 class WanFiles:
-    """Paths as given. The properties return a path that exists, or raise OptionError or CheckpointError naming the option."""
+    """Paths as given.
+
+    The properties return a path that exists, or raise OptionError or CheckpointError naming the option.
+    """
 
     dit: Path | None = None
     vae: Path | None = None
@@ -33,7 +36,11 @@ class WanFiles:
         """These files, and those of the official release's folder where none was given."""
         if not folder.is_dir():
             raise OptionError(f"--ckpt_dir {folder}: no such folder")
-        found = {key: folder / name for key, name in RELEASE.items() if getattr(self, key) is None and (folder / name).exists()}
+        found = {
+            key: folder / name
+            for key, name in RELEASE.items()
+            if getattr(self, key) is None and (folder / name).exists()
+        }
         return replace(self, **found)
 
     @property

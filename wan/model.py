@@ -1,7 +1,9 @@
-"""The Wan2.1 transformer. Module names follow the published checkpoints, so official files load without renaming.
+"""The Wan2.1 transformer. Module names follow the published checkpoints, so official files load without
+renaming.
 
-Source: the released model code and Wan Team 2025, arXiv 2503.20314. What is always float32: the residual stream, time and
-modulation, norms, rotary angles (float64), the final layer. All else computes in the dtype of its weights, or in autocast's.
+Source: the released model code and Wan Team 2025, arXiv 2503.20314. What is always float32: the residual
+stream, time and modulation, norms, rotary angles (float64), the final layer. All else computes in the dtype
+of its weights, or in autocast's.
 """
 # Letters: B batch, L video tokens, T text tokens, I image tokens, N heads, D head width, C = N * D
 
@@ -64,7 +66,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text, and with keys and values of their own to the image; both results are added. Nothing is masked."""
+    """Attention to the text, and with keys and values of their own to the image; both results are added.
+
+    Nothing is masked.
+    """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -94,17 +99,23 @@ class CrossAttention(nn.Module):
 
 
 class WanAttentionBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward. The time embedding shifts, scales and gates the first and the last."""
+    """Self-attention, cross-attention, feed-forward.
+
+    The time embedding shifts, scales and gates the first and the last.
+    """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.norm1 = Float32LayerNorm(config.dim, config.eps)
         self.self_attn = SelfAttention(config)
-        self.norm3 = Float32LayerNorm(config.dim, config.eps, affine=True)  # before cross-attention, in the published numbering
+        # before cross-attention, in the published numbering
+        self.norm3 = Float32LayerNorm(config.dim, config.eps, affine=True)
         self.cross_attn = CrossAttention(config)
         self.norm2 = Float32LayerNorm(config.dim, config.eps)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
@@ -113,19 +124,27 @@ class WanAttentionBlock(nn.Module):
         modulation = self.modulation.float() + tokens.modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)  # each B 1 C
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1).to(tokens.dtype)
-        x = torch.addcmul(x, gate1, self.self_attn(h, tokens).float())  # x + gate * branch, in one pass over the tokens
+        # x + gate * branch, in one pass over the tokens
+        x = torch.addcmul(x, gate1, self.self_attn(h, tokens).float())
         x = x + self.cross_attn(self.norm3(x).to(tokens.dtype), tokens)
         return self.feed_forward(x, shift2, scale2, gate2, tokens.dtype)
 
-    def feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        """The last branch, added to x. Each token is treated by itself. x: B L C float32; shift, scale, gate: B 1 C float32."""
+    def feed_forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The last branch, added to x.
+
+        Each token is treated by itself. x: B L C float32; shift, scale, gate: B 1 C float32.
+        """
         h = torch.addcmul(shift, self.norm2(x), 1 + scale).to(dtype)
         h = run(self.ffn[2], self.ffn[1](run(self.ffn[0], h)))
         return torch.addcmul(x, gate, h.float())
 
 
 class Head(nn.Module):
-    """The final norm, modulated by the time embedding, and the projection to patches; float32 as in the released code."""
+    """The final norm, modulated by the time embedding, and the projection to patches; float32 as in the
+    released code.
+    """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -135,12 +154,15 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        shift, scale = (self.modulation.float() + tokens.time.unsqueeze(1)).unsqueeze(2).unbind(1)  # each B 1 C
+        # each B 1 C
+        shift, scale = (self.modulation.float() + tokens.time.unsqueeze(1)).unsqueeze(2).unbind(1)
         return run_float32(self.head, torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP features to image tokens: B I image_dim -> B I C. First-and-last-frame models add learned positions first."""
+    """CLIP features to image tokens: B I image_dim -> B I C. First-and-last-frame models add learned
+    positions first.
+    """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -158,7 +180,8 @@ class ImageEmbedding(nn.Module):
         if hasattr(self, "emb_pos"):
             if features.shape[1] != self.emb_pos.shape[1]:
                 raise ValueError(
-                    f"{features.shape[1]} image tokens, the model takes {self.emb_pos.shape[1]}: one image and the other"
+                    f"{features.shape[1]} image tokens, the model takes {self.emb_pos.shape[1]}: one image "
+                    "and the other"
                 )
             features = features.float() + self.emb_pos.float()
         norm1, linear1, gelu, linear2, norm2 = self.proj
@@ -166,16 +189,22 @@ class ImageEmbedding(nn.Module):
 
 
 class WanModel(nn.Module):
-    """Predicts the velocity of noisy video latents, given text and, by variant, image features and further input channels."""
+    """Predicts the velocity of noisy video latents, given text and, by variant, image features and further
+    input channels.
+    """
 
     def __init__(self, config: WanConfig, attention: AttentionChoice = SDPA, rope: str = "default") -> None:
-        """attention: what `modules.attention.attend.attend` is told. rope: a key of modules.layers.rope.TABLES."""
+        """attention: what `modules.attention.attend.attend` is told. rope: a key of
+        modules.layers.rope.TABLES.
+        """
         super().__init__()
         self.config = config
         self.attention = attention
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanAttentionBlock(config) for _ in range(config.num_layers))
@@ -183,15 +212,18 @@ class WanModel(nn.Module):
         if config.has_image:
             self.img_emb = ImageEmbedding(config)
         if config.has_ref_conv:
-            self.ref_conv = nn.Conv2d(REF_CHANNELS, dim, 2, 2)  # takes a reference image; not called without one
+            # takes a reference image; not called without one
+            self.ref_conv = nn.Conv2d(REF_CHANNELS, dim, 2, 2)
         width = dim // config.num_heads
-        side = 2 * (width // 6)  # rows and columns have a third of the pairs each, rounded down; frames the rest
+        # rows and columns have a third of the pairs each, rounded down; frames the rest
+        side = 2 * (width // 6)
         self._rotary = GridTable(functools.partial(TABLES[rope], widths=(width - 2 * side, side, side)))
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the blocks compute in where no autocast says otherwise."""
-        return self.get_parameter("blocks.0.ffn.0.bias").dtype  # the weight may be in 8 bits, which nothing computes in
+        # the weight may be in 8 bits, which nothing computes in
+        return self.get_parameter("blocks.0.ffn.0.bias").dtype
 
     def forward(
         self,
@@ -203,11 +235,11 @@ class WanModel(nn.Module):
     ) -> Tensor:
         """Velocity B out_dim F H W in float32.
 
-        noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000.
-        text: per sample n text_dim, at most text_len rows; or B n text_dim. skip_blocks: blocks that pass their input through.
-        image_embeds: B I image_dim of the image encoder, for models with image attention. Such a model without them takes its
-        first 257 rows of text for the image, as older tools ran Fun-Control models; give zeros for no image.
-        Raises ValueError where sizes do not go together.
+        noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000. text: per
+        sample n text_dim, at most text_len rows; or B n text_dim. skip_blocks: blocks that pass their input
+        through. image_embeds: B I image_dim of the image encoder, for models with image attention. Such a
+        model without them takes its first 257 rows of text for the image, as older tools ran Fun-Control
+        models; give zeros for no image. Raises ValueError where sizes do not go together.
         """
         x, tokens = self.embed(noisy, timesteps, text, image_embeds)
         for index, block in enumerate(self.blocks):
@@ -229,14 +261,21 @@ class WanModel(nn.Module):
         text_is_image = self.config.has_image and image_embeds is None
         merges = noisy.device.type == "cpu" and self.attention.mode == SDPA.mode and not text_is_image
         rows, repeats = _padded(text, self.config.text_len, merges)
-        text_tokens = run(self.text_embedding[2], self.text_embedding[1](run(self.text_embedding[0], rows))).to(dtype)
+        text_tokens = run(
+            self.text_embedding[2], self.text_embedding[1](run(self.text_embedding[0], rows))
+        ).to(dtype)
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
         elif text_is_image:
-            image_tokens, text_tokens = text_tokens[:, :TEXT_ROWS_AS_IMAGE], text_tokens[:, TEXT_ROWS_AS_IMAGE:]
+            image_tokens, text_tokens = (
+                text_tokens[:, :TEXT_ROWS_AS_IMAGE],
+                text_tokens[:, TEXT_ROWS_AS_IMAGE:],
+            )
         rotary = self._rotary.of(grid, noisy.device)
-        tokens = Tokens(grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention)
+        tokens = Tokens(
+            grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention
+        )
         return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
 
     def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
@@ -245,14 +284,23 @@ class WanModel(nn.Module):
         pf, ph, pw = self.config.patch_size
         patches = self.head(x, tokens)
         return rearrange(
-            patches, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=frames, h=rows, w=columns, pf=pf, ph=ph, pw=pw
+            patches,
+            "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+            f=frames,
+            h=rows,
+            w=columns,
+            pf=pf,
+            ph=ph,
+            pw=pw,
         )
 
     def _check(self, noisy: Tensor, image_embeds: Tensor | None) -> None:
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         if any(size % patch for size, patch in zip(noisy.shape[2:], self.config.patch_size, strict=True)):
-            raise ValueError(f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}")
+            raise ValueError(
+                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
+            )
         if image_embeds is not None and not self.config.has_image:
             raise ValueError("image features for a model without image attention")
 
@@ -264,11 +312,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, repeats: Tensor | N
 
 
 def _padded(text: Sequence[Tensor] | Tensor, length: int, merges: bool) -> tuple[Tensor, Tensor | None]:
-    """Texts of any length as one tensor B T text_dim, filled up with zeros. The model was trained with these rows unmasked.
+    """Texts of any length as one tensor B T text_dim, filled up with zeros. The model was trained with these
+    rows unmasked.
 
-    merges: the rows that are zero in every sample become one, and T numbers say for how many rows each stands. All layers before
-    attention are blind to other rows, so the result is the same. On a CPU that is most of a small model's work; the kernels of a
-    GPU read 512 rows for nothing, and want the weights of keys in 16 bit, which cannot tell 505 rows from 508.
+    merges: the rows that are zero in every sample become one, and T numbers say for how many rows each
+    stands. All layers before attention are blind to other rows, so the result is the same. On a CPU that is
+    most of a small model's work; the kernels of a GPU read 512 rows for nothing, and want the weights of keys
+    in 16 bit, which cannot tell 505 rows from 508.
     """
     longest = max(len(rows) for rows in text)
     if longest > length:

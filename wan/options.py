@@ -29,7 +29,9 @@ class WanLatentCachingOptions:
 
     def __post_init__(self) -> None:
         if self.flf2v and self.clip is None:
-            raise OptionError("--flf2v needs --clip: the first and the last frame are encoded by the image encoder")
+            raise OptionError(
+                "--flf2v needs --clip: the first and the last frame are encoded by the image encoder"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,17 @@ def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
     """--vae and its switches, --clip for image-to-video caches."""
     group = parser.add_argument_group("Wan2.1")
     _add_vae(group)
-    group.add_argument("--clip", type=str, default=None, help="CLIP image encoder: also caches what image-to-video training needs")
-    group.add_argument("--flf2v", action="store_true", help="with --clip: condition on the first and the last frame (flf2v-14B)")
+    group.add_argument(
+        "--clip",
+        type=str,
+        default=None,
+        help="CLIP image encoder: also caches what image-to-video training needs",
+    )
+    group.add_argument(
+        "--flf2v",
+        action="store_true",
+        help="with --clip: condition on the first and the last frame (flf2v-14B)",
+    )
 
 
 def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,42 +106,65 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     _add_dit(group)
     _add_vae(group)
     _add_text(group, required=False)
-    group.add_argument("--clip", type=str, default=None, help="CLIP image encoder, for samples of image-to-video models")
-    group.add_argument("--rope_func", type=str, default="default", help="default (float64) or comfy (float32) rotary embedding")
+    group.add_argument(
+        "--clip", type=str, default=None, help="CLIP image encoder, for samples of image-to-video models"
+    )
+    group.add_argument(
+        "--rope_func",
+        type=str,
+        default="default",
+        help="default (float64) or comfy (float32) rotary embedding",
+    )
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoints of a generation."""
     group = parser.add_argument_group("Wan2.1")
     group.add_argument(
-        "--ckpt_dir", type=str, default=None, help="folder of the official release: VAE, T5 and CLIP are found in it"
+        "--ckpt_dir",
+        type=str,
+        default=None,
+        help="folder of the official release: VAE, T5 and CLIP are found in it",
     )
     _add_dit(group)
     _add_vae(group)
     _add_text(group, required=False)
     group.add_argument("--clip", type=str, default=None, help="CLIP image encoder, for image-to-video")
     group.add_argument(
-        "--rope_func", type=str, default="default", choices=["default", "comfy"], help="float64 or float32 rotary embedding"
+        "--rope_func",
+        type=str,
+        default="default",
+        choices=["default", "comfy"],
+        help="float64 or float32 rotary embedding",
     )
-    group.add_argument("--i2v_extra_noise", type=float, default=None, help="noise added to the image condition: more motion")
+    group.add_argument(
+        "--i2v_extra_noise", type=float, default=None, help="noise added to the image condition: more motion"
+    )
 
 
 def _add_dit(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults")
+    group.add_argument(
+        "--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults"
+    )
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     group.add_argument(
-        "--mixed_precision_transformer", action="store_true", help="keep every tensor of the transformer in the dtype its file has"
+        "--mixed_precision_transformer",
+        action="store_true",
+        help="keep every tensor of the transformer in the dtype its file has",
     )
     group.add_argument(
         "--text_as_image_tokens",
         action="store_true",
-        help="Fun-Control without a start image: feed text where image features belong, as older tuners did (for LoRAs made so)",
+        help="Fun-Control without a start image: feed text where image features belong, as older tuners did "
+        "(for LoRAs made so)",
     )
 
 
 def _add_vae(group: argparse._ArgumentGroup) -> None:
     add_vae_arguments(group)
-    group.add_argument("--vae_cache_cpu", action="store_true", help="keep the VAE's features between frames in host memory")
+    group.add_argument(
+        "--vae_cache_cpu", action="store_true", help="keep the VAE's features between frames in host memory"
+    )
 
 
 def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
@@ -142,5 +176,7 @@ def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
         help="its tokenizer: a folder or a file; default: beside the checkpoint, else the hub",
     )
     group.add_argument(
-        "--fp8_t5", action="store_true", help="keep its linear layers in fp8: half the memory of bf16, slightly other embeddings"
+        "--fp8_t5",
+        action="store_true",
+        help="keep its linear layers in fp8: half the memory of bf16, slightly other embeddings",
     )

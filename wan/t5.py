@@ -33,13 +33,17 @@ TOKENS_AT_ONCE = 4096  # bounds memory when many prompts are given
 
 
 def clean_text(text: str) -> str:
-    """Mended encoding mistakes and full-width punctuation, HTML entities resolved, runs of white space as one blank."""
+    """Mended encoding mistakes and full-width punctuation, HTML entities resolved, runs of white space as one
+    blank.
+    """
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
-    """Bucket of each relative position (key minus query): exact when small, logarithmic up to MAX_DISTANCE, one half per sign."""
+    """Bucket of each relative position (key minus query): exact when small, logarithmic up to MAX_DISTANCE,
+    one half per sign.
+    """
     half = num_buckets // 2
     exact = half // 2
     size = distance.abs()
@@ -73,12 +77,18 @@ class T5Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor, lengths: Sequence[int]) -> Tensor:
         """x: L C. bias: N n n for the longest prompt. lengths: of the prompts, summing to L."""
-        heads = [linear(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1) for linear in (self.q, self.k, self.v)]  # N L D
+        # N L D
+        heads = [
+            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+            for linear in (self.q, self.k, self.v)
+        ]
         outputs = []
         for q, k, v in zip(*(tensor.split(list(lengths), dim=1) for tensor in heads), strict=True):
             length = q.shape[1]
             mask = bias[None, :, :length, :length]
-            outputs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=1.0)[0])
+            outputs.append(
+                F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=1.0)[0]
+            )
         return self.o(torch.cat(outputs, dim=1).transpose(0, 1).flatten(1))
 
 
@@ -87,7 +97,9 @@ class T5FeedForward(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(config.dim, config.ffn_dim, bias=False), nn.GELU(approximate="tanh"))
+        self.gate = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim, bias=False), nn.GELU(approximate="tanh")
+        )
         self.fc1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.fc2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
@@ -110,7 +122,9 @@ class PositionTable(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Attention and feed-forward with residuals; a table of relative positions of its own, which is what makes it umT5."""
+    """Attention and feed-forward with residuals; a table of relative positions of its own, which is what
+    makes it umT5.
+    """
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -134,7 +148,10 @@ def _within_float16(x: Tensor) -> Tensor:
 
 
 class UmT5(nn.Module):
-    """The encoder. Prompts of different lengths stand in one row without padding, so each gives what it gives alone."""
+    """The encoder.
+
+    Prompts of different lengths stand in one row without padding, so each gives what it gives alone.
+    """
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -190,7 +207,10 @@ class WanTextEncoder:
     @property
     def identity(self) -> Mapping[str, str]:
         """Content of the checkpoint and of the tokenizer, and how weights are kept. Reads a few MB."""
-        identity = {"t5": fingerprint(self.path), "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity}
+        identity = {
+            "t5": fingerprint(self.path),
+            "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity,
+        }
         return identity | ({"t5_weights": "fp8"} if self.in_fp8 else {})
 
     def load(self, device: torch.device) -> None:
@@ -198,12 +218,14 @@ class WanTextEncoder:
         self._loaded.load(device, self._read)
 
     def _read(self, device: torch.device) -> tuple[UmT5, Tokenize]:
-        tokenize = load_tokenizer(self.tokenizer, self.path)  # first: what is wrong with it shows before gigabytes are read
+        # first: what is wrong with it shows before gigabytes are read
+        tokenize = load_tokenizer(self.tokenizer, self.path)
         return load_t5(self.path, device, self.in_fp8), tokenize
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """For each prompt {"t5": [n C]} on the CPU: n is the number of its tokens, at most 512, the end token included.
+        """For each prompt {"t5": [n C]} on the CPU: n is the number of its tokens, at most 512, the end token
+        included.
 
         Raises CheckpointError where the tokenizer knows more tokens than the encoder.
         """
@@ -213,7 +235,8 @@ class WanTextEncoder:
         largest, known = max((max(prompt) for prompt in ids), default=0), t5.token_embedding.num_embeddings
         if largest >= known:
             raise CheckpointError(
-                f"{self.path} knows {known} tokens, its tokenizer has more (token {largest}). Give its own to --t5_tokenizer.",
+                f"{self.path} knows {known} tokens, its tokenizer has more (token {largest}). Give its own "
+                "to --t5_tokenizer.",
                 self.path,
             )
         results: list[Conditions] = []

@@ -22,7 +22,8 @@ FILES = TokenizerFiles(
     names=("tokenizer.json", "spiece.model", "tokenizer.model"),
     folder="google/umt5-xxl",  # in the released repositories of Wan2.1
     repository="Wan-AI/Wan2.1-T2V-14B",
-    # official repositories; diffusers pipelines, where text_encoder and tokenizer are neighbours; a text encoder saved with it
+    # official repositories; diffusers pipelines, where text_encoder and tokenizer are neighbours; a text
+    # encoder saved with it
     beside=("google/umt5-xxl", "tokenizer", "../tokenizer", "."),
 )
 
@@ -107,7 +108,8 @@ def _from_sentencepiece(model: bytes, origin: Path) -> Tokenize:
     end = processor.eos_id()
     if end < 0:
         raise CheckpointError(
-            f"{origin}: its tokenizer has no end token {END}. Give the tokenizer of umT5 to --t5_tokenizer.", origin
+            f"{origin}: its tokenizer has no end token {END}. Give the tokenizer of umT5 to --t5_tokenizer.",
+            origin,
         )
 
     def tokenize(text: str) -> list[int]:

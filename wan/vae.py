@@ -1,4 +1,6 @@
-"""The Wan2.1 video VAE: pixels to latents and back, frame group by frame group, so that memory does not grow with the length."""
+"""The Wan2.1 video VAE: pixels to latents and back, frame group by frame group, so that memory does not grow
+with the length.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -33,8 +35,8 @@ STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 class WanVae(nn.Module):
     """Encoder and decoder. Build it on the meta device and load a checkpoint (`load_vae`).
 
-    cache_on_cpu: keep the features between frame groups in host memory. tile: edge in pixels from which on pictures are
-    cut into overlapping tiles; each tile goes through the whole clip before the next.
+    cache_on_cpu: keep the features between frame groups in host memory. tile: edge in pixels from which on
+    pictures are cut into overlapping tiles; each tile goes through the whole clip before the next.
     """
 
     def __init__(self, config: VaeConfig, cache_on_cpu: bool = False, tile: int | None = None) -> None:
@@ -69,18 +71,21 @@ class WanVae(nn.Module):
         if len(rows) == len(columns) == 1:
             return self._encode(pixels)
         latents = torch.zeros(
-            (batch, self.conv2.in_channels, (frames - 1) // FRAMES + 1, height // PIXELS, width // PIXELS), device=self.device
+            (batch, self.conv2.in_channels, (frames - 1) // FRAMES + 1, height // PIXELS, width // PIXELS),
+            device=self.device,
         )
         for row in rows:
             for column in columns:
-                add_tile(latents, self._encode(pixels[..., row.pick(PIXELS), column.pick(PIXELS)]), row, column, 1)
+                add_tile(
+                    latents, self._encode(pixels[..., row.pick(PIXELS), column.pick(PIXELS)]), row, column, 1
+                )
         return latents
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Pixels in playing order: first one frame, then four at a time. B 3 F H W, float32, -1..1.
 
-        latents: B Z f h w, normalised, on any device. The chunks lie on the VAE's device; with tiles in host memory, and then the
-        first one comes when the last tile is done.
+        latents: B Z f h w, normalised, on any device. The chunks lie on the VAE's device; with tiles in host
+        memory, and then the first one comes when the last tile is done.
         """
         for chunk in self.decode_unclamped(latents):
             yield chunk.clamp_(-1, 1)
@@ -124,7 +129,9 @@ class WanVae(nn.Module):
             yield self.decoder(self.conv2(self._placed(latent)), memory).float()
 
     def _placed(self, x: Tensor) -> Tensor:
-        """On the VAE's device, in its dtype and in the memory layout of its weights, which all that follows keeps."""
+        """On the VAE's device, in its dtype and in the memory layout of its weights, which all that follows
+        keeps.
+        """
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -133,11 +140,18 @@ class WanVae(nn.Module):
         return mean, std
 
 
-def load_vae(path: Path, device: torch.device, dtype: torch.dtype, cache_on_cpu: bool = False, tile: int | None = None) -> WanVae:
-    """Load a Wan2.1 VAE from any of its file layouts. Raises CheckpointError where the file is damaged or of another model."""
+def load_vae(
+    path: Path, device: torch.device, dtype: torch.dtype, cache_on_cpu: bool = False, tile: int | None = None
+) -> WanVae:
+    """Load a Wan2.1 VAE from any of its file layouts.
+
+    Raises CheckpointError where the file is damaged or of another model.
+    """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        vae = load_planned(plan, lambda config: WanVae(config, cache_on_cpu, tile), device, dtype, "the Wan2.1 VAE")
+        vae = load_planned(
+            plan, lambda config: WanVae(config, cache_on_cpu, tile), device, dtype, "the Wan2.1 VAE"
+        )
     lay_out(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return vae

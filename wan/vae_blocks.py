@@ -1,6 +1,8 @@
-"""Pieces of the Wan2.1 video VAE. They see a clip chunk by chunk; what an earlier chunk leaves behind lies in a `TimeMemory`.
+"""Pieces of the Wan2.1 video VAE. They see a clip chunk by chunk; what an earlier chunk leaves behind lies in
+a `TimeMemory`.
 
-Module names follow the published checkpoint. Source: the released VAE of Wan2.1 (arXiv 2503.20314, section 4.1).
+Module names follow the published checkpoint. Source: the released VAE of Wan2.1 (arXiv 2503.20314, section
+4.1).
 """
 # Letters: B batch, C channels, T frames of the chunk, H height, W width (at the layer's own resolution)
 
@@ -36,7 +38,10 @@ class VaeConfig:
 
 
 class TimeMemory:
-    """The last frames that each layer saw of the chunks so far. One per clip; a layer never sees another one's frames."""
+    """The last frames that each layer saw of the chunks so far.
+
+    One per clip; a layer never sees another one's frames.
+    """
 
     def __init__(self, on_cpu: bool = False) -> None:
         self._on_cpu = on_cpu
@@ -71,7 +76,8 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: B C ... ; out: where to write the result, else a new tensor."""
-        exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype  # a 16-bit length would scale a whole pixel wrongly
+        # a 16-bit length would scale a whole pixel wrongly
+        exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).clamp_min_(1e-12)
         out = torch.empty_like(x) if out is None else out
         return torch.mul(x, x.shape[1] ** 0.5 / length, out=out).mul_(self.gamma)
@@ -86,7 +92,8 @@ class CausalConv3d(nn.Conv3d):
     def forward(  # type: ignore[override]  # a stream needs more than its next frames
         self, x: Tensor, memory: TimeMemory | None, norm: RmsNorm | None = None
     ) -> Tensor:
-        """x: B C T H W, the next frames of the clip; through `norm` and SiLU first if one is given. Returns B C' T H W.
+        """x: B C T H W, the next frames of the clip; through `norm` and SiLU first if one is given. Returns B
+        C' T H W.
 
         memory: of the clip, or None where the chunk is the whole of it.
         """
@@ -104,7 +111,9 @@ class CausalConv3d(nn.Conv3d):
 
 
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
-    """B C T+2 H W: zeros where the clip has not begun, frames kept from before, then x. Written once, without a later join."""
+    """B C T+2 H W: zeros where the clip has not begun, frames kept from before, then x. Written once, without
+    a later join.
+    """
     batch, channels, frames, height, width = x.shape
     joined = empty_clip(x, batch, channels, frames + TIME_KERNEL - 1, height, width)
     known = 0 if before is None else before.shape[2]
@@ -178,7 +187,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width at half the channels; `temporal` also makes two frames of one, all but the clip's first."""
+    """Twice the height and width at half the channels; `temporal` also makes two frames of one, all but the
+    clip's first.
+    """
 
     def __init__(self, width: int, width_out: int, temporal: bool) -> None:
         super().__init__()
@@ -191,7 +202,9 @@ class Upsample(nn.Module):
         return _each_frame(self.resample["1"], x, enlarge=True)
 
     def _doubled(self, time_conv: nn.Module, x: Tensor, memory: TimeMemory) -> Tensor:
-        """B C 2T H W, or x itself where it is the clip's first frame, of which later ones are not told either."""
+        """B C 2T H W, or x itself where it is the clip's first frame, of which later ones are not told
+        either.
+        """
         if self not in memory:
             memory.keep(self, x[:, :, :0])
             return x
@@ -202,7 +215,9 @@ class Upsample(nn.Module):
 
 
 def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = False) -> Tensor:
-    """An image convolution on every frame; pad: one row below, one column right; enlarge: repeat each pixel twice before."""
+    """An image convolution on every frame; pad: one row below, one column right; enlarge: repeat each pixel
+    twice before.
+    """
     batch = x.shape[0]
     frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
     if pad:

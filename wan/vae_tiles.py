@@ -11,7 +11,9 @@ OVERLAP = 4  # a quarter of a tile is shared with its neighbour
 
 @dataclass(frozen=True)
 class Tile:
-    """One piece of an axis, in units that input and output share (latent pixels): where it lies and how far it overlaps."""
+    """One piece of an axis, in units that input and output share (latent pixels): where it lies and how far
+    it overlaps.
+    """
 
     start: int
     size: int
@@ -23,7 +25,10 @@ class Tile:
         return slice(self.start * unit, (self.start + self.size) * unit)
 
     def weights(self, unit: int) -> Tensor:
-        """How much of each pixel this tile gives: 1 inside, a linear ramp where tiles overlap. They sum to 1."""
+        """How much of each pixel this tile gives: 1 inside, a linear ramp where tiles overlap.
+
+        They sum to 1.
+        """
         rise, fall = self.before * unit, self.after * unit
         weights = torch.ones(self.size * unit)
         weights[:rise] = _ramp(rise)
@@ -36,7 +41,9 @@ def _ramp(length: int) -> Tensor:
 
 
 def tiles(size: int, largest: int) -> tuple[Tile, ...]:
-    """Equal tiles of at most `largest` that cover `size` with about a quarter of `largest` shared between neighbours."""
+    """Equal tiles of at most `largest` that cover `size` with about a quarter of `largest` shared between
+    neighbours.
+    """
     if size <= largest:
         return (Tile(0, size, 0, 0),)
     overlap = largest // OVERLAP
@@ -48,6 +55,11 @@ def tiles(size: int, largest: int) -> tuple[Tile, ...]:
 
 
 def add_tile(total: Tensor, piece: Tensor, row: Tile, column: Tile, unit: int) -> None:
-    """Add a tile's result (... H W) to the whole at its place, weighted. Over all tiles the weights of a pixel sum to 1."""
+    """Add a tile's result (...
+
+    H W) to the whole at its place, weighted. Over all tiles the weights of a pixel sum to 1.
+    """
     weights = row.weights(unit)[:, None] * column.weights(unit)
-    total[..., row.pick(unit), column.pick(unit)] += piece.to(total.device, total.dtype) * weights.to(total.device)
+    total[..., row.pick(unit), column.pick(unit)] += piece.to(total.device, total.dtype) * weights.to(
+        total.device
+    )

@@ -39,7 +39,8 @@ class TrainingItem:
     latent_path: Path
     text_path: Path
     table: DatasetTable
-    bucket: tuple[int, ...]  # width, height in pixels; videos: and frames, of a section those that it decodes to
+    # width, height in pixels; videos: and frames, of a section those that it decodes to
+    bucket: tuple[int, ...]
     source_stem: str
     parts: int = 1  # how many files of the same clip are there
     text_keys: frozenset[str] = frozenset()  # what the text file has to hold
@@ -55,7 +56,9 @@ class FoundItems:
     unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
 
 
-def find_items(config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_keys: frozenset[str] = frozenset()) -> FoundItems:
+def find_items(
+    config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_keys: frozenset[str] = frozenset()
+) -> FoundItems:
     """All items by the names of their files; none is opened. text_keys: what a whole text cache holds."""
     items: list[TrainingItem] = []
     missing: dict[Path, None] = {}
@@ -67,14 +70,18 @@ def find_items(config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_k
         parsed = [(name, parse_latent_name(name, cache_tag, table.kind)) for name in sorted(names)]
         parts = Counter(_clip_of(what) for _, what in parsed if what is not None)
         found = [
-            replace(_training_item(table, name, what, cache_tag, latent, text_keys), parts=parts[_clip_of(what)])
+            replace(
+                _training_item(table, name, what, cache_tag, latent, text_keys), parts=parts[_clip_of(what)]
+            )
             for name, what in parsed
             if what is not None
         ]
         if not found:
             empty.append(table)
         items += [item for item in found if item.text_path.name in names]
-        unfinished |= {part_path(item.text_path): None for item in found if part_path(item.text_path).name in names}
+        unfinished |= {
+            part_path(item.text_path): None for item in found if part_path(item.text_path).name in names
+        }
         missing |= {
             item.text_path: None
             for item in found
@@ -86,16 +93,21 @@ def find_items(config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_k
 def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> tuple[TrainingItem, ...]:
     """The items to train on. Items without a text cache are left out with a warning.
 
-    Raises CacheError with the caching commands where a table has no usable cache at all, or text caching has not come to its end.
+    Raises CacheError with the caching commands where a table has no usable cache at all, or text caching has
+    not come to its end.
     """
     if found.unfinished_text:
         raise CacheError(
-            f"{len(found.unfinished_text)} text caches are unfinished, such as {found.unfinished_text[0]}: text caching was "
+            f"{len(found.unfinished_text)} text caches are unfinished, such as {found.unfinished_text[0]}: "
+            "text caching was "
             f"stopped before all text encoders had written.\n  Finish it with: {commands.text}"
         )
     usable = {item.table.index for item in found.items}
     untexted = sorted({path.parent for path in found.missing_text})
-    faults = [f"{table.name}: no latent cache in {table.cache_directory}{_others_in(table)}" for table in found.empty_tables]
+    faults = [
+        f"{table.name}: no latent cache in {table.cache_directory}{_others_in(table)}"
+        for table in found.empty_tables
+    ]
     if not faults and not found.items:
         faults = [f"no text cache in {folder}" for folder in untexted]
     if faults:
@@ -111,11 +123,14 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     return found.items
 
 
-def split_validation(items: Sequence[TrainingItem], fraction: float) -> tuple[tuple[TrainingItem, ...], tuple[TrainingItem, ...]]:
-    """Split into (training, validation): tables marked `validation` go to validation, and this fraction of the others' sources.
+def split_validation(
+    items: Sequence[TrainingItem], fraction: float
+) -> tuple[tuple[TrainingItem, ...], tuple[TrainingItem, ...]]:
+    """Split into (training, validation): tables marked `validation` go to validation, and this fraction of
+    the others' sources.
 
-    By source name: all crops of a clip, in all tables, fall on one side; the choice depends on nothing but the names.
-    A fraction above 0 takes at least one source and leaves at least one.
+    By source name: all crops of a clip, in all tables, fall on one side; the choice depends on nothing but
+    the names. A fraction above 0 takes at least one source and leaves at least one.
     """
     stems = sorted({item.source_stem for item in items if not item.table.validation}, key=_stem_hash)
     count = round(fraction * len(stems))
@@ -130,7 +145,12 @@ def split_validation(items: Sequence[TrainingItem], fraction: float) -> tuple[tu
 
 
 def _training_item(
-    table: DatasetTable, file_name: str, name: LatentName, tag: str, latent: LatentSpec, text_keys: frozenset[str]
+    table: DatasetTable,
+    file_name: str,
+    name: LatentName,
+    tag: str,
+    latent: LatentSpec,
+    text_keys: frozenset[str],
 ) -> TrainingItem:
     bucket: tuple[int, ...] = name.size  # a video's name holds the size after bucketing
     if table.kind == "image":
@@ -141,7 +161,9 @@ def _training_item(
         bucket = (*name.size, name.span[1])
     folder = table.cache_directory
     text_path = folder / text_file_name(name.stem, tag)
-    return TrainingItem(Path(file_name).stem, folder / file_name, text_path, table, bucket, name.stem, text_keys=text_keys)
+    return TrainingItem(
+        Path(file_name).stem, folder / file_name, text_path, table, bucket, name.stem, text_keys=text_keys
+    )
 
 
 def _clip_of(name: LatentName) -> LatentName:
@@ -150,11 +172,17 @@ def _clip_of(name: LatentName) -> LatentName:
 
 
 def _others_in(table: DatasetTable) -> str:
-    """Words about caches in a table's folder that are there and not for this: made for another model, or of another kind."""
+    """Words about caches in a table's folder that are there and not for this: made for another model, or of
+    another kind.
+    """
     folder = table.cache_directory
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     other = next((name for name in names if _LATENTS_OF_ANY.search(name)), None)
-    return "" if other is None else f" of {table.kind}s for this model: {other} is for another model, or of something else"
+    return (
+        ""
+        if other is None
+        else f" of {table.kind}s for this model: {other} is for another model, or of something else"
+    )
 
 
 def _stem_hash(stem: str) -> bytes:

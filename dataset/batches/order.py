@@ -10,8 +10,8 @@ from modules.seeds import derive_seed
 class BatchOrder:
     """The order of batches of every epoch, a function of the items' names and the seed alone.
 
-    Epoch e (from 0) is a fresh shuffle: within each bucket, then of the batches. A bucket is a table and a size; its items come
-    `num_repeats` times; the last batch of a bucket may be short.
+    Epoch e (from 0) is a fresh shuffle: within each bucket, then of the batches. A bucket is a table and a
+    size; its items come `num_repeats` times; the last batch of a bucket may be short.
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
@@ -28,7 +28,10 @@ class BatchOrder:
     @property
     def num_batches(self) -> int:
         """Batches of an epoch."""
-        return sum(-(-len(bucket) * bucket[0].table.num_repeats // bucket[0].table.batch_size) for bucket in self._buckets.values())
+        return sum(
+            -(-len(bucket) * bucket[0].table.num_repeats // bucket[0].table.batch_size)
+            for bucket in self._buckets.values()
+        )
 
     def epoch(self, number: int) -> tuple[tuple[TrainingItem, ...], ...]:
         """The batches of an epoch in order. number: from 0."""
@@ -38,6 +41,9 @@ class BatchOrder:
             table = self._buckets[key][0].table
             items = self._buckets[key] * table.num_repeats
             shuffle(items)
-            batches += [tuple(items[start : start + table.batch_size]) for start in range(0, len(items), table.batch_size)]
+            batches += [
+                tuple(items[start : start + table.batch_size])
+                for start in range(0, len(items), table.batch_size)
+            ]
         shuffle(batches)
         return tuple(batches)

@@ -29,11 +29,15 @@ from modules.contract.family import LatentSpec
 from modules.errors import CacheError
 
 
-def read_batch(items: Sequence[TrainingItem], latent: LatentSpec, commands: CachingCommands = NO_COMMANDS) -> Batch:
-    """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay lists.
+def read_batch(
+    items: Sequence[TrainingItem], latent: LatentSpec, commands: CachingCommands = NO_COMMANDS
+) -> Batch:
+    """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
+    lists.
 
-    Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other options, made from a source
-    or a caption that has changed since, or not of the shape that the configuration asks for.
+    Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other
+    options, made from a source or a caption that has changed since, or not of the shape that the
+    configuration asks for.
     """
     read = [_read_item(item, latent, commands) for item in items]
     first = read[0]
@@ -41,7 +45,9 @@ def read_batch(items: Sequence[TrainingItem], latent: LatentSpec, commands: Cach
         if other.tensors.keys() != first.tensors.keys():
             odd = ", ".join(sorted(other.tensors.keys() ^ first.tensors.keys()))
             in_text = other.text != first.text
-            paths = (item.text_path, items[0].text_path) if in_text else (item.latent_path, items[0].latent_path)
+            paths = (
+                (item.text_path, items[0].text_path) if in_text else (item.latent_path, items[0].latent_path)
+            )
             raise CacheError(
                 f"{paths[0]} and {paths[1]} do not hold the same tensors: {odd}.\n"
                 f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
@@ -77,18 +83,24 @@ def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands
     tensors = {**latents.tensors, **text.tensors}
     made_by = [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
     made_by += [MadeBy(item.text_path, name, record.encoder) for name, record in texts.items()]
-    return _ReadItem(tensors, frozenset(text.tensors), latents.variable | text.variable, caption, tuple(made_by))
+    return _ReadItem(
+        tensors, frozenset(text.tensors), latents.variable | text.variable, caption, tuple(made_by)
+    )
 
 
 def _read_latents(item: TrainingItem, latent: LatentSpec) -> tuple[Entry, LatentRecord | None]:
     entry = read_entry(item.latent_path)
     if "latents" not in entry.tensors:
-        raise CacheError(f"{item.latent_path}: it has no latents, so it is no cache; move it out of the cache folder")
+        raise CacheError(
+            f"{item.latent_path}: it has no latents, so it is no cache; move it out of the cache folder"
+        )
     record = latent_record(entry.header)
     if record is not None:
         verify_tensors(entry, record.crc32)
         _check_options(item, record, latent)
-        folders = tuple(folder for folder in (item.table.directory, item.table.control_directory) if folder is not None)
+        folders = tuple(
+            folder for folder in (item.table.directory, item.table.control_directory) if folder is not None
+        )
         changed = _changed_file(folders, record.files)
         if changed is not None:
             raise CacheError(f"{item.latent_path}: {changed} has changed since it was encoded")
@@ -97,7 +109,8 @@ def _read_latents(item: TrainingItem, latent: LatentSpec) -> tuple[Entry, Latent
     found = list(entry.tensors["latents"].shape)
     if found != expected:
         raise CacheError(
-            f"{item.latent_path}: its latents have the shape {_by(found)}, {item.table.name} asks for {_by(expected)}"
+            f"{item.latent_path}: its latents have the shape {_by(found)}, {item.table.name} asks for "
+            f"{_by(expected)}"
             f" ({frames} frames of {width}x{height})"
         )
     return entry, record
@@ -109,21 +122,30 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
         raise CacheError(f"{item.latent_path}: its record names no sizes")
     bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step, item.latent_path)
     if tuple(made_for) != bucket:
-        raise CacheError(f"{item.latent_path}: made for {_by(made_for)} pixels, {item.table.name} asks for {_by(bucket)}")
+        raise CacheError(
+            f"{item.latent_path}: made for {_by(made_for)} pixels, {item.table.name} asks for {_by(bucket)}"
+        )
     rate = record.options.get("source_fps")
     if item.table.kind == "video" and rate != item.table.source_fps:
-        raise CacheError(f"{item.latent_path}: made for source_fps = {rate}, {item.table.name} has {item.table.source_fps}")
+        raise CacheError(
+            f"{item.latent_path}: made for source_fps = {rate}, {item.table.name} has {item.table.source_fps}"
+        )
     made_with = {key: value for key, value in record.options.items() if key in SECTION_DEFAULTS}
     changed = options_difference(made_with, item.table.section_keys, latent)
     if changed is not None:
         raise CacheError(f"{item.latent_path}: {changed} in {item.table.name}")
     if record.parts != item.parts:
-        raise CacheError(f"{item.latent_path}: {record.parts} files of its clip belong together, {item.parts} are there")
+        raise CacheError(
+            f"{item.latent_path}: {record.parts} files of its clip belong together, {item.parts} are there"
+        )
 
 
 @functools.cache  # once in a process for each item: an edit during a run does not end it
 def _changed_file(folders: tuple[Path, ...], files: tuple[FileIdentity, ...]) -> Path | None:
-    """The first source that is still there and not what it was. Sources that are gone are no fault: training needs only caches."""
+    """The first source that is still there and not what it was.
+
+    Sources that are gone are no fault: training needs only caches.
+    """
     for place, file in enumerate(files):
         path = folders[min(place, len(folders) - 1)] / file.name if folders else None
         if path is not None and path.exists() and not is_unchanged(file, path):
@@ -138,7 +160,9 @@ def _checked_caption(item: TrainingItem, text: Entry, records: Mapping[str, Text
             continue
         now = _current_caption(item.table.directory / record.file.name)
         if now is not None and now != record.caption:
-            raise CacheError(f"{item.text_path}: made from the caption {record.caption!r}, which now is {now!r}")
+            raise CacheError(
+                f"{item.text_path}: made from the caption {record.caption!r}, which now is {now!r}"
+            )
     stored = [record.caption for record in records.values()]
     return stored[0] if stored else text.header.metadata.get("caption1", "")
 
@@ -157,7 +181,8 @@ def _stacked(
     for item, tensor in zip(items, tensors, strict=True):
         if tensor.shape != tensors[0].shape:
             raise CacheError(
-                f"{item.latent_path}: {name} has the shape {_by(tensor.shape)}, in {items[0].latent_path} it has"
+                f"{item.latent_path}: {name} has the shape {_by(tensor.shape)}, in {items[0].latent_path} it "
+                "has"
                 f" {_by(tensors[0].shape)}.\n  Make both again with the same options: {commands.latents}"
             )
     return torch.stack(tensors)

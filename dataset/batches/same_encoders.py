@@ -10,17 +10,19 @@ from modules.contract.data import LATENTS_MADE, MadeBy
 
 logger = logging.getLogger(__name__)
 
-_FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")  # of a network's file: `modules.checkpoints.opening.fingerprint`
+# of a network's file: `modules.checkpoints.opening.fingerprint`
+_FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")
 # of `Family.media_identity`: which conditions lie beside the latents, where tables may differ
 _BESIDE_LATENTS = frozenset({"image", "sections"})
 
 
 @dataclass
 class SameEncoders:
-    """Compares what made the caches of one batch after the other, and tells once of each part (latents, each encoder's texts).
+    """Compares what made the caches of one batch after the other, and tells once of each part (latents, each
+    encoder's texts).
 
-    Never an error: one network may lie in two files, whose fingerprints differ, and a little noise from another dtype does no harm.
-    Files of other programs do not say what made them.
+    Never an error: one network may lie in two files, whose fingerprints differ, and a little noise from
+    another dtype does no harm. Files of other programs do not say what made them.
     """
 
     commands: CachingCommands = NO_COMMANDS
@@ -43,9 +45,13 @@ class SameEncoders:
                 pairs.append((first, made))
         if not pairs:
             return None
-        files = [f"{one.path}: {_in_words(one, other)}" for pair in pairs for one, other in (pair, pair[::-1])]
+        files = [
+            f"{one.path}: {_in_words(one, other)}" for pair in pairs for one, other in (pair, pair[::-1])
+        ]
         parts = {first.part == LATENTS_MADE for first, _ in pairs}
-        again = ([self.commands.latents] if True in parts else []) + ([self.commands.text] if False in parts else [])
+        again = ([self.commands.latents] if True in parts else []) + (
+            [self.commands.text] if False in parts else []
+        )
         consequence = (
             "Unless the files of the encoders hold the same network, a mixture is learned that fits neither."
             if any(_are_other_networks(*pair) for pair in pairs)
@@ -62,7 +68,10 @@ def _in_words(one: MadeBy, other: MadeBy) -> str:
 
 
 def _differing(one: MadeBy, other: MadeBy) -> list[str]:
-    """What of two identities differs. A latent file without conditions of images has no image encoder, which is no difference."""
+    """What of two identities differs.
+
+    A latent file without conditions of images has no image encoder, which is no difference.
+    """
     if one.part != LATENTS_MADE:
         keys = one.encoder.keys() | other.encoder.keys()
     else:

@@ -1,7 +1,7 @@
 """Cache files: their names, the names of their tensors, reading and writing.
 
-Names and tensors are those of the known tuners, so files go both ways. What a file was made from stands in its metadata besides
-(see cache_records.py).
+Names and tensors are those of the known tuners, so files go both ways. What a file was made from stands in
+its metadata besides (see cache_records.py).
 """
 
 import contextlib
@@ -55,7 +55,9 @@ class LatentName:
 
 
 def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
-    """What a file name says, or None where it is no latent cache of this family and kind ("image" or "video") of table."""
+    """What a file name says, or None where it is no latent cache of this family and kind ("image" or "video")
+    of table.
+    """
     end = f"_{tag}{SUFFIX}"
     if not file_name.endswith(end) or file_name.startswith("."):
         return None
@@ -90,7 +92,10 @@ def part_path(path: Path) -> Path:
 
 
 def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None) -> str:
-    """The name in a file of the tensor that batches call `key`. grid: F, H, W to write instead of a latent's own."""
+    """The name in a file of the tensor that batches call `key`.
+
+    grid: F, H, W to write instead of a latent's own.
+    """
     if variable:
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
     if key.endswith("_mask"):
@@ -102,7 +107,9 @@ def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | N
 
 
 def tensor_key(name: str) -> str:
-    """The inverse: `latents_image_5x8x8_bfloat16` -> `latents_image`, `varlen_t5_bfloat16` -> `t5`, masks unchanged."""
+    """The inverse: `latents_image_5x8x8_bfloat16` -> `latents_image`, `varlen_t5_bfloat16` -> `t5`, masks
+    unchanged.
+    """
     latents = _LATENT_NAME.fullmatch(name)
     if latents is not None:
         return latents[1]
@@ -184,13 +191,23 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def is_latent_cache(header: Header, architecture: str) -> bool:
-    """Whether a file is a latent cache of the family `architecture`, by its tensor names: a LoRA of a like name is not."""
-    return bool(header.grids) and _all_cache_names(header) and header.metadata.get("architecture", architecture) == architecture
+    """Whether a file is a latent cache of the family `architecture`, by its tensor names: a LoRA of a like
+    name is not.
+    """
+    return (
+        bool(header.grids)
+        and _all_cache_names(header)
+        and header.metadata.get("architecture", architecture) == architecture
+    )
 
 
 def is_text_cache(header: Header, architecture: str) -> bool:
-    """Whether a file is a text cache of the family: cache tensors only, none of them latents, and the family's name inside."""
-    return not header.grids and _all_cache_names(header) and header.metadata.get("architecture") == architecture
+    """Whether a file is a text cache of the family: cache tensors only, none of them latents, and the
+    family's name inside.
+    """
+    return (
+        not header.grids and _all_cache_names(header) and header.metadata.get("architecture") == architecture
+    )
 
 
 def _all_cache_names(header: Header) -> bool:

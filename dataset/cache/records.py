@@ -1,7 +1,8 @@
 """What a cache file was made from, kept in its metadata, and whether that still holds.
 
-One JSON text under `reelsmith_record` holds the options, the encoders, the source files (size, mtime, content hash), the caption of
-a text cache, and a checksum of every tensor; `reelsmith_record_crc32` guards that text. Other programs ignore both.
+One JSON text under `reelsmith_record` holds the options, the encoders, the source files (size, mtime, content
+hash), the caption of a text cache, and a checksum of every tensor; `reelsmith_record_crc32` guards that text.
+Other programs ignore both.
 """
 
 import dataclasses
@@ -77,7 +78,10 @@ def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
 
 
 def latent_record(header: Header) -> LatentRecord | None:
-    """The record of a latent cache, None where it has none (made elsewhere). Raises CacheError where it is damaged."""
+    """The record of a latent cache, None where it has none (made elsewhere).
+
+    Raises CacheError where it is damaged.
+    """
     found = _read(header)
     if found is None:
         return None
@@ -88,7 +92,9 @@ def latent_record(header: Header) -> LatentRecord | None:
             encoder=dict(data["encoder"]),
             options=dict(data["options"]),
             files=tuple(FileIdentity(**file) for file in data["files"]),
-            clip=None if clip is None else ClipFacts(tuple(clip["size"]), clip["kept_frames"], clip["complete"]),
+            clip=None
+            if clip is None
+            else ClipFacts(tuple(clip["size"]), clip["kept_frames"], clip["complete"]),
             parts=int(data["parts"]),
             crc32=dict(data["crc32"]),
         )
@@ -97,7 +103,10 @@ def latent_record(header: Header) -> LatentRecord | None:
 
 
 def text_records(header: Header) -> dict[str, TextRecord]:
-    """The records of a text cache by encoder name, empty where it has none. Raises CacheError where they are damaged."""
+    """The records of a text cache by encoder name, empty where it has none.
+
+    Raises CacheError where they are damaged.
+    """
     found = _read(header)
     if found is None:
         return {}
@@ -153,9 +162,12 @@ def _stamp(path: Path) -> tuple[int, int]:
     return sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)
 
 
-@functools.lru_cache(maxsize=4096)  # training asks again for every item of a dataset that was copied without its times
+# training asks again for every item of a dataset that was copied without its times
+@functools.lru_cache(maxsize=4096)
 def _content_hash(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """SHA-256 of a file; of a folder: over the names and hashes of its images. Size and time are part of the cache's key only."""
+    """SHA-256 of a file; of a folder: over the names and hashes of its images. Size and time are part of the
+    cache's key only.
+    """
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -184,7 +196,10 @@ def _read(header: Header) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
         if content["version"] != VERSION:
-            raise CacheError(f"{header.path}: its record has version {content['version']}, this program knows version {VERSION}")
+            raise CacheError(
+                f"{header.path}: its record has version {content['version']}, this program knows version "
+                f"{VERSION}"
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(header, error) from error
     return dict(content)
@@ -204,10 +219,16 @@ def section_frames(window: int, latent: LatentSpec) -> int:
 
 
 def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:
-    """As `difference`, for options of records, in which the usual values of the keys of sections do not stand.
+    """As `difference`, for options of records, in which the usual values of the keys of sections do not
+    stand.
 
     Where latents do not depend on these keys they are ignored: one dataset may serve several models.
     """
     if latent.in_sections:
         return difference({**SECTION_DEFAULTS, **then}, {**SECTION_DEFAULTS, **now})
-    return difference(*({key: value for key, value in options.items() if key not in SECTION_DEFAULTS} for options in (then, now)))
+    return difference(
+        *(
+            {key: value for key, value in options.items() if key not in SECTION_DEFAULTS}
+            for options in (then, now)
+        )
+    )

@@ -1,10 +1,21 @@
-"""Removing cache files that belong to no item any more. A file goes only where its tensor names show that it is one."""
+"""Removing cache files that belong to no item any more.
+
+A file goes only where its tensor names show that it is one.
+"""
 
 import logging
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
-from dataset.cache.files import PART, Header, is_latent_cache, is_text_cache, parse_latent_name, parse_text_name, read_header
+from dataset.cache.files import (
+    PART,
+    Header,
+    is_latent_cache,
+    is_text_cache,
+    parse_latent_name,
+    parse_text_name,
+    read_header,
+)
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers
 from modules.contract.family import Family
@@ -13,8 +24,13 @@ from modules.errors import CacheError
 logger = logging.getLogger(__name__)
 
 
-def remove_stale_latents(table: DatasetTable, family: Family, names: Container[str], failed_stems: Container[str]) -> int:
-    """Remove latent caches not in `names`, sparing those of sources that failed in this run. Returns how many were removed."""
+def remove_stale_latents(
+    table: DatasetTable, family: Family, names: Container[str], failed_stems: Container[str]
+) -> int:
+    """Remove latent caches not in `names`, sparing those of sources that failed in this run.
+
+    Returns how many were removed.
+    """
     tag = family.cache_tag
     stale = []
     for path in _listed(table):
@@ -26,7 +42,10 @@ def remove_stale_latents(table: DatasetTable, family: Family, names: Container[s
 
 
 def remove_caches(paths: Iterable[Path], architecture: str) -> int:
-    """Remove those of `paths` whose tensor names show that they are latent caches of the family. Returns how many were."""
+    """Remove those of `paths` whose tensor names show that they are latent caches of the family.
+
+    Returns how many were.
+    """
     return _remove(paths, lambda header: is_latent_cache(header, architecture))
 
 
@@ -36,7 +55,9 @@ def remove_stale_texts(table: DatasetTable, family: Family, names: Container[str
     def is_text(name: str) -> bool:
         return parse_text_name(name.removesuffix(PART), family.cache_tag) is not None
 
-    stale = [path for path in _listed(table) if is_text(path.name) and path.name.removesuffix(PART) not in names]
+    stale = [
+        path for path in _listed(table) if is_text(path.name) and path.name.removesuffix(PART) not in names
+    ]
     _remove_leftovers(table, is_text)
     return _remove(stale, lambda header: is_text_cache(header, family.name))
 
@@ -51,7 +72,11 @@ def _remove(paths: Iterable[Path], is_cache: Callable[[Header], bool]) -> int:
         try:
             is_ours = path.is_file() and is_cache(read_header(path))
         except CacheError as error:
-            logger.warning("%s. It belongs to no item and is left alone, as it cannot be told whether it is a cache file.", error)
+            logger.warning(
+                "%s. It belongs to no item and is left alone, as it cannot be told whether it is a cache "
+                "file.",
+                error,
+            )
             continue
         if is_ours:
             path.unlink(missing_ok=True)
@@ -60,6 +85,8 @@ def _remove(paths: Iterable[Path], is_cache: Callable[[Header], bool]) -> int:
 
 
 def _remove_leftovers(table: DatasetTable, of: Callable[[str], bool]) -> None:
-    """Remove temporary files of cache files that a killed run left behind; all processes of this one have finished writing."""
+    """Remove temporary files of cache files that a killed run left behind; all processes of this one have
+    finished writing.
+    """
     if table.cache_directory.is_dir():
         remove_leftovers(table.cache_directory, of, older_seconds=0)

@@ -1,4 +1,6 @@
-"""Encoding the items that have no valid latent cache: decoded ahead, encoded in batches of one size, written behind."""
+"""Encoding the items that have no valid latent cache: decoded ahead, encoded in batches of one size, written
+behind.
+"""
 
 import contextlib
 import dataclasses
@@ -14,7 +16,16 @@ from torch import Tensor
 from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name, without_nan, write_tensors
 from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
 from dataset.caching.cleanup import remove_caches
-from dataset.caching.planning import ExistingNames, Names, Plan, Recipe, complete, media_table, names_of, paths_of
+from dataset.caching.planning import (
+    ExistingNames,
+    Names,
+    Plan,
+    Recipe,
+    complete,
+    media_table,
+    names_of,
+    paths_of,
+)
 from dataset.caching.prefetch import WriteBehind
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import check_memory, decode_ahead, progress
@@ -72,21 +83,30 @@ def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
     media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket
-        raise MediaError(f"{source.path}: {width}x{height} pixels are too few to encode, a side has at least {SMALLEST_SIDE}")
+        raise MediaError(
+            f"{source.path}: {width}x{height} pixels are too few to encode, a side has at least "
+            f"{SMALLEST_SIDE}"
+        )
     plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
     missing = plan.missing or ()
     files = tuple(map(identify, paths_of(source))) if missing else ()
     size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
     if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
-        return Decoded(plan, media, {}, files, clip)  # overlapping or large: cut one by one when their turn comes
+        # overlapping or large: cut one by one when their turn comes
+        return Decoded(plan, media, {}, files, clip)
     crops = {span: cut(media, span) for span in missing}
     return Decoded(plan, dataclasses.replace(media, frames=NO_FRAMES, control=()), crops, files, clip)
 
 
 def cut(media: DecodedSource, span: Span) -> Crop:
-    """The frames of a span, copied unless they are most of the clip: a copy lets go of the rest, else a clip is there once."""
+    """The frames of a span, copied unless they are most of the clip: a copy lets go of the rest, else a clip
+    is there once.
+    """
     alone = 2 * span[1] < len(media.frames)
-    frames, *control = (torch.from_numpy(clip.copy() if alone else clip) for clip in (media.crop(span), *media.control_crops(span)))
+    frames, *control = (
+        torch.from_numpy(clip.copy() if alone else clip)
+        for clip in (media.crop(span), *media.control_crops(span))
+    )
     return Crop(frames, tuple(control), None if media.alpha is None else torch.from_numpy(media.alpha))
 
 
@@ -119,11 +139,15 @@ class LatentEncoding:
         self._device = device
         self._batch_size = batch_size
         self._encoders: MediaEncoders | None = None
-        self._pending: dict[tuple[object, ...], list[_Pending]] = {}  # by what items must share to be one batch
+        # by what items must share to be one batch
+        self._pending: dict[tuple[object, ...], list[_Pending]] = {}
         self._writer = WriteBehind()
 
     def run(self, plans: Sequence[Plan], existing: ExistingNames, workers: int, show_progress: bool) -> None:
-        """Decode and encode what the plans miss. Raises CheckpointError, OutputError; unreadable sources become failures."""
+        """Decode and encode what the plans miss.
+
+        Raises CheckpointError, OutputError; unreadable sources become failures.
+        """
 
         def work(plan: Plan) -> Decoded:
             return decode(plan, names_of(existing, plan.source), self._recipe)
@@ -168,7 +192,11 @@ class LatentEncoding:
             span=span,
             record=LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
             crop=decoded.crop(span),
-            there={file: other for file, other in there.items() if (other.size, other.span) == (name.size, name.span)},
+            there={
+                file: other
+                for file, other in there.items()
+                if (other.size, other.span) == (name.size, name.span)
+            },
         )
 
     def _encode(self, group: tuple[object, ...]) -> None:
@@ -179,7 +207,9 @@ class LatentEncoding:
             frames=_batched([item.crop.frames for item in items]),
             keys=tuple(item.path.stem for item in items),
             spans=tuple(item.span for item in items),
-            control=tuple(_batched(controls) for controls in zip(*(item.crop.control for item in items), strict=True)),
+            control=tuple(
+                _batched(controls) for controls in zip(*(item.crop.control for item in items), strict=True)
+            ),
             alpha=_all_or_none([item.crop.alpha for item in items]),
             table=media_table(items[0].table, bool(items[0].crop.control)),
         )
@@ -187,7 +217,9 @@ class LatentEncoding:
             self._write(item, entries)
 
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
-        """The files of an item, then without those that it had besides: fewer sections than before, or of other numbers."""
+        """The files of an item, then without those that it had besides: fewer sections than before, or of
+        other numbers.
+        """
         names = set()
         for entry in entries:
             name = dataclasses.replace(item.name, section=entry.section)
@@ -203,10 +235,13 @@ class LatentEncoding:
             self._writer.submit(partial(remove_caches, surplus, self._family.name))
 
 
-def write_latents(path: Path, name: LatentName, record: LatentRecord, entry: CacheEntry, architecture: str) -> None:
+def write_latents(
+    path: Path, name: LatentName, record: LatentRecord, entry: CacheEntry, architecture: str
+) -> None:
     """Write one latent cache file with its record. NaN becomes 0, with a warning. Raises OutputError."""
     named = {
-        tensor_name(key, tensor, grid=entry.grid): without_nan(tensor, path.name, key) for key, tensor in entry.tensors.items()
+        tensor_name(key, tensor, grid=entry.grid): without_nan(tensor, path.name, key)
+        for key, tensor in entry.tensors.items()
     }
     metadata = {
         "architecture": architecture,

@@ -1,8 +1,10 @@
-"""THE caching loop: media become latents and captions become text embeddings, each stored with a record of what it was made from.
+"""THE caching loop: media become latents and captions become text embeddings, each stored with a record of
+what it was made from.
 
-Both halves do the same: compare what is there with what this run would make, encode the rest, and, when all processes are done,
-remove files that belong to no item any more. Every file is complete or not there, so a run that was killed is continued by the same
-command. What is encoded stands in latent_caching.py and text_caching.py.
+Both halves do the same: compare what is there with what this run would make, encode the rest, and, when all
+processes are done, remove files that belong to no item any more. Every file is complete or not there, so a
+run that was killed is continued by the same command. What is encoded stands in latent_caching.py and
+text_caching.py.
 """
 
 import logging
@@ -28,8 +30,8 @@ logger = logging.getLogger(__name__)
 def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) -> CacheReport:
     """Encode every item that has no valid latent cache, then remove stale files.
 
-    A source that cannot be read becomes a failure of the report and does not stop the others. The encoders are loaded only when
-    there is something to encode. Raises DatasetError, CheckpointError, OutputError.
+    A source that cannot be read becomes a failure of the report and does not stop the others. The encoders
+    are loaded only when there is something to encode. Raises DatasetError, CheckpointError, OutputError.
     """
     sources = []
     for table in config.datasets:
@@ -42,8 +44,12 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
     with joined_processes() as share:
         plans, failures = plan_all(share.of(sources), existing, recipe, workers, share.is_main)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
-        logger.info("%s: %d sources, %d of them to encode", _who(share), len(plans) + len(failures), len(to_do))
-        encoding = LatentEncoding(family, recipe, choose_device(share.device_name(options.device)), options.batch_size)
+        logger.info(
+            "%s: %d sources, %d of them to encode", _who(share), len(plans) + len(failures), len(to_do)
+        )
+        encoding = LatentEncoding(
+            family, recipe, choose_device(share.device_name(options.device)), options.batch_size
+        )
         if to_do:
             encoding.run(to_do, existing, workers, share.is_main)
         finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
@@ -53,9 +59,13 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
             kept=sum(len(plan.kept) for plan in finished),
             foreign=sum(plan.foreign for plan in finished),
             failures=(*failures, *encoding.failures),
-            dropped=tuple(Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None),
+            dropped=tuple(
+                Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None
+            ),
         )
-        right = {(plan.source.table.index, name) for plan in finished for name in plan.kept} | encoding.written
+        right = {
+            (plan.source.table.index, name) for plan in finished for name in plan.kept
+        } | encoding.written
         gathered = share.gather((report, right))
         reports, names = [one for one, _ in gathered], [theirs for _, theirs in gathered]
         removed = 0
@@ -68,22 +78,29 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
 
 
 def cache_texts(family: Family, config: DatasetConfig, options: CachingOptions) -> CacheReport:
-    """Encode every caption that has no valid text cache, one text encoder after the other, then remove stale files.
+    """Encode every caption that has no valid text cache, one text encoder after the other, then remove stale
+    files.
 
-    A text cache gets its name when all encoders have written; until then it is a `.part`, which a later run continues.
-    Raises DatasetError (a caption is missing), CheckpointError, OutputError.
+    A text cache gets its name when all encoders have written; until then it is a `.part`, which a later run
+    continues. Raises DatasetError (a caption is missing), CheckpointError, OutputError.
     """
     sources = [source for table in config.datasets for source in find_sources(table)]
     require_captions(sources)
     with joined_processes() as share:
         device = choose_device(share.device_name(options.device))
-        encoding = TextEncoding(family, device, options.batch_size, workers_of(options), options.skip_existing, share.is_main)
+        encoding = TextEncoding(
+            family, device, options.batch_size, workers_of(options), options.skip_existing, share.is_main
+        )
         encoding.run(share.of(sources))
         reports = share.gather(CacheReport(encoding.written, encoding.kept, encoding.foreign))
         removed = 0
         if share.is_main and not options.keep_cache:
             for table in config.datasets:
-                names = {text_file_name(one.stem, family.cache_tag) for one in sources if one.table.index == table.index}
+                names = {
+                    text_file_name(one.stem, family.cache_tag)
+                    for one in sources
+                    if one.table.index == table.index
+                }
                 removed += remove_stale_texts(table, family, names)
         return joined(reports, sum(share.gather(removed)), share.is_main)
 
@@ -92,7 +109,11 @@ def log_outdated(plans: Sequence[Plan]) -> None:
     """Say why files that were there are made again: a surprise should have its reason in the log."""
     reasons = [plan.outdated for plan in plans if plan.outdated is not None]
     if reasons:
-        logger.info("%d sources had outdated cache files, which were made again. The first: %s", len(reasons), reasons[0])
+        logger.info(
+            "%d sources had outdated cache files, which were made again. The first: %s",
+            len(reasons),
+            reasons[0],
+        )
 
 
 def recipe_of(family: Family, skip_existing: bool) -> Recipe:

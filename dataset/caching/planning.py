@@ -1,4 +1,6 @@
-"""Which cache files a source yields, and which of them are still right: decided from records, without decoding where possible."""
+"""Which cache files a source yields, and which of them are still right: decided from records, without
+decoding where possible.
+"""
 
 import contextlib
 import dataclasses
@@ -62,7 +64,8 @@ class Plan:
     kept: frozenset[str]  # file names that are right
     foreign: int  # how many of them have no record
     missing: tuple[Span, ...] | None  # what is to be encoded; None: only decoding can tell
-    items: tuple[tuple[int, ...], ...] = ()  # width, height and for videos frames of what training sees, where `missing` is known
+    # width, height and for videos frames of what training sees, where `missing` is known
+    items: tuple[tuple[int, ...], ...] = ()
     reason: str | None = None  # why there is no item at all
     outdated: str | None = None  # why a file that is there is made again
 
@@ -84,7 +87,11 @@ def names_of(existing: ExistingNames, source: Source) -> Names:
 
 
 def plan_all(
-    sources: Sequence[Source], existing: ExistingNames, recipe: Recipe, workers: int, show_progress: bool = True
+    sources: Sequence[Source],
+    existing: ExistingNames,
+    recipe: Recipe,
+    workers: int,
+    show_progress: bool = True,
 ) -> tuple[list[Plan], list[Failure]]:
     """Compare all sources with their cache files. Sources whose header cannot be read become failures."""
     plans: list[Plan] = []
@@ -103,7 +110,10 @@ def plan_all(
 
 
 def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
-    """Compare the cache files of a source with what this run would make. Raises MediaError where its header cannot be read."""
+    """Compare the cache files of a source with what this run would make.
+
+    Raises MediaError where its header cannot be read.
+    """
     if source.table.kind == "image":
         return compare(source, image_size(source.path), [(0, 1)], existing, recipe)
     if not existing:
@@ -114,10 +124,15 @@ def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
         wanted = frames_wanted(table)
         if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
             found = spans(table, clip.kept_frames, step)
-            reason = None if found else f"{clip.kept_frames} frames, target_frames are {', '.join(map(str, table.target_frames))}"
+            reason = (
+                None
+                if found
+                else f"{clip.kept_frames} frames, target_frames are {', '.join(map(str, table.target_frames))}"
+            )
             return dataclasses.replace(compare(source, clip.size, found, existing, recipe), reason=reason)
     if recipe.skip_existing:
-        # the header may be wrong about the number of frames, so it counts only where it agrees with the files that are there
+        # the header may be wrong about the number of frames, so it counts only where it agrees with the files
+        # that are there
         headers = plan_source(source, recipe.fps, recipe.latent.pixel_step, step)
         with contextlib.suppress(MediaError):  # too short for a section, says the header
             plan = compare(source, headers.size, headers.spans, existing, recipe)
@@ -138,7 +153,9 @@ def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names,
     items: list[tuple[int, ...]] = []
     for span in wanted:
         sections = recipe.sections(media_table(source.table), span[1])
-        items += [bucket if is_image else (*bucket, _frames_of(source.table, span, sections, recipe))] * (sections or 1)
+        items += [bucket if is_image else (*bucket, _frames_of(source.table, span, sections, recipe))] * (
+            sections or 1
+        )
         files = there.get((size, None) if is_image else (bucket, span), {})
         if not files:
             missing.append(span)
@@ -162,7 +179,9 @@ def complete(plan: Plan, media: DecodedSource, existing: Names, recipe: Recipe) 
     """The plan of a source that has been decoded."""
     if plan.missing is not None:
         return plan
-    return dataclasses.replace(compare(plan.source, media.size, media.spans, existing, recipe), reason=media.reason)
+    return dataclasses.replace(
+        compare(plan.source, media.size, media.spans, existing, recipe), reason=media.reason
+    )
 
 
 def _by_item(existing: Names) -> Mapping[tuple[Size, Span | None], Names]:
@@ -184,7 +203,10 @@ def _check_sections(source: Source, files: Names, sections: int | None) -> None:
 
 
 def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe) -> int:
-    """Raise CacheError where the files of an item are not what this run would write. Returns how many have no record."""
+    """Raise CacheError where the files of an item are not what this run would write.
+
+    Returns how many have no record.
+    """
     foreign = 0
     for file in files:
         path = source.table.cache_directory / file
@@ -208,7 +230,9 @@ def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Nam
     return foreign
 
 
-def _check_foreign(entry: Entry, bucket: Size, span: Span, section: int | None, table: DatasetTable, recipe: Recipe) -> None:
+def _check_foreign(
+    entry: Entry, bucket: Size, span: Span, section: int | None, table: DatasetTable, recipe: Recipe
+) -> None:
     """Raise CacheError where a file made elsewhere is not to be kept."""
     path = entry.header.path
     if not recipe.skip_existing:
@@ -224,12 +248,16 @@ def _changed(source: Source, record: LatentRecord) -> str | None:
     paths = paths_of(source)
     if len(paths) != len(record.files):
         return f"made from {len(record.files)} source files, now there are {len(paths)}"
-    changed = [str(path) for path, then in zip(paths, record.files, strict=True) if not is_unchanged(then, path)]
+    changed = [
+        str(path) for path, then in zip(paths, record.files, strict=True) if not is_unchanged(then, path)
+    ]
     return f"{', '.join(changed)} changed since" if changed else None
 
 
 def _known_clip(source: Source, existing: Names, recipe: Recipe) -> ClipFacts | None:
-    """What an earlier run found when it decoded the source, if any file of it says so and the source is the same."""
+    """What an earlier run found when it decoded the source, if any file of it says so and the source is the
+    same.
+    """
     rate = recipe.options(source.table, (0, 0), (0, 0), (0, 0))
     known = []
     for file in existing:
@@ -251,7 +279,9 @@ def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
         name=table.name,
         kind=table.kind,
         has_control=has_control,
-        target_frames=() if table.kind == "image" or table.frame_extraction == "full" else table.target_frames,
+        target_frames=()
+        if table.kind == "image" or table.frame_extraction == "full"
+        else table.target_frames,
         max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
         window=table.fp_latent_window_size,
         clean_indices=table.fp_1f_clean_indices or (),

@@ -15,11 +15,13 @@ WRITES_BEHIND = 4
 def run_ahead(
     jobs: Sequence[T], work: Callable[[T], R], workers: int, size_bytes: Callable[[T], int], limit_bytes: int
 ) -> Generator[tuple[T, R | Exception], None, None]:
-    """Yield (job, its result or the exception it raised) in the order of `jobs`, while later ones are worked on in threads.
+    """Yield (job, its result or the exception it raised) in the order of `jobs`, while later ones are worked
+    on in threads.
 
-    Threads are enough: FFmpeg, OpenCV and hashing run outside the interpreter's lock, and frames need no copy between processes.
-    size_bytes: what a result will take, asked just before a job starts. Jobs start as long as results that are worked on or not yet
-    given back (a result is, when the next one is asked for) stay under `limit_bytes`; one alone may be larger.
+    Threads are enough: FFmpeg, OpenCV and hashing run outside the interpreter's lock, and frames need no copy
+    between processes. size_bytes: what a result will take, asked just before a job starts. Jobs start as long
+    as results that are worked on or not yet given back (a result is, when the next one is asked for) stay
+    under `limit_bytes`; one alone may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
     used, given, started = 0, 0, 0
@@ -44,7 +46,10 @@ def run_ahead(
 
 
 class WriteBehind:
-    """One thread that writes files while the next items are encoded. A failure is raised by a later call, or at the end."""
+    """One thread that writes files while the next items are encoded.
+
+    A failure is raised by a later call, or at the end.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")

@@ -56,9 +56,11 @@ class Share:
 
 @contextlib.contextmanager
 def joined_processes(environment: Mapping[str, str] | None = None) -> Iterator[Share]:
-    """This process's share, from the variables that launchers set (torchrun's and accelerate's, or those of an mpirun).
+    """This process's share, from the variables that launchers set (torchrun's and accelerate's, or those of
+    an mpirun).
 
-    Processes talk through gloo, on the CPU, whatever device they encode on. Raises OptionError where only half is set.
+    Processes talk through gloo, on the CPU, whatever device they encode on. Raises OptionError where only
+    half is set.
     """
     variables = os.environ if environment is None else environment
     rank, count, local_rank = (_first(variables, names) for names in (RANK, COUNT, LOCAL_RANK))
@@ -66,7 +68,10 @@ def joined_processes(environment: Mapping[str, str] | None = None) -> Iterator[S
         yield Share(0, 1, 0)
         return
     if rank is None:
-        raise OptionError(f"WORLD_SIZE is {count}, but RANK is not set: start the processes with accelerate launch or torchrun")
+        raise OptionError(
+            f"WORLD_SIZE is {count}, but RANK is not set: start the processes with accelerate launch or "
+            "torchrun"
+        )
     started_here = not dist.is_initialized()
     if started_here:
         address = f"tcp://{variables.get('MASTER_ADDR', '127.0.0.1')}:{variables.get('MASTER_PORT', '29500')}"

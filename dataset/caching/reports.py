@@ -35,7 +35,8 @@ class CacheReport:
 
     written: int = 0
     kept: int = 0
-    foreign: int = 0  # those that another program made, at least in part, and that are used: they have no record
+    # those that another program made, at least in part, and that are used: they have no record
+    foreign: int = 0
     removed: int = 0
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that are fine but give no item
@@ -56,7 +57,10 @@ def joined(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = Tru
 
 
 def conclude(report: CacheReport) -> None:
-    """Log what was done. Where a source failed, the program ends with exit code 1: DatasetError, in other processes SystemExit."""
+    """Log what was done.
+
+    Where a source failed, the program ends with exit code 1: DatasetError, in other processes SystemExit.
+    """
     if not report.is_main:
         if report.failures:
             raise SystemExit(DatasetError.exit_code)
@@ -66,10 +70,13 @@ def conclude(report: CacheReport) -> None:
         logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)
     if report.foreign:
         logger.warning(
-            "%d files were made by another program: only their sizes could be compared (--skip_existing)", report.foreign
+            "%d files were made by another program: only their sizes could be compared (--skip_existing)",
+            report.foreign,
         )
     if report.written or report.kept or report.removed:
-        logger.info("cache files: %d written, %d kept, %d removed", report.written, report.kept, report.removed)
+        logger.info(
+            "cache files: %d written, %d kept, %d removed", report.written, report.kept, report.removed
+        )
     if report.failures:
         lines = "\n  ".join(map(str, report.failures))
         raise DatasetError(

@@ -1,4 +1,6 @@
-"""Work on many sources in threads ahead of need: what concerns one source only becomes a Failure, all else ends the run."""
+"""Work on many sources in threads ahead of need: what concerns one source only becomes a Failure, all else
+ends the run.
+"""
 
 import contextlib
 import os
@@ -23,14 +25,24 @@ UNKNOWN_FRAMES = 256  # a clip whose header has no count is taken to have as man
 
 
 def read_ahead(
-    jobs: Sequence[T], source_of: Callable[[T], Source], work: Callable[[T], R], workers: int, bar: "tqdm[None]"
+    jobs: Sequence[T],
+    source_of: Callable[[T], Source],
+    work: Callable[[T], R],
+    workers: int,
+    bar: "tqdm[None]",
 ) -> Generator[tuple[T, R | Failure], None, None]:
-    """Yield (job, result or Failure) in order while later jobs are worked on; for work that only reads a little."""
+    """Yield (job, result or Failure) in order while later jobs are worked on; for work that only reads a
+    little.
+    """
     return _settled(jobs, source_of, work, workers, lambda _: 0, bar)
 
 
 def decode_ahead(
-    jobs: Sequence[T], source_of: Callable[[T], Source], work: Callable[[T], R], workers: int, bar: "tqdm[None]"
+    jobs: Sequence[T],
+    source_of: Callable[[T], Source],
+    work: Callable[[T], R],
+    workers: int,
+    bar: "tqdm[None]",
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Likewise for work that decodes its source: the frames that wait stay under DECODED_BYTES."""
     return _settled(jobs, source_of, work, workers, lambda job: decoded_bytes(source_of(job)), bar)
@@ -42,19 +54,25 @@ def progress(total: int, what: str, unit: str = "source", shown: bool = True) ->
 
 
 def decoded_bytes(source: Source) -> int:
-    """About what the decoded frames of a source take. Its header is read only where the table wants all of a clip."""
+    """About what the decoded frames of a source take.
+
+    Its header is read only where the table wants all of a clip.
+    """
     width, height = source.table.resolution
     frames = 1.0 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source)
     return int(frames) * width * height * 3 * (1 + len(source.control))
 
 
 def check_memory(source: Source) -> None:
-    """Raise MediaError where a clip's frames cannot fit this machine: better than the system ending the program."""
+    """Raise MediaError where a clip's frames cannot fit this machine: better than the system ending the
+    program.
+    """
     needed, limit = decoded_bytes(source), machine_bytes()
     if limit and needed > 0.6 * limit:
         width, height = source.table.resolution
         raise MediaError(
-            f"{source.path}: its frames take about {needed / 1e9:.0f} GB at {width}x{height}, this machine has"
+            f"{source.path}: its frames take about {needed / 1e9:.0f} GB at {width}x{height}, this machine "
+            "has"
             f" {limit / 1e9:.0f} GB. "
             'Cut it into shorter clips, or use frame_extraction = "head".'
         )

@@ -1,7 +1,9 @@
-"""Encoding the captions that have no valid text cache. One file per source serves all its items and holds all encoders' tensors.
+"""Encoding the captions that have no valid text cache. One file per source serves all its items and holds all
+encoders' tensors.
 
-Each text encoder is a pass of its own, as two of them would not fit into memory. What an encoder makes while others are still to
-come goes to a `.part` beside the file; the last pass joins everything and gives it the file's name. So a file is always whole.
+Each text encoder is a pass of its own, as two of them would not fit into memory. What an encoder makes while
+others are still to come goes to a `.part` beside the file; the last pass joins everything and gives it the
+file's name. So a file is always whole.
 """
 
 import dataclasses
@@ -28,7 +30,15 @@ from dataset.cache.files import (
     without_nan,
     write_tensors,
 )
-from dataset.cache.records import FileIdentity, TextRecord, difference, identify, text_metadata, text_records, verify_tensors
+from dataset.cache.records import (
+    FileIdentity,
+    TextRecord,
+    difference,
+    identify,
+    text_metadata,
+    text_records,
+    verify_tensors,
+)
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.source_jobs import progress
 from dataset.sources.listing import Source
@@ -40,7 +50,8 @@ from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
-Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]  # in the order of their passes, each with its identity
+# in the order of their passes, each with its identity
+Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,9 @@ def plan_text(source: Source, tag: str, encoders: Encoders, skip_existing: bool)
     right, _ = _right(path, source, encoders, skip_existing)
     part, others = _right(part_path(path), source, encoders, skip_existing=False)
     if others:
-        part = {}  # of another run, with other encoders or another caption: joined, it would spoil what is right in the file
+        # of another run, with other encoders or another caption: joined, it would spoil what is right in the
+        # file
+        part = {}
     names = [encoder.name for encoder, _ in encoders]
     return TextPlan(
         source,
@@ -76,13 +89,21 @@ def plan_text(source: Source, tag: str, encoders: Encoders, skip_existing: bool)
 
 
 class TextEncoding:
-    """The text encoders' passes over this process's sources. Afterwards its counters say what was done, in files.
+    """The text encoders' passes over this process's sources. Afterwards its counters say what was done, in
+    files.
 
-    written: files that any encoder had something to add to. kept: all others. foreign: those with outputs that have no record.
+    written: files that any encoder had something to add to. kept: all others. foreign: those with outputs
+    that have no record.
     """
 
     def __init__(
-        self, family: Family, device: torch.device, batch_size: int | None, workers: int, skip_existing: bool, show_progress: bool
+        self,
+        family: Family,
+        device: torch.device,
+        batch_size: int | None,
+        workers: int,
+        skip_existing: bool,
+        show_progress: bool,
     ) -> None:
         self.written = self.kept = self.foreign = 0
         self._family = family
@@ -93,7 +114,9 @@ class TextEncoding:
         self._show_progress = show_progress
 
     def run(self, sources: Sequence[Source]) -> None:
-        """Encode what is missing, one encoder after the other; each is loaded only where there is something to do."""
+        """Encode what is missing, one encoder after the other; each is loaded only where there is something
+        to do.
+        """
         encoders = [(encoder, dict(encoder.identity)) for encoder in self._family.text_encoders()]
         plans = self._plan(sources, encoders)
         for encoder, identity in encoders:
@@ -125,7 +148,8 @@ class TextEncoding:
             else:
                 self.kept += 1
             if not plan.in_part:
-                part_path(plan.path).unlink(missing_ok=True)  # nothing of it is right, or nothing of it is needed
+                # nothing of it is right, or nothing of it is needed
+                part_path(plan.path).unlink(missing_ok=True)
             elif not plan.missing:
                 finish_text(plan.path)  # a run was stopped before it could
         return plans
@@ -140,8 +164,8 @@ class TextEncoding:
     ) -> None:
         """Encode every batch of `sources` in which something is to do, and write that.
 
-        Whole batches, because the last bits of an embedding depend on its neighbours: so a run that was killed ends as one that
-        was not.
+        Whole batches, because the last bits of an embedding depend on its neighbours: so a run that was
+        killed ends as one that was not.
         """
         with WriteBehind() as writer, torch.no_grad():
             for batch in _batches(sources, self._batch_size):
@@ -156,7 +180,9 @@ class TextEncoding:
                     record = TextRecord(identity, source.caption or "", _caption_file(source), crc32={})
                     path = self._path(source)
                     is_last = to_do[path].is_last(encoder.name)
-                    writer.submit(partial(write_text, path, tensors, encoder.name, record, self._family.name, is_last))
+                    writer.submit(
+                        partial(write_text, path, tensors, encoder.name, record, self._family.name, is_last)
+                    )
                 bar.update(len(missing))
 
     def _path(self, source: Source) -> Path:
@@ -164,13 +190,19 @@ class TextEncoding:
 
 
 def write_text(
-    path: Path, tensors: Mapping[str, Tensor], encoder: str, record: TextRecord, architecture: str, is_last: bool = True
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    encoder: str,
+    record: TextRecord,
+    architecture: str,
+    is_last: bool = True,
 ) -> None:
-    """Write one encoder's tensors (by their names in the file) for a text cache: into its `.part`, or the whole file.
+    """Write one encoder's tensors (by their names in the file) for a text cache: into its `.part`, or the
+    whole file.
 
-    is_last: no other encoder has anything to add; what stands in the `.part` and in the file is joined with the tensors. There,
-    tensors of other names, other metadata and other encoders' records stay. A caption that has changed is replaced with a warning.
-    Raises OutputError.
+    is_last: no other encoder has anything to add; what stands in the `.part` and in the file is joined with
+    the tensors. There, tensors of other names, other metadata and other encoders' records stay. A caption
+    that has changed is replaced with a warning. Raises OutputError.
     """
     sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}
@@ -187,7 +219,9 @@ def write_text(
     if old is not None:
         before = old.header.metadata.get("caption1", record.caption)
         if before != record.caption:
-            logger.warning("%s: the caption was %r, now it is %r; it is replaced", path, before, record.caption)
+            logger.warning(
+                "%s: the caption was %r, now it is %r; it is replaced", path, before, record.caption
+            )
         new = _joined(old, new)
     if unfinished is None:
         write_tensors(path, new.named, new.header.metadata)
@@ -216,8 +250,11 @@ def _joined(old: Entry, new: Entry) -> Entry:
     return Entry(Header(new.header.path, metadata, tuple(named)), named)
 
 
-def _right(path: Path, source: Source, encoders: Encoders, skip_existing: bool) -> tuple[dict[str, bool], frozenset[str]]:
-    """The encoders whose outputs in a file are what they would write: name -> whether they have a record. And all other records.
+def _right(
+    path: Path, source: Source, encoders: Encoders, skip_existing: bool
+) -> tuple[dict[str, bool], frozenset[str]]:
+    """The encoders whose outputs in a file are what they would write: name -> whether they have a record. And
+    all other records.
 
     skip_existing: outputs without a record count where they are of the same caption.
     """
@@ -236,7 +273,9 @@ def _right(path: Path, source: Source, encoders: Encoders, skip_existing: bool) 
             if skip_existing and _is_foreign(entry.header, encoder, source.caption):
                 right[encoder.name] = False
             continue
-        changed = difference(record.encoder, identity) or difference({"caption": record.caption}, {"caption": source.caption})
+        changed = difference(record.encoder, identity) or difference(
+            {"caption": record.caption}, {"caption": source.caption}
+        )
         if changed is not None:
             logger.debug("%s: %s", path, changed)
             continue
@@ -283,7 +322,11 @@ def _batches(sources: Sequence[Source], batch_size: int | None) -> list[Sequence
     batches: list[list[Source]] = []
     for source in sources:
         last = batches[-1] if batches else None
-        if last is None or last[0].table is not source.table or len(last) >= (batch_size or source.table.batch_size):
+        if (
+            last is None
+            or last[0].table is not source.table
+            or len(last) >= (batch_size or source.table.batch_size)
+        ):
             batches.append([source])
         else:
             last.append(source)

@@ -20,6 +20,10 @@ def read_caption(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+        raise DatasetError(
+            f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from None
     except OSError as error:
-        raise DatasetError(f"{path}: this caption cannot be read: {error.strerror}. Put a text file there.") from error
+        raise DatasetError(
+            f"{path}: this caption cannot be read: {error.strerror}. Put a text file there."
+        ) from error

@@ -10,20 +10,28 @@ from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 
 
 class ControlFolder:
-    """The contents of a `control_directory`, listed once and ordered so that finding a file does not look at all others."""
+    """The contents of a `control_directory`, listed once and ordered so that finding a file does not look at
+    all others.
+    """
 
     def __init__(self, folder: Path, stems: Container[str]) -> None:
-        """stems: of all pictures or clips of the table. Raises DatasetError where the folder cannot be listed."""
+        """stems: of all pictures or clips of the table. Raises DatasetError where the folder cannot be
+        listed.
+        """
         self._folder = folder
         self._stems = stems
         entries = list_folder(folder, "control_directory")
         self._by_name = {path.name: path for path in entries}
-        self._clips = {path.stem: path for path in reversed(entries) if path.suffix.lower() in VIDEO_SUFFIXES}  # the first stays
-        self._images = sorted((path for path in entries if path.suffix.lower() in image_suffixes()), key=lambda path: path.stem)
+        # the first stays
+        self._clips = {path.stem: path for path in reversed(entries) if path.suffix.lower() in VIDEO_SUFFIXES}
+        self._images = sorted(
+            (path for path in entries if path.suffix.lower() in image_suffixes()), key=lambda path: path.stem
+        )
         self._image_stems = [path.stem for path in self._images]
 
     def for_image(self, stem: str, count: int) -> tuple[Path, ...]:
-        """The first `count` control images of a picture: `<stem>.*` first, then by the number after the last underscore.
+        """The first `count` control images of a picture: `<stem>.*` first, then by the number after the last
+        underscore.
 
         Raises DatasetError where there are fewer, or where a name that begins with `stem` has no number.
         """
@@ -31,21 +39,28 @@ class ControlFolder:
         if len(ranked) < count:
             wanted = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
             raise DatasetError(
-                f"{self._folder} has {len(ranked)} control images for {stem}; needed: {wanted} (or another image type)"
+                f"{self._folder} has {len(ranked)} control images for {stem}; needed: {wanted} (or another "
+                "image type)"
             )
         return tuple(ranked[:count])
 
     def beyond(self, stem: str, count: int) -> list[Path]:
-        """Control images of a picture behind the first `count`, but for those named as another picture of the table is."""
+        """Control images of a picture behind the first `count`, but for those named as another picture of the
+        table is.
+        """
         return [path for path in self._images_of(stem)[count:] if path.stem not in self._stems]
 
     def _images_of(self, stem: str) -> list[Path]:
-        first, end = (bisect.bisect_left(self._image_stems, text) for text in (stem, stem + chr(0x10FFFF)))  # begin with `stem`
-        ranked = [(self._rank(path, stem), path) for path in self._images[first:end] if self._may_belong(path, stem)]
+        # begin with `stem`
+        first, end = (bisect.bisect_left(self._image_stems, text) for text in (stem, stem + chr(0x10FFFF)))
+        ranked = [
+            (self._rank(path, stem), path) for path in self._images[first:end] if self._may_belong(path, stem)
+        ]
         return [path for _, path in sorted(ranked)]
 
     def for_video(self, video: Path) -> Path:
-        """The control clip of a video: the same file name, else a folder `<stem>` of images, else `<stem>` with a video suffix.
+        """The control clip of a video: the same file name, else a folder `<stem>` of images, else `<stem>`
+        with a video suffix.
 
         Raises DatasetError where there is none.
         """
@@ -53,27 +68,38 @@ class ControlFolder:
         found = same or (folder if folder is not None and folder.is_dir() else self._clips.get(video.stem))
         if found is None:
             raise DatasetError(
-                f"{self._folder} has no control clip for {video.name}: neither {video.name} nor a folder {video.stem}"
+                f"{self._folder} has no control clip for {video.name}: neither {video.name} nor a folder "
+                f"{video.stem}"
             )
         return found
 
     def _may_belong(self, path: Path, stem: str) -> bool:
-        """Whether an image whose name begins with `stem` is named after it, not after a longer one (`pic_1` against `pic_10`)."""
+        """Whether an image whose name begins with `stem` is named after it, not after a longer one (`pic_1`
+        against `pic_10`).
+        """
         if re.fullmatch(r"(_\d+)?", path.stem[len(stem) :]):
             return True
-        return not any(path.stem[:length] in self._stems for length in range(len(stem) + 1, len(path.stem) + 1))
+        return not any(
+            path.stem[:length] in self._stems for length in range(len(stem) + 1, len(path.stem) + 1)
+        )
 
     def _rank(self, path: Path, stem: str) -> int:
         if path.stem == stem:
             return -1
         number = path.stem.rsplit("_", 1)[-1]
         if not number.isdecimal():
-            raise DatasetError(f"{path}: a control image of {stem} is named {stem}{path.suffix} or {stem}_<number>{path.suffix}")
+            raise DatasetError(
+                f"{path}: a control image of {stem} is named {stem}{path.suffix} or "
+                f"{stem}_<number>{path.suffix}"
+            )
         return int(number)
 
 
 def list_folder(folder: Path, key: str) -> Sequence[Path]:
-    """What a folder holds, sorted, without names that begin with a dot. Raises DatasetError with the key that names the folder."""
+    """What a folder holds, sorted, without names that begin with a dot.
+
+    Raises DatasetError with the key that names the folder.
+    """
     try:
         return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=str)
     except OSError as error:

@@ -1,4 +1,6 @@
-"""From a source to the items that are encoded: decode once, keep and resize frames, choose the bucket, cut spans."""
+"""From a source to the items that are encoded: decode once, keep and resize frames, choose the bucket, cut
+spans.
+"""
 
 import functools
 import itertools
@@ -42,7 +44,8 @@ class DecodedSource:
     size: Size
     bucket: Size
     frames: Clip  # F H W 3; none from `plan_source`
-    control: tuple[Clip, ...]  # per control image or clip: as many frames; C = 4 where a control image has alpha
+    # per control image or clip: as many frames; C = 4 where a control image has alpha
+    control: tuple[Clip, ...]
     spans: tuple[Span, ...]
     reason: str | None  # why there is no span: "12 frames, the shortest of target_frames is 17"
     alpha: NDArray[np.uint8] | None = None  # H W, of an image that is transparent somewhere
@@ -51,8 +54,14 @@ class DecodedSource:
     def items(self) -> tuple[Item, ...]:
         """One item per span."""
         is_image = self.source.table.kind == "image"
-        keys = [self.source.stem if is_image else f"{self.source.stem}_{start:05d}-{length:03d}" for start, length in self.spans]
-        return tuple(Item(self.source, key, span, self.size, self.bucket) for key, span in zip(keys, self.spans, strict=True))
+        keys = [
+            self.source.stem if is_image else f"{self.source.stem}_{start:05d}-{length:03d}"
+            for start, length in self.spans
+        ]
+        return tuple(
+            Item(self.source, key, span, self.size, self.bucket)
+            for key, span in zip(keys, self.spans, strict=True)
+        )
 
     def crop(self, span: Span) -> Clip:
         """F H W 3 of a span, not copied."""
@@ -64,10 +73,12 @@ class DecodedSource:
 
 
 def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
-    """Read a source and its control media; the whole clip lies in memory at bucket size, larger frames only one at a time.
+    """Read a source and its control media; the whole clip lies in memory at bucket size, larger frames only
+    one at a time.
 
-    fps: the family's rate, reached by dropping frames where the table has source_fps. step, frame_step: of the family's LatentSpec.
-    Raises MediaError (unreadable, too small), DatasetError (a resolution that is no multiple of `step`).
+    fps: the family's rate, reached by dropping frames where the table has source_fps. step, frame_step: of
+    the family's LatentSpec. Raises MediaError (unreadable, too small), DatasetError (a resolution that is no
+    multiple of `step`).
     """
     table = source.table
     if table.kind == "image":
@@ -76,19 +87,26 @@ def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 
         bucket = bucket_of(table, size, step, source.path)
         control = tuple(_control_image(read_image(path, alpha=True), bucket) for path in source.control)
         alpha = None if alpha is None or alpha.min() == 255 else resize_cover(alpha, bucket)
-        return DecodedSource(source, size, bucket, resize_cover(image, bucket)[None], control, IMAGE_SPANS, None, alpha)
+        return DecodedSource(
+            source, size, bucket, resize_cover(image, bucket)[None], control, IMAGE_SPANS, None, alpha
+        )
     decoded = _kept_frames(source.path, table, fps)
     first = next(decoded)
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, source.path)
     frames = _gathered(itertools.chain([first], decoded), bucket, frames_wanted(table))
     found, reason = _spans_or_reason(table, len(frames), frame_step)
-    control = tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control) if found else ()
+    control = (
+        tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control)
+        if found
+        else ()
+    )
     return DecodedSource(source, size, bucket, frames, control, found, reason)
 
 
 def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
-    """As `decode_source`, but from headers and without frames: to compare with cache files that have no record.
+    """As `decode_source`, but from headers and without frames: to compare with cache files that have no
+    record.
 
     A header may be wrong about the number of frames; a clip whose header has none is decoded.
     Raises as `decode_source`, as far as headers tell.
@@ -96,7 +114,9 @@ def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4)
     table = source.table
     if table.kind == "image":
         size = image_size(source.path)
-        return DecodedSource(source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), IMAGE_SPANS, None)
+        return DecodedSource(
+            source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), IMAGE_SPANS, None
+        )
     info = video_info(source.path)
     size = (info.width, info.height)
     if info.frames is None:
@@ -104,21 +124,28 @@ def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4)
     else:
         kept = len(resample_indices(info.frames, table.source_fps, fps))
     found, reason = _spans_or_reason(table, kept, frame_step)
-    return DecodedSource(source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason)
+    return DecodedSource(
+        source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason
+    )
 
 
 def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
     """The size that a picture of `size` is resized to. path: for messages.
 
-    Raises MediaError (the picture is too small to keep its size), DatasetError (the resolution does not suit `step`).
+    Raises MediaError (the picture is too small to keep its size), DatasetError (the resolution does not suit
+    `step`).
     """
     width, height = table.resolution
     if not table.enable_bucket:
         if width % step or height % step:
-            down, up = (width // step * step, height // step * step), (-(-width // step) * step, -(-height // step) * step)
+            down, up = (
+                (width // step * step, height // step * step),
+                (-(-width // step) * step, -(-height // step) * step),
+            )
             options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
             raise DatasetError(
-                f"{table.name}: resolution = [{width}, {height}] is no multiple of {step}, and enable_bucket is false. "
+                f"{table.name}: resolution = [{width}, {height}] is no multiple of {step}, and enable_bucket "
+                "is false. "
                 f"Use {options}, or enable_bucket = true."
             )
         return table.resolution
@@ -136,18 +163,27 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 
 def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]:
-    """The frames of a clip that stay after dropping to `fps`, at their own size; no more of them than the table wants."""
-    kept = (frame for frame, keep in zip(video_frames(path), keep_pattern(table.source_fps, fps), strict=False) if keep)
+    """The frames of a clip that stay after dropping to `fps`, at their own size; no more of them than the
+    table wants.
+    """
+    kept = (
+        frame
+        for frame, keep in zip(video_frames(path), keep_pattern(table.source_fps, fps), strict=False)
+        if keep
+    )
     return itertools.islice(kept, frames_wanted(table))
 
 
 def _gathered(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
-    """The frames at bucket size, one behind the other in one piece of memory that grows as they come: no second copy of a clip."""
+    """The frames at bucket size, one behind the other in one piece of memory that grows as they come: no
+    second copy of a clip.
+    """
     width, height = bucket
     clip, count = np.empty((min(wanted or GROWTH, GROWTH), height, width, 3), np.uint8), 0
     for frame in frames:
         if count == len(clip):
-            clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)  # nothing else refers to it yet
+            # nothing else refers to it yet
+            clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)
         clip[count] = resize_cover(frame, bucket)
         count += 1
     clip.resize((count, height, width, 3), refcheck=False)
@@ -161,9 +197,15 @@ def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
 
 
 def _control_image(image: Frame, bucket: Size) -> Clip:
-    """1 H W C. Transparency is resized apart from the colours, which Pillow would darken by it; generation does not read it so."""
+    """1 H W C.
+
+    Transparency is resized apart from the colours, which Pillow would darken by it; generation does not read
+    it so.
+    """
     colours, alpha = _colours_and_alpha(image)
-    parts = [resize_cover(colours, bucket)] + ([] if alpha is None else [resize_cover(alpha, bucket)[..., None]])
+    parts = [resize_cover(colours, bucket)] + (
+        [] if alpha is None else [resize_cover(alpha, bucket)[..., None]]
+    )
     return np.concatenate(parts, axis=2)[None]
 
 
@@ -171,7 +213,11 @@ def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num
     """As many control frames as the clip has: a longer one is cut, a shorter one repeats its last frame."""
     kept = itertools.islice(_kept_frames(path, table, fps), num_frames)
     frames = _gathered(kept, bucket, num_frames)
-    return np.concatenate([frames, *[frames[-1:]] * (num_frames - len(frames))]) if len(frames) < num_frames else frames
+    return (
+        np.concatenate([frames, *[frames[-1:]] * (num_frames - len(frames))])
+        if len(frames) < num_frames
+        else frames
+    )
 
 
 def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:

@@ -1,4 +1,5 @@
-"""Which frames of a video become items: dropping frames to reach a rate, and the five ways to cut spans out of what is kept.
+"""Which frames of a video become items: dropping frames to reach a rate, and the five ways to cut spans out
+of what is kept.
 
 A span is (first frame, number of frames), counted in kept frames. Plain numbers only.
 """
@@ -20,7 +21,10 @@ def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[S
         length = min(kept_frames, table.max_frames)
         return ((0, (length - 1) // frame_step * frame_step + 1),) if length > 0 else ()
     found = [
-        (start, target) for target in table.target_frames if target <= kept_frames for start in _starts(table, kept_frames, target)
+        (start, target)
+        for target in table.target_frames
+        if target <= kept_frames
+        for start in _starts(table, kept_frames, target)
     ]
     return tuple(dict.fromkeys(found))
 
@@ -41,7 +45,9 @@ def _starts(table: DatasetTable, kept_frames: int, target: int) -> Iterator[int]
 
 
 def _even_starts(last: int, count: int) -> Iterator[int]:
-    """`count` whole numbers from 0 to `last`, rounded down: the float64 arithmetic of numpy.linspace, so that caches agree."""
+    """`count` whole numbers from 0 to `last`, rounded down: the float64 arithmetic of numpy.linspace, so that
+    caches agree.
+    """
     if count == 1:
         yield 0
         return
@@ -58,10 +64,12 @@ def frames_wanted(table: DatasetTable) -> int | None:
 
 
 def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
-    """For each decoded frame in order, without end: whether it is kept on the way from `source_fps` to `target_fps`.
+    """For each decoded frame in order, without end: whether it is kept on the way from `source_fps` to
+    `target_fps`.
 
-    Frames are only dropped, never doubled: a source slower than the target keeps all. Without source_fps all are kept.
-    The running sum is added up in float64 on purpose: its rounding decides some frames, as in the caches users have.
+    Frames are only dropped, never doubled: a source slower than the target keeps all. Without source_fps all
+    are kept. The running sum is added up in float64 on purpose: its rounding decides some frames, as in the
+    caches users have.
     """
     ratio = 1.0 if source_fps is None else target_fps / source_fps
     position, last = 0.0, -1
@@ -74,4 +82,8 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
 
 def resample_indices(num_frames: int, source_fps: float | None, target_fps: float) -> tuple[int, ...]:
     """Which of `num_frames` decoded frames are kept."""
-    return tuple(index for index, keep in zip(range(num_frames), keep_pattern(source_fps, target_fps), strict=False) if keep)
+    return tuple(
+        index
+        for index, keep in zip(range(num_frames), keep_pattern(source_fps, target_fps), strict=False)
+        if keep
+    )

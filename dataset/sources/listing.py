@@ -1,4 +1,6 @@
-"""Which files a dataset table means: pictures or clips with their captions and control media, from a folder or a JSONL list."""
+"""Which files a dataset table means: pictures or clips with their captions and control media, from a folder
+or a JSONL list.
+"""
 
 import json
 import logging
@@ -27,22 +29,28 @@ class Source:
     path: Path  # a file, or for a clip also a folder of images
     stem: str  # file name without suffix: the beginning of its cache names, unique within the table
     caption: str | None  # None: missing (see `missing_captions`), or not read
-    caption_path: Path | None  # the text file of the caption, there or not; None: JSONL, or no caption_extension
+    # the text file of the caption, there or not; None: JSONL, or no caption_extension
+    caption_path: Path | None
     control: tuple[Path, ...]  # control images in order, or one control clip; () without control
     table: DatasetTable
 
 
 def find_sources(table: DatasetTable, captions: bool = True) -> list[Source]:
-    """All sources of a table, sorted by path. captions=False reads no caption files (latents do not need them).
+    """All sources of a table, sorted by path. captions=False reads no caption files (latents do not need
+    them).
 
-    A missing caption is left None; files named by a JSONL list are not looked for.
-    Raises DatasetError: a folder or list that is missing or empty, a malformed line, missing or misnamed control media, two sources
+    A missing caption is left None; files named by a JSONL list are not looked for. Raises DatasetError: a
+    folder or list that is missing or empty, a malformed line, missing or misnamed control media, two sources
     with one stem (they would share one cache file).
     """
     sources = _from_folder(table, captions) if table.directory is not None else _from_list(table)
     if not sources:
         kinds = ", ".join(sorted(_suffixes(table)))
-        holds = f"holds no {table.kind}s ({kinds}; folders inside it are not searched)" if table.directory else "has no line"
+        holds = (
+            f"holds no {table.kind}s ({kinds}; folders inside it are not searched)"
+            if table.directory
+            else "has no line"
+        )
         raise DatasetError(f"{table.name}: {table.source} {holds}. Put some there, or correct the path.")
     sources.sort(key=lambda source: str(source.path))
     _check_stems(table, sources)
@@ -56,13 +64,19 @@ def missing_captions(sources: Iterable[Source]) -> list[str]:
 
 def require_captions(sources: Sequence[Source]) -> None:
     """Raise DatasetError listing the sources without a caption."""
-    _raise_listed(f"of {len(sources)} captions are missing; write them, then run again", missing_captions(sources))
+    _raise_listed(
+        f"of {len(sources)} captions are missing; write them, then run again", missing_captions(sources)
+    )
 
 
 def _where_caption(source: Source) -> str:
     if source.caption_path is not None:
         return f"no {source.caption_path.name} beside it"
-    return 'no "caption" in its line' if source.table.jsonl_file else "no caption_extension in its table, such as .txt"
+    return (
+        'no "caption" in its line'
+        if source.table.jsonl_file
+        else "no caption_extension in its table, such as .txt"
+    )
 
 
 def _suffixes(table: DatasetTable) -> frozenset[str]:
@@ -76,7 +90,9 @@ def _check_stems(table: DatasetTable, sources: Sequence[Source]) -> None:
         other = first.setdefault(os.path.normcase(source.stem), source)
         if other is not source:
             clashes.append(f"{other.path} and {source.path}")
-    _raise_listed(f"pairs of {table.name} would share a cache file; rename one of each, or use two tables", clashes)
+    _raise_listed(
+        f"pairs of {table.name} would share a cache file; rename one of each, or use two tables", clashes
+    )
 
 
 def _raise_listed(what: str, lines: Sequence[str]) -> None:
@@ -86,7 +102,8 @@ def _raise_listed(what: str, lines: Sequence[str]) -> None:
         raise DatasetError("\n  ".join([f"{len(lines)} {what}:", *lines[:LISTED], *more]))
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------------------
+# --- folders
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _from_folder(table: DatasetTable, captions: bool) -> list[Source]:
@@ -112,13 +129,17 @@ def _folder_controls(table: DatasetTable, paths: Sequence[Path]) -> list[tuple[P
     for path in paths:
         try:
             controls.append(
-                folder.for_image(path.stem, table.control_count) if table.kind == "image" else (folder.for_video(path),)
+                folder.for_image(path.stem, table.control_count)
+                if table.kind == "image"
+                else (folder.for_video(path),)
             )
         except DatasetError as error:
             problems.append(str(error))
     _raise_listed(f"problems with the control media of {table.name}", problems)
     if table.kind == "image":
-        _tell_unused(table, [unused for path in paths for unused in folder.beyond(path.stem, table.control_count)])
+        _tell_unused(
+            table, [unused for path in paths for unused in folder.beyond(path.stem, table.control_count)]
+        )
     return controls
 
 
@@ -134,7 +155,8 @@ def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
         )
 
 
-# --- JSONL lists ------------------------------------------------------------------------------------------------------------------
+# --- JSONL lists
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _from_list(table: DatasetTable) -> list[Source]:
@@ -145,7 +167,9 @@ def _from_list(table: DatasetTable) -> list[Source]:
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except OSError as error:
-        raise DatasetError(f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path.") from error
+        raise DatasetError(
+            f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path."
+        ) from error
     if not lines[-1]:  # the end of the last line
         lines.pop()
     sources = [_from_line(table, f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
@@ -173,7 +197,9 @@ def _example(table: DatasetTable) -> str:
 
 
 def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> tuple[Path, ...]:
-    """`control_path`, or `control_path_<number>` in the order of the numbers; the first `control_count` of them."""
+    """`control_path`, or `control_path_<number>` in the order of the numbers; the first `control_count` of
+    them.
+    """
     numbered: dict[int, str] = {}
     for name, value in record.items():
         match = re.fullmatch(r"control_path(?:_(\d+))?", name)
@@ -183,7 +209,9 @@ def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> t
         if not isinstance(value, str):
             raise DatasetError(f"{where}: {name} = {json.dumps(value)} is no path in quotes")
         if number in numbered:
-            raise DatasetError(f"{where}: {name} says again what another control_path said; control_path is control_path_0")
+            raise DatasetError(
+                f"{where}: {name} says again what another control_path said; control_path is control_path_0"
+            )
         numbered[number] = value
     return tuple(Path(numbered[number]).expanduser() for number in sorted(numbered))[: table.control_count]
 
@@ -191,6 +219,10 @@ def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> t
 def _checked_controls(table: DatasetTable, sources: list[Source]) -> list[Source]:
     if any(source.control for source in sources):
         lacking = [str(source.path) for source in sources if len(source.control) < table.control_count]
-        needed = "control_path" if table.control_count == 1 else f"control_path_0 to control_path_{table.control_count - 1}"
+        needed = (
+            "control_path"
+            if table.control_count == 1
+            else f"control_path_0 to control_path_{table.control_count - 1}"
+        )
         _raise_listed(f"lines of {table.jsonl_file} have no {needed}, while others have", lacking)
     return sources

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from modules.attention.lengths import Dense, Lengths, by_sample, lengths_on, pack, unpack
 from modules.attention.options import SDPA, AttentionChoice, flag_of
-from modules.attention.packages import flash, flash3, flash3_packed, flash_packed, sage, xformers, xformers_packed
+from modules.attention.packages import (
+    flash,
+    flash3,
+    flash3_packed,
+    flash_packed,
+    sage,
+    xformers,
+    xformers_packed,
+)
 from modules.attention.sdpa import cudnn_note, sdpa
 from modules.devices import dtype_name
 from modules.errors import OptionError
@@ -46,14 +54,19 @@ class Backend:
 
 
 BACKENDS = {
-    # Sample by sample torch takes cuDNN's kernel. Its own torch.nn.attention.varlen runs FlashAttention 2's, which is slower where
-    # there is cuDNN's, on copies of all tokens; a sample of thousands of tokens fills a GPU alone.
+    # Sample by sample torch takes cuDNN's kernel. Its own torch.nn.attention.varlen runs FlashAttention 2's,
+    # which is slower where there is cuDNN's, on copies of all tokens; a sample of thousands of tokens fills a
+    # GPU alone.
     "sdpa": Backend(sdpa),
     "flash": Backend(
         flash,
         flash_packed,
         Package(
-            "FlashAttention 2", "flash_attn", "with: pip install flash-attn --no-build-isolation", capability=(8, 0), dtypes=HALVES
+            "FlashAttention 2",
+            "flash_attn",
+            "with: pip install flash-attn --no-build-isolation",
+            capability=(8, 0),
+            dtypes=HALVES,
         ),
     ),
     "flash3": Backend(
@@ -80,7 +93,9 @@ BACKENDS = {
         ),
     ),
     "xformers": Backend(
-        xformers, xformers_packed, Package("xFormers", "xformers", "with: pip install xformers, for this version of torch")
+        xformers,
+        xformers_packed,
+        Package("xFormers", "xformers", "with: pip install xformers, for this version of torch"),
     ),
 }
 
@@ -95,19 +110,25 @@ def attend(
 ) -> Tensor:
     """Softmax attention, scaled by 1/sqrt(D), in the dtype of the inputs (under autocast in its dtype).
 
-    query: B L N D. key, value: B S N D. choice: the back end; its `split` computes one sample after the other.
-    lengths: how many tokens of each sample are real, in attention of tokens among themselves (L = S). Padding is not computed: its
-    keys are not looked at, its queries give zeros, and the gradients of both are zero.
-    repeats: S float32, for how many equal keys each key stands; sdpa only, not together with lengths.
+    query: B L N D. key, value: B S N D. choice: the back end; its `split` computes one sample after the
+    other. lengths: how many tokens of each sample are real, in attention of tokens among themselves (L = S).
+    Padding is not computed: its keys are not looked at, its queries give zeros, and the gradients of both are
+    zero. repeats: S float32, for how many equal keys each key stands; sdpa only, not together with lengths.
     Returns B L N D. Raises ValueError for arguments that do not go together.
     """
     backend = BACKENDS[choice.mode]
     if lengths is not None and query.shape[1] != key.shape[1]:
-        raise ValueError(f"lengths are of tokens that look at themselves, not of {query.shape[1]} queries and {key.shape[1]} keys")
+        raise ValueError(
+            f"lengths are of tokens that look at themselves, not of {query.shape[1]} queries and "
+            f"{key.shape[1]} keys"
+        )
     if repeats is not None and (backend.package is not None or lengths is not None):
         raise ValueError("repeats are for sdpa, without lengths")
-    if backend.package is not None and torch.is_autocast_enabled(query.device.type):  # torch's own function does so itself
-        query, key, value = (one.to(torch.get_autocast_dtype(query.device.type)) for one in (query, key, value))
+    # torch's own function does so itself
+    if backend.package is not None and torch.is_autocast_enabled(query.device.type):
+        query, key, value = (
+            one.to(torch.get_autocast_dtype(query.device.type)) for one in (query, key, value)
+        )
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if lengths is None and not (choice.split and len(query) > 1):
         return dense(query, key, value)
@@ -117,12 +138,14 @@ def attend(
     return unpack(packed, lengths, query.shape[1])
 
 
-def check_backend(choice: AttentionChoice, device: torch.device, dtype: Callable[[], torch.dtype], training: bool) -> None:
+def check_backend(
+    choice: AttentionChoice, device: torch.device, dtype: Callable[[], torch.dtype], training: bool
+) -> None:
     """Raise OptionError where this back end cannot do this run, before anything is loaded.
 
     dtype: what the model computes in; asked for only where it matters, as it may have to be read from a file.
-    training: a backward pass is needed, and messages name the flags of training.
-    The last check is a small attention, with its backward pass in training: a package may be made for another GPU or torch.
+    training: a backward pass is needed, and messages name the flags of training. The last check is a small
+    attention, with its backward pass in training: a package may be made for another GPU or torch.
     """
     package = BACKENDS[choice.mode].package
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -141,10 +164,12 @@ def check_backend(choice: AttentionChoice, device: torch.device, dtype: Callable
     except Exception as error:  # a binary made for another torch raises what it likes
         if isinstance(error, ModuleNotFoundError) and error.name == package.module.partition(".")[0]:
             raise OptionError(
-                f"{flag} needs {package.name}, which is not installed. Install it {package.install}. {instead}"
+                f"{flag} needs {package.name}, which is not installed. Install it {package.install}. "
+                f"{instead}"
             ) from None
         raise OptionError(
-            f"{flag}: {package.name} cannot be loaded ({error}).\n  Install it anew {package.install}. {instead}"
+            f"{flag}: {package.name} cannot be loaded ({error}).\n  Install it anew {package.install}. "
+            f"{instead}"
         ) from error
     try:
         try_out(choice, device, dtype(), training)
@@ -155,8 +180,13 @@ def check_backend(choice: AttentionChoice, device: torch.device, dtype: Callable
         ) from error
 
 
-def refusal(package: Package, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool) -> str | None:
-    """Why a package cannot do a run, whatever is installed; completes "--flag ...". capability: None without a CUDA device."""
+def refusal(
+    package: Package, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
+) -> str | None:
+    """Why a package cannot do a run, whatever is installed; completes "--flag ...".
+
+    capability: None without a CUDA device.
+    """
     if training and not package.learns:
         return "has no backward pass, so that nothing would be learned: it is for generation only."
     if capability is None:
@@ -166,10 +196,16 @@ def refusal(package: Package, capability: tuple[int, int] | None, dtype: Callabl
         if package.only is not None and capability != package.capability:
             return f"runs on {package.only}, of compute capability {needed}; this GPU has {found}."
         if capability < package.capability:
-            return f"runs on GPUs of compute capability {needed} or more (Ampere and later); this one has {found}."
+            return (
+                f"runs on GPUs of compute capability {needed} or more (Ampere and later); this one has "
+                f"{found}."
+            )
     if package.dtypes is not None and dtype() not in package.dtypes:
         mend = "--mixed_precision bf16" if training else "a checkpoint in 16 bit"
-        return f"computes in float16 and bfloat16 only, and the model computes in {dtype_name(dtype())}. Use {mend}."
+        return (
+            f"computes in float16 and bfloat16 only, and the model computes in {dtype_name(dtype())}. Use "
+            f"{mend}."
+        )
     return None
 
 
@@ -179,14 +215,18 @@ def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, t
     Raises what the back end raises, ArithmeticError where the results are not near torch's.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, 128, 2, 128, generator=generator).to(device, dtype).requires_grad_(training) for _ in range(3)]
+    inputs = [
+        torch.randn(2, 128, 2, 128, generator=generator).to(device, dtype).requires_grad_(training)
+        for _ in range(3)
+    ]
     query, key, value = inputs
     with torch.set_grad_enabled(training):
         for counts in (None, (128, 72)):
             lengths = None if counts is None else lengths_on(counts, device)
             result = attend(query, key, value, choice, lengths)
             expected = attend(query, key, value, SDPA, lengths)
-            if not torch.allclose(result, expected, rtol=0.1, atol=0.05):  # coarse: SageAttention rounds to 8 bits
+            # coarse: SageAttention rounds to 8 bits
+            if not torch.allclose(result, expected, rtol=0.1, atol=0.05):
                 raise ArithmeticError("its results are wrong")
             if training:
                 torch.autograd.grad(result.float().sum(), inputs)

@@ -15,10 +15,15 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # query B L N D, key and val
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens of each sample are real; padding stands behind them. Made once a forward pass by `lengths_on`."""
+    """How many tokens of each sample are real; padding stands behind them.
 
-    counts: tuple[int, ...]  # B numbers on the host: a device that is asked for them in every layer would have to stop
-    starts: Tensor  # B + 1 int32: where each sample begins when real tokens stand behind one another, and where the last ends
+    Made once a forward pass by `lengths_on`.
+    """
+
+    # B numbers on the host: a device that is asked for them in every layer would have to stop
+    counts: tuple[int, ...]
+    # B + 1 int32: where each sample begins when real tokens stand behind one another, and where the last ends
+    starts: Tensor
 
     @property
     def longest(self) -> int:
@@ -42,7 +47,9 @@ def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
     return _filled_up(packed.split(lengths.counts), length)
 
 
-def by_sample(dense: Dense, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths | None = None) -> Tensor:
+def by_sample(
+    dense: Dense, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths | None = None
+) -> Tensor:
     """`dense` for one sample after the other, each over its real tokens only. Zeros in the padding."""
     counts: Sequence[int | None] = [None] * len(query) if lengths is None else lengths.counts
     samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), counts, strict=True)

@@ -1,4 +1,7 @@
-"""Which kernels compute attention. Training names a back end by a flag of its own, generation by --attn_mode."""
+"""Which kernels compute attention.
+
+Training names a back end by a flag of its own, generation by --attn_mode.
+"""
 
 import argparse
 from dataclasses import dataclass
@@ -82,22 +85,34 @@ def add_training_attention_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `TrainingAttentionOptions`."""
     group = parser.add_argument_group("attention")
     group.add_argument(
-        "--sdpa", action="store_true", help="torch's own kernels, the best for the device (also when no other is given)"
+        "--sdpa",
+        action="store_true",
+        help="torch's own kernels, the best for the device (also when no other is given)",
     )
-    group.add_argument("--flash_attn", action="store_true", help="FlashAttention 2, of the package flash_attn")
-    group.add_argument("--sage_attn", action="store_true", help="SageAttention: for generation, it has no backward pass")
+    group.add_argument(
+        "--flash_attn", action="store_true", help="FlashAttention 2, of the package flash_attn"
+    )
+    group.add_argument(
+        "--sage_attn", action="store_true", help="SageAttention: for generation, it has no backward pass"
+    )
     group.add_argument("--xformers", action="store_true", help="xFormers' memory-efficient attention")
     group.add_argument("--flash3", action="store_true", help="FlashAttention 3, for Hopper GPUs")
     add_split_argument(group)
 
 
-def add_generation_attention_arguments(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> None:
-    """Add --attn_mode. A script that has --split_attn adds it with `add_split_argument`; elsewhere nothing is split."""
+def add_generation_attention_arguments(
+    parser: argparse.ArgumentParser, group: argparse._ArgumentGroup
+) -> None:
+    """Add --attn_mode.
+
+    A script that has --split_attn adds it with `add_split_argument`; elsewhere nothing is split.
+    """
     group.add_argument(
         "--attn_mode",
         default="torch",
         choices=tuple(GENERATION_VALUES),
-        help="attention back end; torch or sdpa: torch's own kernels; flash or flash2, flash3, sageattn, xformers: packages",
+        help="attention back end; torch or sdpa: torch's own kernels; flash or flash2, flash3, sageattn, "
+        "xformers: packages",
     )
     parser.set_defaults(split_attn=False)
 

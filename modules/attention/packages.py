@@ -22,7 +22,9 @@ def flash_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) ->
     """The same for T N D."""
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(query, key, value, lengths.starts, lengths.starts, lengths.longest, lengths.longest)
+    return flash_attn_varlen_func(
+        query, key, value, lengths.starts, lengths.starts, lengths.longest, lengths.longest
+    )
 
 
 def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

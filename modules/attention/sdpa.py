@@ -13,7 +13,9 @@ FIRST_CUDNN = 91501
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = None) -> Tensor:
-    """query: B L N D. key, value: B S N D. repeats: S float32, for how many equal keys each key stands. Returns B L N D."""
+    """query: B L N D. key, value: B S N D. repeats: S float32, for how many equal keys each key stands.
+    Returns B L N D.
+    """
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # B N L D
     # n equal keys: n exp(x) = exp(x + log n)
     bias = None if repeats is None else repeats.log().expand(1, 1, query.shape[1], -1)
@@ -26,14 +28,17 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     return ordered(q, k, v, bias, order).transpose(1, 2)
 
 
-def kernels(capability: tuple[int, int], dtype: torch.dtype, width: int, has_mask: bool, cudnn: int | None) -> list[SDPBackend]:
+def kernels(
+    capability: tuple[int, int], dtype: torch.dtype, width: int, has_mask: bool, cudnn: int | None
+) -> list[SDPBackend]:
     """The kernels to try, the best first; torch passes over one that does not take the tensors' sizes.
 
-    capability: of the GPU, as (9, 0). width: of a head. cudnn: its version, as 91501 for 9.15.1; None: leave it out.
-    cuDNN's kernel is the fastest on Hopper and Blackwell, forward and backward, and the backward pass takes the kernel of the
-    forward one. It is left out where it is known to fail rather than to refuse: with a mask its gradients may be NaN
-    (pytorch/pytorch#196678), before 9.15.1 sequences that are no multiple of 128 may be wrong, and other GPUs and wider heads
-    have no plan for some sizes ("No execution plans support the graph", pytorch/pytorch#140930).
+    capability: of the GPU, as (9, 0). width: of a head. cudnn: its version, as 91501 for 9.15.1; None: leave
+    it out. cuDNN's kernel is the fastest on Hopper and Blackwell, forward and backward, and the backward pass
+    takes the kernel of the forward one. It is left out where it is known to fail rather than to refuse: with
+    a mask its gradients may be NaN (pytorch/pytorch#196678), before 9.15.1 sequences that are no multiple of
+    128 may be wrong, and other GPUs and wider heads have no plan for some sizes ("No execution plans support
+    the graph", pytorch/pytorch#140930).
     """
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     is_good = capability in CUDNN_GPUS and cudnn is not None and cudnn >= FIRST_CUDNN
@@ -42,11 +47,14 @@ def kernels(capability: tuple[int, int], dtype: torch.dtype, width: int, has_mas
 
 
 def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
-    """What to tell where the GPU's fastest kernel is left out only because cuDNN is too old; None where there is nothing."""
+    """What to tell where the GPU's fastest kernel is left out only because cuDNN is too old; None where there
+    is nothing.
+    """
     if capability not in CUDNN_GPUS or (cudnn is not None and cudnn >= FIRST_CUDNN):
         return None
     return (
-        "torch has no cuDNN of version 9.15.1 or later: attention takes FlashAttention 2's kernel, slower on this GPU.\n"
+        "torch has no cuDNN of version 9.15.1 or later: attention takes FlashAttention 2's kernel, slower on "
+        "this GPU.\n"
         "  Install torch for CUDA 13, which brings one."
     )
 
@@ -54,7 +62,8 @@ def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
 def ordered(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, order: list[SDPBackend]) -> Tensor:
     """scaled_dot_product_attention of B N L D with these kernels in this order, and no other.
 
-    The context manager costs about 40 microseconds on the host, and nothing under torch.compile, which runs it while tracing.
+    The context manager costs about 40 microseconds on the host, and nothing under torch.compile, which runs
+    it while tracing.
     """
     with sdpa_kernel(order, set_priority=True):
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -69,13 +78,17 @@ def _cudnn() -> int | None:
     return None if torch.are_deterministic_algorithms_enabled() else torch.backends.cudnn.version()
 
 
-# For torch.compile both are constants. torch.compiler.assume_constant_result sets the same mark, and imports the whole compiler.
+# For torch.compile both are constants. torch.compiler.assume_constant_result sets the same mark, and imports
+# the whole compiler.
 for _fact in (_capability, _cudnn):
     _fact._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The same as matrix products, B N L D. For few tokens in 16 bit on a CPU two to five times faster than PyTorch's kernels."""
+    """The same as matrix products, B N L D.
+
+    For few tokens in 16 bit on a CPU two to five times faster than PyTorch's kernels.
+    """
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
         weights = (scores if bias is None else scores + bias).softmax(-1)

@@ -1,7 +1,8 @@
-"""Containers that hold named tensors on disk: safetensors, and torch's zip or pickle files read without running code.
+"""Containers that hold named tensors on disk: safetensors, and torch's zip or pickle files read without
+running code.
 
-Each reader lists its tensors without reading them and reads one at a time into memory of its own, so that nothing maps the file
-afterwards and a file on a slow or vanishing volume gives an error rather than a crash.
+Each reader lists its tensors without reading them and reads one at a time into memory of its own, so that
+nothing maps the file afterwards and a file on a slow or vanishing volume gives an error rather than a crash.
 """
 
 import json
@@ -24,9 +25,11 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
 
-ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # the first bytes of what `torch.save` writes, now and in its older format
+# the first bytes of what `torch.save` writes, now and in its older format
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
-WRAPPERS = ("module", "state_dict", "model_state_dict", "ema", "model")  # keys under which trainers hide the tensors
+# keys under which trainers hide the tensors
+WRAPPERS = ("module", "state_dict", "model_state_dict", "ema", "model")
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -59,7 +62,8 @@ class TensorFile(Protocol):
 
     def read(self, name: str) -> Tensor: ...  # on the CPU, in memory of its own
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor: ...  # to be copied from at once; bytes may lie in `scratch` (uint8)
+    # to be copied from at once; bytes may lie in `scratch` (uint8)
+    def borrow(self, name: str, scratch: Tensor) -> Tensor: ...
 
     def close(self) -> None: ...
 
@@ -92,7 +96,9 @@ def _what_it_is(start: bytes) -> str:
         return "is a Git LFS pointer, not the model. Fetch the real file (git lfs pull, or download it)."
     if start.lstrip()[:1] == b"<":
         return "is a web page, not a model: the download went wrong. Download the file again."
-    return "is neither a safetensors nor a torch file, or its beginning is damaged. Download or copy it again."
+    return (
+        "is neither a safetensors nor a torch file, or its beginning is damaged. Download or copy it again."
+    )
 
 
 class SafetensorsFile:
@@ -124,26 +130,37 @@ class SafetensorsFile:
     def _read_into(self, name: str, room: Tensor) -> None:
         self._file.seek(self._start + self._entries[name][1])
         if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
-            raise CheckpointError(f"{self._path} ends inside {name}: it was cut short while being read. Copy it again.", self._path)
+            raise CheckpointError(
+                f"{self._path} ends inside {name}: it was cut short while being read. Copy it again.",
+                self._path,
+            )
 
     def close(self) -> None:
         self._file.close()
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, tuple[TensorInfo, int]], int]:
-        """Metadata; name -> what and where; where the data begin. Every number is checked against the others."""
+        """Metadata; name -> what and where; where the data begin.
+
+        Every number is checked against the others.
+        """
         size = self._path.stat().st_size
         length = struct.unpack("<Q", self._file.read(8))[0] if size >= 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise self._damaged(f"its header claims {length} bytes, the file has {size}")
         try:
             header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_without_repeats)
-            metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+            metadata = {
+                str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()
+            }
             entries = {name: self._entry(name, entry) for name, entry in header.items()}
-            "".join([*header, *metadata, *metadata.values()]).encode("utf-8")  # raises for what could not be written again
+            # raises for what could not be written again
+            "".join([*header, *metadata, *metadata.values()]).encode("utf-8")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._damaged(f"its header cannot be read ({error})") from error
         end = 0
-        for name, (info, offset) in sorted(entries.items(), key=lambda item: (item[1][1], item[1][0].size_bytes)):
+        for name, (info, offset) in sorted(
+            entries.items(), key=lambda item: (item[1][1], item[1][0].size_bytes)
+        ):
             if offset != end:
                 raise self._damaged(f"the data of {name} begin at byte {offset}, not {end}")
             end += info.size_bytes
@@ -165,7 +182,9 @@ class SafetensorsFile:
         return info, begin
 
     def _damaged(self, how: str) -> CheckpointError:
-        return CheckpointError(f"{self._path} is damaged or incomplete: {how}. Download or copy it again.", self._path)
+        return CheckpointError(
+            f"{self._path} is damaged or incomplete: {how}. Download or copy it again.", self._path
+        )
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,11 +201,16 @@ class TorchFile:
         self._path = path
         self.metadata: dict[str, str] = {}
         self._tensors = _unwrapped(load_pickled(path), path)
-        self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+        self.tensors = {
+            name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
+        }
         size = path.stat().st_size
         for name, info in self.tensors.items():
-            if info.size_bytes > size:  # a few bytes repeated over a shape that no memory holds, or a tensor without data
-                raise CheckpointError(f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path)
+            # a few bytes repeated over a shape that no memory holds, or a tensor without data
+            if info.size_bytes > size:
+                raise CheckpointError(
+                    f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path
+                )
 
     def read(self, name: str) -> Tensor:
         # a tensor that is a view (of a larger storage, or transposed) becomes one of its own size
@@ -200,7 +224,8 @@ class TorchFile:
 
 
 def load_pickled(path: Path) -> Any:
-    """What `torch.save` wrote: tensors, mapped where the format allows, in plain containers. Code in the file is refused, not run.
+    """What `torch.save` wrote: tensors, mapped where the format allows, in plain containers. Code in the file
+    is refused, not run.
 
     Raises CheckpointError saying which of the two is wrong, or that the file is damaged.
     """
@@ -212,7 +237,8 @@ def load_pickled(path: Path) -> Any:
             raise CheckpointError(f"{path} {_what_it_is(start)}", path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the pickle protocol, which say nothing to a user
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # the older format cannot be mapped
+            # the older format cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         nonsense = re.search(r"Unsupported operand \d+", str(error))
         if nonsense is not None or "weights_only" not in str(error):
@@ -225,7 +251,9 @@ def load_pickled(path: Path) -> Any:
         ) from error
     except (MemoryError, CheckpointError):
         raise
-    except Exception as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
+    except (
+        Exception
+    ) as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
         raise _damaged_pickle(path, str(error) or type(error).__name__) from error
 
 
@@ -235,7 +263,9 @@ def _damaged_pickle(path: Path, reason: str) -> CheckpointError:
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    """The named tensors inside whatever a trainer wrapped around them; a step count beside a wrapper may be a tensor too."""
+    """The named tensors inside whatever a trainer wrapped around them; a step count beside a wrapper may be a
+    tensor too.
+    """
     for _ in range(1 + len(WRAPPERS)):  # a harmful file may wrap a dictionary in itself
         if not isinstance(content, dict):
             break
@@ -246,4 +276,6 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
                 return tensors
             break
         content = inner
-    raise CheckpointError(f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path)
+    raise CheckpointError(
+        f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
+    )

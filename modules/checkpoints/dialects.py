@@ -1,4 +1,6 @@
-"""Dialects of model files: their names to ours, dimensions read off the tensors, and what a file is that is none of them."""
+"""Dialects of model files: their names to ours, dimensions read off the tensors, and what a file is that is
+none of them.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +23,9 @@ Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our 
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """All that loading needs: dimensions, where each of our tensors comes from, and what in the file may stay unused."""
+    """All that loading needs: dimensions, where each of our tensors comes from, and what in the file may stay
+    unused.
+    """
 
     config: Config
     checkpoint: Checkpoint  # without prefixes
@@ -39,14 +43,24 @@ def load_planned(
 ) -> Network:
     """The network of a plan whose file is open, on the device, in eval mode, without gradients.
 
-    build: makes it from the plan's dimensions; it is called on the meta device. dtype, what: as for `load_module`; one dtype counts
-    for all tensors. in_fp8: keep its linear layers in 8 bits. Raises CheckpointError as `load_module`.
+    build: makes it from the plan's dimensions; it is called on the meta device. dtype, what: as for
+    `load_module`; one dtype counts for all tensors. in_fp8: keep its linear layers in 8 bits. Raises
+    CheckpointError as `load_module`.
     """
     with torch.device("meta"):
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
     fp8 = encoder_loading(network, plan.sources, plan.checkpoint.tensors, device) if in_fp8 else None
-    load_module(network, plan.checkpoint, plan.sources, device=device, dtype=dtype_of, ignore=plan.ignore, what=what, fp8=fp8)
+    load_module(
+        network,
+        plan.checkpoint,
+        plan.sources,
+        device=device,
+        dtype=dtype_of,
+        ignore=plan.ignore,
+        what=what,
+        fp8=fp8,
+    )
     return network.eval()
 
 
@@ -71,12 +85,15 @@ def count(names: Iterable[str], start: str) -> int:
 
 
 def shapes_of(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Callable[[str], tuple[int, ...]]:
-    """A function: our name -> shape of the tensor in the file. It raises CheckpointError where the file has no such tensor."""
+    """A function: our name -> shape of the tensor in the file. It raises CheckpointError where the file has
+    no such tensor.
+    """
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in sources:
             raise CheckpointError(
-                f"{checkpoint.path} is incomplete: {name} is missing. Download or copy it again.", checkpoint.path
+                f"{checkpoint.path} is incomplete: {name} is missing. Download or copy it again.",
+                checkpoint.path,
             )
         return checkpoint.tensors[sources[name].names[0]].shape
 
@@ -92,16 +109,22 @@ class DitShapes:
     model: str  # for messages: HunyuanVideo
 
     def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
-        """The shape of a tensor with so many axes. Raises CheckpointError where the file has none of that name."""
+        """The shape of a tensor with so many axes.
+
+        Raises CheckpointError where the file has none of that name.
+        """
         found = self.shapes.get(name, ())
         if len(found) != axes:
             raise CheckpointError(
-                f"{self.path} is an incomplete {self.model} transformer: {name} is not there. Copy it again.", self.path
+                f"{self.path} is an incomplete {self.model} transformer: {name} is not there. Copy it again.",
+                self.path,
             )
         return found
 
     def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
-        """Of the layer that makes tokens of latents: width of the model, channels of latents, size of a patch."""
+        """Of the layer that makes tokens of latents: width of the model, channels of latents, size of a
+        patch.
+        """
         dim, in_dim, frames, rows, columns = self.of(name, axes=5)
         return dim, in_dim, (frames, rows, columns)
 
@@ -111,7 +134,10 @@ class DitShapes:
 
 
 KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> what the file is
-    ("decoder.upsamples.0.upsamples.0.residual.2.weight", "the Wan2.2 VAE (48 channels), which Wan2.1 models cannot use"),
+    (
+        "decoder.upsamples.0.upsamples.0.residual.2.weight",
+        "the Wan2.2 VAE (48 channels), which Wan2.1 models cannot use",
+    ),
     ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
     ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
     ("quant_conv.weight", "a VAE of another model"),
@@ -124,7 +150,8 @@ KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> 
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
     ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
     ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
-    ("vision_model.embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),  # CLIP's has none
+    # CLIP's has none
+    ("vision_model.embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),
     ("head.probe", "a SigLIP image encoder (--image_encoder)"),
     ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder (--text_encoder2)"),
     ("model.embed_tokens.weight", "a language model (--text_encoder1)"),
@@ -135,10 +162,20 @@ KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> 
 
 
 def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
-    """The error for a file that is not what an option takes. wanted, give: what it should be, and which files are that."""
+    """The error for a file that is not what an option takes.
+
+    wanted, give: what it should be, and which files are that.
+    """
     bare = {name.removeprefix("model.diffusion_model.") for name in checkpoint.tensors}
     kind = next((text for name, text in KINDS if name in bare), None)
     if kind is None:
         some = ", ".join(sorted(checkpoint.tensors)[:3])
-        kind = "a LoRA" if any("lora_" in name for name in checkpoint.tensors) else f"an unknown model with tensors such as {some}"
-    return CheckpointError(f"{checkpoint.path} is not {wanted}; it looks like {kind}.\n  Give {give} to {option}.", checkpoint.path)
+        kind = (
+            "a LoRA"
+            if any("lora_" in name for name in checkpoint.tensors)
+            else f"an unknown model with tensors such as {some}"
+        )
+    return CheckpointError(
+        f"{checkpoint.path} is not {wanted}; it looks like {kind}.\n  Give {give} to {option}.",
+        checkpoint.path,
+    )

@@ -1,4 +1,6 @@
-"""What files of transformers share in every family: prefixes of names, the dtype that weights are kept in, filling a network."""
+"""What files of transformers share in every family: prefixes of names, the dtype that weights are kept in,
+filling a network.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +17,26 @@ from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from modules.fp8.weights import linear_weights
 
-PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.")
-OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "scaled_fp8")  # all-in-one
-# Rounding in the last blocks goes into the velocity as it is, while later blocks even out what earlier ones do. In the pocket
-# model two of eight make three quarters of the loss that fp8 adds; in Wan 14B two of forty are 5 % of the gain.
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.diffusion_model.",
+    "model.model.",
+    "diffusion_model.",
+    "transformer.",
+)
+# all-in-one
+OTHER_NETWORKS = (
+    "vae.",
+    "first_stage_model.",
+    "text_encoders.",
+    "cond_stage_model.",
+    "conditioner.",
+    "scaled_fp8",
+)
+# Rounding in the last blocks goes into the velocity as it is, while later blocks even out what earlier ones
+# do. In the pocket model two of eight make three quarters of the loss that fp8 adds; in Wan 14B two of forty
+# are 5 % of the gain.
 LAST_IN_16_BITS = 2
 FP8_COMPUTE = torch.bfloat16  # what an fp8 file computes in
 
@@ -60,13 +78,19 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def own_dtype(block_dtype: torch.dtype, for_fp8: torch.dtype | None = None) -> torch.dtype:
-    """What a file whose block weights have this dtype computes in where nothing is said: its own, fp8 files for_fp8 or bfloat16."""
+    """What a file whose block weights have this dtype computes in where nothing is said: its own, fp8 files
+    for_fp8 or bfloat16.
+    """
     return block_dtype if block_dtype.itemsize > 1 else for_fp8 or FP8_COMPUTE
 
 
 def kept_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
     """What weights are kept and compute in: `compute_dtype`, else `storage_dtype`, else the file's own."""
-    return placement.compute_dtype or placement.storage_dtype or own_dtype(block_dtype, placement.fp8_compute_dtype)
+    return (
+        placement.compute_dtype
+        or placement.storage_dtype
+        or own_dtype(block_dtype, placement.fp8_compute_dtype)
+    )
 
 
 def fill_dit(
@@ -78,12 +102,13 @@ def fill_dit(
     spec: DitSpec,
     what: str,
 ) -> None:
-    """Load a transformer that was built on the meta device, tensor by tensor, to its device, without gradients.
+    """Load a transformer that was built on the meta device, tensor by tensor, to its device, without
+    gradients.
 
-    target: dtype of the weights; with `placement.keep_file_dtypes` each layer has the dtype of its weight in the file instead.
-    spec: which layers are kept in float32 whatever is asked for, and which may be kept in 8 bits (`placement.fp8`).
-    `placement.patch` is given the names in `sources`. Raises CheckpointError as `load_module`, and where a file in fp8 is to be
-    rounded again or patched.
+    target: dtype of the weights; with `placement.keep_file_dtypes` each layer has the dtype of its weight in
+    the file instead. spec: which layers are kept in float32 whatever is asked for, and which may be kept in 8
+    bits (`placement.fp8`). `placement.patch` is given the names in `sources`. Raises CheckpointError as
+    `load_module`, and where a file in fp8 is to be rounded again or patched.
     """
 
     def kept(name: str, stored: torch.dtype) -> torch.dtype:
@@ -91,7 +116,8 @@ def fill_dit(
             return torch.float32
         if not placement.keep_file_dtypes:
             return target
-        weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name  # a layer has one dtype
+        # a layer has one dtype
+        weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
         own = checkpoint.tensors[sources[weight].names[0]].dtype if weight in sources else stored
         return own if own.itemsize > 1 else target
 
@@ -113,7 +139,8 @@ def fill_dit(
 def _fp8_layers(
     dit: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source], placement: Placement, spec: DitSpec
 ) -> Fp8Loading | None:
-    """The linear layers of the blocks that are kept in 8 bits: those that the file has so, else those that the family allows.
+    """The linear layers of the blocks that are kept in 8 bits: those that the file has so, else those that
+    the family allows.
 
     Where the layers multiply in 8 bits too, the last blocks are left in 16: see `LAST_IN_16_BITS`.
     """
@@ -128,21 +155,29 @@ def _fp8_layers(
     if quantisation.kind != "cast":
         raise CheckpointError(
             f"--fp8_scaled: {path} is in fp8 already, and rounding it again would only lose more.\n"
-            "  Leave --fp8_scaled out: --fp8_base (training) and --fp8 (generation) keep the file as it is. Or give the bf16 file.",
+            "  Leave --fp8_scaled out: --fp8_base (training) and --fp8 (generation) keep the file as it is. "
+            "Or give the bf16 file.",
             path,
         )
     if placement.patch is not None:
         raise CheckpointError(
             f"{path} is in fp8, too coarse to add a LoRA to.\n"
-            "  Give the bf16 file to --dit; or leave --fp8_base and --fp8 out, and the model is multiplied out to 16 bits.",
+            "  Give the bf16 file to --dit; or leave --fp8_base and --fp8 out, and the model is multiplied "
+            "out to 16 bits.",
             path,
         )
     return Fp8Loading(quantisation, (), kept, placement.device)
 
 
 def _last_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Beginnings of the names in the last blocks, `blocks.38.` and `blocks.39.`; none in networks of a few blocks."""
-    blocks = [f"{name}.{index}." for name in spec.block_lists for index, _ in enumerate(dit.get_submodule(name).children())]
+    """Beginnings of the names in the last blocks, `blocks.38.` and `blocks.39.`; none in networks of a few
+    blocks.
+    """
+    blocks = [
+        f"{name}.{index}."
+        for name in spec.block_lists
+        for index, _ in enumerate(dit.get_submodule(name).children())
+    ]
     return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
 
 

@@ -6,8 +6,8 @@
             network = Network(config)
         load_module(network, checkpoint, sources, device=device, dtype=lambda name, stored: torch.bfloat16, what="--vae")
 
-Per tensor: named, patched by LoRAs, rounded (to 8 bits too), placed. Every mismatch is reported before anything is read. The host
-never holds more than the network in its target dtype and one tensor of the file.
+Per tensor: named, patched by LoRAs, rounded (to 8 bits too), placed. Every mismatch is reported before
+anything is read. The host never holds more than the network in its target dtype and one tensor of the file.
 """
 
 import fnmatch
@@ -38,16 +38,17 @@ def load_module(
     fp8: Fp8Loading | None = None,
     host: HostPlace | None = None,
 ) -> None:
-    """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device and dtype.
+    """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device
+    and dtype.
 
     sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
-    device: of all, or our name -> device.
-    patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
-    ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for messages.
-    fp8: which weights of linear layers are kept in 8 bits; they are rounded on its device and then go to theirs.
-    host: keeps some of the tensors in host memory; they are made on the device all the same, where anything is to be computed.
-    Parameters come out with `requires_grad` off. On the meta device nothing is read.
-    Raises CheckpointError listing every missing, unexpected and misshaped tensor, before anything is read.
+    device: of all, or our name -> device. patch: given our name and the weight before it is rounded to that
+    dtype; returns the weight to keep. ignore: patterns (`*`) of tensors in the file that need not be used.
+    what: the option or network, for messages. fp8: which weights of linear layers are kept in 8 bits; they
+    are rounded on its device and then go to theirs. host: keeps some of the tensors in host memory; they are
+    made on the device all the same, where anything is to be computed. Parameters come out with
+    `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing every missing,
+    unexpected and misshaped tensor, before anything is read.
     """
     wanted = module.state_dict()
     _check_fit(wanted, checkpoint, sources, ignore, what)
@@ -55,29 +56,54 @@ def load_module(
     devices = {name: device if isinstance(device, torch.device) else device(name) for name in wanted}
     held = _hold(module, checkpoint, sources, plan, fp8, host, devices)
     ends = {name: _CPU if name in held else devices[name] for name in wanted}
-    plain = wanted if patch is None and fp8 is None else [name for name in wanted if patch is None and name not in (fp8 or ())]
+    plain = (
+        wanted
+        if patch is None and fp8 is None
+        else [name for name in wanted if patch is None and name not in (fp8 or ())]
+    )
     as_stored = {name for name in plain if _is_as_stored(sources[name], checkpoint, plan[name], ends[name])}
-    # one piece of memory for all reading: temporary tensors would leave holes in the heap between those that stay
+    # one piece of memory for all reading: temporary tensors would leave holes in the heap between those that
+    # stay
     made = [name for name in wanted if name not in as_stored and devices[name].type != "meta"]
     room = max((_room(sources[name], checkpoint) for name in made), default=0)
-    pinned = any((fp8.device if fp8 is not None and name in fp8 else devices[name]).type == "cuda" for name in made)
+    pinned = any(
+        (fp8.device if fp8 is not None and name in fp8 else devices[name]).type == "cuda" for name in made
+    )
     scratch = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
     is_filled_here = host is None or host.is_filled_here
     for name, target in plan.items():
         place = held.get(name)
         if fp8 is not None and name in fp8:
-            _put_fp8(module, name, sources[name], checkpoint, scratch, devices[name], patch, fp8, place, is_filled_here)
+            _put_fp8(
+                module,
+                name,
+                sources[name],
+                checkpoint,
+                scratch,
+                devices[name],
+                patch,
+                fp8,
+                place,
+                is_filled_here,
+            )
             continue
         if place is not None and not is_filled_here:
             tensor = place
             if patch is not None:
-                patch(name, torch.empty(place.shape, dtype=target, device="meta"))  # it notes what finds its weight
+                # it notes what finds its weight
+                patch(name, torch.empty(place.shape, dtype=target, device="meta"))
         elif name in as_stored:
             tensor = (
-                checkpoint.read(sources[name].names[0]) if place is None else _read_into(place, checkpoint, sources[name].names[0])
+                checkpoint.read(sources[name].names[0])
+                if place is None
+                else _read_into(place, checkpoint, sources[name].names[0])
             )
         else:
-            tensor = torch.empty(wanted[name].shape, dtype=target, device=devices[name]) if place is None else place
+            tensor = (
+                torch.empty(wanted[name].shape, dtype=target, device=devices[name])
+                if place is None
+                else place
+            )
             if devices[name].type != "meta":
                 tensor.copy_(_made(name, sources[name], checkpoint, scratch, devices[name], target, patch))
         _put(module, name, tensor)
@@ -99,7 +125,10 @@ def _hold(
     host: HostPlace | None,
     devices: Mapping[str, torch.device],
 ) -> Mapping[str, Tensor]:
-    """Memory for what stays on the host. plan: name -> dtype to keep where it is not in 8 bits. Where nothing is read: none."""
+    """Memory for what stays on the host.
+
+    plan: name -> dtype to keep where it is not in 8 bits. Where nothing is read: none.
+    """
     if host is None or all(device.type == "meta" for device in devices.values()):
         return {}
 
@@ -108,7 +137,10 @@ def _hold(
             return plan[name]
         return checkpoint.tensors[sources[name].names[0]].dtype if name in fp8.kept else E4M3
 
-    return host.hold(module, {name: TensorInfo(dtype(name), tuple(each.shape)) for name, each in module.state_dict().items()})
+    return host.hold(
+        module,
+        {name: TensorInfo(dtype(name), tuple(each.shape)) for name, each in module.state_dict().items()},
+    )
 
 
 def _read_into(room: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
@@ -123,7 +155,9 @@ _ALIGNMENT = 64  # bytes; where tensors begin in `scratch`
 
 
 def _is_as_stored(source: Source, checkpoint: Checkpoint, target: torch.dtype, device: torch.device) -> bool:
-    return device.type == "cpu" and source.build is None and checkpoint.tensors[source.names[0]].dtype == target
+    return (
+        device.type == "cpu" and source.build is None and checkpoint.tensors[source.names[0]].dtype == target
+    )
 
 
 def _room(source: Source, checkpoint: Checkpoint) -> int:
@@ -172,7 +206,8 @@ def _put_fp8(
 ) -> None:
     """Give a linear layer its weight in 8 bits: that of the file, or the file's rounded after the patch.
 
-    room: where the weight is to stay, `device` otherwise. is_filled_here: else another process writes it; scales are made by all.
+    room: where the weight is to stay, `device` otherwise. is_filled_here: else another process writes it;
+    scales are made by all.
     """
     layer = module.get_submodule(name.removesuffix(".weight"))
     assert isinstance(layer, nn.Linear)
@@ -202,24 +237,43 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _check_fit(
-    wanted: Mapping[str, Tensor], checkpoint: Checkpoint, sources: Mapping[str, Source], ignore: Sequence[str], what: str
+    wanted: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    ignore: Sequence[str],
+    what: str,
 ) -> None:
     used = {part for name in wanted if name in sources for part in sources[name].names}
-    absent = {name for name in wanted if name not in sources or any(part not in checkpoint.tensors for part in sources[name].names)}
+    absent = {
+        name
+        for name in wanted
+        if name not in sources or any(part not in checkpoint.tensors for part in sources[name].names)
+    }
     known = used | {part for name, source in sources.items() if name not in wanted for part in source.names}
-    unused = [name for name in checkpoint.tensors if name not in used and not any(fnmatch.fnmatchcase(name, p) for p in ignore)]
-    unused = [name for name in unused if name in known or not any(fnmatch.fnmatchcase(name, p) for p in QUANT_EXTRAS)]
+    unused = [
+        name
+        for name in checkpoint.tensors
+        if name not in used and not any(fnmatch.fnmatchcase(name, p) for p in ignore)
+    ]
+    unused = [
+        name
+        for name in unused
+        if name in known or not any(fnmatch.fnmatchcase(name, p) for p in QUANT_EXTRAS)
+    ]
     lines = [f"  missing: {line}" for line in compress_names(absent)]
     lines += [f"  unexpected: {line}" for line in compress_names(unused)]
     for name, tensor in wanted.items():
         if name not in absent:
             shape = _built_shape(sources[name], checkpoint)
             if shape != tuple(tensor.shape):
-                lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(tuple(tensor.shape))} is needed")
+                lines.append(
+                    f"  {name}: the file has {_sizes(shape)}, {_sizes(tuple(tensor.shape))} is needed"
+                )
     if lines:
         text = "\n".join(lines)
         raise CheckpointError(
-            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the file of that model, complete.", checkpoint.path
+            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the file of that model, complete.",
+            checkpoint.path,
         )
 
 
@@ -228,7 +282,9 @@ def _built_shape(source: Source, checkpoint: Checkpoint) -> tuple[int, ...] | No
     if source.build is None:
         return infos[0].shape
     try:
-        return tuple(source.make([torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]).shape)
+        return tuple(
+            source.make([torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]).shape
+        )
     except (RuntimeError, IndexError):
         return None  # the parts do not even go together
 
@@ -249,7 +305,9 @@ def compress_names(names: Iterable[str]) -> list[str]:
     lines = []
     for (before, after), numbers in sorted(groups.items()):
         for first, last in _runs(sorted(numbers)):
-            lines.append(f"{before}{first}{after}" if first == last else f"{before}{{{first}..{last}}}{after}")
+            lines.append(
+                f"{before}{first}{after}" if first == last else f"{before}{{{first}..{last}}}{after}"
+            )
         if not numbers:
             lines.append(before)
     return lines

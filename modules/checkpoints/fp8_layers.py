@@ -21,13 +21,22 @@ _SAMPLED_ROWS = 64  # of each weight, whose rounding is measured
 class Fp8Loading:
     """What of a network is kept in 8 bits while it is loaded, and how much the rounding cost."""
 
-    def __init__(self, quantisation: Quantisation, rounded: Collection[str], kept: Collection[str], device: torch.device) -> None:
-        """rounded: names of weights to round. kept: of those that the file has in fp8 already. device: where to round.
+    def __init__(
+        self,
+        quantisation: Quantisation,
+        rounded: Collection[str],
+        kept: Collection[str],
+        device: torch.device,
+    ) -> None:
+        """rounded: names of weights to round. kept: of those that the file has in fp8 already. device: where
+        to round.
 
         Raises OptionError where the device has no such numbers.
         """
         if device.type == "mps":
-            raise OptionError("Apple's GPUs have no numbers of 8 bits: leave the fp8 options out, or use --device cpu")
+            raise OptionError(
+                "Apple's GPUs have no numbers of 8 bits: leave the fp8 options out, or use --device cpu"
+            )
         self.quantisation = quantisation
         self.rounded = frozenset(rounded)
         self.kept = frozenset(kept)
@@ -46,11 +55,13 @@ class Fp8Loading:
         # rows of a float8 tensor are taken as bytes: not every operation knows the format
         back = dequantise(rounded.view(torch.uint8)[::step].view(E4M3), some)
         error = (back - sample).abs().sum() / sample.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        self._errors[name] = error if scale is None else error + 0 * scale.sum()  # no number where a weight in any row is none
+        # no number where a weight in any row is none
+        self._errors[name] = error if scale is None else error + 0 * scale.sum()
         return rounded, scale
 
     def report(self, what: str) -> None:
-        """Log once how many weights are in 8 bits and how large their relative error is. Raises CheckpointError where one is NaN.
+        """Log once how many weights are in 8 bits and how large their relative error is. Raises
+        CheckpointError where one is NaN.
 
         The error of a weight: the sum of |difference| over the sum of |weight|, on some of its rows.
         """
@@ -61,14 +72,22 @@ class Fp8Loading:
         errors = torch.stack([error.cpu() for error in self._errors.values()])
         if not errors.isfinite().all():
             name = list(self._errors)[int(errors.isfinite().logical_not().nonzero()[0])]
-            raise CheckpointError(f"{what}: {name} has values that are no numbers, which fp8 cannot hold. Copy the file again.")
-        how = {"cast": "cast to fp8", "tensor": "in fp8 with one scale each", "rows": "in fp8 with a scale per row"}
+            raise CheckpointError(
+                f"{what}: {name} has values that are no numbers, which fp8 cannot hold. Copy the file again."
+            )
+        how = {
+            "cast": "cast to fp8",
+            "tensor": "in fp8 with one scale each",
+            "rows": "in fp8 with a scale per row",
+        }
         mean, low, high = errors.mean().item(), errors.min().item(), errors.max().item()
         text = "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)"
         logger.info(text, what, len(errors), how[self.quantisation.kind], 100 * mean, 100 * low, 100 * high)
 
 
-def kept_in_fp8(names: Collection[str], sources: Mapping[str, Source], tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+def kept_in_fp8(
+    names: Collection[str], sources: Mapping[str, Source], tensors: Mapping[str, TensorInfo]
+) -> frozenset[str]:
     """Those of the weights that a file with these tensors holds in 8 bits."""
     return frozenset(name for name in names if name in sources and sources[name].is_fp8_in(tensors))
 
@@ -76,7 +95,9 @@ def kept_in_fp8(names: Collection[str], sources: Mapping[str, Source], tensors: 
 def encoder_loading(
     encoder: nn.Module, sources: Mapping[str, Source], tensors: Mapping[str, TensorInfo], device: torch.device
 ) -> Fp8Loading:
-    """For a text encoder: all its linear layers in 8 bits, those of an fp8 file as they are. Embeddings and norms are not."""
+    """For a text encoder: all its linear layers in 8 bits, those of an fp8 file as they are. Embeddings and
+    norms are not.
+    """
     names = linear_weights(encoder)
     kept = kept_in_fp8(names, sources, tensors)
     return Fp8Loading(TEXT_ENCODERS, names - kept, kept, device)

@@ -13,7 +13,10 @@ Found = TypeVar("Found")
 
 
 def existing(path: Path | None, option: str, why: str) -> Path:
-    """The path. Raises OptionError where none was given, CheckpointError where nothing is there; both name the option."""
+    """The path.
+
+    Raises OptionError where none was given, CheckpointError where nothing is there; both name the option.
+    """
     given = require(path, option, why)
     if not given.exists():
         raise CheckpointError(f"{option} {given}: no such file or folder", given)
@@ -26,9 +29,11 @@ def inside(path: Path, folder: str) -> Path:
 
 
 def read_once(path: Path, read: Callable[[Checkpoint], Found]) -> Found:
-    """What `read` says of the open file, such as its dimensions; a file is opened once for as long as it stays the same.
+    """What `read` says of the open file, such as its dimensions; a file is opened once for as long as it
+    stays the same.
 
-    read: a function of a module, as `read_vae`. Raises CheckpointError as it does, where the file is another kind of network.
+    read: a function of a module, as `read_vae`. Raises CheckpointError as it does, where the file is another
+    kind of network.
     """
     stat = path.stat()
     found: Found = _read_once(path, path.absolute(), (stat.st_mtime_ns, stat.st_size), read)

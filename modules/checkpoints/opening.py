@@ -1,4 +1,5 @@
-"""Model files: found and opened in any container, their tensors listed, and how each is made from what is stored.
+"""Model files: found and opened in any container, their tensors listed, and how each is made from what is
+stored.
 
 with open_checkpoint(path) as checkpoint:
     sources = plain_sources(checkpoint)              # or a dialect's table of Sources
@@ -33,21 +34,31 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suff
 class Checkpoint:
     """The named tensors of one or several files, listed but not read. Use it as a context manager."""
 
-    def __init__(self, path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> None:
+    def __init__(
+        self, path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]
+    ) -> None:
         self.path = path
         self._files = files
         self._places = dict(places)  # our name -> file and the name there
-        self.tensors: dict[str, TensorInfo] = {name: file.tensors[stored] for name, (file, stored) in self._places.items()}
+        self.tensors: dict[str, TensorInfo] = {
+            name: file.tensors[stored] for name, (file, stored) in self._places.items()
+        }
         self.metadata: dict[str, str] = {key: value for file in files for key, value in file.metadata.items()}
 
     def read(self, name: str) -> Tensor:
-        """That tensor on the CPU, contiguous, in memory of its own. Raises CheckpointError where the file ends too soon."""
+        """That tensor on the CPU, contiguous, in memory of its own.
+
+        Raises CheckpointError where the file ends too soon.
+        """
         file, stored = self._places[name]
         with self._explained():
             return file.read(stored)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """That tensor on the CPU, to be copied from before anything else is read. scratch: bytes (uint8) that may be used."""
+        """That tensor on the CPU, to be copied from before anything else is read.
+
+        scratch: bytes (uint8) that may be used.
+        """
         file, stored = self._places[name]
         with self._explained():
             return file.borrow(stored, scratch)
@@ -57,13 +68,15 @@ class Checkpoint:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.", self.path) from error
+            raise CheckpointError(
+                f"{self.path} cannot be read: {error.strerror or error}.", self.path
+            ) from error
 
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
         """The same tensors, each of `prefixes` cut off in turn where every name begins with it.
 
-        others: beginnings of names that belong to other networks in an all-in-one file; these names are left out once a prefix
-        was found. The files stay shared: close one of the two.
+        others: beginnings of names that belong to other networks in an all-in-one file; these names are left
+        out once a prefix was found. The files stay shared: close one of the two.
         """
         places = self._places
         for prefix in prefixes:
@@ -80,7 +93,9 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -97,7 +112,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             files.append(file)
             for name in file.tensors:
                 if name in places:
-                    raise CheckpointError(f"{path}: {name} stands in two files, the second is {part.name}. Give one file.", path)
+                    raise CheckpointError(
+                        f"{path}: {name} stands in two files, the second is {part.name}. Give one file.", path
+                    )
                 places[name] = (file, name)
         if not places:
             raise CheckpointError(f"{path} holds no tensors.", path)
@@ -109,7 +126,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_paths(path: Path) -> list[Path]:
-    """The files that belong to what the user named, in order. Raises CheckpointError where one is not there."""
+    """The files that belong to what the user named, in order.
+
+    Raises CheckpointError where one is not there.
+    """
     if path.is_dir():
         return _folder_paths(path)
     if not path.is_file():
@@ -120,7 +140,9 @@ def checkpoint_paths(path: Path) -> list[Path]:
     if shard is None:
         return [path]
     count = int(shard["count"])
-    names = [f"{shard['stem']}-{number:05d}-of-{count:05d}{shard['suffix']}" for number in range(1, count + 1)]
+    names = [
+        f"{shard['stem']}-{number:05d}-of-{count:05d}{shard['suffix']}" for number in range(1, count + 1)
+    ]
     return _existing(path, names)
 
 
@@ -141,7 +163,9 @@ def _existing(path: Path, names: Sequence[str]) -> list[Path]:
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         which = ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else "")
-        raise CheckpointError(f"{path}: {len(missing)} of its {len(names)} files are not beside it: {which}.", path)
+        raise CheckpointError(
+            f"{path}: {len(missing)} of its {len(names)} files are not beside it: {which}.", path
+        )
     return [path.parent / name for name in names]
 
 
@@ -158,7 +182,9 @@ def _folder_paths(folder: Path) -> list[Path]:
         return files
     found = ", ".join(file.name for file in indexes + files) or "none"
     raise CheckpointError(
-        f"{folder} is a folder from which no single model can be chosen (model files: {found}). Name the file.", folder
+        f"{folder} is a folder from which no single model can be chosen (model files: {found}). Name the "
+        "file.",
+        folder,
     )
 
 
@@ -166,9 +192,11 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def fingerprint(path: Path) -> str:
-    """A short identity of a model file's content: sizes, beginnings, and chunks spread over the files. Reads about 2 MB a file.
+    """A short identity of a model file's content: sizes, beginnings, and chunks spread over the files. Reads
+    about 2 MB a file.
 
-    Equal content gives equal text under any name; for cache records. Raises CheckpointError as `open_checkpoint` does.
+    Equal content gives equal text under any name; for cache records. Raises CheckpointError as
+    `open_checkpoint` does.
     """
     digest = hashlib.sha256()
     for part in checkpoint_paths(path):
@@ -186,19 +214,25 @@ def fingerprint(path: Path) -> str:
 
 
 _SCALES = (".scale_weight", ".weight_scale")
-QUANT_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")  # of no use once the weights are plain
+# of no use once the weights are plain
+QUANT_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")
 _QUANT_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
-_FOREIGN = ("*.absmax", "*.quant_map", "*.quant_state.*", "*.weight_scale_2", "*.qweight", "*.qzeros")  # nf4, nvfp4, GPTQ
+# nf4, nvfp4, GPTQ
+_FOREIGN = ("*.absmax", "*.quant_map", "*.quant_state.*", "*.weight_scale_2", "*.qweight", "*.qzeros")
 
 
 def plain_sources(checkpoint: Checkpoint) -> dict[str, Source]:
-    """Each tensor of the file by its own name; fp8 weights stored with scales are multiplied out, their scales left out.
+    """Each tensor of the file by its own name; fp8 weights stored with scales are multiplied out, their
+    scales left out.
 
     Raises CheckpointError where the file is quantised in a way that cannot be undone here.
     """
     _refuse_foreign_quantisation(checkpoint)
     scales = {
-        name.removesuffix(ending) + ".weight": name for name in checkpoint.tensors for ending in _SCALES if name.endswith(ending)
+        name.removesuffix(ending) + ".weight": name
+        for name in checkpoint.tensors
+        for ending in _SCALES
+        if name.endswith(ending)
     }
     sources = {}
     for name in checkpoint.tensors:
@@ -221,7 +255,9 @@ def _without_scale(weight: Tensor) -> tuple[Tensor, None]:
 
 
 def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:
-    kinds = [name for name in checkpoint.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in _FOREIGN)]
+    kinds = [
+        name for name in checkpoint.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in _FOREIGN)
+    ]
     formats: set[str] = set()
     try:
         layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
@@ -236,6 +272,7 @@ def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:
     if kinds or formats - _QUANT_FORMATS:
         how = ", ".join(sorted(formats - _QUANT_FORMATS)) or f"it has {kinds[0]}"
         raise CheckpointError(
-            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or fp8 file of the model.",
+            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or "
+            "fp8 file of the model.",
             checkpoint.path,
         )

@@ -11,10 +11,11 @@ from modules.fp8.weights import is_fp8
 
 @dataclass(frozen=True)
 class Source:
-    """How one tensor of ours is made: the names in the file, and what to do with these tensors (None: take the only one).
+    """How one tensor of ours is made: the names in the file, and what to do with these tensors (None: take
+    the only one).
 
-    `build` also runs on meta tensors, to compare shapes before anything is read.
-    as_fp8: of an 8-bit weight, the same without multiplying it out: the weight, and its scale where it has one.
+    `build` also runs on meta tensors, to compare shapes before anything is read. as_fp8: of an 8-bit weight,
+    the same without multiplying it out: the weight, and its scale where it has one.
     """
 
     names: tuple[str, ...]
@@ -32,7 +33,8 @@ class Source:
     def is_fp8_in(self, tensors: Mapping[str, TensorInfo]) -> bool:
         """Whether the file, which has these tensors, holds it as a weight in 8 bits that can be kept so."""
         formats = {tensors[name].dtype for name in self.names if is_fp8(tensors[name].dtype)}
-        return self.as_fp8 is not None and len(formats) == 1  # rows put together from two formats have none in common
+        # rows put together from two formats have none in common
+        return self.as_fp8 is not None and len(formats) == 1
 
     def make_fp8(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The weight in 8 bits, and its scale."""

@@ -1,4 +1,6 @@
-"""Where the tokenizer of a text encoder is: named by the user, beside or inside the encoder's folder, or on the hub."""
+"""Where the tokenizer of a text encoder is: named by the user, beside or inside the encoder's folder, or on
+the hub.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,12 @@ class TokenizerFiles:
     folder: str  # of it in the repository on the hub; "" for the top
     repository: str  # on the hub
     beside: tuple[str, ...]  # folders to look into, from the encoder's own; ".." only in front
-    token: str = ""  # has to stand in a file that lies loose beside a single-file encoder, where others' may lie too
+    # has to stand in a file that lies loose beside a single-file encoder, where others' may lie too
+    token: str = ""
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
-        """What the option names (`path`), else the first file beside or inside the encoder's folder, else None.
+        """What the option names (`path`), else the first file beside or inside the encoder's folder, else
+        None.
 
         Raises CheckpointError where `path` is given and is no tokenizer.
         """
@@ -30,7 +34,9 @@ class TokenizerFiles:
         folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
         for place in self.beside:
             parts = place.split("/")
-            file = self._file_in(folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts))
+            file = self._file_in(
+                folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts)
+            )
             is_loose = place == "." and not checkpoint_path.is_dir()
             if file is not None and not (is_loose and self.token.encode() not in file.read_bytes()):
                 return file
@@ -38,15 +44,21 @@ class TokenizerFiles:
 
     def identity(self, file: Path | None) -> str:
         """What distinguishes a tokenizer in cache records. file: None for the hub's."""
-        return fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
+        return (
+            fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
+        )
 
     def download(self, checkpoint_path: Path) -> Path:
-        """tokenizer.json of the hub, from its cache where it is there. Raises CheckpointError where it cannot be reached."""
+        """tokenizer.json of the hub, from its cache where it is there.
+
+        Raises CheckpointError where it cannot be reached.
+        """
         try:
             return Path(hf_hub_download(self.repository, "tokenizer.json", subfolder=self.folder or None))
         except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
             raise CheckpointError(
-                f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and the hub cannot be reached "
+                f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and the hub "
+                "cannot be reached "
                 f"({first_line(error)})\n  Give {self.option} {self._what()}.",
                 checkpoint_path,
             ) from error
@@ -54,7 +66,9 @@ class TokenizerFiles:
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
         """The error for a file that is no tokenizer."""
         return CheckpointError(
-            f"{file} is no tokenizer that can be read ({first_line(error)}). Give {self.option} {self._what()}.", file
+            f"{file} is no tokenizer that can be read ({first_line(error)}). Give {self.option} "
+            f"{self._what()}.",
+            file,
         )
 
     def _given(self, path: Path) -> Path:
@@ -68,14 +82,20 @@ class TokenizerFiles:
                 return file
         found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it holds {found}). Give {self._what()}.", path
+            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it holds {found}). Give "
+            f"{self._what()}.",
+            path,
         )
 
     def _file_in(self, folder: Path) -> Path | None:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
     def _what(self) -> str:
-        place = f"the folder {self.folder} of {self.repository}" if self.folder else f"the files of {self.repository}"
+        place = (
+            f"the folder {self.folder} of {self.repository}"
+            if self.folder
+            else f"the files of {self.repository}"
+        )
         return f"{place} (or its {' or '.join(self.names[:2])})"
 
 

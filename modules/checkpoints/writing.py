@@ -23,9 +23,10 @@ def stream_tensors(
 ) -> None:
     """Write `path`, complete or not at all.
 
-    tensors: what the file will hold; the header is made from it. read: gives the tensor of a name, on any device; it is asked once
-    for each, largest element size first, then by name, as the safetensors library orders its files.
-    Raises ValueError where `read` gives another dtype or shape, OutputError where the file cannot be written.
+    tensors: what the file will hold; the header is made from it. read: gives the tensor of a name, on any
+    device; it is asked once for each, largest element size first, then by name, as the safetensors library
+    orders its files. Raises ValueError where `read` gives another dtype or shape, OutputError where the file
+    cannot be written.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header = _header({name: tensors[name] for name in order}, metadata)
@@ -35,13 +36,18 @@ def stream_tensors(
         for name in order:
             tensor = read(name)
             if (tensor.dtype, tuple(tensor.shape)) != (tensors[name].dtype, tensors[name].shape):
-                raise ValueError(f"{name} was announced as {tensors[name]}, but is {tensor.dtype} {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{name} was announced as {tensors[name]}, but is {tensor.dtype} {tuple(tensor.shape)}"
+                )
             _write_data(file, tensor)
             del tensor  # before the next one is read
 
 
 def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
-    """8 bytes of length, then JSON padded with spaces to a multiple of 8. Source: huggingface.co/docs/safetensors."""
+    """8 bytes of length, then JSON padded with spaces to a multiple of 8.
+
+    Source: huggingface.co/docs/safetensors.
+    """
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, info in tensors.items():

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from modules.errors import CacheError
 
-# What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are the tensor names of
-# the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one entry per sample.
+# What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are
+# the tensor names of the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one entry
+# per sample.
 Conditions = Mapping[str, Tensor | list[Tensor]]
 
 LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
@@ -28,7 +29,9 @@ class MadeBy:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch as read from caches: tensors by cache name (`latents` B C F H W, as the format stores them)."""
+    """One training batch as read from caches: tensors by cache name (`latents` B C F H W, as the format
+    stores them).
+    """
 
     tensors: Conditions
     captions: tuple[str, ...]
@@ -39,15 +42,22 @@ class Batch:
         return len(self.captions)
 
     def check(self, needed: Mapping[str, str], purpose: str) -> None:
-        """Raise CacheError where a tensor is not there. needed: name -> what to cache again with. purpose: "--task i2v-14B"."""
+        """Raise CacheError where a tensor is not there.
+
+        needed: name -> what to cache again with. purpose: "--task i2v-14B".
+        """
         for name, remedy in needed.items():
             if name not in self.tensors:
-                raise CacheError(f"{self.keys[0]}: the cache has no {name}, which {purpose} needs. Cache again with {remedy}.")
+                raise CacheError(
+                    f"{self.keys[0]}: the cache has no {name}, which {purpose} needs. Cache again with "
+                    f"{remedy}."
+                )
 
     def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
         """Raise CacheError where tensors were made by another encoder than the network was trained with.
 
-        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: what to cache again with.
+        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: what to
+        cache again with.
         """
         for name, taken in widths.items():
             width = self.tensor(name).shape[-1]
@@ -67,12 +77,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class MediaTable:
-    """What a dataset table says of its items, for families to whom a clip or a picture alone does not say all."""
+    """What a dataset table says of its items, for families to whom a clip or a picture alone does not say
+    all.
+    """
 
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
     has_control: bool = False
-    target_frames: tuple[int, ...] = ()  # lengths that clips are cut to; () where each is as long as it is, and for images
+    # lengths that clips are cut to; () where each is as long as it is, and for images
+    target_frames: tuple[int, ...] = ()
     max_frames: int | None = None  # of the longest clip, where each is as long as it is
     window: int = 9  # latent frames that are denoised together, where a clip has several sections
     clean_indices: tuple[int, ...] = ()  # places in time of the control images; those without one stand at 0
@@ -99,20 +112,28 @@ class MediaBatch:
         alpha = None if self.alpha is None else self.alpha[items]
         control = tuple(control[items] for control in self.control)
         return replace(
-            self, frames=self.frames[items], keys=self.keys[items], spans=self.spans[items], control=control, alpha=alpha
+            self,
+            frames=self.frames[items],
+            keys=self.keys[items],
+            spans=self.spans[items],
+            control=control,
+            alpha=alpha,
         )
 
     def encoded_at_once(self, device: torch.device) -> "list[MediaBatch]":
         """The items as an encoder on that device takes them: all in one batch, on a CPU each by itself.
 
-        A batch gains nothing there, and singly an item's numbers do not depend on what else a run that was killed had left to do.
+        A batch gains nothing there, and singly an item's numbers do not depend on what else a run that was
+        killed had left to do.
         """
         return self.singly() if device.type == "cpu" else [self]
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype (`latents`, `clip`)."""
+    """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype
+    (`latents`, `clip`).
+    """
 
     tensors: Mapping[str, Tensor]
     section: int | None = None  # which section of the clip, from its start, where each has a file
@@ -120,8 +141,12 @@ class CacheEntry:
 
 
 def batched(conditions: Conditions) -> Conditions:
-    """Give conditions of a single sample their batch dimension: tensors gain an axis, lists stay (one entry per sample)."""
-    return {name: value if isinstance(value, list) else value.unsqueeze(0) for name, value in conditions.items()}
+    """Give conditions of a single sample their batch dimension: tensors gain an axis, lists stay (one entry
+    per sample).
+    """
+    return {
+        name: value if isinstance(value, list) else value.unsqueeze(0) for name, value in conditions.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The contract between a model family and the shared loops.
 
-Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is what is mixed (B, 0..1); `timesteps` is what the
-model is fed (B, float, about 1000 * sigma). `predict` returns the velocity `noise - latents`, shaped like `noisy`. A family is a
-frozen dataclass made by `family_for_training/caching/generation(options)` in its `family.py`; no loop asks for its name.
+Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is what is mixed (B, 0..1);
+`timesteps` is what the model is fed (B, float, about 1000 * sigma). `predict` returns the velocity `noise -
+latents`, shaped like `noisy`. A family is a frozen dataclass made by
+`family_for_training/caching/generation(options)` in its `family.py`; no loop asks for its name.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,7 +21,9 @@ from modules.contract.loading import Placement
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The latent space of a family's VAE and how cached latents become model-space latents: `cached * scale + shift`."""
+    """The latent space of a family's VAE and how cached latents become model-space latents: `cached * scale +
+    shift`.
+    """
 
     channels: int
     stride: tuple[int, int, int]  # frames, height, width
@@ -30,11 +33,18 @@ class LatentSpec:
     shift: float = 0.0
     preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to colour
     preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    in_sections: bool = False  # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
+    # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
+    in_sections: bool = False
 
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """1 C F H W of the latents for a size in pixels."""
-        return (1, self.channels, (frames - 1) // self.stride[0] + 1, height // self.stride[1], width // self.stride[2])
+        return (
+            1,
+            self.channels,
+            (frames - 1) // self.stride[0] + 1,
+            height // self.stride[1],
+            width // self.stride[2],
+        )
 
     def to_model(self, cached: Tensor) -> Tensor:
         """Cached latents in model space, float32."""
@@ -48,8 +58,10 @@ class DitSpec:
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
     keep_float32: tuple[str, ...] = ()
-    input_layers: tuple[str, ...] = ()  # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
-    swap_counts: Callable[[int], tuple[int, ...]] = lambda blocks: (blocks,)  # --blocks_to_swap -> how many of each list
+    # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
+    input_layers: tuple[str, ...] = ()
+    # --blocks_to_swap -> how many of each list
+    swap_counts: Callable[[int], tuple[int, ...]] = lambda blocks: (blocks,)
     token_wise: tuple[
         str, ...
     ] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
@@ -87,10 +99,12 @@ class TextEncoder(Protocol):
     def keys(self) -> frozenset[str]: ...  # of what `encode` returns
 
     @property
-    def variable_length(self) -> frozenset[str]: ...  # keys whose length differs per prompt; stored as `varlen_{key}`
+    # keys whose length differs per prompt; stored as `varlen_{key}`
+    def variable_length(self) -> frozenset[str]: ...
 
     @property
-    def identity(self) -> Mapping[str, str]: ...  # what an output depends on beside the text; found without loading the weights
+    # what an output depends on beside the text; found without loading the weights
+    def identity(self) -> Mapping[str, str]: ...
 
     def load(self, device: torch.device) -> None: ...  # one that is loaded already moves there
 
@@ -126,7 +140,8 @@ class Family(Protocol):
     def experts(self) -> tuple[float, ...]: ...  # lowest timestep of each expert; (0.0,) for a single network
 
     @property
-    def metadata(self) -> Mapping[str, str]: ...  # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
+    # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
+    def metadata(self) -> Mapping[str, str]: ...
 
     # encoding: caching and generation
     def text_encoders(self) -> Sequence[TextEncoder]: ...
@@ -135,29 +150,38 @@ class Family(Protocol):
     def text_keys(self) -> frozenset[str]: ...  # of all text encoders together: what a whole text cache holds
 
     @property
-    def media_identity(self) -> Mapping[str, str]: ...  # what encoded media depend on; found without loading the weights
+    # what encoded media depend on; found without loading the weights
+    def media_identity(self) -> Mapping[str, str]: ...
 
-    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders: ...  # images: what conditions need too
+    # images: what conditions need too
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders: ...
 
-    def check_table(self, table: MediaTable) -> None: ...  # DatasetError where its items cannot be cached; nothing is loaded
+    # DatasetError where its items cannot be cached; nothing is loaded
+    def check_table(self, table: MediaTable) -> None: ...
 
     def sections_of(
         self, table: MediaTable, frames: int
-    ) -> int | None: ...  # cache files of an item of so many frames, one per section; None: one without; MediaError: too short
+    ) -> (
+        int | None
+    ): ...  # cache files of an item of so many frames, one per section; None: one without; MediaError: too short
 
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...  # per item at least one
+    # per item at least one
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...
 
     # the network: training and generation
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
 
-    def compute_dtype(self, placement: Placement) -> torch.dtype: ...  # of the loaded network without autocast; from headers alone
+    # of the loaded network without autocast; from headers alone
+    def compute_dtype(self, placement: Placement) -> torch.dtype: ...
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module: ...
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions: ...  # latents in model space
 
-    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor: ...
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor: ...
 
     # generation only
     def prepare(self, request: Request) -> Request: ...  # final sizes and numbers, or raises; nothing loaded
@@ -166,7 +190,8 @@ class Family(Protocol):
 
     def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]: ...
 
-    def needs_media(self, request: Request) -> bool: ...  # whether `request_conditions` needs the encoders at all
+    # whether `request_conditions` needs the encoders at all
+    def needs_media(self, request: Request) -> bool: ...
 
     def sections(
         self,
@@ -176,4 +201,5 @@ class Family(Protocol):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]: ...
 
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]: ...  # B C F H W chunks in playing order, -1..1
+    # B C F H W chunks in playing order, -1..1
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]: ...

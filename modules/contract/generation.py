@@ -20,7 +20,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of one section: what to show, what to avoid, and the empty prompt where a guidance idea needs it."""
+    """The texts of one section: what to show, what to avoid, and the empty prompt where a guidance idea needs
+    it.
+    """
 
     positive: Prompt
     negative: Prompt | None = None
@@ -29,7 +31,10 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Request:
-    """One video or image to make. None = not said; `Family.prepare` fills it from the task, the images and the options."""
+    """One video or image to make.
+
+    None = not said; `Family.prepare` fills it from the task, the images and the options.
+    """
 
     prompt: str
     seed: int
@@ -68,7 +73,9 @@ class EncodedPrompts:
     negative: Conditions | None = None
     blank: Conditions | None = None
 
-    def section(self, noise: Tensor, inputs: Conditions | None = None, source: Tensor | None = None) -> "Section":
+    def section(
+        self, noise: Tensor, inputs: Conditions | None = None, source: Tensor | None = None
+    ) -> "Section":
         """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised."""
 
         def joined(text: Conditions | None) -> Conditions | None:
@@ -79,7 +86,8 @@ class EncodedPrompts:
         return Section(noise, positive, joined(self.negative), joined(self.blank), source)
 
 
-DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]  # as `Family.decode`, but not limited to -1..1
+# as `Family.decode`, but not limited to -1..1
+DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,18 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-WeightPatch = Callable[[str, Tensor], Tensor]  # (parameter name, loaded weight) -> weight with LoRA deltas added, same dtype
+# (parameter name, loaded weight) -> weight with LoRA deltas added, same dtype
+WeightPatch = Callable[[str, Tensor], Tensor]
 
 
 class HostPlace(Protocol):
     """Where weights are kept that stay in host memory although their network computes on a device."""
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Memory for those that are to stay, by name. network: may be on the meta device. tensors: all that it has."""
+        """Memory for those that are to stay, by name.
+
+        network: may be on the meta device. tensors: all that it has.
+        """
         ...
 
     @property
@@ -45,11 +49,14 @@ class Placement:
     """Where and how a network is loaded."""
 
     device: torch.device
-    storage_dtype: torch.dtype | None = None  # None: as the file stores it (fp8 files: upcast to the compute dtype)
+    # None: as the file stores it (fp8 files: upcast to the compute dtype)
+    storage_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
-    fp8_compute_dtype: torch.dtype | None = None  # what fp8 files compute in where nothing else is said; None: bfloat16
+    # what fp8 files compute in where nothing else is said; None: bfloat16
+    fp8_compute_dtype: torch.dtype | None = None
     keep_file_dtypes: bool = False  # every tensor as the file stores it, where it mixes dtypes
     attention: AttentionChoice = SDPA
     patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
-    fp8: Quantisation | None = None  # how the linear layers of the blocks are kept in 8 bits; None: they are not
+    # how the linear layers of the blocks are kept in 8 bits; None: they are not
+    fp8: Quantisation | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device

@@ -13,7 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def filled(request: Request, usual: SamplingDefaults) -> Request:
-    """The request with the defaults where it says nothing. The embedded guidance is dropped where the model has no input for it."""
+    """The request with the defaults where it says nothing.
+
+    The embedded guidance is dropped where the model has no input for it.
+    """
     return replace(
         request,
         width=request.width or usual.width,
@@ -56,30 +59,40 @@ def check_size(request: Request, latent: LatentSpec) -> None:
     if width % step or height % step or min(width, height) < step:
         nearest = [max(step, round(side / step) * step) for side in (height, width)]
         raise OptionError(
-            f"--video_size {height} {width} (height width): both must be multiples of {step}. Nearest: {nearest[0]} {nearest[1]}"
+            f"--video_size {height} {width} (height width): both must be multiples of {step}. Nearest: "
+            f"{nearest[0]} {nearest[1]}"
         )
 
 
 def whole_frames(frames: int, latent: LatentSpec) -> int:
-    """The next lower number of frames that the model can make; one that is asked for otherwise is warned about."""
+    """The next lower number of frames that the model can make; one that is asked for otherwise is warned
+    about.
+    """
     step = latent.frame_step
     whole = (frames - 1) // step * step + 1
     if whole != frames:
-        logger.warning("--video_length %d is made %d: the model works in steps of %d frames after the first", frames, whole, step)
+        logger.warning(
+            "--video_length %d is made %d: the model works in steps of %d frames after the first",
+            frames,
+            whole,
+            step,
+        )
     return whole
 
 
 def with_negative(request: Request, is_empty: bool) -> Request:
     """The request with a negative prompt, or without guidance.
 
-    is_empty: without one it is the empty text, as where --negative_prompt is left out; else there is no guidance, which is warned
-    about, as in training samples.
+    is_empty: without one it is the empty text, as where --negative_prompt is left out; else there is no
+    guidance, which is warned about, as in training samples.
     """
     if request.negative_prompt is not None:
         return request
     if is_empty:
         return replace(request, negative_prompt="")
     if request.guidance_scale != 1:
-        logger.warning("the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt)
+        logger.warning(
+            "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
+        )
         return replace(request, guidance_scale=1.0)
     return request

@@ -1,6 +1,8 @@
-"""Rectified flow: the straight path between data and noise, the time shift, and the noise levels a solver visits.
+"""Rectified flow: the straight path between data and noise, the time shift, and the noise levels a solver
+visits.
 
-A noisy sample is `(1 - sigma) * latents + sigma * noise`; the network predicts the velocity `noise - latents`.
+A noisy sample is `(1 - sigma) * latents + sigma * noise`; the network predicts the velocity `noise -
+latents`.
 """
 
 from collections.abc import Callable
@@ -37,13 +39,16 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     Source: Liu et al. 2022, arXiv 2209.03003.
     """
     if not len(latents) == len(noise) == len(sigmas):
-        raise ValueError(f"batch sizes differ: {len(latents)} latents, {len(noise)} noise, {len(sigmas)} sigmas")
+        raise ValueError(
+            f"batch sizes differ: {len(latents)} latents, {len(noise)} noise, {len(sigmas)} sigmas"
+        )
     weights = sigmas.float().view(-1, *([1] * (latents.ndim - 1)))
     return ((1 - weights) * latents.float() + weights * noise.float()).to(latents.dtype)
 
 
 def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
-    """Move noise levels towards 1 (flow_shift > 1: more steps where the picture is laid out); 0 and 1 stay. Any shape and dtype.
+    """Move noise levels towards 1 (flow_shift > 1: more steps where the picture is laid out); 0 and 1 stay.
+    Any shape and dtype.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 5.3.2.
     """
@@ -53,9 +58,8 @@ def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
 def make_schedule(solver: str, steps: int, flow_shift: float) -> Schedule:
     """The noise levels that `solver` ("euler", "unipc", "unipc-bh1", "dpm++") visits in `steps` steps.
 
-    euler and unipc-bh1 feed exact timesteps; unipc and dpm++ feed them cut to whole numbers but step by the exact sigmas, as the
-    released code.
-    Raises ValueError for another solver or where there is no step.
+    euler and unipc-bh1 feed exact timesteps; unipc and dpm++ feed them cut to whole numbers but step by the
+    exact sigmas, as the released code. Raises ValueError for another solver or where there is no step.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: there has to be at least one")

@@ -1,8 +1,10 @@
-"""Ordinary differential equation solvers that follow a predicted velocity from noise to data. All arithmetic is float32.
+"""Ordinary differential equation solvers that follow a predicted velocity from noise to data. All arithmetic
+is float32.
 
-A solver belongs to one run over one schedule and may remember earlier predictions. Letters as in the papers: sigma and
-alpha = 1 - sigma are the shares of noise and data, lambda = log(alpha / sigma), h a step in lambda, x0 a predicted clean sample.
-A step is exact where x0 stays the same; higher orders take x0 for a polynomial in lambda.
+A solver belongs to one run over one schedule and may remember earlier predictions. Letters as in the papers:
+sigma and alpha = 1 - sigma are the shares of noise and data, lambda = log(alpha / sigma), h a step in lambda,
+x0 a predicted clean sample. A step is exact where x0 stays the same; higher orders take x0 for a polynomial
+in lambda.
 """
 
 import math
@@ -23,7 +25,9 @@ class Solver(Protocol):
     def schedule(self) -> Schedule: ...
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """From the sample at `schedule.sigmas[index]` and its velocity to the sample at the next sigma, both float32."""
+        """From the sample at `schedule.sigmas[index]` and its velocity to the sample at the next sigma, both
+        float32.
+        """
         ...
 
 
@@ -66,7 +70,8 @@ class DpmPlusPlus:
         x0 = now.x0
         if self._past and there.sigma > 0:
             before = self._past[-1]
-            ratio = (here.lam - before.level.lam) / (there.lam - here.lam)  # infinite after a start from pure noise
+            # infinite after a start from pure noise
+            ratio = (here.lam - before.level.lam) / (there.lam - here.lam)
             x0 = x0 + (0.5 / ratio) * (x0 - before.x0)
         self._past = [now]
         return _move(here, there, sample.float(), x0)
@@ -78,15 +83,20 @@ def _data_share(sigma: float) -> float:
 
 @dataclass(frozen=True)
 class UniPCVariant:
-    """In what the released codes of UniPC differ. B(h) cancels out of all weights that are solved for: only a lone one shows it."""
+    """In what the released codes of UniPC differ.
+
+    B(h) cancels out of all weights that are solved for: only a lone one shows it.
+    """
 
     order: int  # of the predictions, at most; lower at the start, and 1 to sigma 0
     alpha: Callable[[float], float]  # of a sigma
-    lone_weight: Callable[[float], float]  # h -> weight of a difference that is the only one: B(h) / 2 in units of 1 - e^-h
+    # h -> weight of a difference that is the only one: B(h) / 2 in units of 1 - e^-h
+    lone_weight: Callable[[float], float]
 
 
 BH2 = UniPCVariant(order=2, alpha=_data_share, lone_weight=lambda step: 0.5)  # Wan's: B(h) = 1 - e^-h
-# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if the data under the noise were never made weaker
+# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if the data under the noise were never
+# made weaker
 BH1 = UniPCVariant(order=3, alpha=lambda sigma: 1.0, lone_weight=lambda step: 0.5 * step / -math.expm1(-step))
 
 
@@ -94,8 +104,8 @@ BH1 = UniPCVariant(order=3, alpha=lambda sigma: 1.0, lone_weight=lambda step: 0.
 class UniPC:
     """UniPC on clean-sample predictions.
 
-    Each call first corrects the sample that the last call predicted, with the velocity now known there, then predicts the next.
-    Source: Zhao et al. 2023, arXiv 2302.04867.
+    Each call first corrects the sample that the last call predicted, with the velocity now known there, then
+    predicts the next. Source: Zhao et al. 2023, arXiv 2302.04867.
     """
 
     schedule: Schedule
@@ -129,8 +139,13 @@ class UniPC:
     def _change(self, step: float, points: list["_Point"]) -> Tensor | float:
         """How much the prediction changes over the step."""
         alone = len(points) == 1  # the limit 1/2 of the exact weight for small steps, as the released code
-        weights = [self.variant.lone_weight(step)] if alone else _weights(step, [point.ratio for point in points])
-        return sum((weight / point.ratio * point.difference for weight, point in zip(weights, points, strict=True)), start=0.0)
+        weights = (
+            [self.variant.lone_weight(step)] if alone else _weights(step, [point.ratio for point in points])
+        )
+        return sum(
+            (weight / point.ratio * point.difference for weight, point in zip(weights, points, strict=True)),
+            start=0.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,9 @@ class _Point:
 
 
 def _relative(older: list[_Prediction], last: _Prediction, step: float) -> list[_Point]:
-    """The earlier predictions, nearest first; those made at pure noise are infinitely far away and tell nothing."""
+    """The earlier predictions, nearest first; those made at pure noise are infinitely far away and tell
+    nothing.
+    """
     points = [_Point((past.level.lam - last.level.lam) / step, past.x0 - last.x0) for past in reversed(older)]
     return [point for point in points if math.isfinite(point.ratio)]
 
@@ -181,7 +198,8 @@ def _relative(older: list[_Prediction], last: _Prediction, step: float) -> list[
 def _weights(step: float, ratios: list[float]) -> list[float]:
     """Weights of the differences to other predictions (paper, equation 9), solved in float64.
 
-    step: h of this step. ratios: where the predictions lie, in units of h from its start; as many weights come back.
+    step: h of this step. ratios: where the predictions lie, in units of h from its start; as many weights
+    come back.
     """
     phi = math.expm1(-step) / -step - 1
     factorial, rows, right = 1.0, [], []
@@ -208,4 +226,9 @@ def _bh1(schedule: Schedule) -> UniPC:
     return UniPC(schedule, BH1)
 
 
-_SOLVERS: dict[str, Callable[[Schedule], Solver]] = {"euler": Euler, "unipc": UniPC, "unipc-bh1": _bh1, "dpm++": DpmPlusPlus}
+_SOLVERS: dict[str, Callable[[Schedule], Solver]] = {
+    "euler": Euler,
+    "unipc": UniPC,
+    "unipc-bh1": _bh1,
+    "dpm++": DpmPlusPlus,
+}

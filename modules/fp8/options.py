@@ -1,4 +1,7 @@
-"""Weights of the transformer in 8 bits, and products in 8 bits. Training and generation name them differently."""
+"""Weights of the transformer in 8 bits, and products in 8 bits.
+
+Training and generation name them differently.
+"""
 
 import argparse
 import logging
@@ -15,11 +18,14 @@ logger = logging.getLogger(__name__)
 class Quantisation:
     """How weights are kept in 8 bits, and how layers compute with them."""
 
-    kind: str  # cast: rounded as they are; tensor, rows: divided by a scale first, one for each weight or for each of its rows
+    # cast: rounded as they are; tensor, rows: divided by a scale first, one for each weight or for each of
+    # its rows
+    kind: str
     float32_scales: bool = False  # scales and quotients in float32, rather than in the weight's dtype
     float32_linear: bool = False  # the layers compute in float32
     fp8_matmul: bool = False  # the layers are to multiply in 8 bits
-    product: Callable[..., Any] | None = None  # what multiplies in 8 bits, a modules.fp8.products.Product; None: 16 bits
+    # what multiplies in 8 bits, a modules.fp8.products.Product; None: 16 bits
+    product: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,10 @@ class GenerationFp8Options:
 
     def __post_init__(self) -> None:
         if self.upcast_linear and not self.fp8_scaled:
-            raise OptionError("--upcast_linear needs --fp8_scaled: without it there are no layers for it to compute in float32")
+            raise OptionError(
+                "--upcast_linear needs --fp8_scaled: without it there are no layers for it to compute in "
+                "float32"
+            )
         if self.upcast_quantization and not self.fp8_scaled:
             logger.warning("--upcast_quantization is ignored because --fp8_scaled is not given")
         if self.fp8_fast and not (self.fp8 or self.fp8_scaled):
@@ -71,10 +80,16 @@ class GenerationFp8Options:
         return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None
 
 
-_BASE = "keep the linear layers of the model's blocks in fp8: half the memory of bf16; a file in fp8 stays as it is"
-_SCALED = "divide each row of them by a scale of its own first: much closer to the file's weights than a plain cast"
+_BASE = (
+    "keep the linear layers of the model's blocks in fp8: half the memory of bf16; a file in fp8 stays as it "
+    "is"
+)
+_SCALED = (
+    "divide each row of them by a scale of its own first: much closer to the file's weights than a plain cast"
+)
 _FAST = (
-    "multiply the linear layers of the blocks in fp8 too{when}, with scales by token: up to twice as fast, a little less exact; "
+    "multiply the linear layers of the blocks in fp8 too{when}, with scales by token: up to twice as fast, a "
+    "little less exact; "
     "for NVIDIA RTX 40, L4, H100 and later"
 )
 _UPCAST = "with --fp8_scaled: scales and rounding in float32, rather than in the dtype of the file"
@@ -93,6 +108,12 @@ def add_generation_fp8_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the arguments of `GenerationFp8Options`."""
     group.add_argument("--fp8", action="store_true", help=_BASE)
     group.add_argument("--fp8_scaled", action="store_true", help=f"the same, but {_SCALED}; replaces --fp8")
-    group.add_argument("--fp8_fast", action="store_true", help=f"with --fp8_scaled or --fp8: {_FAST.format(when='')}")
-    group.add_argument("--upcast_linear", action="store_true", help="with --fp8_scaled: compute these layers in float32; slow")
+    group.add_argument(
+        "--fp8_fast", action="store_true", help=f"with --fp8_scaled or --fp8: {_FAST.format(when='')}"
+    )
+    group.add_argument(
+        "--upcast_linear",
+        action="store_true",
+        help="with --fp8_scaled: compute these layers in float32; slow",
+    )
     group.add_argument("--upcast_quantization", action="store_true", help=_UPCAST)

@@ -1,16 +1,19 @@
-"""Products in fp8 for linears whose fp8 weight is frozen: the output and the gradient of the input, and nothing else.
+"""Products in fp8 for linears whose fp8 weight is frozen: the output and the gradient of the input, and
+nothing else.
 
-`y = x W^T + b` with W stored in e4m3, one scale for the tensor or one per output row. The other factor is quantised when it comes:
-e4m3 with a scale for each row (token), its largest magnitude over 448, so that no token's outlier costs another token digits.
+`y = x W^T + b` with W stored in e4m3, one scale for the tensor or one per output row. The other factor is
+quantised when it comes: e4m3 with a scale for each row (token), its largest magnitude over 448, so that no
+token's outlier costs another token digits.
 
     output           y  = (x / a) W^T, its columns times the weight's scales s, its rows times a = amax(x) / 448
     input gradient   dx = ((dy s) / g) W, its rows times g. The contraction runs over the output features, so their scales
                      are folded into dy before it is quantised
 
-The backward pass needs the weight and its scales only: no activation is kept for a base that does not learn. Rounding to e4m3 is
-unbiased, at most 2^-4 of a value (2.7 % in the mean square); the fp8 weight itself is taken as exact. Gradients too are e4m3: with
-a scale for each row they lie well inside its 18 binades (error of a product on the pocket model's: 2.1 %, in e5m2 4.3 %).
-Source of the recipe: Micikevicius et al. 2022, arXiv 2209.05433, with scales by row as in torchao's row-wise recipe.
+The backward pass needs the weight and its scales only: no activation is kept for a base that does not learn.
+Rounding to e4m3 is unbiased, at most 2^-4 of a value (2.7 % in the mean square); the fp8 weight itself is
+taken as exact. Gradients too are e4m3: with a scale for each row they lie well inside its 18 binades (error
+of a product on the pocket model's: 2.1 %, in e5m2 4.3 %). Source of the recipe: Micikevicius et al. 2022,
+arXiv 2209.05433, with scales by row as in torchao's row-wise recipe.
 """
 # Letters: M tokens, K input features, N output features
 
@@ -34,56 +37,93 @@ STEP = 16  # K and N are multiples of it: cuBLASLt wants rows that begin at 16 b
 FEWEST_ROWS = 16  # fewer tokens than a tile of the units has rows gain nothing
 LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
 PIECE = 1 << 26  # values quantised at a time where nothing fuses: 256 MiB of float32
-# Hopper sums fp8 products in 14 bits unless told to move the sums to float32 now and then, which costs speed. As in torchao's
-# defaults the forward pass takes the quick way, the gradient the exact one.
+# Hopper sums fp8 products in 14 bits unless told to move the sums to float32 now and then, which costs speed.
+# As in torchao's defaults the forward pass takes the quick way, the gradient the exact one.
 FAST_SUMS, EXACT_SUMS = True, False
 
 
 class Product(Protocol):
-    """a b with the rows of a scaled, the columns of b scaled, and a bias added; summed in float32, rounded once.
+    """a b with the rows of a scaled, the columns of b scaled, and a bias added; summed in float32, rounded
+    once.
 
-    a: M K e4m3, row by row. b: K N e4m3, column by column. scale_a: M 1, scale_b: 1 N, both float32. bias: N or None.
-    Returns M N in `dtype`, bfloat16 or float16. fast_sums: see FAST_SUMS.
+    a: M K e4m3, row by row. b: K N e4m3, column by column. scale_a: M 1, scale_b: 1 N, both float32. bias: N
+    or None. Returns M N in `dtype`, bfloat16 or float16. fast_sums: see FAST_SUMS.
     """
 
     def __call__(
-        self, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+        self,
+        a: Tensor,
+        b: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        fast_sums: bool,
     ) -> Tensor: ...
 
 
 def row_scaled_product(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast_sums: bool,
 ) -> Tensor:
-    """The `Product` of the device's fp8 units, with scales and bias applied before the sums leave the registers."""
+    """The `Product` of the device's fp8 units, with scales and bias applied before the sums leave the
+    registers.
+    """
     by_row = ScalingType.RowWise
     added = None if bias is None else bias.to(dtype)
-    return functional.scaled_mm(a, b, scale_a, by_row, scale_b, by_row, bias=added, output_dtype=dtype, use_fast_accum=fast_sums)
+    return functional.scaled_mm(
+        a, b, scale_a, by_row, scale_b, by_row, bias=added, output_dtype=dtype, use_fast_accum=fast_sums
+    )
 
 
 def tensor_scaled_product(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast_sums: bool,
 ) -> Tensor:
-    """The `Product` for builds of torch whose fp8 units take no scales by row (Windows): unscaled sums in bfloat16, scaled after.
+    """The `Product` for builds of torch whose fp8 units take no scales by row (Windows): unscaled sums in
+    bfloat16, scaled after.
 
     One pass over the result more, and a second rounding of 2^-9, which is small beside that to e4m3.
     """
     one, whole = torch.ones(1, device=a.device), ScalingType.TensorWise
-    sums = functional.scaled_mm(a, b, one, whole, one, whole, output_dtype=torch.bfloat16, use_fast_accum=fast_sums)
+    sums = functional.scaled_mm(
+        a, b, one, whole, one, whole, output_dtype=torch.bfloat16, use_fast_accum=fast_sums
+    )
     out = sums * scale_a * scale_b  # float32, as the scales are
     return (out if bias is None else out + bias).to(dtype)
 
 
 def emulated_product(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast_sums: bool,
 ) -> Tensor:
-    """The `Product` in plain float32, for devices without fp8 units: slow, for tests only. Sums are exact whatever `fast_sums`."""
+    """The `Product` in plain float32, for devices without fp8 units: slow, for tests only. Sums are exact
+    whatever `fast_sums`.
+    """
     with torch.autocast(a.device.type, enabled=False):
         out = (a.float() @ b.float()) * scale_a * scale_b
         return (out if bias is None else out + bias.float()).to(dtype)
 
 
 def supports_fp8(device: torch.device) -> bool:
-    """Whether the device has fp8 units that torch reaches: NVIDIA from compute capability 8.9 (AMD's have another format)."""
+    """Whether the device has fp8 units that torch reaches: NVIDIA from compute capability 8.9 (AMD's have
+    another format).
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
@@ -94,13 +134,16 @@ def choose_product(
     supported: Callable[[torch.device], bool] = supports_fp8,
     products: Sequence[Product] = (row_scaled_product, tensor_scaled_product),
 ) -> Product:
-    """The first of `products` that computes on the device; each is tried once on a small tile. Logs it where it is not the first.
+    """The first of `products` that computes on the device; each is tried once on a small tile. Logs it where
+    it is not the first.
 
     Raises OptionError where the device has no fp8 units, or torch cannot use them.
     """
     remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bit."
     if not supported(device):
-        raise OptionError(f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have). {remedy}")
+        raise OptionError(
+            f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have). {remedy}"
+        )
     reasons = []
     for product in products:
         try:
@@ -109,13 +152,21 @@ def choose_product(
             reasons.append(str(error).partition("\n")[0])
         else:
             if reasons:
-                logger.info("fp8 products are scaled after they are summed, because torch says: %s", reasons[0])
+                logger.info(
+                    "fp8 products are scaled after they are summed, because torch says: %s", reasons[0]
+                )
             return product
-    raise OptionError(f"--fp8_fast: torch {torch.__version__} cannot multiply in fp8 on {_name(device)}: {reasons[-1]}. {remedy}")
+    raise OptionError(
+        f"--fp8_fast: torch {torch.__version__} cannot multiply in fp8 on {_name(device)}: {reasons[-1]}. "
+        f"{remedy}"
+    )
 
 
 def with_product(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
-    """The same with what multiplies in 8 bits on the device, where that is asked for. Raises OptionError as `choose_product`."""
+    """The same with what multiplies in 8 bits on the device, where that is asked for.
+
+    Raises OptionError as `choose_product`.
+    """
     if quantisation is None or not quantisation.fp8_matmul:
         return quantisation
     return replace(quantisation, product=choose_product(device))
@@ -135,7 +186,8 @@ def _try(product: Product, device: torch.device) -> None:
 
 
 def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether `fp8_linear` takes this layer: an e4m3 weight scaled as a whole or by rows, sizes in steps of 16, 16 tokens or more.
+    """Whether `fp8_linear` takes this layer: an e4m3 weight scaled as a whole or by rows, sizes in steps of
+    16, 16 tokens or more.
 
     Depends on shapes and dtypes only. x: ... K. weight: N K. scale: one number, N 1, or None.
     """
@@ -149,11 +201,15 @@ def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     )
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, product: Product) -> Tensor:
-    """x W^T + b with W = weight * scale, multiplied in fp8; differentiable in x alone. For what `suits_fp8` accepts.
+def fp8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, product: Product
+) -> Tensor:
+    """x W^T + b with W = weight * scale, multiplied in fp8; differentiable in x alone. For what `suits_fp8`
+    accepts.
 
-    x: ... K, rows without bound of magnitude; one that holds a NaN or an infinity gives a row of NaN. weight: N K e4m3.
-    scale: one number, N 1, or None for 1. bias: N. Returns ... N in autocast's dtype where it is on, else in that of x.
+    x: ... K, rows without bound of magnitude; one that holds a NaN or an infinity gives a row of NaN. weight:
+    N K e4m3. scale: one number, N 1, or None for 1. bias: N. Returns ... N in autocast's dtype where it is
+    on, else in that of x.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -165,12 +221,26 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype, product: Product
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        product: Product,
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.product, ctx.dtype = product, x.dtype
         quantised, row_scales = quantise_rows(x.reshape(-1, x.shape[-1]))
-        out = product(quantised, weight.t(), row_scales, _column_scales(weight, scale), bias, _product_dtype(dtype), FAST_SUMS)
+        out = product(
+            quantised,
+            weight.t(),
+            row_scales,
+            _column_scales(weight, scale),
+            bias,
+            _product_dtype(dtype),
+            FAST_SUMS,
+        )
         return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -179,19 +249,24 @@ class _FrozenLinear(torch.autograd.Function):
             return None, None, None, None, None, None
         (gradient,) = gradients
         weight, scale = ctx.saved_tensors
-        quantised, row_scales = quantise_rows(gradient.reshape(-1, gradient.shape[-1]), _column_scales(weight, scale))
-        columns = weight.t().contiguous().t()  # N K, column by column as the units want it; gone with this call
+        quantised, row_scales = quantise_rows(
+            gradient.reshape(-1, gradient.shape[-1]), _column_scales(weight, scale)
+        )
+        # N K, column by column as the units want it; gone with this call
+        columns = weight.t().contiguous().t()
         ones = torch.ones(1, weight.shape[1], device=weight.device)
-        out = ctx.product(quantised, columns, row_scales, ones, None, _product_dtype(gradient.dtype), EXACT_SUMS)
+        out = ctx.product(
+            quantised, columns, row_scales, ones, None, _product_dtype(gradient.dtype), EXACT_SUMS
+        )
         return out.to(ctx.dtype).view(*gradient.shape[:-1], weight.shape[1]), None, None, None, None, None
 
 
 def quantise_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> tuple[Tensor, Tensor]:
     """x * fold as e4m3 numbers and the scale of each row: `x * fold = quantised * scales` but for rounding.
 
-    x: M K. fold: 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros; a NaN or an infinity makes the
-    scale NaN or infinite, and with it the row of any product NaN.
-    piece: how many values have a float32 copy at a time; without bound while compiling, where the copy is fused away.
+    x: M K. fold: 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros; a NaN or
+    an infinity makes the scale NaN or infinite, and with it the row of any product NaN. piece: how many
+    values have a float32 copy at a time; without bound while compiling, where the copy is fused away.
     """
     rows = max(1, piece // x.shape[1])
     if torch.compiler.is_compiling() or x.shape[0] <= rows:
@@ -209,7 +284,8 @@ def _quantised(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
         x = x * fold  # float32, as the scales are
     largest = x.abs().amax(dim=1, keepdim=True).float()
     # the least scale keeps rows of zeros (and of numbers that bf16 can hardly hold) from dividing by zero
-    # (limits come from finfo, not from a constant of this file: compiling for changing shapes makes such numbers inputs too)
+    # (limits come from finfo, not from a constant of this file: compiling for changing shapes makes such
+    # numbers inputs too)
     scales = (largest / torch.finfo(WEIGHT_DTYPE).max).clamp(min=torch.finfo(torch.float32).tiny)
     return (x / scales).to(WEIGHT_DTYPE), scales
 

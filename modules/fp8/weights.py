@@ -1,8 +1,9 @@
 """Linear layers whose weights are kept in 8 bits: rounding them, and computing with them.
 
-A quantised layer stays an `nn.Linear`. Its `weight` is a frozen float8 parameter of the checkpoint's shape; beside it stands a
-buffer `scale_weight` (float32: [1], [out, 1] or [out, blocks, 1]; None for a plain cast); the weight that is meant is their
-product. `forward` is set on the layer itself, so that what is put around it afterwards (a LoRA, compilation) finds it.
+A quantised layer stays an `nn.Linear`. Its `weight` is a frozen float8 parameter of the checkpoint's shape;
+beside it stands a buffer `scale_weight` (float32: [1], [out, 1] or [out, blocks, 1]; None for a plain cast);
+the weight that is meant is their product. `forward` is set on the layer itself, so that what is put around it
+afterwards (a LoRA, compilation) finds it.
 """
 
 import types
@@ -18,7 +19,8 @@ from modules.fp8.products import fp8_linear, suits_fp8
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn; what is beyond it would become NaN
-_BLOCK_ELEMENTS = 1 << 20  # of a weight that are rounded at once: temporaries of a few MB instead of whole weights
+# of a weight that are rounded at once: temporaries of a few MB instead of whole weights
+_BLOCK_ELEMENTS = 1 << 20
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
@@ -29,14 +31,16 @@ def is_fp8(dtype: torch.dtype) -> bool:
 def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor | None]:
     """The weight in float8_e4m3fn, and the scale (float32) that gives it back: weight ~ fp8 * scale.
 
-    weight: out x in. kind "cast": rounded as it is, beyond +-448 to +-448, without a scale. "tensor" and "rows": divided by
-    scale = max|weight| / 448, one number [1] or one per row [out, 1]; where all is zero it is 1. Scale and quotient are rounded to
-    the weight's dtype before they are used, unless `float32_scales` asks for float32 or the weight is float16, whose range is too
-    narrow for them.
+    weight: out x in. kind "cast": rounded as it is, beyond +-448 to +-448, without a scale. "tensor" and
+    "rows": divided by scale = max|weight| / 448, one number [1] or one per row [out, 1]; where all is zero it
+    is 1. Scale and quotient are rounded to the weight's dtype before they are used, unless `float32_scales`
+    asks for float32 or the weight is float16, whose range is too narrow for them.
     """
     wide = quantisation.float32_scales or weight.dtype == torch.float16
     dtype = torch.float32 if wide else weight.dtype
-    scale = None if quantisation.kind == "cast" else _scale(weight, dtype, per_row=quantisation.kind == "rows")
+    scale = (
+        None if quantisation.kind == "cast" else _scale(weight, dtype, per_row=quantisation.kind == "rows")
+    )
     rounded = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
     for rows in _row_blocks(weight):
         part = weight[rows].to(dtype)
@@ -72,7 +76,8 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
     if not scale.is_floating_point() or scale.ndim == 0 or scale.dtype != torch.float32:
         scale = scale.float()
     if scale.numel() == 1:
-        return plain.mul_(scale.reshape([1] * weight.ndim))  # of as many axes: a number without axes would be rounded first
+        # of as many axes: a number without axes would be rounded first
+        return plain.mul_(scale.reshape([1] * weight.ndim))
     if scale.ndim == 3:
         plain.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
         return plain
@@ -89,13 +94,15 @@ def stored_scale(scale: Tensor) -> Tensor:
 def attach(layer: nn.Linear, weight: Tensor, scale: Tensor | None, quantisation: Quantisation) -> None:
     """Give a layer its 8-bit weight, its scale and a forward that computes with them.
 
-    The layer computes in autocast's dtype, without autocast in that of its input; in float32 where `float32_linear` asks for it.
-    With a `product` it multiplies in 8 bits, but for what does not suit that (`modules.fp8.products.suits_fp8`).
+    The layer computes in autocast's dtype, without autocast in that of its input; in float32 where
+    `float32_linear` asks for it. With a `product` it multiplies in 8 bits, but for what does not suit that
+    (`modules.fp8.products.suits_fp8`).
     """
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_buffer("scale_weight", scale)
     layer.quantisation = quantisation  # type: ignore[assignment]
-    # a method rather than a partial function, by which compiled code would know the layer, and be compiled for every block
+    # a method rather than a partial function, by which compiled code would know the layer, and be compiled
+    # for every block
     layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
 
 
@@ -106,7 +113,11 @@ def is_quantised(layer: nn.Module) -> bool:
 
 def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """Those layers of a network by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_quantised(layer)}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and is_quantised(layer)
+    }
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -137,7 +148,9 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
 
 
 class _Product(torch.autograd.Function):
-    """A linear layer that keeps only its 8-bit weight for the backward pass, where it is multiplied out again."""
+    """A linear layer that keeps only its 8-bit weight for the backward pass, where it is multiplied out
+    again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -152,8 +165,13 @@ class _Product(torch.autograd.Function):
         return of_x, None, None, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
 
 
-def linear_weights(module: nn.Module, lists: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> frozenset[str]:
-    """Names of the weights of linear layers. lists: only below these; exclude: none whose name has one of these parts."""
+def linear_weights(
+    module: nn.Module, lists: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> frozenset[str]:
+    """Names of the weights of linear layers.
+
+    lists: only below these; exclude: none whose name has one of these parts.
+    """
     begin = None if lists is None else tuple(f"{name}." for name in lists)
     return frozenset(
         f"{name}.weight"

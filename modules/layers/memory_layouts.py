@@ -1,5 +1,6 @@
-"""Memory layouts of clips and frames. With channels last a frame, or the last frames of a clip, is one piece of memory, and the
-convolutions of CPUs and CUDA devices are faster."""
+"""Memory layouts of clips and frames. With channels last a frame, or the last frames of a clip, is one piece
+of memory, and the convolutions of CPUs and CUDA devices are faster.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -23,5 +24,9 @@ def lay_out(module: nn.Module, device: torch.device) -> None:
 
 def empty_clip(x: Tensor, *size: int) -> Tensor:
     """An unfilled clip B C T H W of that size, with the dtype, device and memory layout of the clip x."""
-    layout = torch.channels_last_3d if x.is_contiguous(memory_format=torch.channels_last_3d) else torch.contiguous_format
+    layout = (
+        torch.channels_last_3d
+        if x.is_contiguous(memory_format=torch.channels_last_3d)
+        else torch.contiguous_format
+    )
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)

@@ -10,7 +10,9 @@ def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) with x in the dtype of the layer's weight; under autocast the layer chooses, as it does with fp8 weights."""
+    """layer(x) with x in the dtype of the layer's weight; under autocast the layer chooses, as it does with
+    fp8 weights.
+    """
     dtype = _weight_dtype(layer)
     if x.dtype == dtype or dtype.itemsize == 1 or torch.is_autocast_enabled(x.device.type):
         return layer(x)
@@ -18,7 +20,10 @@ def run(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def run_float32(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) outside autocast, in float32 (in the dtype of its weight, should that be narrower). Returns float32."""
+    """layer(x) outside autocast, in float32 (in the dtype of its weight, should that be narrower).
+
+    Returns float32.
+    """
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(_weight_dtype(layer))).float()
 

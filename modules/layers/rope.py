@@ -1,4 +1,5 @@
-"""Rotary position embeddings over several axes: neighbouring channels are pairs, each turned by position * frequency.
+"""Rotary position embeddings over several axes: neighbouring channels are pairs, each turned by position *
+frequency.
 
 Source: Su et al. 2021, arXiv 2104.09864; split over the axes of a video as the released video models do.
 """
@@ -19,7 +20,10 @@ THETA = 10000.0  # base of the frequencies, as trained
 
 
 def axis_angles(length: int, width: int, theta: float = THETA, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Angles of positions 0, 1, ... of one axis: length x width/2. width: channels that belong to the axis, even."""
+    """Angles of positions 0, 1, ...
+
+    of one axis: length x width/2. width: channels that belong to the axis, even.
+    """
     return angles_at(torch.arange(length, dtype=dtype), width, theta)
 
 
@@ -30,7 +34,8 @@ def angles_at(positions: Tensor, width: int, theta: float = THETA) -> Tensor:
 
 
 def on_grid(axes: Sequence[Tensor]) -> Tensor:
-    """What belongs to the positions of each axis, given to the tokens of a grid in row-major order, the axes' pairs side by side.
+    """What belongs to the positions of each axis, given to the tokens of a grid in row-major order, the axes'
+    pairs side by side.
 
     axes: each n W/2 ..., n the positions along it, W its channels. Returns L D/2 ...
     """
@@ -42,8 +47,11 @@ def on_grid(axes: Sequence[Tensor]) -> Tensor:
     return torch.cat(columns, dim=1)  # no view of a grid: compiled blocks would depend on its sizes
 
 
-def exact_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU) -> Tensor:
-    """The turns of a grid of tokens in row-major order as (cosine, sine) pairs on `device`: L 1 D/2 2 float32, of float64 angles.
+def exact_table(
+    sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU
+) -> Tensor:
+    """The turns of a grid of tokens in row-major order as (cosine, sine) pairs on `device`: L 1 D/2 2
+    float32, of float64 angles.
 
     sizes: positions along each axis (frames, rows, columns). widths: channels of each axis, together D.
     """
@@ -51,14 +59,22 @@ def exact_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THET
     return _table(sizes, widths, theta, torch.float64, device)
 
 
-def float32_table(sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU) -> Tensor:
+def float32_table(
+    sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU
+) -> Tensor:
     """The same of float32 angles."""
     return _table(sizes, widths, theta, torch.float32, device)
 
 
-def _table(sizes: Sequence[int], widths: Sequence[int], theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # the host computes and sends the axes only: a table of a long video is 60 MB, and batches of several sizes need one each step
-    axes = [turns(axis_angles(size, width, theta, dtype)).float() for size, width in zip(sizes, widths, strict=True)]
+def _table(
+    sizes: Sequence[int], widths: Sequence[int], theta: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    # the host computes and sends the axes only: a table of a long video is 60 MB, and batches of several
+    # sizes need one each step
+    axes = [
+        turns(axis_angles(size, width, theta, dtype)).float()
+        for size, width in zip(sizes, widths, strict=True)
+    ]
     return on_grid([sent_ahead(one, device) for one in axes]).unsqueeze(1)
 
 
@@ -71,7 +87,9 @@ TABLES = {"default": exact_table, "comfy": float32_table}  # values of --rope_fu
 
 
 class TableMaker(Protocol[Asked]):
-    """Makes a table on a device from what says where the tokens are, such as their numbers along frames, rows and columns."""
+    """Makes a table on a device from what says where the tokens are, such as their numbers along frames, rows
+    and columns.
+    """
 
     def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor: ...
 
@@ -94,8 +112,9 @@ class GridTable(Generic[Layout]):
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn the channel pairs of x (B L N D) by a table of `TABLES`; in float32, returned in x's dtype.
 
-    By complex numbers, which is one pass over x where every operation is; written out where the code is compiled, because
-    compilers fuse that form. The two are equal but for the rounding of the products: 1e-6 of the largest number.
+    By complex numbers, which is one pass over x where every operation is; written out where the code is
+    compiled, because compilers fuse that form. The two are equal but for the rounding of the products: 1e-6
+    of the largest number.
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # B L N D/2 2
     if not torch.compiler.is_compiling():

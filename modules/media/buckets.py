@@ -1,4 +1,5 @@
-"""Bucket geometry: which sizes an area allows, which of them fits a picture, and how the picture is resized and cropped to it.
+"""Bucket geometry: which sizes an area allows, which of them fits a picture, and how the picture is resized
+and cropped to it.
 
 Sizes are (width, height) in pixels. Plain numbers only: nothing here touches a pixel.
 """
@@ -46,7 +47,9 @@ def choose_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_
     width, height = size
     if no_upscale and width * height <= area:
         if min(size) < step:
-            raise ValueError(f"{width}x{height} has a side under {step} pixels, and bucket_no_upscale forbids enlarging it")
+            raise ValueError(
+                f"{width}x{height} has a side under {step} pixels, and bucket_no_upscale forbids enlarging it"
+            )
         return width // step * step, height // step * step
     aspect = width / height
     return min(sizes, key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))

@@ -9,5 +9,7 @@ def cross_fade(earlier: Tensor, later: Tensor) -> Tensor:
 
     earlier, later: B C F H W, the frames that both clips show. Returns the dtype of `later`.
     """
-    weights = torch.linspace(1, 0, later.shape[2], dtype=torch.float32, device=later.device).view(1, 1, -1, 1, 1)
+    weights = torch.linspace(1, 0, later.shape[2], dtype=torch.float32, device=later.device).view(
+        1, 1, -1, 1, 1
+    )
     return (weights * earlier.float() + (1 - weights) * later.float()).to(later.dtype)

@@ -1,6 +1,7 @@
 """Images and videos on disk as the pixels that a VAE is given: B 3 F H W float32 in -1..1.
 
-The libraries for media are imported with the first file: networks run where they are not installed, in benchmarks for one.
+The libraries for media are imported with the first file: networks run where they are not installed, in
+benchmarks for one.
 """
 
 from itertools import islice
@@ -16,7 +17,9 @@ from modules.media.buckets import Size
 
 
 def byte_clips(frames: Tensor) -> Tensor:
-    """B F H W C uint8 (alpha is dropped) -> B 3 F H W uint8, not copied: for encoders that take a part at a time."""
+    """B F H W C uint8 (alpha is dropped) -> B 3 F H W uint8, not copied: for encoders that take a part at a
+    time.
+    """
     return rearrange(frames[..., :3], "b f h w c -> b c f h w")
 
 
@@ -31,11 +34,14 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 
 def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
-    """Raise ValueError where a VAE cannot encode pixels (B C F H W) of that size: it takes one frame and whole groups behind it."""
+    """Raise ValueError where a VAE cannot encode pixels (B C F H W) of that size: it takes one frame and
+    whole groups behind it.
+    """
     frames, height, width = pixels.shape[2:]
     if (frames - 1) % frame_step or height % side_step or width % side_step:
         raise ValueError(
-            f"{frames} frames of {height} x {width}: the VAE takes {frame_step}n + 1 frames with sides that are multiples of "
+            f"{frames} frames of {height} x {width}: the VAE takes {frame_step}n + 1 frames with sides that "
+            "are multiples of "
             f"{side_step}"
         )
 
@@ -57,8 +63,8 @@ def read_pixels(path: Path) -> Tensor:
 def image_pixels(path: Path, width: int, height: int, keep_aspect: bool = True) -> Tensor:
     """An image file at exactly width x height as 1 3 1 H W float32 in -1..1.
 
-    keep_aspect: scale to cover and crop the middle, as training sees images; else stretch, as the released code of Wan does
-    after it has chosen a size of the image's own aspect.
+    keep_aspect: scale to cover and crop the middle, as training sees images; else stretch, as the released
+    code of Wan does after it has chosen a size of the image's own aspect.
     """
     import cv2
 
@@ -73,19 +79,24 @@ def image_pixels(path: Path, width: int, height: int, keep_aspect: bool = True) 
     return to_pixels(torch.from_numpy(image[None, None]))
 
 
-def video_pixels(path: Path, option: str, width: int, height: int, frames: int, end_frames: int = 0) -> Tensor:
+def video_pixels(
+    path: Path, option: str, width: int, height: int, frames: int, end_frames: int = 0
+) -> Tensor:
     """The first frames of a video or folder of images, scaled to cover, as 1 3 F+E H W float32 in -1..1.
 
-    option: "--video_path", for messages. An end image takes `end_frames` (E) more, of which the video has to have one: the last
-    one it has stands for those it lacks. Raises MediaError where it is too short.
+    option: "--video_path", for messages. An end image takes `end_frames` (E) more, of which the video has to
+    have one: the last one it has stands for those it lacks. Raises MediaError where it is too short.
     """
     from modules.media.reading import resize_cover, video_frames
 
     needed = frames + min(end_frames, 1)
-    found = [resize_cover(frame, (width, height)) for frame in islice(video_frames(path), frames + end_frames)]
+    found = [
+        resize_cover(frame, (width, height)) for frame in islice(video_frames(path), frames + end_frames)
+    ]
     if len(found) < needed:
         raise MediaError(
-            f"{option} {path}: it has {len(found)} frames, {needed} are needed. Lower the length or give a longer one."
+            f"{option} {path}: it has {len(found)} frames, {needed} are needed. Lower the length or give a "
+            "longer one."
         )
     found += [found[-1]] * (frames + end_frames - len(found))
     return to_pixels(torch.from_numpy(numpy.stack(found)[None]))

@@ -1,7 +1,8 @@
 """Images and videos on disk <-> uint8 frames: the only place that reads or writes either.
 
-A frame is `H W C` uint8 RGB (C = 4 with alpha); sizes are (width, height). A "video" may also be a folder of images, its frames in
-name order. Colours are converted by what the file says of itself. Every failure is a MediaError naming the file and the reason.
+A frame is `H W C` uint8 RGB (C = 4 with alpha); sizes are (width, height). A "video" may also be a folder of
+images, its frames in name order. Colours are converted by what the file says of itself. Every failure is a
+MediaError naming the file and the reason.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ from modules.media.buckets import Size, fit_cover
 
 Frame = NDArray[np.uint8]  # H W C
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})  # lower case
+# lower case
+VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those that Pillow always reads
 
@@ -79,12 +81,16 @@ def image_size(path: Path) -> Size:
 
 
 def resize_cover(frame: Frame, bucket: Size) -> Frame:
-    """Resize a frame until it covers `bucket`, crop the centre. Lanczos when enlarging, else area average. Source: cache format."""
+    """Resize a frame until it covers `bucket`, crop the centre.
+
+    Lanczos when enlarging, else area average. Source: cache format.
+    """
     fit = fit_cover((frame.shape[1], frame.shape[0]), bucket)
     if fit.interpolation == "none":
         return frame
     if fit.interpolation == "lanczos":
-        resized = np.array(Image.fromarray(frame).resize(fit.resized, Image.Resampling.LANCZOS))  # a copy: Pillow's is read-only
+        # a copy: Pillow's is read-only
+        resized = np.array(Image.fromarray(frame).resize(fit.resized, Image.Resampling.LANCZOS))
     else:
         resized = np.asarray(cv2.resize(frame, fit.resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     left, top = fit.crop
@@ -92,7 +98,8 @@ def resize_cover(frame: Frame, bucket: Size) -> Frame:
 
 
 def video_frames(path: Path) -> Iterator[Frame]:
-    """All frames in playing order, H W 3, upright, one at a time; of a file FFmpeg reads or of a folder of images.
+    """All frames in playing order, H W 3, upright, one at a time; of a file FFmpeg reads or of a folder of
+    images.
 
     Raises MediaError: missing, empty, no video in it, not decodable, or cut short (a download that stopped).
     """
@@ -114,7 +121,9 @@ def video_frames(path: Path) -> Iterator[Frame]:
 
 
 def video_info(path: Path) -> VideoInfo:
-    """Size, number of frames and rate (of a folder: its first image and its count); one frame is decoded. Raises MediaError."""
+    """Size, number of frames and rate (of a folder: its first image and its count); one frame is decoded.
+    Raises MediaError.
+    """
     if path.is_dir():
         images = folder_images(path)
         width, height = image_size(images[0])
@@ -125,11 +134,14 @@ def video_info(path: Path) -> VideoInfo:
             raise MediaError(f"{path} holds no frame that can be decoded")
         sideways = round(first.rotation / 90) % 2 == 1
         width, height = (first.height, first.width) if sideways else (first.width, first.height)
-        return VideoInfo(width, height, stream.frames or None, float(stream.average_rate) if stream.average_rate else None)
+        return VideoInfo(
+            width, height, stream.frames or None, float(stream.average_rate) if stream.average_rate else None
+        )
 
 
 def read_tags(path: Path) -> dict[str, str]:
-    """Text stored in a PNG or a video, {} where there is none. Keys of videos in lower case: mkv stores them in upper case.
+    """Text stored in a PNG or a video, {} where there is none. Keys of videos in lower case: mkv stores them
+    in upper case.
 
     Raises MediaError.
     """
@@ -141,8 +153,15 @@ def read_tags(path: Path) -> dict[str, str]:
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """The images that are the frames of a folder given as a video, in name order. Raises MediaError where there is none."""
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in image_suffixes() and not path.name.startswith("."))
+    """The images that are the frames of a folder given as a video, in name order.
+
+    Raises MediaError where there is none.
+    """
+    images = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
+    )
     if not images:
         raise MediaError(f"{folder} is a folder without images")
     return images
@@ -155,7 +174,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         stream = container.streams.best("video")
         if stream is None:
             raise MediaError(
-                f"{path} has no video stream, only {', '.join(other.type for other in container.streams) or 'nothing'}"
+                f"{path} has no video stream, only "
+                f"{', '.join(other.type for other in container.streams) or 'nothing'}"
             )
         yield container, stream
 
@@ -182,7 +202,9 @@ def _url(path: Path) -> str:
 
 
 def _upright(frame: Frame, degrees: float) -> Frame:
-    """Turn a frame by the rotation a phone has written beside it, counter-clockwise; only quarter turns occur."""
+    """Turn a frame by the rotation a phone has written beside it, counter-clockwise; only quarter turns
+    occur.
+    """
     turns = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame
 
@@ -190,7 +212,8 @@ def _upright(frame: Frame, degrees: float) -> Frame:
 def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_seconds: float) -> None:
     """Raise MediaError where a file ends before the length it states.
 
-    Most demuxers report a cut file themselves; Matroska's ends quietly, but each stream has its length as a tag.
+    Most demuxers report a cut file themselves; Matroska's ends quietly, but each stream has its length as a
+    tag.
     """
     if not num_frames:
         raise MediaError(f"{path} holds no frame that can be decoded")
@@ -201,5 +224,6 @@ def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_s
     frame_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
     if end_seconds + max(4 * frame_seconds, 0.3) < seconds:
         raise MediaError(
-            f"{path} is cut short: it should last {seconds:.2f} s, the last of {num_frames} frames is at {end_seconds:.2f} s"
+            f"{path} is cut short: it should last {seconds:.2f} s, the last of {num_frames} frames is at "
+            f"{end_seconds:.2f} s"
         )

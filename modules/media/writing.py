@@ -20,10 +20,14 @@ from modules.media.reading import Frame, _reading, _url
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
-    """Write one frame (H W 3 or H W 4) as PNG, with text chunks in UTF-8, complete or not at all. Raises OutputError."""
+    """Write one frame (H W 3 or H W 4) as PNG, with text chunks in UTF-8, complete or not at all.
+
+    Raises OutputError.
+    """
     chunks = PngImagePlugin.PngInfo()
     for name, value in (text or {}).items():
-        add = chunks.add_text if value.isascii() else chunks.add_itxt  # a plain chunk is Latin-1, iTXt is UTF-8
+        # a plain chunk is Latin-1, iTXt is UTF-8
+        add = chunks.add_text if value.isascii() else chunks.add_itxt
         add(name, value)
     with atomic_path(path, frame.nbytes) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG", pnginfo=chunks)
@@ -59,20 +63,24 @@ def write_video(
 ) -> None:
     """Encode frames (H W 3, consumed one at a time) to `path` (.mp4, .mkv or .mov), complete or not at all.
 
-    codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf. tags: kept by .mkv only.
-    The last row or column of an odd size is cut off. Colours are BT.709 and say so. No time and no random id is written.
-    Raises MediaError (no frame, codec not for this suffix), OutputError.
+    codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf.
+    tags: kept by .mkv only. The last row or column of an odd size is cut off. Colours are BT.709 and say so.
+    No time and no random id is written. Raises MediaError (no frame, codec not for this suffix), OutputError.
     """
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
     if suffix not in kind.suffixes:
-        raise MediaError(f"{path}: {codec} is written to {', '.join(kind.suffixes)}, not to {suffix or 'a name without suffix'}")
+        raise MediaError(
+            f"{path}: {codec} is written to {', '.join(kind.suffixes)}, not to "
+            f"{suffix or 'a name without suffix'}"
+        )
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:
         raise MediaError(f"{path}: there is no frame to write")
     with atomic_path(path) as temporary, _writing():
-        container = av.open(_url(temporary), "w", format=_MUXERS[suffix], options={"fflags": "+bitexact"})  # no random ids
+        # no random ids
+        container = av.open(_url(temporary), "w", format=_MUXERS[suffix], options={"fflags": "+bitexact"})
         with container:
             container.metadata.update(tags if tags and suffix == ".mkv" else {})
             stream = _add_stream(container, kind, first, fps)
@@ -114,7 +122,8 @@ class Segment:
 
     path: Path
     frames: int
-    lead: int  # by how many frames decoding is ahead of showing: frames that look at later ones are stored behind these
+    # by how many frames decoding is ahead of showing: frames that look at later ones are stored behind these
+    lead: int
 
 
 def segment_of(path: Path, fps: float) -> Segment:
@@ -125,10 +134,11 @@ def segment_of(path: Path, fps: float) -> Segment:
 
 
 def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
-    """Write segments one behind the other as one video (.mp4), complete or not at all. Pictures are copied, not encoded again.
+    """Write segments one behind the other as one video (.mp4), complete or not at all. Pictures are copied,
+    not encoded again.
 
-    A player that has the file open which was there before goes on with that one. Raises MediaError where the segments differ in
-    their settings, OutputError.
+    A player that has the file open which was there before goes on with that one. Raises MediaError where the
+    segments differ in their settings, OutputError.
     """
     lead = max(segment.lead for segment in segments)
     with atomic_path(path) as temporary, _writing():
@@ -145,12 +155,14 @@ def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
                         settings = bytes(original.codec_context.extradata or b"")
                     if bytes(original.codec_context.extradata or b"") != settings:
                         raise MediaError(
-                            f"{segment.path} was encoded with other settings than {segments[0].path}: they cannot be joined"
+                            f"{segment.path} was encoded with other settings than {segments[0].path}: they "
+                            "cannot be joined"
                         )
                     for packet in _packets(source):
                         shown = frames + _place(packet, fps)
                         packet.time_base, packet.duration = 1 / _rate(fps), 1
-                        packet.pts, packet.dts = shown, order - lead  # in the order of storing, never later than shown
+                        # in the order of storing, never later than shown
+                        packet.pts, packet.dts = shown, order - lead
                         packet.stream = stream
                         target.mux(packet)
                         order += 1

@@ -1,9 +1,10 @@
 """What checkpointed blocks keep, their inputs, waits in host memory between forward and backward pass.
 
-Copies run beside the computation: an input leaves while its block computes, and comes back while the block after it is
-differentiated. A copy that is under way holds its source; the source is let go when the next input is handed over, by which time
-the copy is done, after the computing stream has been told to wait for it. So memory is given free in the order of that stream, and
-however far Python runs ahead, the device holds two inputs that leave or two that come.
+Copies run beside the computation: an input leaves while its block computes, and comes back while the block
+after it is differentiated. A copy that is under way holds its source; the source is let go when the next
+input is handed over, by which time the copy is done, after the computing stream has been told to wait for it.
+So memory is given free in the order of that stream, and however far Python runs ahead, the device holds two
+inputs that leave or two that come.
 """
 
 import math
@@ -24,7 +25,9 @@ ALIGNMENT = 256  # bytes
 
 
 class HostMemory:
-    """Pieces of host memory that are used again and again: pinning takes long, so it happens in the first steps only."""
+    """Pieces of host memory that are used again and again: pinning takes long, so it happens in the first
+    steps only.
+    """
 
     def __init__(self, make: Callable[[int], Tensor]) -> None:
         """make: memory of so many bytes, uint8."""
@@ -39,7 +42,8 @@ class HostMemory:
             best = min(fitting, key=Tensor.numel)
             self._free = [piece for piece in self._free if piece is not best]
             return best
-        if self._free:  # too small for the sizes there are now, while what takes its place serves smaller ones too
+        # too small for the sizes there are now, while what takes its place serves smaller ones too
+        if self._free:
             self.size_bytes -= self._free.pop().numel()
         size_bytes = math.ceil(size_bytes / ALIGNMENT) * ALIGNMENT
         self.size_bytes += size_bytes
@@ -56,12 +60,17 @@ class _Away:
 
     host: Tensor  # in its shape and dtype
     device: torch.device
-    before: "weakref.ref[_Away] | None"  # what came just before in this forward pass, and is needed just after
-    coming: list[tuple[Tensor, Any]] = field(default_factory=list)  # at most one, with the moment at which it is there
+    # what came just before in this forward pass, and is needed just after
+    before: "weakref.ref[_Away] | None"
+    # at most one, with the moment at which it is there
+    coming: list[tuple[Tensor, Any]] = field(default_factory=list)
 
 
 class Offload:
-    """Where checkpointed blocks keep their inputs, in the place of the device. One for all blocks of a network."""
+    """Where checkpointed blocks keep their inputs, in the place of the device.
+
+    One for all blocks of a network.
+    """
 
     def __init__(self, transfer: Transfer, make: Callable[[int], Tensor]) -> None:
         """make: host memory of so many bytes, uint8."""
@@ -80,7 +89,8 @@ class Offload:
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Away":
         self._let_go()
-        if not tensor.is_contiguous():  # the copy that comes back would have other strides, and compiled code know it
+        # the copy that comes back would have other strides, and compiled code know it
+        if not tensor.is_contiguous():
             return tensor
         piece = self.memory.take(tensor.nbytes)
         host = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -106,7 +116,8 @@ class Offload:
     def _send_for(self, away: _Away) -> None:
         """Have it copied back, if it is not on its way."""
         if not away.coming:
-            # of the computing stream's memory, which that stream also gives free; record_stream would hold it back for longer
+            # of the computing stream's memory, which that stream also gives free; record_stream would hold it
+            # back for longer
             target = torch.empty(away.host.shape, dtype=away.host.dtype, device=away.device)
             away.coming.append((target, self._transfer.copy([(target, away.host)], self._transfer.mark())))
 
@@ -116,7 +127,8 @@ class Offload:
             self._leaving = None
 
     def _forget(self, piece: Tensor, coming: list[tuple[Tensor, Any]]) -> None:
-        for _, moment in coming:  # sent for and never used: nothing else may have its memory before the copy is done
+        # sent for and never used: nothing else may have its memory before the copy is done
+        for _, moment in coming:
             self._transfer.wait(moment)
         self.memory.put(piece)  # a later copy into it comes after those out of it
 
@@ -125,6 +137,8 @@ def offload_to_host(device: torch.device) -> Offload:
     """What fits the device. On a CPU inputs are copied and nothing is won."""
 
     def make(size_bytes: int) -> Tensor:
-        return allocate({"": TensorInfo(torch.uint8, (size_bytes,))}, pinned=device.type == "cuda").tensors[""]
+        return allocate({"": TensorInfo(torch.uint8, (size_bytes,))}, pinned=device.type == "cuda").tensors[
+            ""
+        ]
 
     return Offload(transfer_to(device), make)

@@ -1,18 +1,20 @@
 """Blocks of a transformer that wait in host memory and come to the device in time, forwards and backwards.
 
     host = host_weights(SwapPlan(family.dit, blocks), device)            # None where nothing is to be swapped
-    dit = family.load_dit(Placement(device, host=host))                 # swapped weights go from disk to where they stay
-    ...                                                                 # LoRA, compilation, checkpointing
-    swap_blocks(dit, host, device)
+    dit = family.load_dit(Placement(device, host=host))                 # swapped weights go from disk to
+    where they stay ...                                                                 # LoRA, compilation,
+    checkpointing swap_blocks(dit, host, device)
 
-The streamed blocks of a list share a few slots of device memory. Whenever a block is entered, the next ones on the way get the
-slots that are free by then: the way through a pass, to its last block, then back through the backward pass or on to the next pass.
-What lies in a slot follows from the block that is entered alone, so a pass may end anywhere, by an exception too. A parameter
-stays the same object; only its `.data` is now the host's copy, now a slot. Frozen weights are never copied back.
+The streamed blocks of a list share a few slots of device memory. Whenever a block is entered, the next ones
+on the way get the slots that are free by then: the way through a pass, to its last block, then back through
+the backward pass or on to the next pass. What lies in a slot follows from the block that is entered alone, so
+a pass may end anywhere, by an exception too. A parameter stays the same object; only its `.data` is now the
+host's copy, now a slot. Frozen weights are never copied back.
 
-Without checkpointing autograd keeps weights for the backward pass. What it would keep of a slot is replaced by the weight's name,
-and the weight is fetched again. Weights that learn are stepped in the backward pass (`--fused_backward_pass`), while their block is
-on the device, and copied back before their slot is used for another.
+Without checkpointing autograd keeps weights for the backward pass. What it would keep of a slot is replaced
+by the weight's name, and the weight is fetched again. Weights that learn are stepped in the backward pass
+(`--fused_backward_pass`), while their block is on the device, and copied back before their slot is used for
+another.
 """
 
 import functools
@@ -49,8 +51,13 @@ class HostWeights:
         self._held: HostTensors | None = None
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Memory for the weights that the plan names. Raises OptionError where the network has too few blocks."""
-        self._held = allocate({name: tensors[name] for name in self.plan.names(network)}, self._pinned, self._machine)
+        """Memory for the weights that the plan names.
+
+        Raises OptionError where the network has too few blocks.
+        """
+        self._held = allocate(
+            {name: tensors[name] for name in self.plan.names(network)}, self._pinned, self._machine
+        )
         return self._held.tensors
 
     @property
@@ -65,7 +72,9 @@ class HostWeights:
         if self._held is not None:
             return self._held.tensors
         weights = {name: network.get_parameter(name) for name in self.plan.names(network)}
-        held = self.hold(network, {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()})
+        held = self.hold(
+            network, {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+        )
         for name, weight in weights.items():
             if self.is_filled_here:
                 held[name].copy_(weight.data)
@@ -74,7 +83,9 @@ class HostWeights:
         return held
 
 
-def host_weights(plan: SwapPlan, device: torch.device, environment: Mapping[str, str] = os.environ) -> HostWeights | None:
+def host_weights(
+    plan: SwapPlan, device: torch.device, environment: Mapping[str, str] = os.environ
+) -> HostWeights | None:
     """Where the weights wait that the plan keeps off the device; None where it keeps none off it."""
     return HostWeights(plan, device.type == "cuda", machine_of(environment)) if plan else None
 
@@ -96,7 +107,8 @@ class Unit:
 class Slot:
     """Device memory for the weights of one streamed block."""
 
-    memory: list[Tensor] = field(default_factory=list)  # uint8, one for each weight; none while the network is parked
+    # uint8, one for each weight; none while the network is parked
+    memory: list[Tensor] = field(default_factory=list)
     unit: Unit | None = None  # whose weights are in it or on the way
     arrival: Any = None  # the moment at which they are
     is_entered: bool = False  # the parameters are here rather than on the host
@@ -119,7 +131,10 @@ class Ring:
     def sizes(self) -> list[int]:
         """Bytes of a slot's parts: the largest of all units. Usually the blocks of a list are equal."""
         count = max(len(unit.host) for unit in self.units.values())
-        return [max(unit.host[i].nbytes for unit in self.units.values() if i < len(unit.host)) for i in range(count)]
+        return [
+            max(unit.host[i].nbytes for unit in self.units.values() if i < len(unit.host))
+            for i in range(count)
+        ]
 
     def slot_of(self, unit: Unit) -> Slot | None:
         return next((slot for slot in self.slots if slot.unit is unit), None)
@@ -151,8 +166,12 @@ class Kept:
 class BlockSwap:
     """Brings weights to the device ahead of their need. One network's; `swap_blocks` makes it."""
 
-    def __init__(self, rings: Sequence[Ring], num_blocks: int, held: Set[Parameter], transfer: Transfer) -> None:
-        """num_blocks: streamed or not. held: all parameters that stay in host memory, others than blocks' too."""
+    def __init__(
+        self, rings: Sequence[Ring], num_blocks: int, held: Set[Parameter], transfer: Transfer
+    ) -> None:
+        """num_blocks: streamed or not. held: all parameters that stay in host memory, others than blocks'
+        too.
+        """
         self.rings, self.held = rings, held
         self._ring_of = {position: ring for ring in rings for position in ring.units}
         self._num_blocks, self._transfer = num_blocks, transfer
@@ -161,12 +180,17 @@ class BlockSwap:
         self._at: tuple[int, bool] | None = None
 
     def begin(self, turns: bool, skipped: Set[int]) -> None:
-        """A forward pass begins. turns: a backward pass follows. skipped: positions of blocks that it leaves out."""
+        """A forward pass begins.
+
+        turns: a backward pass follows. skipped: positions of blocks that it leaves out.
+        """
         self._turns, self._skipped, self._at = turns, frozenset(skipped), None
         self._prepare(next(self._route(0, False), 0), False)
 
     def enter(self, position: int, backward: bool) -> None:
-        """The block at that position computes from now on: its weights are there, those of the next ones are sent for."""
+        """The block at that position computes from now on: its weights are there, those of the next ones are
+        sent for.
+        """
         if self._at == (position, backward):
             return
         self._prepare(position, backward)
@@ -176,7 +200,9 @@ class BlockSwap:
         self._at = (position, backward)
 
     def run(self, position: int, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-        """The forward of the block at that position, with its weights there, and seen to that they are in its backward pass."""
+        """The forward of the block at that position, with its weights there, and seen to that they are in its
+        backward pass.
+        """
         self.enter(position, backward=False)
         if not torch.is_grad_enabled():
             return forward(*inputs, **named)
@@ -214,7 +240,9 @@ class BlockSwap:
                 slot.memory = []
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
-        """Positions in the order in which they will be entered, from this one on; what is not known yet is guessed."""
+        """Positions in the order in which they will be entered, from this one on; what is not known yet is
+        guessed.
+        """
         everything = range(self._num_blocks)
         taken = [each for each in everything if each not in self._skipped]
         if backward:
@@ -240,7 +268,9 @@ class BlockSwap:
         if not slot.memory:
             with torch.inference_mode(False):  # a slot made for a sample also serves the next training step
                 slot.memory = [self._transfer.memory(size) for size in ring.sizes]
-            self._owners.update({part.untyped_storage().data_ptr(): (slot, i) for i, part in enumerate(slot.memory)})
+            self._owners.update(
+                {part.untyped_storage().data_ptr(): (slot, i) for i, part in enumerate(slot.memory)}
+            )
         with torch.no_grad():
             slot.arrival = self._transfer.copy(list(zip(slot.views(unit), unit.host, strict=True)), after)
         slot.unit = unit
@@ -282,7 +312,9 @@ class BlockSwap:
         if slot is None:
             return tensor.detach()
         assert slot.unit is not None
-        return Kept(slot.unit, index, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+        return Kept(
+            slot.unit, index, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+        )
 
     def _unpack(self, kept: Tensor | Kept) -> Tensor:
         if isinstance(kept, Tensor):
@@ -295,8 +327,11 @@ class BlockSwap:
         return whole.as_strided(kept.size, kept.stride, kept.offset)
 
 
-def swap_blocks(dit: nn.Module, host: HostWeights | None, device: torch.device, transfer: Transfer | None = None) -> None:
-    """Have a network bring its weights from host memory when it runs. For the end of dressing: it wraps the blocks' forwards.
+def swap_blocks(
+    dit: nn.Module, host: HostWeights | None, device: torch.device, transfer: Transfer | None = None
+) -> None:
+    """Have a network bring its weights from host memory when it runs. For the end of dressing: it wraps the
+    blocks' forwards.
 
     host: as the network was loaded with; None leaves it as it is. transfer: None: what fits the device.
     Raises OptionError where the network has too few blocks.
@@ -329,7 +364,11 @@ def _rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tenso
     for each in lists:
         units = {}
         for index in each.streamed:
-            names = [f"{name}.weight" for name, _ in big_layers(dit, f"{each.name}.{index}") if f"{name}.weight" in places]
+            names = [
+                f"{name}.weight"
+                for name, _ in big_layers(dit, f"{each.name}.{index}")
+                if f"{name}.weight" in places
+            ]
             weights, host = [dit.get_parameter(name) for name in names], [places[name] for name in names]
             units[start + index] = Unit(start + index, weights, host)
         if units:
@@ -338,7 +377,9 @@ def _rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tenso
     return rings
 
 
-def _report(lists: Sequence[ListPlan], swap: BlockSwap, places: Mapping[str, Tensor], device: torch.device) -> None:
+def _report(
+    lists: Sequence[ListPlan], swap: BlockSwap, places: Mapping[str, Tensor], device: torch.device
+) -> None:
     total = sum(tensor.nbytes for tensor in places.values()) / 1e9
     if swap.rings:
         streamed, count = sum(len(each.streamed) for each in lists), sum(each.num_blocks for each in lists)
@@ -351,7 +392,10 @@ def _report(lists: Sequence[ListPlan], swap: BlockSwap, places: Mapping[str, Ten
             slots,
         )
     if device.type in {"cpu", "mps"}:
-        logger.warning("--blocks_to_swap and --img_in_txt_in_offloading save nothing on %s; they only cost time.", device.type)
+        logger.warning(
+            "--blocks_to_swap and --img_in_txt_in_offloading save nothing on %s; they only cost time.",
+            device.type,
+        )
 
 
 def swap_of(network: nn.Module) -> BlockSwap | None:
@@ -361,14 +405,18 @@ def swap_of(network: nn.Module) -> BlockSwap | None:
 
 
 def settle(network: nn.Module) -> None:
-    """Have every parameter hold its newest values, where it can be read and written: before saving and restoring."""
+    """Have every parameter hold its newest values, where it can be read and written: before saving and
+    restoring.
+    """
     swap = swap_of(network)
     if swap is not None:
         swap.settle()
 
 
 def move_network(network: nn.Module, device: torch.device) -> None:
-    """As `network.to(device)`, for networks with swapped weights too: these stay in host memory, their slots are given back."""
+    """As `network.to(device)`, for networks with swapped weights too: these stay in host memory, their slots
+    are given back.
+    """
     swap = swap_of(network)
     if swap is None:
         network.to(device)

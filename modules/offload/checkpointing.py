@@ -18,7 +18,8 @@ from torch.utils.checkpoint import (
 from modules.contract.family import DitSpec
 from modules.offload.activations import Offload
 
-# beginnings of the names of attention's operators, torch's and those of the packages that it may be computed by
+# beginnings of the names of attention's operators, torch's and those of the packages that it may be computed
+# by
 ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",  # also _for_cpu
     "aten::_scaled_dot_product_efficient_attention",
@@ -36,7 +37,8 @@ ATTENTION = (
     "xformers::efficient_attention_forward",
     "planned::attention",  # of rehearsals
 )
-WRITTEN_OUT = ("aten::bmm", "aten::_softmax", "aten::_safe_softmax")  # attention without a kernel: on a CPU, for few tokens
+# attention without a kernel: on a CPU, for few tokens
+WRITTEN_OUT = ("aten::bmm", "aten::_softmax", "aten::_safe_softmax")
 SHORT = 4  # attention to fewer keys than a quarter of the queries costs little beside what keeping it takes
 
 
@@ -56,20 +58,24 @@ class _Block:
         if self.offload is not None and self.is_first:
             self.offload.begin()
         # what needs no gradient here is not kept by autograd either, and compiled code may then write over it
-        keeps = self.keeps_attention and any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+        keeps = self.keeps_attention and any(
+            isinstance(value, Tensor) and value.requires_grad for value in inputs
+        )
         contexts = keeping_attention if keeps else noop_context_fn
         kept: AbstractContextManager[object] = nullcontext() if self.offload is None else self.offload.hooks()
         with kept:
             return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def checkpoint_blocks(dit: nn.Module, spec: DitSpec, keep_attention: bool = False, offload: Offload | None = None) -> None:
+def checkpoint_blocks(
+    dit: nn.Module, spec: DitSpec, keep_attention: bool = False, offload: Offload | None = None
+) -> None:
     """Have every block keep only its inputs and compute its inside again in the backward pass.
 
-    keep_attention: the result of self-attention is kept too and its kernel runs once. offload: where the inputs wait, those tensors
-    that a block is given by themselves; the last block's stay, as they are needed next.
-    Takes effect in train mode with gradients on; otherwise blocks run as before. Apply it after LoRA and compilation: it wraps
-    whatever `forward` a block has at that time.
+    keep_attention: the result of self-attention is kept too and its kernel runs once. offload: where the
+    inputs wait, those tensors that a block is given by themselves; the last block's stay, as they are needed
+    next. Takes effect in train mode with gradients on; otherwise blocks run as before. Apply it after LoRA
+    and compilation: it wraps whatever `forward` a block has at that time.
     """
     blocks = [block for name in spec.block_lists for block in dit.get_submodule(name).children()]
     for index, block in enumerate(blocks):
@@ -78,12 +84,16 @@ def checkpoint_blocks(dit: nn.Module, spec: DitSpec, keep_attention: bool = Fals
 
 
 def keeping_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """The contexts of a first and a second computation, of which the second takes attention's results from the first."""
+    """The contexts of a first and a second computation, of which the second takes attention's results from
+    the first.
+    """
     return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
-    """Keep what an attention that is dear returns; by the operator's name, and by query and key, which stand first."""
+    """Keep what an attention that is dear returns; by the operator's name, and by query and key, which stand
+    first.
+    """
     name, tensors = operator.name(), (*inputs, *named.values())
     if name.startswith(ATTENTION):
         keeps = "backward" not in name and tensors[1].numel() * SHORT >= tensors[0].numel()

@@ -1,7 +1,9 @@
-"""Memory of the host from which a device copies fast: locked to its place ("pinned"), and one for all processes of a machine.
+"""Memory of the host from which a device copies fast: locked to its place ("pinned"), and one for all
+processes of a machine.
 
-torch's own pinned memory is rounded up to powers of two, which would waste up to half. Here pages are mapped in the size needed
-and registered with the driver. Shared memory has no name in the file system: it is gone when the last process has ended, however.
+torch's own pinned memory is rounded up to powers of two, which would waste up to half. Here pages are mapped
+in the size needed and registered with the driver. Shared memory has no name in the file system: it is gone
+when the last process has ended, however.
 """
 
 import logging
@@ -60,8 +62,8 @@ class HostTensors:
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine = ALONE) -> HostTensors:
     """Memory for these tensors, their content undefined.
 
-    pinned: for copies to a CUDA device. machine: where it has several processes all of them have to call this with the same
-    tensors, and share the memory; `wait_for_all` says when it is filled.
+    pinned: for copies to a CUDA device. machine: where it has several processes all of them have to call this
+    with the same tensors, and share the memory; `wait_for_all` says when it is filled.
     """
     starts, size = [], 0
     for info in infos.values():
@@ -84,7 +86,11 @@ def wait_for_all(machine: Machine) -> None:
 
 
 def _private(size: int) -> mmap.mmap:
-    mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if sys.platform != "win32" else mmap.mmap(-1, size)
+    mapping = (
+        mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if sys.platform != "win32"
+        else mmap.mmap(-1, size)
+    )
     _advise(mapping, "MADV_HUGEPAGE")  # a tenth of the time to get them
     return mapping
 
@@ -114,7 +120,9 @@ def _shared(size: int, machine: Machine) -> mmap.mmap | None:
     if all_have:
         return mapping
     if machine.rank == 0:
-        logger.warning("Each process keeps the swapped weights for itself: this system does not let them share memory.")
+        logger.warning(
+            "Each process keeps the swapped weights for itself: this system does not let them share memory."
+        )
     return None
 
 
@@ -123,7 +131,8 @@ def _make_file(size: int) -> int | None:
         return None
     descriptor = os.memfd_create("swapped weights")
     try:
-        os.posix_fallocate(descriptor, 0, size)  # too little memory shows here, not as a crash when it is written
+        # too little memory shows here, not as a crash when it is written
+        os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
         os.close(descriptor)
         logger.debug("no shared memory: %s", error)
@@ -149,7 +158,10 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
 
 
 def _as_tensor(mapping: mmap.mmap, pinned: bool) -> Tensor:
-    """The bytes of a mapping, which lives as long as a tensor uses it. Raises MemoryPlanError where they cannot be pinned."""
+    """The bytes of a mapping, which lives as long as a tensor uses it.
+
+    Raises MemoryPlanError where they cannot be pinned.
+    """
     array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
     if pinned:
         # a process that is forked off must not come to own the pages that the device knows
@@ -163,8 +175,10 @@ def _register(address: int, size: int) -> None:
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
     if driver.cudaHostRegister(address, size, portable) != driver.cudaError.success:
         raise MemoryPlanError(
-            f"the driver could not lock {size / 1e9:.1f} GB of host memory, where swapped blocks and offloaded activations wait.\n"
-            "  Free host memory, use a smaller --blocks_to_swap, or leave --gradient_checkpointing_cpu_offload out."
+            f"the driver could not lock {size / 1e9:.1f} GB of host memory, where swapped blocks and "
+            "offloaded activations wait.\n"
+            "  Free host memory, use a smaller --blocks_to_swap, or leave "
+            "--gradient_checkpointing_cpu_offload out."
         )
 
 

@@ -13,7 +13,9 @@ Beside = TypeVar("Beside")
 
 
 class Loaded(Generic[Network, Beside]):
-    """A network and what goes with it, such as its tokenizer; neither is there before `load` and after `free`."""
+    """A network and what goes with it, such as its tokenizer; neither is there before `load` and after
+    `free`.
+    """
 
     def __init__(self) -> None:
         self._pair: tuple[Network, Beside] | None = None

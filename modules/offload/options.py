@@ -28,7 +28,9 @@ class SwapOptions:
     def number(self) -> int:
         """How many blocks to swap. Raises OptionError where that is still to be found."""
         if isinstance(self.blocks_to_swap, str):
-            raise OptionError("--blocks_to_swap auto: there is nothing yet that finds the number. Give one, such as 20")
+            raise OptionError(
+                "--blocks_to_swap auto: there is nothing yet that finds the number. Give one, such as 20"
+            )
         return self.blocks_to_swap or 0
 
 
@@ -49,11 +51,14 @@ def add_swap_arguments(group: argparse._ArgumentGroup, default: int | None) -> N
         type=number_or_auto,
         default=default,
         metavar="N",
-        help="keep that many of the transformer's blocks in host memory, from where each comes to the device in time; a number, or "
-        "auto; at most all but one. Exact, and costs little time where a block computes longer than it travels",
+        help="keep that many of the transformer's blocks in host memory, from where each comes to the device "
+        "in time; a number, or "
+        "auto; at most all but one. Exact, and costs little time where a block computes longer than it "
+        "travels",
     )
     group.add_argument(
         "--img_in_txt_in_offloading",
         action="store_true",
-        help="keep the weights of the input layers in host memory but for their own calls: saves little memory, costs little time",
+        help="keep the weights of the input layers in host memory but for their own calls: saves little "
+        "memory, costs little time",
     )

@@ -1,8 +1,8 @@
 """Which weights of a transformer wait in host memory: arithmetic on numbers of blocks, and names.
 
-`--blocks_to_swap N` leaves the blocks as much memory on the device as all but N of them take, as in the known tuners. Here some
-blocks stay for good, and the others pass through a few places that count towards that memory. Those that pass are spread evenly
-among those that stay, whose computing hides their way.
+`--blocks_to_swap N` leaves the blocks as much memory on the device as all but N of them take, as in the known
+tuners. Here some blocks stay for good, and the others pass through a few places that count towards that
+memory. Those that pass are spread evenly among those that stay, whose computing hides their way.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,8 @@ class ListPlan:
 def plan_list(name: str, num_blocks: int, swapped: int) -> ListPlan:
     """Share out one list. swapped: as the option counts, at most num_blocks - 1.
 
-    The device then holds num_blocks - swapped blocks; at the very most swapped, `SLOTS`, so that one can come while one computes.
+    The device then holds num_blocks - swapped blocks; at the very most swapped, `SLOTS`, so that one can come
+    while one computes.
     """
     if swapped == 0:
         return ListPlan(name, num_blocks, (), 0)
@@ -45,7 +46,10 @@ def plan_list(name: str, num_blocks: int, swapped: int) -> ListPlan:
 
 
 def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]]) -> int:
-    """The largest number that --blocks_to_swap can be. num_blocks: of each list. counts: `DitSpec.swap_counts`."""
+    """The largest number that --blocks_to_swap can be.
+
+    num_blocks: of each list. counts: `DitSpec.swap_counts`.
+    """
     return next(n for n in range(sum(num_blocks), -1, -1) if n == 0 or _fits(num_blocks, counts(n)))
 
 
@@ -65,19 +69,26 @@ class SwapPlan:
         return self.blocks > 0 or self.input_layers
 
     def lists(self, dit: nn.Module) -> list[ListPlan]:
-        """How each list of blocks shares the device. Raises OptionError where the network has too few blocks."""
+        """How each list of blocks shares the device.
+
+        Raises OptionError where the network has too few blocks.
+        """
         totals = [len(list(dit.get_submodule(name).children())) for name in self.spec.block_lists]
         swapped = self.spec.swap_counts(self.blocks) if self.blocks else [0] * len(totals)
         if not _fits(totals, swapped):
             most, has = most_blocks(totals, self.spec.swap_counts), " + ".join(map(str, totals))
             raise OptionError(
-                f"--blocks_to_swap {self.blocks}: the transformer has {has} blocks, of which at most {most} can be swapped. "
+                f"--blocks_to_swap {self.blocks}: the transformer has {has} blocks, of which at most {most} "
+                "can be swapped. "
                 f"Use {most} or less"
             )
         return [plan_list(*each) for each in zip(self.spec.block_lists, totals, swapped, strict=True)]
 
     def names(self, dit: nn.Module) -> list[str]:
-        """All weights that are kept in host memory, in the order of their use. Raises OptionError as `lists`."""
+        """All weights that are kept in host memory, in the order of their use.
+
+        Raises OptionError as `lists`.
+        """
         names = [name for path in self.input_layer_names(dit) for name in big_weights(dit, path)]
         for each in self.lists(dit):
             names += [name for index in each.streamed for name in big_weights(dit, f"{each.name}.{index}")]
@@ -89,7 +100,9 @@ class SwapPlan:
 
 
 def big_weights(network: nn.Module, path: str) -> Iterator[str]:
-    """Names of the weights in a part of a network that are worth moving: of layers, not biases, norms and scales."""
+    """Names of the weights in a part of a network that are worth moving: of layers, not biases, norms and
+    scales.
+    """
     for name, _ in big_layers(network, path):
         yield f"{name}.weight"
 

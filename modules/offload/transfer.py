@@ -10,13 +10,17 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
 
 
 class Transfer(Protocol):
-    """Copies are done in the order in which they were asked for. A moment is whatever `mark` and `copy` return."""
+    """Copies are done in the order in which they were asked for.
+
+    A moment is whatever `mark` and `copy` return.
+    """
 
     def memory(self, size_bytes: int) -> Tensor: ...  # on the device, uint8, content undefined
 
     def mark(self) -> Any: ...  # the moment at which all computing asked for so far is done
 
-    def copy(self, pairs: Pairs, after: Any) -> Any: ...  # begin at that moment; returns the moment at which it is done
+    # begin at that moment; returns the moment at which it is done
+    def copy(self, pairs: Pairs, after: Any) -> Any: ...
 
     def wait(self, moment: Any) -> None: ...  # computing asked for from now on begins after that moment
 

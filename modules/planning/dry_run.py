@@ -1,8 +1,8 @@
 """A rehearsal of real code on tensors without content, counting the bytes that a device would hold.
 
-Inside `dry_run` tensors have shapes, dtypes, devices and storages that live and die as usual, but no values: a step of a 14B model
-takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU for the host. Small tensors of whole numbers
-(text masks, lengths) do have values, so code may read them.
+Inside `dry_run` tensors have shapes, dtypes, devices and storages that live and die as usual, but no values:
+a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU
+for the host. Small tensors of whole numbers (text masks, lengths) do have values, so code may read them.
 """
 
 import logging
@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from modules.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
 from modules.planning.pieces import compute_piece
 
-ACCELERATOR = torch.device("cpu:0")  # to torch another device than plain `cpu`, and one that every build can compute on
+# to torch another device than plain `cpu`, and one that every build can compute on
+ACCELERATOR = torch.device("cpu:0")
 HOST = torch.device("cpu")
 GRANULE = 512  # CUDA's caching allocator rounds every allocation up to a multiple of this
 SMALL = 1 << 16  # elements up to which whole numbers keep their values
@@ -70,7 +71,11 @@ class Ledger(TorchDispatchMode):
         self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list is given
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._guesses and func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if (
+            self._guesses
+            and func is torch.ops.aten._local_scalar_dense.default
+            and isinstance(args[0], FakeTensor)
+        ):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         result = _computed(func, args, kwargs or {}, self.device)
         kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None
@@ -122,7 +127,9 @@ class Ledger(TorchDispatchMode):
                 known[1].kind = kind
                 self._add(known[1], 1)
             return
-        made = _Allocation(rounded(storage.nbytes()), kind or self._kind, self._number, tensor.device == self.device)
+        made = _Allocation(
+            rounded(storage.nbytes()), kind or self._kind, self._number, tensor.device == self.device
+        )
         key = id(storage)
         self._known[key] = (weakref.ref(storage, lambda _: self._gone(key)), made)
         self._add(made, 1)
@@ -153,12 +160,15 @@ class Ledger(TorchDispatchMode):
 
 
 def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """The result of an operation: with values where all its inputs have them, or where it makes few whole numbers of nothing."""
+    """The result of an operation: with values where all its inputs have them, or where it makes few whole
+    numbers of nothing.
+    """
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     is_fake = [isinstance(tensor, FakeTensor) for tensor in given]
     if given and not any(is_fake):
         if kwargs.get("device") == device != HOST and any(tensor.is_floating_point() for tensor in given):
-            return torch.empty(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype, device=device)  # sent there
+            # sent there
+            return torch.empty(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype, device=device)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
     if given and not all(is_fake):
@@ -171,7 +181,12 @@ def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
 
         args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
     result = func(*args, **kwargs)
-    if not given and isinstance(result, FakeTensor) and not result.dtype.is_floating_point and result.numel() <= SMALL:
+    if (
+        not given
+        and isinstance(result, FakeTensor)
+        and not result.dtype.is_floating_point
+        and result.numel() <= SMALL
+    ):
         with unset_fake_temporarily():
             return func(*args, **{**kwargs, "device": HOST} if "device" in kwargs else kwargs)
     return result
@@ -182,13 +197,21 @@ def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
     if isinstance(thing, nn.Module):
         yield thing
     elif depth:
-        held = thing if isinstance(thing, tuple | list) else vars(thing).values() if hasattr(thing, "__dict__") else ()
+        held = (
+            thing
+            if isinstance(thing, tuple | list)
+            else vars(thing).values()
+            if hasattr(thing, "__dict__")
+            else ()
+        )
         for each in held:
             yield from modules_in(each, depth - 1)
 
 
 class OneOfManyPieces(TorchFunctionMode):
-    """While it is on, `compute_piece` computes one piece of each kind; of others it holds and returns as much as their share."""
+    """While it is on, `compute_piece` computes one piece of each kind; of others it holds and returns as much
+    as their share.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -206,9 +229,14 @@ class OneOfManyPieces(TorchFunctionMode):
             self._done[kind] = (piece.shape, result.shape, result.dtype, result.device, rise)
             return result
         first, made, dtype, device, rise = known
-        held = torch.empty(rise * piece.numel() // first.numel(), dtype=torch.uint8, device=self._ledger.device)
+        held = torch.empty(
+            rise * piece.numel() // first.numel(), dtype=torch.uint8, device=self._ledger.device
+        )
         del held
-        sides = (now * there // then for now, then, there in zip(piece.shape[-2:], first[-2:], made[-2:], strict=True))
+        sides = (
+            now * there // then
+            for now, then, there in zip(piece.shape[-2:], first[-2:], made[-2:], strict=True)
+        )
         return torch.empty((*made[:-2], *sides), dtype=dtype, device=device)
 
 
@@ -236,11 +264,14 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
 
 def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:
     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return (
+        nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    )
 
 
 def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
-    """Have the ledger enter a place of its own for the forward and for the backward pass of the first and last blocks of each list.
+    """Have the ledger enter a place of its own for the forward and for the backward pass of the first and
+    last blocks of each list.
 
     For after LoRA, before checkpointing: what a block computes again counts as its backward pass.
     """
@@ -251,7 +282,9 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
             is_first = False
 
 
-def _watched(forward: Callable[..., Tensor], name: str, index: int, ledger: Ledger, is_first: bool) -> Callable[..., Tensor]:
+def _watched(
+    forward: Callable[..., Tensor], name: str, index: int, ledger: Ledger, is_first: bool
+) -> Callable[..., Tensor]:
     def entering(place: str) -> Callable[[Tensor], None]:
         return lambda _: ledger.enter(place)
 
@@ -287,7 +320,9 @@ Counts = tuple[int, ...]  # blocks in each list
 FEWEST = 3  # both ends of a list and one block like all those between
 
 
-def keep_blocks(dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: Counts, ledger: Ledger) -> None:
+def keep_blocks(
+    dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: Counts, ledger: Ledger
+) -> None:
     """Leave only the first blocks of each list in a network. blocks: all there are."""
     for (name, all_of_them), count in zip(blocks.items(), counts, strict=True):
         parent, _, leaf = name.rpartition(".")
@@ -296,7 +331,8 @@ def keep_blocks(dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: C
 
 
 def extrapolated(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
-    """What `measure` would give for so many blocks, from runs with few: at each place every kind grows by the block.
+    """What `measure` would give for so many blocks, from runs with few: at each place every kind grows by the
+    block.
 
     What a block's place holds depends linearly on its index, so the largest of all is at an end of a list.
     """
@@ -315,7 +351,11 @@ def extrapolated(measure: Callable[[Counts], Mapping[str, Moment]], counts: Coun
 
 def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
     """Of three blocks the one in the middle is both the second and the last but one."""
-    ends = {name.removesuffix(SECOND) + BEFORE_LAST: moment for name, moment in moments.items() if name.endswith(SECOND)}
+    ends = {
+        name.removesuffix(SECOND) + BEFORE_LAST: moment
+        for name, moment in moments.items()
+        if name.endswith(SECOND)
+    }
     return {**ends, **moments}
 
 

@@ -1,7 +1,8 @@
-"""Stand-ins for CUDA's fused kernels in a dry run: they compute nothing and allocate what the kernels allocate.
+"""Stand-ins for CUDA's fused kernels in a dry run: they compute nothing and allocate what the kernels
+allocate.
 
-A dry run has no device, and on tensors without content PyTorch would take attention and RMSNorm apart into steps that a GPU never
-makes (a full matrix of scores, float32 copies).
+A dry run has no device, and on tensors without content PyTorch would take attention and RMSNorm apart into
+steps that a GPU never makes (a full matrix of scores, float32 copies).
 """
 # Letters: B batch, L query tokens, S key tokens, N heads, D head width
 
@@ -15,16 +16,18 @@ from torch.overrides import TorchFunctionMode
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Takes B L N D and B S N D, gives B L N D, as `modules.attention.attend.attend`; under autocast in its dtype."""
+    """Takes B L N D and B S N D, gives B L N D, as `modules.attention.attend.attend`; under autocast in its
+    dtype.
+    """
     return _Attention.apply(*(_autocast(tensor) for tensor in (query, key, value)))
 
 
 class _Attention(torch.autograd.Function):
     """Flash attention: its result, and the logarithm of each row's sum in float32.
 
-    Backward: the three gradients, each row's dot product of gradient and result in float32, and the queries' gradient once more in
-    float32, in which blocks of keys are added up. Source: Dao 2023, arXiv 2307.08691, and the buffers of its released code; the
-    cuDNN kernel's workspace is of the same size.
+    Backward: the three gradients, each row's dot product of gradient and result in float32, and the queries'
+    gradient once more in float32, in which blocks of keys are added up. Source: Dao 2023, arXiv 2307.08691,
+    and the buffers of its released code; the cuDNN kernel's workspace is of the same size.
     """
 
     @staticmethod
@@ -37,7 +40,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         query, key, value, _, _ = ctx.saved_tensors
         held = _workspace(query)
-        gradients = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value))
+        gradients = tuple(
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            for tensor in (query, key, value)
+        )
         del held
         return gradients
 
@@ -74,12 +80,18 @@ def _row_numbers(query: Tensor) -> Tensor:
 
 
 def attention_workspace(batch: int, length: int, heads: int, width: int) -> int:
-    """Bytes that the backward pass of one attention needs beside the gradients: for messages and checks by hand."""
+    """Bytes that the backward pass of one attention needs beside the gradients: for messages and checks by
+    hand.
+    """
     return 4 * batch * length * heads * (width + 1)
 
 
-def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """As `torch.nn.functional.rms_norm` on CUDA: one kernel; under autocast in float32, as on autocast's list for CUDA."""
+def rms_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """As `torch.nn.functional.rms_norm` on CUDA: one kernel; under autocast in float32, as on autocast's list
+    for CUDA.
+    """
     if torch.is_autocast_enabled(x.device.type):
         x, weight = x.float(), None if weight is None else weight.float()
     return _RmsNorm.apply(x, weight, len(shape))
@@ -98,7 +110,11 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        return torch.empty_like(x) if needs_x else None, torch.empty_like(weight) if needs_weight else None, None
+        return (
+            torch.empty_like(x) if needs_x else None,
+            torch.empty_like(weight) if needs_weight else None,
+            None,
+        )
 
 
 def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -106,7 +122,9 @@ def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__
     return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int) -> Tensor:
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int
+) -> Tensor:
     """The CPU's own convolution, which cannot be rehearsed: its result is as large as the usual one's."""
     return functional.conv3d(x, weight, bias, stride, padding, dilation, groups)
 
@@ -126,7 +144,8 @@ KERNELS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
 class PlannedKernels(TorchFunctionMode):
     """While it is on, functions of torch that CUDA computes in one kernel are their stand-ins.
 
-    torch turns modes off while it runs a method of a tensor, also `backward`; what is computed again there has to turn it on.
+    torch turns modes off while it runs a method of a tensor, also `backward`; what is computed again there
+    has to turn it on.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,6 @@
-"""The predicted peak of device and host memory by part: arithmetic, the table that shows it, and whether it fits."""
+"""The predicted peak of device and host memory by part: arithmetic, the table that shows it, and whether it
+fits.
+"""
 
 import logging
 import sys
@@ -13,18 +15,32 @@ from modules.contract.family import DitSpec
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
-from modules.planning.dry_run import ATTENTION, BATCH, GRADIENTS, KEPT, NETWORK, OPTIMIZER, WEIGHTS, WORKING, Moment, rounded
+from modules.planning.dry_run import (
+    ATTENTION,
+    BATCH,
+    GRADIENTS,
+    KEPT,
+    NETWORK,
+    OPTIMIZER,
+    WEIGHTS,
+    WORKING,
+    Moment,
+    rounded,
+)
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 GIB = 1 << 30
-# What a device holds beside the tensors that torch counts: the CUDA context with its kernels, a few hundred MB on every driver.
+# What a device holds beside the tensors that torch counts: the CUDA context with its kernels, a few hundred
+# MB on every driver.
 CONTEXT = 600 << 20
-# Holes between tensors, and the monitor's share of the card. A prediction that leaves less than this does not count as fitting.
+# Holes between tensors, and the monitor's share of the card. A prediction that leaves less than this does not
+# count as fitting.
 MARGIN = 0.03
-# cuBLAS takes a workspace for every thread that multiplies: the main one, and autograd's in training. torch allocates it, so it is
-# in `max_memory_allocated`. Source: CUDA semantics in torch's documentation, CUBLAS_WORKSPACE_CONFIG; NVIDIA's cublasSetWorkspace.
+# cuBLAS takes a workspace for every thread that multiplies: the main one, and autograd's in training. torch
+# allocates it, so it is in `max_memory_allocated`. Source: CUDA semantics in torch's documentation,
+# CUBLAS_WORKSPACE_CONFIG; NVIDIA's cublasSetWorkspace.
 WORKSPACE, SMALL_WORKSPACE = 32 << 20, 8320 << 10  # from Hopper on, and before it
 TOLERANCE = 0.07  # how far a prediction may be from what was measured before that is said
 
@@ -93,7 +109,9 @@ class Room:
 
 
 def room_on(device: torch.device, planned_gib: float | None = None) -> Room | None:
-    """The room to plan for: `planned_gib` where it is given, else that of a CUDA device; None: there is nothing to compare with."""
+    """The room to plan for: `planned_gib` where it is given, else that of a CUDA device; None: there is
+    nothing to compare with.
+    """
     if planned_gib:
         size = round(planned_gib * GIB)
         return Room(f"a card of {planned_gib:g} GiB", size, size)
@@ -124,7 +142,10 @@ class Swapped:
 
 
 def swapped(dit: nn.Module, plan: SwapPlan) -> Swapped:
-    """The bytes behind a swap plan, from a network on any device. Raises OptionError where it has too few blocks."""
+    """The bytes behind a swap plan, from a network on any device.
+
+    Raises OptionError where it has too few blocks.
+    """
     if not plan:
         return Swapped(0, 0, 0)
     away = _weight_bytes(dit, plan.names(dit))
@@ -132,7 +153,9 @@ def swapped(dit: nn.Module, plan: SwapPlan) -> Swapped:
     for each in plan.lists(dit):
         blocks = [_weight_bytes(dit, big_weights(dit, f"{each.name}.{index}")) for index in each.streamed]
         ring += each.slots * max(blocks, default=0)
-    ring += max((_weight_bytes(dit, big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0)
+    ring += max(
+        (_weight_bytes(dit, big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0
+    )
     return Swapped(away, ring, away)
 
 
@@ -141,31 +164,43 @@ def _weight_bytes(dit: nn.Module, names: Iterable[str]) -> int:
 
 
 def smallest_swap(device_bytes: Callable[[int], int], most: int, usable: int) -> int | None:
-    """The smallest number of swapped blocks with which `device_bytes` is within `usable`; None where none is enough."""
+    """The smallest number of swapped blocks with which `device_bytes` is within `usable`; None where none is
+    enough.
+    """
     return next((count for count in range(most + 1) if device_bytes(count) <= usable), None)
 
 
 def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool) -> list[Swapped]:
     """What every possible --blocks_to_swap does."""
     totals = [len(list(dit.get_submodule(name).children())) for name in spec.block_lists]
-    return [swapped(dit, SwapPlan(spec, count, input_layers)) for count in range(most_blocks(totals, spec.swap_counts) + 1)]
+    return [
+        swapped(dit, SwapPlan(spec, count, input_layers))
+        for count in range(most_blocks(totals, spec.swap_counts) + 1)
+    ]
 
 
 def chosen_swap(device_bytes: Callable[[int], int], most: int, room: Room | None) -> tuple[int, str]:
-    """The smallest --blocks_to_swap that fits the room, and why. Without a room it is 0; where none fits, the most.
+    """The smallest --blocks_to_swap that fits the room, and why. Without a room it is 0; where none fits, the
+    most.
 
     device_bytes: what the device holds with so many blocks swapped.
     """
     if room is None:
         return 0, "--blocks_to_swap auto: 0, as there is no CUDA device whose memory could be short."
-    count, usable = smallest_swap(device_bytes, most, room.usable), f"{gib(room.usable)} of {room.name} can be used"
+    count, usable = (
+        smallest_swap(device_bytes, most, room.usable),
+        f"{gib(room.usable)} of {room.name} can be used",
+    )
     if count is None:
         return (
             most,
-            f"--blocks_to_swap auto: {most}, the most there can be; even so {gib(device_bytes(most))} GiB are predicted; {usable}.",
+            f"--blocks_to_swap auto: {most}, the most there can be; even so {gib(device_bytes(most))} GiB "
+            f"are predicted; {usable}.",
         )
     reason = f"--blocks_to_swap auto: {count}. {gib(device_bytes(count))} GiB are predicted, {usable}"
-    return count, reason + (f"; with {count - 1} it would be {gib(device_bytes(count - 1))}." if count else ".")
+    return count, reason + (
+        f"; with {count - 1} it would be {gib(device_bytes(count - 1))}." if count else "."
+    )
 
 
 NAMES = {
@@ -201,7 +236,9 @@ def dtypes_of(dit: nn.Module) -> str:
         name = str(tensor.dtype).removeprefix("torch.")
         sizes[name] = sizes.get(name, 0) + rounded(tensor.nbytes)
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
-    return ", ".join(f"{gib(size)} {name}" for name, size in ordered if size >= GIB // 200 or name == ordered[0][0])
+    return ", ".join(
+        f"{gib(size)} {name}" for name, size in ordered if size >= GIB // 200 or name == ordered[0][0]
+    )
 
 
 def gib(size: int) -> str:
@@ -213,12 +250,16 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
     """The last line: whether the plan fits; and what to change where it does not."""
     needed = f"{gib(plan.device)} GiB of tensors and about {gib(CONTEXT)} of CUDA itself"
     if room is None:
-        return f"Needs {needed}. There is no CUDA device to compare with; --plan 24 plans for a card of 24 GiB."
+        return (
+            f"Needs {needed}. There is no CUDA device to compare with; --plan 24 plans for a card of 24 GiB."
+        )
     free = f"{room.name}: {gib(room.free)} of {gib(room.total)} GiB are free"
     if plan.device <= room.usable:
         return f"Fits: {needed}. {free}."
     lines = "\n".join(f"  {line}" for line in advice)
-    return f"Does not fit: {needed}. {free}." + (f"\nWhat to change, the cheapest first:\n{lines}" if lines else "")
+    return f"Does not fit: {needed}. {free}." + (
+        f"\nWhat to change, the cheapest first:\n{lines}" if lines else ""
+    )
 
 
 def rows_of(plan: MemoryPlan) -> list[tuple[str, str, str, str]]:
@@ -227,7 +268,10 @@ def rows_of(plan: MemoryPlan) -> list[tuple[str, str, str, str]]:
     for phase in plan.phases:
         marked = f"{phase.name} (largest)" if phase is plan.worst and len(plan.phases) > 1 else phase.name
         rows.append((marked, gib(phase.device), gib(phase.host) if phase.host else "", ""))
-        rows += [(f"  {part.name}", gib(part.device), gib(part.host) if part.host else "", part.note) for part in phase.parts]
+        rows += [
+            (f"  {part.name}", gib(part.device), gib(part.host) if part.host else "", part.note)
+            for part in phase.parts
+        ]
     return rows
 
 
@@ -238,7 +282,10 @@ def as_text(plan: MemoryPlan) -> str:
     """The table as plain text."""
     rows = [HEADINGS, *rows_of(plan)]
     widths = [max(len(row[index]) for row in rows) for index in range(3)]
-    lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows]
+    lines = [
+        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
+        for row in rows
+    ]
     return "\n".join([plan.title, *lines, *plan.remarks])
 
 
@@ -270,12 +317,18 @@ class Swappable(Protocol):
 
 
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
-    """How many blocks to swap, and why so many where that was left to `auto`. Raises OptionError where there are too few blocks."""
+    """How many blocks to swap, and why so many where that was left to `auto`.
+
+    Raises OptionError where there are too few blocks.
+    """
     if swap.is_auto:
         return chosen_swap(prediction.device, prediction.most, room)
     if swap.number > prediction.most:
         most = prediction.most
-        raise OptionError(f"--blocks_to_swap {swap.number}: at most {most} of this transformer's blocks can be. Use {most} or less")
+        raise OptionError(
+            f"--blocks_to_swap {swap.number}: at most {most} of this transformer's blocks can be. Use {most} "
+            "or less"
+        )
     return swap.number, None
 
 
@@ -286,7 +339,10 @@ def present(
     plan_of: Callable[[int, Sequence[str]], MemoryPlan],
     advice: Callable[[Room], Sequence[str]],
 ) -> None:
-    """Print a plan and whether it fits. plan_of: blocks swapped and remarks -> plan; advice: asked for where it does not fit."""
+    """Print a plan and whether it fits.
+
+    plan_of: blocks swapped and remarks -> plan; advice: asked for where it does not fit.
+    """
     blocks, reason = swap_for(prediction, swap, room)
     plan = plan_of(blocks, [] if reason is None else [reason])
     fits = room is None or plan.device <= room.usable
@@ -294,7 +350,8 @@ def present(
 
 
 def predicted_before_run(predict: Callable[[], Result], swap: SwapOptions) -> Result | None:
-    """What a rehearsal before a run finds; None, with a warning, where it fails: a plan is an aid, without one a run is as good.
+    """What a rehearsal before a run finds; None, with a warning, where it fails: a plan is an aid, without
+    one a run is as good.
 
     Raises UserErrors as they come, and MemoryPlanError where --blocks_to_swap auto waits for the plan.
     """
@@ -304,7 +361,9 @@ def predicted_before_run(predict: Callable[[], Result], swap: SwapOptions) -> Re
         raise
     except Exception as error:
         if swap.is_auto:
-            raise MemoryPlanError(f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks.") from error
+            raise MemoryPlanError(
+                f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks."
+            ) from error
         logger.warning("The memory of this run cannot be planned (%s: %s).", type(error).__name__, error)
         return None
 
@@ -313,7 +372,8 @@ def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanErro
     """What to tell where the device ran out of memory in the middle. afterwards: how things stand now."""
     return MemoryPlanError(
         f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
-        "  The same command with --plan says what to change: fp8, --blocks_to_swap auto, smaller clips, and in training\n"
+        "  The same command with --plan says what to change: fp8, --blocks_to_swap auto, smaller clips, and "
+        "in training\n"
         f"  --gradient_checkpointing. {afterwards}"
     )
 

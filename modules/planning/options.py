@@ -14,7 +14,9 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if self.plan is not None and not 0 <= self.plan < float("inf"):
-            raise OptionError(f"--plan {self.plan:g}: give the GiB of a card, or no number for the one that is there")
+            raise OptionError(
+                f"--plan {self.plan:g}: give the GiB of a card, or no number for the one that is there"
+            )
 
     @property
     def is_asked(self) -> bool:
@@ -30,5 +32,6 @@ def add_plan_argument(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=0.0,
         metavar="GIB",
-        help="print the predicted peak of device and host memory by part, and end; GIB: for a card of that size",
+        help="print the predicted peak of device and host memory by part, and end; GIB: for a card of that "
+        "size",
     )

@@ -21,7 +21,14 @@ TINY = Size(32, 32, 5)
     "options",
     [
         ("--gradient_checkpointing",),
-        ("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload", "--fp8_base", "--fp8_scaled", "--blocks_to_swap", "1"),
+        (
+            "--gradient_checkpointing",
+            "--gradient_checkpointing_cpu_offload",
+            "--fp8_base",
+            "--fp8_scaled",
+            "--blocks_to_swap",
+            "1",
+        ),
     ],
 )
 def test_a_training_step_is_measured_and_planned(tmp_path: Path, options: tuple[str, ...]) -> None:
@@ -45,7 +52,9 @@ def test_a_training_step_of_hunyuan_video_is_measured(tmp_path: Path) -> None:
 def test_a_generation_is_measured(tmp_path: Path) -> None:
     path = write_dit(tmp_path, tiny_state("i2v", dtype=torch.bfloat16))
 
-    bench = generation(Row("tiny", WAN_14B_I2V, TINY, ("--fp8_scaled",), generates=True, text_tokens=7), path, CPU)
+    bench = generation(
+        Row("tiny", WAN_14B_I2V, TINY, ("--fp8_scaled",), generates=True, text_tokens=7), path, CPU
+    )
 
     assert clocked(bench.call, CPU, rounds=1, warm_up=0) > 0
 
@@ -56,7 +65,14 @@ def test_every_row_names_a_list_of_tensors_that_is_there() -> None:
 
 def test_a_line_says_how_much_of_the_peak_was_reached_and_how_far_the_plan_was_off() -> None:
     gib = 1 << 30
-    found = {"seconds": 10.0, "operations": 5e15, "device": 50 * gib, "planned": 51 * gib, "host": gib, "loading": 17.0}
+    found = {
+        "seconds": 10.0,
+        "operations": 5e15,
+        "device": 50 * gib,
+        "planned": 51 * gib,
+        "host": gib,
+        "loading": 17.0,
+    }
 
     line = line_of("| a | b | c |", ROWS[0], found, peak=800e12)
 
@@ -65,6 +81,13 @@ def test_a_line_says_how_much_of_the_peak_was_reached_and_how_far_the_plan_was_o
 
 def test_a_generation_is_told_for_all_steps_of_a_video() -> None:
     row = replace(ROWS[4], size=SMALL)
-    found = {"seconds": 25.0, "operations": 1e16, "device": 1 << 30, "planned": float(1 << 30), "host": 1 << 30, "loading": 1.0}
+    found = {
+        "seconds": 25.0,
+        "operations": 1e16,
+        "device": 1 << 30,
+        "planned": float(1 << 30),
+        "host": 1 << 30,
+        "loading": 1.0,
+    }
 
     assert "| 200 for 40 steps | 400 | 50 % | 1.0 | 1.0 (+0 %) |" in line_of("|", row, found, peak=800e12)

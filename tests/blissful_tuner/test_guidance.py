@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import applied_steps, guidance_scales, make_guidance
-from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions, add_guidance_arguments, add_rescale_argument
+from blissful_tuner.options import (
+    PLAIN_GUIDANCE,
+    GuidanceOptions,
+    add_guidance_arguments,
+    add_rescale_argument,
+)
 from modules.contract.data import Conditions
 from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
 from modules.errors import OptionError
@@ -28,7 +33,9 @@ class Passes:
     def __call__(self, *conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
         self.made += [(one is self.section.positive, tweaks.skip_blocks) for one in conditions]
         velocities = [one["v"] for one in conditions]
-        return tuple(value * (1 - 0.1 * len(tweaks.skip_blocks)) for value in velocities if isinstance(value, Tensor))
+        return tuple(
+            value * (1 - 0.1 * len(tweaks.skip_blocks)) for value in velocities if isinstance(value, Tensor)
+        )
 
 
 def passes() -> Passes:
@@ -124,10 +131,13 @@ def test_a_rescaled_velocity_has_the_deviation_of_the_positive_one_in_each_sampl
     plain = make_guidance(REQUEST, PLAIN_GUIDANCE, 1)(0, network, network.section)
     network.made.clear()
 
-    velocity = make_guidance(REQUEST, replace(PLAIN_GUIDANCE, guidance_rescale=1.0), 1)(0, network, network.section)
+    velocity = make_guidance(REQUEST, replace(PLAIN_GUIDANCE, guidance_rescale=1.0), 1)(
+        0, network, network.section
+    )
 
     assert len(network.made) == 2  # the positive pass is not made again
-    torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))  # its noise is the positive one
+    # its noise is the positive one
+    torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))
     ratio = (velocity / plain).flatten(1)
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))  # one factor for each sample
     assert not torch.isclose(ratio[0, 0], ratio[1, 0])
@@ -136,7 +146,9 @@ def test_a_rescaled_velocity_has_the_deviation_of_the_positive_one_in_each_sampl
 def test_a_share_of_rescaling_lies_between_none_and_all_of_it() -> None:
     network = drawn()
     none, some, all_of_it = (
-        make_guidance(REQUEST, replace(PLAIN_GUIDANCE, guidance_rescale=share), 1)(0, network, network.section)
+        make_guidance(REQUEST, replace(PLAIN_GUIDANCE, guidance_rescale=share), 1)(
+            0, network, network.section
+        )
         for share in (0.0, 0.7, 1.0)
     )
     torch.testing.assert_close(some, 0.7 * all_of_it + 0.3 * none)

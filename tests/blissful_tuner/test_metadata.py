@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from blissful_tuner.metadata import TUNER_VERSION, as_tags, decoded_metadata, frame_rate_in, output_metadata, seed_in
+from blissful_tuner.metadata import (
+    TUNER_VERSION,
+    as_tags,
+    decoded_metadata,
+    frame_rate_in,
+    output_metadata,
+    seed_in,
+)
 from modules.contract.generation import Request
 
 REQUEST = Request("a\ncat ä", 7, 832, 480, 81, 50, 5.0, None, 5.0, "unipc", 16.0, "bad")
@@ -56,15 +63,27 @@ def test_of_images_names_are_said_and_not_where_they_lie(text: str, names: str) 
 
 
 def test_settings_are_said_as_they_are_typed_and_never_in_place_of_what_the_request_says() -> None:
-    settings = {"te_multiplier": ("1.2", "a b"), "bulk_decode": True, "fps": 30, "save_path": Path("x"), "latent_paddings": None}
+    settings = {
+        "te_multiplier": ("1.2", "a b"),
+        "bulk_decode": True,
+        "fps": 30,
+        "save_path": Path("x"),
+        "latent_paddings": None,
+    }
     found = output_metadata(REQUEST, {}, settings=settings)
-    assert (found["bt_te_multiplier"], found["bt_bulk_decode"], found["bt_fps"]) == ("1.2 'a b'", "True", "16")
+    assert (found["bt_te_multiplier"], found["bt_bulk_decode"], found["bt_fps"]) == (
+        "1.2 'a b'",
+        "True",
+        "16",
+    )
     assert not found.keys() & {"bt_save_path", "bt_latent_paddings"}
 
 
 def test_decoding_passes_on_what_is_known_and_says_anew_what_it_is_decoded_with() -> None:
     saved = {"bt_prompt": "a cat", "seeds": "7", "bt_bulk_decode": "True", "bt_vae": "old.pt", "bt_fps": "16"}
-    found = decoded_metadata(saved, {"vae": Path("m/new.pt"), "guidance_scale": 3.0, "dit": Path("other")}, 24.0)
+    found = decoded_metadata(
+        saved, {"vae": Path("m/new.pt"), "guidance_scale": 3.0, "dit": Path("other")}, 24.0
+    )
     assert found == {"bt_prompt": "a cat", "seeds": "7", "bt_vae": "new.pt", "bt_fps": "24"}
 
 
@@ -89,19 +108,24 @@ def test_tags_are_one_line_and_keep_their_letters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "rate"), [("24", 24.0), ("23.976", 23.976), ("N/A", None), ("nan", None), ("inf", None), ("-1", None)]
+    ("text", "rate"),
+    [("24", 24.0), ("23.976", 23.976), ("N/A", None), ("nan", None), ("inf", None), ("-1", None)],
 )
 def test_a_frame_rate_that_is_none_is_not_used(text: str, rate: float | None) -> None:
     assert frame_rate_in({"bt_fps": text}) == rate
     assert frame_rate_in({}) is None
 
 
-@pytest.mark.parametrize(("text", "seed"), [("9007199254740993", 9007199254740993), ("-5", -5), ("N/A", 0), ("nan", 0), ("1.5", 0)])
+@pytest.mark.parametrize(
+    ("text", "seed"), [("9007199254740993", 9007199254740993), ("-5", -5), ("N/A", 0), ("nan", 0), ("1.5", 0)]
+)
 def test_a_seed_is_read_to_the_last_digit(text: str, seed: int) -> None:
     assert seed_in({"bt_seeds": text}) == seed
     assert seed_in({}) == 0
 
 
 def test_the_version_is_that_of_the_project() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
     assert f"reelsmith {project['version']}" == TUNER_VERSION

@@ -11,7 +11,8 @@ from modules.flow.schedule import make_schedule
 
 
 @pytest.mark.parametrize(
-    ("steps", "strength", "made"), [(50, 0.8, 40), (10, 0.55, 5), (10, 0.0, 1), (10, 1.0, 10), (1, 0.5, 1), (10, None, 8)]
+    ("steps", "strength", "made"),
+    [(50, 0.8, 40), (10, 0.55, 5), (10, 0.0, 1), (10, 1.0, 10), (1, 0.5, 1), (10, None, 8)],
 )
 def test_the_last_steps_are_made(steps: int, strength: float | None, made: int) -> None:
     assert steps_to_make(Request("p", 1, steps=steps, video_path=Path("x.mp4"), strength=strength)) == made
@@ -24,5 +25,7 @@ def test_from_noise_all_steps_are_made() -> None:
 def test_it_begins_with_the_mixture_of_the_first_step() -> None:
     schedule = make_schedule("euler", 5, 14.5)  # sigmas 1, .98305, .95604, .90625, .78378, 0
     source, noise = torch.full((1, 2, 1, 2, 2), 10.0), torch.ones(1, 2, 1, 2, 2)
-    assert torch.allclose(noisy_source(source, noise, schedule, 3), torch.tensor(0.90625 + 10 * (1 - 0.90625)))
+    assert torch.allclose(
+        noisy_source(source, noise, schedule, 3), torch.tensor(0.90625 + 10 * (1 - 0.90625))
+    )
     assert torch.equal(noisy_source(source, noise, schedule, 0), noise)

@@ -17,7 +17,10 @@ def make_table(folder: Path, source: str = "video_directory", **changes: Any) ->
     """A table over `folder` (or over `folder / list.jsonl`) with some fields changed."""
     target = folder if source.endswith("directory") else folder / "list.jsonl"
     path = folder / "data.toml"
-    path.write_text(f"[[datasets]]\n{source} = {str(target)!r}\ncache_directory = {str(folder / 'cache')!r}\n", encoding="utf-8")
+    path.write_text(
+        f"[[datasets]]\n{source} = {str(target)!r}\ncache_directory = {str(folder / 'cache')!r}\n",
+        encoding="utf-8",
+    )
     return dataclasses.replace(load_dataset_config(path).datasets[0], **changes)
 
 
@@ -27,7 +30,9 @@ def make_image(path: Path, size: tuple[int, int] = (32, 32), colour: tuple[int, 
 
 
 def make_clip(path: Path, num_frames: int, size: tuple[int, int] = (32, 32)) -> Path:
-    frames = (np.full((size[1], size[0], 3), GREY_STEP * (index + 1), np.uint8) for index in range(num_frames))
+    frames = (
+        np.full((size[1], size[0], 3), GREY_STEP * (index + 1), np.uint8) for index in range(num_frames)
+    )
     write_video(path, frames, 24, crf=1, preset="ultrafast")
     return path
 

@@ -68,7 +68,9 @@ def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
     config = make_config(tmp_path, num_repeats=5)
     cache_media(ToyFamily(), config, options())
     cache_texts(ToyFamily(), config, options())
-    result = check_training(config, "toy", LATENT, COMMANDS, accumulation=2, processes=2, files=["--dit: a tiny model"])
+    result = check_training(
+        config, "toy", LATENT, COMMANDS, accumulation=2, processes=2, files=["--dit: a tiny model"]
+    )
     text = "\n".join(result.lines)
     assert result.ok
     assert "10 items with repeats, 10 batches, 3 steps" in text

@@ -74,14 +74,21 @@ def test_the_table_goes_before_general_before_the_default(tmp_path: Path) -> Non
         """,
     )
 
-    assert (first.resolution, first.batch_size, first.caption_extension, first.num_repeats) == ((512, 512), 3, ".txt", 1)
+    assert (first.resolution, first.batch_size, first.caption_extension, first.num_repeats) == (
+        (512, 512),
+        3,
+        ".txt",
+        1,
+    )
     assert (second.resolution, second.batch_size, second.caption_extension) == ((960, 544), 2, ".txt")
 
 
 def test_json_has_the_same_structure_and_null_counts_as_absent(tmp_path: Path) -> None:
     content = {
         "general": {"batch_size": None, "resolution": [64, 48]},
-        "datasets": [{"video_directory": "v", "image_directory": None, "cache_directory": "c", "target_frames": [1, 9]}],
+        "datasets": [
+            {"video_directory": "v", "image_directory": None, "cache_directory": "c", "target_frames": [1, 9]}
+        ],
     }
 
     (table,) = load_dataset_config(write(tmp_path, json.dumps(content), "data.json")).datasets
@@ -91,9 +98,12 @@ def test_json_has_the_same_structure_and_null_counts_as_absent(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("given", "rounded", "warns"), [([10, 25], (9, 25), True), ([9, 10], (9,), True), ([25, 1, 1], (1, 25), False)]
+    ("given", "rounded", "warns"),
+    [([10, 25], (9, 25), True), ([9, 10], (9,), True), ([25, 1, 1], (1, 25), False)],
 )
-def test_target_frames_become_4n_plus_1(tmp_path: Path, caplog, given: list[int], rounded: tuple[int, ...], warns: bool) -> None:
+def test_target_frames_become_4n_plus_1(
+    tmp_path: Path, caplog, given: list[int], rounded: tuple[int, ...], warns: bool
+) -> None:
     (table,) = tables(tmp_path, f'[[datasets]]\nvideo_directory = "v"\ntarget_frames = {given}')
 
     assert table.target_frames == rounded
@@ -109,7 +119,9 @@ def test_a_uniform_sample_of_one_is_head(tmp_path: Path, caplog) -> None:
 
 @pytest.mark.parametrize("value", ["30", "30.0"])
 def test_source_fps_may_be_whole(tmp_path: Path, value: str) -> None:
-    (table,) = tables(tmp_path, f'[[datasets]]\nvideo_directory = "v"\nsource_fps = {value}\nfp_latent_window_size = 5')
+    (table,) = tables(
+        tmp_path, f'[[datasets]]\nvideo_directory = "v"\nsource_fps = {value}\nfp_latent_window_size = 5'
+    )
 
     assert table.source_fps == 30.0
     assert isinstance(table.source_fps, float)
@@ -123,13 +135,18 @@ def test_no_upscale_needs_buckets(tmp_path: Path) -> None:
 
 
 def test_a_table_can_be_held_back_for_validation(tmp_path: Path) -> None:
-    first, second = tables(tmp_path, '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nimage_directory = "b"\nvalidation = true')
+    first, second = tables(
+        tmp_path,
+        '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nimage_directory = "b"\nvalidation = true',
+    )
 
     assert (first.validation, second.validation) == (False, True)
 
 
 def test_control_directory_beside_a_list_is_ignored_with_a_warning(tmp_path: Path, caplog) -> None:
-    (table,) = tables(tmp_path, '[[datasets]]\nimage_jsonl_file = "a.jsonl"\ncache_directory = "c"\ncontrol_directory = "d"')
+    (table,) = tables(
+        tmp_path, '[[datasets]]\nimage_jsonl_file = "a.jsonl"\ncache_directory = "c"\ncontrol_directory = "d"'
+    )
 
     assert table.control_directory is None
     assert "control_directory is ignored" in caplog.text
@@ -146,19 +163,29 @@ def test_control_directory_beside_a_list_is_ignored_with_a_warning(tmp_path: Pat
         ("resolution = 512.5", ["resolution = 512.5 (a number)"]),
         ('enable_bucket = "true"', ['enable_bucket = "true" (text)', "true or false, without quotes"]),
         ('caption_extension = "txt"', ['caption_extension = "txt"', "with its dot"]),
-        ('frame_extraction = "slid"', ['frame_extraction = "slid"', '"slide", "uniform"', 'Did you mean "slide"?']),
+        (
+            'frame_extraction = "slid"',
+            ['frame_extraction = "slid"', '"slide", "uniform"', 'Did you mean "slide"?'],
+        ),
         ("target_frames = 25", ["target_frames = 25 (a whole number)", "[1, 25, 45]"]),
         ("target_frames = []", ["target_frames = [] (a list)"]),
         ("source_fps = 0", ["source_fps = 0", "above 0"]),
-        ("fp_1f_target_index = 1", ["fp_1f_target_index = 1 is for image tables", "video_directory makes this one videos"]),
+        (
+            "fp_1f_target_index = 1",
+            ["fp_1f_target_index = 1 is for image tables", "video_directory makes this one videos"],
+        ),
         (f"fp_1f_target_index = {10**20}", ["fp_1f_target_index = 1000", "a whole number below 10000"]),
         ("fp_1f_clean_indices = [0, 10000]", ["fp_1f_clean_indices = [0, 10000]", "below 10000"]),
         ('image_directory = "x"', ["image_directory and video_directory exclude each other"]),
         ("max_frames = 0", ["max_frames = 0"]),
     ],
 )
-def test_a_mistake_is_named_with_its_place_value_and_remedy(tmp_path: Path, line: str, parts: list[str]) -> None:
-    text = problem(tmp_path, f'[[datasets]]\nimage_directory = "ok"\n[[datasets]]\nvideo_directory = "v"\n{line}')
+def test_a_mistake_is_named_with_its_place_value_and_remedy(
+    tmp_path: Path, line: str, parts: list[str]
+) -> None:
+    text = problem(
+        tmp_path, f'[[datasets]]\nimage_directory = "ok"\n[[datasets]]\nvideo_directory = "v"\n{line}'
+    )
 
     for part in [str(tmp_path / "data.toml"), "[[datasets]] 2", *parts]:
         assert part in text
@@ -168,8 +195,14 @@ def test_a_mistake_is_named_with_its_place_value_and_remedy(tmp_path: Path, line
     ("text", "part"),
     [
         ("", "there is no [[datasets]] table"),
-        ('dataset = 1\n[[datasets]]\nimage_directory = "a"', "unknown key dataset = 1. Did you mean datasets?"),
-        ('[general]\ntarget_frames = [1]\n[[datasets]]\nvideo_directory = "a"', "may only stand in a [[datasets]] table"),
+        (
+            'dataset = 1\n[[datasets]]\nimage_directory = "a"',
+            "unknown key dataset = 1. Did you mean datasets?",
+        ),
+        (
+            '[general]\ntarget_frames = [1]\n[[datasets]]\nvideo_directory = "a"',
+            "may only stand in a [[datasets]] table",
+        ),
         (
             '[general]\nresolutoin = 1\n[[datasets]]\nvideo_directory = "a"',
             "[general]: unknown key resolutoin = 1. Did you mean resolution?",
@@ -181,7 +214,8 @@ def test_a_mistake_is_named_with_its_place_value_and_remedy(tmp_path: Path, line
         ('[[datasets]]\nimage_directory = "a"\nbatch_size = 1\nbatch_size = 2', "is no valid TOML"),
         ('[[datasets]]\nimage_directory = "C:\\data"', "forward slashes or single quotes"),
         (
-            '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nvideo_directory = "b"\ncache_directory = "./a"',
+            '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nvideo_directory = "b"\ncache_directory = '
+            '"./a"',
             "1 and 2 share the cache directory",
         ),
     ],
@@ -193,14 +227,17 @@ def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, part: 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     text = problem(
         tmp_path,
-        '[[datasets]]\nimage_directory = "a"\nbatch_size = 0\nrepeats = 2\n[[datasets]]\nvideo_directory = "b"\nframe_stride = 0',
+        '[[datasets]]\nimage_directory = "a"\nbatch_size = 0\nrepeats = 2\n[[datasets]]\nvideo_directory = '
+        '"b"\nframe_stride = 0',
     )
 
     assert all(part in text for part in ("batch_size", "repeats", "frame_stride"))
 
 
 def test_a_key_twice_in_json_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, '{"datasets": [{"image_directory": "a", "batch_size": 1, "batch_size": 2}]}', "data.json")
+    path = write(
+        tmp_path, '{"datasets": [{"image_directory": "a", "batch_size": 1, "batch_size": 2}]}', "data.json"
+    )
 
     with pytest.raises(DatasetError, match="'batch_size' stands twice"):
         load_dataset_config(path)

@@ -15,14 +15,22 @@ from tests.dataset.toy_family import ToyFamily
 DEBUG = DebugOptions(debug_mode="console", console_width=16, console_back=None, console_num_images=None)
 
 
-def test_pictures_show_frames_from_the_first_to_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_show_frames_from_the_first_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     config = make_config(tmp_path, clips=(9,), target_frames=(5,))
     show_datasets(ToyFamily(), config, replace(DEBUG, debug_mode="image"), workers=1)
     path = tmp_path / "debug_views" / "0_clip_0_00000-005.png"
     assert image_size(path) == (5 * 32, 32)
-    assert frame_numbers([read_image(path)[:, 32 * place : 32 * place + 32] for place in range(5)]) == [0, 1, 2, 3, 4]
+    assert frame_numbers([read_image(path)[:, 32 * place : 32 * place + 32] for place in range(5)]) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_clips_show_the_control_beside_the_frames(tmp_path: Path) -> None:
@@ -35,7 +43,9 @@ def test_clips_show_the_control_beside_the_frames(tmp_path: Path) -> None:
     assert frames[0].shape == (32, 64, 3)
 
 
-def test_the_console_shows_as_many_items_as_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_console_shows_as_many_items_as_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = make_config(tmp_path, clips=(9, 9, 9), target_frames=(1,))
     show_datasets(ToyFamily(), config, replace(DEBUG, console_num_images=2), workers=1)
     lines = capsys.readouterr().out.splitlines()

@@ -34,7 +34,9 @@ def test_its_lists_are_valid() -> None:
 
 
 def test_it_names_every_key_and_mode_with_where_it_may_stand() -> None:
-    rows = {match[1]: match[0].split("|") for match in re.finditer(r"^\| `(\w+)` \|.*$", MANUAL, re.MULTILINE)}
+    rows = {
+        match[1]: match[0].split("|") for match in re.finditer(r"^\| `(\w+)` \|.*$", MANUAL, re.MULTILINE)
+    }
 
     assert rows.keys() == KEYS.keys()
     for name, key in KEYS.items():

@@ -40,7 +40,9 @@ def cached(folder: Path, sections: int = 3, **changes: Any) -> DatasetConfig:
 
 
 @pytest.mark.parametrize("gone", [0, 1, 2])
-def test_one_missing_section_makes_all_again(tmp_path: Path, gone: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_missing_section_makes_all_again(
+    tmp_path: Path, gone: int, caplog: pytest.LogCaptureFixture
+) -> None:
     config = cached(tmp_path)
     (tmp_path / "cache" / section_names(3)[gone]).unlink()
     with caplog.at_level("INFO"):
@@ -76,7 +78,10 @@ def test_files_of_another_program_in_the_place_of_surplus_sections_stay(tmp_path
 def test_the_keys_of_sections_make_files_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = cached(tmp_path)
     with caplog.at_level("INFO"):
-        assert cache_media(ToyFamily(sections=3), change(config, fp_latent_window_size=9), options()).written == 3
+        assert (
+            cache_media(ToyFamily(sections=3), change(config, fp_latent_window_size=9), options()).written
+            == 3
+        )
     assert "fp_latent_window_size was 2, is now 9" in caplog.text
 
 
@@ -130,7 +135,9 @@ def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_
 
 
 def test_check_counts_sections_as_training_does(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(5, 9), frame_extraction="full", batch_size=4, fp_latent_window_size=2)
+    config = make_config(
+        tmp_path, clips=(5, 9), frame_extraction="full", batch_size=4, fp_latent_window_size=2
+    )
     before = "\n".join(check_media(ToyFamily(sections=3), config, workers=1, skip_existing=False).lines)
     cache_media(ToyFamily(sections=3), config, options())
     cache_texts(ToyFamily(), config, options())
@@ -162,17 +169,30 @@ def test_families_are_told_what_the_table_says(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
     for name in ("pic_0", "pic_1", "other_0", "other_1"):
         make_image(tmp_path / "control" / f"{name}.png", colour=(1, 2, 3, 4))
-    keys = {"fp_latent_window_size": 3, "fp_1f_clean_indices": (0, 10), "fp_1f_target_index": 5, "fp_1f_no_post": True}
+    keys = {
+        "fp_latent_window_size": 3,
+        "fp_1f_clean_indices": (0, 10),
+        "fp_1f_target_index": 5,
+        "fp_1f_no_post": True,
+    }
     table = make_table(
-        tmp_path, "image_directory", resolution=(32, 32), control_directory=tmp_path / "control", batch_size=2, **keys
+        tmp_path,
+        "image_directory",
+        resolution=(32, 32),
+        control_directory=tmp_path / "control",
+        batch_size=2,
+        **keys,
     )
     family = ToyFamily()
 
     cache_media(family, DatasetConfig(table.config_path, (table,)), options())
 
-    told = MediaTable(table.name, "image", has_control=True, window=3, clean_indices=(0, 10), target_index=5, has_post=False)
+    told = MediaTable(
+        table.name, "image", has_control=True, window=3, clean_indices=(0, 10), target_index=5, has_post=False
+    )
     assert [media.table for media in family.media] == [told, told]
-    by_key = {media.keys: media for media in family.media}  # an image with alpha is in no batch with one that has none
+    # an image with alpha is in no batch with one that has none
+    by_key = {media.keys: media for media in family.media}
     assert by_key[("other_0032x0032_toy",)].alpha is None
     alpha = by_key[("pic_0032x0032_toy",)].alpha
     assert alpha is not None
@@ -208,7 +228,10 @@ def test_a_missing_section_is_named_with_the_command(tmp_path: Path) -> None:
     config = cached(tmp_path)
     (tmp_path / "cache" / section_names(3)[1]).unlink()
     item = find_items(config, "toy", LATENT).items[0]
-    reason = r"-0000_0032x0032_toy.safetensors: 3 files of its clip belong together, 2 are there.*python cache_latents"
+    reason = (
+        r"-0000_0032x0032_toy.safetensors: 3 files of its clip belong together, 2 are there.*python "
+        r"cache_latents"
+    )
     with pytest.raises(CacheError, match=rf"(?s){reason}"):
         read_batch([item], LATENT, COMMANDS)
 
@@ -216,7 +239,9 @@ def test_a_missing_section_is_named_with_the_command(tmp_path: Path) -> None:
 def test_sections_of_another_window_are_named_with_the_command(tmp_path: Path) -> None:
     config = change(cached(tmp_path), fp_latent_window_size=9)
     item = find_items(config, "toy", LATENT).items[0]
-    with pytest.raises(CacheError, match=r"(?s)fp_latent_window_size was 2, is now 9 in .*data\.toml.*python cache_latents"):
+    with pytest.raises(
+        CacheError, match=r"(?s)fp_latent_window_size was 2, is now 9 in .*data\.toml.*python cache_latents"
+    ):
         read_batch([item], LATENT, COMMANDS)
 
 
@@ -225,10 +250,14 @@ def test_sections_of_other_programs_are_as_long_as_the_window(tmp_path: Path) ->
     table.cache_directory.mkdir()
     make_clip(tmp_path / "a.mp4", 5)
     text = {"varlen_t5_float16": torch.ones(4, 4)}
-    write_tensors(table.cache_directory / "a_toy_te.safetensors", text, {"architecture": "toy", "caption1": "a text"})
+    write_tensors(
+        table.cache_directory / "a_toy_te.safetensors", text, {"architecture": "toy", "caption1": "a text"}
+    )
     for section, frames in enumerate((2, 9)):
         tensors = {f"latents_{frames}x4x4_float16": torch.ones(2, frames, 4, 4)}
-        write_tensors(table.cache_directory / section_names(2, "a", 17)[section], tensors, {"architecture": "toy"})
+        write_tensors(
+            table.cache_directory / section_names(2, "a", 17)[section], tensors, {"architecture": "toy"}
+        )
     good, bad = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT).items
     assert read_batch([good], LATENT).tensor("latents").shape == (1, 2, 2, 4, 4)
     with pytest.raises(CacheError, match="shape 2x9x4x4, .* asks for 2x2x4x4"):

@@ -1,4 +1,6 @@
-"""A family with two text encoders: its text caches are whole or unfinished, never half, whenever the work is stopped."""
+"""A family with two text encoders: its text caches are whole or unfinished, never half, whenever the work is
+stopped.
+"""
 
 import dataclasses
 import os
@@ -52,7 +54,10 @@ class ToyLlm(ToyText):
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         self.calls += [prompt.text for prompt in prompts]
-        return [{"llm": torch.full((3, 2), float(len(one.text))), "llm_mask": torch.ones(3, dtype=torch.int64)} for one in prompts]
+        return [
+            {"llm": torch.full((3, 2), float(len(one.text))), "llm_mask": torch.ones(3, dtype=torch.int64)}
+            for one in prompts
+        ]
 
 
 @dataclasses.dataclass
@@ -73,7 +78,10 @@ class ToyClip(ToyText):
 
 def two(llm: str = "first", clip: str = "first", stop_at: str | None = None) -> ToyFamily:
     """The family; llm, clip: which checkpoints its encoders have."""
-    encoders: list[ToyText] = [ToyLlm(identity={"llm": llm}), ToyClip(identity={"clipL": clip}, stop_at=stop_at)]
+    encoders: list[ToyText] = [
+        ToyLlm(identity={"llm": llm}),
+        ToyClip(identity={"clipL": clip}, stop_at=stop_at),
+    ]
     return ToyFamily(text=encoders, text_keys=KEYS)
 
 
@@ -210,7 +218,9 @@ def test_an_unfinished_file_spoils_nothing_that_is_right_in_the_file(tmp_path: P
     assert names(tmp_path) == [FILES[0]]
 
 
-def test_a_joined_file_without_its_name_gets_it_without_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_joined_file_without_its_name_gets_it_without_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(tmp_path, clips=(9, 9))
     rename = os.replace
 
@@ -258,7 +268,9 @@ def test_a_half_file_whose_mask_is_missing_is_no_half(tmp_path: Path) -> None:
     config = make_config(tmp_path, clips=(9,))
     path = cache(tmp_path) / FILES[0]
     path.parent.mkdir()
-    write_tensors(path, {"llm_float32": torch.ones(3, 2)}, {"architecture": "toy", "caption1": "clip number 0"})
+    write_tensors(
+        path, {"llm_float32": torch.ones(3, 2)}, {"architecture": "toy", "caption1": "clip number 0"}
+    )
     family = two()
     cache_texts(family, config, options(skip_existing=True))
     assert calls(family) == [["clip number 0"]] * 2
@@ -312,13 +324,17 @@ def test_checking_counts_what_stands_in_unfinished_files_and_writes_nothing(tmp_
     assert {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()} == before
 
 
-# --- training ---------------------------------------------------------------------------------------------------------------------
+# --- training
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> None:
     config = stopped(tmp_path)
     cache_media(two(), config, options())
-    with pytest.raises(CacheError, match=r"(?s)1 text caches are unfinished, .*clip_1_toy_te\.safetensors\.part.*cache_text\.py"):
+    with pytest.raises(
+        CacheError,
+        match=r"(?s)1 text caches are unfinished, .*clip_1_toy_te\.safetensors\.part.*cache_text\.py",
+    ):
         require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
     result = check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS)
     assert result.exit_code == 1
@@ -334,14 +350,20 @@ def test_training_refuses_a_half_file_with_the_command(tmp_path: Path) -> None:
     cache_media(two(), config, options())
     half(cache(tmp_path) / FILES[0])
     items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
-    with pytest.raises(CacheError, match=r"(?s)clip_0_toy_te.safetensors: it is only a part .* has no clipL.*cache_text\.py --y"):
+    with pytest.raises(
+        CacheError,
+        match=r"(?s)clip_0_toy_te.safetensors: it is only a part .* has no clipL.*cache_text\.py --y",
+    ):
         read_batch(items, LATENT, COMMANDS)
-    assert "it has no clipL" in "\n".join(check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).lines)
+    assert "it has no clipL" in "\n".join(
+        check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).lines
+    )
     cache_texts(two(), config, options(skip_existing=True))
     assert len(read_batch(items, LATENT, COMMANDS)) == 1
 
 
-# --- kills ------------------------------------------------------------------------------------------------------------------------
+# --- kills
+# ------------------------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys
@@ -358,16 +380,24 @@ FAST = {("before_rename", 4), ("after_rename", 3)}  # between joining and renami
 
 
 @pytest.mark.parametrize(
-    ("point", "count"), [pytest.param(*point, marks=() if point in FAST else pytest.mark.slow) for point in POINTS]
+    ("point", "count"),
+    [pytest.param(*point, marks=() if point in FAST else pytest.mark.slow) for point in POINTS],
 )
-def test_a_run_killed_at_any_write_leaves_whole_files_and_goes_on(tmp_path: Path, point: str, count: int) -> None:
+def test_a_run_killed_at_any_write_leaves_whole_files_and_goes_on(
+    tmp_path: Path, point: str, count: int
+) -> None:
     (tmp_path / "killed").mkdir()
     config = make_config(tmp_path / "killed")
     shutil.copytree(tmp_path / "killed", tmp_path / "undisturbed")
     cache_texts(two(), make_config(tmp_path / "undisturbed"), options())
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(root=str(ROOT), folder=str(tmp_path / "killed")), encoding="utf-8")
-    died = subprocess.run([sys.executable, str(DYING), point, str(count), str(script)], capture_output=True, text=True, timeout=120)
+    died = subprocess.run(
+        [sys.executable, str(DYING), point, str(count), str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert died.returncode == KILLED, died.stderr[-2000:]
     for path in cache(tmp_path / "killed").iterdir():
         if path.suffix == ".safetensors":

@@ -1,4 +1,6 @@
-"""A family whose encoders are arithmetic: what is cached can be foretold, and what was asked of it is counted."""
+"""A family whose encoders are arithmetic: what is cached can be foretold, and what was asked of it is
+counted.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,14 +50,19 @@ class ToyText:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         self.calls += [prompt.text for prompt in prompts]
-        return [{self.name: [torch.full((len(prompt.text.split()), 4), float(len(prompt.text)))]} for prompt in prompts]
+        return [
+            {self.name: [torch.full((len(prompt.text.split()), 4), float(len(prompt.text)))]}
+            for prompt in prompts
+        ]
 
     def free(self) -> None: ...
 
 
 @dataclass
 class ToyFamily:
-    """Latents hold the mean of each clip; `seen` lists what was encoded, batch by batch, `media` what there was to see."""
+    """Latents hold the mean of each clip; `seen` lists what was encoded, batch by batch, `media` what there
+    was to see.
+    """
 
     name: str = "toy"
     cache_tag: str = "toy"
@@ -100,7 +107,9 @@ class ToyFamily:
             mean = media.frames[index].float().mean().item() if self.value is None else self.value
             tensors = {"latents": torch.full(shape, mean, dtype=torch.bfloat16)}
             for control in media.control:
-                tensors["latents_control"] = torch.full(shape, control[index].float().mean().item(), dtype=torch.bfloat16)
+                tensors["latents_control"] = torch.full(
+                    shape, control[index].float().mean().item(), dtype=torch.bfloat16
+                )
             sections = range(self.sections) if self.sections else [None]
             found.append([CacheEntry(tensors, section=section) for section in sections])
         return found

@@ -1,4 +1,6 @@
-"""One tiny project for all tests of faults: models, clips, caches, a training. Tests read it and damage copies of what is in it."""
+"""One tiny project for all tests of faults: models, clips, caches, a training. Tests read it and damage
+copies of what is in it.
+"""
 
 import json
 import time
@@ -7,21 +9,34 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, run_python, run_script
-from tests.faults.runs import DYING, FAMILIES, FRAMEPACK, FRAMEPACK_ONE_FRAME, Scripts, Undisturbed, assert_whole, write_project
+from tests.faults.runs import (
+    DYING,
+    FAMILIES,
+    FRAMEPACK,
+    FRAMEPACK_ONE_FRAME,
+    Scripts,
+    Undisturbed,
+    assert_whole,
+    write_project,
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that needs a project runs for every family, unless its module says FAMILIES (for tests of what a training leaves:
-    TRAININGS) or the test chooses itself."""
+    """Every test that needs a project runs for every family, unless its module says FAMILIES (for tests of
+    what a training leaves: TRAININGS) or the test chooses itself.
+    """
     chosen = [name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]]
     if "scripts" in metafunc.fixturenames and "scripts" not in chosen:
         families = getattr(metafunc.module, "FAMILIES", FAMILIES)
         if "undisturbed" in metafunc.fixturenames:
             families = getattr(metafunc.module, "TRAININGS", families)
-        metafunc.parametrize("scripts", families, ids=lambda scripts: scripts.name, indirect=True, scope="session")
+        metafunc.parametrize(
+            "scripts", families, ids=lambda scripts: scripts.name, indirect=True, scope="session"
+        )
 
 
-# what of a family is tried in the default suite; the rest is slow: many processes each, through code that all families share
+# what of a family is tried in the default suite; the rest is slow: many processes each, through code that all
+# families share
 STANDING_FOR_ALL = {FRAMEPACK.name: ("while_sampling]", "caching_killed"), FRAMEPACK_ONE_FRAME.name: ()}
 
 
@@ -32,7 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         found = getattr(item, "callspec", None)
         scripts = None if found is None else found.params.get("scripts")
         chosen = STANDING_FOR_ALL.get(getattr(scripts, "name", ""))
-        if chosen is not None and "place" not in found.params and not any(word in item.name for word in chosen):
+        if (
+            chosen is not None
+            and "place" not in found.params
+            and not any(word in item.name for word in chosen)
+        ):
             item.add_marker(pytest.mark.slow)
 
 
@@ -69,7 +88,10 @@ def project(scripts: Scripts, projects: dict[str, Path], tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def undisturbed(
-    scripts: Scripts, project: Path, trainings: dict[str, Undisturbed], tmp_path_factory: pytest.TempPathFactory
+    scripts: Scripts,
+    project: Path,
+    trainings: dict[str, Undisturbed],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Undisturbed:
     """A training that nothing happened to."""
     if scripts.name not in trainings:
@@ -77,7 +99,14 @@ def undisturbed(
         started = time.monotonic()
         script, *arguments = scripts.train
         run_python(
-            DYING, "count", folder / "passed.json", ROOT / script, *arguments, "--output_dir", folder / "out", folder=project
+            DYING,
+            "count",
+            folder / "passed.json",
+            ROOT / script,
+            *arguments,
+            "--output_dir",
+            folder / "out",
+            folder=project,
         )
         seconds = time.monotonic() - started
         assert_whole(folder / "out")

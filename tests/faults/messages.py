@@ -18,14 +18,46 @@ from tests.commands import QUIET, ROOT
 ERROR = re.compile(r"^(?:\w+Error: |.*\.py: error: )")
 # what a message tells the user to do begins with one of these
 REMEDIES = (
-    *("Give", "Use", "Download", "Copy", "Fetch", "Mend", "Make", "Resume", "Run", "Free", "Cache", "Update", "Lower", "Remove"),
-    *("Write", "Set", "Name", "Leave", "Choose", "Did you mean", "Drop", "Change", "Convert", "Rename", "Move", "Start", "Save"),
+    *(
+        "Give",
+        "Use",
+        "Download",
+        "Copy",
+        "Fetch",
+        "Mend",
+        "Make",
+        "Resume",
+        "Run",
+        "Free",
+        "Cache",
+        "Update",
+        "Lower",
+        "Remove",
+    ),
+    *(
+        "Write",
+        "Set",
+        "Name",
+        "Leave",
+        "Choose",
+        "Did you mean",
+        "Drop",
+        "Change",
+        "Convert",
+        "Rename",
+        "Move",
+        "Start",
+        "Save",
+    ),
     *("Put", "Correct"),
 )
 
 
 def run_here(script: str, *arguments: object, folder: Path) -> tuple[int, str]:
-    """Run a root script as if it were a program of its own. Returns its exit code and all that it wrote to standard error."""
+    """Run a root script as if it were a program of its own.
+
+    Returns its exit code and all that it wrote to standard error.
+    """
     said = io.StringIO()
     root = logging.getLogger()
     handler = logging.StreamHandler(said)
@@ -55,8 +87,12 @@ def run_here(script: str, *arguments: object, folder: Path) -> tuple[int, str]:
 
 
 def succeed_here(script: str, *arguments: object, folder: Path) -> str:
-    """The same for a command that has to succeed, training included. Returns what it wrote to standard error."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps its precision for the life of a process
+    """The same for a command that has to succeed, training included.
+
+    Returns what it wrote to standard error.
+    """
+    # accelerate keeps its precision for the life of a process
+    AcceleratorState._reset_state(reset_partial_state=True)
     code, said = run_here(script, *arguments, folder=folder)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert code == 0, said[-4000:]

@@ -1,10 +1,12 @@
-"""Run a script and kill this process at a chosen moment: `python run_and_die.py POINT COUNT SCRIPT ARGUMENTS...`.
+"""Run a script and kill this process at a chosen moment: `python run_and_die.py POINT COUNT SCRIPT
+ARGUMENTS...`.
 
-At the COUNT-th use of what POINT stands for the process dies, as by SIGKILL. `python run_and_die.py count FILE SCRIPT ...` kills
-nothing and writes to FILE how often each point was passed, so that a test can choose a COUNT that will come.
+At the COUNT-th use of what POINT stands for the process dies, as by SIGKILL. `python run_and_die.py count
+FILE SCRIPT ...` kills nothing and writes to FILE how often each point was passed, so that a test can choose a
+COUNT that will come.
 
-Only libraries are hooked, never the project: the renames of the operating system, torch's backward and optimizer step,
-safetensors' writer, files that Python writes itself, PyAV's muxer.
+Only libraries are hooked, never the project: the renames of the operating system, torch's backward and
+optimizer step, safetensors' writer, files that Python writes itself, PyAV's muxer.
 """
 
 import atexit
@@ -78,7 +80,9 @@ class DyingFile:
 
 
 class DyingContainer:
-    """A video that is being written: the process dies when some of its packets are in the file and its end is not."""
+    """A video that is being written: the process dies when some of its packets are in the file and its end is
+    not.
+    """
 
     def __init__(self, container: Any, is_time: IsTime) -> None:
         self._container, self._is_time = container, is_time

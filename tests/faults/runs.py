@@ -1,4 +1,6 @@
-"""The commands that tests of faults run, and how their results are judged: is everything whole, and is it the same?"""
+"""The commands that tests of faults run, and how their results are judged: is everything whole, and is it the
+same?
+"""
 
 import json
 import re
@@ -57,23 +59,57 @@ class Scripts:
 
     @property
     def train_only(self) -> tuple[str, ...]:
-        """Training without samples: 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps, the second of one
-        micro-batch; 8 steps in all."""
+        """Training without samples: 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps,
+        the second of one micro-batch; 8 steps in all.
+        """
         return (
-            *(self.train_script, *self.models, *self.trained, "--dataset_config", "dataset.toml", "--sdpa", "--seed", "7"),
+            *(
+                self.train_script,
+                *self.models,
+                *self.trained,
+                "--dataset_config",
+                "dataset.toml",
+                "--sdpa",
+                "--seed",
+                "7",
+            ),
             *self.learner,
             *("--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
             *("--timestep_sampling", "shift", "--discrete_flow_shift", "3", "--num_timestep_buckets", "5"),
             *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4"),
-            *("--validation_split", "0.2", "--save_state", "--save_every_n_steps", "3", "--save_last_n_steps", "2"),
-            *("--save_every_n_epochs", "2", "--resume", "latest", "--max_data_loader_n_workers", "0", "--output_name", "x"),
+            *(
+                "--validation_split",
+                "0.2",
+                "--save_state",
+                "--save_every_n_steps",
+                "3",
+                "--save_last_n_steps",
+                "2",
+            ),
+            *(
+                "--save_every_n_epochs",
+                "2",
+                "--resume",
+                "latest",
+                "--max_data_loader_n_workers",
+                "0",
+                "--output_name",
+                "x",
+            ),
         )
 
     @property
     def train(self) -> tuple[str, ...]:
         return (
             *self.train_only,
-            *("--validate_every_n_steps", "3", "--sample_prompts", "samples.txt", "--sample_every_n_steps", "3"),
+            *(
+                "--validate_every_n_steps",
+                "3",
+                "--sample_prompts",
+                "samples.txt",
+                "--sample_every_n_steps",
+                "3",
+            ),
         )
 
     @property
@@ -141,7 +177,15 @@ FRAMEPACK = Scripts(
     name="framepack",
     tag="fp",
     write_models=write_tiny_framepack,
-    models=("--dit", "model/dit.safetensors", *_VAE, *_ENCODERS, *_IMAGE_ENCODER, "--latent_window_size", "1"),
+    models=(
+        "--dit",
+        "model/dit.safetensors",
+        *_VAE,
+        *_ENCODERS,
+        *_IMAGE_ENCODER,
+        "--latent_window_size",
+        "1",
+    ),
     cache_latents=("fpack_cache_latents.py", *_DATASET, *_VAE, *_IMAGE_ENCODER),
     cache_texts=("fpack_cache_text_encoder_outputs.py", *_DATASET, *_ENCODERS),
     train_script="fpack_train_network.py",
@@ -190,20 +234,27 @@ def write_project(folder: Path, scripts: Scripts) -> None:
 
 
 def copy_data(project: Path, folder: Path, *, cached: bool) -> Path:
-    """The project's clips, and its caches, once more below `folder`. Returns the dataset configuration that names them."""
+    """The project's clips, and its caches, once more below `folder`.
+
+    Returns the dataset configuration that names them.
+    """
     for name in ("clips", "control"):
         if (project / name).exists():
             shutil.copytree(project / name, folder / name)
     if cached:
         shutil.copytree(project / "cache", folder / "cache")
-    text = (project / "dataset.toml").read_text(encoding="utf-8").replace(project.as_posix(), folder.as_posix())
+    text = (
+        (project / "dataset.toml").read_text(encoding="utf-8").replace(project.as_posix(), folder.as_posix())
+    )
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
     return folder / "dataset.toml"
 
 
 def assert_same_caches(folder: Path, undisturbed: Path) -> None:
     """Two cache folders hold the same files with equal tensors, and nothing else."""
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in undisturbed.iterdir()
+    )
     for path in folder.iterdir():
         assert_same_tensors(path, undisturbed / path.name)
 
@@ -211,10 +262,12 @@ def assert_same_caches(folder: Path, undisturbed: Path) -> None:
 def assert_whole(folder: Path) -> None:
     """Everything below `folder` that has a final name can be read to its end."""
     for path in visible_files(folder):
-        if path.suffix in {".safetensors", ".part"}:  # a text cache waits for further encoders as .part, whole too
+        # a text cache waits for further encoders as .part, whole too
+        if path.suffix in {".safetensors", ".part"}:
             load_file(path)
         elif path.suffix == ".mp4":
-            frames = len(list(video_frames(path)))  # what sections have shown so far may be any part of a video
+            # what sections have shown so far may be any part of a video
+            frames = len(list(video_frames(path)))
             assert frames in {5, 9} or (frames and path.stem.endswith("_progress")), path
         elif path.suffix == ".png":
             read_image(path)
@@ -227,7 +280,9 @@ def assert_whole(folder: Path) -> None:
 def visible_files(folder: Path) -> list[Path]:
     """All files that are not below a hidden name."""
     found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def assert_same_tensors(file: Path, other: Path) -> None:
@@ -235,7 +290,9 @@ def assert_same_tensors(file: Path, other: Path) -> None:
     one, two = load_file(file), load_file(other)
     assert one.keys() == two.keys()
     different = [name for name in one if as_bytes(one[name]) != as_bytes(two[name])]
-    assert not different, f"{file.name}: {len(different)} of {len(one)} tensors differ, such as {different[:3]}"
+    assert not different, (
+        f"{file.name}: {len(different)} of {len(one)} tensors differ, such as {different[:3]}"
+    )
 
 
 def as_bytes(tensor: Tensor) -> bytes:
@@ -243,7 +300,9 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 
 def assert_same_training(output: Path, undisturbed: Path) -> None:
-    """A training that was killed has left what the undisturbed one did: weights, states, samples, and nothing else."""
+    """A training that was killed has left what the undisturbed one did: weights, states, samples, and nothing
+    else.
+    """
     assert_whole(output)
     assert _names(output) == _names(undisturbed)
     assert_same_end(output, undisturbed)
@@ -264,8 +323,13 @@ def assert_same_end(output: Path, undisturbed: Path) -> None:
 
 
 def assert_same_pixels(one: Path, two: Path) -> None:
-    """Two images are equal; two videos show the same, as x264 itself does not always make the same of equal frames."""
-    first, second = (np.stack(list(video_frames(path)) if path.suffix == ".mp4" else [read_image(path)]) for path in (one, two))
+    """Two images are equal; two videos show the same, as x264 itself does not always make the same of equal
+    frames.
+    """
+    first, second = (
+        np.stack(list(video_frames(path)) if path.suffix == ".mp4" else [read_image(path)])
+        for path in (one, two)
+    )
     difference = np.abs(first.astype(int) - second.astype(int))
     is_same = difference.mean() < 2 if one.suffix == ".mp4" else not difference.any()
     assert is_same, f"{one.name} shows something else than {two.name}: {difference.mean()} on average"
@@ -282,4 +346,6 @@ def _names(folder: Path) -> set[str]:
 
 def _progress(output: Path) -> dict[str, object]:
     record = json.loads((output / "x-state" / "state.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in record["progress"].items() if name not in {"session_id", "started_at"}}
+    return {
+        name: value for name, value in record["progress"].items() if name not in {"session_id", "started_at"}
+    }

@@ -15,7 +15,16 @@ from dataset.config import load_dataset_config
 from modules.contract.data import Batch
 from modules.errors import CacheError
 from modules.media.writing import write_video
-from tests.faults.damage import Damage, empty, flip_any_bit, flipped_data, one_byte_short, pickled_code, proof_of, truncated
+from tests.faults.damage import (
+    Damage,
+    empty,
+    flip_any_bit,
+    flipped_data,
+    one_byte_short,
+    pickled_code,
+    proof_of,
+    truncated,
+)
 from tests.faults.messages import assert_one_message, run_here
 from tests.faults.runs import WAN, as_bytes, assert_same_tensors, copy_data
 from tests.tiny.project import moving_square
@@ -38,7 +47,11 @@ def lora(good: Path, bad: Path) -> None:
 
 def without_record(good: Path, bad: Path) -> None:
     """As another program wrote it, but of another size or kind."""
-    renamed = {"latents_3x4x4_float32": torch.zeros(16, 3, 4, 4)} if good.name == LATENTS else {"llama_float32": torch.zeros(4, 8)}
+    renamed = (
+        {"latents_3x4x4_float32": torch.zeros(16, 3, 4, 4)}
+        if good.name == LATENTS
+        else {"llama_float32": torch.zeros(4, 8)}
+    )
     save_file(renamed, bad)
 
 
@@ -56,12 +69,16 @@ BAD_CACHES: dict[str, Damage] = {
 
 @pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
 @pytest.mark.parametrize("damage", BAD_CACHES)
-def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(name: str, damage: str, project: Path, tmp_path: Path) -> None:
+def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(
+    name: str, damage: str, project: Path, tmp_path: Path
+) -> None:
     config = copy_data(project, tmp_path, cached=True)
     bad = tmp_path / "cache" / name
     BAD_CACHES[damage](project / "cache" / name, bad)
 
-    code, said = run_here(*SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project)
+    code, said = run_here(
+        *SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project
+    )
 
     command = "python wan_cache_latents.py" if name == LATENTS else "python wan_cache_text_encoder_outputs.py"
     assert_one_message(code, said, name, command)
@@ -80,7 +97,9 @@ def test_a_bad_cache_is_one_message_from_a_worker_process_too(project: Path, tmp
 
 
 @pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "with a flipped bit", "code in a pickle", "the other kind"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "with a flipped bit", "code in a pickle", "the other kind"]
+)
 def test_caching_again_mends_a_bad_cache(name: str, damage: str, project: Path, tmp_path: Path) -> None:
     config = copy_data(project, tmp_path, cached=True)
     BAD_CACHES[damage](project / "cache" / name, tmp_path / "cache" / name)
@@ -110,11 +129,15 @@ def test_a_flipped_bit_never_changes_what_is_trained_on(project: Path, tmp_path:
 
 def told(batch: Batch) -> tuple[object, ...]:
     """All that a batch of one says."""
-    tensors = {name: as_bytes(value if isinstance(value, torch.Tensor) else value[0]) for name, value in batch.tensors.items()}
+    tensors = {
+        name: as_bytes(value if isinstance(value, torch.Tensor) else value[0])
+        for name, value in batch.tensors.items()
+    }
     return tensors, batch.captions, batch.keys
 
 
-# --- clips and captions -----------------------------------------------------------------------------------------------------------
+# --- clips and captions
+# -----------------------------------------------------------------------------------------------------------
 
 
 def noise(good: Path, bad: Path) -> None:
@@ -139,7 +162,9 @@ BAD_CLIPS: dict[str, tuple[Damage, str, str]] = {
 
 
 @pytest.mark.parametrize("fault", BAD_CLIPS)
-def test_a_clip_that_cannot_be_read_is_reported_and_all_others_are_cached(fault: str, project: Path, tmp_path: Path) -> None:
+def test_a_clip_that_cannot_be_read_is_reported_and_all_others_are_cached(
+    fault: str, project: Path, tmp_path: Path
+) -> None:
     damage, name, reason = BAD_CLIPS[fault]
     config = copy_data(project, tmp_path, cached=False)
     if fault == "cut, Matroska":  # the beginning would be enough for `head`
@@ -150,7 +175,9 @@ def test_a_clip_that_cannot_be_read_is_reported_and_all_others_are_cached(fault:
 
     assert code == 1
     assert_one_message(code, said, name, reason)
-    assert [path.name.split("_")[0] for path in sorted((tmp_path / "cache").iterdir())] == [f"clip {n}" for n in (0, 2, 3, 4, 5)]
+    assert [path.name.split("_")[0] for path in sorted((tmp_path / "cache").iterdir())] == [
+        f"clip {n}" for n in (0, 2, 3, 4, 5)
+    ]
     for path in (tmp_path / "cache").iterdir():
         load_file(path)
 
@@ -179,7 +206,9 @@ def caption_is_a_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [no_caption, caption_of_bytes, caption_is_a_folder])
-def test_a_missing_or_unreadable_caption_is_named(change: Callable[[Path], None], project: Path, tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_caption_is_named(
+    change: Callable[[Path], None], project: Path, tmp_path: Path
+) -> None:
     config = copy_data(project, tmp_path, cached=True)
     change(tmp_path)
 
@@ -193,10 +222,15 @@ def test_a_clip_without_a_cached_caption_is_left_out_with_a_warning(project: Pat
     config = copy_data(project, tmp_path, cached=True)
     (tmp_path / "cache" / TEXT).unlink()
 
-    code, said = run_here(*SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project)
+    code, said = run_here(
+        *SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project
+    )
 
     assert code == 0, said
-    assert f"WARNING: 1 of the sources have latents but no text cache (the first: {tmp_path / 'cache' / TEXT})" in said
+    assert (
+        f"WARNING: 1 of the sources have latents but no text cache (the first: {tmp_path / 'cache' / TEXT})"
+        in said
+    )
     assert "python wan_cache_text_encoder_outputs.py" in said
 
 
@@ -206,14 +240,19 @@ def test_missing_caches_are_answered_with_both_commands(gone: str, project: Path
     for path in (tmp_path / "cache").glob(gone):
         path.unlink()
 
-    code, said = run_here(*SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project)
+    code, said = run_here(
+        *SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project
+    )
 
-    message = assert_one_message(code, said, "python wan_cache_latents.py", "python wan_cache_text_encoder_outputs.py")
+    message = assert_one_message(
+        code, said, "python wan_cache_latents.py", "python wan_cache_text_encoder_outputs.py"
+    )
     assert "model/vae.safetensors" in message
     assert "model/t5.safetensors" in message
 
 
-# --- configurations ---------------------------------------------------------------------------------------------------------------
+# --- configurations
+# ---------------------------------------------------------------------------------------------------------------
 
 # what is replaced in dataset.toml, by what, and what the message has to hold
 CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -222,7 +261,11 @@ CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "wrong type": ("batch_size = 2", 'batch_size = "two"', ("batch_size", "two", "a whole number")),
     "impossible value": ("batch_size = 2", "batch_size = 0", ("batch_size", "1 or more")),
     "impossible size": ("[32, 32]", "[-32, 32]", ("resolution", "[-32, 32]", "[width, height]")),
-    "images and videos": ("video_directory", 'image_directory = "x"\nvideo_directory', ("image_directory", "video_directory")),
+    "images and videos": (
+        "video_directory",
+        'image_directory = "x"\nvideo_directory',
+        ("image_directory", "video_directory"),
+    ),
     "unknown extraction": ('"head"', '"middle"', ("frame_extraction", "middle", "uniform")),
     "no frames": ("target_frames = [5]", "target_frames = [0]", ("target_frames", "1 or more")),
     "a key of images in a table of videos": (
@@ -239,7 +282,9 @@ CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("command", [CACHE_LATENTS, SHORT_TRAINING], ids=["caching", "training"])
 @pytest.mark.parametrize("fault", CONTRADICTIONS)
-def test_a_contradictory_configuration_is_one_message(fault: str, command: tuple[str, ...], project: Path, tmp_path: Path) -> None:
+def test_a_contradictory_configuration_is_one_message(
+    fault: str, command: tuple[str, ...], project: Path, tmp_path: Path
+) -> None:
     if fault == "clips that are not there" and command is SHORT_TRAINING:
         pytest.skip("training needs only the caches")
     old, new, words = CONTRADICTIONS[fault]
@@ -276,7 +321,9 @@ def test_two_clips_cannot_have_one_cache_name(project: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", [None, b"# \xe9\n"], ids=["a folder", "Latin-1"])
-def test_a_configuration_that_is_no_text_says_so(content: bytes | None, project: Path, tmp_path: Path) -> None:
+def test_a_configuration_that_is_no_text_says_so(
+    content: bytes | None, project: Path, tmp_path: Path
+) -> None:
     if content is None:
         (tmp_path / "dataset.toml").mkdir()
     else:

@@ -31,17 +31,29 @@ from tests.faults.damage import (
     web_page,
 )
 from tests.faults.messages import assert_one_message, run_here
-from tests.faults.runs import FRAMEPACK, HUNYUAN_VIDEO, WAN, Scripts, Undisturbed, as_bytes, assert_same_tensors
+from tests.faults.runs import (
+    FRAMEPACK,
+    HUNYUAN_VIDEO,
+    WAN,
+    Scripts,
+    Undisturbed,
+    as_bytes,
+    assert_same_tensors,
+)
 from tests.tiny.hunyuan_encoders import write_comfy_text_encoders
 from tests.tiny.wan_dit import tiny_state
 from training.saving.states import ForeignState, SavedState, read_state
 
-FAMILIES = (WAN,)  # of tests that do not choose themselves: what is wrong there is found by code that all share
+# of tests that do not choose themselves: what is wrong there is found by code that all share
+FAMILIES = (WAN,)
 TOKENIZERS = {
     WAN.name: ("--t5_tokenizer", "model/google/umt5-xxl"),
     HUNYUAN_VIDEO.name: tuple(
         word
-        for option, folder in (("--text_encoder1_tokenizer", "text_encoder"), ("--text_encoder2_tokenizer", "text_encoder_2"))
+        for option, folder in (
+            ("--text_encoder1_tokenizer", "text_encoder"),
+            ("--text_encoder2_tokenizer", "text_encoder_2"),
+        )
         for word in (option, f"model/{folder}")
     ),
 }
@@ -61,7 +73,10 @@ def training(scripts: Scripts) -> tuple[str, ...]:
 
 
 GENERATE, SHORT_TRAINING = generating(WAN), training(WAN)
-HV_GENERATE, HV_TEXTS = generating(HUNYUAN_VIDEO), (*HUNYUAN_VIDEO.cache_texts, *TOKENIZERS[HUNYUAN_VIDEO.name])
+HV_GENERATE, HV_TEXTS = (
+    generating(HUNYUAN_VIDEO),
+    (*HUNYUAN_VIDEO.cache_texts, *TOKENIZERS[HUNYUAN_VIDEO.name]),
+)
 NEVER_MERGED = ("--save_merged_model", "never.safetensors")
 DAMAGES: dict[str, tuple[str, Damage]] = {
     "truncated": ("bad.safetensors", truncated),
@@ -71,7 +86,9 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "code in a pickle": ("bad.pth", pickled_code),
     "code in an old pickle": ("bad.pth", old_pickled_code),
     "code in a pickle named safetensors": ("bad.safetensors", pickled_code),
-    **{f"a bit of the header flipped, {seed}": ("bad.safetensors", flipped_header(seed)) for seed in range(3)},
+    **{
+        f"a bit of the header flipped, {seed}": ("bad.safetensors", flipped_header(seed)) for seed in range(3)
+    },
 }
 
 
@@ -111,14 +128,21 @@ PLACES = (
     Place(SHORT_TRAINING, "lora", "t5", "--base_weights"),
     Place(GENERATE, "latent", "vae", "--latent_path"),
     Place(("merge_lora.py", "--lora_weight", "lora.safetensors", *NEVER_MERGED), "dit", "vae", "--dit"),
-    Place(("merge_lora.py", "--dit", "model/dit.safetensors", *NEVER_MERGED), "lora", "clip", "--lora_weight"),
-    Place(("convert_lora.py", "--target", "other", "--output", "never.safetensors"), "lora", "dit", "--input"),
+    Place(
+        ("merge_lora.py", "--dit", "model/dit.safetensors", *NEVER_MERGED), "lora", "clip", "--lora_weight"
+    ),
+    Place(
+        ("convert_lora.py", "--target", "other", "--output", "never.safetensors"), "lora", "dit", "--input"
+    ),
 )
 
 
 def in_projects(places: Sequence[Place]) -> list[Any]:
     """Each place with the family of its project, for a test's parameters."""
-    return [pytest.param(place.scripts, place, id=f"{place.command[0]} {place.option} {place.wrong}") for place in places]
+    return [
+        pytest.param(place.scripts, place, id=f"{place.command[0]} {place.option} {place.wrong}")
+        for place in places
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +161,9 @@ def good(
 ) -> Path:
     """A folder with one good file of each kind, by the names in PLACES."""
     if scripts.name not in good_folders:
-        good_folders[scripts.name] = write_good(tmp_path_factory.mktemp("good"), scripts, project, undisturbed)
+        good_folders[scripts.name] = write_good(
+            tmp_path_factory.mktemp("good"), scripts, project, undisturbed
+        )
     return good_folders[scripts.name]
 
 
@@ -154,7 +180,9 @@ def write_good(folder: Path, scripts: Scripts, project: Path, undisturbed: Undis
     shutil.copy(undisturbed.output / "x.safetensors", folder / "lora.safetensors")
     shutil.copy(undisturbed.output / "x.safetensors", project / "lora.safetensors")
     made = folder / "made"
-    code, said = run_here(*generating(scripts), "--output_type", "latent", "--save_path", made, folder=project)
+    code, said = run_here(
+        *generating(scripts), "--output_type", "latent", "--save_path", made, folder=project
+    )
     assert code == 0, said
     next(made.iterdir()).rename(folder / "latent.safetensors")
     return folder
@@ -175,7 +203,9 @@ def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(("scripts", "place"), in_projects(PLACES), indirect=["scripts"])
-def test_a_bad_file_is_refused_in_one_message(place: Place, damage: str, project: Path, good: Path, tmp_path: Path) -> None:
+def test_a_bad_file_is_refused_in_one_message(
+    place: Place, damage: str, project: Path, good: Path, tmp_path: Path
+) -> None:
     name, make_bad = DAMAGES[damage]
     make_bad(good / f"{place.good}.safetensors", tmp_path / name)
     before = everything(project)
@@ -188,7 +218,9 @@ def test_a_bad_file_is_refused_in_one_message(place: Place, damage: str, project
     assert not (project / "never.safetensors").exists()
 
 
-@pytest.mark.parametrize(("scripts", "place"), in_projects([*PLACES[:-3], *PLACES[-2:]]), indirect=["scripts"])
+@pytest.mark.parametrize(
+    ("scripts", "place"), in_projects([*PLACES[:-3], *PLACES[-2:]]), indirect=["scripts"]
+)
 def test_a_file_of_another_kind_is_refused_in_one_message(place: Place, project: Path, good: Path) -> None:
     before = everything(project)
 
@@ -199,12 +231,22 @@ def test_a_file_of_another_kind_is_refused_in_one_message(place: Place, project:
     assert not (project / "never.safetensors").exists()
 
 
-def test_a_file_that_is_no_transformer_is_named_and_no_lora_is_merged_into_it(project: Path, good: Path) -> None:
+def test_a_file_that_is_no_transformer_is_named_and_no_lora_is_merged_into_it(
+    project: Path, good: Path
+) -> None:
     code, said = run_here(
-        "merge_lora.py", "--lora_weight", "lora.safetensors", *NEVER_MERGED, "--dit", good / "vae.safetensors", folder=project
+        "merge_lora.py",
+        "--lora_weight",
+        "lora.safetensors",
+        *NEVER_MERGED,
+        "--dit",
+        good / "vae.safetensors",
+        folder=project,
     )
 
-    assert_one_message(code, said, "vae.safetensors is no transformer that a LoRA could be added to", "it looks like")
+    assert_one_message(
+        code, said, "vae.safetensors is no transformer that a LoRA could be added to", "it looks like"
+    )
     assert not (project / "never.safetensors").exists()
 
 
@@ -226,7 +268,9 @@ def test_damaged_weights_of_a_lora_made_here_are_noticed(project: Path, good: Pa
     assert_one_message(code, said, "bad.safetensors", "checksum")
 
 
-def test_a_flipped_bit_never_changes_a_lora_silently(good: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_flipped_bit_never_changes_a_lora_silently(
+    good: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole, dice, path = read_lora(good / "lora.safetensors"), random.Random(1), tmp_path / "x.safetensors"
     for _ in range(150):
         shutil.copy(good / "lora.safetensors", path)
@@ -238,7 +282,11 @@ def test_a_flipped_bit_never_changes_a_lora_silently(good: Path, tmp_path: Path,
 
 
 def test_a_flipped_bit_in_the_header_never_changes_latents_silently(good: Path, tmp_path: Path) -> None:
-    whole, dice, path = load_latents(good / "latent.safetensors"), random.Random(2), tmp_path / "x.safetensors"
+    whole, dice, path = (
+        load_latents(good / "latent.safetensors"),
+        random.Random(2),
+        tmp_path / "x.safetensors",
+    )
     header = 8 + int.from_bytes((good / "latent.safetensors").read_bytes()[:8], "little")
     for _ in range(100):
         content = bytearray((good / "latent.safetensors").read_bytes())
@@ -248,7 +296,8 @@ def test_a_flipped_bit_in_the_header_never_changes_latents_silently(good: Path, 
         assert read is None or torch.equal(read.latents, whole.latents)
 
 
-# --- states to resume from --------------------------------------------------------------------------------------------------------
+# --- states to resume from
+# --------------------------------------------------------------------------------------------------------
 
 
 def edited(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
@@ -321,7 +370,9 @@ BAD_STATES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("fault", BAD_STATES)
-def test_a_bad_state_is_refused_in_one_message(fault: str, project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_bad_state_is_refused_in_one_message(
+    fault: str, project: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     folder = tmp_path / "bad-state"
     shutil.copytree(undisturbed.output / "x-state", folder)
     BAD_STATES[fault](folder)
@@ -335,14 +386,21 @@ def test_a_bad_state_is_refused_in_one_message(fault: str, project: Path, undist
 
 
 def test_the_state_of_another_run_names_what_differs(project: Path, undisturbed: Undisturbed) -> None:
-    code, said = run_here(*SHORT_TRAINING, "--resume", undisturbed.output / "x-state", "--network_dim", "8", folder=project)
+    code, said = run_here(
+        *SHORT_TRAINING, "--resume", undisturbed.output / "x-state", "--network_dim", "8", folder=project
+    )
 
     assert_one_message(code, said, "x-state", "--network_dim: 4 in the state, 8 now")
 
 
-def test_latest_goes_past_a_state_that_was_cut(project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_latest_goes_past_a_state_that_was_cut(
+    project: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     shutil.copytree(undisturbed.output, tmp_path / "out")
-    truncated(undisturbed.output / "x-state" / "network.safetensors", tmp_path / "out" / "x-state" / "network.safetensors")
+    truncated(
+        undisturbed.output / "x-state" / "network.safetensors",
+        tmp_path / "out" / "x-state" / "network.safetensors",
+    )
 
     code, said = run_here(*WAN.train, "--output_dir", tmp_path / "out", folder=project)
 
@@ -364,6 +422,8 @@ def test_a_flipped_bit_never_changes_a_state_silently(undisturbed: Undisturbed, 
     for number in range(100):
         folder = tmp_path / str(number)
         shutil.copytree(undisturbed.output / "x-state", folder)
-        flip_any_bit(folder / dice.choice(["state.json", "network.safetensors", "optimizer.safetensors"]), dice)
+        flip_any_bit(
+            folder / dice.choice(["state.json", "network.safetensors", "optimizer.safetensors"]), dice
+        )
         read = read_or_refuse(read_state, folder)
         assert read is None or told(read) == told(whole)

@@ -1,7 +1,8 @@
-"""A disk that fills up: one clear message, what was there before stays whole, and the same command goes on once there is room.
+"""A disk that fills up: one clear message, what was there before stays whole, and the same command goes on
+once there is room.
 
-Two kinds: a real small file system, where the system lets an ordinary user mount one; and a limit on the size of a file, which
-fails in the middle of a write and works wherever there are POSIX limits.
+Two kinds: a real small file system, where the system lets an ordinary user mount one; and a limit on the size
+of a file, which fails in the middle of a write and works wherever there are POSIX limits.
 """
 
 import os
@@ -27,7 +28,8 @@ from tests.faults.runs import (
 
 PAGE = 4096  # bytes in which such a file system gives room
 QUALITY = ("--codec", "prores")  # its videos are far larger than their latents
-# mounts a file system of $1 bytes on folder $2 for the command in the rest; what lies in the folder is carried in and out
+# mounts a file system of $1 bytes on folder $2 for the command in the rest; what lies in the folder is
+# carried in and out
 SMALL_DISK = """
 size=$1 disk=$2; shift 2
 kept=$(mktemp -d "$disk.XXXX")
@@ -42,12 +44,21 @@ cp -a "$kept/after/." "$disk"
 rm -rf "$kept"
 exit $code
 """
-RunFull = Callable[[Sequence[object], Path, Path], tuple[int, str]]  # command, folder that is on the full disk, working folder
+# command, folder that is on the full disk, working folder
+RunFull = Callable[[Sequence[object], Path, Path], tuple[int, str]]
 
 
-def run_limited(arguments: list[str], folder: Path, before: Callable[[], None] | None = None) -> tuple[int, str]:
+def run_limited(
+    arguments: list[str], folder: Path, before: Callable[[], None] | None = None
+) -> tuple[int, str]:
     done = subprocess.run(
-        arguments, cwd=folder, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=600, preexec_fn=before
+        arguments,
+        cwd=folder,
+        env={**os.environ, **QUIET},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        preexec_fn=before,
     )
     return done.returncode, done.stderr
 
@@ -58,7 +69,10 @@ def python_command(command: Sequence[object]) -> list[str]:
 
 
 def small_disk(free_bytes: int) -> RunFull:
-    """Run on a file system with so much room beside what lies there. A volume has to keep 1 MiB free beyond each file."""
+    """Run on a file system with so much room beside what lies there.
+
+    A volume has to keep 1 MiB free beyond each file.
+    """
 
     def run(command: Sequence[object], disk: Path, folder: Path) -> tuple[int, str]:
         if shutil.which("unshare") is None:
@@ -78,7 +92,11 @@ def small_files(size_bytes: int) -> RunFull:
 
     def run(command: Sequence[object], disk: Path, folder: Path) -> tuple[int, str]:
         resource = pytest.importorskip("resource")
-        return run_limited(python_command(command), folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes,) * 2))
+        return run_limited(
+            python_command(command),
+            folder,
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes,) * 2),
+        )
 
     return run
 
@@ -100,7 +118,9 @@ def hidden(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("full", [small_disk(1 << 20), small_files(2000)], ids=["disk", "file"])
 @pytest.mark.parametrize("what", ["cache_latents", "cache_texts"])
-def test_caching_on_a_full_disk(what: str, full: RunFull, scripts: Scripts, project: Path, tmp_path: Path) -> None:
+def test_caching_on_a_full_disk(
+    what: str, full: RunFull, scripts: Scripts, project: Path, tmp_path: Path
+) -> None:
     config = copy_data(project, tmp_path, cached=True)
     for stem in ("clip 1", "clip 4"):
         for path in (tmp_path / "cache").glob(f"{stem}_*"):
@@ -118,7 +138,9 @@ def test_caching_on_a_full_disk(what: str, full: RunFull, scripts: Scripts, proj
 
 
 @pytest.mark.parametrize("what", ["disk", "file"])
-def test_training_on_a_full_disk(what: str, scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_training_on_a_full_disk(
+    what: str, scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """There is room for a LoRA, and not for its optimizer's state or for the second state."""
     size = (undisturbed.output / "x.safetensors").stat().st_size
     full = small_disk(1_700_000) if what == "disk" else small_files(size * 3 // 2)
@@ -137,7 +159,9 @@ def test_training_on_a_full_disk(what: str, scripts: Scripts, project: Path, und
 
 
 @pytest.mark.parametrize("full", [small_disk(1 << 20), small_files(6000)], ids=["disk", "file"])
-def test_generation_with_no_room_for_the_latents(full: RunFull, scripts: Scripts, project: Path, tmp_path: Path) -> None:
+def test_generation_with_no_room_for_the_latents(
+    full: RunFull, scripts: Scripts, project: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "made"
     output.mkdir()
     (output / "earlier.txt").write_text("a file that was there before", encoding="utf-8")
@@ -147,10 +171,13 @@ def test_generation_with_no_room_for_the_latents(full: RunFull, scripts: Scripts
     assert_one_message(code, said, str(output))
     assert not hidden(output)
     assert (output / "earlier.txt").read_text(encoding="utf-8") == "a file that was there before"
-    assert all(path.stem.endswith("_progress") for path in output.glob("*.mkv"))  # what sections have shown meanwhile may stay
+    # what sections have shown meanwhile may stay
+    assert all(path.stem.endswith("_progress") for path in output.glob("*.mkv"))
 
 
-def test_latents_outlive_a_disk_that_is_full_of_their_video(scripts: Scripts, project: Path, tmp_path: Path) -> None:
+def test_latents_outlive_a_disk_that_is_full_of_their_video(
+    scripts: Scripts, project: Path, tmp_path: Path
+) -> None:
     output, disk = tmp_path / "made", tmp_path / "disk"
     code, said = small_files(24 << 10)([*generation(scripts), "--save_path", str(output)], output, project)
 
@@ -159,7 +186,15 @@ def test_latents_outlive_a_disk_that_is_full_of_their_video(scripts: Scripts, pr
     (latents,) = output.glob("*_latent.safetensors")
     assert not list(output.glob("*[0-9].mkv"))
 
-    decode = [scripts.generate_script, *scripts.models, *QUALITY, "--latent_path", str(latents), "--save_path", str(disk)]
+    decode = [
+        scripts.generate_script,
+        *scripts.models,
+        *QUALITY,
+        "--latent_path",
+        str(latents),
+        "--save_path",
+        str(disk),
+    ]
     code, said = small_disk(24 << 10)(decode, disk, project)
 
     assert_one_message(code, said, str(disk))

@@ -1,4 +1,6 @@
-"""A run that is killed at any instant leaves nothing corrupt, and the same command again ends where it would have ended."""
+"""A run that is killed at any instant leaves nothing corrupt, and the same command again ends where it would
+have ended.
+"""
 
 import json
 import os
@@ -68,7 +70,8 @@ def kill_after(process: "subprocess.Popen[bytes]", seconds: float) -> int:
         return process.wait()
 
 
-# --- training ---------------------------------------------------------------------------------------------------------------------
+# --- training
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -79,7 +82,9 @@ def test_training_killed_at_a_chosen_point_ends_as_if_it_had_not_been(
         pytest.skip("this training never comes there: its samples are pictures")
     count = random.Random(f"kill at {point}").randint(1, undisturbed.passed[point])
     command = [*scripts.train, "--output_dir", str(tmp_path / "out")]
-    killed = run_python(DYING, point, count, ROOT / scripts.train[0], *command[1:], folder=project, check=False)
+    killed = run_python(
+        DYING, point, count, ROOT / scripts.train[0], *command[1:], folder=project, check=False
+    )
     assert killed.returncode == KILLED, killed.stderr[-3000:]
     assert_whole(tmp_path / "out")
     run_script(*command, folder=project)
@@ -93,7 +98,9 @@ def test_training_killed_from_outside_ends_as_if_it_had_not_been(
     command = [*scripts.train, "--output_dir", str(output)]
     process = start(project, command, tmp_path / "log")
     wait_until((output / "x-step00000003.safetensors").exists, process)
-    assert kill_after(process, random.uniform(0, 0.3)) == KILLED, (tmp_path / "log").read_text(encoding="utf-8")
+    assert kill_after(process, random.uniform(0, 0.3)) == KILLED, (tmp_path / "log").read_text(
+        encoding="utf-8"
+    )
     assert_whole(output)
     run_script(*command, folder=project)
     assert_same_training(output, undisturbed.output)
@@ -103,7 +110,9 @@ def test_training_killed_from_outside_ends_as_if_it_had_not_been(
     "number",
     [
         pytest.param(
-            getattr(signal, name, None), id=name, marks=pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+            getattr(signal, name, None),
+            id=name,
+            marks=pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals"),
         )
         for name in ("SIGINT", "SIGTERM")
     ],
@@ -133,7 +142,10 @@ def test_a_signal_ends_training_after_its_step_with_everything_saved(
 def test_200_random_kills_of_training_change_nothing(
     scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """Of runs that are killed again and again until they come to their end. Half of the kills come from outside."""
+    """Of runs that are killed again and again until they come to their end.
+
+    Half of the kills come from outside.
+    """
     dice = random.Random(200)
     kills, runs = 0, 0
     while kills < 200:
@@ -150,22 +162,29 @@ def test_200_random_kills_of_training_change_nothing(
         runs += 1
 
 
-def _killed(dice: random.Random, project: Path, undisturbed: Undisturbed, command: Sequence[str], log: Path) -> bool:
+def _killed(
+    dice: random.Random, project: Path, undisturbed: Undisturbed, command: Sequence[str], log: Path
+) -> bool:
     """Run a training that may be killed; returns whether it was."""
     if dice.random() < 0.5:
         code = kill_after(start(project, command, log), dice.uniform(0.2, 1) * undisturbed.seconds)
     else:
         point = dice.choice(POINTS)
         count = dice.randint(1, undisturbed.passed[point])
-        code = run_python(DYING, point, count, ROOT / command[0], *command[1:], folder=project, check=False).returncode
+        code = run_python(
+            DYING, point, count, ROOT / command[0], *command[1:], folder=project, check=False
+        ).returncode
     assert code in {0, KILLED}
     return code == KILLED
 
 
-# --- caching ----------------------------------------------------------------------------------------------------------------------
+# --- caching
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_latent_caching_killed_from_outside_goes_on_where_it_was(scripts: Scripts, project: Path, tmp_path: Path) -> None:
+def test_latent_caching_killed_from_outside_goes_on_where_it_was(
+    scripts: Scripts, project: Path, tmp_path: Path
+) -> None:
     for attempt in range(5):  # the run is short: it may be over before it is killed
         cache = tmp_path / str(attempt) / "cache"
         data = ["--dataset_config", str(copy_data(project, cache.parent, cached=False))]
@@ -188,8 +207,11 @@ def test_40_random_kills_of_caching_change_nothing(scripts: Scripts, project: Pa
         folder = tmp_path / str(number)
         data = ["--dataset_config", copy_data(project, folder, cached=False)]
         for command in (scripts.cache_latents, scripts.cache_texts):
-            point, count = dice.choice(["mid_write", "before_rename", "after_rename"]), dice.randint(1, 6)  # files
-            killed = run_python(DYING, point, count, ROOT / command[0], *command[1:], *data, folder=project, check=False)
+            # files
+            point, count = dice.choice(["mid_write", "before_rename", "after_rename"]), dice.randint(1, 6)
+            killed = run_python(
+                DYING, point, count, ROOT / command[0], *command[1:], *data, folder=project, check=False
+            )
             assert killed.returncode == KILLED, killed.stderr[-3000:]
             assert_whole(folder / "cache")
             run_script(*command, *data, folder=project)
@@ -197,7 +219,8 @@ def test_40_random_kills_of_caching_change_nothing(scripts: Scripts, project: Pa
         shutil.rmtree(folder)
 
 
-# --- generation -------------------------------------------------------------------------------------------------------------------
+# --- generation
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -206,14 +229,27 @@ def test_20_random_kills_of_generation_leave_whole_files_and_change_nothing(
 ) -> None:
     dice = random.Random(20)
     expected, passed = tmp_path / "undisturbed", tmp_path / "passed.json"
-    run_python(DYING, "count", passed, ROOT / scripts.generate[0], *scripts.generate[1:], "--save_path", expected, folder=project)
-    counts = {point: count for point, count in json.loads(passed.read_text(encoding="utf-8")).items() if count}
+    run_python(
+        DYING,
+        "count",
+        passed,
+        ROOT / scripts.generate[0],
+        *scripts.generate[1:],
+        "--save_path",
+        expected,
+        folder=project,
+    )
+    counts = {
+        point: count for point, count in json.loads(passed.read_text(encoding="utf-8")).items() if count
+    }
     for number in range(20):
         output = tmp_path / str(number)
         point = dice.choice(sorted(counts))
         count = dice.randint(1, counts[point])
         command = [*scripts.generate, "--save_path", str(output)]
-        killed = run_python(DYING, point, count, ROOT / scripts.generate[0], *command[1:], folder=project, check=False)
+        killed = run_python(
+            DYING, point, count, ROOT / scripts.generate[0], *command[1:], folder=project, check=False
+        )
         assert killed.returncode == KILLED, killed.stderr[-3000:]
         assert_whole(output)
         before = set(visible_files(output))

@@ -14,7 +14,8 @@ from tests.tiny.framepack_dit import CONFIG, tiny_state
 
 TEXT_ROWS = 12
 CLEAN = {"clean_latents": (2, "clean_latent_indices"), "clean_latents_2x": (3, "clean_latent_2x_indices")}
-CLEAN |= {"clean_latents_4x": (6, "clean_latent_4x_indices")}  # three and six are no multiples of two and of four
+# three and six are no multiples of two and of four
+CLEAN |= {"clean_latents_4x": (6, "clean_latent_4x_indices")}
 
 
 def golden_model() -> tuple[FramePackModel, dict[str, Tensor], dict[str, Any]]:
@@ -63,9 +64,11 @@ def tiny_model(**sizes: int) -> FramePackModel:
 def tiny_inputs(
     lengths: tuple[int, ...] = (5, 11), clean: tuple[str, ...] = tuple(CLEAN), size: tuple[int, int] = (6, 10)
 ) -> dict[str, Any]:
-    """lengths: real tokens of each sample's text; what stands in the padding is large, so that a look at it shows.
+    """lengths: real tokens of each sample's text; what stands in the padding is large, so that a look at it
+    shows.
 
-    clean: which finished latents there are. size: rows and columns of latents; patches of 3 x 5 are no multiples of two or four.
+    clean: which finished latents there are. size: rows and columns of latents; patches of 3 x 5 are no
+    multiples of two or four.
     """
     generator, batch = torch.Generator().manual_seed(7), len(lengths)
     mask = (torch.arange(TEXT_ROWS) < torch.tensor(lengths)[:, None]).long()
@@ -80,16 +83,25 @@ def tiny_inputs(
         "image_embeddings": torch.randn(batch, 7, CONFIG.image_dim, generator=generator),
         "latent_indices": torch.arange(10, 13).expand(batch, -1),
     }
-    drawn = {name: torch.randn(batch, CONFIG.in_dim, frames, *size, generator=generator) for name, (frames, _) in CLEAN.items()}
+    drawn = {
+        name: torch.randn(batch, CONFIG.in_dim, frames, *size, generator=generator)
+        for name, (frames, _) in CLEAN.items()
+    }
     starts = {"clean_latents": 1, "clean_latents_2x": 20, "clean_latents_4x": 30}
     for name in clean:
         frames, indices = CLEAN[name]
-        inputs |= {name: drawn[name], indices: torch.arange(starts[name], starts[name] + frames).expand(batch, -1)}
+        inputs |= {
+            name: drawn[name],
+            indices: torch.arange(starts[name], starts[name] + frames).expand(batch, -1),
+        }
     return inputs
 
 
 def in_diffusers() -> HunyuanVideoFramepackTransformer3DModel:
-    """The same network there. Its refiner's feed-forward is four times the width, whatever that of the blocks is."""
+    """The same network there.
+
+    Its refiner's feed-forward is four times the width, whatever that of the blocks is.
+    """
     theirs = HunyuanVideoFramepackTransformer3DModel(
         in_channels=CONFIG.in_dim,
         out_channels=CONFIG.out_dim,

@@ -1,4 +1,6 @@
-"""Folders with models and caches to train on, and the two ways to a sample: while training, and by the generation script."""
+"""Folders with models and caches to train on, and the two ways to a sample: while training, and by the
+generation script.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,17 +39,26 @@ def write_project(folder: Path, family: TinyFamily) -> Path:
     return folder
 
 
-def train(folder: Path, family: TinyFamily, output: Path, *arguments: object, steps: int = 1) -> tuple[dict[str, Tensor], str]:
+def train(
+    folder: Path, family: TinyFamily, output: Path, *arguments: object, steps: int = 1
+) -> tuple[dict[str, Tensor], str]:
     """The tensors of the LoRA, and what was said."""
-    said = succeed_here(*family.train, *OUTPUT, "--output_dir", output, "--max_train_steps", steps, *arguments, folder=folder)
+    said = succeed_here(
+        *family.train, *OUTPUT, "--output_dir", output, "--max_train_steps", steps, *arguments, folder=folder
+    )
     return load_file(output / "lora.safetensors"), said
 
 
 def sample_latents(tiny: TinyFamily, lora: Path, lines: str, folder: Path) -> list[Tensor]:
-    """What a training that continues a LoRA would show at its next samples: 1 16 F h w each. For in the project's folder."""
+    """What a training that continues a LoRA would show at its next samples: 1 16 F h w each.
+
+    For in the project's folder.
+    """
     parser = training_parser("")
     add_training_arguments(parser)
-    args = read_arguments(parser, [*tiny.train[1:], "--output_dir", str(folder), *OUTPUT, "--network_weights", str(lora)])
+    args = read_arguments(
+        parser, [*tiny.train[1:], "--output_dir", str(folder), *OUTPUT, "--network_weights", str(lora)]
+    )
     options, family = (
         read_options(TrainingOptions, args),
         Watched(family_for_training(read_options(FramePackTrainingOptions, args))),
@@ -63,7 +74,18 @@ def sample_latents(tiny: TinyFamily, lora: Path, lines: str, folder: Path) -> li
 
 def generated_latents(tiny: TinyFamily, lora: Path, folder: Path, *arguments: object) -> Tensor:
     """The same from the generation script: 1 16 F h w. For in the project's folder."""
-    say = ("--lora_weight", lora, "--prompt", "a cat", "--seed", "7", "--output_type", "latent", "--save_path", folder)
+    say = (
+        "--lora_weight",
+        lora,
+        "--prompt",
+        "a cat",
+        "--seed",
+        "7",
+        "--output_type",
+        "latent",
+        "--save_path",
+        folder,
+    )
     succeed_here(*tiny.generate, *SIZE, *say, *arguments, folder=Path.cwd())
     (path,) = folder.glob("*_latent.safetensors")
     return load_file(path)["latent"][None]

@@ -100,7 +100,13 @@ def family(**settings: Any) -> FramePack:
 
 def request(frames: int, seed: int = 7, **settings: Any) -> Request:
     """A prepared request of the stubs' size, made in one step of Euler's."""
-    usual: dict[str, Any] = {"guidance_scale": 1.0, "embedded_guidance": 10.0, "flow_shift": 3.0, "solver": "euler", "steps": 1}
+    usual: dict[str, Any] = {
+        "guidance_scale": 1.0,
+        "embedded_guidance": 10.0,
+        "flow_shift": 3.0,
+        "solver": "euler",
+        "steps": 1,
+    }
     return Request("a cat", seed, 8 * WIDTH, 8 * HEIGHT, frames, **{**usual, **settings})
 
 
@@ -122,7 +128,10 @@ def plain(value: float, frames: int = 1) -> Tensor:
 def images(sections: int, end: float | None = None) -> dict[int, Conditions]:
     """What every section is given, each its own image."""
     found: dict[int, Conditions] = {
-        index: {"image_embeddings": torch.full((1, 4, 2), float(index)), "start_latents": plain(START + index)}
+        index: {
+            "image_embeddings": torch.full((1, 4, 2), float(index)),
+            "start_latents": plain(START + index),
+        }
         for index in range(sections)
     }
     return found if end is None else {**found, 0: {**found[0], "end_latents": plain(end)}}
@@ -136,7 +145,12 @@ class Made:
     calls: list[Call] = field(default_factory=list)
 
 
-def make(model: FramePack, asked: Request, inputs: dict[int, Conditions], prompts: dict[int, EncodedPrompts] | None = None) -> Made:
+def make(
+    model: FramePack,
+    asked: Request,
+    inputs: dict[int, Conditions],
+    prompts: dict[int, EncodedPrompts] | None = None,
+) -> Made:
     """Denoise with a recording transformer."""
     dit = RecordingDit()
     given = prompts or {index: texts(float(index)) for index in inputs}

@@ -1,4 +1,6 @@
-"""What training gives the transformer of what the caches hold, and how it is told that caches do not go together."""
+"""What training gives the transformer of what the caches hold, and how it is told that caches do not go
+together.
+"""
 
 import re
 from collections.abc import Callable
@@ -23,7 +25,9 @@ Change = Callable[[dict[str, Tensor]], object]
 class Seen(nn.Module):
     """Keeps what it is called with."""
 
-    def forward(self, noisy: Tensor, *others: object, position_scale: object, skip_blocks: object, **history: object) -> Tensor:
+    def forward(
+        self, noisy: Tensor, *others: object, position_scale: object, skip_blocks: object, **history: object
+    ) -> Tensor:
         self.given = (noisy, *others)
         self.history = history
         return noisy
@@ -31,7 +35,9 @@ class Seen(nn.Module):
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> FramePack:
-    return FramePack(FramePackFiles(write_dit(tmp_path_factory.mktemp("dit"), tiny_state())), trained_guidance=2.5)
+    return FramePack(
+        FramePackFiles(write_dit(tmp_path_factory.mktemp("dit"), tiny_state())), trained_guidance=2.5
+    )
 
 
 def batch() -> Batch:
@@ -69,7 +75,9 @@ def changed(change: Change) -> Batch:
 
 def predicted(family: FramePack, one: Batch) -> Seen:
     dit, noisy = Seen(), torch.zeros(2, 16, WINDOW, *AREA)
-    family.predict(dit, noisy, torch.tensor([965.5172, 3.0]), family.batch_conditions(one.tensor("latents"), one))
+    family.predict(
+        dit, noisy, torch.tensor([965.5172, 3.0]), family.batch_conditions(one.tensor("latents"), one)
+    )
     return dit
 
 
@@ -88,13 +96,20 @@ def test_the_transformer_is_given_what_the_caches_hold(family: FramePack) -> Non
     assert seen.history["clean_latents"].dtype == torch.float32  # as the noisy ones, whatever the caches keep
 
 
-def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_not_there(family: FramePack) -> None:
+def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_not_there(
+    family: FramePack,
+) -> None:
     def without(tensors: dict[str, Tensor]) -> None:
         del tensors["latents_clean_2x"], tensors["latents_clean_4x"], tensors["clean_latent_4x_indices"]
 
     seen = predicted(family, changed(without))
 
-    assert seen.history.keys() == {"clean_latents", "clean_latent_indices", "clean_latents_2x", "clean_latent_2x_indices"}
+    assert seen.history.keys() == {
+        "clean_latents",
+        "clean_latent_indices",
+        "clean_latents_2x",
+        "clean_latent_2x_indices",
+    }
     assert seen.history["clean_latents_2x"].shape == (2, 16, 2, *AREA)
     assert not seen.history["clean_latents_2x"].any()
 
@@ -103,16 +118,28 @@ def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_no
     ("change", "words"),
     [
         (lambda t: t.pop("llama_vec"), "no llama_vec,.*fpack_cache_text_encoder_outputs.py"),
-        (lambda t: t.pop("llama_attention_mask"), "no llama_attention_mask,.*fpack_cache_text_encoder_outputs.py"),
+        (
+            lambda t: t.pop("llama_attention_mask"),
+            "no llama_attention_mask,.*fpack_cache_text_encoder_outputs.py",
+        ),
         (lambda t: t.pop("image_embeddings"), "no image_embeddings,.*fpack_cache_latents.py"),
         (lambda t: t.pop("latent_indices"), "no latent_indices,.*fpack_cache_latents.py"),
-        (lambda t: t.pop("clean_latent_4x_indices"), "latents_clean_4x without clean_latent_4x_indices.*fpack_cache_latents.py"),
+        (
+            lambda t: t.pop("clean_latent_4x_indices"),
+            "latents_clean_4x without clean_latent_4x_indices.*fpack_cache_latents.py",
+        ),
         (
             lambda t: t.update(clean_latent_indices=t["clean_latent_indices"][:, :1]),
             r"clean_latent_indices of shape 1 .* latents_clean of 16x2x4x6 .*fpack_cache_latents.py",
         ),
-        (lambda t: t.update(latents_clean=t["latents_clean"][..., :2]), r"latents_clean of 16x2x4x2 .* latents of 16x2x4x6"),
-        (lambda t: t.update(latent_indices=t["latent_indices"].float()), r"latent_indices of shape 2 \(torch.float32\)"),
+        (
+            lambda t: t.update(latents_clean=t["latents_clean"][..., :2]),
+            r"latents_clean of 16x2x4x2 .* latents of 16x2x4x6",
+        ),
+        (
+            lambda t: t.update(latent_indices=t["latent_indices"].float()),
+            r"latent_indices of shape 2 \(torch.float32\)",
+        ),
     ],
 )
 def test_caches_that_do_not_go_together_are_named_with_the_command_that_mends_them(
@@ -134,7 +161,10 @@ def test_caches_of_another_encoder_are_named(family: FramePack, name: str, comma
     def widen(tensors: dict[str, Tensor]) -> None:
         tensors[name] = torch.zeros(*tensors[name].shape[:-1], 96)
 
-    with pytest.raises(CacheError, match=rf"{name} in its cache is 96 numbers wide, .*framepack.safetensors takes .*{command}"):
+    with pytest.raises(
+        CacheError,
+        match=rf"{name} in its cache is 96 numbers wide, .*framepack.safetensors takes .*{command}",
+    ):
         predicted(family, changed(widen))
 
 
@@ -191,7 +221,9 @@ def test_clips_in_a_training_of_pictures_are_told_once(
     assert caplog.text.count("--one_frame is given and the caches hold sections of clips") == warnings
 
 
-def test_one_section_of_the_other_order_in_a_batch_is_noticed(family: FramePack, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_section_of_the_other_order_in_a_batch_is_noticed(
+    family: FramePack, caplog: pytest.LogCaptureFixture
+) -> None:
     """As caching that was stopped while it made all anew leaves them."""
 
     def half(tensors: dict[str, Tensor]) -> None:

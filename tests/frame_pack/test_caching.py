@@ -1,4 +1,7 @@
-"""Which tables FramePack caches, and what lies in memory while it does. Numbers: tests/parity/test_framepack_caches.py."""
+"""Which tables FramePack caches, and what lies in memory while it does.
+
+Numbers: tests/parity/test_framepack_caches.py.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -49,10 +52,22 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
         (MediaTable("data.toml", has_control=True), False, "follows no control video"),
         (CLIPS, True, "these are videos.*Leave --one_frame out"),
         (MediaTable("data.toml", "image"), True, "needs control images.*control_directory"),
-        (MediaTable("data.toml", target_frames=(1,)), False, r"1 frames are too short: a section takes 37, 4 x 9"),
+        (
+            MediaTable("data.toml", target_frames=(1,)),
+            False,
+            r"1 frames are too short: a section takes 37, 4 x 9",
+        ),
         (MediaTable("data.toml", target_frames=(25, 33, 37)), False, "25, 33 frames are too short"),
-        (MediaTable("data.toml", max_frames=20), False, r"max_frames = 20 is less than a section takes: 37, .*max_frames = 145"),
-        (MediaTable("data.toml", target_frames=(37,), window=10), False, r"takes 41, 4 x 10 .* such as \[161\]"),
+        (
+            MediaTable("data.toml", max_frames=20),
+            False,
+            r"max_frames = 20 is less than a section takes: 37, .*max_frames = 145",
+        ),
+        (
+            MediaTable("data.toml", target_frames=(37,), window=10),
+            False,
+            r"takes 41, 4 x 10 .* such as \[161\]",
+        ),
     ],
 )
 def test_tables_of_another_kind_are_refused_by_name(table: MediaTable, one_frame: bool, message: str) -> None:
@@ -69,7 +84,9 @@ def test_tables_of_another_kind_are_refused_by_name(table: MediaTable, one_frame
         MediaTable("data.toml", target_frames=(5, 9), window=1),
     ],
 )
-def test_clips_of_whole_sections_are_taken_without_a_word(table: MediaTable, caplog: pytest.LogCaptureFixture) -> None:
+def test_clips_of_whole_sections_are_taken_without_a_word(
+    table: MediaTable, caplog: pytest.LogCaptureFixture
+) -> None:
     check_table(table, one_frame=False)
     check_table(PICTURES, one_frame=True)
     assert not caplog.text
@@ -82,14 +99,18 @@ def test_frames_behind_the_last_section_are_warned_about(caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize(
-    ("window", "frames", "sections"), [(9, 37, 1), (9, 72, 1), (9, 73, 2), (9, 1801, 50), (5, 41, 2), (1, 5, 1), (20, 81, 1)]
+    ("window", "frames", "sections"),
+    [(9, 37, 1), (9, 72, 1), (9, 73, 2), (9, 1801, 50), (5, 41, 2), (1, 5, 1), (20, 81, 1)],
 )
 def test_sections_are_counted_by_the_window(window: int, frames: int, sections: int) -> None:
     assert count_sections(MediaTable(window=window), frames) == sections
 
 
 def test_a_clip_too_short_for_a_section_is_told_what_is_needed() -> None:
-    with pytest.raises(MediaError, match=r"^33 usable frames \(4 n \+ 1 of the clip's\) are too few: a section takes 37, 4 x 9"):
+    with pytest.raises(
+        MediaError,
+        match=r"^33 usable frames \(4 n \+ 1 of the clip's\) are too few: a section takes 37, 4 x 9",
+    ):
         count_sections(MediaTable(), 33)
 
 
@@ -97,24 +118,36 @@ def test_a_clip_too_short_for_a_section_is_told_what_is_needed() -> None:
 
 
 def caching_options(**switches: Any) -> FramePackLatentCachingOptions:
-    vae = HunyuanVaeOptions(VaeOptions(None, None, vae_tiling=False, vae_spatial_tile_sample_min_size=None), None)
+    vae = HunyuanVaeOptions(
+        VaeOptions(None, None, vae_tiling=False, vae_spatial_tile_sample_min_size=None), None
+    )
     given = dict.fromkeys(("f1", "one_frame", "one_frame_no_2x", "one_frame_no_4x"), False) | switches
     return FramePackLatentCachingOptions(vae=vae, image_encoder=None, **given)
 
 
 def test_every_switch_that_changes_caches_is_part_of_what_they_were_made_from(tmp_path: Path) -> None:
-    models = {"vae": write_vae(tmp_path / "vae.safetensors"), "image_encoder": write_siglip(tmp_path / "siglip.safetensors")}
+    models = {
+        "vae": write_vae(tmp_path / "vae.safetensors"),
+        "image_encoder": write_siglip(tmp_path / "siglip.safetensors"),
+    }
     switches: list[dict[str, bool]] = [{}, {"f1": True}]
     for no_2x in (False, True):
-        switches += [{"one_frame": True, "one_frame_no_2x": no_2x, "one_frame_no_4x": no_4x} for no_4x in (False, True)]
-    vae = HunyuanVaeOptions(VaeOptions(models["vae"], None, vae_tiling=False, vae_spatial_tile_sample_min_size=None), None)
+        switches += [
+            {"one_frame": True, "one_frame_no_2x": no_2x, "one_frame_no_4x": no_4x} for no_4x in (False, True)
+        ]
+    vae = HunyuanVaeOptions(
+        VaeOptions(models["vae"], None, vae_tiling=False, vae_spatial_tile_sample_min_size=None), None
+    )
     found = []
     for given in switches:
         all_given = dict.fromkeys(("f1", "one_frame", "one_frame_no_2x", "one_frame_no_4x"), False) | given
         options = FramePackLatentCachingOptions(vae=vae, image_encoder=models["image_encoder"], **all_given)
         found.append(dict(family_for_latent_caching(options).media_identity))
     assert len({str(sorted(identity.items())) for identity in found}) == len(switches)
-    assert all(identity.keys() == {"vae", "vae_dtype", "tile", "tile_frames", "image_encoder", "sections"} for identity in found)
+    assert all(
+        identity.keys() == {"vae", "vae_dtype", "tile", "tile_frames", "image_encoder", "sections"}
+        for identity in found
+    )
 
 
 def test_the_vae_is_tiled_unasked_and_in_time_from_six_seconds_on() -> None:
@@ -146,7 +179,10 @@ def test_a_section_holds_no_more_than_its_own_tensors(order: Order) -> None:
 def test_items_encoded_together_equal_those_encoded_alone(encoders: MediaEncoders, order: Order) -> None:
     """As a GPU encodes them; each has its own sample of the posterior."""
     media = MediaBatch(noise(2, 21, 16, 16, 3), ("one", "two"), ((0, 21),) * 2, table=MediaTable(window=2))
-    assert_same(clip_entries(encoders, media, order), [clip_entries(encoders, one, order)[0] for one in media.singly()])
+    assert_same(
+        clip_entries(encoders, media, order),
+        [clip_entries(encoders, one, order)[0] for one in media.singly()],
+    )
 
 
 def test_pictures_encoded_together_equal_those_encoded_alone(encoders: MediaEncoders) -> None:
@@ -166,7 +202,11 @@ def test_pictures_encoded_together_equal_those_encoded_alone(encoders: MediaEnco
 def assert_same(items: list[list[CacheEntry]], others: list[list[CacheEntry]]) -> None:
     for entries, alone in zip(items, others, strict=True):
         for entry, other in zip(entries, alone, strict=True):
-            assert (entry.section, entry.grid, entry.tensors.keys()) == (other.section, other.grid, other.tensors.keys())
+            assert (entry.section, entry.grid, entry.tensors.keys()) == (
+                other.section,
+                other.grid,
+                other.tensors.keys(),
+            )
             for name, tensor in entry.tensors.items():
                 # float32: a batch sums in another order
                 torch.testing.assert_close(tensor, other.tensors[name], rtol=1e-4, atol=1e-4, msg=name)

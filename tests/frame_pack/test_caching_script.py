@@ -1,4 +1,6 @@
-"""fpack_cache_latents.py: what it refuses before anything is loaded, and what it does when a clip, or the run, is cut short."""
+"""fpack_cache_latents.py: what it refuses before anything is loaded, and what it does when a clip, or the
+run, is cut short.
+"""
 
 from pathlib import Path
 
@@ -43,12 +45,15 @@ def make_project(folder: Path, **frames: int) -> Path:
 def arguments(folder: Path, dataset: str, *switches: str, more: str = "") -> list[str]:
     """The words behind the script's name; nothing in them but the dataset file has to exist."""
     config = folder / "dataset.toml"
-    config.write_text(dataset.format(folder=folder.as_posix(), more=more.format(folder=folder.as_posix())), encoding="utf-8")
+    config.write_text(
+        dataset.format(folder=folder.as_posix(), more=more.format(folder=folder.as_posix())), encoding="utf-8"
+    )
     models = ["--vae", str(folder / "vae.safetensors"), "--image_encoder", str(folder / "siglip.safetensors")]
     return ["--dataset_config", str(config), "--device", "cpu", *models, "--vae_dtype", "float32", *switches]
 
 
-SHORT = "target_frames = [9, 17]\nfp_latent_window_size = 2"  # sections of two latent frames, one or two of them
+# sections of two latent frames, one or two of them
+SHORT = "target_frames = [9, 17]\nfp_latent_window_size = 2"
 CONTROL = 'control_directory = "{folder}/control"'
 
 
@@ -56,11 +61,21 @@ CONTROL = 'control_directory = "{folder}/control"'
     ("dataset", "switches", "more", "message"),
     [
         (CLIPS, (), "", r"target_frames = \[1\], but clips of 1 frames are too short: a section takes 37"),
-        (CLIPS, ("--f1",), "target_frames = [33, 73]", "clips of 33 frames are too short: a section takes 37"),
+        (
+            CLIPS,
+            ("--f1",),
+            "target_frames = [33, 73]",
+            "clips of 33 frames are too short: a section takes 37",
+        ),
         (CLIPS, ("--one_frame",), SHORT, "these are videos"),
         (CLIPS, (), SHORT + '\ncontrol_directory = "{folder}/clips"', "FramePack follows no control video"),
         (PICTURES, (), "", "these are images"),
-        (PICTURES, ("--one_frame",), "", "needs control images, from which each image is made, and there are none"),
+        (
+            PICTURES,
+            ("--one_frame",),
+            "",
+            "needs control images, from which each image is made, and there are none",
+        ),
         (PICTURES, ("--one_frame",), CONTROL + "\nfp_1f_clean_indices = [0, 10]", "pic_0.png, pic_1.png"),
     ],
 )
@@ -77,7 +92,9 @@ def test_what_cannot_be_cached_is_named_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("missing", ["--vae", "--image_encoder"])
-def test_encoders_are_needed_but_to_look_and_to_check(tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encoders_are_needed_but_to_look_and_to_check(
+    tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = make_project(tmp_path / "data", one=20)
     given = arguments(folder, CLIPS, more=SHORT)
     place = given.index(missing)
@@ -85,7 +102,10 @@ def test_encoders_are_needed_but_to_look_and_to_check(tmp_path: Path, missing: s
     with pytest.raises(OptionError, match=missing):
         fpack_cache_latents.main(without)
     fpack_cache_latents.main([*without, "--debug_mode", "video"])
-    assert sorted(path.name for path in (folder / "debug_views").iterdir()) == ["0_one_00000-009.mp4", "0_one_00000-017.mp4"]
+    assert sorted(path.name for path in (folder / "debug_views").iterdir()) == [
+        "0_one_00000-009.mp4",
+        "0_one_00000-017.mp4",
+    ]
     with pytest.raises(SystemExit) as ended:
         fpack_cache_latents.main([*without, "--check"])
     assert ended.value.code == 0
@@ -98,7 +118,10 @@ def test_a_short_clip_is_named_and_the_others_are_cached(tmp_path: Path) -> None
     more = 'frame_extraction = "full"\nfp_latent_window_size = 2'
     done = run_script("fpack_cache_latents.py", *arguments(folder, CLIPS, more=more), check=False)
     assert_user_error(
-        done, "1 of the sources", "short.mp4", "5 usable frames (4 n + 1 of the clip's) are too few: a section takes 9, 4 x 2"
+        done,
+        "1 of the sources",
+        "short.mp4",
+        "5 usable frames (4 n + 1 of the clip's) are too few: a section takes 9, 4 x 2",
     )
     assert files(folder) == [f"long_00000-021-000{section}_0032x0032_fp.safetensors" for section in range(2)]
 
@@ -118,15 +141,25 @@ def test_another_window_order_or_place_makes_files_again(tmp_path: Path) -> None
 
 def test_the_switches_and_keys_of_one_frame_make_files_again(tmp_path: Path) -> None:
     folder = make_project(tmp_path / "data")
-    keys = ("", "fp_1f_clean_indices = [3]", "fp_1f_target_index = 3", "fp_1f_no_post = true", "fp_latent_window_size = 8")
+    keys = (
+        "",
+        "fp_1f_clean_indices = [3]",
+        "fp_1f_target_index = 3",
+        "fp_1f_no_post = true",
+        "fp_latent_window_size = 8",
+    )
     runs: list[tuple[tuple[str, ...], str]] = [(("--one_frame",), key) for key in keys]
     runs += [(("--one_frame", f"--one_frame_no_{kind}"), keys[0]) for kind in ("2x", "4x")]
     seen = set()
     for switches, key in runs:
         fpack_cache_latents.main(arguments(folder, PICTURES, *switches, more=f"{CONTROL}\n{key}"))
         with safe_open(folder / "cache" / "pic_0032x0032_fp.safetensors", framework="pt") as file:
-            numbers = [f"{name} {file.get_tensor(name).tolist()}" for name in file.keys() if "indices" in name]  # noqa: SIM118
-            seen.add(" ".join([*sorted(numbers), str(file.get_slice("latents_clean_1x4x4_float32").get_shape())]))
+            numbers = [
+                f"{name} {file.get_tensor(name).tolist()}" for name in file.keys() if "indices" in name
+            ]  # noqa: SIM118
+            seen.add(
+                " ".join([*sorted(numbers), str(file.get_slice("latents_clean_1x4x4_float32").get_shape())])
+            )
     assert len(seen) == len(runs)
 
 

@@ -46,7 +46,12 @@ def test_the_published_file_of_full_size_loads_without_leftovers(tmp_path: Path)
     assert dit.compute_dtype == torch.bfloat16
     config = dit.config
     assert (config.dim, config.num_heads, config.double_blocks, config.single_blocks) == (3072, 24, 20, 40)
-    assert (config.text_dim, config.pooled_dim, config.image_dim, config.refiner_blocks) == (4096, 768, 1152, 2)
+    assert (config.text_dim, config.pooled_dim, config.image_dim, config.refiner_blocks) == (
+        4096,
+        768,
+        1152,
+        2,
+    )
     assert (config.patch_size, config.in_dim, config.out_dim) == ((1, 2, 2), 16, 16)
 
 
@@ -92,7 +97,9 @@ def test_linear_layers_of_blocks_but_those_of_norms_may_be_kept_in_fp8(tmp_path:
 def test_another_model_is_refused_by_name(tmp_path: Path, manifest: str, what: str) -> None:
     path = write_hollow(tmp_path / "other.safetensors", tensor_list(manifest))
 
-    with pytest.raises(CheckpointError, match=f"is not a FramePack transformer; it looks like {what}") as caught:
+    with pytest.raises(
+        CheckpointError, match=f"is not a FramePack transformer; it looks like {what}"
+    ) as caught:
         load_dit(path, META)
 
     assert caught.value.path == path
@@ -109,7 +116,10 @@ def test_relatives_of_hunyuanvideo_are_refused_too(tmp_path: Path, channels: int
 
 
 def test_a_lora_is_refused_as_one(tmp_path: Path) -> None:
-    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    save_file(
+        {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2)},
+        tmp_path / "x.safetensors",
+    )
 
     with pytest.raises(CheckpointError, match="it looks like a LoRA"):
         load_dit(tmp_path / "x.safetensors", CPU)
@@ -135,7 +145,13 @@ def test_what_is_no_such_file_is_left_to_other_families(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["x_embedder.proj.weight", "image_projection.up.weight", "proj_out.weight", "transformer_blocks.0.ff.net.0.proj.weight"]
+    "name",
+    [
+        "x_embedder.proj.weight",
+        "image_projection.up.weight",
+        "proj_out.weight",
+        "transformer_blocks.0.ff.net.0.proj.weight",
+    ],
 )
 def test_a_file_without_what_tells_its_dimensions_is_incomplete(tmp_path: Path, name: str) -> None:
     state = tiny_state()

@@ -1,4 +1,6 @@
-"""What acts on the FramePack transformer from outside, as far as it is not alike in all families (tests/modules has that)."""
+"""What acts on the FramePack transformer from outside, as far as it is not alike in all families
+(tests/modules has that).
+"""
 
 import logging
 from collections.abc import Iterator
@@ -31,7 +33,8 @@ NEAR = 1e-5  # of the largest value, float32: sums in another order
 
 @pytest.fixture
 def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would write all of it down
+    # pytest would write all of it down
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch.compiler.reset()
     counters.clear()
     yield
@@ -39,7 +42,9 @@ def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("asked", "counts"), [(1, (0, 3)), (4, (2, 5)), (36, (18, 37)), (38, (19, 39))])
-def test_blocks_to_swap_are_spread_over_the_lists_as_in_hunyuanvideo(asked: int, counts: tuple[int, int]) -> None:
+def test_blocks_to_swap_are_spread_over_the_lists_as_in_hunyuanvideo(
+    asked: int, counts: tuple[int, int]
+) -> None:
     assert DIT.swap_counts(asked) == counts
 
 
@@ -89,7 +94,9 @@ def sections(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("_nothing_compiled")
-def test_compiled_blocks_of_each_list_share_one_compilation_in_all_sections(sections: list[dict[str, Any]]) -> None:
+def test_compiled_blocks_of_each_list_share_one_compilation_in_all_sections(
+    sections: list[dict[str, Any]],
+) -> None:
     dit = tiny_model(**SIZES)
     with torch.no_grad():
         expected = [dit(**inputs) for inputs in sections]

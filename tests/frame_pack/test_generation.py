@@ -11,7 +11,18 @@ from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.sections import video_frames
 from generation.noise import SeededNoise
-from tests.frame_pack.stubs import START, Call, family, frame_values, golden_videos, images, make, plain, request, texts
+from tests.frame_pack.stubs import (
+    START,
+    Call,
+    family,
+    frame_values,
+    golden_videos,
+    images,
+    make,
+    plain,
+    request,
+    texts,
+)
 from tests.tiny.framepack_dit import tiny_state, write_dit
 
 WINDOW = 9
@@ -88,7 +99,9 @@ def test_f1_makes_the_video_in_playing_order(count: int, end: float | None) -> N
         assert seen(call) == [START + section, history[-1], *history[-3:-1], *history[-19:-3]]
         assert call.image.unique().tolist() == [float(section)]
         history += [float(section + 1)] * WINDOW
-    assert frame_values(made.latents) == [START] + [float(number) for number in range(1, count + 1) for _ in range(WINDOW)]
+    assert frame_values(made.latents) == [START] + [
+        float(number) for number in range(1, count + 1) for _ in range(WINDOW)
+    ]
 
 
 def test_paddings_of_the_first_sections_may_be_given() -> None:
@@ -129,7 +142,9 @@ def test_guidance_and_timesteps_are_rounded_to_what_the_transformer_computes_in(
 @pytest.mark.parametrize("is_f1", [False, True])
 def test_each_section_adds_a_piece_to_what_can_be_watched(is_f1: bool) -> None:
     model, asked, inputs = family(is_f1=is_f1), request(video_frames(3, WINDOW)), images(3)
-    sections = model.sections(asked, {index: texts(0.0) for index in inputs}, inputs, SeededNoise(0, torch.device("cpu")))
+    sections = model.sections(
+        asked, {index: texts(0.0) for index in inputs}, inputs, SeededNoise(0, torch.device("cpu"))
+    )
     section, pieces, labels = next(sections), [], []
     for number in (1.0, 2.0, 3.0):
         pieces.append(section.made)
@@ -138,7 +153,11 @@ def test_each_section_adds_a_piece_to_what_can_be_watched(is_f1: bool) -> None:
             section = sections.send(plain(number, WINDOW))
     assert labels == ["section 1 of 3", "section 2 of 3", "section 3 of 3"]
     assert pieces[0] is None
-    found = [(frame_values(piece.latents), piece.overlap, piece.in_front) for piece in pieces[1:] if piece is not None]
+    found = [
+        (frame_values(piece.latents), piece.overlap, piece.in_front)
+        for piece in pieces[1:]
+        if piece is not None
+    ]
     ones, twos = [1.0] * WINDOW, [2.0] * WINDOW
     if is_f1:
         assert found == [([START, *ones], 0, False), (ones + twos, 33, False)]

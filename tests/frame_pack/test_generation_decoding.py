@@ -45,7 +45,10 @@ def test_sections_decode_to_as_many_frames_as_all_at_once(count: int, window: in
 
 
 class NumberingVae(RepeatingVae):
-    """Clips are a half, one, one and a half ... all over, in the order of decoding: colours from 1 on do not exist."""
+    """Clips are a half, one, one and a half ...
+
+    all over, in the order of decoding: colours from 1 on do not exist.
+    """
 
     def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
         for chunk in super().decode_unclamped(latents):
@@ -81,7 +84,9 @@ def test_what_is_decoded_together_is_cut_in_space_and_not_in_time(tmp_path: Path
     """Sections have transitions of their own; the VAE's would be further ones within them."""
     parser = argparse.ArgumentParser()
     add_generation_arguments(parser)
-    args = parser.parse_args(["--vae", str(write_vae(tmp_path / "vae.safetensors")), "--vae_dtype", "float32"])
+    args = parser.parse_args(
+        ["--vae", str(write_vae(tmp_path / "vae.safetensors")), "--vae_dtype", "float32"]
+    )
     model = family_for_generation(read_options(FramePackGenerationOptions, args))
     tiling = model.media_encoders(torch.device("cpu"), images=False).vae.tiling
     assert tiling.edge == 256

@@ -81,13 +81,15 @@ def test_what_is_shown_is_what_the_finished_video_shows(is_f1: bool, window: int
     assert len(finished.unique()) > 5  # pictures, not a surface
     if is_f1:
         shown = torch.cat(final, dim=2)
-        first = video_frames(2, window)  # in the finished video these two sections are decoded together with the start image
+        # in the finished video these two sections are decoded together with the start image
+        first = video_frames(2, window)
         assert torch.equal(shown[:, :, first:].clamp(-1, 1), finished[:, :, first : shown.shape[2]])
         assert shown.shape[2] + edge.shape[2] == video_frames(SECTIONS - 1, window)
     else:
         shown = torch.cat(final[::-1], dim=2)
         assert torch.equal(shown.clamp(-1, 1), finished[:, :, -shown.shape[2] :])
-        assert shown.shape[2] + edge.shape[2] == video_frames(SECTIONS - 1, window) - 4  # all but the start image's latent frame
+        # all but the start image's latent frame
+        assert shown.shape[2] + edge.shape[2] == video_frames(SECTIONS - 1, window) - 4
 
 
 @pytest.mark.parametrize("is_f1", [False, True], ids=["anti-drifting", "f1"])
@@ -110,14 +112,35 @@ def test_pixels_that_are_held_at_once_do_not_grow_with_the_length_of_a_video() -
     assert many - few < 3 * frame_bytes  # of 144 frames that are more
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("--f1",), marks=pytest.mark.slow)], ids=["anti-drifting", "f1"])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--f1",), marks=pytest.mark.slow)], ids=["anti-drifting", "f1"]
+)
 def test_the_script_shows_a_video_until_it_is_there(
     tmp_path: Path, more: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = write_tiny_framepack(tmp_path / "models")
     write_png(tmp_path / "start.png", (torch.zeros(32, 32, 3, dtype=torch.uint8) + 99).numpy())
-    words = ["--image_path", str(tmp_path / "start.png"), "--prompt", "a cat", "--seed", "7", "--save_path", str(tmp_path / "out")]
-    words += ["--video_size", "32", "32", "--latent_window_size", "2", "--video_sections", "3", "--infer_steps", "1"]
+    words = [
+        "--image_path",
+        str(tmp_path / "start.png"),
+        "--prompt",
+        "a cat",
+        "--seed",
+        "7",
+        "--save_path",
+        str(tmp_path / "out"),
+    ]
+    words += [
+        "--video_size",
+        "32",
+        "32",
+        "--latent_window_size",
+        "2",
+        "--video_sections",
+        "3",
+        "--infer_steps",
+        "1",
+    ]
     with caplog.at_level("INFO"):
         main([*words, "--device", "cpu", *files.models, *more])
     (video,) = (tmp_path / "out").iterdir()

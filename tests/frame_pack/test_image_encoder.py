@@ -18,7 +18,13 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from modules.media.pixels import to_pixels
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny.framepack_encoders import SIGLIP_DIM, siglip_config, siglip_config_json, siglip_layouts, siglip_tensors
+from tests.tiny.framepack_encoders import (
+    SIGLIP_DIM,
+    siglip_config,
+    siglip_config_json,
+    siglip_layouts,
+    siglip_tensors,
+)
 from tests.tiny.hunyuan_encoders import clip_text_layouts, clip_text_tensors, save
 from tests.tiny.wan_encoders import clip_hf_tensors, clip_tensors
 
@@ -27,7 +33,9 @@ CPU = torch.device("cpu")
 
 def frames(height: int = 37, width: int = 51, batch: int = 1) -> Tensor:
     """Noise as B H W 3 uint8."""
-    return torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def pixels_of(images: Tensor) -> Tensor:
@@ -36,7 +44,9 @@ def pixels_of(images: Tensor) -> Tensor:
 
 
 def tower(path: Path, dtype: torch.dtype = torch.float32) -> SiglipVision:
-    return load_siglip(save(path / "model.safetensors", siglip_layouts(siglip_tensors())["vision"]), CPU, dtype)
+    return load_siglip(
+        save(path / "model.safetensors", siglip_layouts(siglip_tensors())["vision"]), CPU, dtype
+    )
 
 
 # Numbers
@@ -46,14 +56,18 @@ def tower(path: Path, dtype: torch.dtype = torch.float32) -> SiglipVision:
 def test_images_are_prepared_as_by_the_released_processor(tmp_path: Path, height: int, width: int) -> None:
     images = frames(height, width, batch=2)
     processor = SiglipImageProcessorPil(
-        size={"height": 384, "width": 384}, resample=Image.Resampling.BICUBIC, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"height": 384, "width": 384},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     )
     expected = processor.preprocess(list(images.numpy()), return_tensors="pt")["pixel_values"]
 
     prepared = tower(tmp_path).prepare(pixels_of(images))
 
     assert prepared.dtype == torch.float32
-    # the same 8-bit steps; the way from there to -1..1 is rounded otherwise, by far less than a step of 1/127.5
+    # the same 8-bit steps; the way from there to -1..1 is rounded otherwise, by far less than a step of
+    # 1/127.5
     torch.testing.assert_close(prepared, expected, rtol=0, atol=1e-6)
 
 
@@ -70,7 +84,9 @@ def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
         )
     ).eval()
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in theirs.state_dict()) else ""
-    missing, unexpected = theirs.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()}, strict=False)
+    missing, unexpected = theirs.load_state_dict(
+        {prefix + name: tensor for name, tensor in tensors.items()}, strict=False
+    )
     assert not unexpected
     assert all(".head." in f".{name}" for name in missing)
     siglip = tower(tmp_path)
@@ -104,7 +120,9 @@ def test_16_bits_come_near_to_float32_and_float16_is_float32_on_a_cpu(tmp_path: 
 @pytest.mark.parametrize("layout", siglip_layouts(siglip_tensors()))
 def test_every_layout_gives_the_same_weights(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
     tensors = siglip_tensors(dtype=dtype)
-    siglip = load_siglip(save(tmp_path / "model.safetensors", siglip_layouts(tensors)[layout]), CPU, torch.float32)
+    siglip = load_siglip(
+        save(tmp_path / "model.safetensors", siglip_layouts(tensors)[layout]), CPU, torch.float32
+    )
     state = siglip.state_dict()
     assert state.keys() == tensors.keys()
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in tensors.items())
@@ -114,7 +132,9 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, layout: str, dtype:
 def test_a_folder_and_a_pickled_file_are_taken_too(tmp_path: Path) -> None:
     tensors = siglip_layouts(siglip_tensors())["vision"]
     save(tmp_path / "image_encoder" / "model.safetensors", tensors)
-    (tmp_path / "image_encoder" / "config.json").write_text(json.dumps(siglip_config_json()), encoding="utf-8")
+    (tmp_path / "image_encoder" / "config.json").write_text(
+        json.dumps(siglip_config_json()), encoding="utf-8"
+    )
     torch.save(tensors, tmp_path / "siglip.bin")
     one, other = (load_siglip(tmp_path / name, CPU).state_dict() for name in ("image_encoder", "siglip.bin"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -128,7 +148,12 @@ def test_the_published_file_fits_at_full_size(tmp_path: Path) -> None:
         with torch.device("meta"):
             network = SiglipVision(plan.config)
         load_module(  # raises for every leftover
-            network, plan.checkpoint, plan.sources, device=torch.device("meta"), dtype=lambda _, stored: stored, ignore=plan.ignore
+            network,
+            plan.checkpoint,
+            plan.sources,
+            device=torch.device("meta"),
+            dtype=lambda _, stored: stored,
+            ignore=plan.ignore,
         )
     in_head = [name for name in tensors if name.startswith("vision_model.head.")]
     assert len(network.state_dict()) == len(tensors) - len(in_head)
@@ -139,7 +164,9 @@ def test_the_published_file_fits_at_full_size(tmp_path: Path) -> None:
 
 def config_of(folder: Path, config: SiglipConfig, told: dict[str, object] | None = None) -> SiglipConfig:
     """What is read of a file of such a tower with this config.json beside it."""
-    path = save(folder / "model.safetensors", siglip_layouts(siglip_tensors(config=config))["without pooling"])
+    path = save(
+        folder / "model.safetensors", siglip_layouts(siglip_tensors(config=config))["without pooling"]
+    )
     if told is not None:
         (folder / "config.json").write_text(json.dumps(told), encoding="utf-8")
     with open_checkpoint(path) as checkpoint:
@@ -151,10 +178,15 @@ def test_without_a_configuration_heads_have_72_channels_and_images_384_pixels(tm
 
 
 @pytest.mark.parametrize("whole_model", [False, True])
-def test_the_configuration_beside_the_file_says_what_tensors_do_not(tmp_path: Path, whole_model: bool) -> None:
+def test_the_configuration_beside_the_file_says_what_tensors_do_not(
+    tmp_path: Path, whole_model: bool
+) -> None:
     config = replace(siglip_config(heads=4, image_size=390), activation="gelu", eps=1e-3)
     told = siglip_config_json(config)
-    assert config_of(tmp_path, config, {"model_type": "siglip", "vision_config": told} if whole_model else told) == config
+    assert (
+        config_of(tmp_path, config, {"model_type": "siglip", "vision_config": told} if whole_model else told)
+        == config
+    )
 
 
 def test_the_configuration_of_another_model_is_not_used(tmp_path: Path) -> None:
@@ -181,9 +213,13 @@ def test_the_size_of_images_fits_the_number_of_patches(tmp_path: Path, told: int
         ({"strange.weight": torch.ones(1)}, "an unknown model with tensors such as strange.weight"),
     ],
 )
-def test_other_files_are_refused_by_what_they_are(tmp_path: Path, tensors: dict[str, Tensor], kind: str) -> None:
+def test_other_files_are_refused_by_what_they_are(
+    tmp_path: Path, tensors: dict[str, Tensor], kind: str
+) -> None:
     path = save(tmp_path / "model.safetensors", tensors)
-    with pytest.raises(CheckpointError, match=rf"not a SigLIP image encoder; it looks like {kind}(.|\n)*to --image_encoder\."):
+    with pytest.raises(
+        CheckpointError, match=rf"not a SigLIP image encoder; it looks like {kind}(.|\n)*to --image_encoder\."
+    ):
         load_siglip(path, CPU)
 
 
@@ -192,7 +228,9 @@ def test_a_siglip_given_as_another_encoder_is_named(tmp_path: Path, layout: str)
     from wan.clip import load_clip
 
     path = save(tmp_path / "model.safetensors", siglip_layouts(siglip_tensors())[layout])
-    with pytest.raises(CheckpointError, match=r"looks like a SigLIP image encoder \(--image_encoder\)(.|\n)*to --clip"):
+    with pytest.raises(
+        CheckpointError, match=r"looks like a SigLIP image encoder \(--image_encoder\)(.|\n)*to --clip"
+    ):
         load_clip(path, CPU)
 
 
@@ -200,7 +238,9 @@ def test_patches_as_rows_are_refused(tmp_path: Path) -> None:
     tensors = siglip_tensors()  # a SigLIP 2 for images of any size has a linear layer there
     tensors["embeddings.patch_embedding.weight"] = tensors["embeddings.patch_embedding.weight"].flatten(1)
     path = save(tmp_path / "model.safetensors", siglip_layouts(tensors)["vision"])
-    with pytest.raises(CheckpointError, match=r"its patches have the shape \[144, 588\](.|\n)*--image_encoder"):
+    with pytest.raises(
+        CheckpointError, match=r"its patches have the shape \[144, 588\](.|\n)*--image_encoder"
+    ):
         load_siglip(path, CPU)
 
 
@@ -208,14 +248,19 @@ def test_missing_and_additional_tensors_are_listed(tmp_path: Path) -> None:
     tensors = {**siglip_tensors(), "encoder.layers.1.gate": torch.ones(1)}
     del tensors["post_layernorm.bias"]
     path = save(tmp_path / "model.safetensors", siglip_layouts(tensors)["vision"])
-    with pytest.raises(CheckpointError, match=r"missing: post_layernorm.bias(.|\n)*unexpected: encoder.layers.1.gate"):
+    with pytest.raises(
+        CheckpointError, match=r"missing: post_layernorm.bias(.|\n)*unexpected: encoder.layers.1.gate"
+    ):
         load_siglip(path, CPU)
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"), [({"num_attention_heads": 7}, "says 7 heads"), ({"hidden_act": "relu"}, "relu; SigLIP has gelu")]
+    ("setting", "message"),
+    [({"num_attention_heads": 7}, "says 7 heads"), ({"hidden_act": "relu"}, "relu; SigLIP has gelu")],
 )
-def test_a_configuration_that_cannot_be_is_refused(tmp_path: Path, setting: dict[str, object], message: str) -> None:
+def test_a_configuration_that_cannot_be_is_refused(
+    tmp_path: Path, setting: dict[str, object], message: str
+) -> None:
     path = save(tmp_path / "model.safetensors", siglip_layouts(siglip_tensors())["vision"])
     (tmp_path / "config.json").write_text(json.dumps({**siglip_config_json(), **setting}), encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):

@@ -19,7 +19,9 @@ WIDTH, HEIGHT = 48, 32
 
 
 class Vae:
-    """The mean of every 8 x 8 pixels in all channels, and the first number of the posterior's generator on top."""
+    """The mean of every 8 x 8 pixels in all channels, and the first number of the posterior's generator on
+    top.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -59,7 +61,9 @@ def request(seed: int = 3, end: Path | None = None, **extra: str) -> Request:
 
 
 def expected(value: int, seed: int = 3) -> float:
-    return (value / 127.5 - 1 + float(torch.randn((), generator=posterior_generator(seed)))) * VAE_LATENT.scale
+    return (
+        value / 127.5 - 1 + float(torch.randn((), generator=posterior_generator(seed)))
+    ) * VAE_LATENT.scale
 
 
 def test_each_file_is_encoded_once_and_sections_share_it(tmp_path: Path) -> None:
@@ -105,21 +109,26 @@ def test_controls_stand_one_after_the_other(tmp_path: Path) -> None:
     given = encoders()
 
     inputs = one_frame_inputs(
-        given, request(one_frame="default", image_path=str(start), control_image_path=f"{first}\n{second}\n{first}")
+        given,
+        request(one_frame="default", image_path=str(start), control_image_path=f"{first}\n{second}\n{first}"),
     )
 
     assert inputs.keys() == {0}
     controls = inputs[0]["control_latents"]
     assert isinstance(controls, Tensor)
     assert controls.shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
-    assert controls.mean((0, 1, 3, 4)).tolist() == pytest.approx([expected(100), expected(200), expected(100)], abs=1e-5)
+    assert controls.mean((0, 1, 3, 4)).tolist() == pytest.approx(
+        [expected(100), expected(200), expected(100)], abs=1e-5
+    )
     assert given.vae.count == 2  # the start image is seen by the image encoder alone
     assert float(inputs[0]["image_embeddings"].mean()) == pytest.approx(50 / 127.5 - 1, abs=1e-5)
 
 
 def test_without_controls_there_are_none(tmp_path: Path) -> None:
     start = grey(tmp_path / "start.png", 50)
-    assert one_frame_inputs(encoders(), request(one_frame="default", image_path=str(start)))[0].keys() == {"image_embeddings"}
+    assert one_frame_inputs(encoders(), request(one_frame="default", image_path=str(start)))[0].keys() == {
+        "image_embeddings"
+    }
 
 
 @pytest.mark.parametrize(("mask", "left"), [(0, 0.0), (255, 1.0), (51, 0.2)])
@@ -140,7 +149,9 @@ def test_a_mask_multiplies_its_control(tmp_path: Path, mask: int, left: float) -
 
     controls = inputs[0]["control_latents"]
     assert isinstance(controls, Tensor)
-    assert controls.mean((0, 1, 3, 4)).tolist() == pytest.approx([left * expected(200), expected(200)], abs=1e-5)
+    assert controls.mean((0, 1, 3, 4)).tolist() == pytest.approx(
+        [left * expected(200), expected(200)], abs=1e-5
+    )
 
 
 def test_without_a_mask_the_alpha_channel_is_one(tmp_path: Path) -> None:
@@ -151,7 +162,8 @@ def test_without_a_mask_the_alpha_channel_is_one(tmp_path: Path) -> None:
     write_png(tmp_path / "half.png", half)
 
     inputs = one_frame_inputs(
-        encoders(), request(one_frame="default", image_path=str(start), control_image_path=str(tmp_path / "half.png"))
+        encoders(),
+        request(one_frame="default", image_path=str(start), control_image_path=str(tmp_path / "half.png")),
     )
 
     controls = inputs[0]["control_latents"]
@@ -167,7 +179,9 @@ def test_a_mask_is_made_smaller_as_pillow_does_in_steps_of_8_bits(tmp_path: Path
     noise = numpy.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH), dtype=numpy.uint8)
     write_png(tmp_path / "mask.png", numpy.repeat(noise[..., None], 3, axis=2))
     small = Image.fromarray(noise).resize((6, 4), Image.Resampling.LANCZOS)
-    assert torch.equal(read_mask(tmp_path / "mask.png", (6, 4)), torch.from_numpy(numpy.array(small)).float() / 255)
+    assert torch.equal(
+        read_mask(tmp_path / "mask.png", (6, 4)), torch.from_numpy(numpy.array(small)).float() / 255
+    )
 
 
 def test_a_mask_of_another_aspect_is_cropped_as_its_image_is(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Caches that the known tuner wrote, without our record: found, put into batches, and given to the transformer."""
+"""Caches that the known tuner wrote, without our record: found, put into batches, and given to the
+transformer.
+"""
 
 from pathlib import Path
 
@@ -41,7 +43,13 @@ def write_section(path: Path, start: float = 1.0) -> None:
         tensors[f"clean_latent{kind}_indices_int64"] = torch.arange(frames)
     tensors["latent_indices_int64"] = torch.arange(WINDOW)
     tensors["image_embeddings_float16"] = torch.zeros(729, CONFIG.image_dim, dtype=FLOAT16)
-    metadata = {"architecture": "framepack", "width": "48", "height": "32", "format_version": "1.0.1", "frame_count": "73"}
+    metadata = {
+        "architecture": "framepack",
+        "width": "48",
+        "height": "32",
+        "format_version": "1.0.1",
+        "frame_count": "73",
+    }
     write_tensors(path, tensors, metadata)
 
 
@@ -55,12 +63,17 @@ def write_picture(path: Path, controls: int = 1, coarse: tuple[str, ...] = ("_2x
         "image_embeddings_float16": torch.zeros(729, CONFIG.image_dim, dtype=FLOAT16),
     }
     tensors |= {f"clean_latent{kind}_indices_int64": torch.arange(HISTORY[kind]) for kind in coarse}
-    write_tensors(path, tensors, {"architecture": "framepack", "width": "60", "height": "40", "format_version": "1.0.1"})
+    write_tensors(
+        path, tensors, {"architecture": "framepack", "width": "60", "height": "40", "format_version": "1.0.1"}
+    )
 
 
 def config_of(folder: Path, source: str, more: str = "") -> DatasetConfig:
     path = folder / "data.toml"
-    settings = f"{source} = '{folder}'\ncache_directory = '{folder}'\nresolution = [48, 32]\nbatch_size = 2\n{more}\n"
+    settings = (
+        f"{source} = '{folder}'\ncache_directory = '{folder}'\nresolution = [48, 32]\nbatch_size = "
+        f"2\n{more}\n"
+    )
     path.write_text(f"[[datasets]]\n{settings}", encoding="utf-8")
     return load_dataset_config(path)
 
@@ -78,7 +91,8 @@ def velocity_of(batch: Batch) -> Tensor:
     cond = {**cond, "guidance": torch.full((len(latents),), 1000.0)}
     model = tiny_model(text_dim=CONFIG.text_dim)
     floats = {
-        name: value.float() if isinstance(value, Tensor) and value.dtype == FLOAT16 else value for name, value in cond.items()
+        name: value.float() if isinstance(value, Tensor) and value.dtype == FLOAT16 else value
+        for name, value in cond.items()
     }
     return FramePack(FramePackFiles()).predict(model, latents, torch.full((len(latents),), 500.0), floats)
 
@@ -95,7 +109,11 @@ def test_sections_of_clips_load_and_are_learned_from(tmp_path: Path) -> None:
 
     assert sorted(map(len, batches)) == [1, 2]
     full = next(batch for batch in batches if len(batch) == 2)
-    coarse = {f"{name}{kind}{end}" for kind in HISTORY for name, end in (("latents_clean", ""), ("clean_latent", "_indices"))}
+    coarse = {
+        f"{name}{kind}{end}"
+        for kind in HISTORY
+        for name, end in (("latents_clean", ""), ("clean_latent", "_indices"))
+    }
     assert full.tensors.keys() == {"latents", "latent_indices", "image_embeddings", *TEXT_KEYS, *coarse}
     assert full.tensor("latents").shape == (2, 16, WINDOW, 4, 6)
     assert full.tensor("latents_clean_4x").shape == (2, 16, 16, 4, 6)
@@ -111,7 +129,9 @@ def test_pictures_load_and_are_learned_from(tmp_path: Path, coarse: tuple[str, .
     (batch,) = batches_of(config_of(tmp_path, "image_directory", "fp_1f_clean_indices = [0, 1]"))
     assert batch.tensor("latents").shape == (2, 16, 1, 4, 6)
     assert batch.tensor("latents_clean").shape == (2, 16, 3, 4, 6)
-    assert {name for name in batch.tensors if "x_indices" in name} == {f"clean_latent{kind}_indices" for kind in coarse}
+    assert {name for name in batch.tensors if "x_indices" in name} == {
+        f"clean_latent{kind}_indices" for kind in coarse
+    }
     assert velocity_of(batch).shape == (2, 16, 1, 4, 6)
 
 
@@ -119,5 +139,7 @@ def test_pictures_with_other_numbers_of_control_images_are_named(tmp_path: Path)
     for controls, stem in enumerate(("pic", "other"), 1):
         write_text(tmp_path, stem)
         write_picture(tmp_path / f"{stem}_0060x0040_fp.safetensors", controls)
-    with pytest.raises(CacheError, match=r"pic_0060x0040_fp\.safetensors.*(clean_latent_indices|latents_clean) has the shape"):
+    with pytest.raises(
+        CacheError, match=r"pic_0060x0040_fp\.safetensors.*(clean_latent_indices|latents_clean) has the shape"
+    ):
         batches_of(config_of(tmp_path, "image_directory"))

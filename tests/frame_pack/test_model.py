@@ -31,7 +31,11 @@ def without(inputs: dict[str, Any], *kinds: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("stored", "left_out", "scale"),
-    [("out", (), 1.0), ("out_only_1x_clean", ("clean_latents_2x", "clean_latents_4x"), 1.0), ("out_rope_scaled", (), 0.5)],
+    [
+        ("out", (), 1.0),
+        ("out_only_1x_clean", ("clean_latents_2x", "clean_latents_4x"), 1.0),
+        ("out_rope_scaled", (), 0.5),
+    ],
 )
 def test_forward_equals_the_recorded_output(stored: str, left_out: tuple[str, ...], scale: float) -> None:
     model, inputs, expected = golden_model()
@@ -48,7 +52,9 @@ def test_packed_latents_and_rotary_angles_equal_the_recorded_ones() -> None:
 
     x, tokens = embedded(model, inputs)
 
-    torch.testing.assert_close(x[:, : tokens.video], expected["packed_tokens"], rtol=0, **expected["tolerance"]["packed_tokens"])
+    torch.testing.assert_close(
+        x[:, : tokens.video], expected["packed_tokens"], rtol=0, **expected["tolerance"]["packed_tokens"]
+    )
     cosines, sines = expected["rope_freqs"][0].chunk(2, dim=-1)
     turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-2)
     torch.testing.assert_close(turns[..., 0], cosines, rtol=0, **expected["tolerance"]["rope_freqs"])
@@ -57,7 +63,9 @@ def test_packed_latents_and_rotary_angles_equal_the_recorded_ones() -> None:
 
 @pytest.mark.parametrize("size", [(6, 10), (8, 8), (2, 2)])
 @pytest.mark.parametrize("lengths", [(5, 11), (7,), (12, 12), (3, 1, 9)])
-def test_forward_equals_diffusers_with_the_same_weights(lengths: tuple[int, ...], size: tuple[int, int]) -> None:
+def test_forward_equals_diffusers_with_the_same_weights(
+    lengths: tuple[int, ...], size: tuple[int, int]
+) -> None:
     inputs = tiny_inputs(lengths, size=size)
 
     velocity = tiny_model()(**inputs)
@@ -158,7 +166,9 @@ def test_tokens_are_the_oldest_and_coarsest_first_then_the_noisy_ones() -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
-def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+def test_every_attention_back_end_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
+) -> None:
     """With stand-ins for the packages."""
     if mode in PACKAGES:
         put_in(monkeypatch, mode)
@@ -196,7 +206,11 @@ def test_indices_alone_say_where_latents_stand() -> None:
 def test_skipped_blocks_pass_their_input_through_double_blocks_counted_first() -> None:
     model, inputs = tiny_model(), tiny_inputs()
     x, tokens = embedded(model, inputs)
-    for block in (model.transformer_blocks[1], model.single_transformer_blocks[0], model.single_transformer_blocks[2]):
+    for block in (
+        model.transformer_blocks[1],
+        model.single_transformer_blocks[0],
+        model.single_transformer_blocks[2],
+    ):
         x = block(x, tokens)
 
     assert torch.equal(model(**inputs, skip_blocks={0, 3}), model.unembed(x, tokens))
@@ -212,7 +226,8 @@ def test_bfloat16_weights_and_bfloat16_autocast_stay_near_float32(how: str) -> N
         velocity = model(**inputs)
 
     assert velocity.dtype == torch.float32
-    assert (velocity - expected["out"]).abs().max() <= 0.05 * expected["out"].abs().max()  # eight bits in every layer
+    # eight bits in every layer
+    assert (velocity - expected["out"]).abs().max() <= 0.05 * expected["out"].abs().max()
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
@@ -237,8 +252,14 @@ def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> 
         ({"noisy": torch.zeros(2, 16, 4, 6, 10)}, r"indices of \(2, 3\) for noisy of \(2, 16, 4, 6, 10\)"),
         ({"llama_mask": torch.ones(2, 3)}, r"a text mask of \(2, 3\) for text of \(2, 12\)"),
         ({"llama_mask": torch.ones(2, 12).cumsum(1) > 3}, "padding stands before real tokens"),
-        ({"clean_latents_2x": torch.zeros(2, 16, 3, 8, 10)}, r"clean_latents_2x of \(2, 16, 3, 8, 10\) beside noisy latents"),
-        ({"clean_latents": torch.zeros(1, 16, 2, 6, 10)}, r"clean_latents of \(1, 16, 2, 6, 10\) beside noisy latents"),
+        (
+            {"clean_latents_2x": torch.zeros(2, 16, 3, 8, 10)},
+            r"clean_latents_2x of \(2, 16, 3, 8, 10\) beside noisy latents",
+        ),
+        (
+            {"clean_latents": torch.zeros(1, 16, 2, 6, 10)},
+            r"clean_latents of \(1, 16, 2, 6, 10\) beside noisy latents",
+        ),
         ({"clean_latents_4x": None}, "clean_latents_4x and their indices belong together"),
     ],
 )

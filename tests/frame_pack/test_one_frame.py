@@ -19,9 +19,11 @@ BEYOND = f"control_index=0;{10**20}"  # of what a tensor of places holds
         ("default", 1, Indices((0, 10), (11, 12), FOUR, (9,))),
         ("no_2x,no_4x", 1, Indices((0, 10), (), (), (9,))),
         ("no_post", 2, Indices((0, 0), (11, 12), FOUR, (9,))),
-        ("target_index=1,control_index=0;10,no_post,no_2x,no_4x", 2, Indices((0, 10), (), (), (1,))),  # kisekaeichi
+        # kisekaeichi
+        ("target_index=1,control_index=0;10,no_post,no_2x,no_4x", 2, Indices((0, 10), (), (), (1,))),
         ("target_index=9, control_index=0;1, no_2x", 2, Indices((0, 1, 10), (), FOUR, (9,))),  # 1f-mc
-        ("target_index=-2,control_index=-1;-12,no_2x,no_4x", 2, Indices((-1, -12, 10), (), (), (-2,))),  # as datasets may say
+        # as datasets may say
+        ("target_index=-2,control_index=-1;-12,no_2x,no_4x", 2, Indices((-1, -12, 10), (), (), (-2,))),
         ("target_index=40,control_index=5", 3, Indices((5, 0, 0, 10), (11, 12), FOUR, (40,))),
     ],
 )
@@ -47,7 +49,17 @@ def test_places_without_a_control_image_are_ignored_with_a_warning(caplog: pytes
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no_8x", "default,", "target_index", "target_index=", "target_index=--1", "control_index=0;;1", "control_index=a", BEYOND],
+    [
+        "",
+        "no_8x",
+        "default,",
+        "target_index",
+        "target_index=",
+        "target_index=--1",
+        "control_index=0;;1",
+        "control_index=a",
+        BEYOND,
+    ],
 )
 def test_other_lists_are_refused(text: str) -> None:
     with pytest.raises(OptionError, match="--one_frame_inference"):
@@ -57,6 +69,7 @@ def test_other_lists_are_refused(text: str) -> None:
 def test_places_with_a_comma_between_them_are_told_of_the_semicolon() -> None:
     for place in ("10", "-10"):
         with pytest.raises(
-            OptionError, match=f"'{place}' stands alone: places have a semicolon between them, as control_index=0;10"
+            OptionError,
+            match=f"'{place}' stands alone: places have a semicolon between them, as control_index=0;10",
         ):
             parse_one_frame(f"target_index=1,control_index=0,{place},no_post")

@@ -10,7 +10,9 @@ from modules.layers.rope import exact_table
 WIDTHS, THETA = (8, 28, 28), 256.0
 
 
-def table(indices: tuple[int, ...], coarseness: int, rows: int = 5, columns: int = 6, scale: float = 1.0) -> torch.Tensor:
+def table(
+    indices: tuple[int, ...], coarseness: int, rows: int = 5, columns: int = 6, scale: float = 1.0
+) -> torch.Tensor:
     return rotary_table(Layout((Stretch((indices,), coarseness),), rows, columns, scale), WIDTHS, THETA)
 
 
@@ -35,14 +37,20 @@ def test_before_the_start_the_frame_axis_turns_the_other_way() -> None:
 @pytest.mark.parametrize("coarseness", [2, 4])
 def test_coarse_tokens_have_the_mean_of_the_turns_they_cover_the_border_repeated(coarseness: int) -> None:
     frames, rows, columns = 6, 5, 7
-    fine = table(tuple(range(3, 3 + frames)), 1, rows, columns).reshape(1, frames, rows, columns, -1).permute(0, 4, 1, 2, 3)
+    fine = (
+        table(tuple(range(3, 3 + frames)), 1, rows, columns)
+        .reshape(1, frames, rows, columns, -1)
+        .permute(0, 4, 1, 2, 3)
+    )
     missing = [end for size in (columns, rows, frames) for end in (0, -size % coarseness)]
 
     pooled = functional.avg_pool3d(functional.pad(fine, missing, mode="replicate"), coarseness)
 
     expected = pooled.permute(0, 2, 3, 4, 1).reshape(-1, 1, 32, 2)
     # means of float32 numbers, ours of float64
-    torch.testing.assert_close(table(tuple(range(3, 3 + frames)), coarseness, rows, columns), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        table(tuple(range(3, 3 + frames)), coarseness, rows, columns), expected, rtol=0, atol=1e-6
+    )
 
 
 def test_the_scale_acts_on_rows_and_columns_alone() -> None:

@@ -37,19 +37,32 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "start.png"
 
 
-def settle(picture: Path | str, extra: Mapping[str, str] | None = None, window: int = 9, f1: bool = False, **said: Any) -> Request:
+def settle(
+    picture: Path | str,
+    extra: Mapping[str, str] | None = None,
+    window: int = 9,
+    f1: bool = False,
+    **said: Any,
+) -> Request:
     values: dict[str, Any] = {"prompt": "a cat", "seed": 1, "width": 48, "height": 32, **said}
-    return settled(Request(**values, extra={"image_path": str(picture), **(extra or {})}), USUAL, LATENT, window, f1)
+    return settled(
+        Request(**values, extra={"image_path": str(picture), **(extra or {})}), USUAL, LATENT, window, f1
+    )
 
 
-@pytest.mark.parametrize("video", RECORDED["sections"], ids=lambda video: f"{video['total_sections']} sections")
+@pytest.mark.parametrize(
+    "video", RECORDED["sections"], ids=lambda video: f"{video['total_sections']} sections"
+)
 def test_a_video_has_the_recorded_length(video: dict[str, Any], picture: Path) -> None:
     extra = {"video_seconds": str(video["video_seconds"])}
     if video["video_sections_option"] is not None:
         extra["video_sections"] = str(video["video_sections_option"])
     window = video["latent_window_size"]
     request = settle(picture, extra, window)
-    assert (request.frames, sections_of(request, window)) == (video["final_pixel_frames"], video["total_sections"])
+    assert (request.frames, sections_of(request, window)) == (
+        video["final_pixel_frames"],
+        video["total_sections"],
+    )
     assert request.extra["video_sections"] == str(video["total_sections"])
     assert float(request.extra["video_seconds"]) == pytest.approx(video["final_pixel_frames"] / 30, rel=1e-4)
 
@@ -61,12 +74,16 @@ def test_a_request_says_what_the_metadata_of_outputs_tell(picture: Path) -> None
     assert "video_seconds" not in settle(picture, {"one_frame": "default"}).extra
 
 
-def test_samples_say_frames_which_are_made_whole_sections(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_say_frames_which_are_made_whole_sections(
+    picture: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert settle(picture, frames=73).frames == 73
     assert "whole sections" not in caplog.text
     assert settle(picture, frames=85).frames == 73
     assert "85 frames are made 73" in caplog.text
-    with pytest.raises(OptionError, match="33 frames are less than a section: the least with --latent_window_size 9 are 37"):
+    with pytest.raises(
+        OptionError, match="33 frames are less than a section: the least with --latent_window_size 9 are 37"
+    ):
         settle(picture, frames=33)
 
 
@@ -78,9 +95,16 @@ def test_nothing_said_makes_five_seconds_with_the_released_numbers(picture: Path
 
 @pytest.mark.parametrize(
     ("size", "one_frame", "shift"),
-    [((480, 832), False, 7.0), ((640, 640), False, 7.0), ((256, 256), False, 2.33186), ((512, 768), True, 2.0476)],
+    [
+        ((480, 832), False, 7.0),
+        ((640, 640), False, 7.0),
+        ((256, 256), False, 2.33186),
+        ((512, 768), True, 2.0476),
+    ],
 )
-def test_the_flow_shift_follows_the_size(picture: Path, size: tuple[int, int], one_frame: bool, shift: float) -> None:
+def test_the_flow_shift_follows_the_size(
+    picture: Path, size: tuple[int, int], one_frame: bool, shift: float
+) -> None:
     extra = {"one_frame": "default"} if one_frame else {}
     request = settle(picture, extra, height=size[0], width=size[1])
     assert request.flow_shift == pytest.approx(shift, rel=1e-4)
@@ -107,9 +131,15 @@ def test_one_picture_has_one_frame_whatever_the_length(picture: Path) -> None:
         ({"solver": "dpm++"}, r"--sample_solver dpm\+\+: FramePack is sampled with unipc only"),
         ({"solver": "euler"}, "--sample_solver vanilla"),
         ({"width": 40}, "--video_size 32 40 .*multiples of 16"),
-        ({"extra": {"one_frame": "default", "control_image_path": "no.png"}}, "--control_image_path no.png: no such file"),
+        (
+            {"extra": {"one_frame": "default", "control_image_path": "no.png"}},
+            "--control_image_path no.png: no such file",
+        ),
         ({"extra": {"image_path": "0:no.png;;;1:no.png"}}, "--image_path no.png: no such file"),
-        ({"extra": {"image_path": ""}}, r"--image_path is missing: FramePack starts from an image.*\(--i in a line of prompts\)"),
+        (
+            {"extra": {"image_path": ""}},
+            r"--image_path is missing: FramePack starts from an image.*\(--i in a line of prompts\)",
+        ),
         ({"end_image_path": Path("no.png")}, "--end_image_path no.png: no such file"),
     ],
 )
@@ -122,9 +152,18 @@ def test_what_cannot_be_made_is_said(picture: Path, said: dict[str, Any], messag
     ("said", "message"),
     [
         ({"f1": True, "end_image_path": Path("end.png")}, "--end_image_path end.png is ignored because --f1"),
-        ({"extra": {"one_frame": "default"}, "end_image_path": Path("end.png")}, "ignored because a single picture has no end"),
-        ({"extra": {"control_image_path": "a.png"}}, "--control_image_path is ignored because it is for --one_frame_inference"),
-        ({"video_path": Path("clip.mp4")}, "--video_path clip.mp4 is ignored because FramePack does not take it"),
+        (
+            {"extra": {"one_frame": "default"}, "end_image_path": Path("end.png")},
+            "ignored because a single picture has no end",
+        ),
+        (
+            {"extra": {"control_image_path": "a.png"}},
+            "--control_image_path is ignored because it is for --one_frame_inference",
+        ),
+        (
+            {"video_path": Path("clip.mp4")},
+            "--video_path clip.mp4 is ignored because FramePack does not take it",
+        ),
         (
             {"prompt": "a;;;4:b", "extra": {"video_sections": "4"}},
             "--prompt: 'b' for section 4 is ignored: no section takes it, of the 4",
@@ -144,21 +183,29 @@ def test_what_is_left_out_is_warned_about(
     assert "control_image_path" not in request.extra
 
 
-def test_a_text_for_sections_that_there_are_not_is_warned_about_once(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_text_for_sections_that_there_are_not_is_warned_about_once(
+    picture: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settle(picture, prompt="0:sits;;;5-9000:walks")
     assert caplog.text.count("'walks' for section 5 is ignored") == caplog.text.count("is ignored") == 1
 
 
-@pytest.mark.parametrize("option", ["image_path", "end_image_path", "control_image_path", "control_image_mask_path"])
+@pytest.mark.parametrize(
+    "option", ["image_path", "end_image_path", "control_image_path", "control_image_mask_path"]
+)
 def test_a_file_that_is_no_image_is_refused_by_its_option_before_anything_is_loaded(
     picture: Path, tmp_path: Path, option: str
 ) -> None:
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(b"no image")
-    said: dict[str, Any] = {"end_image_path": clip} if option == "end_image_path" else {"extra": {option: str(clip)}}
+    said: dict[str, Any] = (
+        {"end_image_path": clip} if option == "end_image_path" else {"extra": {option: str(clip)}}
+    )
     if option.startswith("control"):
         said["extra"] = {"one_frame": "default", "control_image_path": str(picture), **said["extra"]}
-    with pytest.raises(OptionError, match=rf"--{option} .*clip\.mp4 is no image that can be read.*Give an image file"):
+    with pytest.raises(
+        OptionError, match=rf"--{option} .*clip\.mp4 is no image that can be read.*Give an image file"
+    ):
         settle(picture, **said)
 
 
@@ -167,13 +214,21 @@ def test_a_file_that_is_no_image_is_refused_by_its_option_before_anything_is_loa
     [
         ((3, 2, 1, 0), {}, ""),
         ((0,), {}, ""),
-        ((3, 2, 1, 0, 5), {}, "--latent_paddings 3,2,1,0,5: only the first 4 count, as there are no more sections"),
+        (
+            (3, 2, 1, 0, 5),
+            {},
+            "--latent_paddings 3,2,1,0,5: only the first 4 count, as there are no more sections",
+        ),
         ((3, 2, 1, 0), {"video_sections": "2"}, "that played first has distance 2"),
         ((1,), {"one_frame": "default"}, "--latent_paddings 1 is ignored because a single picture is made"),
     ],
 )
 def test_distances_without_a_section_are_warned_about(
-    picture: Path, paddings: tuple[int, ...], extra: dict[str, str], message: str, caplog: pytest.LogCaptureFixture
+    picture: Path,
+    paddings: tuple[int, ...],
+    extra: dict[str, str],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     request = settle(picture, extra)
     tell_unused_paddings(paddings, request, sections_of(request, 9))
@@ -190,7 +245,9 @@ def test_a_picture_says_that_it_has_no_sections(
 
 def test_more_masks_than_controls_are_warned_about(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
     both = f"{picture}\n{picture}"
-    settle(picture, {"one_frame": "default", "control_image_path": str(picture), "control_image_mask_path": both})
+    settle(
+        picture, {"one_frame": "default", "control_image_path": str(picture), "control_image_mask_path": both}
+    )
     assert "of 2 masks the last 1 are ignored because there are 1 control images" in caplog.text
 
 

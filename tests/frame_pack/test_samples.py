@@ -1,4 +1,6 @@
-"""Samples of a FramePack training: they are what the generation script makes of the LoRA, and say what they cannot be."""
+"""Samples of a FramePack training: they are what the generation script makes of the LoRA, and say what they
+cannot be.
+"""
 
 from pathlib import Path
 
@@ -37,7 +39,8 @@ SLOW = pytest.mark.slow  # a training and a generation each; one of them goes wi
 
 
 @pytest.mark.parametrize(
-    "name", ["framepack", pytest.param("framepack f1", marks=SLOW), pytest.param("framepack one frame", marks=SLOW)]
+    "name",
+    ["framepack", pytest.param("framepack f1", marks=SLOW), pytest.param("framepack one frame", marks=SLOW)],
 )
 def test_latents_of_a_sample_equal_those_of_the_generation_script(
     name: str, project_of: ProjectOf, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -51,20 +54,33 @@ def test_latents_of_a_sample_equal_those_of_the_generation_script(
     assert sample.shape == expected.shape
     assert relative_error(sample, expected) <= NEAR
     if name == "framepack":
-        assert relative_error(sample, generated_latents(family, lora, tmp_path / "weak", "--lora_multiplier", "0")) > 0.01
+        assert (
+            relative_error(
+                sample, generated_latents(family, lora, tmp_path / "weak", "--lora_multiplier", "0")
+            )
+            > 0.01
+        )
 
 
 @pytest.mark.parametrize("name", ["framepack"])
 def test_frames_decide_about_sections_and_the_flow_shift_of_a_line_does_not_count(
-    name: str, project_of: ProjectOf, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str,
+    project_of: ProjectOf,
+    lora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     family, folder = project_of(name)
     monkeypatch.chdir(folder)
     line = "a cat --w 32 --h 32 --d 7 --s 1 --i start.png"
 
-    made = sample_latents(family, lora, f"{line} --f 12\n{line} --f 9 --fs 3\n{line} --f 4 --fs 3\n{line}", tmp_path)
+    made = sample_latents(
+        family, lora, f"{line} --f 12\n{line} --f 9 --fs 3\n{line} --f 4 --fs 3\n{line}", tmp_path
+    )
 
-    assert [latents.shape[2] for latents in made] == [3, 3]  # 12 frames are rounded down to two sections of 4 behind the first
+    # 12 frames are rounded down to two sections of 4 behind the first
+    assert [latents.shape[2] for latents in made] == [3, 3]
     assert torch.equal(*made)
     assert caplog.text.count("the flow shift (--fs) is ignored") == 1
     assert caplog.text.count("1 frames are less than a section") == 2
@@ -100,7 +116,8 @@ def test_a_line_without_of_is_a_picture_by_default(
     assert silent.shape == (1, 16, 1, 4, 4)
     assert torch.equal(silent, default)
     assert not torch.equal(silent, other)
-    # a control without anything that is seen is the black frame that stands behind the controls by default, at window + 1
+    # a control without anything that is seen is the black frame that stands behind the controls by default,
+    # at window + 1
     assert torch.equal(transparent, black)
 
 
@@ -122,7 +139,9 @@ def test_an_encoder_that_samples_need_is_asked_for_before_anything_is_loaded(
     assert "VAE:" not in said
 
 
-def test_both_kinds_of_order_at_once_are_said_not_to_go_together(project_of: ProjectOf, tmp_path: Path) -> None:
+def test_both_kinds_of_order_at_once_are_said_not_to_go_together(
+    project_of: ProjectOf, tmp_path: Path
+) -> None:
     family, folder = project_of("framepack one frame")
     _, said = train(folder, family, tmp_path, "--f1")
     assert "--f1 is ignored because --one_frame is given" in said

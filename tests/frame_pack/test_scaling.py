@@ -23,7 +23,9 @@ INPUTS = tiny_inputs((7,))
 NAMES = {"llama_vec": "llama", "llama_attention_mask": "llama_mask", "clip_l_pooler": "clip_l"}
 NAMES |= {name: latents for name, (latents, _) in HISTORY.items()}
 CONDITIONS: Conditions = {ours: INPUTS[theirs] for ours, theirs in NAMES.items()} | {
-    name: value for name, value in INPUTS.items() if name in ("guidance", "image_embeddings") or name.endswith("indices")
+    name: value
+    for name, value in INPUTS.items()
+    if name in ("guidance", "image_embeddings") or name.endswith("indices")
 }
 
 
@@ -33,13 +35,18 @@ def options(*words: str) -> FramePackGenerationOptions:
     return read_options(FramePackGenerationOptions, parser.parse_args(list(words)))
 
 
-def velocity(family: FramePack, dit: nn.Module, timestep: float, guidance: torch.dtype = torch.float32) -> Tensor:
+def velocity(
+    family: FramePack, dit: nn.Module, timestep: float, guidance: torch.dtype = torch.float32
+) -> Tensor:
     conditions = {**CONDITIONS, "guidance": INPUTS["guidance"].to(guidance)}
     return family.predict(dit, INPUTS["noisy"], torch.tensor([timestep]), conditions)
 
 
 def scaled(dit: nn.Module, timestep: float, factor: float, guidance: torch.dtype = torch.float32) -> Tensor:
-    given: dict[str, Any] = INPUTS | {"timesteps": torch.tensor([timestep]), "guidance": INPUTS["guidance"].to(guidance).float()}
+    given: dict[str, Any] = INPUTS | {
+        "timesteps": torch.tensor([timestep]),
+        "guidance": INPUTS["guidance"].to(guidance).float(),
+    }
     return dit(**given, position_scale=factor)
 
 
@@ -49,7 +56,9 @@ def test_positions_are_scaled_from_the_threshold_on() -> None:
     assert torch.equal(velocity(family, dit, 799.0), scaled(dit, 799.0, 1.0))
     assert torch.equal(velocity(family, dit, 800.0), scaled(dit, 800.0, 0.5))
     assert not torch.equal(scaled(dit, 800.0, 0.5), scaled(dit, 800.0, 1.0))
-    family = family_for_generation(options("--rope_scaling_timestep_threshold", "800", "--rope_scaling_factor", "0.7"))
+    family = family_for_generation(
+        options("--rope_scaling_timestep_threshold", "800", "--rope_scaling_factor", "0.7")
+    )
     assert torch.equal(velocity(family, dit, 900.0), scaled(dit, 900.0, 0.7))
 
 
@@ -95,8 +104,14 @@ def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path
         (("--te_multiplier", "1", "nan"), "--te_multiplier 1 nan: give two numbers"),
         (("--rope_scaling_factor", "0"), "--rope_scaling_factor 0.0: give a number above 0"),
         (("--rope_scaling_factor", "nan"), "--rope_scaling_factor nan"),
-        (("--rope_scaling_timestep_threshold", "-5"), "--rope_scaling_timestep_threshold -5: give a timestep from 0 to 1000"),
-        (("--rope_scaling_timestep_threshold", "1001"), "--rope_scaling_timestep_threshold 1001: give a timestep"),
+        (
+            ("--rope_scaling_timestep_threshold", "-5"),
+            "--rope_scaling_timestep_threshold -5: give a timestep from 0 to 1000",
+        ),
+        (
+            ("--rope_scaling_timestep_threshold", "1001"),
+            "--rope_scaling_timestep_threshold 1001: give a timestep",
+        ),
     ],
 )
 def test_what_is_no_factor_is_refused(words: tuple[str, ...], message: str) -> None:

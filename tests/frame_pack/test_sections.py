@@ -1,4 +1,6 @@
-"""The sections of FramePack against recorded tables, their documented numbers, and a video that is cut into sections."""
+"""The sections of FramePack against recorded tables, their documented numbers, and a video that is cut into
+sections.
+"""
 
 from typing import Any
 
@@ -32,7 +34,10 @@ from tests.golden_cases import read_case
 
 DESCRIPTION, TENSORS = read_case("framepack_schedule")
 TABLES = [
-    pytest.param(table, id=f"{table['total_sections']} of {table['latent_window_size']}, {table['video_sections_option']}")
+    pytest.param(
+        table,
+        id=f"{table['total_sections']} of {table['latent_window_size']}, {table['video_sections_option']}",
+    )
     for table in DESCRIPTION["sections"]
 ]
 
@@ -61,7 +66,10 @@ def test_lengths_are_those_recorded(table: dict[str, Any]) -> None:
     assert video_latents(sections, window) == table["final_latent_frames"]
     assert video_frames(sections, window) == table["final_pixel_frames"]
     assert sections_in(table["final_latent_frames"], window) == sections
-    assert len(ANTI_DRIFTING.plan(sections, window, ())[0].indices.target) == table["generated_latent_frames_per_section"]
+    assert (
+        len(ANTI_DRIFTING.plan(sections, window, ())[0].indices.target)
+        == table["generated_latent_frames_per_section"]
+    )
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -78,7 +86,8 @@ def test_anti_drifting_sections_are_those_recorded(table: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("table", TABLES)
 def test_f1_sections_are_those_recorded(table: dict[str, Any]) -> None:
-    plan = F1.plan(table["total_sections"], table["latent_window_size"], (3, 2))  # paddings mean nothing to it
+    # paddings mean nothing to it
+    plan = F1.plan(table["total_sections"], table["latent_window_size"], (3, 2))
     assert [section.padding for section in plan] == table["f1"]["latent_paddings"]
     assert [section.index for section in plan] == list(range(table["total_sections"]))
     assert all(as_recorded(section.indices).items() <= table["f1"].items() for section in plan)
@@ -125,7 +134,9 @@ def test_other_paddings_are_refused(text: str) -> None:
         parse_paddings(text)
 
 
-@pytest.mark.parametrize(("seconds", "sections"), [(5.0, 4), (1.0, 1), (0.01, 1), (10.0, 8), (60.0, 50), (3.0, 2)])
+@pytest.mark.parametrize(
+    ("seconds", "sections"), [(5.0, 4), (1.0, 1), (0.01, 1), (10.0, 8), (60.0, 50), (3.0, 2)]
+)
 def test_seconds_become_the_nearest_number_of_sections(seconds: float, sections: int) -> None:
     assert count_sections(seconds, 9) == sections
 
@@ -142,7 +153,9 @@ def test_seconds_become_the_nearest_number_of_sections(seconds: float, sections:
         (5.0, 0, None, "--latent_window_size"),
     ],
 )
-def test_lengths_that_no_video_has_are_refused(seconds: float, window: int, sections: int | None, option: str) -> None:
+def test_lengths_that_no_video_has_are_refused(
+    seconds: float, window: int, sections: int | None, option: str
+) -> None:
     with pytest.raises(OptionError, match=option):
         count_sections(seconds, window, sections)
 
@@ -157,7 +170,8 @@ def test_a_training_video_shorter_than_a_section_has_none() -> None:
         ({0: "first"}, ["first", "first", "first"]),
         ({0: "first", 1: "second"}, ["first", "second", "first"]),
         ({0: "first", -1: "end"}, ["first", "first", "end"]),
-        ({0: "first", 2: "third", -1: "end", -3: "start"}, ["start", "first", "end"]),  # the index from the end wins
+        # the index from the end wins
+        ({0: "first", 2: "third", -1: "end", -3: "start"}, ["start", "first", "end"]),
     ],
 )
 def test_each_section_finds_its_entry(entries: dict[int, str], found: list[str]) -> None:
@@ -172,13 +186,19 @@ def frames(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1, 1)
 
 
-def seen(order: Order, sections: int, window: int, end: Tensor | None = None) -> tuple[list[list[list[int]]], list[int]]:
-    """Frames that each section sees as (clean, 2x, 4x), and the video, where its frames are 100 (start), 101, 102, ..."""
+def seen(
+    order: Order, sections: int, window: int, end: Tensor | None = None
+) -> tuple[list[list[list[int]]], list[int]]:
+    """Frames that each section sees as (clean, 2x, 4x), and the video, where its frames are 100 (start), 101,
+    102, ...
+    """
     start = frames(100)
     history, found = order.begin(start, end), []
     for section in order.plan(sections, window, ()):
         sees = order.seen(start, history)
-        found.append([latents.flatten().int().tolist() for latents in (sees.clean, sees.clean_2x, sees.clean_4x)])
+        found.append(
+            [latents.flatten().int().tolist() for latents in (sees.clean, sees.clean_2x, sees.clean_4x)]
+        )
         assert [len(part) for part in found[-1]] == [
             len(part) for part in (section.indices.clean, section.indices.clean_2x, section.indices.clean_4x)
         ]
@@ -213,7 +233,10 @@ def test_f1_sections_see_the_start_and_what_came_before(sections: int) -> None:
 
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
 def test_the_history_keeps_dtype_and_leaves_what_it_is_given_alone(order: Order) -> None:
-    start, end = torch.ones(2, 4, 1, 3, 5, dtype=torch.bfloat16), torch.full((2, 4, 1, 3, 5), 2.0, dtype=torch.bfloat16)
+    start, end = (
+        torch.ones(2, 4, 1, 3, 5, dtype=torch.bfloat16),
+        torch.full((2, 4, 1, 3, 5), 2.0, dtype=torch.bfloat16),
+    )
     history = order.begin(start, end)
     assert history.dtype == torch.bfloat16
     assert order.seen(start, history).clean.shape == (2, 4, 2, 3, 5)
@@ -236,7 +259,8 @@ def test_the_history_keeps_dtype_and_leaves_what_it_is_given_alone(order: Order)
     ],
 )
 def test_flow_shift_follows_the_number_of_tokens(size: tuple[int, int, int], shift: float) -> None:
-    assert flow_shift_for(count_tokens(*size)) == pytest.approx(shift, rel=5e-5)  # as many digits as are documented
+    # as many digits as are documented
+    assert flow_shift_for(count_tokens(*size)) == pytest.approx(shift, rel=5e-5)
 
 
 @pytest.mark.parametrize("case", DESCRIPTION["sampler_cases"], ids=lambda case: str(case["latent"]))
@@ -271,12 +295,20 @@ def test_decoding_by_sections_is_as_long_as_at_once(sections: int, window: int) 
     latents = torch.zeros(1, 1, video_latents(sections, window), 1, 1)
     clips = [decoded(latents[:, :, part]) for part in decoding_slices(sections, window)]
     video = torch.cat(list(blend_overlaps(clips, section_frames(window))), dim=2)
-    assert video.shape[2] == decoded(latents).shape[2] == video_frames(sections, window) == 4 * window * sections + 1
+    assert (
+        video.shape[2]
+        == decoded(latents).shape[2]
+        == video_frames(sections, window)
+        == 4 * window * sections + 1
+    )
 
 
 def test_clips_are_joined_as_the_released_code_does_from_the_end() -> None:
     overlap, generator = section_frames(2), torch.Generator().manual_seed(0)
-    clips = [torch.randn(1, 3, pixel_frames(part.stop - part.start), 2, 2, generator=generator) for part in decoding_slices(4, 2)]
+    clips = [
+        torch.randn(1, 3, pixel_frames(part.stop - part.start), 2, 2, generator=generator)
+        for part in decoding_slices(4, 2)
+    ]
     weights = torch.linspace(1, 0, overlap).view(1, 1, -1, 1, 1)
     whole = clips[-1]
     for clip in reversed(clips[:-1]):

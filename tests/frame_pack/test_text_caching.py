@@ -1,4 +1,6 @@
-"""fpack_cache_text_encoder_outputs.py as users run it, against transformers; and that training takes what it makes."""
+"""fpack_cache_text_encoder_outputs.py as users run it, against transformers; and that training takes what it
+makes.
+"""
 
 import os
 import shutil
@@ -33,7 +35,8 @@ from tests.tiny.project import CAPTIONS, write_clips, write_dataset
 
 SCRIPT = "fpack_cache_text_encoder_outputs.py"
 KILLED = 1 if os.name == "nt" else -9
-KNOWN = {"architecture": "framepack", "format_version": "1.0.1"}  # metadata of the known tuners, beside the caption
+# metadata of the known tuners, beside the caption
+KNOWN = {"architecture": "framepack", "format_version": "1.0.1"}
 WINDOW = 9
 
 
@@ -47,7 +50,12 @@ class Project:
 
     @property
     def encoders(self) -> list[str]:
-        return ["--text_encoder1", str(self.files.text_encoder1), "--text_encoder2", str(self.files.text_encoder2)]
+        return [
+            "--text_encoder1",
+            str(self.files.text_encoder1),
+            "--text_encoder2",
+            str(self.files.text_encoder2),
+        ]
 
     def run(self, *more: object, dataset: Path | None = None) -> tuple[int, str]:
         """The script on the clips, as a program of its own."""
@@ -61,7 +69,10 @@ class Project:
         text = (self.folder / "dataset.toml").read_text(encoding="utf-8")
         place = 'cache_directory = "{}/cache"'
         path = folder / "dataset.toml"
-        path.write_text(text.replace(place.format(self.folder.as_posix()), place.format(folder.as_posix())), encoding="utf-8")
+        path.write_text(
+            text.replace(place.format(self.folder.as_posix()), place.format(folder.as_posix())),
+            encoding="utf-8",
+        )
         return path
 
 
@@ -105,7 +116,9 @@ def as_known_tuners_write(path: Path, caption: str, number: float) -> dict[str, 
 
 
 def test_the_files_are_those_of_the_known_tuners(project: Project) -> None:
-    assert sorted((project.folder / "cache").iterdir()) == [cache_file(project.folder, index) for index in range(4)]
+    assert sorted((project.folder / "cache").iterdir()) == [
+        cache_file(project.folder, index) for index in range(4)
+    ]
     for index, caption in enumerate(CAPTIONS):
         tensors, metadata = read(cache_file(project.folder, index))
         assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
@@ -113,7 +126,10 @@ def test_the_files_are_those_of_the_known_tuners(project: Project) -> None:
             "llama_attention_mask": (torch.bool, (512,)),
             "clip_l_pooler_float16": (torch.float16, (CLIP_DIM,)),
         }
-        assert {key: text for key, text in metadata.items() if not key.startswith("reelsmith")} == {**KNOWN, "caption1": caption}
+        assert {key: text for key, text in metadata.items() if not key.startswith("reelsmith")} == {
+            **KNOWN,
+            "caption1": caption,
+        }
 
 
 def test_their_numbers_are_those_of_transformers_to_the_last_bit(project: Project, there: TextsThere) -> None:
@@ -136,13 +152,17 @@ def test_the_record_names_both_encoders(project: Project) -> None:
 
 
 def test_the_same_command_again_encodes_nothing_and_leaves_the_files_alone(project: Project) -> None:
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (project.folder / "cache").iterdir()}
+    before = {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (project.folder / "cache").iterdir()
+    }
     code, said = project.run()
     assert code == 0, said
     assert "llama: 4 captions, 0 of them to encode" in said
     assert "clip_l: 4 captions, 0 of them to encode" in said
     assert "text encoder 1:" not in said  # which is said when it is loaded
-    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (project.folder / "cache").iterdir()}
+    assert before == {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (project.folder / "cache").iterdir()
+    }
 
 
 def test_checking_says_what_there_is_to_do_and_does_nothing(project: Project, tmp_path: Path) -> None:
@@ -183,15 +203,20 @@ def test_another_checkpoint_of_one_encoder_is_alone_in_encoding(project: Project
         assert torch.equal(now["llama_attention_mask"], before["llama_attention_mask"])
         assert torch.equal(now["clip_l_pooler_float16"], before["clip_l_pooler_float16"])
         rows = before["llama_vec_float16"].float()
-        assert 1e-4 < (now["llama_vec_float16"].float() - rows).norm() / rows.norm() < 0.1  # weights that are off by 2.25 %
+        # weights that are off by 2.25 %
+        assert 1e-4 < (now["llama_vec_float16"].float() - rows).norm() / rows.norm() < 0.1
     code, said = project.run(dataset=dataset)
     assert code == 0, said
     assert_same_caches(tmp_path / "cache", project.folder / "cache")
 
 
 @pytest.mark.parametrize("skip_existing", [False, True])
-def test_files_of_other_programs_stay_where_that_is_asked_for(project: Project, tmp_path: Path, skip_existing: bool) -> None:
-    """That of clip 1 has another caption, so it is made again in any case; that of clip 2 lacks the second encoder's vector."""
+def test_files_of_other_programs_stay_where_that_is_asked_for(
+    project: Project, tmp_path: Path, skip_existing: bool
+) -> None:
+    """That of clip 1 has another caption, so it is made again in any case; that of clip 2 lacks the second
+    encoder's vector.
+    """
     dataset = project.elsewhere(tmp_path, cached=False)
     foreign = as_known_tuners_write(cache_file(tmp_path, 0), CAPTIONS[0], 3.0)
     as_known_tuners_write(cache_file(tmp_path, 1), "another caption", 3.0)
@@ -225,8 +250,8 @@ def test_a_run_that_is_killed_is_finished_by_the_same_command(
 ) -> None:
     """left: captions whose files are unfinished. encoded: how much of the first pass is done again.
 
-    A file of the first pass has a header and two tensors, and takes one rename; in the second pass each takes two: when the
-    encoders' tensors are joined, and for its name.
+    A file of the first pass has a header and two tensors, and takes one rename; in the second pass each takes
+    two: when the encoders' tensors are joined, and for its name.
     """
     dataset = project.elsewhere(tmp_path, cached=False)
     command = [ROOT / SCRIPT, "--dataset_config", dataset, *project.encoders]
@@ -251,7 +276,10 @@ def test_wrong_files_are_refused_by_name(project: Project) -> None:
         (["--text_encoder2", files.dit], (files.dit, "--text_encoder2", "CLIP text encoder")),
         (["--text_encoder1", files.vae], (files.vae, "--text_encoder1", "Llama language model")),
         (["--text_encoder1", "nowhere"], ("nowhere", "--text_encoder1", "no such file or folder")),
-        (["--text_encoder1_tokenizer", files.text_encoder2.parent], ("--text_encoder1_tokenizer", "tokenizer.json")),
+        (
+            ["--text_encoder1_tokenizer", files.text_encoder2.parent],
+            ("--text_encoder1_tokenizer", "tokenizer.json"),
+        ),
     ):
         before = {path: path.read_bytes() for path in (project.folder / "cache").iterdir()}
         code, said = project.run(*options)
@@ -260,7 +288,9 @@ def test_wrong_files_are_refused_by_name(project: Project) -> None:
 
 
 def test_both_encoders_have_to_be_named(project: Project) -> None:
-    code, said = run_here(SCRIPT, "--dataset_config", "dataset.toml", *project.encoders[:2], folder=project.folder)
+    code, said = run_here(
+        SCRIPT, "--dataset_config", "dataset.toml", *project.encoders[:2], folder=project.folder
+    )
     assert code == 2
     assert "--text_encoder2" in said
 
@@ -285,7 +315,9 @@ def write_section(folder: Path, stem: str) -> None:
         tensors[f"latents_{kind}_9x4x4_float32"] = torch.randn(16, frames, 4, 4, generator=generator)
         tensors[f"{index}_indices_int64"] = torch.tensor([next(places) for _ in range(frames)])
     sizes = {"width": "32", "height": "32", "frame_count": "37"}
-    save_file(tensors, folder / "cache" / f"{stem}_00000-037-0000_0032x0032_fp.safetensors", {**KNOWN, **sizes})
+    save_file(
+        tensors, folder / "cache" / f"{stem}_00000-037-0000_0032x0032_fp.safetensors", {**KNOWN, **sizes}
+    )
 
 
 def velocity(folder: Path, dataset: Path, files: TinyFramePack) -> Mapping[str, Tensor]:
@@ -297,7 +329,9 @@ def velocity(folder: Path, dataset: Path, files: TinyFramePack) -> Mapping[str, 
     dit = family.load_dit(Placement(torch.device("cpu"))).eval()
     latents = LATENT.to_model(batch.tensor("latents"))
     with torch.no_grad():
-        found = family.predict(dit, latents, torch.tensor([500.0, 100.0]), family.batch_conditions(latents, batch))
+        found = family.predict(
+            dit, latents, torch.tensor([500.0, 100.0]), family.batch_conditions(latents, batch)
+        )
     assert torch.isfinite(found).all()
     return dict(zip(batch.captions, found, strict=True))
 
@@ -339,7 +373,9 @@ def test_training_refuses_texts_of_another_encoder_by_name(project: Project, nam
     }
     texts[name] = torch.zeros(*texts[name].shape[:-1], width + 8)  # type: ignore[union-attr]
     family = FramePack(FramePackFiles(dit=project.files.dit))
-    with pytest.raises(CacheError, match=rf"an item: {name} in its cache is {width + 8} numbers wide.*{SCRIPT}"):
+    with pytest.raises(
+        CacheError, match=rf"an item: {name} in its cache is {width + 8} numbers wide.*{SCRIPT}"
+    ):
         family.batch_conditions(torch.zeros(1, 16, WINDOW, 4, 4), Batch(texts, ("a cow",), ("an item",)))
 
 
@@ -348,7 +384,11 @@ def test_training_asks_for_the_second_half_of_a_text_cache(project: Project, tmp
     write_section(tmp_path, "clip 0")
     tensors, metadata = read(cache_file(tmp_path, 0))
     half = {name: tensor for name, tensor in tensors.items() if not name.startswith("clip_l")}
-    save_file(half, cache_file(tmp_path, 0), {key: text for key, text in metadata.items() if not key.startswith("reelsmith")})
+    save_file(
+        half,
+        cache_file(tmp_path, 0),
+        {key: text for key, text in metadata.items() if not key.startswith("reelsmith")},
+    )
     items = require_items(find_items(load_dataset_config(dataset), "fp", LATENT, TEXT_KEYS))
     with pytest.raises(CacheError, match=rf"(?s)it has no clip_l_pooler.*python {SCRIPT}"):
         read_batch(items, LATENT, CachingCommands(text=f"python {SCRIPT}"))

@@ -116,8 +116,10 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
     own = encoded(framepack_llama(folder, torch.float32, system_prompt=system), PROMPTS)
     for prompt, found, before in zip(PROMPTS, own, usual, strict=True):
         assert_text(found, there.llama_vec(prompt, system))
-        assert torch.equal(found["llama_attention_mask"], before["llama_attention_mask"])  # the prompt's tokens are the same
-        assert not torch.allclose(found["llama_vec"], before["llama_vec"], rtol=0.1)  # but they come after other words
+        # the prompt's tokens are the same
+        assert torch.equal(found["llama_attention_mask"], before["llama_attention_mask"])
+        # but they come after other words
+        assert not torch.allclose(found["llama_vec"], before["llama_vec"], rtol=0.1)
     counted = len(there.tokenizer(template_there(system)[0]).input_ids)
     assert f"system prompt: {system} ({counted} tokens before the prompt" in caplog.text
     assert "cut in the wrong place" not in caplog.text
@@ -131,7 +133,9 @@ def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path)
 
 
 @pytest.mark.parametrize("told", [None, "Describe.", ""])
-def test_the_option_of_the_generation_script_reaches_the_language_model(folder: Path, told: str | None) -> None:
+def test_the_option_of_the_generation_script_reaches_the_language_model(
+    folder: Path, told: str | None
+) -> None:
     parser = argparse.ArgumentParser()
     add_generation_arguments(parser)
     more = [] if told is None else ["--custom_system_prompt", told]
@@ -170,7 +174,9 @@ def test_a_prompts_conditions_do_not_depend_on_its_neighbours(folder: Path) -> N
 
 
 def test_in_fp8_the_states_differ_and_stay_near(folder: Path, there: TextsThere) -> None:
-    for prompt, found in zip(PROMPTS, encoded(framepack_llama(folder, torch.float32, in_fp8=True), PROMPTS), strict=True):
+    for prompt, found in zip(
+        PROMPTS, encoded(framepack_llama(folder, torch.float32, in_fp8=True), PROMPTS), strict=True
+    ):
         expected = there.llama_vec(prompt)
         rows = found["llama_vec"][: len(expected)]
         assert not found["llama_vec"][len(expected) :].any()
@@ -192,7 +198,8 @@ def test_a_rehearsal_finds_the_networks_and_knows_how_long_a_text_is(folder: Pat
         assert (
             {key: (value.shape, value.dtype) for key, value in found.items()}
             == {  # type: ignore[union-attr]
-                key: (value.shape, value.dtype) for key, value in encoded(kind(folder), PROMPTS[:1])[0].items()
+                key: (value.shape, value.dtype)
+                for key, value in encoded(kind(folder), PROMPTS[:1])[0].items()
             }
         )
         if "llama_attention_mask" in found:
@@ -247,7 +254,9 @@ def first_of_split_files(folder: Path) -> tuple[Path, Path]:
 
 
 def snapshot(folder: Path) -> tuple[Path, Path]:
-    """The snapshot that the hub's library keeps of a whole release: links to files that are named by their content."""
+    """The snapshot that the hub's library keeps of a whole release: links to files that are named by their
+    content.
+    """
     release, blobs = folder / "snapshots" / "0123abcd", folder / "blobs"
     first_of_split_files(release)
     blobs.mkdir()
@@ -267,11 +276,20 @@ def of_hunyuan(folder: Path) -> tuple[Path, Path]:
     return folder, folder
 
 
-LAYOUTS = (in_one_file, alone_in_folders, first_of_split_files, snapshot, first_file_of_a_snapshot, of_hunyuan)
+LAYOUTS = (
+    in_one_file,
+    alone_in_folders,
+    first_of_split_files,
+    snapshot,
+    first_file_of_a_snapshot,
+    of_hunyuan,
+)
 
 
 @pytest.mark.parametrize("write", LAYOUTS)
-def test_every_layout_gives_the_same(write: Callable[[Path], tuple[Path, Path]], tmp_path: Path, there: TextsThere) -> None:
+def test_every_layout_gives_the_same(
+    write: Callable[[Path], tuple[Path, Path]], tmp_path: Path, there: TextsThere
+) -> None:
     """None of them is told where its tokenizers are, nor may it ask the hub."""
     first, second = write(tmp_path)
     (llama,) = encoded(framepack_llama(first, torch.float32), PROMPTS[:1])
@@ -287,8 +305,12 @@ def test_tokenizers_that_are_named_come_first(tmp_path: Path, there: TextsThere)
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text("{}", encoding="utf-8")  # not to be looked at
     elsewhere = tmp_path / "elsewhere"
-    (llama,) = encoded(framepack_llama(files["text_encoder1"], torch.float32, elsewhere / "tokenizer"), PROMPTS[:1])
-    (clip,) = encoded(framepack_clip(files["text_encoder2"], torch.float32, elsewhere / "tokenizer_2"), PROMPTS[:1])
+    (llama,) = encoded(
+        framepack_llama(files["text_encoder1"], torch.float32, elsewhere / "tokenizer"), PROMPTS[:1]
+    )
+    (clip,) = encoded(
+        framepack_clip(files["text_encoder2"], torch.float32, elsewhere / "tokenizer_2"), PROMPTS[:1]
+    )
     assert_text(llama, there.llama_vec(PROMPTS[0]))
     assert torch.equal(clip["clip_l_pooler"], there.clip_l_pooler(PROMPTS[0]))
 
@@ -306,6 +328,8 @@ def test_rotary_frequencies_of_a_later_llama_are_refused(tmp_path: Path) -> None
     write_text_encoders(tmp_path)
     file = tmp_path / "text_encoder" / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**config, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), encoding="utf-8")
+    file.write_text(
+        json.dumps({**config, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), encoding="utf-8"
+    )
     with pytest.raises(CheckpointError, match="rotary frequencies of type llama3"):
         _ = framepack_llama(tmp_path).identity

@@ -1,4 +1,6 @@
-"""fpack_train_network.py from the command line to its files: what is said of a LoRA, its start, samples, and what is refused."""
+"""fpack_train_network.py from the command line to its files: what is said of a LoRA, its start, samples, and
+what is refused.
+"""
 
 import json
 import shutil
@@ -35,7 +37,15 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 def refused(family: TinyFamily, folder: Path, *arguments: object, command: list[str] | None = None) -> str:
     """The message of a training that ends before its first step."""
-    words = (*(command or family.train), *OUTPUT, "--output_dir", folder / "never", "--max_train_steps", 1, *arguments)
+    words = (
+        *(command or family.train),
+        *OUTPUT,
+        "--output_dir",
+        folder / "never",
+        "--max_train_steps",
+        1,
+        *arguments,
+    )
     code, said = run_here(*words, folder=folder)
     assert "Loading model/dit.safetensors" not in said
     return assert_one_message(code, said)
@@ -55,7 +65,8 @@ def test_a_lora_says_what_it_was_trained_on(project_of: ProjectOf, tmp_path: Pat
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "1.0")
     assert (found["ss_sd_model_name"], found["ss_vae_name"]) == ("dit.safetensors", "vae.safetensors")
     assert (found["ss_guidance_scale"], found["ss_training_comment"]) == ("8.0", "for a test")
-    assert (found["ss_num_train_items"], found["ss_num_batches_per_epoch"]) == ("12", "6")  # sections of clips of 5 and 9 frames
+    # sections of clips of 5 and 9 frames
+    assert (found["ss_num_train_items"], found["ss_num_batches_per_epoch"]) == ("12", "6")
     (dataset,) = json.loads(found["ss_datasets"])
     assert (dataset["video_directory"], dataset["target_frames"]) == ("clips", [5, 9])
     assert found["modelspec.sai_model_spec"] == "1.0.0"
@@ -92,12 +103,15 @@ def test_no_metadata_keeps_what_other_tools_need(project_of: ProjectOf, tmp_path
     kept = {name for name in found if name.startswith("ss_")}
     assert "reelsmith_trained_for" not in found
     assert kept == {
-        f"ss_{name}" for name in ("base_model_version", "network_module", "network_dim", "network_alpha", "network_args")
+        f"ss_{name}"
+        for name in ("base_model_version", "network_module", "network_dim", "network_alpha", "network_args")
     }
 
 
 @pytest.mark.parametrize(
-    ("more", "expected"), [((), torch.bfloat16), (("--save_precision", "float"), torch.float32)], ids=["as the model", "asked for"]
+    ("more", "expected"),
+    [((), torch.bfloat16), (("--save_precision", "float"), torch.float32)],
+    ids=["as the model", "asked for"],
 )
 def test_a_lora_has_the_dtype_of_the_transformer(
     project_of: ProjectOf, tmp_path: Path, more: tuple[str, ...], expected: torch.dtype
@@ -116,40 +130,67 @@ def test_a_lora_has_the_dtype_of_the_transformer(
 
 
 def test_a_run_goes_on_from_a_lora_and_beside_another(project_of: ProjectOf, tmp_path: Path) -> None:
-    """--network_weights with --dim_from_weights takes its ranks from the file; --base_weights are part of the frozen weights."""
+    """--network_weights with --dim_from_weights takes its ranks from the file; --base_weights are part of the
+    frozen weights.
+    """
     family, folder = project_of("framepack")
     ranks = ("--network_dim", "6", "--network_alpha", "3")
     first, _ = train(folder, family, tmp_path / "first", *ranks, *FAST)
     lora = tmp_path / "first" / "lora.safetensors"
 
-    further, _ = train(folder, family, tmp_path / "second", "--network_weights", lora, "--dim_from_weights", "--learning_rate", "0")
+    further, _ = train(
+        folder,
+        family,
+        tmp_path / "second",
+        "--network_weights",
+        lora,
+        "--dim_from_weights",
+        "--learning_rate",
+        "0",
+    )
     assert same(first, further)
 
-    beside, said = train(folder, family, tmp_path / "third", "--base_weights", lora, "--base_weights_multiplier", "0.5")
+    beside, said = train(
+        folder, family, tmp_path / "third", "--base_weights", lora, "--base_weights_multiplier", "0.5"
+    )
     alone, _ = train(folder, family, tmp_path / "fourth")
     assert "39 weights changed, multiplier 0.5" in said
     assert not same(beside, alone)
 
 
 @pytest.mark.slow  # four trainings; tests/modules has the parts
-def test_swapped_blocks_in_fp8_and_checkpointed_give_the_same_bits(project_of: ProjectOf, tmp_path: Path) -> None:
+def test_swapped_blocks_in_fp8_and_checkpointed_give_the_same_bits(
+    project_of: ProjectOf, tmp_path: Path
+) -> None:
     family, folder = project_of("framepack f1")
     blocks = write_tiny_framepack(tmp_path / "model", double_blocks=3, single_blocks=6).dit
     usual = ("--dit", blocks, "--fp8_base", "--fp8_scaled", "--gradient_checkpointing")
     expected, _ = train(folder, family, tmp_path / "plain", *usual, steps=2)
 
-    found, _ = train(folder, family, tmp_path / "swapped", *usual, "--blocks_to_swap", "4", "--img_in_txt_in_offloading", steps=2)
+    found, _ = train(
+        folder,
+        family,
+        tmp_path / "swapped",
+        *usual,
+        "--blocks_to_swap",
+        "4",
+        "--img_in_txt_in_offloading",
+        steps=2,
+    )
 
     assert same(expected, found)
     assert any(tensor.any() for name, tensor in found.items() if "lora_up" in name)
     assert "at most 4" in refused(family, folder, "--dit", blocks, "--blocks_to_swap", 5)
 
 
-# --- caches -----------------------------------------------------------------------------------------------------------------------
+# --- caches
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_caches_of_hunyuan_video_are_named_where_those_of_framepack_are_missing(tmp_path: Path) -> None:
-    hunyuan, framepack = (next(each for each in FAMILIES if each.name == name) for name in ("hunyuan_video", "framepack"))
+    hunyuan, framepack = (
+        next(each for each in FAMILIES if each.name == name) for name in ("hunyuan_video", "framepack")
+    )
     folder = write_project(tmp_path, hunyuan)
     write_tiny_framepack(folder / "model")
 
@@ -157,11 +198,17 @@ def test_caches_of_hunyuan_video_are_named_where_those_of_framepack_are_missing(
 
     assert "no latent cache" in said
     assert "clip 0_00000-001_0032x0032_hv.safetensors is for another model" in said
-    for word in ("python fpack_cache_latents.py", "python fpack_cache_text_encoder_outputs.py", "--image_encoder"):
+    for word in (
+        "python fpack_cache_latents.py",
+        "python fpack_cache_text_encoder_outputs.py",
+        "--image_encoder",
+    ):
         assert word in said
 
 
-@pytest.mark.parametrize(("name", "switch"), [("framepack f1", "--f1"), ("framepack one frame", "--one_frame")])
+@pytest.mark.parametrize(
+    ("name", "switch"), [("framepack f1", "--f1"), ("framepack one frame", "--one_frame")]
+)
 def test_the_command_for_missing_caches_makes_those_that_are_trained(
     project_of: ProjectOf, tmp_path: Path, name: str, switch: str
 ) -> None:
@@ -176,16 +223,29 @@ def test_the_command_for_missing_caches_makes_those_that_are_trained(
     assert line.split()[-1] == switch
 
 
-def test_a_damaged_section_is_named_with_the_command_that_mends_it(project_of: ProjectOf, tmp_path: Path) -> None:
+def test_a_damaged_section_is_named_with_the_command_that_mends_it(
+    project_of: ProjectOf, tmp_path: Path
+) -> None:
     family, folder = project_of("framepack")
     shutil.copytree(folder / "cache", tmp_path / "cache")
     text = (folder / "dataset.toml").read_text(encoding="utf-8")
     config = tmp_path / "dataset.toml"
-    config.write_text(text.replace(f"{folder.as_posix()}/cache", f"{tmp_path.as_posix()}/cache"), encoding="utf-8")
+    config.write_text(
+        text.replace(f"{folder.as_posix()}/cache", f"{tmp_path.as_posix()}/cache"), encoding="utf-8"
+    )
     name = "clip 2_00000-009-0001_0032x0032_fp.safetensors"
     flipped_data(folder / "cache" / name, tmp_path / "cache" / name)
 
-    words = (*family.train, *OUTPUT, "--output_dir", tmp_path / "out", "--max_train_epochs", 1, "--dataset_config", config)
+    words = (
+        *family.train,
+        *OUTPUT,
+        "--output_dir",
+        tmp_path / "out",
+        "--max_train_epochs",
+        1,
+        "--dataset_config",
+        config,
+    )
     code, said = run_here(*words, folder=folder)
 
     assert_one_message(code, said, name, "python fpack_cache_latents.py")
@@ -193,7 +253,9 @@ def test_a_damaged_section_is_named_with_the_command_that_mends_it(project_of: P
 
 
 def test_one_frame_learns_from_the_target_alone(project_of: ProjectOf, tmp_path: Path) -> None:
-    """What the cache holds: the picture as the only target, its controls and the black frame behind them, and no coarse latents."""
+    """What the cache holds: the picture as the only target, its controls and the black frame behind them, and
+    no coarse latents.
+    """
     _, folder = project_of("framepack one frame")
     (cache,) = (folder / "cache").glob("picture 1_*_fp.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(cache).items()}
@@ -202,6 +264,8 @@ def test_one_frame_learns_from_the_target_alone(project_of: ProjectOf, tmp_path:
     assert shapes["latents_clean_1x4x4_float16"] == (16, 3, 4, 4)
     assert not any("_2x_1x" in name or "_4x_1x" in name for name in shapes)
     tensors = load_file(cache)
-    assert tensors["clean_latent_indices_int64"].tolist() == [0, 3, 2]  # as the table says, and one after the window
+    # as the table says, and one after the window
+    assert tensors["clean_latent_indices_int64"].tolist() == [0, 3, 2]
     assert tensors["latent_indices_int64"].tolist() == [1]
-    assert not tensors["latents_clean_1x4x4_float16"][:, 1, :, 0].any()  # the second control is transparent at its left
+    # the second control is transparent at its left
+    assert not tensors["latents_clean_1x4x4_float16"][:, 1, :, 0].any()

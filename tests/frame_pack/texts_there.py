@@ -1,4 +1,6 @@
-"""What the released FramePack makes of a text, with PyPI's transformers and the files that are given to our scripts."""
+"""What the released FramePack makes of a text, with PyPI's transformers and the files that are given to our
+scripts.
+"""
 
 from pathlib import Path
 
@@ -28,7 +30,9 @@ class TextsThere:
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "text_encoder")
-        self.llama: nn.Module = LlamaForCausalLM.from_pretrained(folder / "text_encoder", dtype=dtype).model.eval()
+        self.llama: nn.Module = LlamaForCausalLM.from_pretrained(
+            folder / "text_encoder", dtype=dtype
+        ).model.eval()
         self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "text_encoder_2")
         self.clip = load_clip(folder / "text_encoder_2").to(dtype)
 
@@ -46,7 +50,9 @@ class TextsThere:
     def clip_l_pooler(self, prompt: str) -> Tensor:
         """C: the state of the first end token."""
         filled = {"padding": "max_length", "max_length": 77, "truncation": True}
-        return self.clip(self.clip_tokenizer([prompt], **filled, return_tensors="pt").input_ids).pooler_output[0]
+        return self.clip(
+            self.clip_tokenizer([prompt], **filled, return_tensors="pt").input_ids
+        ).pooler_output[0]
 
 
 def _inputs(tokens: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,6 @@
-"""LoRAs on fpack_generate_video.py: FramePack's own and HunyuanVideo's, chosen by patterns, merged into a file or for one run."""
+"""LoRAs on fpack_generate_video.py: FramePack's own and HunyuanVideo's, chosen by patterns, merged into a
+file or for one run.
+"""
 
 from pathlib import Path
 
@@ -16,7 +18,21 @@ from networks.merge import LoraPatch, LoraUse
 from tests.networks.making_hunyuan import saved
 from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
 
-SAY = ("--prompt", "a cat", "--video_size", 32, 48, "--video_sections", 1, "--infer_steps", 1, "--seed", 1, "--device", "cpu")
+SAY = (
+    "--prompt",
+    "a cat",
+    "--video_size",
+    32,
+    48,
+    "--video_sections",
+    1,
+    "--infer_steps",
+    1,
+    "--seed",
+    1,
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +50,31 @@ def lora(tmp_path: Path) -> Path:
 def latents(folder: Path, *arguments: object) -> Tensor:
     folder.mkdir()
     write_png(folder / "start.png", numpy.full((32, 48, 3), 99, dtype=numpy.uint8))
-    words = ("--save_path", folder, "--output_type", "latent", "--image_path", folder / "start.png", *SAY, *arguments)
+    words = (
+        "--save_path",
+        folder,
+        "--output_type",
+        "latent",
+        "--image_path",
+        folder / "start.png",
+        *SAY,
+        *arguments,
+    )
     fpack_generate_video.main([str(word) for word in words])
     (path,) = folder.glob("*_latent.safetensors")
     return load_file(path)["latent"]
 
 
-def test_a_hunyuan_lora_acts_in_a_run_as_merged_into_the_model_before(tmp_path: Path, files: TinyFramePack, lora: Path) -> None:
+def test_a_hunyuan_lora_acts_in_a_run_as_merged_into_the_model_before(
+    tmp_path: Path, files: TinyFramePack, lora: Path
+) -> None:
     given = ("--lora_weight", lora, "--lora_multiplier", 0.7)
-    merge_lora.main([str(word) for word in ("--dit", files.dit, *given, "--save_merged_model", tmp_path / "m.safetensors")])
+    merge_lora.main(
+        [
+            str(word)
+            for word in ("--dit", files.dit, *given, "--save_merged_model", tmp_path / "m.safetensors")
+        ]
+    )
 
     with_lora = latents(tmp_path / "lora", *files.models, *given)
 
@@ -56,9 +88,25 @@ def test_patterns_and_multipliers_are_for_each_lora_and_for_the_names_of_the_fil
     tmp_path: Path, files: TinyFramePack, lora: Path
 ) -> None:
     loras = ("--lora_weight", lora, lora, "--lora_multiplier", 0.5, -1)
-    patterns = ("--include_patterns", "img_attn_qkv", "single_transformer_blocks", "--exclude_patterns", "attn_to_k", "proj_mlp")
+    patterns = (
+        "--include_patterns",
+        "img_attn_qkv",
+        "single_transformer_blocks",
+        "--exclude_patterns",
+        "attn_to_k",
+        "proj_mlp",
+    )
 
-    words = (*files.models, *SAY, "--save_path", tmp_path, *loras, *patterns, "--save_merged_model", tmp_path / "m")
+    words = (
+        *files.models,
+        *SAY,
+        "--save_path",
+        tmp_path,
+        *loras,
+        *patterns,
+        "--save_merged_model",
+        tmp_path / "m",
+    )
     fpack_generate_video.main([str(word) for word in words])
 
     before, after = load_file(files.dit), load_file(tmp_path / "m")
@@ -67,7 +115,10 @@ def test_patterns_and_multipliers_are_for_each_lora_and_for_the_names_of_the_fil
         f"{block}.{module}.weight"
         for blocks, modules in (
             ([f"transformer_blocks.{index}" for index in range(2)], ("attn.to_q", "attn.to_v")),
-            ([f"single_transformer_blocks.{index}" for index in range(3)], ("attn.to_q", "attn.to_k", "attn.to_v", "proj_out")),
+            (
+                [f"single_transformer_blocks.{index}" for index in range(3)],
+                ("attn.to_q", "attn.to_k", "attn.to_v", "proj_out"),
+            ),
         )
         for block in blocks
         for module in modules

@@ -13,7 +13,13 @@ from fpack_generate_video import DEFAULTS
 from frame_pack.family import LATENT, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
 from generation.denoise import predictor
-from generation.memory import largest_requests, predict_largest, rehearse_decoding, rehearse_denoising, resolved
+from generation.memory import (
+    largest_requests,
+    predict_largest,
+    rehearse_decoding,
+    rehearse_denoising,
+    resolved,
+)
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.sections import on_device
@@ -50,12 +56,19 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     path = write_dit(tmp_path, tiny_state(dtype=torch.bfloat16, double_blocks=5, single_blocks=6))
     parser = generation_parser("", DEFAULTS)
     add_generation_arguments(parser)
-    args = read_arguments(parser, ["--dit", str(path), "--prompt", "x", "--save_path", str(tmp_path / "out"), *more])
+    args = read_arguments(
+        parser, ["--dit", str(path), "--prompt", "x", "--save_path", str(tmp_path / "out"), *more]
+    )
     options = read_options(GenerationOptions, args)
     family = family_for_generation(read_options(FramePackGenerationOptions, args))
-    request = Request("x", 0, 8 * COLUMNS, 8 * ROWS, 4 * 9 * SECTIONS + 1, 4, 5.0, 10.0, 3.0, "unipc-bh1", 30.0, "y")
+    request = Request(
+        "x", 0, 8 * COLUMNS, 8 * ROWS, 4 * 9 * SECTIONS + 1, 4, 5.0, 10.0, 3.0, "unipc-bh1", 30.0, "y"
+    )
     encoded = {index: EncodedPrompts(text(20), text(11)) for index in range(SECTIONS)}
-    image = {"image_embeddings": torch.zeros(1, 7, CONFIG.image_dim), "start_latents": torch.zeros(1, 16, 1, ROWS, COLUMNS)}
+    image = {
+        "image_embeddings": torch.zeros(1, 7, CONFIG.image_dim),
+        "start_latents": torch.zeros(1, 16, 1, ROWS, COLUMNS),
+    }
     inputs = dict.fromkeys(range(SECTIONS), image)
 
     phase, most = rehearse_denoising(family, options, request, encoded, inputs, Part("more", 0))
@@ -82,8 +95,12 @@ def made_for(folder: Path, *more: str) -> tuple[FramePack, GenerationOptions]:
     files = write_tiny_framepack(folder / "models")
     parser = generation_parser("", DEFAULTS)
     add_generation_arguments(parser)
-    args = read_arguments(parser, [*files.models, "--latent_window_size", "2", "--save_path", str(folder / "out"), *more])
-    return family_for_generation(read_options(FramePackGenerationOptions, args)), read_options(GenerationOptions, args)
+    args = read_arguments(
+        parser, [*files.models, "--latent_window_size", "2", "--save_path", str(folder / "out"), *more]
+    )
+    return family_for_generation(read_options(FramePackGenerationOptions, args)), read_options(
+        GenerationOptions, args
+    )
 
 
 def made_for_lines(tmp_path: Path) -> tuple[FramePack, GenerationOptions]:
@@ -91,7 +108,9 @@ def made_for_lines(tmp_path: Path) -> tuple[FramePack, GenerationOptions]:
     write_image(tmp_path / "start.png", 32, 32)
     large, long, least = "a --w 64 --h 64 --vs 2", "a --w 32 --h 32 --vs 12", "a --w 32 --h 32 --vs 1"
     (tmp_path / "lines.txt").write_text("\n".join([least, long, large]), encoding="utf-8")
-    return made_for(tmp_path, "--from_file", str(tmp_path / "lines.txt"), "--image_path", str(tmp_path / "start.png"))
+    return made_for(
+        tmp_path, "--from_file", str(tmp_path / "lines.txt"), "--image_path", str(tmp_path / "start.png")
+    )
 
 
 def test_of_many_lines_those_may_take_most_that_are_largest_or_longest(tmp_path: Path) -> None:
@@ -126,15 +145,25 @@ def test_at_full_size_a_section_fits_a_card_of_6_gb(tmp_path: Path) -> None:
     add_generation_arguments(parser)
     found = {}
     for more in ((), ("--fp8_scaled",)):
-        args = read_arguments(parser, ["--dit", str(path), "--prompt", "x", "--save_path", str(tmp_path / "out"), *more])
+        args = read_arguments(
+            parser, ["--dit", str(path), "--prompt", "x", "--save_path", str(tmp_path / "out"), *more]
+        )
         family = family_for_generation(read_options(FramePackGenerationOptions, args))
         request = Request("x", 0, 640, 640, 145, 25, 1.0, 10.0, 7.0, "unipc-bh1", 30.0, "")
         words = {"llama_vec": torch.zeros(512, 4096), "llama_attention_mask": torch.arange(512) < 200}
         encoded = EncodedPrompts({**words, "clip_l_pooler": torch.zeros(768)})
-        inputs = {"image_embeddings": torch.zeros(1, 729, 1152), "start_latents": torch.zeros(1, 16, 1, 80, 80)}
+        inputs = {
+            "image_embeddings": torch.zeros(1, 729, 1152),
+            "start_latents": torch.zeros(1, 16, 1, 80, 80),
+        }
         options, sections = read_options(GenerationOptions, args), range(4)
         phase, most = rehearse_denoising(
-            family, options, request, dict.fromkeys(sections, encoded), dict.fromkeys(sections, inputs), Part("cuBLAS", 32 << 20)
+            family,
+            options,
+            request,
+            dict.fromkeys(sections, encoded),
+            dict.fromkeys(sections, inputs),
+            Part("cuBLAS", 32 << 20),
         )
         assert most == 38
         found[more] = [round(phase(count).device / GIB, 1) for count in (0, 36, 38)]
@@ -161,7 +190,9 @@ class Decoding:
 
 
 @pytest.mark.parametrize(("sizes", "made"), [((1, 4, 4, 4, 4, 4), 4), ((40, 36, 36, 33), 1), ((1, 4), 2)])
-def test_of_a_video_no_more_is_decoded_than_shows_what_decoding_holds(sizes: tuple[int, ...], made: int) -> None:
+def test_of_a_video_no_more_is_decoded_than_shows_what_decoding_holds(
+    sizes: tuple[int, ...], made: int
+) -> None:
     """FramePack's pieces are two sections each; a long video has many."""
     family: Any = Decoding(sizes)
     rehearse_decoding(family, Request("x", 0, 64, 64, 145), Part("more", 0))

@@ -42,7 +42,10 @@ def run(folder: Path, files: TinyFramePack, *arguments: object, output: str = "l
 def latents(folder: Path, files: TinyFramePack, *arguments: object) -> dict[int, Tensor]:
     """The latents that are left, by seed."""
     run(folder, files, *arguments)
-    return {int(path.name.split("_")[1]): load_file(path)["latent"] for path in folder.glob("*_latent.safetensors")}
+    return {
+        int(path.name.split("_")[1]): load_file(path)["latent"]
+        for path in folder.glob("*_latent.safetensors")
+    }
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -50,7 +53,9 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def test_a_video_of_two_sections_is_the_same_every_time(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
+def test_a_video_of_two_sections_is_the_same_every_time(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
     start, _ = pictures
     say = ("--prompt", "a cat", "--image_path", start, "--video_sections", 2)
 
@@ -74,13 +79,19 @@ def test_f1_begins_with_the_start_image_too_and_is_another_video(
     assert not torch.allclose(usual[:, 1:], f1[:, 1:], atol=1e-3)
 
 
-def test_texts_images_and_the_end_act_on_their_sections(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
-    """In F1 the first section sees nothing of the second, so only the second changes; the first latent is the start image."""
+def test_texts_images_and_the_end_act_on_their_sections(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
+    """In F1 the first section sees nothing of the second, so only the second changes; the first latent is the
+    start image.
+    """
     start, other = pictures
     say = ("--video_sections", 2, "--seed", 1, "--f1")
     plain = latents(tmp_path / "a", files, *say, "--prompt", "a cat", "--image_path", start)[1]
     text = latents(tmp_path / "b", files, *say, "--prompt", "a cat;;;1:a dog", "--image_path", start)[1]
-    image = latents(tmp_path / "c", files, *say, "--prompt", "a cat", "--image_path", f"{start};;;-1:{other}")[1]
+    image = latents(
+        tmp_path / "c", files, *say, "--prompt", "a cat", "--image_path", f"{start};;;-1:{other}"
+    )[1]
     for changed in (text, image):
         assert torch.equal(changed[:, :10], plain[:, :10])
         assert not torch.equal(changed[:, 10:], plain[:, 10:])
@@ -123,18 +134,22 @@ def test_a_video_is_written_whole_and_can_be_decoded_again(
 
     # the window is in the file
     vae = ("--vae", str(files.vae), "--vae_dtype", "float32")
-    fpack_generate_video.main(["--latent_path", str(saved), *vae, "--save_path", str(tmp_path / "b"), "--keep_pngs"])
+    fpack_generate_video.main(
+        ["--latent_path", str(saved), *vae, "--save_path", str(tmp_path / "b"), "--keep_pngs"]
+    )
 
     (again,) = (tmp_path / "b").glob(f"*_1_{saved.stem}.mp4")
     assert len(list(video_frames(again))) == 17
-    # the frames before encoding: x264's macroblock tree reads memory that nothing was written to, unless the width is a multiple
-    # of 128, so that now and then the same frames become another file
+    # the frames before encoding: x264's macroblock tree reads memory that nothing was written to, unless the
+    # width is a multiple of 128, so that now and then the same frames become another file
     frames, theirs = (list(video_frames(tmp_path / folder / "frames")) for folder in ("a", "b"))
     assert len(frames) == 17
     assert numpy.array_equal(frames, theirs)
 
 
-def test_decoding_at_once_makes_as_many_frames(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
+def test_decoding_at_once_makes_as_many_frames(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
     start, _ = pictures
     say = (*SAY, "--video_sections", 3, "--latent_window_size", 2, "--image_path", start)
     for name, more in (("blended", ()), ("bulk", ("--bulk_decode",))):
@@ -194,9 +209,12 @@ def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
     (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
     usual = ("--image_path", other, "--video_sections", 2, "--latent_window_size", 2)
 
-    with pytest.raises(UserError, match=r"1 of 6 failed:\s+line 5: OptionError: --image_path nothing.png: no such file"):
+    with pytest.raises(
+        UserError, match=r"1 of 6 failed:\s+line 5: OptionError: --image_path nothing.png: no such file"
+    ):
         run(tmp_path / "file", files, "--from_file", tmp_path / "lines.txt", *usual)
-    assert caplog.text.count("--video_sections 2 is ignored because a single picture is made") == 1  # for lines 3 and 6
+    # for lines 3 and 6
+    assert caplog.text.count("--video_sections 2 is ignored because a single picture is made") == 1
 
     made = {int(path.name.split("_")[1]): load_file(path)["latent"] for path in (tmp_path / "file").iterdir()}
     singly: dict[int, tuple[object, ...]] = {
@@ -234,7 +252,9 @@ def test_interactive_goes_on_behind_a_line_that_fails(
     assert sorted(int(path.name.split("_")[1]) for path in tmp_path.iterdir()) == [1, 3]
 
 
-def test_guidance_and_its_rescaling_change_the_video(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
+def test_guidance_and_its_rescaling_change_the_video(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
     start, _ = pictures
     say = ("--prompt", "a cat", "--seed", 1, "--image_path", start, "--one_frame_inference", "default")
     guide = ("--guidance_scale", 3, "--negative_prompt", "dull")
@@ -246,15 +266,29 @@ def test_guidance_and_its_rescaling_change_the_video(tmp_path: Path, files: Tiny
     assert not torch.allclose(found[1], found[2], atol=1e-3)
 
 
-def test_the_metadata_says_how_it_was_made(tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]) -> None:
+def test_the_metadata_says_how_it_was_made(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
     start, _ = pictures
     run(tmp_path, files, *SAY, "--image_path", start, "--f1", "--latent_window_size", 2)
     (path,) = tmp_path.iterdir()
     found = metadata_of(path)
-    assert (found["bt_model_type"], found["bt_embedded_cfg_scale"], found["bt_fps"]) == ("framepack", "10.0", "30")
+    assert (found["bt_model_type"], found["bt_embedded_cfg_scale"], found["bt_fps"]) == (
+        "framepack",
+        "10.0",
+        "30",
+    )
     assert (found["bt_video_sections"], found["bt_video_length"], found["bt_f1"]) == ("1", "9", "True")
-    assert (found["bt_image_path"], found["bt_dit"], found["bt_vae_dtype"]) == (start.name, files.dit.name, "float32")
-    assert (found["bt_video_seconds"], found["bt_latent_window_size"], found["bt_sample_solver"]) == ("0.3", "2", "unipc")
+    assert (found["bt_image_path"], found["bt_dit"], found["bt_vae_dtype"]) == (
+        start.name,
+        files.dit.name,
+        "float32",
+    )
+    assert (found["bt_video_seconds"], found["bt_latent_window_size"], found["bt_sample_solver"]) == (
+        "0.3",
+        "2",
+        "unipc",
+    )
 
 
 def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack) -> None:
@@ -263,7 +297,14 @@ def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack
     save_file({"latent": torch.zeros(16, 5, 4, 6)}, tmp_path / "theirs.safetensors", said)
     fpack_generate_video.main(
         [
-            *("--latent_path", str(tmp_path / "theirs.safetensors"), "--vae", str(files.vae), "--container", "mkv"),
+            *(
+                "--latent_path",
+                str(tmp_path / "theirs.safetensors"),
+                "--vae",
+                str(files.vae),
+                "--container",
+                "mkv",
+            ),
             *("--save_path", str(tmp_path / "out"), "--device", "cpu", "--vae_dtype", "float32"),
         ]
     )
@@ -273,20 +314,26 @@ def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack
 
 
 @pytest.mark.parametrize(
-    "said", ["9" * 5000, "0", "-2", "2.0", "\u0662"], ids=["huge", "0", "negative", "no whole number", "other digits"]
+    "said",
+    ["9" * 5000, "0", "-2", "2.0", "\u0662"],
+    ids=["huge", "0", "negative", "no whole number", "other digits"],
 )
 def test_a_window_that_is_none_does_not_count(tmp_path: Path, said: str) -> None:
     save_file({"latent": torch.zeros(1)}, tmp_path / "hostile.safetensors", {"bt_latent_window_size": said})
     assert saved_window([tmp_path / "hostile.safetensors"], 9) == 9
 
 
-def test_saved_latents_with_different_windows_are_decoded_in_runs_of_their_own(tmp_path: Path, files: TinyFramePack) -> None:
+def test_saved_latents_with_different_windows_are_decoded_in_runs_of_their_own(
+    tmp_path: Path, files: TinyFramePack
+) -> None:
     for window in ("2", "4"):
         said = {"bt_latent_window_size": window}
         save_file({"latent": torch.zeros(16, 9, 4, 6)}, tmp_path / f"{window}.safetensors", said)
     both = [str(tmp_path / "2.safetensors"), str(tmp_path / "4.safetensors")]
     with pytest.raises(OptionError, match="sections of different lengths"):
-        fpack_generate_video.main(["--latent_path", *both, "--vae", str(files.vae), "--save_path", str(tmp_path / "out")])
+        fpack_generate_video.main(
+            ["--latent_path", *both, "--vae", str(files.vae), "--save_path", str(tmp_path / "out")]
+        )
 
 
 @pytest.mark.parametrize(
@@ -314,7 +361,10 @@ def test_what_cannot_be_done_is_said(
 
 
 def test_every_option_of_a_prompt_line_is_an_option_of_the_script(files: TinyFramePack) -> None:
-    described = json.loads((Path(__file__).parents[1] / "data" / "cli" / "fpack_generate_video.json").read_text(encoding="utf-8"))
+    described = json.loads(
+        (Path(__file__).parents[1] / "data" / "cli" / "fpack_generate_video.json").read_text(encoding="utf-8")
+    )
     known = {option["dest"] for option in described["options"]}
-    ours = {"video_size_width", "video_size_height", "flow_shift", "cfg_schedule"}  # two of one; newer; shared by all scripts
+    # two of one; newer; shared by all scripts
+    ours = {"video_size_width", "video_size_height", "flow_shift", "cfg_schedule"}
     assert {option.key for option in fpack_generate_video.DEFAULTS.line_options.values()} <= known | ours

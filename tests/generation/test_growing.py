@@ -1,4 +1,6 @@
-"""A video that can be watched while it is made: what is final when, the files, errors, and where networks are meanwhile."""
+"""A video that can be watched while it is made: what is final when, the files, errors, and where networks are
+meanwhile.
+"""
 
 import logging
 import os
@@ -38,7 +40,19 @@ ORDERS = pytest.mark.parametrize("backwards", [True, False], ids=["in front", "b
 
 def options(folder: Path, *arguments: object) -> GenerationOptions:
     parser = generation_parser(None, DEFAULTS)
-    common = ["--save_path", str(folder), "--device", "cpu", "--video_size", "32", "48", "--prompt", "cat", "--seed", "1"]
+    common = [
+        "--save_path",
+        str(folder),
+        "--device",
+        "cpu",
+        "--video_size",
+        "32",
+        "48",
+        "--prompt",
+        "cat",
+        "--seed",
+        "1",
+    ]
     return read_options(GenerationOptions, read_arguments(parser, [*common, *map(str, arguments)]))
 
 
@@ -57,7 +71,9 @@ def pieces_of(family: ToyFamily) -> tuple[list[Piece], Tensor]:
         if section.made is not None:
             pieces.append(section.made)
 
-    latents = make_latents(family, lambda _: ToyDit(), family.prepare(REQUEST), TEXTS, {0: {}}, CPU, on_section=note)
+    latents = make_latents(
+        family, lambda _: ToyDit(), family.prepare(REQUEST), TEXTS, {0: {}}, CPU, on_section=note
+    )
     return pieces, latents
 
 
@@ -90,7 +106,8 @@ def test_what_grows_in_front_is_the_end_of_the_finished_video_to_the_bit() -> No
     pieces, latents = pieces_of(family)
     finished, (final, edge) = clip_of(family, latents), joined(pieces)
     assert torch.equal(final, finished[:, :, -final.shape[2] :])
-    assert final.shape[2] + edge.shape[2] == section_frames(4 * WINDOW)  # four of five sections, without the start
+    # four of five sections, without the start
+    assert final.shape[2] + edge.shape[2] == section_frames(4 * WINDOW)
 
 
 def test_what_grows_behind_is_the_start_of_the_finished_video_but_for_two_sections() -> None:
@@ -111,7 +128,9 @@ def test_clips_that_are_too_short_to_overlap_are_refused() -> None:
 
 
 @ORDERS
-def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(tmp_path: Path, backwards: bool) -> None:
+def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(
+    tmp_path: Path, backwards: bool
+) -> None:
     family = ToyFamily(sections_made=4, makes_last_first=backwards)
     pieces, _ = pieces_of(family)
     lengths = []
@@ -129,12 +148,15 @@ def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(tmp_pat
     assert np.abs(shown - expected).mean() < 3
 
 
-def test_a_run_writes_the_preview_and_removes_it_when_the_video_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_writes_the_preview_and_removes_it_when_the_video_is_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     family = ToyFamily(sections_made=3)
     with caplog.at_level(logging.INFO):
         generate(family, options(tmp_path))
     notes = [line for line in family.diary if not line.startswith(("pass", "encode", "free", "load text"))]
-    assert notes == ["load dit", "load vae", "decode", "decode", *["decode"] * 3]  # two previews, three slices of the whole
+    # two previews, three slices of the whole
+    assert notes == ["load dit", "load vae", "decode", "decode", *["decode"] * 3]
     (path,) = tmp_path.iterdir()
     assert path.suffix == ".mp4"
     assert not path.stem.endswith("_progress")
@@ -167,7 +189,9 @@ def test_a_name_that_another_run_takes_meanwhile_stays_its_own(tmp_path: Path) -
     assert video.stem == theirs.stem.removesuffix("_latent") + "_"
 
 
-def test_a_preview_that_cannot_be_removed_does_not_spoil_the_video(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_preview_that_cannot_be_removed_does_not_spoil_the_video(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As on Windows, where a player that has it open keeps it from being removed."""
 
     def hold() -> None:
@@ -177,11 +201,14 @@ def test_a_preview_that_cannot_be_removed_does_not_spoil_the_video(tmp_path: Pat
                 preview.mkdir()
 
     generate(ToyFamily(sections_made=3, on_chunk=hold), options(tmp_path))
-    assert sorted(path.name.rpartition("_1")[2] for path in tmp_path.iterdir()) == [".mp4", "_progress.mp4"]  # and no latents
+    # and no latents
+    assert sorted(path.name.rpartition("_1")[2] for path in tmp_path.iterdir()) == [".mp4", "_progress.mp4"]
     assert "_progress.mp4 is no longer needed and cannot be removed" in caplog.text
 
 
-def test_runs_of_one_second_and_seed_leave_each_others_files_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_runs_of_one_second_and_seed_leave_each_others_files_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The second begins and ends while the first shows its first section, nearly always in the same second."""
     runs = [options(tmp_path, "--output_type", "both")] * 2
 
@@ -199,14 +226,17 @@ def test_runs_of_one_second_and_seed_leave_each_others_files_alone(tmp_path: Pat
 
 def test_ctrl_c_leaves_what_was_made_and_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(KeyboardInterrupt):
-        generate(ToyFamily(sections_made=4, interrupt_pass=2 * 2 + 1), options(tmp_path))  # two steps each: in the third section
+        # two steps each: in the third section
+        generate(ToyFamily(sections_made=4, interrupt_pass=2 * 2 + 1), options(tmp_path))
     (preview,) = tmp_path.iterdir()
     assert preview.name.endswith("_1_progress.mp4")
     assert sum(1 for _ in video_frames(preview)) == 8 * WINDOW - 3
     assert f"stays in {preview}" in caplog.text
 
 
-def test_a_failure_of_the_last_decoding_leaves_preview_and_latents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_of_the_last_decoding_leaves_preview_and_latents(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     family = ToyFamily(sections_made=3, lengths_without_room=frozenset({3 * WINDOW + 1}))
     with pytest.raises(Exception, match="no room"):
         generate(family, options(tmp_path))
@@ -225,7 +255,9 @@ def test_a_preview_that_fails_is_told_once_and_the_video_is_made(
     assert caplog.text.count("cannot be watched while it grows (OutOfMemoryError: no room)") == 1
 
 
-def test_a_preview_that_cannot_be_written_does_not_end_the_generation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_preview_that_cannot_be_written_does_not_end_the_generation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pieces, _ = pieces_of(ToyFamily(sections_made=3))
     (tmp_path / "film_progress.mp4").mkdir()
     (tmp_path / "film_progress.mp4" / "in the way").touch()
@@ -236,7 +268,9 @@ def test_a_preview_that_cannot_be_written_does_not_end_the_generation(tmp_path: 
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_preview_that_a_player_holds_is_replaced_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_preview_that_a_player_holds_is_replaced_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     held = iter([False, True, True, False])
 
     def rename(file: Path, path: Path) -> None:
@@ -260,8 +294,11 @@ def test_segments_of_killed_runs_are_removed_and_those_of_others_are_not(tmp_pat
     with growing(session(ToyFamily()), tmp_path, "film", 16) as video:
         mine = video.parts
         machine, _ = mine.name.removesuffix(".parts").split(".film_progress.")[1].split("-")
-        dead = mine.with_name(f".film_progress.{machine}-{2**22 + 1}.parts")  # above the largest number of a process
-        elsewhere, forgotten = (mine.with_name(f".film_progress.{other}-1.parts") for other in ("0" * 8, "f" * 8))
+        # above the largest number of a process
+        dead = mine.with_name(f".film_progress.{machine}-{2**22 + 1}.parts")
+        elsewhere, forgotten = (
+            mine.with_name(f".film_progress.{other}-1.parts") for other in ("0" * 8, "f" * 8)
+        )
         for folder in (mine, dead, elsewhere, forgotten):
             folder.mkdir()
             (folder / "000000.mp4").touch()
@@ -295,7 +332,9 @@ def dit_at_work(made: Session) -> Iterator[None]:
     [(99, 100, "decode"), (100, 100, "decode beside dit"), (100, None, "decode")],
     ids=["no room", "room", "not known"],
 )
-def test_the_dit_leaves_the_device_unless_both_fit(tmp_path: Path, spare: int, needed: int | None, expected: str) -> None:
+def test_the_dit_leaves_the_device_unless_both_fit(
+    tmp_path: Path, spare: int, needed: int | None, expected: str
+) -> None:
     family = ToyFamily(sections_made=4)
     pieces, _ = pieces_of(family)
     made = session(family, "cuda", spare)
@@ -335,7 +374,9 @@ def test_a_dit_for_which_the_host_has_no_room_stays_and_there_is_no_preview(
     assert "decode" not in family.diary
 
 
-def test_a_dit_that_cannot_leave_stays_and_there_is_no_preview(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dit_that_cannot_leave_stays_and_there_is_no_preview(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Where the system does not say how much memory the host has, it shows only when there is none left."""
     family = ToyFamily(sections_made=2, has_room_on_host=False)
     made = session(family, "cuda")
@@ -371,11 +412,15 @@ def test_on_a_gpu_the_network_leaves_and_comes_back() -> None:
 
 
 @ORDERS
-def test_pixels_that_are_held_at_once_do_not_grow_with_the_number_of_sections(tmp_path: Path, backwards: bool) -> None:
+def test_pixels_that_are_held_at_once_do_not_grow_with_the_number_of_sections(
+    tmp_path: Path, backwards: bool
+) -> None:
     def most(sections: int) -> int:
         found: list[int] = []
         with held_memory() as held:
-            family = ToyFamily(sections_made=sections, makes_last_first=backwards, on_chunk=lambda: found.append(held()))
+            family = ToyFamily(
+                sections_made=sections, makes_last_first=backwards, on_chunk=lambda: found.append(held())
+            )
             generate(family, options(tmp_path / str(sections)))
         return max(found)
 

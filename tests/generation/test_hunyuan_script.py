@@ -25,9 +25,20 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> TinyHunyuan:
 
 def generate(folder: Path, files: TinyHunyuan, *arguments: object) -> dict[int, Tensor]:
     """The latents that are left, by seed."""
-    words = ["--save_path", str(folder), *SIZE, *files.models, "--output_type", "latent", *map(str, arguments)]
+    words = [
+        "--save_path",
+        str(folder),
+        *SIZE,
+        *files.models,
+        "--output_type",
+        "latent",
+        *map(str, arguments),
+    ]
     hv_generate_video.main(words)
-    return {int(path.name.split("_")[1]): load_file(path)["latent"] for path in folder.glob("*_latent.safetensors")}
+    return {
+        int(path.name.split("_")[1]): load_file(path)["latent"]
+        for path in folder.glob("*_latent.safetensors")
+    }
 
 
 def test_lines_of_a_file_equal_single_runs(tmp_path: Path, t2v: TinyHunyuan) -> None:
@@ -50,7 +61,9 @@ def test_a_line_may_name_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
 
     made = generate(tmp_path / "file", t2v, "--from_file", tmp_path / "lines.txt", "--strength", 0.5)
 
-    single = generate(tmp_path / "one", t2v, "--prompt", "a cat", "--seed", 1, "--video_path", video, "--strength", 0.5)
+    single = generate(
+        tmp_path / "one", t2v, "--prompt", "a cat", "--seed", 1, "--video_path", video, "--strength", 0.5
+    )
     plain = generate(tmp_path / "plain", t2v, "--prompt", "a cat", "--seed", 1)
     assert torch.equal(made[1], single[1])
     assert not torch.equal(made[1], plain[1])
@@ -79,7 +92,18 @@ def test_a_schedule_counts_the_steps_that_are_made_of_a_video(tmp_path: Path, t2
     video = tmp_path / "clip.mp4"
     write_video(video, moving_square(5, 48, 32, 1), fps=24)
     with pytest.raises(OptionError, match="2"):
-        generate(tmp_path, t2v, "--prompt", "a cat", "--video_path", video, "--strength", 0.5, "--cfg_schedule", "2:3")
+        generate(
+            tmp_path,
+            t2v,
+            "--prompt",
+            "a cat",
+            "--video_path",
+            video,
+            "--strength",
+            0.5,
+            "--cfg_schedule",
+            "2:3",
+        )
 
 
 def test_a_video_that_is_too_short_is_refused(tmp_path: Path, t2v: TinyHunyuan) -> None:
@@ -94,7 +118,11 @@ def test_the_metadata_says_how_it_was_made(tmp_path: Path, t2v: TinyHunyuan) -> 
     (path,) = tmp_path.glob("*_7_latent.safetensors")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert (metadata["bt_model_type"], metadata["bt_embedded_cfg_scale"], metadata["bt_flow_shift"]) == ("hunyuan", "6.0", "14.5")
+    assert (metadata["bt_model_type"], metadata["bt_embedded_cfg_scale"], metadata["bt_flow_shift"]) == (
+        "hunyuan",
+        "6.0",
+        "14.5",
+    )
     assert (metadata["bt_height"], metadata["bt_width"], metadata["bt_fps"]) == ("32", "48", "24")
 
 
@@ -102,7 +130,16 @@ def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, t2v: TinyH
     generate(tmp_path / "latents", t2v, "--prompt", "a cat", "--seed", 7)
     (path,) = (tmp_path / "latents").iterdir()
     hv_generate_video.main(
-        ["--latent_path", str(path), "--vae", str(t2v.vae), "--save_path", str(tmp_path / "out"), "--device", "cpu"]
+        [
+            "--latent_path",
+            str(path),
+            "--vae",
+            str(t2v.vae),
+            "--save_path",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+        ]
     )
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".mp4"]
 
@@ -114,18 +151,25 @@ def lora(path: Path, *modules: str) -> Path:
         width = 128 if module.startswith("double") else 128 + 320
         down, up = torch.randn(2, width, generator=generator), torch.randn(128, 2, generator=generator)
         if module in modules:
-            tensors[f"lora_unet_{module}.lora_down.weight"], tensors[f"lora_unet_{module}.lora_up.weight"] = down, up
+            tensors[f"lora_unet_{module}.lora_down.weight"], tensors[f"lora_unet_{module}.lora_up.weight"] = (
+                down,
+                up,
+            )
     save_file(tensors, path)
     return path
 
 
 @pytest.mark.parametrize("more", [(), ("--exclude_patterns", "txt_")])
-def test_single_blocks_may_be_left_out_of_loras(tmp_path: Path, t2v: TinyHunyuan, more: tuple[str, ...]) -> None:
+def test_single_blocks_may_be_left_out_of_loras(
+    tmp_path: Path, t2v: TinyHunyuan, more: tuple[str, ...]
+) -> None:
     say = ("--prompt", "a cat", "--seed", 1)
     both = lora(tmp_path / "both.safetensors", "double_blocks_0_img_attn_proj", "single_blocks_1_linear2")
     double = lora(tmp_path / "double.safetensors", "double_blocks_0_img_attn_proj")
 
-    without = generate(tmp_path / "without", t2v, *say, "--lora_weight", both, "--exclude_single_blocks", *more)
+    without = generate(
+        tmp_path / "without", t2v, *say, "--lora_weight", both, "--exclude_single_blocks", *more
+    )
 
     assert torch.equal(without[1], generate(tmp_path / "double", t2v, *say, "--lora_weight", double)[1])
     assert not torch.equal(without[1], generate(tmp_path / "both", t2v, *say, "--lora_weight", both)[1])
@@ -149,16 +193,22 @@ def test_one_sample_at_a_time_makes_the_passes_of_guidance_singly(
 ) -> None:
     say = ("--prompt", "a cat that is long", "--negative_prompt", "dull", "--guidance_scale", 3, "--seed", 1)
 
-    together, singly = generate(tmp_path / "a", t2v, *say), generate(tmp_path / "b", t2v, *say, "--split_uncond")
+    together, singly = (
+        generate(tmp_path / "a", t2v, *say),
+        generate(tmp_path / "b", t2v, *say, "--split_uncond"),
+    )
     assert "--split_attn" not in caplog.text
     split = generate(tmp_path / "c", t2v, *say, "--split_attn")
 
     assert "--split_attn has the passes of guidance made one after the other" in caplog.text
     assert torch.equal(split[1], singly[1])
-    torch.testing.assert_close(split[1], together[1], atol=1e-4, rtol=1e-4)  # float32, summed in another order, over the steps
+    # float32, summed in another order, over the steps
+    torch.testing.assert_close(split[1], together[1], atol=1e-4, rtol=1e-4)
 
 
-def test_without_guidance_there_is_nothing_to_split(tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_guidance_there_is_nothing_to_split(
+    tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture
+) -> None:
     assert generate(tmp_path, t2v, "--prompt", "a cat", "--seed", 1, "--split_attn").keys() == {1}
     assert "--split_uncond" not in caplog.text
 
@@ -173,9 +223,14 @@ def test_without_guidance_there_is_nothing_to_split(tmp_path: Path, t2v: TinyHun
         (["--vae_chunk_size", "0"], "--vae_chunk_size"),
         (["--vae_spatial_tile_sample_min_size", "20"], "--vae_spatial_tile_sample_min_size 20"),
         (["--vae_dtype", "fp8"], "nothing is computed in fp8"),
-        (["--blocks_to_swap", "2"], "--blocks_to_swap 2: the transformer has 2 . 3 blocks, of which at most 0 can be swapped"),
+        (
+            ["--blocks_to_swap", "2"],
+            "--blocks_to_swap 2: the transformer has 2 . 3 blocks, of which at most 0 can be swapped",
+        ),
     ],
 )
-def test_what_cannot_be_done_is_said(tmp_path: Path, t2v: TinyHunyuan, arguments: list[str], message: str) -> None:
+def test_what_cannot_be_done_is_said(
+    tmp_path: Path, t2v: TinyHunyuan, arguments: list[str], message: str
+) -> None:
     with pytest.raises(OptionError, match=message):
         generate(tmp_path, t2v, "--prompt", "a cat", *arguments)

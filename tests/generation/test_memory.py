@@ -22,7 +22,10 @@ from wan.family import family_for_generation
 from wan.options import WanGenerationOptions, add_generation_arguments
 
 QUICK = {"wan i2v-14B", "hunyuan_video", "framepack"}
-CASES = [pytest.param(each, id=each.name, marks=() if each.name in QUICK else pytest.mark.slow) for each in FAMILIES]
+CASES = [
+    pytest.param(each, id=each.name, marks=() if each.name in QUICK else pytest.mark.slow)
+    for each in FAMILIES
+]
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -31,7 +34,18 @@ def test_a_plan_is_printed_and_nothing_is_made(family: TinyFamily, tmp_path: Pat
     size = ["--video_size", "32", "32", "--guidance_scale", "5"]
     script, *arguments = family.generate
     done = run_script(
-        script, *arguments, *size, "--prompt", "a cat", "--save_path", "out", "--plan", "2", "--device", "cpu", folder=tmp_path
+        script,
+        *arguments,
+        *size,
+        "--prompt",
+        "a cat",
+        "--save_path",
+        "out",
+        "--plan",
+        "2",
+        "--device",
+        "cpu",
+        folder=tmp_path,
     )
     lines = done.stdout.splitlines()
     names = [line.split("  ")[0] for line in lines if not line.startswith(" ")]
@@ -47,11 +61,18 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
     path = wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v", dtype=torch.bfloat16, num_layers=6))
     parser = generation_parser("", ScriptDefaults(fps=16, guidance_scale=5.0))
     add_generation_arguments(parser)
-    args = read_arguments(parser, ["--task", "t2v-1.3B", "--dit", str(path), "--prompt", "x", "--save_path", "out"])
-    options, family = read_options(GenerationOptions, args), family_for_generation(read_options(WanGenerationOptions, args))
+    args = read_arguments(
+        parser, ["--task", "t2v-1.3B", "--dit", str(path), "--prompt", "x", "--save_path", "out"]
+    )
+    options, family = (
+        read_options(GenerationOptions, args),
+        family_for_generation(read_options(WanGenerationOptions, args)),
+    )
     request = Request("x", 0, 96, 64, 9, 4, 5.0, None, 3.0, "unipc", 16.0, "y")
     text: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}
-    phase, most = rehearse_denoising(family, options, request, {0: EncodedPrompts(text, text)}, {0: {}}, Part("more", 0))
+    phase, most = rehearse_denoising(
+        family, options, request, {0: EncodedPrompts(text, text)}, {0: {}}, Part("more", 0)
+    )
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
     with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():

@@ -33,7 +33,10 @@ def test_defaults_are_read(tmp_path: Path) -> None:
         (["--latent_path", __file__, "--output_type", "both"], "the latents are there already"),
         (["--latent_path", __file__, "--interactive"], "only decodes"),
         (["--from_file", "no such.txt"], "--from_file no such.txt: there is no such file"),
-        (["--prompt", "p", "--lora_weight", "no such.safetensors"], "--lora_weight no such.safetensors: there is no such file"),
+        (
+            ["--prompt", "p", "--lora_weight", "no such.safetensors"],
+            "--lora_weight no such.safetensors: there is no such file",
+        ),
         (["--latent_path", __file__, "no such.pt"], "--latent_path no such.pt: there is no such file"),
         (["--latent_path", __file__, "--fps", "0"], "--fps 0: has to be above 0"),
         (["--latent_path", __file__, "--fps", "99999999999"], "--fps 1e\\+11: 1000 is the most"),
@@ -58,7 +61,9 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, arguments: list[str
         (["--fp8_scaled", "--upcast_quantization"], Quantisation("rows", float32_scales=True)),
     ],
 )
-def test_options_of_fp8_say_how_weights_are_kept(tmp_path: Path, arguments: list[str], expected: Quantisation | None) -> None:
+def test_options_of_fp8_say_how_weights_are_kept(
+    tmp_path: Path, arguments: list[str], expected: Quantisation | None
+) -> None:
     assert read(tmp_path, "--prompt", "p", *arguments).speed.fp8.quantisation == expected
 
 
@@ -85,17 +90,25 @@ def test_a_script_has_the_output_types_that_it_says(tmp_path: Path) -> None:
 def test_only_videos_that_come_in_sections_can_be_watched_while_they_grow(tmp_path: Path) -> None:
     sections = ScriptDefaults(fps=30, guidance_scale=1.0, in_sections=True)
     assert read(tmp_path, "--prompt", "p", defaults=sections).output.shows_progress
-    assert not read(tmp_path, "--prompt", "p", "--no_progressive_save", defaults=sections).output.shows_progress
-    assert not read(tmp_path, "--prompt", "p", "--output_type", "latent", defaults=sections).output.shows_progress
+    assert not read(
+        tmp_path, "--prompt", "p", "--no_progressive_save", defaults=sections
+    ).output.shows_progress
+    assert not read(
+        tmp_path, "--prompt", "p", "--output_type", "latent", defaults=sections
+    ).output.shows_progress
     with pytest.raises(SystemExit):
         read(tmp_path, "--prompt", "p", "--no_progressive_save")
 
 
 def test_a_script_may_have_options_about_each_video_of_its_own(tmp_path: Path) -> None:
-    defaults = ScriptDefaults(fps=30, guidance_scale=1.0, has_length=False, extras={"paws": "feet"}, rescales_guidance=True)
+    defaults = ScriptDefaults(
+        fps=30, guidance_scale=1.0, has_length=False, extras={"paws": "feet"}, rescales_guidance=True
+    )
     parser = generation_parser(None, defaults)
     parser.add_argument("--paws", type=int, default=4)
-    args = read_arguments(parser, ["--save_path", str(tmp_path), "--prompt", "p", "--paws", "3", "--guidance_rescale", "0.5"])
+    args = read_arguments(
+        parser, ["--save_path", str(tmp_path), "--prompt", "p", "--paws", "3", "--guidance_rescale", "0.5"]
+    )
     options = read_options(GenerationOptions, args)
     assert options.request.extras == {"paws": ("feet", 3)}
     assert options.request.video_length is None

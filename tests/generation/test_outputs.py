@@ -35,7 +35,9 @@ def options(
     pngs: bool = False,
     numbered: bool = False,
 ) -> OutputOptions:
-    return OutputOptions(folder, output_type, False, trim, False, numbered, FormatOptions(codec, container, pngs))
+    return OutputOptions(
+        folder, output_type, False, trim, False, numbered, FormatOptions(codec, container, pngs)
+    )
 
 
 def clip(frames: int = 5) -> Iterator[Tensor]:
@@ -89,7 +91,9 @@ class Harmful:
         return (eval, ("1",))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "other tensor", "wrong shape", "two videos", "no frame", "code", "text"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "other tensor", "wrong shape", "two videos", "no frame", "code", "text"]
+)
 def test_files_without_latents_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("x.pt" if kind in {"code", "text"} else "x.safetensors")
     if kind == "truncated":
@@ -149,7 +153,10 @@ def test_images_go_into_a_folder(tmp_path: Path) -> None:
 def test_a_single_picture_may_have_a_number_and_lies_in_no_folder(tmp_path: Path, output_type: str) -> None:
     path = save_pixels(options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
     assert path == tmp_path / "a_000.png"
-    assert save_pixels(options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None) == tmp_path / "a__000.png"
+    assert (
+        save_pixels(options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
+        == tmp_path / "a__000.png"
+    )
 
 
 def test_images_may_come_with_latents(tmp_path: Path) -> None:
@@ -173,7 +180,11 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_pngs_are_kept_beside_the_video(tmp_path: Path) -> None:
     for _ in range(2):
         save_pixels(options(tmp_path, pngs=True), "a", clip(3), 16.0, None)
-    assert sorted(file.name for file in (tmp_path / "frames").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    assert sorted(file.name for file in (tmp_path / "frames").iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+    ]
     assert len(list((tmp_path / "frames_").iterdir())) == 3
 
 

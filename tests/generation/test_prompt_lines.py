@@ -46,7 +46,8 @@ IMAGES = {"image_path": "my cat.png", "end_image_path": "b.png"}
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("p --f 3", {"video_seconds": 3.0, "video_sections": None}),  # the sections of the command line are not to count
+        # the sections of the command line are not to count
+        ("p --f 3", {"video_seconds": 3.0, "video_sections": None}),
         ("p --vs 2", {"video_sections": 2}),
         ("p --vs 2 --f 3", {"video_sections": 2, "video_seconds": 3.0}),
         ("p --g 2 --l 3", {"guidance_scale": 3.0}),
@@ -63,7 +64,11 @@ def test_lengths_and_images_of_videos_in_sections(line: str, expected: dict[str,
 def test_a_script_says_what_its_letters_mean() -> None:
     line = "p --g 3 --f 5"
     assert parse_generation_line(line) == {"prompt": "p", "guidance_scale": 3.0, "video_length": 5}
-    assert parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS) == {"prompt": "p", "embedded_cfg_scale": 3.0, "video_length": 5}
+    assert parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS) == {
+        "prompt": "p",
+        "embedded_cfg_scale": 3.0,
+        "video_length": 5,
+    }
 
 
 @pytest.mark.parametrize(("text", "seeds"), SEEDS["cases"])
@@ -73,7 +78,14 @@ def test_text_seeds_are_the_measured_ones(text: str, seeds: dict[str, int]) -> N
 
 @pytest.mark.parametrize(
     ("text", "seed"),
-    [("blissful", 408225803), ("日本語", 779165735), ("0x10", 2719962801), ("1.5", 2138210904), ("42", 42), ("-3", -3)],
+    [
+        ("blissful", 408225803),
+        ("日本語", 779165735),
+        ("0x10", 2719962801),
+        ("1.5", 2138210904),
+        ("42", 42),
+        ("-3", -3),
+    ],
 )
 def test_documented_text_seeds(text: str, seed: int) -> None:
     assert text_to_seed(text) == seed
@@ -119,9 +131,13 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
 def test_a_toml_subset_wins_over_what_all_share(tmp_path: Path) -> None:
     path = tmp_path / "prompts.toml"
     path.write_text(
-        '[prompt]\nwidth = 64\nseed = 1\n[[prompt.subset]]\nprompt = "a"\nwidth = 32\n[[prompt.subset]]\nprompt = "b"\n'
+        '[prompt]\nwidth = 64\nseed = 1\n[[prompt.subset]]\nprompt = "a"\nwidth = '
+        '32\n[[prompt.subset]]\nprompt = "b"\n'
     )
-    assert read_sample_prompts(path) == [{"prompt": "a", "width": 32, "seed": 1}, {"prompt": "b", "width": 64, "seed": 1}]
+    assert read_sample_prompts(path) == [
+        {"prompt": "a", "width": 32, "seed": 1},
+        {"prompt": "b", "width": 64, "seed": 1},
+    ]
 
 
 def test_json_holds_lines_and_objects(tmp_path: Path) -> None:
@@ -140,7 +156,9 @@ def test_a_wrong_type_names_file_entry_and_key(tmp_path: Path) -> None:
         read_sample_prompts(path)
 
 
-@pytest.mark.parametrize(("name", "text"), [("p.toml", "x ="), ("p.json", "{"), ("p.json", '{"a": 1}'), ("p.csv", "a")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.toml", "x ="), ("p.json", "{"), ("p.json", '{"a": 1}'), ("p.csv", "a")]
+)
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
     path.write_text(text)

@@ -41,17 +41,29 @@ class Script:
         return {action.dest: action for action in supported if action.dest != "help"}
 
     def read(self, *arguments: str) -> GenerationOptions:
-        return read_generation(None, self.defaults, self.add_arguments, self.record, ["--save_path", "made", *arguments])[0]
+        return read_generation(
+            None, self.defaults, self.add_arguments, self.record, ["--save_path", "made", *arguments]
+        )[0]
 
 
 SCRIPTS = {
     "wan": Script(wan_generate_video.DEFAULTS, wan.add_generation_arguments, wan.WanGenerationOptions),
-    "hv": Script(hv_generate_video.DEFAULTS, hunyuan.add_generation_arguments, hunyuan.HunyuanGenerationOptions),
-    "fpack": Script(fpack_generate_video.DEFAULTS, frame_pack.add_generation_arguments, frame_pack.FramePackGenerationOptions),
+    "hv": Script(
+        hv_generate_video.DEFAULTS, hunyuan.add_generation_arguments, hunyuan.HunyuanGenerationOptions
+    ),
+    "fpack": Script(
+        fpack_generate_video.DEFAULTS,
+        frame_pack.add_generation_arguments,
+        frame_pack.FramePackGenerationOptions,
+    ),
 }
-FROM_FAMILY = {"task", "device", "f1", "latent_window_size"}  # said by the family when it has settled a request, and by the run
+# said by the family when it has settled a request, and by the run
+FROM_FAMILY = {"task", "device", "f1", "latent_window_size"}
 RECORDED = [
-    (name, option) for name, script in SCRIPTS.items() for option in script.actions if option not in NO_PIXELS | FROM_FAMILY
+    (name, option)
+    for name, script in SCRIPTS.items()
+    for option in script.actions
+    if option not in NO_PIXELS | FROM_FAMILY
 ]
 SHARES = {"strength", "guidance_rescale", "cfg_apply_ratio"}  # not above 1
 LORA = __file__  # a file that is there
@@ -80,7 +92,9 @@ WITH = {  # what has to be given too
 def recorded(options: GenerationOptions) -> Mapping[str, str]:
     """The metadata of the video that the options ask for, before a family settles what they leave open."""
     device = torch.device("cpu")
-    run = Run(ToyFamily(), options, Session(ToyFamily(), device, lambda expert: torch.nn.Identity(), keep=False))
+    run = Run(
+        ToyFamily(), options, Session(ToyFamily(), device, lambda expert: torch.nn.Identity(), keep=False)
+    )
     metadata = run.metadata(make_request(options.request))
     assert metadata is not None
     return metadata
@@ -101,7 +115,9 @@ def another_value(action: argparse.Action) -> list[str]:
 def test_every_option_that_changes_pixels_is_recorded(name: str, option: str) -> None:
     script = SCRIPTS[name]
     values, prompt = another_value(script.actions[option]), ["--prompt", "a cat"]
-    metadata = recorded(script.read(*prompt, *WITH.get(option, []), script.actions[option].option_strings[0], *values))
+    metadata = recorded(
+        script.read(*prompt, *WITH.get(option, []), script.actions[option].option_strings[0], *values)
+    )
     keys = OF_REQUEST.get(option, (option,))
     said = [metadata[f"bt_{key}"] for key in keys]
     for value in values or ["True"]:
@@ -114,8 +130,25 @@ def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(n
     found = recorded(SCRIPTS[name].read("--prompt", "a cat"))
     extra = {"bt_embedded_cfg_scale", "bt_video_seconds", "bt_guidance_rescale"}
     assert found.keys() - extra == {
-        *("bt_model_type", "bt_task", "bt_tunerver", "bt_seeds", "bt_prompt", "bt_negative_prompt", "bt_infer_steps", "bt_device"),
-        *("bt_guidance_scale", "bt_cfg_schedule", "bt_flow_shift", "bt_height", "bt_width", "bt_video_length", "bt_fps"),
+        *(
+            "bt_model_type",
+            "bt_task",
+            "bt_tunerver",
+            "bt_seeds",
+            "bt_prompt",
+            "bt_negative_prompt",
+            "bt_infer_steps",
+            "bt_device",
+        ),
+        *(
+            "bt_guidance_scale",
+            "bt_cfg_schedule",
+            "bt_flow_shift",
+            "bt_height",
+            "bt_width",
+            "bt_video_length",
+            "bt_fps",
+        ),
         "bt_sample_solver",
     }
 
@@ -126,6 +159,10 @@ def test_lists_of_options_name_options_that_there_are() -> None:
 
 
 def test_files_are_recorded_by_name(tmp_path: Path) -> None:
-    found = recorded(SCRIPTS["hv"].read("--prompt", "a cat", "--dit", str(tmp_path / "dit.pt"), "--vae", f"{tmp_path}/vae/"))
+    found = recorded(
+        SCRIPTS["hv"].read(
+            "--prompt", "a cat", "--dit", str(tmp_path / "dit.pt"), "--vae", f"{tmp_path}/vae/"
+        )
+    )
     assert (found["bt_dit"], found["bt_vae"]) == ("dit.pt", "vae")
     assert not [text for text in found.values() if str(tmp_path) in text]

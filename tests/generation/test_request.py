@@ -13,7 +13,24 @@ from modules.contract.generation import Request
 from modules.errors import OptionError
 
 OPTIONS = RequestOptions(
-    "a cat", None, (480, 832), None, 16.0, None, None, 5.0, None, None, "unipc", None, None, None, None, None, None, {}
+    "a cat",
+    None,
+    (480, 832),
+    None,
+    16.0,
+    None,
+    None,
+    5.0,
+    None,
+    None,
+    "unipc",
+    None,
+    None,
+    None,
+    None,
+    None,
+    None,
+    {},
 )
 
 
@@ -36,8 +53,19 @@ def test_a_line_wins_over_the_command_line() -> None:
         "cfg_schedule": "1-2",
     }
     request = make_request(replace(OPTIONS, seed="9", control_path=Path("c.mp4")), line)
-    assert (request.prompt, request.width, request.height, request.frames, request.seed) == ("a dog", 64, 480, 9, 3)
-    assert (request.steps, request.guidance_scale, request.flow_shift, request.cfg_schedule) == (4, 2.0, 1.5, "1-2")
+    assert (request.prompt, request.width, request.height, request.frames, request.seed) == (
+        "a dog",
+        64,
+        480,
+        9,
+        3,
+    )
+    assert (request.steps, request.guidance_scale, request.flow_shift, request.cfg_schedule) == (
+        4,
+        2.0,
+        1.5,
+        "1-2",
+    )
     assert request.image_path == Path("~/x.png").expanduser()
     assert request.control_path == Path("c.mp4")
 
@@ -107,8 +135,12 @@ def test_skip_layer_guidance_without_guidance_is_warned_about(caplog: pytest.Log
 
 
 @pytest.mark.parametrize(("scale", "warnings"), [(1.0, 1), (3.0, 0)])
-def test_rescaling_without_guidance_is_warned_about(scale: float, warnings: int, caplog: pytest.LogCaptureFixture) -> None:
-    check_guidance(Request("p", 0, steps=4, guidance_scale=scale), replace(PLAIN_GUIDANCE, guidance_rescale=0.5))
+def test_rescaling_without_guidance_is_warned_about(
+    scale: float, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_guidance(
+        Request("p", 0, steps=4, guidance_scale=scale), replace(PLAIN_GUIDANCE, guidance_rescale=0.5)
+    )
     assert caplog.text.count("--guidance_rescale 0.5 is ignored because no step uses guidance") == warnings
 
 

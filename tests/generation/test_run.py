@@ -19,7 +19,17 @@ from tests.generation.toy_family import ToyFamily
 
 def options(folder: Path, *arguments: object) -> GenerationOptions:
     parser = generation_parser(None, ScriptDefaults(fps=16, guidance_scale=5.0))
-    common = ["--save_path", str(folder), "--device", "cpu", "--video_size", "32", "48", "--video_length", "5"]
+    common = [
+        "--save_path",
+        str(folder),
+        "--device",
+        "cpu",
+        "--video_size",
+        "32",
+        "48",
+        "--video_length",
+        "5",
+    ]
     return read_options(GenerationOptions, read_arguments(parser, [*common, *map(str, arguments)]))
 
 
@@ -63,7 +73,11 @@ def test_a_file_loads_each_network_once_and_goes_phase_by_phase(tmp_path: Path) 
         *["load text", "encode cat", "encode bad", "encode dog", "encode worse", "free text"],
         *["load vae", "encode a.png", "load dit", "decode", "decode", "decode"],
     ]
-    assert len(list((tmp_path / "out").glob("*.mp4"))) == len(list((tmp_path / "out").glob("*_latent.safetensors"))) == 3
+    assert (
+        len(list((tmp_path / "out").glob("*.mp4")))
+        == len(list((tmp_path / "out").glob("*_latent.safetensors")))
+        == 3
+    )
 
 
 def test_lines_of_a_file_equal_single_runs(tmp_path: Path) -> None:
@@ -71,7 +85,9 @@ def test_lines_of_a_file_equal_single_runs(tmp_path: Path) -> None:
     run(tmp_path / "file", "--from_file", path, "--output_type", "latent")
     for seed, more in ((1, ["--prompt", "cat"]), (2, ["--prompt", "dog", "--negative_prompt", "worse"])):
         run(tmp_path / "single", *more, "--seed", seed, "--output_type", "latent")
-        ours, theirs = (load_file(only(tmp_path / name, f"*_{seed}_latent.safetensors")) for name in ("file", "single"))
+        ours, theirs = (
+            load_file(only(tmp_path / name, f"*_{seed}_latent.safetensors")) for name in ("file", "single")
+        )
         assert torch.equal(ours["latent"], theirs["latent"])
 
 
@@ -79,7 +95,12 @@ def test_failing_lines_are_skipped_and_listed(tmp_path: Path) -> None:
     path = prompts(tmp_path, "impossible", "cat --i missing.png", "p --w x", "dog --d 5", "cat --cs 99")
     with pytest.raises(UserError, match="4 of 5 failed") as caught:
         run(tmp_path / "out", "--from_file", path)
-    for words in ("line 1: OptionError: this cannot", "line 2: MediaError: missing.png", "line 3: OptionError: --w", "line 5"):
+    for words in (
+        "line 1: OptionError: this cannot",
+        "line 2: MediaError: missing.png",
+        "line 3: OptionError: --w",
+        "line 5",
+    ):
         assert words in str(caught.value)
     assert caught.value.exit_code == 1
     assert only(tmp_path / "out", "*").name.endswith("_5.mp4")
@@ -247,7 +268,9 @@ def test_products_in_fp8_are_refused_at_start_where_the_device_has_none(tmp_path
     assert family.diary == []
 
 
-def test_products_in_fp8_without_fp8_weights_are_told_of_and_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_products_in_fp8_without_fp8_weights_are_told_of_and_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         assert "decode" in run(tmp_path, "--prompt", "cat", "--fp8_fast")
     assert "--fp8_fast is ignored" in caplog.text

@@ -30,7 +30,17 @@ def toy_texts(positive: float = 3, negative: float | None = 8) -> dict[int, Enco
 
 def golden_wan() -> WanModel:
     description, _ = read_case("wan_dit_t2v")
-    names = {"dim", "ffn_dim", "freq_dim", "text_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_len"}
+    names = {
+        "dim",
+        "ffn_dim",
+        "freq_dim",
+        "text_dim",
+        "num_heads",
+        "num_layers",
+        "in_dim",
+        "out_dim",
+        "text_len",
+    }
     config = WanConfig(**{key: value for key, value in description["config"].items() if key in names})
     model = WanModel(config)
     model.load_state_dict(make_weights(description["weights_model_key"], description["weights"]))
@@ -38,7 +48,8 @@ def golden_wan() -> WanModel:
 
 
 @pytest.mark.parametrize(
-    ("solver", "recorded"), [("unipc", "latent_unipc"), ("dpm++", "latent_dpmpp"), ("euler", "latent_vanilla")]
+    ("solver", "recorded"),
+    [("unipc", "latent_unipc"), ("dpm++", "latent_dpmpp"), ("euler", "latent_vanilla")],
 )
 def test_a_whole_wan_run_equals_the_recorded_one(solver: str, recorded: str) -> None:
     description, tensors = read_case("wan_sampling")
@@ -103,12 +114,25 @@ def test_conditions_of_different_shapes_are_not_batched() -> None:
     family, dit = ToyFamily(), ToyDit()
     texts = toy_texts()
     negative = {"letters": [torch.ones(1, 1)], "extra": torch.ones(2)}
-    make_latents(family, lambda timestep: dit, REQUEST, {0: replace(texts[0], negative=negative)}, {0: {}}, CPU, split=False)
+    make_latents(
+        family,
+        lambda timestep: dit,
+        REQUEST,
+        {0: replace(texts[0], negative=negative)},
+        {0: {}},
+        CPU,
+        split=False,
+    )
     assert len(family.diary) == 2 * REQUEST.steps  # type: ignore[operator]
 
 
 def test_whole_numbers_stay_where_code_reads_them() -> None:
-    given = {"t5": [torch.zeros(2, 3)], "image": torch.zeros(1, 4), "mask": torch.ones(1, 5).bool(), "places": torch.arange(6)}
+    given = {
+        "t5": [torch.zeros(2, 3)],
+        "image": torch.zeros(1, 4),
+        "mask": torch.ones(1, 5).bool(),
+        "places": torch.arange(6),
+    }
 
     there = conditions_to(given, torch.device("meta"))
     text = there["t5"]
@@ -139,7 +163,9 @@ def test_the_network_of_each_timestep_is_asked_for() -> None:
 def test_watchers_see_each_step_and_the_clean_estimate() -> None:
     seen: list[StepDone] = []
     dit = ToyDit()
-    latents = make_latents(ToyFamily(), lambda t: dit, REQUEST, toy_texts(), {0: {}}, CPU, on_step=seen.append)
+    latents = make_latents(
+        ToyFamily(), lambda t: dit, REQUEST, toy_texts(), {0: {}}, CPU, on_step=seen.append
+    )
     assert [(done.step, done.num_steps) for done in seen] == [(step, 4) for step in range(4)]
     assert seen[-1].clean.shape == latents.shape
     assert not latents.requires_grad
@@ -159,7 +185,9 @@ def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
     assert steps == [0, 1]
 
 
-@pytest.mark.parametrize(("by_family", "asked", "on_cpu"), [(False, False, False), (False, True, True), (True, False, True)])
+@pytest.mark.parametrize(
+    ("by_family", "asked", "on_cpu"), [(False, False, False), (False, True, True), (True, False, True)]
+)
 def test_a_family_may_have_its_noise_drawn_on_the_cpu(
     by_family: bool, asked: bool, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,9 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> TinyWan:
 
 
 def generate(folder: Path, files: TinyWan, *arguments: object, task: str = "t2v-1.3B") -> None:
-    wan_generate_video.main(["--save_path", str(folder), "--task", task, *SIZE, *files.models, *map(str, arguments)])
+    wan_generate_video.main(
+        ["--save_path", str(folder), "--task", task, *SIZE, *files.models, *map(str, arguments)]
+    )
 
 
 def latents_in(folder: Path) -> Tensor:
@@ -44,7 +46,9 @@ def text_of(files: TinyWan, text: str) -> list[Tensor]:
 
 
 @torch.no_grad()
-def by_hand(files: TinyWan, prompt: str, seed: int, scales: Sequence[float], flow_shift: float = 5.0) -> Tensor:
+def by_hand(
+    files: TinyWan, prompt: str, seed: int, scales: Sequence[float], flow_shift: float = 5.0
+) -> Tensor:
     """Euler's steps with guidance, written out. Returns C F H W."""
     dit = load_dit(files.dit, Placement(torch.device("cpu")))
     positive, negative = text_of(files, prompt), text_of(files, NEGATIVE_PROMPT)
@@ -61,14 +65,34 @@ def by_hand(files: TinyWan, prompt: str, seed: int, scales: Sequence[float], flo
 
 def test_latents_equal_a_computation_by_hand(tmp_path: Path, t2v: TinyWan) -> None:
     generate(
-        tmp_path, t2v, "--prompt", "a cat", "--seed", 7, "--sample_solver", "vanilla", "--cpu_noise", "--output_type", "latent"
+        tmp_path,
+        t2v,
+        "--prompt",
+        "a cat",
+        "--seed",
+        7,
+        "--sample_solver",
+        "vanilla",
+        "--cpu_noise",
+        "--output_type",
+        "latent",
     )
     expected = by_hand(t2v, "a cat", 7, [5.0] * 3)
     assert float((latents_in(tmp_path) - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
 def test_a_schedule_sets_the_scale_of_each_step(tmp_path: Path, t2v: TinyWan) -> None:
-    more = ("--sample_solver", "vanilla", "--cpu_noise", "--output_type", "latent", "--cfg_schedule", "1:4, 3", "--flow_shift", 3)
+    more = (
+        "--sample_solver",
+        "vanilla",
+        "--cpu_noise",
+        "--output_type",
+        "latent",
+        "--cfg_schedule",
+        "1:4, 3",
+        "--flow_shift",
+        3,
+    )
     generate(tmp_path, t2v, "--prompt", "a cat", "--seed", 7, *more)
     expected = by_hand(t2v, "a cat", 7, [4.0, 1.0, 5.0], flow_shift=3.0)
     assert float((latents_in(tmp_path) - expected).abs().max() / expected.abs().max()) < 1e-4
@@ -83,7 +107,12 @@ def test_the_metadata_says_how_it_was_made(tmp_path: Path, t2v: TinyWan) -> None
     assert metadata["bt_task"] == "t2v-1.3B"
     assert metadata["bt_prompt"] == "a cat ä"
     assert metadata["bt_negative_prompt"] == NEGATIVE_PROMPT
-    assert (metadata["bt_height"], metadata["bt_width"], metadata["bt_video_length"], metadata["bt_fps"]) == ("32", "48", "5", "16")
+    assert (metadata["bt_height"], metadata["bt_width"], metadata["bt_video_length"], metadata["bt_fps"]) == (
+        "32",
+        "48",
+        "5",
+        "16",
+    )
 
 
 def test_a_batch_equals_single_runs_and_reports_a_failing_line(tmp_path: Path, t2v: TinyWan) -> None:
@@ -94,7 +123,9 @@ def test_a_batch_equals_single_runs_and_reports_a_failing_line(tmp_path: Path, t
     names = sorted(path.name.split("_", 1)[1] for path in (tmp_path / "batch").iterdir())
     assert names == ["1.mp4", "3.png"]
     generate(tmp_path / "single", t2v, "--prompt", "a cat", "--seed", 1)
-    ours, theirs = (list(video_frames(next((tmp_path / name).glob("*_1.mp4")))) for name in ("batch", "single"))
+    ours, theirs = (
+        list(video_frames(next((tmp_path / name).glob("*_1.mp4")))) for name in ("batch", "single")
+    )
     assert all((mine == other).all() for mine, other in zip(ours, theirs, strict=True))
 
 
@@ -105,7 +136,14 @@ def test_a_lora_changes_the_result_and_a_merged_model_gives_the_same(tmp_path: P
     generate(tmp_path / "plain", t2v, *say)
     generate(tmp_path / "lora", t2v, *say, "--lora_weight", lora, "--lora_multiplier", 0.7)
     generate(
-        tmp_path / "merge", t2v, "--lora_weight", lora, "--lora_multiplier", 0.7, "--save_merged_model", tmp_path / "m.safetensors"
+        tmp_path / "merge",
+        t2v,
+        "--lora_weight",
+        lora,
+        "--lora_multiplier",
+        0.7,
+        "--save_merged_model",
+        tmp_path / "m.safetensors",
     )
     generate(tmp_path / "merged", TinyWan(tmp_path / "m.safetensors", t2v.vae, t2v.t5, t2v.clip), *say)
     assert not torch.allclose(latents_in(tmp_path / "plain"), latents_in(tmp_path / "lora"), atol=1e-3)
@@ -126,14 +164,22 @@ def test_a_merged_model_without_lora_is_the_model(tmp_path: Path) -> None:
     generate(tmp_path, files, "--save_merged_model", tmp_path / "m.safetensors")
     merged, given = load_file(tmp_path / "m.safetensors"), load_file(files.dit)
     assert merged.keys() == given.keys()
-    assert all(torch.equal(merged[name], given[name]) and merged[name].dtype == given[name].dtype for name in given)
+    assert all(
+        torch.equal(merged[name], given[name]) and merged[name].dtype == given[name].dtype for name in given
+    )
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "vanilla"])
 @pytest.mark.parametrize(
-    "more", [("--slg_mode", "original", "--slg_layers", "1"), ("--cfg_skip_mode", "alternate", "--cfg_apply_ratio", 0.5)]
+    "more",
+    [
+        ("--slg_mode", "original", "--slg_layers", "1"),
+        ("--cfg_skip_mode", "alternate", "--cfg_apply_ratio", 0.5),
+    ],
 )
-def test_all_solvers_run_with_guidance_ideas(tmp_path: Path, t2v: TinyWan, solver: str, more: tuple[object, ...]) -> None:
+def test_all_solvers_run_with_guidance_ideas(
+    tmp_path: Path, t2v: TinyWan, solver: str, more: tuple[object, ...]
+) -> None:
     generate(tmp_path, t2v, "--prompt", "a cat", "--sample_solver", solver, "--output_type", "latent", *more)
     assert latents_in(tmp_path).isfinite().all()
 
@@ -146,13 +192,31 @@ def test_one_image_is_a_png(tmp_path: Path, t2v: TinyWan) -> None:
 def test_image_to_video_takes_the_images_aspect(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models", "i2v")
     write_image(tmp_path / "in.png", 64, 32)
-    generate(tmp_path / "out", files, "--prompt", "p", "--image_path", tmp_path / "in.png", "--output_type", "both", task="i2v-14B")
-    assert latents_in(tmp_path / "out").shape == (16, 2, 2, 6)  # near 32 x 48 pixels in area, twice as wide as high
+    generate(
+        tmp_path / "out",
+        files,
+        "--prompt",
+        "p",
+        "--image_path",
+        tmp_path / "in.png",
+        "--output_type",
+        "both",
+        task="i2v-14B",
+    )
+    # near 32 x 48 pixels in area, twice as wide as high
+    assert latents_in(tmp_path / "out").shape == (16, 2, 2, 6)
 
 
 def test_first_and_last_image_and_end_image(tmp_path: Path) -> None:
     write_image(tmp_path / "in.png", 48, 32)
-    paths = ("--image_path", tmp_path / "in.png", "--end_image_path", tmp_path / "in.png", "--output_type", "both")
+    paths = (
+        "--image_path",
+        tmp_path / "in.png",
+        "--end_image_path",
+        tmp_path / "in.png",
+        "--output_type",
+        "both",
+    )
     for kind, frames in (("flf2v", 2), ("i2v", 3)):
         files = write_tiny_wan(tmp_path / kind / "models", kind)
         generate(tmp_path / kind, files, "--prompt", "p", *paths, "--trim_tail_frames", 3, task=f"{kind}-14B")
@@ -178,6 +242,8 @@ def test_a_control_video_is_followed(tmp_path: Path) -> None:
         (["--task", "i2v-14B"], UserError, "--task"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, t2v: TinyWan, arguments: list[str], kind: type[UserError], message: str) -> None:
+def test_mistakes_are_named(
+    tmp_path: Path, t2v: TinyWan, arguments: list[str], kind: type[UserError], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         generate(tmp_path, t2v, "--prompt", "p", *arguments)

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Piece, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.generation import (
+    NO_TWEAKS,
+    EncodedPrompts,
+    Piece,
+    Prompt,
+    Prompts,
+    Request,
+    Section,
+    Tweaks,
+)
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, MediaError, OptionError
 
@@ -47,9 +56,14 @@ class ToyTextEncoder:
 
 
 class ToyVae(nn.Module):
-    """Every latent pixel is one picture of 8 x 8 pixels; latent frames after the first are four. A frame shows the mean so far."""
+    """Every latent pixel is one picture of 8 x 8 pixels; latent frames after the first are four.
 
-    def __init__(self, diary: list[str], places: dict[str, str], on_chunk: Callable[[], object] = lambda: None) -> None:
+    A frame shows the mean so far.
+    """
+
+    def __init__(
+        self, diary: list[str], places: dict[str, str], on_chunk: Callable[[], object] = lambda: None
+    ) -> None:
         super().__init__()
         self.on_chunk = on_chunk
         self.diary = diary
@@ -63,7 +77,9 @@ class ToyVae(nn.Module):
         together = self.places["vae"] != "cpu" and self.places["vae"] == self.places.get("dit")
         self.diary.append("decode beside dit" if together else "decode")
         latents = latents.cumsum(2) / torch.arange(1, latents.shape[2] + 1).view(-1, 1, 1)
-        pixels = latents[:, :1].clamp(-1, 1).repeat(1, 3, 1, 1, 1).repeat_interleave(8, 3).repeat_interleave(8, 4)
+        pixels = (
+            latents[:, :1].clamp(-1, 1).repeat(1, 3, 1, 1, 1).repeat_interleave(8, 3).repeat_interleave(8, 4)
+        )
         for index, frame in enumerate(pixels.split(1, dim=2)):
             self.on_chunk()
             yield frame if index == 0 else frame.repeat_interleave(4, 2)
@@ -94,7 +110,8 @@ class ToyDit(nn.Module):
 class ToyFamily:
     """Text to video. An image path "missing.png" fails when it is read, a prompt "impossible" at once.
 
-    With `sections_made` a video is that many windows of latent frames behind a first one, made like those of FramePack.
+    With `sections_made` a video is that many windows of latent frames behind a first one, made like those of
+    FramePack.
     """
 
     diary: list[str] = field(default_factory=list)
@@ -118,7 +135,8 @@ class ToyFamily:
     makes_last_first: bool = True
     places: dict[str, str] = field(default_factory=dict)  # where networks were moved to, though nothing moves
     on_chunk: Callable[[], object] = lambda: None  # called with each chunk of pixels
-    stop_loading: set[str] = field(default_factory=set)  # networks at whose next loading someone presses Ctrl-C
+    # networks at whose next loading someone presses Ctrl-C
+    stop_loading: set[str] = field(default_factory=set)
 
     def stop(self, network: str) -> None:
         if network in self.stop_loading:
@@ -162,9 +180,12 @@ class ToyFamily:
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         raise NotImplementedError
 
-    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
         self.diary.append(
-            f"pass {int(cond['letters'][0])}" + (f" without {sorted(tweaks.skip_blocks)}" if tweaks.skip_blocks else "")
+            f"pass {int(cond['letters'][0])}"
+            + (f" without {sorted(tweaks.skip_blocks)}" if tweaks.skip_blocks else "")
         )
         if self.interrupt_pass == sum(line.startswith("pass") for line in self.diary):
             raise KeyboardInterrupt
@@ -178,7 +199,9 @@ class ToyFamily:
         usual = self.defaults
         return replace(
             request,
-            frames=video_frames(self.sections_made, WINDOW) if self.sections_made else request.frames or usual.frames,
+            frames=video_frames(self.sections_made, WINDOW)
+            if self.sections_made
+            else request.frames or usual.frames,
             steps=request.steps or usual.steps,
             flow_shift=request.flow_shift or usual.flow_shift,
             solver=request.solver or usual.solver,
@@ -215,17 +238,30 @@ class ToyFamily:
         shape = self.latent.shape(request.frames, request.height, request.width)
         return (yield prompts[0].section(noise.draw(shape), inputs[0]))
 
-    def windows(self, request: Request, prompts: EncodedPrompts, noise: NoiseSource) -> Generator[Section, Tensor, Tensor]:
+    def windows(
+        self, request: Request, prompts: EncodedPrompts, noise: NoiseSource
+    ) -> Generator[Section, Tensor, Tensor]:
         shape = list(self.latent.shape(*request.size[::-1]))
         start, shape[2] = torch.full([*shape[:2], 1, *shape[3:]], 0.5), WINDOW
         video, made = (None if self.makes_last_first else start), None
         for number in range(self.sections_made):
-            latents = yield replace(prompts.section(noise.draw(shape)), made=made, label=f"section {number + 1}")
-            parts = [latents] if video is None else [latents, video] if self.makes_last_first else [video, latents]
+            latents = yield replace(
+                prompts.section(noise.draw(shape)), made=made, label=f"section {number + 1}"
+            )
+            parts = (
+                [latents]
+                if video is None
+                else [latents, video]
+                if self.makes_last_first
+                else [video, latents]
+            )
             video = torch.cat(parts, dim=2)
             newest = video[:, :, : 2 * WINDOW] if self.makes_last_first else video[:, :, -2 * WINDOW :]
             made = Piece(
-                newest if number else video, section_frames(WINDOW) if number else 0, self.makes_last_first, self.decode_part
+                newest if number else video,
+                section_frames(WINDOW) if number else 0,
+                self.makes_last_first,
+                self.decode_part,
             )
         assert video is not None
         return torch.cat([start, video], dim=2) if self.makes_last_first else video
@@ -243,7 +279,9 @@ class ToyFamily:
         return encoders.vae.decode(latents)
 
     def check_room(self, latents: Tensor) -> None:
-        is_crowded = self.places.get("dit") == self.places.get("vae", "cpu") != "cpu" and not self.has_room_for_two
+        is_crowded = (
+            self.places.get("dit") == self.places.get("vae", "cpu") != "cpu" and not self.has_room_for_two
+        )
         if not self.can_decode or latents.shape[2] in self.lengths_without_room or is_crowded:
             raise torch.OutOfMemoryError("no room")
 

@@ -54,7 +54,9 @@ def tiny_model(kind: str, **sizes: int) -> HunyuanVideoModel:
 
 
 def tiny_inputs(kind: str, lengths: tuple[int, ...] = (5, 11), frames: int = 3) -> dict[str, Any]:
-    """lengths: real tokens of each sample's text; what stands in the padding is large, so that a look at it shows."""
+    """lengths: real tokens of each sample's text; what stands in the padding is large, so that a look at it
+    shows.
+    """
     config, generator, batch = CONFIGS[kind], torch.Generator().manual_seed(7), len(lengths)
     mask = (torch.arange(TEXT_ROWS) < torch.tensor(lengths)[:, None]).long()
     text = torch.randn(batch, TEXT_ROWS, config.text_dim, generator=generator)
@@ -69,7 +71,10 @@ def tiny_inputs(kind: str, lengths: tuple[int, ...] = (5, 11), frames: int = 3) 
 
 
 def in_diffusers(kind: str) -> HunyuanVideoTransformer3DModel:
-    """The same network there. Its refiner's feed-forward is four times the width, whatever that of the blocks is."""
+    """The same network there.
+
+    Its refiner's feed-forward is four times the width, whatever that of the blocks is.
+    """
     config = CONFIGS[kind]
     theirs = HunyuanVideoTransformer3DModel(
         in_channels=config.in_dim,

@@ -54,7 +54,9 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, nam
 
     dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
 
-    assert sum(weight.numel() for weight in dit.parameters()) == sum(math.prod(shape) for _, shape in tensors.values())
+    assert sum(weight.numel() for weight in dit.parameters()) == sum(
+        math.prod(shape) for _, shape in tensors.values()
+    )
     assert dit.compute_dtype == torch.bfloat16
     config = dit.config
     assert (config.dim, config.num_heads, config.double_blocks, config.single_blocks) == (3072, 24, 20, 40)
@@ -76,7 +78,9 @@ def test_the_scales_of_the_official_map_are_exact(tmp_path: Path) -> None:
         assert torch.equal(dit.get_parameter(f"{name}.weight"), stored[f"{name}.weight"].float() * scale)
 
 
-@pytest.mark.parametrize("form", [float, lambda scale: scale.reshape(1), lambda scale: scale.to(torch.bfloat16)])
+@pytest.mark.parametrize(
+    "form", [float, lambda scale: scale.reshape(1), lambda scale: scale.to(torch.bfloat16)]
+)
 def test_the_map_may_hold_numbers_or_tensors(tmp_path: Path, form: object) -> None:
     path = write_dit(tmp_path, tiny_state(), "fp8_map")
     found = tmp_path / "mp_rank_00_model_states_fp8_map.pt"
@@ -86,7 +90,9 @@ def test_the_map_may_hold_numbers_or_tensors(tmp_path: Path, form: object) -> No
     dit = load_dit(path, replace(CPU, compute_dtype=torch.float32))
 
     weight = dit.get_parameter("single_blocks.0.linear1.weight")
-    torch.testing.assert_close(weight, tiny_state()["single_blocks.0.linear1.weight"], rtol=PLAIN_FP8, atol=0.01)
+    torch.testing.assert_close(
+        weight, tiny_state()["single_blocks.0.linear1.weight"], rtol=PLAIN_FP8, atol=0.01
+    )
 
 
 def test_fp8_weights_without_their_map_are_refused(tmp_path: Path) -> None:
@@ -111,17 +117,25 @@ def test_a_map_of_another_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["blocks.", "txt_in."])
 def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path, part: str) -> None:
     state = {
-        name: tensor.to(torch.bfloat16) if part in name and name.endswith("weight") and tensor.ndim == 2 else tensor
+        name: tensor.to(torch.bfloat16)
+        if part in name and name.endswith("weight") and tensor.ndim == 2
+        else tensor
         for name, tensor in tiny_state().items()
     }
 
     dit = load_dit(write_dit(tmp_path, state), replace(CPU, keep_file_dtypes=True))
 
-    assert dit.get_parameter("txt_in.input_embedder.weight").dtype == (torch.bfloat16 if part == "txt_in." else torch.float32)
-    assert dit.get_parameter("single_blocks.0.linear1.bias").dtype == (torch.bfloat16 if part == "blocks." else torch.float32)
+    assert dit.get_parameter("txt_in.input_embedder.weight").dtype == (
+        torch.bfloat16 if part == "txt_in." else torch.float32
+    )
+    assert dit.get_parameter("single_blocks.0.linear1.bias").dtype == (
+        torch.bfloat16 if part == "blocks." else torch.float32
+    )
     velocity = dit(**tiny_inputs("t2v"))
     assert velocity.dtype == torch.float32
-    assert (velocity - load_dit(write_dit(tmp_path, tiny_state()), CPU)(**tiny_inputs("t2v"))).abs().max() < 0.1
+    assert (
+        velocity - load_dit(write_dit(tmp_path, tiny_state()), CPU)(**tiny_inputs("t2v"))
+    ).abs().max() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -150,7 +164,10 @@ def test_another_model_is_refused_by_name(tmp_path: Path, manifest: str, what: s
     ("tensors", "what"),
     [
         ({"img_in.proj.weight": torch.zeros(128, 33, 1, 2, 2)}, "HunyuanVideo-I2V with 33 input channels"),
-        ({"img_in.proj.weight": torch.zeros(128, 20, 1, 2, 2)}, "an unknown relative of HunyuanVideo with 20 input channels"),
+        (
+            {"img_in.proj.weight": torch.zeros(128, 20, 1, 2, 2)},
+            "an unknown relative of HunyuanVideo with 20 input channels",
+        ),
         ({"vision_in.proj.0.weight": torch.zeros(2)}, "a HunyuanVideo 1.5 transformer"),
     ],
 )
@@ -160,7 +177,10 @@ def test_relatives_are_refused_by_name(tmp_path: Path, tensors: dict[str, torch.
 
 
 def test_a_lora_is_refused_as_one(tmp_path: Path) -> None:
-    save_file({"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    save_file(
+        {"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": torch.zeros(2)},
+        tmp_path / "x.safetensors",
+    )
 
     with pytest.raises(CheckpointError, match="it looks like a LoRA"):
         load_dit(tmp_path / "x.safetensors", CPU)
@@ -188,7 +208,9 @@ def test_the_list_of_families_knows_it_too(tmp_path: Path, dialect: str) -> None
         read_once(path, wan.checkpoints.read_dit_header)
 
 
-@pytest.mark.parametrize("name", ["img_in.proj.weight", "vector_in.in_layer.weight", "final_layer.linear.weight"])
+@pytest.mark.parametrize(
+    "name", ["img_in.proj.weight", "vector_in.in_layer.weight", "final_layer.linear.weight"]
+)
 def test_a_file_without_what_tells_its_dimensions_is_incomplete(tmp_path: Path, name: str) -> None:
     state = tiny_state()
     del state[name]

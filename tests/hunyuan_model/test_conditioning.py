@@ -20,13 +20,18 @@ def vae(request: pytest.FixtureRequest, tmp_path: Path) -> HunyuanVae:
 
 
 def clips(*keys: str) -> MediaBatch:
-    frames = torch.randint(0, 256, (len(keys), 5, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    frames = torch.randint(
+        0, 256, (len(keys), 5, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     return MediaBatch(frames, keys, ((0, 5),) * len(keys))
 
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_a_batch_gives_each_clip_what_it_gets_alone(vae: HunyuanVae, with_image: bool) -> None:
-    """As on a GPU, where clips are encoded together. Noise shared or in another order would differ by whole units."""
+    """As on a GPU, where clips are encoded together.
+
+    Noise shared or in another order would differ by whole units.
+    """
     media = clips("one", "two", "three")
 
     together = cached_latents(vae, media, with_image)
@@ -36,18 +41,25 @@ def test_a_batch_gives_each_clip_what_it_gets_alone(vae: HunyuanVae, with_image:
     for ours, expected in zip(together, alone, strict=True):
         assert set(ours.tensors) == ({"latents", "latents_image"} if with_image else {"latents"})
         for name, tensor in expected.tensors.items():
-            torch.testing.assert_close(ours.tensors[name], tensor, rtol=0, atol=NEAR * float(tensor.abs().max()), msg=name)
+            torch.testing.assert_close(
+                ours.tensors[name], tensor, rtol=0, atol=NEAR * float(tensor.abs().max()), msg=name
+            )
 
 
 def test_a_clip_keeps_its_sample_whatever_stands_beside_it(vae: HunyuanVae) -> None:
     media = clips("one", "two")
     turned = MediaBatch(media.frames.flip(0), media.keys[::-1], media.spans)
 
-    (first, second), (second_too, first_too) = cached_latents(vae, media, False), cached_latents(vae, turned, False)
+    (first, second), (second_too, first_too) = (
+        cached_latents(vae, media, False),
+        cached_latents(vae, turned, False),
+    )
 
     for ours, expected in ((first_too, first), (second_too, second)):
         tensor = expected.tensors["latents"]
-        torch.testing.assert_close(ours.tensors["latents"], tensor, rtol=0, atol=NEAR * float(tensor.abs().max()))
+        torch.testing.assert_close(
+            ours.tensors["latents"], tensor, rtol=0, atol=NEAR * float(tensor.abs().max())
+        )
     assert float((first.tensors["latents"] - second.tensors["latents"]).abs().max()) > 0.1
 
 

@@ -1,7 +1,8 @@
 """Every tensor that the networks make lies on the device of their weights.
 
-On a CPU nothing shows a tensor made in the wrong place. Here the weights lie on torch's meta device, which refuses most
-computing with the CPU's tensors, and to give its own away, as a GPU does; what it computes has shapes and no values.
+On a CPU nothing shows a tensor made in the wrong place. Here the weights lie on torch's meta device, which
+refuses most computing with the CPU's tensors, and to give its own away, as a GPU does; what it computes has
+shapes and no values.
 """
 
 import contextlib
@@ -44,7 +45,8 @@ def elsewhere(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
 
 
 def test_the_device_tells_tensors_of_others_apart() -> None:
-    for compute in (lambda a, b: a * b, lambda a, b: torch.cat([a, b]), lambda a, b: b.copy_(a)):  # matrix products it lets pass
+    # matrix products it lets pass
+    for compute in (lambda a, b: a * b, lambda a, b: torch.cat([a, b]), lambda a, b: b.copy_(a)):
         with pytest.raises((RuntimeError, NotImplementedError)):
             compute(torch.zeros(2, 2, device=META), torch.zeros(2, 2))
 
@@ -52,7 +54,9 @@ def test_the_device_tells_tensors_of_others_apart() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 @pytest.mark.parametrize("same_lengths", [True, False])
-def test_the_transformer(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str, same_lengths: bool) -> None:
+def test_the_transformer(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str, same_lengths: bool
+) -> None:
     """Its conditions may come from the CPU, as caches do."""
     counts = None if same_lengths else [8, 1]
     monkeypatch.setattr(transformer, "real_tokens", lambda mask: (8, counts))  # it reads values
@@ -76,7 +80,9 @@ def test_the_transformer(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, ki
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("frames", [1, 33])
 @pytest.mark.parametrize("tiling", [None, Tiling(edge=512, frames=16), Tiling(edge=32, frames=16)])
-def test_the_vae(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frames: int, tiling: Tiling | None) -> None:
+def test_the_vae(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frames: int, tiling: Tiling | None
+) -> None:
     """Pixels and latents come from the CPU."""
     vae = elsewhere(lambda: HunyuanVae(vae_config(), tiling=tiling), dtype)
     assert isinstance(vae, HunyuanVae)
@@ -86,7 +92,8 @@ def test_the_vae(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frames: in
     assert (mean.device, log_variance.device) == (META, META)
 
     if tiling is not None and tiling.edge < 64:
-        monkeypatch.setattr(torch, "device", lambda name: META)  # tiles of pixels go to the host, the meta device gives none away
+        # tiles of pixels go to the host, the meta device gives none away
+        monkeypatch.setattr(torch, "device", lambda name: META)
     pixels = list(vae.decode(torch.zeros(1, 16, (frames - 1) // 4 + 1, 8, 6)))
     assert sum(chunk.shape[2] for chunk in pixels) == frames
     assert {chunk.device for chunk in pixels} == {META}
@@ -95,7 +102,10 @@ def test_the_vae(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frames: in
 def test_the_text_encoders() -> None:
     llama = elsewhere(lambda: Llama(llama_config()), torch.float16)
     clip = elsewhere(lambda: ClipText(clip_text_config()), torch.float16)
-    ids, ends = torch.zeros(2, 77, dtype=torch.int64, device=META), torch.ones(2, dtype=torch.int64, device=META)
+    ids, ends = (
+        torch.zeros(2, 77, dtype=torch.int64, device=META),
+        torch.ones(2, dtype=torch.int64, device=META),
+    )
 
     assert llama(ids, torch.ones_like(ids)).device == META
     assert clip(ids, ends).device == META

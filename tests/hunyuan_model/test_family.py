@@ -26,7 +26,9 @@ from tests.tiny.project import write_image
 
 CPU = torch.device("cpu")
 FamilyOf = Callable[..., HunyuanVideo]
-REQUEST = Request("a cat", 3, width=48, height=32, frames=9, steps=2, flow_shift=7.0, solver="euler", embedded_guidance=6.0)
+REQUEST = Request(
+    "a cat", 3, width=48, height=32, frames=9, steps=2, flow_shift=7.0, solver="euler", embedded_guidance=6.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,9 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> FamilyOf:
     def make(kind: str = "t2v", dtype: torch.dtype = torch.float32, **settings: object) -> HunyuanVideo:
         if (kind, dtype) not in made:
             files = write_tiny_hunyuan(root / f"{kind} {dtype}", kind, dtype)
-            made[kind, dtype] = HunyuanFiles(files.dit, Encoders(files.vae, files.text_encoder1, files.text_encoder2))
+            made[kind, dtype] = HunyuanFiles(
+                files.dit, Encoders(files.vae, files.text_encoder1, files.text_encoder2)
+            )
         return HunyuanVideo(made[kind, dtype], **settings)  # type: ignore[arg-type]
 
     return make
@@ -74,7 +78,12 @@ def test_what_is_not_said_is_the_releases_default(family_of: FamilyOf) -> None:
     request = family_of().prepare(Request("a cat", 1))
 
     assert request.size == (256, 256, 129)
-    assert (request.steps, request.guidance_scale, request.embedded_guidance, request.flow_shift) == (50, 1.0, 6.0, 7.0)
+    assert (request.steps, request.guidance_scale, request.embedded_guidance, request.flow_shift) == (
+        50,
+        1.0,
+        6.0,
+        7.0,
+    )
     assert (request.solver, request.fps, request.negative_prompt) == ("euler", 24.0, "")
 
 
@@ -82,7 +91,9 @@ def test_an_undistilled_model_has_no_embedded_guidance(family_of: FamilyOf) -> N
     assert family_of("undistilled").prepare(replace(REQUEST, embedded_guidance=6.0)).embedded_guidance is None
 
 
-def test_samples_without_negative_prompt_are_made_without_guidance(family_of: FamilyOf, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_without_negative_prompt_are_made_without_guidance(
+    family_of: FamilyOf, caplog: pytest.LogCaptureFixture
+) -> None:
     family = family_of(negative_is_empty=False)
     request = replace(REQUEST, guidance_scale=6.0)
 
@@ -93,7 +104,10 @@ def test_samples_without_negative_prompt_are_made_without_guidance(family_of: Fa
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"width": 40}, "Nearest: 32 32"), ({"video_path": Path("no.mp4")}, "--video_path no.mp4: no such file")],
+    [
+        ({"width": 40}, "Nearest: 32 32"),
+        ({"video_path": Path("no.mp4")}, "--video_path no.mp4: no such file"),
+    ],
 )
 def test_what_cannot_be_made_is_refused(family_of: FamilyOf, change: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
@@ -121,7 +135,9 @@ def test_an_embedded_guidance_that_the_model_has_no_input_for_is_said_to_be_igno
     assert "the embedded guidance 3 is ignored" in caplog.text
 
 
-@pytest.mark.parametrize(("width", "option"), [("text_dim", "--text_encoder1"), ("pooled_dim", "--text_encoder2")])
+@pytest.mark.parametrize(
+    ("width", "option"), [("text_dim", "--text_encoder1"), ("pooled_dim", "--text_encoder2")]
+)
 def test_text_encoders_of_another_size_are_refused_before_anything_is_loaded(
     family_of: FamilyOf, tmp_path: Path, width: str, option: str
 ) -> None:
@@ -143,7 +159,11 @@ def test_channels_that_the_file_does_not_have_are_refused(family_of: FamilyOf) -
 
 
 def text() -> dict[str, Tensor | list[Tensor]]:
-    return {"llm": torch.zeros(256, 128), "llm_mask": torch.ones(256, dtype=torch.int64), "clipL": torch.zeros(64)}
+    return {
+        "llm": torch.zeros(256, 128),
+        "llm_mask": torch.ones(256, dtype=torch.int64),
+        "clipL": torch.zeros(64),
+    }
 
 
 def test_a_longer_video_begins_with_the_noise_of_a_shorter_one(family_of: FamilyOf) -> None:
@@ -155,7 +175,9 @@ def test_a_longer_video_begins_with_the_noise_of_a_shorter_one(family_of: Family
     assert torch.equal(noise(9), noise(17)[:, :, :3])
 
 
-def test_generation_rounds_timestep_and_guidance_as_the_model_computes_and_training_does_not(family_of: FamilyOf) -> None:
+def test_generation_rounds_timestep_and_guidance_as_the_model_computes_and_training_does_not(
+    family_of: FamilyOf,
+) -> None:
     family, dit = family_of(dtype=torch.bfloat16), Seen()
     section = next(family.sections(REQUEST, {0: EncodedPrompts(text())}, {}, SeededNoise(3, CPU)))
     noisy, timesteps = torch.zeros(1, 16, 3, 4, 6), torch.tensor([965.5172])
@@ -236,13 +258,16 @@ def test_a_batch_without_one_of_the_texts_names_the_command(family_of: FamilyOf)
     half = batch()
     with pytest.raises(CacheError, match=r"no clipL,.*cache_text_encoder_outputs.py"):
         family_of().batch_conditions(
-            torch.zeros(1, 16, 1, 4, 4), replace(half, tensors={name: t for name, t in half.tensors.items() if name != "clipL"})
+            torch.zeros(1, 16, 1, 4, 4),
+            replace(half, tensors={name: t for name, t in half.tensors.items() if name != "clipL"}),
         )
 
 
 @pytest.mark.parametrize(("name", "wide"), [("llm", torch.zeros(1, 256, 96)), ("clipL", torch.zeros(1, 96))])
 def test_texts_of_another_encoder_name_the_command(family_of: FamilyOf, name: str, wide: Tensor) -> None:
-    with pytest.raises(CacheError, match=rf"{name} in its cache is 96 numbers wide.*cache_text_encoder_outputs.py"):
+    with pytest.raises(
+        CacheError, match=rf"{name} in its cache is 96 numbers wide.*cache_text_encoder_outputs.py"
+    ):
         family_of().batch_conditions(torch.zeros(1, 16, 1, 4, 4), batch(**{name: wide}))
 
 
@@ -256,7 +281,9 @@ def test_an_items_latents_do_not_depend_on_its_neighbours(family_of: FamilyOf) -
     """Nor on --i2v; another name gives another sample of the posterior."""
     family = family_of()
     encoders = MediaEncoders(load_vae(family.files.encoders.vae_path, CPU, torch.float32))
-    frames = torch.randint(0, 256, (2, 5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    frames = torch.randint(
+        0, 256, (2, 5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     media = MediaBatch(frames, ("one", "two"), ((0, 5), (0, 5)))
 
     both = family.encode_media(encoders, media)

@@ -26,9 +26,34 @@ DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 DATASET = ("--dataset_config", "dataset.toml")
 VAE = ("--vae", "model/vae.safetensors", "--vae_dtype", "float32")
 ENCODERS = ("--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2")
-SHORT = (*DATASET, "--sdpa", "--seed", "7", "--max_data_loader_n_workers", "0", "--output_name", "x", "--max_train_steps", "3")
-ADAFACTOR = ("--optimizer_type", "adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False")
-FUSED = ("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_grad_norm", "0", "--gradient_checkpointing")
+SHORT = (
+    *DATASET,
+    "--sdpa",
+    "--seed",
+    "7",
+    "--max_data_loader_n_workers",
+    "0",
+    "--output_name",
+    "x",
+    "--max_train_steps",
+    "3",
+)
+ADAFACTOR = (
+    "--optimizer_type",
+    "adafactor",
+    "--optimizer_args",
+    "relative_step=False",
+    "scale_parameter=False",
+)
+FUSED = (
+    "--fused_backward_pass",
+    *ADAFACTOR,
+    "--learning_rate",
+    "1e-2",
+    "--max_grad_norm",
+    "0",
+    "--gradient_checkpointing",
+)
 PICTURE = "--w 32 --h 32 --f 1 --d 5 --s 2 --fs 5 --g 4"
 
 
@@ -46,7 +71,10 @@ def cached(folder: Path, kind: str, *more: str) -> Path:
     write_clips(folder / "clips", count=2)
     write_dataset(folder, frames="5")
     write_image(folder / "start.png", 32, 32)
-    for script, *arguments in (("cache_latents.py", *VAE, *more), ("cache_text_encoder_outputs.py", *ENCODERS)):
+    for script, *arguments in (
+        ("cache_latents.py", *VAE, *more),
+        ("cache_text_encoder_outputs.py", *ENCODERS),
+    ):
         code, said = run_here(script, *DATASET, *arguments, folder=folder)
         assert code == 0, said
     return folder
@@ -58,13 +86,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dit_of(project: Path) -> list[str]:
-    """The transformer by its whole path: what is known of a file is kept by its path for the life of a process."""
+    """The transformer by its whole path: what is known of a file is kept by its path for the life of a
+    process.
+    """
     return ["--dit", str(project / "model" / "dit.safetensors")]
 
 
-def train(project: Path, output: Path, *arguments: object, dit: list[str] | None = None) -> dict[str, torch.Tensor]:
+def train(
+    project: Path, output: Path, *arguments: object, dit: list[str] | None = None
+) -> dict[str, torch.Tensor]:
     """Run the script; returns the tensors of the file it ends with."""
-    code, said = run_here(SCRIPT, *(dit or dit_of(project)), *SHORT, "--output_dir", output, *arguments, folder=project)
+    code, said = run_here(
+        SCRIPT, *(dit or dit_of(project)), *SHORT, "--output_dir", output, *arguments, folder=project
+    )
     assert code == 0, said
     return load_file(output / "x.safetensors")
 
@@ -77,7 +111,9 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: Path, t
     trained = train(project, tmp_path / "out", *FUSED, *sampling, "--metadata_title", "Mine")
 
     before = load_file(project / "model" / "dit.safetensors")
-    assert {name: tensor.shape for name, tensor in trained.items()} == {name: tensor.shape for name, tensor in before.items()}
+    assert {name: tensor.shape for name, tensor in trained.items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     assert not any(torch.equal(trained[name], tensor) for name, tensor in before.items())
     with safe_open(tmp_path / "out" / "x.safetensors", "pt") as file:
@@ -85,32 +121,60 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: Path, t
     assert (metadata["modelspec.architecture"], metadata["modelspec.title"]) == ("hunyuan-video", "Mine")
 
     models = ["--dit", tmp_path / "out" / "x.safetensors", *VAE, *ENCODERS]
-    ask = ["--prompt", "a cat", "--video_size", 32, 32, "--video_length", 1, "--seed", 5, "--infer_steps", 2, "--flow_shift", 5]
+    ask = [
+        "--prompt",
+        "a cat",
+        "--video_size",
+        32,
+        32,
+        "--video_length",
+        1,
+        "--seed",
+        5,
+        "--infer_steps",
+        2,
+        "--flow_shift",
+        5,
+    ]
     for dit, folder in ((models, "made"), ([*dit_of(project), *models[2:]], "untrained")):
         code, said = run_here(
-            "hv_generate_video.py", *dit, *ask, "--embedded_cfg_scale", 4, "--save_path", tmp_path / folder, folder=project
+            "hv_generate_video.py",
+            *dit,
+            *ask,
+            "--embedded_cfg_scale",
+            4,
+            "--save_path",
+            tmp_path / folder,
+            folder=project,
         )
         assert code == 0, said
     sample, made, untrained = (
-        read_image(next((tmp_path / folder).glob("*.png"))).astype(int) for folder in ("out/sample", "made", "untrained")
+        read_image(next((tmp_path / folder).glob("*.png"))).astype(int)
+        for folder in ("out/sample", "made", "untrained")
     )
     assert numpy.abs(sample - made).max() <= 1
     assert numpy.abs(sample - untrained).max() > 1
 
 
 def test_steps_inside_the_backward_pass_give_the_same_bits(project: Path, tmp_path: Path) -> None:
-    expected = train(project, tmp_path / "usual", *(word for word in FUSED if word != "--fused_backward_pass"))
+    expected = train(
+        project, tmp_path / "usual", *(word for word in FUSED if word != "--fused_backward_pass")
+    )
     found = train(project, tmp_path / "fused", *FUSED)
 
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("dialect", ["comfy", "diffusers"])
-def test_files_of_other_layouts_become_one_in_the_released_layout(project: Path, tmp_path: Path, dialect: str) -> None:
+def test_files_of_other_layouts_become_one_in_the_released_layout(
+    project: Path, tmp_path: Path, dialect: str
+) -> None:
     expected = train(project, tmp_path / "released", *FUSED)
     state = load_file(project / "model" / "dit.safetensors")
 
-    found = train(project, tmp_path / dialect, *FUSED, dit=["--dit", str(write_dit(tmp_path / "model", state, dialect))])
+    found = train(
+        project, tmp_path / dialect, *FUSED, dit=["--dit", str(write_dit(tmp_path / "model", state, dialect))]
+    )
 
     assert found.keys() == expected.keys() == state.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -133,16 +197,29 @@ def test_bf16_weights_learn_and_what_computes_in_float32_stays_float32(project: 
 def test_image_to_video_models_are_fine_tuned_too(tmp_path: Path) -> None:
     project = cached(tmp_path / "i2v", "i2v", "--i2v")
 
-    trained = train(project, tmp_path / "out", *FUSED, "--dit_in_channels", "32", "--trainable_modules", "single_blocks", "img_in")
+    trained = train(
+        project,
+        tmp_path / "out",
+        *FUSED,
+        "--dit_in_channels",
+        "32",
+        "--trainable_modules",
+        "single_blocks",
+        "img_in",
+    )
 
     before = load_file(project / "model" / "dit.safetensors")
     assert trained["img_in.proj.weight"].shape[1] == 32
-    changed = {name.partition(".")[0] for name, tensor in before.items() if not torch.equal(trained[name], tensor)}
+    changed = {
+        name.partition(".")[0] for name, tensor in before.items() if not torch.equal(trained[name], tensor)
+    }
     assert changed == {"single_blocks", "img_in"}
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_run_that_is_killed_inside_a_backward_pass_ends_with_equal_bytes(project: Path, tmp_path: Path, step: int) -> None:
+def test_a_run_that_is_killed_inside_a_backward_pass_ends_with_equal_bytes(
+    project: Path, tmp_path: Path, step: int
+) -> None:
     """AdamW, as its steps are what kills: one for each weight."""
     weights = len(load_file(project / "model" / "dit.safetensors"))
     command = [
@@ -160,7 +237,15 @@ def test_a_run_that_is_killed_inside_a_backward_pass_ends_with_equal_bytes(proje
     run_script(SCRIPT, *command, "--output_dir", tmp_path / "whole", folder=project)
 
     killed = run_python(
-        *(DYING, "mid_epoch", step * weights + weights // 2, ROOT / SCRIPT, *command, "--output_dir", tmp_path / "killed"),
+        *(
+            DYING,
+            "mid_epoch",
+            step * weights + weights // 2,
+            ROOT / SCRIPT,
+            *command,
+            "--output_dir",
+            tmp_path / "killed",
+        ),
         folder=project,
         check=False,
     )
@@ -172,34 +257,68 @@ def test_a_run_that_is_killed_inside_a_backward_pass_ends_with_equal_bytes(proje
         one, two = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
 
 
 def test_a_bf16_checkpoint_is_trained_in_float32(project: Path, tmp_path: Path) -> None:
     state = tiny_state("t2v", dtype=torch.bfloat16, text_dim=LLM_DIM, pooled_dim=CLIP_DIM)
 
-    trained = train(project, tmp_path / "out", *FUSED, "--mixed_precision", "bf16", dit=["--dit", str(write_dit(tmp_path, state))])
+    trained = train(
+        project,
+        tmp_path / "out",
+        *FUSED,
+        "--mixed_precision",
+        "bf16",
+        dit=["--dit", str(write_dit(tmp_path, state))],
+    )
 
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------------------
+# --- refusals
+# ---------------------------------------------------------------------------------------------------------------------
 
 WITHOUT_EFFECT = {  # accepted, and what they ask for
-    *("--sdpa", "--persistent_data_loader_workers", "--ddp_gradient_as_bucket_view", "--ddp_static_graph", "--log_config"),
-    *("--gradient_checkpointing", "--sample_at_first", "--save_state", "--save_state_on_train_end", "--vae_tiling", "--full_bf16"),
-    *("--flash_attn", "--sage_attn", "--xformers", "--split_attn"),  # beside --sdpa, which comes first; a batch of one
-    *("--save_state_to_huggingface", "--resume_from_huggingface", "--async_upload", "--img_in_txt_in_offloading", "--fp8_llm"),
+    *(
+        "--sdpa",
+        "--persistent_data_loader_workers",
+        "--ddp_gradient_as_bucket_view",
+        "--ddp_static_graph",
+        "--log_config",
+    ),
+    *(
+        "--gradient_checkpointing",
+        "--sample_at_first",
+        "--save_state",
+        "--save_state_on_train_end",
+        "--vae_tiling",
+        "--full_bf16",
+    ),
+    # beside --sdpa, which comes first; a batch of one
+    *("--flash_attn", "--sage_attn", "--xformers", "--split_attn"),
+    *(
+        "--save_state_to_huggingface",
+        "--resume_from_huggingface",
+        "--async_upload",
+        "--img_in_txt_in_offloading",
+        "--fp8_llm",
+    ),
 }
 SWITCHES = [
     option["flags"][0]
-    for option in json.loads((ROOT / "tests" / "data" / "cli" / "hv_train.json").read_text(encoding="utf-8"))["options"]
+    for option in json.loads((ROOT / "tests" / "data" / "cli" / "hv_train.json").read_text(encoding="utf-8"))[
+        "options"
+    ]
     if option["action"] == "store_true"
 ]
 
 
 @pytest.mark.parametrize("switch", sorted(set(SWITCHES) - WITHOUT_EFFECT))
-def test_a_switch_that_does_nothing_here_is_refused_by_name(switch: str, project: Path, tmp_path: Path) -> None:
+def test_a_switch_that_does_nothing_here_is_refused_by_name(
+    switch: str, project: Path, tmp_path: Path
+) -> None:
     code, said = run_here(SCRIPT, *dit_of(project), *SHORT, "--output_dir", tmp_path, switch, folder=project)
 
     assert_one_message(code, said, switch, "not supported yet")
@@ -212,14 +331,21 @@ def test_a_switch_that_does_nothing_here_is_refused_by_name(switch: str, project
         (["--full_bf16"], ["--full_bf16", "--mixed_precision"]),
         (["--blocks_to_swap", "2"], ["--blocks_to_swap 2", "Add --fused_backward_pass"]),
         (["--img_in_txt_in_offloading"], ["--img_in_txt_in_offloading", "these layers learn"]),
-        (["--fused_backward_pass", "--gradient_accumulation_steps", "2"], ["--gradient_accumulation_steps 2"]),
+        (
+            ["--fused_backward_pass", "--gradient_accumulation_steps", "2"],
+            ["--gradient_accumulation_steps 2"],
+        ),
         (["--fused_backward_pass", "--optimizer_type", "LBFGS"], ["--optimizer_type LBFGS"]),
         (["--trainable_modules", "nonsense"], ["--trainable_modules nonsense"]),
         (["--dit_in_channels", "32"], ["--dit_in_channels 32"]),
     ],
 )
-def test_what_cannot_be_is_refused_with_a_remedy(arguments: list[str], words: list[str], project: Path, tmp_path: Path) -> None:
-    code, said = run_here(SCRIPT, *dit_of(project), *SHORT, "--output_dir", tmp_path, *arguments, folder=project)
+def test_what_cannot_be_is_refused_with_a_remedy(
+    arguments: list[str], words: list[str], project: Path, tmp_path: Path
+) -> None:
+    code, said = run_here(
+        SCRIPT, *dit_of(project), *SHORT, "--output_dir", tmp_path, *arguments, folder=project
+    )
 
     assert_one_message(code, said, *words)
 

@@ -37,8 +37,12 @@ def test_refined_text_and_rotary_angles_equal_the_recorded_ones() -> None:
         ours, theirs = text[sample, :length], expected["refined_text"][sample, :length]
         torch.testing.assert_close(ours, theirs, rtol=0, **expected["tolerance"]["refined_text"])
     turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-2)
-    torch.testing.assert_close(turns[..., 0], expected["freqs_cos"], rtol=0, **expected["tolerance"]["freqs_*"])
-    torch.testing.assert_close(turns[..., 1], expected["freqs_sin"], rtol=0, **expected["tolerance"]["freqs_*"])
+    torch.testing.assert_close(
+        turns[..., 0], expected["freqs_cos"], rtol=0, **expected["tolerance"]["freqs_*"]
+    )
+    torch.testing.assert_close(
+        turns[..., 1], expected["freqs_sin"], rtol=0, **expected["tolerance"]["freqs_*"]
+    )
 
 
 @pytest.mark.parametrize("lengths", [(5, 11), (1, 12), (7,), (12, 12), (3, 3, 9)])
@@ -108,7 +112,9 @@ def test_attention_has_no_mask_where_all_texts_are_of_one_length() -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
-def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+def test_every_attention_back_end_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
+) -> None:
     """With stand-ins for the packages."""
     if mode in PACKAGES:
         put_in(monkeypatch, mode)
@@ -122,7 +128,9 @@ def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("mode", ["sdpa", "flash", "flash3", "xformers"])
-def test_gradients_of_a_padded_batch_are_finite_and_the_same_for_every_back_end(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_gradients_of_a_padded_batch_are_finite_and_the_same_for_every_back_end(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     def gradients(choice: AttentionChoice) -> dict[str, Tensor]:
         model = tiny_model("t2v").requires_grad_(True)
         model.attention = choice
@@ -175,7 +183,8 @@ def test_bfloat16_weights_and_bfloat16_autocast_stay_near_float32(case: str, how
         velocity = model(**inputs)
 
     assert velocity.dtype == torch.float32
-    assert (velocity - expected["out"]).abs().max() <= 0.05 * expected["out"].abs().max()  # eight bits in every layer
+    # eight bits in every layer
+    assert (velocity - expected["out"]).abs().max() <= 0.05 * expected["out"].abs().max()
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])

@@ -77,7 +77,12 @@ def fitted(path: Path, read: Read, build: Callable[[Any], nn.Module]) -> nn.Modu
         with torch.device("meta"):
             network = build(plan.config)
         load_module(
-            network, plan.checkpoint, plan.sources, device=torch.device("meta"), dtype=lambda _, stored: stored, ignore=plan.ignore
+            network,
+            plan.checkpoint,
+            plan.sources,
+            device=torch.device("meta"),
+            dtype=lambda _, stored: stored,
+            ignore=plan.ignore,
         )
     return network
 
@@ -90,15 +95,24 @@ def test_published_language_models_fit_at_full_size(tmp_path: Path, manifest: st
     network = fitted(path, lambda checkpoint: read_llama(checkpoint, skip, final_norm=skip == 0), Llama)
     assert isinstance(network, Llama)
     config = network.config
-    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_width) == (32 - skip, 32, 8, 128)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_width) == (
+        32 - skip,
+        32,
+        8,
+        128,
+    )
     assert (config.vocabulary, config.dim, config.theta, config.eps) == (128320, 4096, 500000.0, 1e-5)
     one_layer = sum(tensor.numel() for tensor in network.layers[0].state_dict().values())
-    assert sum(tensor.numel() for tensor in network.state_dict().values()) == 7505186816 - skip * one_layer - 4096 * (skip > 0)
+    assert sum(
+        tensor.numel() for tensor in network.state_dict().values()
+    ) == 7505186816 - skip * one_layer - 4096 * (skip > 0)
 
 
 @pytest.mark.parametrize("manifest", CLIP_MANIFESTS)
 def test_published_clips_fit_at_full_size(tmp_path: Path, manifest: str) -> None:
-    network = fitted(write_hollow(tmp_path / "model.safetensors", tensor_list(manifest)), read_clip_text, ClipText)
+    network = fitted(
+        write_hollow(tmp_path / "model.safetensors", tensor_list(manifest)), read_clip_text, ClipText
+    )
     assert sum(tensor.numel() for tensor in network.state_dict().values()) == 123060480
     assert isinstance(network, ClipText)
     assert network.encoder.layers[0].self_attn.num_heads == 12  # type: ignore[union-attr]
@@ -119,7 +133,9 @@ def test_every_manifest_of_a_language_model_is_among_them() -> None:
 @pytest.mark.parametrize("layout", llama_layouts(llama_tensors()))
 def test_every_llama_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> None:
     tensors = llama_tensors()
-    assert_equal(load_whole_llama(save(tmp_path / "llava.safetensors", llama_layouts(tensors)[layout])), tensors)
+    assert_equal(
+        load_whole_llama(save(tmp_path / "llava.safetensors", llama_layouts(tensors)[layout])), tensors
+    )
 
 
 @pytest.mark.parametrize("layout", clip_text_layouts(clip_text_tensors()))
@@ -143,11 +159,15 @@ def test_a_sharded_model_loads_from_its_folder_its_index_and_any_shard(tmp_path:
 
 def test_layers_of_an_fp8_file_stay_as_they_are(tmp_path: Path) -> None:
     stored, meant = scaled_fp8(llama_tensors())
-    llama = load_llama(save(tmp_path / "fp8.safetensors", stored), CPU, torch.float16, 0, final_norm=True, in_fp8=True)
+    llama = load_llama(
+        save(tmp_path / "fp8.safetensors", stored), CPU, torch.float16, 0, final_norm=True, in_fp8=True
+    )
     layers = quantised_layers(llama)
     assert "layers.1.self_attn.q_proj" in layers
     for name, layer in layers.items():
-        torch.testing.assert_close(dequantise(layer.weight, scale_of(layer)), meant[f"{name}.weight"], rtol=0, atol=0)
+        torch.testing.assert_close(
+            dequantise(layer.weight, scale_of(layer)), meant[f"{name}.weight"], rtol=0, atol=0
+        )
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
@@ -184,14 +204,21 @@ def read_config(path: Path, read: Read = read_llama) -> Any:
 
 
 def write_config(folder: Path, content: object) -> None:
-    (folder / "config.json").write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    (folder / "config.json").write_text(
+        content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+    )
 
 
 def test_without_a_configuration_heads_have_128_channels(tmp_path: Path) -> None:
     path = save(tmp_path / "llava.safetensors", llama_tensors(config=llama_config(heads=4, kv_heads=2)))
     config = read_config(path)
     assert heads(config) == (4, 2, 128)
-    assert (config.num_layers, config.ffn_dim, config.theta, config.eps) == (LLAMA_LAYERS, 192, 500000.0, 1e-5)
+    assert (config.num_layers, config.ffn_dim, config.theta, config.eps) == (
+        LLAMA_LAYERS,
+        192,
+        500000.0,
+        1e-5,
+    )
 
 
 def test_the_configuration_beside_the_file_says_what_tensors_do_not(tmp_path: Path) -> None:
@@ -212,13 +239,17 @@ def test_the_configuration_beside_the_file_says_what_tensors_do_not(tmp_path: Pa
 
 
 def test_what_a_configuration_leaves_out_is_the_default_of_transformers(tmp_path: Path) -> None:
-    path = save(tmp_path / "llava.safetensors", llama_tensors(config=llama_config(heads=32, kv_heads=8, head_width=8)))
+    path = save(
+        tmp_path / "llava.safetensors", llama_tensors(config=llama_config(heads=32, kv_heads=8, head_width=8))
+    )
     write_config(tmp_path, {"model_type": "llama", "hidden_size": 128})
     config = read_config(path)
     assert (heads(config), config.theta, config.eps) == ((32, 8, 8), 1e4, 1e-6)
 
 
-@pytest.mark.parametrize("other", [{"model_type": "llama"}, {"model_type": "t5", "num_heads": 3}, clip_config_json(), {}])
+@pytest.mark.parametrize(
+    "other", [{"model_type": "llama"}, {"model_type": "t5", "num_heads": 3}, clip_config_json(), {}]
+)
 def test_the_configuration_of_another_model_is_not_used(tmp_path: Path, other: dict[str, object]) -> None:
     path = save(tmp_path / "llava.safetensors", llama_tensors())
     write_config(tmp_path, other)
@@ -233,7 +264,12 @@ def test_clips_configuration_counts_too(tmp_path: Path) -> None:
     told["text_config"] |= {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-3}
     write_config(tmp_path, told)
     config = read_config(path, read_clip_text)
-    assert (config.num_heads, config.activation, config.eps, config.vocabulary) == (4, "gelu", 1e-3, CLIP_VOCABULARY)
+    assert (config.num_heads, config.activation, config.eps, config.vocabulary) == (
+        4,
+        "gelu",
+        1e-3,
+        CLIP_VOCABULARY,
+    )
     load_clip(path)
 
 
@@ -244,7 +280,10 @@ def test_clips_configuration_counts_too(tmp_path: Path) -> None:
         ("[1]", "cannot be read as the configuration"),
         ({"hidden_size": 128, "num_attention_heads": 7}, "says 7 heads"),
         ({"hidden_size": 128, "num_attention_heads": 0}, "says 0 heads"),
-        ({"hidden_size": 128, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary frequencies of type llama3"),
+        (
+            {"hidden_size": 128, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rotary frequencies of type llama3",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(tmp_path: Path, content: object, message: str) -> None:
@@ -273,9 +312,13 @@ def test_the_vision_half_of_llava_is_no_language_model(tmp_path: Path) -> None:
 def test_each_encoder_given_for_the_other_is_named(tmp_path: Path) -> None:
     llama = save(tmp_path / "llava.safetensors", llama_layouts(llama_tensors())["llava"])
     clip = save(tmp_path / "clip.safetensors", clip_text_layouts(clip_text_tensors())["both"])
-    with pytest.raises(CheckpointError, match=r"looks like a language model \(--text_encoder1\)(.|\n)*to --text_encoder2"):
+    with pytest.raises(
+        CheckpointError, match=r"looks like a language model \(--text_encoder1\)(.|\n)*to --text_encoder2"
+    ):
         load_clip(llama)
-    with pytest.raises(CheckpointError, match=r"looks like a CLIP text encoder \(--text_encoder2\)(.|\n)*to --text_encoder1"):
+    with pytest.raises(
+        CheckpointError, match=r"looks like a CLIP text encoder \(--text_encoder2\)(.|\n)*to --text_encoder1"
+    ):
         load_whole_llama(clip)
 
 
@@ -283,7 +326,9 @@ def test_missing_and_additional_tensors_are_listed(tmp_path: Path) -> None:
     tensors = {**llama_tensors(), "layers.1.self_attn.q_proj.bias": torch.ones(256)}
     del tensors["layers.0.mlp.up_proj.weight"]
     path = save(tmp_path / "llava.safetensors", llama_layouts(tensors)["causal"])
-    with pytest.raises(CheckpointError, match=r"missing: layers.0.mlp.up_proj.weight(.|\n)*unexpected: layers.1.self_attn.q"):
+    with pytest.raises(
+        CheckpointError, match=r"missing: layers.0.mlp.up_proj.weight(.|\n)*unexpected: layers.1.self_attn.q"
+    ):
         load_whole_llama(path)
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, ClipTextEncoder, LlavaTextEncoder
 from modules.contract.generation import Prompt
@@ -91,7 +98,9 @@ def pipeline(folder: Path) -> HunyuanVideoPipeline:
     )
 
 
-def encoded(encoder: LlavaTextEncoder | ClipTextEncoder, prompts: Sequence[str | Prompt]) -> dict[str, Tensor]:
+def encoded(
+    encoder: LlavaTextEncoder | ClipTextEncoder, prompts: Sequence[str | Prompt]
+) -> dict[str, Tensor]:
     """Loaded, and all prompts encoded together, stacked."""
     encoder.load(CPU)
     found = encoder.encode([prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts])
@@ -113,11 +122,16 @@ def test_templates_and_lengths_are_the_recorded_ones() -> None:
 
 
 @pytest.mark.parametrize("skip", range(LLAMA_LAYERS + 1))
-def test_the_language_models_states_are_those_of_the_pipeline(folder: Path, pipeline: HunyuanVideoPipeline, skip: int) -> None:
+def test_the_language_models_states_are_those_of_the_pipeline(
+    folder: Path, pipeline: HunyuanVideoPipeline, skip: int
+) -> None:
     ours = encoded(LlavaTextEncoder(folder, torch.float32, skip_layers=skip), PROMPTS)
     with torch.no_grad():
         states, mask = pipeline._get_llama_prompt_embeds(
-            list(PROMPTS), {"template": VIDEO_TEMPLATE.text, "crop_start": 95}, device=CPU, num_hidden_layers_to_skip=skip
+            list(PROMPTS),
+            {"template": VIDEO_TEMPLATE.text, "crop_start": 95},
+            device=CPU,
+            num_hidden_layers_to_skip=skip,
         )
     assert ours["llm"].shape == (len(PROMPTS), 256, LLM_DIM)
     assert torch.equal(ours["llm_mask"], mask)
@@ -126,7 +140,9 @@ def test_the_language_models_states_are_those_of_the_pipeline(folder: Path, pipe
     assert_close(ours["llm"], states)
 
 
-def test_the_image_template_is_cut_where_the_pipeline_cuts_it(folder: Path, pipeline: HunyuanVideoPipeline) -> None:
+def test_the_image_template_is_cut_where_the_pipeline_cuts_it(
+    folder: Path, pipeline: HunyuanVideoPipeline
+) -> None:
     ours = encoded(LlavaTextEncoder(folder, torch.float32, template=IMAGE_TEMPLATE), PROMPTS)
     with torch.no_grad():
         states, mask = pipeline._get_llama_prompt_embeds(
@@ -142,7 +158,9 @@ def test_the_final_norm_comes_on_top_of_the_state(folder: Path, pipeline: Hunyua
     with torch.no_grad():
         assert_close(normed, pipeline.text_encoder.norm(plain))
     last = encoded(LlavaTextEncoder(folder, torch.float32, skip_layers=0), PROMPTS[:1])["llm"]
-    again = encoded(LlavaTextEncoder(folder, torch.float32, skip_layers=0, final_norm=True), PROMPTS[:1])["llm"]
+    again = encoded(LlavaTextEncoder(folder, torch.float32, skip_layers=0, final_norm=True), PROMPTS[:1])[
+        "llm"
+    ]
     assert torch.equal(last, again)  # the last state is normed once
 
 
@@ -151,7 +169,9 @@ def test_clips_pooled_state_is_that_of_the_pipeline(folder: Path, pipeline: Huny
     ours = encoded(ClipTextEncoder(folder, torch.float32), prompts)
     with torch.no_grad():
         theirs = pipeline._get_clip_prompt_embeds(prompts, device=CPU)
-    tokens = pipeline.tokenizer_2(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    tokens = pipeline.tokenizer_2(
+        prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    )
     assert ours["clipL"].shape == (len(prompts), CLIP_DIM)
     assert torch.equal(ours["clipL_mask"], tokens.attention_mask)
     assert_close(ours["clipL"], theirs)
@@ -284,7 +304,9 @@ def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(tmp_path: Path
     write_clip_tokenizer(tmp_path / "tokenizer_2")
     tensors, clip_tensors = llama_tensors(), clip_text_tensors()
     tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:100]
-    clip_tensors["embeddings.token_embedding.weight"] = clip_tensors["embeddings.token_embedding.weight"][:100]
+    clip_tensors["embeddings.token_embedding.weight"] = clip_tensors["embeddings.token_embedding.weight"][
+        :100
+    ]
     for encoder in (
         LlavaTextEncoder(save(tmp_path / "llava.safetensors", tensors)),
         ClipTextEncoder(save(tmp_path / "clip.safetensors", clip_text_layouts(clip_tensors)["text"])),

@@ -55,7 +55,9 @@ class Case:
 
 def _framepack_vector(refiner: Any, text: Tensor, factor: float) -> Tensor:
     embedding = refiner.time_text_embed
-    without = embedding(TIMESTEPS, torch.zeros_like(text.mean(dim=1))) - embedding.text_embedder(torch.zeros_like(text.mean(dim=1)))
+    without = embedding(TIMESTEPS, torch.zeros_like(text.mean(dim=1))) - embedding.text_embedder(
+        torch.zeros_like(text.mean(dim=1))
+    )
     return without + factor * embedding.text_embedder(text.mean(dim=1))
 
 
@@ -64,7 +66,9 @@ CASES = [
         "txt_in",
         lambda: TokenRefiner(CONFIG),
         HUNYUAN_REFINER,
-        lambda refiner, text, factor: refiner.t_embedder(TIMESTEPS) + factor * refiner.c_embedder(text.mean(dim=1)),
+        lambda refiner, text, factor: (
+            refiner.t_embedder(TIMESTEPS) + factor * refiner.c_embedder(text.mean(dim=1))
+        ),
         lambda refiner, text: refiner.input_embedder(text),
         lambda refiner: refiner.individual_token_refiner.blocks,
     ),

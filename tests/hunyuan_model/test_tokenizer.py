@@ -58,7 +58,9 @@ def test_clips_tokens_equal_those_of_transformers(model: Path, form: str) -> Non
     assert ours.tokenize(TEXTS[-1])[-1] == ours.end == theirs.eos_token_id
 
 
-@pytest.mark.parametrize(("told", "pad"), [({"content": "<|eot_id|>"}, 4), ("<image>", 5), (None, 6), ("unknown", 6)])
+@pytest.mark.parametrize(
+    ("told", "pad"), [({"content": "<|eot_id|>"}, 4), ("<image>", 5), (None, 6), ("unknown", 6)]
+)
 def test_the_pad_token_is_the_one_its_configuration_names(model: Path, told: object, pad: int) -> None:
     folder = model.parents[2] / "tokens"
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": told}), encoding="utf-8")
@@ -83,7 +85,9 @@ def test_a_tokenizer_needs_no_configuration(model: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("given", ["file", "folder"])
-def test_a_tokenizer_beside_the_encoder_is_found(model: Path, files: TokenizerFiles, source: str, place: str, given: str) -> None:
+def test_a_tokenizer_beside_the_encoder_is_found(
+    model: Path, files: TokenizerFiles, source: str, place: str, given: str
+) -> None:
     root = model.parents[2]
     assert files.find(None, model) is None
     shutil.copytree(root / source, root / place, dirs_exist_ok=True)
@@ -110,9 +114,13 @@ def test_what_the_option_names_comes_before_what_lies_beside(model: Path) -> Non
 def test_without_a_network_the_error_names_the_option(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(model.parent / "empty"))
-    with pytest.raises(CheckpointError, match=r"--text_encoder1_tokenizer the folder tokenizer of hunyuanvideo-community"):
+    with pytest.raises(
+        CheckpointError, match=r"--text_encoder1_tokenizer the folder tokenizer of hunyuanvideo-community"
+    ):
         load_llama_tokenizer(None, model)
-    with pytest.raises(CheckpointError, match=r"--text_encoder2_tokenizer the files of openai/clip-vit-large-patch14"):
+    with pytest.raises(
+        CheckpointError, match=r"--text_encoder2_tokenizer the files of openai/clip-vit-large-patch14"
+    ):
         load_clip_tokenizer(None, model)
 
 
@@ -137,7 +145,9 @@ def test_the_hubs_copy_is_used_where_there_is_no_other(
     assert load(None, model).tokenize(TEXTS[0]) == load(root / source, model).tokenize(TEXTS[0])
 
 
-@pytest.mark.parametrize(("files", "load"), [(LLAMA_FILES, load_llama_tokenizer), (CLIP_FILES, load_clip_tokenizer)])
+@pytest.mark.parametrize(
+    ("files", "load"), [(LLAMA_FILES, load_llama_tokenizer), (CLIP_FILES, load_clip_tokenizer)]
+)
 def test_what_is_no_tokenizer_is_refused(model: Path, files: TokenizerFiles, load: object) -> None:
     with pytest.raises(CheckpointError, match=rf"{files.option}.*it holds model\.safetensors"):
         load(model.parent, model)  # type: ignore[operator]

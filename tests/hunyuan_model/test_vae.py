@@ -35,7 +35,9 @@ def vae(tmp_path: Path) -> HunyuanVae:
 def diffusers_vae(edge: int | None = None, frames: int | None = None) -> AutoencoderKLHunyuanVideo:
     """diffusers' VAE with the same weights, cut in space from `edge` pixels on and in time from `frames` on."""
     config = vae_config()
-    theirs = AutoencoderKLHunyuanVideo(block_out_channels=config.encoder, norm_num_groups=config.groups).eval()
+    theirs = AutoencoderKLHunyuanVideo(
+        block_out_channels=config.encoder, norm_num_groups=config.groups
+    ).eval()
     theirs.load_state_dict(vae_tensors())
     theirs.use_framewise_encoding = theirs.use_framewise_decoding = frames is not None
     if edge is not None:
@@ -47,7 +49,9 @@ def diffusers_vae(edge: int | None = None, frames: int | None = None) -> Autoenc
 
 
 def clip_of(frames: int, height: int = 32, width: int = 48, batch: int = 1) -> Tensor:
-    return torch.randn(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)).clamp_(-1, 1)
+    return torch.randn(
+        batch, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)
+    ).clamp_(-1, 1)
 
 
 def joined(chunks: Iterator[Tensor]) -> Tensor:
@@ -84,7 +88,9 @@ def test_recorded_latents_and_pixels_are_met(tmp_path: Path) -> None:
     assert (decoded - tensors["decoded"]).abs().max() <= tolerance["decoded"]
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(1, 32, 48), (5, 48, 32), (17, 32, 48), (33, 24, 40)])
+@pytest.mark.parametrize(
+    ("frames", "height", "width"), [(1, 32, 48), (5, 48, 32), (17, 32, 48), (33, 24, 40)]
+)
 def test_whole_clips_equal_those_of_diffusers(vae: HunyuanVae, frames: int, height: int, width: int) -> None:
     compare(vae, diffusers_vae(), clip_of(frames, height, width, batch=2 if frames == 5 else 1))
 
@@ -98,7 +104,9 @@ def test_whole_clips_equal_those_of_diffusers(vae: HunyuanVae, frames: int, heig
         (5, 112, 80),  # more than two rows and columns, none of full size at the end
     ],
 )
-def test_tiles_in_height_and_width_equal_those_of_diffusers(tmp_path: Path, frames: int, height: int, width: int) -> None:
+def test_tiles_in_height_and_width_equal_those_of_diffusers(
+    tmp_path: Path, frames: int, height: int, width: int
+) -> None:
     compare(made(tmp_path, tile=64), diffusers_vae(64, 64), clip_of(frames, height, width))
 
 
@@ -130,7 +138,9 @@ def test_a_clip_of_one_tile_is_not_cut(tmp_path: Path, vae: HunyuanVae, settings
 def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path, settings: dict[str, Any]) -> None:
     """And of a long clip no more at a time are numbers than are computed at a time."""
     vae = made(tmp_path, **settings)
-    frames = torch.randint(0, 256, (1, 37, 48, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    frames = torch.randint(
+        0, 256, (1, 37, 48, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     assert byte_clips(frames).data_ptr() == frames.data_ptr()
     expected = vae.encode(to_pixels(frames))
     computed = []
@@ -162,7 +172,9 @@ def test_no_piece_is_larger_than_a_tile(tmp_path: Path) -> None:
     assert max(seen) == (5, 4, 4)
 
 
-def test_large_frames_are_computed_a_few_at_a_time_unasked(monkeypatch: pytest.MonkeyPatch, vae: HunyuanVae) -> None:
+def test_large_frames_are_computed_a_few_at_a_time_unasked(
+    monkeypatch: pytest.MonkeyPatch, vae: HunyuanVae
+) -> None:
     pixels = clip_of(9)
     whole = vae.encode(pixels)
     monkeypatch.setattr(vae_blocks, "STEP_ELEMENTS", 2 * 8 * 32 * 48)  # two frames of the widest layer
@@ -203,21 +215,29 @@ def test_no_frame_depends_on_later_ones_but_through_the_norms(vae: HunyuanVae) -
     for module in vae.modules():
         if isinstance(module, vae_blocks.ClipNorm):
             width = module.num_channels
-            module.factors = lambda x, chunk, width=width: (torch.ones(1, width, 1, 1, 1), torch.zeros(1, width, 1, 1, 1))
+            module.factors = lambda x, chunk, width=width: (
+                torch.ones(1, width, 1, 1, 1),
+                torch.zeros(1, width, 1, 1, 1),
+            )
     pixels = clip_of(9)
     latents = vae.encode(pixels)
     torch.testing.assert_close(vae.encode(pixels[:, :, :5]), latents[:, :, :2])
     torch.testing.assert_close(vae.encode(pixels[:, :, :1]), latents[:, :, :1])
-    torch.testing.assert_close(joined(vae.decode_unclamped(latents[:, :, :2])), joined(vae.decode_unclamped(latents))[:, :, :5])
+    torch.testing.assert_close(
+        joined(vae.decode_unclamped(latents[:, :, :2])), joined(vae.decode_unclamped(latents))[:, :, :5]
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"tile": 32, "tile_frames": 16}])
-def test_pixels_come_in_playing_order_one_frame_and_then_four_at_a_time(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_pixels_come_in_playing_order_one_frame_and_then_four_at_a_time(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     latents = torch.randn(1, 16, 9, 5, 4, generator=torch.Generator().manual_seed(0)) * 3
     chunks = list(made(tmp_path, **settings).decode(latents))
     assert [tuple(chunk.shape) for chunk in chunks] == [(1, 3, 1, 40, 32)] + [(1, 3, 4, 40, 32)] * 8
     assert max(float(chunk.abs().max()) for chunk in chunks) <= 1
-    assert all(chunk.untyped_storage().nbytes() == chunk.nbytes for chunk in chunks)  # a chunk keeps no more than itself in memory
+    # a chunk keeps no more than itself in memory
+    assert all(chunk.untyped_storage().nbytes() == chunk.nbytes for chunk in chunks)
 
 
 def test_nothing_given_is_changed(vae: HunyuanVae) -> None:
@@ -235,13 +255,16 @@ def test_sizes_the_vae_cannot_take_are_refused(vae: HunyuanVae, shape: tuple[int
         vae.encode(torch.zeros(shape))
 
 
-@pytest.mark.parametrize(("settings", "option"), [({"chunk_size": 0}, "--vae_chunk_size 0"), ({"tile": 24}, "min_size 24")])
+@pytest.mark.parametrize(
+    ("settings", "option"), [({"chunk_size": 0}, "--vae_chunk_size 0"), ({"tile": 24}, "min_size 24")]
+)
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, int], option: str) -> None:
     with pytest.raises(OptionError, match=option):
         made(tmp_path, **settings)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])  # 8 and 11 bits through 60 layers
+# 8 and 11 bits through 60 layers
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_16_bit_weights_give_float32_results_near_the_exact_ones(
     tmp_path: Path, vae: HunyuanVae, dtype: torch.dtype, limit: float
 ) -> None:
@@ -250,17 +273,23 @@ def test_16_bit_weights_give_float32_results_near_the_exact_ones(
     assert half.dtype == dtype
     assert latents.dtype == torch.float32
     assert relative_error(latents, vae.encode(pixels)) < limit
-    assert relative_error(joined(half.decode_unclamped(latents)), joined(vae.decode_unclamped(latents))) < limit
+    assert (
+        relative_error(joined(half.decode_unclamped(latents)), joined(vae.decode_unclamped(latents))) < limit
+    )
 
 
-def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_file(vae_tensors(), tmp_path / "vae.safetensors")
     tiles: list[tuple[int, ...]] = []
 
     def peak() -> int:
         tiled = load_vae(tmp_path / "vae.safetensors", torch.device("meta"), torch.float32, tile=64)
         pixels = tiled._pixels
-        monkeypatch.setattr(tiled, "_pixels", lambda latents: tiles.append(tuple(latents.shape)) or pixels(latents))
+        monkeypatch.setattr(
+            tiled, "_pixels", lambda latents: tiles.append(tuple(latents.shape)) or pixels(latents)
+        )
         with dry_run() as ledger, torch.no_grad():
             place(tiled, ledger)
             for _ in tiled.decode(torch.empty(1, 16, 3, 20, 12)):

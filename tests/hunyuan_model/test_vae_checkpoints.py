@@ -40,7 +40,9 @@ def test_published_files_fit_tensor_for_tensor(tmp_path: Path, manifest: str, pr
         plan = read_vae(checkpoint)
         with torch.device("meta"):
             vae = HunyuanVae(plan.config)
-        load_module(vae, plan.checkpoint, plan.sources, device=torch.device("meta"), dtype=lambda *_: torch.float16)
+        load_module(
+            vae, plan.checkpoint, plan.sources, device=torch.device("meta"), dtype=lambda *_: torch.float16
+        )
     assert plan.config == VaeConfig(16, 32, (128, 256, 512, 512), 2, (512, 512, 256, 128), 3)
     assert {tensor.dtype for tensor in vae.state_dict().values()} == {torch.float16}
 
@@ -86,13 +88,20 @@ def test_a_folder_of_diffusers_loads_with_the_groups_it_states(tmp_path: Path) -
         vae = loaded(path)
         assert_same(vae, vae_tensors())
         with torch.no_grad():
-            torch.testing.assert_close(vae.encode(pixels), theirs.encode(pixels).latent_dist.mean, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                vae.encode(pixels), theirs.encode(pixels).latent_dist.mean, rtol=0, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("width", [8, 16, 128])
 def test_without_a_config_two_channels_form_a_group_and_at_most_32_are(tmp_path: Path, width: int) -> None:
-    path = write_hollow(tmp_path / "vae.safetensors", {name: ("F32", tuple(t.shape)) for name, t in meta_tensors(width).items()})
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Another", "norm_num_groups": 1}), encoding="utf-8")
+    path = write_hollow(
+        tmp_path / "vae.safetensors",
+        {name: ("F32", tuple(t.shape)) for name, t in meta_tensors(width).items()},
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"_class_name": "Another", "norm_num_groups": 1}), encoding="utf-8"
+    )
     with open_checkpoint(path) as checkpoint:
         assert read_vae(checkpoint).config == vae_config(width)
 
@@ -105,7 +114,10 @@ def meta_tensors(width: int = 8, z: int = 16) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"_class_name": "AutoencoderKLCausal3D", "norm_num_groups": 3}', "8 channels cannot be shared by 3 groups"),
+        (
+            '{"_class_name": "AutoencoderKLCausal3D", "norm_num_groups": 3}',
+            "8 channels cannot be shared by 3 groups",
+        ),
         ('{"_class_name": "AutoencoderKLCausal3D", "norm_num_groups": 0}', "a number from 1 on"),
         ('{"_class_name": ', "cannot be read"),
     ],
@@ -124,7 +136,9 @@ def test_another_vae_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_levels_and_tensors_are_named(tmp_path: Path) -> None:
-    tensors = {name: tensor for name, tensor in vae_tensors().items() if not name.startswith("decoder.up_blocks.3.")}
+    tensors = {
+        name: tensor for name, tensor in vae_tensors().items() if not name.startswith("decoder.up_blocks.3.")
+    }
     save_file(tensors, tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointError, match=r"decoder\.up_blocks has 3 levels, that of HunyuanVideo has 4"):
         loaded(tmp_path / "vae.safetensors")
@@ -136,6 +150,9 @@ def test_missing_levels_and_tensors_are_named(tmp_path: Path) -> None:
 
 
 def test_another_number_of_latent_channels_is_refused(tmp_path: Path) -> None:
-    save_file({name: torch.zeros(tensor.shape) for name, tensor in meta_tensors(z=8).items()}, tmp_path / "vae.safetensors")
+    save_file(
+        {name: torch.zeros(tensor.shape) for name, tensor in meta_tensors(z=8).items()},
+        tmp_path / "vae.safetensors",
+    )
     with pytest.raises(CheckpointError, match="8 latent channels"):
         loaded(tmp_path / "vae.safetensors")

@@ -1,7 +1,9 @@
-"""Stand-ins for the packages that compute attention: they take what the real ones take, and compute it with torch.
+"""Stand-ins for the packages that compute attention: they take what the real ones take, and compute it with
+torch.
 
-Signatures and layouts after the packages' own: flash_attn 2.8 (flash_attn_interface.py), the hopper build of FlashAttention 3,
-sageattention 2.2 (core.py), xformers (ops/fmha). Nothing here shows that the real kernels run.
+Signatures and layouts after the packages' own: flash_attn 2.8 (flash_attn_interface.py), the hopper build of
+FlashAttention 3, sageattention 2.2 (core.py), xformers (ops/fmha). Nothing here shows that the real kernels
+run.
 """
 
 import sys
@@ -29,7 +31,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of B L N D."""
     assert q.dtype == k.dtype == v.dtype
     assert all(one.stride(-1) == 1 for one in (q, k, v))
-    return functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2)
+    return functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(
+        1, 2
+    )
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int]) -> Tensor:
@@ -54,13 +58,20 @@ Members = dict[str, dict[str, Any]]  # module -> what is in it
 
 
 def _flash(calls: list[Call], wrap: Callable[[Tensor], Any] = lambda out: out) -> dict[str, Any]:
-    # both packages go on after these arguments in orders of their own (FlashAttention 2 with dropout_p, 3 with seqused_q)
+    # both packages go on after these arguments in orders of their own (FlashAttention 2 with dropout_p, 3
+    # with seqused_q)
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Any:
         calls.append(Call("flash_attn_func", tuple(q.shape)))
         return wrap(dense(q, k, v))
 
     def flash_attn_varlen_func(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
     ) -> Any:
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         starts = cu_seqlens_q.tolist()
@@ -71,7 +82,9 @@ def _flash(calls: list[Call], wrap: Callable[[Tensor], Any] = lambda out: out) -
 
 
 def _sage(calls: list[Call]) -> Members:
-    def sageattn(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False) -> Tensor:
+    def sageattn(
+        q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False
+    ) -> Tensor:
         calls.append(Call("sageattn", tuple(q.shape), (tensor_layout, is_causal)))
         if tensor_layout == "NHD":
             return dense(q, k, v)
@@ -89,8 +102,16 @@ def _xformers(calls: list[Call]) -> Members:
         def from_seqlens(cls, q_seqlen: Sequence[int]) -> "BlockDiagonalMask":
             return cls(tuple(q_seqlen))
 
-    def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, attn_bias: BlockDiagonalMask | None = None) -> Tensor:
-        calls.append(Call("memory_efficient_attention", tuple(query.shape), () if attn_bias is None else (attn_bias.counts,)))
+    def memory_efficient_attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_bias: BlockDiagonalMask | None = None
+    ) -> Tensor:
+        calls.append(
+            Call(
+                "memory_efficient_attention",
+                tuple(query.shape),
+                () if attn_bias is None else (attn_bias.counts,),
+            )
+        )
         if attn_bias is None:
             return dense(query, key, value)
         assert len(query) == 1
@@ -109,7 +130,9 @@ def _xformers(calls: list[Call]) -> Members:
 PACKAGES: dict[str, Callable[[list[Call]], Members]] = {
     "flash": lambda calls: {"flash_attn": _flash(calls)},
     "flash3": lambda calls: {"flash_attn_interface": _flash(calls)},
-    "flash3 of an early build": lambda calls: {"flash_attn_interface": _flash(calls, lambda out: (out, torch.zeros(1)))},
+    "flash3 of an early build": lambda calls: {
+        "flash_attn_interface": _flash(calls, lambda out: (out, torch.zeros(1)))
+    },
     "sage": _sage,
     "xformers": _xformers,
 }

@@ -11,15 +11,17 @@ NONSENSE = 255  # in every byte: not a number in all floating types
 
 
 def hide(tensor: Tensor) -> None:
-    """Make host memory useless for computing, as it is to a device: all bits are turned round. Again, and it is as before."""
+    """Make host memory useless for computing, as it is to a device: all bits are turned round. Again, and it
+    is as before.
+    """
     tensor.view(-1).view(torch.uint8).bitwise_not_()
 
 
 class FakeDevice:
     """A `Transfer`. Host memory is expected to be hidden.
 
-    A copy arrives when it is waited for, at the very latest moment; from when it is asked for its target is nonsense. `log` has
-    everything that was asked for.
+    A copy arrives when it is waited for, at the very latest moment; from when it is asked for its target is
+    nonsense. `log` has everything that was asked for.
     """
 
     def __init__(self) -> None:

@@ -21,7 +21,10 @@ DTYPES = (
 
 def tensors() -> dict[str, Tensor]:
     numbers = torch.arange(12.0).reshape(3, 4)
-    found = {f"block.{index}.{str(dtype).removeprefix('torch.')}": numbers.to(dtype) for index, dtype in enumerate(DTYPES)}
+    found = {
+        f"block.{index}.{str(dtype).removeprefix('torch.')}": numbers.to(dtype)
+        for index, dtype in enumerate(DTYPES)
+    }
     return found | {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4)}
 
 

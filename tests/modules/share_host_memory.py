@@ -32,7 +32,9 @@ def main(path: Path, lora: Path) -> None:
     if rank == 0:
         weight[0, 0] = 1234
     torch.distributed.barrier()
-    files = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "swapped weights" in line]
+    files = [
+        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "swapped weights" in line
+    ]
     seen = {
         "rank": rank,
         "fills": host.is_filled_here,

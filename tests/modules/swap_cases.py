@@ -1,4 +1,6 @@
-"""Tiny transformers of all families with enough blocks to swap, dressed as in a run, and what is done with them."""
+"""Tiny transformers of all families with enough blocks to swap, dressed as in a run, and what is done with
+them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +30,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """One family. `make` gives a frozen transformer, `inputs` what its forward takes, `network` a LoRA for it."""
+    """One family.
+
+    `make` gives a frozen transformer, `inputs` what its forward takes, `network` a LoRA for it.
+    """
 
     name: str
     spec: DitSpec
@@ -47,7 +52,10 @@ def _wan() -> nn.Module:
 
 def _wan_inputs(seed: int) -> dict[str, Any]:
     inputs = wan_inputs("t2v", batch=1, frames=1)
-    return {**inputs, "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed))}
+    return {
+        **inputs,
+        "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed)),
+    }
 
 
 def _hunyuan() -> nn.Module:
@@ -59,7 +67,10 @@ def _hunyuan() -> nn.Module:
 
 def _hunyuan_inputs(seed: int) -> dict[str, Any]:
     inputs = making.tiny_inputs("t2v", (4,), frames=1)
-    return {**inputs, "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed))}
+    return {
+        **inputs,
+        "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed)),
+    }
 
 
 def _framepack() -> nn.Module:
@@ -71,7 +82,10 @@ def _framepack() -> nn.Module:
 
 def _framepack_inputs(seed: int) -> dict[str, Any]:
     inputs = dits.ONE_OF_EACH[2].inputs((2, 4, 6, 7), 1)
-    return {**inputs, "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed))}
+    return {
+        **inputs,
+        "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed)),
+    }
 
 
 def _lora(builder: Any) -> Callable[[nn.Module], nn.Module]:
@@ -108,7 +122,11 @@ def swapped(
 
 
 def learner(
-    case: Case, blocks: int, checkpointing: bool, device: FakeDevice | None = None, cast: torch.dtype | None = None
+    case: Case,
+    blocks: int,
+    checkpointing: bool,
+    device: FakeDevice | None = None,
+    cast: torch.dtype | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """A transformer dressed for training, and its LoRA."""
     dit = case.make()
@@ -126,7 +144,10 @@ def gradients(case: Case, dit: nn.Module, network: nn.Module, seed: int = 1) -> 
     network.zero_grad()
     output = dit(**case.inputs(seed))
     (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-    return [output.detach(), *(weight.grad.clone() for weight in network.parameters() if weight.grad is not None)]
+    return [
+        output.detach(),
+        *(weight.grad.clone() for weight in network.parameters() if weight.grad is not None),
+    ]
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:

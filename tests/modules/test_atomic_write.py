@@ -50,7 +50,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    old, young = tmp_path / ".a.bin.1234abcd.tmp", tmp_path / ".b.bin.1234abcd.tmp"  # the young one may still be written
+    # the young one may still be written
+    old, young = tmp_path / ".a.bin.1234abcd.tmp", tmp_path / ".b.bin.1234abcd.tmp"
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
@@ -77,7 +78,9 @@ def test_a_file_that_does_not_fit_is_refused_before_writing(tmp_path: Path) -> N
     assert _names(tmp_path) == []
 
 
-@pytest.mark.skipif(os.name == "nt" or not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.skipif(
+    os.name == "nt" or not Path("/dev/full").exists(), reason="needs a device that is always full"
+)
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     def fill() -> None:
         with atomic_path(tmp_path / "a") as temporary:
@@ -105,7 +108,10 @@ def test_a_name_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
         os.utime(claim, (0, 0))
         remove_leftovers(tmp_path)  # of a killed run
         assert not claim.exists()
-    with pytest.raises(OutputError, match="video cannot be written"), claimed(tmp_path / "no folder" / "video"):
+    with (
+        pytest.raises(OutputError, match="video cannot be written"),
+        claimed(tmp_path / "no folder" / "video"),
+    ):
         pass
 
 
@@ -157,5 +163,7 @@ def test_a_folder_that_is_there_and_can_be_written_to_stays_as_it_is(tmp_path: P
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
 def test_a_folder_in_which_nothing_can_be_written_is_found_out_before_the_work() -> None:
-    with pytest.raises(OutputError, match="--save_path /proc/self: nothing can be written there: .*Choose another folder"):
+    with pytest.raises(
+        OutputError, match="--save_path /proc/self: nothing can be written there: .*Choose another folder"
+    ):
         make_folder(Path("/proc/self"), "--save_path")

@@ -21,14 +21,21 @@ def _parser() -> command.Parser:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--save-path videos", "Unknown option --save-path. Did you mean --save_path?"),  # not that --save_path is missing
+        # not that --save_path is missing
+        ("--save-path videos", "Unknown option --save-path. Did you mean --save_path?"),
         ("--promt=cat --zzz", "Unknown option --promt. Did you mean --prompt? Unknown option --zzz."),
         ("-prompt cat", "Unknown option -prompt. Did you mean --prompt?"),
         ("--prompt -dark", "-dark is no option. A value that begins with - goes behind =: --prompt=-dark"),
-        ("--strength -1e-4", "-1e-4 is no option. A value that begins with - goes behind =: --strength=-1e-4"),
+        (
+            "--strength -1e-4",
+            "-1e-4 is no option. A value that begins with - goes behind =: --strength=-1e-4",
+        ),
         ("--fast --promt -1", "Unknown option --promt. Did you mean --prompt?"),
         ("--save_path", "argument --save_path: expected one argument"),
-        ("--save_path x --codec prorse", "argument --codec: prorse is no choice. Use h264, prores. Did you mean prores?"),
+        (
+            "--save_path x --codec prorse",
+            "argument --codec: prorse is no choice. Use h264, prores. Did you mean prores?",
+        ),
         ("--save_path x --layers one", "argument --layers: invalid int value: 'one'"),
         ("--save_path x --prompt a cat", "cat belongs to no option. Put a text with blanks in quotes."),
         ("--prompt cat", "the following arguments are required: --save_path"),
@@ -61,10 +68,13 @@ def test_beginnings_of_options_and_values_like_options_are_taken_as_before() -> 
     ("system", "typed"),
     [
         ("posix", r"python x.py --vae 'models/my vae.pt' --dataset_config 'C:\d.toml'"),
-        ("nt", r'python x.py --vae "models/my vae.pt" --dataset_config C:\d.toml'),  # cmd knows no single quotes
+        # cmd knows no single quotes
+        ("nt", r'python x.py --vae "models/my vae.pt" --dataset_config C:\d.toml'),
     ],
 )
-def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch: pytest.MonkeyPatch, system: str, typed: str) -> None:
+def test_commands_are_quoted_for_the_shell_of_the_system(
+    monkeypatch: pytest.MonkeyPatch, system: str, typed: str
+) -> None:
     monkeypatch.setattr(command.os, "name", system)
     words = ["python", "x.py", "--vae", "models/my vae.pt", "--dataset_config", r"C:\d.toml"]
     assert command.as_typed(words) == typed

@@ -1,4 +1,6 @@
-"""Compiled blocks: one compilation for all blocks of a list, few for many sizes, and the numbers of uncompiled ones."""
+"""Compiled blocks: one compilation for all blocks of a list, few for many sizes, and the numbers of
+uncompiled ones.
+"""
 
 import logging
 import shutil
@@ -19,18 +21,23 @@ from modules.offload.activations import offload_to_host
 from modules.offload.checkpointing import checkpoint_blocks
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
-EAGER = Compilation("eager", fullgraph=True)  # torch's own kernels, called by what Dynamo has captured: an error where it cannot
+# torch's own kernels, called by what Dynamo has captured: an error where it cannot
+EAGER = Compilation("eager", fullgraph=True)
 CPU = torch.device("cpu")
 SIZES = ((1, 4, 4, 7), (2, 4, 6, 9), (3, 6, 8, 11), (2, 8, 6, 5))
-ROUNDING = 1e-5  # of the largest number, float32; rotary turns are multiplied out in another order, inductor's sums too
+# of the largest number, float32; rotary turns are multiplied out in another order, inductor's sums too
+ROUNDING = 1e-5
 BF16 = 0.02  # a few roundings of 1/256
 DROPOUTS = ({"neuron_dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"})
-TINY = [pytest.param(dit, id=dit.name, marks=[pytest.mark.slow] if dit.name == "wan i2v" else []) for dit in DITS]
+TINY = [
+    pytest.param(dit, id=dit.name, marks=[pytest.mark.slow] if dit.name == "wan i2v" else []) for dit in DITS
+]
 
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would write all of it down
+    # pytest would write all of it down
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch.compiler.reset()
     counters.clear()
     yield
@@ -55,7 +62,9 @@ def assert_near(ours: torch.Tensor, theirs: torch.Tensor, share: float = ROUNDIN
     assert (ours - theirs).abs().max() <= share * theirs.abs().max()
 
 
-def assert_equal_gradients(ours: list[torch.Tensor], theirs: list[torch.Tensor], share: float = ROUNDING) -> None:
+def assert_equal_gradients(
+    ours: list[torch.Tensor], theirs: list[torch.Tensor], share: float = ROUNDING
+) -> None:
     largest = max(one.abs().max() for one in theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).abs().max() <= share * largest
@@ -136,7 +145,10 @@ def test_fixed_sizes_are_compiled_each() -> None:
 
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -> None:
-    """The eager back end calls the same kernels; only the rotary turns are multiplied out. In bf16 their roundings are its own."""
+    """The eager back end calls the same kernels; only the rotary turns are multiplied out.
+
+    In bf16 their roundings are its own.
+    """
     results = []
     for compiled in (False, True):
         dit, network = tiny.with_lora()
@@ -166,7 +178,9 @@ def test_without_rotary_turns_the_numbers_are_equal_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("arguments", DROPOUTS, ids=lambda arguments: next(iter(arguments)))
-def test_dropout_masks_are_those_of_uncompiled_blocks_and_change_with_the_seed(arguments: dict[str, float]) -> None:
+def test_dropout_masks_are_those_of_uncompiled_blocks_and_change_with_the_seed(
+    arguments: dict[str, float],
+) -> None:
     tiny = DITS[0]
     results: list[list[list[torch.Tensor]]] = []
     for compiled in (False, True):
@@ -182,12 +196,16 @@ def test_dropout_masks_are_those_of_uncompiled_blocks_and_change_with_the_seed(a
         assert_equal_gradients(compiled_ones, plain)
     first, second, again = results[1]
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    assert max((one - other).abs().max() for one, other in zip(first, second, strict=True)) > 0.01 * max(map(torch.max, first))
+    assert max((one - other).abs().max() for one, other in zip(first, second, strict=True)) > 0.01 * max(
+        map(torch.max, first)
+    )
     assert compilations() == 2  # the first block and the others: not one for each seed
 
 
 @pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_checkpoints_that_wait_on_the_host_or_keep_attention_go_with_compiled_blocks(tiny: TinyDit, keep: bool) -> None:
+def test_checkpoints_that_wait_on_the_host_or_keep_attention_go_with_compiled_blocks(
+    tiny: TinyDit, keep: bool
+) -> None:
     results = []
     for saves in (False, True):
         dit, network = tiny.with_lora(neuron_dropout=0.2)

@@ -39,11 +39,17 @@ def test_nothing_is_compiled_without_being_asked_for() -> None:
 
 
 def test_both_spellings_of_training_say_the_same() -> None:
-    assert training("--compile") == training("--dynamo_backend", "INDUCTOR") == Compilation("inductor", "default", None, False)
+    assert (
+        training("--compile")
+        == training("--dynamo_backend", "INDUCTOR")
+        == Compilation("inductor", "default", None, False)
+    )
     assert training("--dynamo_backend", "eager", "--dynamo_dynamic", "--dynamo_fullgraph") == training(
         "--compile", "--compile_args", "EAGER", "default", "true", "1"
     )
-    assert training("--dynamo_backend", "inductor", "--dynamo_mode", "max-autotune") == Compilation(mode="max-autotune")
+    assert training("--dynamo_backend", "inductor", "--dynamo_mode", "max-autotune") == Compilation(
+        mode="max-autotune"
+    )
 
 
 @pytest.mark.parametrize("name", [*DYNAMO_BACKENDS, *(name.lower() for name in DYNAMO_BACKENDS)])
@@ -57,7 +63,16 @@ def test_backends_may_be_written_in_either_case(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("True", True), ("t", True), ("1", True), ("False", False), ("0", False), ("auto", None), ("AUTO", None)]
+    ("text", "expected"),
+    [
+        ("True", True),
+        ("t", True),
+        ("1", True),
+        ("False", False),
+        ("0", False),
+        ("auto", None),
+        ("AUTO", None),
+    ],
 )
 def test_sizes_are_open_fixed_or_found_out(text: str, expected: bool | None) -> None:
     choice = generation("--compile", "--compile_args", "inductor", "default", text, "false")
@@ -95,7 +110,9 @@ def test_what_contradicts_itself_is_refused_in_training(argv: list[str], words: 
         ("inductor fast auto False", "mode fast is not known"),
     ],
 )
-def test_a_word_that_is_not_known_is_refused_by_name(ask: Callable[..., Compilation | None], given: str, words: str) -> None:
+def test_a_word_that_is_not_known_is_refused_by_name(
+    ask: Callable[..., Compilation | None], given: str, words: str
+) -> None:
     with pytest.raises(OptionError, match=words):
         ask("--compile", "--compile_args", *given.split())
 

@@ -41,7 +41,8 @@ def test_a_python_that_cannot_install_pip_is_told_what_to_do(tmp_path: Path) -> 
             check=True,
         ).stdout.strip()
     )
-    (packages / "sitecustomize.py").write_text("import sys; sys.modules['ensurepip'] = None")  # as Debian leaves it out
+    # as Debian leaves it out
+    (packages / "sitecustomize.py").write_text("import sys; sys.modules['ensurepip'] = None")
 
     with pytest.raises(UserError, match="python3-venv"):
         provide_pip(python)

@@ -1,4 +1,6 @@
-"""Swapped blocks that are compiled: they are compiled once, and their numbers are those of compiled blocks that stay."""
+"""Swapped blocks that are compiled: they are compiled once, and their numbers are those of compiled blocks
+that stay.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, Case, gradients, same, swapped
 
 
-def compiled(case: Case, blocks: int, device: FakeDevice | None, checkpointing: bool, backend: str) -> tuple[nn.Module, nn.Module]:
+def compiled(
+    case: Case, blocks: int, device: FakeDevice | None, checkpointing: bool, backend: str
+) -> tuple[nn.Module, nn.Module]:
     dit = case.make()
     network = case.network(dit)
     for name in case.spec.block_lists:
@@ -23,7 +27,9 @@ def compiled(case: Case, blocks: int, device: FakeDevice | None, checkpointing: 
     return dit.train(checkpointing), network
 
 
-def run(case: Case, blocks: int, device: FakeDevice | None, checkpointing: bool, backend: str) -> tuple[list[Tensor], list[int]]:
+def run(
+    case: Case, blocks: int, device: FakeDevice | None, checkpointing: bool, backend: str
+) -> tuple[list[Tensor], list[int]]:
     """Gradients of a training pass and a sample, three times; and how many graphs there were after each time."""
     torch._dynamo.reset()
     counters.clear()

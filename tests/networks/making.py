@@ -23,7 +23,16 @@ def golden_dit(description: dict[str, Any]) -> WanModel:
         WanConfig(
             **{
                 key: config[key]
-                for key in ("dim", "ffn_dim", "freq_dim", "text_dim", "num_heads", "num_layers", "in_dim", "out_dim")
+                for key in (
+                    "dim",
+                    "ffn_dim",
+                    "freq_dim",
+                    "text_dim",
+                    "num_heads",
+                    "num_layers",
+                    "in_dim",
+                    "out_dim",
+                )
             },
             text_len=config["text_len"],
             has_image=config["model_type"] == "i2v",
@@ -38,17 +47,26 @@ def golden_lora(network: LoraNetwork, model_key: str, up_scale: float) -> dict[s
     """Fill a network by the golden rule; returns its tensors."""
     own = network.state_dict()
     table = [[name, list(tensor.shape)] for name, tensor in own.items() if not name.endswith(".alpha")]
-    values = {name: tensor * (up_scale if "lora_up" in name else 1) for name, tensor in make_weights(model_key, table).items()}
+    values = {
+        name: tensor * (up_scale if "lora_up" in name else 1)
+        for name, tensor in make_weights(model_key, table).items()
+    }
     network.load_state_dict(own | values)
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
 def tiny_dit(folder: Path, kind: str = "t2v", **sizes: int) -> WanModel:
     """A random transformer in evaluation mode, without gradients."""
-    return load_dit(write_dit(folder, tiny_state(kind, **sizes)), Placement(torch.device("cpu"))).eval().requires_grad_(False)
+    return (
+        load_dit(write_dit(folder, tiny_state(kind, **sizes)), Placement(torch.device("cpu")))
+        .eval()
+        .requires_grad_(False)
+    )
 
 
-def wan_network(dit: nn.Module, rank: int = 4, alpha: float = 2.0, dropout: float | None = None, **arguments: Any) -> LoraNetwork:
+def wan_network(
+    dit: nn.Module, rank: int = 4, alpha: float = 2.0, dropout: float | None = None, **arguments: Any
+) -> LoraNetwork:
     """A LoRA for a Wan transformer with random up factors, not attached yet."""
     network = lora_wan.create_arch_network(1.0, rank, alpha, None, None, dit, dropout, **arguments)
     randomize(network)

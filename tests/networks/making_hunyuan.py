@@ -51,7 +51,9 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= NEAR * expected.abs().max()
 
 
-def made_there(folder: Path, kind: str, targets: Any, alpha: int = 4, with_settings: bool = True) -> tuple[Path, Tensor]:
+def made_there(
+    folder: Path, kind: str, targets: Any, alpha: int = 4, with_settings: bool = True
+) -> tuple[Path, Tensor]:
     """A LoRA that diffusers saves, and what its model gives with it."""
     theirs = in_diffusers(kind)
     path = saved_by_diffusers(theirs, folder / "theirs.safetensors", targets, alpha, with_settings)

@@ -51,7 +51,9 @@ def test_initial_values_and_dropout_follow_the_seeds(tmp_path: Path, module: str
     for noise, seed in ((1, 5), (2, 5), (3, 6)):
         torch.manual_seed(noise)  # what was drawn before has no influence
         dit = tiny_dit(tmp_path).train()
-        network = make_network(options(network_module=module, network_dropout=0.3 if module == OURS else None), OURS, dit, seed=1)
+        network = make_network(
+            options(network_module=module, network_dropout=0.3 if module == OURS else None), OURS, dit, seed=1
+        )
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.05)
@@ -74,7 +76,10 @@ def test_building_a_network_leaves_the_global_generator_alone(tmp_path: Path, mo
 
 def test_a_foreign_module_gets_rank_alpha_and_arguments(tmp_path: Path) -> None:
     made: Any = make_network(
-        options(network_module=FOREIGN, network_alpha=3.0, network_args=("algo=a=b",)), OURS, tiny_dit(tmp_path), 1
+        options(network_module=FOREIGN, network_alpha=3.0, network_args=("algo=a=b",)),
+        OURS,
+        tiny_dit(tmp_path),
+        1,
     )
 
     assert (made.module.dim, made.module.alpha, made.module.arguments) == (4, 3.0, {"algo": "a=b"})
@@ -91,7 +96,9 @@ def test_a_foreign_network_is_saved_with_hashes_and_loaded_again(tmp_path: Path)
     stored = load_file(tmp_path / "x.safetensors")
     assert stored.keys() == network.module.state_dict().keys()
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert model_hashes(stored, {})["sshs_model_hash"] == model_hashes(stored, {"ss_x": "y"})["sshs_model_hash"]
+    assert (
+        model_hashes(stored, {})["sshs_model_hash"] == model_hashes(stored, {"ss_x": "y"})["sshs_model_hash"]
+    )
 
 
 def test_without_a_module_the_familys_own_is_used(tmp_path: Path) -> None:
@@ -139,7 +146,9 @@ def test_scaling_norms_waits_for_no_device(tmp_path: Path) -> None:
 
 def test_foreign_modules_report_scaled_norms_as_plain_numbers(tmp_path: Path) -> None:
     class Scaling(torch.nn.Module):
-        def apply_max_norm_regularization(self, max_norm: float, device: torch.device) -> tuple[int, float, float]:
+        def apply_max_norm_regularization(
+            self, max_norm: float, device: torch.device
+        ) -> tuple[int, float, float]:
             return 2, max_norm / 2, max_norm
 
     network = TrainableNetwork(Scaling(), tiny_dit(tmp_path), FOREIGN)
@@ -153,5 +162,10 @@ def test_dim_from_weights_is_refused_where_the_module_lacks_it(tmp_path: Path) -
 
     with pytest.raises(OptionError, match="--dim_from_weights cannot be used"):
         make_network(
-            options(network_module=FOREIGN, network_weights=tmp_path / "x.safetensors", dim_from_weights=True), OURS, dit, seed=1
+            options(
+                network_module=FOREIGN, network_weights=tmp_path / "x.safetensors", dim_from_weights=True
+            ),
+            OURS,
+            dit,
+            seed=1,
         )

@@ -35,7 +35,9 @@ def test_missing_or_zero_alpha_means_the_rank(alpha: dict[str, Tensor]) -> None:
 
 def test_lora_of_a_convolution_keeps_the_kernel() -> None:
     down, up = random(3, 5, 2, 2), random(7, 3, 1, 1)
-    check({"lora_down.weight": down, "lora_up.weight": up}, torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down))
+    check(
+        {"lora_down.weight": down, "lora_up.weight": up}, torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
+    )
 
 
 def test_lora_with_a_core_in_the_middle() -> None:
@@ -54,7 +56,14 @@ def test_loha_of_a_convolution_with_cores() -> None:
     a1, b1, a2, b2 = random(3, 7), random(3, 5), random(3, 7) + 1, random(3, 5) - 1
     t1, t2 = random(3, 3, 2, 2), random(3, 3, 2, 2) + 1
     rebuilt = [torch.einsum("pqkl,po,qi->oikl", t, a, b) for t, a, b in ((t1, a1, b1), (t2, a2, b2))]
-    factors = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2, "hada_t1": t1, "hada_t2": t2}
+    factors = {
+        "hada_w1_a": a1,
+        "hada_w1_b": b1,
+        "hada_w2_a": a2,
+        "hada_w2_b": b2,
+        "hada_t1": t1,
+        "hada_t2": t2,
+    }
     check(factors, rebuilt[0] * rebuilt[1])
 
 
@@ -65,7 +74,10 @@ def test_lokr_stored_whole_is_not_scaled() -> None:
 
 def test_lokr_with_factors_is_scaled_by_their_rank() -> None:
     w1, a, b = random(2, 3), random(4, 6), random(6, 5)
-    check({"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(3.0)}, 0.5 * torch.kron(w1, a @ b))
+    check(
+        {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(3.0)},
+        0.5 * torch.kron(w1, a @ b),
+    )
 
 
 def test_lokr_of_a_convolution_with_a_core() -> None:

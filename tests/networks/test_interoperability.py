@@ -61,7 +61,9 @@ def test_a_lora_on_all_modules_acts_in_diffusers_as_here(tmp_path: Path, kind: s
     assert float((here - plain).abs().max()) > 0.01
 
 
-@pytest.mark.parametrize("patterns", [r"[r'.*ffn.*', r'.*\.k$']", r"[r'blocks\.0\..*']", r"[r'.*cross_attn.*']"])
+@pytest.mark.parametrize(
+    "patterns", [r"[r'.*ffn.*', r'.*\.k$']", r"[r'blocks\.0\..*']", r"[r'.*cross_attn.*']"]
+)
 def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, patterns: str) -> None:
     dit = tiny_dit(tmp_path, "i2v")
     network = wan_network(dit, rank=4, alpha=3.0, exclude_patterns=patterns)
@@ -79,15 +81,25 @@ def test_a_lora_saved_by_diffusers_acts_here_as_there(tmp_path: Path, with_setti
     dit = tiny_dit(tmp_path)
     other = in_diffusers(dit.config, dit.state_dict())
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
-    other.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]))
+    other.add_adapter(
+        LoraConfig(
+            r=4, lora_alpha=alpha, target_modules=["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]
+        )
+    )
     for name, parameter in other.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     if with_settings:
         other.save_lora_adapter(tmp_path, weight_name="lora.safetensors")
     else:
-        names = {name.replace(".default", ""): tensor for name, tensor in other.state_dict().items() if "lora_" in name}
-        save_file({f"transformer.{name}": tensor for name, tensor in names.items()}, tmp_path / "lora.safetensors")
+        names = {
+            name.replace(".default", ""): tensor
+            for name, tensor in other.state_dict().items()
+            if "lora_" in name
+        }
+        save_file(
+            {f"transformer.{name}": tensor for name, tensor in names.items()}, tmp_path / "lora.safetensors"
+        )
 
     patch = LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"))])
     merged = {name: patch(name, weight) for name, weight in dit.state_dict().items()}

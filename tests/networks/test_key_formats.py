@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 
 from networks.key_formats import module_of_tensor, to_native, to_other, with_rank_as_alpha
-from networks.module_names import FAMILIES, FRAMEPACK, HUNYUAN_VIDEO, WAN, alias, choose_family, module_path, underscored
+from networks.module_names import (
+    FAMILIES,
+    FRAMEPACK,
+    HUNYUAN_VIDEO,
+    WAN,
+    alias,
+    choose_family,
+    module_path,
+    underscored,
+)
 from tests.golden_cases import read_case
 from tests.manifests import manifest_names, tensor_list
 from tests.networks.making import golden_dit, golden_lora
@@ -24,8 +33,14 @@ def golden_tensors() -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
     from networks import lora_wan
 
     description, expected = read_case("lora_merge_convert")
-    network = lora_wan.create_arch_network(1.0, description["rank"], description["alpha"], None, None, golden_dit(description))
-    return description, golden_lora(network, description["lora_weights_model_key"], description["lora_up_extra_scale"]), expected
+    network = lora_wan.create_arch_network(
+        1.0, description["rank"], description["alpha"], None, None, golden_dit(description)
+    )
+    return (
+        description,
+        golden_lora(network, description["lora_weights_model_key"], description["lora_up_extra_scale"]),
+        expected,
+    )
 
 
 def test_conversion_to_the_other_dialect_equals_the_recorded_one() -> None:
@@ -34,7 +49,9 @@ def test_conversion_to_the_other_dialect_equals_the_recorded_one() -> None:
     other = to_other(tensors)
 
     assert other.left_out == {}
-    assert {name: list(tensor.shape) for name, tensor in other.tensors.items()} == dict(map(tuple, description["other_keys"]))
+    assert {name: list(tensor.shape) for name, tensor in other.tensors.items()} == dict(
+        map(tuple, description["other_keys"])
+    )
     for name in (name for name in expected if name.startswith("other.")):
         torch.testing.assert_close(other.tensors[name[6:]], expected[name], atol=0, rtol=1e-6)
 
@@ -70,7 +87,10 @@ def test_both_ways_keep_what_a_lora_adds() -> None:
 
     other = to_other(tensors).tensors
 
-    theirs = other["diffusion_model.blocks.1.ffn.0.lora_B.weight"] @ other["diffusion_model.blocks.1.ffn.0.lora_A.weight"]
+    theirs = (
+        other["diffusion_model.blocks.1.ffn.0.lora_B.weight"]
+        @ other["diffusion_model.blocks.1.ffn.0.lora_A.weight"]
+    )
     ours = 2.0 / 4 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
     torch.testing.assert_close(theirs, ours)
 
@@ -98,10 +118,14 @@ def test_underscores_inside_framepack_names_stay(name: str, path: str) -> None:
     assert module_path(name, FRAMEPACK) == path
 
 
-@pytest.mark.parametrize("manifest", [name for name in manifest_names("wan2.1") if not name.endswith(("vae", "diffusers"))])
+@pytest.mark.parametrize(
+    "manifest", [name for name in manifest_names("wan2.1") if not name.endswith(("vae", "diffusers"))]
+)
 def test_every_matrix_of_a_published_wan_model_is_named(manifest: str) -> None:
     paths = {
-        name.removesuffix(".weight") for name in tensor_list(manifest) if name.endswith(".weight") and "control_adapter" not in name
+        name.removesuffix(".weight")
+        for name in tensor_list(manifest)
+        if name.endswith(".weight") and "control_adapter" not in name
     }
 
     for path in paths:
@@ -109,7 +133,8 @@ def test_every_matrix_of_a_published_wan_model_is_named(manifest: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "manifest", [name for name in manifest_names("wan2.1") if not name.endswith(("vae", "vae-diffusers", "-diffusers"))]
+    "manifest",
+    [name for name in manifest_names("wan2.1") if not name.endswith(("vae", "vae-diffusers", "-diffusers"))],
 )
 def test_names_of_the_diffusers_layout_are_brought_into_ours(manifest: str) -> None:
     for name in tensor_list(manifest):
@@ -128,19 +153,40 @@ def test_no_name_belongs_to_two_families() -> None:
 @pytest.mark.parametrize(
     ("key", "native"),
     [
-        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "lora_unet_blocks_0_self_attn_q.lora_down.weight"),
+        (
+            "lora_unet_blocks_0_self_attn_q.lora_down.weight",
+            "lora_unet_blocks_0_self_attn_q.lora_down.weight",
+        ),
         ("lycoris_blocks_0_self_attn_q.hada_w1_a", "lora_unet_blocks_0_self_attn_q.hada_w1_a"),
-        ("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight"),
+        (
+            "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight",
+            "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight",
+        ),
         ("diffusion_model.blocks.0.ffn.2.lora_up.weight", "lora_unet_blocks_0_ffn_2.lora_up.weight"),
         ("diffusion_model.blocks.0.ffn.2.alpha", "lora_unet_blocks_0_ffn_2.alpha"),
         ("diffusion_model.blocks.0.norm3.diff_b", "lora_unet_blocks_0_norm3.diff_b"),
         ("transformer.blocks.0.attn1.to_q.lora_A.weight", "lora_unet_blocks_0_self_attn_q.lora_down.weight"),
-        ("transformer.blocks.0.attn2.add_v_proj.lora_B.weight", "lora_unet_blocks_0_cross_attn_v_img.lora_up.weight"),
-        ("transformer.blocks.0.attn2.to_out.0.lora.up.weight", "lora_unet_blocks_0_cross_attn_o.lora_up.weight"),
-        ("base_model.model.blocks.11.ffn.net.0.proj.lora_A.default.weight", "lora_unet_blocks_11_ffn_0.lora_down.weight"),
+        (
+            "transformer.blocks.0.attn2.add_v_proj.lora_B.weight",
+            "lora_unet_blocks_0_cross_attn_v_img.lora_up.weight",
+        ),
+        (
+            "transformer.blocks.0.attn2.to_out.0.lora.up.weight",
+            "lora_unet_blocks_0_cross_attn_o.lora_up.weight",
+        ),
+        (
+            "base_model.model.blocks.11.ffn.net.0.proj.lora_A.default.weight",
+            "lora_unet_blocks_11_ffn_0.lora_down.weight",
+        ),
         ("blocks.3.attn1.to_k.lora_B.weight", "lora_unet_blocks_3_self_attn_k.lora_up.weight"),
-        ("transformer.condition_embedder.time_proj.lora_B.weight", "lora_unet_time_projection_1.lora_up.weight"),
-        ("diffusion_model.double_blocks.0.img_mlp.0.lora_A.weight", "lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight"),
+        (
+            "transformer.condition_embedder.time_proj.lora_B.weight",
+            "lora_unet_time_projection_1.lora_up.weight",
+        ),
+        (
+            "diffusion_model.double_blocks.0.img_mlp.0.lora_A.weight",
+            "lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight",
+        ),
         (
             "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight",
             "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight",
@@ -155,7 +201,11 @@ def test_every_dialect_is_brought_into_ours(key: str, native: str) -> None:
 
 
 def test_keys_of_text_encoders_and_unknown_ones_are_told_apart() -> None:
-    keys = ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text_encoder.x.lora_A.weight", "blocks.0.modulation")
+    keys = (
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+        "text_encoder.x.lora_A.weight",
+        "blocks.0.modulation",
+    )
 
     found = to_native({key: torch.ones(2, 2) for key in keys})
 
@@ -166,7 +216,10 @@ def test_keys_of_text_encoders_and_unknown_ones_are_told_apart() -> None:
 
 def test_what_has_no_form_in_the_other_dialect_is_named_with_its_reason() -> None:
     tensors = factors("lora_unet_blocks_0_ffn_0") | factors("lora_unet_blocks_0_unheard_of")
-    tensors |= {"lora_unet_blocks_0_ffn_2.lokr_w1": torch.ones(1, 1), "lora_unet_blocks_0_ffn_2.lokr_w2": torch.ones(3, 3)}
+    tensors |= {
+        "lora_unet_blocks_0_ffn_2.lokr_w1": torch.ones(1, 1),
+        "lora_unet_blocks_0_ffn_2.lokr_w2": torch.ones(3, 3),
+    }
 
     other = to_other(tensors)
 
@@ -177,7 +230,10 @@ def test_what_has_no_form_in_the_other_dialect_is_named_with_its_reason() -> Non
 
 def test_names_in_checkpoints_lose_their_prefix() -> None:
     assert module_of_tensor("model.diffusion_model.blocks.0.ffn.0.weight") == ("blocks_0_ffn_0", "weight")
-    assert module_of_tensor("double_blocks.0.img_mod.linear.bias") == ("double_blocks_0_img_mod_linear", "bias")
+    assert module_of_tensor("double_blocks.0.img_mod.linear.bias") == (
+        "double_blocks_0_img_mod_linear",
+        "bias",
+    )
 
 
 def test_hunyuan_video_names_are_recognised() -> None:

@@ -45,7 +45,9 @@ def test_a_truncated_file_is_refused(saved: Path, keep: int) -> None:
         read_lora(saved)
 
 
-def test_what_a_lora_was_trained_for_is_said_when_it_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_lora_was_trained_for_is_said_when_it_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     network, use = wan_network(tiny_dit(tmp_path)), "videos of FramePack-F1"
     network.save_weights(tmp_path / "f1.safetensors", torch.bfloat16, {"reelsmith_trained_for": use})
@@ -83,7 +85,9 @@ def test_incomplete_modules_are_refused(saved: Path) -> None:
     del tensors["lora_unet_blocks_1_ffn_0.lora_up.weight"]
     save_file(tensors, saved)
 
-    with pytest.raises(CheckpointError, match="lora_unet_blocks_1_ffn_0: it has lora_down.weight but no lora_up.weight"):
+    with pytest.raises(
+        CheckpointError, match="lora_unet_blocks_1_ffn_0: it has lora_down.weight but no lora_up.weight"
+    ):
         read_lora(saved)
 
 
@@ -107,26 +111,44 @@ def test_keys_that_cannot_be_used_are_listed(saved: Path, caplog: pytest.LogCapt
     ],
 )
 @pytest.mark.parametrize("place", ["metadata", "folder"])
-def test_alphas_in_peft_settings_count(tmp_path: Path, place: str, settings: dict[str, object], expected: list[float]) -> None:
+def test_alphas_in_peft_settings_count(
+    tmp_path: Path, place: str, settings: dict[str, object], expected: list[float]
+) -> None:
     prefix = "transformer." if place == "metadata" else "base_model.model."
-    names = [f"{prefix}blocks.0.attn1.{part}.lora_{factor}.weight" for part in ("to_q", "to_k") for factor in "AB"]
-    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
+    names = [
+        f"{prefix}blocks.0.attn1.{part}.lora_{factor}.weight" for part in ("to_q", "to_k") for factor in "AB"
+    ]
+    metadata = {
+        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+    }
     path = tmp_path / "adapter_model.safetensors"
-    save_file({name: torch.ones(2, 2) for name in names}, path, metadata=metadata if place == "metadata" else None)
+    save_file(
+        {name: torch.ones(2, 2) for name in names}, path, metadata=metadata if place == "metadata" else None
+    )
     if place == "folder":
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
     modules = read_lora(path if place == "metadata" else tmp_path).modules()
 
-    assert [strength(modules[f"lora_unet_blocks_0_self_attn_{part}"]) for part in "qk"] == pytest.approx(expected)
+    assert [strength(modules[f"lora_unet_blocks_0_self_attn_{part}"]) for part in "qk"] == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lora_alpha": "much"}, {"lora_alpha": 8, "alpha_pattern": {"(": 2}}, {"lora_alpha": 8, "alpha_pattern": [1]}, []],
+    [
+        {"lora_alpha": "much"},
+        {"lora_alpha": 8, "alpha_pattern": {"(": 2}},
+        {"lora_alpha": 8, "alpha_pattern": [1]},
+        [],
+    ],
 )
 def test_peft_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: object) -> None:
-    save_file({f"blocks.0.attn1.to_q.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}, tmp_path / "adapter_model.sft")
+    save_file(
+        {f"blocks.0.attn1.to_q.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
+        tmp_path / "adapter_model.sft",
+    )
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
     if settings == []:  # as an empty object: nothing is said

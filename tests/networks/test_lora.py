@@ -25,8 +25,12 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str) -> None:
     description, tensors = read_case(case)
     settings = description["lora"]
     dit = golden_dit(description)
-    network = lora_wan.create_arch_network(settings["multiplier"], settings["rank"], settings["alpha"], None, None, dit)
-    assert [[name, list(t.shape), str(t.dtype)[6:]] for name, t in network.state_dict().items()] == settings["tensors"]
+    network = lora_wan.create_arch_network(
+        settings["multiplier"], settings["rank"], settings["alpha"], None, None, dit
+    )
+    assert [[name, list(t.shape), str(t.dtype)[6:]] for name, t in network.state_dict().items()] == settings[
+        "tensors"
+    ]
     golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
     network.apply_to(None, dit)
     sigmas = torch.tensor(description["t_in_0_1"]).view(-1, 1, 1, 1, 1)
@@ -42,7 +46,9 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str) -> None:
     loss.backward()
 
     torch.testing.assert_close(out, tensors["out"], **description["tolerance"]["out"])
-    torch.testing.assert_close(loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"])
+    torch.testing.assert_close(
+        loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"]
+    )
     rtol = description["tolerance"]["grads"]["rtol"]
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
@@ -51,17 +57,24 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str) -> None:
         assert float(parameter.grad.sum()) == pytest.approx(total, rel=rtol, abs=rtol * norm)
         if f"grad.{name}" in tensors:
             torch.testing.assert_close(
-                parameter.grad, tensors[f"grad.{name}"], rtol=rtol, atol=rtol * float(parameter.grad.abs().max())
+                parameter.grad,
+                tensors[f"grad.{name}"],
+                rtol=rtol,
+                atol=rtol * float(parameter.grad.abs().max()),
             )
     assert all(parameter.grad is None for parameter in dit.parameters())
 
 
-@pytest.mark.parametrize("which", ["default", "exclude_ffn", "include_norm_modulation_head", "only_self_attn_q"])
+@pytest.mark.parametrize(
+    "which", ["default", "exclude_ffn", "include_norm_modulation_head", "only_self_attn_q"]
+)
 def test_patterns_choose_the_recorded_modules(which: str) -> None:
     description, _ = read_case("lora_merge_convert")
     expected = description["module_lists"][which]
 
-    network = lora_wan.create_arch_network(1.0, 4, 2.0, None, None, golden_dit(description), **expected["network_args"])
+    network = lora_wan.create_arch_network(
+        1.0, 4, 2.0, None, None, golden_dit(description), **expected["network_args"]
+    )
 
     assert list(dict.fromkeys(name.partition(".")[0] for name in network.state_dict())) == expected["modules"]
 
@@ -108,7 +121,9 @@ def test_multiplier_zero_and_removal_give_the_plain_model_back(tmp_path: Path) -
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_float32_factors_train_with_any_model_dtype_and_with_autocast(tmp_path: Path, dtype: torch.dtype, autocast: bool) -> None:
+def test_float32_factors_train_with_any_model_dtype_and_with_autocast(
+    tmp_path: Path, dtype: torch.dtype, autocast: bool
+) -> None:
     dit = tiny_dit(tmp_path)
     exact = wan_network(dit)
     exact.apply_to(None, dit)
@@ -130,7 +145,9 @@ def test_float32_factors_train_with_any_model_dtype_and_with_autocast(tmp_path: 
 
 
 @pytest.mark.parametrize("arguments", [{"dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"}])
-def test_recomputation_of_checkpointed_blocks_draws_the_same_dropout(tmp_path: Path, arguments: dict[str, float]) -> None:
+def test_recomputation_of_checkpointed_blocks_draws_the_same_dropout(
+    tmp_path: Path, arguments: dict[str, float]
+) -> None:
     gradients = []
     for checkpointed in (False, True):
         dit = tiny_dit(tmp_path).train()
@@ -202,7 +219,8 @@ def test_dropout_keeps_the_mean_in_bf16_too() -> None:
     change = (layer.train()(x.float()) - layer._original_forward(x.float())).detach().double()
 
     kept = change != 0
-    assert float((change / x)[kept].mean()) == pytest.approx(1 / 0.9, rel=3e-4)  # 1 / 0.9 in bf16 is off by 1.6e-3
+    # 1 / 0.9 in bf16 is off by 1.6e-3
+    assert float((change / x)[kept].mean()) == pytest.approx(1 / 0.9, rel=3e-4)
 
 
 def test_loraplus_puts_the_up_factors_into_a_faster_group(tmp_path: Path) -> None:
@@ -223,7 +241,10 @@ def test_norms_above_the_limit_are_scaled_down_to_it(tmp_path: Path) -> None:
 
     @torch.no_grad()
     def norms() -> list[float]:
-        return [float((layer.scale * layer.lora_up.weight @ layer.lora_down.weight).norm()) for layer in network.layers]
+        return [
+            float((layer.scale * layer.lora_up.weight @ layer.lora_down.weight).norm())
+            for layer in network.layers
+        ]
 
     before = norms()
     limit = sorted(before)[len(before) // 2]
@@ -258,7 +279,11 @@ def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
     assert factors["lora_unet_0_three.lora_down.weight"].shape == (3, 4, 3, 3)
     assert factors["lora_unet_0_three.lora_up.weight"].shape == (6, 3, 1, 1)
     delta = (
-        torch.einsum("orxy,rikl->oikl", factors["lora_unet_0_three.lora_up.weight"], factors["lora_unet_0_three.lora_down.weight"])
+        torch.einsum(
+            "orxy,rikl->oikl",
+            factors["lora_unet_0_three.lora_up.weight"],
+            factors["lora_unet_0_three.lora_down.weight"],
+        )
         / 3
     )
     expected = before + nn.functional.conv2d(pixels, delta, padding=1, stride=2)
@@ -294,7 +319,10 @@ def test_weights_and_alphas_come_back_from_a_file(tmp_path: Path) -> None:
 def test_alphas_as_other_tools_store_them_count(tmp_path: Path, alpha: torch.Tensor, scale: float) -> None:
     dit = tiny_dit(tmp_path)
     tensors = wan_network(dit).state_dict()
-    save_file({name: alpha.clone() if name.endswith(".alpha") else t for name, t in tensors.items()}, tmp_path / "x.safetensors")
+    save_file(
+        {name: alpha.clone() if name.endswith(".alpha") else t for name, t in tensors.items()},
+        tmp_path / "x.safetensors",
+    )
     network = wan_network(dit, alpha=3.0)
 
     assert network.load_weights(tmp_path / "x.safetensors") == []
@@ -326,11 +354,15 @@ def test_a_file_of_another_rank_is_refused_with_the_way_out(tmp_path: Path) -> N
 
 def test_ranks_and_alphas_can_come_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dit = tiny_dit(tmp_path)
-    tensors = wan_network(dit, rank=6, alpha=3.0, include_patterns="[r'.*self_attn.*']", exclude_patterns="[r'.*']").state_dict()
+    tensors = wan_network(
+        dit, rank=6, alpha=3.0, include_patterns="[r'.*self_attn.*']", exclude_patterns="[r'.*']"
+    ).state_dict()
     del tensors["lora_unet_blocks_1_self_attn_o.alpha"]  # no alpha: that of the rank
 
     with caplog.at_level(logging.WARNING):
-        network = lora_wan.create_arch_network_from_weights(1.0, tensors, unet=dit, conv_dim="4", rank_dropout="0.5", file="x")
+        network = lora_wan.create_arch_network_from_weights(
+            1.0, tensors, unet=dit, conv_dim="4", rank_dropout="0.5", file="x"
+        )
 
     assert "conv_dim is ignored" in caplog.text
     assert network.settings.dropouts.rank == 0.5
@@ -346,7 +378,9 @@ def test_unknown_network_args_are_warned_about(tmp_path: Path, caplog: pytest.Lo
     assert "--network_args rank_droput is ignored" in caplog.text
 
 
-def test_an_invalid_pattern_is_warned_about_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_pattern_is_warned_about_and_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         network = wan_network(tiny_dit(tmp_path), exclude_patterns="[r'(', r'.*ffn.*']")
 
@@ -365,6 +399,8 @@ def test_an_invalid_pattern_is_warned_about_and_ignored(tmp_path: Path, caplog: 
         ({"exclude_patterns": "[r'.*']"}, "no module"),
     ],
 )
-def test_network_args_that_cannot_be_used_are_refused(tmp_path: Path, arguments: dict[str, str], words: str) -> None:
+def test_network_args_that_cannot_be_used_are_refused(
+    tmp_path: Path, arguments: dict[str, str], words: str
+) -> None:
     with pytest.raises(OptionError, match=words):
         wan_network(tiny_dit(tmp_path), **arguments)

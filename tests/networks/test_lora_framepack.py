@@ -28,7 +28,10 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
     settings, sigma = description["lora"], description["t_in_0_1"]
     dit, inputs, _ = golden_model()
     network = lora_framepack.create_arch_network(1.0, settings["rank"], settings["alpha"], None, None, dit)
-    found = [[name, layer.lora_down.in_features, layer.lora_up.out_features] for name, layer in network.named_children()]
+    found = [
+        [name, layer.lora_down.in_features, layer.lora_up.out_features]
+        for name, layer in network.named_children()
+    ]
     assert found == settings["modules_name_in_out"]
     golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
     network.apply_to(None, dit)
@@ -43,7 +46,9 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
     loss.backward()
 
     assert (out - tensors["out"]).abs().max() <= NEAR * tensors["out"].abs().max()
-    torch.testing.assert_close(loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"])
+    torch.testing.assert_close(
+        loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"]
+    )
     rtol = description["tolerance"]["grads"]["rtol"]
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
@@ -62,7 +67,9 @@ def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_pat
     network.apply_to(None, dit)
 
     patch = LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"), 1.0)])
-    loaded = load_dit(write_dit(tmp_path, tiny_state(), "folder"), Placement(torch.device("cpu"), patch=patch))
+    loaded = load_dit(
+        write_dit(tmp_path, tiny_state(), "folder"), Placement(torch.device("cpu"), patch=patch)
+    )
 
     assert patch.unused() == []
     with torch.no_grad():
@@ -103,7 +110,9 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= NEAR * expected.abs().max()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"exclude_patterns": r"[r'.*ff.*', r'single_transformer_blocks\.1\..*']"}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"exclude_patterns": r"[r'.*ff.*', r'single_transformer_blocks\.1\..*']"}]
+)
 def test_a_lora_made_here_acts_in_diffusers_as_here(tmp_path: Path, arguments: dict[str, str]) -> None:
     network = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_model(), **arguments)
     randomize(network)
@@ -121,7 +130,9 @@ def test_a_lora_made_here_acts_in_diffusers_as_here(tmp_path: Path, arguments: d
 
 @pytest.mark.parametrize("with_settings", [True, False])
 @pytest.mark.parametrize("targets", IN_DIFFUSERS)
-def test_a_lora_that_diffusers_saves_acts_here_as_there(tmp_path: Path, targets: str, with_settings: bool) -> None:
+def test_a_lora_that_diffusers_saves_acts_here_as_there(
+    tmp_path: Path, targets: str, with_settings: bool
+) -> None:
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
     path, expected = made_there(tmp_path, IN_DIFFUSERS[targets], alpha, with_settings)
 
@@ -139,6 +150,7 @@ def test_a_lora_of_diffusers_acts_the_same_once_converted(tmp_path: Path, target
     convert_file(path, tmp_path / "converted.safetensors", target)
 
     names = load_file(tmp_path / "converted.safetensors")
-    # modules that only FramePack has tell its files from HunyuanVideo's, whose names the others get; both act here
+    # modules that only FramePack has tell its files from HunyuanVideo's, whose names the others get; both act
+    # here
     assert any("to_v" in name for name in names) == (targets == "its own")
     assert_near(run_here(tmp_path / "converted.safetensors"), expected)

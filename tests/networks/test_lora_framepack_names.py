@@ -72,7 +72,11 @@ def random_lora(kind: str) -> LoraFile:
     return LoraFile(Path("hv.safetensors"), tensors, {"ss_base_model_version": "hunyuan_video"}, "ours")
 
 
-MATRICES = [name.removesuffix(".weight") for name, weight in TRUNK.items() if name.endswith(".weight") and weight.ndim > 1]
+MATRICES = [
+    name.removesuffix(".weight")
+    for name, weight in TRUNK.items()
+    if name.endswith(".weight") and weight.ndim > 1
+]
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "whole"])
@@ -86,7 +90,8 @@ def test_a_lora_on_every_matrix_of_hunyuan_video_adds_the_same_to_framepack(kind
         if name not in there:
             assert not delta.any(), name
             continue
-        torch.testing.assert_close(delta, there[name], rtol=0, atol=2e-6)  # float32, the weight was added and taken off
+        # float32, the weight was added and taken off
+        torch.testing.assert_close(delta, there[name], rtol=0, atol=2e-6)
         assert delta.ndim == 1 or bool(delta.any()), name
 
 
@@ -99,7 +104,8 @@ def test_hunyuan_loras_of_diffusion_pipe_add_the_same_to_framepack(
     saved_with_points(network, tmp_path / "theirs.safetensors", HUNYUAN_VIDEO, start, state)
 
     found, expected = (
-        changes(framepack_state(), LoraUse(read_lora(tmp_path / name))) for name in ("theirs.safetensors", "ours.safetensors")
+        changes(framepack_state(), LoraUse(read_lora(tmp_path / name)))
+        for name in ("theirs.safetensors", "ours.safetensors")
     )
 
     assert all(torch.equal(delta, expected[name]) for name, delta in found.items())
@@ -114,7 +120,8 @@ def test_framepacks_own_names_with_points_act_as_with_underscores(tmp_path: Path
     saved_with_points(network, tmp_path / "theirs.safetensors", FRAMEPACK, start)
 
     found, expected = (
-        changes(tiny_state(), LoraUse(read_lora(tmp_path / name))) for name in ("theirs.safetensors", "ours.safetensors")
+        changes(tiny_state(), LoraUse(read_lora(tmp_path / name)))
+        for name in ("theirs.safetensors", "ours.safetensors")
     )
 
     assert all(torch.equal(delta, expected[name]) for name, delta in found.items())
@@ -144,7 +151,9 @@ def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None
     assert {layer.scale for layer in network.layers} == {3 / 4}
     expected = changes(tiny_state(), LoraUse(lora))
     for name, factors in network.named_children():
-        delta = weight_delta({f"lora_{part}.weight": getattr(factors, f"lora_{part}").weight for part in ("down", "up")}, CPU)
+        delta = weight_delta(
+            {f"lora_{part}.weight": getattr(factors, f"lora_{part}").weight for part in ("down", "up")}, CPU
+        )
         path = module_path(name.removeprefix("lora_unet_"), FRAMEPACK)
         assert delta is not None
         torch.testing.assert_close(3 / 4 * delta, expected[f"{path}.weight"], rtol=0, atol=2e-6)
@@ -160,22 +169,33 @@ def test_a_network_without_some_parts_takes_what_it_has_of_a_hunyuan_lora(tmp_pa
 
     left = [f"lora_unet_single_blocks_{block}_linear{layer}" for block in range(3) for layer in "12"]
     assert problems == [f"{name} is not in this network" for name in left]
-    up = read_lora(tmp_path / "lora.safetensors").tensors["lora_unet_double_blocks_1_img_attn_qkv.lora_up.weight"]
+    up = read_lora(tmp_path / "lora.safetensors").tensors[
+        "lora_unet_double_blocks_1_img_attn_qkv.lora_up.weight"
+    ]
     assert torch.equal(network.lora_unet_transformer_blocks_1_attn_to_v.lora_up.weight, up[256:])  # type: ignore[union-attr]
 
 
 def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFixture) -> None:
     name = "lora_unet_single_blocks_0_linear1"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(56, 2)}
-    heights = {f"lora_unet_single_transformer_blocks_0_{part}": 8 for part in ("attn_to_q", "attn_to_k", "attn_to_v")}
+    heights = {
+        f"lora_unet_single_transformer_blocks_0_{part}": 8 for part in ("attn_to_q", "attn_to_k", "attn_to_v")
+    }
 
-    assert cut(tensors, (heights | {"lora_unet_single_transformer_blocks_0_proj_mlp": 16}).get).keys() == tensors.keys()
+    assert (
+        cut(tensors, (heights | {"lora_unet_single_transformer_blocks_0_proj_mlp": 16}).get).keys()
+        == tensors.keys()
+    )
     assert "its 56 rows are not those of its parts, which have 8 + 8 + 8 + 16; it stays whole" in caplog.text
 
 
 def test_the_halves_of_the_last_modulation_change_about() -> None:
     name, up = "lora_unet_final_layer_adaLN_modulation_1", torch.arange(12.0).view(6, 2)
-    tensors = {f"{name}.lora_down.weight": torch.ones(2, 3), f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(2, 3),
+        f"{name}.lora_up.weight": up,
+        f"{name}.alpha": torch.tensor(1.0),
+    }
 
     found = for_model(tensors, {"lora_unet_norm_out_linear": 6}.get)
 
@@ -199,7 +219,11 @@ def test_a_lokr_for_a_fused_module_is_not_cut_for_training(caplog: pytest.LogCap
     [
         ("single_blocks", None, {"single_transformer_blocks": 15}),
         ("single_transformer_blocks", None, {"single_transformer_blocks": 15}),
-        ("img_attn_qkv", "attn_to_k", {"transformer_blocks.0.attn.to_q": 1, "transformer_blocks.1.attn.to_v": 1, ".to_": 4}),
+        (
+            "img_attn_qkv",
+            "attn_to_k",
+            {"transformer_blocks.0.attn.to_q": 1, "transformer_blocks.1.attn.to_v": 1, ".to_": 4},
+        ),
         (None, "single_(transformer_)?blocks|linear", {".ff": 8}),
         ("transformer_blocks_0_attn_to_q", None, {"transformer_blocks.0.attn.to_q": 2}),
     ],
@@ -218,7 +242,9 @@ def test_patterns_may_be_written_for_the_names_in_the_file_or_in_the_model(
 
 
 @pytest.mark.parametrize("exclude", ["double_blocks|single_blocks", "transformer_blocks"])
-def test_patterns_that_leave_nothing_are_warned_about(tmp_path: Path, exclude: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_patterns_that_leave_nothing_are_warned_about(
+    tmp_path: Path, exclude: str, caplog: pytest.LogCaptureFixture
+) -> None:
     saved(tmp_path / "lora.safetensors")
 
     found = changes(tiny_state(), LoraUse(read_lora(tmp_path / "lora.safetensors"), 1.0, None, exclude))
@@ -231,16 +257,23 @@ def test_patterns_that_leave_nothing_are_warned_about(tmp_path: Path, exclude: s
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"ss_base_model_version": "framepack"}, {"modelspec.architecture": "framepack/lora"}], ids=["ss", "modelspec"]
+    "metadata",
+    [{"ss_base_model_version": "framepack"}, {"modelspec.architecture": "framepack/lora"}],
+    ids=["ss", "modelspec"],
 )
-def test_a_framepack_lora_on_hunyuan_video_is_warned_about(metadata: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_framepack_lora_on_hunyuan_video_is_warned_about(
+    metadata: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
     factors = {"lora_down.weight": torch.ones(2, 128), "lora_up.weight": torch.ones(128, 2)}
     name = "lora_unet_transformer_blocks_0_attn_to_q"
     tensors = {f"{name}.{part}": tensor for part, tensor in factors.items()}
 
     changes(TRUNK, LoraUse(LoraFile(Path("fp.safetensors"), tensors, metadata, "ours")))
 
-    assert "fp.safetensors was trained for framepack, as its metadata say, and is used on a hunyuan_video model" in caplog.text
+    assert (
+        "fp.safetensors was trained for framepack, as its metadata say, and is used on a hunyuan_video model"
+        in caplog.text
+    )
     caplog.clear()
     changes(diffusers_state(TRUNK), LoraUse(LoraFile(Path("fp.safetensors"), tensors, metadata, "ours")))
     assert "trained for framepack" in caplog.text
@@ -250,16 +283,23 @@ def test_a_framepack_lora_on_hunyuan_video_is_warned_about(metadata: dict[str, s
     assert not caplog.records
 
 
-def test_a_lora_of_flux_whose_names_are_hunyuan_videos_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lora_of_flux_whose_names_are_hunyuan_videos_is_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     tensors = {"lora_unet_double_blocks_0_img_attn_qkv.diff": torch.ones(384, 128)}
     metadata = {"ss_base_model_version": "flux1", "modelspec.architecture": "flux-1-dev/lora"}
 
     changes(TRUNK, LoraUse(LoraFile(Path("flux.safetensors"), tensors, metadata, "ours")))
 
-    assert "flux.safetensors was trained for flux1, as its metadata say, and is used on a hunyuan_video model" in caplog.text
+    assert (
+        "flux.safetensors was trained for flux1, as its metadata say, and is used on a hunyuan_video model"
+        in caplog.text
+    )
 
 
-def test_a_hunyuan_lora_on_framepack_is_as_it_should_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hunyuan_lora_on_framepack_is_as_it_should_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     saved(tmp_path / "lora.safetensors")
 
     changes(tiny_state(), LoraUse(read_lora(tmp_path / "lora.safetensors")))
@@ -267,14 +307,18 @@ def test_a_hunyuan_lora_on_framepack_is_as_it_should_be(tmp_path: Path, caplog: 
     assert not caplog.records
 
 
-def test_training_hunyuan_video_from_a_framepack_lora_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_hunyuan_video_from_a_framepack_lora_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from networks import lora_hunyuan
     from tests.hunyuan_model.making import tiny_model as tiny_hunyuan
 
     network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, tiny_model())
     network.save_weights(tmp_path / "fp.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
 
-    lora_hunyuan.create_arch_network(1.0, 4, 4.0, None, None, tiny_hunyuan("t2v")).load_weights(tmp_path / "fp.safetensors")
+    lora_hunyuan.create_arch_network(1.0, 4, 4.0, None, None, tiny_hunyuan("t2v")).load_weights(
+        tmp_path / "fp.safetensors"
+    )
 
     assert "was trained for framepack" in caplog.text
 
@@ -285,7 +329,10 @@ def test_a_lora_of_wan_is_refused_with_both_models_named(tmp_path: Path) -> None
 
     load_dit(write_dit(tmp_path, tiny_state()), Placement(CPU, patch=patch))
 
-    with pytest.raises(CheckpointError, match=r"wan.safetensors does not fit this model.* It is for wan, the model is framepack"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"wan.safetensors does not fit this model.* It is for wan, the model is framepack",
+    ):
         patch.check()
 
 
@@ -296,7 +343,10 @@ def test_names_that_fit_nothing_are_counted_and_many_of_them_are_said_loudly(
     network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, tiny_model())
     randomize(network)
     wrong = tuple(name for name, _ in network.named_children())[:damaged]
-    tensors = {f"x{name}" if name.startswith(wrong) else name: tensor for name, tensor in network.state_dict().items()}
+    tensors = {
+        f"x{name}" if name.startswith(wrong) else name: tensor
+        for name, tensor in network.state_dict().items()
+    }
     patch = LoraPatch([LoraUse(LoraFile(Path("fp.safetensors"), tensors, {}, "ours"))])
     for name, weight in tiny_state().items():
         patch(name, weight)
@@ -304,7 +354,9 @@ def test_names_that_fit_nothing_are_counted_and_many_of_them_are_said_loudly(
     patch.check()
 
     assert f"{damaged} of 39 weights are not in this model: xlora_unet_" in caplog.text
-    assert ("fp.safetensors IS USED ONLY IN PART: it is damaged or for another model" in caplog.text) == is_loud
+    assert (
+        "fp.safetensors IS USED ONLY IN PART: it is damaged or for another model" in caplog.text
+    ) == is_loud
 
 
 # The lists of names
@@ -313,7 +365,9 @@ def test_names_that_fit_nothing_are_counted_and_many_of_them_are_said_loudly(
 def test_every_module_of_the_published_model_is_named() -> None:
     for name in tensor_list("framepack-dit"):
         path = name.removesuffix(".weight")
-        if name.endswith(".weight") and not (path.startswith("context_embedder.") and path.endswith((".norm1", ".norm2"))):
+        if name.endswith(".weight") and not (
+            path.startswith("context_embedder.") and path.endswith((".norm1", ".norm2"))
+        ):
             assert module_path(underscored(path), FRAMEPACK) == path
 
 
@@ -350,11 +404,16 @@ def test_a_lora_on_every_matrix_of_the_published_hunyuan_video_fits_the_publishe
     patch.check()
     assert patch.unused() == []
     touched = [name for name, (_, shape) in framepack.items() if len(shape) == 2 and patch.touches(name)]
-    assert len(touched) == sum(len(shape) == 2 for _, shape in framepack.values()) - 2  # all but those of the image projection
+    # all but those of the image projection
+    assert len(touched) == sum(len(shape) == 2 for _, shape in framepack.values()) - 2
 
 
 def test_only_framepack_has_modules_for_finished_latents() -> None:
-    names = [underscored(name.removesuffix(".weight")) for name in tensor_list("framepack-dit") if name.endswith(".weight")]
+    names = [
+        underscored(name.removesuffix(".weight"))
+        for name in tensor_list("framepack-dit")
+        if name.endswith(".weight")
+    ]
     hunyuan = [name for name in names if not name.startswith(("clean_x_embedder", "image_projection"))]
 
     assert choose_family(names, "hunyuan_video") is FRAMEPACK

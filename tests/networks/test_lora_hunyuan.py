@@ -32,7 +32,10 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
     settings = description["lora"]
     dit, inputs, _ = golden_model("hv_dit_guidance")
     network = lora_hunyuan.create_arch_network(1.0, settings["rank"], settings["alpha"], None, None, dit)
-    found = [[name, layer.lora_down.in_features, layer.lora_up.out_features] for name, layer in network.named_children()]
+    found = [
+        [name, layer.lora_down.in_features, layer.lora_up.out_features]
+        for name, layer in network.named_children()
+    ]
     assert found == settings["modules_name_in_out"]
     golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
     network.apply_to(None, dit)
@@ -52,7 +55,9 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
 
     torch.testing.assert_close(out, tensors["out"], rtol=0, **description["tolerance"]["out"])
     assert_near(out.detach(), tensors["out"])
-    torch.testing.assert_close(loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"])
+    torch.testing.assert_close(
+        loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"]
+    )
     rtol = description["tolerance"]["grads"]["rtol"]
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
@@ -101,16 +106,25 @@ def test_conversion_there_and_back_keeps_names_and_product(tmp_path: Path) -> No
 
     other, back = load_file(tmp_path / "other.safetensors"), load_file(tmp_path / "back.safetensors")
 
-    assert all(name.startswith(("diffusion_model.double_blocks.", "diffusion_model.single_blocks.")) for name in other)
+    assert all(
+        name.startswith(("diffusion_model.double_blocks.", "diffusion_model.single_blocks."))
+        for name in other
+    )
     assert back.keys() == network.state_dict().keys()
     for name, layer in network.named_children():
         product = back[f"{name}.lora_up.weight"] @ back[f"{name}.lora_down.weight"]
-        torch.testing.assert_close(product, layer.scale * layer.lora_up.weight @ layer.lora_down.weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            product, layer.scale * layer.lora_up.weight @ layer.lora_down.weight, rtol=1e-5, atol=1e-6
+        )
 
 
-@pytest.mark.parametrize("dialect", ["pt_wrapped", "safetensors", "prefixed", "comfy", "comfy_all_in_one", "diffusers_sharded"])
+@pytest.mark.parametrize(
+    "dialect", ["pt_wrapped", "safetensors", "prefixed", "comfy", "comfy_all_in_one", "diffusers_sharded"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_layout_of_a_model_is_merged_to_the_same(tmp_path: Path, dialect: str, dtype: torch.dtype) -> None:
+def test_every_layout_of_a_model_is_merged_to_the_same(
+    tmp_path: Path, dialect: str, dtype: torch.dtype
+) -> None:
     saved(tmp_path / "ours.safetensors")
     uses = [LoraUse(read_lora(tmp_path / "ours.safetensors"), 0.5)]
     state = tiny_state(dtype=dtype)
@@ -129,7 +143,11 @@ def test_a_lora_of_diffusers_merges_into_every_layout(tmp_path: Path, dialect: s
     path, expected = made_there(tmp_path, "i2v", IN_DIFFUSERS["all"], alpha=3)
 
     merge_into_file(
-        write_dit(tmp_path, tiny_state("i2v"), dialect), [LoraUse(read_lora(path))], tmp_path / "out.safetensors", CPU, 32
+        write_dit(tmp_path, tiny_state("i2v"), dialect),
+        [LoraUse(read_lora(path))],
+        tmp_path / "out.safetensors",
+        CPU,
+        32,
     )
 
     assert_near(load_dit(tmp_path / "out.safetensors", Placement(CPU))(**tiny_inputs("i2v")), expected)
@@ -161,7 +179,9 @@ def test_names_of_comfyui_are_brought_into_ours() -> None:
     for name in tensor_list("hunyuanvideo-t2v-dit"):
         (theirs,) = comfy_state({name: torch.empty(0)})
         if theirs.endswith(".weight"):
-            assert alias(underscored(theirs.removesuffix(".weight")), HUNYUAN_VIDEO) == underscored(name.removesuffix(".weight"))
+            assert alias(underscored(theirs.removesuffix(".weight")), HUNYUAN_VIDEO) == underscored(
+                name.removesuffix(".weight")
+            )
 
 
 def test_every_module_of_the_diffusers_layout_finds_what_it_is_part_of() -> None:
@@ -192,7 +212,9 @@ def test_a_framepack_lora_keeps_its_names(tmp_path: Path) -> None:
 
     convert_file(tmp_path / "fp.safetensors", tmp_path / "other.safetensors", "other")
 
-    assert "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight" in load_file(tmp_path / "other.safetensors")
+    assert "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight" in load_file(
+        tmp_path / "other.safetensors"
+    )
 
 
 def test_the_tiny_model_is_loaded_as_others_are(tmp_path: Path) -> None:

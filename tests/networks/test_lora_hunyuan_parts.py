@@ -26,11 +26,16 @@ PUBLISHED_WIDTH = 3072
 
 @pytest.fixture
 def tiny_converter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers' converter has the width of the published model written into it; here with that of the tiny one."""
+    """diffusers' converter has the width of the published model written into it; here with that of the tiny
+    one.
+    """
 
     def narrowed(code: types.CodeType) -> types.CodeType:
         width = CONFIGS["t2v"].dim
-        constants = (narrowed(c) if isinstance(c, types.CodeType) else width if c == PUBLISHED_WIDTH else c for c in code.co_consts)
+        constants = (
+            narrowed(c) if isinstance(c, types.CodeType) else width if c == PUBLISHED_WIDTH else c
+            for c in code.co_consts
+        )
         return code.replace(co_consts=tuple(constants))
 
     function = lora_pipeline._convert_hunyuan_video_lora_to_diffusers
@@ -45,7 +50,9 @@ def load_there(theirs: HunyuanVideoTransformer3DModel, path: Path) -> None:
 @pytest.mark.usefixtures("tiny_converter")
 @pytest.mark.parametrize("arguments", [{}, {"exclude_patterns": r"[r'.*mlp.*', r'single_blocks\.1\..*']"}])
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_a_lora_made_here_acts_in_diffusers_as_here(tmp_path: Path, kind: str, arguments: dict[str, str]) -> None:
+def test_a_lora_made_here_acts_in_diffusers_as_here(
+    tmp_path: Path, kind: str, arguments: dict[str, str]
+) -> None:
     saved(tmp_path / "lora.safetensors", kind, **arguments)
     convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
     theirs = in_diffusers(kind)
@@ -76,7 +83,9 @@ def test_at_full_width_diffusers_cuts_our_factors_where_its_layout_does(tmp_path
     there = HunyuanVideoLoraLoaderMixin.lora_state_dict(str(tmp_path / "other.safetensors"))
 
     wide = {name: factor for name, factor in factors.items() if name.endswith("lora_up.weight")}
-    paths = {name: module_path(name.removeprefix("lora_unet_").partition(".")[0], HUNYUAN_VIDEO) for name in wide}
+    paths = {
+        name: module_path(name.removeprefix("lora_unet_").partition(".")[0], HUNYUAN_VIDEO) for name in wide
+    }
     state = {f"{paths[name]}.weight": factor for name, factor in wide.items()}
     expected = diffusers_state({"img_in.proj.weight": torch.empty(PUBLISHED_WIDTH, 0)} | state)
     del expected["x_embedder.proj.weight"]
@@ -87,7 +96,9 @@ def test_at_full_width_diffusers_cuts_our_factors_where_its_layout_does(tmp_path
 
 @pytest.mark.parametrize("with_settings", [True, False])
 @pytest.mark.parametrize("targets", IN_DIFFUSERS)
-def test_a_lora_that_diffusers_saves_acts_here_as_there(tmp_path: Path, targets: str, with_settings: bool) -> None:
+def test_a_lora_that_diffusers_saves_acts_here_as_there(
+    tmp_path: Path, targets: str, with_settings: bool
+) -> None:
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
     path, expected = made_there(tmp_path, "i2v", IN_DIFFUSERS[targets], alpha, with_settings)
 
@@ -123,8 +134,14 @@ def test_there_and_back_through_diffusers_is_the_same_lora(tmp_path: Path) -> No
     assert all(torch.equal(back[name].float(), tensor) for name, tensor in network.state_dict().items())
 
 
-def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(caplog: pytest.LogCaptureFixture) -> None:
-    names = [f"lora_unet_single_transformer_blocks_{block}_attn_to_{letter}" for block in (0, 1) for letter in "qkv"]
+def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = [
+        f"lora_unet_single_transformer_blocks_{block}_attn_to_{letter}"
+        for block in (0, 1)
+        for letter in "qkv"
+    ]
     tensors = {
         f"{name}.lora_{part}.weight": torch.ones(2, 8) if part == "down" else torch.ones(8, 2)
         for name in names
@@ -139,7 +156,9 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(caplog: p
     assert len([record for record in caplog.records if "4 times as high" in record.message]) == 1
 
 
-def test_parts_of_another_kind_in_one_block_do_not_hinder_the_others(caplog: pytest.LogCaptureFixture) -> None:
+def test_parts_of_another_kind_in_one_block_do_not_hinder_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     plain, lokr = "lora_unet_transformer_blocks_0_attn_to_q", "lora_unet_transformer_blocks_1_attn_to_q"
     tensors = {f"{plain}.lora_down.weight": torch.ones(2, 8), f"{plain}.lora_up.weight": torch.ones(8, 2)}
     tensors |= {f"{lokr}.lokr_w1": torch.ones(2, 2), f"{lokr}.lokr_w2": torch.ones(4, 4)}
@@ -174,19 +193,26 @@ def test_parts_with_alphas_of_their_own_keep_their_strength() -> None:
     for letter, rank, alpha in (("q", 2, 1.0), ("k", 3, 6.0), ("v", 1, 0.0)):
         down, up = torch.randn(rank, 5, generator=generator), torch.randn(4, rank, generator=generator)
         name = f"lora_unet_transformer_blocks_7_attn_add_{letter}_proj"
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+        tensors |= {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(alpha),
+        }
         expected.append((alpha or rank) / rank * up @ down)
 
     fused = fuse(tensors)
 
     down, up, alpha = (
-        fused[f"lora_unet_double_blocks_7_txt_attn_qkv.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha")
+        fused[f"lora_unet_double_blocks_7_txt_attn_qkv.{part}"]
+        for part in ("lora_down.weight", "lora_up.weight", "alpha")
     )
     torch.testing.assert_close(alpha / len(down) * up @ down, torch.cat(expected))
     assert len(fused) == 3
 
 
-def test_what_cannot_be_put_together_stays_and_still_acts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_put_together_stays_and_still_acts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
     tensors = {"lora_unet_transformer_blocks_0_attn_to_k.diff": weight}
 
@@ -194,7 +220,10 @@ def test_what_cannot_be_put_together_stays_and_still_acts(tmp_path: Path, caplog
 
     assert "only plain LoRAs" in caplog.text
     save_file(tensors, tmp_path / "lora.safetensors")
-    patch, name = LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"))]), "double_blocks.0.img_attn_qkv.weight"
+    patch, name = (
+        LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"))]),
+        "double_blocks.0.img_attn_qkv.weight",
+    )
     changed = patch(name, tiny_state()[name]) - tiny_state()[name]
     torch.testing.assert_close(changed, torch.cat([torch.zeros(128, 128), weight, torch.zeros(128, 128)]))
 
@@ -209,11 +238,17 @@ def test_a_lokr_for_a_part_and_one_for_the_whole_change_the_right_rows(
     part, whole = torch.randn(16, 16, generator=generator), torch.randn(16, 16, generator=generator)
     small, tall = torch.randn(8, 8, generator=generator), torch.randn(24, 8, generator=generator)
     save_file(
-        {"transformer.transformer_blocks.0.attn.to_v.lokr_w1": part, "transformer.transformer_blocks.0.attn.to_v.lokr_w2": small},
+        {
+            "transformer.transformer_blocks.0.attn.to_v.lokr_w1": part,
+            "transformer.transformer_blocks.0.attn.to_v.lokr_w2": small,
+        },
         tmp_path / "part.safetensors",
     )
     save_file(
-        {"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": whole, "lora_unet_double_blocks_0_img_attn_qkv.lokr_w2": tall},
+        {
+            "lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": whole,
+            "lora_unet_double_blocks_0_img_attn_qkv.lokr_w2": tall,
+        },
         tmp_path / "whole.safetensors",
     )
     patch = LoraPatch([LoraUse(read_lora(tmp_path / f"{name}.safetensors")) for name in ("part", "whole")])
@@ -229,17 +264,23 @@ def test_a_lokr_for_a_part_and_one_for_the_whole_change_the_right_rows(
 
 def test_a_part_of_another_size_is_refused(tmp_path: Path) -> None:
     factors = {"lora_A.weight": torch.ones(2, 128), "lora_B.weight": torch.ones(256, 2)}
-    save_file({f"transformer.transformer_blocks.0.attn.to_v.{part}": t for part, t in factors.items()}, tmp_path / "x.safetensors")
+    save_file(
+        {f"transformer.transformer_blocks.0.attn.to_v.{part}": t for part, t in factors.items()},
+        tmp_path / "x.safetensors",
+    )
     patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"))])
 
     with pytest.raises(
-        CheckpointError, match=r"for double_blocks.0.img_attn_qkv.weight it has \[256, 128\], the model \[384, 128\]"
+        CheckpointError,
+        match=r"for double_blocks.0.img_attn_qkv.weight it has \[256, 128\], the model \[384, 128\]",
     ):
         patch("double_blocks.0.img_attn_qkv.weight", torch.zeros(384, 128))
 
 
 def test_training_can_start_from_a_lora_of_diffusers(tmp_path: Path) -> None:
-    path, expected = made_there(tmp_path, "t2v", r".*_blocks\.\d+\..*(to_q|to_v|add_k_proj|net\.2|proj_mlp)", alpha=3)
+    path, expected = made_there(
+        tmp_path, "t2v", r".*_blocks\.\d+\..*(to_q|to_v|add_k_proj|net\.2|proj_mlp)", alpha=3
+    )
     dit = tiny_model("t2v")
     network = lora_hunyuan.create_arch_network_from_weights(1.0, read_lora(path).tensors, unet=dit)
 

@@ -34,11 +34,13 @@ def test_merged_weights_equal_the_recorded_ones() -> None:
 
     merged = {name: patch(name, weight) for name, weight in dit.state_dict().items()}
 
-    assert [name for name, weight in dit.state_dict().items() if not torch.equal(weight, merged[name])] == description[
-        "merged_changed_tensors"
-    ]
+    assert [
+        name for name, weight in dit.state_dict().items() if not torch.equal(weight, merged[name])
+    ] == description["merged_changed_tensors"]
     for name in (name for name in expected if name.startswith("merged.")):
-        torch.testing.assert_close(merged[name[7:]], expected[name], rtol=0, **description["tolerance"]["merged.*"])
+        torch.testing.assert_close(
+            merged[name[7:]], expected[name], rtol=0, **description["tolerance"]["merged.*"]
+        )
     assert patch.unused() == []
     patch.check()
 
@@ -59,25 +61,39 @@ def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_pat
 
 def test_several_loras_are_summed_before_rounding() -> None:
     weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbours are 2 apart
-    one = {"lora_unet_a.lora_down.weight": torch.full((1, 4), 0.6), "lora_unet_a.lora_up.weight": torch.ones(4, 1)}
+    one = {
+        "lora_unet_a.lora_down.weight": torch.full((1, 4), 0.6),
+        "lora_unet_a.lora_up.weight": torch.ones(4, 1),
+    }
     patch = LoraPatch([LoraUse(lora_file(one)), LoraUse(lora_file(one))])
 
-    assert torch.equal(patch("a.weight", weight), torch.full((4, 4), 258.0, dtype=torch.bfloat16))  # 257.2: one alone would be lost
+    # 257.2: one alone would be lost
+    assert torch.equal(patch("a.weight", weight), torch.full((4, 4), 258.0, dtype=torch.bfloat16))
 
 
 ROWS, COLUMNS = 2100, 2048  # more than is changed at once
 LARGE: dict[str, dict[str, tuple[int, ...]]] = {
     "LoRA": {"lora_down.weight": (2, COLUMNS), "lora_up.weight": (ROWS, 2)},
     "whole": {"diff": (ROWS, COLUMNS)},
-    "LoHa": {"hada_w1_a": (ROWS, 2), "hada_w1_b": (2, COLUMNS), "hada_w2_a": (ROWS, 2), "hada_w2_b": (2, COLUMNS)},
+    "LoHa": {
+        "hada_w1_a": (ROWS, 2),
+        "hada_w1_b": (2, COLUMNS),
+        "hada_w2_a": (ROWS, 2),
+        "hada_w2_b": (2, COLUMNS),
+    },
     "LoKr": {"lokr_w1": (2, 2), "lokr_w2_a": (ROWS // 2, 2), "lokr_w2_b": (2, COLUMNS // 2)},
 }
 
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_a_large_weight_changed_part_by_part_equals_one_changed_at_once(kind: str) -> None:
-    factors = {part: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for part, shape in LARGE[kind].items()}
-    patch = LoraPatch([LoraUse(lora_file({f"lora_unet_a.{part}": tensor for part, tensor in factors.items()}), 0.5)])
+    factors = {
+        part: torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for part, shape in LARGE[kind].items()
+    }
+    patch = LoraPatch(
+        [LoraUse(lora_file({f"lora_unet_a.{part}": tensor for part, tensor in factors.items()}), 0.5)]
+    )
     weight = torch.ones(ROWS, COLUMNS)
     expected = weight_delta(factors, torch.device("cpu"))
     assert expected is not None
@@ -92,18 +108,32 @@ def test_a_large_weight_changed_part_by_part_equals_one_changed_at_once(kind: st
 
 def test_patterns_choose_parts_of_a_lora(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
-    patch = LoraPatch([LoraUse(lora_file(dict(wan_network(dit).state_dict())), 1.0, r"self_attn", r"_1_self_attn_[qk]")])
+    patch = LoraPatch(
+        [LoraUse(lora_file(dict(wan_network(dit).state_dict())), 1.0, r"self_attn", r"_1_self_attn_[qk]")]
+    )
 
-    changed = [name for name, weight in dit.state_dict().items() if not torch.equal(patch(name, weight), weight)]
+    changed = [
+        name for name, weight in dit.state_dict().items() if not torch.equal(patch(name, weight), weight)
+    ]
 
-    kept = ("0.self_attn.k", "0.self_attn.o", "0.self_attn.q", "0.self_attn.v", "1.self_attn.o", "1.self_attn.v")
+    kept = (
+        "0.self_attn.k",
+        "0.self_attn.o",
+        "0.self_attn.q",
+        "0.self_attn.v",
+        "1.self_attn.o",
+        "1.self_attn.v",
+    )
     assert sorted(changed) == [f"blocks.{module}.weight" for module in kept]
     patch.check()
     assert patch.unused() == []
 
 
 def test_whole_and_bias_differences_change_norms_and_biases() -> None:
-    tensors = {"lora_unet_blocks_0_norm3.diff": torch.ones(4), "lora_unet_blocks_0_norm3.diff_b": torch.full((4,), 2.0)}
+    tensors = {
+        "lora_unet_blocks_0_norm3.diff": torch.ones(4),
+        "lora_unet_blocks_0_norm3.diff_b": torch.full((4,), 2.0),
+    }
     patch = LoraPatch([LoraUse(lora_file(tensors), 0.5)])
 
     assert torch.equal(patch("blocks.0.norm3.weight", torch.ones(4)), torch.full((4,), 1.5))
@@ -143,7 +173,10 @@ def test_a_lora_of_another_size_is_refused_with_both_shapes(tmp_path: Path) -> N
 
 
 def test_factors_that_do_not_go_together_are_refused() -> None:
-    tensors = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 3)}
+    tensors = {
+        "lora_unet_a.lora_down.weight": torch.ones(2, 4),
+        "lora_unet_a.lora_up.weight": torch.ones(4, 3),
+    }
 
     with pytest.raises(CheckpointError, match="do not go together"):
         LoraPatch([LoraUse(lora_file(tensors))])("a.weight", torch.ones(4, 4))
@@ -157,6 +190,9 @@ def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> Non
 
     uses = lora_uses(LoraOptions(files, (0.5,)), LoraPatternOptions(("a",), None))
 
-    assert [(use.multiplier, use.include, use.exclude) for use in uses] == [(0.5, "a", None), (1.0, None, None)]
+    assert [(use.multiplier, use.include, use.exclude) for use in uses] == [
+        (0.5, "a", None),
+        (1.0, None, None),
+    ]
     with pytest.raises(OptionError, match="--exclude_patterns has 3 patterns for 2"):
         lora_uses(LoraOptions(files, (1.0,)), LoraPatternOptions(None, ("a", "b", "c")))

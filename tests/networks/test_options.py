@@ -29,10 +29,14 @@ def test_missing_multipliers_are_one_and_a_single_number_is_a_list(tmp_path: Pat
     parser = argparse.ArgumentParser()
     add_lora_arguments(parser)
 
-    options = read_options(LoraOptions, parser.parse_args(["--lora_weight", *map(str, files), "--lora_multiplier", "0.5"]))
+    options = read_options(
+        LoraOptions, parser.parse_args(["--lora_weight", *map(str, files), "--lora_multiplier", "0.5"])
+    )
     assert options.multipliers() == (0.5, 1.0)
     assert read_options(LoraOptions, parser.parse_args([])).multipliers() == ()
-    assert network("--base_weights", *map(str, files), "--base_weights_multiplier", "2").base_multipliers() == (2.0, 1.0)
+    assert network(
+        "--base_weights", *map(str, files), "--base_weights_multiplier", "2"
+    ).base_multipliers() == (2.0, 1.0)
 
 
 def test_multipliers_without_a_file_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -44,7 +48,9 @@ def test_multipliers_without_a_file_are_told(tmp_path: Path, caplog: pytest.LogC
     read_options(LoraOptions, parser.parse_args([]))
     read_options(LoraOptions, parser.parse_args(["--lora_weight", str(file), "--lora_multiplier", "0.5"]))
     assert not caplog.text
-    read_options(LoraOptions, parser.parse_args(["--lora_weight", str(file), "--lora_multiplier", "1", "0.5", "2"]))
+    read_options(
+        LoraOptions, parser.parse_args(["--lora_weight", str(file), "--lora_multiplier", "1", "0.5", "2"])
+    )
     network("--base_weights", str(file), "--base_weights_multiplier", "1", "3")
     assert "--lora_multiplier: 0.5 2 is ignored" in caplog.text
     assert "--base_weights_multiplier: 3 is ignored" in caplog.text

@@ -1,4 +1,7 @@
-"""From files to the frames that a latent cache is made of, written out after the documented rules. Nothing of ours is imported."""
+"""From files to the frames that a latent cache is made of, written out after the documented rules.
+
+Nothing of ours is imported.
+"""
 
 import math
 from collections.abc import Sequence

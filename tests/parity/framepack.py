@@ -1,4 +1,5 @@
-"""What FramePack's latent caches hold, written out with diffusers' VAE and transformers' SigLIP after the documented rules.
+"""What FramePack's latent caches hold, written out with diffusers' VAE and transformers' SigLIP after the
+documented rules.
 
 Plain loops over the index lines of features.md, sections 5.2, 5.7 and 5.10. Nothing of ours is imported.
 """
@@ -26,7 +27,10 @@ Section = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Encoders:
-    """The two networks that caching needs. In 16 bits each computes as diffusers and transformers have it; noise is float32."""
+    """The two networks that caching needs.
+
+    In 16 bits each computes as diffusers and transformers have it; noise is float32.
+    """
 
     vae: Path
     siglip: Path
@@ -35,10 +39,15 @@ class Encoders:
 
     @torch.no_grad()
     def latents(self, frames: Frames, generator: torch.Generator) -> Tensor:
-        """A sample of the posterior, 16 F h w float32: cut in space from 256 pixels on, in time where longer than 192 frames."""
+        """A sample of the posterior, 16 F h w float32: cut in space from 256 pixels on, in time where longer
+        than 192 frames.
+        """
         vae = load_vae(self.vae).to(self.vae_dtype)
         vae.enable_tiling(
-            tile_sample_min_height=256, tile_sample_min_width=256, tile_sample_stride_height=192, tile_sample_stride_width=192
+            tile_sample_min_height=256,
+            tile_sample_min_width=256,
+            tile_sample_stride_height=192,
+            tile_sample_stride_width=192,
         )
         vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 192, 144
         posterior = vae.encode(to_pixels(frames).to(self.vae_dtype)).latent_dist
@@ -49,10 +58,15 @@ class Encoders:
     def features(self, frame: numpy.ndarray) -> Tensor:
         """729 D in the dtype of the image tower."""
         processor = SiglipImageProcessorPil(
-            size={"height": 384, "width": 384}, resample=Image.Resampling.BICUBIC, image_mean=[0.5] * 3, image_std=[0.5] * 3
+            size={"height": 384, "width": 384},
+            resample=Image.Resampling.BICUBIC,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
         )
         pixels = processor.preprocess([frame], return_tensors="pt")["pixel_values"]
-        return load_siglip(self.siglip).to(self.siglip_dtype)(pixels.to(self.siglip_dtype)).last_hidden_state[0]
+        return (
+            load_siglip(self.siglip).to(self.siglip_dtype)(pixels.to(self.siglip_dtype)).last_hidden_state[0]
+        )
 
 
 def load_siglip(path: Path) -> SiglipVisionModel:
@@ -63,14 +77,17 @@ def load_siglip(path: Path) -> SiglipVisionModel:
         SiglipVisionConfig(
             hidden_size=dim,
             intermediate_size=len(tensors["encoder.layers.0.mlp.fc1.weight"]),
-            num_hidden_layers=1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layers.")),
+            num_hidden_layers=1
+            + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layers.")),
             num_attention_heads=dim // 72,
             image_size=384,
             patch_size=14,
         )
     ).eval()
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in siglip.state_dict()) else ""
-    _, unexpected = siglip.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()}, strict=False)
+    _, unexpected = siglip.load_state_dict(
+        {prefix + name: tensor for name, tensor in tensors.items()}, strict=False
+    )
     assert not unexpected
     return siglip
 
@@ -84,7 +101,9 @@ def anti_drifting_sections(latents: Tensor, window: int) -> dict[int, Section]:
     made = {}
     for padding, section in zip(paddings, range(sections - 1, -1, -1), strict=True):
         line = count()
-        start, _, target, post, near, far = (list(islice(line, length)) for length in (1, padding * window, window, 1, 2, 16))
+        start, _, target, post, near, far = (
+            list(islice(line, length)) for length in (1, padding * window, window, 1, 2, 16)
+        )
         frames = [video[1 + section * window + offset] for offset in range(window)]
         made[section] = {
             "latents": torch.stack(frames, dim=1),
@@ -106,7 +125,9 @@ def f1_sections(latents: Tensor, window: int) -> dict[int, Section]:
     made = {}
     for section in range((len(video) - 1) // window):
         first = 1 + section * window
-        past = [video[index] if index >= 0 else torch.zeros_like(video[0]) for index in range(first - 19, first)]
+        past = [
+            video[index] if index >= 0 else torch.zeros_like(video[0]) for index in range(first - 19, first)
+        ]
         line = count()
         start, far, near, last, target = (list(islice(line, length)) for length in (1, 16, 2, 1, window))
         made[section] = {

@@ -23,11 +23,18 @@ KINDS = {
 
 
 def load_dit(path: Path) -> HunyuanVideoFramepackTransformer3DModel:
-    """A transformer of the published names, its sizes read off its tensors. Heads are 64 wide, as in all our tiny ones."""
+    """A transformer of the published names, its sizes read off its tensors.
+
+    Heads are 64 wide, as in all our tiny ones.
+    """
     tensors = load_file(path)
 
     def count(start: str) -> int:
-        return 1 + max(int(name.removeprefix(start + ".").split(".")[0]) for name in tensors if name.startswith(start + "."))
+        return 1 + max(
+            int(name.removeprefix(start + ".").split(".")[0])
+            for name in tensors
+            if name.startswith(start + ".")
+        )
 
     dim, in_channels = tensors["x_embedder.proj.weight"].shape[:2]
     width = len(tensors["transformer_blocks.0.attn.norm_q.weight"])
@@ -52,14 +59,19 @@ def load_dit(path: Path) -> HunyuanVideoFramepackTransformer3DModel:
 
 
 def velocity(
-    dit: HunyuanVideoFramepackTransformer3DModel, noisy: Tensor, timestep: Tensor, guidance: Tensor, given: Mapping[str, Tensor]
+    dit: HunyuanVideoFramepackTransformer3DModel,
+    noisy: Tensor,
+    timestep: Tensor,
+    guidance: Tensor,
+    given: Mapping[str, Tensor],
 ) -> Tensor:
     """1 16 F h w float32 of one sample. given: what caches and conditions hold of it, with batch dimension.
 
     All that a 16-bit transformer is given is rounded to 16 bits.
 
-    It has no forward without one of the three kinds of finished latents, though the code that puts tokens in a row would leave one
-    out: for a kind that is not there one black frame is embedded and then dropped at that place.
+    It has no forward without one of the three kinds of finished latents, though the code that puts tokens in
+    a row would leave one out: for a kind that is not there one black frame is embedded and then dropped at
+    that place.
     """
     dtype = dit.x_embedder.proj.weight.dtype
 
@@ -83,7 +95,12 @@ def velocity(
         dit._pack_history_states = packed
         indices = given["latent_indices"][0]
         return dit(
-            rounded(noisy), rounded(timestep), guidance=rounded(guidance), indices_latents=indices, **arguments, return_dict=False
+            rounded(noisy),
+            rounded(timestep),
+            guidance=rounded(guidance),
+            indices_latents=indices,
+            **arguments,
+            return_dict=False,
         )[0].float()
     finally:
         del dit._pack_history_states

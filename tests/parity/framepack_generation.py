@@ -1,4 +1,5 @@
-"""What a FramePack generation is, after features.md, sections 5.1 to 5.7, with the networks of diffusers and transformers.
+"""What a FramePack generation is, after features.md, sections 5.1 to 5.7, with the networks of diffusers and
+transformers.
 
 Plain loops over the index lines; nothing of ours is imported but the rule for seeds.
 """
@@ -63,7 +64,9 @@ class OneFrame:
 
 @dataclass
 class Theirs:
-    """The networks of a folder that `write_tiny_framepack` has written; in float32 where nothing else is said."""
+    """The networks of a folder that `write_tiny_framepack` has written; in float32 where nothing else is
+    said.
+    """
 
     folder: Path
     dit_dtype: torch.dtype = torch.float32
@@ -101,16 +104,26 @@ class Theirs:
         real = int(mask.sum())
         rows = states.new_zeros(1, 512, states.shape[2])
         rows[:, :real] = states[:, :real]
-        return {"llama_vec": rows, "llama_attention_mask": torch.arange(512)[None] < real, "clip_l_pooler": pooled}
+        return {
+            "llama_vec": rows,
+            "llama_attention_mask": torch.arange(512)[None] < real,
+            "clip_l_pooler": pooled,
+        }
 
     def latent(self, path: Path, asked: Asked) -> Tensor:
         """1 16 1 h w of an image."""
         picture = covering(open_image(path), asked.height, asked.width)
-        return self.encoders.latents([picture], torch.Generator().manual_seed(derive_seed("posterior", asked.seed)))[None]
+        return self.encoders.latents(
+            [picture], torch.Generator().manual_seed(derive_seed("posterior", asked.seed))
+        )[None]
 
     def image(self, path: Path, asked: Asked) -> Given:
         """What the image encoder sees."""
-        return {"image_embeddings": self.encoders.features(covering(open_image(path), asked.height, asked.width))[None]}
+        return {
+            "image_embeddings": self.encoders.features(covering(open_image(path), asked.height, asked.width))[
+                None
+            ]
+        }
 
 
 @torch.no_grad()
@@ -126,7 +139,11 @@ def video(theirs: Theirs, asked: Asked) -> Tensor:
     else:
         if asked.end is not None:
             history[0] = theirs.latent(asked.end, asked)
-        usual = [3, *[2] * (asked.sections - 3), 1, 0] if asked.sections > 4 else list(range(asked.sections - 1, -1, -1))
+        usual = (
+            [3, *[2] * (asked.sections - 3), 1, 0]
+            if asked.sections > 4
+            else list(range(asked.sections - 1, -1, -1))
+        )
         paddings = [*asked.paddings, *usual[len(asked.paddings) :]][: asked.sections]
         order = list(zip(range(asked.sections - 1, -1, -1), paddings, strict=True))
     for section, padding in order:
@@ -143,12 +160,17 @@ def video(theirs: Theirs, asked: Asked) -> Tensor:
                 "_4x": (far, history[-19:-3]),
             }
         else:
-            start, _, target, post, near, far = (take(length) for length in (1, padding * WINDOW, WINDOW, 1, 2, 16))
+            start, _, target, post, near, far = (
+                take(length) for length in (1, padding * WINDOW, WINDOW, 1, 2, 16)
+            )
             clean = (start + post, [starts[section], history[0]])
             seen = {"": clean, "_2x": (near, history[1:3]), "_4x": (far, history[3:19])}
         given = {**theirs.image(asked.images[section], asked), "latent_indices": torch.tensor([target])}
         for name, (places, frames) in seen.items():
-            given |= {f"latents_clean{name}": torch.cat(frames, dim=2), f"clean_latent{name}_indices": torch.tensor([places])}
+            given |= {
+                f"latents_clean{name}": torch.cat(frames, dim=2),
+                f"clean_latent{name}_indices": torch.tensor([places]),
+            }
         noise = torch.randn((1, 16, WINDOW, *black.shape[3:]), generator=generator, dtype=torch.float32)
         made = list(sampled(theirs, asked, asked.prompts[section], given, noise).split(1, dim=2))
         history = history + made if asked.is_f1 else made + history
@@ -176,7 +198,9 @@ def picture(theirs: Theirs, asked: Asked, places: OneFrame) -> Tensor:
         "clean_latent_indices": torch.tensor([list(places.clean)]),
         **{name: torch.tensor([list(numbers)]) for name, numbers in places.coarse.items()},
     }
-    noise = torch.randn(black.shape, generator=torch.Generator("cpu").manual_seed(asked.seed), dtype=torch.float32)
+    noise = torch.randn(
+        black.shape, generator=torch.Generator("cpu").manual_seed(asked.seed), dtype=torch.float32
+    )
     return sampled(theirs, asked, asked.prompts[0], given, noise)
 
 
@@ -210,7 +234,10 @@ def sampled(theirs: Theirs, asked: Asked, prompt: str, given: Given, noise: Tens
 
 
 def unipc(clean: Callable[[Tensor, float], Tensor], noise: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """UniPC, variant bh1, order up to 3, on clean predictions (features.md, section 5.4). Returns the last of them."""
+    """UniPC, variant bh1, order up to 3, on clean predictions (features.md, section 5.4).
+
+    Returns the last of them.
+    """
     most = min(3, len(sigmas) - 1)
     x, predictions = noise, [clean(noise, sigmas[0])]
     for step in range(1, len(sigmas)):
@@ -232,13 +259,17 @@ def unipc(clean: Callable[[Tensor, float], Tensor], noise: Tensor, sigmas: Seque
             predicted = base + h * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
         newest = clean(predicted, now)
         weights = [0.5] if order == 1 else numpy.linalg.solve(matrix, right).tolist()
-        x = base + h * sum(weight * slope for weight, slope in zip(weights, [*slopes, newest - last], strict=True))
+        x = base + h * sum(
+            weight * slope for weight, slope in zip(weights, [*slopes, newest - last], strict=True)
+        )
         predictions.append(newest)
     return predictions[-1]
 
 
 def frames_of(theirs: Theirs, latents: Tensor, at_once: bool) -> Tensor:
-    """Pixels 1 3 F H W in -1..1: two sections at a time, each clip going over into the one that was decoded before it."""
+    """Pixels 1 3 F H W in -1..1: two sections at a time, each clip going over into the one that was decoded
+    before it.
+    """
     vae = framepack.load_vae(theirs.folder / "vae.safetensors").to(theirs.vae_dtype)
     vae.use_framewise_decoding = False
 

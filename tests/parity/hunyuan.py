@@ -13,7 +13,13 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tests.golden_cases import read_case
 from tests.tiny.hunyuan_dit import diffusers_state
@@ -28,7 +34,9 @@ def load_dit(path: Path) -> HunyuanVideoTransformer3DModel:
     width = len(tensors["double_blocks.0.img_attn_q_norm.weight"])
 
     def count(start: str) -> int:
-        return 1 + max(int(name.removeprefix(start).split(".")[1]) for name in tensors if name.startswith(start + "."))
+        return 1 + max(
+            int(name.removeprefix(start).split(".")[1]) for name in tensors if name.startswith(start + ".")
+        )
 
     dit = HunyuanVideoTransformer3DModel(
         in_channels=in_channels,
@@ -51,7 +59,9 @@ def load_dit(path: Path) -> HunyuanVideoTransformer3DModel:
 def load_vae(path: Path) -> AutoencoderKLHunyuanVideo:
     """A VAE of the official names, which are those of diffusers."""
     tensors = load_file(path)
-    widths = tuple(len(tensors[f"encoder.down_blocks.{level}.resnets.0.conv1.conv.weight"]) for level in range(4))
+    widths = tuple(
+        len(tensors[f"encoder.down_blocks.{level}.resnets.0.conv1.conv.weight"]) for level in range(4)
+    )
     vae = AutoencoderKLHunyuanVideo(block_out_channels=widths, norm_num_groups=min(32, widths[0] // 2))
     vae.load_state_dict(tensors)
     return vae.eval().requires_grad_(False)
@@ -60,7 +70,10 @@ def load_vae(path: Path) -> AutoencoderKLHunyuanVideo:
 def load_clip(folder: Path) -> CLIPTextModel:
     """The text tower of a CLIP that may have both."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
-    tensors = {name.removeprefix("text_model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name.removeprefix("text_model."): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     vocabulary = len(tensors["embeddings.token_embedding.weight"])
     width = len(tensors["encoder.layers.0.mlp.fc1.weight"])
     layers = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layers."))
@@ -97,5 +110,7 @@ def draw_noise(seed: int, frames: int, height: int, width: int) -> Tensor:
     """1 16 F h w float32: a draw in bfloat16 for every latent frame (formats.md, section 9)."""
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (1, 16, 1, height // 8, width // 8)
-    drawn = [torch.randn(shape, generator=generator, dtype=torch.bfloat16) for _ in range((frames - 1) // 4 + 1)]
+    drawn = [
+        torch.randn(shape, generator=generator, dtype=torch.bfloat16) for _ in range((frames - 1) // 4 + 1)
+    ]
     return torch.cat(drawn, dim=2).float()

@@ -26,7 +26,13 @@ batch_size = {batch_size}
 """
 
 
-TASKS = {"t2v": "t2v-1.3B", "i2v": "i2v-14B", "flf2v": "flf2v-14B", "fun-control": "t2v-1.3B-FC", "fun-control-v1.1": "i2v-14B-FC"}
+TASKS = {
+    "t2v": "t2v-1.3B",
+    "i2v": "i2v-14B",
+    "flf2v": "flf2v-14B",
+    "fun-control": "t2v-1.3B-FC",
+    "fun-control-v1.1": "i2v-14B-FC",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,9 @@ class Project:
 
 
 def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) -> Project:
-    """Caches of `count` clips as the known tuners write them; texts in bfloat16, the rest as float32 where they may be."""
+    """Caches of `count` clips as the known tuners write them; texts in bfloat16, the rest as float32 where
+    they may be.
+    """
     generator = torch.Generator().manual_seed(11)
 
     def draw(*shape: int) -> Tensor:
@@ -59,10 +67,18 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
 
     (folder / "cache").mkdir(parents=True)
     (folder / "clips").mkdir()
-    (folder / "dataset.toml").write_text(DATASET.format(folder=folder.as_posix(), batch_size=batch_size), encoding="utf-8")
+    (folder / "dataset.toml").write_text(
+        DATASET.format(folder=folder.as_posix(), batch_size=batch_size), encoding="utf-8"
+    )
     write_tiny_wan(folder / "models", kind)
     size = "x".join(map(str, GRID))
-    metadata = {"architecture": "wan", "width": str(WIDTH), "height": str(HEIGHT), "format_version": "1.0.1", "frame_count": "5"}
+    metadata = {
+        "architecture": "wan",
+        "width": str(WIDTH),
+        "height": str(HEIGHT),
+        "format_version": "1.0.1",
+        "frame_count": "5",
+    }
     items = []
     for index in range(count):
         text = draw(7 + 20 * index, TEXT_DIM).bfloat16()
@@ -83,15 +99,29 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
             extra = torch.cat([control, image])
         save_file(tensors, folder / "cache" / f"clip {index}_00000-005_0048x0032_wan.safetensors", metadata)
         caption = {"architecture": "wan", "caption1": f"caption {index}", "format_version": "1.0.1"}
-        save_file({"varlen_t5_bfloat16": text}, folder / "cache" / f"clip {index}_wan_te.safetensors", caption)
+        save_file(
+            {"varlen_t5_bfloat16": text}, folder / "cache" / f"clip {index}_wan_te.safetensors", caption
+        )
         items.append(Item(tensors[f"latents_{size}_float32"], text, clip, extra))
     return Project(folder, kind, items)
 
 
-def train(project: Project, *arguments: object, steps: int = 2, name: str = "lora", in_process: bool = False) -> list[Path]:
+def train(
+    project: Project, *arguments: object, steps: int = 2, name: str = "lora", in_process: bool = False
+) -> list[Path]:
     """Train a LoRA in float32; the files after each step."""
     network = ["--network_module", "networks.lora_wan", "--network_dim", RANK, "--network_alpha", ALPHA]
-    run = ["--max_train_steps", steps, "--save_every_n_steps", 1, "--seed", SEED, "--sdpa", "--max_data_loader_n_workers", 0]
+    run = [
+        "--max_train_steps",
+        steps,
+        "--save_every_n_steps",
+        1,
+        "--seed",
+        SEED,
+        "--sdpa",
+        "--max_data_loader_n_workers",
+        0,
+    ]
     files = ["--dit", project.dit, "--dataset_config", project.folder / "dataset.toml", "--output_name", name]
     options = ["--task", project.task, *files, *network, *run, *arguments]
     if in_process:

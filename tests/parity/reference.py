@@ -1,4 +1,7 @@
-"""What a Wan2.1 generation is, written out with diffusers' pieces after the documented formulas. Nothing of ours is imported."""
+"""What a Wan2.1 generation is, written out with diffusers' pieces after the documented formulas.
+
+Nothing of ours is imported.
+"""
 
 import hashlib
 import math
@@ -45,7 +48,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the transformer is given. Text: n D; clip: one or two images of 257 rows D; extra: C F h w beside the noisy latents."""
+    """What the transformer is given.
+
+    Text: n D; clip: one or two images of 257 rows D; extra: C F h w beside the noisy latents.
+    """
 
     noise: Tensor  # 16 F h w
     positive: Tensor
@@ -54,10 +60,14 @@ class Inputs:
     extra: Tensor | None = None
 
 
-def draw_noise(seed: int, frames: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+def draw_noise(
+    seed: int, frames: int, height: int, width: int, generator: torch.Generator | None = None
+) -> Tensor:
     """16 F h w float32 for a video of that size in pixels."""
     generator = generator or torch.Generator("cpu").manual_seed(seed)
-    return torch.randn((16, (frames - 1) // 4 + 1, height // 8, width // 8), generator=generator, dtype=torch.float32)
+    return torch.randn(
+        (16, (frames - 1) // 4 + 1, height // 8, width // 8), generator=generator, dtype=torch.float32
+    )
 
 
 def text_seed(text: str) -> int:
@@ -99,7 +109,11 @@ class TheirSolver:
         self.scheduler: Any = None
         if sampling.solver != "vanilla":
             kinds = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
-            settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "final_sigmas_type": "zero"}
+            settings = {
+                "prediction_type": "flow_prediction",
+                "use_flow_sigmas": True,
+                "final_sigmas_type": "zero",
+            }
             self.scheduler = kinds[sampling.solver](solver_order=2, **settings)
             self.scheduler.set_timesteps(sampling.steps)
             self.scheduler.sigmas, self.scheduler.timesteps = self.sigmas, torch.tensor(self.timesteps).long()
@@ -122,15 +136,24 @@ def without(dit: WanTransformer3DModel, layers: frozenset[int]) -> Iterator[None
 
 
 @torch.no_grad()
-def velocity(dit: WanTransformer3DModel, noisy: Tensor, timestep: float, text: Tensor, inputs: Inputs) -> Tensor:
-    """One pass: 16 F h w float32. What a 16-bit transformer is given is rounded to 16 bits, but for the timestep."""
+def velocity(
+    dit: WanTransformer3DModel, noisy: Tensor, timestep: float, text: Tensor, inputs: Inputs
+) -> Tensor:
+    """One pass: 16 F h w float32.
+
+    What a 16-bit transformer is given is rounded to 16 bits, but for the timestep.
+    """
     dtype = dit.patch_embedding.weight.dtype
     given = noisy if inputs.extra is None else torch.cat([noisy, inputs.extra])
     clip = None if inputs.clip is None else inputs.clip.to(dtype)
-    return dit(given[None].to(dtype), torch.tensor([timestep]), pad_text(text).to(dtype), clip, return_dict=False)[0][0].float()
+    return dit(
+        given[None].to(dtype), torch.tensor([timestep]), pad_text(text).to(dtype), clip, return_dict=False
+    )[0][0].float()
 
 
-def guided(dit: WanTransformer3DModel, noisy: Tensor, timestep: float, step: int, inputs: Inputs, sampling: Sampling) -> Tensor:
+def guided(
+    dit: WanTransformer3DModel, noisy: Tensor, timestep: float, step: int, inputs: Inputs, sampling: Sampling
+) -> Tensor:
     """The velocity that guidance makes of two or three passes (features.md, sections 3.3, 3.4, 3.8)."""
     scale, skip = sampling.scales[step], sampling.skipped
     positive = velocity(dit, noisy, timestep, inputs.positive, inputs)
@@ -170,7 +193,9 @@ def open_image(path: Path) -> numpy.ndarray:
 
 
 def video_size_for(image: numpy.ndarray, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the video that starts with an image: near height * width in area (features.md, section 3.5)."""
+    """Height and width of the video that starts with an image: near height * width in area (features.md,
+    section 3.5).
+    """
     aspect, area = image.shape[0] / image.shape[1], height * width
     sides = (math.sqrt(area * aspect), math.sqrt(area / aspect))
     latent_height, latent_width = (round(side // 8 // 2 * 2) for side in sides)
@@ -190,7 +215,9 @@ def covering(image: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
     scale = max(width / image.shape[1], height / image.shape[0])
     new_width, new_height = int(image.shape[1] * scale + 0.5), int(image.shape[0] * scale + 0.5)
     if scale > 1:
-        resized = numpy.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.LANCZOS))
+        resized = numpy.asarray(
+            Image.fromarray(image).resize((new_width, new_height), Image.Resampling.LANCZOS)
+        )
     else:
         resized = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_AREA)
     left, top = (new_width - width) // 2, (new_height - height) // 2
@@ -198,7 +225,9 @@ def covering(image: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
 
 
 def image_condition(theirs: Theirs, first: Tensor, frames: int, end: Tensor | None = None) -> Tensor:
-    """4 channels of mask and 16 of latents: image-to-video, with an end image as one more latent frame. Images: 1 3 1 H W."""
+    """4 channels of mask and 16 of latents: image-to-video, with an end image as one more latent frame.
+    Images: 1 3 1 H W.
+    """
     clip = torch.cat([first, torch.zeros_like(first).repeat(1, 1, frames - 1, 1, 1)], dim=2)
     latents = theirs.encode(clip)[0]
     mask = torch.zeros(4, *latents.shape[1:])
@@ -210,7 +239,9 @@ def image_condition(theirs: Theirs, first: Tensor, frames: int, end: Tensor | No
 
 
 def first_last_condition(theirs: Theirs, first: Tensor, last: Tensor, frames: int) -> Tensor:
-    """The same for flf2v: both images inside one clip; of the last latent frame's mask only the last channel is 1."""
+    """The same for flf2v: both images inside one clip; of the last latent frame's mask only the last channel
+    is 1.
+    """
     middle = torch.zeros_like(first).repeat(1, 1, frames - 2, 1, 1)
     latents = theirs.encode(torch.cat([first, middle, last], dim=2))[0]
     mask = torch.zeros(4, *latents.shape[1:])
@@ -219,8 +250,12 @@ def first_last_condition(theirs: Theirs, first: Tensor, last: Tensor, frames: in
     return torch.cat([mask, latents])
 
 
-def control_condition(theirs: Theirs, control: Tensor, image_latents: Tensor | None, has_end: bool = False) -> Tensor:
-    """16 channels of control video and 16 of the start image, of which only the first (and an end image's) frame stays."""
+def control_condition(
+    theirs: Theirs, control: Tensor, image_latents: Tensor | None, has_end: bool = False
+) -> Tensor:
+    """16 channels of control video and 16 of the start image, of which only the first (and an end image's)
+    frame stays.
+    """
     latents = theirs.encode(control)[0]
     image = torch.zeros_like(latents)
     if image_latents is not None:

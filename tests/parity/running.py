@@ -9,15 +9,20 @@ import wan_generate_video
 from tests.commands import run_script
 from tests.parity.reference import relative_error
 
-# Of the largest value, in float32: what the project promises. Both sides round each product differently and diffusers has its
-# timestep embedding in float32, which a small gradient shows most. Measured: latents and caches 1e-6 to 1e-5, gradients up to 4e-5;
-# the smallest wrong detail that test_generation.py tries is above 3e-4.
+# Of the largest value, in float32: what the project promises. Both sides round each product differently and
+# diffusers has its timestep embedding in float32, which a small gradient shows most. Measured: latents and
+# caches 1e-6 to 1e-5, gradients up to 4e-5; the smallest wrong detail that test_generation.py tries is above
+# 3e-4.
 TOLERANCE = 1e-4
 
 
 def models_in(folder: Path) -> list[str]:
     """The options that name the models of a folder written by `write_tiny_wan`."""
-    return [word for name in ("dit", "vae", "t5", "clip") for word in (f"--{name}", str(folder / f"{name}.safetensors"))]
+    return [
+        word
+        for name in ("dit", "vae", "t5", "clip")
+        for word in (f"--{name}", str(folder / f"{name}.safetensors"))
+    ]
 
 
 def generate(
@@ -34,7 +39,9 @@ def generate(
         wan_generate_video.main([*options, "--save_path", str(made), *map(str, arguments)])
     else:
         run_script("wan_generate_video.py", *options, "--save_path", "made", *arguments, folder=out)
-    return {int(path.name.split("_")[1]): load_file(path)["latent"] for path in made.glob("*_latent.safetensors")}
+    return {
+        int(path.name.split("_")[1]): load_file(path)["latent"] for path in made.glob("*_latent.safetensors")
+    }
 
 
 def generate_one(out: Path, models: Path, task: str, *arguments: object, in_process: bool = False) -> Tensor:
@@ -51,13 +58,19 @@ def assert_equal(ours: Tensor, expected: Tensor, what: str = "", tolerance: floa
 
 
 def assert_as_exact(ours: Tensor, theirs: Tensor, exact: Tensor, what: str = "") -> None:
-    """What we compute in 16 bits is no further from the same computed in float32 than theirs in 16 bits, both as vectors.
+    """What we compute in 16 bits is no further from the same computed in float32 than theirs in 16 bits, both
+    as vectors.
 
-    Half as far again is allowed: both are sums of thousands of roundings, and of tiny models one seed is not like another.
+    Half as far again is allowed: both are sums of thousands of roundings, and of tiny models one seed is not
+    like another.
     """
     assert ours.shape == theirs.shape == exact.shape
     wanted = exact.float()
-    ours_off, theirs_off = (float((found.float() - wanted).norm() / wanted.norm()) for found in (ours, theirs))
+    ours_off, theirs_off = (
+        float((found.float() - wanted).norm() / wanted.norm()) for found in (ours, theirs)
+    )
     print(f"parity {what}: {ours_off:.2e}, theirs {theirs_off:.2e}")  # noqa: T201 (as above)
     assert 0 < theirs_off < 5e-2, f"{what}: the reference is {theirs_off:.2e} from its own float32"
-    assert ours_off <= 1.5 * theirs_off, f"{what}: {ours_off:.2e} from float32, the reference {theirs_off:.2e}"
+    assert ours_off <= 1.5 * theirs_off, (
+        f"{what}: {ours_off:.2e} from float32, the reference {theirs_off:.2e}"
+    )

@@ -1,4 +1,6 @@
-"""Caches written by the command line hold what diffusers' VAE and transformers' encoders make of independently decoded frames."""
+"""Caches written by the command line hold what diffusers' VAE and transformers' encoders make of
+independently decoded frames.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +26,11 @@ from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_encoders import t5_tensors, write_tokenizer
 
 FLOAT16 = 1e-3  # image features are stored in 11 bits
-CAPTIONS = {"clip_one": "a  rabbit &amp; a squirrel", "clip_two": "waves，foam", "pic": "a red apple in the morning light"}
+CAPTIONS = {
+    "clip_one": "a  rabbit &amp; a squirrel",
+    "clip_two": "waves，foam",
+    "pic": "a red apple in the morning light",
+}
 DATASET = """
 [general]
 caption_extension = ".txt"
@@ -56,7 +62,10 @@ class Cached:
     theirs: Theirs
 
     def clip(self, name: str, place: str = "clips") -> Tensor:
-        """The kept frames in their bucket: 1 3 F H W. A control clip has the bucket of its clip, not its own."""
+        """The kept frames in their bucket: 1 3 F H W.
+
+        A control clip has the bucket of its clip, not its own.
+        """
         frames = decoded(self.folder / place / f"{name}.mp4")
         of_clip = decoded(self.folder / "clips" / f"{name}.mp4")[0]
         return in_bucket(dropped_to(frames, 24), bucket_for(of_clip.shape[1], of_clip.shape[0], RESOLUTION))
@@ -84,9 +93,18 @@ def cached(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Cached:
     """Latents with image conditions in float32 and texts, made from another folder."""
     elsewhere, models = tmp_path_factory.mktemp("elsewhere"), project / "models"
     dataset = ("--dataset_config", project / "dataset.toml")
-    exact = ("--vae", models / "vae.safetensors", "--vae_dtype", "float32", "--clip", models / "clip.safetensors")
+    exact = (
+        "--vae",
+        models / "vae.safetensors",
+        "--vae_dtype",
+        "float32",
+        "--clip",
+        models / "clip.safetensors",
+    )
     run_script("wan_cache_latents.py", *dataset, *exact, folder=elsewhere)
-    run_script("wan_cache_text_encoder_outputs.py", *dataset, "--t5", models / "t5.safetensors", folder=elsewhere)
+    run_script(
+        "wan_cache_text_encoder_outputs.py", *dataset, "--t5", models / "t5.safetensors", folder=elsewhere
+    )
     return Cached(project, Theirs(models))
 
 
@@ -101,7 +119,9 @@ def foreign_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def test_the_files_have_the_known_names(cached: Cached) -> None:
-    """At 24 frames a second clip_one keeps 12 of its 18 frames (two spans of 5, twelve of 1), clip_two 6 of 9."""
+    """At 24 frames a second clip_one keeps 12 of its 18 frames (two spans of 5, twelve of 1), clip_two 6 of
+    9.
+    """
     width, height = bucket_for(40, 70, RESOLUTION)
     assert bucket_for(100, 60, RESOLUTION) == RESOLUTION
     spans = {f"clip_one_{start:05d}-001_0064x0048" for start in range(12)}
@@ -109,14 +129,20 @@ def test_the_files_have_the_known_names(cached: Cached) -> None:
     spans |= {f"clip_two_{start:05d}-001_{width:04d}x{height:04d}" for start in range(6)}
     spans |= {f"clip_two_00000-005_{width:04d}x{height:04d}"}
 
-    clips, pictures = ({path.name for path in (cached.folder / "cache" / table).iterdir()} for table in ("clips", "pictures"))
+    clips, pictures = (
+        {path.name for path in (cached.folder / "cache" / table).iterdir()} for table in ("clips", "pictures")
+    )
 
-    assert clips == {f"{span}_wan.safetensors" for span in spans} | {f"clip_{name}_wan_te.safetensors" for name in ("one", "two")}
+    assert clips == {f"{span}_wan.safetensors" for span in spans} | {
+        f"clip_{name}_wan_te.safetensors" for name in ("one", "two")
+    }
     assert pictures == {"pic_0030x0090_wan.safetensors", "pic_wan_te.safetensors"}
 
 
 @pytest.mark.parametrize("span", [(0, 5), (5, 5), (0, 1), (11, 1)])
-def test_latents_and_image_conditions_of_a_clip_equal_those_of_diffusers(cached: Cached, span: tuple[int, int]) -> None:
+def test_latents_and_image_conditions_of_a_clip_equal_those_of_diffusers(
+    cached: Cached, span: tuple[int, int]
+) -> None:
     start, frames = span
     path = cached.folder / "cache" / "clips" / f"clip_one_{start:05d}-{frames:03d}_0064x0048_wan.safetensors"
     theirs, pixels = cached.theirs, cached.clip("clip_one")[:, :, start : start + frames]
@@ -153,29 +179,49 @@ def test_latents_of_a_picture_equal_those_of_diffusers(cached: Cached) -> None:
     tensors, metadata = read(cached.folder / "cache" / "pictures" / "pic_0030x0090_wan.safetensors")
 
     rows, columns = pixels.shape[-2] // 8, pixels.shape[-1] // 8
-    assert foreign_metadata(metadata) == {"architecture": "wan", "width": "30", "height": "90", "format_version": "1.0.1"}
-    assert tensors.keys() == {f"latents_1x{rows}x{columns}_float32", f"latents_image_1x{rows}x{columns}_float32", "clip_float16"}
+    assert foreign_metadata(metadata) == {
+        "architecture": "wan",
+        "width": "30",
+        "height": "90",
+        "format_version": "1.0.1",
+    }
+    assert tensors.keys() == {
+        f"latents_1x{rows}x{columns}_float32",
+        f"latents_image_1x{rows}x{columns}_float32",
+        "clip_float16",
+    }
     assert_equal(tensors[f"latents_1x{rows}x{columns}_float32"], cached.theirs.encode(pixels)[0], "picture")
 
 
-@pytest.mark.parametrize(("table", "stem"), [("clips", "clip_one"), ("clips", "clip_two"), ("pictures", "pic")])
+@pytest.mark.parametrize(
+    ("table", "stem"), [("clips", "clip_one"), ("clips", "clip_two"), ("pictures", "pic")]
+)
 def test_texts_equal_those_of_transformers(cached: Cached, table: str, stem: str) -> None:
     tensors, metadata = read(cached.folder / "cache" / table / f"{stem}_wan_te.safetensors")
 
-    assert foreign_metadata(metadata) == {"architecture": "wan", "caption1": CAPTIONS[stem], "format_version": "1.0.1"}
+    assert foreign_metadata(metadata) == {
+        "architecture": "wan",
+        "caption1": CAPTIONS[stem],
+        "format_version": "1.0.1",
+    }
     assert tensors.keys() == {"varlen_t5_float32"}
     assert_equal(tensors["varlen_t5_float32"], cached.theirs.text(CAPTIONS[stem]), f"text of {stem}")
 
 
 def test_the_known_tuners_find_the_tensors_by_the_keys_they_train_with(cached: Cached) -> None:
-    keys = {"clips": {"latents", "latents_control", "latents_image", "clip"}, "pictures": {"latents", "latents_image", "clip"}}
+    keys = {
+        "clips": {"latents", "latents_control", "latents_image", "clip"},
+        "pictures": {"latents", "latents_image", "clip"},
+    }
     for table, expected in keys.items():
         for path in (cached.folder / "cache" / table).iterdir():
             found = {training_key(name) for name in read(path)[0]}
             assert found == ({"t5"} if path.name.endswith("_te.safetensors") else expected)
 
 
-def test_texts_of_a_bfloat16_encoder_have_the_known_name(project: Path, cached: Cached, tmp_path: Path) -> None:
+def test_texts_of_a_bfloat16_encoder_have_the_known_name(
+    project: Path, cached: Cached, tmp_path: Path
+) -> None:
     models = project / "models" / "bf16"
     models.mkdir()
     save_file(t5_tensors(dtype=torch.bfloat16), models / "t5.safetensors")
@@ -183,7 +229,14 @@ def test_texts_of_a_bfloat16_encoder_have_the_known_name(project: Path, cached: 
     pictures_only(project, tmp_path, "te")
 
     wan_cache_text_encoder_outputs.main(
-        ["--dataset_config", str(tmp_path / "dataset.toml"), "--t5", str(models / "t5.safetensors"), "--device", "cpu"]
+        [
+            "--dataset_config",
+            str(tmp_path / "dataset.toml"),
+            "--t5",
+            str(models / "t5.safetensors"),
+            "--device",
+            "cpu",
+        ]
     )
 
     ((name, rows),) = read(project / "cache te" / "pictures" / "pic_wan_te.safetensors")[0].items()
@@ -193,15 +246,33 @@ def test_texts_of_a_bfloat16_encoder_have_the_known_name(project: Path, cached: 
     assert_as_exact(rows, theirs.text(CAPTIONS["pic"]), exact.text(CAPTIONS["pic"]), "bfloat16 text")
 
 
-def test_first_and_last_frame_conditions_equal_those_of_diffusers(project: Path, cached: Cached, tmp_path: Path) -> None:
+def test_first_and_last_frame_conditions_equal_those_of_diffusers(
+    project: Path, cached: Cached, tmp_path: Path
+) -> None:
     text = (project / "dataset.toml").read_text(encoding="utf-8").split("[[datasets]]")
     (tmp_path / "dataset.toml").write_text(
-        "[[datasets]]".join(text[:2]).replace("/cache/", "/cache flf2v/").replace("target_frames = [1, 5]", "target_frames = [5]"),
+        "[[datasets]]".join(text[:2])
+        .replace("/cache/", "/cache flf2v/")
+        .replace("target_frames = [1, 5]", "target_frames = [5]"),
         encoding="utf-8",
     )
-    models = ("--vae", project / "models" / "vae.safetensors", "--clip", project / "models" / "clip.safetensors", "--flf2v")
+    models = (
+        "--vae",
+        project / "models" / "vae.safetensors",
+        "--clip",
+        project / "models" / "clip.safetensors",
+        "--flf2v",
+    )
 
-    run_script("wan_cache_latents.py", "--dataset_config", "dataset.toml", *models, "--vae_dtype", "fp32", folder=tmp_path)
+    run_script(
+        "wan_cache_latents.py",
+        "--dataset_config",
+        "dataset.toml",
+        *models,
+        "--vae_dtype",
+        "fp32",
+        folder=tmp_path,
+    )
 
     tensors, _ = read(project / "cache flf2v" / "clips" / "clip_one_00005-005_0064x0048_wan.safetensors")
     theirs, pixels = cached.theirs, cached.clip("clip_one")[:, :, 5:10]
@@ -217,15 +288,24 @@ def test_without_a_dtype_latents_are_bfloat16(project: Path, cached: Cached, tmp
     picture = in_bucket([open_image(project / "pictures" / "pic.png")], bucket_for(30, 90, (48, 48)))
 
     run_script(
-        "wan_cache_latents.py", "--dataset_config", "dataset.toml", "--vae", project / "models/vae.safetensors", folder=tmp_path
+        "wan_cache_latents.py",
+        "--dataset_config",
+        "dataset.toml",
+        "--vae",
+        project / "models/vae.safetensors",
+        folder=tmp_path,
     )
 
-    ((name, latents),) = read(project / "cache bf16" / "pictures" / "pic_0030x0090_wan.safetensors")[0].items()
+    ((name, latents),) = read(project / "cache bf16" / "pictures" / "pic_0030x0090_wan.safetensors")[
+        0
+    ].items()
     assert name == f"latents_1x{picture.shape[-2] // 8}x{picture.shape[-1] // 8}_bfloat16"
     assert latents.dtype == torch.bfloat16
     theirs = Theirs(project / "models")
     theirs.vae.bfloat16()
-    assert_as_exact(latents, theirs.encode(picture.bfloat16())[0], cached.theirs.encode(picture)[0], "bfloat16")
+    assert_as_exact(
+        latents, theirs.encode(picture.bfloat16())[0], cached.theirs.encode(picture)[0], "bfloat16"
+    )
 
 
 def pictures_only(project: Path, folder: Path, mark: str) -> None:

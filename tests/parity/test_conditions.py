@@ -1,4 +1,6 @@
-"""Image-to-video, first-and-last-frame and Fun-Control generations through the command line equal diffusers' networks."""
+"""Image-to-video, first-and-last-frame and Fun-Control generations through the command line equal diffusers'
+networks.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,7 +28,19 @@ from tests.tiny.wan_encoders import CLIP_DIM, clip_official_tensors, clip_tensor
 
 PROMPT, SEED, FRAMES, STEPS = "close up of a butterfly", 31, 9, 4
 HEIGHT, WIDTH = 32, 64  # asked for; images set the aspect
-OPTIONS = ("--prompt", PROMPT, "--seed", SEED, "--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS)
+OPTIONS = (
+    "--prompt",
+    PROMPT,
+    "--seed",
+    SEED,
+    "--video_size",
+    HEIGHT,
+    WIDTH,
+    "--video_length",
+    FRAMES,
+    "--infer_steps",
+    STEPS,
+)
 NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
 SAMPLING = Sampling(scales=(5.0,) * STEPS)
 FIRST_LAST_SHIFT = 16.0  # what these models are sampled with, by the released code
@@ -73,11 +87,17 @@ def resized(path: Path, height: int, width: int) -> Tensor:
     return to_pixels([reference.stretched(open_image(path), height, width)])
 
 
-@pytest.mark.parametrize(("image", "in_process"), [("high", False), ("small", True), ("wide", True), ("exact", True)])
-def test_image_to_video(tmp_path: Path, media: Path, models: Callable[[str], Path], image: str, in_process: bool) -> None:
+@pytest.mark.parametrize(
+    ("image", "in_process"), [("high", False), ("small", True), ("wide", True), ("exact", True)]
+)
+def test_image_to_video(
+    tmp_path: Path, media: Path, models: Callable[[str], Path], image: str, in_process: bool
+) -> None:
     path = media / f"{image}.png"
 
-    latents = generate_one(tmp_path, models("i2v"), "i2v-14B", *OPTIONS, "--image_path", path, in_process=in_process)
+    latents = generate_one(
+        tmp_path, models("i2v"), "i2v-14B", *OPTIONS, "--image_path", path, in_process=in_process
+    )
 
     theirs = Theirs(models("i2v"))
     height, width = reference.video_size_for(open_image(path), HEIGHT, WIDTH)
@@ -87,12 +107,22 @@ def test_image_to_video(tmp_path: Path, media: Path, models: Callable[[str], Pat
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"i2v {image} {height}x{width}")
 
 
-def test_lines_of_a_prompt_file_have_images_of_their_own(tmp_path: Path, media: Path, models: Callable[[str], Path]) -> None:
+def test_lines_of_a_prompt_file_have_images_of_their_own(
+    tmp_path: Path, media: Path, models: Callable[[str], Path]
+) -> None:
     images = {1: "high", 2: "wide"}
     lines = [f"{PROMPT} --d {seed} --i {media / name}.png" for seed, name in images.items()]
     (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
 
-    made = generate(tmp_path, models("i2v"), "i2v-14B", *OPTIONS[4:], "--from_file", tmp_path / "lines.txt", in_process=True)
+    made = generate(
+        tmp_path,
+        models("i2v"),
+        "i2v-14B",
+        *OPTIONS[4:],
+        "--from_file",
+        tmp_path / "lines.txt",
+        in_process=True,
+    )
 
     theirs = Theirs(models("i2v"))
     for seed, name in images.items():
@@ -108,7 +138,9 @@ def test_image_to_video_with_an_end_image(tmp_path: Path, media: Path, models: C
     """One more latent frame, of noise too; the image tower sees the start image only."""
     start, end = media / "high.png", media / "wide.png"
 
-    latents = generate_one(tmp_path, models("i2v"), "i2v-14B", *OPTIONS, "--image_path", start, "--end_image_path", end)
+    latents = generate_one(
+        tmp_path, models("i2v"), "i2v-14B", *OPTIONS, "--image_path", start, "--end_image_path", end
+    )
 
     theirs = Theirs(models("i2v"))
     height, width = reference.video_size_for(open_image(start), HEIGHT, WIDTH)
@@ -136,8 +168,12 @@ def test_extra_noise_is_drawn_after_the_noise_and_added_to_the_image_channels(
 
 
 @pytest.mark.parametrize("solver", ["unipc", pytest.param("dpm++", marks=pytest.mark.slow)])
-def test_first_and_last_image(tmp_path: Path, media: Path, models: Callable[[str], Path], solver: str) -> None:
-    """514 image tokens with positions; both images in one clip; the negative text of these models names cuts first."""
+def test_first_and_last_image(
+    tmp_path: Path, media: Path, models: Callable[[str], Path], solver: str
+) -> None:
+    """514 image tokens with positions; both images in one clip; the negative text of these models names cuts
+    first.
+    """
     start, end = media / "high.png", media / "wide.png"
     more = ("--image_path", start, "--end_image_path", end, "--sample_solver", solver)
 
@@ -145,21 +181,32 @@ def test_first_and_last_image(tmp_path: Path, media: Path, models: Callable[[str
 
     theirs = Theirs(models("flf2v"))
     height, width = reference.video_size_for(open_image(start), HEIGHT, WIDTH)
-    condition = reference.first_last_condition(theirs, resized(start, height, width), resized(end, height, width), FRAMES)
+    condition = reference.first_last_condition(
+        theirs, resized(start, height, width), resized(end, height, width), FRAMES
+    )
     clip = reference.features_of(theirs, open_image(start), open_image(end))
     noise = draw_noise(SEED, FRAMES, height, width)
     inputs = Inputs(noise, *texts(theirs, "镜头切换，" + NEGATIVE), clip, condition)
-    assert_equal(latents, denoise(theirs.dit, inputs, Sampling(solver, FIRST_LAST_SHIFT, SAMPLING.scales)), "flf2v")
+    assert_equal(
+        latents, denoise(theirs.dit, inputs, Sampling(solver, FIRST_LAST_SHIFT, SAMPLING.scales)), "flf2v"
+    )
 
 
 @pytest.mark.parametrize("kind", ["i2v", "flf2v"])
 def test_an_image_tower_of_another_size(tmp_path: Path, media: Path, kind: str) -> None:
     """Five rows an image instead of 257: the number comes from the files."""
     write_tiny_wan(tmp_path / "models", kind)
-    save_file(contiguous(clip_official_tensors(clip_tensors(image_size=28))), tmp_path / "models" / "clip.safetensors")
+    save_file(
+        contiguous(clip_official_tensors(clip_tensors(image_size=28))),
+        tmp_path / "models" / "clip.safetensors",
+    )
     positions = {"image_positions": 10} if kind == "flf2v" else {}
     write_dit(tmp_path / "models", tiny_state(kind, image_dim=CLIP_DIM, **positions), name="dit")
-    more = ["--image_path", media / "exact.png", *(["--end_image_path", media / "exact.png"] if positions else [])]
+    more = [
+        "--image_path",
+        media / "exact.png",
+        *(["--end_image_path", media / "exact.png"] if positions else []),
+    ]
 
     latents = generate_one(tmp_path, tmp_path / "models", f"{kind}-14B", *OPTIONS, *more, in_process=True)
 
@@ -171,7 +218,10 @@ def test_an_image_tower_of_another_size(tmp_path: Path, media: Path, kind: str) 
             reference.first_last_condition(theirs, pixels, pixels, FRAMES),
         )
     else:
-        clip, condition = reference.features_of(theirs, image), reference.image_condition(theirs, pixels, FRAMES)
+        clip, condition = (
+            reference.features_of(theirs, image),
+            reference.image_condition(theirs, pixels, FRAMES),
+        )
     assert clip.shape[1:] == (5, CLIP_DIM)
     inputs = Inputs(noise, *texts(theirs, ("镜头切换，" if positions else "") + NEGATIVE), clip, condition)
     sampling = replace(SAMPLING, flow_shift=FIRST_LAST_SHIFT) if positions else SAMPLING
@@ -189,7 +239,9 @@ def test_control_without_an_image(
     """The image channels are zero, and so are the features of the image tower."""
     more = ("--control_path", media / control)
 
-    latents = generate_one(tmp_path, models("fun-control"), "t2v-1.3B-FC", *OPTIONS, *more, in_process=in_process)
+    latents = generate_one(
+        tmp_path, models("fun-control"), "t2v-1.3B-FC", *OPTIONS, *more, in_process=in_process
+    )
 
     theirs = Theirs(models("fun-control"))
     if control == "control":
@@ -207,7 +259,8 @@ def test_control_without_an_image(
 def test_control_with_an_image(
     tmp_path: Path, media: Path, models: Callable[[str], Path], with_end: bool, control_frames: int
 ) -> None:
-    """Of the image's latents only the first frame is kept, and the end image's; no mask. The model's ref_conv is not used.
+    """Of the image's latents only the first frame is kept, and the end image's; no mask. The model's ref_conv
+    is not used.
 
     An end image takes four frames more, of which the control video needs to have one.
     """
@@ -216,9 +269,17 @@ def test_control_with_an_image(
     frames = decoded(media / "control.mp4")[:control_frames]
     for index, frame in enumerate(frames):
         write_png(control / f"{index:03d}.png", frame)
-    more = ["--image_path", start, "--control_path", control, *(["--end_image_path", end] if with_end else [])]
+    more = [
+        "--image_path",
+        start,
+        "--control_path",
+        control,
+        *(["--end_image_path", end] if with_end else []),
+    ]
 
-    latents = generate_one(tmp_path, models("fun-control-v1.1"), "i2v-14B-FC", *OPTIONS, *more, in_process=with_end)
+    latents = generate_one(
+        tmp_path, models("fun-control-v1.1"), "i2v-14B-FC", *OPTIONS, *more, in_process=with_end
+    )
 
     theirs = Theirs(models("fun-control-v1.1"))
     height, width = reference.video_size_for(open_image(start), HEIGHT, WIDTH)
@@ -238,7 +299,9 @@ def test_a_control_video_that_is_too_short_is_refused(media: Path, with_end: boo
         video_pixels(media / "control.mp4", "--control_path", WIDTH, HEIGHT, 17, 4 * with_end)
 
 
-def test_the_pipelines_of_diffusers_make_the_same_conditions(media: Path, models: Callable[[str], Path]) -> None:
+def test_the_pipelines_of_diffusers_make_the_same_conditions(
+    media: Path, models: Callable[[str], Path]
+) -> None:
     """The formulas of reference.py against the ones diffusers runs itself."""
     from diffusers import WanImageToVideoPipeline
 

@@ -1,4 +1,6 @@
-"""FramePack's caches written by the command line hold what diffusers and transformers make of independently decoded frames."""
+"""FramePack's caches written by the command line hold what diffusers and transformers make of independently
+decoded frames.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +24,8 @@ from tests.tiny.framepack import write_siglip
 from tests.tiny.hunyuan_vae import write_vae
 from tests.tiny.project import moving_square
 
-CLIPS = {"one": (40, 1), "two": (76, 2), "five": (181, 5), "six": (220, 6)}  # frames on disk, sections of 9 latent frames
+# frames on disk, sections of 9 latent frames
+CLIPS = {"one": (40, 1), "two": (76, 2), "five": (181, 5), "six": (220, 6)}
 INDICES = {"latent_indices", "clean_latent_indices", "clean_latent_2x_indices", "clean_latent_4x_indices"}
 LATENTS = {"latents", "latents_clean", "latents_clean_2x", "latents_clean_4x"}
 ROUNDED = 1e-3  # float16, stored with 11 bits
@@ -55,13 +58,21 @@ class Project:
     def in_float16(self) -> framepack.Encoders:
         return replace(self.encoders, vae_dtype=torch.float16)
 
-    def cache(self, name: str, dataset: str, *switches: str, more: str = "", dtype: str | None = "float32") -> Path:
-        """Run fpack_cache_latents.py on a dataset in this process, which saves the start of Python; the folder of its caches."""
+    def cache(
+        self, name: str, dataset: str, *switches: str, more: str = "", dtype: str | None = "float32"
+    ) -> Path:
+        """Run fpack_cache_latents.py on a dataset in this process, which saves the start of Python; the
+        folder of its caches.
+        """
         config = self.folder / f"{name}.toml"
-        config.write_text(dataset.format(folder=self.folder.as_posix(), name=name, more=more), encoding="utf-8")
+        config.write_text(
+            dataset.format(folder=self.folder.as_posix(), name=name, more=more), encoding="utf-8"
+        )
         models = ["--vae", str(self.encoders.vae), "--image_encoder", str(self.encoders.siglip)]
         dtypes = [] if dtype is None else ["--vae_dtype", dtype]
-        fpack_cache_latents.main(["--dataset_config", str(config), "--device", "cpu", *models, *dtypes, *switches])
+        fpack_cache_latents.main(
+            ["--dataset_config", str(config), "--device", "cpu", *models, *dtypes, *switches]
+        )
         return self.folder / f"cache {name}"
 
     def clip(self, name: str, source_fps: float | None = None) -> list[numpy.ndarray]:
@@ -85,7 +96,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         small = random.integers(0, 256, (6, 8, channels), dtype=numpy.uint8)
         side = (96, 64) if name.startswith("pictures") else (30, 20)  # made smaller; made larger
         Image.fromarray(small).resize(side, Image.Resampling.NEAREST).save(folder / f"{name}.png")
-    return Project(folder, framepack.Encoders(write_vae(folder / "vae.safetensors"), write_siglip(folder / "siglip.safetensors")))
+    return Project(
+        folder,
+        framepack.Encoders(
+            write_vae(folder / "vae.safetensors"), write_siglip(folder / "siglip.safetensors")
+        ),
+    )
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -99,7 +115,13 @@ def generator_of(stem: str) -> torch.Generator:
 
 
 def assert_sections(
-    project: Project, cache: Path, name: str, frames: list[numpy.ndarray], window: int, sections: int, rules: Rules
+    project: Project,
+    cache: Path,
+    name: str,
+    frames: list[numpy.ndarray],
+    window: int,
+    sections: int,
+    rules: Rules,
 ) -> None:
     """The files of one clip: their names, the names of their tensors, and all numbers. frames: of the item."""
     stem = f"{name}_00000-{len(frames):03d}"
@@ -137,17 +159,25 @@ ORDERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("switches", "rules"), ORDERS)
-def test_sections_of_clips_are_those_of_the_documented_rules(project: Project, switches: tuple[str, ...], rules: Rules) -> None:
-    """Clips of one, two and five sections, which are encoded whole, and a longer one; a rest of frames is left out."""
+def test_sections_of_clips_are_those_of_the_documented_rules(
+    project: Project, switches: tuple[str, ...], rules: Rules
+) -> None:
+    """Clips of one, two and five sections, which are encoded whole, and a longer one; a rest of frames is
+    left out.
+    """
     more = 'frame_extraction = "full"\nmax_frames = 1000'
     cache = project.cache(f"rules{' '.join(switches)}", DATASET, *switches, more=more)
     for name, (frames, sections) in CLIPS.items():
-        assert_sections(project, cache, name, project.clip(name)[: (frames - 1) // 4 * 4 + 1], 9, sections, rules)
+        assert_sections(
+            project, cache, name, project.clip(name)[: (frames - 1) // 4 * 4 + 1], 9, sections, rules
+        )
 
 
 @pytest.mark.parametrize(("switches", "rules"), ORDERS)
 def test_another_window_is_followed(project: Project, switches: tuple[str, ...], rules: Rules) -> None:
-    """Sections of two latent frames out of a clip with another rate: one, two and five of them, the last with frames left over."""
+    """Sections of two latent frames out of a clip with another rate: one, two and five of them, the last with
+    frames left over.
+    """
     more = "target_frames = [9, 17, 45]\nfp_latent_window_size = 2\nsource_fps = 40.0"
     cache = project.cache(f"window{' '.join(switches)}", DATASET, *switches, more=more)
     frames = project.clip("two", 40.0)
@@ -157,11 +187,17 @@ def test_another_window_is_followed(project: Project, switches: tuple[str, ...],
 
 @pytest.mark.parametrize("switches", [(), ("--one_frame_no_2x",), ("--one_frame_no_2x", "--one_frame_no_4x")])
 @pytest.mark.parametrize("no_post", [False, True])
-def test_pictures_are_those_of_the_documented_rules(project: Project, switches: tuple[str, ...], no_post: bool) -> None:
-    """Two control images at places of their own; where an image or a control image is transparent its latents are 0."""
+def test_pictures_are_those_of_the_documented_rules(
+    project: Project, switches: tuple[str, ...], no_post: bool
+) -> None:
+    """Two control images at places of their own; where an image or a control image is transparent its latents
+    are 0.
+    """
     keys = "fp_1f_clean_indices = [0, 10]\nfp_1f_target_index = 5\nfp_latent_window_size = 7"
     more = f"{keys}\nfp_1f_no_post = {str(no_post).lower()}"
-    cache = project.cache(f"pictures {len(switches)} {no_post}", PICTURES, "--one_frame", *switches, more=more)
+    cache = project.cache(
+        f"pictures {len(switches)} {no_post}", PICTURES, "--one_frame", *switches, more=more
+    )
 
     coarse = {"clean_latent_2x_indices": range(9, 11), "clean_latent_4x_indices": range(11, 27)}
     left_out = {f"clean_latent_{switch[-2:]}_indices" for switch in switches}
@@ -176,9 +212,17 @@ def test_pictures_without_keys_have_one_control_image_and_the_usual_places(proje
 
 
 def assert_pictures(
-    project: Project, cache: Path, places: list[int], target_index: int, post_index: int | None, coarse: dict[str, range]
+    project: Project,
+    cache: Path,
+    places: list[int],
+    target_index: int,
+    post_index: int | None,
+    coarse: dict[str, range],
 ) -> None:
-    assert sorted(path.name for path in cache.iterdir()) == ["cut_0096x0064_fp.safetensors", "plain_0096x0064_fp.safetensors"]
+    assert sorted(path.name for path in cache.iterdir()) == [
+        "cut_0096x0064_fp.safetensors",
+        "plain_0096x0064_fp.safetensors",
+    ]
     for name in ("cut", "plain"):
         expected = expected_picture(project, project.encoders, name, places, target_index, post_index, coarse)
         tensors, metadata = read(cache / f"{name}_0096x0064_fp.safetensors")
@@ -202,9 +246,13 @@ def expected_picture(
     coarse: dict[str, range],
 ) -> framepack.Section:
     target = in_bucket(project.folder / "pictures" / f"{name}.png")
-    controls = [in_bucket(project.folder / "controls" / f"{name}_{index}.png") for index in range(len(places))]
+    controls = [
+        in_bucket(project.folder / "controls" / f"{name}_{index}.png") for index in range(len(places))
+    ]
     generator = generator_of(f"{name}_0096x0064_fp")
-    return framepack.one_frame_section(encoders, target, controls, generator, places, target_index, post_index, coarse)
+    return framepack.one_frame_section(
+        encoders, target, controls, generator, places, target_index, post_index, coarse
+    )
 
 
 def in_bucket(path: Path) -> framepack.Picture:
@@ -212,11 +260,13 @@ def in_bucket(path: Path) -> framepack.Picture:
     pixels = numpy.asarray(Image.open(path))
     alpha = numpy.ascontiguousarray(pixels[..., 3]) if pixels.shape[2] == 4 else None
     return framepack.Picture(
-        covering(numpy.ascontiguousarray(pixels[..., :3]), 32, 48), None if alpha is None else covering(alpha, 32, 48)
+        covering(numpy.ascontiguousarray(pixels[..., :3]), 32, 48),
+        None if alpha is None else covering(alpha, 32, 48),
     )
 
 
-File = tuple[dict[str, Tensor], framepack.Section, framepack.Section]  # of a cache, and what theirs and the exact ones hold
+# of a cache, and what theirs and the exact ones hold
+File = tuple[dict[str, Tensor], framepack.Section, framepack.Section]
 
 
 def test_without_a_dtype_everything_is_float16(project: Project) -> None:
@@ -225,14 +275,17 @@ def test_without_a_dtype_everything_is_float16(project: Project) -> None:
     files: list[File] = []
     for name in ("cut", "plain"):
         theirs, exact = (
-            expected_picture(project, encoders, name, [0], 9, 10, coarse) for encoders in (project.in_float16, project.encoders)
+            expected_picture(project, encoders, name, [0], 9, 10, coarse)
+            for encoders in (project.in_float16, project.encoders)
         )
         files.append((read(cache / f"{name}_0096x0064_fp.safetensors")[0], theirs, exact))
     assert_float16(files, "latents_1x4x6_float16", "pictures")
 
 
 @pytest.mark.parametrize(("switches", "rules"), ORDERS)
-def test_without_a_dtype_sections_are_float16(project: Project, switches: tuple[str, ...], rules: Rules) -> None:
+def test_without_a_dtype_sections_are_float16(
+    project: Project, switches: tuple[str, ...], rules: Rules
+) -> None:
     more = "target_frames = [17]\nfp_latent_window_size = 2"
     cache = project.cache(f"half{' '.join(switches)}", DATASET, *switches, more=more, dtype=None)
     frames = project.clip("two")[:17]
@@ -249,7 +302,10 @@ def test_without_a_dtype_sections_are_float16(project: Project, switches: tuple[
 
 
 def assert_float16(files: list[File], target: str, what: str) -> None:
-    """Latents, all together, are as exact as diffusers' in float16. On a CPU SigLIP computes in float32, rounded at the end."""
+    """Latents, all together, are as exact as diffusers' in float16.
+
+    On a CPU SigLIP computes in float32, rounded at the end.
+    """
     latents: list[tuple[Tensor, Tensor, Tensor]] = []
     for tensors, theirs, exact in files:
         assert {target, "image_embeddings_float16"} <= tensors.keys()

@@ -1,4 +1,6 @@
-"""fpack_generate_video.py through the command line equals a generation made of diffusers' and transformers' networks alone."""
+"""fpack_generate_video.py through the command line equals a generation made of diffusers' and transformers'
+networks alone.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,9 +48,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder, random = tmp_path_factory.mktemp("framepack"), numpy.random.default_rng(7)
     for number, (rows, columns) in enumerate([(50, 60), (24, 40), (HEIGHT, WIDTH)]):
         small = random.integers(0, 256, (5, 5, 3), dtype=numpy.uint8)
-        write_png(folder / f"{number}.png", numpy.kron(small, numpy.ones((rows // 5 + 1, columns // 5, 1), dtype=numpy.uint8)))
+        write_png(
+            folder / f"{number}.png",
+            numpy.kron(small, numpy.ones((rows // 5 + 1, columns // 5, 1), dtype=numpy.uint8)),
+        )
     grey = random.integers(0, 256, (4, 6), dtype=numpy.uint8)
-    write_png(folder / "mask.png", numpy.kron(numpy.repeat(grey[..., None], 3, 2), numpy.ones((8, 8, 1), dtype=numpy.uint8)))
+    write_png(
+        folder / "mask.png",
+        numpy.kron(numpy.repeat(grey[..., None], 3, 2), numpy.ones((8, 8, 1), dtype=numpy.uint8)),
+    )
     return Project(folder, write_tiny_framepack(folder / "models"), Theirs(folder / "models"))
 
 
@@ -66,7 +74,10 @@ def generate(out: Path, project: Project, *arguments: object, in_process: bool =
 
 @dataclass(frozen=True)
 class Video:
-    """Options of the command line, and the same said to the reference. images: numbers of pictures by section."""
+    """Options of the command line, and the same said to the reference.
+
+    images: numbers of pictures by section.
+    """
 
     options: Sequence[object]
     images: Sequence[int] = (0,)
@@ -90,8 +101,12 @@ VIDEOS: dict[str, Video] = {
     "end image": Video(["--end_image_path", "{1}"], **TWO, end=1),
     "guidance": Video(GUIDE, settings=GUIDED),
     "guidance, nothing to avoid": Video(["--guidance_scale", 3], settings={"scale": 3.0}),
-    "guidance, rescaled": Video([*GUIDE, "--guidance_rescale", 0.7], **TWO, settings=GUIDED | {"rescale": 0.7}),
-    "guidance, rescaled, F1": Video([*GUIDE, "--guidance_rescale", 0.7, "--f1"], settings=GUIDED | {"rescale": 0.7, "is_f1": True}),
+    "guidance, rescaled": Video(
+        [*GUIDE, "--guidance_rescale", 0.7], **TWO, settings=GUIDED | {"rescale": 0.7}
+    ),
+    "guidance, rescaled, F1": Video(
+        [*GUIDE, "--guidance_rescale", 0.7, "--f1"], settings=GUIDED | {"rescale": 0.7, "is_f1": True}
+    ),
     "embedded guidance": Video(["--embedded_cfg_scale", 3], settings={"embedded_guidance": 3.0}),
     "shift": Video(["--flow_shift", 5], settings={"flow_shift": 5.0}),
     "paddings": Video(["--latent_paddings", "0"], **TWO, settings={"paddings": (0,)}),
@@ -127,14 +142,17 @@ def test_latents_of_a_video_equal_the_reference(tmp_path: Path, project: Project
         **{"steps": STEPS, **case.settings},
         seed=SEED,
         prompts=[case.prompts[min(section, len(case.prompts) - 1)] for section in range(case.sections)],
-        images=[pictures[case.images[min(section, len(case.images) - 1)]] for section in range(case.sections)],
+        images=[
+            pictures[case.images[min(section, len(case.images) - 1)]] for section in range(case.sections)
+        ],
         end=None if case.end is None else pictures[case.end],
     )
     assert_equal(latents, framepack_generation.video(project.theirs, asked), name)
 
 
 COARSE = {"clean_latent_2x_indices": range(11, 13), "clean_latent_4x_indices": range(13, 29)}
-PICTURES: dict[str, tuple[str, Sequence[int], bool, OneFrame]] = {  # settings, controls, whether the first has a mask
+# settings, controls, whether the first has a mask
+PICTURES: dict[str, tuple[str, Sequence[int], bool, OneFrame]] = {
     "default": ("default", (), False, OneFrame(9, (0, 10), True, COARSE)),
     "edited": ("no_2x,no_4x,no_post,target_index=9", (1,), False, OneFrame(9, (0,), False)),
     "kisekaeichi": (
@@ -149,10 +167,19 @@ PICTURES: dict[str, tuple[str, Sequence[int], bool, OneFrame]] = {  # settings, 
 
 @pytest.mark.parametrize("guide", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", PICTURES)
-def test_latents_of_one_picture_equal_the_reference(tmp_path: Path, project: Project, name: str, guide: bool) -> None:
+def test_latents_of_one_picture_equal_the_reference(
+    tmp_path: Path, project: Project, name: str, guide: bool
+) -> None:
     settings, controls, has_mask, places = PICTURES[name]
     paths = [project.picture(number) for number in controls]
-    options: list[object] = ["--prompt", PROMPT, "--image_path", project.picture(0), "--one_frame_inference", settings]
+    options: list[object] = [
+        "--prompt",
+        PROMPT,
+        "--image_path",
+        project.picture(0),
+        "--one_frame_inference",
+        settings,
+    ]
     options += ["--control_image_path", *paths] if paths else []
     options += ["--control_image_mask_path", project.mask] if has_mask else []
     options += [*GUIDE, "--guidance_rescale", 0.7] if guide else []
@@ -160,14 +187,28 @@ def test_latents_of_one_picture_equal_the_reference(tmp_path: Path, project: Pro
     latents = generate(tmp_path, project, *options)
 
     masks = [project.mask if has_mask and index == 0 else None for index in range(len(paths))]
-    asked = Asked(*(HEIGHT, WIDTH, STEPS, SEED, [PROMPT], [project.picture(0)]), **(GUIDED | {"rescale": 0.7} if guide else {}))
-    where = OneFrame(places.target, places.clean, places.has_black, places.coarse, list(zip(paths, masks, strict=True)))
+    asked = Asked(
+        *(HEIGHT, WIDTH, STEPS, SEED, [PROMPT], [project.picture(0)]),
+        **(GUIDED | {"rescale": 0.7} if guide else {}),
+    )
+    where = OneFrame(
+        places.target, places.clean, places.has_black, places.coarse, list(zip(paths, masks, strict=True))
+    )
     assert_equal(latents, framepack_generation.picture(project.theirs, asked, where), name)
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["blended", "at once"])
 def test_pictures_of_a_video_equal_the_reference(tmp_path: Path, project: Project, at_once: bool) -> None:
-    options = ["--prompt", PROMPT, "--image_path", project.picture(0), "--video_sections", 2, "--output_type", "latent_images"]
+    options = [
+        "--prompt",
+        PROMPT,
+        "--image_path",
+        project.picture(0),
+        "--video_sections",
+        2,
+        "--output_type",
+        "latent_images",
+    ]
 
     latents = generate(tmp_path, project, *options, *(["--bulk_decode"] if at_once else []))
 
@@ -180,7 +221,9 @@ def test_pictures_of_a_video_equal_the_reference(tmp_path: Path, project: Projec
 
 
 def test_each_detail_of_the_reference_counts(project: Project) -> None:
-    """So that the tolerance of the tests above tells a right section from a wrong one: paddings, end image, text, history."""
+    """So that the tolerance of the tests above tells a right section from a wrong one: paddings, end image,
+    text, history.
+    """
     usual = Asked(HEIGHT, WIDTH, 3, SEED, [PROMPT] * 2, [project.picture(0)] * 2)
     right = framepack_generation.video(project.theirs, usual)
     for change in (

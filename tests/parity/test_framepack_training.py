@@ -1,7 +1,8 @@
-"""Steps of fpack_train_network.py equal those computed with diffusers' transformer at the same noise and timesteps.
+"""Steps of fpack_train_network.py equal those computed with diffusers' transformer at the same noise and
+timesteps.
 
-The optimizer is plain gradient descent, so a step's change of the weights is the gradient itself, times the rate. The caches are
-written here, by hand, in the known tuners' form and without our record.
+The optimizer is plain gradient descent, so a step's change of the weights is the gradient itself, times the
+rate. The caches are written here, by hand, in the known tuners' form and without our record.
 """
 
 from collections.abc import Callable, Mapping
@@ -80,7 +81,9 @@ def one_frame(index: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {
         "latents": torch.randn(16, 1, *AREA, generator=generator),
         "latent_indices": places(5 + index),
-        "latents_clean": torch.cat([torch.randn(16, 2, *AREA, generator=generator), torch.zeros(16, 1, *AREA)], dim=1),
+        "latents_clean": torch.cat(
+            [torch.randn(16, 2, *AREA, generator=generator), torch.zeros(16, 1, *AREA)], dim=1
+        ),
         "clean_latent_indices": places(0, 1 + index, 10),
         "clean_latent_2x_indices": places(11, 12),
         "clean_latent_4x_indices": places(*range(13, 29)),
@@ -88,11 +91,17 @@ def one_frame(index: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def one_frame_alone(index: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in one_frame(index, generator).items() if "2x" not in name and "4x" not in name}
+    return {
+        name: tensor
+        for name, tensor in one_frame(index, generator).items()
+        if "2x" not in name and "4x" not in name
+    }
 
 
 def write_caches(folder: Path, make: Kind) -> list[FramePackItem]:
-    """Two items whose texts have different lengths and whose frames stand at different places; sorted by name."""
+    """Two items whose texts have different lengths and whose frames stand at different places; sorted by
+    name.
+    """
     generator = torch.Generator().manual_seed(11)
     is_image = make in (one_frame, one_frame_alone)
     (folder / "cache").mkdir(parents=True)
@@ -114,11 +123,15 @@ def write_caches(folder: Path, make: Kind) -> list[FramePackItem]:
 
 
 def modules_of(dit_file: Path) -> dict[str, str]:
-    """Every Linear of the blocks but those of the norms: its name in LoRA files -> its path in diffusers' transformer."""
+    """Every Linear of the blocks but those of the norms: its name in LoRA files -> its path in diffusers'
+    transformer.
+    """
     found = {}
     for name, tensor in load_file(dit_file).items():
         path = name.removesuffix(".weight")
-        in_blocks = path.startswith(("transformer_blocks.", "single_transformer_blocks.")) and name.endswith(".weight")
+        in_blocks = path.startswith(("transformer_blocks.", "single_transformer_blocks.")) and name.endswith(
+            ".weight"
+        )
         if in_blocks and tensor.ndim == 2 and "norm" not in path:
             found[path.replace(".", "_")] = path
     return found
@@ -132,11 +145,15 @@ def gradients_of(
     number: int,
 ) -> Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every module."""
-    learning = {name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()}
+    learning = {
+        name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()
+    }
     hooks = []
     for name, (down, up) in learning.items():
 
-        def add(_: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, up: Tensor = up) -> Tensor:
+        def add(
+            _: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, up: Tensor = up
+        ) -> Tensor:
             return out + ALPHA / RANK * (given[0] @ down.T) @ up.T
 
         hooks.append(dit.get_submodule(modules[name]).register_forward_hook(add))
@@ -155,16 +172,37 @@ def gradients_of(
     return {name: (down.grad, up.grad) for name, (down, up) in learning.items()}
 
 
-@pytest.mark.parametrize("make", [section, f1_section, one_frame, one_frame_alone], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [section, f1_section, one_frame, one_frame_alone], ids=lambda make: make.__name__
+)
 def test_each_step_follows_diffusers_gradient(tmp_path: Path, make: Kind) -> None:
     items = write_caches(tmp_path, make)
     widths = {"text_dim": LLM_DIM, "pooled_dim": CLIP_DIM, "image_dim": SIGLIP_DIM}
     dit_file = write_dit(tmp_path / "models", tiny_state(**widths), name="dit")
     network = ("--network_module", "networks.lora_framepack", "--network_dim", RANK, "--network_alpha", ALPHA)
     descent = ("--optimizer_type", "torch.optim.SGD", "--learning_rate", RATE, "--max_grad_norm", 0)
-    run = ("--max_train_steps", STEPS, "--save_every_n_steps", 1, "--seed", SEED, "--max_data_loader_n_workers", 0, "--sdpa")
+    run = (
+        "--max_train_steps",
+        STEPS,
+        "--save_every_n_steps",
+        1,
+        "--seed",
+        SEED,
+        "--max_data_loader_n_workers",
+        0,
+        "--sdpa",
+    )
     times = ("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--guidance_scale", GUIDANCE)
-    files = ("--dit", dit_file, "--dataset_config", tmp_path / "dataset.toml", "--output_dir", "out", "--output_name", "lora")
+    files = (
+        "--dit",
+        dit_file,
+        "--dataset_config",
+        tmp_path / "dataset.toml",
+        "--output_dir",
+        "out",
+        "--output_name",
+        "lora",
+    )
 
     arguments = ("fpack_train_network.py", *files, *network, *descent, *run, *times)
     if make is section:
@@ -178,4 +216,6 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, make: Kind) -> Non
         batch = [item for item in shuffled(items, SEED, step) if isinstance(item, FramePackItem)]
         return gradients_of(dit, modules, factors, batch, step)
 
-    assert_steps_of_descent(tmp_path / "out", modules, ALPHA / RANK, RATE, gradients_at, TOLERANCE, make.__name__)
+    assert_steps_of_descent(
+        tmp_path / "out", modules, ALPHA / RANK, RATE, gradients_at, TOLERANCE, make.__name__
+    )

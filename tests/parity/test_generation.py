@@ -1,4 +1,6 @@
-"""Text-to-video through the command line equals diffusers' transformer, text encoder and solvers at the same seed."""
+"""Text-to-video through the command line equals diffusers' transformer, text encoder and solvers at the same
+seed.
+"""
 
 from pathlib import Path
 
@@ -6,7 +8,15 @@ import pytest
 import torch
 
 from tests.golden_cases import read_case
-from tests.parity.reference import Inputs, Sampling, SkippedLayers, denoise, draw_noise, relative_error, text_seed
+from tests.parity.reference import (
+    Inputs,
+    Sampling,
+    SkippedLayers,
+    denoise,
+    draw_noise,
+    relative_error,
+    text_seed,
+)
 from tests.parity.running import TOLERANCE, assert_equal, generate, generate_one
 from tests.parity.theirs import Theirs
 from tests.tiny.wan import write_tiny_wan
@@ -33,7 +43,9 @@ def theirs(folder: Path) -> Theirs:
     return Theirs(folder)
 
 
-def inputs_of(theirs: Theirs, prompt: str = PROMPT, negative: str = NEGATIVE, seed: int = SEED, frames: int = FRAMES) -> Inputs:
+def inputs_of(
+    theirs: Theirs, prompt: str = PROMPT, negative: str = NEGATIVE, seed: int = SEED, frames: int = FRAMES
+) -> Inputs:
     return Inputs(draw_noise(seed, frames, HEIGHT, WIDTH), theirs.text(prompt), theirs.text(negative))
 
 
@@ -42,10 +54,22 @@ CASES = {
     "dpm++": (["--sample_solver", "dpm++", "--flow_shift", 3], Sampling("dpm++", 3.0)),
     "vanilla": (["--sample_solver", "vanilla", "--flow_shift", 7], Sampling("vanilla", 7.0)),
     "guidance 1": (["--guidance_scale", 1], Sampling("unipc", scales=(N,) * STEPS)),
-    "guidance 1 dpm++": (["--sample_solver", "dpm++", "--guidance_scale", 1], Sampling("dpm++", scales=(N,) * STEPS)),
-    "guidance 1 vanilla": (["--sample_solver", "vanilla", "--guidance_scale", 1], Sampling("vanilla", scales=(N,) * STEPS)),
-    "skip early": (["--cfg_skip_mode", "early", "--cfg_apply_ratio", 0.6], Sampling(scales=(N,) * 4 + (FIVE,) * 4)),
-    "skip late": (["--cfg_skip_mode", "late", "--cfg_apply_ratio", 0.6], Sampling(scales=(FIVE,) * 4 + (N,) * 4)),
+    "guidance 1 dpm++": (
+        ["--sample_solver", "dpm++", "--guidance_scale", 1],
+        Sampling("dpm++", scales=(N,) * STEPS),
+    ),
+    "guidance 1 vanilla": (
+        ["--sample_solver", "vanilla", "--guidance_scale", 1],
+        Sampling("vanilla", scales=(N,) * STEPS),
+    ),
+    "skip early": (
+        ["--cfg_skip_mode", "early", "--cfg_apply_ratio", 0.6],
+        Sampling(scales=(N,) * 4 + (FIVE,) * 4),
+    ),
+    "skip late": (
+        ["--cfg_skip_mode", "late", "--cfg_apply_ratio", 0.6],
+        Sampling(scales=(FIVE,) * 4 + (N,) * 4),
+    ),
     "skip middle": (
         ["--cfg_skip_mode", "middle", "--cfg_apply_ratio", 0.4],
         Sampling(scales=(FIVE, N, N, N, N, N, FIVE, FIVE)),  # 5 skipped steps from (8 - 5) // 2
@@ -71,9 +95,24 @@ CASES = {
         Sampling(skipped=SkippedLayers("original", frozenset({0}), scale=2.0)),
     ),
     "slg original, dpm++, skipped steps": (
-        ["--slg_mode", "original", "--slg_layers", "0,1", "--slg_end", 1, "--cfg_skip_mode", "late", "--cfg_apply_ratio", 0.5]
+        [
+            "--slg_mode",
+            "original",
+            "--slg_layers",
+            "0,1",
+            "--slg_end",
+            1,
+            "--cfg_skip_mode",
+            "late",
+            "--cfg_apply_ratio",
+            0.5,
+        ]
         + ["--sample_solver", "dpm++"],
-        Sampling("dpm++", scales=(FIVE,) * 4 + (N,) * 4, skipped=SkippedLayers("original", frozenset({0, 1}), end=1.0)),
+        Sampling(
+            "dpm++",
+            scales=(FIVE,) * 4 + (N,) * 4,
+            skipped=SkippedLayers("original", frozenset({0, 1}), end=1.0),
+        ),
     ),
     "comfy rope": (["--rope_func", "comfy"], Sampling()),
 }
@@ -92,25 +131,49 @@ def test_latents_equal_those_of_diffusers(tmp_path: Path, folder: Path, theirs: 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "vanilla"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_few_steps_equal_those_of_diffusers(tmp_path: Path, folder: Path, theirs: Theirs, solver: str, steps: int) -> None:
+def test_few_steps_equal_those_of_diffusers(
+    tmp_path: Path, folder: Path, theirs: Theirs, solver: str, steps: int
+) -> None:
     more = ("--sample_solver", solver, "--infer_steps", steps, "--prompt", PROMPT, "--seed", SEED)
 
     latents = generate_one(tmp_path, folder, "t2v-1.3B", *SIZE, *more, in_process=True)
 
-    assert_equal(latents, denoise(theirs.dit, inputs_of(theirs), Sampling(solver, scales=(FIVE,) * steps)), f"{solver} {steps}")
+    assert_equal(
+        latents,
+        denoise(theirs.dit, inputs_of(theirs), Sampling(solver, scales=(FIVE,) * steps)),
+        f"{solver} {steps}",
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "vanilla"])
-def test_the_tasks_own_number_of_steps_equals_that_of_diffusers(tmp_path: Path, folder: Path, theirs: Theirs, solver: str) -> None:
-    more = ("--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--sample_solver", solver, "--prompt", PROMPT, "--seed", SEED)
+def test_the_tasks_own_number_of_steps_equals_that_of_diffusers(
+    tmp_path: Path, folder: Path, theirs: Theirs, solver: str
+) -> None:
+    more = (
+        "--video_size",
+        HEIGHT,
+        WIDTH,
+        "--video_length",
+        FRAMES,
+        "--sample_solver",
+        solver,
+        "--prompt",
+        PROMPT,
+        "--seed",
+        SEED,
+    )
 
     latents = generate_one(tmp_path, folder, "t2v-1.3B", *more)
 
-    assert_equal(latents, denoise(theirs.dit, inputs_of(theirs), Sampling(solver, scales=(FIVE,) * 50)), f"{solver} 50")
+    assert_equal(
+        latents, denoise(theirs.dit, inputs_of(theirs), Sampling(solver, scales=(FIVE,) * 50)), f"{solver} 50"
+    )
 
 
-def test_lines_of_a_prompt_file_equal_diffusers_each_with_its_own_options(tmp_path: Path, folder: Path, theirs: Theirs) -> None:
+def test_lines_of_a_prompt_file_equal_diffusers_each_with_its_own_options(
+    tmp_path: Path, folder: Path, theirs: Theirs
+) -> None:
     lines = [
         "# a comment",
         "two dogs & a cat --d hello --s 3 --fs 2 --g 3.5 --n subtitles, low quality",
@@ -123,7 +186,9 @@ def test_lines_of_a_prompt_file_equal_diffusers_each_with_its_own_options(tmp_pa
 
     first = inputs_of(theirs, "two dogs & a cat", "subtitles, low quality", text_seed("hello"))
     second = inputs_of(theirs, "an old man", seed=7, frames=5)
-    third = Inputs(draw_noise(text_seed("日本語の種"), FRAMES, 64, 32), theirs.text("a squirrel"), theirs.text(NEGATIVE))
+    third = Inputs(
+        draw_noise(text_seed("日本語の種"), FRAMES, 64, 32), theirs.text("a squirrel"), theirs.text(NEGATIVE)
+    )
     expected = {
         text_seed("hello"): denoise(theirs.dit, first, Sampling(flow_shift=2.0, scales=(3.5,) * 3)),
         7: denoise(theirs.dit, second, Sampling(scales=(N,) * STEPS)),
@@ -134,12 +199,25 @@ def test_lines_of_a_prompt_file_equal_diffusers_each_with_its_own_options(tmp_pa
         assert_equal(latents, expected[seed], f"line with seed {seed}")
 
 
-def test_cpu_noise_is_the_stream_of_the_global_generator(tmp_path: Path, folder: Path, theirs: Theirs) -> None:
+def test_cpu_noise_is_the_stream_of_the_global_generator(
+    tmp_path: Path, folder: Path, theirs: Theirs
+) -> None:
     torch.manual_seed(SEED)
     noise = torch.randn(16, 3, HEIGHT // 8, WIDTH // 8)
     inputs = Inputs(noise, theirs.text(PROMPT), theirs.text(NEGATIVE))
 
-    latents = generate_one(tmp_path, folder, "t2v-1.3B", *SIZE, "--prompt", PROMPT, "--seed", SEED, "--cpu_noise", in_process=True)
+    latents = generate_one(
+        tmp_path,
+        folder,
+        "t2v-1.3B",
+        *SIZE,
+        "--prompt",
+        PROMPT,
+        "--seed",
+        SEED,
+        "--cpu_noise",
+        in_process=True,
+    )
 
     assert_equal(latents, denoise(theirs.dit, inputs, Sampling()), "cpu noise")
 
@@ -151,7 +229,9 @@ def test_a_long_prompt_is_cut_at_512_tokens_and_an_empty_one_is_its_end_token(
     prompt = "rabbit " * kept
     assert len(theirs.text(prompt)) == (512 if kept else 1)
 
-    latents = generate_one(tmp_path, folder, "t2v-1.3B", *SIZE, "--prompt", prompt, "--seed", SEED, in_process=True)
+    latents = generate_one(
+        tmp_path, folder, "t2v-1.3B", *SIZE, "--prompt", prompt, "--seed", SEED, in_process=True
+    )
 
     assert_equal(latents, denoise(theirs.dit, inputs_of(theirs, prompt), Sampling()), f"{kept} words")
 
@@ -159,16 +239,24 @@ def test_a_long_prompt_is_cut_at_512_tokens_and_an_empty_one_is_its_end_token(
 def test_a_wider_model_equals_diffusers(tmp_path: Path, folder: Path) -> None:
     """Two heads, three blocks; the sizes come from the file."""
     write_tiny_wan(tmp_path / "models")
-    write_dit(tmp_path / "models", tiny_state("t2v", seed=5, dim=256, num_heads=2, num_layers=3, ffn_dim=384), name="dit")
+    write_dit(
+        tmp_path / "models",
+        tiny_state("t2v", seed=5, dim=256, num_heads=2, num_layers=3, ffn_dim=384),
+        name="dit",
+    )
     theirs = Theirs(tmp_path / "models")
 
-    latents = generate_one(tmp_path, tmp_path / "models", "t2v-1.3B", *SIZE, "--prompt", PROMPT, "--seed", SEED, in_process=True)
+    latents = generate_one(
+        tmp_path, tmp_path / "models", "t2v-1.3B", *SIZE, "--prompt", PROMPT, "--seed", SEED, in_process=True
+    )
 
     assert_equal(latents, denoise(theirs.dit, inputs_of(theirs), Sampling()), "two heads")
 
 
 def test_the_comparison_would_see_a_wrong_detail(folder: Path, theirs: Theirs) -> None:
-    """What the tolerance lets pass is far below what any formula changes, even the cutting of timesteps to whole numbers."""
+    """What the tolerance lets pass is far below what any formula changes, even the cutting of timesteps to
+    whole numbers.
+    """
     inputs = inputs_of(theirs)
     right = denoise(theirs.dit, inputs, Sampling("dpm++"))
     for other in (

@@ -1,7 +1,8 @@
-"""Steps of hv_train_network.py equal those computed with diffusers' transformer at the same noise and timesteps.
+"""Steps of hv_train_network.py equal those computed with diffusers' transformer at the same noise and
+timesteps.
 
-The optimizer is plain gradient descent, so a step's change of the weights is the gradient itself, times the rate. The caches are
-written here, by hand, in the known tuners' form and without our record.
+The optimizer is plain gradient descent, so a step's change of the weights is the gradient itself, times the
+rate. The caches are written here, by hand, in the known tuners' form and without our record.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,13 @@ from tests.tiny.hunyuan_dit import diffusers_parts, tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 
 SEED, RANK, ALPHA, RATE, GUIDANCE, STEPS, SCALE = 5, 4, 3.0, 2.0, 2.5, 2, 0.476986
-METADATA = {"architecture": "hunyuan_video", "width": "48", "height": "32", "format_version": "1.0.1", "frame_count": "5"}
+METADATA = {
+    "architecture": "hunyuan_video",
+    "width": "48",
+    "height": "32",
+    "format_version": "1.0.1",
+    "frame_count": "5",
+}
 
 
 @dataclass(frozen=True)
@@ -39,18 +46,28 @@ def write_caches(folder: Path, with_image: bool) -> list[HunyuanItem]:
     generator = torch.Generator().manual_seed(11)
     (folder / "cache").mkdir(parents=True)
     (folder / "clips").mkdir()
-    (folder / "dataset.toml").write_text(DATASET.format(folder=folder.as_posix(), batch_size=2), encoding="utf-8")
+    (folder / "dataset.toml").write_text(
+        DATASET.format(folder=folder.as_posix(), batch_size=2), encoding="utf-8"
+    )
     items = []
     for index, words in enumerate((20, 256)):
         latents = torch.randn(16, *GRID, generator=generator)
         image = torch.randn(16, 1, *GRID[1:], generator=generator) if with_image else None
-        text, pooled = torch.randn(256, LLM_DIM, generator=generator), torch.randn(CLIP_DIM, generator=generator)
+        text, pooled = (
+            torch.randn(256, LLM_DIM, generator=generator),
+            torch.randn(CLIP_DIM, generator=generator),
+        )
         mask = (torch.arange(256) < words).to(torch.int64)
         tensors = {f"latents_{'x'.join(map(str, GRID))}_float32": latents}
         if image is not None:
             tensors[f"latents_image_1x{GRID[1]}x{GRID[2]}_float32"] = image
         save_file(tensors, folder / "cache" / f"clip {index}_00000-005_0048x0032_hv.safetensors", METADATA)
-        texts = {"llm_float32": text, "llm_mask": mask, "clipL_float32": pooled, "clipL_mask": torch.ones(77, dtype=torch.int64)}
+        texts = {
+            "llm_float32": text,
+            "llm_mask": mask,
+            "clipL_float32": pooled,
+            "clipL_mask": torch.ones(77, dtype=torch.int64),
+        }
         caption = {"architecture": "hunyuan_video", "caption1": f"caption {index}", "format_version": "1.0.1"}
         save_file(texts, folder / "cache" / f"clip {index}_hv_te.safetensors", caption)
         items.append(HunyuanItem(latents, text, mask=mask, pooled=pooled, image=image))
@@ -58,25 +75,37 @@ def write_caches(folder: Path, with_image: bool) -> list[HunyuanItem]:
 
 
 def parts_of(dit_file: Path) -> dict[str, list[str]]:
-    """Every Linear of the blocks but the modulations: its name in LoRA files -> its parts in diffusers' transformer, in order."""
+    """Every Linear of the blocks but the modulations: its name in LoRA files -> its parts in diffusers'
+    transformer, in order.
+    """
     found = {}
     for name, tensor in load_file(dit_file).items():
         path = name.removesuffix(".weight")
-        in_blocks = path.startswith(("double_blocks.", "single_blocks.")) and name.endswith(".weight") and tensor.ndim == 2
+        in_blocks = (
+            path.startswith(("double_blocks.", "single_blocks."))
+            and name.endswith(".weight")
+            and tensor.ndim == 2
+        )
         if in_blocks and "mod" not in path:
             found[path.replace(".", "_")] = [part.removesuffix(".weight") for part in diffusers_parts(name)]
     return found
 
 
-def gradients_of(dit: nn.Module, parts: dict[str, list[str]], factors: Factors, batch: list[HunyuanItem], number: int) -> Factors:
+def gradients_of(
+    dit: nn.Module, parts: dict[str, list[str]], factors: Factors, batch: list[HunyuanItem], number: int
+) -> Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every part."""
-    learning = {name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()}
+    learning = {
+        name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()
+    }
     hooks = []
     for name, (down, up) in learning.items():
         heights = [len(dit.get_submodule(part).weight) for part in parts[name]]
         for part, rows in zip(parts[name], up.split(heights), strict=True):
 
-            def add(_: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, rows: Tensor = rows) -> Tensor:
+            def add(
+                _: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, rows: Tensor = rows
+            ) -> Tensor:
                 return out + ALPHA / RANK * (given[0] @ down.T) @ rows.T
 
             hooks.append(dit.get_submodule(part).register_forward_hook(add))
@@ -104,12 +133,33 @@ def gradients_of(dit: nn.Module, parts: dict[str, list[str]], factors: Factors, 
 @pytest.mark.parametrize(("kind", "cached_image"), [("t2v", False), ("i2v", True), ("i2v", False)])
 def test_each_step_follows_diffusers_gradient(tmp_path: Path, kind: str, cached_image: bool) -> None:
     items = write_caches(tmp_path, cached_image)
-    dit_file = write_dit(tmp_path / "models", tiny_state(kind, text_dim=LLM_DIM, pooled_dim=CLIP_DIM), name="dit")
+    dit_file = write_dit(
+        tmp_path / "models", tiny_state(kind, text_dim=LLM_DIM, pooled_dim=CLIP_DIM), name="dit"
+    )
     network = ("--network_module", "networks.lora", "--network_dim", RANK, "--network_alpha", ALPHA)
     descent = ("--optimizer_type", "torch.optim.SGD", "--learning_rate", RATE, "--max_grad_norm", 0)
-    run = ("--max_train_steps", STEPS, "--save_every_n_steps", 1, "--seed", SEED, "--max_data_loader_n_workers", 0, "--sdpa")
+    run = (
+        "--max_train_steps",
+        STEPS,
+        "--save_every_n_steps",
+        1,
+        "--seed",
+        SEED,
+        "--max_data_loader_n_workers",
+        0,
+        "--sdpa",
+    )
     times = ("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--guidance_scale", GUIDANCE)
-    files = ("--dit", dit_file, "--dataset_config", tmp_path / "dataset.toml", "--output_dir", "out", "--output_name", "lora")
+    files = (
+        "--dit",
+        dit_file,
+        "--dataset_config",
+        tmp_path / "dataset.toml",
+        "--output_dir",
+        "out",
+        "--output_name",
+        "lora",
+    )
 
     run_script("hv_train_network.py", *files, *network, *descent, *run, *times, folder=tmp_path)
 
@@ -119,4 +169,6 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, kind: str, cached_
         batch = [item for item in shuffled(items, SEED, step) if isinstance(item, HunyuanItem)]
         return gradients_of(dit, parts, factors, batch, step)
 
-    assert_steps_of_descent(tmp_path / "out", parts, ALPHA / RANK, RATE, gradients_at, TOLERANCE, f"{kind} {cached_image}")
+    assert_steps_of_descent(
+        tmp_path / "out", parts, ALPHA / RANK, RATE, gradients_at, TOLERANCE, f"{kind} {cached_image}"
+    )

@@ -75,11 +75,23 @@ def generate(folder: Path, files: TinyHunyuan, *arguments: object, in_process: b
 
 
 def with_diffusers(
-    files: TinyHunyuan, frames: int = FRAMES, shift: float = 7.0, image: Any = None, for_clip: str = "", **settings: Any
+    files: TinyHunyuan,
+    frames: int = FRAMES,
+    shift: float = 7.0,
+    image: Any = None,
+    for_clip: str = "",
+    **settings: Any,
 ) -> Tensor:
-    """The latents of diffusers' pipeline, 1 16 F h w. for_clip: a second prompt, which the pipeline takes and does not look at."""
+    """The latents of diffusers' pipeline, 1 16 F h w.
+
+    for_clip: a second prompt, which the pipeline takes and does not look at.
+    """
     pipe = pipeline(files.dit.parent, shift, image=image is not None)
-    given = {"image": image, "generator": torch.Generator().manual_seed(derive_seed("posterior", SEED))} if image else {}
+    given = (
+        {"image": image, "generator": torch.Generator().manual_seed(derive_seed("posterior", SEED))}
+        if image
+        else {}
+    )
     if for_clip:
         given["pooled_prompt_embeds"] = pipe._get_clip_prompt_embeds(for_clip)
     return pipe(
@@ -102,7 +114,11 @@ CASES: dict[str, tuple[str, tuple[object, ...], dict[str, Any]]] = {
     "shift": ("t2v", ("--flow_shift", 14.5), {"shift": 14.5}),
     "guidance": ("t2v", GUIDE, GUIDED),
     "guidance, split": ("t2v", (*GUIDE, "--split_uncond"), GUIDED),
-    "guidance, nothing to avoid": ("t2v", ("--guidance_scale", 3), {"negative_prompt": "", "true_cfg_scale": 3.0}),
+    "guidance, nothing to avoid": (
+        "t2v",
+        ("--guidance_scale", 3),
+        {"negative_prompt": "", "true_cfg_scale": 3.0},
+    ),
     "a text for CLIP": ("t2v", ("--prompt_2", "a dog"), {"for_clip": "a dog"}),
     "still image": ("t2v", ("--video_length", 1), {"frames": 1}),
     "undistilled": ("undistilled", GUIDE, GUIDED),
@@ -123,7 +139,9 @@ def test_latents_equal_those_of_the_pipeline(tmp_path: Path, models_of: ModelsOf
 def test_image_to_video_equals_skyreels_pipeline(tmp_path: Path, models_of: ModelsOf, picture: Path) -> None:
     files = models_of("i2v")
 
-    latents = generate(tmp_path, files, *SAY, *GUIDE, "--embedded_cfg_scale", 1, "--image_path", picture, in_process=False)
+    latents = generate(
+        tmp_path, files, *SAY, *GUIDE, "--embedded_cfg_scale", 1, "--image_path", picture, in_process=False
+    )
 
     expected = with_diffusers(files, image=Image.open(picture), guidance_scale=1.0, **GUIDED)
     assert_equal(latents, expected, "SkyReels I2V")
@@ -131,7 +149,9 @@ def test_image_to_video_equals_skyreels_pipeline(tmp_path: Path, models_of: Mode
 
 @torch.no_grad()
 def from_video(files: TinyHunyuan, video: Path, kept: int) -> Tensor:
-    """Video-to-video with the pipeline's networks and scheduler: the last `kept` steps (features.md, section 2.5)."""
+    """Video-to-video with the pipeline's networks and scheduler: the last `kept` steps (features.md, section
+    2.5).
+    """
     pipe = pipeline(files.dit.parent, 7.0)
     text, pooled, mask = pipe.encode_prompt(PROMPT, prompt_template=TEMPLATE)
     pixels = to_pixels(list(video_frames(video))[:FRAMES])
@@ -144,7 +164,9 @@ def from_video(files: TinyHunyuan, video: Path, kept: int) -> Tensor:
     pipe.scheduler.set_begin_index(begin)
     for timestep in pipe.scheduler.timesteps[begin:]:
         guidance = torch.tensor([6000.0])
-        velocity = pipe.transformer(latents, timestep[None], text, mask, pooled, guidance, return_dict=False)[0]
+        velocity = pipe.transformer(latents, timestep[None], text, mask, pooled, guidance, return_dict=False)[
+            0
+        ]
         latents = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
     return latents
 
@@ -157,7 +179,9 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("strength", "kept"), [(0.8, 3), (0.5, 2), (0.0, 1)])
-def test_video_to_video_makes_the_last_steps(tmp_path: Path, models_of: ModelsOf, video: Path, strength: float, kept: int) -> None:
+def test_video_to_video_makes_the_last_steps(
+    tmp_path: Path, models_of: ModelsOf, video: Path, strength: float, kept: int
+) -> None:
     files = models_of("t2v")
 
     latents = generate(tmp_path, files, *SAY, "--video_path", video, "--strength", strength)
@@ -219,9 +243,18 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = write_tiny_hunyuan(folder / "models")
     write_clips(folder / "clips", count=2)
     write_dataset(folder, frames="5")
-    texts = ("--text_encoder1", files.text_encoder1, "--text_encoder2", files.text_encoder2, "--text_encoder_dtype", "float32")
+    texts = (
+        "--text_encoder1",
+        files.text_encoder1,
+        "--text_encoder2",
+        files.text_encoder2,
+        "--text_encoder_dtype",
+        "float32",
+    )
     config = ("--dataset_config", folder / "dataset.toml")
-    run_script("cache_latents.py", *config, "--vae", files.vae, "--vae_dtype", "float32", "--i2v", folder=folder)
+    run_script(
+        "cache_latents.py", *config, "--vae", files.vae, "--vae_dtype", "float32", "--i2v", folder=folder
+    )
     run_script("cache_text_encoder_outputs.py", *config, *texts, folder=folder)
     return folder
 
@@ -231,14 +264,23 @@ def test_cached_latents_are_samples_of_diffusers_posterior(cached: Path) -> None
     """Not multiplied by the scaling factor; drawn from a generator that the item's name seeds."""
     stem = "clip 1_00000-005_0032x0032_hv"
     frames = [covering(frame, 32, 32) for frame in list(video_frames(cached / "clips" / "clip 1.mp4"))[:5]]
-    vae, generator = load_vae(cached / "models" / "vae.safetensors"), torch.Generator().manual_seed(derive_seed("posterior", stem))
+    vae, generator = (
+        load_vae(cached / "models" / "vae.safetensors"),
+        torch.Generator().manual_seed(derive_seed("posterior", stem)),
+    )
 
     tensors = load_file(cached / "cache" / f"{stem}.safetensors")
 
     assert tensors.keys() == {"latents_2x4x4_float32", "latents_image_1x4x4_float32"}
     pixels = to_pixels(frames)
-    assert_equal(tensors["latents_2x4x4_float32"], vae.encode(pixels).latent_dist.sample(generator)[0], "latents")
-    assert_equal(tensors["latents_image_1x4x4_float32"], vae.encode(pixels[:, :, :1]).latent_dist.sample(generator)[0], "image")
+    assert_equal(
+        tensors["latents_2x4x4_float32"], vae.encode(pixels).latent_dist.sample(generator)[0], "latents"
+    )
+    assert_equal(
+        tensors["latents_image_1x4x4_float32"],
+        vae.encode(pixels[:, :, :1]).latent_dist.sample(generator)[0],
+        "image",
+    )
 
 
 @torch.no_grad()
@@ -253,14 +295,19 @@ def test_without_a_dtype_caches_are_float16_as_exact_as_the_pipelines(cached: Pa
     cache_text_encoder_outputs.main([str(word) for word in (*say, *texts)])
 
     (latents,) = load_file(cached / "cache in float16" / f"{stem}.safetensors").values()
-    exact = load_file(cached / "cache" / f"{stem}.safetensors")["latents_2x4x4_float32"]  # compared with diffusers above
+    # compared with diffusers above
+    exact = load_file(cached / "cache" / f"{stem}.safetensors")["latents_2x4x4_float32"]
     frames = [covering(frame, 32, 32) for frame in list(video_frames(cached / "clips" / "clip 0.mp4"))[:5]]
     posterior = load_vae(models / "vae.safetensors").half().encode(to_pixels(frames).half()).latent_dist
     noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(derive_seed("posterior", stem)))
     assert latents.dtype == torch.float16
-    assert_as_exact(latents, posterior.mean[0].float() + posterior.std[0].float() * noise, exact, "latents in float16")
+    assert_as_exact(
+        latents, posterior.mean[0].float() + posterior.std[0].float() * noise, exact, "latents in float16"
+    )
     tensors = load_file(cached / "cache in float16" / "clip 0_hv_te.safetensors")
-    text, pooled, mask = pipeline(models, 7.0, encoder_dtype=torch.float16).encode_prompt(CAPTIONS[0], prompt_template=TEMPLATE)
+    text, pooled, mask = pipeline(models, 7.0, encoder_dtype=torch.float16).encode_prompt(
+        CAPTIONS[0], prompt_template=TEMPLATE
+    )
     real = int(mask.sum())
     assert torch.equal(tensors["llm_float16"][:real], text[0, :real])
     assert torch.equal(tensors["clipL_float16"], pooled[0])

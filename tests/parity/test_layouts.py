@@ -13,7 +13,19 @@ from tests.parity.theirs import Theirs
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 
-ASK = ("--prompt", "a red apple", "--seed", 4, "--video_size", 32, 48, "--video_length", 5, "--infer_steps", 3)
+ASK = (
+    "--prompt",
+    "a red apple",
+    "--seed",
+    4,
+    "--video_size",
+    32,
+    48,
+    "--video_length",
+    5,
+    "--infer_steps",
+    3,
+)
 TASKS = {"t2v": "t2v-1.3B", "i2v": "i2v-14B"}
 
 
@@ -39,7 +51,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_a_pipeline_of_diffusers_gives_the_same_latents(tmp_path: Path, folders: Callable[[str], Path], kind: str) -> None:
+def test_a_pipeline_of_diffusers_gives_the_same_latents(
+    tmp_path: Path, folders: Callable[[str], Path], kind: str
+) -> None:
     folder = folders(kind)
     image = ["--image_path", folder / "start.png"] if kind == "i2v" else []
     parts = {"dit": "transformer", "vae": "vae", "t5": "text_encoder", "clip": "image_encoder"}
@@ -50,7 +64,9 @@ def test_a_pipeline_of_diffusers_gives_the_same_latents(tmp_path: Path, folders:
     run_script("wan_generate_video.py", *given, *options, *ASK, *image, folder=tmp_path)
 
     (path,) = (tmp_path / "made").glob("*_latent.safetensors")
-    expected = generate_one(tmp_path / "official", folder / "models", TASKS[kind], *ASK, *image, in_process=True)
+    expected = generate_one(
+        tmp_path / "official", folder / "models", TASKS[kind], *ASK, *image, in_process=True
+    )
     assert_equal(load_file(path)["latent"], expected, f"{kind} from diffusers' folders")
 
 
@@ -64,12 +80,27 @@ def test_a_release_folder_needs_no_other_option(tmp_path: Path, folders: Callabl
     for part, name in names.items():
         torch.save(load_file(folder / "models" / f"{part}.safetensors"), release / name)
     (release / "google").symlink_to(folder / "models" / "google")
-    save_file(load_file(folder / "models" / "dit.safetensors"), release / "diffusion_pytorch_model.safetensors")
-    options = ["--ckpt_dir", release, "--dit", release, "--task", "i2v-14B", "--save_path", "made", "--output_type", "latent"]
+    save_file(
+        load_file(folder / "models" / "dit.safetensors"), release / "diffusion_pytorch_model.safetensors"
+    )
+    options = [
+        "--ckpt_dir",
+        release,
+        "--dit",
+        release,
+        "--task",
+        "i2v-14B",
+        "--save_path",
+        "made",
+        "--output_type",
+        "latent",
+    ]
     image = ["--image_path", folder / "start.png"]
 
     run_script("wan_generate_video.py", *options, *ASK, *image, "--device", "cpu", folder=tmp_path)
 
     (path,) = (tmp_path / "made").glob("*_latent.safetensors")
-    expected = generate_one(tmp_path / "official", folder / "models", "i2v-14B", *ASK, *image, in_process=True)
+    expected = generate_one(
+        tmp_path / "official", folder / "models", "i2v-14B", *ASK, *image, in_process=True
+    )
     assert_equal(load_file(path)["latent"], expected, "release folder")

@@ -16,14 +16,34 @@ from tests.commands import run_script
 from tests.golden_cases import read_case
 from tests.parity import reference
 from tests.parity.projects import ALPHA, RANK, Project, train, write_project
-from tests.parity.reference import Inputs, Sampling, denoise, draw_noise, open_image, relative_error, to_pixels
+from tests.parity.reference import (
+    Inputs,
+    Sampling,
+    denoise,
+    draw_noise,
+    open_image,
+    relative_error,
+    to_pixels,
+)
 from tests.parity.running import assert_equal, generate_one
 from tests.parity.theirs import Theirs
 from tests.parity.training import linear_modules
 from tests.tiny.project import write_image
 
 SEED, STEPS, HEIGHT, WIDTH, FRAMES = 8, 3, 32, 48, 5
-ASK = ("--prompt", "a cat", "--seed", SEED, "--infer_steps", STEPS, "--video_size", HEIGHT, WIDTH, "--video_length", FRAMES)
+ASK = (
+    "--prompt",
+    "a cat",
+    "--seed",
+    SEED,
+    "--infer_steps",
+    STEPS,
+    "--video_size",
+    HEIGHT,
+    WIDTH,
+    "--video_length",
+    FRAMES,
+)
 NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
 LEARN_FAST = ("--optimizer_type", "AdamW", "--learning_rate", 0.05)
 FILTERS = {
@@ -68,7 +88,9 @@ def there(project: Project, load: Callable[[WanTransformer3DModel], None] | None
         image = open_image(project.folder / "start.png")
         clip = reference.features_of(theirs, image)
         condition = reference.image_condition(theirs, to_pixels([image]), FRAMES)
-    inputs = Inputs(draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text("a cat"), theirs.text(NEGATIVE), clip, condition)
+    inputs = Inputs(
+        draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text("a cat"), theirs.text(NEGATIVE), clip, condition
+    )
     return denoise(theirs.dit, inputs, Sampling(scales=(5.0,) * STEPS))
 
 
@@ -76,7 +98,9 @@ def loaded(path: Path, strength: float = 1.0) -> Callable[[WanTransformer3DModel
     """What a user of diffusers calls."""
 
     def load(dit: WanTransformer3DModel) -> None:
-        dit.load_lora_adapter(WanLoraLoaderMixin.lora_state_dict(str(path)), prefix="transformer", adapter_name="ours")
+        dit.load_lora_adapter(
+            WanLoraLoaderMixin.lora_state_dict(str(path)), prefix="transformer", adapter_name="ours"
+        )
         dit.set_adapters("ours", strength)
 
     return load
@@ -85,7 +109,16 @@ def loaded(path: Path, strength: float = 1.0) -> Callable[[WanTransformer3DModel
 def convert(source: Path, target: str) -> Path:
     """By convert_lora.py, next to the file."""
     output = source.with_name(f"{source.stem} {target}.safetensors")
-    run_script("convert_lora.py", "--input", source.name, "--output", output.name, "--target", target, folder=source.parent)
+    run_script(
+        "convert_lora.py",
+        "--input",
+        source.name,
+        "--output",
+        output.name,
+        "--target",
+        target,
+        folder=source.parent,
+    )
     return output
 
 
@@ -105,7 +138,9 @@ def test_a_trained_lora_acts_in_diffusers_as_here(
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, projects: Callable[[str], Project], name: str) -> None:
+def test_a_filtered_lora_acts_in_diffusers_once_converted(
+    tmp_path: Path, projects: Callable[[str], Project], name: str
+) -> None:
     project = projects("i2v")
     train(project, *LEARN_FAST, "--network_args", FILTERS[name], steps=2, name=name, in_process=True)
     path = lora_of(project, name)
@@ -117,7 +152,9 @@ def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, projec
 
 
 @pytest.mark.parametrize("strength", [0.4, -1.0])
-def test_a_multiplier_is_the_strength_of_an_adapter(tmp_path: Path, projects: Callable[[str], Project], strength: float) -> None:
+def test_a_multiplier_is_the_strength_of_an_adapter(
+    tmp_path: Path, projects: Callable[[str], Project], strength: float
+) -> None:
     project = projects("t2v")
 
     latents = here(tmp_path, project, "--lora_weight", lora_of(project), "--lora_multiplier", strength)
@@ -125,22 +162,38 @@ def test_a_multiplier_is_the_strength_of_an_adapter(tmp_path: Path, projects: Ca
     assert_equal(latents, there(project, loaded(lora_of(project), strength)), f"multiplier {strength}")
 
 
-def test_a_merged_model_is_that_which_diffusers_fuses(tmp_path: Path, projects: Callable[[str], Project]) -> None:
+def test_a_merged_model_is_that_which_diffusers_fuses(
+    tmp_path: Path, projects: Callable[[str], Project]
+) -> None:
     """merge_lora.py, from another folder; the merged file as --dit."""
     project, merged = projects("t2v"), tmp_path / "merged.safetensors"
     lora = ("--lora_weight", lora_of(project), "--lora_multiplier", 0.7)
 
-    run_script("merge_lora.py", "--dit", project.dit, *lora, "--save_merged_model", merged.name, "--device", "cpu", folder=tmp_path)
+    run_script(
+        "merge_lora.py",
+        "--dit",
+        project.dit,
+        *lora,
+        "--save_merged_model",
+        merged.name,
+        "--device",
+        "cpu",
+        folder=tmp_path,
+    )
 
     latents = here(tmp_path / "merged", project, "--dit", merged)
     assert_equal(latents, there(project, loaded(lora_of(project), 0.7)), "merged")
 
 
-def test_converting_there_and_back_changes_nothing(tmp_path: Path, projects: Callable[[str], Project]) -> None:
+def test_converting_there_and_back_changes_nothing(
+    tmp_path: Path, projects: Callable[[str], Project]
+) -> None:
     project = projects("t2v")
     back = convert(convert(lora_of(project), "other"), "default")
 
-    again, first = (here(tmp_path / path.stem, project, "--lora_weight", path) for path in (back, lora_of(project)))
+    again, first = (
+        here(tmp_path / path.stem, project, "--lora_weight", path) for path in (back, lora_of(project))
+    )
 
     assert_equal(again, first, "converted twice")
 
@@ -152,7 +205,11 @@ def in_dialect(project: Project, dialect: str) -> tuple[dict[str, Tensor], dict[
     for name, path in paths.items():
         down, up = (stored[f"lora_unet_{name}.lora_{part}.weight"] for part in ("down", "up"))
         official = f"diffusion_model.{official_path(name)}"
-        starts = {"diffusion-pipe": official, "diffusers": f"transformer.{path}", "PEFT": f"base_model.model.{path}"}
+        starts = {
+            "diffusion-pipe": official,
+            "diffusers": f"transformer.{path}",
+            "PEFT": f"base_model.model.{path}",
+        }
         tensors[f"{starts[dialect]}.lora_A.weight"] = down
         tensors[f"{starts[dialect]}.lora_B.weight"] = up * (ALPHA / RANK)
     return tensors, {"format": "pt"}
@@ -169,23 +226,37 @@ def official_path(name: str) -> str:
 
 @pytest.mark.parametrize("dialect", ["diffusion-pipe", "diffusers", "PEFT"])
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_files_of_other_tools_act_as_ours(tmp_path: Path, projects: Callable[[str], Project], kind: str, dialect: str) -> None:
+def test_files_of_other_tools_act_as_ours(
+    tmp_path: Path, projects: Callable[[str], Project], kind: str, dialect: str
+) -> None:
     project = projects(kind)
-    save_file(*in_dialect(project, dialect)[:1], tmp_path / "other.safetensors", in_dialect(project, dialect)[1])
+    save_file(
+        *in_dialect(project, dialect)[:1], tmp_path / "other.safetensors", in_dialect(project, dialect)[1]
+    )
 
     latents = here(tmp_path / "other", project, "--lora_weight", tmp_path / "other.safetensors")
 
-    assert_equal(latents, here(tmp_path / "ours", project, "--lora_weight", lora_of(project)), f"{kind} {dialect}")
+    assert_equal(
+        latents, here(tmp_path / "ours", project, "--lora_weight", lora_of(project)), f"{kind} {dialect}"
+    )
 
 
 @pytest.mark.parametrize("alpha", [RANK, 9])
-def test_a_lora_that_diffusers_saves_acts_here_as_there(tmp_path: Path, projects: Callable[[str], Project], alpha: int) -> None:
+def test_a_lora_that_diffusers_saves_acts_here_as_there(
+    tmp_path: Path, projects: Callable[[str], Project], alpha: int
+) -> None:
     """On parts that our own LoRAs leave out, too; settings stand in the file's metadata."""
     project = projects("t2v")
-    settings: Mapping[str, Any] = {"r": RANK, "lora_alpha": alpha, "alpha_pattern": {"blocks.0.attn1.to_q": 2}}
+    settings: Mapping[str, Any] = {
+        "r": RANK,
+        "lora_alpha": alpha,
+        "alpha_pattern": {"blocks.0.attn1.to_q": 2},
+    }
 
     def add(dit: WanTransformer3DModel) -> None:
-        dit.add_adapter(LoraConfig(**settings, target_modules=["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]))
+        dit.add_adapter(
+            LoraConfig(**settings, target_modules=["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"])
+        )
         generator = torch.Generator().manual_seed(0)
         for name, parameter in dit.named_parameters():
             if "lora_" in name:

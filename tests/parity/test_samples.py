@@ -1,7 +1,8 @@
-"""A sample made while training is what the generation script makes of the saved LoRA, and what diffusers makes of it.
+"""A sample made while training is what the generation script makes of the saved LoRA, and what diffusers
+makes of it.
 
-Samples are stored as pictures and videos. Pictures lose nothing but rounding, so those of the command line are compared; of videos
-the latents are compared, caught where the sampler hands them to the decoder.
+Samples are stored as pictures and videos. Pictures lose nothing but rounding, so those of the command line
+are compared; of videos the latents are compared, caught where the sampler hands them to the decoder.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,19 @@ CPU = torch.device("cpu")
 HEIGHT, WIDTH, FRAMES, STEPS, SEED, SCALE, SHIFT = 32, 48, 9, 4, 77, 3.5, 2.0
 PROMPT, NEGATIVE = "two dogs play", "subtitles, low quality"
 LINE = f"{PROMPT} --w {WIDTH} --h {HEIGHT} --d {SEED} --s {STEPS} --fs {SHIFT} --l {SCALE} --n {NEGATIVE}"
-ASK = ["--prompt", PROMPT, "--video_size", HEIGHT, WIDTH, "--seed", SEED, "--infer_steps", STEPS, "--flow_shift", SHIFT]
+ASK = [
+    "--prompt",
+    PROMPT,
+    "--video_size",
+    HEIGHT,
+    WIDTH,
+    "--seed",
+    SEED,
+    "--infer_steps",
+    STEPS,
+    "--flow_shift",
+    SHIFT,
+]
 ASK += ["--guidance_scale", SCALE, "--negative_prompt", NEGATIVE]
 LEARN_FAST = ("--optimizer_type", "AdamW", "--learning_rate", 0.05)
 # media of each kind of model: in a sample line, and as options of a generation
@@ -70,9 +83,21 @@ def sample_latents(project: Project, line: str, folder: Path) -> Tensor:
     parser = training_parser("")
     add_training_arguments(parser)
     words = ["--task", project.task, *models_in(project.models), "--network_dim", "4", "--sdpa"]
-    words += ["--dataset_config", str(project.folder / "dataset.toml"), "--output_dir", str(folder), "--output_name", "lora"]
-    args = read_arguments(parser, [*words, "--network_weights", str(project.folder / "out" / "lora.safetensors")])
-    options, family = read_options(TrainingOptions, args), Watched(family_for_training(read_options(WanTrainingOptions, args)))
+    words += [
+        "--dataset_config",
+        str(project.folder / "dataset.toml"),
+        "--output_dir",
+        str(folder),
+        "--output_name",
+        "lora",
+    ]
+    args = read_arguments(
+        parser, [*words, "--network_weights", str(project.folder / "out" / "lora.safetensors")]
+    )
+    options, family = (
+        read_options(TrainingOptions, args),
+        Watched(family_for_training(read_options(WanTrainingOptions, args))),
+    )
     (folder / "prompts.txt").write_text(f"{line}\n", encoding="utf-8")
     sampler = prepare_samples(family, folder / "prompts.txt", folder / "sample", "lora", CPU, 0, 1)  # type: ignore[arg-type]
     dit = family.load_dit(Placement(CPU))
@@ -95,17 +120,32 @@ def with_diffusers(project: Project, frames: int = FRAMES) -> Tensor:
     """The latents of the sample line as diffusers makes them."""
     theirs = with_lora(project)
     clip = extra = None
-    images = [open_image(path) for path in (project.folder / "start.png", project.folder / "end.png") if path.exists()]
+    images = [
+        open_image(path)
+        for path in (project.folder / "start.png", project.folder / "end.png")
+        if path.exists()
+    ]
     pixels = [to_pixels([image]) for image in images]
     if project.kind == "i2v":
-        clip, extra = reference.features_of(theirs, images[0]), reference.image_condition(theirs, pixels[0], frames)
+        clip, extra = (
+            reference.features_of(theirs, images[0]),
+            reference.image_condition(theirs, pixels[0], frames),
+        )
     elif project.kind == "flf2v":
-        clip, extra = reference.features_of(theirs, *images), reference.first_last_condition(theirs, *pixels, frames)
+        clip, extra = (
+            reference.features_of(theirs, *images),
+            reference.first_last_condition(theirs, *pixels, frames),
+        )
     elif project.kind == "fun-control":
-        control = [reference.covering(frame, HEIGHT, WIDTH) for frame in decoded(project.folder / "control" / "clip 0.mp4")]
+        control = [
+            reference.covering(frame, HEIGHT, WIDTH)
+            for frame in decoded(project.folder / "control" / "clip 0.mp4")
+        ]
         extra = reference.control_condition(theirs, to_pixels(control), None)
         clip = torch.zeros(1, 257, theirs.dit.config.image_dim)
-    inputs = Inputs(draw_noise(SEED, frames, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text(NEGATIVE), clip, extra)
+    inputs = Inputs(
+        draw_noise(SEED, frames, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text(NEGATIVE), clip, extra
+    )
     return denoise(theirs.dit, inputs, Sampling(flow_shift=SHIFT, scales=(SCALE,) * STEPS))
 
 
@@ -124,8 +164,12 @@ def test_latents_of_a_sample_equal_those_of_the_generation_script(
     assert_equal(sample, with_diffusers(project), f"sample {kind} and diffusers")
 
 
-def test_what_a_line_leaves_out_is_that_of_the_known_trainers(tmp_path: Path, projects: Callable[[str], Project]) -> None:
-    """One frame, 20 steps, flow shift 14.5, guidance 5 with the release's negative text; sizes rounded down to multiples of 16."""
+def test_what_a_line_leaves_out_is_that_of_the_known_trainers(
+    tmp_path: Path, projects: Callable[[str], Project]
+) -> None:
+    """One frame, 20 steps, flow shift 14.5, guidance 5 with the release's negative text; sizes rounded down
+    to multiples of 16.
+    """
     project = projects("t2v")
     theirs = with_lora(project)
     negative = read_case("text_constants")[0]["wan_default_negative_prompt"]
@@ -133,17 +177,25 @@ def test_what_a_line_leaves_out_is_that_of_the_known_trainers(tmp_path: Path, pr
 
     sample = sample_latents(project, "a squirrel --w 50 --h 47 --d 3", tmp_path)
 
-    assert_equal(sample, denoise(theirs.dit, inputs, Sampling(flow_shift=14.5, scales=(5.0,) * 20)), "sample with defaults")
+    assert_equal(
+        sample,
+        denoise(theirs.dit, inputs, Sampling(flow_shift=14.5, scales=(5.0,) * 20)),
+        "sample with defaults",
+    )
 
 
-def test_the_image_of_a_sample_is_cropped_to_its_size(tmp_path: Path, projects: Callable[[str], Project]) -> None:
+def test_the_image_of_a_sample_is_cropped_to_its_size(
+    tmp_path: Path, projects: Callable[[str], Project]
+) -> None:
     """As training sees images; the image tower sees the whole image."""
     project, path = projects("i2v"), tmp_path / "wide.png"
     write_png(path, numpy.random.default_rng(0).integers(0, 256, (40, 100, 3), dtype=numpy.uint8))
     theirs, image = with_lora(project), open_image(path)
     pixels = to_pixels([reference.covering(image, HEIGHT, WIDTH)])
     clip, extra = reference.features_of(theirs, image), reference.image_condition(theirs, pixels, FRAMES)
-    inputs = Inputs(draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text(NEGATIVE), clip, extra)
+    inputs = Inputs(
+        draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text(NEGATIVE), clip, extra
+    )
 
     sample = sample_latents(project, f"{LINE} --f {FRAMES} --i {path}", tmp_path)
 
@@ -152,16 +204,38 @@ def test_the_image_of_a_sample_is_cropped_to_its_size(tmp_path: Path, projects: 
 
 
 @pytest.mark.parametrize("precision", [[], ["--save_precision", "float"]])
-def test_the_picture_of_a_training_is_that_of_the_generation_script(tmp_path: Path, precision: list[str]) -> None:
-    """From the command line to the files, in processes of their own; a first sample at step 3, where the LoRA is saved too."""
+def test_the_picture_of_a_training_is_that_of_the_generation_script(
+    tmp_path: Path, precision: list[str]
+) -> None:
+    """From the command line to the files, in processes of their own; a first sample at step 3, where the LoRA
+    is saved too.
+    """
     project = write_project(tmp_path / "project", "t2v")
-    (project.folder / "prompts.txt").write_text(f"# first\n{LINE} --f 3\n{LINE} --f {FRAMES}\n", encoding="utf-8")
-    sampling = ("--sample_prompts", project.folder / "prompts.txt", "--sample_every_n_steps", 3, *models_in(project.models))
+    (project.folder / "prompts.txt").write_text(
+        f"# first\n{LINE} --f 3\n{LINE} --f {FRAMES}\n", encoding="utf-8"
+    )
+    sampling = (
+        "--sample_prompts",
+        project.folder / "prompts.txt",
+        "--sample_every_n_steps",
+        3,
+        *models_in(project.models),
+    )
 
     train(project, *LEARN_FAST, *sampling, *precision, steps=3, in_process=bool(precision))
 
     lora = ["--lora_weight", project.folder / "out" / "lora.safetensors"]
-    generate(tmp_path, project.models, project.task, *ASK, *lora, "--video_length", 1, output="video", in_process=bool(precision))
+    generate(
+        tmp_path,
+        project.models,
+        project.task,
+        *ASK,
+        *lora,
+        "--video_length",
+        1,
+        output="video",
+        in_process=bool(precision),
+    )
     folder = project.folder / "out" / "sample"
     names = sorted(path.name for path in folder.iterdir())
     assert [name[:14] for name in names] == ["lora_000003_00", "lora_000003_01"]

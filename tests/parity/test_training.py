@@ -1,7 +1,8 @@
-"""Steps of wan_train_network.py equal those computed with diffusers' transformer at the same noise and timesteps.
+"""Steps of wan_train_network.py equal those computed with diffusers' transformer at the same noise and
+timesteps.
 
-The optimizer is plain gradient descent, so a step's change of the weights is the gradient itself, times the rate. The caches are
-written here, by hand, in the known tuners' form and without our record.
+The optimizer is plain gradient descent, so a step's change of the weights is the gradient itself, times the
+rate. The caches are written here, by hand, in the known tuners' form and without our record.
 """
 
 import hashlib
@@ -90,7 +91,11 @@ class Descent:
 
     def steps_of(self, gradients: Factors) -> Factors:
         """What is taken off down and up."""
-        total = float(torch.stack([factor.square().sum() for pair in gradients.values() for factor in pair]).sum().sqrt())
+        total = float(
+            torch.stack([factor.square().sum() for pair in gradients.values() for factor in pair])
+            .sum()
+            .sqrt()
+        )
         share = min(1.0, self.max_norm / (total + 1e-6))
         return {
             name: tuple(rate * share * factor for rate, factor in zip(self.rates, pair, strict=True))
@@ -103,11 +108,18 @@ Batches = list[tuple[list[Item], Drawn]]  # of one step
 
 
 def assert_steps(
-    files: list[Path], project: Project, dit: Any, batches_of: Callable[[int], Batches], what: str, how: Descent = PLAIN
+    files: list[Path],
+    project: Project,
+    dit: Any,
+    batches_of: Callable[[int], Batches],
+    what: str,
+    how: Descent = PLAIN,
 ) -> None:
-    """Each file is the one before, less the rate times the gradient of its step: every factor of every module is compared.
+    """Each file is the one before, less the rate times the gradient of its step: every factor of every module
+    is compared.
 
-    The factors before the first step: up is zero, so that the gradient of down is zero and down is what the first file holds.
+    The factors before the first step: up is zero, so that the gradient of down is zero and down is what the
+    first file holds.
     """
     modules = linear_modules(project.dit)
     first, scale = read_factors(files[0])
@@ -121,7 +133,9 @@ def assert_steps(
         for name, taken in how.steps_of(gradients).items():
             for factor in (1,) if step == 0 and how.start is None else (0, 1):
                 # keys of image tokens that are all alike (no image) cannot learn
-                assert taken[factor].abs().max() > 1e-6 or name.endswith("_k_img"), f"{name} learns nothing, nothing is compared"
+                assert taken[factor].abs().max() > 1e-6 or name.endswith("_k_img"), (
+                    f"{name} learns nothing, nothing is compared"
+                )
                 expected = before[name][factor] - taken[factor]
                 error = float((after[name][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3))
                 worst = max(worst, error)
@@ -130,15 +144,20 @@ def assert_steps(
         before = after
 
 
-def mean_gradients(dit: Any, modules: dict[str, str], factors: Factors, scale: float, batches: Batches) -> Factors:
+def mean_gradients(
+    dit: Any, modules: dict[str, str], factors: Factors, scale: float, batches: Batches
+) -> Factors:
     """Of the micro-batches of a step."""
     each = [loss_and_gradients(dit, modules, factors, scale, *batch)[1] for batch in batches]
     return {
-        name: (sum(one[name][0] for one in each) / len(each), sum(one[name][1] for one in each) / len(each)) for name in factors
+        name: (sum(one[name][0] for one in each) / len(each), sum(one[name][1] for one in each) / len(each))
+        for name in factors
     }
 
 
-def one_batch_an_epoch(project: Project, sampler: Sampler, weights: Weights = plain) -> Callable[[int], Batches]:
+def one_batch_an_epoch(
+    project: Project, sampler: Sampler, weights: Weights = plain
+) -> Callable[[int], Batches]:
     """Both items in one batch, whose order is that of the epoch."""
 
     def batches_of(step: int) -> Batches:
@@ -154,7 +173,16 @@ CASES: dict[str, tuple[str, list[object], Sampler, Weights]] = {
     "cosmap": ("t2v", ["--weighting_scheme", "cosmap"], by_sigma, cosmap),
     "range, sigma_sqrt": (
         "t2v",
-        ["--timestep_sampling", "uniform", "--min_timestep", 100, "--max_timestep", 800, "--weighting_scheme", "sigma_sqrt"],
+        [
+            "--timestep_sampling",
+            "uniform",
+            "--min_timestep",
+            100,
+            "--max_timestep",
+            800,
+            "--weighting_scheme",
+            "sigma_sqrt",
+        ],
         by_uniform_in_range,
         sigma_sqrt,
     ),
@@ -182,7 +210,9 @@ def test_two_steps_equal_gradient_descent_with_diffusers(tmp_path: Path, name: s
     assert_steps(files, project, load_dit(project.dit), one_batch_an_epoch(project, sampler, weights), name)
 
 
-def test_accumulated_batches_count_alike_also_where_the_last_step_of_an_epoch_has_fewer(tmp_path: Path) -> None:
+def test_accumulated_batches_count_alike_also_where_the_last_step_of_an_epoch_has_fewer(
+    tmp_path: Path,
+) -> None:
     """Three batches of one item, two to a step: the epoch's second step has one."""
     project = write_project(tmp_path / "a project", "t2v", count=3, batch_size=1)
 
@@ -198,7 +228,9 @@ def test_accumulated_batches_count_alike_also_where_the_last_step_of_an_epoch_ha
 
 
 def single_items(project: Project, epoch: int) -> list[Item]:
-    """The items of an epoch where every batch has one: shuffled within the bucket, then as batches by the same shuffler."""
+    """The items of an epoch where every batch has one: shuffled within the bucket, then as batches by the
+    same shuffler.
+    """
     shuffle = random.Random(stream_seed(SEED, "items", epoch)).shuffle
     order = list(project.items)
     shuffle(order)
@@ -217,13 +249,18 @@ def test_gradients_are_clipped_to_their_common_norm(tmp_path: Path) -> None:
     project = write_project(tmp_path / "a project", "t2v")
     files = train(project, *DESCENT, "--max_grad_norm", 0.01, "--learning_rate", 20, in_process=True)
     how = Descent(rates=(20.0, 20.0), max_norm=0.01)
-    assert_steps(files, project, load_dit(project.dit), one_batch_an_epoch(project, by_sigma), "clipping", how)
+    assert_steps(
+        files, project, load_dit(project.dit), one_batch_an_epoch(project, by_sigma), "clipping", how
+    )
 
 
 def test_training_goes_on_from_a_file_and_on_top_of_another(tmp_path: Path) -> None:
     """--network_weights and --base_weights, the latter merged by diffusers here."""
     project = write_project(tmp_path / "a project", "t2v")
-    (base, start) = (train(project, *STRONG, "--seed", seed, steps=1, name=f"of {seed}", in_process=True)[0] for seed in (1, 2))
+    (base, start) = (
+        train(project, *STRONG, "--seed", seed, steps=1, name=f"of {seed}", in_process=True)[0]
+        for seed in (1, 2)
+    )
     more = ("--network_weights", start, "--base_weights", base, "--base_weights_multiplier", 0.5)
 
     files = train(project, *DESCENT, *more, in_process=True)
@@ -243,7 +280,9 @@ def logged_in(folder: Path) -> EventAccumulator:
 
 def test_the_losses_in_the_log_are_those_of_diffusers(tmp_path: Path) -> None:
     project = write_project(tmp_path / "a project", "t2v")
-    files = train(project, *DESCENT, "--logging_dir", tmp_path / "logs", "--log_with", "tensorboard", in_process=True)
+    files = train(
+        project, *DESCENT, "--logging_dir", tmp_path / "logs", "--log_with", "tensorboard", in_process=True
+    )
 
     logged = [event.value for event in logged_in(tmp_path / "logs").Scalars("loss/current")]
 
@@ -252,7 +291,8 @@ def test_the_losses_in_the_log_are_those_of_diffusers(tmp_path: Path) -> None:
     untrained = {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
     batches_of = one_batch_an_epoch(project, by_sigma)
     losses = [
-        loss_and_gradients(dit, modules, factors, scale, *batches_of(step)[0])[0] for step, factors in enumerate((untrained, first))
+        loss_and_gradients(dit, modules, factors, scale, *batches_of(step)[0])[0]
+        for step, factors in enumerate((untrained, first))
     ]
     assert_equal(torch.tensor(logged), torch.tensor(losses), "losses")
 
@@ -275,9 +315,13 @@ def test_the_validation_loss_is_that_of_diffusers(tmp_path: Path) -> None:
         for index in by_hash[:2]:
             for band, sigma in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
                 key = f"clip {index}_00000-005_0048x0032_wan"
-                noise = torch.randn(1, 16, *project.items[index].latents.shape[1:], generator=stream("validation", key, band))
+                noise = torch.randn(
+                    1, 16, *project.items[index].latents.shape[1:], generator=stream("validation", key, band)
+                )
                 drawn = Drawn(noise, torch.tensor([sigma]), torch.tensor([1000 * sigma]), torch.ones(1))
-                losses.append(loss_and_gradients(dit, modules, factors, scale, [project.items[index]], drawn)[0])
+                losses.append(
+                    loss_and_gradients(dit, modules, factors, scale, [project.items[index]], drawn)[0]
+                )
         expected.append(sum(losses) / len(losses))
     assert_equal(torch.tensor(logged), torch.tensor(expected), "validation losses")
 

@@ -1,6 +1,8 @@
-"""Wan2.1's networks as PyPI's diffusers and transformers have them, loaded from the files that are given to our scripts.
+"""Wan2.1's networks as PyPI's diffusers and transformers have them, loaded from the files that are given to
+our scripts.
 
-Nothing of ours is imported. Names are changed by diffusers' own converters, or as checkpoints of transformers are documented.
+Nothing of ours is imported. Names are changed by diffusers' own converters, or as checkpoints of transformers
+are documented.
 """
 
 import re
@@ -11,7 +13,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_wan_transformer_to_diffusers,
+    convert_wan_vae_to_diffusers,
+)
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -91,7 +96,8 @@ def pad_text(rows: Tensor) -> Tensor:
 def dit_names(names: list[str]) -> dict[str, str]:
     """Published names of transformer tensors -> those of diffusers."""
     renamed = convert_wan_transformer_to_diffusers(dict(zip(names, map(_Marked, names), strict=True)))
-    special = {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}  # the converter does not know it
+    # the converter does not know it
+    special = {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}
     return {marked.name: special.get(new, new) for new, marked in renamed.items()}
 
 
@@ -103,7 +109,9 @@ class _Marked:
 
 
 def load_dit(path: Path) -> WanTransformer3DModel:
-    """A transformer of the official names; `ref_conv` of Fun-Control v1.1, which needs a reference image, is left out."""
+    """A transformer of the official names; `ref_conv` of Fun-Control v1.1, which needs a reference image, is
+    left out.
+    """
     tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("ref_conv.")}
     dim, in_channels, *patch = tensors["patch_embedding.weight"].shape
     image = tensors.get("img_emb.proj.0.weight")
@@ -130,7 +138,9 @@ def load_dit(path: Path) -> WanTransformer3DModel:
 def load_vae(path: Path) -> AutoencoderKLWan:
     """A VAE of the official names."""
     tensors = load_file(path)
-    vae = AutoencoderKLWan(base_dim=len(tensors["encoder.conv1.bias"]), z_dim=16, latents_mean=MEAN, latents_std=STD)
+    vae = AutoencoderKLWan(
+        base_dim=len(tensors["encoder.conv1.bias"]), z_dim=16, latents_mean=MEAN, latents_std=STD
+    )
     vae.load_state_dict(convert_wan_vae_to_diffusers(tensors))
     return vae.eval().requires_grad_(False)
 
@@ -147,7 +157,9 @@ def load_t5(path: Path) -> UMT5EncoderModel:
         "ffn.fc2": "layer.1.DenseReluDense.wo",
     }
     parts |= {f"attn.{letter}": f"layer.0.SelfAttention.{letter}" for letter in "qkvo"}
-    renamed = dict.fromkeys(("shared.weight", "encoder.embed_tokens.weight"), tensors["token_embedding.weight"])
+    renamed = dict.fromkeys(
+        ("shared.weight", "encoder.embed_tokens.weight"), tensors["token_embedding.weight"]
+    )
     renamed["encoder.final_layer_norm.weight"] = tensors["norm.weight"]
     for name, tensor in tensors.items():
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
@@ -174,7 +186,11 @@ def load_t5(path: Path) -> UMT5EncoderModel:
 
 def load_clip(path: Path) -> CLIPVisionModel:
     """The `visual.` half of the official CLIP file."""
-    tensors = {name.removeprefix("visual."): tensor for name, tensor in load_file(path).items() if name.startswith("visual.")}
+    tensors = {
+        name.removeprefix("visual."): tensor
+        for name, tensor in load_file(path).items()
+        if name.startswith("visual.")
+    }
     width = tensors["patch_embedding.weight"].shape[0]
     renamed = {
         "embeddings.class_embedding": tensors["cls_embedding"].flatten(),
@@ -182,7 +198,10 @@ def load_clip(path: Path) -> CLIPVisionModel:
         "embeddings.patch_embedding.weight": tensors["patch_embedding.weight"],
     }
     for leaf in ("weight", "bias"):
-        renamed |= {f"pre_layrnorm.{leaf}": tensors[f"pre_norm.{leaf}"], f"post_layernorm.{leaf}": tensors[f"post_norm.{leaf}"]}
+        renamed |= {
+            f"pre_layrnorm.{leaf}": tensors[f"pre_norm.{leaf}"],
+            f"post_layernorm.{leaf}": tensors[f"post_norm.{leaf}"],
+        }
     for name, tensor in tensors.items():
         block = re.fullmatch(r"transformer\.(\d+)\.(.+)\.(weight|bias)", name)
         if block:
@@ -191,7 +210,8 @@ def load_clip(path: Path) -> CLIPVisionModel:
         CLIPVisionConfig(
             hidden_size=width,
             intermediate_size=len(tensors["transformer.0.mlp.0.bias"]),
-            num_hidden_layers=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer.")),
+            num_hidden_layers=1
+            + max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer.")),
             num_attention_heads=width // CLIP_HEAD_WIDTH,
             image_size=14 * round((tensors["pos_embedding"].shape[1] - 1) ** 0.5),
             patch_size=14,
@@ -208,7 +228,10 @@ def load_clip(path: Path) -> CLIPVisionModel:
 
 def _clip_block(start: str, part: str, leaf: str, tensor: Tensor) -> Mapping[str, Tensor]:
     if part == "attn.to_qkv":
-        return {f"{start}self_attn.{letter}_proj.{leaf}": rows for letter, rows in zip("qkv", tensor.chunk(3), strict=True)}
+        return {
+            f"{start}self_attn.{letter}_proj.{leaf}": rows
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True)
+        }
     names = {
         "attn.proj": "self_attn.out_proj",
         "norm1": "layer_norm1",

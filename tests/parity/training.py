@@ -1,4 +1,7 @@
-"""A step of LoRA training, written out with diffusers' transformer after the documented formulas. Nothing of ours is imported."""
+"""A step of LoRA training, written out with diffusers' transformer after the documented formulas.
+
+Nothing of ours is imported.
+"""
 
 import hashlib
 import random
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 
 from tests.parity.theirs import dit_names, pad_text
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # module in our names, `blocks_0_self_attn_q` -> down (R in), up (out R)
+# module in our names, `blocks_0_self_attn_q` -> down (R in), up (out R)
+Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,16 @@ def read_factors(path: Path) -> tuple[Factors, float]:
     """The factors of a LoRA file in our dialect, and its alpha / rank, the same for all modules."""
     tensors = load_file(path)
     names = {name.partition(".")[0] for name in tensors}
-    scales = {float(tensors[f"{name}.alpha"]) / tensors[f"{name}.lora_down.weight"].shape[0] for name in names}
+    scales = {
+        float(tensors[f"{name}.alpha"]) / tensors[f"{name}.lora_down.weight"].shape[0] for name in names
+    }
     (scale,) = scales
     factors = {
-        name.removeprefix("lora_unet_"): (tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]) for name in names
+        name.removeprefix("lora_unet_"): (
+            tensors[f"{name}.lora_down.weight"],
+            tensors[f"{name}.lora_up.weight"],
+        )
+        for name in names
     }
     return factors, scale
 
@@ -84,10 +94,11 @@ def assert_steps_of_descent(
     tolerance: float,
     label: str,
 ) -> None:
-    """Two steps of plain gradient descent that saved `lora` into `output` went where the reference's gradients point.
+    """Two steps of plain gradient descent that saved `lora` into `output` went where the reference's
+    gradients point.
 
-    modules: all that are trained. scale: alpha / rank. gradients_at: by down and up, of these factors at the step of that number.
-    tolerance: of the largest weight.
+    modules: all that are trained. scale: alpha / rank. gradients_at: by down and up, of these factors at the
+    step of that number. tolerance: of the largest weight.
     """
     first, found = read_factors(output / "lora-step00000001.safetensors")
     assert (first.keys(), found) == (set(modules), scale)
@@ -99,7 +110,9 @@ def assert_steps_of_descent(
             for factor in (1,) if step == 0 else (0, 1):
                 assert gradients[factor].abs().max() > 1e-6, module
                 expected = before[module][factor] - rate * gradients[factor]
-                error = float((after[module][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3))
+                error = float(
+                    (after[module][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3)
+                )
                 worst = max(worst, error)
         print(f"parity {label}, step {step + 1}: {worst:.2e}")  # noqa: T201
         assert worst <= tolerance
@@ -118,14 +131,23 @@ def linear_modules(dit_file: Path) -> dict[str, str]:
 
 
 def loss_and_gradients(
-    dit: WanTransformer3DModel, modules: Mapping[str, str], factors: Factors, scale: float, batch: Sequence[Item], drawn: Drawn
+    dit: WanTransformer3DModel,
+    modules: Mapping[str, str],
+    factors: Factors,
+    scale: float,
+    batch: Sequence[Item],
+    drawn: Drawn,
 ) -> tuple[float, Factors]:
     """The loss of one batch and its gradients by the factors."""
-    learning = {name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()}
+    learning = {
+        name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()
+    }
     hooks = []
     for name, (down, up) in learning.items():
 
-        def add(_: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, up: Tensor = up) -> Tensor:
+        def add(
+            _: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, up: Tensor = up
+        ) -> Tensor:
             return out + scale * (given[0] @ down.T) @ up.T
 
         hooks.append(dit.get_submodule(modules[name]).register_forward_hook(add))
@@ -134,7 +156,9 @@ def loss_and_gradients(
         mix = drawn.sigmas.float().view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * latents + mix * drawn.noise
         if batch[0].extra is not None:
-            noisy = torch.cat([noisy, torch.stack([item.extra for item in batch if item.extra is not None]).float()], dim=1)
+            noisy = torch.cat(
+                [noisy, torch.stack([item.extra for item in batch if item.extra is not None]).float()], dim=1
+            )
         text = torch.cat([pad_text(item.text.float()) for item in batch])
         clip = None
         if batch[0].clip is not None:

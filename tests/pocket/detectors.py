@@ -1,6 +1,8 @@
-"""What a clip shows, read off its pixels with OpenCV: shape, colour and direction of the one thing in it. No learned parts.
+"""What a clip shows, read off its pixels with OpenCV: shape, colour and direction of the one thing in it. No
+learned parts.
 
-The ground is the median colour; what stands out from it in a frame is cut out, laid over each form and compared.
+The ground is the median colour; what stands out from it in a frame is cut out, laid over each form and
+compared.
 """
 
 from collections import Counter
@@ -64,7 +66,11 @@ def look(clip: NDArray[np.uint8], shapes: Sequence[str] = ("circle", "square", "
     """The verdict on a clip F H W 3, RGB. shapes: forms of pocket.drawing that are told apart."""
     smooth = [cv2.GaussianBlur(frame, (0, 0), 0.8).astype(np.float32) for frame in clip]
     ground = np.median(np.stack(smooth).reshape(-1, 3), axis=0)
-    sightings = [(index, seen) for index, frame in enumerate(smooth) if (seen := sight(frame, ground, shapes)) is not None]
+    sightings = [
+        (index, seen)
+        for index, frame in enumerate(smooth)
+        if (seen := sight(frame, ground, shapes)) is not None
+    ]
     if len(sightings) < max(1, STEADY * len(clip)):
         return NOTHING
     colours = tuple(seen.colour for _, seen in sightings)
@@ -101,7 +107,9 @@ def sight(frame: Image, ground: NDArray[np.floating], shapes: Sequence[str]) -> 
 
 
 def shape_of(mask: Mask, shapes: Sequence[str]) -> str | None:
-    """The form that covers most of a mask cut out at its edges; None where none does, or where it is stretched."""
+    """The form that covers most of a mask cut out at its edges; None where none does, or where it is
+    stretched.
+    """
     height, width = mask.shape
     if not 0.72 < width / height < 1.39:
         return None
@@ -118,10 +126,16 @@ def overlap(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
 
 @cache
 def form(shape: str, pixels: int, blur: float) -> NDArray[np.bool_]:
-    """A form as `sight` would cut it out of a frame where it is so many pixels wide and the edges are that soft."""
+    """A form as `sight` would cut it out of a frame where it is so many pixels wide and the edges are that
+    soft.
+    """
     side = (2 * pixels + 8) * FINE
     picture = np.zeros((side, side), np.float32)
-    cv2.fillPoly(picture, [np.round(side / 2 + points * pixels * FINE).astype(np.int32) for points in outline(shape)], 1.0)
+    cv2.fillPoly(
+        picture,
+        [np.round(side / 2 + points * pixels * FINE).astype(np.int32) for points in outline(shape)],
+        1.0,
+    )
     mask = (cv2.GaussianBlur(picture, (0, 0), blur * FINE) > 0.5).astype(np.uint8)
     left, top, width, height = cv2.boundingRect(mask)
     return fitted(mask[top : top + height, left : left + width])

@@ -1,4 +1,5 @@
-"""Latents of the pocket model under fixed seeds, computed in float32 and kept in tests/data/pocket_latents.safetensors.
+"""Latents of the pocket model under fixed seeds, computed in float32 and kept in
+tests/data/pocket_latents.safetensors.
 
 python -m tests.pocket.regression       writes that file anew, after pocket/ has been made anew
 """
@@ -15,7 +16,18 @@ from modules.atomic_write import save_tensors
 from pocket.measure import CLIP, POCKET, model_options
 
 FILE = Path(__file__).resolve().parent.parent / "data" / "pocket_latents.safetensors"
-PROMPT = ("--prompt", "a red circle moving left", "--seed", "7", "--infer_steps", "4", "--output_type", "latent", "--device", "cpu")
+PROMPT = (
+    "--prompt",
+    "a red circle moving left",
+    "--seed",
+    "7",
+    "--infer_steps",
+    "4",
+    "--output_type",
+    "latent",
+    "--device",
+    "cpu",
+)
 CASES: dict[str, tuple[str, ...]] = {
     "vanilla_shift_3": ("--sample_solver", "vanilla", "--flow_shift", "3", "--guidance_scale", "4"),
     "vanilla_shift_5_unguided": ("--sample_solver", "vanilla", "--flow_shift", "5", "--guidance_scale", "1"),
@@ -25,14 +37,27 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 def write_float32_dit(path: Path) -> Path:
-    """The pocket transformer in float32: what it computes then is the same on every machine, nearly to the bit."""
-    save_tensors(path, {name: tensor.float() for name, tensor in load_file(POCKET / "dit.safetensors").items()})
+    """The pocket transformer in float32: what it computes then is the same on every machine, nearly to the
+    bit.
+    """
+    save_tensors(
+        path, {name: tensor.float() for name, tensor in load_file(POCKET / "dit.safetensors").items()}
+    )
     return path
 
 
 def latents(dit: Path, folder: Path, case: str) -> Tensor:
     """C F H W of a case of CASES."""
-    options = [*model_options(POCKET), *CLIP, *PROMPT, *CASES[case], "--dit", str(dit), "--save_path", str(folder)]
+    options = [
+        *model_options(POCKET),
+        *CLIP,
+        *PROMPT,
+        *CASES[case],
+        "--dit",
+        str(dit),
+        "--save_path",
+        str(folder),
+    ]
     wan_generate_video.main(options)
     (path,) = folder.glob("*_latent.safetensors")
     return load_file(path)["latent"]

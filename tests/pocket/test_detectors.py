@@ -21,7 +21,10 @@ def test_what_was_drawn_is_seen(noise: int, blur: float) -> None:
             clip = np.stack([cv2.GaussianBlur(frame, (0, 0), blur) for frame in clip])
         clip = np.clip(clip + noise * random.standard_normal(clip.shape), 0, 255).astype(np.uint8)
         thing, verdict = scene.things[0], look(clip)
-        told, seen = (thing.shape, thing.colour, thing.direction), (verdict.shape, verdict.colour, verdict.direction)
+        told, seen = (
+            (thing.shape, thing.colour, thing.direction),
+            (verdict.shape, verdict.colour, verdict.direction),
+        )
         if told != seen:
             wrong.append((number, told, seen))
     assert len(wrong) <= CLIPS // 100, wrong
@@ -45,7 +48,9 @@ def test_plain_ground_shows_nothing() -> None:
 def test_forms_that_captions_do_not_know_are_no_circle_square_or_triangle() -> None:
     random = np.random.default_rng(7)
     for form in ("ring", "cross", "star"):
-        clip = drawing.draw(drawing.Scene((drawing.thing(random, shape=form, width="large"),), "black", (10, 10, 10)))
+        clip = drawing.draw(
+            drawing.Scene((drawing.thing(random, shape=form, width="large"),), "black", (10, 10, 10))
+        )
         assert look(clip).shape is None
         assert look(clip, (*drawing.SHAPES, form)).shape == form
 

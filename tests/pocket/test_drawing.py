@@ -27,7 +27,10 @@ def test_a_thing_is_of_the_stated_size_and_inside_for_most_of_the_clip() -> None
         (thing,) = scene.things
         assert 12 <= thing.pixels <= 26
         half = thing.pixels / 2
-        inside = [all(half <= place <= drawing.SIZE - half for place in thing.centre(index)) for index in range(drawing.FRAMES)]
+        inside = [
+            all(half <= place <= drawing.SIZE - half for place in thing.centre(index))
+            for index in range(drawing.FRAMES)
+        ]
         assert sum(inside) > drawing.FRAMES / 2
 
 
@@ -69,7 +72,12 @@ def test_some_captions_are_empty(tmp_path: Path) -> None:
 def test_clips_are_written_once(tmp_path: Path) -> None:
     concept = CONCEPTS["blorp"]
     write_clips(tmp_path, 2, seed=0, make=concept.make)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.mp4", "00000.txt", "00001.mp4", "00001.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00000.mp4",
+        "00000.txt",
+        "00001.mp4",
+        "00001.txt",
+    ]
     assert "blorp" in (tmp_path / "00000.txt").read_text(encoding="utf-8")
     before = (tmp_path / "00000.mp4").stat().st_mtime_ns
     write_clips(tmp_path, 2, seed=0, make=concept.make)

@@ -1,9 +1,10 @@
-"""Training with products in fp8 ends where training in bf16 does: the pocket model learns a made-up word through the real training
-code, with the products emulated.
+"""Training with products in fp8 ends where training in bf16 does: the pocket model learns a made-up word
+through the real training code, with the products emulated.
 
-What fp8 adds to the validation loss is the rounding of weights, which the LoRA makes up for in time, and that of activations: 1.3 %
-before training, 0.7 and 1.0 % after 24 steps (two seeds). At the quickstart's learning rate rounding of sums alone moves the end
-of a run by more than that; hence a third of it here, and the mean of two seeds.
+What fp8 adds to the validation loss is the rounding of weights, which the LoRA makes up for in time, and that
+of activations: 1.3 % before training, 0.7 and 1.0 % after 24 steps (two seeds). At the quickstart's learning
+rate rounding of sums alone moves the end of a run by more than that; hence a third of it here, and the mean
+of two seeds.
 """
 
 import dataclasses
@@ -57,16 +58,26 @@ class Emulating:
 
 
 def cached(folder: Path, clips: int, validation: int, batch_size: int) -> Path:
-    """Clips of a word to learn and of what is known, half and half, and others of the word to validate on, cached."""
+    """Clips of a word to learn and of what is known, half and half, and others of the word to validate on,
+    cached.
+    """
     text = f'[general]\nresolution = [64, 64]\ncaption_extension = ".txt"\nbatch_size = {batch_size}\n'
-    sets = (("new", clips, CONCEPTS["blorp"].make), ("known", clips, known), ("held_out", validation, CONCEPTS["blorp"].make))
+    sets = (
+        ("new", clips, CONCEPTS["blorp"].make),
+        ("known", clips, known),
+        ("held_out", validation, CONCEPTS["blorp"].make),
+    )
     for seed, (name, count, make) in enumerate(sets):
         write_clips(folder / name, count, seed, make)
         text += TABLE.format(folder=folder.as_posix(), name=name)
     path = folder / "dataset.toml"
     path.write_text(text + "validation = true\n", encoding="utf-8")
-    wan_cache_latents.main(["--dataset_config", str(path), "--vae", str(POCKET / "vae.safetensors"), "--device", "cpu"])
-    wan_cache_text_encoder_outputs.main(["--dataset_config", str(path), "--t5", str(POCKET / "t5.safetensors"), "--device", "cpu"])
+    wan_cache_latents.main(
+        ["--dataset_config", str(path), "--vae", str(POCKET / "vae.safetensors"), "--device", "cpu"]
+    )
+    wan_cache_text_encoder_outputs.main(
+        ["--dataset_config", str(path), "--t5", str(POCKET / "t5.safetensors"), "--device", "cpu"]
+    )
     return folder
 
 
@@ -75,8 +86,24 @@ def losses(folder: Path, product: Product | None, *options: object) -> tuple[flo
     AcceleratorState._reset_state(reset_partial_state=True)
     parser = training_parser("")
     add_training_arguments(parser)
-    files = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output", "--output_name", "x"]
-    network = ["--network_module", "networks.lora_wan", "--network_dim", 32, "--network_alpha", 32, "--seed", 42]
+    files = [
+        "--dataset_config",
+        folder / "dataset.toml",
+        "--output_dir",
+        folder / "output",
+        "--output_name",
+        "x",
+    ]
+    network = [
+        "--network_module",
+        "networks.lora_wan",
+        "--network_dim",
+        32,
+        "--network_alpha",
+        32,
+        "--seed",
+        42,
+    ]
     times = ["--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--max_data_loader_n_workers", 0]
     rate = ["--learning_rate", "3e-3", "--lr_scheduler", "cosine", "--mixed_precision", "bf16"]
     weights = [] if product is None else ["--fp8_base", "--fp8_scaled"]
@@ -99,15 +126,29 @@ def wrong_backward(factor: float) -> Product:
     """The emulated product with gradients of the input (which have no bias) that many times too large."""
 
     def product(
-        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+        a: Tensor,
+        b: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        fast_sums: bool,
     ) -> Tensor:
-        return emulated_product(a, b, scale_a, scale_b * (factor if bias is None else 1), bias, dtype, fast_sums)
+        return emulated_product(
+            a, b, scale_a, scale_b * (factor if bias is None else 1), bias, dtype, fast_sums
+        )
 
     return product
 
 
 def one_scale_for_all_rows(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast_sums: bool,
 ) -> Tensor:
     return emulated_product(a, b, scale_a, scale_b.mean().expand_as(scale_b), bias, dtype, fast_sums)
 
@@ -159,7 +200,9 @@ def test_training_in_fp8_ends_where_training_in_bf16_does(tmp_path: Path) -> Non
     ends: dict[Product | None, list[float]] = {None: [], emulated_product: []}
     for seed in (42, 43):
         for product, found in ends.items():
-            before, after = losses(folder, product, "--max_train_steps", 24, "--seed", seed, "--learning_rate", "1e-3")
+            before, after = losses(
+                folder, product, "--max_train_steps", 24, "--seed", seed, "--learning_rate", "1e-3"
+            )
             assert after < 0.9 * before
             found.append(after)
 

@@ -1,6 +1,8 @@
-"""The pocket model through the command line: it draws what it is asked for, and what every option does can be seen.
+"""The pocket model through the command line: it draws what it is asked for, and what every option does can be
+seen.
 
-Clips are read by the detectors. Thresholds stand below the figures in pocket/README.md, which are of more prompts.
+Clips are read by the detectors. Thresholds stand below the figures in pocket/README.md, which are of more
+prompts.
 """
 
 from collections import Counter
@@ -25,7 +27,18 @@ from wan.t5 import WanTextEncoder
 from wan.tokenizer import load_tokenizer
 from wan.vae import load_vae
 
-STEPS = ("--infer_steps", "12", "--sample_solver", "vanilla", "--flow_shift", "3", "--guidance_scale", "3", "--device", "cpu")
+STEPS = (
+    "--infer_steps",
+    "12",
+    "--sample_solver",
+    "vanilla",
+    "--flow_shift",
+    "3",
+    "--guidance_scale",
+    "3",
+    "--device",
+    "cpu",
+)
 ASKED = {
     1: Asked("red", "circle", "left"),
     2: Asked("green", "square", "right"),
@@ -57,7 +70,9 @@ def asked_for(*seeds: int) -> dict[int, str]:
 
 
 def obeys(accuracy: Accuracy) -> bool:
-    """Whether most of the eight prompts were understood; the measured figures are far higher (pocket/README.md)."""
+    """Whether most of the eight prompts were understood; the measured figures are far higher
+    (pocket/README.md).
+    """
     return min(accuracy.shape, accuracy.colour, accuracy.direction, accuracy.colour_in_every_frame) >= 0.75
 
 
@@ -70,7 +85,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Ver
 
 def test_the_set_is_small_and_complete() -> None:
     files = [path for path in POCKET.rglob("*") if path.suffix in {".safetensors", ".json"}]
-    assert {path.name for path in files} >= {"dit.safetensors", "vae.safetensors", "t5.safetensors", "tokenizer.json"}
+    assert {path.name for path in files} >= {
+        "dit.safetensors",
+        "vae.safetensors",
+        "t5.safetensors",
+        "tokenizer.json",
+    }
     assert sum(path.stat().st_size for path in files) <= 16e6
 
 
@@ -86,7 +106,10 @@ def test_guidance_draws_prompts_further_apart(tmp_path: Path) -> None:
             prompts = dict.fromkeys((1, 2), f"a {colour} circle moving left")
             verdicts = generate(tmp_path / f"{scale}_{colour}", prompts, "--guidance_scale", scale)
             assert {verdict.colour for verdict in verdicts.values()} == {colour}
-        red, blue = (torch.stack([latents(tmp_path / f"{scale}_{name}", seed) for seed in (1, 2)]) for name in ("red", "blue"))
+        red, blue = (
+            torch.stack([latents(tmp_path / f"{scale}_{name}", seed) for seed in (1, 2)])
+            for name in ("red", "blue")
+        )
         return float((red - blue).square().mean().sqrt())
 
     assert distance(5) > 1.1 * distance(1)
@@ -94,7 +117,9 @@ def test_guidance_draws_prompts_further_apart(tmp_path: Path) -> None:
 
 def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
     prompts = dict.fromkeys(range(1, 9), "a circle moving left")
-    free = Counter(verdict.colour for verdict in generate(tmp_path / "free", prompts, "--negative_prompt", "").values())
+    free = Counter(
+        verdict.colour for verdict in generate(tmp_path / "free", prompts, "--negative_prompt", "").values()
+    )
     colour = next(colour for colour, _ in free.most_common() if colour in drawing.COLOURS)
 
     avoiding = generate(tmp_path / "avoiding", prompts, "--negative_prompt", f"a {colour} circle moving left")
@@ -103,7 +128,9 @@ def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
-def test_every_solver_draws_what_it_is_asked_for(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, solver: str) -> None:
+def test_every_solver_draws_what_it_is_asked_for(
+    plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, solver: str
+) -> None:
     verdicts = generate(tmp_path, asked_for(), "--sample_solver", solver)
     assert obeys(judged(ASKED, verdicts)), verdicts
     assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
@@ -129,7 +156,9 @@ def test_lines_of_a_file_and_of_a_conversation_are_what_one_command_makes(
     assert torch.allclose(latents(typed, 3), latents(plain[0], 3), atol=1e-5)
 
 
-def test_another_flow_shift_gives_another_clip_of_the_same_thing(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
+def test_another_flow_shift_gives_another_clip_of_the_same_thing(
+    plain: tuple[Path, dict[int, Verdict]], tmp_path: Path
+) -> None:
     verdicts = generate(tmp_path, asked_for(), "--flow_shift", 5)
     assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
     assert obeys(judged(ASKED, verdicts)), verdicts
@@ -148,12 +177,23 @@ def write_lora(path: Path, scale: float) -> Path:
     return path
 
 
-def test_a_lora_at_0_does_nothing_and_merged_it_does_the_same(plain: tuple[Path, dict[int, Verdict]], tmp_path: Path) -> None:
+def test_a_lora_at_0_does_nothing_and_merged_it_does_the_same(
+    plain: tuple[Path, dict[int, Verdict]], tmp_path: Path
+) -> None:
     lora = write_lora(tmp_path / "lora.safetensors", 0.3)
     generate(tmp_path / "zero", asked_for(1), "--lora_weight", lora, "--lora_multiplier", 0)
     generate(tmp_path / "one", asked_for(1), "--lora_weight", lora)
     merged = tmp_path / "merged.safetensors"
-    merge_lora.main(["--dit", str(POCKET / "dit.safetensors"), "--lora_weight", str(lora), "--save_merged_model", str(merged)])
+    merge_lora.main(
+        [
+            "--dit",
+            str(POCKET / "dit.safetensors"),
+            "--lora_weight",
+            str(lora),
+            "--save_merged_model",
+            str(merged),
+        ]
+    )
     generate(tmp_path / "merged", asked_for(1), "--dit", merged)
     assert torch.allclose(latents(tmp_path / "zero", 1), latents(plain[0], 1), atol=1e-5)
     assert not torch.allclose(latents(tmp_path / "one", 1), latents(plain[0], 1), atol=1e-2)

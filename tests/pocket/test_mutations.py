@@ -1,4 +1,5 @@
-"""Mistakes put in on purpose: what the pocket model draws, or what it loses in training, has to show each of them.
+"""Mistakes put in on purpose: what the pocket model draws, or what it loses in training, has to show each of
+them.
 
 A wrong flow shift and a wrong sigma grid are in test_regression.py. The list stands in pocket/README.md.
 """
@@ -75,9 +76,15 @@ def swapped(tokens: Tokens, first: int, second: int) -> dict[str, Any]:
 
 def shuffled(patch: pytest.MonkeyPatch) -> None:
     """Each text goes to its neighbour: in a batch of training, and among the prompts of a file."""
-    in_forward(lambda forward, noisy, times, text, *rest: forward(noisy, times, [*text[1:], text[0]], *rest))(patch)
+    in_forward(lambda forward, noisy, times, text, *rest: forward(noisy, times, [*text[1:], text[0]], *rest))(
+        patch
+    )
     encode = session.encode_texts_with
-    patch.setattr(session, "encode_texts_with", lambda *args, **options: (found := encode(*args, **options))[1:] + found[:1])
+    patch.setattr(
+        session,
+        "encode_texts_with",
+        lambda *args, **options: (found := encode(*args, **options))[1:] + found[:1],
+    )
 
 
 MUTATIONS: dict[str, Mutate] = {
@@ -104,7 +111,9 @@ def test_the_detectors_see_it(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 def family() -> Wan:
     parser = training_parser("")
     add_training_arguments(parser)
-    args = read_arguments(parser, [*model_options(POCKET), "--dataset_config", "-", "--output_dir", "-", "--output_name", "-"])
+    args = read_arguments(
+        parser, [*model_options(POCKET), "--dataset_config", "-", "--output_dir", "-", "--output_name", "-"]
+    )
     return family_for_training(read_options(WanTrainingOptions, args))
 
 
@@ -136,7 +145,9 @@ def test_the_training_loss_is_low(family: Wan, noisy_batch: NoisyBatch) -> None:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_training_loss_sees_it(name: str, family: Wan, noisy_batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_training_loss_sees_it(
+    name: str, family: Wan, noisy_batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     MUTATIONS[name](monkeypatch)
 
     assert loss(family, noisy_batch) > LOSS

@@ -1,4 +1,6 @@
-"""Generation against latents that the pocket model made when it was finished: a changed shift, sigma grid or solver shows here."""
+"""Generation against latents that the pocket model made when it was finished: a changed shift, sigma grid or
+solver shows here.
+"""
 
 from pathlib import Path
 
@@ -21,9 +23,12 @@ def test_latents_are_what_they_were(dit: Path, tmp_path: Path, case: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "mistake", ["flow shift 3.1 instead of 3", "the grid of another solver", "a grid that begins one step late"]
+    "mistake",
+    ["flow shift 3.1 instead of 3", "the grid of another solver", "a grid that begins one step late"],
 )
-def test_a_wrong_schedule_would_be_seen(dit: Path, tmp_path: Path, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_schedule_would_be_seen(
+    dit: Path, tmp_path: Path, mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(solver: str, steps: int, flow_shift: float) -> Schedule:
         match mistake:
             case "flow shift 3.1 instead of 3":

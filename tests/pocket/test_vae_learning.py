@@ -41,7 +41,9 @@ def test_gradients_reach_every_weight(vae: WanVae) -> None:
     decode(vae, encode(vae, torch.randn(1, 3, 9, 16, 16))).square().mean().backward()
     logvar = {"conv1.weight", "conv1.bias"}  # half of it belongs to variances, which nothing uses
     assert all(
-        parameter.grad is not None and parameter.grad.any() for name, parameter in vae.named_parameters() if name not in logvar
+        parameter.grad is not None and parameter.grad.any()
+        for name, parameter in vae.named_parameters()
+        if name not in logvar
     )
 
 
@@ -87,7 +89,9 @@ def test_muon_lowers_a_loss_and_its_state_can_be_reloaded() -> None:
 @pytest.mark.slow
 def test_the_vae_loop_learns_resumes_and_writes_a_file_that_loads(tmp_path: Path) -> None:
     clip = tmp_path / "real.mp4"
-    write_video(clip, [drawing.draw(drawing.scene(np.random.default_rng(1)))[index % 17] for index in range(60)], 16)
+    write_video(
+        clip, [drawing.draw(drawing.scene(np.random.default_rng(1)))[index % 17] for index in range(60)], 16
+    )
     phases = (
         train_vae.Phase("frames", 2, ((2, 1, 16),), 1e-3, 1e-3),
         train_vae.Phase("decoder", 2, ((1, 5, 16),), 1e-3, 1e-4, learns_encoder=False),
@@ -95,7 +99,9 @@ def test_the_vae_loop_learns_resumes_and_writes_a_file_that_loads(tmp_path: Path
     whole = train_vae.train(tmp_path / "whole", {"real": clip}, phases, every=2, statistics_clips=3)
     train_vae.train(tmp_path / "parts", {"real": clip}, phases[:1], every=2, statistics_clips=3)
     parts = train_vae.train(tmp_path / "parts", {"real": clip}, phases, every=2, statistics_clips=3)
-    first, second = (load_vae(path, torch.device("cpu"), torch.float32).state_dict() for path in (whole, parts))
+    first, second = (
+        load_vae(path, torch.device("cpu"), torch.float32).state_dict() for path in (whole, parts)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

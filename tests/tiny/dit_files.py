@@ -57,7 +57,9 @@ def as_fp8(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
     return stored
 
 
-def write_dialect(path: Path, state: Mapping[str, Tensor], dialect: str, to_diffusers: Callable[..., dict[str, Tensor]]) -> Path:
+def write_dialect(
+    path: Path, state: Mapping[str, Tensor], dialect: str, to_diffusers: Callable[..., dict[str, Tensor]]
+) -> Path:
     """Write a transformer in one of the layouts that all families have. Returns what a user gives to --dit.
 
     to_diffusers: the same weights under the names there.
@@ -72,7 +74,9 @@ def write_dialect(path: Path, state: Mapping[str, Tensor], dialect: str, to_diff
         case "diffusers":
             save_file(to_diffusers(state), path)
         case "diffusers_sharded":
-            return write_shards(path.parent / "transformer", to_diffusers(state), "diffusion_pytorch_model").parent
+            return write_shards(
+                path.parent / "transformer", to_diffusers(state), "diffusion_pytorch_model"
+            ).parent
         case _:
             save_file(as_fp8(state, dialect), path)
     return path

@@ -22,7 +22,10 @@ Size = tuple[int, int, int, int]  # latent frames, rows, columns, tokens of the 
 
 @dataclass(frozen=True)
 class TinyDit:
-    """One transformer. `make` gives it frozen; `inputs` are the arguments of its forward for a size and a batch."""
+    """One transformer.
+
+    `make` gives it frozen; `inputs` are the arguments of its forward for a size and a batch.
+    """
 
     name: str
     spec: DitSpec
@@ -41,8 +44,12 @@ class TinyDit:
         return dit, network
 
 
-def gradients(dit: nn.Module, network: nn.Module, inputs: dict[str, Any], autocast: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """What a transformer in its present mode returns, and the gradients of a loss of it; zeros where none arrives."""
+def gradients(
+    dit: nn.Module, network: nn.Module, inputs: dict[str, Any], autocast: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """What a transformer in its present mode returns, and the gradients of a loss of it; zeros where none
+    arrives.
+    """
     network.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         velocity = dit(**inputs)
@@ -64,13 +71,21 @@ def _wan(kind: str) -> TinyDit:
         given: dict[str, Any] = {
             "noisy": torch.randn(batch, config.in_dim, *grid, generator=generator),
             "timesteps": torch.linspace(900.0, 100.0, batch),
-            "text": [torch.randn(text - sample, config.text_dim, generator=generator) for sample in range(batch)],
+            "text": [
+                torch.randn(text - sample, config.text_dim, generator=generator) for sample in range(batch)
+            ],
         }
         if config.has_image:
             given["image_embeds"] = torch.randn(batch, 257, config.image_dim, generator=generator)
         return given
 
-    return TinyDit(f"wan {kind}", DitSpec(("blocks",), token_wise=("feed_forward",)), make, lora_wan.create_arch_network, inputs)
+    return TinyDit(
+        f"wan {kind}",
+        DitSpec(("blocks",), token_wise=("feed_forward",)),
+        make,
+        lora_wan.create_arch_network,
+        inputs,
+    )
 
 
 def _hunyuan(kind: str) -> TinyDit:
@@ -123,7 +138,9 @@ def _framepack() -> TinyDit:
         }
         start = 1 + frames
         for kind, count in history.items():
-            given[f"clean_latents{kind}"] = torch.randn(batch, config.in_dim, count, *area, generator=generator)
+            given[f"clean_latents{kind}"] = torch.randn(
+                batch, config.in_dim, count, *area, generator=generator
+            )
             given[f"clean_latent{kind}_indices"] = torch.arange(start, start + count).expand(batch, -1)
             start += count
         return given

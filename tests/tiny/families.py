@@ -1,4 +1,6 @@
-"""Every family and variant as the parametrised tests drive it: how to write it to disk, and the commands a user would type."""
+"""Every family and variant as the parametrised tests drive it: how to write it to disk, and the commands a
+user would type.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ class TinyFamily:
     sample_line: str = "a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3"
 
 
-def _wan(task: str, kind: str, *, with_clip: Command, media: Command, line: str = "", more: str = "") -> TinyFamily:
+def _wan(
+    task: str, kind: str, *, with_clip: Command, media: Command, line: str = "", more: str = ""
+) -> TinyFamily:
     def prepare(folder: Path) -> None:
         write_tiny_wan(folder / "model", kind)
         write_clips(folder / "clips")
@@ -34,7 +38,16 @@ def _wan(task: str, kind: str, *, with_clip: Command, media: Command, line: str 
         write_image(folder / "start.png", 32, 32)
         write_image(folder / "end.png", 32, 32)
 
-    models = ["--task", task, "--dit", "model/dit.safetensors", "--vae", "model/vae.safetensors", "--t5", "model/t5.safetensors"]
+    models = [
+        "--task",
+        task,
+        "--dit",
+        "model/dit.safetensors",
+        "--vae",
+        "model/vae.safetensors",
+        "--t5",
+        "model/t5.safetensors",
+    ]
     clip = ["--clip", "model/clip.safetensors"] if with_clip else []
     network = ["--network_module", "networks.lora_wan", "--network_dim", "4", "--learning_rate", "1e-2"]
     return TinyFamily(
@@ -50,8 +63,22 @@ def _wan(task: str, kind: str, *, with_clip: Command, media: Command, line: str 
             "float32",
             *with_clip,
         ],
-        cache_texts=["wan_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", "--t5", "model/t5.safetensors"],
-        train=["wan_train_network.py", *models, *clip, "--dataset_config", "dataset.toml", "--sdpa", *network],
+        cache_texts=[
+            "wan_cache_text_encoder_outputs.py",
+            "--dataset_config",
+            "dataset.toml",
+            "--t5",
+            "model/t5.safetensors",
+        ],
+        train=[
+            "wan_train_network.py",
+            *models,
+            *clip,
+            "--dataset_config",
+            "dataset.toml",
+            "--sdpa",
+            *network,
+        ],
         generate=["wan_generate_video.py", *models, *clip, *media, *LENGTH],
         sample_line=f"{TinyFamily.sample_line} {line}".strip(),
     )
@@ -79,7 +106,9 @@ def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: st
     )
 
 
-def _framepack(name: str, *, switches: Command, media: Command, line: str, is_picture: bool = False) -> TinyFamily:
+def _framepack(
+    name: str, *, switches: Command, media: Command, line: str, is_picture: bool = False
+) -> TinyFamily:
     """Sections are one latent frame long: clips of 5 and 9 frames have one and two."""
 
     def prepare(folder: Path) -> None:
@@ -101,9 +130,24 @@ def _framepack(name: str, *, switches: Command, media: Command, line: str, is_pi
     return TinyFamily(
         name=name,
         prepare=prepare,
-        cache_latents=["fpack_cache_latents.py", "--dataset_config", "dataset.toml", *vae, *image_encoder, *switches],
+        cache_latents=[
+            "fpack_cache_latents.py",
+            "--dataset_config",
+            "dataset.toml",
+            *vae,
+            *image_encoder,
+            *switches,
+        ],
         cache_texts=["fpack_cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", *texts],
-        train=["fpack_train_network.py", *models, *switches, "--dataset_config", "dataset.toml", "--sdpa", *network],
+        train=[
+            "fpack_train_network.py",
+            *models,
+            *switches,
+            "--dataset_config",
+            "dataset.toml",
+            "--sdpa",
+            *network,
+        ],
         generate=["fpack_generate_video.py", *models, *shared, *media, *START, "--negative_prompt", "dull"],
         sample_line=f"a cat --w 32 --h 32 --f 9 --d 7 --s 2 --l 3 --n dull --i start.png {line}".strip(),
     )
@@ -113,13 +157,25 @@ LENGTH = ["--video_length", "5", "--flow_shift", "5"]
 CLIP = ["--clip", "model/clip.safetensors"]
 CONTROL = 'control_directory = "{folder}/control"'
 CONTROLS = ["control/picture 0_0.png", "control/picture 0_1.png"]
-START, END, FOLLOW = ["--image_path", "start.png"], ["--end_image_path", "end.png"], ["--control_path", "control/clip 0.mp4"]
+START, END, FOLLOW = (
+    ["--image_path", "start.png"],
+    ["--end_image_path", "end.png"],
+    ["--control_path", "control/clip 0.mp4"],
+)
 
 FAMILIES = (
     _wan("t2v-1.3B", "t2v", with_clip=[], media=[]),
     _wan("i2v-14B", "i2v", with_clip=CLIP, media=START, line="--i start.png"),
-    _wan("flf2v-14B", "flf2v", with_clip=[*CLIP, "--flf2v"], media=[*START, *END], line="--i start.png --ei end.png"),
-    _wan("t2v-1.3B-FC", "fun-control", with_clip=[], media=FOLLOW, line="--cn control/clip 0.mp4", more=CONTROL),
+    _wan(
+        "flf2v-14B",
+        "flf2v",
+        with_clip=[*CLIP, "--flf2v"],
+        media=[*START, *END],
+        line="--i start.png --ei end.png",
+    ),
+    _wan(
+        "t2v-1.3B-FC", "fun-control", with_clip=[], media=FOLLOW, line="--cn control/clip 0.mp4", more=CONTROL
+    ),
     _wan(
         "i2v-14B-FC",
         "fun-control-v1.1",
@@ -135,7 +191,12 @@ FAMILIES = (
     _framepack(
         "framepack one frame",
         switches=["--one_frame"],
-        media=["--one_frame_inference", "target_index=1,control_index=0;3", "--control_image_path", *CONTROLS],
+        media=[
+            "--one_frame_inference",
+            "target_index=1,control_index=0;3",
+            "--control_image_path",
+            *CONTROLS,
+        ],
         line=f"--of target_index=1,control_index=0;3 --ci {CONTROLS[0]} --ci {CONTROLS[1]}",
         is_picture=True,
     ),

@@ -20,10 +20,15 @@ def cached_name(key: str, tensor: Tensor, grid: str) -> str:
 
 
 def write_latents(path: Path, tensors: Mapping[str, Tensor], frames: int | None = None) -> None:
-    """A latent cache. tensors: by the names of batches, without batch dimension. frames: of the clip; None for an image."""
+    """A latent cache.
+
+    tensors: by the names of batches, without batch dimension. frames: of the clip; None for an image.
+    """
     grid = "x".join(map(str, tensors["latents"].shape[1:]))  # that of the target, in the names of all
     count = {} if frames is None else {"frame_count": str(frames)}
-    save_file({cached_name(key, tensor, grid): tensor for key, tensor in tensors.items()}, path, LATENTS | count)
+    save_file(
+        {cached_name(key, tensor, grid): tensor for key, tensor in tensors.items()}, path, LATENTS | count
+    )
 
 
 def write_text(path: Path, tensors: Mapping[str, Tensor], caption: str) -> None:
@@ -36,4 +41,8 @@ def random_text(words: int, llm_dim: int, clip_dim: int, generator: torch.Genera
     """A text of so many tokens, zeros behind them."""
     mask = torch.arange(TEXT_ROWS) < words
     states = torch.randn(TEXT_ROWS, llm_dim, generator=generator) * mask[:, None]
-    return {"llama_vec": states, "llama_attention_mask": mask, "clip_l_pooler": torch.randn(clip_dim, generator=generator)}
+    return {
+        "llama_vec": states,
+        "llama_attention_mask": mask,
+        "clip_l_pooler": torch.randn(clip_dim, generator=generator),
+    }

@@ -31,7 +31,10 @@ FP8_DIALECTS = ("fp8", "fp8_scaled", "fp8_weight_scale", "fp8_row_scale")
 
 
 def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
-    """Random weights under the published names. sizes: fields of the config to change, such as dim=256 or text_dim=64."""
+    """Random weights under the published names.
+
+    sizes: fields of the config to change, such as dim=256 or text_dim=64.
+    """
     config = replace(CONFIG, **sizes)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     return {name: draw(name, shape, generator).to(dtype) for name, shape in shapes(config).items()}
@@ -63,11 +66,20 @@ def shapes(config: FramePackConfig) -> dict[str, tuple[int, ...]]:
     frames, rows, columns = config.patch_size
     linear("x_embedder.proj", dim, config.in_dim, frames, rows, columns)
     for ending, times in (("", 1), ("_2x", 2), ("_4x", 4)):
-        linear(f"clean_x_embedder.proj{ending}", dim, config.in_dim, times * frames, times * rows, times * columns)
+        linear(
+            f"clean_x_embedder.proj{ending}",
+            dim,
+            config.in_dim,
+            times * frames,
+            times * rows,
+            times * columns,
+        )
     embedder("context_embedder.time_text_embed.timestep_embedder", config.freq_dim)
     embedder("context_embedder.time_text_embed.text_embedder", config.text_dim)
     linear("context_embedder.proj_in", dim, config.text_dim)
-    for block in (f"context_embedder.token_refiner.refiner_blocks.{index}" for index in range(config.refiner_blocks)):
+    for block in (
+        f"context_embedder.token_refiner.refiner_blocks.{index}" for index in range(config.refiner_blocks)
+    ):
         for norm in ("norm1", "norm2"):
             found[f"{block}.{norm}.weight"] = found[f"{block}.{norm}.bias"] = (dim,)
         square(block, "to_q", "to_k", "to_v", "to_out.0")
@@ -81,7 +93,9 @@ def shapes(config: FramePackConfig) -> dict[str, tuple[int, ...]]:
     for block in (f"transformer_blocks.{index}" for index in range(config.double_blocks)):
         linear(f"{block}.norm1.linear", 6 * dim, dim)
         linear(f"{block}.norm1_context.linear", 6 * dim, dim)
-        square(block, "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        square(
+            block, "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
+        )
         norms(block, "norm_q", "norm_k", "norm_added_q", "norm_added_k")
         feed_forward(f"{block}.ff", config.ffn_dim)
         feed_forward(f"{block}.ff_context", config.ffn_dim)
@@ -96,7 +110,9 @@ def shapes(config: FramePackConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "framepack") -> Path:
+def write_dit(
+    folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "framepack"
+) -> Path:
     """Write a transformer as one of DIALECTS or FP8_DIALECTS. Returns what a user gives to --dit."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
@@ -104,8 +120,13 @@ def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safeten
         case "folder":  # as the official repository lies on disk
             return write_dialect(path, state, "sharded", dict).parent
         case "all_in_one":
-            others = {"vae.encoder.conv_in.conv.weight": torch.zeros(2), "text_encoders.llama.model.norm.weight": torch.zeros(3)}
-            save_file({"model.diffusion_model." + key: tensor for key, tensor in state.items()} | others, path)
+            others = {
+                "vae.encoder.conv_in.conv.weight": torch.zeros(2),
+                "text_encoders.llama.model.norm.weight": torch.zeros(3),
+            }
+            save_file(
+                {"model.diffusion_model." + key: tensor for key, tensor in state.items()} | others, path
+            )
         case _:
             return write_dialect(path, state, dialect, dict)
     return path

@@ -1,4 +1,7 @@
-"""A tiny random SigLIP image tower in every file layout. Its geometry is the real one: 384 pixels, patches of 14, heads of 72."""
+"""A tiny random SigLIP image tower in every file layout.
+
+Its geometry is the real one: 384 pixels, patches of 14, heads of 72.
+"""
 
 from collections.abc import Mapping
 
@@ -17,7 +20,9 @@ def siglip_config(heads: int = 2, image_size: int = 384, patch_size: int = 14) -
     return SiglipConfig(SIGLIP_DIM, 200, heads, num_layers=2, image_size=image_size, patch_size=patch_size)
 
 
-def siglip_tensors(seed: int = 5, dtype: torch.dtype = torch.float32, config: SiglipConfig | None = None) -> dict[str, Tensor]:
+def siglip_tensors(
+    seed: int = 5, dtype: torch.dtype = torch.float32, config: SiglipConfig | None = None
+) -> dict[str, Tensor]:
     """An image tower with the names of the bare module, without its pooling."""
     with torch.device("meta"):
         network = SiglipVision(config or siglip_config())
@@ -27,7 +32,11 @@ def siglip_tensors(seed: int = 5, dtype: torch.dtype = torch.float32, config: Si
 def siglip_layouts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The image tower as the published files name it."""
     one = torch.ones(2)
-    head = {"head.probe": torch.ones(1, 1, SIGLIP_DIM), "head.attention.in_proj_weight": one, "head.mlp.fc1.weight": one}
+    head = {
+        "head.probe": torch.ones(1, 1, SIGLIP_DIM),
+        "head.attention.in_proj_weight": one,
+        "head.mlp.fc1.weight": one,
+    }
     plain = prefixed({**tensors, **head}, "vision_model.")
     return {
         "vision": plain,

@@ -31,8 +31,13 @@ class TinyHunyuan:
         return ["--dit", str(self.dit), *self.encoders]
 
 
-def write_tiny_hunyuan(folder: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32, **sizes: int) -> TinyHunyuan:
-    """Write transformer, VAE and both text encoders with tokenizers below `folder`. sizes: of the transformer."""
+def write_tiny_hunyuan(
+    folder: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32, **sizes: int
+) -> TinyHunyuan:
+    """Write transformer, VAE and both text encoders with tokenizers below `folder`.
+
+    sizes: of the transformer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = tiny_state(kind, dtype=dtype, text_dim=LLM_DIM, pooled_dim=CLIP_DIM, **sizes)
     texts = write_text_encoders(folder)

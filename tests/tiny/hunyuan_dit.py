@@ -41,11 +41,24 @@ DIALECTS = (
     "diffusers",
     "diffusers_sharded",
 )
-FP8_DIALECTS = ("fp8", "fp8_scaled", "fp8_weight_scale", "fp8_row_scale", "fp8_map", "comfy_fp8_scaled", "diffusers_fp8_scaled")
+FP8_DIALECTS = (
+    "fp8",
+    "fp8_scaled",
+    "fp8_weight_scale",
+    "fp8_row_scale",
+    "fp8_map",
+    "comfy_fp8_scaled",
+    "diffusers_fp8_scaled",
+)
 
 
-def tiny_state(kind: str = "t2v", seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
-    """Random weights under the published names. sizes: fields of the config to change, such as dim=256 or text_dim=64."""
+def tiny_state(
+    kind: str = "t2v", seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int
+) -> dict[str, Tensor]:
+    """Random weights under the published names.
+
+    sizes: fields of the config to change, such as dim=256 or text_dim=64.
+    """
     config = replace(CONFIGS[kind], **sizes)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     return {name: draw(name, shape, generator).to(dtype) for name, shape in shapes(config).items()}
@@ -65,7 +78,9 @@ def shapes(config: HunyuanVideoConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{embedder}.mlp.2", dim, dim)
     linear("txt_in.c_embedder.linear_1", dim, config.text_dim)
     linear("txt_in.c_embedder.linear_2", dim, dim)
-    for block in (f"txt_in.individual_token_refiner.blocks.{index}" for index in range(config.refiner_blocks)):
+    for block in (
+        f"txt_in.individual_token_refiner.blocks.{index}" for index in range(config.refiner_blocks)
+    ):
         for norm in ("norm1", "norm2"):
             found[f"{block}.{norm}.weight"] = found[f"{block}.{norm}.bias"] = (dim,)
         linear(f"{block}.self_attn_qkv", 3 * dim, dim)
@@ -80,7 +95,9 @@ def shapes(config: HunyuanVideoConfig) -> dict[str, tuple[int, ...]]:
         for stream in ("img", "txt"):
             linear(f"{block}.{stream}_mod.linear", 6 * dim, dim)
             linear(f"{block}.{stream}_attn_qkv", 3 * dim, dim)
-            found[f"{block}.{stream}_attn_q_norm.weight"] = found[f"{block}.{stream}_attn_k_norm.weight"] = (head_width,)
+            found[f"{block}.{stream}_attn_q_norm.weight"] = found[f"{block}.{stream}_attn_k_norm.weight"] = (
+                head_width,
+            )
             linear(f"{block}.{stream}_attn_proj", dim, dim)
             linear(f"{block}.{stream}_mlp.fc1", ffn, dim)
             linear(f"{block}.{stream}_mlp.fc2", dim, ffn)
@@ -94,7 +111,9 @@ def shapes(config: HunyuanVideoConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "hunyuan") -> Path:
+def write_dit(
+    folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "hunyuan"
+) -> Path:
     """Write a transformer as one of DIALECTS or FP8_DIALECTS. Returns what a user gives to --dit."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
@@ -105,12 +124,25 @@ def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safeten
         case "comfy":
             save_file({"model.model." + key: tensor for key, tensor in comfy_state(state).items()}, path)
         case "comfy_all_in_one":
-            others = {"vae.encoder.conv_in.conv.weight": torch.zeros(2), "text_encoders.llama.model.norm.weight": torch.zeros(3)}
-            save_file({"model.diffusion_model." + key: tensor for key, tensor in comfy_state(state).items()} | others, path)
+            others = {
+                "vae.encoder.conv_in.conv.weight": torch.zeros(2),
+                "text_encoders.llama.model.norm.weight": torch.zeros(3),
+            }
+            save_file(
+                {"model.diffusion_model." + key: tensor for key, tensor in comfy_state(state).items()}
+                | others,
+                path,
+            )
         case "fp8_map":
             return _write_fp8_with_map(folder, state)
         case "comfy_fp8_scaled":
-            save_file({"model.model." + key: tensor for key, tensor in as_fp8(comfy_state(state), "fp8_scaled").items()}, path)
+            save_file(
+                {
+                    "model.model." + key: tensor
+                    for key, tensor in as_fp8(comfy_state(state), "fp8_scaled").items()
+                },
+                path,
+            )
         case "diffusers_fp8_scaled":
             save_file(as_fp8(diffusers_state(state), "fp8_scaled"), path)
         case _:
@@ -158,14 +190,18 @@ def comfy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights in diffusers' layout: fused layers apart, the halves of the last modulation changed about."""
+    """The same weights in diffusers' layout: fused layers apart, the halves of the last modulation changed
+    about.
+    """
     found: dict[str, Tensor] = {}
     dim = len(state["img_in.proj.weight"])
     for name, tensor in state.items():
         parts = diffusers_parts(name)
         heights = [dim] * (len(parts) - 1)  # query, key and value are as high as the model is wide
         for part, rows in zip(parts, tensor.split([*heights, len(tensor) - sum(heights)]), strict=True):
-            found[part] = torch.cat(rows.chunk(2)[::-1]) if name.startswith("final_layer.adaLN") else rows.contiguous()
+            found[part] = (
+                torch.cat(rows.chunk(2)[::-1]) if name.startswith("final_layer.adaLN") else rows.contiguous()
+            )
     return found
 
 
@@ -201,7 +237,10 @@ def diffusers_parts(name: str) -> list[str]:
         (r"\.txt_mlp\.", ".ff_context."),
         (r"\.fc1$", ".net.0.proj"),
         (r"\.fc2$", ".net.2"),
-        (r"^single_blocks\.(\d+)\.linear1$", r"single_transformer_blocks.\1.attn.to_q|attn.to_k|attn.to_v|proj_mlp"),
+        (
+            r"^single_blocks\.(\d+)\.linear1$",
+            r"single_transformer_blocks.\1.attn.to_q|attn.to_k|attn.to_v|proj_mlp",
+        ),
         (r"^single_blocks\.(\d+)\.linear2$", r"single_transformer_blocks.\1.proj_out"),
         (r"^single_blocks\.(\d+)\.modulation\.", r"single_transformer_blocks.\1.norm."),
         (r"^single_blocks\.(\d+)\.([qk])_norm$", r"single_transformer_blocks.\1.attn.norm_\2"),

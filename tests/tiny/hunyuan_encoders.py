@@ -21,16 +21,31 @@ CLIP_DIM = 64  # width of CLIP's pooled state
 LLAMA_LAYERS = 4
 LLAMA_VOCABULARY, CLIP_VOCABULARY = 640, 704  # rows of the tables, a few more than there are tokens
 # how Llama 3 cuts a text before merging
-LLAMA_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA_SPECIAL = (
-    *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>"),
+    *(
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<image>",
+        "<pad>",
+    ),
 )
 
 # Weights
 
 
-def llama_config(heads: int = 2, kv_heads: int = 1, head_width: int = 128, layers: int = LLAMA_LAYERS) -> LlamaConfig:
-    """A whole model, final norm included; its attention is wider than the model, which the released one's is not."""
+def llama_config(
+    heads: int = 2, kv_heads: int = 1, head_width: int = 128, layers: int = LLAMA_LAYERS
+) -> LlamaConfig:
+    """A whole model, final norm included; its attention is wider than the model, which the released one's is
+    not.
+    """
     return LlamaConfig(LLAMA_VOCABULARY, LLM_DIM, 192, heads, kv_heads, head_width, layers, final_norm=True)
 
 
@@ -38,14 +53,18 @@ def clip_text_config(dim: int = CLIP_DIM) -> ClipTextConfig:
     return ClipTextConfig(CLIP_VOCABULARY, 77, dim, 2 * dim, dim // 64, num_layers=2)
 
 
-def llama_tensors(seed: int = 3, dtype: torch.dtype = torch.float32, config: LlamaConfig | None = None) -> dict[str, Tensor]:
+def llama_tensors(
+    seed: int = 3, dtype: torch.dtype = torch.float32, config: LlamaConfig | None = None
+) -> dict[str, Tensor]:
     """A language model with the names of the bare LlamaModel."""
     with torch.device("meta"):
         network = Llama(config or llama_config())
     return {name: tensor.to(dtype) for name, tensor in random_tensors(network, seed).items()}
 
 
-def clip_text_tensors(seed: int = 4, dtype: torch.dtype = torch.float32, dim: int = CLIP_DIM) -> dict[str, Tensor]:
+def clip_text_tensors(
+    seed: int = 4, dtype: torch.dtype = torch.float32, dim: int = CLIP_DIM
+) -> dict[str, Tensor]:
     """A text tower with the names of the bare module."""
     with torch.device("meta"):
         network = ClipText(clip_text_config(dim))
@@ -70,7 +89,11 @@ def llama_layouts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
         "bare": dict(tensors),
         "causal": causal,
         "comfy": {**causal, "tokenizer": torch.arange(9, dtype=torch.uint8)},
-        "llava": {**prefixed(tensors, "language_model.model."), "language_model.lm_head.weight": head, **vision},
+        "llava": {
+            **prefixed(tensors, "language_model.model."),
+            "language_model.lm_head.weight": head,
+            **vision,
+        },
         "new llava": {
             **prefixed(tensors, "model.language_model."),
             **prefixed(vision, "model."),
@@ -169,7 +192,10 @@ def clip_config_json(config: ClipTextConfig | None = None) -> dict[str, object]:
 
 
 def llama_tokenizer(adds_begin: bool = True) -> Tokenizer:
-    """Byte-level merges behind Llama 3's cuts. Like the real one it makes 95 and 36 tokens of the templates' beginnings."""
+    """Byte-level merges behind Llama 3's cuts.
+
+    Like the real one it makes 95 and 36 tokens of the templates' beginnings.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -187,7 +213,9 @@ def llama_tokenizer(adds_begin: bool = True) -> Tokenizer:
     tokenizer.train_from_iterator([*templates * 4, *CORPUS], trainer)
     if adds_begin:
         begin = LLAMA_SPECIAL[0]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 0)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, 0)]
+        )
     return tokenizer
 
 
@@ -195,7 +223,11 @@ def write_llama_tokenizer(folder: Path, adds_begin: bool = True) -> None:
     """`folder` as the folder tokenizer of a HunyuanVideo pipeline."""
     folder.mkdir(parents=True, exist_ok=True)
     llama_tokenizer(adds_begin).save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": LLAMA_SPECIAL[0], "pad_token": LLAMA_SPECIAL[-1]}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": LLAMA_SPECIAL[0],
+        "pad_token": LLAMA_SPECIAL[-1],
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -203,7 +235,11 @@ def write_clip_tokenizer(folder: Path) -> None:
     """`folder` as the folder tokenizer_2: vocab.json and merges.txt. The end token has the highest number."""
     folder.mkdir(parents=True, exist_ok=True)
     words = sorted({word for text in CORPUS for word in re.findall("[a-z]+", text.lower())})[:45]
-    merges = [(word[:end], word[end] + "</w>" * (end == len(word) - 1)) for word in words for end in range(1, len(word))]
+    merges = [
+        (word[:end], word[end] + "</w>" * (end == len(word) - 1))
+        for word in words
+        for end in range(1, len(word))
+    ]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*letters, *(letter + "</w>" for letter in letters), *(one + two for one, two in merges)]
     names = list(dict.fromkeys([*names, "<|startoftext|>", "<|endoftext|>"]))
@@ -229,11 +265,15 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor], shards: int = 2) -
     """Tensors in several files with their index, as transformers save a large model."""
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
-    files = {f"model-{index + 1:05d}-of-{shards:05d}.safetensors": names[index::shards] for index in range(shards)}
+    files = {
+        f"model-{index + 1:05d}-of-{shards:05d}.safetensors": names[index::shards] for index in range(shards)
+    }
     for file, part in files.items():
         save(folder / file, {name: tensors[name] for name in part})
     weight_map = {name: file for file, part in files.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8"
+    )
 
 
 def write_text_encoders(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Path]:
@@ -245,7 +285,10 @@ def write_text_encoders(folder: Path, dtype: torch.dtype = torch.float32) -> dic
     save_sharded(paths["text_encoder1"], llama_layouts(llama_tensors(dtype=dtype))["causal"])
     write_llama_tokenizer(paths["text_encoder1"])
     write_clip_tokenizer(paths["text_encoder2"])
-    save(paths["text_encoder2"] / "model.safetensors", clip_text_layouts(clip_text_tensors(dtype=dtype))["both"])
+    save(
+        paths["text_encoder2"] / "model.safetensors",
+        clip_text_layouts(clip_text_tensors(dtype=dtype))["both"],
+    )
     for path, config in zip(paths.values(), (llama_config_json(), clip_config_json()), strict=True):
         (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return paths

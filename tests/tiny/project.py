@@ -1,4 +1,6 @@
-"""What a user has on disk before typing a command: models under their usual names, clips with captions, a dataset file."""
+"""What a user has on disk before typing a command: models under their usual names, clips with captions, a
+dataset file.
+"""
 
 from pathlib import Path
 
@@ -12,7 +14,12 @@ from tests.tiny import framepack, hunyuan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import CLIP_DIM, write_encoders
 
-CAPTIONS = ("a red square moves right", "a blue circle moves left", "a green dot falls", "two dogs play on the beach")
+CAPTIONS = (
+    "a red square moves right",
+    "a blue circle moves left",
+    "a green dot falls",
+    "two dogs play on the beach",
+)
 PICTURES = """[general]
 resolution = [32, 32]
 caption_extension = ".txt"
@@ -63,10 +70,14 @@ def write_clips(folder: Path, count: int = 4, frames: int = 9, width: int = 48, 
         (folder / f"clip {index}.txt").write_text(CAPTIONS[index % len(CAPTIONS)], encoding="utf-8")
 
 
-def write_dataset(folder: Path, size: int = 32, frames: str = "1, 5", batch_size: int = 1, more: str = "") -> Path:
+def write_dataset(
+    folder: Path, size: int = 32, frames: str = "1, 5", batch_size: int = 1, more: str = ""
+) -> Path:
     """dataset.toml for the clips in `folder`/clips."""
     path = folder / "dataset.toml"
-    text = DATASET.format(folder=folder.as_posix(), size=size, frames=frames, batch_size=batch_size, more=more)
+    text = DATASET.format(
+        folder=folder.as_posix(), size=size, frames=frames, batch_size=batch_size, more=more
+    )
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -86,8 +97,12 @@ def write_image(path: Path, width: int, height: int) -> None:
     write_png(path, moving_square(1, width, height, 5)[0])
 
 
-def write_pictures(folder: Path, controls: Path, count: int = 4, size: int = 48, stem: str = "picture") -> None:
-    """Pictures with captions, and for each two control images, of which the second is transparent at its left."""
+def write_pictures(
+    folder: Path, controls: Path, count: int = 4, size: int = 48, stem: str = "picture"
+) -> None:
+    """Pictures with captions, and for each two control images, of which the second is transparent at its
+    left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     controls.mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -106,8 +121,12 @@ def write_lora(path: Path, dit: Path, rank: int = 2) -> None:
     tensors = {}
     for module in ("self_attn_q", "cross_attn_v", "ffn_0"):
         rows = 256 if module == "ffn_0" else 128
-        tensors[f"lora_unet_blocks_0_{module}.lora_down.weight"] = torch.randn(rank, 128, generator=generator) * 0.1
-        tensors[f"lora_unet_blocks_0_{module}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.1
+        tensors[f"lora_unet_blocks_0_{module}.lora_down.weight"] = (
+            torch.randn(rank, 128, generator=generator) * 0.1
+        )
+        tensors[f"lora_unet_blocks_0_{module}.lora_up.weight"] = (
+            torch.randn(rows, rank, generator=generator) * 0.1
+        )
         tensors[f"lora_unet_blocks_0_{module}.alpha"] = torch.tensor(float(rank))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors)
@@ -120,4 +139,6 @@ def lay_out_models(folder: Path) -> None:
     write_encoders(folder)
     for size in ("1.3B", "14B"):
         write_dit(folder, tiny_state("t2v", dtype=torch.bfloat16), name=f"wan2.1_t2v_{size}_bf16")
-    write_dit(folder, tiny_state("i2v", dtype=torch.bfloat16, image_dim=CLIP_DIM), name="wan2.1_i2v_480p_14B_bf16")
+    write_dit(
+        folder, tiny_state("i2v", dtype=torch.bfloat16, image_dim=CLIP_DIM), name="wan2.1_i2v_480p_14B_bf16"
+    )

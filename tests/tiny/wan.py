@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.tiny.wan_dit import tiny_state, write_dit
-from tests.tiny.wan_encoders import CLIP_DIM, clip_official_tensors, clip_tensors, t5_tensors, vae_tensors, write_tokenizer
+from tests.tiny.wan_encoders import (
+    CLIP_DIM,
+    clip_official_tensors,
+    clip_tensors,
+    t5_tensors,
+    vae_tensors,
+    write_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,16 @@ class TinyWan:
     @property
     def models(self) -> list[str]:
         """The options that name the models of a training or generation."""
-        return ["--dit", str(self.dit), "--vae", str(self.vae), "--t5", str(self.t5), "--clip", str(self.clip)]
+        return [
+            "--dit",
+            str(self.dit),
+            "--vae",
+            str(self.vae),
+            "--t5",
+            str(self.t5),
+            "--clip",
+            str(self.clip),
+        ]
 
 
 def write_tiny_wan(folder: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32) -> TinyWan:
@@ -32,6 +48,9 @@ def write_tiny_wan(folder: Path, kind: str = "t2v", dtype: torch.dtype = torch.f
     write_dit(folder, tiny_state(kind, dtype=dtype, image_dim=CLIP_DIM), name="dit")
     save_file(vae_tensors(), files.vae)
     save_file(t5_tensors(), files.t5)
-    save_file({name: tensor.contiguous() for name, tensor in clip_official_tensors(clip_tensors()).items()}, files.clip)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in clip_official_tensors(clip_tensors()).items()},
+        files.clip,
+    )
     write_tokenizer(folder / "google" / "umt5-xxl")
     return files

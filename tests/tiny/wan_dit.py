@@ -14,7 +14,9 @@ from wan.configs import WanConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
-_BASE = WanConfig(dim=128, ffn_dim=256, freq_dim=32, text_dim=32, num_heads=1, num_layers=2, in_dim=16, out_dim=16)
+_BASE = WanConfig(
+    dim=128, ffn_dim=256, freq_dim=32, text_dim=32, num_heads=1, num_layers=2, in_dim=16, out_dim=16
+)
 CONFIGS: dict[str, WanConfig] = {
     "t2v": _BASE,
     "i2v": replace(_BASE, in_dim=36, has_image=True),
@@ -38,11 +40,19 @@ DIALECTS = (
 FP8_DIALECTS = ("fp8", "fp8_scaled", "fp8_weight_scale", "fp8_row_scale")
 
 
-def tiny_state(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
-    """Random weights under the published names. sizes: fields of WanConfig to change, such as dim=256 or text_dim=64."""
+def tiny_state(
+    kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int
+) -> dict[str, Tensor]:
+    """Random weights under the published names.
+
+    sizes: fields of WanConfig to change, such as dim=256 or text_dim=64.
+    """
     config = replace(CONFIGS[kind], **sizes)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
-    return {name: draw(name, shape, generator).to(dtype) for name, shape in shapes(config, kind == "camera").items()}
+    return {
+        name: draw(name, shape, generator).to(dtype)
+        for name, shape in shapes(config, kind == "camera").items()
+    }
 
 
 def shapes(config: WanConfig, camera: bool = False) -> Shapes:
@@ -52,7 +62,10 @@ def shapes(config: WanConfig, camera: bool = False) -> Shapes:
     def linear(name: str, rows: int, columns: int) -> None:
         found[f"{name}.weight"], found[f"{name}.bias"] = (rows, columns), (rows,)
 
-    found["patch_embedding.weight"], found["patch_embedding.bias"] = (dim, config.in_dim, *config.patch_size), (dim,)
+    found["patch_embedding.weight"], found["patch_embedding.bias"] = (
+        (dim, config.in_dim, *config.patch_size),
+        (dim,),
+    )
     for name, rows, columns in (
         ("text_embedding.0", dim, config.text_dim),
         ("text_embedding.2", dim, dim),
@@ -91,7 +104,9 @@ def shapes(config: WanConfig, camera: bool = False) -> Shapes:
     return found
 
 
-def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "wan") -> Path:
+def write_dit(
+    folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "wan"
+) -> Path:
     """Write a transformer as one of DIALECTS or FP8_DIALECTS. Returns what a user gives to --dit."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
@@ -102,7 +117,10 @@ def write_dit(folder: Path, state: Mapping[str, Tensor], dialect: str = "safeten
         case "compiled":
             save_file({"_orig_mod." + key: tensor for key, tensor in state.items()}, path)
         case "all_in_one":
-            other = {"vae.encoder.conv1.weight": torch.zeros(2), "text_encoders.t5xxl.shared.weight": torch.zeros(3)}
+            other = {
+                "vae.encoder.conv1.weight": torch.zeros(2),
+                "text_encoders.t5xxl.shared.weight": torch.zeros(3),
+            }
             save_file({"model.diffusion_model." + key: tensor for key, tensor in state.items()} | other, path)
         case _:
             return write_dialect(path, state, dialect, diffusers_state)

@@ -37,7 +37,9 @@ CORPUS = (
 
 
 def vae_config(width: int = 8, z: int = 16, blocks: int = 2) -> VaeConfig:
-    """The released structure at another base width: levels of width 1, 2, 4, 4; strides 8 in space and 4 in time."""
+    """The released structure at another base width: levels of width 1, 2, 4, 4; strides 8 in space and 4 in
+    time.
+    """
     widths = [width, width, 2 * width, 4 * width, 4 * width]
     down, up = [], []
     for level, kind in enumerate(("spatial", "temporal", "temporal", None)):
@@ -133,7 +135,10 @@ def t5_hf_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "ffn.fc2": "layer.1.DenseReluDense.wo",
         **{f"attn.{letter}": f"layer.0.SelfAttention.{letter}" for letter in "qkvo"},
     }
-    renamed = {"shared.weight": tensors["token_embedding.weight"], "encoder.final_layer_norm.weight": tensors["norm.weight"]}
+    renamed = {
+        "shared.weight": tensors["token_embedding.weight"],
+        "encoder.final_layer_norm.weight": tensors["norm.weight"],
+    }
     for name, tensor in tensors.items():
         found = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
         if found:
@@ -157,10 +162,19 @@ def t5_comfy_fp8_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     return stored, meant
 
 
-def clip_tensors(seed: int = 2, dtype: torch.dtype = torch.float32, image_size: int = 224) -> dict[str, Tensor]:
+def clip_tensors(
+    seed: int = 2, dtype: torch.dtype = torch.float32, image_size: int = 224
+) -> dict[str, Tensor]:
     """A CLIP image tower, all blocks, with the names of the official file's `visual.` half (prefix left out)."""
     config = clip_config(image_size=image_size)
-    whole = ClipConfig(config.dim, config.ffn_dim, config.num_heads, config.num_layers + 1, config.image_size, config.patch_size)
+    whole = ClipConfig(
+        config.dim,
+        config.ffn_dim,
+        config.num_heads,
+        config.num_layers + 1,
+        config.image_size,
+        config.patch_size,
+    )
     with torch.device("meta"):
         network = ClipVision(whole)
     tensors = random_tensors(network, seed)
@@ -235,18 +249,30 @@ def write_tokenizer(folder: Path) -> None:
     model = sentencepiece_model()
     (folder / "spiece.model").write_bytes(model)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    vocabulary = [(pieces.id_to_piece(index), pieces.get_score(index)) for index in range(pieces.get_piece_size())]
+    vocabulary = [
+        (pieces.id_to_piece(index), pieces.get_score(index)) for index in range(pieces.get_piece_size())
+    ]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    tokenizer.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", pieces.eos_id())])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], special_tokens=[("</s>", pieces.eos_id())]
+    )
     tokenizer.add_special_tokens(["<pad>", "</s>", "<s>", "<unk>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def write_encoders(folder: Path, t5_dtype: torch.dtype = torch.float32) -> dict[str, Path]:
-    """VAE, T5 with its tokenizer, and CLIP in the official layout. Returns their paths as vae, t5, t5_tokenizer, clip."""
+    """VAE, T5 with its tokenizer, and CLIP in the official layout.
+
+    Returns their paths as vae, t5, t5_tokenizer, clip.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {
         "vae": folder / VAE_FILE,

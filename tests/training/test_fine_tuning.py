@@ -47,7 +47,8 @@ def _idle_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ToyFamily, "load_dit", with_idle)
 
 
-# --- steps inside the backward pass -----------------------------------------------------------------------------------------------
+# --- steps inside the backward pass
+# -----------------------------------------------------------------------------------------------
 
 OPTIMIZERS = [
     ["Adafactor"],
@@ -76,7 +77,15 @@ def test_steps_inside_the_backward_pass_give_the_same_bits(
     """Weights, and all that the optimizer keeps, after several steps of a schedule."""
     require_package(optimizer[0])
     write_caches(tmp_path, batch_size=2)
-    arguments = [*UNCLIPPED, *precision, "--gradient_checkpointing", "--lr_scheduler", "linear", "--lr_warmup_steps", 2]
+    arguments = [
+        *UNCLIPPED,
+        *precision,
+        "--gradient_checkpointing",
+        "--lr_scheduler",
+        "linear",
+        "--lr_warmup_steps",
+        2,
+    ]
     arguments += ["--save_state", "--optimizer_type", optimizer[0]]
     arguments += ["--optimizer_args", *optimizer[1:]] if optimizer[1:] else []
     expected = train_dit(tmp_path, *arguments)
@@ -85,7 +94,9 @@ def test_steps_inside_the_backward_pass_give_the_same_bits(
     found = load_file(tmp_path / "fused" / "x.safetensors")
 
     assert same(expected, found)
-    states = [load_file(tmp_path / folder / "x-state" / "optimizer.safetensors") for folder in ("output", "fused")]
+    states = [
+        load_file(tmp_path / folder / "x-state" / "optimizer.safetensors") for folder in ("output", "fused")
+    ]
     assert same(*states)
     assert not torch.equal(found["embed.weight"].float(), initial_weights()["embed.weight"])
 
@@ -125,8 +136,12 @@ def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", [(), BF16], ids=["float32", "bf16"])
-def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(tmp_path: Path, precision: tuple[str, ...]) -> None:
-    """Of all gradients, and of before the step: Adafactor finds its next rate as soon as it has stepped a weight."""
+def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(
+    tmp_path: Path, precision: tuple[str, ...]
+) -> None:
+    """Of all gradients, and of before the step: Adafactor finds its next rate as soon as it has stepped a
+    weight.
+    """
     import contextlib
 
     from training.loop import take_step
@@ -134,7 +149,9 @@ def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(t
     write_caches(tmp_path)
     norms, rates = [], []
     for more in ((), (FUSED,)):
-        options = toy_options(tmp_path, *UNCLIPPED, *precision, "--optimizer_type", "Adafactor", *more, whole_dit=True)
+        options = toy_options(
+            tmp_path, *UNCLIPPED, *precision, "--optimizer_type", "Adafactor", *more, whole_dit=True
+        )
         with prepared_run(ToyFamily(), options) as run:
             with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
                 take_step(run, range(1), micro_batches)
@@ -154,10 +171,15 @@ def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(t
         (["--optimizer_type", "Prodigy"], "one learning rate from the gradients of all weights"),
         (["--optimizer_type", "AdamWScheduleFree"], "counts its steps for all weights together"),
         (["--optimizer_type", "LBFGS"], "several times a step"),
-        (["--optimizer_type", "tests.training.optimizers.test_optimizer.Descent"], "not known to step each weight by itself"),
+        (
+            ["--optimizer_type", "tests.training.optimizers.test_optimizer.Descent"],
+            "not known to step each weight by itself",
+        ),
     ],
 )
-def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(tmp_path: Path, arguments: list[object], expected: str) -> None:
+def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(
+    tmp_path: Path, arguments: list[object], expected: str
+) -> None:
     package = {"Prodigy": "prodigyopt", "AdamWScheduleFree": "schedulefree"}.get(str(arguments[-1]))
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is missing")
@@ -180,7 +202,8 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
     require_alone(FUSED, "adafactor")
 
 
-# --- weights in bf16 --------------------------------------------------------------------------------------------------------------
+# --- weights in bf16
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_stochastic_rounding_gives_a_neighbour_and_the_value_on_average() -> None:
@@ -206,7 +229,9 @@ def test_what_is_no_number_is_not_rounded_to_one() -> None:
 
 
 def test_steps_far_below_bf16s_precision_are_not_lost() -> None:
-    """Fifty steps of 1e-5 on weights near 1, where bf16 goes on in steps of 4e-3 and rounding to the nearest would stand still."""
+    """Fifty steps of 1e-5 on weights near 1, where bf16 goes on in steps of 4e-3 and rounding to the nearest
+    would stand still.
+    """
     weight = nn.Parameter(torch.linspace(1, 1.9, 100 * 200).view(100, 200).bfloat16())
     start = weight.detach().float()
     optimizer = torch.optim.SGD([weight], lr=1e-5)
@@ -248,13 +273,17 @@ def test_two_processes_round_alike(tmp_path: Path) -> None:
     settings = [*BF16, "--max_train_steps", 6]
     expected = train_dit(tmp_path, *settings, "--gradient_accumulation_steps", 2)
 
-    train_in_two_processes(tmp_path, 29613, *settings, "--output_dir", tmp_path / "two", environment={"TOY_WHOLE_DIT": "1"})
+    train_in_two_processes(
+        tmp_path, 29613, *settings, "--output_dir", tmp_path / "two", environment={"TOY_WHOLE_DIT": "1"}
+    )
 
     assert same(expected, load_file(tmp_path / "two" / "x.safetensors"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="schedulefree is missing")
-def test_an_optimizer_that_steps_all_at_once_says_that_it_rounds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_optimizer_that_steps_all_at_once_says_that_it_rounds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_caches(tmp_path)
 
     train_dit(tmp_path, *BF16, "--optimizer_type", "AdamWScheduleFree", "--max_train_steps", 1)
@@ -262,14 +291,17 @@ def test_an_optimizer_that_steps_all_at_once_says_that_it_rounds(tmp_path: Path,
     assert "rounded to the nearest bf16" in caplog.text
 
 
-# --- what learns, what is saved ---------------------------------------------------------------------------------------------------
+# --- what learns, what is saved
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [(), (FUSED,)], ids=["usual", "fused"])
 def test_the_rest_of_the_model_stays_as_it_is(tmp_path: Path, fused: tuple[str, ...]) -> None:
     write_caches(tmp_path)
 
-    trained = train_dit(tmp_path, *fused, "--trainable_modules", "blocks.1.up", "head", "--optimizer_args", "weight_decay=0.1")
+    trained = train_dit(
+        tmp_path, *fused, "--trainable_modules", "blocks.1.up", "head", "--optimizer_args", "weight_decay=0.1"
+    )
 
     changed = {name for name, tensor in initial_weights().items() if not torch.equal(tensor, trained[name])}
     assert changed == {name for name in trained if name.startswith(("blocks.1.up", "head"))}
@@ -284,9 +316,15 @@ def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [([], torch.float32), (["--save_precision", "bf16"], torch.bfloat16), (["--save_precision", "fp16"], torch.float16)],
+    [
+        ([], torch.float32),
+        (["--save_precision", "bf16"], torch.bfloat16),
+        (["--save_precision", "fp16"], torch.float16),
+    ],
 )
-def test_the_file_is_the_model_in_the_precision_asked_for(tmp_path: Path, arguments: list[object], expected: torch.dtype) -> None:
+def test_the_file_is_the_model_in_the_precision_asked_for(
+    tmp_path: Path, arguments: list[object], expected: torch.dtype
+) -> None:
     write_caches(tmp_path)
 
     saved = train_dit(tmp_path, *arguments, "--save_every_n_steps", 3, "--save_last_n_steps", 2)
@@ -295,7 +333,10 @@ def test_the_file_is_the_model_in_the_precision_asked_for(tmp_path: Path, argume
         name: value.shape for name, value in initial_weights().items()
     }
     assert {tensor.dtype for tensor in saved.values()} == {expected}
-    assert {path.name for path in (tmp_path / "output").iterdir()} == {"x.safetensors", "x-step00000006.safetensors"}
+    assert {path.name for path in (tmp_path / "output").iterdir()} == {
+        "x.safetensors",
+        "x-step00000006.safetensors",
+    }
     with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "toy"
@@ -303,7 +344,9 @@ def test_the_file_is_the_model_in_the_precision_asked_for(tmp_path: Path, argume
     assert "ss_network_module" not in metadata
 
 
-def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_caches(tmp_path)
     load = ToyFamily.load_dit
 
@@ -316,10 +359,14 @@ def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(tmp_path: Path, m
 
     saved = train_dit(tmp_path, *BF16, FUSED, "--max_train_steps", 1)
 
-    assert {name for name, tensor in saved.items() if tensor.dtype == torch.float32} == {"head.weight", "head.bias"}
+    assert {name for name, tensor in saved.items() if tensor.dtype == torch.float32} == {
+        "head.weight",
+        "head.bias",
+    }
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------------------
+# --- going on
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", [0, 3, 6])
@@ -335,7 +382,16 @@ def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(tmp_path: Path, m
 )
 def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...], moment: int) -> None:
     write_caches(tmp_path)
-    arguments = [*how, "--lr_scheduler", "cosine", "--save_every_n_steps", 2, "--save_state", "--resume", "latest"]
+    arguments = [
+        *how,
+        "--lr_scheduler",
+        "cosine",
+        "--save_every_n_steps",
+        2,
+        "--save_state",
+        "--resume",
+        "latest",
+    ]
     if "Adafactor" in how:  # it finds its own rate
         arguments = [*arguments[: len(how)], *arguments[len(how) + 2 :]]
     expected = train_dit(tmp_path, *arguments)
@@ -347,7 +403,10 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
 
     assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
     for part in ("dit", "optimizer"):
-        states = [load_file(tmp_path / folder / "x-state" / f"{part}.safetensors") for folder in ("output", "killed")]
+        states = [
+            load_file(tmp_path / folder / "x-state" / f"{part}.safetensors")
+            for folder in ("output", "killed")
+        ]
         assert same(*states)
 
 
@@ -376,7 +435,9 @@ def test_a_lora_run_does_not_go_on_as_a_full_one(tmp_path: Path) -> None:
         train_dit(tmp_path, "--resume", "latest")
 
 
-def test_a_state_may_go_on_in_the_other_order_of_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_state_may_go_on_in_the_other_order_of_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_caches(tmp_path)
     expected = train_dit(tmp_path, *UNCLIPPED, "--max_train_steps", 6)
     half = ["--output_dir", tmp_path / "half", *UNCLIPPED, "--save_state", "--resume", "latest"]
@@ -410,8 +471,23 @@ def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) 
     alone = train_dit(tmp_path, FUSED, *UNCLIPPED, "--validation_split", "0.2")
     found: list[Tensor] = []
 
-    more = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 4, "--validate_every_n_steps", 2]
-    trained = train_dit(tmp_path, FUSED, *UNCLIPPED, "--validation_split", "0.2", *more, family=ToyFamily(on_decode=found.append))
+    more = [
+        "--sample_prompts",
+        tmp_path / "prompts.txt",
+        "--sample_every_n_steps",
+        4,
+        "--validate_every_n_steps",
+        2,
+    ]
+    trained = train_dit(
+        tmp_path,
+        FUSED,
+        *UNCLIPPED,
+        "--validation_split",
+        "0.2",
+        *more,
+        family=ToyFamily(on_decode=found.append),
+    )
 
     assert same(alone, trained)
     assert len(found) == 2

@@ -27,7 +27,9 @@ from training.run import prepared_run, train_network
 def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
     """Five micro-batches, three to a step: the second step of each epoch averages over the two that are left."""
     write_caches(tmp_path, count=5)
-    trained = train_toy(tmp_path, "--gradient_accumulation_steps", 3, "--max_train_steps", 4, "--max_grad_norm", 0.5)
+    trained = train_toy(
+        tmp_path, "--gradient_accumulation_steps", 3, "--max_train_steps", 4, "--max_grad_norm", 0.5
+    )
 
     options, family = toy_options(tmp_path), ToyFamily()
     dit = family.load_dit(Placement(torch.device("cpu"))).requires_grad_(False)
@@ -58,7 +60,9 @@ def test_readers_ahead_of_the_loop_change_nothing(tmp_path: Path) -> None:
     alone = train_toy(tmp_path)
 
     assert same(alone, train_toy(tmp_path, "--max_data_loader_n_workers", 2))
-    assert same(alone, train_toy(tmp_path, "--max_data_loader_n_workers", 2, "--persistent_data_loader_workers"))
+    assert same(
+        alone, train_toy(tmp_path, "--max_data_loader_n_workers", 2, "--persistent_data_loader_workers")
+    )
 
 
 def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:
@@ -68,7 +72,9 @@ def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:
     plain = train_toy(tmp_path, *dropout)
 
     samples = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 3, "--sample_at_first"]
-    watched = train_toy(tmp_path, *dropout, *samples, "--validate_every_n_steps", 2, "--save_every_n_steps", 1, "--save_state")
+    watched = train_toy(
+        tmp_path, *dropout, *samples, "--validate_every_n_steps", 2, "--save_every_n_steps", 1, "--save_state"
+    )
 
     assert same(plain, watched)
 
@@ -85,7 +91,8 @@ def test_files_and_states_are_named_by_epoch_and_step(tmp_path: Path) -> None:
 
     train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3, "--save_state")
 
-    names = {"x-000001", "x-step00000003", "x-step00000006", "x"}  # eight steps are two epochs; the last is no epoch file
+    # eight steps are two epochs; the last is no epoch file
+    names = {"x-000001", "x-step00000003", "x-step00000006", "x"}
     found = {path.name for path in (tmp_path / "output").iterdir()}
     assert found == {f"{name}.safetensors" for name in names} | {f"{name}-state" for name in names}
 
@@ -105,7 +112,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_item(tmp_path: Path
     with pytest.raises(UserError, match=r"step \d+.*clip2"):
         train_network(ToyFamily(), toy_options(tmp_path, "--save_every_n_steps", 1))
     assert all(
-        tensor.isfinite().all() for path in (tmp_path / "output").glob("*.safetensors") for tensor in load_file(path).values()
+        tensor.isfinite().all()
+        for path in (tmp_path / "output").glob("*.safetensors")
+        for tensor in load_file(path).values()
     )
 
 
@@ -120,7 +129,9 @@ def test_too_little_memory_is_told_with_what_helps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     write_caches(tmp_path)
     expected = train_toy(tmp_path, "--output_name", "x")
     other = [*("--output_dir", tmp_path / "stopped"), "--resume", "latest"]
@@ -130,7 +141,10 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(tmp_p
             os.kill(os.getpid(), number)
 
     assert train_network(ToyFamily(watch=interrupt), toy_options(tmp_path, *other)) == 0
-    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"x-step00000004.safetensors", "x-step00000004-state"}
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
+        "x-step00000004.safetensors",
+        "x-step00000004-state",
+    }
 
     assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
     assert same(expected, load_file(tmp_path / "stopped" / "x.safetensors"))
@@ -154,13 +168,17 @@ def test_merged_base_weights_are_where_learning_starts(tmp_path: Path) -> None:
     (tmp_path / "output" / "x.safetensors").rename(tmp_path / "base.safetensors")
     base = ["--base_weights", tmp_path / "base.safetensors", "--base_weights_multiplier", "2"]
 
-    assert not same(train_toy(tmp_path, "--max_train_steps", 1), train_toy(tmp_path, "--max_train_steps", 1, *base))
+    assert not same(
+        train_toy(tmp_path, "--max_train_steps", 1), train_toy(tmp_path, "--max_train_steps", 1, *base)
+    )
 
 
 def test_mixed_precision_trains_float32_factors_of_a_half_precision_model(tmp_path: Path) -> None:
     write_caches(tmp_path)
 
-    tensors = train_toy(tmp_path, "--mixed_precision", "bf16", "--save_state", family=ToyFamily(dtype=torch.bfloat16))
+    tensors = train_toy(
+        tmp_path, "--mixed_precision", "bf16", "--save_state", family=ToyFamily(dtype=torch.bfloat16)
+    )
 
     state = load_file(tmp_path / "output" / "x-state" / "network.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -177,8 +195,12 @@ def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path
             run = replace(prepared, scaler=scaler)
             with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
                 take_step(run, range(2), micro_batches)
-            weights[scale] = {name: tensor.clone() for name, tensor in run.trainable.modules["network"].state_dict().items()}
-            initial = make_network(run.options.network, "networks.lora_wan", ToyDit(), seed=3).module.state_dict()
+            weights[scale] = {
+                name: tensor.clone() for name, tensor in run.trainable.modules["network"].state_dict().items()
+            }
+            initial = make_network(
+                run.options.network, "networks.lora_wan", ToyDit(), seed=3
+            ).module.state_dict()
 
     for name, tensor in weights[None].items():
         torch.testing.assert_close(weights[2.0**10][name], tensor, rtol=1e-5, atol=1e-7)

@@ -23,9 +23,13 @@ class Constant(torch.nn.Module):
 
 def noisy_batch(weights: tuple[float, float] = (1.0, 1.0)) -> NoisyBatch:
     latents = torch.stack([torch.full((2, 1, 2, 2), 4.0), torch.full((2, 1, 2, 2), 8.0)])
-    batch = Batch({"latents": latents, "letters": [torch.ones(1, 1), torch.ones(3, 1)]}, ("a", "b"), ("a", "b"))
+    batch = Batch(
+        {"latents": latents, "letters": [torch.ones(1, 1), torch.ones(3, 1)]}, ("a", "b"), ("a", "b")
+    )
     noise = torch.full_like(latents, 1.0)
-    return NoisyBatch(batch, noise, torch.tensor([0.25, 0.5]), torch.tensor([251.0, 501.0]), torch.tensor(weights))
+    return NoisyBatch(
+        batch, noise, torch.tensor([0.25, 0.5]), torch.tensor([251.0, 501.0]), torch.tensor(weights)
+    )
 
 
 def test_latents_are_scaled_then_mixed_with_noise() -> None:
@@ -36,7 +40,9 @@ def test_latents_are_scaled_then_mixed_with_noise() -> None:
     scaled = torch.tensor([4.0, 8.0]) * LATENT.scale
     torch.testing.assert_close(
         dit.noisy[:, 0, 0, 0, 0],
-        0.75 * scaled * torch.tensor([1, 0]) + 0.5 * scaled * torch.tensor([0, 1]) + torch.tensor([0.25, 0.5]),
+        0.75 * scaled * torch.tensor([1, 0])
+        + 0.5 * scaled * torch.tensor([0, 1])
+        + torch.tensor([0.25, 0.5]),
     )
     assert dit.timesteps.tolist() == [251.0, 501.0]
 
@@ -54,7 +60,9 @@ def test_weights_multiply_the_losses_of_their_samples() -> None:
 
 
 def test_the_loss_is_float32_where_the_network_computes_in_bf16() -> None:
-    errors = squared_errors(ToyFamily(dtype=torch.bfloat16), Constant(0.5).bfloat16(), noisy_batch(), nullcontext)
+    errors = squared_errors(
+        ToyFamily(dtype=torch.bfloat16), Constant(0.5).bfloat16(), noisy_batch(), nullcontext
+    )
 
     assert errors.dtype == torch.float32
 

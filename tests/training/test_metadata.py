@@ -10,7 +10,11 @@ from training.options import TrainingOptions, read_arguments, training_parser
 from training.whole_dit_options import add_whole_dit_arguments
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678)
-FAMILY = {"architecture": "wan2.1", "implementation": "https://example.org/model", "sd_model_name": "dit.safetensors"}
+FAMILY = {
+    "architecture": "wan2.1",
+    "implementation": "https://example.org/model",
+    "sd_model_name": "dit.safetensors",
+}
 FACTS = RunFacts(
     session_id=7,
     started_at=12.5,
@@ -27,11 +31,16 @@ FACTS = RunFacts(
 )
 # formats.md, section 4
 TRAINING_KEYS = (
-    "ss_session_id ss_ss_session_id ss_training_started_at ss_training_finished_at ss_output_name ss_learning_rate "
-    "ss_num_train_items ss_num_batches_per_epoch ss_num_epochs ss_gradient_checkpointing ss_gradient_accumulation_steps "
-    "ss_max_train_steps ss_lr_warmup_steps ss_lr_scheduler ss_network_dropout ss_mixed_precision ss_seed ss_training_comment "
-    "ss_optimizer ss_max_grad_norm ss_fp8_base ss_full_fp16 ss_full_bf16 ss_weighting_scheme ss_logit_mean ss_logit_std "
-    "ss_mode_scale ss_guidance_scale ss_timestep_sampling ss_sigmoid_scale ss_discrete_flow_shift ss_datasets ss_sd_model_name "
+    "ss_session_id ss_ss_session_id ss_training_started_at ss_training_finished_at ss_output_name "
+    "ss_learning_rate "
+    "ss_num_train_items ss_num_batches_per_epoch ss_num_epochs ss_gradient_checkpointing "
+    "ss_gradient_accumulation_steps "
+    "ss_max_train_steps ss_lr_warmup_steps ss_lr_scheduler ss_network_dropout ss_mixed_precision ss_seed "
+    "ss_training_comment "
+    "ss_optimizer ss_max_grad_norm ss_fp8_base ss_full_fp16 ss_full_bf16 ss_weighting_scheme ss_logit_mean "
+    "ss_logit_std "
+    "ss_mode_scale ss_guidance_scale ss_timestep_sampling ss_sigmoid_scale ss_discrete_flow_shift "
+    "ss_datasets ss_sd_model_name "
     "ss_vae_name ss_steps ss_epoch"
 )
 KEPT_KEYS = "ss_base_model_version ss_network_module ss_network_dim ss_network_alpha ss_network_args"
@@ -46,10 +55,18 @@ def metadata(*argv: str, whole_dit: bool = False) -> dict[str, str]:
 
 
 def test_names_of_files_that_are_no_utf_8_lose_no_run() -> None:
-    options = read_options(TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {}))
-    family, facts = {**FAMILY, "sd_model_name": "\udce9.pt"}, replace(FACTS, datasets=[{"image_directory": "caf\udce9"}])
-    made = file_metadata(run_metadata(options, "wan", family, facts), options, family, step=5, epoch=2, now=NOW)
-    assert ascii(made["ss_sd_model_name"]) == ascii("\\udce9.pt")  # `ascii`, as pytest could not print what is wrong
+    options = read_options(
+        TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {})
+    )
+    family, facts = (
+        {**FAMILY, "sd_model_name": "\udce9.pt"},
+        replace(FACTS, datasets=[{"image_directory": "caf\udce9"}]),
+    )
+    made = file_metadata(
+        run_metadata(options, "wan", family, facts), options, family, step=5, epoch=2, now=NOW
+    )
+    # `ascii`, as pytest could not print what is wrong
+    assert ascii(made["ss_sd_model_name"]) == ascii("\\udce9.pt")
     assert ascii(made["ss_datasets"]) == ascii('[{"image_directory": "caf\\udce9"}]')
 
 
@@ -78,7 +95,9 @@ def test_without_metadata_only_what_loading_needs_stays() -> None:
 def test_the_model_specification_says_what_the_file_is() -> None:
     made = metadata("--metadata_author", "me", "--metadata_tags", "a,b", "--min_timestep", "100")
 
-    spec = {key.removeprefix("modelspec."): value for key, value in made.items() if key.startswith("modelspec.")}
+    spec = {
+        key.removeprefix("modelspec."): value for key, value in made.items() if key.startswith("modelspec.")
+    }
     assert spec == {
         "sai_model_spec": "1.0.0",
         "architecture": "wan2.1/lora",
@@ -97,14 +116,17 @@ def test_a_whole_model_does_not_look_like_a_lora() -> None:
     made = metadata("--full_bf16", "--mixed_precision", "bf16", whole_dit=True)
 
     assert made["modelspec.architecture"] == "wan2.1"
-    assert {key for key in made if key.startswith("ss_")} == {*TRAINING_KEYS.split(), "ss_base_model_version"} - {
-        "ss_network_dropout"
-    }
+    assert {key for key in made if key.startswith("ss_")} == {
+        *TRAINING_KEYS.split(),
+        "ss_base_model_version",
+    } - {"ss_network_dropout"}
     assert made["ss_full_bf16"] == "True"
 
 
 def test_of_a_model_with_several_uses_the_file_says_what_it_was_trained_for() -> None:
-    options = read_options(TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {}))
+    options = read_options(
+        TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {})
+    )
     made = run_metadata(options, "framepack", {**FAMILY, "trained_for": "single pictures"}, FACTS)
     assert made["reelsmith_trained_for"] == "single pictures"
     assert "reelsmith_trained_for" not in metadata()

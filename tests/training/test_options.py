@@ -66,8 +66,14 @@ def test_defaults_make_complete_options() -> None:
     [
         (["--fp8_scaled"], "--fp8_scaled needs --fp8_base"),
         (["--blocks_to_swap", "-2"], "--blocks_to_swap -2: give a number"),
-        (["--gradient_checkpointing_cpu_offload"], "--gradient_checkpointing_cpu_offload says how to checkpoint"),
-        (["--gradient_checkpointing_keep", "attention"], "--gradient_checkpointing_keep says how to checkpoint"),
+        (
+            ["--gradient_checkpointing_cpu_offload"],
+            "--gradient_checkpointing_cpu_offload says how to checkpoint",
+        ),
+        (
+            ["--gradient_checkpointing_keep", "attention"],
+            "--gradient_checkpointing_keep says how to checkpoint",
+        ),
         (["--max_train_steps", "0"], "--max_train_steps 0"),
         (["--validation_split", "1"], "--validation_split 1.0"),
         (["--min_timestep", "500", "--max_timestep", "400"], "--min_timestep 500 --max_timestep 400"),
@@ -103,7 +109,8 @@ def test_what_has_to_be_given_depends_on_what_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("100", 100), ("1", 1), ("0", 0), ("0.05", 0.05), ("5%", 0.05), ("100%", 1.0), ("1e3", 1000)]
+    ("text", "expected"),
+    [("100", 100), ("1", 1), ("0", 0), ("0.05", 0.05), ("5%", 0.05), ("100%", 1.0), ("1e3", 1000)],
 )
 def test_warmup_takes_steps_and_fractions(text: str, expected: float) -> None:
     warmup = options("--lr_scheduler", "linear", "--lr_warmup_steps", text).lr_schedule.lr_warmup_steps
@@ -120,7 +127,9 @@ def test_warmup_refuses_what_is_neither(text: str, capsys: pytest.CaptureFixture
 
 
 def test_optimizer_arguments_are_literals_and_bare_words_are_text() -> None:
-    made = options("--optimizer_args", "betas=0.9,0.95", "weight_decay=1e-2", "fused=True", "mode=fast=er", "name='x'")
+    made = options(
+        "--optimizer_args", "betas=0.9,0.95", "weight_decay=1e-2", "fused=True", "mode=fast=er", "name='x'"
+    )
 
     expected = {"betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True, "mode": "fast=er", "name": "x"}
     assert made.optimizer.arguments() == expected
@@ -141,7 +150,8 @@ def test_the_launchers_precision_holds_unless_one_is_given(tmp_path: Path) -> No
 def test_the_command_line_goes_before_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(
-        '[any]\nmax_train_steps = 7\nlearning_rate = 1\nnetwork_args = ["a=b"]\n[other]\nseed = 5\nsdpa = true\n'
+        '[any]\nmax_train_steps = 7\nlearning_rate = 1\nnetwork_args = ["a=b"]\n[other]\nseed = 5\nsdpa = '
+        "true\n"
         'lr_warmup_steps = "10%"\nlr_scheduler = "linear"\ntask = "t2v-1.3B"\n'
     )
 
@@ -184,7 +194,9 @@ def test_a_config_file_is_checked_like_the_command_line(tmp_path: Path, line: st
     assert expected in str(error.value)
 
 
-def test_an_unknown_key_of_the_config_file_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_key_of_the_config_file_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "c.toml"
     file.write_text("max_train_step = 5")
 

@@ -35,7 +35,15 @@ def killed_at(count: int) -> ToyFamily:
 
 EVERYTHING = [
     *("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 3),
-    *("--network_dropout", "0.2", "--network_args", "rank_dropout=0.3", "loraplus_lr_ratio=4", "--scale_weight_norms", "1"),
+    *(
+        "--network_dropout",
+        "0.2",
+        "--network_args",
+        "rank_dropout=0.3",
+        "loraplus_lr_ratio=4",
+        "--scale_weight_norms",
+        "1",
+    ),
     *(
         "--timestep_sampling",
         "logsnr",
@@ -50,7 +58,8 @@ EVERYTHING = [
 ]
 
 
-@pytest.mark.parametrize("moment", [0, 1, 4, 5, 8, 11])  # before any state, mid-accumulation, mid-epoch, in a short last step
+# before any state, mid-accumulation, mid-epoch, in a short last step
+@pytest.mark.parametrize("moment", [0, 1, 4, 5, 8, 11])
 def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, moment: int) -> None:
     write_caches(tmp_path, count=5)
     expected = train_toy(tmp_path, *EVERYTHING)
@@ -63,7 +72,9 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, moment: int) -> None
     assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
 
     assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {path.name for path in (tmp_path / "output").iterdir()}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
+        path.name for path in (tmp_path / "output").iterdir()
+    }
 
 
 OPTIMIZERS = [
@@ -82,17 +93,32 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=" ".join)
 def test_every_optimizer_goes_on_with_equal_bytes(tmp_path: Path, optimizer: list[str]) -> None:
-    """Saving at every step must not disturb the run either: schedule-free optimizers keep other weights while they train."""
+    """Saving at every step must not disturb the run either: schedule-free optimizers keep other weights while
+    they train.
+    """
     package = {"AdamW8bit": "bitsandbytes", "Lion": "lion_pytorch", "Prodigy": "prodigyopt"}.get(optimizer[0])
     if optimizer[0].endswith("ScheduleFree"):
         package = "schedulefree"
     if package is not None:
         pytest.importorskip(package)
     write_caches(tmp_path)
-    which = ["--optimizer_type", optimizer[0], *(["--optimizer_args", *optimizer[1:]] if optimizer[1:] else [])]
+    which = [
+        "--optimizer_type",
+        optimizer[0],
+        *(["--optimizer_args", *optimizer[1:]] if optimizer[1:] else []),
+    ]
     which += ["--network_dim", "64"]  # bitsandbytes keeps small tensors in 32 bits
     expected = train_toy(tmp_path, *which)
-    states = [*which, "--output_dir", tmp_path / "killed", "--save_every_n_steps", 1, "--save_state", "--resume", "latest"]
+    states = [
+        *which,
+        "--output_dir",
+        tmp_path / "killed",
+        "--save_every_n_steps",
+        1,
+        "--save_state",
+        "--resume",
+        "latest",
+    ]
 
     with pytest.raises(Killed):
         train_network(killed_at(4), toy_options(tmp_path, *states))
@@ -107,7 +133,10 @@ def test_a_finished_run_is_made_longer(tmp_path: Path) -> None:
     shorter = ["--output_dir", tmp_path / "short", "--save_state_on_train_end"]
 
     train_network(ToyFamily(), toy_options(tmp_path, *shorter, "--max_train_steps", 3))
-    train_network(ToyFamily(), toy_options(tmp_path, *shorter, "--max_train_steps", 9, "--resume", tmp_path / "short" / "x-state"))
+    train_network(
+        ToyFamily(),
+        toy_options(tmp_path, *shorter, "--max_train_steps", 9, "--resume", tmp_path / "short" / "x-state"),
+    )
 
     assert same(expected, load_file(tmp_path / "short" / "x.safetensors"))
 
@@ -115,7 +144,9 @@ def test_a_finished_run_is_made_longer(tmp_path: Path) -> None:
 def test_without_a_seed_the_resumed_run_takes_the_saved_one(tmp_path: Path) -> None:
     write_caches(tmp_path)
     options = toy_options(tmp_path, "--save_state", "--resume", "latest")
-    unseeded = type(options)(**{**vars(options), "loop": type(options.loop)(**{**vars(options.loop), "seed": None})})
+    unseeded = type(options)(
+        **{**vars(options), "loop": type(options.loop)(**{**vars(options.loop), "seed": None})}
+    )
     family = killed_at(6)
 
     with pytest.raises(Killed):
@@ -134,7 +165,9 @@ def test_without_a_seed_the_resumed_run_takes_the_saved_one(tmp_path: Path) -> N
         (["--optimizer_type", "SGD"], "--optimizer_type"),
     ],
 )
-def test_a_run_with_other_settings_is_refused_by_their_name(tmp_path: Path, changed: list[object], named: str) -> None:
+def test_a_run_with_other_settings_is_refused_by_their_name(
+    tmp_path: Path, changed: list[object], named: str
+) -> None:
     write_caches(tmp_path)
     train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
 
@@ -145,7 +178,10 @@ def test_a_run_with_other_settings_is_refused_by_their_name(tmp_path: Path, chan
 def test_another_model_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = toy_options(tmp_path)
 
-    warn_of_changes(habits_of(options, {"sd_model_name": "a.safetensors"}), habits_of(options, {"sd_model_name": "b.safetensors"}))
+    warn_of_changes(
+        habits_of(options, {"sd_model_name": "a.safetensors"}),
+        habits_of(options, {"sd_model_name": "b.safetensors"}),
+    )
 
     assert [record.getMessage() for record in caplog.records] == [
         "the model's file was a.safetensors when the state was saved; it is b.safetensors from here on."
@@ -164,7 +200,14 @@ def test_a_run_on_other_clips_is_refused(tmp_path: Path) -> None:
 def test_samples_that_a_stopped_epoch_owed_are_made_when_it_goes_on(tmp_path: Path) -> None:
     write_caches(tmp_path, count=3)
     (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
-    options = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_epochs", 1, "--max_train_steps", 6]
+    options = [
+        "--sample_prompts",
+        tmp_path / "prompts.txt",
+        "--sample_every_n_epochs",
+        1,
+        "--max_train_steps",
+        6,
+    ]
     options += ["--save_every_n_epochs", 1, "--save_state", "--resume", "latest"]
 
     def die(_: torch.Tensor) -> None:
@@ -179,14 +222,24 @@ def test_samples_that_a_stopped_epoch_owed_are_made_when_it_goes_on(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "when", [["--sample_every_n_steps", 2], ["--sample_every_n_epochs", 1], ["--sample_at_first"]], ids=["steps", "epochs", "first"]
+    "when",
+    [["--sample_every_n_steps", 2], ["--sample_every_n_epochs", 1], ["--sample_at_first"]],
+    ids=["steps", "epochs", "first"],
 )
 def test_a_run_that_is_asked_to_end_while_sampling_makes_the_samples_later_with_the_same_weights(
     tmp_path: Path, when: list[object]
 ) -> None:
     write_caches(tmp_path, count=3)
     (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\na dog --s 2 --d 2\n", encoding="utf-8")
-    options = ["--sample_prompts", tmp_path / "prompts.txt", *when, "--max_train_steps", 5, "--resume", "latest"]
+    options = [
+        "--sample_prompts",
+        tmp_path / "prompts.txt",
+        *when,
+        "--max_train_steps",
+        5,
+        "--resume",
+        "latest",
+    ]
     expected: list[torch.Tensor] = []
     train_toy(tmp_path, *options, family=ToyFamily(on_decode=expected.append))
     options += ["--output_dir", tmp_path / "stopped"]
@@ -201,7 +254,9 @@ def test_a_run_that_is_asked_to_end_while_sampling_makes_the_samples_later_with_
 
     assert len(found) == len(expected)
     assert all(torch.equal(here, there) for here, there in zip(found, expected, strict=True))
-    assert same(load_file(tmp_path / "output" / "x.safetensors"), load_file(tmp_path / "stopped" / "x.safetensors"))
+    assert same(
+        load_file(tmp_path / "output" / "x.safetensors"), load_file(tmp_path / "stopped" / "x.safetensors")
+    )
 
 
 def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_zero(tmp_path: Path) -> None:
@@ -211,8 +266,15 @@ def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_ze
     train_toy(tmp_path, "--save_state", "--max_train_steps", 3)
     network = load_file(tmp_path / "output" / "x-state" / "network.safetensors")
     modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in network if "alpha" not in name)
-    blocks = [name for block in (0, 1) for part in ("up", "down") for name in modules if name.endswith(f"{block}_{part}")]
-    names = [f"{module}.lora_{part}.weight" for module in blocks for part in ("down", "up")]  # as they stand in the model
+    blocks = [
+        name
+        for block in (0, 1)
+        for part in ("up", "down")
+        for name in modules
+        if name.endswith(f"{block}_{part}")
+    ]
+    # as they stand in the model
+    names = [f"{module}.lora_{part}.weight" for module in blocks for part in ("down", "up")]
     parameters = [torch.nn.Parameter(network[name]) for name in names]
     optimizer = torch.optim.AdamW(parameters, lr=1.0)
     for parameter in parameters:
@@ -223,7 +285,9 @@ def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_ze
     save_file(network, folder / "model.safetensors", metadata={"format": "pt"})
     torch.save(optimizer.state_dict(), folder / "optimizer.bin")
 
-    tensors = train_toy(tmp_path, "--resume", folder, "--max_train_steps", 2, "--learning_rate", "1e-12", "--save_state")
+    tensors = train_toy(
+        tmp_path, "--resume", folder, "--max_train_steps", 2, "--learning_rate", "1e-12", "--save_state"
+    )
 
     assert all(torch.allclose(tensors[name], network[name], atol=1e-6) for name in network)
     assert (tmp_path / "output" / "x-state").exists()
@@ -250,9 +314,19 @@ def test_code_in_a_foreign_state_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path: Path) -> None:
-    """Seven micro-batches: the last step of an epoch has three instead of four, two for one process and one for the other."""
+    """Seven micro-batches: the last step of an epoch has three instead of four, two for one process and one
+    for the other.
+    """
     write_caches(tmp_path, count=7)
-    dropout = ["--network_args", "rank_dropout=0.3", "--max_train_steps", "6", "--validation_split", "0.01", "--save_state"]
+    dropout = [
+        "--network_args",
+        "rank_dropout=0.3",
+        "--max_train_steps",
+        "6",
+        "--validation_split",
+        "0.01",
+        "--save_state",
+    ]
     expected = train_toy(tmp_path, *dropout, "--gradient_accumulation_steps", 4)
 
     settings = [*dropout, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two")]
@@ -261,13 +335,24 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path:
     found = load_file(tmp_path / "two" / "x.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
-    alone = [*dropout, "--gradient_accumulation_steps", 4, "--max_train_steps", 7, "--resume", tmp_path / "two" / "x-state"]
-    assert train_network(ToyFamily(), toy_options(tmp_path, *alone)) == 0  # another spread over processes is no other run
+    alone = [
+        *dropout,
+        "--gradient_accumulation_steps",
+        4,
+        "--max_train_steps",
+        7,
+        "--resume",
+        tmp_path / "two" / "x-state",
+    ]
+    # another spread over processes is no other run
+    assert train_network(ToyFamily(), toy_options(tmp_path, *alone)) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
-def test_one_of_two_processes_that_is_asked_to_end_ends_both_although_every_step_is_saved(tmp_path: Path) -> None:
+def test_one_of_two_processes_that_is_asked_to_end_ends_both_although_every_step_is_saved(
+    tmp_path: Path,
+) -> None:
     write_caches(tmp_path, count=6)
     settings = ["--max_train_steps", "6", "--save_every_n_steps", "1"]
 
@@ -293,7 +378,16 @@ def test_two_processes_train_with_swapped_blocks_that_they_share(tmp_path: Path)
 def train_in_two_processes(
     folder: Path, port: int, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]  # "gpu": several
+    # "gpu": several
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
     script = ROOT / "tests" / "training" / "train_toy.py"
     run_python(*launch, script, folder, *arguments, environment={"PYTHONPATH": str(ROOT), **environment})

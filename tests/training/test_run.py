@@ -13,7 +13,9 @@ def test_products_in_fp8_are_refused_at_start_where_the_device_has_none(tmp_path
     watched: list[int] = []
 
     with pytest.raises(OptionError, match=r"--fp8_fast: the device cpu has no fp8 units"):
-        train_toy(tmp_path, "--fp8_base", "--fp8_scaled", "--fp8_fast", family=ToyFamily(watch=watched.append))
+        train_toy(
+            tmp_path, "--fp8_base", "--fp8_scaled", "--fp8_fast", family=ToyFamily(watch=watched.append)
+        )
 
     assert not watched
     assert not (tmp_path / "output").exists()

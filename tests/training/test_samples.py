@@ -31,7 +31,13 @@ def write_prompts(folder: Path, text: str = PROMPTS) -> Path:
 def test_a_line_without_options_asks_for_the_documented_defaults() -> None:
     request = sample_request({"prompt": "a dog"}, ToyFamily())
 
-    assert (request.width, request.height, request.frames, request.steps, request.flow_shift) == (256, 256, 1, 20, 14.5)
+    assert (request.width, request.height, request.frames, request.steps, request.flow_shift) == (
+        256,
+        256,
+        1,
+        20,
+        14.5,
+    )
     assert request.guidance_scale is None  # the family's own
     assert request.negative_prompt is None
 
@@ -46,14 +52,35 @@ def test_sizes_are_rounded_down_to_what_can_be_made() -> None:
 
 def test_every_option_of_a_prompt_arrives() -> None:
     entry = {
-        **{"prompt": "p", "seed": 4, "cfg_scale": 2, "guidance_scale": 3.5, "discrete_flow_shift": 5, "negative_prompt": "n"},
-        **{"image_path": "a.png", "control_video_path": "c.mp4", "control_image_path": ["d.png", "e.png"], "one_frame": "default"},
+        **{
+            "prompt": "p",
+            "seed": 4,
+            "cfg_scale": 2,
+            "guidance_scale": 3.5,
+            "discrete_flow_shift": 5,
+            "negative_prompt": "n",
+        },
+        **{
+            "image_path": "a.png",
+            "control_video_path": "c.mp4",
+            "control_image_path": ["d.png", "e.png"],
+            "one_frame": "default",
+        },
     }
 
     request = sample_request(entry, ToyFamily())
 
-    assert (request.seed, request.guidance_scale, request.embedded_guidance, request.flow_shift) == (4, 2.0, 3.5, 5.0)
-    assert (request.negative_prompt, request.image_path, request.control_path) == ("n", Path("a.png"), Path("c.mp4"))
+    assert (request.seed, request.guidance_scale, request.embedded_guidance, request.flow_shift) == (
+        4,
+        2.0,
+        3.5,
+        5.0,
+    )
+    assert (request.negative_prompt, request.image_path, request.control_path) == (
+        "n",
+        Path("a.png"),
+        Path("c.mp4"),
+    )
     assert request.extra == {"one_frame": "default", "control_image_path": "d.png\ne.png"}
 
 
@@ -71,21 +98,35 @@ def test_pictures_say_what_made_them_as_those_of_a_generation_do(tmp_path: Path,
     write_caches(tmp_path, count=2)
     prompts = write_prompts(tmp_path, "a cat --d 11 --s 2 --l 3\n")
 
-    train_toy(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 2, "--max_train_steps", 2, *switches)
+    train_toy(
+        tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 2, "--max_train_steps", 2, *switches
+    )
 
     (path,) = (tmp_path / "output" / "sample").iterdir()
     with Image.open(path) as picture:
         found = dict(picture.info)
     assert found.get("bt_prompt") == (None if switches else "a cat")
     if not switches:
-        assert (found["bt_seeds"], found["bt_guidance_scale"], found["bt_sampled_from"]) == ("11", "3.0", "x_000002")
+        assert (found["bt_seeds"], found["bt_guidance_scale"], found["bt_sampled_from"]) == (
+            "11",
+            "3.0",
+            "x_000002",
+        )
         assert (found["bt_infer_steps"], found["bt_width"], found["bt_device"]) == ("2", "256", "cpu")
 
 
 def test_files_are_named_by_epoch_or_step_prompt_time_and_seed(tmp_path: Path) -> None:
     """Four steps an epoch, samples every third: at step 12 both are due and only the step's are made."""
     write_caches(tmp_path, count=4)
-    times = ["--sample_every_n_steps", 3, "--sample_every_n_epochs", 1, "--sample_at_first", "--max_train_steps", 12]
+    times = [
+        "--sample_every_n_steps",
+        3,
+        "--sample_every_n_epochs",
+        1,
+        "--sample_at_first",
+        "--max_train_steps",
+        12,
+    ]
 
     train_toy(tmp_path, "--sample_prompts", write_prompts(tmp_path), *times)
 
@@ -94,7 +135,9 @@ def test_files_are_named_by_epoch_or_step_prompt_time_and_seed(tmp_path: Path) -
     assert all(found)
     marks = ["e000000", "000003", "e000001", "000006", "e000002", "000009", "000012"]
     kinds = {("00", "_11.mp4"), ("01", "_000.png")}
-    assert {(match[1], match[2], match[4]) for match in found if match} == {(mark, *kind) for mark in marks for kind in kinds}
+    assert {(match[1], match[2], match[4]) for match in found if match} == {
+        (mark, *kind) for mark in marks for kind in kinds
+    }
 
 
 def test_a_video_has_the_size_and_frames_asked_for_and_a_single_frame_is_a_picture(tmp_path: Path) -> None:
@@ -144,4 +187,6 @@ def test_a_missing_prompt_file_ends_the_run_before_the_network_is_loaded(tmp_pat
     write_caches(tmp_path)
 
     with pytest.raises(OptionError, match="sample_prompts"):
-        train_network(ToyFamily(), toy_options(tmp_path, "--sample_prompts", tmp_path / "no.txt", "--sample_at_first"))
+        train_network(
+            ToyFamily(), toy_options(tmp_path, "--sample_prompts", tmp_path / "no.txt", "--sample_at_first")
+        )

@@ -1,4 +1,6 @@
-"""Compiled blocks and what checkpoints keep, in whole runs: full fine-tuning, LoRA with dropout, kills in between."""
+"""Compiled blocks and what checkpoints keep, in whole runs: full fine-tuning, LoRA with dropout, kills in
+between.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -13,14 +15,27 @@ from tests.training.test_resume import EVERYTHING, Killed, killed_at
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
 
-CHECKPOINTS = ["--gradient_checkpointing", "--gradient_checkpointing_cpu_offload", "--gradient_checkpointing_keep", "attention"]
+CHECKPOINTS = [
+    "--gradient_checkpointing",
+    "--gradient_checkpointing_cpu_offload",
+    "--gradient_checkpointing_keep",
+    "attention",
+]
 COMPILED = ["--compile", "--compile_args", "eager", "default", "auto", "true"]
-FULL = ["--optimizer_type", "Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False", "warmup_init=False"]
+FULL = [
+    "--optimizer_type",
+    "Adafactor",
+    "--optimizer_args",
+    "scale_parameter=False",
+    "relative_step=False",
+    "warmup_init=False",
+]
 
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would write all of it down
+    # pytest would write all of it down
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -40,8 +55,12 @@ def test_a_killed_run_ends_with_the_bytes_of_a_plain_one(tmp_path: Path, moment:
     assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
 
 
-@pytest.mark.parametrize("precision", [(), ("--mixed_precision", "bf16", "--full_bf16")], ids=["float32", "bf16"])
-@pytest.mark.parametrize("fused", [(), ("--fused_backward_pass", "--max_grad_norm", 0)], ids=["usual", "fused"])
+@pytest.mark.parametrize(
+    "precision", [(), ("--mixed_precision", "bf16", "--full_bf16")], ids=["float32", "bf16"]
+)
+@pytest.mark.parametrize(
+    "fused", [(), ("--fused_backward_pass", "--max_grad_norm", 0)], ids=["usual", "fused"]
+)
 @pytest.mark.parametrize("how", [CHECKPOINTS, [*CHECKPOINTS, *COMPILED]], ids=["checkpoints", "compiled"])
 def test_full_fine_tuning_gives_the_same_bits(
     tmp_path: Path, how: list[str], fused: tuple[object, ...], precision: tuple[str, ...]
@@ -56,13 +75,17 @@ def test_full_fine_tuning_gives_the_same_bits(
 
 def test_a_backend_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     """Not even the caches are looked for, of which there are none."""
-    (tmp_path / "dataset.toml").write_text(f'[[datasets]]\nimage_directory = "{tmp_path.as_posix()}"\n', encoding="utf-8")
+    (tmp_path / "dataset.toml").write_text(
+        f'[[datasets]]\nimage_directory = "{tmp_path.as_posix()}"\n', encoding="utf-8"
+    )
 
     with pytest.raises(OptionError, match=r"no backend ofi here"):
         train_toy(tmp_path, "--dynamo_backend", "ofi")
 
 
-def test_a_run_that_goes_on_uncompiled_is_told_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_goes_on_uncompiled_is_told_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_caches(tmp_path)
     train_toy(tmp_path, *COMPILED, "--max_train_steps", 2, "--save_state")
 

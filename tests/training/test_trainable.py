@@ -27,7 +27,9 @@ def test_a_network_learns_in_float32_and_the_dit_stays_as_it_is(tmp_path: Path) 
 
     assert {parameter.dtype for parameter in trainable.parameters} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in dit.parameters())
-    assert set(trainable.names.values()) == {f"network.{name}" for name, _ in network.module.named_parameters()}
+    assert set(trainable.names.values()) == {
+        f"network.{name}" for name, _ in network.module.named_parameters()
+    }
     assert trainable.limit_norms is None
 
 

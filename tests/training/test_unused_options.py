@@ -14,8 +14,29 @@ def named(folder: Path, *arguments: object, takes_guidance: bool = False) -> set
 
 
 def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
-    usual = ["--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--save_every_n_steps", 2, "--save_last_n_steps", 4]
-    assert named(tmp_path, *usual, "--save_state", "--save_last_n_steps_state", 2, "--logging_dir", "logs", "--log_config") == set()
+    usual = [
+        "--timestep_sampling",
+        "shift",
+        "--discrete_flow_shift",
+        3,
+        "--save_every_n_steps",
+        2,
+        "--save_last_n_steps",
+        4,
+    ]
+    assert (
+        named(
+            tmp_path,
+            *usual,
+            "--save_state",
+            "--save_last_n_steps_state",
+            2,
+            "--logging_dir",
+            "logs",
+            "--log_config",
+        )
+        == set()
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,11 +56,18 @@ def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
             ["--lr_scheduler_type", "StepLR", "--lr_scheduler", "cosine", "--lr_warmup_steps", 5],
             {"--lr_scheduler", "--lr_warmup_steps"},
         ),
-        (["--save_last_n_epochs", 2, "--save_last_n_steps_state", 3], {"--save_last_n_epochs", "--save_last_n_steps_state"}),
+        (
+            ["--save_last_n_epochs", 2, "--save_last_n_steps_state", 3],
+            {"--save_last_n_epochs", "--save_last_n_steps_state"},
+        ),
         (["--wandb_run_name", "a", "--log_config"], {"--wandb_run_name", "--log_config"}),
         (["--log_with", "wandb", "--wandb_run_name", "a", "--log_prefix", "b"], {"--log_prefix"}),
-        (["--huggingface_path_in_repo", "a", "--huggingface_token", "b"], {"--huggingface_path_in_repo", "--huggingface_token"}),
-        (["--persistent_data_loader_workers"], {"--persistent_data_loader_workers"}),  # toy_options asks for no readers
+        (
+            ["--huggingface_path_in_repo", "a", "--huggingface_token", "b"],
+            {"--huggingface_path_in_repo", "--huggingface_token"},
+        ),
+        # toy_options asks for no readers
+        (["--persistent_data_loader_workers"], {"--persistent_data_loader_workers"}),
         (["--guidance_scale", 6], {"--guidance_scale"}),
         (["--fp8_base", "--upcast_quantization"], {"--upcast_quantization"}),
         (["--fp8_base", "--fp8_scaled", "--upcast_quantization"], set()),

@@ -19,12 +19,16 @@ from training.validation import Validation
 CPU = torch.device("cpu")
 
 
-def made(folder: Path, process: int = 0, processes: int = 1, split: float = 0.4) -> tuple[Validation, torch.nn.Module]:
+def made(
+    folder: Path, process: int = 0, processes: int = 1, split: float = 0.4
+) -> tuple[Validation, torch.nn.Module]:
     family = ToyFamily()
     found = find_items(load_dataset_config(folder / "dataset.toml"), "toy", LATENT).items
     _, items = split_validation(found, split)
     timesteps = toy_options(folder).timesteps
-    return Validation(family, items, timesteps, NO_COMMANDS, CPU, process, processes), family.load_dit(Placement(CPU))
+    return Validation(family, items, timesteps, NO_COMMANDS, CPU, process, processes), family.load_dit(
+        Placement(CPU)
+    )
 
 
 def test_two_measurements_of_one_network_are_equal(tmp_path: Path) -> None:
@@ -52,7 +56,9 @@ def test_shares_of_two_processes_cover_all_items_once(tmp_path: Path) -> None:
     write_caches(tmp_path, count=6)
     whole, dit = made(tmp_path, split=0.5)
 
-    sums = [[whole._losses(item, dit, nullcontext) for item in whole.items[process::2]] for process in range(2)]
+    sums = [
+        [whole._losses(item, dit, nullcontext) for item in whole.items[process::2]] for process in range(2)
+    ]
 
     mean = torch.tensor([*sums[0], *sums[1]], dtype=torch.float64).mean(0)
     assert mean.mean().item() == pytest.approx(whole.measure(dit, nullcontext)["validation/loss"], rel=1e-6)
@@ -77,7 +83,9 @@ def test_it_is_measured_at_the_start_and_every_n_steps_the_same_for_every_seed(
     assert firsts[0] == firsts[1]
 
 
-def test_without_a_number_of_steps_it_is_measured_after_every_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_number_of_steps_it_is_measured_after_every_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_caches(tmp_path, count=5)
 
     with caplog.at_level(logging.INFO):
@@ -123,7 +131,9 @@ def test_steps_without_anything_to_validate_on_are_refused(tmp_path: Path) -> No
 def test_held_back_caches_of_another_encoder_are_told_of_with_those_that_are_learned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A whole run: nothing but the validation item differs, and it is told of once, however often it is measured."""
+    """A whole run: nothing but the validation item differs, and it is told of once, however often it is
+    measured.
+    """
     write_caches(tmp_path, count=3)
     items = find_items(load_dataset_config(tmp_path / "dataset.toml"), "toy", LATENT).items
     _, (held,) = split_validation(items, 0.3)
@@ -131,5 +141,9 @@ def test_held_back_caches_of_another_encoder_are_told_of_with_those_that_are_lea
 
     train_toy(tmp_path, "--validation_split", 0.3, "--validate_every_n_steps", 2)
 
-    (said,) = (message for message in caplog.messages if message.startswith("Not all caches were made by the same encoders:"))
+    (said,) = (
+        message
+        for message in caplog.messages
+        if message.startswith("Not all caches were made by the same encoders:")
+    )
     assert f"{held.text_path}: letters second" in said

@@ -59,7 +59,9 @@ class ToyVae(nn.Module):
     """Every latent pixel is one picture of 8 x 8 pixels; latent frames after the first are four."""
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        pixels = latents[:, :1].clamp(-1, 1).repeat(1, 3, 1, 1, 1).repeat_interleave(8, 3).repeat_interleave(8, 4)
+        pixels = (
+            latents[:, :1].clamp(-1, 1).repeat(1, 3, 1, 1, 1).repeat_interleave(8, 3).repeat_interleave(8, 4)
+        )
         for index, frame in enumerate(pixels.split(1, dim=2)):
             yield frame if index == 0 else frame.repeat_interleave(4, 2)
 
@@ -82,7 +84,10 @@ class ToyTextEncoder:
 
 @dataclass(frozen=True)
 class ToyFamily:
-    """Text to video. `watch` is called before every training pass with the number of those before it, `on_decode` with latents."""
+    """Text to video.
+
+    `watch` is called before every training pass with the number of those before it, `on_decode` with latents.
+    """
 
     watch: Callable[[int], None] = lambda _: None
     on_decode: Callable[[Tensor], None] = lambda _: None
@@ -131,7 +136,9 @@ class ToyFamily:
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         return {"letters": batch.tensors["letters"]}
 
-    def predict(self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS) -> Tensor:
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
         if torch.is_grad_enabled():
             self.watch(sum(self.passes))
         self.passes.append(torch.is_grad_enabled())
@@ -142,7 +149,13 @@ class ToyFamily:
             raise OptionError("this cannot be made")
         self.requests.append(request)
         scale = 5.0 if request.guidance_scale is None else request.guidance_scale
-        return replace(request, solver="euler", fps=16.0, guidance_scale=scale, negative_prompt=request.negative_prompt or "bad")
+        return replace(
+            request,
+            solver="euler",
+            fps=16.0,
+            guidance_scale=scale,
+            negative_prompt=request.negative_prompt or "bad",
+        )
 
     def prompts(self, request: Request) -> Mapping[int, Prompts]:
         return {0: Prompts(Prompt(request.prompt), Prompt(request.negative_prompt or ""))}
@@ -171,14 +184,18 @@ class ToyFamily:
 _: type[Family] = ToyFamily
 
 
-def write_caches(folder: Path, count: int = 5, batch_size: int = 1, more: str = "", bad: int | None = None) -> Path:
+def write_caches(
+    folder: Path, count: int = 5, batch_size: int = 1, more: str = "", bad: int | None = None
+) -> Path:
     """Caches of `count` pictures and the dataset file. bad: the latents of this one are not finite."""
     generator = torch.Generator().manual_seed(1)
     for index in range(count):
         latents = torch.randn(2, 1, 4, 4, generator=generator) + index
         if index == bad:
             latents[0, 0, 0, 0] = torch.inf
-        save_tensors(folder / "cache" / f"clip{index}_0032x0032_toy.safetensors", {"latents_1x4x4_float32": latents})
+        save_tensors(
+            folder / "cache" / f"clip{index}_0032x0032_toy.safetensors", {"latents_1x4x4_float32": latents}
+        )
         text = torch.full((index + 1, 1), 0.1 * index)
         save_tensors(folder / "cache" / f"clip{index}_toy_te.safetensors", {"varlen_letters_float32": text})
     path = folder / "dataset.toml"
@@ -198,14 +215,30 @@ def record_encoders(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def toy_options(folder: Path, *arguments: object, whole_dit: bool = False) -> TrainingOptions:
-    """Options as from a command line; output goes to `folder`/output under the name x. whole_dit: full fine-tuning."""
-    usual = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output", "--output_name", "x", "--seed", 3]
+    """Options as from a command line; output goes to `folder`/output under the name x.
+
+    whole_dit: full fine-tuning.
+    """
+    usual = [
+        "--dataset_config",
+        folder / "dataset.toml",
+        "--output_dir",
+        folder / "output",
+        "--output_name",
+        "x",
+        "--seed",
+        3,
+    ]
     usual += ["--learning_rate", "1e-2", "--max_train_steps", 8, "--max_data_loader_n_workers", 0]
     parser = training_parser("", add_whole_dit_arguments) if whole_dit else training_parser("")
-    return read_options(TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {}))
+    return read_options(
+        TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {})
+    )
 
 
-def train_toy(folder: Path, *arguments: object, family: Any = None, whole_dit: bool = False) -> dict[str, Tensor]:
+def train_toy(
+    folder: Path, *arguments: object, family: Any = None, whole_dit: bool = False
+) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of the final file."""
     assert train_network(family or ToyFamily(), toy_options(folder, *arguments, whole_dit=whole_dit)) == 0
     return load_file(folder / "output" / "x.safetensors")

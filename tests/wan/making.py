@@ -19,9 +19,13 @@ def golden_model(case: str, rope: str = "default") -> tuple[WanModel, dict[str, 
     description, tensors = read_case(case)
     fields = {field.name for field in dataclasses.fields(WanConfig)}
     sizes = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in description["config"].items() if key in fields
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in description["config"].items()
+        if key in fields
     }
-    config = WanConfig(**sizes, has_image=case != "wan_dit_t2v", image_positions=514 if case == "wan_dit_flf2v" else 0)
+    config = WanConfig(
+        **sizes, has_image=case != "wan_dit_t2v", image_positions=514 if case == "wan_dit_flf2v" else 0
+    )
     model = WanModel(config, rope=rope)
     model.load_state_dict(make_weights(description["weights_model_key"], description["weights"]))
     inputs = {
@@ -45,7 +49,9 @@ def tiny_inputs(kind: str, batch: int = 2, frames: int = 3) -> dict[str, Any]:
     inputs: dict[str, Any] = {
         "noisy": torch.randn(batch, config.in_dim, frames, 4, 6, generator=generator),
         "timesteps": torch.linspace(900.0, 100.0, batch),
-        "text": [torch.randn(5 + 40 * sample, config.text_dim, generator=generator) for sample in range(batch)],
+        "text": [
+            torch.randn(5 + 40 * sample, config.text_dim, generator=generator) for sample in range(batch)
+        ],
     }
     if config.has_image:
         tokens = config.image_positions or 257

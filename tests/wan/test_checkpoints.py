@@ -51,18 +51,32 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, nam
 
     dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
 
-    assert sum(weight.numel() for weight in dit.parameters()) == sum(torch.Size(shape).numel() for _, shape in tensors.values())
-    expected = "fun-control" if "control" in name else "flf2v" if "flf2v" in name else "t2v" if "t2v" in name else "i2v"
+    assert sum(weight.numel() for weight in dit.parameters()) == sum(
+        torch.Size(shape).numel() for _, shape in tensors.values()
+    )
+    expected = (
+        "fun-control"
+        if "control" in name
+        else "flf2v"
+        if "flf2v" in name
+        else "t2v"
+        if "t2v" in name
+        else "i2v"
+    )
     assert dit.config.kind == expected
     assert dit.config.dim == (1536 if "1.3b" in name else 5120)
     assert dit.config.num_heads == dit.config.dim // 128
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "prefix"), [("wan2.1-t2v-1.3b", "BF16", "model.diffusion_model."), ("wan2.1-t2v-14b", "F8_E4M3", "")]
+    ("name", "dtype", "prefix"),
+    [("wan2.1-t2v-1.3b", "BF16", "model.diffusion_model."), ("wan2.1-t2v-14b", "F8_E4M3", "")],
 )
 def test_repackaged_files_of_full_size_load(tmp_path: Path, name: str, dtype: str, prefix: str) -> None:
-    tensors = {key: (dtype if len(shape) > 1 or dtype == "BF16" else "F16", shape) for key, (_, shape) in tensor_list(name).items()}
+    tensors = {
+        key: (dtype if len(shape) > 1 or dtype == "BF16" else "F16", shape)
+        for key, (_, shape) in tensor_list(name).items()
+    }
 
     dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors, prefix), META)
 
@@ -100,13 +114,17 @@ def test_relatives_are_refused_by_name(tmp_path: Path, tensors: TensorList, name
 def test_fp8_files_compute_in_float16_where_that_is_wanted_and_other_files_do_not(tmp_path: Path) -> None:
     state, wanted = tiny_state("t2v"), replace(CPU, fp8_compute_dtype=torch.float16)
 
-    assert load_dit(write_dit(tmp_path / "fp8", state, "fp8_row_scale"), wanted).compute_dtype == torch.float16
+    assert (
+        load_dit(write_dit(tmp_path / "fp8", state, "fp8_row_scale"), wanted).compute_dtype == torch.float16
+    )
     assert load_dit(write_dit(tmp_path / "plain", state), wanted).compute_dtype == torch.float32
 
 
 def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> None:
     state = {
-        name: tensor.to(torch.bfloat16) if name.startswith("blocks.") and name.endswith("weight") and tensor.ndim == 2 else tensor
+        name: tensor.to(torch.bfloat16)
+        if name.startswith("blocks.") and name.endswith("weight") and tensor.ndim == 2
+        else tensor
         for name, tensor in tiny_state("t2v").items()
     }
 
@@ -122,12 +140,32 @@ def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("kind", "task", "difference", "advice"),
     [
-        ("i2v", "t2v-14B", "takes 36 input channels, t2v-14B has 16", "Use --task i2v-14B, or give a t2v checkpoint"),
-        ("t2v", "i2v-14B", "takes 16 input channels, i2v-14B has 36", "Use --task t2v-14B or t2v-1.3B, or give a i2v checkpoint"),
-        ("fun-control", "t2v-1.3B", "takes 48 input", "Use --task t2v-1.3B-FC or t2v-14B-FC or i2v-14B-FC, or"),
+        (
+            "i2v",
+            "t2v-14B",
+            "takes 36 input channels, t2v-14B has 16",
+            "Use --task i2v-14B, or give a t2v checkpoint",
+        ),
+        (
+            "t2v",
+            "i2v-14B",
+            "takes 16 input channels, i2v-14B has 36",
+            "Use --task t2v-14B or t2v-1.3B, or give a i2v checkpoint",
+        ),
+        (
+            "fun-control",
+            "t2v-1.3B",
+            "takes 48 input",
+            "Use --task t2v-1.3B-FC or t2v-14B-FC or i2v-14B-FC, or",
+        ),
         ("flf2v", "i2v-14B", "img_emb.emb_pos has places for two images", "Use --task flf2v-14B"),
         ("i2v", "flf2v-14B", "img_emb.emb_pos is not there", "Use --task i2v-14B"),
-        ("t2v", "i2v-14B-FC", "takes 16 input channels, i2v-14B-FC has 48", "give a Fun-Control checkpoint to --dit"),
+        (
+            "t2v",
+            "i2v-14B-FC",
+            "takes 16 input channels, i2v-14B-FC has 48",
+            "give a Fun-Control checkpoint to --dit",
+        ),
     ],
 )
 def test_another_kind_than_the_task_is_an_error_that_names_the_right_task(
@@ -145,7 +183,13 @@ def test_another_kind_than_the_task_is_an_error_that_names_the_right_task(
 
 
 @pytest.mark.parametrize(
-    ("kind", "task"), [("t2v", "t2v-14B"), ("t2v", "t2i-14B"), ("fun-control", "i2v-14B-FC"), ("fun-control-v1.1", "t2v-1.3B-FC")]
+    ("kind", "task"),
+    [
+        ("t2v", "t2v-14B"),
+        ("t2v", "t2i-14B"),
+        ("fun-control", "i2v-14B-FC"),
+        ("fun-control-v1.1", "t2v-1.3B-FC"),
+    ],
 )
 def test_another_size_of_the_right_kind_is_used_with_one_log_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, task: str
@@ -157,7 +201,8 @@ def test_another_size_of_the_right_kind_is_used_with_one_log_line(
         note_size(read_once(path, read_dit_header), TASKS[task], path)
 
     assert [record.message for record in caplog.records] == [
-        f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: it is used as it is"
+        f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: it is "
+        "used as it is"
     ]
 
 
@@ -168,7 +213,10 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, other)
     siglip = tmp_path / "siglip.safetensors"
-    save_file({f"vision_model.embeddings.patch_embedding.{name}": torch.zeros(1) for name in ("weight", "bias")}, siglip)
+    save_file(
+        {f"vision_model.embeddings.patch_embedding.{name}": torch.zeros(1) for name in ("weight", "bias")},
+        siglip,
+    )
 
     assert identify(siglip) == "it looks like a SigLIP image encoder (--image_encoder)"
     assert identify(dit) == "it is a Wan2.1 transformer (--dit) for --task i2v-14B"
@@ -188,7 +236,9 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
         ("something.weight", "no patch_embedding.weight"),
     ],
 )
-def test_a_file_of_another_network_is_refused_with_what_it_looks_like(tmp_path: Path, tensor: str, what: str) -> None:
+def test_a_file_of_another_network_is_refused_with_what_it_looks_like(
+    tmp_path: Path, tensor: str, what: str
+) -> None:
     path = tmp_path / "other.safetensors"
     save_file({tensor: torch.zeros(2)}, path)
 

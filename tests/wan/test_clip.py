@@ -9,7 +9,13 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.golden_cases import make_weights, read_case
-from tests.tiny.wan_encoders import CLIP_DIM, clip_config, clip_hf_tensors, clip_official_tensors, clip_tensors
+from tests.tiny.wan_encoders import (
+    CLIP_DIM,
+    clip_config,
+    clip_hf_tensors,
+    clip_official_tensors,
+    clip_tensors,
+)
 from wan.clip import ClipVision, load_clip
 from wan.encoder_checkpoints import ClipConfig
 
@@ -39,7 +45,9 @@ def test_recorded_preprocessing_and_features_are_met() -> None:
     prepared = clip.prepare(tensors["image_minus1_to_1"])
     features = clip.encode(tensors["image_minus1_to_1"])
 
-    assert (prepared - tensors["preprocessed"]).abs().max() <= description["tolerance"]["preprocessed"]["atol"]
+    assert (prepared - tensors["preprocessed"]).abs().max() <= description["tolerance"]["preprocessed"][
+        "atol"
+    ]
     assert (features - tensors["features"]).abs().max() <= description["tolerance"]["features"]["atol"]
 
 
@@ -56,7 +64,11 @@ def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
             hidden_act="gelu",
         )
     ).eval()
-    hf = {name: tensor for name, tensor in clip_hf_tensors(tensors).items() if name != "visual_projection.weight"}
+    hf = {
+        name: tensor
+        for name, tensor in clip_hf_tensors(tensors).items()
+        if name != "visual_projection.weight"
+    }
     if not any(name.startswith("vision_model.") for name in theirs.state_dict()):
         hf = {name.removeprefix("vision_model."): tensor for name, tensor in hf.items()}
     missing, unexpected = theirs.load_state_dict(hf, strict=False)

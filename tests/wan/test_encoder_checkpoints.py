@@ -40,18 +40,29 @@ READERS: tuple[tuple[str, Read, Callable[[Any], nn.Module]], ...] = (
     ("clip-vision", read_clip, ClipVision),
     ("clip-xlm", read_clip, ClipVision),
 )
-PUBLISHED = [pytest.param(name, read, build, id=name) for start, read, build in READERS for name in manifest_names(start)]
+PUBLISHED = [
+    pytest.param(name, read, build, id=name)
+    for start, read, build in READERS
+    for name in manifest_names(start)
+]
 
 
 @pytest.mark.parametrize(("manifest", "read", "build"), PUBLISHED)
-def test_published_files_fit_at_full_size(tmp_path: Path, manifest: str, read: Read, build: Callable[[Any], nn.Module]) -> None:
+def test_published_files_fit_at_full_size(
+    tmp_path: Path, manifest: str, read: Read, build: Callable[[Any], nn.Module]
+) -> None:
     tensors = tensor_list(manifest)
     with open_checkpoint(write_hollow(tmp_path / "model.safetensors", tensors)) as checkpoint:
         plan = read(checkpoint)
         with torch.device("meta"):
             network = build(plan.config)
         load_module(  # raises for every leftover
-            network, plan.checkpoint, plan.sources, device=torch.device("meta"), dtype=lambda _, stored: stored, ignore=plan.ignore
+            network,
+            plan.checkpoint,
+            plan.sources,
+            device=torch.device("meta"),
+            dtype=lambda _, stored: stored,
+            ignore=plan.ignore,
         )
     if build is not ClipVision:  # of CLIP the last block and the text tower are left out
         loaded = sum(tensor.numel() for tensor in network.state_dict().values())
@@ -86,7 +97,10 @@ def prefixed(tensors: Mapping[str, Tensor], prefix: str, **others: Tensor) -> di
 @pytest.mark.parametrize("layout", ["official", "diffusers", "prefixed", "all-in-one", "wrapped"])
 def test_every_vae_layout_gives_the_same_weights(tmp_path: Path, name: str, layout: str) -> None:
     tensors = vae_tensors()
-    other = {"model.diffusion_model.head.weight": torch.ones(2), "text_encoders.umt5xxl.shared.weight": torch.ones(2)}
+    other = {
+        "model.diffusion_model.head.weight": torch.ones(2),
+        "text_encoders.umt5xxl.shared.weight": torch.ones(2),
+    }
     layouts: dict[str, dict[str, Tensor]] = {
         "official": tensors,
         "diffusers": vae_diffusers_tensors(tensors),
@@ -101,7 +115,9 @@ def test_every_vae_layout_gives_the_same_weights(tmp_path: Path, name: str, layo
     assert_equal(load_vae(tmp_path / name, CPU, torch.float32), tensors)
 
 
-@pytest.mark.parametrize("layout", ["official", "encoder prefix", "hf", "hf tied", "comfy", "all-in-one", "bare hf"])
+@pytest.mark.parametrize(
+    "layout", ["official", "encoder prefix", "hf", "hf tied", "comfy", "all-in-one", "bare hf"]
+)
 def test_every_t5_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> None:
     tensors = t5_tensors()
     hf = t5_hf_tensors(tensors)
@@ -117,7 +133,10 @@ def test_every_t5_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> 
             "text_encoders.umt5xxl.spiece_model": blob,
             "vae.conv1.weight": torch.ones(2),
         },
-        "bare hf": {"encoder.embed_tokens.weight" if name == "shared.weight" else name: value for name, value in hf.items()},
+        "bare hf": {
+            "encoder.embed_tokens.weight" if name == "shared.weight" else name: value
+            for name, value in hf.items()
+        },
     }
     path = saved(tmp_path / "t5.safetensors", layouts[layout])
     assert_equal(load_t5(path, CPU), tensors)
@@ -140,7 +159,10 @@ def test_a_sharded_t5_loads_from_its_folder_its_index_and_any_shard(tmp_path: Pa
 
 def test_plain_and_scaled_fp8_t5_files_load(tmp_path: Path) -> None:
     tensors = t5_tensors()
-    plain = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor.bfloat16() for name, tensor in tensors.items()}
+    plain = {
+        name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor.bfloat16()
+        for name, tensor in tensors.items()
+    }
     loaded = load_t5(saved(tmp_path / "plain.safetensors", plain), CPU)
     assert_equal(loaded, {name: tensor.float().bfloat16() for name, tensor in plain.items()})
     stored, meant = t5_comfy_fp8_tensors(tensors)
@@ -171,7 +193,11 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "t5": lambda path: load_t5(path, CPU),
     "clip": lambda path: load_clip(path, CPU),
 }
-TENSORS: dict[str, Callable[[], dict[str, Tensor]]] = {"vae": vae_tensors, "t5": t5_tensors, "clip": clip_tensors}
+TENSORS: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "vae": vae_tensors,
+    "t5": t5_tensors,
+    "clip": clip_tensors,
+}
 
 
 @pytest.mark.parametrize("kind", TENSORS)
@@ -211,7 +237,9 @@ def test_missing_and_additional_tensors_are_listed(tmp_path: Path) -> None:
     tensors = vae_tensors()
     del tensors["decoder.middle.0.residual.2.bias"]
     tensors["surplus.weight"] = torch.ones(1)
-    with pytest.raises(CheckpointError, match=r"missing: decoder.middle.0.residual.2.bias(.|\n)*unexpected: surplus.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"missing: decoder.middle.0.residual.2.bias(.|\n)*unexpected: surplus.weight"
+    ):
         load_vae(saved(tmp_path / "vae.safetensors", tensors), CPU, torch.float32)
 
 

@@ -58,14 +58,18 @@ def test_the_flow_shift_is_that_of_the_release(task: str, size: tuple[int, int],
     assert default_flow_shift(TASKS[task], *size) == shift
 
 
-def test_the_flow_shift_goes_by_the_size_asked_for_not_by_the_image(family_of: FamilyOf, picture: Path) -> None:
+def test_the_flow_shift_goes_by_the_size_asked_for_not_by_the_image(
+    family_of: FamilyOf, picture: Path
+) -> None:
     request = family_of("i2v-14B", "i2v").prepare(Request("p", 0, width=832, height=480, image_path=picture))
     assert (request.width, request.height) == (880, 432)
     assert request.flow_shift == 3.0
 
 
 @pytest.mark.parametrize(("task", "kind"), [("i2v-14B", "i2v"), ("i2v-14B-FC", "fun-control")])
-def test_image_to_video_asks_for_the_image_encoder(family_of: FamilyOf, picture: Path, task: str, kind: str) -> None:
+def test_image_to_video_asks_for_the_image_encoder(
+    family_of: FamilyOf, picture: Path, task: str, kind: str
+) -> None:
     family = family_of(task, kind, with_clip=False)
     with pytest.raises(OptionError, match="--clip is missing"):
         family.prepare(Request("p", 0, image_path=picture, control_path=picture))
@@ -73,7 +77,9 @@ def test_image_to_video_asks_for_the_image_encoder(family_of: FamilyOf, picture:
 
 def test_a_missing_image_is_named_with_its_option(family_of: FamilyOf, picture: Path) -> None:
     with pytest.raises(OptionError, match=r"--end_image_path .*no\.png: no such file"):
-        family_of("i2v-14B", "i2v").prepare(Request("p", 0, image_path=picture, end_image_path=picture.with_name("no.png")))
+        family_of("i2v-14B", "i2v").prepare(
+            Request("p", 0, image_path=picture, end_image_path=picture.with_name("no.png"))
+        )
 
 
 def test_an_image_that_the_task_does_not_take_is_ignored_with_a_warning(
@@ -85,7 +91,9 @@ def test_an_image_that_the_task_does_not_take_is_ignored_with_a_warning(
 
 
 @pytest.mark.parametrize("placement", [Placement(CPU), Placement(CPU, compute_dtype=torch.float16)])
-def test_what_it_will_compute_in_is_known_before_it_is_loaded(family_of: FamilyOf, placement: Placement) -> None:
+def test_what_it_will_compute_in_is_known_before_it_is_loaded(
+    family_of: FamilyOf, placement: Placement
+) -> None:
     family = family_of("t2v-14B", "t2v")
     dtype = family.compute_dtype(placement)
     dit = family.load_dit(placement)
@@ -97,5 +105,7 @@ def test_a_table_with_several_control_images_for_one_item_is_refused(family_of: 
     family = family_of("t2v-1.3B", "t2v")
     family.check_table(MediaTable("data.toml", "image", has_control=True, clean_indices=(0,)))
     family.check_table(MediaTable("data.toml", "image", clean_indices=(0, 10)))  # there are none
-    with pytest.raises(DatasetError, match=r"^data\.toml: Wan takes one control.* fp_1f_clean_indices asks for 2"):
+    with pytest.raises(
+        DatasetError, match=r"^data\.toml: Wan takes one control.* fp_1f_clean_indices asks for 2"
+    ):
         family.check_table(MediaTable("data.toml", "image", has_control=True, clean_indices=(0, 10)))

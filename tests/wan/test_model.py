@@ -31,7 +31,9 @@ def test_a_skipped_block_passes_its_input_through() -> None:
 
     velocity = model(**inputs, skip_blocks={1})
 
-    torch.testing.assert_close(velocity, expected["out_skip_block_1"], **expected["tolerance"]["out_skip_block_1"])
+    torch.testing.assert_close(
+        velocity, expected["out_skip_block_1"], **expected["tolerance"]["out_skip_block_1"]
+    )
 
 
 def test_float32_weights_attend_in_float32_not_as_older_tools_in_bfloat16() -> None:
@@ -39,7 +41,9 @@ def test_float32_weights_attend_in_float32_not_as_older_tools_in_bfloat16() -> N
 
     velocity = model(**inputs)
 
-    assert (velocity - expected["out"]).abs().max() < 1e-2 * (expected["out_bf16_attention"] - expected["out"]).abs().max()
+    assert (velocity - expected["out"]).abs().max() < 1e-2 * (
+        expected["out_bf16_attention"] - expected["out"]
+    ).abs().max()
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
@@ -53,7 +57,9 @@ def test_bfloat16_weights_and_bfloat16_autocast_stay_near_float32(case: str, how
         velocity = model(**inputs)
 
     assert velocity.dtype == torch.float32
-    torch.testing.assert_close(velocity, expected["out"], atol=expected["tolerance"]["out_bf16_attention"]["atol"], rtol=0)
+    torch.testing.assert_close(
+        velocity, expected["out"], atol=expected["tolerance"]["out_bf16_attention"]["atol"], rtol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
@@ -85,16 +91,22 @@ def test_a_sample_of_a_batch_equals_that_sample_alone(kind: str) -> None:
 
 def test_text_may_come_as_one_padded_tensor() -> None:
     model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
-    padded = torch.stack([torch.nn.functional.pad(rows, (0, 0, 0, 60 - len(rows))) for rows in inputs["text"]])
+    padded = torch.stack(
+        [torch.nn.functional.pad(rows, (0, 0, 0, 60 - len(rows))) for rows in inputs["text"]]
+    )
 
     torch.testing.assert_close(model(**inputs), model(**inputs | {"text": padded}), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_padding_rows_computed_once_give_what_all_of_them_give(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_rows_computed_once_give_what_all_of_them_give(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, inputs = tiny_model(kind).requires_grad_(True), tiny_inputs(kind)
     merged = gradients(model, inputs)
-    monkeypatch.setattr("wan.model._padded", lambda text, length, merges, padded=_padded: padded(text, length, False))
+    monkeypatch.setattr(
+        "wan.model._padded", lambda text, length, merges, padded=_padded: padded(text, length, False)
+    )
 
     for name, gradient in gradients(model, inputs).items():
         torch.testing.assert_close(merged[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
@@ -102,7 +114,9 @@ def test_padding_rows_computed_once_give_what_all_of_them_give(kind: str, monkey
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
-def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+def test_every_attention_back_end_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
+) -> None:
     """With stand-ins for the packages. They are given every row of padded text, as on a GPU."""
     if mode in PACKAGES:
         put_in(monkeypatch, mode)
@@ -110,7 +124,8 @@ def test_every_attention_back_end_gives_the_same(monkeypatch: pytest.MonkeyPatch
     expected = model(**inputs)
     model.attention = AttentionChoice(mode.partition(" ")[0], split)
 
-    torch.testing.assert_close(model(**inputs), expected, atol=1e-4, rtol=1e-4)  # sums of 512 rounded exponentials
+    # sums of 512 rounded exponentials
+    torch.testing.assert_close(model(**inputs), expected, atol=1e-4, rtol=1e-4)
 
 
 def gradients(model: WanModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -177,6 +192,8 @@ def test_image_attention_without_features_reads_the_first_text_rows() -> None:
         ("flf2v", {"image_embeds": torch.zeros(2, 257, 1280)}, "257 image tokens, the model takes 514"),
     ],
 )
-def test_sizes_that_do_not_fit_the_model_are_an_error(kind: str, change: dict[str, Any], message: str) -> None:
+def test_sizes_that_do_not_fit_the_model_are_an_error(
+    kind: str, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model(kind)(**tiny_inputs(kind) | change)

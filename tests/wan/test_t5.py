@@ -26,7 +26,11 @@ from tests.tiny.wan_encoders import (
 from wan.t5 import UmT5, WanTextEncoder, clean_text, load_t5, relative_bucket
 
 CPU = torch.device("cpu")
-PROMPTS = ("a rabbit in the grass", "", "the sun rises over the hills while a squirrel laughs; rain falls outside")
+PROMPTS = (
+    "a rabbit in the grass",
+    "",
+    "the sun rises over the hills while a squirrel laughs; rain falls outside",
+)
 
 
 @pytest.fixture
@@ -42,7 +46,9 @@ def encoded(encoder: WanTextEncoder, *texts: str) -> list[Tensor]:
 
 def test_recorded_embeddings_are_met(tmp_path: Path) -> None:
     description, tensors = read_case("umt5_encoder")
-    save_file(make_weights(description["weights_model_key"], description["weights"]), tmp_path / "t5.safetensors")
+    save_file(
+        make_weights(description["weights_model_key"], description["weights"]), tmp_path / "t5.safetensors"
+    )
     t5 = load_t5(tmp_path / "t5.safetensors", CPU)
     lengths = tensors["attention_mask"].sum(1).tolist()
 
@@ -50,7 +56,9 @@ def test_recorded_embeddings_are_met(tmp_path: Path) -> None:
         ours = t5([ids[:length] for ids, length in zip(tensors["input_ids"], lengths, strict=True)])
 
     for index, embeds in enumerate(ours):
-        assert (embeds - tensors[f"out_{index}_trimmed"]).abs().max() <= description["tolerance"]["out_*"]["atol"]
+        assert (embeds - tensors[f"out_{index}_trimmed"]).abs().max() <= description["tolerance"]["out_*"][
+            "atol"
+        ]
 
 
 def test_recorded_buckets_are_met_exactly() -> None:
@@ -149,7 +157,9 @@ def test_in_fp8_linear_layers_are_rounded_and_nothing_else(tmp_path: Path, store
     torch.save(t5_tensors(dtype=stored), tmp_path / T5_FILE)
     usual, t5 = load_t5(tmp_path / T5_FILE, CPU), load_t5(tmp_path / T5_FILE, CPU, in_fp8=True)
     layers = quantised_layers(t5)
-    assert layers.keys() == {name for name, layer in usual.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert layers.keys() == {
+        name for name, layer in usual.named_modules() if isinstance(layer, torch.nn.Linear)
+    }
     for name, tensor in t5.state_dict().items():
         if name.removesuffix(".weight").removesuffix(".scale_weight") not in layers:
             assert torch.equal(tensor, usual.state_dict()[name])
@@ -168,7 +178,9 @@ def test_layers_of_an_fp8_file_stay_as_they_are(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "fp8.safetensors")
     t5 = load_t5(tmp_path / "fp8.safetensors", CPU, in_fp8=True)
     for name, layer in quantised_layers(t5).items():
-        torch.testing.assert_close(dequantise(layer.weight, scale_of(layer)), meant[f"{name}.weight"], rtol=0, atol=0)
+        torch.testing.assert_close(
+            dequantise(layer.weight, scale_of(layer)), meant[f"{name}.weight"], rtol=0, atol=0
+        )
     assert t5.norm.weight.dtype == t5.token_embedding.weight.dtype == torch.bfloat16
 
 

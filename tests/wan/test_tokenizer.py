@@ -29,10 +29,14 @@ def test_tokens_equal_those_of_transformers(folder: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(str(folder / "tokens"))
     ours = load_tokenizer(folder / "tokens", folder / "model" / T5_FILE)
     for text in (TEXT, "", "rabbit " * 600, "日本語"):
-        assert ours(text) == theirs(text, truncation=True, max_length=512, add_special_tokens=True)["input_ids"]
+        assert (
+            ours(text) == theirs(text, truncation=True, max_length=512, add_special_tokens=True)["input_ids"]
+        )
 
 
-@pytest.mark.parametrize("given", ["tokens", "tokens/tokenizer.json", "tokens/spiece.model", "release", "only spiece"])
+@pytest.mark.parametrize(
+    "given", ["tokens", "tokens/tokenizer.json", "tokens/spiece.model", "release", "only spiece"]
+)
 def test_a_folder_and_each_of_its_files_give_the_same_tokens(folder: Path, given: str) -> None:
     shutil.copytree(folder / "tokens", folder / "release" / "google" / "umt5-xxl")
     (folder / "only spiece").mkdir()
@@ -65,7 +69,10 @@ def test_the_tokenizer_inside_a_comfy_file_is_used(folder: Path) -> None:
 
 def test_what_the_option_names_comes_before_what_lies_beside(folder: Path) -> None:
     write_tokenizer(folder / "model" / "google" / "umt5-xxl")
-    assert find_tokenizer(folder / "tokens", folder / "model" / T5_FILE).file == folder / "tokens" / "tokenizer.json"
+    assert (
+        find_tokenizer(folder / "tokens", folder / "model" / T5_FILE).file
+        == folder / "tokens" / "tokenizer.json"
+    )
 
 
 def test_without_a_network_the_error_names_the_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,9 @@ def vae(tmp_path: Path) -> WanVae:
 
 
 def clip_of(frames: int, height: int = 32, width: int = 48, batch: int = 1) -> Tensor:
-    return torch.randn(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)).clamp_(-1, 1)
+    return torch.randn(
+        batch, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)
+    ).clamp_(-1, 1)
 
 
 def joined(chunks: Iterator[Tensor]) -> Tensor:
@@ -81,7 +83,9 @@ def test_streaming_equals_the_whole_clip_at_once() -> None:
         moments = torch.cat([vae.encoder(group, memory) for group in groups], dim=2)
         torch.testing.assert_close(moments, whole_encoder(vae, pixels), rtol=1e-12, atol=1e-12)
         latents, memory = moments[:, :16], TimeMemory()
-        decoded = torch.cat([vae.decoder(latents[:, :, index : index + 1], memory) for index in range(4)], dim=2)
+        decoded = torch.cat(
+            [vae.decoder(latents[:, :, index : index + 1], memory) for index in range(4)], dim=2
+        )
         torch.testing.assert_close(decoded, whole_decoder(vae, latents), rtol=1e-12, atol=1e-12)
 
 
@@ -95,7 +99,11 @@ def test_a_chunk_depends_on_no_later_frame(vae: WanVae) -> None:
 
 def test_pixels_come_in_playing_order_one_frame_and_then_four_at_a_time(vae: WanVae) -> None:
     chunks = list(vae.decode(torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 3))
-    assert [tuple(chunk.shape) for chunk in chunks] == [(1, 3, 1, 32, 32), (1, 3, 4, 32, 32), (1, 3, 4, 32, 32)]
+    assert [tuple(chunk.shape) for chunk in chunks] == [
+        (1, 3, 1, 32, 32),
+        (1, 3, 4, 32, 32),
+        (1, 3, 4, 32, 32),
+    ]
     assert max(float(chunk.abs().max()) for chunk in chunks) <= 1
 
 
@@ -126,8 +134,12 @@ def test_a_clip_that_fits_one_tile_is_not_cut(tmp_path: Path, vae: WanVae) -> No
 
 
 def test_tiles_change_latents_and_pixels_only_a_little(tmp_path: Path, vae: WanVae) -> None:
-    # tiles of 8 latents are hardly wider than what a latent depends on, and random weights look farther than trained ones
-    tiled, pixels = made(tmp_path, vae_tensors(), tile=64), F.interpolate(clip_of(5, 6, 8), size=(5, 88, 64), mode="trilinear")
+    # tiles of 8 latents are hardly wider than what a latent depends on, and random weights look farther than
+    # trained ones
+    tiled, pixels = (
+        made(tmp_path, vae_tensors(), tile=64),
+        F.interpolate(clip_of(5, 6, 8), size=(5, 88, 64), mode="trilinear"),
+    )
     latents = vae.encode(pixels)
     difference = tiled.encode(pixels) - latents
     assert difference.shape == latents.shape
@@ -137,7 +149,9 @@ def test_tiles_change_latents_and_pixels_only_a_little(tmp_path: Path, vae: WanV
     assert (torch.cat(cut, dim=2) - whole).abs().mean() < 0.25 * whole.abs().mean()
 
 
-@pytest.mark.parametrize(("size", "largest"), [(8, 8), (9, 8), (20, 8), (90, 32), (160, 32), (33, 32), (7, 3), (5, 1)])
+@pytest.mark.parametrize(
+    ("size", "largest"), [(8, 8), (9, 8), (20, 8), (90, 32), (160, 32), (33, 32), (7, 3), (5, 1)]
+)
 def test_tiles_cover_an_axis_with_weights_that_sum_to_one(size: int, largest: int) -> None:
     total = torch.zeros(size * 8)
     for tile in tiles(size, largest):
@@ -153,7 +167,9 @@ def test_sizes_the_vae_cannot_take_are_refused(vae: WanVae, shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_weights_give_float32_latents_near_the_exact_ones(tmp_path: Path, vae: WanVae, dtype: torch.dtype) -> None:
+def test_16_bit_weights_give_float32_latents_near_the_exact_ones(
+    tmp_path: Path, vae: WanVae, dtype: torch.dtype
+) -> None:
     half, pixels = load_vae(tmp_path / "vae.safetensors", CPU, dtype), clip_of(5)
     latents = half.encode(pixels)
     assert half.dtype == dtype
@@ -195,8 +211,14 @@ def whole(layer: torch.nn.Module, x: Tensor) -> Tensor:
         case FrameAttention():
             return layer(x, None)
         case Downsample():
-            frames = torch.stack([layer.resample["1"](F.pad(frame, (0, 1, 0, 1))) for frame in x.unbind(2)], dim=2)
-            return frames if layer.time_conv is None else torch.cat([frames[:, :, :1], layer.time_conv(frames)], dim=2)
+            frames = torch.stack(
+                [layer.resample["1"](F.pad(frame, (0, 1, 0, 1))) for frame in x.unbind(2)], dim=2
+            )
+            return (
+                frames
+                if layer.time_conv is None
+                else torch.cat([frames[:, :, :1], layer.time_conv(frames)], dim=2)
+            )
         case Upsample():
             if layer.time_conv is not None:
                 pairs = layer.time_conv(F.pad(x[:, :, 1:], (0, 0, 0, 0, 2, 0))).chunk(2, dim=1)

@@ -1,7 +1,9 @@
-"""Micro-batches ahead of need: cache files are read, noise and timesteps are drawn, in workers where there are any.
+"""Micro-batches ahead of need: cache files are read, noise and timesteps are drawn, in workers where there
+are any.
 
-All that is random about a micro-batch comes from CPU generators seeded by the run's seed and the micro-batch's number in the run.
-So it depends on no device, no number of workers or processes, and on nothing that was done before.
+All that is random about a micro-batch comes from CPU generators seeded by the run's seed and the
+micro-batch's number in the run. So it depends on no device, no number of workers or processes, and on nothing
+that was done before.
 """
 
 import functools
@@ -44,7 +46,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch on its way between processes, all its tensors in one: each costs the receiver a connection to the sender."""
+    """A micro-batch on its way between processes, all its tensors in one: each costs the receiver a
+    connection to the sender.
+    """
 
     outline: MicroBatch  # its tensors are on the meta device: dtypes and shapes
     content: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
@@ -86,9 +90,14 @@ class Randomness:
     seed: int
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
-        """Draw noise and timesteps for micro-batch `number` of the run. first_sample: how many samples the run has seen before."""
+        """Draw noise and timesteps for micro-batch `number` of the run.
+
+        first_sample: how many samples the run has seen before.
+        """
         noise = torch.randn(batch.tensor("latents").shape, generator=seeded(self.seed, "noise", number))
-        times = draw(self.timesteps, len(batch), seeded(self.seed, "timesteps", number), self.seed, first_sample)
+        times = draw(
+            self.timesteps, len(batch), seeded(self.seed, "timesteps", number), self.seed, first_sample
+        )
         return NoisyBatch(batch, noise, times.sigmas, times.timesteps, loss_weights(self.timesteps, times))
 
 
@@ -98,11 +107,16 @@ def seeded(*parts: int | str) -> torch.Generator:
 
 
 class MicroBatches:
-    """Every micro-batch of every epoch, by key: a map-style data set for the data loader, copied into each worker."""
+    """Every micro-batch of every epoch, by key: a map-style data set for the data loader, copied into each
+    worker.
+    """
 
-    def __init__(self, order: BatchOrder, latent: LatentSpec, randomness: Randomness, commands: CachingCommands) -> None:
+    def __init__(
+        self, order: BatchOrder, latent: LatentSpec, randomness: Randomness, commands: CachingCommands
+    ) -> None:
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
-        self._epoch = -1  # the last one asked for, its batches, and how many samples the run has seen before each of them
+        # the last one asked for, its batches, and how many samples the run has seen before each of them
+        self._epoch = -1
         self._batches: tuple[tuple[TrainingItem, ...], ...] = ()
         self._first_samples: tuple[int, ...] = ()
 
@@ -111,7 +125,9 @@ class MicroBatches:
         epoch, index = key
         if self._epoch != epoch:
             self._epoch, self._batches = epoch, self.order.epoch(epoch)
-            self._first_samples = tuple(accumulate(map(len, self._batches), initial=epoch * self.order.num_items))
+            self._first_samples = tuple(
+                accumulate(map(len, self._batches), initial=epoch * self.order.num_items)
+            )
         number = epoch * self.order.num_batches + index
         batch = read_batch(self._batches[index], self.latent, self.commands)
         return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
@@ -163,7 +179,9 @@ class Feed:
 
 @dataclass(frozen=True)
 class _HandedOver:
-    """The micro-batches as workers hand them over: errors as values, as raised ones would arrive as traceback texts."""
+    """The micro-batches as workers hand them over: errors as values, as raised ones would arrive as traceback
+    texts.
+    """
 
     batches: MicroBatches
 
@@ -179,7 +197,8 @@ def _unchanged(packed: Packed | UserError) -> Packed | UserError:
 
 
 def _start_worker(ending: Event, _: int) -> None:
-    """Signals to end that reach the workers too are no matter of theirs: the main process wants to finish its step first.
+    """Signals to end that reach the workers too are no matter of theirs: the main process wants to finish its
+    step first.
 
     ending: set when it is through with them; then its own SIGTERM ends them.
     """

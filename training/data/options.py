@@ -30,11 +30,18 @@ class TimestepOptions:
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
-            raise OptionError(f"--discrete_flow_shift {self.flow_shift}: has to be positive; 1 means no shift")
+            raise OptionError(
+                f"--discrete_flow_shift {self.flow_shift}: has to be positive; 1 means no shift"
+            )
         check_at_least("--logit_std", self.logit_std, 0, "the width of the normal distribution")
-        check_at_least("--num_timestep_buckets", self.num_timestep_buckets, 1, "leave it out for independent draws")
+        check_at_least(
+            "--num_timestep_buckets", self.num_timestep_buckets, 1, "leave it out for independent draws"
+        )
         if not 0 <= self.lowest < self.highest <= NUM_TIMESTEPS:
-            raise OptionError(f"--min_timestep {self.lowest} --max_timestep {self.highest}: need 0 <= min < max <= {NUM_TIMESTEPS}")
+            raise OptionError(
+                f"--min_timestep {self.lowest} --max_timestep {self.highest}: need 0 <= min < max <= "
+                f"{NUM_TIMESTEPS}"
+            )
 
     @property
     def lowest(self) -> int:
@@ -50,25 +57,37 @@ class TimestepOptions:
 def add_timestep_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `TimestepOptions`."""
     group = parser.add_argument_group("timesteps and loss weights")
-    group.add_argument("--timestep_sampling", default="sigma", choices=SAMPLERS, help="how timesteps are drawn")
     group.add_argument(
-        "--discrete_flow_shift", type=float, default=1.0, help="time shift of --timestep_sampling shift; no other sampler uses it"
+        "--timestep_sampling", default="sigma", choices=SAMPLERS, help="how timesteps are drawn"
     )
-    group.add_argument("--sigmoid_scale", type=float, default=1.0, help="factor on the normal number of sigmoid and shift")
+    group.add_argument(
+        "--discrete_flow_shift",
+        type=float,
+        default=1.0,
+        help="time shift of --timestep_sampling shift; no other sampler uses it",
+    )
+    group.add_argument(
+        "--sigmoid_scale", type=float, default=1.0, help="factor on the normal number of sigmoid and shift"
+    )
     group.add_argument(
         "--weighting_scheme",
         default="none",
         choices=WEIGHTINGS,
-        help="logit_normal and mode shape the draws of --timestep_sampling sigma; cosmap and sigma_sqrt weight the loss",
+        help="logit_normal and mode shape the draws of --timestep_sampling sigma; cosmap and sigma_sqrt "
+        "weight the loss",
     )
     group.add_argument("--logit_mean", type=float, default=0.0, help="mean of logit_normal and logsnr")
     group.add_argument("--logit_std", type=float, default=1.0, help="width of logit_normal and logsnr")
     group.add_argument("--mode_scale", type=float, default=1.29, help="scale of the weighting scheme mode")
     group.add_argument(
-        "--min_timestep", type=int, help="lower bound, 0 to 999; with --timestep_sampling sigma it counts from the noisy end"
+        "--min_timestep",
+        type=int,
+        help="lower bound, 0 to 999; with --timestep_sampling sigma it counts from the noisy end",
     )
     group.add_argument(
-        "--max_timestep", type=int, help="upper bound, 1 to 1000; with --timestep_sampling sigma it counts from the noisy end"
+        "--max_timestep",
+        type=int,
+        help="upper bound, 1 to 1000; with --timestep_sampling sigma it counts from the noisy end",
     )
     group.add_argument(
         "--preserve_distribution_shape",
@@ -81,5 +100,7 @@ def add_timestep_arguments(parser: argparse.ArgumentParser) -> None:
         help="spread the draws evenly: each run of N samples takes one from each of N equal parts, shuffled",
     )
     group.add_argument(
-        "--show_timesteps", choices=("image", "console"), help="show the distribution of timesteps and weights, then exit"
+        "--show_timesteps",
+        choices=("image", "console"),
+        help="show the distribution of timesteps and weights, then exit",
     )

@@ -1,7 +1,7 @@
 """How noisy each training sample is: drawing timesteps, weighting losses, and showing both.
 
-Letters: u is uniform in 0..1, n standard normal, t the share of noise (sigma). Every sampler is a function of one number per
-sample, so draws can be spread evenly by spreading u.
+Letters: u is uniform in 0..1, n standard normal, t the share of noise (sigma). Every sampler is a function of
+one number per sample, so draws can be spread evenly by spreading u.
 """
 
 import functools
@@ -29,13 +29,18 @@ class Timesteps:
 
 
 def draw(
-    options: TimestepOptions, batch_size: int, generator: torch.Generator, seed: int = 0, first_sample: int | None = None
+    options: TimestepOptions,
+    batch_size: int,
+    generator: torch.Generator,
+    seed: int = 0,
+    first_sample: int | None = None,
 ) -> Timesteps:
     """Draw one timestep per sample of a micro-batch.
 
-    generator: on the CPU, made for this micro-batch. With --num_timestep_buckets also: seed, that of the run; first_sample,
-    how many samples the run has drawn before this micro-batch. Then every N samples in a row take one of each of N equal parts.
-    Raises OptionError where nearly nothing lies between --min_timestep and --max_timestep.
+    generator: on the CPU, made for this micro-batch. With --num_timestep_buckets also: seed, that of the run;
+    first_sample, how many samples the run has drawn before this micro-batch. Then every N samples in a row
+    take one of each of N equal parts. Raises OptionError where nearly nothing lies between --min_timestep and
+    --max_timestep.
     """
     low, high = accepted_part(options) if options.preserve_distribution_shape else (0.0, 1.0)
 
@@ -50,12 +55,16 @@ def draw(
     drawn = from_uniform(options, low + u * (high - low))
     while options.preserve_distribution_shape and not (fits := is_in_range(options, drawn.sigmas)).all():
         again = from_uniform(options, low + uniform() * (high - low))
-        drawn = Timesteps(torch.where(fits, drawn.sigmas, again.sigmas), torch.where(fits, drawn.timesteps, again.timesteps))
+        drawn = Timesteps(
+            torch.where(fits, drawn.sigmas, again.sigmas), torch.where(fits, drawn.timesteps, again.timesteps)
+        )
     return drawn
 
 
 def from_uniform(options: TimestepOptions, u: Tensor) -> Timesteps:
-    """The timesteps that uniform numbers stand for, through the normal quantiles where the sampler takes those."""
+    """The timesteps that uniform numbers stand for, through the normal quantiles where the sampler takes
+    those.
+    """
     u = u.double().clamp(1e-9, 1 - 1e-9)
     return from_numbers(options, torch.special.ndtri(u) if takes_normal(options) else u)
 
@@ -89,13 +98,17 @@ def from_numbers(options: TimestepOptions, numbers: Tensor) -> Timesteps:
 
 
 def timesteps_at(options: TimestepOptions, sigmas: Tensor) -> Tensor:
-    """What the network is fed for these shares of noise, B float32: 1000 t + 1, or 1000 t in the table of the sampler `sigma`."""
+    """What the network is fed for these shares of noise, B float32: 1000 t + 1, or 1000 t in the table of the
+    sampler `sigma`.
+    """
     offset = 0 if options.timestep_sampling == "sigma" else 1
     return (NUM_TIMESTEPS * sigmas.double() + offset).float()
 
 
 def is_in_range(options: TimestepOptions, sigmas: Tensor) -> Tensor:
-    """Which of them lie between --min_timestep and --max_timestep; the sampler `sigma` counts these from the noisy end."""
+    """Which of them lie between --min_timestep and --max_timestep; the sampler `sigma` counts these from the
+    noisy end.
+    """
     timesteps = NUM_TIMESTEPS * sigmas.double()
     if options.timestep_sampling == "sigma":
         index = (NUM_TIMESTEPS - timesteps).round()
@@ -105,19 +118,25 @@ def is_in_range(options: TimestepOptions, sigmas: Tensor) -> Tensor:
 
 @functools.cache
 def accepted_part(options: TimestepOptions) -> tuple[float, float]:
-    """The smallest range of u that holds all accepted draws, a little widened. Narrowing u to it leaves few draws to reject."""
+    """The smallest range of u that holds all accepted draws, a little widened.
+
+    Narrowing u to it leaves few draws to reject.
+    """
     u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
     accepted = u[is_in_range(options, from_uniform(options, u).sigmas)]
     if not len(accepted):
         raise OptionError(
-            f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {SCAN} draws of --timestep_sampling "
-            f"{options.timestep_sampling} none lies between. Widen the range or leave out --preserve_distribution_shape."
+            f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {SCAN} draws of "
+            "--timestep_sampling "
+            f"{options.timestep_sampling} none lies between. Widen the range or leave out "
+            "--preserve_distribution_shape."
         )
     return max(0.0, float(accepted.min()) - 1 / SCAN), min(1.0, float(accepted.max()) + 1 / SCAN)
 
 
 def loss_weights(options: TimestepOptions, times: Timesteps) -> Tensor:
-    """The weight of each sample's loss: B float32. Each timestep fed to the network counts as the nearest of 1 to 1000.
+    """The weight of each sample's loss: B float32. Each timestep fed to the network counts as the nearest of
+    1 to 1000.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 3.1.
     """
@@ -133,7 +152,9 @@ def loss_weights(options: TimestepOptions, times: Timesteps) -> Tensor:
 
 
 def _from_table(options: TimestepOptions, numbers: Tensor) -> Timesteps:
-    """The sampler `sigma`: an index into 1000, 999, ..., 1. So the bounds count from the noisy end, as in the known tuners."""
+    """The sampler `sigma`: an index into 1000, 999, ..., 1. So the bounds count from the noisy end, as in the
+    known tuners.
+    """
     match options.weighting_scheme:
         case "logit_normal":
             u = torch.sigmoid(options.logit_mean + options.logit_std * numbers)
@@ -141,14 +162,19 @@ def _from_table(options: TimestepOptions, numbers: Tensor) -> Timesteps:
             u = 1 - numbers - options.mode_scale * (torch.cos(math.pi * numbers / 2) ** 2 - 1 + numbers)
         case _:
             u = numbers
-    low, high = (0, NUM_TIMESTEPS) if options.preserve_distribution_shape else (options.lowest, options.highest)
+    low, high = (
+        (0, NUM_TIMESTEPS) if options.preserve_distribution_shape else (options.lowest, options.highest)
+    )
     index = (u * (high - low) + low).floor().clamp(0, NUM_TIMESTEPS - 1)
     sigmas = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
     return Timesteps(sigmas.float(), timesteps_at(options, sigmas))
 
 
 def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
-    """Move each of u into its part of 0..1. Parts are dealt in rounds, each a permutation that depends on (seed, round) only."""
+    """Move each of u into its part of 0..1.
+
+    Parts are dealt in rounds, each a permutation that depends on (seed, round) only.
+    """
     spread = torch.empty_like(u)
     orders: dict[int, Tensor] = {}
     for i in range(len(u)):
@@ -173,7 +199,9 @@ def show_timesteps(options: TimestepOptions, seed: int = 0, folder: Path = Path(
 
     path = folder / "timesteps.png"
     write_png(path, _plots(counts, weights).numpy())
-    sys.stdout.write(f"{path}: timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}\n")
+    sys.stdout.write(
+        f"{path}: timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}\n"
+    )
 
 
 def timestep_statistics(
@@ -184,7 +212,8 @@ def timestep_statistics(
     for number in range(num_batches):
         generator = torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number))
         sigmas = draw(options, batch_size, generator, seed, number * batch_size).sigmas
-        index = (sigmas.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)  # float32 holds 0.7 as 0.69999999
+        # float32 holds 0.7 as 0.69999999
+        index = (sigmas.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
         counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
     each = torch.arange(NUM_TIMESTEPS).float()
     return counts, loss_weights(options, Timesteps(each / NUM_TIMESTEPS, each)).double()
@@ -196,15 +225,19 @@ def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
     step = len(values) // lines
     scale = width / max(float(means.max()), 1e-12)
     return "\n".join(
-        f"{i * step:4d}..{(i + 1) * step - 1:4d} {mean:10.2f} {'#' * round(mean * scale)}" for i, mean in enumerate(means.tolist())
+        f"{i * step:4d}..{(i + 1) * step - 1:4d} {mean:10.2f} {'#' * round(mean * scale)}"
+        for i, mean in enumerate(means.tolist())
     )
 
 
 def _plots(*rows: Tensor, height: int = 300, margin: int = 20) -> Tensor:
-    """An image H W 3 uint8 with one bar plot per row of 1000 values, under each other, a mark at every hundred."""
+    """An image H W 3 uint8 with one bar plot per row of 1000 values, under each other, a mark at every
+    hundred.
+    """
     plots = []
     for values in rows:
-        tops = height - (values / max(float(values.max()), 1e-12) * height).round().long()  # first filled line of each column
+        # first filled line of each column
+        tops = height - (values / max(float(values.max()), 1e-12) * height).round().long()
         filled = torch.arange(height).view(-1, 1) >= tops
         axis = torch.zeros(margin, len(values), dtype=torch.bool)
         axis[0] = True

@@ -12,8 +12,12 @@ from training.optimizers.optimizer import is_schedule_free, set_training
 
 
 @contextlib.contextmanager
-def evaluation(modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Networks in evaluation mode, with the weights that are to be used; afterwards everything is as it was, to the bit."""
+def evaluation(
+    modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]
+) -> Iterator[None]:
+    """Networks in evaluation mode, with the weights that are to be used; afterwards everything is as it was,
+    to the bit.
+    """
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -28,9 +32,11 @@ def evaluation(modules: Sequence[nn.Module], optimizer: Optimizer, parameters: S
 @contextlib.contextmanager
 @torch.no_grad()
 def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """The weights that a schedule-free optimizer stands for, where it is one: while training it keeps others in their place.
+    """The weights that a schedule-free optimizer stands for, where it is one: while training it keeps others
+    in their place.
 
-    Its own way back rounds; the training weights are kept aside instead, so that saving changes nothing in the run.
+    Its own way back rounds; the training weights are kept aside instead, so that saving changes nothing in
+    the run.
     """
     if not is_schedule_free(optimizer):
         yield

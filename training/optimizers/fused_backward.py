@@ -1,8 +1,10 @@
-"""--fused_backward_pass: weights are stepped inside the backward pass, so that gradients never exist all at once.
+"""--fused_backward_pass: weights are stepped inside the backward pass, so that gradients never exist all at
+once.
 
-As soon as a weight's gradient is complete (all its uses are differentiated by then, so nothing needs the old value any more) the
-gradient is clipped by itself, the weight stepped, the gradient freed. Beside weights and optimizer state there is room needed for
-the largest gradient only. Without clipping the result is that of the usual order, to the bit.
+As soon as a weight's gradient is complete (all its uses are differentiated by then, so nothing needs the old
+value any more) the gradient is clipped by itself, the weight stepped, the gradient freed. Beside weights and
+optimizer state there is room needed for the largest gradient only. Without clipping the result is that of the
+usual order, to the bit.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,10 @@ class FusedBackward:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Step what no gradient reached, as by a gradient of zero. Returns the norm of all gradients before clipping."""
+        """Step what no gradient reached, as by a gradient of zero.
+
+        Returns the norm of all gradients before clipping.
+        """
         for parameter in self._parameters:
             if parameter not in self._norms:
                 parameter.grad = torch.zeros_like(parameter)
@@ -52,12 +57,15 @@ class FusedBackward:
 
 
 def check_fused_backward(options: TrainingOptions, processes: int) -> None:
-    """Raise OptionError where --fused_backward_pass is asked for and cannot be, before anything large is loaded."""
+    """Raise OptionError where --fused_backward_pass is asked for and cannot be, before anything large is
+    loaded.
+    """
     if options.whole_dit is None or not options.whole_dit.fused_backward_pass:
         return
     if processes > 1:
         raise OptionError(
-            f"{OPTION} with {processes} processes: their gradients would have to be summed before any weight is stepped. "
+            f"{OPTION} with {processes} processes: their gradients would have to be summed before any weight "
+            "is stepped. "
             "Use one process, or leave it out"
         )
     require_alone(OPTION, options.optimizer.optimizer_type)

@@ -1,4 +1,6 @@
-"""The learning rate over the run: curves that are functions of the step alone, stepped once per optimizer step."""
+"""The learning rate over the run: curves that are functions of the step alone, stepped once per optimizer
+step.
+"""
 
 import importlib
 import logging
@@ -23,7 +25,10 @@ INVERSE_SQRT_TIMESCALE = 10_000  # where neither a time scale nor a warm-up is g
 
 
 class LrSchedule(Protocol):
-    """What the loop does with a schedule. `state` is JSON; `restore` comes after the optimizer's own state was restored."""
+    """What the loop does with a schedule.
+
+    `state` is JSON; `restore` comes after the optimizer's own state was restored.
+    """
 
     @property
     def name(self) -> str: ...  # for logs and metadata
@@ -39,7 +44,10 @@ class LrSchedule(Protocol):
 
 @dataclass(frozen=True)
 class Curve:
-    """The numbers that the curves are made of. Those after `total` are set by options or, as `ARGUMENTS` says, by arguments."""
+    """The numbers that the curves are made of.
+
+    Those after `total` are set by options or, as `ARGUMENTS` says, by arguments.
+    """
 
     learning_rate: float
     warmup: int
@@ -58,23 +66,39 @@ class Curve:
 
 
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> LrSchedule:
-    """The schedule for this optimizer and this many optimizer steps. Raises OptionError where the options do not fit together."""
+    """The schedule for this optimizer and this many optimizer steps.
+
+    Raises OptionError where the options do not fit together.
+    """
     if is_schedule_free(optimizer):
-        if options.lr_scheduler != "constant" or options.lr_scheduler_type or options.lr_warmup_steps or options.lr_scheduler_args:
+        if (
+            options.lr_scheduler != "constant"
+            or options.lr_scheduler_type
+            or options.lr_warmup_steps
+            or options.lr_scheduler_args
+        ):
             logger.warning(
-                f"{type(optimizer).__name__} needs no schedule: the options of --lr_scheduler and its warm-up have no effect; "
+                f"{type(optimizer).__name__} needs no schedule: the options of --lr_scheduler and its "
+                "warm-up have no effect; "
                 "some of these optimizers take --optimizer_args warmup_steps=N."
             )
-        return OwnRates("schedule-free", optimizer, lambda: [float(group["lr"]) for group in optimizer.param_groups])
+        return OwnRates(
+            "schedule-free", optimizer, lambda: [float(group["lr"]) for group in optimizer.param_groups]
+        )
     if options.lr_scheduler_type:
         return Imported(options.lr_scheduler_type, _import_scheduler(options, optimizer))
     name, _, first_rate = options.lr_scheduler.partition(":")
     if finds_own_rate(optimizer):
         return OwnRates(ADAFACTOR, optimizer, lambda: _adafactor_rates(optimizer, float(first_rate or 0)))
     if name == ADAFACTOR:
-        raise OptionError("--lr_scheduler adafactor goes with --optimizer_type Adafactor and relative_step=True only")
+        raise OptionError(
+            "--lr_scheduler adafactor goes with --optimizer_type Adafactor and relative_step=True only"
+        )
     if "relative_step" in optimizer.defaults and name != "constant_with_warmup":
-        logger.warning(f"Adafactor without relative_step usually runs with --lr_scheduler constant_with_warmup, not {name}.")
+        logger.warning(
+            "Adafactor without relative_step usually runs with --lr_scheduler constant_with_warmup, not "
+            f"{name}."
+        )
     curve = make_curve(options, total_steps, float(optimizer.defaults["lr"]))
     factor = FACTORS[name]
     return Named(name, LambdaLR(optimizer, lambda step: factor(curve, step)))
@@ -91,7 +115,10 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
     arguments, allowed = options.arguments(), ARGUMENTS.get(options.lr_scheduler, ())
     if unknown := sorted(set(arguments) - set(allowed)):
         known = f"it has {', '.join(allowed)}" if allowed else "it has none"
-        raise OptionError(f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such argument; {known}.")
+        raise OptionError(
+            f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such argument; "
+            f"{known}."
+        )
     curve = Curve(
         learning_rate=learning_rate,
         warmup=warmup_steps(options, total_steps),
@@ -101,11 +128,13 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
     )
     if options.lr_scheduler == "warmup_stable_decay" and curve.warmup + curve.decay > total_steps:
         raise OptionError(
-            f"--lr_warmup_steps {curve.warmup} and --lr_decay_steps {curve.decay} exceed the {total_steps} steps of the run"
+            f"--lr_warmup_steps {curve.warmup} and --lr_decay_steps {curve.decay} exceed the {total_steps} "
+            "steps of the run"
         )
     if options.lr_scheduler == "polynomial" and learning_rate <= curve.lr_end:
         raise OptionError(
-            f"--learning_rate {learning_rate}: the polynomial schedule ends at {curve.lr_end}; start above, or set lr_end"
+            f"--learning_rate {learning_rate}: the polynomial schedule ends at {curve.lr_end}; start above, "
+            "or set lr_end"
         )
     if options.lr_scheduler == "piecewise_constant":
         _read_rules(curve.step_rules)
@@ -222,7 +251,8 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
         return read, float(last)
     except ValueError:
         raise OptionError(
-            f"--lr_scheduler_args step_rules={text}: write factor:until step, ..., last factor, as 1:10,0.1:20,0.01"
+            f"--lr_scheduler_args step_rules={text}: write factor:until step, ..., last factor, as "
+            "1:10,0.1:20,0.01"
         ) from None
 
 
@@ -251,7 +281,10 @@ class Named:
             raise CheckpointError(_other_schedule(self.name))
         inner = self.inner
         inner.last_epoch, inner._step_count = state["step"], state["step"] + 1
-        inner._last_lr = [base * factor(state["step"]) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
+        inner._last_lr = [
+            base * factor(state["step"])
+            for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)
+        ]
         for group, rate in zip(inner.optimizer.param_groups, inner._last_lr, strict=True):
             group["lr"] = rate
 
@@ -302,7 +335,8 @@ class OwnRates:
 
 def _other_schedule(name: str) -> str:
     return (
-        f"the saved learning-rate schedule is of another kind than {name}: use --lr_scheduler and --lr_scheduler_type of that run"
+        f"the saved learning-rate schedule is of another kind than {name}: use --lr_scheduler and "
+        "--lr_scheduler_type of that run"
     )
 
 
@@ -320,10 +354,17 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     try:
         kind = getattr(importlib.import_module(module) if module else torch.optim.lr_scheduler, name)
     except (ImportError, AttributeError) as error:
-        raise OptionError(f"--lr_scheduler_type {options.lr_scheduler_type}: cannot be imported ({error})") from None
+        raise OptionError(
+            f"--lr_scheduler_type {options.lr_scheduler_type}: cannot be imported ({error})"
+        ) from None
     if kind is ReduceLROnPlateau:
-        raise OptionError("--lr_scheduler_type ReduceLROnPlateau: waits for a value after each epoch; use a curve of the step")
+        raise OptionError(
+            "--lr_scheduler_type ReduceLROnPlateau: waits for a value after each epoch; use a curve of the "
+            "step"
+        )
     try:
         return kind(optimizer, **options.arguments())
     except (TypeError, ValueError) as error:
-        raise OptionError(f"--lr_scheduler_type {options.lr_scheduler_type} refuses --lr_scheduler_args: {error}") from None
+        raise OptionError(
+            f"--lr_scheduler_type {options.lr_scheduler_type} refuses --lr_scheduler_args: {error}"
+        ) from None

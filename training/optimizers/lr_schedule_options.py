@@ -37,10 +37,21 @@ class LrScheduleOptions:
     lr_scheduler_args: tuple[str, ...] | None  # key=value
 
     def __post_init__(self) -> None:
-        check_at_least("--lr_warmup_steps", self.lr_warmup_steps, 0, "steps, or a fraction of the run such as 0.05 or 5%")
-        check_at_least("--lr_decay_steps", self.lr_decay_steps, 0, "steps, or a fraction of the run such as 0.05 or 5%")
-        check_at_least("--lr_scheduler_num_cycles", self.lr_scheduler_num_cycles, 1, "the number of cosine cycles")
-        check_at_least("--lr_scheduler_timescale", self.lr_scheduler_timescale, 1, "leave it out to use the warm-up steps")
+        check_at_least(
+            "--lr_warmup_steps", self.lr_warmup_steps, 0, "steps, or a fraction of the run such as 0.05 or 5%"
+        )
+        check_at_least(
+            "--lr_decay_steps", self.lr_decay_steps, 0, "steps, or a fraction of the run such as 0.05 or 5%"
+        )
+        check_at_least(
+            "--lr_scheduler_num_cycles", self.lr_scheduler_num_cycles, 1, "the number of cosine cycles"
+        )
+        check_at_least(
+            "--lr_scheduler_timescale",
+            self.lr_scheduler_timescale,
+            1,
+            "leave it out to use the warm-up steps",
+        )
         arguments = read_literals("--lr_scheduler_args", self.lr_scheduler_args)
         if not self.lr_scheduler_type:
             self._check_named(arguments)
@@ -51,18 +62,27 @@ class LrScheduleOptions:
                 f"--lr_scheduler {self.lr_scheduler}: unknown. Use one of {', '.join((*CURVES, ADAFACTOR))}, "
                 "or give the import path of a torch scheduler to --lr_scheduler_type."
             )
-        if self.lr_warmup_steps and (self.lr_scheduler == "constant" or self.lr_scheduler.partition(":")[0] == ADAFACTOR):
+        if self.lr_warmup_steps and (
+            self.lr_scheduler == "constant" or self.lr_scheduler.partition(":")[0] == ADAFACTOR
+        ):
             remedy = (
-                "Use --lr_scheduler constant_with_warmup" if self.lr_scheduler == "constant" else "Adafactor has warmup_init=True"
+                "Use --lr_scheduler constant_with_warmup"
+                if self.lr_scheduler == "constant"
+                else "Adafactor has warmup_init=True"
             )
             raise OptionError(
-                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler {self.lr_scheduler} has no warm-up. {remedy}."
+                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler {self.lr_scheduler} has no "
+                f"warm-up. {remedy}."
             )
         if self.lr_scheduler == "cosine_with_min_lr" and self.lr_scheduler_min_lr_ratio is None:
-            raise OptionError("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, e.g. 0.1 to end at a tenth")
+            raise OptionError(
+                "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, e.g. 0.1 to end at a "
+                "tenth"
+            )
         if self.lr_scheduler == "piecewise_constant" and "step_rules" not in arguments:
             raise OptionError(
-                "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules='1:10,0.1:20,0.01' (factor:until step, ...)"
+                "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules='1:10,0.1:20,0.01' "
+                "(factor:until step, ...)"
             )
 
     def arguments(self) -> dict[str, Any]:
@@ -81,7 +101,10 @@ def add_lr_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         help="rise from 0 during these steps; 0.05 or 5%% are fractions of the run",
     )
     group.add_argument(
-        "--lr_decay_steps", type=int_or_float, default=0, help="length of the fall of warmup_stable_decay; fractions as above"
+        "--lr_decay_steps",
+        type=int_or_float,
+        default=0,
+        help="length of the fall of warmup_stable_decay; fractions as above",
     )
     group.add_argument(
         "--lr_scheduler_num_cycles",
@@ -90,13 +113,24 @@ def add_lr_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         help="cycles of cosine_with_restarts, cosine_with_min_lr, warmup_stable_decay",
     )
     group.add_argument("--lr_scheduler_power", type=float, default=1, help="power of polynomial")
-    group.add_argument("--lr_scheduler_timescale", type=int, help="time scale of inverse_sqrt; the warm-up steps when not given")
     group.add_argument(
-        "--lr_scheduler_min_lr_ratio", type=float, help="lowest factor of cosine_with_min_lr and warmup_stable_decay"
+        "--lr_scheduler_timescale",
+        type=int,
+        help="time scale of inverse_sqrt; the warm-up steps when not given",
+    )
+    group.add_argument(
+        "--lr_scheduler_min_lr_ratio",
+        type=float,
+        help="lowest factor of cosine_with_min_lr and warmup_stable_decay",
     )
     group.add_argument(
         "--lr_scheduler_type",
         default="",
         help="a class of torch.optim.lr_scheduler or package.module.Class instead of --lr_scheduler",
     )
-    group.add_argument("--lr_scheduler_args", nargs="*", metavar="KEY=VALUE", help="arguments of the scheduler, e.g. T_max=100")
+    group.add_argument(
+        "--lr_scheduler_args",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="arguments of the scheduler, e.g. T_max=100",
+    )

@@ -36,8 +36,11 @@ PACKAGES = {
 }
 
 
-def make_optimizer(options: OptimizerOptions, parameter_groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, str]:
-    """Build the optimizer over `parameter_groups` ({"params": [...], "lr": ...}); returns it and how metadata name it.
+def make_optimizer(
+    options: OptimizerOptions, parameter_groups: Sequence[Mapping[str, Any]]
+) -> tuple[Optimizer, str]:
+    """Build the optimizer over `parameter_groups` ({"params": [...], "lr": ...}); returns it and how metadata
+    name it.
 
     Raises OptionError where the class is not there or does not take the arguments.
     """
@@ -48,7 +51,9 @@ def make_optimizer(options: OptimizerOptions, parameter_groups: Sequence[Mapping
     if kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers"):
         arguments, rate = _adafactor_arguments(options, arguments, groups)
     elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
-        logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: usually that is 1.")
+        logger.warning(
+            f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: usually that is 1."
+        )
     described = ",".join(f"{key}={value}" for key, value in arguments.items())
     try:
         optimizer = kind(groups, lr=rate, **arguments)
@@ -70,7 +75,8 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     except ModuleNotFoundError as error:
         missing = (error.name or module).partition(".")[0]
         raise OptionError(
-            f"--optimizer_type {name}: the package {missing} is not installed. Run: pip install {PACKAGES.get(missing, missing)}"
+            f"--optimizer_type {name}: the package {missing} is not installed. Run: pip install "
+            f"{PACKAGES.get(missing, missing)}"
         ) from None
     except (ImportError, AttributeError) as error:
         raise OptionError(f"--optimizer_type {name}: cannot be imported ({error})") from None
@@ -87,7 +93,9 @@ def finds_own_rate(optimizer: Optimizer) -> bool:
 
 
 def set_training(optimizer: Optimizer, is_training: bool) -> None:
-    """Switch the weights of a schedule-free optimizer to those it trains, or to those to save and sample with."""
+    """Switch the weights of a schedule-free optimizer to those it trains, or to those to save and sample
+    with.
+    """
     if is_schedule_free(optimizer):
         switch = optimizer.train if is_training else optimizer.eval  # type: ignore[attr-defined]
         switch()
@@ -102,7 +110,8 @@ def _torch_optimizer(name: str) -> Callable[..., Optimizer]:
     if name.lower() not in classes:
         known = sorted({*(key for key in NAMES if key), *classes})
         raise OptionError(
-            f"--optimizer_type {name}: unknown. Use one of {', '.join(known)}, or an import path as package.module.Class."
+            f"--optimizer_type {name}: unknown. Use one of {', '.join(known)}, or an import path as "
+            "package.module.Class."
         )
     return classes[name.lower()]
 
@@ -117,13 +126,17 @@ def _adafactor_arguments(
         arguments["relative_step"] = True
     if arguments["relative_step"]:
         logger.warning(
-            "Adafactor finds its own learning rate: --learning_rate and --lr_scheduler are ignored (relative_step=True)."
+            "Adafactor finds its own learning rate: --learning_rate and --lr_scheduler are ignored "
+            "(relative_step=True)."
         )
         for group in groups:
             group.pop("lr", None)
         return arguments, None
     if options.max_grad_norm != 0:
-        logger.warning(f"Adafactor clips by itself: --max_grad_norm {options.max_grad_norm} clips twice; 0 is usual here.")
+        logger.warning(
+            f"Adafactor clips by itself: --max_grad_norm {options.max_grad_norm} clips twice; 0 is usual "
+            "here."
+        )
     if arguments.get("clip_threshold", 1.0) != 1.0:
         logger.warning("Adafactor: clip_threshold=1.0 is usual.")
     return arguments, options.learning_rate

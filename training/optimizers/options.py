@@ -17,7 +17,12 @@ class OptimizerOptions:
     max_grad_norm: float  # 0 turns clipping off
 
     def __post_init__(self) -> None:
-        check_at_least("--learning_rate", self.learning_rate, 0, "0 only makes sense with an optimizer that finds its own rate")
+        check_at_least(
+            "--learning_rate",
+            self.learning_rate,
+            0,
+            "0 only makes sense with an optimizer that finds its own rate",
+        )
         check_at_least("--max_grad_norm", self.max_grad_norm, 0, "0 turns clipping off")
         read_literals("--optimizer_args", self.optimizer_args)
 
@@ -32,7 +37,8 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--optimizer_type",
         default="",
-        help="AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim class or pkg.module.Class",
+        help="AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim class "
+        "or pkg.module.Class",
     )
     group.add_argument(
         "--optimizer_args",
@@ -41,4 +47,9 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         help='arguments of the optimizer, e.g. weight_decay=0.01 "betas=0.9,0.95"',
     )
     group.add_argument("--learning_rate", type=float, default=2.0e-6)
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; 0 turns clipping off")
+    group.add_argument(
+        "--max_grad_norm",
+        type=float,
+        default=1.0,
+        help="clip the gradient to this norm; 0 turns clipping off",
+    )

@@ -1,8 +1,10 @@
-"""Optimizer steps of one parameter at a time: for stepping inside the backward pass, and for weights that are kept in bf16.
+"""Optimizer steps of one parameter at a time: for stepping inside the backward pass, and for weights that are
+kept in bf16.
 
-A step is often smaller than half the distance between two bf16 numbers, and rounding to the nearest would undo it each time. So
-weights in bf16 are stepped in float32 and rounded up or down at random, up the more likely the nearer: right on average. The
-optimizer sees float32 weights, thus its moments are float32 too. The random bits are a function of seed, step and parameter.
+A step is often smaller than half the distance between two bf16 numbers, and rounding to the nearest would
+undo it each time. So weights in bf16 are stepped in float32 and rounded up or down at random, up the more
+likely the nearer: right on average. The optimizer sees float32 weights, thus its moments are float32 too. The
+random bits are a function of seed, step and parameter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +24,21 @@ from training.progress import Progress
 # package -> classes whose step of a parameter depends on that parameter, its gradient and its own state alone
 ALONE: Mapping[str, frozenset[str]] = {
     "torch": frozenset(
-        {"ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
+        {
+            "ASGD",
+            "Adadelta",
+            "Adafactor",
+            "Adagrad",
+            "Adam",
+            "AdamW",
+            "Adamax",
+            "Muon",
+            "NAdam",
+            "RAdam",
+            "RMSprop",
+            "Rprop",
+            "SGD",
+        }
     ),
     "transformers": frozenset({"Adafactor"}),
     "bitsandbytes": frozenset({"AdamW8bit", "PagedAdamW8bit", "Lion8bit"}),
@@ -89,18 +105,23 @@ class ParameterSteps:
 
 
 def stochastic_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 values, each rounded to one of its two bf16 neighbours with a chance that makes its mean the value.
+    """float32 values, each rounded to one of its two bf16 neighbours with a chance that makes its mean the
+    value.
 
-    The bits that bf16 has no room for count as a fraction; a random fraction is added to it, the sum is cut off. What is no number
-    stays none. generator: on the device of the values.
+    The bits that bf16 has no room for count as a fraction; a random fraction is added to it, the sum is cut
+    off. What is no number stays none. generator: on the device of the values.
     """
     noise = torch.randint(_LOW_16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    noise.masked_fill_(values.isnan(), 0)  # all bits of a GPU's NaN are set: a sum would run over, into a zero
+    # all bits of a GPU's NaN are set: a sum would run over, into a zero
+    noise.masked_fill_(values.isnan(), 0)
     return noise.add_(values.view(torch.int32)).bitwise_and_(-_LOW_16).view(torch.float32).to(torch.bfloat16)
 
 
 def steps_alone(kind: Callable[..., Optimizer]) -> bool:
-    """Whether the optimizer class steps each parameter without looking at the others. Where that is not known it does not."""
+    """Whether the optimizer class steps each parameter without looking at the others.
+
+    Where that is not known it does not.
+    """
     return kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
 
 
@@ -112,5 +133,6 @@ def require_alone(option: str, optimizer_type: str) -> None:
     known = (reason for ending, reason in TOGETHER.items() if kind.__name__.lower().endswith(ending))
     reason = next(known, "it is not known to step each weight by itself")
     raise OptionError(
-        f"{option} with --optimizer_type {optimizer_type}: {reason}. Use Adafactor, AdamW, AdamW8bit or Lion, or leave {option} out"
+        f"{option} with --optimizer_type {optimizer_type}: {reason}. Use Adafactor, AdamW, AdamW8bit or "
+        f"Lion, or leave {option} out"
     )

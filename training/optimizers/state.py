@@ -1,7 +1,8 @@
 """An optimizer's state as JSON and named tensors, and back to the same bits.
 
-`Optimizer.load_state_dict` alone is not enough: it casts what it restores to the parameters' dtype, which ruins 8-bit states and
-float32 moments of bf16 parameters. Parameters are known by name, so a state fits only the network it was made with.
+`Optimizer.load_state_dict` alone is not enough: it casts what it restores to the parameters' dtype, which
+ruins 8-bit states and float32 moments of bf16 parameters. Parameters are known by name, so a state fits only
+the network it was made with.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -13,7 +14,8 @@ from torch.optim import Optimizer
 
 from modules.errors import CheckpointError, OptionError
 
-MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"})  # shaped as their parameter
+# shaped as their parameter
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"})
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -27,7 +29,12 @@ def encode(value: Any, name: str, tensors: MutableMapping[str, Tensor]) -> Any:
         return {"tensor": name, "on_cpu": value.device.type == "cpu"}
     if isinstance(value, Mapping):
         # pairs, because keys may be numbers
-        return {"mapping": [[encode(key, name, tensors), encode(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+        return {
+            "mapping": [
+                [encode(key, name, tensors), encode(item, f"{name}/{key}", tensors)]
+                for key, item in value.items()
+            ]
+        }
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [encode(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]}
@@ -54,14 +61,22 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [decode(item, tensors) for item in value["list"]]
 
 
-def encode_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Everything `restore_optimizer` needs, as JSON and tensors, which are the optimizer's own. names: of every parameter."""
+def encode_optimizer(
+    optimizer: Optimizer, names: Mapping[Tensor, str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Everything `restore_optimizer` needs, as JSON and tensors, which are the optimizer's own.
+
+    names: of every parameter.
+    """
     tensors: dict[str, Tensor] = {}
     groups, states = [], {}
     for index, group in enumerate(optimizer.param_groups):
         rest = {key: value for key, value in group.items() if key != "params"}
         groups.append(
-            {"params": [names[parameter] for parameter in group["params"]], "rest": encode(rest, f"group{index}", tensors)}
+            {
+                "params": [names[parameter] for parameter in group["params"]],
+                "rest": encode(rest, f"group{index}", tensors),
+            }
         )
         for parameter in group["params"]:
             if parameter in optimizer.state:
@@ -88,7 +103,8 @@ def restore_optimizer(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
     groups = [
-        {**decode(group["rest"], tensors), "params": [numbers[name] for name in group["params"]]} for group in description["groups"]
+        {**decode(group["rest"], tensors), "params": [numbers[name] for name in group["params"]]}
+        for group in description["groups"]
     ]
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
@@ -98,7 +114,10 @@ def restore_optimizer(
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over a `state_dict` of another program, but for the learning rates. Raises CheckpointError where it does not fit."""
+    """Take over a `state_dict` of another program, but for the learning rates.
+
+    Raises CheckpointError where it does not fit.
+    """
     rates: list[dict[str, Any]] = [
         {key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups
     ]
@@ -110,7 +129,8 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) ->
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the optimizer state does not fit this run: {error}\n"
-            "  Use its --optimizer_type and --network_dim, or start a new run from the LoRA: --network_weights FILE"
+            "  Use its --optimizer_type and --network_dim, or start a new run from the LoRA: "
+            "--network_weights FILE"
         ) from error
 
 
@@ -127,7 +147,9 @@ def _check_shapes(optimizer: Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name in MOMENTS & state.keys():
             if state[name].shape != parameter.shape:
-                raise ValueError(f"{name} has the shape {list(state[name].shape)}, its parameter {list(parameter.shape)}")
+                raise ValueError(
+                    f"{name} has the shape {list(state[name].shape)}, its parameter {list(parameter.shape)}"
+                )
 
 
 def _placed(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
@@ -146,14 +168,20 @@ def _placed(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device) -
 
 
 def _difference(here: list[list[str]], there: list[list[str]]) -> str:
-    here_names, there_names = {name for group in here for name in group}, {name for group in there for name in group}
+    here_names, there_names = (
+        {name for group in here for name in group},
+        {name for group in there for name in group},
+    )
     missing, new = sorted(there_names - here_names)[:3], sorted(here_names - there_names)[:3]
     if missing or new:
-        text = f"only in the state: {', '.join(missing) or 'none'}; only in this run: {', '.join(new) or 'none'}"
+        text = (
+            f"only in the state: {', '.join(missing) or 'none'}; only in this run: {', '.join(new) or 'none'}"
+        )
     else:
         sizes = [len(group) for group in there], [len(group) for group in here]
         text = f"the parameters are grouped otherwise: {sizes[0]} in the state, {sizes[1]} here"
     return (
         f"the saved optimizer state belongs to other parameters ({text}).\n"
-        "  Use the network options, or --trainable_modules, of the run that made it, or start a new run from what was trained"
+        "  Use the network options, or --trainable_modules, of the run that made it, or start a new run from "
+        "what was trained"
     )

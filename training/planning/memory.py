@@ -1,4 +1,6 @@
-"""The plan of a training run: what its device and host will hold, found by rehearsing a step of its largest batch."""
+"""The plan of a training run: what its device and host will hold, found by rehearsing a step of its largest
+batch.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -11,7 +13,16 @@ from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from modules.contract.family import Family, LatentSpec
 from modules.planning.device_memory import MemoryWatch
-from modules.planning.memory_plan import MemoryPlan, Room, gib, predicted_before_run, present, room_on, smallest_swap, swap_for
+from modules.planning.memory_plan import (
+    MemoryPlan,
+    Room,
+    gib,
+    predicted_before_run,
+    present,
+    room_on,
+    smallest_swap,
+    swap_for,
+)
 from modules.speed_options import swapping
 from training.data.feed import Randomness
 from training.loss import NoisyBatch
@@ -34,19 +45,29 @@ def largest_batch(items: Sequence[TrainingItem]) -> tuple[TrainingItem, ...]:
     return tuple(batch(chosen))
 
 
-def read_largest(family: Family, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands) -> NoisyBatch:
+def read_largest(
+    family: Family, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands
+) -> NoisyBatch:
     """That batch as it is read for training. Raises CacheError where its caches cannot be used."""
     batch = read_batch(largest_batch(items), family.latent, commands)
     return Randomness(options.timesteps, 0).add(batch, 0, 0)
 
 
 def plan_training(
-    family: Family, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands, device: torch.device
+    family: Family,
+    options: TrainingOptions,
+    items: Sequence[TrainingItem],
+    commands: CachingCommands,
+    device: torch.device,
 ) -> None:
     """Print the plan. Nothing large is loaded, and no GPU is needed."""
     noisy_batch = read_largest(family, options, items, commands)
     prediction = predict(family, options, noisy_batch, device)
-    compiled = [] if options.speed.compilation.choice is None else ["Compiled blocks usually need less than planned here."]
+    compiled = (
+        []
+        if options.speed.compilation.choice is None
+        else ["Compiled blocks usually need less than planned here."]
+    )
     present(
         prediction,
         options.speed.swap,
@@ -57,11 +78,17 @@ def plan_training(
 
 
 def prepare_memory(
-    family: Family, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands, device: torch.device
+    family: Family,
+    options: TrainingOptions,
+    items: Sequence[TrainingItem],
+    commands: CachingCommands,
+    device: torch.device,
 ) -> tuple[TrainingOptions, MemoryWatch | None]:
-    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for, and what watches the memory.
+    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for, and what
+    watches the memory.
 
-    Only where there is a CUDA device is anything rehearsed. Raises MemoryPlanError where auto cannot be resolved.
+    Only where there is a CUDA device is anything rehearsed. Raises MemoryPlanError where auto cannot be
+    resolved.
     """
     is_auto, room = options.speed.swap.is_auto, room_on(device)
     if room is None:
@@ -80,7 +107,11 @@ def prepare_memory(
         logger.info(reason)
         options = with_swap(options, blocks)
     needed = prediction.device(blocks)
-    logger.info("Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.", gib(needed), gib(room.usable))
+    logger.info(
+        "Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.",
+        gib(needed),
+        gib(room.usable),
+    )
     return options, MemoryWatch(device, needed, noisy_batch.noise.numel())
 
 
@@ -89,14 +120,22 @@ def with_swap(options: TrainingOptions, blocks: int) -> TrainingOptions:
     return replace(options, speed=swapping(options.speed, blocks))
 
 
-def advice(family: Family, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device) -> list[str]:
-    """What to change so that the run fits, the cheapest first; each line adds to those before it, the last one fits if any does."""
+def advice(
+    family: Family, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
+) -> list[str]:
+    """What to change so that the run fits, the cheapest first; each line adds to those before it, the last
+    one fits if any does.
+    """
     lines: list[str] = []
     options = prediction.options
     for line, changed in cheaper(options):
         options = changed
         prediction = predict(family, options, noisy_batch, device)
-        count = smallest_swap(prediction.device, prediction.most, room.usable) if options.whole_dit is None else None
+        count = (
+            smallest_swap(prediction.device, prediction.most, room.usable)
+            if options.whole_dit is None
+            else None
+        )
         needed = prediction.device(prediction.blocks)
         lines.append(f"{line}: {gib(needed)} GiB" + (" fits" if needed <= room.usable else ""))
         if needed <= room.usable:
@@ -128,19 +167,27 @@ def cheaper(options: TrainingOptions) -> list[tuple[str, TrainingOptions]]:
     return found
 
 
-def smaller(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device) -> list[str]:
-    """How far the batch, the clip or the picture has to shrink, with everything else done; the first that fits."""
+def smaller(
+    family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device
+) -> list[str]:
+    """How far the batch, the clip or the picture has to shrink, with everything else done; the first that
+    fits.
+    """
     for name, sizes in shrunk(family.latent, noisy_batch):
         for size, batch in sizes:
             prediction = predict(family, options, batch, device)
-            if prediction.device(prediction.most if options.whole_dit is None else prediction.blocks) <= room.usable:
+            if (
+                prediction.device(prediction.most if options.whole_dit is None else prediction.blocks)
+                <= room.usable
+            ):
                 swap = f" with --blocks_to_swap {prediction.most}" if options.whole_dit is None else ""
                 return [f"{name} {size} in --dataset_config{swap} fits ({prediction.batch})"]
     return ["no smaller batch, clip or picture was found that fits"]
 
 
 def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[tuple[str, NoisyBatch]]]]:
-    """Batches of fewer samples, then of fewer frames, then of smaller pictures: latents cut, texts as they are.
+    """Batches of fewer samples, then of fewer frames, then of smaller pictures: latents cut, texts as they
+    are.
 
     A section of a clip keeps its length, which is the model's.
     """
@@ -149,11 +196,16 @@ def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[
     token = latent.pixel_step // horizontal  # sides are multiples of it
     by_count = [(str(number), cut(noisy_batch, number, frames, height, width)) for number in halved(count)]
     lengths, least = ([], frames) if latent.in_sections else (halved(frames), 1)
-    by_frames = [(str(step * (number - 1) + 1), cut(noisy_batch, 1, number, height, width)) for number in lengths]
+    by_frames = [
+        (str(step * (number - 1) + 1), cut(noisy_batch, 1, number, height, width)) for number in lengths
+    ]
     factors = (0.75, 0.5, 0.375, 0.25)
-    sides = [tuple(token * max(1, round(side * each / token)) for side in (height, width)) for each in factors]
+    sides = [
+        tuple(token * max(1, round(side * each / token)) for side in (height, width)) for each in factors
+    ]
     by_side = [
-        (f"[{horizontal * columns}, {vertical * rows}]", cut(noisy_batch, 1, least, rows, columns)) for rows, columns in sides
+        (f"[{horizontal * columns}, {vertical * rows}]", cut(noisy_batch, 1, least, rows, columns))
+        for rows, columns in sides
     ]
     return [("batch_size", by_count), ("target_frames", by_frames), ("resolution", by_side)]
 
@@ -168,7 +220,9 @@ def halved(number: int) -> list[int]:
 
 
 def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: int) -> NoisyBatch:
-    """The first samples of a batch; of everything of the latents' size the first rows and columns, and of their length frames."""
+    """The first samples of a batch; of everything of the latents' size the first rows and columns, and of
+    their length frames.
+    """
     length, *size = noisy_batch.noise.shape[2:]
 
     def smaller(tensor: torch.Tensor) -> torch.Tensor:
@@ -177,10 +231,14 @@ def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: in
         return tensor[:count] if tensor.ndim and tensor.shape[0] == len(noisy_batch.noise) else tensor
 
     tensors = {
-        name: value[:count] if isinstance(value, list) else smaller(value) for name, value in noisy_batch.batch.tensors.items()
+        name: value[:count] if isinstance(value, list) else smaller(value)
+        for name, value in noisy_batch.batch.tensors.items()
     }
     batch = replace(
-        noisy_batch.batch, tensors=tensors, captions=noisy_batch.batch.captions[:count], keys=noisy_batch.batch.keys[:count]
+        noisy_batch.batch,
+        tensors=tensors,
+        captions=noisy_batch.batch.captions[:count],
+        keys=noisy_batch.batch.keys[:count],
     )
     numbers = (noisy_batch.sigmas[:count], noisy_batch.timesteps[:count], noisy_batch.weights[:count])
     return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers)

@@ -1,4 +1,6 @@
-"""How many bytes the states of an optimizer take that cannot be rehearsed: measured on small copies of the weights, on the CPU."""
+"""How many bytes the states of an optimizer take that cannot be rehearsed: measured on small copies of the
+weights, on the CPU.
+"""
 
 import logging
 from typing import Any
@@ -18,14 +20,17 @@ REHEARSABLE = {
     "schedulefree",
 }  # packages written in torch's operations alone
 EDGE = 512  # a copy has at most so many rows and columns; 8-bit states begin at 4096 elements
-# Bytes of states for each element of a weight, where a class does not even run on a CPU. 8-bit states: one byte a moment, and a
-# float32 scale for every 256 elements of it. Source: bitsandbytes' documentation of block-wise quantisation.
-BYTES = {"AdamW8bit": 2 * (1 + 4 / 256), "PagedAdamW8bit": 0.0, "Lion8bit": 1 + 4 / 256}  # paged states lie in host memory
+# Bytes of states for each element of a weight, where a class does not even run on a CPU. 8-bit states: one
+# byte a moment, and a float32 scale for every 256 elements of it. Source: bitsandbytes' documentation of
+# block-wise quantisation. paged states lie in host memory
+BYTES = {"AdamW8bit": 2 * (1 + 4 / 256), "PagedAdamW8bit": 0.0, "Lion8bit": 1 + 4 / 256}
 GUESS = 8.0  # two float32 moments
 
 
 def is_rehearsable(optimizer: Optimizer) -> bool:
-    """Whether its step can be made on tensors without content; own kernels would write to memory that is not there."""
+    """Whether its step can be made on tensors without content; own kernels would write to memory that is not
+    there.
+    """
     return type(optimizer).__module__.partition(".")[0] in REHEARSABLE
 
 
@@ -39,24 +44,36 @@ def state_bytes(optimizer: Optimizer) -> int:
             per_element = measured(optimizer)
         except Exception as error:  # whatever a foreign class raises, a plan is made
             logger.warning(
-                "The states of %s cannot be measured (%s); %g bytes an element are assumed.", kind.__name__, error, GUESS
+                "The states of %s cannot be measured (%s); %g bytes an element are assumed.",
+                kind.__name__,
+                error,
+                GUESS,
             )
             per_element = GUESS
-    return round(per_element * sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]))
+    return round(
+        per_element
+        * sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    )
 
 
 def measured(optimizer: Optimizer) -> float:
-    """Bytes of states an element, from one step of a second optimizer of its class on copies that are cut down in size."""
+    """Bytes of states an element, from one step of a second optimizer of its class on copies that are cut
+    down in size.
+    """
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes():  # a real step, also during a rehearsal
         copies = [_cut_down(parameter) for parameter in optimizer.param_groups[0]["params"][:2]]
-        settings: dict[str, Any] = {key: value for key, value in optimizer.defaults.items() if value is not None}
+        settings: dict[str, Any] = {
+            key: value for key, value in optimizer.defaults.items() if value is not None
+        }
         second = type(optimizer)(copies, **settings)
         for copy in copies:
             copy.grad = torch.ones_like(copy)
         second.step()
-        held = [value for state in second.state.values() for value in state.values() if isinstance(value, Tensor)]
+        held = [
+            value for state in second.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
         return sum(tensor.nbytes for tensor in held) / sum(copy.numel() for copy in copies)
 
 

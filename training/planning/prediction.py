@@ -1,4 +1,6 @@
-"""What a training step will hold on the device: found by rehearsing it, without data and without anything large loaded."""
+"""What a training step will hold on the device: found by rehearsing it, without data and without anything
+large loaded.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +38,10 @@ class Prediction:
             notes[WEIGHTS] += f"; {blocks} blocks swapped, {gib(self.swaps[blocks].ring)} to pass through"
         if self.waiting:
             notes[KEPT] = "the rest waits in host memory"
-        return Phase(f"training step, {self.batch}", (*parts_of(moment, self.swaps[blocks], notes, self.waiting), self.workspace))
+        return Phase(
+            f"training step, {self.batch}",
+            (*parts_of(moment, self.swaps[blocks], notes, self.waiting), self.workspace),
+        )
 
     def device(self, blocks: int) -> int:
         """Bytes of the device with so many blocks swapped."""
@@ -54,8 +59,11 @@ class Prediction:
         return 0 if swap.is_auto else swap.number
 
 
-def predict(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device) -> Prediction:
-    """Rehearse a step. Products in 8 bits are rehearsed as products in 16 bit of the same weights. Raises what loading raises.
+def predict(
+    family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device
+) -> Prediction:
+    """Rehearse a step. Products in 8 bits are rehearsed as products in 16 bit of the same weights. Raises
+    what loading raises.
 
     noisy_batch: on the CPU. device: of the run.
     """
@@ -66,7 +74,15 @@ def predict(family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, d
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap.img_in_txt_in_offloading)
     with quiet():
         moments, waiting = rehearse(family, options, dit, noisy_batch)
-    return Prediction(options, describe(family, noisy_batch), moments, waiting, weights, swaps, workspace(device, is_training=True))
+    return Prediction(
+        options,
+        describe(family, noisy_batch),
+        moments,
+        waiting,
+        weights,
+        swaps,
+        workspace(device, is_training=True),
+    )
 
 
 def describe(family: Family, noisy_batch: NoisyBatch) -> str:

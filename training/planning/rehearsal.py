@@ -1,4 +1,6 @@
-"""A training step rehearsed without content: the code of the real step, with its device's bytes counted at every place."""
+"""A training step rehearsed without content: the code of the real step, with its device's bytes counted at
+every place.
+"""
 
 import contextlib
 from collections.abc import Mapping
@@ -64,7 +66,9 @@ class Rehearsal:
 
     @property
     def waiting(self) -> int:
-        """Bytes that --gradient_checkpointing_cpu_offload keeps on the host: what each block is given, but for the last one."""
+        """Bytes that --gradient_checkpointing_cpu_offload keeps on the host: what each block is given, but
+        for the last one.
+        """
         if not self.options.loop.gradient_checkpointing_cpu_offload:
             return 0
         inputs = [self.ledger.inputs[name] for name, blocks in self.blocks.items() for _ in blocks]
@@ -78,10 +82,13 @@ class Rehearsal:
         self.ledger.enter("forward outside the blocks")
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
-        loss = training_loss(self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device))
+        loss = training_loss(
+            self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device)
+        )
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
-        with self.ledger.guessing() if self.is_fused else contextlib.nullcontext():  # optimizers may read numbers
+        # optimizers may read numbers
+        with self.ledger.guessing() if self.is_fused else contextlib.nullcontext():
             loss.backward()
             found = dict(self.ledger.peaks)
             if self.fused is not None:
@@ -92,10 +99,15 @@ class Rehearsal:
         return found
 
     def measure_step(self) -> dict[str, Moment]:
-        """Clip and step once, which makes the optimizer's states. Returns the largest moment of that, as every step has it."""
+        """Clip and step once, which makes the optimizer's states.
+
+        Returns the largest moment of that, as every step has it.
+        """
         if not is_rehearsable(self.optimizer):
             with self.ledger.allocating(OPTIMIZER):
-                self.states.append(torch.empty(state_bytes(self.optimizer), dtype=torch.uint8, device=self.ledger.device))
+                self.states.append(
+                    torch.empty(state_bytes(self.optimizer), dtype=torch.uint8, device=self.ledger.device)
+                )
             return {}
         self.fill_gradients()
         self.ledger.enter(STEP)
@@ -137,11 +149,14 @@ class Rehearsal:
             parameter.grad = None
 
 
-def rehearse(family: Family, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch) -> tuple[dict[str, Moment], int]:
-    """The largest moment of the device at each place of a training step, once the optimizer has its states; and bytes that wait
-    on the host.
+def rehearse(
+    family: Family, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch
+) -> tuple[dict[str, Moment], int]:
+    """The largest moment of the device at each place of a training step, once the optimizer has its states;
+    and bytes that wait on the host.
 
-    dit: the network as it is loaded, on the meta device; it is of no other use afterwards. noisy_batch: on the CPU.
+    dit: the network as it is loaded, on the meta device; it is of no other use afterwards. noisy_batch: on
+    the CPU.
     """
     with dry_run() as ledger:
         rehearsal = dressed(family, options, dit, ledger)
@@ -158,17 +173,25 @@ def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Le
     place(dit, ledger)
     dit.requires_grad_(False)
     if options.network is not None:
-        unread = options.network if options.network.dim_from_weights else replace(options.network, network_weights=None)
+        unread = (
+            options.network
+            if options.network.dim_from_weights
+            else replace(options.network, network_weights=None)
+        )
         network = make_network(unread, family.lora_module, dit, seed=0)
         place(network.module, ledger, NETWORK)
         groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     else:
         assert options.whole_dit is not None
-        groups = [dict(each) for each in train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups]
+        groups = [
+            dict(each)
+            for each in train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups
+        ]
     blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
     watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
-    with _disable_current_modes():  # bitsandbytes reads a table of numbers that it makes; the weights stay without content
+    # bitsandbytes reads a table of numbers that it makes; the weights stay without content
+    with _disable_current_modes():
         optimizer, _ = make_optimizer(options.optimizer, groups)
     use_foreach(optimizer)
     set_training(optimizer, True)
@@ -186,11 +209,15 @@ def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Le
 def step_in_backward(rehearsal: Rehearsal) -> None:
     """From now on backward passes step the weights, as with --fused_backward_pass."""
     assert rehearsal.steps is not None
-    rehearsal.fused = FusedBackward(rehearsal.steps, rehearsal.parameters, rehearsal.options.optimizer.max_grad_norm)
+    rehearsal.fused = FusedBackward(
+        rehearsal.steps, rehearsal.parameters, rehearsal.options.optimizer.max_grad_norm
+    )
 
 
 def use_foreach(optimizer: Optimizer) -> None:
-    """On a GPU torch's optimizers step many weights at once where nothing else is asked for, which takes more room."""
+    """On a GPU torch's optimizers step many weights at once where nothing else is asked for, which takes more
+    room.
+    """
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True

@@ -1,4 +1,6 @@
-"""The accelerator: device, mixed precision, processes and trackers. Accumulation and averaging of gradients are the loop's own."""
+"""The accelerator: device, mixed precision, processes and trackers. Accumulation and averaging of gradients
+are the loop's own.
+"""
 
 import logging
 import os
@@ -16,23 +18,32 @@ from training.processes.options import AcceleratorOptions
 
 logger = logging.getLogger(__name__)
 
-SHARDED = {kind.value for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)}
+SHARDED = {
+    kind.value for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+}
 
 
-def make_accelerator(options: AcceleratorOptions, trackers: Sequence[str] = (), logging_folder: Path | None = None) -> Accelerator:
+def make_accelerator(
+    options: AcceleratorOptions, trackers: Sequence[str] = (), logging_folder: Path | None = None
+) -> Accelerator:
     """Join the processes that the launcher started and choose device and precision.
 
     trackers, logging_folder: `LogOptions.trackers` and `logs.run_folder`.
     Raises OptionError where the device cannot compute in this precision or a tracker is not installed.
     """
     keep_float32_exact()
-    groups = [] if options.ddp_timeout is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout))]
+    groups = (
+        []
+        if options.ddp_timeout is None
+        else [InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout))]
+    )
     try:
         accelerator = Accelerator(
             # launched as several processes without a GPU, accelerate would let each of them train alone
             cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
             mixed_precision=options.mixed_precision,
-            # a step count of 1, whatever the launcher was told: the loop accumulates itself, backward() must not divide
+            # a step count of 1, whatever the launcher was told: the loop accumulates itself, backward() must
+            # not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
             log_with=list(trackers) or None,
@@ -42,10 +53,14 @@ def make_accelerator(options: AcceleratorOptions, trackers: Sequence[str] = (), 
     except ValueError as error:
         raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
     if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would go on without it
-        raise OptionError(f"--mixed_precision {options.mixed_precision} does nothing on {accelerator.device.type}: use bf16 or no")
+        raise OptionError(
+            f"--mixed_precision {options.mixed_precision} does nothing on {accelerator.device.type}: use "
+            "bf16 or no"
+        )
     if accelerator.distributed_type.value in SHARDED:
         raise OptionError(
-            f"accelerate launch asks for {accelerator.distributed_type.value}: the model is not split here, each process holds all "
+            f"accelerate launch asks for {accelerator.distributed_type.value}: the model is not split here, "
+            "each process holds all "
             "of it. Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N"
         )
     if accelerator.is_main_process:
@@ -62,7 +77,8 @@ def _report(options: AcceleratorOptions, accelerator: Accelerator) -> None:
     )
     if options.ddp_gradient_as_bucket_view or options.ddp_static_graph:
         logger.info(
-            "--ddp_gradient_as_bucket_view and --ddp_static_graph change nothing: gradients are averaged without a DDP wrapper."
+            "--ddp_gradient_as_bucket_view and --ddp_static_graph change nothing: gradients are averaged "
+            "without a DDP wrapper."
         )
     if options.fp16_accumulation:
         logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")

@@ -1,4 +1,6 @@
-"""Between processes: gradients are summed once per optimizer step, in flat buffers. The model needs no wrapper for that."""
+"""Between processes: gradients are summed once per optimizer step, in flat buffers. The model needs no
+wrapper for that.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -20,7 +22,9 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
 
 
 def norm_of_gradients(parameters: Iterable[Parameter]) -> Tensor:
-    """The norm of all gradients together; in float32 also where some are bf16, in which torch itself would round it to 3 digits."""
+    """The norm of all gradients together; in float32 also where some are bf16, in which torch itself would
+    round it to 3 digits.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
@@ -29,7 +33,9 @@ def norm_of_gradients(parameters: Iterable[Parameter]) -> Tensor:
 
 
 def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
-    """Add up all gradients over the processes, in place, and `numbers` (float32, 1-D) with them; returns the sums of `numbers`."""
+    """Add up all gradients over the processes, in place, and `numbers` (float32, 1-D) with them; returns the
+    sums of `numbers`.
+    """
     sent = False
     for bucket in _buckets(parameters):
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
@@ -40,7 +46,9 @@ def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
         torch.distributed.all_reduce(flat)
         if extra:
             numbers, flat, sent = flat[-len(numbers) :].clone(), flat[: -len(numbers)], True
-        for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        for gradient, total in zip(
+            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+        ):
             gradient.copy_(total.view_as(gradient))
     if not sent:
         torch.distributed.all_reduce(numbers)

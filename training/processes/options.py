@@ -11,7 +11,10 @@ PRECISIONS = ("no", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class AcceleratorOptions:
-    """How the computation is run. Where --mixed_precision is not given, the launcher's setting stands here."""
+    """How the computation is run.
+
+    Where --mixed_precision is not given, the launcher's setting stands here.
+    """
 
     mixed_precision: str
     fp16_accumulation: bool
@@ -22,7 +25,8 @@ class AcceleratorOptions:
     def __post_init__(self) -> None:
         if self.mixed_precision not in PRECISIONS:  # from the launcher; argparse checks the rest
             raise OptionError(
-                f"accelerate launch asks for mixed precision {self.mixed_precision}: give --mixed_precision {', '.join(PRECISIONS)}"
+                f"accelerate launch asks for mixed precision {self.mixed_precision}: give --mixed_precision "
+                f"{', '.join(PRECISIONS)}"
             )
         check_at_least("--ddp_timeout", self.ddp_timeout, 1, "minutes that processes wait for each other")
 
@@ -37,10 +41,18 @@ def add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
         help="autocast; when not given, what accelerate launch was told, else no",
     )
     group.add_argument(
-        "--fp16_accumulation", action="store_true", help="sum fp16 matrix products in fp16: faster on some GPUs, less exact"
+        "--fp16_accumulation",
+        action="store_true",
+        help="sum fp16 matrix products in fp16: faster on some GPUs, less exact",
     )
     group.add_argument("--ddp_timeout", type=int, help="minutes that processes wait for each other")
     group.add_argument(
-        "--ddp_gradient_as_bucket_view", action="store_true", help="accepted; gradients are averaged without a DDP wrapper"
+        "--ddp_gradient_as_bucket_view",
+        action="store_true",
+        help="accepted; gradients are averaged without a DDP wrapper",
     )
-    group.add_argument("--ddp_static_graph", action="store_true", help="accepted; gradients are averaged without a DDP wrapper")
+    group.add_argument(
+        "--ddp_static_graph",
+        action="store_true",
+        help="accepted; gradients are averaged without a DDP wrapper",
+    )

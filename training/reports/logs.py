@@ -1,4 +1,6 @@
-"""What a run reports: a progress bar, and TensorBoard or wandb through accelerate's trackers. Only the main process reports."""
+"""What a run reports: a progress bar, and TensorBoard or wandb through accelerate's trackers. Only the main
+process reports.
+"""
 
 import dataclasses
 import logging
@@ -87,7 +89,10 @@ class Logs:
             values["max_norm/keys_scaled"] = report.norms.keys_scaled
             values["max_norm/average_key_norm"] = report.norms.mean_norm
             values["max_norm/max_key_norm"] = report.norms.max_norm
-            shown |= {"keys_scaled": report.norms.keys_scaled, "average_key_norm": f"{report.norms.mean_norm:.4g}"}
+            shown |= {
+                "keys_scaled": report.norms.keys_scaled,
+                "average_key_norm": f"{report.norms.mean_norm:.4g}",
+            }
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(report.step - self.bar.n)
         self.values(values, report.step)
@@ -103,7 +108,9 @@ class Logs:
                 tracker.log(dict(values), step=step)
 
     def _to_tensorboard(self, writer: Any, values: Mapping[str, float], step: int) -> None:
-        """Hand over to its writing thread; accelerate's own `log` waits for the disk each time, some milliseconds a step."""
+        """Hand over to its writing thread; accelerate's own `log` waits for the disk each time, some
+        milliseconds a step.
+        """
         for name, value in values.items():
             writer.add_scalar(name, value, step)
         if self._last is not None and self._last - self._flushed >= FLUSH_SECONDS:
@@ -122,18 +129,26 @@ def start_logs(
 ) -> Logs:
     """Start the trackers that `make_accelerator` was given, and the bar at `first_step` of `total_steps`.
 
-    config: what to store with the run, from `public_config`; None stores nothing. tracker_name: where the options give none.
-    now: gives seconds.
-    Raises OptionError where wandb is missing, UserError where --log_tracker_config cannot be read.
+    config: what to store with the run, from `public_config`; None stores nothing. tracker_name: where the
+    options give none. now: gives seconds. Raises OptionError where wandb is missing, UserError where
+    --log_tracker_config cannot be read.
     """
     if options.trackers:
         arguments = tracker_arguments(options)
         if accelerator.is_main_process and "wandb" in options.trackers and options.wandb_api_key is not None:
             _log_in(options.wandb_api_key)
         accelerator.init_trackers(
-            options.log_tracker_name or tracker_name, config=dict(config) if config else None, init_kwargs=arguments
+            options.log_tracker_name or tracker_name,
+            config=dict(config) if config else None,
+            init_kwargs=arguments,
         )
-    bar = tqdm(total=total_steps, initial=first_step, desc="steps", smoothing=0.1, disable=not accelerator.is_main_process)
+    bar = tqdm(
+        total=total_steps,
+        initial=first_step,
+        desc="steps",
+        smoothing=0.1,
+        disable=not accelerator.is_main_process,
+    )
     return Logs(accelerator, bar, now)
 
 
@@ -150,7 +165,9 @@ def check_trackers(options: LogOptions) -> None:
         try:
             __import__(tracker)
         except ImportError:
-            raise OptionError(f"--log_with {tracker}: the package is not installed. Run: pip install {tracker}") from None
+            raise OptionError(
+                f"--log_with {tracker}: the package is not installed. Run: pip install {tracker}"
+            ) from None
 
 
 def tracker_arguments(options: LogOptions) -> dict[str, Any]:
@@ -166,10 +183,15 @@ def tracker_arguments(options: LogOptions) -> dict[str, Any]:
         raise UserError(f"--log_tracker_config {path} is not valid TOML: {error}") from None
     for name, table in tables.items():
         if name not in options.trackers:
-            logger.warning("--log_tracker_config %s: [%s] has no effect, as there is no such tracker in this run", path, name)
+            logger.warning(
+                "--log_tracker_config %s: [%s] has no effect, as there is no such tracker in this run",
+                path,
+                name,
+            )
         if not isinstance(table, dict):
             raise UserError(
-                f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under [wandb] or [tensorboard]"
+                f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under "
+                "[wandb] or [tensorboard]"
             )
     return tables
 
@@ -189,7 +211,9 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
 
 
 def named_rates(rates: Sequence[float], group_names: Sequence[str], optimizer: Optimizer) -> dict[str, float]:
-    """Learning rates by tracker name, `lr/unet`; and `lr/d*lr/unet` where the optimizer estimates a factor d itself (Prodigy)."""
+    """Learning rates by tracker name, `lr/unet`; and `lr/d*lr/unet` where the optimizer estimates a factor d
+    itself (Prodigy).
+    """
     named = {f"lr/{name}": float(rate) for name, rate in zip(group_names, rates, strict=False)}
     for name, group in zip(group_names, optimizer.param_groups, strict=False):
         if "d" in group:

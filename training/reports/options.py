@@ -22,7 +22,9 @@ class LogOptions:
 
     def __post_init__(self) -> None:
         if self.log_with in {"tensorboard", "all"} and self.logging_dir is None:
-            raise OptionError(f"--log_with {self.log_with} needs --logging_dir: the folder for TensorBoard's files")
+            raise OptionError(
+                f"--log_with {self.log_with} needs --logging_dir: the folder for TensorBoard's files"
+            )
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -37,15 +39,21 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("logs")
     group.add_argument("--logging_dir", help="folder for TensorBoard's files; each run gets a folder in it")
     group.add_argument(
-        "--log_with", choices=("tensorboard", "wandb", "all"), help="tensorboard when not given and there is a --logging_dir"
+        "--log_with",
+        choices=("tensorboard", "wandb", "all"),
+        help="tensorboard when not given and there is a --logging_dir",
     )
     group.add_argument("--log_prefix", help="begin of the run folder's name, before its date")
     group.add_argument(
-        "--log_tracker_name", help="name of the tracker, for wandb the project; network_train, or MODEL_ft, when not given"
+        "--log_tracker_name",
+        help="name of the tracker, for wandb the project; network_train, or MODEL_ft, when not given",
     )
     group.add_argument("--wandb_run_name", help="name of the run in wandb")
     group.add_argument(
-        "--log_tracker_config", help="TOML file with arguments for the trackers, a table each; replaces --wandb_run_name"
+        "--log_tracker_config",
+        help="TOML file with arguments for the trackers, a table each; replaces --wandb_run_name",
     )
     group.add_argument("--wandb_api_key", help="log in to wandb with this key; it is never written anywhere")
-    group.add_argument("--log_config", action="store_true", help="send the options, without keys and paths, to the trackers")
+    group.add_argument(
+        "--log_config", action="store_true", help="send the options, without keys and paths, to the trackers"
+    )

@@ -9,14 +9,18 @@ FACTOR = 2.0  # slower than the median by this is worth a line
 PAUSE = 50  # steps between two lines
 
 CAUSES = (
-    "Usual causes: a larger bucket than the others; reading caches (a slow disk, few --max_data_loader_n_workers); another program "
+    "Usual causes: a larger bucket than the others; reading caches (a slow disk, few "
+    "--max_data_loader_n_workers); another program "
     "on the GPU; a GPU that is too hot; memory that spills over."
 )
 
 
 @dataclass
 class StepClock:
-    """Judges the times of steps. Steps with saving, sampling or validation between them do not count: say `skip` after those."""
+    """Judges the times of steps.
+
+    Steps with saving, sampling or validation between them do not count: say `skip` after those.
+    """
 
     _times: list[float] = field(default_factory=list)
     _last_told: int | None = None
@@ -38,4 +42,7 @@ class StepClock:
         if self._last_told is not None and step - self._last_told < PAUSE:
             return None
         self._last_told = step
-        return f"Step {step} took {seconds:.2f} s, {seconds / usual:.1f} times this run's median of {usual:.2f} s. {CAUSES}"
+        return (
+            f"Step {step} took {seconds:.2f} s, {seconds / usual:.1f} times this run's median of {usual:.2f} "
+            f"s. {CAUSES}"
+        )

@@ -85,19 +85,28 @@ class Saver:
         options = self.options
         # saves by the clock have any number
         every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
-        for pattern, last_n in self._kinds(r"-step(\d{8,})", options.save_last_n_steps, options.save_last_n_steps_state):
+        for pattern, last_n in self._kinds(
+            r"-step(\d{8,})", options.save_last_n_steps, options.save_last_n_steps_state
+        ):
             _remove_up_to(self.names.folder, pattern, last_expired_step(step, every, last_n), every)
 
     def tidy_epochs(self, epoch: int) -> None:
         """Remove what retention gives up at a save of `epoch`."""
         options, every = self.options, self.options.save_every_n_epochs or 1
-        for pattern, last_n in self._kinds(r"-(\d{6,})", options.save_last_n_epochs, options.save_last_n_epochs_state):
+        for pattern, last_n in self._kinds(
+            r"-(\d{6,})", options.save_last_n_epochs, options.save_last_n_epochs_state
+        ):
             _remove_up_to(self.names.folder, pattern, last_expired_epoch(epoch, every, last_n), every)
 
-    def _kinds(self, number: str, last_n: int | None, last_n_states: int | None) -> tuple[tuple[str, int | None], ...]:
+    def _kinds(
+        self, number: str, last_n: int | None, last_n_states: int | None
+    ) -> tuple[tuple[str, int | None], ...]:
         """The pattern of files and that of states, each with how much of it is kept."""
         start = re.escape(self.names.name) + number
-        return (start + r"\.safetensors", last_n), (start + "-state", last_n if last_n_states is None else last_n_states)
+        return (start + r"\.safetensors", last_n), (
+            start + "-state",
+            last_n if last_n_states is None else last_n_states,
+        )
 
     def remove_leftovers(self) -> None:
         """Remove what a killed run of this name left under temporary names."""
@@ -118,7 +127,9 @@ class Saver:
 
 
 def last_expired_step(step: int, every: int, last_n_steps: int | None) -> int | None:
-    """The newest multiple of `every` that a save at `step` gives up: every 5, last 5: at 25 it is 15, so 20 and 25 remain."""
+    """The newest multiple of `every` that a save at `step` gives up: every 5, last 5: at 25 it is 15, so 20
+    and 25 remain.
+    """
     if last_n_steps is None:
         return None
     number = step - last_n_steps - 1
@@ -137,7 +148,8 @@ def last_expired_epoch(epoch: int, every: int, last_n_epochs: int | None) -> int
 def _remove_up_to(folder: Path, pattern: str, number: int | None, every: int) -> None:
     """Remove entries whose number is a multiple of `every` and at most `number`.
 
-    All of them, not only the newest: a run that was killed before it could remove one leaves it to the next save.
+    All of them, not only the newest: a run that was killed before it could remove one leaves it to the next
+    save.
     """
     if number is None or not folder.is_dir():
         return

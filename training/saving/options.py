@@ -13,7 +13,10 @@ LATEST = "latest"  # --resume latest: the newest complete state of this output n
 
 @dataclass(frozen=True)
 class SavingOptions:
-    """Files and state folders of a run. `output_dir` and `output_name` are there unless the run only shows something and exits."""
+    """Files and state folders of a run.
+
+    `output_dir` and `output_name` are there unless the run only shows something and exits.
+    """
 
     output_dir: Path | None
     output_name: str | None
@@ -27,7 +30,8 @@ class SavingOptions:
     save_last_n_steps_state: int | None
     save_state: bool
     save_state_on_train_end: bool
-    resume: str | None  # a state folder, "latest", or with resume_from_huggingface owner/repo/path[:revision[:type]]
+    # a state folder, "latest", or with resume_from_huggingface owner/repo/path[:revision[:type]]
+    resume: str | None
 
     def __post_init__(self) -> None:
         for name in ("save_every_n_epochs", "save_every_n_steps"):
@@ -37,11 +41,20 @@ class SavingOptions:
         for name in ("save_last_n_epochs", "save_last_n_epochs_state"):
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to keep all")
         for name in ("save_last_n_steps", "save_last_n_steps_state"):
-            check_at_least(f"--{name}", getattr(self, name), 0, "0 keeps the newest; leave it out to keep all")
+            check_at_least(
+                f"--{name}", getattr(self, name), 0, "0 keeps the newest; leave it out to keep all"
+            )
         if self.output_dir is not None and self.output_dir.is_file():
-            raise OptionError(f"--output_dir {self.output_dir}: it is a file; give a folder, it will be created")
-        if self.output_name is not None and ("/" in self.output_name or "\\" in self.output_name or not self.output_name.strip()):
-            raise OptionError(f"--output_name {self.output_name!r}: a file name without folders; the folder goes to --output_dir")
+            raise OptionError(
+                f"--output_dir {self.output_dir}: it is a file; give a folder, it will be created"
+            )
+        if self.output_name is not None and (
+            "/" in self.output_name or "\\" in self.output_name or not self.output_name.strip()
+        ):
+            raise OptionError(
+                f"--output_name {self.output_name!r}: a file name without folders; the folder goes to "
+                "--output_dir"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,12 +72,17 @@ class HubOptions:
 
     def __post_init__(self) -> None:
         if self.huggingface_repo_type not in {None, "model", "dataset", "space"}:
-            raise OptionError(f"--huggingface_repo_type {self.huggingface_repo_type}: use model, dataset or space")
+            raise OptionError(
+                f"--huggingface_repo_type {self.huggingface_repo_type}: use model, dataset or space"
+            )
         if self.huggingface_repo_visibility not in {None, "public", "private"}:
-            raise OptionError(f"--huggingface_repo_visibility {self.huggingface_repo_visibility}: use public or private")
+            raise OptionError(
+                f"--huggingface_repo_visibility {self.huggingface_repo_visibility}: use public or private"
+            )
         if self.huggingface_repo_id is None and (self.save_state_to_huggingface or self.async_upload):
             raise OptionError(
-                "--save_state_to_huggingface and --async_upload need --huggingface_repo_id: where to upload, as owner/name"
+                "--save_state_to_huggingface and --async_upload need --huggingface_repo_id: where to upload, "
+                "as owner/name"
             )
 
 
@@ -86,17 +104,33 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("saving")
     group.add_argument("--output_dir", help="folder for what is trained, its states and samples")
     group.add_argument("--output_name", help="begin of their names")
-    group.add_argument("--save_precision", choices=SAVE_PRECISIONS, help="dtype of saved weights; that of the model when not given")
+    group.add_argument(
+        "--save_precision",
+        choices=SAVE_PRECISIONS,
+        help="dtype of saved weights; that of the model when not given",
+    )
     group.add_argument("--save_every_n_epochs", type=int)
     group.add_argument("--save_every_n_steps", type=int)
-    group.add_argument("--save_every_n_minutes", type=float, help="save after the first step past this time, under the step's name")
+    group.add_argument(
+        "--save_every_n_minutes",
+        type=float,
+        help="save after the first step past this time, under the step's name",
+    )
     group.add_argument("--save_last_n_epochs", type=int, help="keep the files of the last N epochs only")
     group.add_argument(
-        "--save_last_n_epochs_state", type=int, help="the same for state folders; --save_last_n_epochs when not given"
+        "--save_last_n_epochs_state",
+        type=int,
+        help="the same for state folders; --save_last_n_epochs when not given",
     )
     group.add_argument("--save_last_n_steps", type=int, help="keep the files of the last N steps only")
-    group.add_argument("--save_last_n_steps_state", type=int, help="the same for state folders; --save_last_n_steps when not given")
-    group.add_argument("--save_state", action="store_true", help="with each file also save all that resuming needs")
+    group.add_argument(
+        "--save_last_n_steps_state",
+        type=int,
+        help="the same for state folders; --save_last_n_steps when not given",
+    )
+    group.add_argument(
+        "--save_state", action="store_true", help="with each file also save all that resuming needs"
+    )
     group.add_argument("--save_state_on_train_end", action="store_true", help="save that at the end only")
     group.add_argument("--resume", help="a state folder to continue from, or latest")
 
@@ -104,14 +138,28 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `HubOptions`."""
     group = parser.add_argument_group("Hugging Face hub")
-    group.add_argument("--huggingface_repo_id", help="upload each saved file to this repository, as owner/name")
+    group.add_argument(
+        "--huggingface_repo_id", help="upload each saved file to this repository, as owner/name"
+    )
     group.add_argument("--huggingface_repo_type", help="model (when not given), dataset or space")
     group.add_argument("--huggingface_path_in_repo", help="folder in the repository")
-    group.add_argument("--huggingface_token", help="access token; the one stored on this machine when not given")
+    group.add_argument(
+        "--huggingface_token", help="access token; the one stored on this machine when not given"
+    )
     group.add_argument("--huggingface_repo_visibility", help="public, else a new repository is private")
-    group.add_argument("--save_state_to_huggingface", action="store_true", help="upload state folders as well")
-    group.add_argument("--resume_from_huggingface", action="store_true", help="--resume names owner/repo/path[:revision[:type]]")
-    group.add_argument("--async_upload", action="store_true", help="upload while training goes on; the final file is waited for")
+    group.add_argument(
+        "--save_state_to_huggingface", action="store_true", help="upload state folders as well"
+    )
+    group.add_argument(
+        "--resume_from_huggingface",
+        action="store_true",
+        help="--resume names owner/repo/path[:revision[:type]]",
+    )
+    group.add_argument(
+        "--async_upload",
+        action="store_true",
+        help="upload while training goes on; the final file is waited for",
+    )
 
 
 def add_metadata_arguments(parser: argparse.ArgumentParser) -> None:

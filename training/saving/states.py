@@ -1,7 +1,9 @@
-"""Everything a run needs to continue as if it had never stopped: written to a folder, found again, checked, read.
+"""Everything a run needs to continue as if it had never stopped: written to a folder, found again, checked,
+read.
 
-A state folder holds `state.json` and one safetensors file per named part (`network`, `optimizer`, ...). It is built beside its
-place and renamed, so one that is there is whole. Nothing random is stored: all of it follows from the seed and the micro-batch.
+A state folder holds `state.json` and one safetensors file per named part (`network`, `optimizer`, ...). It is
+built beside its place and renamed, so one that is there is whole. Nothing random is stored: all of it follows
+from the seed and the micro-batch.
 """
 
 import json
@@ -38,7 +40,10 @@ FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state folder as read. `identity` are the settings a resumed run has to share, `habits` those it may change."""
+    """A state folder as read.
+
+    `identity` are the settings a resumed run has to share, `habits` those it may change.
+    """
 
     folder: Path
     progress: Progress
@@ -53,7 +58,8 @@ class StoredPart(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError where the file is damaged."""
-        self._file = SafetensorsFile(path)  # not mapped: the folder may be replaced or removed later in the run
+        # not mapped: the folder may be replaced or removed later in the run
+        self._file = SafetensorsFile(path)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file.read(name)
@@ -116,7 +122,14 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     record = _read_record(folder)
     parts = {part: _read_part(folder, part, size) for part, size in record["parts"].items()}
-    return SavedState(folder, Progress(**record["progress"]), record["identity"], record["habits"], record["described"], parts)
+    return SavedState(
+        folder,
+        Progress(**record["progress"]),
+        record["identity"],
+        record["habits"],
+        record["described"],
+        parts,
+    )
 
 
 def find_latest(output_dir: Path, name: str) -> Path | None:
@@ -140,9 +153,15 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
 
 
 def check_identity(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
-    """Raise OptionError where a setting that decides the numbers differs from that of the saved run. Keys name the options."""
+    """Raise OptionError where a setting that decides the numbers differs from that of the saved run.
+
+    Keys name the options.
+    """
     changed = {name: value for name, value in here.items() if saved.get(name) != value}
-    lines = [f"  {name}: {_short(saved.get(name))} in the state, {_short(value)} now" for name, value in changed.items()]
+    lines = [
+        f"  {name}: {_short(saved.get(name))} in the state, {_short(value)} now"
+        for name, value in changed.items()
+    ]
     if lines:
         raise OptionError(
             f"--resume {folder}: this run is not the one that was saved.\n" + "\n".join(lines) + "\n"
@@ -154,19 +173,31 @@ def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Name the settings that may change between the runs and did."""
     for name, value in here.items():
         if name in saved and saved[name] != value:
-            logger.warning("%s was %s when the state was saved; it is %s from here on.", name, _short(saved[name]), _short(value))
+            logger.warning(
+                "%s was %s when the state was saved; it is %s from here on.",
+                name,
+                _short(saved[name]),
+                _short(value),
+            )
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Copy saved weights into a learning module, all of them. Raises CheckpointError naming what does not fit."""
+    """Copy saved weights into a learning module, all of them.
+
+    Raises CheckpointError naming what does not fit.
+    """
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    misshaped = [name for name in own.keys() & tensors.keys() if tuple(own[name].shape) != _shape(tensors, name)]
+    misshaped = [
+        name for name in own.keys() & tensors.keys() if tuple(own[name].shape) != _shape(tensors, name)
+    ]
     if missing or unexpected or misshaped:
         raise CheckpointError(
-            f"{folder} holds another network: {len(missing)} tensors missing {missing[:2]}, {len(unexpected)} unexpected "
+            f"{folder} holds another network: {len(missing)} tensors missing {missing[:2]}, "
+            f"{len(unexpected)} unexpected "
             f"{unexpected[:2]}, {len(misshaped)} of another shape {sorted(misshaped)[:2]}.\n"
-            "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved it.",
+            "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
+            "it.",
             path=folder,
         )
     if not _is_plain(module, own):
@@ -178,9 +209,16 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) 
 
 
 def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Whether the state dict holds the parameters and buffers themselves, nothing made of them, as foreign networks may have it."""
-    named = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
-    return all(name in named and named[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items())
+    """Whether the state dict holds the parameters and buffers themselves, nothing made of them, as foreign
+    networks may have it.
+    """
+    named = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return all(
+        name in named and named[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items()
+    )
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
@@ -191,7 +229,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["format"] != FORMAT or record["version"] > VERSION:
-            raise CheckpointError(f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder)
+            raise CheckpointError(
+                f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder
+            )
         if record.pop("crc32", None) != _record_checksum(record):
             raise _damaged(folder / RECORD, "its checksum is not the recorded one")
         for part, file in record["parts"].items():
@@ -216,7 +256,9 @@ def _read_part(folder: Path, part: str, file: Mapping[str, int]) -> StoredPart:
 
 
 def _read_foreign(folder: Path) -> ForeignState:
-    """A folder of accelerate: model.safetensors and optimizer.bin. Its schedule and random states need a count it does not hold."""
+    """A folder of accelerate: model.safetensors and optimizer.bin. Its schedule and random states need a
+    count it does not hold.
+    """
     weights, optimizer = folder / "model.safetensors", folder / "optimizer.bin"
     if weights.exists():
         try:
@@ -227,7 +269,9 @@ def _read_foreign(folder: Path) -> ForeignState:
         network = load_pickled(folder / "pytorch_model.bin")
     else:
         raise CheckpointError(
-            f"{folder} is no state folder: it has neither {RECORD} nor model.safetensors. Give a ...-state folder.", path=folder
+            f"{folder} is no state folder: it has neither {RECORD} nor model.safetensors. Give a ...-state "
+            "folder.",
+            path=folder,
         )
     return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else None)
 

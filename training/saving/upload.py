@@ -19,7 +19,9 @@ def hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise OptionError("the Hugging Face hub needs the package huggingface_hub: pip install huggingface_hub") from error
+        raise OptionError(
+            "the Hugging Face hub needs the package huggingface_hub: pip install huggingface_hub"
+        ) from error
     return huggingface_hub
 
 
@@ -27,7 +29,8 @@ def hub() -> Any:
 class Uploads:
     """Sends finished files and folders to the repository of --huggingface_repo_id; does nothing without one.
 
-    api: the client, `huggingface_hub.HfApi`. Uploads are made one after the other, so that the repository is created once.
+    api: the client, `huggingface_hub.HfApi`. Uploads are made one after the other, so that the repository is
+    created once.
     """
 
     options: HubOptions
@@ -73,12 +76,21 @@ class Uploads:
         try:
             self._upload(path)
         except Exception as error:  # whatever it is, the file is saved and training goes on
-            logger.error("%s was saved but not uploaded to %s: %s", path, self.options.huggingface_repo_id, error)
+            logger.error(
+                "%s was saved but not uploaded to %s: %s", path, self.options.huggingface_repo_id, error
+            )
 
     def _upload(self, path: Path) -> None:
         options = self.options
-        where = {"repo_id": options.huggingface_repo_id, "repo_type": options.huggingface_repo_type or "model"}
-        target = path.name if options.huggingface_path_in_repo is None else f"{options.huggingface_path_in_repo}/{path.name}"
+        where = {
+            "repo_id": options.huggingface_repo_id,
+            "repo_type": options.huggingface_repo_type or "model",
+        }
+        target = (
+            path.name
+            if options.huggingface_path_in_repo is None
+            else f"{options.huggingface_path_in_repo}/{path.name}"
+        )
         self.api.create_repo(**where, private=options.huggingface_repo_visibility != "public", exist_ok=True)
         if path.is_dir():
             self.api.upload_folder(**where, folder_path=str(path), path_in_repo=target)
@@ -94,7 +106,9 @@ def make_uploads(options: HubOptions, make_api: Callable[..., Any] | None = None
     return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
 
 
-def download_state(place: str, token: str | None, folder: Path, download: Callable[..., str] | None = None) -> Path:
+def download_state(
+    place: str, token: str | None, folder: Path, download: Callable[..., str] | None = None
+) -> Path:
     """Fetch the state folder that `owner/repo/path[:revision[:type]]` names. Returns where it lies.
 
     folder: files are put below it. Raises OptionError where the name is malformed or nothing is there.
@@ -103,7 +117,9 @@ def download_state(place: str, token: str | None, folder: Path, download: Callab
     revision, _, repo_type = rest.partition(":")
     parts = name.strip("/").split("/")
     if len(parts) < 3:
-        raise OptionError(f"--resume {place}: with --resume_from_huggingface write owner/repo/path[:revision[:type]]")
+        raise OptionError(
+            f"--resume {place}: with --resume_from_huggingface write owner/repo/path[:revision[:type]]"
+        )
     repo, path = "/".join(parts[:2]), "/".join(parts[2:])
     fetch = download or hub().snapshot_download
     try:
@@ -119,5 +135,8 @@ def download_state(place: str, token: str | None, folder: Path, download: Callab
         raise OptionError(f"--resume {place}: cannot be fetched from the hub: {error}") from error
     state = Path(fetched) / path
     if not state.is_dir():
-        raise OptionError(f"--resume {place}: {repo} has no folder {path}" + (f" at revision {revision}" if revision else ""))
+        raise OptionError(
+            f"--resume {place}: {repo} has no folder {path}"
+            + (f" at revision {revision}" if revision else "")
+        )
     return state

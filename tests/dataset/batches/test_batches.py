@@ -29,7 +29,9 @@ def cached(folder: Path, **changes: Any) -> DatasetConfig:
     return config
 
 
-def made_up(table: DatasetTable, count: int, size: tuple[int, ...] = (32, 32, 5), start: int = 0) -> list[TrainingItem]:
+def made_up(
+    table: DatasetTable, count: int, size: tuple[int, ...] = (32, 32, 5), start: int = 0
+) -> list[TrainingItem]:
     """Items without files."""
     keys = [f"clip{index:03d}" for index in range(start, start + count)]
     return [TrainingItem(key, Path(key), Path(key), table, size, key) for key in keys]
@@ -60,7 +62,9 @@ def test_images_get_the_bucket_of_their_original_size(tmp_path: Path) -> None:
     assert [item.bucket for item in found.items] == [(960, 544), (832, 624)]
 
 
-def test_items_without_text_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_items_without_text_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = cached(tmp_path)
     (tmp_path / "cache" / "clip_0_toy_te.safetensors").unlink()
     found = find_items(config, "toy", LATENT)
@@ -73,7 +77,8 @@ def test_items_without_text_are_left_out_with_a_warning(tmp_path: Path, caplog: 
 def test_caches_for_another_model_or_of_another_kind_are_named_where_none_is_found(tmp_path: Path) -> None:
     config = cached(tmp_path)
     with pytest.raises(
-        CacheError, match=r"no latent cache in .* of videos for this model: clip_0_.*_toy\.safetensors is for another"
+        CacheError,
+        match=r"no latent cache in .* of videos for this model: clip_0_.*_toy\.safetensors is for another",
     ):
         require_items(find_items(config, "other", LATENT), COMMANDS)
     images = DatasetConfig(config.path, (dataclasses.replace(config.datasets[0], kind="image"),))
@@ -113,7 +118,8 @@ def test_caches_of_the_known_tuners_load(tmp_path: Path) -> None:
     metadata = {"architecture": "toy", "width": "48", "height": "32", "format_version": "1.0.1"}
     latents = {
         "latents_2x4x6_bfloat16": torch.ones(2, 2, 4, 6, dtype=torch.bfloat16),
-        "clip_bfloat16": torch.ones(3, 4, dtype=torch.float16),  # their name says another dtype than the tensor has
+        # their name says another dtype than the tensor has
+        "clip_bfloat16": torch.ones(3, 4, dtype=torch.float16),
         "latents_image_2x4x6_bfloat16": torch.ones(20, 2, 4, 6, dtype=torch.bfloat16),
     }
     write_tensors(folder / "a_b_00000-005_0048x0032_toy.safetensors", latents, metadata)
@@ -169,10 +175,15 @@ def _spoil_source(folder: Path, config: DatasetConfig) -> DatasetConfig:
         (_spoil_source, r"clip_0\.mp4 has changed"),
     ],
 )
-def test_a_wrong_latent_file_is_named_with_the_reason_and_the_command(tmp_path: Path, spoil: Any, reason: str) -> None:
+def test_a_wrong_latent_file_is_named_with_the_reason_and_the_command(
+    tmp_path: Path, spoil: Any, reason: str
+) -> None:
     config = spoil(tmp_path, cached(tmp_path))
     item = find_items(config, "toy", LATENT).items[0]
-    with pytest.raises(CacheError, match=rf"(?s)clip_0_00000-005_0032x0032_toy\.safetensors: .*{reason}.*python cache_latents\.py"):
+    with pytest.raises(
+        CacheError,
+        match=rf"(?s)clip_0_00000-005_0032x0032_toy\.safetensors: .*{reason}.*python cache_latents\.py",
+    ):
         read_batch([item], LATENT, COMMANDS)
 
 
@@ -180,7 +191,9 @@ def test_a_changed_caption_is_named_with_the_command(tmp_path: Path) -> None:
     config = cached(tmp_path)
     (tmp_path / "clip_0.txt").write_text("something else", encoding="utf-8")
     item = find_items(config, "toy", LATENT).items[0]
-    with pytest.raises(CacheError, match=r"(?s)clip_0_toy_te\.safetensors: .*something else.*python cache_text\.py"):
+    with pytest.raises(
+        CacheError, match=r"(?s)clip_0_toy_te\.safetensors: .*something else.*python cache_text\.py"
+    ):
         read_batch([item], LATENT, COMMANDS)
 
 

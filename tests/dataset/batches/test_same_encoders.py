@@ -18,7 +18,9 @@ COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py 
 ONE, OTHER = "1a2b3c4d" * 4, "99887766" * 4
 
 
-def cached(folder: Path, media: dict[str, str], other_media: dict[str, str], other_text: str = "first") -> DatasetConfig:
+def cached(
+    folder: Path, media: dict[str, str], other_media: dict[str, str], other_text: str = "first"
+) -> DatasetConfig:
     """Two clips, of which the second's caches were made by other encoders."""
     config = make_config(folder)
     second = ToyFamily(media_identity=other_media, text=[ToyText(identity={"t5": other_text})])
@@ -54,7 +56,9 @@ def test_what_differs_is_told_once_with_a_file_of_each_and_what_to_do(tmp_path: 
 
 
 def test_another_dtype_is_no_other_network(tmp_path: Path) -> None:
-    config = cached(tmp_path, {"vae": ONE, "vae_dtype": "bfloat16"}, {"vae": ONE, "vae_dtype": "float16", "clip": OTHER})
+    config = cached(
+        tmp_path, {"vae": ONE, "vae_dtype": "bfloat16"}, {"vae": ONE, "vae_dtype": "float16", "clip": OTHER}
+    )
     (said,) = said_of(config)
     assert "clip_0_00000-005_0032x0032_toy.safetensors: vae_dtype bfloat16" in said
     assert "clip_1_00000-005_0032x0032_toy.safetensors: vae_dtype float16" in said
@@ -74,11 +78,15 @@ def test_caches_of_one_run_are_alike(tmp_path: Path) -> None:
 
 
 def test_tables_may_differ_in_what_lies_beside_their_latents(tmp_path: Path) -> None:
-    """Caches for text-to-video and for image-to-video, of clips and of single pictures: the latents are the same."""
+    """Caches for text-to-video and for image-to-video, of clips and of single pictures: the latents are the
+    same.
+    """
     for index, beside in enumerate([{"clip": OTHER, "image": "i2v"}, {"sections": "one frame"}]):
         folder = tmp_path / str(index)
         folder.mkdir()
-        assert said_of(cached(folder, {"vae": ONE, "sections": "anti-drifting"}, {"vae": ONE, **beside})) == []
+        assert (
+            said_of(cached(folder, {"vae": ONE, "sections": "anti-drifting"}, {"vae": ONE, **beside})) == []
+        )
 
 
 def test_another_encoder_of_the_images_is_told(tmp_path: Path) -> None:
@@ -114,6 +122,10 @@ def test_check_says_it_and_finds_nothing_wrong(tmp_path: Path) -> None:
 
 def test_a_part_that_was_told_of_is_not_told_of_again_and_another_one_is() -> None:
     encoders = SameEncoders(COMMANDS)
-    made = [MadeBy(Path(f"{part}{number}"), part, {part: str(number)}) for number in range(3) for part in ("latents", "t5")]
+    made = [
+        MadeBy(Path(f"{part}{number}"), part, {part: str(number)})
+        for number in range(3)
+        for part in ("latents", "t5")
+    ]
     found = [encoders.difference([one]) for one in made]
     assert [said is None for said in found] == [True, True, False, False, True, True]

@@ -23,13 +23,25 @@ from modules.errors import CacheError
 NAMES = [
     ("image", LatentName("pic_0", (120, 90)), "wan", "pic_0_0120x0090_wan.safetensors"),
     ("video", LatentName("clip_0", (112, 80), (0, 17)), "wan", "clip_0_00000-017_0112x0080_wan.safetensors"),
-    ("video", LatentName("clip", (640, 608), (0, 145), 2), "fp", "clip_00000-145-0002_0640x0608_fp.safetensors"),
-    ("video", LatentName("a b.c_1", (12800, 80), (123456, 1001)), "hv", "a b.c_1_123456-1001_12800x0080_hv.safetensors"),
+    (
+        "video",
+        LatentName("clip", (640, 608), (0, 145), 2),
+        "fp",
+        "clip_00000-145-0002_0640x0608_fp.safetensors",
+    ),
+    (
+        "video",
+        LatentName("a b.c_1", (12800, 80), (123456, 1001)),
+        "hv",
+        "a b.c_1_123456-1001_12800x0080_hv.safetensors",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("kind", "name", "tag", "file"), NAMES)
-def test_latent_names_are_those_of_the_known_tuners_and_read_back(kind: str, name: LatentName, tag: str, file: str) -> None:
+def test_latent_names_are_those_of_the_known_tuners_and_read_back(
+    kind: str, name: LatentName, tag: str, file: str
+) -> None:
     assert name.file_name(tag) == file
     assert parse_latent_name(file, tag, kind) == name
 
@@ -107,7 +119,10 @@ def test_a_checksum_sees_name_shape_and_every_bit() -> None:
     changed = tensor.clone()
     changed[2, 3] = 1
     assert checksum("a", tensor) == checksum("a", tensor.clone())
-    assert len({checksum("a", tensor), checksum("b", tensor), checksum("a", tensor.T), checksum("a", changed)}) == 4
+    assert (
+        len({checksum("a", tensor), checksum("b", tensor), checksum("a", tensor.T), checksum("a", changed)})
+        == 4
+    )
     assert checksum("scalar", torch.tensor(1.0)) != checksum("scalar", torch.tensor(2.0))
 
 
@@ -135,11 +150,16 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
 
 def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
     """So a run that was interrupted ends with the files of one that was not."""
-    tensors = {"llm_float16": torch.ones(3, 4, dtype=torch.float16), "llm_mask": torch.ones(3, dtype=torch.int64)}
+    tensors = {
+        "llm_float16": torch.ones(3, 4, dtype=torch.float16),
+        "llm_mask": torch.ones(3, dtype=torch.int64),
+    }
     metadata = {f"key {number}": "é" * number for number in range(8)}
 
     write_tensors(tmp_path / "one.safetensors", tensors, metadata)
-    write_tensors(tmp_path / "two.safetensors", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
+    write_tensors(
+        tmp_path / "two.safetensors", dict(reversed(tensors.items())), dict(reversed(metadata.items()))
+    )
 
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
     entry = read_entry(tmp_path / "two.safetensors")

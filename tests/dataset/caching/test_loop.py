@@ -36,18 +36,29 @@ def names(folder: Path) -> list[str]:
 
 
 def change(config: DatasetConfig, **changes: Any) -> DatasetConfig:
-    return dataclasses.replace(config, datasets=tuple(dataclasses.replace(table, **changes) for table in config.datasets))
+    return dataclasses.replace(
+        config, datasets=tuple(dataclasses.replace(table, **changes) for table in config.datasets)
+    )
 
 
 def test_clips_become_files_of_the_known_format(tmp_path: Path) -> None:
     report = cache_media(ToyFamily(), make_config(tmp_path), options())
 
-    assert names(tmp_path) == ["clip_0_00000-005_0032x0032_toy.safetensors", "clip_1_00000-005_0032x0032_toy.safetensors"]
+    assert names(tmp_path) == [
+        "clip_0_00000-005_0032x0032_toy.safetensors",
+        "clip_1_00000-005_0032x0032_toy.safetensors",
+    ]
     entry = read_entry(tmp_path / "cache" / names(tmp_path)[0])
     assert report.written == 2
     assert list(entry.named) == ["latents_2x4x4_bfloat16"]
     metadata = {key: value for key, value in entry.header.metadata.items() if not key.startswith("reelsmith")}
-    assert metadata == {"architecture": "toy", "width": "32", "height": "32", "format_version": "1.0.1", "frame_count": "5"}
+    assert metadata == {
+        "architecture": "toy",
+        "width": "32",
+        "height": "32",
+        "format_version": "1.0.1",
+        "frame_count": "5",
+    }
 
 
 def test_images_are_named_by_their_original_size(tmp_path: Path) -> None:
@@ -95,7 +106,9 @@ def test_how_the_work_is_done_makes_nothing_again(tmp_path: Path) -> None:
 
 def test_a_note_beside_the_images_of_a_clip_changes_nothing(tmp_path: Path) -> None:
     make_frames(tmp_path / "clip", 5)
-    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
+    (tmp_path / "list.jsonl").write_text(
+        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
+    )
     table = make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), target_frames=(5,))
     config = DatasetConfig(table.config_path, (table,))
     cache_media(ToyFamily(), config, options())
@@ -112,7 +125,9 @@ def test_caches_beside_the_clips_and_names_of_any_script_do_no_harm(tmp_path: Pa
     make_clip(folder / "clip à_2_wan.v1 .mp4", 9)
     (folder / "clip à_2_wan.v1 .txt").write_text("日本", encoding="utf-8")
     before = sorted(path.name for path in folder.iterdir())
-    table = make_table(folder, resolution=(32, 32), target_frames=(5,), caption_extension=".txt", cache_directory=folder)
+    table = make_table(
+        folder, resolution=(32, 32), target_frames=(5,), caption_extension=".txt", cache_directory=folder
+    )
     config = DatasetConfig(table.config_path, (table,))
 
     for written in (1, 0):
@@ -134,9 +149,15 @@ def test_a_changed_source_is_encoded_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "family"),
-    [({}, ToyFamily(media_identity={"vae": "second"})), ({"source_fps": 32.0}, ToyFamily()), ({"source_fps": 16.0}, ToyFamily())],
+    [
+        ({}, ToyFamily(media_identity={"vae": "second"})),
+        ({"source_fps": 32.0}, ToyFamily()),
+        ({"source_fps": 16.0}, ToyFamily()),
+    ],
 )
-def test_another_encoder_or_rate_makes_everything_again(tmp_path: Path, changes: dict[str, Any], family: ToyFamily) -> None:
+def test_another_encoder_or_rate_makes_everything_again(
+    tmp_path: Path, changes: dict[str, Any], family: ToyFamily
+) -> None:
     config = make_config(tmp_path, clips=(12,))
     cache_media(ToyFamily(), config, options())
     report = cache_media(dataclasses.replace(family, seen=[]), change(config, **changes), options())
@@ -156,8 +177,14 @@ def test_files_of_items_that_are_gone_are_removed_unless_kept(tmp_path: Path) ->
     user = {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}
     write_tensors(tmp_path / "cache" / "style_wan.safetensors", user, {})
     write_tensors(tmp_path / "cache" / "my_00000-009_0032x0032_toy.safetensors", user, {})
-    write_tensors(tmp_path / "cache" / "clip_9_00000-009_0032x0032_hv.safetensors", {"latents_1x1x1_float32": torch.zeros(1)}, {})
-    (tmp_path / "cache" / ".clip_0_00000-005_0032x0032_toy.safetensors.ab12cd34.tmp").write_bytes(b"left by a kill")
+    write_tensors(
+        tmp_path / "cache" / "clip_9_00000-009_0032x0032_hv.safetensors",
+        {"latents_1x1x1_float32": torch.zeros(1)},
+        {},
+    )
+    (tmp_path / "cache" / ".clip_0_00000-005_0032x0032_toy.safetensors.ab12cd34.tmp").write_bytes(
+        b"left by a kill"
+    )
     narrower = change(config, target_frames=(5,))
 
     assert cache_media(ToyFamily(), narrower, options(keep_cache=True)).removed == 0
@@ -206,14 +233,21 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("grid", "kept"), [("2x4x4", 1), ("2x4x6", 0)])
-def test_skip_existing_keeps_files_of_other_programs_where_the_size_is_right(tmp_path: Path, grid: str, kept: int) -> None:
+def test_skip_existing_keeps_files_of_other_programs_where_the_size_is_right(
+    tmp_path: Path, grid: str, kept: int
+) -> None:
     config = make_config(tmp_path, clips=(9,))
     path = tmp_path / "cache" / "clip_0_00000-005_0032x0032_toy.safetensors"
     path.parent.mkdir()
-    write_tensors(path, {f"latents_{grid}_bfloat16": torch.zeros(2, *map(int, grid.split("x")))}, {"architecture": "toy"})
+    write_tensors(
+        path,
+        {f"latents_{grid}_bfloat16": torch.zeros(2, *map(int, grid.split("x")))},
+        {"architecture": "toy"},
+    )
     report = cache_media(ToyFamily(), config, options(skip_existing=True))
     assert (report.kept, report.foreign, report.written) == (kept, kept, 1 - kept)
-    assert cache_media(ToyFamily(), change(config), options()).written == kept  # without the option it has no record
+    # without the option it has no record
+    assert cache_media(ToyFamily(), change(config), options()).written == kept
 
 
 def test_batches_have_one_size_and_the_size_asked_for(tmp_path: Path) -> None:
@@ -238,7 +272,9 @@ def test_every_section_of_a_clip_is_a_file_and_all_must_be_there(tmp_path: Path)
     config = make_config(tmp_path, clips=(5,))
     family = ToyFamily(sections=3)
     cache_media(family, config, options())
-    assert names(tmp_path) == [f"clip_0_00000-005-{section:04d}_0032x0032_toy.safetensors" for section in range(3)]
+    assert names(tmp_path) == [
+        f"clip_0_00000-005-{section:04d}_0032x0032_toy.safetensors" for section in range(3)
+    ]
     assert cache_media(family, config, options()).kept == 3
     (tmp_path / "cache" / names(tmp_path)[1]).unlink()
     assert cache_media(family, config, options()).written == 3
@@ -295,7 +331,11 @@ def test_each_encoder_adds_to_the_file_and_keeps_what_others_wrote(tmp_path: Pat
     config = make_config(tmp_path, clips=(5,))
     path = tmp_path / "cache" / "clip_0_toy_te.safetensors"
     path.parent.mkdir()
-    write_tensors(path, {"clipL_mask": torch.ones(3)}, {"architecture": "toy", "note": "mine", "caption1": "clip number 0"})
+    write_tensors(
+        path,
+        {"clipL_mask": torch.ones(3)},
+        {"architecture": "toy", "note": "mine", "caption1": "clip number 0"},
+    )
     llm = ToyText(name="llm", variable_length=frozenset({"llm"}), identity={"llm": "one"})
     cache_texts(ToyFamily(text=[ToyText(), llm]), config, options())
     entry = read_entry(path)
@@ -306,11 +346,15 @@ def test_each_encoder_adds_to_the_file_and_keeps_what_others_wrote(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("caption", "kept"), [("clip number 0", 1), ("an older text", 0)])
-def test_skip_existing_keeps_text_files_of_other_programs_with_the_same_caption(tmp_path: Path, caption: str, kept: int) -> None:
+def test_skip_existing_keeps_text_files_of_other_programs_with_the_same_caption(
+    tmp_path: Path, caption: str, kept: int
+) -> None:
     config = make_config(tmp_path, clips=(5,))
     path = tmp_path / "cache" / "clip_0_toy_te.safetensors"
     path.parent.mkdir()
-    write_tensors(path, {"varlen_t5_bfloat16": torch.ones(3, 4)}, {"architecture": "toy", "caption1": caption})
+    write_tensors(
+        path, {"varlen_t5_bfloat16": torch.ones(3, 4)}, {"architecture": "toy", "caption1": caption}
+    )
     report = cache_texts(ToyFamily(), config, options(skip_existing=True))
     assert (report.kept, report.foreign) == (kept, kept)
 

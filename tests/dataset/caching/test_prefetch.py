@@ -11,7 +11,9 @@ def test_results_come_in_order_whatever_finishes_first() -> None:
         time.sleep(0.02 if number == 0 else 0)
         return number * 10
 
-    assert list(run_ahead(range(6), work, 3, lambda _: 0, 1)) == [(number, number * 10) for number in range(6)]
+    assert list(run_ahead(range(6), work, 3, lambda _: 0, 1)) == [
+        (number, number * 10) for number in range(6)
+    ]
 
 
 def test_an_exception_is_a_result_and_stops_nothing() -> None:

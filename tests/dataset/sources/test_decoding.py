@@ -1,4 +1,6 @@
-"""From files to crops: the recorded frames of every mode, buckets, control media, and clips that give nothing."""
+"""From files to crops: the recorded frames of every mode, buckets, control media, and clips that give
+nothing.
+"""
 
 from pathlib import Path
 
@@ -21,18 +23,23 @@ CASES = read_case("frame_extraction")[0]["cases"]
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Folders with one clip each, by its number of frames."""
-    folders = {count: tmp_path_factory.mktemp(f"clip{count}") for count in {case["video_frames"] for case in CASES}}
+    folders = {
+        count: tmp_path_factory.mktemp(f"clip{count}") for count in {case["video_frames"] for case in CASES}
+    }
     for count, folder in folders.items():
         make_clip(folder / "clip.mkv", count)
     return folders
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['architecture']}-{case['video_frames']}-{case['dataset_keys']}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case['architecture']}-{case['video_frames']}-{case['dataset_keys']}"
+)
 def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, case: dict) -> None:
     keys = "\n".join(f"{name} = {value!r}" for name, value in case["dataset_keys"].items())
     config = tmp_path / "data.toml"
     config.write_text(
-        f"[[datasets]]\nvideo_directory = {str(clips[case['video_frames']])!r}\nresolution = 32\n{keys}", encoding="utf-8"
+        f"[[datasets]]\nvideo_directory = {str(clips[case['video_frames']])!r}\nresolution = 32\n{keys}",
+        encoding="utf-8",
     )
     (table,) = load_dataset_config(config).datasets
     (source,) = find_sources(table, captions=False)
@@ -40,7 +47,8 @@ def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, cas
     decoded = decode_source(source, FAMILY_FPS[case["architecture"]])
 
     found = {
-        f"{item.key}_0032x0032_{case['architecture']}.safetensors": frame_numbers(decoded.crop(item.span)) for item in decoded.items
+        f"{item.key}_0032x0032_{case['architecture']}.safetensors": frame_numbers(decoded.crop(item.span))
+        for item in decoded.items
     }
     assert found == {item["cache_file"]: item["frames"] for item in case["items"]}
     assert list(table.target_frames) == case["effective_target_frames"]
@@ -50,19 +58,27 @@ def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, cas
 
 def test_a_clip_too_short_says_so(tmp_path: Path) -> None:
     make_clip(tmp_path / "clip.mkv", 12)
-    (source,) = find_sources(make_table(tmp_path, resolution=(32, 32), target_frames=(17, 25), source_fps=30.0))
+    (source,) = find_sources(
+        make_table(tmp_path, resolution=(32, 32), target_frames=(17, 25), source_fps=30.0)
+    )
 
     decoded = decode_source(source, 16.0)
 
     assert decoded.items == ()
-    assert decoded.reason == "6 frames after dropping from source_fps = 30, the shortest of target_frames is 17"
+    assert (
+        decoded.reason == "6 frames after dropping from source_fps = 30, the shortest of target_frames is 17"
+    )
 
 
 def test_head_reads_no_more_than_it_needs(tmp_path: Path) -> None:
     make_frames(tmp_path / "clip", 6)
     (tmp_path / "clip" / "0005.png").write_bytes(b"broken")
-    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
-    (source,) = find_sources(make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), target_frames=(1, 5)))
+    (tmp_path / "list.jsonl").write_text(
+        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
+    )
+    (source,) = find_sources(
+        make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), target_frames=(1, 5))
+    )
 
     assert len(decode_source(source, 16.0).frames) == 5
 
@@ -75,7 +91,9 @@ def test_head_reads_no_more_than_it_needs(tmp_path: Path) -> None:
         ({"enable_bucket": True, "bucket_no_upscale": True}, (48, 16)),
     ],
 )
-def test_videos_follow_the_bucket_keys_of_their_table(tmp_path: Path, keys: dict, bucket: tuple[int, int]) -> None:
+def test_videos_follow_the_bucket_keys_of_their_table(
+    tmp_path: Path, keys: dict, bucket: tuple[int, int]
+) -> None:
     make_clip(tmp_path / "clip.mkv", 2, (60, 24))
     (source,) = find_sources(make_table(tmp_path, resolution=(64, 48), **keys))
 
@@ -103,7 +121,11 @@ def test_control_images_are_resized_with_their_alpha(tmp_path: Path) -> None:
     make_image(tmp_path / "control" / "pic_0.png", (50, 50), (1, 2, 3, 128))
     make_image(tmp_path / "control" / "pic_1.png", (20, 40))
     table = make_table(
-        tmp_path, "image_directory", resolution=(64, 48), control_directory=tmp_path / "control", fp_1f_clean_indices=(0, 1)
+        tmp_path,
+        "image_directory",
+        resolution=(64, 48),
+        control_directory=tmp_path / "control",
+        fp_1f_clean_indices=(0, 1),
     )
 
     decoded = decode_source(find_sources(table)[0], 16.0)
@@ -113,14 +135,20 @@ def test_control_images_are_resized_with_their_alpha(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("control_frames", [3, 9])
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_a_control_clip_gets_the_length_of_its_video(tmp_path: Path, control_frames: int, as_folder: bool) -> None:
+def test_a_control_clip_gets_the_length_of_its_video(
+    tmp_path: Path, control_frames: int, as_folder: bool
+) -> None:
     (tmp_path / "control").mkdir()
     make_clip(tmp_path / "clip.mkv", 7)
     make_frames(tmp_path / "control" / "clip", control_frames) if as_folder else make_clip(
         tmp_path / "control" / "clip.mp4", control_frames
     )
     table = make_table(
-        tmp_path, resolution=(32, 32), control_directory=tmp_path / "control", target_frames=(5,), frame_extraction="slide"
+        tmp_path,
+        resolution=(32, 32),
+        control_directory=tmp_path / "control",
+        target_frames=(5,),
+        frame_extraction="slide",
     )
 
     decoded = decode_source(find_sources(table)[0], 16.0)
@@ -136,19 +164,32 @@ def test_control_frames_are_dropped_like_those_of_the_video(tmp_path: Path) -> N
     for folder in (tmp_path, tmp_path / "control"):
         make_clip(folder / "clip.mkv", 20)
     table = make_table(
-        tmp_path, resolution=(32, 32), control_directory=tmp_path / "control", frame_extraction="full", source_fps=32.0
+        tmp_path,
+        resolution=(32, 32),
+        control_directory=tmp_path / "control",
+        frame_extraction="full",
+        source_fps=32.0,
     )
 
     decoded = decode_source(find_sources(table)[0], 16.0)
 
-    assert frame_numbers(decoded.crop((0, 9))) == frame_numbers(decoded.control_crops((0, 9))[0]) == list(range(0, 18, 2))
+    assert (
+        frame_numbers(decoded.crop((0, 9)))
+        == frame_numbers(decoded.control_crops((0, 9))[0])
+        == list(range(0, 18, 2))
+    )
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_a_plan_from_headers_equals_the_decoded_one(tmp_path: Path, suffix: str) -> None:
     make_clip(tmp_path / f"clip{suffix}", 30, (60, 24))
     table = make_table(
-        tmp_path, resolution=(64, 48), enable_bucket=True, frame_extraction="chunk", target_frames=(5, 9), source_fps=30.0
+        tmp_path,
+        resolution=(64, 48),
+        enable_bucket=True,
+        frame_extraction="chunk",
+        target_frames=(5, 9),
+        source_fps=30.0,
     )
     (source,) = find_sources(table)
 
@@ -161,14 +202,18 @@ def test_a_fixed_resolution_has_to_suit_the_model(tmp_path: Path) -> None:
     make_image(tmp_path / "pic.png")
     (source,) = find_sources(make_table(tmp_path, "image_directory", resolution=(100, 48)))
 
-    with pytest.raises(DatasetError, match=r"resolution = \[100, 48\] is no multiple of 16.*\[96, 48\] or \[112, 48\]"):
+    with pytest.raises(
+        DatasetError, match=r"resolution = \[100, 48\] is no multiple of 16.*\[96, 48\] or \[112, 48\]"
+    ):
         decode_source(source, 16.0)
 
 
 def test_pictures_too_small_are_named(tmp_path: Path) -> None:
     make_image(tmp_path / "pic.png", (10, 50))
     (source,) = find_sources(
-        make_table(tmp_path, "image_directory", resolution=(64, 48), enable_bucket=True, bucket_no_upscale=True)
+        make_table(
+            tmp_path, "image_directory", resolution=(64, 48), enable_bucket=True, bucket_no_upscale=True
+        )
     )
 
     with pytest.raises(MediaError, match="pic.png is too small: 10x50"):
@@ -178,8 +223,12 @@ def test_pictures_too_small_are_named(tmp_path: Path) -> None:
 def test_crops_are_no_copies(tmp_path: Path) -> None:
     """A minute of video is there once; what needs a copy makes one."""
     make_frames(tmp_path / "clip", 3)
-    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
-    (source,) = find_sources(make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), frame_extraction="full"))
+    (tmp_path / "list.jsonl").write_text(
+        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
+    )
+    (source,) = find_sources(
+        make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), frame_extraction="full")
+    )
     decoded = decode_source(source, 16.0)
 
     crop = decoded.crop((0, 1))
@@ -195,8 +244,12 @@ def test_a_clip_of_any_length_is_gathered_whole(tmp_path: Path, num_frames: int)
     (tmp_path / "clip").mkdir()
     for index in range(num_frames):
         make_image(tmp_path / "clip" / f"{index:04d}.png", (16, 16), (index, 0, 0))
-    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}')
-    table = make_table(tmp_path, "video_jsonl_file", resolution=(16, 16), frame_extraction="full", max_frames=1000)
+    (tmp_path / "list.jsonl").write_text(
+        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
+    )
+    table = make_table(
+        tmp_path, "video_jsonl_file", resolution=(16, 16), frame_extraction="full", max_frames=1000
+    )
 
     decoded = decode_source(find_sources(table)[0], 16.0)
 
@@ -204,7 +257,9 @@ def test_a_clip_of_any_length_is_gathered_whole(tmp_path: Path, num_frames: int)
     assert [int(frame[0, 0, 0]) for frame in decoded.frames] == list(range(num_frames))
 
 
-@pytest.mark.parametrize(("size", "resolution"), [((32, 32), (32, 32)), ((64, 64), (32, 32)), ((16, 16), (32, 32))])
+@pytest.mark.parametrize(
+    ("size", "resolution"), [((32, 32), (32, 32)), ((64, 64), (32, 32)), ((16, 16), (32, 32))]
+)
 def test_transparency_of_an_image_is_kept_beside_its_colours(
     tmp_path: Path, size: tuple[int, int], resolution: tuple[int, int]
 ) -> None:

@@ -54,7 +54,9 @@ def test_a_family_with_another_frame_step_rounds_full_clips_by_it(tmp_path: Path
         (60, 60.0, 24.0, (0, 3, 5, 8, 11, 13, 15, 18, 20, 23, 25, 28, 30, 33, 35, 38, 40, 43, 45, 48, 51)),
     ],
 )
-def test_frames_are_dropped_as_the_format_says(count: int, source: float, target: float, first: tuple[int, ...]) -> None:
+def test_frames_are_dropped_as_the_format_says(
+    count: int, source: float, target: float, first: tuple[int, ...]
+) -> None:
     assert resample_indices(count, source, target)[: len(first)] == first
 
 

@@ -25,7 +25,18 @@ def write_list(folder: Path, *records: dict) -> None:
 
 
 def test_a_folder_gives_its_images_sorted_by_path(tmp_path: Path) -> None:
-    touch(tmp_path, "b.PNG", "a.jpg", "c d é漢.webp", "e.bmp", "f.jpeg", "notes.txt", "clip.mp4", ".hidden.png", "inner/g.png")
+    touch(
+        tmp_path,
+        "b.PNG",
+        "a.jpg",
+        "c d é漢.webp",
+        "e.bmp",
+        "f.jpeg",
+        "notes.txt",
+        "clip.mp4",
+        ".hidden.png",
+        "inner/g.png",
+    )
 
     sources = find_sources(make_table(tmp_path, "image_directory"))
 
@@ -56,7 +67,9 @@ def test_captions_lie_beside_their_files(tmp_path: Path) -> None:
 def test_without_a_caption_extension_every_caption_is_missing(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
 
-    assert "no caption_extension" in missing_captions(find_sources(make_table(tmp_path, "image_directory")))[0]
+    assert (
+        "no caption_extension" in missing_captions(find_sources(make_table(tmp_path, "image_directory")))[0]
+    )
 
 
 def test_a_long_list_of_missing_captions_is_shortened(tmp_path: Path) -> None:
@@ -93,7 +106,17 @@ def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
 def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
     control = tmp_path / "control"
     touch(tmp_path, "a.png", "a_1.png", "a_10.png")
-    touch(control, "a_2.png", "a.webp", "a_1_0002.png", "a_1_01.png", "a_10_0.png", "a_10_1.png", "a.txt", "unrelated.png")
+    touch(
+        control,
+        "a_2.png",
+        "a.webp",
+        "a_1_0002.png",
+        "a_1_01.png",
+        "a_10_0.png",
+        "a_10_1.png",
+        "a.txt",
+        "unrelated.png",
+    )
     table = make_table(tmp_path, "image_directory", control_directory=control, fp_1f_clean_indices=(0, 1))
 
     found = {source.stem: [path.name for path in source.control] for source in find_sources(table)}
@@ -105,7 +128,9 @@ def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
     }
 
 
-def test_control_images_that_no_place_is_named_for_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_control_images_that_no_place_is_named_for_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     control = tmp_path / "control"
     touch(tmp_path, "a.png", "a_1.png")
     touch(control, "a.png", "a_1.png")
@@ -121,7 +146,11 @@ def test_control_images_that_no_place_is_named_for_are_told(tmp_path: Path, capl
 
 @pytest.mark.parametrize(
     ("names", "reason"),
-    [(["a_left.png"], "a control image of a is named"), ([], "0 control images for a"), (["b.png"], "0 control images for a")],
+    [
+        (["a_left.png"], "a control image of a is named"),
+        ([], "0 control images for a"),
+        (["b.png"], "0 control images for a"),
+    ],
 )
 def test_control_images_that_do_not_fit_are_named(tmp_path: Path, names: list[str], reason: str) -> None:
     control = tmp_path / "control"
@@ -151,7 +180,9 @@ def test_a_control_clip_is_the_same_name_or_a_folder_or_another_type(tmp_path: P
     touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
     touch(control, "a.mp4", "a.mkv", "b/0.png", "b.mkv", "c.avi")
 
-    found = [source.control[0].name for source in find_sources(make_table(tmp_path, control_directory=control))]
+    found = [
+        source.control[0].name for source in find_sources(make_table(tmp_path, control_directory=control))
+    ]
 
     assert found == ["a.mp4", "b", "c.avi"]
     touch(tmp_path, "d.mp4")
@@ -194,7 +225,10 @@ def test_a_list_without_a_caption_is_missing_one(tmp_path: Path) -> None:
         ('{"video_path": "a.png", "caption": ""}', "line 1: there is no image_path"),
         ('["a.png"]', "line 1: there is no image_path"),
         ('{"image_path": "a.png", "caption": 3}', "line 1: caption = 3 is no text"),
-        ('{"image_path": "a.png", "control_path": "x", "control_path_0": "y"}', "line 1: control_path_0 says again"),
+        (
+            '{"image_path": "a.png", "control_path": "x", "control_path_0": "y"}',
+            "line 1: control_path_0 says again",
+        ),
         (
             '{"image_path": "a.png", "control_path": "x"}\n{"image_path": "b.png"}',
             "1 lines of .* have no control_path, while others have",

@@ -25,7 +25,9 @@ def _inputs(batch: int = 2, queries: int = 5, keys: int = 7) -> tuple[Tensor, Te
     return tuple(torch.randn(batch, length, 3, 8, generator=generator) for length in (queries, keys, keys))  # type: ignore[return-value]
 
 
-def _choice(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool = False) -> tuple[AttentionChoice, list[Call]]:
+def _choice(
+    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool = False
+) -> tuple[AttentionChoice, list[Call]]:
     """The back end, its package standing in; and the calls the package gets."""
     calls = put_in(monkeypatch, mode) if mode in PACKAGES else []
     return AttentionChoice(mode.partition(" ")[0], split), calls
@@ -68,14 +70,18 @@ def test_a_padded_batch_equals_its_samples_alone_in_values_and_gradients(
         own = [one[sample : sample + 1, :count].detach().requires_grad_() for one in inputs]
         alone = attend(*own)
         torch.testing.assert_close(result[sample, :count], alone[0], atol=NEAR, rtol=NEAR)
-        for ours, theirs in zip(gradients, torch.autograd.grad((alone * weights[sample, :count]).sum(), own), strict=True):
+        for ours, theirs in zip(
+            gradients, torch.autograd.grad((alone * weights[sample, :count]).sum(), own), strict=True
+        ):
             torch.testing.assert_close(ours[sample, :count], theirs[0], atol=NEAR, rtol=1e-5)
         assert not result[sample, count:].any()
         assert not any(gradient[sample, count:].any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("mode", EVERY_MODE)
-def test_what_stands_in_the_padding_is_never_computed_with(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_what_stands_in_the_padding_is_never_computed_with(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     choice, _ = _choice(monkeypatch, mode)
     inputs = _inputs(3, 9, 9)
     for one in inputs:
@@ -106,7 +112,9 @@ def test_packages_get_real_tokens_only_with_arguments_in_their_order(
     if split or mode not in WITH_PACKED:
         assert calls == one_by_one.get(mode, [Call("flash_attn_func", (1, count, 3, 8)) for count in COUNTS])
     else:
-        assert calls == together.get(mode, [Call("flash_attn_varlen_func", (20, 3, 8), ([0, 9, 13, 20], 9, 9))])
+        assert calls == together.get(
+            mode, [Call("flash_attn_varlen_func", (20, 3, 8), ([0, 9, 13, 20], 9, 9))]
+        )
 
 
 class _Sizes(TorchDispatchMode):
@@ -117,7 +125,9 @@ class _Sizes(TorchDispatchMode):
         self.largest = 0
         self.masked = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         returned = result if isinstance(result, (tuple, list)) else [result]
         self.largest = max(self.largest, *(one.numel() for one in returned if isinstance(one, Tensor)), 0)
@@ -127,9 +137,12 @@ class _Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("mode", EVERY_MODE)
-def test_lengths_make_no_matrix_of_queries_and_keys(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+def test_lengths_make_no_matrix_of_queries_and_keys(
+    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
+) -> None:
     choice, _ = _choice(monkeypatch, mode, split)
-    inputs = [torch.randn(2, 90, 2, 16, requires_grad=True) for _ in range(3)]  # 5760 numbers; a mask would have 8100 or more
+    # 5760 numbers; a mask would have 8100 or more
+    inputs = [torch.randn(2, 90, 2, 16, requires_grad=True) for _ in range(3)]
 
     with _Sizes() as sizes:
         attend(*inputs, choice, lengths_on((90, 50), CPU)).sum().backward()
@@ -178,7 +191,9 @@ def test_packing_a_sample_costs_the_backward_pass_no_batch_of_zeros() -> None:
 
 
 @pytest.mark.parametrize("mode", PACKAGES)
-def test_packages_compute_in_autocasts_dtype_as_torch_does(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_packages_compute_in_autocasts_dtype_as_torch_does(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     choice, _ = _choice(monkeypatch, mode)
     inputs = _inputs(2, 9, 9)
 
@@ -200,7 +215,8 @@ def test_a_key_may_stand_for_many_equal_ones(split: bool) -> None:
     merged = attend(query, key, value, AttentionChoice("sdpa", split), repeats=repeats)
 
     many = (tensor.repeat_interleave(repeats.long(), dim=1) for tensor in (key, value))
-    torch.testing.assert_close(merged, attend(query, *many), atol=5e-5, rtol=1e-5)  # sums of 511 rounded exponentials
+    # sums of 511 rounded exponentials
+    torch.testing.assert_close(merged, attend(query, *many), atol=5e-5, rtol=1e-5)
 
 
 def test_only_torch_knows_keys_that_stand_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +242,9 @@ def test_few_tokens_in_bfloat16_on_a_cpu_stay_near_float32(counts: tuple[int, ..
 
 
 @torch.library.custom_op("reelsmith_tests::varlen", mutates_args=())
-def _varlen(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, q_longest: int, k_longest: int) -> Tensor:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, q_longest: int, k_longest: int
+) -> Tensor:
     """As the package has it: an operation that tracing does not look into."""
     return packed(q, k, v, q_starts.tolist(), k_starts.tolist())
 
@@ -235,7 +253,9 @@ _varlen.register_fake(lambda q, *_: torch.empty_like(q))
 
 
 @pytest.mark.parametrize(("mode", "split"), [("sdpa", False), ("sdpa", True), ("flash", False)])
-def test_it_compiles_as_one_graph_that_serves_other_lengths(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
+def test_it_compiles_as_one_graph_that_serves_other_lengths(
+    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
+) -> None:
     """One graph for the first lengths, one more in which they are symbols."""
     module = ModuleType("flash_attn")
     module.__dict__["flash_attn_varlen_func"] = _varlen
@@ -247,10 +267,14 @@ def test_it_compiles_as_one_graph_that_serves_other_lengths(monkeypatch: pytest.
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k, v, lengths: attend(q, k, v, choice, lengths), fullgraph=True, backend=count)
+    compiled = torch.compile(
+        lambda q, k, v, lengths: attend(q, k, v, choice, lengths), fullgraph=True, backend=count
+    )
     for counts in ((9, 4), (9, 6), (9, 3), (9, 7)):
         inputs, lengths = _inputs(2, 9, 9), lengths_on(counts, CPU)
-        torch.testing.assert_close(compiled(*inputs, lengths), attend(*inputs, choice, lengths), atol=NEAR, rtol=NEAR)
+        torch.testing.assert_close(
+            compiled(*inputs, lengths), attend(*inputs, choice, lengths), atol=NEAR, rtol=NEAR
+        )
     torch._dynamo.reset()
     assert len(made) <= 2
 
@@ -274,13 +298,19 @@ def test_torch_needs_no_check_and_no_dtype() -> None:
         ("flash", False, "--attn_mode flash runs on CUDA devices only"),
         ("flash3", True, "--flash3 runs on CUDA devices only"),
         ("flash3", False, "--attn_mode flash3 runs on CUDA devices only"),
-        ("sage", True, "--sage_attn has no backward pass, so that nothing would be learned: it is for generation only"),
+        (
+            "sage",
+            True,
+            "--sage_attn has no backward pass, so that nothing would be learned: it is for generation only",
+        ),
         ("sage", False, "--attn_mode sageattn runs on CUDA devices only"),
         ("xformers", True, "--xformers runs on CUDA devices only"),
         ("xformers", False, "--attn_mode xformers runs on CUDA devices only"),
     ],
 )
-def test_a_back_end_that_cannot_run_here_is_refused_by_the_option_that_asked(mode: str, training: bool, message: str) -> None:
+def test_a_back_end_that_cannot_run_here_is_refused_by_the_option_that_asked(
+    mode: str, training: bool, message: str
+) -> None:
     with pytest.raises(OptionError, match=message):
         check_backend(AttentionChoice(mode), CPU, _bfloat16, training)
 
@@ -288,8 +318,18 @@ def test_a_back_end_that_cannot_run_here_is_refused_by_the_option_that_asked(mod
 @pytest.mark.parametrize(
     ("mode", "capability", "dtype", "message"),
     [
-        ("flash", (7, 5), torch.float16, r"compute capability 8.0 or more \(Ampere and later\); this one has 7.5"),
-        ("flash", (8, 0), torch.float32, "computes in float16 and bfloat16 only, and the model computes in float32. Use"),
+        (
+            "flash",
+            (7, 5),
+            torch.float16,
+            r"compute capability 8.0 or more \(Ampere and later\); this one has 7.5",
+        ),
+        (
+            "flash",
+            (8, 0),
+            torch.float32,
+            "computes in float16 and bfloat16 only, and the model computes in float32. Use",
+        ),
         ("flash", (12, 0), torch.bfloat16, None),
         (
             "flash3",
@@ -320,13 +360,17 @@ def test_what_a_package_asks_of_gpu_and_dtype(
 
 
 @pytest.mark.parametrize("mode", ["flash", "flash3", "sage", "xformers"])
-def test_a_package_that_is_not_installed_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_a_package_that_is_not_installed_is_named_with_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     package = BACKENDS[mode].package
     assert package is not None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.delitem(sys.modules, package.module, raising=False)
 
-    with pytest.raises(OptionError, match=f"needs {package.name}, which is not installed. Install it (with: pip|from source)"):
+    with pytest.raises(
+        OptionError, match=f"needs {package.name}, which is not installed. Install it (with: pip|from source)"
+    ):
         check_backend(AttentionChoice(mode), CUDA, _bfloat16, training=False)
 
 
@@ -337,11 +381,15 @@ def test_a_package_that_breaks_while_it_is_imported_is_refused_with_its_words(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
-    with pytest.raises(OptionError, match=r"--flash_attn: FlashAttention 2 cannot be loaded \(undefined symbol: _ZN3c10\)"):
+    with pytest.raises(
+        OptionError, match=r"--flash_attn: FlashAttention 2 cannot be loaded \(undefined symbol: _ZN3c10\)"
+    ):
         check_backend(AttentionChoice("flash"), CUDA, _bfloat16, training=True)
 
 
-def test_a_package_without_a_kernel_for_the_gpu_is_refused_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_without_a_kernel_for_the_gpu_is_refused_with_its_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     module = ModuleType("flash_attn")
 
     def fails(*_: object) -> None:
@@ -358,7 +406,9 @@ def test_a_package_without_a_kernel_for_the_gpu_is_refused_with_its_words(monkey
 
 @pytest.mark.parametrize("mode", ["flash", "flash3", "xformers"])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_trial_computes_both_ways_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, mode: str, training: bool) -> None:
+def test_a_trial_computes_both_ways_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, mode: str, training: bool
+) -> None:
     choice, calls = _choice(monkeypatch, mode)
 
     try_out(choice, CPU, torch.bfloat16, training)
@@ -374,7 +424,9 @@ def test_a_trial_computes_both_ways_before_anything_is_loaded(monkeypatch: pytes
         (lambda q, k, v: attend(q, k, v) * torch.nan, "its results are wrong"),
     ],
 )
-def test_a_trial_sees_wrong_results_and_missing_gradients(monkeypatch: pytest.MonkeyPatch, make: Any, error: str) -> None:
+def test_a_trial_sees_wrong_results_and_missing_gradients(
+    monkeypatch: pytest.MonkeyPatch, make: Any, error: str
+) -> None:
     module = ModuleType("flash_attn")
     module.__dict__["flash_attn_func"] = make
     monkeypatch.setitem(sys.modules, "flash_attn", module)

@@ -19,7 +19,16 @@ from modules.attention.options import (
 from modules.options import read_options
 from tests.commands import assert_user_error, run_script
 
-TRAIN = ("--output_dir", "out", "--output_name", "x", "--dataset_config", "dataset.toml", "--dit", "no such file")
+TRAIN = (
+    "--output_dir",
+    "out",
+    "--output_name",
+    "x",
+    "--dataset_config",
+    "dataset.toml",
+    "--dit",
+    "no such file",
+)
 
 
 def _training(*arguments: str) -> TrainingAttentionOptions:
@@ -47,7 +56,11 @@ def _generation(*arguments: str, splits: bool = True) -> GenerationAttentionOpti
         (("--sage_attn",), "sage", ()),
         (("--xformers",), "xformers", ()),
         (("--flash3", "--xformers", "--sage_attn", "--flash_attn", "--sdpa"), "sdpa", None),
-        (("--flash3", "--xformers", "--sage_attn", "--flash_attn"), "flash", ("--sage_attn", "--xformers", "--flash3")),
+        (
+            ("--flash3", "--xformers", "--sage_attn", "--flash_attn"),
+            "flash",
+            ("--sage_attn", "--xformers", "--flash3"),
+        ),
         (("--flash3", "--xformers", "--sage_attn"), "sage", ("--xformers", "--flash3")),
         (("--flash3", "--xformers"), "xformers", ("--flash3",)),
     ],
@@ -57,13 +70,17 @@ def test_the_first_back_end_counts_and_the_others_are_named(
 ) -> None:
     options = _training(*arguments)
     assert options.choice == AttentionChoice(mode)
-    assert options.ignored == (("--flash_attn", "--sage_attn", "--xformers", "--flash3") if ignored is None else ignored)
+    assert options.ignored == (
+        ("--flash_attn", "--sage_attn", "--xformers", "--flash3") if ignored is None else ignored
+    )
 
 
 def test_splitting_goes_with_every_back_end() -> None:
     assert _training("--split_attn").choice == AttentionChoice("sdpa", split=True)
     assert _training("--xformers", "--split_attn").choice == AttentionChoice("xformers", split=True)
-    assert _generation("--attn_mode", "flash3", "--split_attn").choice == AttentionChoice("flash3", split=True)
+    assert _generation("--attn_mode", "flash3", "--split_attn").choice == AttentionChoice(
+        "flash3", split=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,9 +103,21 @@ def test_torchs_own_attention_is_what_nothing_else_means() -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [
-        ("wan_train_network.py", ("--flash_attn",), ("--flash_attn runs on CUDA devices only", "Leave --flash_attn out")),
-        ("wan_train_network.py", ("--sage_attn", "--flash3"), ("--sage_attn has no backward pass", "Leave --sage_attn out")),
-        ("wan_train_network.py", ("--xformers", "--split_attn"), ("--xformers runs on CUDA devices only", "Leave --xformers out")),
+        (
+            "wan_train_network.py",
+            ("--flash_attn",),
+            ("--flash_attn runs on CUDA devices only", "Leave --flash_attn out"),
+        ),
+        (
+            "wan_train_network.py",
+            ("--sage_attn", "--flash3"),
+            ("--sage_attn has no backward pass", "Leave --sage_attn out"),
+        ),
+        (
+            "wan_train_network.py",
+            ("--xformers", "--split_attn"),
+            ("--xformers runs on CUDA devices only", "Leave --xformers out"),
+        ),
     ],
 )
 def test_training_refuses_before_it_opens_a_model(
@@ -103,12 +132,29 @@ def test_training_refuses_before_it_opens_a_model(
 
 @pytest.mark.parametrize(
     ("script", "value"),
-    [("hv_generate_video.py", "flash"), ("hv_generate_video.py", "sageattn"), ("wan_generate_video.py", "flash3")],
+    [
+        ("hv_generate_video.py", "flash"),
+        ("hv_generate_video.py", "sageattn"),
+        ("wan_generate_video.py", "flash3"),
+    ],
 )
 def test_generation_refuses_before_it_opens_a_model(tmp_path: Path, script: str, value: str) -> None:
-    arguments = ("--prompt", "a cat", "--save_path", "out", "--dit", "no such file", "--device", "cpu", "--attn_mode", value)
+    arguments = (
+        "--prompt",
+        "a cat",
+        "--save_path",
+        "out",
+        "--dit",
+        "no such file",
+        "--device",
+        "cpu",
+        "--attn_mode",
+        value,
+    )
 
     done = run_script(script, *arguments, folder=tmp_path, check=False)
 
-    assert_user_error(done, f"--attn_mode {value} runs on CUDA devices only", f"Leave --attn_mode {value} out")
+    assert_user_error(
+        done, f"--attn_mode {value} runs on CUDA devices only", f"Leave --attn_mode {value} out"
+    )
     assert not (tmp_path / "out").exists()

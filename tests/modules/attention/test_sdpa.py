@@ -1,4 +1,7 @@
-"""The order of torch's kernels. None of those for GPUs runs here: what is tested is the order, and that torch obeys it."""
+"""The order of torch's kernels.
+
+None of those for GPUs runs here: what is tested is the order, and that torch obeys it.
+"""
 
 from typing import Any
 
@@ -46,7 +49,12 @@ GOOD = 91501
     ],
 )
 def test_cudnn_comes_first_where_it_is_the_fastest_and_known_to_be_right(
-    capability: tuple[int, int], dtype: torch.dtype, width: int, has_mask: bool, cudnn: int | None, is_first: bool
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    width: int,
+    has_mask: bool,
+    cudnn: int | None,
+    is_first: bool,
 ) -> None:
     expected = [CUDNN, FLASH, EFFICIENT, MATH] if is_first else [FLASH, EFFICIENT, MATH]
     assert kernels(capability, dtype, width, has_mask, cudnn) == expected
@@ -56,7 +64,9 @@ def test_cudnn_comes_first_where_it_is_the_fastest_and_known_to_be_right(
     ("capability", "cudnn", "speaks"),
     [((9, 0), GOOD, False), ((9, 0), 91002, True), ((10, 0), None, True), ((8, 9), 91002, False)],
 )
-def test_a_gpu_whose_fastest_kernel_is_left_out_is_told_of(capability: tuple[int, int], cudnn: int | None, speaks: bool) -> None:
+def test_a_gpu_whose_fastest_kernel_is_left_out_is_told_of(
+    capability: tuple[int, int], cudnn: int | None, speaks: bool
+) -> None:
     note = cudnn_note(capability, cudnn)
     assert (note is not None) is speaks
     if note is not None:
@@ -66,7 +76,9 @@ def test_a_gpu_whose_fastest_kernel_is_left_out_is_told_of(capability: tuple[int
 
 def test_attention_does_not_import_the_compiler() -> None:
     """That takes longer than all else at the start of a program."""
-    run_python("-c", "import sys, modules.attention.attend; assert 'torch._dynamo' not in sys.modules", folder=ROOT)
+    run_python(
+        "-c", "import sys, modules.attention.attend; assert 'torch._dynamo' not in sys.modules", folder=ROOT
+    )
 
 
 class _Names(TorchDispatchMode):
@@ -74,7 +86,9 @@ class _Names(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.names.append(func.name())
         return func(*args, **(kwargs or {}))
 
@@ -85,7 +99,9 @@ def _heads() -> list[Tensor]:
 
 
 # a CPU has two of the kernels, and obeys which of them are allowed
-@pytest.mark.parametrize(("order", "is_flash"), [([CUDNN, FLASH, EFFICIENT, MATH], True), ([CUDNN, MATH], False)])
+@pytest.mark.parametrize(
+    ("order", "is_flash"), [([CUDNN, FLASH, EFFICIENT, MATH], True), ([CUDNN, MATH], False)]
+)
 def test_only_the_kernels_given_are_used_and_the_backward_pass_takes_the_forward_ones(
     order: list[SDPBackend], is_flash: bool
 ) -> None:
@@ -105,7 +121,9 @@ def test_only_the_kernels_given_are_used_and_the_backward_pass_takes_the_forward
     assert torch.backends.cuda.math_sdp_enabled()
 
 
-@pytest.mark.parametrize(("order", "is_flash"), [([CUDNN, FLASH, EFFICIENT, MATH], True), ([CUDNN, MATH], False)])
+@pytest.mark.parametrize(
+    ("order", "is_flash"), [([CUDNN, FLASH, EFFICIENT, MATH], True), ([CUDNN, MATH], False)]
+)
 def test_a_compiled_graph_holds_the_kernel_of_the_order(order: list[SDPBackend], is_flash: bool) -> None:
     """One graph without breaks; the choice is made while tracing, and nothing of it is left in what runs."""
     graphs: list[list[str]] = []
@@ -138,7 +156,15 @@ def test_the_order_is_the_gpus_under_compile_too(monkeypatch: pytest.MonkeyPatch
     found: list[list[SDPBackend]] = []
 
     def order(x: Tensor) -> Tensor:
-        found.append(kernels(attention_sdpa._capability(x.device), torch.bfloat16, x.shape[-1], False, attention_sdpa._cudnn()))
+        found.append(
+            kernels(
+                attention_sdpa._capability(x.device),
+                torch.bfloat16,
+                x.shape[-1],
+                False,
+                attention_sdpa._cudnn(),
+            )
+        )
         return x + (1 if found[-1][0] == CUDNN else 2)
 
     torch._dynamo.reset()

@@ -33,12 +33,18 @@ def test_every_tensor_reads_back_as_written(tmp_path: Path, name: str) -> None:
         assert checkpoint.tensors.keys() == tensors().keys()
         for key, tensor in tensors().items():
             read = checkpoint.read(key)
-            assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape) == (checkpoint.tensors[key].dtype, tensor.shape)
+            assert (
+                (read.dtype, read.shape)
+                == (tensor.dtype, tensor.shape)
+                == (checkpoint.tensors[key].dtype, tensor.shape)
+            )
             assert torch.equal(read.float(), tensor.float())
 
 
 def test_metadata_of_a_safetensors_file_are_there(tmp_path: Path) -> None:
-    with open_checkpoint(write(tmp_path / "a.safetensors", tensors(), metadata={"format": "pt", "title": "clay"})) as checkpoint:
+    with open_checkpoint(
+        write(tmp_path / "a.safetensors", tensors(), metadata={"format": "pt", "title": "clay"})
+    ) as checkpoint:
         assert checkpoint.metadata == {"format": "pt", "title": "clay"}
 
 
@@ -51,7 +57,9 @@ def test_tensors_are_found_inside_what_trainers_wrap_around_them(tmp_path: Path,
 
 
 def test_the_older_torch_format_opens(tmp_path: Path) -> None:
-    with open_checkpoint(write(tmp_path / "a.pth", {"a": torch.ones(3)}, _use_new_zipfile_serialization=False)) as checkpoint:
+    with open_checkpoint(
+        write(tmp_path / "a.pth", {"a": torch.ones(3)}, _use_new_zipfile_serialization=False)
+    ) as checkpoint:
         assert torch.equal(checkpoint.read("a"), torch.ones(3))
 
 
@@ -79,10 +87,16 @@ def test_a_header_whose_length_begins_like_a_pickle_is_still_a_header(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["zip.pth", "old.pth"])
-def test_pickled_code_is_refused_and_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
-    path = write(tmp_path / name, {"a": torch.ones(2), "b": Code()}, _use_new_zipfile_serialization=name == "zip.pth")
+def test_pickled_code_is_refused_and_not_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = write(
+        tmp_path / name, {"a": torch.ones(2), "b": Code()}, _use_new_zipfile_serialization=name == "zip.pth"
+    )
 
-    with pytest.raises(CheckpointError, match="holds program code beside its tensors and is refused") as caught:
+    with pytest.raises(
+        CheckpointError, match="holds program code beside its tensors and is refused"
+    ) as caught:
         open_checkpoint(path)
 
     assert caught.value.path == path
@@ -100,7 +114,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
-def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_crash(tmp_path: Path, name: str) -> None:
+def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_crash(
+    tmp_path: Path, name: str
+) -> None:
     path = write(tmp_path / name, {"first.weight": torch.ones(4), "second.weight": torch.ones(4)})
     data = path.read_bytes()
 
@@ -108,7 +124,8 @@ def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_c
         damaged = bytearray(data)
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
-        with contextlib.suppress(CheckpointError), open_checkpoint(path) as checkpoint:  # any other error fails the test
+        # any other error fails the test
+        with contextlib.suppress(CheckpointError), open_checkpoint(path) as checkpoint:
             for key in checkpoint.tensors:
                 checkpoint.read(key)
 
@@ -133,7 +150,9 @@ def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_c
         ([], "header cannot be read"),
     ],
 )
-def test_a_safetensors_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: Any, message: str) -> None:
+def test_a_safetensors_header_that_contradicts_itself_is_refused(
+    tmp_path: Path, entry: Any, message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(write_header(tmp_path / "a.safetensors", json.dumps({"a": entry})))
 
@@ -167,7 +186,9 @@ def test_a_header_made_to_do_harm_is_refused(tmp_path: Path, header: str, messag
 
 
 @pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 62, (1 << 64) - 1])
-def test_a_header_length_beyond_the_file_is_refused_before_memory_is_taken(tmp_path: Path, length: int) -> None:
+def test_a_header_length_beyond_the_file_is_refused_before_memory_is_taken(
+    tmp_path: Path, length: int
+) -> None:
     with pytest.raises(CheckpointError, match="its header claims"):
         open_checkpoint(write_header(tmp_path / "a.safetensors", f'{{"a":{WHOLE}}}', length))
 

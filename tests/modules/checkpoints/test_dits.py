@@ -21,7 +21,9 @@ BLOCKS = 8  # of the pocket model
 
 
 def quantised_blocks(path: Path, quantisation: Quantisation) -> set[int]:
-    return {int(name.split(".")[1]) for name in quantised_layers(load_dit(path, replace(CPU, fp8=quantisation)))}
+    return {
+        int(name.split(".")[1]) for name in quantised_layers(load_dit(path, replace(CPU, fp8=quantisation)))
+    }
 
 
 def test_the_last_two_blocks_stay_in_16_bits_where_the_others_multiply_in_8() -> None:

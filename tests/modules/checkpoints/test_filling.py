@@ -67,7 +67,10 @@ def test_every_mismatch_is_reported_at_once(tmp_path: Path) -> None:
     del content["0.bias"]
     content |= {"0.weight": torch.zeros(3, 4), "2.weight": torch.zeros(1), "3.weight": torch.zeros(1)}
 
-    with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint, pytest.raises(CheckpointError) as caught:
+    with (
+        open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint,
+        pytest.raises(CheckpointError) as caught,
+    ):
         load_module(network(), checkpoint, plain_sources(checkpoint), device=CPU, dtype=same, what="--vae")
 
     assert str(caught.value).splitlines()[:-1] == [
@@ -83,7 +86,9 @@ def test_tensors_to_ignore_may_stand_in_the_file(tmp_path: Path) -> None:
     content = state() | {"text.0.weight": torch.zeros(1)}
 
     with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
-        load_module(network(), checkpoint, plain_sources(checkpoint), device=CPU, dtype=same, ignore=("text.*",))
+        load_module(
+            network(), checkpoint, plain_sources(checkpoint), device=CPU, dtype=same, ignore=("text.*",)
+        )
 
 
 def test_on_the_meta_device_nothing_is_read(tmp_path: Path) -> None:
@@ -145,7 +150,13 @@ def test_newer_fp8_files_with_their_own_record_are_read(tmp_path: Path) -> None:
         module = nn.Sequential(nn.Linear(2, 2, bias=False))
 
     with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
-        load_module(module, checkpoint, plain_sources(checkpoint), device=CPU, dtype=lambda name, stored: torch.bfloat16)
+        load_module(
+            module,
+            checkpoint,
+            plain_sources(checkpoint),
+            device=CPU,
+            dtype=lambda name, stored: torch.bfloat16,
+        )
 
     assert torch.equal(module[0].weight, torch.full((2, 2), 0.5, dtype=torch.bfloat16))
 
@@ -153,4 +164,9 @@ def test_newer_fp8_files_with_their_own_record_are_read(tmp_path: Path) -> None:
 def test_names_that_differ_in_their_number_are_listed_together() -> None:
     names = [f"blocks.{index}.norm.weight" for index in (0, 1, 2, 5)] + ["head.bias", "blocks.1.ffn.0.bias"]
 
-    assert compress_names(names) == ["blocks.1.ffn.0.bias", "blocks.{0..2}.norm.weight", "blocks.5.norm.weight", "head.bias"]
+    assert compress_names(names) == [
+        "blocks.1.ffn.0.bias",
+        "blocks.{0..2}.norm.weight",
+        "blocks.5.norm.weight",
+        "head.bias",
+    ]

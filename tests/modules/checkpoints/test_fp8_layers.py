@@ -1,4 +1,6 @@
-"""Transformers of all families loaded with weights in 8 bits: rounded from 16 bits, or as released fp8 files have them."""
+"""Transformers of all families loaded with weights in 8 bits: rounded from 16 bits, or as released fp8 files
+have them.
+"""
 
 import functools
 import gc
@@ -44,11 +46,19 @@ class Kind:
 
 
 KINDS = {
-    "wan": Kind(wan.load_dit, wan.DIT, functools.partial(wan_dit.tiny_state, "t2v"), wan_dit.write_dit, 20, 20),
+    "wan": Kind(
+        wan.load_dit, wan.DIT, functools.partial(wan_dit.tiny_state, "t2v"), wan_dit.write_dit, 20, 20
+    ),
     "hunyuan": Kind(hunyuan.load_dit, hunyuan.DIT, hunyuan_dit.tiny_state, hunyuan_dit.write_dit, 26, 29),
-    "framepack": Kind(framepack.load_dit, framepack.DIT, framepack_dit.tiny_state, framepack_dit.write_dit, 39, 46),
+    "framepack": Kind(
+        framepack.load_dit, framepack.DIT, framepack_dit.tiny_state, framepack_dit.write_dit, 39, 46
+    ),
 }
-DIALECTS = {"wan": wan_dit.FP8_DIALECTS, "hunyuan": hunyuan_dit.FP8_DIALECTS, "framepack": framepack_dit.FP8_DIALECTS}
+DIALECTS = {
+    "wan": wan_dit.FP8_DIALECTS,
+    "hunyuan": hunyuan_dit.FP8_DIALECTS,
+    "framepack": framepack_dit.FP8_DIALECTS,
+}
 RELEASED = [(family, dialect) for family, dialects in DIALECTS.items() for dialect in dialects]
 
 
@@ -69,8 +79,12 @@ def in_bf16(kind: Kind) -> dict[str, Tensor]:
     return {name: tensor.bfloat16() for name, tensor in kind.state().items()}
 
 
-@pytest.mark.parametrize("quantisation", [CAST, ROWS, Quantisation("rows", float32_scales=True)], ids=["cast", "rows", "float32"])
-def test_loading_gives_what_rounding_the_loaded_model_would(tmp_path: Path, kind: Kind, quantisation: Quantisation) -> None:
+@pytest.mark.parametrize(
+    "quantisation", [CAST, ROWS, Quantisation("rows", float32_scales=True)], ids=["cast", "rows", "float32"]
+)
+def test_loading_gives_what_rounding_the_loaded_model_would(
+    tmp_path: Path, kind: Kind, quantisation: Quantisation
+) -> None:
     path = kind.write(tmp_path, in_bf16(kind))
     plain = kind.load(path, CPU)
 
@@ -82,7 +96,11 @@ def test_loading_gives_what_rounding_the_loaded_model_would(tmp_path: Path, kind
         weight, scale = quantise(plain.get_parameter(f"{name}.weight"), quantisation)
         assert same_bytes(layer.weight, weight), name
         assert scale is None if scale_of(layer) is None else torch.equal(scale_of(layer), scale), name
-    others = {name: t for name, t in dit.state_dict().items() if name.rpartition(".")[0] not in layers or name.endswith("bias")}
+    others = {
+        name: t
+        for name, t in dit.state_dict().items()
+        if name.rpartition(".")[0] not in layers or name.endswith("bias")
+    }
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in others.items())
     assert others.keys() | {f"{name}.weight" for name in layers} == plain.state_dict().keys()
     assert dit.compute_dtype == torch.bfloat16
@@ -146,7 +164,11 @@ def test_released_fp8_files_stay_as_they_are(tmp_path: Path, family: str, dialec
     for name, layer in layers.items():
         assert torch.equal(meant(layer), multiplied_out.get_parameter(f"{name}.weight")), name
     assert dit.compute_dtype == torch.bfloat16
-    assert all(tensor.dtype != E4M3 for name, tensor in dit.named_parameters() if name.removesuffix(".weight") not in layers)
+    assert all(
+        tensor.dtype != E4M3
+        for name, tensor in dit.named_parameters()
+        if name.removesuffix(".weight") not in layers
+    )
 
 
 def test_bytes_of_a_released_file_are_kept(tmp_path: Path) -> None:
@@ -162,14 +184,18 @@ def test_scales_by_blocks_of_columns_are_kept(tmp_path: Path) -> None:
     state = in_bf16(KINDS["wan"])
     weight = state["blocks.0.ffn.0.weight"]
     scale = (weight.unflatten(1, (-1, 64)).abs().amax(2, keepdim=True).float() / 448).bfloat16()
-    state["blocks.0.ffn.0.weight"] = (weight.unflatten(1, (-1, 64)) / scale).flatten(1).clamp(-448, 448).to(E4M3)
+    state["blocks.0.ffn.0.weight"] = (
+        (weight.unflatten(1, (-1, 64)) / scale).flatten(1).clamp(-448, 448).to(E4M3)
+    )
     state["blocks.0.ffn.0.scale_weight"] = scale
 
     dit = wan.load_dit(wan_dit.write_dit(tmp_path, state), replace(CPU, fp8=CAST))
 
     layer = dit.blocks[0].ffn[0]
     assert scale_of(layer).shape == (256, 2, 1)
-    torch.testing.assert_close(meant(layer), weight.float(), rtol=2**-4, atol=2**-9 * float(weight.abs().max()))
+    torch.testing.assert_close(
+        meant(layer), weight.float(), rtol=2**-4, atol=2**-9 * float(weight.abs().max())
+    )
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(layer(x), nn.functional.linear(x, meant(layer).bfloat16(), layer.bias))
 
@@ -206,7 +232,9 @@ def test_a_device_without_such_numbers_is_refused(tmp_path: Path, kind: Kind) ->
 
 def test_fp8_files_are_not_rounded_again(tmp_path: Path, kind: Kind) -> None:
     path = kind.write(tmp_path, kind.state(), "fp8_scaled")
-    with pytest.raises(CheckpointError, match=r"--fp8_scaled: .* is in fp8 already.*\n  Leave --fp8_scaled out"):
+    with pytest.raises(
+        CheckpointError, match=r"--fp8_scaled: .* is in fp8 already.*\n  Leave --fp8_scaled out"
+    ):
         kind.load(path, replace(CPU, fp8=ROWS))
 
 
@@ -243,7 +271,9 @@ def test_published_fp8_files_of_full_size_stay_in_fp8(tmp_path: Path, name: str)
     load, expected = MANIFESTS[name]
     tensors = tensor_list(name)
     if not name.endswith(("fp8", "kijai")):  # as ComfyUI repackages them: every matrix in fp8
-        tensors = {key: ("F8_E4M3" if len(shape) > 1 else "F16", shape) for key, (_, shape) in tensors.items()}
+        tensors = {
+            key: ("F8_E4M3" if len(shape) > 1 else "F16", shape) for key, (_, shape) in tensors.items()
+        }
     dit = load(write_hollow(tmp_path / "dit.safetensors", tensors), replace(META, fp8=CAST))
     assert len(quantised_layers(dit)) == expected
     assert dit.compute_dtype == torch.bfloat16
@@ -251,10 +281,15 @@ def test_published_fp8_files_of_full_size_stay_in_fp8(tmp_path: Path, name: str)
 
 # modulation stays: HunyuanVideo's of the single blocks, 9 % of the model, FramePack's of all blocks, 26 %
 @pytest.mark.parametrize(
-    ("name", "expected", "share"), [("wan2.1-t2v-14b", 400, 0.85), ("hunyuanvideo-t2v-dit", 280, 0.85), ("framepack-dit", 440, 0.7)]
+    ("name", "expected", "share"),
+    [("wan2.1-t2v-14b", 400, 0.85), ("hunyuanvideo-t2v-dit", 280, 0.85), ("framepack-dit", 440, 0.7)],
 )
-def test_of_published_files_the_linear_layers_of_blocks_are_rounded(tmp_path: Path, name: str, expected: int, share: float) -> None:
-    load = {"wan2.1": wan.load_dit, "hunyuanvideo": hunyuan.load_dit, "framepack": framepack.load_dit}[name.split("-")[0]]
+def test_of_published_files_the_linear_layers_of_blocks_are_rounded(
+    tmp_path: Path, name: str, expected: int, share: float
+) -> None:
+    load = {"wan2.1": wan.load_dit, "hunyuanvideo": hunyuan.load_dit, "framepack": framepack.load_dit}[
+        name.split("-")[0]
+    ]
     dit = load(write_hollow(tmp_path / "dit.safetensors", tensor_list(name)), replace(META, fp8=ROWS))
     in_fp8 = sum(layer.weight.numel() for layer in quantised_layers(dit).values())
     assert len(quantised_layers(dit)) == expected
@@ -320,7 +355,9 @@ print((peak - kept) / largest, kept / largest)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux")
 @pytest.mark.parametrize(("how", "most"), [("rows", 2.5), ("cast", 2.5), ("patched", 7)])
 def test_loading_holds_a_few_tensors_beside_what_stays(tmp_path: Path, how: str, most: float) -> None:
-    """In units of the largest tensor: it as it is read, and pieces of it; with a patch copies of it, and holes that they leave."""
+    """In units of the largest tensor: it as it is read, and pieces of it; with a patch copies of it, and
+    holes that they leave.
+    """
     sizes = {"dim": 1024, "num_heads": 8, "ffn_dim": 5120, "num_layers": 8, "text_dim": 1024, "freq_dim": 256}
     wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v", dtype=torch.bfloat16, **sizes))
     done = run_python("-c", MEASURE, how, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})

@@ -33,7 +33,9 @@ def test_a_file_is_opened_once_and_again_where_it_has_changed(tmp_path: Path) ->
     assert read_once(path, names) == ["one", "two"]
 
 
-def test_a_relative_path_means_the_file_in_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_means_the_file_in_the_present_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder in ("one", "two"):
         written(tmp_path / folder / "model.safetensors", folder)
         monkeypatch.chdir(tmp_path / folder)

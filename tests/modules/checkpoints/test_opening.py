@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.checkpoints.opening import checkpoint_paths, dequantise, fingerprint, open_checkpoint, plain_sources
+from modules.checkpoints.opening import (
+    checkpoint_paths,
+    dequantise,
+    fingerprint,
+    open_checkpoint,
+    plain_sources,
+)
 from modules.errors import CheckpointError
 from tests.modules.making import tensors, write
 
@@ -18,7 +24,10 @@ CPU = torch.device("cpu")
 def write_shards(folder: Path, suffix: str = ".safetensors", count: int = 3) -> list[Path]:
     names = list(tensors())
     parts = [{name: tensors()[name] for name in names[number::count]} for number in range(count)]
-    return [write(folder / f"model-{number + 1:05d}-of-{count:05d}{suffix}", part) for number, part in enumerate(parts)]
+    return [
+        write(folder / f"model-{number + 1:05d}-of-{count:05d}{suffix}", part)
+        for number, part in enumerate(parts)
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
@@ -28,7 +37,12 @@ def test_shards_open_as_one_whatever_of_them_is_named(tmp_path: Path, given: str
     if given in {"index", "folder"}:
         index = {"weight_map": {name: shards[number % 3].name for number, name in enumerate(tensors())}}
         (tmp_path / f"model{suffix}.index.json").write_text(json.dumps(index), encoding="utf-8")
-    path = {"first": shards[0], "last": shards[-1], "index": tmp_path / f"model{suffix}.index.json", "folder": tmp_path}[given]
+    path = {
+        "first": shards[0],
+        "last": shards[-1],
+        "index": tmp_path / f"model{suffix}.index.json",
+        "folder": tmp_path,
+    }[given]
 
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.tensors.keys() == tensors().keys()
@@ -38,7 +52,9 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shards = write_shards(tmp_path)
     shards[1].unlink()
 
-    with pytest.raises(CheckpointError, match=r"1 of its 3 files are not beside it: model-00002-of-00003\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"1 of its 3 files are not beside it: model-00002-of-00003\.safetensors"
+    ):
         open_checkpoint(shards[0])
 
 
@@ -50,7 +66,9 @@ def test_a_folder_without_a_single_model_asks_for_the_file(tmp_path: Path) -> No
         checkpoint_paths(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ""}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ""}}', "[" * 100_000]
+)
 def test_a_broken_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "m.index.json").write_text(content)
 
@@ -87,8 +105,12 @@ def test_fingerprint_follows_the_content_not_the_name(tmp_path: Path) -> None:
     assert fingerprint(first) == fingerprint(copy) != fingerprint(other)
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((), 0.5), ((1,), 0.5), ((2, 1), [0.5, 0.25]), ((2,), [0.5, 0.25])])
-def test_scales_of_a_tensor_or_of_its_rows_multiply_the_stored_numbers(shape: tuple[int, ...], expected: Any) -> None:
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((), 0.5), ((1,), 0.5), ((2, 1), [0.5, 0.25]), ((2,), [0.5, 0.25])]
+)
+def test_scales_of_a_tensor_or_of_its_rows_multiply_the_stored_numbers(
+    shape: tuple[int, ...], expected: Any
+) -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(torch.float8_e4m3fn)
     scale = torch.tensor([0.5, 0.25])[: torch.Size(shape).numel()].reshape(shape)
 
@@ -112,11 +134,20 @@ def _comfy_quant(kind: str) -> Tensor:
         ({"0.weight.absmax": torch.ones(1)}, {}, "it has 0.weight.absmax"),
         ({"0.weight_scale_2": torch.ones(1)}, {}, "it has 0.weight_scale_2"),
         ({"0.comfy_quant": _comfy_quant("nvfp4")}, {}, "nvfp4"),
-        ({}, {"_quantization_metadata": json.dumps({"layers": {"0": {"format": "int8_tensorwise"}}})}, "int8_tensorwise"),
+        (
+            {},
+            {"_quantization_metadata": json.dumps({"layers": {"0": {"format": "int8_tensorwise"}}})},
+            "int8_tensorwise",
+        ),
     ],
 )
-def test_other_quantisations_are_refused(tmp_path: Path, extra: dict[str, Tensor], metadata: dict[str, str], message: str) -> None:
+def test_other_quantisations_are_refused(
+    tmp_path: Path, extra: dict[str, Tensor], metadata: dict[str, str], message: str
+) -> None:
     path = write(tmp_path / "a.safetensors", tensors() | extra, metadata=metadata)
 
-    with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match=f"not supported.*{message}"):
+    with (
+        open_checkpoint(path) as checkpoint,
+        pytest.raises(CheckpointError, match=f"not supported.*{message}"),
+    ):
         plain_sources(checkpoint)

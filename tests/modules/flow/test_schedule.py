@@ -54,7 +54,9 @@ def test_framepack_visits_the_sigmas_of_euler_and_is_fed_them_exactly() -> None:
 
 def test_euler_visits_the_documented_sigmas() -> None:
     sigmas = make_schedule("euler", 5, 14.5).sigmas
-    torch.testing.assert_close(sigmas, torch.tensor([1, 0.98305, 0.95604, 0.90625, 0.78378, 0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        sigmas, torch.tensor([1, 0.98305, 0.95604, 0.90625, 0.78378, 0]), atol=1e-5, rtol=0
+    )
 
 
 def test_no_steps_and_unknown_solvers_are_refused() -> None:

@@ -14,8 +14,9 @@ from tests.golden_cases import read_case
 NAMES = {"euler": "euler", "unipc": "unipc", "dpmpp": "dpm++"}
 CASE, TENSORS = read_case("schedulers")
 FRAMEPACK, FRAMEPACK_TENSORS = read_case("framepack_schedule")
-# the released code computes its coefficients in float32, here they are float64: 25 steps of rounding, of values up to 2.5.
-# The other B(h) moves the shortest of the trajectories by 1e-4, another order all of them by 5e-3 (recorded tolerance: 3e-4)
+# the released code computes its coefficients in float32, here they are float64: 25 steps of rounding, of
+# values up to 2.5. The other B(h) moves the shortest of the trajectories by 1e-4, another order all of them
+# by 5e-3 (recorded tolerance: 3e-4)
 FRAMEPACK_NEAR = 5e-6
 
 
@@ -37,9 +38,13 @@ def test_schedules_and_trajectories_equal_the_recorded_ones(key: str) -> None:
 
     torch.testing.assert_close(schedule.sigmas, TENSORS[f"{key}.sigmas"], atol=2e-6, rtol=0)
     tolerance = 1e-3 if kind == "euler" else 0.0
-    torch.testing.assert_close(schedule.timesteps, TENSORS[f"{key}.timesteps"].float(), atol=tolerance, rtol=0)
+    torch.testing.assert_close(
+        schedule.timesteps, TENSORS[f"{key}.timesteps"].float(), atol=tolerance, rtol=0
+    )
     samples = torch.stack([sample.flatten() for sample in follow(name, steps, flow_shift, TENSORS["x0"])])
-    torch.testing.assert_close(samples, TENSORS[f"{key}.trajectory"].reshape(samples.shape), atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        samples, TENSORS[f"{key}.trajectory"].reshape(samples.shape), atol=2e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("case", FRAMEPACK["sampler_cases"], ids=lambda case: str(case["latent"]))
@@ -111,10 +116,11 @@ def test_higher_order_is_nearer_to_the_truth_than_euler(name: str) -> None:
 
 
 def order_of(name: str, deviation: float, share: float) -> float:
-    """The power of the number of steps with which the error falls, where the whole path is known: of data that are normal.
+    """The power of the number of steps with which the error falls, where the whole path is known: of data
+    that are normal.
 
-    Noise of 1 becomes sqrt((deviation (1 - sigma))^2 + sigma^2); the velocity is linear in the sample. share: of the path that is
-    gone. From 16 to 64 steps, where errors are well above float32's.
+    Noise of 1 becomes sqrt((deviation (1 - sigma))^2 + sigma^2); the velocity is linear in the sample. share:
+    of the path that is gone. From 16 to 64 steps, where errors are well above float32's.
     """
 
     def error(steps: int) -> float:
@@ -130,7 +136,9 @@ def order_of(name: str, deviation: float, share: float) -> float:
 
 
 @pytest.mark.parametrize(("name", "at_least"), [("unipc", 2.5), ("unipc-bh1", 2.5), ("dpm++", 1.7)])
-def test_the_error_half_way_falls_with_more_than_the_first_power_of_the_steps(name: str, at_least: float) -> None:
+def test_the_error_half_way_falls_with_more_than_the_first_power_of_the_steps(
+    name: str, at_least: float
+) -> None:
     assert 0.9 < order_of("euler", 0.5, 0.5) < 1.1
     assert order_of(name, 0.5, 0.5) > at_least
 
@@ -138,7 +146,8 @@ def test_the_error_half_way_falls_with_more_than_the_first_power_of_the_steps(na
 @pytest.mark.parametrize("name", ["unipc", "unipc-bh1"])
 def test_the_way_into_sigma_0_costs_no_more_than_the_second_power(name: str) -> None:
     assert 0.9 < order_of("euler", 2.0, 1.0) < 1.1
-    assert order_of(name, 2.0, 1.0) > 1.9  # its length falls with the steps, and so does what x0 changes on it
+    # its length falls with the steps, and so does what x0 changes on it
+    assert order_of(name, 2.0, 1.0) > 1.9
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -54,7 +54,10 @@ def test_training_needs_fp8_weights_for_what_is_done_with_them(option: str) -> N
         (("--fp8",), Quantisation("cast")),
         (("--fp8", "--fp8_fast"), Quantisation("cast", fp8_matmul=True)),
         (("--fp8", "--fp8_scaled", "--fp8_fast"), Quantisation("rows", fp8_matmul=True)),
-        (("--fp8_scaled", "--upcast_linear", "--fp8_fast"), Quantisation("rows", float32_linear=True, fp8_matmul=True)),
+        (
+            ("--fp8_scaled", "--upcast_linear", "--fp8_fast"),
+            Quantisation("rows", float32_linear=True, fp8_matmul=True),
+        ),
     ],
 )
 def test_what_generation_options_mean(arguments: tuple[str, ...], quantisation: Quantisation | None) -> None:

@@ -1,14 +1,16 @@
-"""Products in fp8 against exact sums. The device's own calls run here too, as torch has a slow CPU kernel for them.
+"""Products in fp8 against exact sums. The device's own calls run here too, as torch has a slow CPU kernel for
+them.
 
-Error bounds. e4m3 has three digits after the point: a number is rounded by at most 2^-4 of itself, below 2^-6 by at most 2^-10.
-A row x is divided by its scale a first, so |x^ - x| <= 2^-4 |x| + 2^-10 a, and an output, summed exactly and rounded to bf16 (2^-9
-of itself), is off by at most
+Error bounds. e4m3 has three digits after the point: a number is rounded by at most 2^-4 of itself, below 2^-6
+by at most 2^-10. A row x is divided by its scale a first, so |x^ - x| <= 2^-4 |x| + 2^-10 a, and an output,
+summed exactly and rounded to bf16 (2^-9 of itself), is off by at most
 
     sum_k (2^-4 |x_k| + 2^-10 a) |w_k| + 2^-8 |y|
 
-with the fp8 weight w taken as exact; the last term is doubled for the product that rounds twice. For the input gradient x is dy
-times the scales of the weight's rows, and w the fp8 numbers without their scales. Rounding is unbiased: over numbers spread evenly
-in the logarithm its mean square is 2^-3 sqrt(0.54 / 12) = 2.7 % of the value, and so is that of a sum of products.
+with the fp8 weight w taken as exact; the last term is doubled for the product that rounds twice. For the
+input gradient x is dy times the scales of the weight's rows, and w the fp8 numbers without their scales.
+Rounding is unbiased: over numbers spread evenly in the logarithm its mean square is 2^-3 sqrt(0.54 / 12) =
+2.7 % of the value, and so is that of a sum of products.
 """
 
 import itertools
@@ -59,7 +61,11 @@ def fp8_weight(scales: str, rows: int = N, columns: int = K) -> tuple[Tensor, Te
 
 def row_scales(weight: Tensor, scale: Tensor | None) -> Tensor:
     """N 1 float64."""
-    return torch.ones(len(weight), 1, dtype=torch.float64) if scale is None else scale.double().expand(len(weight), 1)
+    return (
+        torch.ones(len(weight), 1, dtype=torch.float64)
+        if scale is None
+        else scale.double().expand(len(weight), 1)
+    )
 
 
 def bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
@@ -77,7 +83,9 @@ def test_the_output_is_within_the_bound_of_rounding(scales: str, product: Produc
     out = fp8_linear(x, weight, scale, bias, product)
 
     assert out.dtype == torch.bfloat16
-    assert ((out.double() - exact).abs() <= bound(x.double(), plain, exact) + 2**-8 * bias.double().abs()).all()
+    assert (
+        (out.double() - exact).abs() <= bound(x.double(), plain, exact) + 2**-8 * bias.double().abs()
+    ).all()
 
 
 def input_gradient(product: Product, weight: Tensor, scale: Tensor | None, gradient: Tensor) -> Tensor:
@@ -106,7 +114,13 @@ def test_the_input_gradient_is_within_the_bound_of_rounding(scales: str, product
 
 def with_wrong_scales(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Product:
     def product(
-        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+        a: Tensor,
+        b: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        fast_sums: bool,
     ) -> Tensor:
         return emulated_product(a, b, *change(scale_a, scale_b), bias, dtype, fast_sums)
 
@@ -147,8 +161,10 @@ def test_errors_are_as_large_as_rounding_makes_them_and_have_no_direction(produc
 
     size = error.square().mean().sqrt()
     assert 0.02 < size / exact.square().mean().sqrt() < 0.03  # 2.7 % by the mean square, see above
-    assert abs(error.mean()) < 4 * size / error.numel() ** 0.5  # four standard deviations of the mean of independent errors
-    assert abs((error * exact).sum() / exact.square().sum()) < 0.002  # nor is everything a little too large or too small
+    # four standard deviations of the mean of independent errors
+    assert abs(error.mean()) < 4 * size / error.numel() ** 0.5
+    # nor is everything a little too large or too small
+    assert abs((error * exact).sum() / exact.square().sum()) < 0.002
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -182,7 +198,9 @@ def test_an_outlier_costs_other_tokens_nothing(product: Product) -> None:
     assert out[7].isfinite().all()
 
 
-@pytest.mark.parametrize(("value", "product"), itertools.product([float("nan"), float("inf"), -float("inf")], PRODUCTS))
+@pytest.mark.parametrize(
+    ("value", "product"), itertools.product([float("nan"), float("inf"), -float("inf")], PRODUCTS)
+)
 def test_what_is_no_number_is_not_hidden(value: float, product: Product) -> None:
     x, gradient, (weight, scale) = random(M, K), random(M, N), fp8_weight("rows")
     x[7, 3] = gradient[9, 2] = value
@@ -200,7 +218,8 @@ def test_the_emulation_computes_what_the_device_s_calls_do(product: Product) -> 
 
     out, emulated = (fp8_linear(x, weight, scale, bias, each) for each in (product, emulated_product))
 
-    # another order of summation, and for the second a rounding of 2^-9 more: one or two steps of bf16 of the larger summand
+    # another order of summation, and for the second a rounding of 2^-9 more: one or two steps of bf16 of the
+    # larger summand
     torch.testing.assert_close(out, emulated, rtol=2**-7, atol=2**-7)
 
 
@@ -299,20 +318,34 @@ def test_it_compiles_to_one_graph_for_all_token_counts() -> None:
 
 
 def refusing(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast_sums: bool,
 ) -> Tensor:
     raise RuntimeError("row-wise scaling is not built in\nat line 1")
 
 
 def wrong(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast_sums: bool,
 ) -> Tensor:
     return torch.zeros(a.shape[0], b.shape[1], dtype=dtype)
 
 
 def test_a_device_without_fp8_units_is_refused() -> None:
     assert not supports_fp8(CPU)
-    with pytest.raises(OptionError, match=r"--fp8_fast: the device cpu has no fp8 units.*Leave --fp8_fast out"):
+    with pytest.raises(
+        OptionError, match=r"--fp8_fast: the device cpu has no fp8 units.*Leave --fp8_fast out"
+    ):
         choose_product(CPU)
 
 
@@ -321,7 +354,9 @@ def test_the_first_product_that_works_is_taken(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO):
         assert choose_product(CPU, lambda _: True, (refusing, tensor_scaled_product)) is tensor_scaled_product
     assert "row-wise scaling is not built in" in caplog.text
-    with pytest.raises(OptionError, match="cannot multiply in fp8 on the device cpu: the product of two tiles of ones is 0.0"):
+    with pytest.raises(
+        OptionError, match="cannot multiply in fp8 on the device cpu: the product of two tiles of ones is 0.0"
+    ):
         choose_product(CPU, lambda _: True, (refusing, wrong))
 
 
@@ -344,7 +379,13 @@ def test_a_layer_multiplies_in_fp8_what_suits_it_and_all_else_in_16_bits(kind: s
     calls: list[tuple[int, ...]] = []
 
     def counted(
-        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype, fast_sums: bool
+        a: Tensor,
+        b: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        fast_sums: bool,
     ) -> Tensor:
         calls.append(tuple(a.shape))
         return emulated_product(a, b, scale_a, scale_b, bias, dtype, fast_sums)
@@ -355,7 +396,8 @@ def test_a_layer_multiplies_in_fp8_what_suits_it_and_all_else_in_16_bits(kind: s
         x = random(1, tokens, K).requires_grad_()
         expected, out = in_fp8(plain, rows)(x), in_fp8(fast, rows)(x)
         out.sum().backward()
-        assert calls == ([(tokens, K), (tokens, rows)] if in_8_bits else [])  # forward and the gradient of the input
+        # forward and the gradient of the input
+        assert calls == ([(tokens, K), (tokens, rows)] if in_8_bits else [])
         assert torch.equal(out, expected) != in_8_bits
         assert (out - expected).norm() < 0.04 * expected.norm()
 

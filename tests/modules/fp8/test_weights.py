@@ -22,7 +22,8 @@ from modules.fp8.weights import (
 from tests.golden_cases import read_case
 
 CAST, TENSOR, ROWS = (Quantisation(kind) for kind in ("cast", "tensor", "rows"))
-HALF_STEP = 2**-4  # e4m3 has three digits of mantissa: the largest relative error of a number that is not tiny
+# e4m3 has three digits of mantissa: the largest relative error of a number that is not tiny
+HALF_STEP = 2**-4
 GOLDEN = [f"{size}.{dtype}" for size in ("normal", "small", "wide") for dtype in ("float32", "bfloat16")]
 
 
@@ -86,11 +87,15 @@ def test_rows_of_very_different_size_need_scales_of_their_own() -> None:
 
 
 def test_weights_of_usual_size_are_nearer_with_scales_than_cast() -> None:
-    """The mean error of normal numbers is 2.25 % of their size; without a scale many lie below the smallest normal number."""
+    """The mean error of normal numbers is 2.25 % of their size; without a scale many lie below the smallest
+    normal number.
+    """
     weight = 0.02 * drawn(64, 1024)
 
     def mean(quantisation: Quantisation) -> float:
-        return float((dequantise(*quantise(weight, quantisation)) - weight).abs().mean() / weight.abs().mean())
+        return float(
+            (dequantise(*quantise(weight, quantisation)) - weight).abs().mean() / weight.abs().mean()
+        )
 
     assert mean(ROWS) == pytest.approx(0.0225, abs=0.0005)
     assert mean(TENSOR) == pytest.approx(0.0225, abs=0.0005)
@@ -139,7 +144,8 @@ def test_large_weights_are_rounded_in_pieces_to_the_same_bytes(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("stored", "kept"), [((), (1,)), ((1,), (1,)), ((6,), (6, 1)), ((6, 1), (6, 1)), ((6, 4, 1), (6, 4, 1)), ((1, 1), (1,))]
+    ("stored", "kept"),
+    [((), (1,)), ((1,), (1,)), ((6,), (6, 1)), ((6, 1), (6, 1)), ((6, 4, 1), (6, 4, 1)), ((1, 1), (1,))],
 )
 def test_scales_of_every_shape_are_applied(stored: tuple[int, ...], kept: tuple[int, ...]) -> None:
     weight, scale = drawn(6, 8).to(E4M3), drawn(*stored, seed=1).abs().bfloat16()
@@ -156,7 +162,9 @@ def test_scales_of_every_shape_are_applied(stored: tuple[int, ...], kept: tuple[
 
 @pytest.mark.parametrize("quantisation", [CAST, TENSOR, ROWS], ids=["cast", "tensor", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_and_its_gradient_are_those_of_the_weight_multiplied_out(quantisation: Quantisation, dtype: torch.dtype) -> None:
+def test_a_layer_and_its_gradient_are_those_of_the_weight_multiplied_out(
+    quantisation: Quantisation, dtype: torch.dtype
+) -> None:
     layer = quantised(nn.Linear(24, 16).to(dtype), quantisation)
     plain = multiplied_out(layer, dtype)
     x, gradient = drawn(2, 5, 24, dtype=dtype), drawn(2, 5, 16, seed=2, dtype=dtype)
@@ -202,7 +210,9 @@ def test_float32_layers_compute_outside_autocast_and_give_back_the_usual_dtype(a
     x = drawn(3, 24, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = layer(x)
-    expected = functional.linear(x.float(), multiplied_out(layer, torch.float32), layer.bias.float()).bfloat16()
+    expected = functional.linear(
+        x.float(), multiplied_out(layer, torch.float32), layer.bias.float()
+    ).bfloat16()
     assert torch.equal(out, expected)
 
 
@@ -226,9 +236,15 @@ def test_names_of_linear_layers_are_found_by_list_and_by_what_they_are_not() -> 
             self.q, self.norm, self.modulation = nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2)
 
     network = nn.Module()
-    network.blocks, network.head, network.blocks_out = nn.ModuleList([Block()]), nn.Linear(2, 2), nn.Linear(2, 2)
+    network.blocks, network.head, network.blocks_out = (
+        nn.ModuleList([Block()]),
+        nn.Linear(2, 2),
+        nn.Linear(2, 2),
+    )
     assert linear_weights(network, ["blocks"], ["modulation"]) == {"blocks.0.q.weight"}
-    assert linear_weights(network) == {f"{name}.weight" for name in ("blocks.0.q", "blocks.0.modulation", "head", "blocks_out")}
+    assert linear_weights(network) == {
+        f"{name}.weight" for name in ("blocks.0.q", "blocks.0.modulation", "head", "blocks_out")
+    }
     attach(network.head, *quantise(network.head.weight.detach(), ROWS), ROWS)
     assert list(quantised_layers(network)) == ["head"]
     assert is_quantised(network.head)

@@ -6,7 +6,12 @@ from torch import nn
 
 from modules.layers.convolution import conv3d
 
-OPTIONS: list[dict[str, Any]] = [{}, {"padding": (0, 1, 1)}, {"stride": (2, 1, 1), "bias": False}, {"groups": 2, "dilation": 2}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"padding": (0, 1, 1)},
+    {"stride": (2, 1, 1), "bias": False},
+    {"groups": 2, "dilation": 2},
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -59,7 +59,8 @@ def test_compiled_rotation_is_the_same_but_for_rounding() -> None:
 
     compiled = torch.compile(rotate, backend="eager", fullgraph=True)(x, table)
 
-    torch.testing.assert_close(compiled, rotate(x, table), atol=2e-6, rtol=0)  # a few units in the last place of 4
+    # a few units in the last place of 4
+    torch.testing.assert_close(compiled, rotate(x, table), atol=2e-6, rtol=0)
 
 
 def test_float32_angles_are_near_the_exact_ones() -> None:

@@ -23,7 +23,9 @@ def test_recorded_pictures_get_their_recorded_bucket_and_fit(selector: dict) -> 
         no_upscale = selector["bucket_no_upscale"]
         bucket = choose_bucket(tuple(case["image"]), sizes, width * height, 16, no_upscale)
         fit = fit_cover(tuple(case["image"]), bucket)
-        expected = Fit(tuple(case["resized"]), tuple(case["crop_left_top"]), tuple(case["bucket"]), case["interpolation"])
+        expected = Fit(
+            tuple(case["resized"]), tuple(case["crop_left_top"]), tuple(case["bucket"]), case["interpolation"]
+        )
         assert fit == expected, case["image"]
 
 

@@ -13,7 +13,12 @@ def test_a_fade_begins_with_the_earlier_clip_and_ends_with_the_later_one() -> No
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_fade_is_computed_in_float32_and_keeps_the_dtype(dtype: torch.dtype) -> None:
-    earlier, later = torch.full((1, 1, 4, 1, 1), 1.0, dtype=dtype), torch.full((1, 1, 4, 1, 1), 3.0, dtype=dtype)
+    earlier, later = (
+        torch.full((1, 1, 4, 1, 1), 1.0, dtype=dtype),
+        torch.full((1, 1, 4, 1, 1), 3.0, dtype=dtype),
+    )
     faded = cross_fade(earlier, later)
     assert faded.dtype == dtype
-    torch.testing.assert_close(faded.flatten().float(), torch.tensor([1.0, 5 / 3, 7 / 3, 3.0]).to(dtype).float(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        faded.flatten().float(), torch.tensor([1.0, 5 / 3, 7 / 3, 3.0]).to(dtype).float(), rtol=0, atol=0
+    )

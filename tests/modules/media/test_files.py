@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 from modules.errors import MediaError, OutputError
-from modules.media.reading import image_size, image_suffixes, read_image, read_tags, resize_cover, video_frames, video_info
+from modules.media.reading import (
+    image_size,
+    image_suffixes,
+    read_image,
+    read_tags,
+    resize_cover,
+    video_frames,
+    video_info,
+)
 from modules.media.writing import Segment, join_videos, segment_of, write_png, write_video
 from tests.golden_cases import read_case
 
@@ -27,7 +35,12 @@ def gradients(count: int, width: int = 64, height: int = 48) -> Iterator[np.ndar
 def write_noise(path: Path, count: int = 48) -> None:
     """A clip whose frames are hard to compress, so that cutting the file cuts frames."""
     generator = np.random.default_rng(0)
-    write_video(path, (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(count)), 16, preset="ultrafast")
+    write_video(
+        path,
+        (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(count)),
+        16,
+        preset="ultrafast",
+    )
 
 
 def cut(path: Path, fraction: float) -> Path:
@@ -56,7 +69,8 @@ def test_resizing_keeps_an_alpha_channel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codec", "suffix"), [("h264", ".mp4"), ("h264", ".mkv"), ("h265", ".mp4"), ("h265", ".mkv"), ("prores", ".mkv")]
+    ("codec", "suffix"),
+    [("h264", ".mp4"), ("h264", ".mkv"), ("h265", ".mp4"), ("h265", ".mkv"), ("prores", ".mkv")],
 )
 def test_a_written_video_is_read_back(tmp_path: Path, codec: str, suffix: str) -> None:
     path = tmp_path / f"a clip é漢{suffix}"
@@ -169,7 +183,9 @@ def test_colours_are_read_by_what_the_file_says(tmp_path: Path, full_range: bool
         stream.codec_context.color_range = levels.value
         stream.codec_context.colorspace = space.value
         frame = av.VideoFrame.from_ndarray(colour, format="rgb24")
-        container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=levels)))
+        container.mux(
+            stream.encode(frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=levels))
+        )
         container.mux(stream.encode())
 
     (back,) = video_frames(path)
@@ -183,7 +199,9 @@ def test_frames_of_uneven_durations_come_in_playing_order(tmp_path: Path) -> Non
         stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         for index, time in enumerate([0, 1, 5, 6, 20]):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 40 * index + 20, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((32, 32, 3), 40 * index + 20, np.uint8), format="rgb24"
+            )
             frame.pts = time
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -262,9 +280,12 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path: Path, name: str) -
         path.touch()
     elif name == "folder":
         path.mkdir()
-    reason = {"empty": "0 bytes", "noise": "cannot be read|can be read", "absent": "does not exist", "folder": "without images"}[
-        path.stem
-    ]
+    reason = {
+        "empty": "0 bytes",
+        "noise": "cannot be read|can be read",
+        "absent": "does not exist",
+        "folder": "without images",
+    }[path.stem]
 
     with pytest.raises(MediaError, match=reason) as caught:
         read_image(path) if name.endswith(".png") else list(video_frames(path))
@@ -326,22 +347,29 @@ def segments(folder: Path, frames: list[np.ndarray], lengths: list[int], fps: fl
 
 @pytest.mark.parametrize("lengths", [[7], [1, 2, 17, 3, 20], [20, 1, 20]], ids=str)
 @pytest.mark.parametrize("fps", [30, 23.976])
-def test_joined_videos_show_the_same_pictures_one_behind_the_other(tmp_path: Path, lengths: list[int], fps: float) -> None:
+def test_joined_videos_show_the_same_pictures_one_behind_the_other(
+    tmp_path: Path, lengths: list[int], fps: float
+) -> None:
     frames = list(gradients(sum(lengths)))
     parts = segments(tmp_path, frames, lengths, fps)
     assert [part.frames for part in parts] == lengths
-    assert max(part.lead for part in parts) > 0 or max(lengths) < 10  # frames that are stored out of order are among them
+    # frames that are stored out of order are among them
+    assert max(part.lead for part in parts) > 0 or max(lengths) < 10
 
     join_videos(tmp_path / "joined.mp4", parts, fps)
 
     expected = [frame for part in parts for frame in video_frames(part.path)]
-    assert all((ours == theirs).all() for ours, theirs in zip(video_frames(tmp_path / "joined.mp4"), expected, strict=True))
+    assert all(
+        (ours == theirs).all()
+        for ours, theirs in zip(video_frames(tmp_path / "joined.mp4"), expected, strict=True)
+    )
     with av.open(str(tmp_path / "joined.mp4")) as container:
         stream = container.streams.video[0]
         times = [float(frame.time) for frame in container.decode(stream)]
         assert stream.frames == sum(lengths)
         assert stream.codec_context.colorspace == av.video.reformatter.Colorspace.ITU709.value
-    np.testing.assert_allclose(times, np.arange(sum(lengths)) / fps, atol=1e-4)  # the container counts in ticks
+    # the container counts in ticks
+    np.testing.assert_allclose(times, np.arange(sum(lengths)) / fps, atol=1e-4)
 
 
 def test_videos_of_other_settings_are_not_joined(tmp_path: Path) -> None:

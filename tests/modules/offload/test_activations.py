@@ -1,4 +1,6 @@
-"""Inputs of blocks in host memory: through a transfer that copies as late as it may and spoils what nobody may read any more."""
+"""Inputs of blocks in host memory: through a transfer that copies as late as it may and spoils what nobody
+may read any more.
+"""
 
 import math
 from typing import Any
@@ -16,7 +18,9 @@ SIZE, LARGER = (2, 4, 6, 9), (3, 6, 8, 11)
 
 
 class LateTransfer:
-    """A copy happens when it is waited for; the source of a saved one is spoilt then, as memory that is used for something else."""
+    """A copy happens when it is waited for; the source of a saved one is spoilt then, as memory that is used
+    for something else.
+    """
 
     def __init__(self) -> None:
         self.actions: list[str] = []
@@ -60,7 +64,9 @@ def away() -> tuple[Offload, LateTransfer]:
     return Offload(transfer, transfer.make), transfer
 
 
-def dressed(tiny: TinyDit, offload: Offload | None, blocks: int = 3, **arguments: Any) -> tuple[nn.Module, Any]:
+def dressed(
+    tiny: TinyDit, offload: Offload | None, blocks: int = 3, **arguments: Any
+) -> tuple[nn.Module, Any]:
     dit, network = tiny.with_lora(blocks, **arguments)
     checkpoint_blocks(dit.train(), tiny.spec, offload=offload)
     return dit, network
@@ -73,7 +79,9 @@ def assert_equal(ours: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[T
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dropout", [{"neuron_dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.4"}], ids=str)
+@pytest.mark.parametrize(
+    "dropout", [{"neuron_dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.4"}], ids=str
+)
 @pytest.mark.parametrize("tiny", DITS, ids=lambda dit: dit.name)
 def test_gradients_are_equal_to_the_bit(tiny: TinyDit, dropout: dict[str, Any], autocast: bool) -> None:
     offload, transfer = away()
@@ -96,7 +104,8 @@ def test_inputs_leave_while_their_block_computes_and_come_back_one_block_ahead()
 
     assert transfer.actions == [
         *("save 0", "saved 0", "save 1", "saved 1", "save 2"),  # the input of the last block stays
-        *("saved 2", "fetch 2", "fetched 2", "fetch 1"),  # the third block is differentiated while the second's input comes
+        # the third block is differentiated while the second's input comes
+        *("saved 2", "fetch 2", "fetched 2", "fetch 1"),
         *("fetched 1", "fetch 0"),
         "fetched 0",
     ]
@@ -152,7 +161,9 @@ def test_without_gradients_nothing_leaves() -> None:
 
 
 def test_what_was_sent_for_and_is_not_used_is_waited_for() -> None:
-    """A backward pass that goes only half of the way: the memory of a copy may not be used for something else before its end."""
+    """A backward pass that goes only half of the way: the memory of a copy may not be used for something else
+    before its end.
+    """
     offload, transfer = away()
     x = torch.ones(2, 2, requires_grad=True)
     with offload.hooks():

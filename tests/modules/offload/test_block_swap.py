@@ -1,7 +1,7 @@
 """Swapped blocks give the same bits as blocks that stay on the device, whatever is done with them.
 
-The device is a fake one on which a weight that is used before its arrival, after its slot was given away, or from host memory, is
-not a number.
+The device is a fake one on which a weight that is used before its arrival, after its slot was given away, or
+from host memory, is not a number.
 """
 
 import functools
@@ -14,7 +14,11 @@ from modules.offload.block_swap import move_network, settle, swap_of
 from tests.modules.fake_device import FakeDevice, hide
 from tests.modules.swap_cases import CASES, CPU, Case, gradients, learner, same, swapped
 
-EVERY = [pytest.param(case, blocks, id=f"{case.name} {blocks}") for case in CASES for blocks in range(case.most + 1)]
+EVERY = [
+    pytest.param(case, blocks, id=f"{case.name} {blocks}")
+    for case in CASES
+    for blocks in range(case.most + 1)
+]
 SOME = [pytest.param(case, blocks, id=f"{case.name} {blocks}") for case in CASES for blocks in (1, case.most)]
 CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 
@@ -31,7 +35,13 @@ def expected_outputs(case: Case) -> list[Tensor]:
         return [dit(**case.inputs(seed), skip_blocks=skipped) for seed, skipped in PASSES]
 
 
-PASSES = ((1, frozenset[int]()), (2, frozenset({0})), (3, frozenset({1, 2})), (4, frozenset({4})), (5, frozenset[int]()))
+PASSES = (
+    (1, frozenset[int]()),
+    (2, frozenset({0})),
+    (3, frozenset({1, 2})),
+    (4, frozenset({4})),
+    (5, frozenset[int]()),
+)
 
 
 @CHECKPOINTING
@@ -55,7 +65,9 @@ def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, bl
 
 
 def several_steps(case: Case, blocks: int, checkpointing: bool, device: FakeDevice | None) -> list[Tensor]:
-    """Steps of two passes each, one of them with both passes before the backward pass, with samples between them."""
+    """Steps of two passes each, one of them with both passes before the backward pass, with samples between
+    them.
+    """
     dit, network = learner(case, blocks, checkpointing, device)
     optimizer, seen = torch.optim.AdamW(network.parameters(), lr=1e-2), []
     for step in range(3):
@@ -70,7 +82,10 @@ def several_steps(case: Case, blocks: int, checkpointing: bool, device: FakeDevi
         was = dit.training
         dit.eval()
         with torch.no_grad():
-            seen += [dit(**case.inputs(90 + step), skip_blocks=skipped) for skipped in (frozenset[int](), frozenset({1}))]
+            seen += [
+                dit(**case.inputs(90 + step), skip_blocks=skipped)
+                for skipped in (frozenset[int](), frozenset({1}))
+            ]
         dit.train(was)
     return [*seen, *(weight.detach().clone() for weight in network.parameters())]
 
@@ -107,7 +122,9 @@ def interrupt_at(device: FakeDevice, count: int) -> None:
 @CHECKPOINTING
 @pytest.mark.parametrize("count", range(2, 40, 3))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_after_an_interruption_anywhere_the_next_pass_is_right(case: Case, count: int, checkpointing: bool) -> None:
+def test_after_an_interruption_anywhere_the_next_pass_is_right(
+    case: Case, count: int, checkpointing: bool
+) -> None:
     device = FakeDevice()
     dit, network = learner(case, case.most - 1, checkpointing, device)
     interrupt_at(device, count)
@@ -225,7 +242,9 @@ def test_parameters_stay_the_same_objects_with_their_dtype_and_shape() -> None:
     with torch.no_grad():
         dit.eval()(**case.inputs(1))
 
-    assert {name: (id(weight), weight.dtype, weight.shape) for name, weight in dit.named_parameters()} == before
+    assert {
+        name: (id(weight), weight.dtype, weight.shape) for name, weight in dit.named_parameters()
+    } == before
 
 
 @CHECKPOINTING
@@ -250,7 +269,9 @@ def test_input_layers_are_on_the_device_during_their_calls_only(case: Case) -> N
     seen: list[bool] = []
     for name, place in places.items():
         layer = dit.get_submodule(name.removesuffix(".weight"))
-        layer.register_forward_pre_hook(lambda layer, _, place=place: seen.append(layer.weight.data_ptr() == place.data_ptr()))
+        layer.register_forward_pre_hook(
+            lambda layer, _, place=place: seen.append(layer.weight.data_ptr() == place.data_ptr())
+        )
         inner = layer.forward.args[0]  # type: ignore[union-attr]
 
         def watched(*inputs, layer=layer, place=place, inner=inner):  # type: ignore[no-untyped-def]
@@ -286,7 +307,9 @@ def test_a_network_that_is_parked_frees_its_slots_and_goes_on_as_before() -> Non
 
 
 def test_weights_that_learn_are_copied_back() -> None:
-    """Stepped inside the backward pass, read after `settle`; with momentum, so that a lost step shows later too."""
+    """Stepped inside the backward pass, read after `settle`; with momentum, so that a lost step shows later
+    too.
+    """
     case = CASES[0]
     results = []
     for device in (None, FakeDevice()):
@@ -311,7 +334,9 @@ def test_weights_that_learn_are_copied_back() -> None:
         results.append([weight.detach().clone() for weight in dit.parameters()])
     assert same(*results)
     untrained = dict(case.make().named_parameters())["blocks.2.ffn.0.weight"]
-    assert not torch.equal(dict(zip(untrained_names(case), results[1], strict=True))["blocks.2.ffn.0.weight"], untrained)
+    assert not torch.equal(
+        dict(zip(untrained_names(case), results[1], strict=True))["blocks.2.ffn.0.weight"], untrained
+    )
 
 
 def untrained_names(case: Case) -> list[str]:

@@ -82,7 +82,8 @@ def test_a_forward_replaced_before_is_the_one_that_runs() -> None:
     assert torch.equal(net.first[0](x, {"scale": torch.ones(())}), x)
 
 
-# in each block, and those to a text of few tokens; HunyuanVideo and FramePack compute samples of different lengths one by one
+# in each block, and those to a text of few tokens; HunyuanVideo and FramePack compute samples of different
+# lengths one by one
 ATTENTIONS = {"wan t2v": (2, 1), "wan i2v": (3, 1), "hunyuan t2v": (2, 0), "framepack": (2, 0)}
 
 
@@ -104,7 +105,9 @@ class Counter(TorchDispatchMode):
 
 @pytest.mark.parametrize("autocast", [False, True])  # in bf16 attention to few tokens is written out on a CPU
 @pytest.mark.parametrize("tiny", DITS, ids=lambda dit: dit.name)
-def test_attention_that_is_kept_is_computed_once_and_gradients_are_the_same(tiny: TinyDit, autocast: bool) -> None:
+def test_attention_that_is_kept_is_computed_once_and_gradients_are_the_same(
+    tiny: TinyDit, autocast: bool
+) -> None:
     inputs, results, calls = tiny.inputs((4, 8, 8, 5), 2), [], []
     for checkpoints in (False, True):
         for keep in (False, True) if checkpoints else (False,):
@@ -120,7 +123,8 @@ def test_attention_that_is_kept_is_computed_once_and_gradients_are_the_same(tiny
     blocks = sum(len(dit.get_submodule(name)) for name in tiny.spec.block_lists)
     each, to_short_text = ATTENTIONS[tiny.name]
     assert checkpointed == plain + each * blocks
-    # computed again: all of the first block, whose input needs no gradient, and attention to short text by a kernel
+    # computed again: all of the first block, whose input needs no gradient, and attention to short text by a
+    # kernel
     assert kept == plain + each + (0 if autocast else to_short_text * (blocks - 1))
     for other in results[1:]:
         assert torch.equal(results[0][0], other[0])

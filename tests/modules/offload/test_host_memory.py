@@ -42,7 +42,8 @@ def test_tensors_lie_where_a_device_likes_them_and_do_not_touch() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_given_back_when_nothing_uses_it() -> None:
-    held = allocate({"a": TensorInfo(torch.uint8, (1 << 30,))}, pinned=False)  # not touched: takes addresses, no memory
+    # not touched: takes addresses, no memory
+    held = allocate({"a": TensorInfo(torch.uint8, (1 << 30,))}, pinned=False)
     middle = held.tensors["a"].data_ptr() + (1 << 29)
 
     def is_mapped() -> bool:
@@ -75,7 +76,9 @@ class Watched:
 
 @pytest.mark.parametrize("dialect", ["safetensors", "pth", "diffusers", "fp8_scaled"])
 @pytest.mark.parametrize("target", [None, torch.float32])
-def test_weights_go_from_disk_to_where_they_stay(tmp_path: Path, dialect: str, target: torch.dtype | None) -> None:
+def test_weights_go_from_disk_to_where_they_stay(
+    tmp_path: Path, dialect: str, target: torch.dtype | None
+) -> None:
     path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, **SIZES), dialect)
     host = host_weights(SwapPlan(DIT, 3, input_layers=True), CPU)
     assert host is not None
@@ -85,14 +88,18 @@ def test_weights_go_from_disk_to_where_they_stay(tmp_path: Path, dialect: str, t
     found = load_dit(path, Placement(CPU, compute_dtype=target, host=watched))
 
     weights, ours = dict(expected.named_parameters()), dict(found.named_parameters())
-    assert all(torch.equal(weights[name], ours[name]) and weights[name].dtype == ours[name].dtype for name in weights)
+    assert all(
+        torch.equal(weights[name], ours[name]) and weights[name].dtype == ours[name].dtype for name in weights
+    )
     assert set(watched.held) == set(SwapPlan(DIT, 3, True).names(found))
     assert all(ours[name].data_ptr() == place.data_ptr() for name, place in watched.held.items())
     assert watched.finished == 1
     assert not any(weight.requires_grad for weight in ours.values())
 
 
-def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_still_seen(tmp_path: Path) -> None:
+def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_still_seen(
+    tmp_path: Path,
+) -> None:
     path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, **SIZES))
     write_lora(tmp_path / "lora.safetensors", path)
 
@@ -124,7 +131,9 @@ def test_a_network_that_was_loaded_to_the_device_is_moved(tmp_path: Path) -> Non
     swap_blocks(dit, host, CPU)
 
     assert all(torch.equal(before[name], weight) for name, weight in dit.named_parameters())
-    assert all(dit.get_parameter(name).data_ptr() == place.data_ptr() for name, place in host.adopt(dit).items())
+    assert all(
+        dit.get_parameter(name).data_ptr() == place.data_ptr() for name, place in host.adopt(dit).items()
+    )
 
 
 def test_on_the_meta_device_nothing_is_kept(tmp_path: Path) -> None:
@@ -149,7 +158,8 @@ def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
     done = run_python(*launch, script, path, lora, environment={"PYTHONPATH": str(ROOT)})
 
     first, second = sorted(
-        (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")), key=lambda seen: seen["rank"]
+        (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")),
+        key=lambda seen: seen["rank"],
     )
     assert (first["fills"], second["fills"]) == (True, False)
     assert first["mark"] == second["mark"] == 1234
@@ -157,5 +167,7 @@ def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
     assert [ending for _, ending in first["files"]] == ["(deleted)"]
     assert first["unused"] == second["unused"] == []
     with torch.no_grad():
-        expected = load_dit(path, Placement(CPU, patch=LoraPatch([LoraUse(read_lora(lora))])))(**CASES[0].inputs(1))
+        expected = load_dit(path, Placement(CPU, patch=LoraPatch([LoraUse(read_lora(lora))])))(
+            **CASES[0].inputs(1)
+        )
     assert first["output"] == second["output"] == expected.double().sum().item()

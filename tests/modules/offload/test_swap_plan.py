@@ -57,7 +57,9 @@ def released(double: int, single: int) -> nn.Module:
 def test_too_many_are_refused_with_the_number_that_can_be() -> None:
     dit = released(20, 40)
     assert [each.num_blocks for each in SwapPlan(HUNYUAN, 38).lists(dit)] == [20, 40]
-    with pytest.raises(OptionError, match=r"--blocks_to_swap 39: the transformer has 20 \+ 40 blocks, of which at most 38"):
+    with pytest.raises(
+        OptionError, match=r"--blocks_to_swap 39: the transformer has 20 \+ 40 blocks, of which at most 38"
+    ):
         SwapPlan(HUNYUAN, 39).names(dit)
 
 
@@ -65,7 +67,9 @@ def test_only_the_large_weights_of_the_blocks_leave_the_device() -> None:
     dit = CASES[0].make()
     names = set(SwapPlan(WAN, 4).names(dit))
 
-    assert {name for name, weight in dit.named_parameters() if name.startswith("blocks.") and weight.ndim == 2} == names
+    assert {
+        name for name, weight in dit.named_parameters() if name.startswith("blocks.") and weight.ndim == 2
+    } == names
     assert set(SwapPlan(WAN, 0, input_layers=True).names(dit)) == {
         *("patch_embedding.weight", "text_embedding.0.weight", "text_embedding.2.weight")
     }

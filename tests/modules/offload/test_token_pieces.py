@@ -1,4 +1,7 @@
-"""Feed-forwards in pieces give what whole ones give. Pieces are small matrices, whose products may be summed in another order."""
+"""Feed-forwards in pieces give what whole ones give.
+
+Pieces are small matrices, whose products may be summed in another order.
+"""
 
 import logging
 from typing import Any
@@ -28,7 +31,12 @@ ROWS = Quantisation("rows")
 
 
 def results(
-    tiny: TinyDit, pieces: bool, autocast: bool = False, dit: nn.Module | None = None, backend: str = "", **arguments: Any
+    tiny: TinyDit,
+    pieces: bool,
+    autocast: bool = False,
+    dit: nn.Module | None = None,
+    backend: str = "",
+    **arguments: Any,
 ) -> list[Tensor]:
     """Velocity and gradients of LoRAs in checkpointed blocks."""
     if dit is None:
@@ -51,7 +59,10 @@ def results(
 def assert_alike(ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
     assert (ours[0] - theirs[0]).abs().max() <= share * theirs[0].abs().max()
     largest = max(one.abs().max() for one in theirs[1:])
-    assert max((one - other).abs().max() for one, other in zip(ours[1:], theirs[1:], strict=True)) <= share * largest
+    assert (
+        max((one - other).abs().max() for one, other in zip(ours[1:], theirs[1:], strict=True))
+        <= share * largest
+    )
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
@@ -171,7 +182,9 @@ def test_a_second_backward_pass_through_the_same_graph_is_right() -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("share", [{"rank_dropout": "0.3"}, {"module_dropout": "0.5"}], ids=["rank", "module"])
+@pytest.mark.parametrize(
+    "share", [{"rank_dropout": "0.3"}, {"module_dropout": "0.5"}], ids=["rank", "module"]
+)
 def test_dropped_ranks_and_modules_are_the_same_in_all_pieces(share: dict[str, str]) -> None:
     assert_alike(results(DITS[0], True, **share), results(DITS[0], False, **share), FLOAT32)
 
@@ -191,7 +204,8 @@ def test_dropout_of_single_values_sees_whole_inputs() -> None:
     ],
 )
 def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch, backend: str, tiny: TinyDit) -> None:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would write all of it down
+    # pytest would write all of it down
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch.compiler.reset()
     found = results(tiny, True, backend=backend)
     torch.compiler.reset()

@@ -17,7 +17,8 @@ def test_nearly_all_of_a_card_of_which_nothing_is_free_is_told_too() -> None:
 
 def test_a_card_with_room_does_not_spill() -> None:
     assert not Usage(total=24 * GIB, free=2 * GIB, reserved=21 * GIB).spills
-    assert not Usage(total=24 * GIB, free=2 * GIB, reserved=24 * GIB - GIB // 2).spills  # cached, the driver has room
+    # cached, the driver has room
+    assert not Usage(total=24 * GIB, free=2 * GIB, reserved=24 * GIB - GIB // 2).spills
 
 
 def test_the_warning_names_numbers_and_remedies() -> None:
@@ -34,6 +35,8 @@ def test_the_bytes_of_a_network_are_those_on_that_device() -> None:
 
 
 def test_the_room_of_the_host_is_what_linux_says_or_not_known(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:     2000 kB\n", encoding="ascii")
+    (tmp_path / "meminfo").write_text(
+        "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:     2000 kB\n", encoding="ascii"
+    )
     assert host_room(tmp_path / "meminfo") == 2000 * 1024
     assert host_room(tmp_path / "none") is None

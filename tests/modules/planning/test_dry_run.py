@@ -85,7 +85,10 @@ def test_attention_takes_what_flash_attention_takes() -> None:
     batch, length, heads, width = 2, 1000, 4, 64
     size = 2 * batch * length * heads * width  # bytes of a tensor in bfloat16
     with dry_run() as ledger:
-        made = [torch.empty(batch, heads, length, width, dtype=torch.bfloat16, device=ACCELERATOR) for _ in range(3)]
+        made = [
+            torch.empty(batch, heads, length, width, dtype=torch.bfloat16, device=ACCELERATOR)
+            for _ in range(3)
+        ]
         tensors = [tensor.requires_grad_() for tensor in made]
         ledger.enter("forward")
         result = functional.scaled_dot_product_attention(*tensors)

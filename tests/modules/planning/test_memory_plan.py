@@ -51,7 +51,8 @@ def model(blocks: int = 6) -> nn.Module:
 
 def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() -> None:
     found = swapped(model(), SwapPlan(SPEC, 3))
-    assert found == Swapped(away=5 << 20, ring=2 << 20, host=5 << 20)  # as much device memory as three blocks take
+    # as much device memory as three blocks take
+    assert found == Swapped(away=5 << 20, ring=2 << 20, host=5 << 20)
     assert found.saved == 3 << 20
     assert swapped(model(), SwapPlan(SPEC, 0)).saved == 0
 
@@ -90,7 +91,8 @@ def test_the_table_holds_all_parts_of_device_and_host() -> None:
     text = as_text(plan(10 * GIB))
     assert "training step (largest)" in text
     lines = {line.split("  ")[1].strip(): line.split() for line in text.splitlines() if line.startswith("  ")}
-    assert lines["weights of the transformer"][-4:] == ["5.00", "4.00", "8.00", "bfloat16"]  # device, host, note
+    # device, host, note
+    assert lines["weights of the transformer"][-4:] == ["5.00", "4.00", "8.00", "bfloat16"]
     assert lines["kept activations"][-2:] == ["1.00", "2.00"]
     assert plan(10 * GIB).device == 10 * GIB
     assert plan(10 * GIB).host == 6 * GIB
@@ -123,10 +125,14 @@ def full_size(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_released_files_take_what_their_headers_say(full_size: Path) -> None:
-    dit = load_wan(hollow(full_size, "wan2.1-t2v-14b"), Placement(torch.device("meta"), compute_dtype=torch.bfloat16))
+    dit = load_wan(
+        hollow(full_size, "wan2.1-t2v-14b"), Placement(torch.device("meta"), compute_dtype=torch.bfloat16)
+    )
     total = sum(tensor.nbytes for tensor in dit.parameters())
     block = sum(tensor.nbytes for tensor in dit.get_submodule("blocks.0").parameters())
-    small = sum(tensor.nbytes for name, tensor in dit.named_parameters() if tensor.dtype == torch.float32) // 2
+    small = (
+        sum(tensor.nbytes for name, tensor in dit.named_parameters() if tensor.dtype == torch.float32) // 2
+    )
     assert round((total - small) / 1e9, 1) == 28.6  # all in bfloat16; three layers are kept in float32
     assert round(block / 1e9, 2) == 0.70
     assert dtypes_of(dit).startswith("26.")
@@ -134,7 +140,10 @@ def test_released_files_take_what_their_headers_say(full_size: Path) -> None:
 
 
 def test_hunyuan_video_takes_what_its_header_says(full_size: Path) -> None:
-    dit = load_hunyuan(hollow(full_size, "hunyuanvideo-t2v-dit"), Placement(torch.device("meta"), compute_dtype=torch.bfloat16))
+    dit = load_hunyuan(
+        hollow(full_size, "hunyuanvideo-t2v-dit"),
+        Placement(torch.device("meta"), compute_dtype=torch.bfloat16),
+    )
     small = sum(tensor.nbytes for tensor in dit.parameters() if tensor.dtype == torch.float32) // 2
     assert round((sum(tensor.nbytes for tensor in dit.parameters()) - small) / 1e9, 1) == 25.6
 
@@ -151,7 +160,11 @@ class Even:
 
 def presented(swap: SwapOptions, room: Room | None, capsys: pytest.CaptureFixture[str]) -> str:
     def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
-        return MemoryPlan("Memory plan", (Phase("training step", (Part("weights", Even().device(blocks)),)),), tuple(remarks))
+        return MemoryPlan(
+            "Memory plan",
+            (Phase("training step", (Part("weights", Even().device(blocks)),)),),
+            tuple(remarks),
+        )
 
     present(Even(), swap, room, plan_of, lambda room: [f"a card of more than {room.total // GIB}"])
     return capsys.readouterr().out

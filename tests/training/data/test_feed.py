@@ -18,7 +18,9 @@ from training.steps import Plan
 
 def micro_batches(folder: Path, seed: int = 3, *arguments: object) -> MicroBatches:
     order = BatchOrder(find_items(load_dataset_config(folder / "dataset.toml"), "toy", LATENT).items, seed)
-    return MicroBatches(order, LATENT, Randomness(toy_options(folder, *arguments).timesteps, seed), NO_COMMANDS)
+    return MicroBatches(
+        order, LATENT, Randomness(toy_options(folder, *arguments).timesteps, seed), NO_COMMANDS
+    )
 
 
 def test_a_micro_batch_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:
@@ -77,12 +79,19 @@ def test_the_first_process_warns_once_of_caches_that_other_encoders_made(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int, process: int, processes: int
 ) -> None:
     write_caches(tmp_path, count=4)
-    record_encoders(tmp_path, {"clip0": "first", "clip1": "first", "clip2": "second"})  # clip3: another program's
+    # clip3: another program's
+    record_encoders(tmp_path, {"clip0": "first", "clip1": "first", "clip2": "second"})
     plan = Plan(4, processes, 1, total_steps=20)
 
-    list(Feed(micro_batches(tmp_path), plan, process, workers, keep_workers=True, pin_memory=False).start(0, 0))
+    list(
+        Feed(micro_batches(tmp_path), plan, process, workers, keep_workers=True, pin_memory=False).start(0, 0)
+    )
 
-    said = [message for message in caplog.messages if message.startswith("Not all caches were made by the same encoders:")]
+    said = [
+        message
+        for message in caplog.messages
+        if message.startswith("Not all caches were made by the same encoders:")
+    ]
     assert len(said) == (1 if process == 0 else 0)
     assert all("letters second" in message and "letters first" in message for message in said)
 
@@ -90,9 +99,15 @@ def test_the_first_process_warns_once_of_caches_that_other_encoders_made(
 def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
     """Tensors of several dtypes and odd sizes, a list of them, and one that does not lie in one piece."""
     lists = [torch.randn(3, 5), torch.randn(1, 5)]
-    tensors = {"latents": torch.randn(1, 2, 1, 3, 3).bfloat16(), "t5": lists, "clip": torch.randn(7, 3).half().T}
+    tensors = {
+        "latents": torch.randn(1, 2, 1, 3, 3).bfloat16(),
+        "t5": lists,
+        "clip": torch.randn(7, 3).half().T,
+    }
     sigmas = torch.rand(1)
-    data = NoisyBatch(Batch(tensors, ("a",), ("b",)), torch.randn(1, 2, 1, 3, 3), sigmas, 1000 * sigmas, torch.ones(1))
+    data = NoisyBatch(
+        Batch(tensors, ("a",), ("b",)), torch.randn(1, 2, 1, 3, 3), sigmas, 1000 * sigmas, torch.ones(1)
+    )
 
     out = Packed.of(MicroBatch(3, data)).unpacked()
 

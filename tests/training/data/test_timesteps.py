@@ -46,7 +46,9 @@ def test_samplers_and_weights_give_the_recorded_numbers(case: dict[str, list[flo
     times = from_numbers(made, numbers)
 
     torch.testing.assert_close(times.sigmas, torch.tensor(case["sigma_used"]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(times.timesteps, torch.tensor(case["timestep_given_to_model"]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        times.timesteps, torch.tensor(case["timestep_given_to_model"]), atol=1e-3, rtol=0
+    )
     expected = torch.tensor(case["loss_weight"]) if case["loss_weight"] else torch.ones(len(numbers))
     torch.testing.assert_close(loss_weights(made, times), expected, rtol=1e-4, atol=0)
 
@@ -57,14 +59,25 @@ def test_samplers_and_weights_give_the_recorded_numbers(case: dict[str, list[flo
         (("--timestep_sampling", "uniform"), (0.1, 0.5, 0.9)),
         (("--timestep_sampling", "sigmoid"), (0.21731, 0.5, 0.78269)),
         (("--timestep_sampling", "shift", "--discrete_flow_shift", "3"), (0.45440, 0.75, 0.91529)),
-        (("--timestep_sampling", "logsnr", "--logit_mean", "-6", "--logit_std", "2"), (0.84792, 0.95257, 0.98638)),
+        (
+            ("--timestep_sampling", "logsnr", "--logit_mean", "-6", "--logit_std", "2"),
+            (0.84792, 0.95257, 0.98638),
+        ),
         (("--timestep_sampling", "sigma"), (0.1, 0.5, 0.9)),
         (("--timestep_sampling", "sigma", "--weighting_scheme", "logit_normal"), (0.21731, 0.5, 0.78269)),
-        (("--timestep_sampling", "uniform", "--min_timestep", "200", "--max_timestep", "700"), (0.25, 0.45, 0.65)),
-        (("--timestep_sampling", "sigma", "--min_timestep", "0", "--max_timestep", "500"), (0.55, 0.75, 0.95)),
+        (
+            ("--timestep_sampling", "uniform", "--min_timestep", "200", "--max_timestep", "700"),
+            (0.25, 0.45, 0.65),
+        ),
+        (
+            ("--timestep_sampling", "sigma", "--min_timestep", "0", "--max_timestep", "500"),
+            (0.55, 0.75, 0.95),
+        ),
     ],
 )
-def test_draws_have_the_quantiles_of_their_distribution(argv: tuple[str, ...], quantiles: tuple[float, ...]) -> None:
+def test_draws_have_the_quantiles_of_their_distribution(
+    argv: tuple[str, ...], quantiles: tuple[float, ...]
+) -> None:
     found = drawn(options(*argv)).double().quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
 
     torch.testing.assert_close(found, torch.tensor(quantiles, dtype=torch.float64), atol=6e-3, rtol=0)
@@ -72,7 +85,9 @@ def test_draws_have_the_quantiles_of_their_distribution(argv: tuple[str, ...], q
 
 @pytest.mark.parametrize("sampling", ["uniform", "sigmoid", "shift", "logsnr", "sigma"])
 @pytest.mark.parametrize("buckets", [(), ("--num_timestep_buckets", "20")])
-def test_keeping_the_shape_means_the_distribution_cut_to_the_range(sampling: str, buckets: tuple[str, ...]) -> None:
+def test_keeping_the_shape_means_the_distribution_cut_to_the_range(
+    sampling: str, buckets: tuple[str, ...]
+) -> None:
     limits = ("--min_timestep", "300", "--max_timestep", "450")
     base = ("--timestep_sampling", sampling, "--discrete_flow_shift", "3")
     low, high = (0.55, 0.7) if sampling == "sigma" else (0.3, 0.45)
@@ -88,7 +103,13 @@ def test_keeping_the_shape_means_the_distribution_cut_to_the_range(sampling: str
 
 def test_a_range_that_nothing_falls_into_is_an_error() -> None:
     made = options(
-        "--timestep_sampling", "sigmoid", "--sigmoid_scale", "0.01", "--max_timestep", "50", "--preserve_distribution_shape"
+        "--timestep_sampling",
+        "sigmoid",
+        "--sigmoid_scale",
+        "0.01",
+        "--max_timestep",
+        "50",
+        "--preserve_distribution_shape",
     )
 
     with pytest.raises(OptionError, match="--max_timestep 50"):
@@ -134,12 +155,16 @@ def test_extreme_uniform_numbers_stay_finite() -> None:
 def test_the_network_is_fed_one_more_except_on_the_table() -> None:
     sigmas = torch.tensor([0.1, 0.9])
 
-    torch.testing.assert_close(timesteps_at(options("--timestep_sampling", "shift"), sigmas), torch.tensor([101.0, 901.0]))
+    torch.testing.assert_close(
+        timesteps_at(options("--timestep_sampling", "shift"), sigmas), torch.tensor([101.0, 901.0])
+    )
     torch.testing.assert_close(timesteps_at(options(), sigmas), torch.tensor([100.0, 900.0]))
 
 
 def test_statistics_count_every_draw_once() -> None:
-    counts, weights = timestep_statistics(options("--weighting_scheme", "sigma_sqrt"), seed=0, num_batches=3, batch_size=100)
+    counts, weights = timestep_statistics(
+        options("--weighting_scheme", "sigma_sqrt"), seed=0, num_batches=3, batch_size=100
+    )
 
     assert float(counts.sum()) == 300
     assert counts.shape == weights.shape == (1000,)

@@ -58,7 +58,10 @@ COSINE = math.cos(math.pi / 4)
         ("linear --lr_warmup_steps 20", {0: 0, 10: 0.5, 20: 1, 60: 0.5, 100: 0}),
         ("linear --lr_warmup_steps 20%", {0: 0, 10: 0.5, 20: 1, 60: 0.5, 100: 0}),
         ("cosine --lr_warmup_steps 20", {10: 0.5, 20: 1, 40: (1 + COSINE) / 2, 60: 0.5, 100: 0}),
-        ("cosine_with_restarts --lr_scheduler_num_cycles 2", {0: 1, 25: 0.5, 49: 0.000986, 50: 1, 75: 0.5, 100: 0}),
+        (
+            "cosine_with_restarts --lr_scheduler_num_cycles 2",
+            {0: 1, 25: 0.5, 49: 0.000986, 50: 1, 75: 0.5, 100: 0},
+        ),
         ("polynomial --lr_scheduler_power 2", {0: 1, 50: 0.25 * (1 - 1e-4) + 1e-4, 100: 1e-4}),
         ("inverse_sqrt --lr_warmup_steps 25", {0: 0, 25: 1, 100: 0.5}),
         ("inverse_sqrt --lr_scheduler_timescale 25", {0: 1, 75: 0.5}),
@@ -70,8 +73,14 @@ COSINE = math.cos(math.pi / 4)
         ),
         ("warmup_stable_decay --lr_warmup_steps 20 --lr_decay_steps 0.4", {0: 0, 59: 1, 80: 0.5, 100: 0}),
         ("warmup_stable_decay", {0: 1, 100: 1}),
-        ("piecewise_constant --lr_scheduler_args step_rules='1:10,0.1:20,0.01'", {0: 1, 9: 1, 10: 0.1, 19: 0.1, 20: 0.01}),
-        ("piecewise_constant --lr_scheduler_args step_rules=1:10,0.1:20,0.01 --lr_warmup_steps 5", {0: 1, 10: 0.1, 100: 0.01}),
+        (
+            "piecewise_constant --lr_scheduler_args step_rules='1:10,0.1:20,0.01'",
+            {0: 1, 9: 1, 10: 0.1, 19: 0.1, 20: 0.01},
+        ),
+        (
+            "piecewise_constant --lr_scheduler_args step_rules=1:10,0.1:20,0.01 --lr_warmup_steps 5",
+            {0: 1, 10: 0.1, 100: 0.01},
+        ),
         ("polynomial --lr_scheduler_args lr_end=1e-4", {50: 0.55, 100: 0.1}),
     ],
 )
@@ -102,7 +111,9 @@ def test_curves_agree_with_those_of_transformers(ours: str, theirs: str, argumen
         inner.step()
         reference.step()
 
-    assert curve("--lr_scheduler", *ours.split(), "--lr_warmup_steps", "10", steps=100) == pytest.approx(expected, abs=1e-6)
+    assert curve("--lr_scheduler", *ours.split(), "--lr_warmup_steps", "10", steps=100) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_each_group_keeps_its_own_rate() -> None:
@@ -119,8 +130,21 @@ def test_each_group_keeps_its_own_rate() -> None:
     [
         ("--lr_scheduler", "cosine", "--lr_warmup_steps", "3"),
         ("--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=20"),
-        ("--lr_scheduler_type", "torch.optim.lr_scheduler.MultiStepLR", "--lr_scheduler_args", "milestones=(4,9)", "gamma=0.5"),
-        ("--lr_scheduler_type", "OneCycleLR", "--lr_scheduler_args", "max_lr=0.01", "total_steps=20", "cycle_momentum=False"),
+        (
+            "--lr_scheduler_type",
+            "torch.optim.lr_scheduler.MultiStepLR",
+            "--lr_scheduler_args",
+            "milestones=(4,9)",
+            "gamma=0.5",
+        ),
+        (
+            "--lr_scheduler_type",
+            "OneCycleLR",
+            "--lr_scheduler_args",
+            "max_lr=0.01",
+            "total_steps=20",
+            "cycle_momentum=False",
+        ),
     ],
 )
 def test_a_restored_schedule_goes_on_to_the_same_bits(argv: tuple[str, ...]) -> None:
@@ -155,10 +179,19 @@ def test_a_state_of_another_kind_of_schedule_is_refused() -> None:
     ("argv", "expected"),
     [
         ("--lr_scheduler adafactor", "--optimizer_type Adafactor"),
-        ("--lr_scheduler polynomial --lr_scheduler_args powder=2", "has no such argument; it has lr_end, power"),
-        ("--lr_scheduler linear --lr_scheduler_args power=2", "--lr_scheduler linear has no such argument; it has none"),
+        (
+            "--lr_scheduler polynomial --lr_scheduler_args powder=2",
+            "has no such argument; it has lr_end, power",
+        ),
+        (
+            "--lr_scheduler linear --lr_scheduler_args power=2",
+            "--lr_scheduler linear has no such argument; it has none",
+        ),
         ("--lr_scheduler piecewise_constant --lr_scheduler_args step_rules=1:a,2", "step_rules=1:a,2"),
-        ("--lr_scheduler warmup_stable_decay --lr_warmup_steps 80 --lr_decay_steps 40", "exceed the 100 steps"),
+        (
+            "--lr_scheduler warmup_stable_decay --lr_warmup_steps 80 --lr_decay_steps 40",
+            "exceed the 100 steps",
+        ),
         ("--lr_scheduler polynomial --lr_scheduler_args lr_end=1", "ends at 1"),
         ("--lr_scheduler_type CosineLR", "--lr_scheduler_type CosineLR: cannot be imported"),
         ("--lr_scheduler_type nowhere.CosineLR", "cannot be imported"),
@@ -175,7 +208,9 @@ def test_schedules_that_cannot_be_made_are_refused(argv: str, expected: str) -> 
 
 def test_adafactor_shows_the_rate_it_finds() -> None:
     parameter = torch.nn.Parameter(torch.ones(2, 2))
-    made, _ = make_optimizer(OptimizerOptions("Adafactor", None, 1e-3, 1.0), [{"params": [parameter], "lr": 1e-3}])
+    made, _ = make_optimizer(
+        OptimizerOptions("Adafactor", None, 1e-3, 1.0), [{"params": [parameter], "lr": 1e-3}]
+    )
     shown = make_lr_schedule(options(), made, 10)
     assert shown.get_last_lr() == [0.0]
 
@@ -184,7 +219,8 @@ def test_adafactor_shows_the_rate_it_finds() -> None:
     shown.step()
 
     assert shown.name == "adafactor"
-    assert shown.get_last_lr()[0] == pytest.approx(0.01, rel=0.01)  # its relative step: min(0.01, 1/sqrt(step)) times RMS 1
+    # its relative step: min(0.01, 1/sqrt(step)) times RMS 1
+    assert shown.get_last_lr()[0] == pytest.approx(0.01, rel=0.01)
 
 
 def test_fractions_of_the_run_become_steps() -> None:

@@ -39,7 +39,8 @@ def groups(parameter: nn.Parameter, rate: float = 0.05) -> list[dict[str, Any]]:
 
 def package(name: str) -> Any:
     return pytest.param(
-        name[1], marks=pytest.mark.skipif(importlib.util.find_spec(name[0]) is None, reason=f"{name[0]} is missing")
+        name[1],
+        marks=pytest.mark.skipif(importlib.util.find_spec(name[0]) is None, reason=f"{name[0]} is missing"),
     )
 
 
@@ -68,7 +69,8 @@ def package(name: str) -> Any:
 )
 def test_each_optimizer_makes_a_quadratic_smaller(name: str) -> None:
     parameter = nn.Parameter(torch.ones(8, 8))
-    rate = 1.0 if name == "Prodigy" else 0.05  # it multiplies this by a rate that it finds itself, from 1e-6 upwards
+    # it multiplies this by a rate that it finds itself, from 1e-6 upwards
+    rate = 1.0 if name == "Prodigy" else 0.05
     made, _ = make_optimizer(options(name, rate=rate), groups(parameter, rate))
     set_training(made, True)
 
@@ -81,7 +83,9 @@ def test_each_optimizer_makes_a_quadratic_smaller(name: str) -> None:
 
 
 def test_the_description_is_the_class_with_its_arguments() -> None:
-    _, described = make_optimizer(options("AdamW", "betas=0.9,0.95", "weight_decay=0.1"), groups(nn.Parameter(torch.ones(1))))
+    _, described = make_optimizer(
+        options("AdamW", "betas=0.9,0.95", "weight_decay=0.1"), groups(nn.Parameter(torch.ones(1)))
+    )
     _, plain = make_optimizer(options(), groups(nn.Parameter(torch.ones(1))))
 
     assert described == "torch.optim.adamw.AdamW(betas=(0.9, 0.95),weight_decay=0.1)"
@@ -106,7 +110,9 @@ def test_arguments_reach_the_optimizer_and_groups_keep_their_rates() -> None:
         ("AdamW", ("betas=2,3",), "--optimizer_args betas=(2, 3)"),
     ],
 )
-def test_what_cannot_be_built_is_refused_with_a_reason(name: str, arguments: tuple[str, ...], expected: str) -> None:
+def test_what_cannot_be_built_is_refused_with_a_reason(
+    name: str, arguments: tuple[str, ...], expected: str
+) -> None:
     with pytest.raises(OptionError) as error:
         make_optimizer(options(name, *arguments), groups(nn.Parameter(torch.ones(1))))
 
@@ -114,7 +120,8 @@ def test_what_cannot_be_built_is_refused_with_a_reason(name: str, arguments: tup
 
 
 @pytest.mark.parametrize(
-    ("name", "install"), [("Lion", "lion-pytorch"), ("Prodigy", "prodigyopt"), ("AdamWScheduleFree", "schedulefree")]
+    ("name", "install"),
+    [("Lion", "lion-pytorch"), ("Prodigy", "prodigyopt"), ("AdamWScheduleFree", "schedulefree")],
 )
 def test_a_missing_package_is_named_with_the_command_to_install_it(name: str, install: str) -> None:
     if importlib.util.find_spec(install.replace("-", "_")) is not None:
@@ -128,8 +135,12 @@ def test_adafactor_finds_its_own_rate_unless_told_otherwise(caplog: pytest.LogCa
     parameter = nn.Parameter(torch.ones(2, 2))
     with caplog.at_level(logging.WARNING):
         own, _ = make_optimizer(options("adafactor"), groups(parameter))
-        forced, _ = make_optimizer(options("adafactor", "relative_step=False", "warmup_init=True"), groups(parameter))
-        given, _ = make_optimizer(options("adafactor", "relative_step=False", "scale_parameter=False"), groups(parameter))
+        forced, _ = make_optimizer(
+            options("adafactor", "relative_step=False", "warmup_init=True"), groups(parameter)
+        )
+        given, _ = make_optimizer(
+            options("adafactor", "relative_step=False", "scale_parameter=False"), groups(parameter)
+        )
 
     assert own.defaults["relative_step"]
     assert own.param_groups[0]["lr"] is None

@@ -24,7 +24,9 @@ def test_the_batch_with_most_pixels_counts(tmp_path: Path) -> None:
     (table,) = load_dataset_config(write_caches(tmp_path, batch_size=4)).datasets
 
     def items(bucket: tuple[int, ...], count: int) -> list[TrainingItem]:
-        return [TrainingItem(f"{bucket} {index}", tmp_path, tmp_path, table, bucket, "") for index in range(count)]
+        return [
+            TrainingItem(f"{bucket} {index}", tmp_path, tmp_path, table, bucket, "") for index in range(count)
+        ]
 
     few_large, many_small = items((64, 64), 1), items((48, 48), 7)
     assert largest_batch([*few_large, *many_small]) == tuple(many_small[:4])
@@ -52,7 +54,12 @@ def test_what_stands_beside_the_latents_becomes_as_small_as_they() -> None:
 def test_a_section_is_made_smaller_but_no_shorter() -> None:
     """Its length is the model's, and each of its frames has a place in time."""
     places, past = torch.arange(3).expand(2, -1), torch.zeros(2, 16, 2, 8, 12)
-    batch = beside(wan_batch(2, (3, 8, 12)), latent_indices=places, latents_clean=past, clean_latent_indices=places[:, :2])
+    batch = beside(
+        wan_batch(2, (3, 8, 12)),
+        latent_indices=places,
+        latents_clean=past,
+        clean_latent_indices=places[:, :2],
+    )
 
     found = dict(shrunk(replace(LATENT, in_sections=True), batch))
 
@@ -120,7 +127,11 @@ def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
 
 def room_for(size: int) -> Room:
     """A card on which exactly so many bytes can be used."""
-    total = next(total for total in range(size + CONTEXT, size + CONTEXT + GIB, 1 << 20) if Room("", total, total).usable >= size)
+    total = next(
+        total
+        for total in range(size + CONTEXT, size + CONTEXT + GIB, 1 << 20)
+        if Room("", total, total).usable >= size
+    )
     return Room("a card", total, total)
 
 

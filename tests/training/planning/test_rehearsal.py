@@ -71,7 +71,12 @@ def framepack(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
 
 def wan_batch(count: int = 1, size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
     latents = torch.zeros(count, 16, *size, dtype=torch.bfloat16)
-    return noisy({"latents": latents, "t5": [torch.zeros(7 + index, 32, dtype=torch.bfloat16) for index in range(count)]})
+    return noisy(
+        {
+            "latents": latents,
+            "t5": [torch.zeros(7 + index, 32, dtype=torch.bfloat16) for index in range(count)],
+        }
+    )
 
 
 def hunyuan_batch(lengths: tuple[int, ...] = (5,), size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
@@ -113,7 +118,11 @@ def noisy(tensors: Mapping[str, Tensor | list[Tensor]]) -> NoisyBatch:
     count = len(latents)
     times = torch.full((count,), 0.5)
     return NoisyBatch(
-        Batch(tensors, ("",) * count, ("",) * count), torch.zeros(latents.shape), times, 1000 * times, torch.ones(count)
+        Batch(tensors, ("",) * count, ("",) * count),
+        torch.zeros(latents.shape),
+        times,
+        1000 * times,
+        torch.ones(count),
     )
 
 
@@ -122,7 +131,9 @@ def predicted(family: Family, options: TrainingOptions, batch: NoisyBatch) -> di
     return found
 
 
-def counted(family: Family, options: TrainingOptions, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch) -> dict[str, Moment]:
+def counted(
+    family: Family, options: TrainingOptions, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Moment]:
     """The same step with real tensors on the CPU and all blocks."""
 
     def see_all(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
@@ -148,15 +159,21 @@ def placement(options: TrainingOptions, device: str) -> Placement:
 
 
 def assert_alike(found: Mapping[str, Moment], real: Mapping[str, Moment], tolerance: float = 0.02) -> None:
-    """tolerance: 2 % of the total; the host, with tables of positions and counts of steps, is the device of the real run."""
+    """tolerance: 2 % of the total; the host, with tables of positions and counts of steps, is the device of
+    the real run.
+    """
     (place, moment), (real_place, real_moment) = largest(found), largest(real)
     total, real_total = sum(moment.values()), sum(real_moment.values())
-    assert abs(total - real_total) <= tolerance * real_total, f"{place}: {moment}, really {real_place}: {real_moment}"
+    assert abs(total - real_total) <= tolerance * real_total, (
+        f"{place}: {moment}, really {real_place}: {real_moment}"
+    )
     for kind in (WEIGHTS, NETWORK):
         assert moment.get(kind, 0) == real_moment.get(kind, 0), kind
 
 
-@pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"]
+)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_wan_step_takes_what_was_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str], precision: str
@@ -168,8 +185,12 @@ def test_a_wan_step_takes_what_was_predicted(
         assert_alike(predicted(family, options, batch), real)
 
 
-@pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"])
-def test_a_hunyuan_step_takes_what_was_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str]) -> None:
+@pytest.mark.parametrize(
+    "checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"]
+)
+def test_a_hunyuan_step_takes_what_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str]
+) -> None:
     family, options = hunyuan(tmp_path, *checkpointing, "--mixed_precision", "bf16")
     for batch in (hunyuan_batch(), hunyuan_batch((8, 3), (2, 12, 8))):
         with monkeypatch.context() as patch:
@@ -177,7 +198,9 @@ def test_a_hunyuan_step_takes_what_was_predicted(tmp_path: Path, monkeypatch: py
         assert_alike(predicted(family, options, batch), real)
 
 
-@pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"]
+)
 def test_a_framepack_step_takes_what_was_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str]
 ) -> None:
@@ -203,7 +226,9 @@ class Given(nn.Module):
         return noisy
 
 
-@pytest.mark.parametrize("case", [(hunyuan, hunyuan_batch()), (framepack, framepack_batch())], ids=["hunyuan", "framepack"])
+@pytest.mark.parametrize(
+    "case", [(hunyuan, hunyuan_batch()), (framepack, framepack_batch())], ids=["hunyuan", "framepack"]
+)
 def test_networks_are_given_whole_numbers_on_the_host(tmp_path: Path, case: tuple[Any, NoisyBatch]) -> None:
     """They are read there; on the device they would have the host wait for it in every pass."""
     make, batch = case
@@ -220,12 +245,21 @@ def test_networks_are_given_whole_numbers_on_the_host(tmp_path: Path, case: tupl
     "more",
     [
         ["--optimizer_type", "AdamW"],
-        ["--optimizer_type", "Adafactor", "--full_bf16", "--fused_backward_pass", "--optimizer_args", "relative_step=False"],
+        [
+            "--optimizer_type",
+            "Adafactor",
+            "--full_bf16",
+            "--fused_backward_pass",
+            "--optimizer_args",
+            "relative_step=False",
+        ],
         ["--optimizer_type", "AdamW", "--full_bf16"],
     ],
     ids=["adamw", "adafactor, fused backward, bf16", "adamw, bf16"],
 )
-def test_fine_tuning_takes_what_was_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]) -> None:
+def test_fine_tuning_takes_what_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
     family, options = hunyuan(tmp_path, *CHECKPOINTED, *more, is_whole=True)
     batch = hunyuan_batch()
     with monkeypatch.context() as patch:
@@ -236,17 +270,21 @@ def test_fine_tuning_takes_what_was_predicted(tmp_path: Path, monkeypatch: pytes
 def test_gradients_of_earlier_micro_batches_count(tmp_path: Path) -> None:
     family, options = wan(tmp_path, *CHECKPOINTED, "--gradient_accumulation_steps", "2")
     _, moment = largest(predicted(family, options, wan_batch()))
-    assert moment["gradients"] == pytest.approx(moment[NETWORK], rel=0.15)  # float32 too; the network has an alpha for each pair
+    # float32 too; the network has an alpha for each pair
+    assert moment["gradients"] == pytest.approx(moment[NETWORK], rel=0.15)
 
 
 @pytest.mark.parametrize(("name", "factor"), [("AdamW", 2.0), ("SGD", 0.0), ("Adagrad", 1.0)])
 def test_states_are_those_the_optimizer_really_makes(tmp_path: Path, name: str, factor: float) -> None:
     family, options = wan(tmp_path, *CHECKPOINTED, "--optimizer_type", name)
     _, moment = largest(predicted(family, options, wan_batch()))
-    assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)  # alpha and step counts are no weights
+    # alpha and step counts are no weights
+    assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)
 
 
-@pytest.mark.parametrize(("name", "per_element"), [("AdamW8bit", 2.03), ("Lion8bit", 1.02), ("PagedAdamW8bit", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "per_element"), [("AdamW8bit", 2.03), ("Lion8bit", 1.02), ("PagedAdamW8bit", 0.0)]
+)
 def test_states_in_8_bits_are_counted_and_end_no_run(tmp_path: Path, name: str, per_element: float) -> None:
     """On a CUDA device every training is rehearsed before it begins, with its optimizer."""
     pytest.importorskip("bitsandbytes")
@@ -258,12 +296,15 @@ def test_states_in_8_bits_are_counted_and_end_no_run(tmp_path: Path, name: str, 
 def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dressing, "offload_to_host", lambda device: None)  # on a CPU, what waits there would count as on the device
+    # on a CPU, what waits there would count as on the device
+    monkeypatch.setattr(dressing, "offload_to_host", lambda device: None)
     family, whole = wan(tmp_path, *CHECKPOINTED)
     options = replace(whole, loop=replace(whole.loop, gradient_checkpointing_cpu_offload=True))
     batch = wan_batch(1, (8, 64, 72))  # 9216 tokens, three pieces
     in_pieces = predicted(family, options, batch)
-    assert sum(largest(in_pieces)[1].values()) < 0.9 * sum(largest(predicted(family, whole, batch))[1].values())
+    assert sum(largest(in_pieces)[1].values()) < 0.9 * sum(
+        largest(predicted(family, whole, batch))[1].values()
+    )
     with monkeypatch.context() as patch:
         assert_alike(in_pieces, counted(family, options, batch, patch))
 
@@ -287,7 +328,8 @@ def test_a_full_size_step_keeps_one_stream_a_block(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     stream = 32760 * 5120 * 4  # tokens x width in float32: 671 MB, twice what it would be in bfloat16
     first, last = (found[f"forward of blocks, {which}"]["kept"] for which in ("first", "last"))
-    assert (last - first) / 39 == pytest.approx(stream, rel=0.02)  # and a 16-bit copy of each LoRA, which autocast keeps
+    # and a 16-bit copy of each LoRA, which autocast keeps
+    assert (last - first) / 39 == pytest.approx(stream, rel=0.02)
     assert 1.4e8 < found["optimizer step"][NETWORK] / 4 < 1.6e8  # 0.15 G numbers of rank 32
 
 

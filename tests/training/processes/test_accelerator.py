@@ -87,7 +87,13 @@ def test_fp16_sums_are_switched_on_with_a_warning(caplog: pytest.LogCaptureFixtu
 @pytest.mark.slow
 def test_two_processes_on_a_cpu_meet_through_gloo() -> None:
     port = str(20000 + os.getpid() % 20000)
-    base = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    base = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     base |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

@@ -67,9 +67,14 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
         (4, 0.25),
     ]
     assert [event.value for event in events.Scalars("steps_per_second")] == [2, 2, 2]
-    assert {"loss/average", "lr/unet", "grad_norm", "loss/epoch", "validation/loss", "max_norm/keys_scaled"} <= set(
-        events.Tags()["scalars"]
-    )
+    assert {
+        "loss/average",
+        "lr/unet",
+        "grad_norm",
+        "loss/epoch",
+        "validation/loss",
+        "max_norm/keys_scaled",
+    } <= set(events.Tags()["scalars"])
     assert list((folder / "network_train").glob("*/hparams.yml"))
 
 
@@ -110,7 +115,9 @@ def test_the_clock_leaves_out_what_is_no_training() -> None:
 
 
 def test_the_config_that_is_logged_has_no_keys_and_no_paths() -> None:
-    config = public_config(options("--huggingface_token", "hf_1", "--wandb_api_key", "w_1", "--learning_rate", "1e-4"))
+    config = public_config(
+        options("--huggingface_token", "hf_1", "--wandb_api_key", "w_1", "--learning_rate", "1e-4")
+    )
 
     assert config["learning_rate"] == 1e-4
     assert config["discrete_flow_shift"] == 1.0

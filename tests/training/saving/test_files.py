@@ -28,7 +28,12 @@ class Written:
             self.published.append(path.name)
 
         return Saver(
-            options, Names(self.folder, "x"), write, lambda folder: folder.mkdir(parents=True, exist_ok=True), publish, publish
+            options,
+            Names(self.folder, "x"),
+            write,
+            lambda folder: folder.mkdir(parents=True, exist_ok=True),
+            publish,
+            publish,
         )
 
     def names(self) -> list[str]:
@@ -57,7 +62,9 @@ def test_every_10_and_last_30_steps_remove_step_10_at_step_50(tmp_path: Path) ->
 
 def test_states_have_a_retention_of_their_own(tmp_path: Path) -> None:
     written = Written(tmp_path)
-    saver = written.saver("--save_every_n_epochs", 1, "--save_last_n_epochs", 3, "--save_last_n_epochs_state", 1, "--save_state")
+    saver = written.saver(
+        "--save_every_n_epochs", 1, "--save_last_n_epochs", 3, "--save_last_n_epochs_state", 1, "--save_state"
+    )
 
     for epoch in range(1, 6):
         saver.save_epoch(epoch)
@@ -78,7 +85,12 @@ def test_states_follow_the_files_where_nothing_is_said(tmp_path: Path) -> None:
 
 def test_retention_touches_nothing_of_other_names(tmp_path: Path) -> None:
     written = Written(tmp_path)
-    others = ["x-2-step00000002.safetensors", "y-step00000002.safetensors", "x-step2.safetensors", "x-step00000003.safetensors"]
+    others = [
+        "x-2-step00000002.safetensors",
+        "y-step00000002.safetensors",
+        "x-step2.safetensors",
+        "x-step00000003.safetensors",
+    ]
     for name in others:
         (tmp_path / name).touch()
 
@@ -87,7 +99,9 @@ def test_retention_touches_nothing_of_other_names(tmp_path: Path) -> None:
     assert written.names() == sorted([*others, "x-step00000008.safetensors"])
 
 
-def test_what_cannot_be_removed_now_goes_later_and_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_removed_now_goes_later_and_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     written = Written(tmp_path)
     saver = written.saver("--save_every_n_steps", 2, "--save_last_n_steps", 0, "--save_state")
     saver.save_step(2)
@@ -125,7 +139,9 @@ def test_what_a_kill_left_behind_goes_with_the_next_save(tmp_path: Path) -> None
         (["--save_state_on_train_end"], ["x-state", "x.safetensors"]),
     ],
 )
-def test_a_state_is_saved_at_the_end_where_it_is_asked_for(tmp_path: Path, arguments: list[str], names: list[str]) -> None:
+def test_a_state_is_saved_at_the_end_where_it_is_asked_for(
+    tmp_path: Path, arguments: list[str], names: list[str]
+) -> None:
     written = Written(tmp_path)
 
     written.saver(*arguments).save_final()
@@ -181,8 +197,14 @@ def test_metadata_of_a_file_say_where_the_run_stood(tmp_path: Path) -> None:
             return file.metadata()
 
     stood = {
-        name: (read(name)["ss_steps"], read(name)["ss_epoch"]) for name in ("x-step00000003", "x-000001", "x-step00000006", "x")
+        name: (read(name)["ss_steps"], read(name)["ss_epoch"])
+        for name in ("x-step00000003", "x-000001", "x-step00000006", "x")
     }
-    assert stood == {"x-step00000003": ("3", "1"), "x-000001": ("4", "1"), "x-step00000006": ("6", "2"), "x": ("8", "2")}
+    assert stood == {
+        "x-step00000003": ("3", "1"),
+        "x-000001": ("4", "1"),
+        "x-step00000006": ("6", "2"),
+        "x": ("8", "2"),
+    }
     assert read("x")["modelspec.architecture"] == "toy/lora"
     assert read("x")["ss_num_batches_per_epoch"] == "4"

@@ -11,11 +11,20 @@ from torch import nn
 from modules.errors import CheckpointError, OptionError
 from training.optimizers.state import encode_optimizer, restore_optimizer
 from training.progress import Progress
-from training.saving.states import SavedState, check_identity, find_latest, load_module, read_state, write_state
+from training.saving.states import (
+    SavedState,
+    check_identity,
+    find_latest,
+    load_module,
+    read_state,
+    write_state,
+)
 
 
 def state(step: int = 3) -> SavedState:
-    progress = Progress(seed=5, session_id=1, started_at=0.125, step=step, epoch=1, position=2, losses=[0.1, 1 / 3])
+    progress = Progress(
+        seed=5, session_id=1, started_at=0.125, step=step, epoch=1, position=2, losses=[0.1, 1 / 3]
+    )
     parts = {"network": {"a": torch.arange(4.0), "b": torch.tensor(1, dtype=torch.int64)}, "optimizer": {}}
     return SavedState(Path(), progress, {"--seed": 5}, {"--x": "y"}, {"schedule": {"step": step}}, parts)
 
@@ -27,7 +36,11 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 
     assert isinstance(read, SavedState)
     assert read.progress == state().progress
-    assert (read.identity, read.habits, read.described) == (state().identity, state().habits, state().described)
+    assert (read.identity, read.habits, read.described) == (
+        state().identity,
+        state().habits,
+        state().described,
+    )
     assert torch.equal(read.parts["network"]["a"], torch.arange(4.0))
     assert read.parts["network"]["b"].item() == 1
 
@@ -77,7 +90,9 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
         read_state(tmp_path / "x-state")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', '{"format": "reelsmith training state", "version": 99}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format": "other"}', '{"format": "reelsmith training state", "version": 99}']
+)
 def test_a_record_that_is_none_is_one_clear_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "state.json").write_text(content, encoding="utf-8")
 
@@ -123,7 +138,9 @@ class Odd(torch.optim.Optimizer):
     table = torch.linspace(0, 1, 256)
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__(parameters, {"betas": (0.9, 0.95), "name": "odd", "k": 3, "scale": torch.tensor(0.1)})
+        super().__init__(
+            parameters, {"betas": (0.9, 0.95), "name": "odd", "k": 3, "scale": torch.tensor(0.1)}
+        )
 
     def step(self) -> None:  # type: ignore[override]
         for index, parameter in enumerate(self.param_groups[0]["params"]):
@@ -138,7 +155,10 @@ class Odd(torch.optim.Optimizer):
 
 def test_an_optimizer_state_keeps_every_bit_dtype_and_kind() -> None:
     def made() -> tuple[Odd, dict[torch.Tensor, str]]:
-        parameters = [nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))]
+        parameters = [
+            nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16)),
+            nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)),
+        ]
         return Odd(parameters), {parameter: f"p{index}" for index, parameter in enumerate(parameters)}
 
     saved, names = made()
@@ -154,8 +174,14 @@ def test_an_optimizer_state_keeps_every_bit_dtype_and_kind() -> None:
     assert torch.equal(fresh.param_groups[0]["scale"], torch.tensor(0.1))
     for before, after in zip(names, fresh_names, strict=True):
         ours, theirs = saved.state[before], fresh.state[after]
-        assert {key: (value.dtype, value.tolist()) for key, value in ours.items() if isinstance(value, torch.Tensor)} == {
-            key: (value.dtype, value.tolist()) for key, value in theirs.items() if isinstance(value, torch.Tensor)
+        assert {
+            key: (value.dtype, value.tolist())
+            for key, value in ours.items()
+            if isinstance(value, torch.Tensor)
+        } == {
+            key: (value.dtype, value.tolist())
+            for key, value in theirs.items()
+            if isinstance(value, torch.Tensor)
         }
         assert theirs["nested"]["a"] == [1, (2.5, None)]
         assert theirs["nested"][7].dtype == torch.float64
@@ -166,7 +192,9 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     description, tensors = encode_optimizer(torch.optim.SGD([parameter]), {parameter: "a"})
 
     with pytest.raises(CheckpointError, match="only in the state: a"):
-        restore_optimizer(torch.optim.SGD([parameter]), {parameter: "b"}, description, tensors, torch.device("cpu"))
+        restore_optimizer(
+            torch.optim.SGD([parameter]), {parameter: "b"}, description, tensors, torch.device("cpu")
+        )
 
 
 def test_what_cannot_be_saved_is_refused_by_name() -> None:

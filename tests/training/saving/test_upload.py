@@ -41,7 +41,13 @@ def test_nothing_is_sent_without_a_repository(tmp_path: Path) -> None:
 @pytest.mark.parametrize("background", [[], ["--async_upload"]])
 def test_files_and_states_go_to_their_place_in_order(tmp_path: Path, background: list[str]) -> None:
     api = Api()
-    arguments = ["--huggingface_repo_id", "me/loras", "--huggingface_path_in_repo", "wan", "--save_state_to_huggingface"]
+    arguments = [
+        "--huggingface_repo_id",
+        "me/loras",
+        "--huggingface_path_in_repo",
+        "wan",
+        "--save_state_to_huggingface",
+    ]
     arguments += ["--huggingface_repo_visibility", "public", "--huggingface_token", "secret", *background]
     uploads = make_uploads(toy_options(tmp_path, *arguments).hub, api)
     (tmp_path / "x-state").mkdir()
@@ -52,14 +58,21 @@ def test_files_and_states_go_to_their_place_in_order(tmp_path: Path, background:
 
     assert api.token == "secret"
     assert [name for name, _ in api.calls] == ["create_repo", "upload_file", "create_repo", "upload_folder"]
-    assert api.calls[0][1] == {"repo_id": "me/loras", "repo_type": "model", "private": False, "exist_ok": True}
+    assert api.calls[0][1] == {
+        "repo_id": "me/loras",
+        "repo_type": "model",
+        "private": False,
+        "exist_ok": True,
+    }
     assert api.calls[1][1]["path_in_repo"] == "wan/x.safetensors"
     assert api.calls[3][1]["path_in_repo"] == "wan/x-state"
 
 
 def test_a_run_that_fails_still_sends_what_it_saved(tmp_path: Path) -> None:
     api = Api()
-    uploads = make_uploads(toy_options(tmp_path, "--huggingface_repo_id", "me/loras", "--async_upload").hub, api)
+    uploads = make_uploads(
+        toy_options(tmp_path, "--huggingface_repo_id", "me/loras", "--async_upload").hub, api
+    )
 
     def run() -> None:
         with uploads.finishing():
