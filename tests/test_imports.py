@@ -20,6 +20,53 @@ MAY_IMPORT = {
     "training": {"modules", "networks", "dataset", "generation"},
     "families": {"wan", "hunyuan_model", "frame_pack"},
 }
+# Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
+FLOORS = {
+    "modules": (
+        {"errors", "seeds", "flow"},
+        {
+            "atomic_write",
+            "command",
+            "compile_options",
+            "devices",
+            "environment",
+            "fp8",
+            "options",
+            "vae_options",
+        },
+        {"attention", "layers", "media"},
+        {"contract"},
+        {"checkpoints", "compile", "offload"},
+        {"planning"},
+        {"speed_options"},
+    ),
+    "dataset": (
+        {"config_keys", "options"},
+        {"cache", "config"},
+        {"sources"},
+        {"batches", "caching"},
+        {"check", "debug_views"},
+        {"commands"},
+    ),
+    "training": (
+        {
+            "config_options",
+            "loop_options",
+            "loss",
+            "processes",
+            "progress",
+            "reports",
+            "sample_options",
+            "steps",
+        }
+        | {"stopping", "trainable", "whole_dit_options"},
+        {"data", "optimizers", "samples", "saving"},
+        {"options", "validation"},
+        {"dressing", "loop", "metadata", "resuming", "unused_options"},
+        {"planning"},
+        {"run"},
+    ),
+}
 LIGHT_FILES = {
     "modules/options.py",
     "modules/command.py",
@@ -95,6 +142,18 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+@pytest.mark.parametrize("top", FLOORS)
+def test_rooms_import_lower_floors_only(top: str) -> None:
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS[top]) for room in rooms}
+    paths = [path for path in _sources() if path.is_relative_to(ROOT / top) and path.name != "__init__.py"]
+    rooms = {path: path.relative_to(ROOT / top).parts[0].removesuffix(".py") for path in paths}
+    assert set(rooms.values()) == set(floor_of)
+    for path, room in rooms.items():
+        ours = {name.split(".")[1] for name in _imported(path) if name.startswith(f"{top}.")}
+        for other in ours - {room}:
+            assert floor_of[other] < floor_of[room], f"{path.relative_to(ROOT)} imports {top}.{other}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -252,7 +252,7 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
     else:
         for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
             logger.warning(line)
-    check_fused_backward(options, accelerator.num_processes)
+    check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
     fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)

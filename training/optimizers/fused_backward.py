@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from modules.errors import OptionError
 from training.optimizers.parameter_steps import ParameterSteps, require_alone
-from training.options import TrainingOptions
+from training.whole_dit_options import WholeDitOptions
 
 OPTION = "--fused_backward_pass"
 
@@ -56,11 +56,9 @@ class FusedBackward:
         self._norms[parameter] = norm
 
 
-def check_fused_backward(options: TrainingOptions, processes: int) -> None:
-    """Raise OptionError where --fused_backward_pass is asked for and cannot be, before anything large is
-    loaded.
-    """
-    if options.whole_dit is None or not options.whole_dit.fused_backward_pass:
+def check_fused_backward(whole_dit: WholeDitOptions | None, optimizer_type: str, processes: int) -> None:
+    """Raise OptionError if --fused_backward_pass cannot be used, before anything large is loaded."""
+    if whole_dit is None or not whole_dit.fused_backward_pass:
         return
     if processes > 1:
         raise OptionError(
@@ -68,4 +66,4 @@ def check_fused_backward(options: TrainingOptions, processes: int) -> None:
             "is stepped. "
             "Use one process, or leave it out"
         )
-    require_alone(OPTION, options.optimizer.optimizer_type)
+    require_alone(OPTION, optimizer_type)
