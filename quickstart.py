@@ -29,8 +29,10 @@ a green circle moving left --d 5
 a red square moving up --d 6
 """,
     ZINDLE: "a zindle circle moving right --d 11\na zindle square moving down --d 12\n",
-    "both": "a zindle blorp moving left --d 21\na zindle blorp moving up --d 22\na zindle blorp moving right --d "
-    "23\n",
+    "both": """a zindle blorp moving left --d 21
+a zindle blorp moving up --d 22
+a zindle blorp moving right --d 23
+""",
 }
 LOOKS = "--w 64 --h 64 --f 17 --s 20 --g 3 --fs 3"
 SAMPLES = {
@@ -39,19 +41,7 @@ SAMPLES = {
 }
 MODEL = ["--task", "t2v-1.3B", "--dit", "pocket/dit.safetensors"]
 ENCODERS = ["--vae", "pocket/vae.safetensors", "--t5", "pocket/t5.safetensors"]
-CLIP = [
-    "--video_size",
-    "64",
-    "64",
-    "--video_length",
-    "17",
-    "--infer_steps",
-    "20",
-    "--guidance_scale",
-    "3",
-    "--flow_shift",
-    "3",
-]
+CLIP = "--video_size 64 64 --video_length 17 --infer_steps 20 --guidance_scale 3 --flow_shift 3".split()
 
 
 def main() -> None:
@@ -74,14 +64,7 @@ def main() -> None:
     generate(runner, "Generating after: same prompts, same seeds, with the LoRA", BLORP, "after", [BLORP])
     generate(runner, "Generating with the second LoRA", ZINDLE, ZINDLE, [ZINDLE])
     generate(runner, "Generating with both LoRAs at once", "both", "both", [BLORP, ZINDLE])
-    convert = [
-        "--input",
-        lora(BLORP),
-        "--output",
-        f"quickstart/{BLORP}/output/{BLORP}_comfy.safetensors",
-        "--target",
-        "other",
-    ]
+    convert = ["--input", lora(BLORP), "--output", lora(f"{BLORP}_comfy", BLORP), "--target", "other"]
     runner.run("Converting the LoRA for other tools", ["convert_lora.py", *convert])
     (FOLDER / "commands.json").write_text(json.dumps(runner.commands), encoding="utf-8")
     runner.run("Checking the results and writing the report", ["-m", "pocket.report", "quickstart"])
@@ -125,44 +108,17 @@ def teach(runner: "Runner", name: str) -> None:
 
 
 def training_command(name: str) -> list[str]:
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "1",
-        "--num_cpu_threads_per_process",
-        "2",
-        "--cpu",
-    ]
-    network = ["--network_module", "networks.lora_wan", "--network_dim", "32", "--network_alpha", "32"]
-    times = ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0", "--mixed_precision", "bf16"]
-    rate = ["--learning_rate", "3e-3", "--lr_scheduler", "cosine", "--max_train_steps", str(STEPS)]
-    samples = [
-        "--sample_prompts",
-        f"quickstart/{name}_samples.txt",
-        "--sample_every_n_steps",
-        str(STEPS // 3),
-        "--sample_at_first",
-    ]
-    validation = ["--validate_every_n_steps", str(STEPS // 6)]
-    output = [
-        "--output_dir",
-        f"quickstart/{name}/output",
-        "--output_name",
-        name,
-        "--logging_dir",
-        f"quickstart/{name}/logs",
-    ]
-    dataset = [
-        "--dataset_config",
-        f"quickstart/{name}/dataset.toml",
-        "--seed",
-        "42",
-        "--sdpa",
-        "--save_state_on_train_end",
-    ]
-    options = [*MODEL, *ENCODERS, *dataset, *network, *times, *rate, *samples, *validation, *output]
-    return [*launch, "wan_train_network.py", *options]
+    folder = f"quickstart/{name}"
+    launch = "-m accelerate.commands.launch --num_processes 1 --num_cpu_threads_per_process 2 --cpu"
+    network = "--network_module networks.lora_wan --network_dim 32 --network_alpha 32"
+    times = "--timestep_sampling shift --discrete_flow_shift 3.0 --mixed_precision bf16"
+    rate = f"--learning_rate 3e-3 --lr_scheduler cosine --max_train_steps {STEPS}"
+    every = f"--sample_every_n_steps {STEPS // 3} --sample_at_first --validate_every_n_steps {STEPS // 6}"
+    samples = f"--sample_prompts {folder}_samples.txt {every}"
+    output = f"--output_dir {folder}/output --output_name {name} --logging_dir {folder}/logs"
+    dataset = f"--dataset_config {folder}/dataset.toml --seed 42 --sdpa --save_state_on_train_end"
+    options = f"{dataset} {network} {times} {rate} {samples} {output}"
+    return [*launch.split(), "wan_train_network.py", *MODEL, *ENCODERS, *options.split()]
 
 
 def generate(runner: "Runner", title: str, prompts: str, folder: str, loras: list[str]) -> None:
@@ -172,8 +128,8 @@ def generate(runner: "Runner", title: str, prompts: str, folder: str, loras: lis
     runner.run(title, ["wan_generate_video.py", *MODEL, *ENCODERS, *CLIP, *clips, *weights])
 
 
-def lora(name: str) -> str:
-    return f"quickstart/{name}/output/{name}.safetensors"
+def lora(name: str, folder: str | None = None) -> str:
+    return f"quickstart/{folder or name}/output/{name}.safetensors"
 
 
 class Runner:

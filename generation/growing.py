@@ -228,7 +228,8 @@ def remove_preview(preview: Path) -> None:
     """
     try:
         preview.unlink(missing_ok=True)
-    except OSError as error:  # Windows: a player that is showing it keeps it from being removed; the video is there nevertheless
+    except OSError as error:
+        # Windows: a player that shows the file keeps it from being removed; the video itself is complete
         logger.warning(
             "%s is no longer needed and cannot be removed (%s). Remove it by hand.", preview, error.strerror
         )

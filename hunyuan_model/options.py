@@ -241,7 +241,7 @@ def add_text(group: argparse._ArgumentGroup, required: bool) -> None:
             f"--text_encoder{number}_tokenizer",
             type=str,
             default=None,
-            help="its tokenizer: a folder or a file; default: in or beside the encoder's folder, else the hub",
+            help="tokenizer, a folder or a file; default: in or beside the encoder's folder, else the hub",
         )
     dtype = "what both compute in; default float16, beside a float32 --dit float32"
     group.add_argument("--text_encoder_dtype", type=str, default=None, help=dtype)

@@ -162,7 +162,8 @@ def add_training_compile_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dynamo_mode",
         choices=("default", "reduce-overhead", "max-autotune"),
-        help="compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead is "
+        help="compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead "
+        "is "
         "refused",
     )
     group.add_argument(

@@ -135,9 +135,10 @@ from networks.merge import LoraUse, merge_into_file
 def merge(rows):
     save_file({"blocks.0.ffn.0.weight": torch.zeros(rows, 8192, dtype=torch.bfloat16)}, "model.safetensors")
     factors = {"lora_down.weight": torch.ones(4, 8192), "lora_up.weight": torch.ones(rows, 4)}
-    lora = LoraFile(Path("lora"), {f"lora_unet_blocks_0_ffn_0.{part}": t for part, t in factors.items()}, {}, "ours")
+    tensors = {f"lora_unet_blocks_0_ffn_0.{part}": t for part, t in factors.items()}
+    uses = [LoraUse(LoraFile(Path("lora"), tensors, {}, "ours"))]
     before = start_of_peak()
-    merge_into_file(Path("model.safetensors"), [LoraUse(lora)], Path("merged.safetensors"), torch.device("cpu"))
+    merge_into_file(Path("model.safetensors"), uses, Path("merged.safetensors"), torch.device("cpu"))
     return peak() - before
 
 merge(64)  # loads what is loaded once

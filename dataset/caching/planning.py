@@ -127,7 +127,8 @@ def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
             reason = (
                 None
                 if found
-                else f"{clip.kept_frames} frames, target_frames are {', '.join(map(str, table.target_frames))}"
+                else f"{clip.kept_frames} frames, "
+                f"target_frames are {', '.join(map(str, table.target_frames))}"
             )
             return dataclasses.replace(compare(source, clip.size, found, existing, recipe), reason=reason)
     if recipe.skip_existing:

@@ -4,7 +4,8 @@
         sources = plain_sources(checkpoint)              # or a dialect's table of Sources
         with torch.device("meta"):
             network = Network(config)
-        load_module(network, checkpoint, sources, device=device, dtype=lambda name, stored: torch.bfloat16, what="--vae")
+        dtype = lambda name, stored: torch.bfloat16
+        load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
 
 Per tensor: named, patched by LoRAs, rounded (to 8 bits too), placed. Every mismatch is reported before
 anything is read. The host never holds more than the network in its target dtype and one tensor of the file.

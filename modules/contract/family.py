@@ -84,7 +84,9 @@ class SamplingDefaults:
 
 
 class NoiseSource(Protocol):
-    """Random numbers of one request; `draw` continues one generator made from seed, device and --cpu_noise."""
+    """Random numbers of one request; `draw` continues one generator made from seed, device and
+    --cpu_noise.
+    """
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor: ...
 
@@ -159,11 +161,8 @@ class Family(Protocol):
     # DatasetError where its items cannot be cached; nothing is loaded
     def check_table(self, table: MediaTable) -> None: ...
 
-    def sections_of(
-        self, table: MediaTable, frames: int
-    ) -> (
-        int | None
-    ): ...  # cache files of an item of so many frames, one per section; None: one without; MediaError: too short
+    # cache files of an item of so many frames, one per section; None: one without; MediaError: too short
+    def sections_of(self, table: MediaTable, frames: int) -> int | None: ...
 
     # per item at least one
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...

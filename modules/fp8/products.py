@@ -5,9 +5,10 @@ nothing else.
 quantised when it comes: e4m3 with a scale for each row (token), its largest magnitude over 448, so that no
 token's outlier costs another token digits.
 
-    output           y  = (x / a) W^T, its columns times the weight's scales s, its rows times a = amax(x) / 448
-    input gradient   dx = ((dy s) / g) W, its rows times g. The contraction runs over the output features, so their scales
-                     are folded into dy before it is quantised
+    output           y  = (x / a) W^T, its columns times the weight's scales s,
+                     its rows times a = amax(x) / 448
+    input gradient   dx = ((dy s) / g) W, its rows times g. The contraction runs over the output
+                     features, so their scales are folded into dy before it is quantised
 
 The backward pass needs the weight and its scales only: no activation is kept for a base that does not learn.
 Rounding to e4m3 is unbiased, at most 2^-4 of a value (2.7 % in the mean square); the fp8 weight itself is

@@ -1,4 +1,6 @@
-"""Damaged caches, clips that cannot be read, missing captions and configurations that contradict themselves."""
+"""Damaged caches, clips that cannot be read, missing captions and configurations that contradict
+themselves.
+"""
 
 import random
 import shutil
@@ -252,7 +254,7 @@ def test_missing_caches_are_answered_with_both_commands(gone: str, project: Path
 
 
 # --- configurations
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # what is replaced in dataset.toml, by what, and what the message has to hold
 CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {

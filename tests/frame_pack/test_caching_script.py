@@ -154,9 +154,8 @@ def test_the_switches_and_keys_of_one_frame_make_files_again(tmp_path: Path) -> 
     for switches, key in runs:
         fpack_cache_latents.main(arguments(folder, PICTURES, *switches, more=f"{CONTROL}\n{key}"))
         with safe_open(folder / "cache" / "pic_0032x0032_fp.safetensors", framework="pt") as file:
-            numbers = [
-                f"{name} {file.get_tensor(name).tolist()}" for name in file.keys() if "indices" in name
-            ]  # noqa: SIM118
+            names = [name for name in file.keys() if "indices" in name]  # noqa: SIM118
+            numbers = [f"{name} {file.get_tensor(name).tolist()}" for name in names]
             seen.add(
                 " ".join([*sorted(numbers), str(file.get_slice("latents_clean_1x4x4_float32").get_shape())])
             )

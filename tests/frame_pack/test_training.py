@@ -184,7 +184,7 @@ def test_swapped_blocks_in_fp8_and_checkpointed_give_the_same_bits(
 
 
 # --- caches
-# -----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_caches_of_hunyuan_video_are_named_where_those_of_framepack_are_missing(tmp_path: Path) -> None:

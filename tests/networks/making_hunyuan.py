@@ -18,7 +18,8 @@ NEAR = 5e-6  # of the largest value; float32, summed in another order
 IN_DIFFUSERS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],  # what diffusers' own training scripts take
     "some": ["to_v", "add_q_proj", "proj_mlp", "net.0.proj"],
-    "all": r".*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out|linear_1|linear)",
+    "all": r".*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|"
+    r"net\.0\.proj|net\.2|proj_mlp|proj_out|linear_1|linear)",
     "last": r"norm_out\.linear|proj_out|time_text_embed.timestep_embedder.linear_2",
 }
 

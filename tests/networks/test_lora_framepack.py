@@ -82,7 +82,8 @@ def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_pat
 
 IN_DIFFUSERS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
-    "blocks": r".*blocks\.\d+\..*(to_\w|to_out\.0|add_\w_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out|linear)",
+    "blocks": r".*blocks\.\d+\..*(to_\w|to_out\.0|add_\w_proj|to_add_out|"
+    r"net\.0\.proj|net\.2|proj_mlp|proj_out|linear)",
     "last": r"norm_out\.linear|proj_out|time_text_embed.timestep_embedder.linear_2",
     "its own": r"image_projection\.\w+|clean_x_embedder\.proj\w*|.*to_v",
 }

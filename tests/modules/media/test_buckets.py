@@ -10,7 +10,8 @@ SELECTORS = read_case("buckets")[0]["selectors"]
 
 def selector_name(selector: dict) -> str:
     flags = "bucketed" if selector["enable_bucket"] else "fixed"
-    return f"{selector['architecture']}-{selector['resolution']}-{flags}{'-no_upscale' if selector['bucket_no_upscale'] else ''}"
+    ending = "-no_upscale" if selector["bucket_no_upscale"] else ""
+    return f"{selector['architecture']}-{selector['resolution']}-{flags}{ending}"
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=selector_name)

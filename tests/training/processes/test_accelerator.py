@@ -24,7 +24,8 @@ from training.processes.gradients import largest
 accelerator = make_accelerator(AcceleratorOptions("no", False, 5, False, False))
 total = torch.tensor([float(accelerator.process_index + 1)])
 torch.distributed.all_reduce(total)
-blocks = largest(10 * accelerator.process_index, 2, accelerator.device)  # as --blocks_to_swap auto is agreed on
+# as --blocks_to_swap auto is agreed on
+blocks = largest(10 * accelerator.process_index, 2, accelerator.device)
 print(accelerator.num_processes, torch.distributed.get_backend(), total.item(), blocks)
 """
 
