@@ -34,14 +34,16 @@ a zindle blorp moving up --d 22
 a zindle blorp moving right --d 23
 """,
 }
-LOOKS = "--w 64 --h 64 --f 17 --s 20 --g 3 --fs 3"
+SIDE, FRAMES, INFER_STEPS = 64, 17, 20
+LOOKS = f"--w {SIDE} --h {SIDE} --f {FRAMES} --s {INFER_STEPS} --g 3 --fs 3"
 SAMPLES = {
     BLORP: f"a red blorp moving left {LOOKS} --d 1\n",
     ZINDLE: f"a zindle circle moving right {LOOKS} --d 11\n",
 }
 MODEL = ["--task", "t2v-1.3B", "--dit", "pocket/dit.safetensors"]
 ENCODERS = ["--vae", "pocket/vae.safetensors", "--t5", "pocket/t5.safetensors"]
-CLIP = "--video_size 64 64 --video_length 17 --infer_steps 20 --guidance_scale 3 --flow_shift 3".split()
+SIZE = f"--video_size {SIDE} {SIDE} --video_length {FRAMES}"
+CLIP = f"{SIZE} --infer_steps {INFER_STEPS} --guidance_scale 3 --flow_shift 3".split()
 
 
 def main() -> None:
