@@ -1,7 +1,7 @@
-"""The CLIP ViT-H image encoder of image-to-video models: an image to 257 vectors, those before the tower's
-last block.
+"""The CLIP ViT-H image encoder of image-to-video models: turn an image into 257 vectors.
 
-Module names follow the released file (its `visual.` half).
+The vectors are those before the tower's last block. Module names follow the released file (its `visual.`
+half).
 """
 # Letters: B batch, L tokens (class token and patches), N heads, D head width, C = N * D
 
@@ -19,13 +19,13 @@ from wan.encoder_checkpoints import ClipConfig, read_clip
 
 logger = logging.getLogger(__name__)
 
-# of CLIP's training images, RGB in 0..1: Radford et al. 2021, arXiv 2103.00020
+# statistics of CLIP's training images, RGB in 0..1: Radford et al. 2021, arXiv 2103.00020
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipAttention(nn.Module):
-    """Attention among all tokens; q, k and v from one matrix."""
+    """Attention among all tokens, with one matrix for q, k and v."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -39,8 +39,10 @@ class ClipAttention(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """The residual stream and the norms are float32, the rest in the compute dtype: as the released code's
-    autocast does.
+    """Attention and feed-forward with residuals.
+
+    The residual stream and the norms are float32, the rest has the compute dtype, as with the released code's
+    autocast.
     """
 
     def __init__(self, config: ClipConfig) -> None:
@@ -61,7 +63,7 @@ class ClipBlock(nn.Module):
 class ClipVision(nn.Module):
     """The image tower without its last block.
 
-    Build it on the meta device and load a checkpoint (`load_clip`).
+    Build it on the meta device and load a checkpoint with `load_clip`.
     """
 
     def __init__(self, config: ClipConfig) -> None:
@@ -78,18 +80,19 @@ class ClipVision(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The compute dtype."""
         return self.patch_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the weights."""
         return self.patch_embedding.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels: B 3 H W in -1..1, of any size. Returns B 257 C in the compute dtype, on the encoder's
-        device.
+        """Encode images. pixels: B 3 H W in -1..1, of any size.
+
+        Returns B 257 C in the compute dtype, on the encoder's device.
         """
         x = self.patch_embedding(self.prepare(pixels).to(self.dtype)).flatten(2).transpose(1, 2)  # B L-1 C
         x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x.float()], dim=1) + self.pos_embedding
@@ -99,8 +102,9 @@ class ClipVision(nn.Module):
         return x.to(self.dtype)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Squeezed to the tower's square (bicubic, without antialiasing, as in the released code) and
-        normalised; float32.
+        """Resize to the tower's square and normalise; returns float32.
+
+        Bicubic without antialiasing, and without keeping the aspect ratio, as in the released code.
         """
         size = (self.image_size, self.image_size)
         pixels = F.interpolate(pixels.to(self.device).float(), size=size, mode="bicubic", align_corners=False)
@@ -111,7 +115,7 @@ class ClipVision(nn.Module):
 def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float16) -> ClipVision:
     """Load the image tower. On a CPU it computes in float32 instead of float16.
 
-    Raises CheckpointError where the file is damaged or of another model.
+    Raises CheckpointError if the file is damaged or holds another model.
     """
     dtype = half_where_fast(device, dtype, "CLIP")
 

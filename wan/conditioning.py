@@ -1,9 +1,9 @@
-"""From images and videos to what a Wan2.1 transformer is conditioned on.
+"""Turn images and videos into the conditions of a Wan2.1 transformer.
 
-Image-to-video models take 20 more channels: 4 of a mask (1 where the latent frame is known) and 16 of the
-latents of the known frames, the rest mid-grey. Fun-Control models take 32: 16 of the control video's latents
-and 16 of the start image's, no mask. Source: the released Wan2.1 code (Wan team 2025, arXiv 2503.20314,
-section 5) and VideoX-Fun for Fun-Control.
+Image-to-video models take 20 more channels: 4 of a mask (1 if the latent frame is known) and 16 of the
+latents of the known frames, with mid-grey for the others. Fun-Control models take 32: 16 of the control
+video's latents and 16 of the start image's, without a mask. Source: the released Wan2.1 code (Wan team 2025,
+arXiv 2503.20314, section 5) and VideoX-Fun for Fun-Control.
 """
 
 import torch
@@ -12,33 +12,35 @@ from torch import Tensor
 
 from wan.vae import WanVae
 
-FRAMES_PER_LATENT = 4  # and so the mask has 4 channels
+FRAMES_PER_LATENT = 4  # so the mask has 4 channels
 SIZE_STEP = 16  # pixels: VAE stride 8, patch 2
 
 
 def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
-    """Width and height of the image's aspect whose area comes near `area`, floored to multiples of 16. image:
-    width, height.
+    """Return width and height with the image's aspect and about `area` pixels, floored to multiples of 16.
 
-    Source: the released image-to-video code: latent sides are floored to multiples of the patch.
+    image: width, height. Source: the released image-to-video code, which floors latent sides to multiples of
+    the patch.
     """
     aspect = image[1] / image[0]
     sides = ((area / aspect) ** 0.5, (area * aspect) ** 0.5)
-    # a hair is added because the root of an exact square may come out below it
+    # add a little because the root of an exact square may come out just below it
     width, height = (max(int((side + 1e-6) // SIZE_STEP) * SIZE_STEP, SIZE_STEP) for side in sides)
     return width, height
 
 
 def frame_mask(known: Tensor) -> Tensor:
-    """Which pixel frames are known (F, 0 or 1) -> 4 L: the first frame counts four times, then groups of four
-    are channels.
+    """Turn the known pixel frames (F, 0 or 1) into a mask 4 L.
+
+    The first frame is repeated four times; then each group of four frames becomes the channels of a latent
+    frame.
     """
     repeated = torch.cat([known[:1].repeat(FRAMES_PER_LATENT), known[1:]])
     return rearrange(repeated, "(l c) -> c l", c=FRAMES_PER_LATENT)
 
 
 def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor | None = None) -> Tensor:
-    """Condition of image-to-video: B 20 L h w, float32.
+    """Return the condition of image-to-video: B 20 L h w, float32.
 
     image, end_image: B 3 1 H W in -1..1. An end image is encoded alone and appended as one more latent frame.
     """
@@ -54,8 +56,9 @@ def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor |
 
 
 def first_last_condition(vae: WanVae, first: Tensor, last: Tensor, frames: int) -> Tensor:
-    """Condition of first-and-last-frame models: B 20 L h w, float32; both images (B 3 1 H W) stand in one
-    clip.
+    """Return the condition of first-and-last-frame models: B 20 L h w, float32.
+
+    first, last: B 3 1 H W; both are encoded in one clip.
     """
     if frames == 1:
         return image_condition(vae, first, 1)
@@ -66,10 +69,10 @@ def first_last_condition(vae: WanVae, first: Tensor, last: Tensor, frames: int) 
 
 
 def control_condition(control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
-    """Condition of Fun-Control: B 32 L h w from control latents and the latents of the start image (B 16 L h
-    w), if any.
+    """Return the condition of Fun-Control: B 32 L h w.
 
-    Only the first latent frame of the image part is kept, and the last where an end image was appended.
+    control: latents of the control video. image: latents of the start image, B 16 L h w, or None. Only the
+    first latent frame of `image` is used, and the last one if an end image was appended (`has_end`).
     """
     start = torch.zeros_like(control)
     if image is not None:

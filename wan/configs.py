@@ -1,13 +1,13 @@
-"""Wan2.1 variants as data: the dimensions of a transformer, and what each `--task` means."""
+"""Wan2.1 variants as data: the dimensions of a transformer, and the meaning of each `--task`."""
 
 from dataclasses import dataclass
 
-HEAD_WIDTH = 128  # nothing in a Wan file tells it; all released sizes have it
+HEAD_WIDTH = 128  # of all released sizes; cannot be read from the tensors of a file
 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Dimensions of a Wan2.1 transformer, read off a checkpoint's tensors."""
+    """Dimensions of a Wan2.1 transformer, read from a checkpoint's tensors."""
 
     dim: int
     ffn_dim: int
@@ -20,14 +20,14 @@ class WanConfig:
     text_len: int = 512
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
-    has_image: bool = False  # cross-attention to image tokens: k_img, v_img and img_emb are there
+    has_image: bool = False  # cross-attention to image tokens: the file has k_img, v_img and img_emb
     image_dim: int = 1280  # width of the CLIP features that img_emb takes
-    image_positions: int = 0  # length of img_emb.emb_pos (FLF2V: 514), 0 = none
+    image_positions: int = 0  # length of img_emb.emb_pos (FLF2V: 514); 0: the model has none
     has_ref_conv: bool = False  # Fun-Control v1.1
 
     @property
     def kind(self) -> str:
-        """t2v, i2v, flf2v or fun-control: what the model is conditioned on."""
+        """What the model is conditioned on: t2v, i2v, flf2v or fun-control."""
         if self.in_dim == 48:
             return "fun-control"
         if self.image_positions:
@@ -37,19 +37,19 @@ class WanConfig:
 
 @dataclass(frozen=True)
 class WanTask:
-    """What a `--task` asks of the checkpoint and of a generation."""
+    """What a `--task` requires of the checkpoint, and its defaults for generation."""
 
     name: str
     kind: str  # t2v, i2v, flf2v: what conditions the video
     has_control: bool
-    dim: int  # of the released checkpoint; another size is used with a note
+    dim: int  # of the released checkpoint; if a file has another, this is logged and the file used
     steps: int
     frames: int
     sizes: tuple[tuple[int, int], ...]  # width, height as trained
 
     @property
     def in_dim(self) -> int:
-        """Input channels: noise 16, plus control 16 + image 16, or mask 4 + image 16."""
+        """Input channels: noise 16, plus control 16 and image 16, or mask 4 and image 16."""
         if self.has_control:
             return 48
         return 16 if self.kind == "t2v" else 36
@@ -72,7 +72,7 @@ TASKS: dict[str, WanTask] = {
     )
 }
 
-# the release's text; a model trained against it expects it
+# the release's text, with which the models are used
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
@@ -85,7 +85,7 @@ FIRST_LAST_FLOW_SHIFT = 16.0
 
 
 def default_flow_shift(task: WanTask, width: int, height: int) -> float:
-    """The released code's shift for a task and the size that is asked for."""
+    """Return the released code's shift for a task and an output size."""
     if task.kind == "flf2v":
         return FIRST_LAST_FLOW_SHIFT
     return IMAGE_480P_FLOW_SHIFT if task.kind == "i2v" and (width, height) in _480P else FLOW_SHIFT

@@ -1,5 +1,4 @@
-"""Which files hold Wan2.1's VAE, umT5 and CLIP: their dialects, how each is recognised, and the dimensions
-read off the tensors.
+"""Checkpoint files of Wan2.1's VAE, umT5 and CLIP: recognise their dialects and read dimensions from tensors.
 
 Our modules have the names of the official files, so these need no table. Each other dialect is a list of
 (pattern, our name).
@@ -34,7 +33,7 @@ class T5Config:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Dimensions of a CLIP image tower, without its last block, whose output is never used."""
+    """Dimensions of a CLIP image tower without its last block, whose output is never used."""
 
     dim: int
     ffn_dim: int
@@ -46,7 +45,7 @@ class ClipConfig:
 
 # The VAE
 
-CLIP_HEAD_WIDTH = 80  # nothing in a ViT-H file tells it
+CLIP_HEAD_WIDTH = 80  # cannot be read from the tensors of a ViT-H file
 LATENT_CHANNELS = 16
 VAE_STRIDE = (4, 8, 8)
 
@@ -61,7 +60,7 @@ DIFFUSERS_VAE: Names = (
     (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.middle.2.\2"),
     (r"encoder\.down_blocks\.(.+)", r"encoder.downsamples.\1"),
 )
-DIFFUSERS_RESIDUAL: Names = (  # inside a layer of a list, whose number stands before
+DIFFUSERS_RESIDUAL: Names = (  # inside a numbered layer of a list
     (r"(.+\.\d+)\.norm1\.gamma", r"\1.residual.0.gamma"),
     (r"(.+\.\d+)\.conv1\.(weight|bias)", r"\1.residual.2.\2"),
     (r"(.+\.\d+)\.norm2\.gamma", r"\1.residual.3.gamma"),
@@ -72,8 +71,9 @@ _UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
-    """How to load a Wan2.1 VAE: official or ComfyUI file, or diffusers layout. Raises CheckpointError for any
-    other file.
+    """Plan how to load a Wan2.1 VAE: official or ComfyUI file, or diffusers layout.
+
+    Raises CheckpointError for any other file.
     """
     checkpoint = checkpoint.without_prefix(
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
@@ -102,8 +102,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
 
 
 def _diffusers_up_layers(names: Iterable[str]) -> dict[tuple[int, str, int], int]:
-    """(level, kind, index in it) -> index in the official list, where residual blocks and upsamplers of all
-    levels form one row.
+    """Map (level, kind, index in it) to the index in the official list.
+
+    That list has the residual blocks and upsamplers of all levels in one row.
     """
     found = {(int(up[1]), up[2], int(up[3])) for up in map(_UP_BLOCK.fullmatch, names) if up}
     return {layer: index for index, layer in enumerate(sorted(found))}  # "resnets" sorts before "upsamplers"
@@ -138,7 +139,7 @@ def _check_vae(config: VaeConfig, checkpoint: Checkpoint) -> None:
     path = checkpoint.path
     if config.latent_channels != LATENT_CHANNELS:
         raise CheckpointError(
-            f"{path}: this VAE has {config.latent_channels} latent channels, that of Wan2.1 has "
+            f"{path}: this VAE has {config.latent_channels} latent channels, the VAE of Wan2.1 has "
             f"{LATENT_CHANNELS}. "
             "Give Wan2.1_VAE.pth (or a file of the same model) to --vae.",
             path,
@@ -148,9 +149,9 @@ def _check_vae(config: VaeConfig, checkpoint: Checkpoint) -> None:
         stride = (2 ** kinds.count("temporal"), 2 ** (kinds.count("temporal") + kinds.count("spatial")))
         if stride != VAE_STRIDE[:2]:
             raise CheckpointError(
-                f"{path}: its {part} scales time by {stride[0]} and space by {stride[1]}, that of Wan2.1 by "
+                f"{path}: its {part} scales time by {stride[0]} and space by {stride[1]}, Wan2.1's by "
                 f"{VAE_STRIDE[0]} and "
-                f"{VAE_STRIDE[1]}. The file is of another model, or tensors are missing. Give Wan2.1_VAE.pth "
+                f"{VAE_STRIDE[1]}. It holds another model, or tensors are missing. Give Wan2.1_VAE.pth "
                 "to --vae.",
                 path,
             )
@@ -173,20 +174,20 @@ HF_T5: Names = (
     (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.weight", r"blocks.\1.ffn.fc1.weight"),
     (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.weight", r"blocks.\1.ffn.fc2.weight"),
 )
-SPIECE_MODEL = "spiece_model"  # the tokenizer's bytes inside ComfyUI's files
+SPIECE_MODEL = "spiece_model"  # the tokenizer's bytes in ComfyUI's files
 _T5_PREFIXES = ("text_encoders.", "umt5xxl.", "text_encoder.", "transformer.")
 _NOT_T5 = ("model.diffusion_model.", "vae.", "clip_vision.", SPIECE_MODEL, "logit_scale")
 _T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 
 
 def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
-    """How to load an umT5 encoder: official or Kijai's names, Hugging Face's names (ComfyUI, transformers),
-    fp8 or not.
+    """Plan how to load an umT5 encoder, in 16 or 8 bits.
 
+    Reads official names (also Kijai's) and Hugging Face's (ComfyUI, transformers).
     Raises CheckpointError for any other file.
     """
     checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
-    # official names; in Hugging Face's the same prefix is part of them
+    # only with the official names: in Hugging Face's the same prefix is part of the name
     if "encoder.token_embedding.weight" in checkpoint.tensors:
         checkpoint = checkpoint.without_prefix("encoder.", others=_NOT_T5)
     # the same tensor, stored twice
@@ -201,7 +202,7 @@ def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
         )
     if layers > 1 and "blocks.1.pos_embedding.embedding.weight" not in sources:
         raise CheckpointError(
-            f"{checkpoint.path} is a T5 encoder, not umT5: only its first block has a table of relative "
+            f"{checkpoint.path} is a T5 encoder, not an umT5: only its first block has a table of relative "
             "positions. "
             "Give models_t5_umt5-xxl-enc-bf16.pth or a file of the same model to --t5.",
             checkpoint.path,
@@ -212,7 +213,7 @@ def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
     attention_dim, ffn_dim = shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0]
     if attention_dim % heads:
         raise CheckpointError(
-            f"{checkpoint.path}: {attention_dim} attention channels cannot be shared by {heads} heads.",
+            f"{checkpoint.path}: {attention_dim} attention channels cannot be divided among {heads} heads.",
             checkpoint.path,
         )
     config = T5Config(vocabulary, dim, attention_dim, ffn_dim, heads, layers, buckets)
@@ -243,8 +244,7 @@ _OTHER_TOWERS = (
 
 
 def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
-    """How to load the CLIP image tower: the official file with both towers, its visual half, or Hugging
-    Face's names.
+    """Plan how to load the CLIP image tower: the official file, its visual half, or Hugging Face's names.
 
     Raises CheckpointError for any other file.
     """
@@ -289,7 +289,7 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
 
 
 def _join_qkv(sources: dict[str, Source], blocks: int) -> None:
-    """Where q, k and v are apart, replace them by one source of their joined rows."""
+    """Replace separate q, k and v by one source of their joined rows."""
     for index in range(blocks):
         for leaf in ("weight", "bias"):
             names = [f"transformer.{index}.attn.{part}.{leaf}" for part in "qkv"]

@@ -1,8 +1,8 @@
-"""The umT5 text encoder: prompts to a list of vectors each, as long as the prompt.
+"""The umT5 text encoder: turn each prompt into a list of vectors as long as the prompt.
 
 Module names follow the released file. Source: the released Wan2.1 code; UniMax umT5 (arXiv 2304.09151).
 """
-# Letters: L tokens of all prompts in a row, n tokens of one, N heads, D head width, C = model width
+# Letters: L tokens of all prompts concatenated, n tokens of one, N heads, D head width, C = model width
 
 import html
 import logging
@@ -28,21 +28,20 @@ from wan.tokenizer import Tokenize, find_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-MAX_DISTANCE = 128  # relative positions beyond it share a bucket
+MAX_DISTANCE = 128  # all larger relative positions share one bucket
 TOKENS_AT_ONCE = 4096  # bounds memory when many prompts are given
 
 
 def clean_text(text: str) -> str:
-    """Mended encoding mistakes and full-width punctuation, HTML entities resolved, runs of white space as one
-    blank.
-    """
+    """Repair encoding mistakes and full-width punctuation, unescape HTML entities, collapse white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
-    """Bucket of each relative position (key minus query): exact when small, logarithmic up to MAX_DISTANCE,
-    one half per sign.
+    """Return the bucket of each relative position (key minus query).
+
+    Buckets are exact for small distances and logarithmic up to MAX_DISTANCE; each sign has one half of them.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -53,7 +52,7 @@ def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
 
 
 class T5Norm(nn.Module):
-    """x / root mean square * weight, the division in float32."""
+    """RMS norm: x / root mean square * weight, with the division in float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ class T5Norm(nn.Module):
 
 
 class T5Attention(nn.Module):
-    """Attention without scaling; each prompt sees itself only."""
+    """Attention without scaling; each prompt attends only to itself."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -76,7 +75,10 @@ class T5Attention(nn.Module):
         self.o = nn.Linear(config.attention_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor, lengths: Sequence[int]) -> Tensor:
-        """x: L C. bias: N n n for the longest prompt. lengths: of the prompts, summing to L."""
+        """Attend within each prompt. x: L C. bias: N n n for the longest prompt.
+
+        lengths: of the prompts; they sum to L.
+        """
         # N L D
         heads = [
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
@@ -93,7 +95,7 @@ class T5Attention(nn.Module):
 
 
 class T5FeedForward(nn.Module):
-    """Gated: fc2(fc1(x) * gelu(gate(x)))."""
+    """Gated feed-forward: fc2(fc1(x) * gelu(gate(x)))."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -108,23 +110,21 @@ class T5FeedForward(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """What each head adds to the attention between two tokens, by their relative position."""
+    """Attention bias of each head, looked up by the relative position of two tokens."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, length: int) -> Tensor:
-        """N n n: head, query, key."""
+        """Return the bias for `length` tokens, N n n: head, query, key."""
         distances = torch.arange(1 - length, length, device=self.embedding.weight.device)
         by_distance = self.embedding(relative_bucket(distances, self.embedding.num_embeddings)).T  # N 2n-1
-        return by_distance.unfold(1, length, 1).flip(1)  # query i sees the window that begins at distance -i
+        return by_distance.unfold(1, length, 1).flip(1)  # query i takes the window that begins at distance -i
 
 
 class T5Block(nn.Module):
-    """Attention and feed-forward with residuals; a table of relative positions of its own, which is what
-    makes it umT5.
-    """
+    """Attention and feed-forward with residuals. Unlike in T5, each block has its own position table."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class T5Block(nn.Module):
 
 
 def _within_float16(x: Tensor) -> Tensor:
-    """T5's residual stream outgrows float16; other dtypes pass."""
+    """Clamp a float16 residual stream, which overflows in T5. Other dtypes pass unchanged."""
     if x.dtype != torch.float16:
         return x
     limit = torch.finfo(torch.float16).max - 1000
@@ -150,7 +150,7 @@ def _within_float16(x: Tensor) -> Tensor:
 class UmT5(nn.Module):
     """The encoder.
 
-    Prompts of different lengths stand in one row without padding, so each gives what it gives alone.
+    Prompts of different lengths are concatenated without padding, so each gives the same result as alone.
     """
 
     def __init__(self, config: T5Config) -> None:
@@ -160,7 +160,7 @@ class UmT5(nn.Module):
         self.norm = T5Norm(config.dim)
 
     def forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """ids: one vector of n token ids per prompt. Returns for each n C."""
+        """Encode prompts. ids: one vector of n token ids per prompt. Returns one n C tensor per prompt."""
         lengths = [len(prompt) for prompt in ids]
         x = self.token_embedding(torch.cat(list(ids)))
         for block in self.blocks:
@@ -169,11 +169,10 @@ class UmT5(nn.Module):
 
 
 def load_t5(path: Path, device: torch.device, in_fp8: bool = False) -> UmT5:
-    """Load an umT5 encoder in the dtype it has in the file. fp8 files are multiplied out to bfloat16.
+    """Load an umT5 encoder in the dtype of its file. fp8 weights are dequantized to bfloat16.
 
-    in_fp8: its linear layers are kept in 8 bits, as those of an fp8 file then stay.
-
-    Raises CheckpointError where the file is damaged or of another model.
+    in_fp8: keep the linear layers in 8 bits instead; an fp8 file's weights are then used as they are.
+    Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint)
@@ -187,11 +186,11 @@ def load_t5(path: Path, device: torch.device, in_fp8: bool = False) -> UmT5:
 def _compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     if stored == torch.float32 or (stored == torch.float16 and device.type != "cpu"):
         return stored
-    return torch.bfloat16  # fp8 files; float16 on a CPU, where few have it and bfloat16 is the model's own
+    return torch.bfloat16  # fp8 files; and float16 on a CPU: few CPUs have it, and the model is bfloat16
 
 
 class WanTextEncoder:
-    """umT5 with its tokenizer as the shared loops see it: load, encode, free."""
+    """umT5 with its tokenizer, as the shared loops use it: load, encode, free."""
 
     name = "t5"
     keys = frozenset({"t5"})
@@ -206,7 +205,7 @@ class WanTextEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Content of the checkpoint and of the tokenizer, and how weights are kept. Reads a few MB."""
+        """Return fingerprints of checkpoint and tokenizer, and how weights are kept. Reads a few MB."""
         identity = {
             "t5": fingerprint(self.path),
             "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity,
@@ -214,20 +213,20 @@ class WanTextEncoder:
         return identity | ({"t5_weights": "fp8"} if self.in_fp8 else {})
 
     def load(self, device: torch.device) -> None:
-        """Read encoder and tokenizer. A loaded encoder moves to the device."""
+        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
         self._loaded.load(device, self._read)
 
     def _read(self, device: torch.device) -> tuple[UmT5, Tokenize]:
-        # first: what is wrong with it shows before gigabytes are read
+        # first, so that a bad tokenizer is reported before gigabytes are read
         tokenize = load_tokenizer(self.tokenizer, self.path)
         return load_t5(self.path, device, self.in_fp8), tokenize
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """For each prompt {"t5": [n C]} on the CPU: n is the number of its tokens, at most 512, the end token
-        included.
+        """Return {"t5": [n C]} on the CPU for each prompt.
 
-        Raises CheckpointError where the tokenizer knows more tokens than the encoder.
+        n: the number of the prompt's tokens with the end token, at most 512.
+        Raises CheckpointError if the tokenizer has more tokens than the encoder.
         """
         t5, tokenize = self._loaded.get()
         device = t5.norm.weight.device
@@ -235,8 +234,8 @@ class WanTextEncoder:
         largest, known = max((max(prompt) for prompt in ids), default=0), t5.token_embedding.num_embeddings
         if largest >= known:
             raise CheckpointError(
-                f"{self.path} knows {known} tokens, its tokenizer has more (token {largest}). Give its own "
-                "to --t5_tokenizer.",
+                f"{self.path} knows {known} tokens, but its tokenizer has more (token {largest}). "
+                "Give the tokenizer of this encoder to --t5_tokenizer.",
                 self.path,
             )
         results: list[Conditions] = []
@@ -246,12 +245,12 @@ class WanTextEncoder:
         return results
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Release the encoder and its memory."""
         self._loaded.free()
 
 
 def _groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """The prompts in order, in groups of at most TOKENS_AT_ONCE tokens."""
+    """Yield the prompts in order, in groups of at most TOKENS_AT_ONCE tokens."""
     group: list[list[int]] = []
     for prompt in prompts:
         if group and sum(map(len, group)) + len(prompt) > TOKENS_AT_ONCE:

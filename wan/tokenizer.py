@@ -1,4 +1,4 @@
-"""The tokenizer of umT5: found as a folder or file, beside the checkpoint, inside it, or on the hub."""
+"""The tokenizer of umT5, found as a folder or file, beside the checkpoint, inside it, or on the hub."""
 
 import logging
 from collections.abc import Callable
@@ -22,8 +22,8 @@ FILES = TokenizerFiles(
     names=("tokenizer.json", "spiece.model", "tokenizer.model"),
     folder="google/umt5-xxl",  # in the released repositories of Wan2.1
     repository="Wan-AI/Wan2.1-T2V-14B",
-    # official repositories; diffusers pipelines, where text_encoder and tokenizer are neighbours; a text
-    # encoder saved with it
+    # official repositories; diffusers pipelines, with text_encoder and tokenizer side by side; a tokenizer
+    # saved in the text encoder's folder
     beside=("google/umt5-xxl", "tokenizer", "../tokenizer", "."),
 )
 
@@ -32,21 +32,21 @@ Tokenize = Callable[[str], list[int]]  # text -> token ids, at most MAX_TOKENS, 
 
 @dataclass(frozen=True)
 class TokenizerPlace:
-    """Where the tokenizer comes from: a file, the bytes inside a checkpoint, or (neither) the hub."""
+    """The tokenizer's source: a file, the bytes inside a checkpoint, or (neither is set) the hub."""
 
     file: Path | None = None
     inside: Path | None = None
 
     @property
     def identity(self) -> str:
-        """What distinguishes it in cache records."""
+        """Return what distinguishes the tokenizer in cache records."""
         return "inside the checkpoint" if self.inside is not None else FILES.identity(self.file)
 
 
 def find_tokenizer(path: Path | None, checkpoint_path: Path) -> TokenizerPlace:
-    """The first of: what --t5_tokenizer names, a tokenizer beside the checkpoint, the one inside it, the hub.
+    """Find the tokenizer: the one --t5_tokenizer names, else beside the checkpoint, inside it, or on the hub.
 
-    Raises CheckpointError where `path` is given and is no tokenizer.
+    Raises CheckpointError if `path` is given and is not a tokenizer.
     """
     file = FILES.find(path, checkpoint_path)
     if file is not None:
@@ -57,9 +57,9 @@ def find_tokenizer(path: Path | None, checkpoint_path: Path) -> TokenizerPlace:
 
 
 def load_tokenizer(path: Path | None, checkpoint_path: Path) -> Tokenize:
-    """The tokenizer as a function. path: of --t5_tokenizer, or None to look for it (`find_tokenizer`).
+    """Load the tokenizer as a function. path: of --t5_tokenizer; None looks for it with `find_tokenizer`.
 
-    Raises CheckpointError where there is none, it cannot be read, or the hub cannot be reached.
+    Raises CheckpointError if there is none, it cannot be read, or the hub cannot be reached.
     """
     place = find_tokenizer(path, checkpoint_path)
     if place.inside is not None:
@@ -82,7 +82,7 @@ def _embedded(checkpoint_path: Path) -> bytes:
 
 
 def _from_json(file: Path) -> Tokenize:
-    """Exactly what the file describes (normalisation, special tokens), cut to the trained length."""
+    """Load tokenizer.json as it is (normalisation, special tokens), and truncate to the trained length."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more precise
@@ -91,7 +91,7 @@ def _from_json(file: Path) -> Tokenize:
     tokenizer.enable_truncation(MAX_TOKENS)
     end = tokenizer.token_to_id(END)
     if tokenizer.encode("").ids[-1:] != [end]:
-        logger.warning("tokenizer %s puts no %s at the end of a text; umT5 was trained with it", file, END)
+        logger.warning("tokenizer %s does not end texts with %s, but umT5 was trained with it", file, END)
 
     def tokenize(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text).ids
@@ -108,7 +108,7 @@ def _from_sentencepiece(model: bytes, origin: Path) -> Tokenize:
     end = processor.eos_id()
     if end < 0:
         raise CheckpointError(
-            f"{origin}: its tokenizer has no end token {END}. Give the tokenizer of umT5 to --t5_tokenizer.",
+            f"{origin}: the tokenizer has no end token {END}. Give the tokenizer of umT5 to --t5_tokenizer.",
             origin,
         )
 

@@ -1,5 +1,6 @@
-"""The Wan2.1 video VAE: pixels to latents and back, frame group by frame group, so that memory does not grow
-with the length.
+"""The Wan2.1 video VAE: pixels to latents and back.
+
+It works on one group of frames at a time, so that memory does not grow with the length of the clip.
 """
 
 import logging
@@ -21,7 +22,7 @@ from wan.vae_tiles import Tile, add_tile, tiles
 logger = logging.getLogger(__name__)
 
 FRAMES = 4  # pixel frames of one latent frame; the first latent frame holds one
-PIXELS = 8  # height and width of one latent pixel
+PIXELS = 8  # height and width of one latent pixel, in pixels
 
 # Statistics of the latents, per channel: released code, wan/modules/vae.py
 # fmt: off
@@ -33,10 +34,10 @@ STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 
 class WanVae(nn.Module):
-    """Encoder and decoder. Build it on the meta device and load a checkpoint (`load_vae`).
+    """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_vae`.
 
-    cache_on_cpu: keep the features between frame groups in host memory. tile: edge in pixels from which on
-    pictures are cut into overlapping tiles; each tile goes through the whole clip before the next.
+    cache_on_cpu: keep the features between frame groups in host memory. tile: edge in pixels; larger pictures
+    are cut into overlapping tiles of this size, and each tile goes through the whole clip before the next.
     """
 
     def __init__(self, config: VaeConfig, cache_on_cpu: bool = False, tile: int | None = None) -> None:
@@ -50,17 +51,17 @@ class WanVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The compute dtype."""
         return self.conv1.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the weights."""
         return self.conv1.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Normalised means of the posterior.
+        """Return the normalised means of the posterior.
 
         pixels: B 3 F H W in -1..1, on any device (moved group by group); F = 4n + 1, H and W multiples of 8.
         Returns B Z n+1 H/8 W/8, float32, on the VAE's device. Raises ValueError for other sizes.
@@ -82,17 +83,17 @@ class WanVae(nn.Module):
         return latents
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Pixels in playing order: first one frame, then four at a time. B 3 F H W, float32, -1..1.
+        """Yield pixels in playing order: one frame, then four at a time. B 3 F H W, float32, -1..1.
 
-        latents: B Z f h w, normalised, on any device. The chunks lie on the VAE's device; with tiles in host
-        memory, and then the first one comes when the last tile is done.
+        latents: B Z f h w, normalised, on any device. The chunks are on the VAE's device. With tiles they are
+        in host memory, and the first one is yielded after the last tile is done.
         """
         for chunk in self.decode_unclamped(latents):
             yield chunk.clamp_(-1, 1)
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
-        """As `decode`, before the values are limited to -1..1."""
+        """Yield the same as `decode`, before clamping to -1..1."""
         rows, columns = self._tiles(latents.shape[-2]), self._tiles(latents.shape[-1])
         if len(rows) == len(columns) == 1:
             yield from self._decode(latents)
@@ -108,7 +109,7 @@ class WanVae(nn.Module):
         yield from pixels.split([1] + [FRAMES] * (frames - 1), dim=2)
 
     def _tiles(self, size: int) -> tuple[Tile, ...]:
-        """The tiles of an axis of so many latent pixels."""
+        """Return the tiles of an axis of `size` latent pixels."""
         return tiles(size, size if self.tile is None else max(1, self.tile // PIXELS))
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -129,13 +130,11 @@ class WanVae(nn.Module):
             yield self.decoder(self.conv2(self._placed(latent)), memory).float()
 
     def _placed(self, x: Tensor) -> Tensor:
-        """On the VAE's device, in its dtype and in the memory layout of its weights, which all that follows
-        keeps.
-        """
+        """Move to the VAE's device, dtype and memory layout. All layers keep the layout."""
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, 1 Z 1 1 1, float32: rounded to 16 bits they would tint every video."""
+        """Return mean and standard deviation, 1 Z 1 1 1, float32: in 16 bits they would tint every video."""
         mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
         return mean, std
 
@@ -145,7 +144,7 @@ def load_vae(
 ) -> WanVae:
     """Load a Wan2.1 VAE from any of its file layouts.
 
-    Raises CheckpointError where the file is damaged or of another model.
+    Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)

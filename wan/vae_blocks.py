@@ -1,5 +1,4 @@
-"""Pieces of the Wan2.1 video VAE. They see a clip chunk by chunk; what an earlier chunk leaves behind lies in
-a `TimeMemory`.
+"""Layers of the Wan2.1 video VAE. They process a clip in chunks; a `TimeMemory` keeps state between these.
 
 Module names follow the published checkpoint. Source: the released VAE of Wan2.1 (arXiv 2503.20314, section
 4.1).
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from modules.layers.convolution import conv3d
 from modules.layers.memory_layouts import empty_clip
 
-TIME_KERNEL = 3  # every causal convolution sees its frame and the two before it
+TIME_KERNEL = 3  # a causal convolution sees its frame and the two before it
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class VaeLayer:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Dimensions of a VAE, read off a checkpoint's tensors."""
+    """Dimensions of a VAE, read from a checkpoint's tensors."""
 
     latent_channels: int
     encoder: tuple[VaeLayer, ...]
@@ -38,10 +37,7 @@ class VaeConfig:
 
 
 class TimeMemory:
-    """The last frames that each layer saw of the chunks so far.
-
-    One per clip; a layer never sees another one's frames.
-    """
+    """Hold the last frames that each layer has seen of the chunks so far. One for each clip."""
 
     def __init__(self, on_cpu: bool = False) -> None:
         self._on_cpu = on_cpu
@@ -51,19 +47,19 @@ class TimeMemory:
         return layer in self._frames
 
     def take(self, layer: nn.Module, device: torch.device) -> Tensor | None:
-        """The frames kept for that layer on `device`, or None at the beginning of the clip."""
+        """Return the frames kept for that layer on `device`, or None at the beginning of the clip."""
         frames = self._frames.get(layer)
         return None if frames is None else frames.to(device, non_blocking=True)
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        """Keep a copy of `frames`, so that the tensor they are part of can go."""
+        """Keep a copy of `frames`, so that the tensor they are part of can be freed."""
         if not self._on_cpu:
             self._frames[layer] = frames.clone()
             return
         held = self._frames.get(layer)
         if held is None or held.shape != frames.shape:
             held = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=frames.is_cuda)
-        # both directions run on the device's own stream, in order: the host never has to wait for a copy
+        # both directions run in order on the device's current stream: the host never waits for a copy
         self._frames[layer] = held.copy_(frames, non_blocking=True)
 
 
@@ -75,8 +71,8 @@ class RmsNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width, *[1] * spatial_axes))
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x: B C ... ; out: where to write the result, else a new tensor."""
-        # a 16-bit length would scale a whole pixel wrongly
+        """Normalise x: B C ... . out: tensor to write the result into; None makes a new one."""
+        # a length rounded to 16 bits would scale the whole pixel wrongly
         exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).clamp_min_(1e-12)
         out = torch.empty_like(x) if out is None else out
@@ -84,27 +80,27 @@ class RmsNorm(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3x3x3 convolution that sees no later frame: zeros in space around it, zeros in time before the
-    clip.
+    """A 3x3x3 convolution that sees no later frame.
+
+    Zeros pad the space around the clip and the time before it.
     """
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, (TIME_KERNEL, 3, 3), padding=(0, 1, 1))
 
-    def forward(  # type: ignore[override]  # a stream needs more than its next frames
+    def forward(  # type: ignore[override]  # a stream needs its memory beside the next frames
         self, x: Tensor, memory: TimeMemory | None, norm: RmsNorm | None = None
     ) -> Tensor:
-        """x: B C T H W, the next frames of the clip; through `norm` and SiLU first if one is given. Returns B
-        C' T H W.
+        """Convolve the next frames of a clip, x: B C T H W. Returns B C' T H W.
 
-        memory: of the clip, or None where the chunk is the whole of it.
+        memory: of the clip; None if the chunk is the whole clip. norm: apply it and SiLU first.
         """
         before = None if memory is None else memory.take(self, x.device)
         if before is None and x.shape[2] == 1:
             h = x if norm is None else F.silu(norm(x), inplace=True)
             if memory is not None:
                 memory.keep(self, h)
-            # of three taps in time two would see only zeros: the last is an image convolution
+            # two of the three taps in time would see only zeros: the last one is an image convolution
             return F.conv2d(h.squeeze(2), self.weight[:, :, -1], self.bias, padding=1).unsqueeze(2)
         h = _with_earlier(x, before, norm)
         if memory is not None:
@@ -113,8 +109,9 @@ class CausalConv3d(nn.Conv3d):
 
 
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
-    """B C T+2 H W: zeros where the clip has not begun, frames kept from before, then x. Written once, without
-    a later join.
+    """Return x behind the two frames before it, B C T+2 H W; before the clip begins these are zeros.
+
+    Written into one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
     joined = empty_clip(x, batch, channels, frames + TIME_KERNEL - 1, height, width)
@@ -131,7 +128,7 @@ def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Ten
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, twice, beside a shortcut."""
+    """Norm, SiLU and convolution, twice, beside a shortcut."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -152,7 +149,7 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Attention with one head among the pixels of each frame."""
+    """One-head attention among the pixels of each frame."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -171,7 +168,7 @@ class FrameAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width; `temporal` also joins two frames into one, all but the clip's first."""
+    """Halve height and width; `temporal` also joins two frames into one, except the clip's first frame."""
 
     def __init__(self, width: int, temporal: bool) -> None:
         super().__init__()
@@ -180,7 +177,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
         x = _each_frame(self.resample["1"], x, pad=True)
-        if self.time_conv is None or memory is None:  # the only frame of a clip passes as it is
+        if self.time_conv is None or memory is None:  # the only frame of a clip passes unchanged
             return x
         before = memory.take(self, x.device)
         joined = x if before is None else torch.cat([before, x], dim=2)
@@ -189,8 +186,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width at half the channels; `temporal` also makes two frames of one, all but the
-    clip's first.
+    """Double height and width at half the channels.
+
+    `temporal` also makes two frames of each, except of the clip's first frame.
     """
 
     def __init__(self, width: int, width_out: int, temporal: bool) -> None:
@@ -204,9 +202,7 @@ class Upsample(nn.Module):
         return _each_frame(self.resample["1"], x, enlarge=True)
 
     def _doubled(self, time_conv: nn.Module, x: Tensor, memory: TimeMemory) -> Tensor:
-        """B C 2T H W, or x itself where it is the clip's first frame, of which later ones are not told
-        either.
-        """
+        """Return B C 2T H W, or x itself if it is the clip's first frame, which later frames do not see."""
         if self not in memory:
             memory.keep(self, x[:, :, :0])
             return x
@@ -217,8 +213,9 @@ class Upsample(nn.Module):
 
 
 def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = False) -> Tensor:
-    """An image convolution on every frame; pad: one row below, one column right; enlarge: repeat each pixel
-    twice before.
+    """Apply an image convolution to every frame.
+
+    pad: add one row below and one column right first. enlarge: repeat each pixel in both directions first.
     """
     batch = x.shape[0]
     frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
@@ -230,7 +227,7 @@ def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = F
 
 
 class Encoder(nn.Module):
-    """Pixels B 3 T H W to means and log variances B 2Z t h w, chunk by chunk."""
+    """Encode pixels B 3 T H W as means and log variances B 2Z t h w, chunk by chunk."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -247,7 +244,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents B Z t h w to pixels B 3 T H W, chunk by chunk."""
+    """Decode latents B Z t h w to pixels B 3 T H W, chunk by chunk."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()

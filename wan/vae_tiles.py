@@ -1,6 +1,4 @@
-"""Cutting a picture into overlapping tiles and joining their results, for encoders that cannot take it
-whole.
-"""
+"""Cut a picture into overlapping tiles and join their results, for encoders that cannot take it whole."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -8,28 +6,26 @@ from math import ceil
 import torch
 from torch import Tensor
 
-OVERLAP = 4  # a quarter of a tile is shared with its neighbour
+OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbour
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One piece of an axis, in units that input and output share (latent pixels): where it lies and how far
-    it overlaps.
-    """
+    """One piece of an axis; places and overlaps in latent pixels, the unit that input and output share."""
 
     start: int
     size: int
-    before: int  # units shared with the tile before
-    after: int
+    before: int  # units shared with the previous tile
+    after: int  # with the next tile
 
     def pick(self, unit: int) -> slice:
-        """This piece of an axis where a unit is so many pixels."""
+        """Return the slice of this tile along an axis with `unit` pixels per latent pixel."""
         return slice(self.start * unit, (self.start + self.size) * unit)
 
     def weights(self, unit: int) -> Tensor:
-        """How much of each pixel this tile gives: 1 inside, a linear ramp where tiles overlap.
+        """Return the weight of this tile for each pixel: 1 inside, a linear ramp in the overlaps.
 
-        They sum to 1.
+        The weights of overlapping tiles sum to 1.
         """
         rise, fall = self.before * unit, self.after * unit
         weights = torch.ones(self.size * unit)
@@ -43,9 +39,7 @@ def _ramp(length: int) -> Tensor:
 
 
 def tiles(size: int, largest: int) -> tuple[Tile, ...]:
-    """Equal tiles of at most `largest` that cover `size` with about a quarter of `largest` shared between
-    neighbours.
-    """
+    """Cover `size` with equal tiles of at most `largest`; neighbours share about a quarter of `largest`."""
     if size <= largest:
         return (Tile(0, size, 0, 0),)
     overlap = largest // OVERLAP
@@ -57,9 +51,9 @@ def tiles(size: int, largest: int) -> tuple[Tile, ...]:
 
 
 def add_tile(total: Tensor, piece: Tensor, row: Tile, column: Tile, unit: int) -> None:
-    """Add a tile's result (...
+    """Add a tile's weighted result, ... H W, to the whole at its place.
 
-    H W) to the whole at its place, weighted. Over all tiles the weights of a pixel sum to 1.
+    Over all tiles the weights of a pixel sum to 1.
     """
     weights = row.weights(unit)[:, None] * column.weights(unit)
     total[..., row.pick(unit), column.pick(unit)] += piece.to(total.device, total.dtype) * weights.to(

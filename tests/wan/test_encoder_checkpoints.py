@@ -248,7 +248,7 @@ def test_missing_and_additional_tensors_are_listed(tmp_path: Path) -> None:
 def test_a_t5_whose_blocks_share_one_position_table_is_refused(tmp_path: Path) -> None:
     tensors = t5_tensors()
     del tensors["blocks.1.pos_embedding.embedding.weight"]
-    with pytest.raises(CheckpointError, match="T5 encoder, not umT5"):
+    with pytest.raises(CheckpointError, match="T5 encoder, not an umT5"):
         load_t5(saved(tmp_path / "t5.safetensors", tensors), CPU)
 
 
