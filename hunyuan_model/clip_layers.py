@@ -1,4 +1,4 @@
-"""Layers of the towers that CLIP began with, for texts and for images (SigLIP).
+"""Transformer layers of CLIP-like towers, for texts (CLIP) and for images (SigLIP).
 
 Module names follow Hugging Face's files. Source: Radford et al. 2021, arXiv 2103.00020.
 """
@@ -17,7 +17,7 @@ from modules.errors import CheckpointError
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU."""
+    """Apply OpenAI's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LayerConfig(Protocol):
-    """What a tower's configuration says of its layers."""
+    """The part of a tower's configuration that its layers need."""
 
     @property
     def dim(self) -> int: ...
@@ -46,9 +46,9 @@ class LayerConfig(Protocol):
 
 
 def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
-    """Raise CheckpointError where config.json asks for a function that no tower has.
+    """Raise CheckpointError if config.json asks for an unknown activation.
 
-    usual: what it should say, for the message.
+    usual: what config.json should say, for the message.
     """
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(
@@ -57,7 +57,7 @@ def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
 
 
 class ClipAttention(nn.Module):
-    """Attention among all tokens, or of each to those before it and itself."""
+    """Attention among all tokens; if `is_causal`, of each token to itself and earlier ones."""
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class ClipAttention(nn.Module):
 
 
 class ClipFeedForward(nn.Module):
-    """Two layers with the tower's activation between them."""
+    """Two linear layers with the tower's activation between them."""
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class ClipFeedForward(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """Attention and feed-forward, each on the normed stream and added to it."""
+    """Attention and feed-forward, each applied to the normed stream and added to it."""
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class ClipLayer(nn.Module):
 
 
 class ClipLayers(nn.Module):
-    """All layers in a row; nested as in the files."""
+    """A stack of layers; nested as in the files."""
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
         super().__init__()

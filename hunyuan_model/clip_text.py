@@ -1,4 +1,4 @@
-"""The text tower of CLIP-L: prompts to one vector each, the state of the end token.
+"""The text tower of CLIP-L: turn each prompt into one vector, the state of its end token.
 
 Module names follow Hugging Face's files. Source: Radford et al. 2021, arXiv 2103.00020.
 """
@@ -16,7 +16,7 @@ from modules.checkpoints.opening import open_checkpoint
 
 
 class ClipTextEmbeddings(nn.Module):
-    """Token and position."""
+    """Sum of token and position embeddings."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
@@ -38,22 +38,22 @@ class ClipText(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the weights."""
         return self.final_layer_norm.weight.device
 
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
-        """The pooled state B C. ids: B L. ends: B, where the first end token of each prompt stands.
+        """Return the pooled state B C. ids: B L. ends: B, position of the first end token of each prompt.
 
-        Attention is causal, so what fills a row up behind its end changes nothing.
+        Attention is causal, so padding after the end token changes nothing.
         """
         states = self.encoder(self.embeddings(ids))
         return self.final_layer_norm(states[torch.arange(len(ids), device=ids.device), ends])
 
 
 def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype) -> ClipText:
-    """Load the text tower; fp8 weights are multiplied out.
+    """Load the text tower; fp8 weights are dequantized.
 
-    Raises CheckpointError where the file is damaged or of another model.
+    Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint)

@@ -1,6 +1,4 @@
-"""The VAE and the text encoders that HunyuanVideo and FramePack share: where their files are, and what they
-compute in.
-"""
+"""The VAE and the text encoders that HunyuanVideo and FramePack share: their files and compute dtypes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +19,10 @@ from modules.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Encoders:
-    """Paths as given, dtypes as asked for. The path properties raise OptionError or CheckpointError naming
-    the option.
+    """Paths and dtypes as the options give them.
 
-    A dtype that was not asked for is float16 as released, beside a float32 transformer float32.
+    The path properties raise OptionError or CheckpointError, naming the option. The default dtype is float16
+    as released, or float32 if the transformer is float32.
     """
 
     vae: Path | None = None
@@ -45,16 +43,14 @@ class Encoders:
 
     @property
     def text_encoder1_path(self) -> Path:
-        return existing(
-            self.text_encoder1, "--text_encoder1", "the prompts are encoded by LLaVA's language model"
-        )
+        return existing(self.text_encoder1, "--text_encoder1", "LLaVA's language model encodes the prompts")
 
     @property
     def text_encoder2_path(self) -> Path:
-        return existing(self.text_encoder2, "--text_encoder2", "the prompts are encoded by CLIP-L too")
+        return existing(self.text_encoder2, "--text_encoder2", "CLIP-L encodes the prompts too")
 
     def with_vae(self, options: HunyuanVaeOptions) -> "Encoders":
-        """The same with what the options say about the VAE."""
+        """Return a copy with the options of the VAE."""
         return replace(
             self,
             vae=options.file.vae,
@@ -64,7 +60,7 @@ class Encoders:
         )
 
     def with_text(self, options: HunyuanTextOptions) -> "Encoders":
-        """The same with what the options say about the text encoders."""
+        """Return a copy with the options of the text encoders."""
         return replace(
             self,
             text_encoder1=options.text_encoder1,
@@ -76,24 +72,19 @@ class Encoders:
         )
 
     def load_vae(self, device: torch.device, dit_dtype: torch.dtype | None) -> HunyuanVae:
-        """The VAE.
-
-        dit_dtype: what the transformer computes in; None where there is none. Raises as `load_vae`.
-        """
+        """Load the VAE. dit_dtype: compute dtype of the transformer, or None. Raises as `load_vae`."""
         dtype = beside(self.vae_dtype, dit_dtype)
         return load_vae(
             self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile, tile_frames=self.vae_tile_frames
         )
 
     def vae_identity(self, dit_dtype: torch.dtype | None) -> Mapping[str, str]:
-        """What latents depend on, beside what is encoded."""
+        """Return what latents depend on beside the pixels."""
         dtype = dtype_name(beside(self.vae_dtype, dit_dtype))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
     def check(self, dit_path: Path, text_dim: int, pooled_dim: int) -> None:
-        """Raise CheckpointError where a given file is another kind or size of network than the transformer
-        needs. Loads nothing.
-        """
+        """Raise CheckpointError if a file is not the encoder that the transformer needs. Loads nothing."""
         if self.vae is not None:
             read_once(self.vae_path, read_vae)
         if self.text_encoder1 is not None:
@@ -109,9 +100,7 @@ class Encoders:
 
 
 def beside(chosen: torch.dtype | None, dit_dtype: torch.dtype | None) -> torch.dtype:
-    """What an encoder computes in: what was chosen, else float16 as released; beside a float32 transformer
-    float32.
-    """
+    """Return an encoder's dtype: `chosen`, else float16 as released, or float32 if the transformer is."""
     if chosen is not None:
         return chosen
     return torch.float32 if dit_dtype == torch.float32 else torch.float16
@@ -125,7 +114,7 @@ def _check_width(option: str, path: Path, width: int, dit_path: Path, taken: int
 
 
 def _llama_width(checkpoint: Checkpoint) -> int:
-    # which state is asked for does not change it
+    # the width does not depend on the chosen state
     return read_llama(checkpoint, skip_layers=0, final_norm=False).config.dim
 
 

@@ -1,7 +1,7 @@
-"""A Llama 3 language model as a text encoder: prompts to one of its hidden states.
+"""A Llama 3 language model as a text encoder: turn prompts into one of its hidden states.
 
-Only the layers before that state are built and loaded. Module names follow Hugging Face's files.
-Source: Grattafiori et al. 2024, arXiv 2407.21783; Touvron et al. 2023, arXiv 2302.13971.
+Only the layers before that state are built and loaded. Module names follow Hugging Face's files. Source:
+Grattafiori et al. 2024, arXiv 2407.21783; Touvron et al. 2023, arXiv 2302.13971.
 """
 # Letters: B prompts, L tokens, N heads, K heads of keys and values, D head width, C = model width
 
@@ -17,14 +17,14 @@ from modules.checkpoints.opening import open_checkpoint
 
 
 def rotate_halves(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn channel i together with channel i + D/2. x: B N L D. cosine, sine: L D, each angle twice."""
+    """Rotate channel i together with channel i + D/2. x: B N L D. cosine, sine: L D, each angle twice."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat([-second, first], dim=-1) * sine
 
 
 def rotary_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each L D float32, of position * theta^(-i/D) for even i; every angle twice."""
-    # in float32 to the last digit as the model was trained; in bf16 positions above 256 would run together
+    """Return cosine and sine of position * theta^(-i/D) for even i, each L D float32, every angle twice."""
+    # float32, to the last digit as in training: bf16 cannot tell positions above 256 apart
     frequencies = 1 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
@@ -33,8 +33,7 @@ def rotary_table(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]
 class LlamaNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x.
 
-    Rounded before the weight too, as the model was trained and as the released pipelines compute: to the last
-    bit of float16.
+    It rounds before the weight too, as in training and in the released pipelines, to the last bit of float16.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -62,7 +61,7 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(rows, config.dim, bias=False)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, seen: Tensor) -> Tensor:
-        """x: B L C. seen: B 1 L L, which keys each query looks at."""
+        """Attend among the tokens of a prompt. x: B L C. seen: B 1 L L, the keys each query attends to."""
         q, k, v = (
             linear(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
@@ -73,7 +72,7 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaFeedForward(nn.Module):
-    """Gated: down(silu(gate(x)) * up(x))."""
+    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -86,7 +85,7 @@ class LlamaFeedForward(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """Attention and feed-forward, each on the normed stream and added to it."""
+    """Attention and feed-forward, each applied to the normed stream and added to it."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -101,7 +100,7 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The first layers of the model, and its final norm where that is asked for."""
+    """The first layers of the model, and its final norm if the configuration says so."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -112,14 +111,13 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the weights."""
         return self.embed_tokens.weight.device
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The hidden state B L C. ids: B L, on the right filled up to one length. mask: B L, 1 for real
-        tokens.
+        """Return the hidden state B L C. ids: B L, padded on the right. mask: B L, 1 for real tokens.
 
-        What stands at filled places comes from the real tokens before, as in the released pipeline.
+        States of padding are computed from the real tokens before them, as in the released pipeline.
         """
         length = ids.shape[1]
         x = self.embed_tokens(ids)
@@ -141,12 +139,11 @@ def load_llama(
     final_norm: bool,
     in_fp8: bool = False,
 ) -> Llama:
-    """Load the language model up to the state before its last `skip_layers` layers; fp8 weights are
-    multiplied out.
+    """Load the language model up to the state before its last `skip_layers` layers.
 
-    in_fp8: its linear layers are kept in 8 bits, as those of an fp8 file then stay.
-
-    Raises CheckpointError where the file is damaged or of another model.
+    fp8 weights are dequantized. in_fp8: keep the linear layers in 8 bits instead; an fp8 file's weights are
+    then used as they are.
+    Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_llama(checkpoint, skip_layers, final_norm)

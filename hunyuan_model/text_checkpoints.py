@@ -1,8 +1,8 @@
-"""Which files hold HunyuanVideo's language model and CLIP text tower, and their dimensions.
+"""Checkpoint files of HunyuanVideo's language model and CLIP text tower: recognise them, read dimensions.
 
-Both are published under several prefixes, alone or beside an image tower. So the prefix is whatever stands
-before the table of token embeddings, and what belongs to other networks is left out by name. Our modules have
-Hugging Face's names.
+Both are published under several prefixes, alone or beside an image tower. So the prefix is whatever precedes
+the name of the token embeddings, and tensors of other networks are left out by name. Our modules have Hugging
+Face's names.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from modules.checkpoints.encoders import head_width, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
-LLAMA_HEAD_WIDTH = 128  # Llama 3; nothing in the tensors tells it
-CLIP_HEAD_WIDTH = 64  # CLIP-L
+LLAMA_HEAD_WIDTH = 128  # of Llama 3; cannot be read from the tensors
+CLIP_HEAD_WIDTH = 64  # of CLIP-L
 CLIP_TOKENS = 77
-# what a configuration means where it says nothing: transformers leave out what equals their default
+# values that a config.json leaves out: transformers do not write what equals their default
 LLAMA_DEFAULTS = {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
 CLIP_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8, "layer_norm_eps": 1e-5}
 
@@ -28,10 +28,10 @@ LLAMA_FILES = (
 )
 CLIP_FILES = "the folder text_encoder_2 of HunyuanVideo, clip-vit-large-patch14 or clip_l.safetensors"
 
-# beginnings of names that stand beside the network wanted: other parts of the same model, other networks of
-# all-in-one files
+# beginnings of the names of tensors beside the wanted network: other parts of the same model, other networks
+# of all-in-one files
 _BESIDE_LLAMA = (
-    # tokenizer: bytes of ComfyUI's files
+    # tokenizer: its bytes in ComfyUI's files
     *("lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline", "tokenizer"),
     *(
         "language_model.lm_head.",
@@ -41,13 +41,13 @@ _BESIDE_LLAMA = (
     ),
 )
 _BESIDE_CLIP = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
-# in files of old transformers
+# saved by old versions of transformers; computed here
 _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Dimensions of a Llama model and how much of it is run."""
+    """Dimensions of a Llama model, and how much of it is run."""
 
     vocabulary: int
     dim: int
@@ -55,7 +55,7 @@ class LlamaConfig:
     num_heads: int
     num_kv_heads: int
     head_width: int
-    num_layers: int  # that are run: those behind the hidden state wanted are left out
+    num_layers: int  # that are run; layers after the wanted hidden state are left out
     final_norm: bool
     theta: float = 500000.0  # base of the rotary frequencies: Llama 3
     eps: float = 1e-5
@@ -78,11 +78,11 @@ class ClipTextConfig:
 def read_llama(
     checkpoint: Checkpoint, skip_layers: int = 0, final_norm: bool = True
 ) -> LoadPlan[LlamaConfig]:
-    """How to load the language model up to a hidden state. skip_layers: how many of the last layers are left
-    out.
+    """Plan how to load the language model up to a hidden state.
 
-    LlavaForConditionalGeneration, LlamaForCausalLM or the bare LlamaModel, ComfyUI's files, fp8 or not.
-    Raises CheckpointError for any other file, or where it has fewer layers.
+    Reads LlavaForConditionalGeneration, LlamaForCausalLM, the bare LlamaModel and ComfyUI's files, in 16 or 8
+    bits. skip_layers: how many of the last layers are left out.
+    Raises CheckpointError for any other file, or if it has fewer layers.
     """
     own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", _BESIDE_LLAMA)
     if own is None:
@@ -93,8 +93,7 @@ def read_llama(
     num_layers = all_layers - skip_layers
     if num_layers < 0:
         raise CheckpointError(
-            f"{checkpoint.path} has {all_layers} layers, --hidden_state_skip_layer {skip_layers} would skip "
-            "more. "
+            f"--hidden_state_skip_layer {skip_layers}: {checkpoint.path} has only {all_layers} layers. "
             "Give a smaller number.",
             checkpoint.path,
         )
@@ -107,9 +106,9 @@ def read_llama(
     width = head_width(checkpoint.path, rows, told, LLAMA_HEAD_WIDTH)
     if key_rows % width or (rows // width) % max(1, key_rows // width):
         raise CheckpointError(
-            f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys are not made of heads of "
-            f"{width} channels. "
-            "Put the model's config.json beside it, or give the file of another copy.",
+            f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys cannot be divided into heads "
+            f"of {width} channels. "
+            "Put the model's config.json beside it, or give another copy of the file.",
             checkpoint.path,
         )
     config = LlamaConfig(
@@ -135,7 +134,7 @@ def read_llama(
 
 
 def read_clip_text(checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
-    """How to load the text tower of a CLIP-L: the tower alone or both towers, with any prefix, fp8 or not.
+    """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
 
     Raises CheckpointError for any other file.
     """
@@ -153,7 +152,7 @@ def read_clip_text(checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
     positions = shape("embeddings.position_embedding.weight")[0]
     if positions < CLIP_TOKENS:
         raise CheckpointError(
-            f"{checkpoint.path} takes {positions} tokens, HunyuanVideo gives {CLIP_TOKENS}. Give "
+            f"{checkpoint.path} takes {positions} tokens, HunyuanVideo needs {CLIP_TOKENS}. Give "
             f"{CLIP_FILES} to --text_encoder2.",
             checkpoint.path,
         )
@@ -172,17 +171,17 @@ def read_clip_text(checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
 
 
 def _theta(path: Path, told: Mapping[str, Any]) -> float:
-    """Base of the rotary frequencies.
+    """Return the base of the rotary frequencies.
 
-    Raises CheckpointError where they are stretched, as from Llama 3.1 on.
+    Raises CheckpointError if they are stretched, as in Llama 3.1 and later.
     """
     rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise CheckpointError(
-            f"{path}: its config.json asks for rotary frequencies of type {kind}; the model HunyuanVideo was "
-            "trained with has none "
-            f"of that. Give {LLAMA_FILES} to --text_encoder1.",
+            f"{path}: its config.json asks for rotary frequencies of type {kind}, which the model that "
+            "HunyuanVideo was trained with "
+            f"does not use. Give {LLAMA_FILES} to --text_encoder1.",
             path,
         )
     return float(rope.get("rope_theta", told.get("rope_theta", LlamaConfig.theta)))

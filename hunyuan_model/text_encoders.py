@@ -1,5 +1,4 @@
-"""HunyuanVideo's two text encoders as the shared loops see them: a language model's states of the prompt, and
-CLIP's pooled state.
+"""HunyuanVideo's two text encoders, as the shared loops use them: a language model and CLIP.
 
 Names and shapes of the outputs are those of the cache format. Source of templates and lengths: the released
 HunyuanVideo.
@@ -37,16 +36,15 @@ from modules.offload.loaded import Loaded
 
 logger = logging.getLogger(__name__)
 
-PROMPT_TOKENS = 256  # kept of the language model's states
+PROMPT_TOKENS = 256  # states of the language model that are kept
 PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What the language model is told: a system text, then the prompt as the user's words.
+    """The chat given to the language model: a system text, then the prompt as the user's words.
 
-    crop_start: tokens before the prompt, whose states are cut off; None: as many as the tokenizer in use
-    makes of them.
+    crop_start: number of tokens before the prompt, whose states are cut off; None: count them.
     """
 
     system: str
@@ -54,17 +52,17 @@ class PromptTemplate:
 
     @property
     def before(self) -> str:
-        """All that stands before the prompt."""
+        """Return all text before the prompt."""
         system = f"<|start_header_id|>system<|end_header_id|>\n\n{self.system}<|eot_id|>"
         return system + "<|start_header_id|>user<|end_header_id|>\n\n"
 
     def of(self, prompt: str) -> str:
-        """The whole text."""
+        """Return the whole text."""
         return f"{self.before}{prompt}<|eot_id|>"
 
     @property
     def text(self) -> str:
-        """The release's way to write it: `{}` stands for the prompt."""
+        """Return the template as the release writes it, with `{}` in place of the prompt."""
         return self.of("{}")
 
 
@@ -85,7 +83,7 @@ IMAGE_TEMPLATE = PromptTemplate(
 
 
 class LlavaTextEncoder:
-    """Text encoder 1: the Llama 3 of LLaVA. Every prompt gives 256 states, those behind its end masked."""
+    """Text encoder 1: the Llama 3 of LLaVA. Each prompt gives 256 states; those after its end are masked."""
 
     name = "llm"
     keys = frozenset({"llm", "llm_mask"})
@@ -101,11 +99,11 @@ class LlavaTextEncoder:
         final_norm: bool = False,
         in_fp8: bool = False,
     ) -> None:
-        """path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype: it
-        computes in.
+        """Set up the encoder; `load` reads the files.
 
-        skip_layers: layers behind the state that is given, 0 for the last, which is normed always.
-        final_norm: norm others too. in_fp8: keep the linear layers in 8 bits.
+        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
+        compute dtype. skip_layers: number of layers after the state that is returned; 0 returns the last
+        state, always normed. final_norm: norm other states too. in_fp8: keep the linear layers in 8 bits.
         """
         self.path = inside(path, "text_encoder")
         self.dtype = dtype
@@ -114,15 +112,15 @@ class LlavaTextEncoder:
         self.skip_layers = skip_layers
         self.final_norm = final_norm or skip_layers == 0
         self.in_fp8 = in_fp8
-        # with the number of tokens before the prompt
+        # the tokenizer, and the number of tokens before the prompt
         self._loaded = Loaded[Llama, tuple[LlamaTokenizer, int]]()
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Content of the checkpoint and of the tokenizer, what config.json adds, and what is asked of them.
-        Reads a few MB.
+        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used.
 
-        Raises CheckpointError where the file is of another model.
+        Reads a few MB.
+        Raises CheckpointError if the file holds another model.
         """
         with open_checkpoint(self.path) as checkpoint:
             config = read_llama(checkpoint, self.skip_layers, self.final_norm).config
@@ -137,11 +135,11 @@ class LlavaTextEncoder:
         return identity | ({"llm_weights": "fp8"} if self.in_fp8 else {})
 
     def load(self, device: torch.device) -> None:
-        """Read encoder and tokenizer. A loaded encoder moves to the device."""
+        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
         self._loaded.load(device, self._read)
 
     def _read(self, device: torch.device) -> tuple[Llama, tuple[LlamaTokenizer, int]]:
-        # first: what is wrong with it shows before gigabytes are read
+        # first, so that a bad tokenizer is reported before gigabytes are read
         tokenizer = load_llama_tokenizer(self.tokenizer, self.path)
         start = self._crop_start(tokenizer)
         llama = load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm, self.in_fp8)
@@ -149,7 +147,7 @@ class LlavaTextEncoder:
         return llama, (tokenizer, start)
 
     def _crop_start(self, tokenizer: LlamaTokenizer) -> int:
-        """How many tokens of a text stand before the prompt."""
+        """Return the number of tokens before the prompt."""
         counted, known = len(tokenizer.tokenize(self.template.before)), self.template.crop_start
         if known is None:
             logger.info(
@@ -160,9 +158,9 @@ class LlavaTextEncoder:
             return counted
         if counted != known:
             logger.warning(
-                "the tokenizer makes %d tokens of the template before the prompt, that of the model makes "
+                "the tokenizer makes %d tokens of the template before the prompt, the model's own makes "
                 "%d: prompts will be cut "
-                "in the wrong place. Give --text_encoder1_tokenizer the one that belongs to the model.",
+                "in the wrong place. Give the tokenizer of this model to --text_encoder1_tokenizer.",
                 counted,
                 known,
             )
@@ -170,9 +168,9 @@ class LlavaTextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """For each prompt {"llm": 256 C, "llm_mask": 256 int64, 1 for real tokens}, on the CPU.
+        """Return {"llm": 256 C, "llm_mask": 256 int64, 1 for real tokens} on the CPU for each prompt.
 
-        Raises CheckpointError where the tokenizer knows more tokens than the model.
+        Raises CheckpointError if the tokenizer has more tokens than the model.
         """
         llama, (tokenizer, start) = self._loaded.get()
         length = start + PROMPT_TOKENS
@@ -199,22 +197,21 @@ class LlavaTextEncoder:
         return results
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Release the encoder and its memory."""
         self._loaded.free()
 
 
 class ClipTextEncoder:
-    """Text encoder 2: CLIP-L. A prompt gives one vector; its second text is taken where it has one
-    (--prompt_2).
-    """
+    """Text encoder 2: CLIP-L. Each prompt gives one vector, of its second text if it has one (--prompt_2)."""
 
     name = "clipL"
     keys = frozenset({"clipL", "clipL_mask"})
     variable_length: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
-        """path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`. dtype:
-        it computes in.
+        """Set up the encoder; `load` reads the files. dtype: compute dtype.
+
+        path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`.
         """
         self.path = inside(path, "text_encoder_2")
         self.dtype = dtype
@@ -223,10 +220,10 @@ class ClipTextEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Content of the checkpoint and of the tokenizer, what config.json adds, and the dtype. Reads a few
-        MB.
+        """Return fingerprints of checkpoint and tokenizer, config.json's values and the dtype.
 
-        Raises CheckpointError where the file is of another model.
+        Reads a few MB.
+        Raises CheckpointError if the file holds another model.
         """
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint).config
@@ -238,7 +235,7 @@ class ClipTextEncoder:
         }
 
     def load(self, device: torch.device) -> None:
-        """Read encoder and tokenizer. A loaded encoder moves to the device."""
+        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
         self._loaded.load(device, self._read)
 
     def _read(self, device: torch.device) -> tuple[ClipText, ClipTokenizer]:
@@ -249,9 +246,9 @@ class ClipTextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """For each prompt {"clipL": C, "clipL_mask": 77 int64, 1 for real tokens}, on the CPU.
+        """Return {"clipL": C, "clipL_mask": 77 int64, 1 for real tokens} on the CPU for each prompt.
 
-        Raises CheckpointError where the tokenizer knows more tokens than the model.
+        Raises CheckpointError if the tokenizer has more tokens than the model.
         """
         clip, tokenizer = self._loaded.get()
         rows = [
@@ -271,12 +268,12 @@ class ClipTextEncoder:
         ]
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Release the encoder and its memory."""
         self._loaded.free()
 
 
 def _filled(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, each B L int64, rows filled up on the right."""
+    """Return token ids and mask, each B L int64, with the rows padded on the right."""
     ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
     mask = torch.tensor([[*[1] * len(row), *[0] * (length - len(row))] for row in rows])
     return ids, mask
@@ -286,7 +283,7 @@ def _check_ids(ids: Tensor, known: int, path: Path, option: str) -> None:
     largest = int(ids.max())
     if largest >= known:
         raise CheckpointError(
-            f"{path} knows {known} tokens, its tokenizer has more (token {largest}). Give its own to "
-            f"{option}.",
+            f"{path} knows {known} tokens, but its tokenizer has more (token {largest}). "
+            f"Give the tokenizer of this model to {option}.",
             path,
         )

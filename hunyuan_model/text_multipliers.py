@@ -1,12 +1,10 @@
-"""`--te_multiplier`: the text weighs more or less inside the transformer. Acts on a loaded transformer from
-outside.
-"""
+"""`--te_multiplier`: scale the text's weight inside a loaded transformer, from outside."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-# of a token refiner: the list of its blocks, and what makes a vector of the text's mean
+# modules of a token refiner: the list of its blocks, and the projection of the text's mean to a vector
 HUNYUAN_REFINER = ("txt_in.individual_token_refiner.blocks", "txt_in.c_embedder")
 FRAMEPACK_REFINER = (
     "context_embedder.token_refiner.refiner_blocks",
@@ -15,11 +13,11 @@ FRAMEPACK_REFINER = (
 
 
 def multiply_text(dit: nn.Module, refiner: tuple[str, str], llm: float, clip: float) -> None:
-    """Multiply what the token refiner makes of the text, from now on. refiner: one of those above.
+    """Scale the outputs of the token refiner from now on. refiner: one of the constants above.
 
-    llm: the output of each of its blocks, so a block sees what the one before gives times llm. clip: the
-    vector of the text's mean that its gates are made from; despite the option's name that is the language
-    model's too (CLIP's goes past the refiner).
+    llm: factor for the output of each refiner block; as blocks follow one another, the factors multiply.
+    clip: factor for the vector of the text's mean from which the gates are made. Despite the option's name
+    that vector comes from the language model too (CLIP's goes past the refiner).
     """
     blocks, mean = map(dit.get_submodule, refiner)
     if llm != 1:

@@ -1,7 +1,7 @@
 """The tokenizers of HunyuanVideo's text encoders, exactly as their files describe them.
 
-tokenizer.json is read as it is: the classes that transformers choose by name build some of these tokenizers
-anew, with other rules.
+tokenizer.json is read directly: the classes that transformers choose by name rebuild some of these tokenizers
+with other rules.
 """
 
 import json
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 BEGIN = "<|begin_of_text|>"
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-# how CLIP cuts a text before merging; in a tokenizer.json it is written down. Source: Radford et al. 2021,
-# arXiv 2103.00020
+# how CLIP splits a text before merging, for files other than tokenizer.json, which states it. Source: Radford
+# et al. 2021, arXiv 2103.00020
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 LLAMA_FILES = TokenizerFiles(
@@ -44,7 +44,7 @@ CLIP_FILES = TokenizerFiles(
 
 @dataclass(frozen=True)
 class LlamaTokenizer:
-    """Text to token ids, the begin token first; and what rows are filled up with."""
+    """Turn text into token ids, the begin token first. `pad`: the id to pad rows with."""
 
     tokenize: Callable[[str], list[int]]  # of any length
     pad: int
@@ -52,24 +52,24 @@ class LlamaTokenizer:
 
 @dataclass(frozen=True)
 class ClipTokenizer:
-    """Text to at most 77 token ids, between the start and the end token."""
+    """Turn text into at most 77 token ids, with a start and an end token."""
 
     tokenize: Callable[[str], list[int]]
     end: int
 
 
 def llama_tokenizer_identity(path: Path | None, encoder: Path) -> str:
-    """What distinguishes the tokenizer in cache records.
+    """Return what distinguishes the tokenizer in cache records.
 
-    path: of --text_encoder1_tokenizer, or None to look for it.
+    path: of --text_encoder1_tokenizer; None looks for it.
     """
     return LLAMA_FILES.identity(LLAMA_FILES.find(path, encoder))
 
 
 def clip_tokenizer_identity(path: Path | None, encoder: Path) -> str:
-    """What distinguishes the tokenizer in cache records.
+    """Return what distinguishes the tokenizer in cache records.
 
-    path: of --text_encoder2_tokenizer, or None to look for it.
+    path: of --text_encoder2_tokenizer; None looks for it.
     """
     file = CLIP_FILES.find(path, encoder)
     merges = None if file is None else _merges_of(file)
@@ -77,16 +77,16 @@ def clip_tokenizer_identity(path: Path | None, encoder: Path) -> str:
 
 
 def load_llama_tokenizer(path: Path | None, encoder: Path) -> LlamaTokenizer:
-    """The language model's. path: of --text_encoder1_tokenizer, or None to look for it: beside the encoder,
-    then on the hub.
+    """Load the language model's tokenizer.
 
-    Raises CheckpointError where there is none or it cannot be read.
+    path: of --text_encoder1_tokenizer; None looks for it beside the encoder, then on the hub.
+    Raises CheckpointError if there is none or it cannot be read.
     """
     file = LLAMA_FILES.find(path, encoder) or LLAMA_FILES.download(encoder)
     logger.info("tokenizer of text encoder 1: %s", file)
     tokenizer = _read(LLAMA_FILES, file)
     begin = tokenizer.token_to_id(BEGIN)
-    # some files leave it to transformers to put the begin token in front
+    # some files leave it to transformers to add the begin token
     first = [] if begin is None or tokenizer.encode("").ids[:1] == [begin] else [begin]
 
     def tokenize(text: str) -> list[int]:
@@ -96,10 +96,10 @@ def load_llama_tokenizer(path: Path | None, encoder: Path) -> LlamaTokenizer:
 
 
 def load_clip_tokenizer(path: Path | None, encoder: Path) -> ClipTokenizer:
-    """CLIP's, from tokenizer.json or from vocab.json with merges.txt. path: of --text_encoder2_tokenizer, or
-    None to look for it.
+    """Load CLIP's tokenizer from tokenizer.json, or from vocab.json with merges.txt.
 
-    Raises CheckpointError where there is none or it cannot be read.
+    path: of --text_encoder2_tokenizer; None looks for it beside the encoder, then on the hub.
+    Raises CheckpointError if there is none or it cannot be read.
     """
     file = CLIP_FILES.find(path, encoder) or CLIP_FILES.download(encoder)
     logger.info("tokenizer of text encoder 2: %s", file)
@@ -130,7 +130,7 @@ def _read(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 def _merges_of(file: Path) -> Path | None:
-    """The second file of a tokenizer in the form of CLIP's release; None for a tokenizer.json."""
+    """Return the second file of a tokenizer in the form of CLIP's release, or None for a tokenizer.json."""
     return file.with_name("merges.txt") if file.name == "vocab.json" else None
 
 
@@ -162,13 +162,13 @@ def _from_merges(vocabulary: Path, merges: Path) -> Tokenizer:
 
 
 def _pad(tokenizer: Tokenizer, file: Path) -> int:
-    """What rows are filled up with. It is masked, so nothing of a prompt depends on it."""
+    """Return the id to pad rows with. Padding is masked, so results do not depend on it."""
     try:
         told = json.loads(file.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get(
             "pad_token"
         )
     except (OSError, ValueError, AttributeError, RecursionError):
-        told = None  # there need be none
+        told = None  # the file is optional
     name = told.get("content") if isinstance(told, dict) else told
     candidates = (name, "<pad>", "<|end_of_text|>")
     ids = (tokenizer.token_to_id(token) for token in candidates if isinstance(token, str))

@@ -1,9 +1,9 @@
-"""Pieces of the HunyuanVideo video VAE: causal convolutions and group norms over a whole clip, computed a few
-frames at a time.
+"""Layers of the HunyuanVideo video VAE: causal convolutions and group norms over a whole clip.
 
-A group norm looks at every frame of a clip, so features of the whole clip lie in memory between two layers.
-All that is larger or passing (normalised, padded, enlarged copies) exists for a few frames only, and results
-go into the tensor they are added to. How many frames are taken at a time changes no result but for rounding.
+A group norm needs every frame of a clip, so the features of the whole clip are in memory between two layers.
+Layers work on a few frames at a time: larger temporary tensors (normalised, padded, enlarged copies) exist
+only for these, and results are written or added into the output. The number of frames at a time changes
+results by rounding only.
 
 Module names follow the published checkpoint. Source: the released VAE of HunyuanVideo (arXiv 2412.03603,
 section 4.1).
@@ -21,33 +21,31 @@ from modules.attention.attend import attend
 from modules.layers.convolution import conv3d
 from modules.layers.memory_layouts import empty_clip
 
-KERNEL = 3  # of every convolution that is not pointwise
-EPS = 1e-6  # of every group norm
-STEP_ELEMENTS = 1 << 26  # values computed at a time where no number of frames is asked for
-Factors = tuple[int, int, int]  # of time, height, width
+KERNEL = 3  # size of every convolution that is not pointwise
+EPS = 1e-6  # in every group norm
+STEP_ELEMENTS = 1 << 26  # values computed at a time if no number of frames is given
+Factors = tuple[int, int, int]  # for time, height, width
 
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Dimensions of a VAE, read off a checkpoint's tensors."""
+    """Dimensions of a VAE, read from a checkpoint's tensors."""
 
     latent_channels: int
-    groups: int  # of every group norm
-    encoder: tuple[int, ...]  # channels of each level, in the order they are passed
-    encoder_blocks: int  # residual blocks of a level
+    groups: int  # in every group norm
+    encoder: tuple[int, ...]  # channels of each level, in computing order
+    encoder_blocks: int  # residual blocks in a level
     decoder: tuple[int, ...]
     decoder_blocks: int
 
 
-# What changes between one level and the next; the last level of each half stays as it is
+# Change of resolution after each level but the last
 DOWN: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
 def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Where to begin and stop so as to compute a few frames at a time: `chunk`, else as many as their
-    `values` each allow.
-    """
+    """Yield (start, stop) of a few frames at a time: `chunk`, or as many as `values` per frame allow."""
     size = chunk or max(1, STEP_ELEMENTS // max(1, values))
     for start in range(0, frames, size):
         yield start, min(start + size, frames)
@@ -56,15 +54,16 @@ def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, in
 class ClipNorm(nn.GroupNorm):
     """Group norm over all frames of a clip, in float32.
 
-    It gives what to do with each channel rather than doing it.
+    It returns a factor and an offset for each channel and leaves applying them to the caller.
     """
 
     def __init__(self, groups: int, width: int) -> None:
         super().__init__(groups, width, eps=EPS)
 
     def factors(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """x: B C T H W. Returns factor and offset, B C 1 1 1 float32: x * factor + offset is the normalised
-        clip.
+        """Return factor and offset, B C 1 1 1 float32, such that x * factor + offset is the normalised clip.
+
+        x: B C T H W.
         """
         means, variances, shares = [], [], []
         for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
@@ -85,11 +84,10 @@ class ClipNorm(nn.GroupNorm):
 
 
 class CausalConv3d(nn.Module):
-    """A 3x3x3 convolution that sees no later frame. Around the picture its border is repeated, before the
-    clip the first frame.
+    """A 3x3x3 convolution that sees no later frame.
 
-    kernel: 1 for a pointwise one. enlarge: how often each pixel is repeated before the convolution; the first
-    frame stands once.
+    It pads by repeating the border of the picture and the first frame of the clip. kernel: 1 for a pointwise
+    one. enlarge: how often each pixel is repeated before the convolution (the first frame not in time).
     """
 
     def __init__(
@@ -107,8 +105,9 @@ class CausalConv3d(nn.Module):
     def forward(
         self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        """x: B C T H W, first through `norm` and SiLU if one is given. Returns B C' T' H' W', added to `onto`
-        in place if given.
+        """Convolve x, B C T H W. Returns B C' T' H' W'.
+
+        norm: apply it and SiLU first. onto: add the result to this tensor in place and return it.
         """
         factors = None if norm is None else norm.factors(x, chunk)
         frames, height, width = self._sizes(x)
@@ -129,15 +128,13 @@ class CausalConv3d(nn.Module):
         return out
 
     def _sizes(self, x: Tensor) -> tuple[int, ...]:
-        """Frames, height, width of the result; time grows by `enlarge` from the second frame on."""
+        """Return frames, height, width of the result; `enlarge` repeats in time from the second frame on."""
         frames, height, width = x.shape[2:]
         seen = 1 + (frames - 1) * self.enlarge[0], height * self.enlarge[1], width * self.enlarge[2]
         return tuple((size - 1) // stride + 1 for size, stride in zip(seen, self.conv.stride, strict=True))
 
     def _padded(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-        """What the results `start` to `stop` are computed from: B C T H+2 W+2. A single frame stays one
-        frame.
-        """
+        """Return the input of the results `start` to `stop`, B C T H+2 W+2. A single frame stays one."""
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
         step = self.conv.stride[0]
@@ -171,13 +168,13 @@ class CausalConv3d(nn.Module):
 
 
 def _repeat_borders(frame: Tensor) -> None:
-    """Fill the outermost rows and columns of ... H W with their neighbours."""
+    """Fill the outermost rows and columns of ... H W with the values beside them."""
     frame[..., 0, :], frame[..., -1, :] = frame[..., 1, :], frame[..., -2, :]
     frame[..., 0], frame[..., -1] = frame[..., 1], frame[..., -2]
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, twice, beside a shortcut. Overwrites its input where that is the shortcut."""
+    """Norm, SiLU and convolution, twice, beside a shortcut. Overwrites its input if that is the shortcut."""
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
@@ -194,9 +191,7 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Attention with one head: each pixel looks at its own frame and all earlier ones. Adds to its input in
-    place.
-    """
+    """One-head attention of each pixel to its own frame and all earlier ones. Adds to its input in place."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -211,7 +206,7 @@ class FrameAttention(nn.Module):
         normed = torch.addcmul(offset, x.float(), factor).to(x.dtype)
         tokens = normed.permute(0, 2, 3, 4, 1).flatten(2, 3)  # B T H*W C
         q, k, v = (layer(tokens).unsqueeze(3) for layer in (self.to_q, self.to_k, self.to_v))  # B T H*W 1 C
-        # frame by frame there is no mask, which for a long clip would fill the memory
+        # frame by frame, because a mask for a long clip would fill the memory
         for frame in range(x.shape[2]):
             known = (part[:, : frame + 1].flatten(1, 2) for part in (k, v))
             seen = self.to_out[0](attend(q[:, frame], *known).squeeze(2))  # B H*W C
@@ -231,7 +226,7 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, then a change of resolution where there is one."""
+    """Residual blocks, then a change of resolution if `down` or `up` is given."""
 
     def __init__(
         self,
@@ -271,7 +266,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels B 3 T H W to features of means and log variances B 2Z t h w."""
+    """Encode pixels B 3 T H W as features of means and log variances B 2Z t h w."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -293,7 +288,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features of latents B Z t h w to pixels B 3 T H W."""
+    """Decode features of latents B Z t h w to pixels B 3 T H W."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -315,5 +310,5 @@ class Decoder(nn.Module):
 
 
 def _levels(widths: Sequence[int], changes: Sequence[Factors]) -> Iterator[tuple[int, int, Factors | None]]:
-    """Width before, width, and change of resolution after each level."""
+    """Return width before, width, and change of resolution after each level."""
     return zip((widths[0], *widths[:-1]), widths, (*changes, None), strict=True)

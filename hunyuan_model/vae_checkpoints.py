@@ -1,5 +1,4 @@
-"""Which files hold the HunyuanVideo VAE: their dialects, how each is recognised, and the dimensions read off
-the tensors.
+"""Checkpoint files of the HunyuanVideo VAE: recognise their dialects and read dimensions from the tensors.
 
 Our modules have the names of the official file, which diffusers keeps. ComfyUI's repackaged file has its own.
 """
@@ -17,11 +16,11 @@ from modules.checkpoints.opening import Checkpoint, Source, plain_sources
 from modules.errors import CheckpointError
 
 LATENT_CHANNELS = 16
-MOST_GROUPS = 32  # of a group norm; the released VAE, 128 channels at its narrowest, has so many
+MOST_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest level has 128 channels
 RELEASE = "the official vae/pytorch_model.pt, hunyuan_video_vae_bf16.safetensors or a diffusers vae folder"
-CONFIG_CLASSES = {"AutoencoderKLCausal3D", "AutoencoderKLHunyuanVideo"}  # of a config.json beside the file
+CONFIG_CLASSES = {"AutoencoderKLCausal3D", "AutoencoderKLHunyuanVideo"}  # in a config.json beside the file
 
-COMFY: Names = (  # the decoder's levels are counted from the end there: see `_comfy_name`
+COMFY: Names = (  # which counts the decoder's levels from the end: see `_comfy_name`
     (r"encoder\.down\.(\d+)\.(.+)", r"encoder.down_blocks.\1.\2"),
     (r"(encoder|decoder)\.mid\.block_1\.(.+)", r"\1.mid_block.resnets.0.\2"),
     (r"(encoder|decoder)\.mid\.block_2\.(.+)", r"\1.mid_block.resnets.1.\2"),
@@ -30,7 +29,7 @@ COMFY: Names = (  # the decoder's levels are counted from the end there: see `_c
     (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(.+)", r"\1.mid_block.attentions.0.to_out.0.\2"),
     (r"(encoder|decoder)\.norm_out\.(.+)", r"\1.conv_norm_out.\2"),
 )
-COMFY_LEVEL: Names = (  # inside a level, whose number stands before
+COMFY_LEVEL: Names = (  # inside a numbered level
     (r"(.+_blocks\.\d+)\.block\.(\d+)\.nin_shortcut\.(.+)", r"\1.resnets.\2.conv_shortcut.\3"),
     (r"(.+_blocks\.\d+)\.block\.(.+)", r"\1.resnets.\2"),
     (r"(.+_blocks\.\d+)\.downsample\.(.+)", r"\1.downsamplers.0.\2"),
@@ -39,8 +38,9 @@ COMFY_LEVEL: Names = (  # inside a level, whose number stands before
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
-    """How to load a HunyuanVideo VAE: official file, diffusers layout or ComfyUI's file. Raises
-    CheckpointError for any other.
+    """Plan how to load a HunyuanVideo VAE: official file, diffusers layout or ComfyUI's file.
+
+    Raises CheckpointError for any other file.
     """
     checkpoint = checkpoint.without_prefix(
         "module.",
@@ -66,15 +66,15 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
     )
     if config.latent_channels != LATENT_CHANNELS:
         raise CheckpointError(
-            f"{checkpoint.path}: this VAE has {config.latent_channels} latent channels, that of HunyuanVideo "
+            f"{checkpoint.path}: this VAE has {config.latent_channels} latent channels, HunyuanVideo's "
             f"has {LATENT_CHANNELS}. Give {RELEASE} to --vae.",
             checkpoint.path,
         )
     uneven = [width for width in (*config.encoder, *config.decoder) if width % config.groups]
     if uneven:
         raise CheckpointError(
-            f"{checkpoint.path}: {uneven[0]} channels cannot be shared by {config.groups} groups of a norm. "
-            'Put the number of groups as "norm_num_groups" into the config.json beside the file.',
+            f"{checkpoint.path}: {uneven[0]} channels cannot be divided into {config.groups} norm groups. "
+            'Write the number of groups as "norm_num_groups" into the config.json beside the file.',
             checkpoint.path,
         )
     return LoadPlan(config, checkpoint, sources)
@@ -83,7 +83,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
 def _from_comfy(sources: Mapping[str, Source]) -> dict[str, Source]:
     levels = count(sources, r"decoder\.up\.\d+")
     ours = renamed(sources, lambda name: _comfy_name(name, levels))
-    for name, source in ours.items():  # 1x1x1 convolutions there, linear layers here
+    for name, source in ours.items():  # 1x1x1 convolutions in the file, linear layers here
         if re.fullmatch(r".+\.attentions\.0\.to_.+\.weight", name):
             ours[name] = source.then(_as_matrix)
     return ours
@@ -103,15 +103,15 @@ def _as_matrix(weight: Tensor) -> Tensor:
 def _widths(
     checkpoint: Checkpoint, sources: Mapping[str, Source], start: str, levels: int
 ) -> tuple[int, ...]:
-    """Channels of each level.
+    """Return the channels of each level.
 
-    Raises CheckpointError where there are more or fewer of them than the model has.
+    Raises CheckpointError if the file has more or fewer levels than the model.
     """
     found = count(sources, re.escape(start) + r"\.\d+")
     if found != levels:
         raise CheckpointError(
-            f"{checkpoint.path}: {start} has {found} levels, that of HunyuanVideo has {levels}. "
-            f"The file is of another model, or tensors are missing. Give {RELEASE} to --vae.",
+            f"{checkpoint.path}: {start} has {found} levels, HunyuanVideo's has {levels}. "
+            f"The file holds another model, or tensors are missing. Give {RELEASE} to --vae.",
             checkpoint.path,
         )
     shape = shapes_of(checkpoint, sources)
@@ -119,8 +119,9 @@ def _widths(
 
 
 def _groups(checkpoint: Checkpoint, narrowest: int) -> int:
-    """Groups of the norms, which no tensor tells: what a config.json beside the file says, else 32, or two
-    channels to each.
+    """Return the number of norm groups, which cannot be read from the tensors.
+
+    It is the number in a config.json beside the file, else 32, or fewer so that each has two channels.
     """
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     stated = _stated_groups(folder / "config.json")
@@ -128,14 +129,14 @@ def _groups(checkpoint: Checkpoint, narrowest: int) -> int:
 
 
 def _stated_groups(path: Path) -> int | None:
-    """What a config.json says, where it is there and belongs to such a VAE."""
+    """Return the number in a config.json, or None if the file is missing or belongs to another model."""
     if not path.is_file():
         return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}. Copy it again, or take it away.", path
+            f"{path} cannot be read: {error}. Copy it again, or remove it.", path
         ) from error
     if (
         not isinstance(settings, dict)
@@ -145,5 +146,5 @@ def _stated_groups(path: Path) -> int | None:
         return None
     groups = settings["norm_num_groups"]
     if type(groups) is not int or groups < 1:
-        raise CheckpointError(f'{path}: "norm_num_groups" is {groups!r}, a number from 1 on is needed.', path)
+        raise CheckpointError(f'{path}: "norm_num_groups" is {groups!r}, it must be 1 or more.', path)
     return groups

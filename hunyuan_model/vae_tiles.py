@@ -1,9 +1,9 @@
-"""Clips cut into overlapping pieces in time, height and width, and the results joined by linear ramps.
+"""Cut clips into overlapping pieces in time, height and width, and join the results by linear ramps.
 
-The cuts and ramps are those of the released VAE (hunyuanvideo, `enable_tiling`): a tile begins every three
-quarters of a tile, wherever that leaves the last one; in the overlap a tile fades in over the one above it,
-then over the one to its left. Sizes count latent frames and pixels, which input and output share: in each a
-unit is so many frames or pixels.
+Cuts and ramps are those of the released VAE (hunyuanvideo, `enable_tiling`): a tile begins every three
+quarters of a tile, however short that leaves the last one. In the overlap a tile fades in over the one above
+it, then over the one to its left. Sizes count units, latent frames or latent pixels, which input and output
+share; each unit is a number of frames or pixels.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from modules.planning.pieces import Compute, compute_piece
 
 @dataclass(frozen=True)
 class Cut:
-    """Pieces of `size` units, one every `stride` units, and what a unit is in the input and in the output."""
+    """Pieces of `size` units, one every `stride` units; what a unit is in the input and in the output."""
 
     size: int
     unit_in: int
@@ -29,14 +29,14 @@ class Cut:
 
 
 def in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Tensor:
-    """What `compute` makes of x, B C F H W, tile by tile in height and width.
+    """Apply `compute` to x, B C F H W, tile by tile in height and width.
 
     Returns B C' F' H' W', float32, on `device`.
     """
     height, width = (size // cut.unit_in for size in x.shape[-2:])
     inside = cut.stride * cut.unit_out
     whole = torch.empty(0)
-    above: dict[int, Tensor] = {}  # by left edge: what the tile above has computed of this one
+    above: dict[int, Tensor] = {}  # by left edge: this tile's first rows as the tile above computed them
     for top in range(0, height, cut.stride):
         rows = slice(top * cut.unit_in, (top + cut.size) * cut.unit_in)
         beside = torch.empty(0)
@@ -56,16 +56,15 @@ def in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Ten
             kept = tile[..., :inside, :inside]
             first, second = top * cut.unit_out, left * cut.unit_out
             whole[..., first : first + kept.shape[-2], second : second + kept.shape[-1]] = kept
-            del tile, kept  # before the next is computed
+            del tile, kept  # free them before the next one is computed
     return whole
 
 
 def in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
-    """What `compute` makes of x, B C F H W, span by span of frames: B C' F' H' W' each, in order and without
-    what they share.
+    """Apply `compute` to x, B C F H W, span by span of frames.
 
-    A span begins with the last frame of the units before it, as a clip begins with a single frame; its result
-    for that is dropped.
+    Yields B C' F' H' W' in order and without overlaps. A span begins with the last frame of the units before
+    it, because a clip begins with a single frame; the result for that frame is dropped.
     """
     units = (x.shape[2] - 1) // cut.unit_in  # beside the first frame
     shared = torch.empty(0)
@@ -77,13 +76,11 @@ def in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
         end = cut.stride * cut.unit_out + (not start)
         shared = span[:, :, end:].clone()
         yield span[:, :, :end]
-        del span  # before the next is computed
+        del span  # free it before the next one is computed
 
 
 def _fade_in(piece: Tensor, before: Tensor, axis: int) -> None:
-    """Let the first entries of `piece` along an axis rise from those of `before`, which are of the same
-    pixels or frames.
-    """
+    """Blend the first entries of `piece` along an axis with those of `before`, which show the same."""
     length = min(piece.shape[axis], before.shape[axis])
     head = piece.narrow(axis, 0, length)
     shape = [1] * piece.ndim

@@ -116,9 +116,9 @@ def meta_tensors(width: int = 8, z: int = 16) -> dict[str, Tensor]:
     [
         (
             '{"_class_name": "AutoencoderKLCausal3D", "norm_num_groups": 3}',
-            "8 channels cannot be shared by 3 groups",
+            "8 channels cannot be divided into 3 norm groups",
         ),
-        ('{"_class_name": "AutoencoderKLCausal3D", "norm_num_groups": 0}', "a number from 1 on"),
+        ('{"_class_name": "AutoencoderKLCausal3D", "norm_num_groups": 0}', "is 0, it must be 1 or more"),
         ('{"_class_name": ', "cannot be read"),
     ],
 )
@@ -140,7 +140,7 @@ def test_missing_levels_and_tensors_are_named(tmp_path: Path) -> None:
         name: tensor for name, tensor in vae_tensors().items() if not name.startswith("decoder.up_blocks.3.")
     }
     save_file(tensors, tmp_path / "vae.safetensors")
-    with pytest.raises(CheckpointError, match=r"decoder\.up_blocks has 3 levels, that of HunyuanVideo has 4"):
+    with pytest.raises(CheckpointError, match=r"decoder\.up_blocks has 3 levels, HunyuanVideo's has 4"):
         loaded(tmp_path / "vae.safetensors")
     tensors = vae_tensors()
     del tensors["encoder.mid_block.attentions.0.to_q.weight"]
