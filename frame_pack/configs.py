@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FramePackConfig:
-    """Dimensions of a FramePack transformer, read off a checkpoint's tensors."""
+    """Dimensions of a FramePack transformer, read from a checkpoint's tensors."""
 
     dim: int
     ffn_dim: int
@@ -19,7 +19,7 @@ class FramePackConfig:
     text_dim: int  # width of the language model's states
     pooled_dim: int  # width of the CLIP text encoder's pooled output
     image_dim: int  # width of the image encoder's states
-    image_hidden_dim: int  # width between the two layers that make tokens of these
+    image_hidden_dim: int  # width between the two layers that project these to tokens
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     rope_theta: float = 256.0

@@ -1,4 +1,4 @@
-"""Which files hold FramePack's image encoder, a SigLIP's image tower, and its dimensions.
+"""Checkpoint files of FramePack's image encoder, a SigLIP image tower: recognise them, read their dimensions.
 
 Our modules have Hugging Face's names.
 """
@@ -16,12 +16,12 @@ FILES = (
     "the folder image_encoder of flux_redux_bfl, its model.safetensors or "
     "sigclip_vision_patch14_384.safetensors"
 )
-HEAD_WIDTH = 72  # of so400m; nothing in the tensors tells it
-IMAGE_SIZE = 384  # as FramePack was trained: the tensors only tell how many whole patches there are
-# what a configuration means where it says nothing: transformers leave out what equals their default
+HEAD_WIDTH = 72  # of so400m; cannot be read from the tensors
+IMAGE_SIZE = 384  # as FramePack was trained: the tensors only show the number of whole patches
+# values that a config.json leaves out: transformers do not write what equals their default
 DEFAULTS = {"hidden_size": 768, "num_attention_heads": 12, "layer_norm_eps": 1e-6, "image_size": 224}
 _BESIDE = ("text_model.", "logit_scale", "logit_bias")  # the other tower
-# the pooling behind the last hidden state; what old transformers saved
+# the pooling after the last hidden state; a tensor that old versions of transformers saved
 _UNUSED = ("head.*", "embeddings.position_ids")
 
 
@@ -33,7 +33,7 @@ class SiglipConfig:
     ffn_dim: int
     num_heads: int
     num_layers: int
-    # height and width that images are resized to; the rest behind the last whole patch is not seen
+    # height and width that images are resized to; pixels after the last whole patch are not seen
     image_size: int
     patch_size: int
     activation: str = "gelu_pytorch_tanh"
@@ -41,14 +41,14 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Whole patches of an image."""
+        """Number of whole patches in an image."""
         return (self.image_size // self.patch_size) ** 2
 
 
 def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
-    """How to load the image tower: alone or with the text tower, with any prefix, fp8 or not.
+    """Plan how to load the image tower: alone or with the text tower, with any prefix, in 16 or 8 bits.
 
-    Raises CheckpointError for any other file. A CLIP is told by its patches, which have no bias.
+    Raises CheckpointError for any other file. A CLIP is recognised by its patches, which have no bias.
     """
     own = network_in(
         checkpoint, "embeddings.patch_embedding.bias", "encoder.layers.0.self_attn.q_proj.weight", _BESIDE
@@ -60,8 +60,8 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     patches = shape("embeddings.patch_embedding.weight")
     if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3]:
         raise CheckpointError(
-            f"{checkpoint.path}: its patches have the shape {list(patches)}, those of a SigLIP for images of "
-            "one size are "
+            f"{checkpoint.path}: the patch embedding has shape {list(patches)}, but a SigLIP for images of "
+            "one size has "
             f"[width, 3, side, side]. Give {FILES} to {OPTION}.",
             checkpoint.path,
         )
@@ -83,7 +83,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
 
 
 def _image_size(positions: int, patch: int, told: object) -> int:
-    """The side that gives so many patches: that of config.json, else FramePack's, else the smallest one."""
+    """Return the side that gives `positions` patches: config.json's, else FramePack's, else the smallest."""
     side = math.isqrt(positions)
     return next(
         (size for size in (told, IMAGE_SIZE) if isinstance(size, int) and size // patch == side), side * patch

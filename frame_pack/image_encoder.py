@@ -1,4 +1,4 @@
-"""FramePack's image encoder, a SigLIP so400m: an image to 729 vectors, the last hidden state behind its norm.
+"""FramePack's image encoder, a SigLIP so400m: turn an image into 729 vectors, its normed last hidden state.
 
 Module names follow Hugging Face's files. Source: Zhai et al. 2023, arXiv 2303.15343.
 """
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class SiglipEmbeddings(nn.Module):
-    """Patches and their positions; there is no class token."""
+    """Embed patches and their positions; there is no class token."""
 
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class SiglipEmbeddings(nn.Module):
 class SiglipVision(nn.Module):
     """The image tower without its pooling.
 
-    Build it on the meta device and load a checkpoint (`load_siglip`).
+    Build it on the meta device and load a checkpoint with `load_siglip`.
     """
 
     def __init__(self, config: SiglipConfig) -> None:
@@ -50,28 +50,29 @@ class SiglipVision(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The compute dtype."""
         return self.post_layernorm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the weights."""
         return self.post_layernorm.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels: B 3 H W in -1..1, of any size. Returns B 729 C in the compute dtype, on the encoder's
-        device.
+        """Encode images. pixels: B 3 H W in -1..1, of any size.
+
+        Returns B 729 C in the compute dtype, on the encoder's device.
         """
         prepared = self.prepare(pixels).to(self.device, self.dtype)
         return self.post_layernorm(self.encoder(self.embeddings(prepared)))
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Squeezed to the tower's square, B 3 S S in -1..1, float32, on the CPU.
+        """Resize to the tower's square without keeping the aspect: B 3 S S in -1..1, float32, on the CPU.
 
-        Pillow resizes (bicubic, smoothed where it shrinks) whole steps of 8 bits, as the released model's
-        processor does: torch's float kernel does not clamp between its two passes, and is off by up to 21 of
-        255 steps on noise. Mean and deviation are 0.5, which leaves -1..1 as it is.
+        Pillow resizes (bicubic, antialiased) in 8 bits, as the released model's processor does. torch's float
+        kernel does not clamp between its two passes and is off by up to 21 of 255 steps on noise. Mean and
+        deviation are 0.5, which keeps -1..1 as it is.
         """
         steps = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         size = (self.image_size, self.image_size)
@@ -85,10 +86,9 @@ class SiglipVision(nn.Module):
 
 
 def load_siglip(path: Path, device: torch.device, dtype: torch.dtype = torch.float16) -> SiglipVision:
-    """Load the image tower; fp8 weights are multiplied out. On a CPU it computes in float32 instead of
-    float16.
+    """Load the image tower; fp8 weights are dequantized. On a CPU it computes in float32 instead of float16.
 
-    Raises CheckpointError where the file is damaged or of another model.
+    Raises CheckpointError if the file is damaged or holds another model.
     """
     dtype = half_where_fast(device, dtype, "SigLIP")
     with open_checkpoint(path) as checkpoint:

@@ -1,4 +1,4 @@
-"""Transparency of a picture as what its latents are multiplied by."""
+"""Turn the transparency of a picture into a factor for its latents."""
 
 import numpy
 import torch
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
-    """Transparency made as small as latents: 0 where nothing of the picture is to be seen, 1 where all is.
+    """Resize transparency to the size of latents: 0 for transparent, 1 for opaque.
 
     alpha: H W uint8, cropped to the part of a picture that covers the latents. height, width: of the latents.
-    Returns height x width, float32, on the CPU; Lanczos as the known tuners.
+    Returns height x width, float32, on the CPU. Lanczos, as in the known tuners.
     """
     scale = min(alpha.shape[1] / width, alpha.shape[0] / height)
     left, top = (alpha.shape[1] - scale * width) / 2, (alpha.shape[0] - scale * height) / 2
@@ -20,9 +20,9 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
 
 
 def masked(latents: Tensor, alpha: Tensor | None) -> Tensor:
-    """Latents B C F h w times the masks of `alpha`, B H W uint8; without it the latents themselves.
+    """Multiply latents B C F h w by the masks of `alpha`, B H W uint8. Returns their dtype.
 
-    In their dtype.
+    If `alpha` is None, the latents are returned unchanged.
     """
     if alpha is None:
         return latents

@@ -1,7 +1,7 @@
-"""Where FramePack's tokens stand: frames by indices, rows and columns counted; coarse tokens at the mean of
-those they cover.
+"""Rotary positions of FramePack's tokens: frames by given indices, rows and columns counted.
 
-Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
+A coarse token has the mean of the turns it covers. Source: the released model code; Zhang and Agrawala 2025,
+arXiv 2504.12626.
 """
 # Letters: B batch, L latent tokens, D head width
 
@@ -17,38 +17,38 @@ from modules.layers.rope import CPU, angles_at, on_grid, turns
 
 @dataclass(frozen=True)
 class Stretch:
-    """Latents that follow one another in the sequence, embedded by patches of one size."""
+    """Consecutive latents of the sequence, embedded by patches of one size."""
 
-    # of each of the B samples: where on the frame axis its latents stand
+    # for each of the B samples: positions of its latents on the frame axis
     indices: tuple[tuple[int, ...], ...]
     coarseness: int  # how many frames, rows and columns of patches one token covers
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All that the table of a sequence depends on."""
+    """Everything that the rotary table of a sequence depends on."""
 
     stretches: tuple[Stretch, ...]  # front to back
-    rows: int  # patches, before any are taken together
+    rows: int  # patches, before any are joined into coarse tokens
     columns: int
-    scale: float  # what positions along rows and columns are multiplied by
+    scale: float  # factor for positions along rows and columns
 
 
 def position_scale(timesteps: Tensor, threshold: float | None, factor: float) -> float:
-    """What positions along rows and columns are multiplied by: `factor` from the timestep `threshold` on,
-    where there is one.
+    """Return the factor for positions along rows and columns: `factor` from timestep `threshold` on, else 1.
 
-    timesteps: B, as the model is fed them; the noisiest decides for all. Squeezed positions keep a model that
-    was trained on small pictures from repeating itself in a large one while it lays it out.
+    timesteps: B, as the model takes them; the noisiest decides for all. threshold: None always returns 1. At
+    high noise the model lays out the picture; closer positions then keep a model that was trained on small
+    pictures from repeating itself in a large one.
     """
     return factor if threshold is not None and float(timesteps.max()) >= threshold else 1.0
 
 
 def rotary_table(layout: Layout, widths: Sequence[int], theta: float, device: torch.device = CPU) -> Tensor:
-    """The turns as (cosine, sine) pairs on `device`, float32: L 1 D/2 2 where all samples have the same
-    indices, else B L 1 D/2 2.
+    """Return the turns as (cosine, sine) pairs, float32 on `device`.
 
-    widths: channels for frames, rows, columns, together D.
+    L 1 D/2 2 if all samples have the same indices, else B L 1 D/2 2. widths: channels for frames, rows and
+    columns; they sum to D.
     """
     batch = len(layout.stretches[0].indices)
     samples = [tuple(stretch.indices[sample] for stretch in layout.stretches) for sample in range(batch)]
@@ -63,7 +63,7 @@ def _table(
     theta: float,
     device: torch.device,
 ) -> Tensor:
-    """Of one sample: L 1 D/2 2."""
+    """Return the turns of one sample: L 1 D/2 2."""
     rows, columns = (torch.arange(size) * layout.scale for size in (layout.rows, layout.columns))
     parts = []
     for stretch, frames in zip(layout.stretches, indices, strict=True):
@@ -76,11 +76,11 @@ def _table(
 
 
 def _axis(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
-    """Turns along one axis: ceil(n / coarseness) x width/2 x 2 float32.
+    """Return the turns along one axis: ceil(n / coarseness) x width/2 x 2 float32.
 
-    The mean of cosines and sines, not of positions, as trained: turns of coarse tokens also shrink what they
-    turn. A mean over a cell of the grid is that over the cell's axis, because an axis' turns do not depend on
-    the other axes.
+    It averages cosines and sines, not positions, as in training: the turns of coarse tokens also shrink the
+    vectors they turn. A mean over a cell of the grid equals the mean over the cell's axis, because the turns
+    of an axis do not depend on the other axes.
     """
     each = turns(angles_at(positions.double(), width, theta))
     missing = -len(each) % coarseness

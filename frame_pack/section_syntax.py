@@ -1,8 +1,8 @@
-"""Texts that say something else for each section of a video: `0:a cat sits;;;1-2:it walks;;;-1:it sleeps`.
+"""Texts that differ by section of a video: `0:a cat sits;;;1-2:it walks;;;-1:it sleeps`.
 
-A piece begins with the section that it is for, counted from 0, or from the end with -1; `1-2` is a range with
-both ends. A piece without such a number is for section 0, and so is a text without `;;;`, whatever stands in
-it. Standard library only.
+Each piece begins with the number of its section, counted from 0, or from the end with -1; `1-2` is a range
+including both ends. A piece without a number is for section 0. A text without `;;;` is for section 0 as a
+whole, whatever it contains. Standard library only.
 """
 
 import re
@@ -12,15 +12,15 @@ from modules.errors import OptionError
 
 SEPARATOR = ";;;"
 _PLACES = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
-MOST_SECTIONS = 10_000  # of a video: hours; more is a slip of the finger
+MOST_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
 def parse_entries(text: str, option: str) -> dict[int, str]:
-    """The texts by section. 0 is always there: without one the first from the start stands for it, else the
-    furthest from the end.
+    """Return the texts by section number, always with an entry 0.
 
-    A later piece counts where two are for the same section. option: "--prompt", for messages. Raises
-    OptionError for a range that runs backwards or out of all bounds.
+    If no piece is for section 0, the first one from the start takes its place, else the furthest from the
+    end. If two pieces are for the same section, the later one counts. option: "--prompt", for messages.
+    Raises OptionError for a range that runs backwards or is too long.
     """
     if SEPARATOR not in text:
         return {0: text}
@@ -44,7 +44,7 @@ def _pieces(piece: str, option: str) -> Iterator[tuple[int, str]]:
     last = first if places[2] is None else int(places[2])
     if not first <= last < first + MOST_SECTIONS:
         raise OptionError(
-            f"{option}: {head.strip()} is no range of sections. Write the smaller number first, as 1-2."
+            f"{option}: {head.strip()} is not a range of sections. Write the smaller number first, as 1-2."
         )
     for index in range(first, last + 1):
         yield index, text.strip()

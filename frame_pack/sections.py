@@ -1,11 +1,10 @@
-"""The sections of a long video: how many, in which order they are made, what each sees of the others, how
-they are joined.
+"""The sections of a long video: their number and order, what each one sees, and how they are joined.
 
-FramePack denoises one window of latent frames after the other. A window sees the start image, and what was
-made before it at full, half and quarter resolution; every latent frame that the network is given has a place
-on one line of time, its index. Two orders exist. **Anti-drifting** (the default) makes the last section first
-and ends at the start image, which stands before every section. **F1** makes them in playing order. Pure
-arithmetic; nothing here knows a network.
+FramePack denoises one window of latent frames after the other. A window sees the start image, and the frames
+made before it at full, half and quarter resolution. Every latent frame that the network takes has a place on
+one line of time, its index. There are two orders. **Anti-drifting** (the default) makes the last section
+first and works back to the start image, which every section sees. **F1** makes the sections in playing order.
+Pure arithmetic; no code here depends on a network.
 
 Source: Zhang and Agrawala 2025, arXiv 2504.12626; section numbers and paddings as in the released code.
 """
@@ -21,12 +20,12 @@ from torch import Tensor
 from modules.errors import OptionError
 from modules.media.fading import cross_fade
 
-FRAMES_PER_SECOND = 30  # what the model was trained with; --fps only labels the file
-LATENT_STRIDE = 4  # frames of a latent frame, but for the first, which holds one
-FRAMES_2X = 2  # latent frames of the past that are seen at half resolution
+FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
+LATENT_STRIDE = 4  # frames in a latent frame; the first one holds a single frame
+FRAMES_2X = 2  # latent frames of the past seen at half resolution
 FRAMES_4X = 16  # and at quarter resolution
-FURTHEST = 999  # sections between the start image and another; usual are 3 at most
-HISTORY = 1 + FRAMES_2X + FRAMES_4X  # latent frames of the past that a section sees in all
+FURTHEST = 999  # sections between the start image and another; usually 3 at most
+HISTORY = 1 + FRAMES_2X + FRAMES_4X  # all latent frames of the past that a section sees
 
 # as released: the line through (256 tokens, 0.5) and (4096 tokens, 1.15), and its upper end
 _SHIFT_LINE = ((256, 0.5), (4096, 1.15))
@@ -37,9 +36,7 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class Indices:
-    """Places on the line of time of all latent frames that the network is given in one call; empty where
-    there are none.
-    """
+    """Time indices of all latent frames that the network takes in one call; empty for unused parts."""
 
     clean: tuple[int, ...]  # at full resolution: the start image and the neighbour in time
     clean_2x: tuple[int, ...]
@@ -51,8 +48,8 @@ class Indices:
 class SectionPlan:
     """One section in the order of making."""
 
-    index: int  # from the start of the video, 0 is the first to be played
-    padding: int  # windows that the network is told to be between the start image and this section
+    index: int  # position in the video; 0 is played first
+    padding: int  # windows between the start image and this section, for the time indices
     indices: Indices
 
 
@@ -60,11 +57,11 @@ class SectionPlan:
 
 
 def count_sections(seconds: float, window: int, sections: int | None = None) -> int:
-    """How many sections a video has. seconds: --video_seconds; sections: --video_sections, which is taken
-    where given.
+    """Return the number of sections of a video.
 
-    window: latent frames of a section, --latent_window_size. Raises OptionError for lengths that no video
-    has.
+    seconds: --video_seconds. sections: --video_sections, used instead if given. window: latent frames of a
+    section, --latent_window_size.
+    Raises OptionError for impossible lengths.
     """
     if window < 1:
         raise OptionError(
@@ -81,39 +78,37 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
 
 
 def sections_in(latent_frames: int, window: int) -> int:
-    """How many whole sections a video of training has behind its first frame; 0 where it is too short for
-    one.
-    """
+    """Return the number of whole sections after a training video's first frame; 0 if it is too short."""
     return (latent_frames - 1) // window
 
 
 def video_latents(sections: int, window: int) -> int:
-    """Latent frames of the whole video: its sections behind the start image."""
+    """Return the number of latent frames of the whole video: the start image and its sections."""
     return sections * window + 1
 
 
 def video_frames(sections: int, window: int) -> int:
-    """Frames of the whole video."""
+    """Return the number of frames of the whole video."""
     return pixel_frames(video_latents(sections, window))
 
 
 def section_frames(window: int) -> int:
-    """Frames that one section alone decodes to; also by how many the clips of two neighbours overlap."""
+    """Return the number of frames that one section decodes to; two neighbouring clips overlap by as many."""
     return pixel_frames(window)
 
 
 def pixel_frames(latent_frames: int) -> int:
-    """Frames that so many latent frames decode to."""
+    """Return the number of frames that `latent_frames` latent frames decode to."""
     return LATENT_STRIDE * (latent_frames - 1) + 1
 
 
-# Where each latent frame stands
+# The time index of each latent frame
 
 
 def default_paddings(sections: int) -> tuple[int, ...]:
-    """Windows between the start image and each section, in the order of making.
+    """Return the windows between the start image and each section, in the order of making.
 
-    The released code does not count down from the length of a long video: it repeats 2.
+    For a long video the released code does not count down from its length: it repeats 2.
     """
     if sections > 4:
         return (3, *[2] * (sections - 3), 1, 0)
@@ -121,9 +116,9 @@ def default_paddings(sections: int) -> tuple[int, ...]:
 
 
 def parse_paddings(text: str) -> tuple[int, ...]:
-    """Read --latent_paddings, as "3,2,1,0".
+    """Parse --latent_paddings, such as "3,2,1,0".
 
-    Raises OptionError where it is no list of whole numbers from 0 to 999.
+    Raises OptionError if it is not a list of whole numbers from 0 to 999.
     """
     try:
         paddings = tuple(int(piece) for piece in text.split(","))
@@ -132,14 +127,15 @@ def parse_paddings(text: str) -> tuple[int, ...]:
     if min(paddings) < 0 or max(paddings) > FURTHEST:
         raise OptionError(
             f"--latent_paddings {text!r}: give whole numbers from 0 to {FURTHEST} with commas between them, "
-            "as 3,2,1,0."
+            "such as 3,2,1,0."
         )
     return paddings
 
 
 def section_indices(padding: int, window: int) -> Indices:
-    """The line of an anti-drifting section: start image, `padding` windows left out, target, then what
-    follows it in the video.
+    """Return the indices of an anti-drifting section: start image, target, and what follows the target.
+
+    `padding` windows are left out between the start image and the target.
     """
     target = 1 + padding * window
     later = later_indices(target + window)
@@ -147,8 +143,9 @@ def section_indices(padding: int, window: int) -> Indices:
 
 
 def later_indices(first: int) -> Indices:
-    """Where what follows a target stands, from index `first` on: one frame in full, two at half, sixteen at
-    quarter resolution.
+    """Return the indices of what follows a target, from index `first` on.
+
+    One frame is at full resolution, two at half and sixteen at quarter resolution.
     """
     return Indices(
         clean=(first,),
@@ -159,7 +156,7 @@ def later_indices(first: int) -> Indices:
 
 
 def f1_indices(window: int) -> Indices:
-    """The line of every F1 section: start image, the past from far to near, target."""
+    """Return the indices of every F1 section: start image, the past from far to near, target."""
     return Indices(
         clean=(0, HISTORY),
         clean_2x=_run(1 + FRAMES_4X, FRAMES_2X),
@@ -169,8 +166,9 @@ def f1_indices(window: int) -> Indices:
 
 
 def entry_for(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
-    """What was given for a section (a prompt, an image): by its index from the end (-1 is the last), from the
-    start, else 0.
+    """Return the entry of a section (a prompt, an image): by its index from the end, from the start, else 0.
+
+    The last section has index -1 from the end.
     """
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
@@ -184,19 +182,19 @@ def _run(start: int, length: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class CleanLatents:
-    """What the network is given beside the target: B C F H W each, placed by `Indices`."""
+    """Clean latents that the network takes beside the target: B C F H W each, at the places of `Indices`."""
 
     clean: Tensor  # F 2
-    clean_2x: Tensor  # in full, as the next one: the network makes them smaller
+    clean_2x: Tensor  # at full size like the next one: the network reduces them
     clean_4x: Tensor
 
 
 @dataclass(frozen=True)
 class Order:
-    """An order of making, as the functions that a loop over its sections calls.
+    """An order of making sections, as functions for a loop over them.
 
-    The history is what was made so far, B C F H W in playing order, never less than 19 frames: black stands
-    for what is missing. A loop over true latents in place of made ones gives what training sees.
+    The history holds what was made so far, B C F H W in playing order, always at least 19 frames: black ones
+    in place of missing ones. The same loop over true latents, instead of made ones, gives what training sees.
     """
 
     # number of sections, window, --latent_paddings
@@ -204,10 +202,10 @@ class Order:
     # start, end image (B C 1 H W) -> the history before the first section
     begin: Callable[[Tensor, Tensor | None], Tensor]
     seen: Callable[[Tensor, Tensor], CleanLatents]  # start, history -> what the next section sees
-    grown: Callable[[Tensor, Tensor], Tensor]  # history, section just made -> history
-    # start, history, latent frames made -> these, the start image first
+    grown: Callable[[Tensor, Tensor], Tensor]  # history, section just made -> the longer history
+    # start, history, number of latent frames made -> these frames after the start image
     video: Callable[[Tensor, Tensor, int], Tensor]
-    in_front: bool  # each section is played before those made until then
+    in_front: bool  # each section is played before those made earlier
 
 
 def _plan_backwards(sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
@@ -260,10 +258,10 @@ def _video_backwards(start: Tensor, history: Tensor, made: int) -> Tensor:
 
 
 def _video_forwards(_start: Tensor, history: Tensor, made: int) -> Tensor:
-    return history[:, :, -(made + 1) :]  # the start image is in it
+    return history[:, :, -(made + 1) :]  # this includes the start image
 
 
-# --latent_paddings and the end image mean nothing to F1
+# F1 ignores --latent_paddings and the end image
 ANTI_DRIFTING = Order(
     _plan_backwards, _begin_backwards, _seen_backwards, _grown_backwards, _video_backwards, in_front=True
 )
@@ -274,12 +272,12 @@ F1 = Order(_plan_forwards, _begin_forwards, _seen_forwards, _grown_forwards, _vi
 
 
 def count_tokens(latent_frames: int, height: int, width: int) -> int:
-    """Tokens of the target alone. height, width: of the latents; a token covers 2 x 2 of them."""
+    """Return the tokens of the target alone. height, width: of the latents; a token covers 2 x 2 of them."""
     return latent_frames * (height // 2) * (width // 2)
 
 
 def flow_shift_for(tokens: int) -> float:
-    """The flow shift of a target of so many tokens: exponential in them, 7 at most.
+    """Return the flow shift of a target of `tokens` tokens: it grows exponentially with them, up to 7.
 
     The schedule is that of `make_schedule("unipc-bh1", ...)` with this shift.
     """
@@ -292,8 +290,9 @@ def flow_shift_for(tokens: int) -> float:
 
 
 def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
-    """The latent frames that are decoded together, in playing order: each section with the next, for a seam
-    without a jump.
+    """Return the latent frames to decode together, in playing order: each section with the next one.
+
+    Decoding both together keeps the seam smooth.
     """
     total = video_latents(sections, window)
     starts = [0, *(index * window + 1 for index in range(1, sections))]
@@ -302,11 +301,10 @@ def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
 
 
 def blend_overlaps(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
-    """Join clips, each of which repeats the last `overlap` frames of the one before, with a linear
-    transition.
+    """Join clips that each repeat the last `overlap` frames of the one before, with a linear transition.
 
-    clips: B C F H W in playing order. Yields pieces in playing order; no more than two clips are held at a
-    time. Raises ValueError where a clip is too short for its transitions.
+    clips: B C F H W in playing order. Yields pieces in playing order and holds at most two clips at a time.
+    Raises ValueError if a clip is shorter than `overlap`.
     """
     tail: Tensor | None = None
     for clip in clips:

@@ -1,4 +1,4 @@
-"""FramePack's text encoders as the shared loops see them: HunyuanVideo's two, their outputs in another form.
+"""FramePack's text encoders, as the shared loops use them: HunyuanVideo's two with outputs in another form.
 
 Names, shapes and dtypes of the outputs are those of the cache format. Source: the released FramePack.
 """
@@ -16,7 +16,7 @@ from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
 
-TEXT_ROWS = 512  # of the language model's states, zeros behind those of the prompt
+TEXT_ROWS = 512  # rows for the language model's states, zeros after those of the prompt
 LLAMA_KEYS = frozenset({"llama_vec", "llama_attention_mask"})
 CLIP_KEYS = frozenset({"clip_l_pooler"})
 
@@ -28,33 +28,33 @@ class FramePackTextEncoder:
     name: str
     keys: frozenset[str]
     encoder: TextEncoder
-    # what the encoder makes of a prompt -> what FramePack's caches hold of it
+    # an output of HunyuanVideo's encoder -> the tensors in FramePack's caches
     output: Callable[[Conditions], Conditions]
     variable_length: frozenset[str] = frozenset()
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What an output depends on beside the prompt. Reads a few MB.
+        """Return what an output depends on beside the prompt. Reads a few MB.
 
-        Raises CheckpointError where the file is of another model.
+        Raises CheckpointError if the file holds another model.
         """
         return self.encoder.identity
 
     def load(self, device: torch.device) -> None:
-        """Read encoder and tokenizer. A loaded encoder moves to the device."""
+        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
         self.encoder.load(device)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """The tensors `keys` of each prompt, on the CPU.
+        """Return the tensors `keys` of each prompt, on the CPU.
 
-        As the release: each prompt alone, filled up to one length. Fewer tokens, or several prompts at once,
-        are quicker but sum in another order, which shows in the last bits. Raises CheckpointError where the
-        tokenizer knows more tokens than the model.
+        Each prompt is encoded alone and padded to one length, as in the release. Fewer tokens or several
+        prompts at once would be faster, but sum in another order, which changes the last bits.
+        Raises CheckpointError if the tokenizer has more tokens than the model.
         """
         return [self.output(encoded) for prompt in prompts for encoded in self.encoder.encode([prompt])]
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Release the encoder and its memory."""
         self.encoder.free()
 
 
@@ -65,12 +65,11 @@ def framepack_llama(
     system_prompt: str | None = None,
     in_fp8: bool = False,
 ) -> FramePackTextEncoder:
-    """Text encoder 1: the states that HunyuanVideo's language model has for a prompt's own tokens, at most
-    256 of them.
+    """Make text encoder 1: the language model's states of a prompt's own tokens, at most 256 of them.
 
-    Gives {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}. path: file or folder
-    of the model, or a release's folder that holds it as `text_encoder`. dtype: it computes in. system_prompt:
-    what the model is told in place of the usual description of its task. in_fp8: keep the linear layers in 8
+    It returns {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}. path: file or
+    folder of the model, or a release's folder that holds it as `text_encoder`. dtype: compute dtype.
+    system_prompt: replaces the usual description of the model's task. in_fp8: keep the linear layers in 8
     bits.
     """
     template = VIDEO_TEMPLATE if system_prompt is None else PromptTemplate(system_prompt)
@@ -81,10 +80,10 @@ def framepack_llama(
 def framepack_clip(
     path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None
 ) -> FramePackTextEncoder:
-    """Text encoder 2: CLIP-L's pooled state, one vector for a prompt.
+    """Make text encoder 2: CLIP-L's pooled state, one vector per prompt.
 
-    Gives {"clip_l_pooler": C}. path: file or folder of the model, or a release's folder that holds it as
-    `text_encoder_2`. dtype: it computes in.
+    It returns {"clip_l_pooler": C}. path: file or folder of the model, or a release's folder that holds it as
+    `text_encoder_2`. dtype: compute dtype.
     """
     return FramePackTextEncoder("clip_l", CLIP_KEYS, ClipTextEncoder(path, dtype, tokenizer), _pooled)
 

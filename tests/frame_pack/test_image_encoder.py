@@ -239,7 +239,7 @@ def test_patches_as_rows_are_refused(tmp_path: Path) -> None:
     tensors["embeddings.patch_embedding.weight"] = tensors["embeddings.patch_embedding.weight"].flatten(1)
     path = save(tmp_path / "model.safetensors", siglip_layouts(tensors)["vision"])
     with pytest.raises(
-        CheckpointError, match=r"its patches have the shape \[144, 588\](.|\n)*--image_encoder"
+        CheckpointError, match=r"the patch embedding has shape \[144, 588\](.|\n)*--image_encoder"
     ):
         load_siglip(path, CPU)
 

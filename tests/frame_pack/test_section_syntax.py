@@ -34,5 +34,5 @@ def test_pieces_are_for_the_sections_they_name(text: str, entries: dict[int, str
 
 @pytest.mark.parametrize("text", ["3-1:a;;;0:b", "0-99999999:a;;;0:b"])
 def test_ranges_that_cannot_be_are_refused(text: str) -> None:
-    with pytest.raises(OptionError, match=r"--image_path: \d-\d+ is no range of sections"):
+    with pytest.raises(OptionError, match=r"--image_path: \d-\d+ is not a range of sections"):
         parse_entries(text, "--image_path")
