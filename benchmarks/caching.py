@@ -1,8 +1,8 @@
-"""How much of a caching run is not encoding: against an encoder that only waits as long as a GPU would.
+"""Measure the share of a caching run that is not encoding, with an encoder that only waits as a GPU would.
 
     python benchmarks/caching.py --clips 24
 
-Prints the ratio of the whole run to the waiting, 1.0 being perfect. The target is 1.15 on two cores.
+Prints the ratio of the whole run to the waiting; 1.0 is perfect. The target is 1.15 on two cores.
 """
 
 import argparse
@@ -39,9 +39,9 @@ frame_extraction = "head"
 
 @dataclass(frozen=True)
 class WaitingFamily:
-    """Stands in for a model family: its encoder sleeps, as the host does while a GPU works."""
+    """Stand-in for a model family: its encoder sleeps, as the host does while a GPU works."""
 
-    seconds: float  # for each clip
+    seconds: float  # per clip
     name: str = "waiting"
     cache_tag: str = "waiting"
     latent: LatentSpec = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
@@ -62,7 +62,7 @@ class WaitingFamily:
 
 
 def write_clip(path: Path, frames: int, size: tuple[int, int], seed: int) -> None:
-    """A clip with motion and grain, about as heavy to decode as footage."""
+    """Write a clip with motion and grain that is about as expensive to decode as footage."""
     width, height = size
     random = np.random.default_rng(seed)
     ground = random.integers(0, 255, (height // 8, width // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--source_size", type=int, nargs=2, default=(832, 480), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--seconds", type=float, default=0.5, help="what the encoder takes for a clip")
+    parser.add_argument("--seconds", type=float, default=0.5, help="encoding time per clip")
     parser.add_argument("--num_workers", type=int, default=None)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def run(folder: Path, args: argparse.Namespace) -> float:
-    """Seconds of one caching run."""
+    """Return the seconds of one caching run."""
     options = CachingOptions(
         dataset_config=folder / "dataset.toml",
         device="cpu",
@@ -125,7 +125,7 @@ def run(folder: Path, args: argparse.Namespace) -> float:
 
 
 def peak_bytes() -> int:
-    """The largest resident size of this process so far."""
+    """Return the largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

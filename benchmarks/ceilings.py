@@ -1,22 +1,22 @@
-"""What the device can do at most, measured in the same run as whatever is compared with it."""
+"""Measure a device's peak rates in the same run as the rates that are compared with them."""
 
 import statistics
 from collections.abc import Callable
 
 import torch
 
-SIDE = 8192  # of the matrices
-COPIED = 1 << 30  # bytes
+SIDE = 8192  # rows and columns of the matrices
+COPIED = 1 << 30  # bytes to upload
 
 
 def matmul_peak(dtype: torch.dtype = torch.bfloat16, side: int = SIDE) -> float:
-    """Operations per second of a square matrix product on random numbers; the current CUDA device."""
+    """Return operations per second of a square product of random matrices on the current CUDA device."""
     left, right = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))
     return 2 * side**3 / seconds_of(lambda: left @ right)
 
 
 def upload_peak(size: int = COPIED) -> float:
-    """Bytes per second from pinned host memory to the current CUDA device."""
+    """Return bytes per second from pinned host memory to the current CUDA device."""
     host, device = (
         torch.empty(size, dtype=torch.uint8, pin_memory=True),
         torch.empty(size, dtype=torch.uint8, device="cuda"),
@@ -25,7 +25,7 @@ def upload_peak(size: int = COPIED) -> float:
 
 
 def seconds_of(call: Callable[[], object], repeats: int = 10, warm_up: int = 3) -> float:
-    """The median time of a call on the current CUDA device, by its own clock."""
+    """Return the median time of a call on the current CUDA device, by the device's clock."""
     for _ in range(warm_up):
         call()
     times = []

@@ -1,6 +1,6 @@
-"""How many floating-point operations a transformer's pass takes; a multiplication and an addition are two.
+"""Count the floating-point operations of a transformer; a multiplication and an addition are two.
 
-Counted are the Linear layers of the blocks and attention, which are all but a hundredth of the work.
+Only attention and the Linear layers of the blocks are counted, which is about 99 % of the work.
 """
 # Letters: L video tokens, T text tokens, C width, F width of the feed-forward
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hunyuan_model.configs import HunyuanVideoConfig
 from wan.configs import WanConfig
 
-# a step in forwards: forward, recomputation, and of the backward pass
+# cost of a step in forward passes: forward, recomputation and backward
 RECOMPUTED = {"linear": 3.0, "attention": 4.5}
 KEPT = {"linear": 2.0, "attention": 3.5}  # 1 for a linear (its weight has no gradient), 2.5 for attention
 
@@ -26,18 +26,18 @@ class Work:
         return self.linear + self.attention
 
     def lora_step(self, checkpointing: bool) -> float:
-        """Operations the hardware does in a training step of a LoRA, the recomputation of gradient
-        checkpointing included.
+        """Return the hardware operations of a LoRA training step. checkpointing: count recomputation too.
 
-        The base is frozen, so its layers have no weight gradients; those of the LoRA are left out.
+        The base is frozen, so its layers have no weight gradients; the LoRA's own operations are left out.
         """
         times = RECOMPUTED if checkpointing else KEPT
         return times["linear"] * self.linear + times["attention"] * self.attention
 
 
 def wan_work(config: WanConfig, video_tokens: int) -> Work:
-    """video_tokens: L. The text is padded to `text_len` tokens, image tokens (257) where the model has
-    them.
+    """Return the work of a Wan transformer on `video_tokens` tokens (L).
+
+    The text is padded to `text_len` tokens; 257 image tokens are added if the model takes an image.
     """
     dim, text = config.dim, config.text_len + (257 if config.has_image else 0)
     per_video = 6 * dim**2 + 2 * dim * config.ffn_dim  # q, k, v, o; q and o of cross-attention; feed-forward
@@ -47,9 +47,9 @@ def wan_work(config: WanConfig, video_tokens: int) -> Work:
 
 
 def hunyuan_work(config: HunyuanVideoConfig, video_tokens: int, text_tokens: int) -> Work:
-    """video_tokens: L. text_tokens: T, those that are not padding."""
+    """Return the work of a HunyuanVideo transformer. video_tokens: L. text_tokens: T, without padding."""
     dim, tokens = config.dim, video_tokens + text_tokens
-    # qkv, projection, feed-forward; text has the same with weights of its own
+    # qkv, projection, feed-forward; the text has the same with its own weights
     double = 4 * dim**2 + 2 * dim * config.ffn_dim
     single = dim * (3 * dim + config.ffn_dim) + (dim + config.ffn_dim) * dim
     linear = 2 * tokens * (config.double_blocks * double + config.single_blocks * single)

@@ -1,16 +1,17 @@
-"""Peak memory of FramePack videos of 5 and of 50 sections: python benchmarks/framepack_memory.py
+"""Measure peak memory of FramePack videos of 5 and of 50 sections.
 
-A child process gives the command line of fpack_generate_video.py a tiny random model, once for a short video,
-so that all is loaded that a run loads, and then for the video that is measured: text and images, every
-section, the preview after each (or not, with --no_progressive_save), the decoding of the whole, the video
-file. The figure is the highest resident memory of the process above what it was before (VmHWM of
-/proc/self/status, so Linux only), less one copy of the video's latents in float32. It is divided by the
-figure of the shortest video.
+    python benchmarks/framepack_memory.py
 
-Of 96 x 96 pixels a frame takes 108 KiB as float32 and 27 KiB as bytes, so that the 1620 frames that the
-longest video has more would show with 171 MiB or 43 MiB where anything kept them, against a peak of some 140
-MiB; a copy of the latents is 3.7 MiB. What the network sees of the past is 19 latent frames of 12 x 12 in any
-section; all 450 of them as tokens would show as well.
+A child process runs fpack_generate_video.py on a tiny random model, first for a short video, so that
+everything a run loads is loaded, and then for the measured video: text and images, every section, the preview
+after each (or not, with --no_progressive_save), decoding, the video file. The figure is the highest resident
+memory of the process above that before (VmHWM of /proc/self/status, so Linux only), less one copy of the
+video's latents in float32. It is divided by the figure of the shortest video.
+
+At 96 x 96 pixels a frame takes 108 KiB as float32 and 27 KiB as bytes. The 1620 additional frames of the
+longest video would show as 171 MiB or 43 MiB if anything kept them, against a peak of about 140 MiB; a copy
+of the latents is 3.7 MiB. In any section the network sees 19 latent frames of 12 x 12 of the past; all 450 of
+them as tokens would show as well.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main() -> None:
         nargs="+",
         type=int,
         default=SECTIONS,
-        help="lengths; the first is what others are compared with",
+        help="numbers of sections; the others are compared with the first",
     )
     parser.add_argument("--child", nargs=2, metavar=("MODE", "SECTIONS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -73,7 +74,7 @@ def _compare(mode: str, lengths: tuple[int, ...]) -> float:
 
 
 def _measure(options: tuple[str, ...], sections: int) -> int:
-    """In the child: bytes at the peak, beside one copy of the latents."""
+    """Return the bytes at the peak, less one copy of the latents. Runs in the child."""
     import tempfile
 
     import numpy as np

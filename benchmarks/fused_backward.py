@@ -1,11 +1,12 @@
-"""Peak memory of full fine-tuning with --fused_backward_pass, against the same run without: python
-benchmarks/fused_backward.py
+"""Measure peak memory of full fine-tuning with --fused_backward_pass, against the same run without.
 
-A child process loads a random Wan transformer and trains all of it for a few steps through the whole of the
-training, saving a file and a state; Adafactor keeps next to nothing of its own. The figure is the highest
-resident memory of the process above what it was before (VmHWM of /proc/self/status, so Linux only), with the
-fused pass divided by without. Both runs have to end with the same bytes. The last line is the peak of the
-saving alone above the memory of the trained model, in sizes of its weights.
+    python benchmarks/fused_backward.py
+
+A child process loads a random Wan transformer and trains all of it for a few steps with the training loop,
+saving a file and a state; Adafactor keeps almost no state of its own. The figure is the highest resident
+memory of the process above that before (VmHWM of /proc/self/status, so Linux only), with the fused pass
+divided by without. Both runs must end with the same bytes. The last line is the peak of the saving alone
+above the memory of the trained model, in sizes of its weights.
 """
 
 import argparse
@@ -58,11 +59,9 @@ def main() -> None:
 
 
 def _run(folder: Path, options: list[str]) -> tuple[int, ...]:
-    """Bytes at the peak, bytes of the weights, bytes at the peak of saving, checksum of the trained
-    weights.
-    """
+    """Return bytes at the peak, of the weights, at the peak of saving, and a checksum of the weights."""
     command = [sys.executable, __file__, "--child", *(f"={word}" for word in options)]
-    # a freed tensor goes back to the system at once, whatever its size
+    # return freed tensors of any size to the system at once
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -75,8 +74,8 @@ def _run(folder: Path, options: list[str]) -> tuple[int, ...]:
 
 
 def _measure(words: list[str]) -> tuple[int, int, int, int]:
-    """In the child: see `_run`. The peak is counted from before the model is loaded."""
-    import transformers.optimization  # noqa: F401  # Adafactor: counted as there before
+    """Measure in the child; return the same as `_run`. The peak counts from before the model is loaded."""
+    import transformers.optimization  # noqa: F401  # Adafactor: loaded now so that it does not count
 
     from modules.options import read_options
     from training.loop import advance
@@ -117,7 +116,7 @@ def _groups(groups: Iterator[range]) -> list[range]:
 
 
 def _write_project(folder: Path, dim: int, layers: int) -> list[str]:
-    """A random transformer, caches of small clips, and the options of a run on them."""
+    """Write a random transformer and caches of small clips; return the options of a run on them."""
     import torch
 
     from modules.atomic_write import save_tensors

@@ -1,11 +1,11 @@
-"""Training steps and generation of models of real size on one GPU: python benchmarks/gpu.py
+"""Measure training steps and generation of models of real size on one GPU: python benchmarks/gpu.py
 
-Weights are random, so nothing is downloaded: a file of the released model's tensors without content is loaded
-by the same code as a real one, then filled with noise on the device. Each row runs in a process of its own,
-with the options that a user would type. Printed is a Markdown table: seconds a step, operations a second
+Weights are random, so nothing is downloaded: the same code that loads real files loads an empty file with the
+released model's tensors, then fills it with noise on the device. Each row runs in its own process, with the
+options that a user would type. The output is a Markdown table: seconds per step, operations per second
 against a bf16 matrix product measured in the same run (hardware operations: recomputation counts), the peak
-of the device's memory beside what --plan predicts for it, and of the host's. A generation is 5 steps with
-guidance, taken times 8 for the 40 of a video; its VAE and text encoders are not in the time.
+of the device's memory beside the prediction of --plan, and the host's peak. A generation is 5 steps with
+guidance, times 8 for the 40 steps of a video; VAE and text encoders are not in the time.
 """
 
 import argparse
@@ -27,17 +27,17 @@ from benchmarks.gpu_rows import ROWS, Row, sampling_steps, work_of  # noqa: E402
 from tests.manifests import tensor_list, write_hollow  # noqa: E402
 
 STEPS, WARM_UP = 3, 2
-MADE = 5  # steps of a generation that are timed
+MADE = 5  # number of timed steps of a generation
 GIB = 1 << 30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="\n".join(rows_in_words()))
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="numbers of rows; default: all"
+        "--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="rows to measure; default: all"
     )
     parser.add_argument(
-        "--seconds", type=float, default=1200, help="begin no further row after so many; default 1200"
+        "--seconds", type=float, default=1200, help="begin no row after this many seconds; default 1200"
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -53,7 +53,7 @@ def rows_in_words() -> list[str]:
 
 
 def print_table(numbers: list[int], seconds: float, device: str) -> None:
-    """Measure row by row, each in a child process, and print each as soon as it is there."""
+    """Measure each row in a child process and print it as soon as it is done."""
     import torch
 
     from benchmarks.ceilings import matmul_peak, upload_peak
@@ -85,7 +85,7 @@ def print_table(numbers: list[int], seconds: float, device: str) -> None:
 
 
 def line_of(start: str, row: Row, found: dict[str, float], peak: float) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     rate = found["operations"] / found["seconds"]
     shown = f"{found['seconds']:.2f}"
     if row.generates:
@@ -103,7 +103,7 @@ def line_of(start: str, row: Row, found: dict[str, float], peak: float) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """A dressed model and what one measured call of it does."""
+    """A prepared model and the work of one measured call."""
 
     call: Callable[[], object]
     operations: float  # of the call
@@ -112,14 +112,14 @@ class Bench:
 
 
 def measured(row: Row, device: str) -> dict[str, float]:
-    """The numbers of a row, in the process that loads its model."""
+    """Return the figures of a row, in the process that loads its model."""
     import torch
 
     from benchmarks.process_memory import peak
 
     where = torch.device(device)
     with tempfile.TemporaryDirectory() as folder:
-        # some are float32
+        # all in bf16, although the release has some in float32
         in_bf16 = {name: ("BF16", shape) for name, (_, shape) in tensor_list(row.model.manifest).items()}
         path = write_hollow(Path(folder) / "dit.safetensors", in_bf16)
         bench = (generation if row.generates else training)(row, path, where)
@@ -139,8 +139,9 @@ def measured(row: Row, device: str) -> dict[str, float]:
 
 
 def clocked(call: Callable[[], object], device: Any, rounds: int, warm_up: int) -> float:
-    """Seconds of a call, the mean of some; the peak of the device's memory begins with the last call before
-    them.
+    """Return the mean seconds of `rounds` calls.
+
+    The peak of the device's memory counts from the last warm-up call on.
     """
     import torch
 
@@ -158,8 +159,9 @@ def clocked(call: Callable[[], object], device: Any, rounds: int, warm_up: int) 
 
 
 def training(row: Row, path: Path, device: Any) -> Bench:
-    """A LoRA of rank 32 on random latents: loss, backward pass, clipping, optimizer step, as the training
-    loop does them.
+    """Prepare training steps of a LoRA of rank 32 on random latents.
+
+    A step is loss, backward pass, clipping and optimizer step, as in the training loop.
     """
     import torch
 
@@ -203,7 +205,7 @@ def training(row: Row, path: Path, device: Any) -> Bench:
 
 
 def generation(row: Row, path: Path, device: Any) -> Bench:
-    """Some steps of the denoising loop with guidance, on random conditions."""
+    """Prepare some steps of the denoising loop with guidance, on random conditions."""
     import torch
 
     from benchmarks.noise import fill_with_noise
@@ -231,7 +233,7 @@ def generation(row: Row, path: Path, device: Any) -> Bench:
 
 
 def training_family(row: Row, path: Path) -> tuple[Any, Any]:
-    """The options of a row as the script reads them, and the family."""
+    """Return the options of a row, as the training script reads them, and the family."""
     from training.options import read_training
 
     given = [
@@ -264,7 +266,7 @@ def training_family(row: Row, path: Path) -> tuple[Any, Any]:
 
 
 def generation_family(row: Row, path: Path) -> tuple[Any, Any]:
-    """The same for generation; today of Wan only."""
+    """Return the same for generation; only for Wan so far."""
     from generation.options import ScriptDefaults, read_generation
     from wan.family import family_for_generation
     from wan.options import WanGenerationOptions, add_generation_arguments
@@ -286,7 +288,7 @@ def generation_family(row: Row, path: Path) -> tuple[Any, Any]:
 
 
 def random_batch(row: Row, family: Any) -> Any:
-    """A batch of one clip, as the feed would give it: latents, texts, noise."""
+    """Return a batch of one clip, as the feed returns it: latents, texts, noise."""
     import torch
 
     from modules.contract.data import Batch
@@ -307,7 +309,7 @@ def random_batch(row: Row, family: Any) -> Any:
 
 
 def random_request(row: Row, family: Any) -> tuple[Any, Any, Any]:
-    """A request for a few steps, its texts and its image as the encoders would give them."""
+    """Return a request for a few steps, with its texts and its image as the encoders return them."""
     import torch
 
     from modules.contract.generation import EncodedPrompts, Request

@@ -1,6 +1,4 @@
-"""What benchmarks/gpu.py measures: models of real size, and the options of each row as a user would type
-them.
-"""
+"""The rows of benchmarks/gpu.py: models of real size, and the options of each as a user would type them."""
 
 from dataclasses import dataclass
 
@@ -18,7 +16,7 @@ GENERATE_COMPILED = ("--compile", "--compile_args", "inductor", "default", "auto
 
 @dataclass(frozen=True)
 class Size:
-    """Of a clip in pixels."""
+    """Size of a clip in pixels."""
 
     width: int
     height: int
@@ -26,7 +24,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Video tokens: a VAE's 8 x 8 x 4 and patches of 2 x 2."""
+        """Number of video tokens: the VAE's stride of 4 x 8 x 8 and patches of 2 x 2."""
         return ((self.frames - 1) // 4 + 1) * (self.height // 16) * (self.width // 16)
 
     def __str__(self) -> str:
@@ -35,12 +33,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Model:
-    """A released model. `manifest` is the list of its tensors in tests/data/checkpoints."""
+    """A released model. `manifest`: the list of its tensors in tests/data/checkpoints."""
 
     name: str
     manifest: str
-    task: str | None  # of Wan
-    swappable: int  # the most that --blocks_to_swap can be
+    task: str | None  # for Wan only
+    swappable: int  # largest value of --blocks_to_swap
 
     @property
     def is_wan(self) -> bool:
@@ -56,7 +54,7 @@ class Row:
     size: Size
     options: tuple[str, ...]
     generates: bool = False
-    text_tokens: int = 256  # of a prompt, where they are not padded
+    text_tokens: int = 256  # in a prompt, if the family does not pad it
 
 
 WAN_14B = Model("Wan 14B T2V", "wan2.1-t2v-14b", "t2v-14B", 39)
@@ -94,12 +92,12 @@ ROWS = (
 
 
 def work_of(row: Row, config: WanConfig | HunyuanVideoConfig) -> Work:
-    """Operations of one forward pass of a row's model."""
+    """Return the operations of one forward pass of a row's model."""
     if isinstance(config, WanConfig):
         return wan_work(config, row.size.tokens)
     return hunyuan_work(config, row.size.tokens, row.text_tokens)
 
 
 def sampling_steps(model: Model) -> int:
-    """How many steps a video of that model takes where nothing is said."""
+    """Return the default number of steps for a video of that model."""
     return TASKS[model.task].steps if model.task is not None else 50

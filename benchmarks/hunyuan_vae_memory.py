@@ -1,11 +1,12 @@
-"""Peak memory of the HunyuanVideo VAE in tiles, for clips of growing length and size: python
-benchmarks/hunyuan_vae_memory.py
+"""Measure peak memory of the tiled HunyuanVideo VAE, for clips of growing length and size.
 
-A child process encodes a clip or decodes latents with a narrow random VAE and throws each chunk of frames
-away, as writing a video does. The figure is the highest resident memory of the process above what it was
-before (VmHWM of /proc/self/status, so Linux only), less the pixels that must be there: of the clip when
-encoding, of one tile's length of frames when decoding. It is divided by the figure of the smallest clip. The
-last lines, without tiles, show for comparison how memory grows where nothing bounds it.
+    python benchmarks/hunyuan_vae_memory.py
+
+A child process encodes a clip or decodes latents with a narrow random VAE and discards each chunk of frames,
+as writing a video does. The figure is the highest resident memory of the process above that before (VmHWM of
+/proc/self/status, so Linux only), less the pixels that must be in memory: the clip when encoding, one tile's
+length of frames when decoding. It is divided by the figure of the smallest clip. The last lines, without
+tiles, show for comparison how memory grows if nothing bounds it.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def _compare(what: str, tiling: str, clips: tuple[tuple[int, int, int], ...]) ->
 
 
 def _measure(what: str, tiling: bool, frames: int, height: int, width: int) -> int:
-    """In the child: bytes at the peak, beside the pixels that must be there."""
+    """Return the bytes at the peak, less the pixels that must be in memory. Runs in the child."""
     import tempfile
 
     import torch
@@ -73,11 +74,11 @@ def _measure(what: str, tiling: bool, frames: int, height: int, width: int) -> i
     with tempfile.TemporaryDirectory() as folder:
         path = write_vae(Path(folder) / "vae.safetensors", WIDTH)
         vae = load_vae(path, torch.device("cpu"), torch.float32, tile=TILE if tiling else None)
-    vae.encode(torch.zeros(1, 3, 5, 16, 16))  # whatever a first call loads
+    vae.encode(torch.zeros(1, 3, 5, 16, 16))  # so that what a first call loads does not count
     list(vae.decode(torch.zeros(1, 16, 2, 2, 2)))
     pixel_bytes = 3 * height * width * 4
     if what == "encode":
-        # there before the first reading
+        # allocated before the first reading, so it does not count
         pixels, needed = torch.zeros(1, 3, frames, height, width).uniform_(-1, 1), 0
         before = start_of_peak()
         vae.encode(pixels)

@@ -1,9 +1,9 @@
-"""Peak memory of loading a transformer, against what the loaded model needs: python benchmarks/load.py
+"""Measure peak memory of loading a transformer, against the loaded model's size: python benchmarks/load.py
 
 For every container and pair of dtypes a child process loads a random Wan transformer while a thread samples
 its anonymous memory (RssAnon of /proc/self/status, so Linux only; pages of mapped files do not count). The
 figure is the peak above the state before loading, divided by the model's size in its target dtype plus its
-largest tensor, as stored or as kept, whichever is larger.
+largest tensor, either as stored or as kept, whichever is larger.
 """
 
 import argparse
@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.process_memory import memory, require_linux  # noqa: E402  # found from here on
 
-AIM = 1.05  # sampling and the allocator's rounding
+AIM = 1.05  # leaves room for sampling and the allocator's rounding
 CASES = (
     ("safetensors", "float32", "bfloat16"),
     ("safetensors", "bfloat16", "bfloat16"),
@@ -76,7 +76,7 @@ def _measure(dim: int, layers: int, dialect: str, stored: str, target: str) -> f
 
 
 def _load(path: Path, target: str) -> None:
-    """In the child: load, and print peak, size of the model, largest tensor (bytes) and seconds."""
+    """Load in the child; print peak, size of the model, largest tensor (bytes) and seconds."""
     import torch
 
     from modules.checkpoints.opening import open_checkpoint
@@ -84,7 +84,7 @@ def _load(path: Path, target: str) -> None:
     from modules.fp8.options import Quantisation
     from wan.checkpoints import load_dit
 
-    load_dit(path, Placement(torch.device("meta")))  # whatever a first call loads besides weights
+    load_dit(path, Placement(torch.device("meta")))  # so that what a first call imports does not count
     before, peak, done = memory("RssAnon"), 0, threading.Event()
 
     def sample() -> None:

@@ -1,4 +1,4 @@
-"""Random weights in place of those of an empty file."""
+"""Fill networks from empty files with random weights."""
 
 import torch
 from torch import nn
@@ -8,10 +8,10 @@ SPREAD = 0.02  # standard deviation of the weights
 
 @torch.no_grad()
 def fill_with_noise(network: nn.Module, seed: int = 0) -> None:
-    """Replace all parameters, wherever they lie, by small random numbers: products of zeros run faster than
-    real ones.
+    """Replace all parameters, on any device, by small random numbers.
 
-    fp8 weights get numbers over much of their range; their scales are set so that the products stay small.
+    Products of zeros would run faster than real ones. fp8 weights get numbers over most of their range; their
+    scales are set so that the products stay small.
     """
     generators: dict[torch.device, torch.Generator] = {}
     for parameter in network.parameters():

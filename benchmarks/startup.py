@@ -1,7 +1,8 @@
-"""How long --help and a mistyped option take, against `import torch` in the same run. Prints a ratio for
-every script.
+"""Measure the time of --help and of a mistyped option, against `import torch` in the same run.
 
-python benchmarks/startup.py [runs]
+    python benchmarks/startup.py [runs]
+
+Prints a ratio for every script.
 """
 
 import statistics
@@ -16,7 +17,7 @@ NOT_COMMANDS = {"families.py", "run_tests.py", "quickstart.py"}
 
 
 def seconds(command: list[str], runs: int) -> float:
-    """Median wall seconds of a command, after one run that warms the file cache."""
+    """Return the median wall seconds of a command, after one run that warms the file cache."""
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()

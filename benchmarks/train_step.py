@@ -1,9 +1,9 @@
-"""What the training loop costs beside the computation: python benchmarks/train_step.py
+"""Measure the cost of the training loop beside the computation: python benchmarks/train_step.py
 
-A bare step is forward, backward, clipping and optimizer step of a Wan transformer with a LoRA on a batch that
-already lies on the device. A step of the loop also reads caches in workers, draws noise and timesteps,
-copies, logs to TensorBoard and counts. Both are timed in turns in one run, with the same network, optimizer
-and autocast; the figure is the median ratio of neighbours.
+A bare step is forward, backward, clipping and optimizer step of a Wan transformer with a LoRA, on a batch
+that is already on the device. A step of the loop also reads caches in workers, draws noise and timesteps,
+copies, logs to TensorBoard and counts. Both are timed alternately in one run, with the same network,
+optimizer and autocast; the figure is the median ratio of neighbours.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-AIM = 1.05  # where a bare step takes 0.1 to 0.5 s
+AIM = 1.05  # for bare steps of 0.1 to 0.5 s
 
 
 def main() -> None:
@@ -27,10 +27,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3, help="blocks of the model; Wan2.1 1.3B has 30")
     parser.add_argument("--size", type=int, default=128, help="width and height of the clips in pixels")
     parser.add_argument(
-        "--precision", default="no", choices=["no", "bf16", "fp16"], help="as --mixed_precision"
+        "--precision", default="no", choices=["no", "bf16", "fp16"], help="value of --mixed_precision"
     )
-    parser.add_argument("--rounds", type=int, default=12, help="how often both are timed")
-    parser.add_argument("--steps", type=int, default=4, help="steps of each kind in a round")
+    parser.add_argument("--rounds", type=int, default=12, help="number of rounds; each times both kinds")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each kind per round")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bare, loop = _measure(Path(folder), args)
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Seconds of bare steps and of steps of the loop, one number of each a round."""
+    """Return seconds of bare steps and of steps of the loop, one figure of each per round."""
     from modules.options import read_options
     from training.loop import advance
     from training.options import TrainingOptions, read_arguments, training_parser
@@ -74,8 +74,9 @@ def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[
 
 
 def _bare_step(run: Any, batch: Any) -> Callable[[], None]:
-    """Forward, backward, clipping and optimizer step; the batch is moved and mixed with noise once,
-    before.
+    """Return a function for forward, backward, clipping and optimizer step on one prepared batch.
+
+    The batch is moved and mixed with noise once, in advance.
     """
     import torch
 
@@ -98,7 +99,7 @@ def _bare_step(run: Any, batch: Any) -> Callable[[], None]:
 
 
 def _time(count: int, step: Callable[[], None]) -> float:
-    """Seconds a step takes, over `count` steps."""
+    """Return the mean seconds of a step over `count` steps."""
     import torch
 
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -111,7 +112,7 @@ def _time(count: int, step: Callable[[], None]) -> float:
 
 
 def _write_project(folder: Path, args: argparse.Namespace) -> list[str]:
-    """A random transformer, caches of clips of nine frames, and the options of a run on them."""
+    """Write a random transformer and caches of clips of nine frames; return the options of a run on them."""
     import torch
 
     from modules.atomic_write import save_tensors

@@ -1,6 +1,6 @@
 """Captions of drawn scenes, in several wordings.
 
-`a {colour} {shape} moving {direction}` is the one always understood.
+The plain wording, which the model always understands, is `a {colour} {shape} moving {direction}`.
 """
 
 import numpy as np
@@ -21,12 +21,12 @@ WORDINGS = (
 
 
 def plain(thing: Thing) -> str:
-    """The wording that is always understood."""
+    """Return the caption of a thing in the plain wording, which the model always understands."""
     return f"a {thing.colour} {thing.shape} moving {thing.direction}"
 
 
 def caption(random: np.random.Generator, scene: Scene) -> str:
-    """What the scene shows, in a wording drawn at random. Things are named in their order."""
+    """Describe the scene in a wording drawn at random. Things are named in their order."""
     if len(scene.things) > 1:
         return " and ".join(plain(thing) for thing in scene.things)
     thing = scene.things[0]

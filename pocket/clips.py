@@ -1,6 +1,4 @@
-"""Drawn clips as real video files with a caption beside each, and the dataset file that the caching scripts
-and training read.
-"""
+"""Write drawn clips as video files with captions, and the dataset file for caching and training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +13,8 @@ from pocket.captions import caption
 from wan.configs import NEGATIVE_PROMPT
 
 TWO = 0.12  # share of clips with two things
-WITHOUT_CAPTION = 0.05  # what guidance compares with
-WITH_NEGATIVE_PROMPT = 0.05  # the same under the text that generation uses when no other is given
+WITHOUT_CAPTION = 0.05  # share of clips with an empty caption, so that guidance has something to compare with
+WITH_NEGATIVE_PROMPT = 0.05  # the same with generation's default negative prompt
 
 Make = Callable[[np.random.Generator], tuple[drawing.Scene, str]]  # a scene and its caption
 
@@ -34,7 +32,7 @@ frame_extraction = "head"
 
 
 def pocket_scene(random: np.random.Generator) -> tuple[drawing.Scene, str]:
-    """What the pocket model learns from; one caption in ten says nothing."""
+    """Draw a scene and its caption for the pocket model. One caption in ten does not describe the scene."""
     scene = drawing.scene(random, two=TWO)
     text = caption(random, scene)
     fate = random.uniform()
@@ -44,9 +42,9 @@ def pocket_scene(random: np.random.Generator) -> tuple[drawing.Scene, str]:
 
 
 def write_clips(folder: Path, count: int, seed: int, make: Make = pocket_scene) -> None:
-    """`count` clips and captions into `folder`.
+    """Write `count` clips and captions into `folder`.
 
-    Files that are there already are kept: their seed is their number.
+    Existing files are kept: the seed of a clip is its number.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
@@ -59,7 +57,7 @@ def write_clips(folder: Path, count: int, seed: int, make: Make = pocket_scene) 
 
 
 def write_dataset(folder: Path, batch_size: int) -> Path:
-    """`folder`/dataset.toml for `folder`/clips."""
+    """Write `folder`/dataset.toml for the clips in `folder`/clips; return its path."""
     path = folder / "dataset.toml"
     text = DATASET.format(
         batch_size=batch_size, clips=(folder / "clips").as_posix(), cache=(folder / "cache").as_posix()

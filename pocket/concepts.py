@@ -1,7 +1,6 @@
-"""Lay out what the quickstart teaches: two things the pocket model has never seen, each under a made-up word.
+"""Write the datasets of the quickstart: two things the pocket model has never seen, each with a made-up word.
 
-python -m pocket.concepts FOLDER        writes FOLDER/blorp and FOLDER/zindle: clips with captions, and
-dataset.toml
+python -m pocket.concepts FOLDER        writes clips, captions and dataset.toml to FOLDER/WORD
 """
 
 import sys
@@ -28,7 +27,7 @@ cache_directory = '{folder}/cache'
 target_frames = [17]
 num_repeats = 4
 
-# what the model knows already, so that it does not forget it
+# clips of what the model knows already, so that it does not forget it
 [[datasets]]
 video_directory = '{folder}/known_clips'
 cache_directory = '{folder}/known_cache'
@@ -44,29 +43,29 @@ validation = true
 
 @dataclass(frozen=True)
 class Concept:
-    """A made-up word, and the form or the colour that it stands for."""
+    """A made-up word and the form or the colour that it stands for."""
 
     word: str
     form: str | None = None
     rgb: drawing.Colour | None = None
-    colour: str = ""  # what the detectors call it
+    colour: str = ""  # the detectors' name for `rgb`
 
     def caption(self, thing: drawing.Thing) -> str:
-        """The plain wording, with the word in the place of the shape or of the colour."""
+        """Return the plain wording, with the word in place of the shape or of the colour."""
         colour = thing.colour if self.rgb is None else self.word
         shape = thing.shape if self.form is None else self.word
         return f"a {colour} {shape} moving {thing.direction}"
 
     def make(self, random: np.random.Generator) -> tuple[drawing.Scene, str]:
-        """A scene that shows it, and its caption."""
+        """Draw a scene that shows the concept; return it with its caption."""
         scene = drawing.scene(random)
-        # forms are shown large: small ones come back from latents of an eighth of their size as circles
+        # large forms: latents have an eighth of the size, and small forms come back from them as circles
         thing = drawing.thing(random, shape=self.form, rgb=self.rgb, width="large" if self.form else None)
         return replace(scene, things=(thing,)), self.caption(thing)
 
 
 def known(random: np.random.Generator) -> tuple[drawing.Scene, str]:
-    """A scene of something the model knows, in the plain wording."""
+    """Draw a scene of something the model knows; return it with its plain caption."""
     scene = drawing.scene(random)
     return scene, plain(scene.things[0])
 
@@ -78,9 +77,7 @@ CONCEPTS: Mapping[str, Concept] = {
 
 
 def lay_out(folder: Path, concept: Concept) -> Path:
-    """Clips and captions to learn from, others to validate on, and dataset.toml into `folder`; returns the
-    path of the latter.
-    """
+    """Write clips to learn from, clips to validate on and dataset.toml into `folder`; return its path."""
     write_clips(folder / "clips", CLIPS, seed=1, make=concept.make)
     write_clips(folder / "known_clips", KNOWN_CLIPS, seed=3, make=known)
     write_clips(folder / "validation_clips", VALIDATION_CLIPS, seed=2, make=concept.make)

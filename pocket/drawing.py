@@ -1,7 +1,7 @@
-"""Drawn clips: plain shapes that move over plain grounds, and what a caption says of them. No learned parts,
-no files.
+"""Draw clips: plain shapes that move over plain grounds, and what a caption says about them.
 
-A scene is a function of a random generator alone, so a seed names a clip.
+A scene depends on a random generator only, so a seed names a clip. Nothing here is learned or read from
+files.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 Colour = tuple[int, int, int]
 Clip = NDArray[np.uint8]  # F H W 3
 
-SIZE = 64  # pixels a side
+SIZE = 64  # width and height in pixels
 FRAMES = 17
 FPS = 16
-FINE = 4  # drawn so many times larger, then averaged: edges without steps
+FINE = 4  # draw this many times larger, then average: smooth edges
 
 COLOURS: dict[str, Colour] = {
     "red": (214, 48, 44),
@@ -36,14 +36,14 @@ GROUNDS: dict[str, Colour] = {
     "purple": (70, 48, 84),
 }
 WIDTHS: dict[str, tuple[float, float]] = {"small": (12, 15), "": (15, 21), "large": (21, 26)}  # pixels
-# pixels a frame
+# pixels per frame
 SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.7, 1.0), "": (1.2, 1.9), "fast": (2.1, 2.7)}
-FORMS = (*SHAPES, "diamond", "ring", "cross", "star", "bar")  # all that can be drawn; captions know SHAPES
+FORMS = (*SHAPES, "diamond", "ring", "cross", "star", "bar")  # all that can be drawn; captions use SHAPES
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One moving shape. Positions are of its centre, in pixels from the left upper corner."""
+    """One moving shape. Positions are those of its centre, in pixels from the upper left corner."""
 
     colour: str
     shape: str
@@ -53,7 +53,7 @@ class Thing:
     rgb: Colour
     pixels: float  # width and height
     start: tuple[float, float]
-    velocity: tuple[float, float]  # pixels a frame
+    velocity: tuple[float, float]  # pixels per frame
 
     def centre(self, frame: int) -> tuple[float, float]:
         return self.start[0] + frame * self.velocity[0], self.start[1] + frame * self.velocity[1]
@@ -61,7 +61,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows."""
+    """The content of a clip."""
 
     things: tuple[Thing, ...]
     ground: str
@@ -76,7 +76,7 @@ def thing(
     width: str | None = None,
     rgb: Colour | None = None,
 ) -> Thing:
-    """A thing with what is given fixed and the rest drawn at random; wholly inside for most of the clip."""
+    """Draw a thing at random except for what is given. It is fully visible for most of the clip."""
     colour = colour or pick(random, tuple(COLOURS))
     shape = shape or pick(random, SHAPES)
     direction = direction or pick(random, tuple(DIRECTIONS))
@@ -95,7 +95,7 @@ def thing(
 
 
 def scene(random: np.random.Generator, two: float = 0.0) -> Scene:
-    """A scene of one thing, or with probability `two` of two that never touch."""
+    """Draw a scene of one thing, or with probability `two` of two things that never touch."""
     ground = pick(random, tuple(GROUNDS))
     rgb = near(random, GROUNDS[ground], 6)
     if random.uniform() >= two:
@@ -108,7 +108,7 @@ def scene(random: np.random.Generator, two: float = 0.0) -> Scene:
 
 
 def draw(scene: Scene, first: int = 0, count: int = FRAMES) -> Clip:
-    """The clip of a scene, or `count` frames of it from `first` on: F H W 3."""
+    """Draw the clip of a scene, or `count` frames of it from `first` on: F H W 3."""
     frames = np.empty((count, SIZE, SIZE, 3), np.uint8)
     for index in range(count):
         fine = np.empty((SIZE * FINE, SIZE * FINE, 3), np.uint8)
@@ -124,7 +124,7 @@ def paint(
 ) -> None:
     """Fill a form into a picture that is FINE times larger than the clip.
 
-    Centre and size in pixels of the clip.
+    centre, pixels: in pixels of the clip.
     """
     fraction = 16  # cv2 takes whole numbers: sixteenths of a fine pixel
     contours = [
@@ -135,9 +135,9 @@ def paint(
 
 
 def outline(form: str) -> Sequence[NDArray[np.float64]]:
-    """The contours of a form one unit wide around 0, 0; where two overlap there is a hole.
+    """Return the contours of a form one unit wide around (0, 0). Overlapping contours make a hole.
 
-    Raises KeyError.
+    Raises KeyError for an unknown form.
     """
     match form:
         case "circle":
@@ -178,24 +178,24 @@ def outline(form: str) -> Sequence[NDArray[np.float64]]:
 
 
 def near(random: np.random.Generator, rgb: Colour, spread: int) -> Colour:
-    """A colour like `rgb`: each value at most `spread` away."""
+    """Return a colour close to `rgb`: each value differs by at most `spread`."""
     red, green, blue = np.clip(np.array(rgb) + random.integers(-spread, spread + 1, 3), 0, 255).tolist()
     return red, green, blue
 
 
 def pick(random: np.random.Generator, values: Sequence[str]) -> str:
-    """One of `values`."""
+    """Return one of `values` at random."""
     return values[int(random.integers(len(values)))]
 
 
 def _around(points: int, radius: float | NDArray[np.float64], turn: float = 0.0) -> NDArray[np.float64]:
-    """Points on a circle, the first at `turn` of a whole turn from the right."""
+    """Return points on a circle. turn: place of the first one, in whole turns from the right."""
     angles = 2 * np.pi * (np.arange(points) / points + turn)
     return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
 
 
 def _apart(first: Thing, second: Thing) -> bool:
-    """Whether their bounding boxes stay two pixels apart in every frame."""
+    """Return whether the bounding boxes stay two pixels apart in every frame."""
     least = (first.pixels + second.pixels) / 2 + 2
     ways = [np.array([each.centre(index) for index in range(FRAMES)]) for each in (first, second)]
     return bool((np.abs(ways[0] - ways[1]).max(axis=1) > least).all())

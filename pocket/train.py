@@ -1,8 +1,8 @@
-"""Make the pocket Wan from nothing: draw clips, train VAE, text encoder and transformer, write dit, vae, t5
-and tokenizer.
+"""Make the pocket Wan from nothing: draw clips, train VAE, text encoder and transformer, write the files.
 
-python -m pocket.train                  all of it into build/pocket, then into pocket/; run it again to go on
-where it stopped python -m pocket.train --steps 40000    longer, on a GPU
+python -m pocket.train                  work in build/pocket, copy dit, vae, t5 and tokenizer to pocket/;
+                                        run it again to resume
+python -m pocket.train --steps 40000    train longer, on a GPU
 """
 
 import argparse
@@ -49,10 +49,10 @@ DIT = WanConfig(
     out_dim=16,
 )
 BATCH = 32
-# What each block's attention looks at first of all, in tokens along frames, rows, columns from its own place
+# Where each block's attention looks at the start of training: offset in tokens along frames, rows, columns
 LOOKS = ((-1, 0, 0), (1, 0, 0), (0, 0, -1), (0, 0, 1), (0, -1, 0), (0, 1, 0), (-1, 0, 0), (1, 0, 0))
-LOOK_STRENGTH = 1.8  # of that, beside contents of about 1
-SHARPEST = 0.1  # radians a token: slower turns say little about the distance of neighbours
+LOOK_STRENGTH = 1.8  # of these biases; queries and keys are about 1
+SHARPEST = 0.1  # radians per token: slower turns say little about the distance of neighbours
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("build/pocket"), help="folder for clips, caches and states"
+        "--work", type=Path, default=Path("build/pocket"), help="folder of clips, caches and states"
     )
-    parser.add_argument("--clips", type=int, default=6000, help="how many clips the transformer learns from")
+    parser.add_argument("--clips", type=int, default=6000, help="number of clips to train the transformer on")
     parser.add_argument("--steps", type=int, default=18000, help="training steps of the transformer")
-    parser.add_argument("--rate", type=float, default=5e-3, help="its learning rate")
+    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate of the transformer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--threads", type=int, default=2, help="number of PyTorch's threads")
     parser.add_argument(
-        "--precision", choices=("no", "bf16"), default="bf16", help="of the transformer's training"
+        "--precision", choices=("no", "bf16"), default="bf16", help="precision of the transformer's training"
     )
     settings = read_options(Settings, parser.parse_args(argv))
     torch.set_num_threads(settings.threads)
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make(settings: Settings) -> None:
-    """Every stage whose result is not there yet, in order."""
+    """Run every stage whose result is missing, in order."""
     work = settings.work
     vae, t5 = work / "vae" / "vae.safetensors", work / "text" / "t5.safetensors"
     write_clips(work / "clips", settings.clips, settings.seed)
@@ -106,15 +106,16 @@ def make(settings: Settings) -> None:
 
 
 def cache(dataset: Path, vae: Path, t5: Path) -> None:
-    """Latents and text embeddings, through the scripts that any dataset goes through."""
+    """Cache latents and text embeddings with the scripts that any dataset uses."""
     common = ["--dataset_config", str(dataset), "--skip_existing"]
     wan_cache_latents.main([*common, "--vae", str(vae), "--vae_dtype", "float32"])
     wan_cache_text_encoder_outputs.main([*common, "--t5", str(t5), "--batch_size", "64"])
 
 
 def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
-    """Train every weight of a fresh transformer with the project's own loop; returns the path of
-    dit.safetensors (bfloat16).
+    """Train all weights of a new transformer with the project's own loop.
+
+    Returns the path of dit.safetensors (bfloat16).
     """
     output, start = settings.work / "dit", settings.work / "dit" / "random.safetensors"
     if not start.exists():
@@ -125,7 +126,7 @@ def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
     family = family_for_training(read_options(WanTrainingOptions, args))
     with prepared_run(family, read_options(TrainingOptions, args)) as run:
         if not train(run):
-            raise SystemExit(0)  # it was asked to end; the next run goes on
+            raise SystemExit(0)  # stopped on request; the next run resumes
     with open_checkpoint(output / "trained.safetensors") as trained:
         tensors = {name: trained.read(name).to(torch.bfloat16) for name in trained.tensors}
     save_tensors(output / "dit.safetensors", tensors, {"modelspec.title": "Reelsmith pocket Wan2.1 T2V"})
@@ -133,7 +134,7 @@ def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
 
 
 def dit_options(settings: Settings, dataset: Path, start: Path, vae: Path, t5: Path) -> list[str]:
-    """The command line of the transformer's training. A state in its folder is gone on from."""
+    """Return the options of the transformer's training. It resumes from a state in its folder, if any."""
     output = settings.work / "dit"
     models = ["--task", "t2v-1.3B", "--dit", str(start), "--vae", str(vae), "--t5", str(t5), "--sdpa"]
     times = [
@@ -191,12 +192,11 @@ def dit_options(settings: Settings, dataset: Path, start: Path, vae: Path, t5: P
 
 
 def write_random_dit(path: Path, seed: int) -> None:
-    """A transformer that predicts 0 for all: Xavier weights, the last layer silent, and each block looking at
-    one neighbour.
+    """Write a transformer that predicts 0: Xavier weights, a zero last layer.
 
-    Positions enter through the rotary turns alone. Biases of query and key that agree up to the turn of one
-    step have a block look there from the beginning, which it otherwise takes long to find: about a quarter
-    fewer steps to the same loss.
+    Each block attends to one neighbour. Positions enter only through the rotary turns; biases of query and
+    key that agree up to the turn of one step make a block look there from the beginning, which it otherwise
+    takes long to learn: about a quarter fewer steps to the same loss.
     """
     torch.manual_seed(seed)
     dit = WanModel(DIT)
@@ -208,7 +208,7 @@ def write_random_dit(path: Path, seed: int) -> None:
     width = DIT.dim // DIT.num_heads
     side = 2 * (width // 6)
     axes = (width - 2 * side, side, side)
-    # D/2 pairs x 3 axes: the turn of a step along each
+    # D/2 pairs x 3 axes: the turn of one step along each axis
     steps = torch.block_diag(*(axis_angles(2, axis)[1:].T for axis in axes))
     sharp = LOOK_STRENGTH * (steps.sum(1) > SHARPEST)  # D/2
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""The pocket text encoder's own short loop. Called by pocket/train.py.
+"""Train the pocket text encoder, in its own short loop. Called by pocket/train.py.
 
-A tiny umT5 learns to say, at every token, what the clip shows: colour, shape, direction, speed and size of
-the thing the token belongs to, the ground, and the token itself, so that a word it has never met still leaves
-its trace.
+A tiny umT5 learns to predict, at every token, what the clip shows: colour, shape, direction, speed and size
+of the thing that the token belongs to, the ground, and the token itself, so that an unknown word leaves a
+trace too.
 """
 
 import logging
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 CONFIG = T5Config(
     vocabulary=512, dim=64, attention_dim=64, ffn_dim=128, num_heads=2, num_layers=2, num_buckets=32
 )
-SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")  # padding 0 and end 1, as in umT5
+SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")  # padding is 0 and end is 1, as in umT5
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-&"
 STEPS, BATCH, RATE = 1500, 64, 2e-3
 INVENTED = 0.2  # share of captions in which one word is replaced by an invented one
-ABSENT = -100  # class of what a caption does not tell: no loss
+ABSENT = -100  # class of what a caption does not mention: no loss
 
 HEADS: dict[str, tuple[str, ...]] = {
     "colour": tuple(drawing.COLOURS),
@@ -40,20 +40,20 @@ HEADS: dict[str, tuple[str, ...]] = {
     "direction": tuple(drawing.DIRECTIONS),
     "speed": tuple(drawing.SPEEDS),
     "width": tuple(drawing.WIDTHS),
-    "ground": ("", *drawing.GROUNDS),  # "": not told
+    "ground": ("", *drawing.GROUNDS),  # "": not mentioned
 }
 
 
 @dataclass(frozen=True)
 class Example:
-    """A caption as token ids, and per head the class of every token."""
+    """A caption as token ids, and the class of every token for each head."""
 
     ids: Tensor  # n
     classes: dict[str, Tensor]  # n each
 
 
 def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
-    """Write `tokenizer/` and t5.safetensors into `folder`; returns the path of the latter."""
+    """Write `tokenizer/` and t5.safetensors into `folder`; return the path of the latter."""
     tokenizer = make_tokenizer(seed)
     write_text(folder / "tokenizer" / "tokenizer.json", tokenizer.to_str(pretty=False))
     torch.manual_seed(seed)
@@ -85,7 +85,7 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
 
 
 def heads_losses(t5: UmT5, heads: nn.ModuleDict, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Cross-entropy of each head over all tokens."""
+    """Return the cross-entropy of each head over all tokens."""
     embeds = torch.cat(t5([each.ids for each in examples]))  # L C
     targets = {name: torch.cat([each.classes[name] for each in examples]) for name in HEADS}
     targets["token"] = torch.cat([each.ids for each in examples])
@@ -96,11 +96,11 @@ def heads_losses(t5: UmT5, heads: nn.ModuleDict, examples: Sequence[Example]) ->
 
 
 def example(random: np.random.Generator, tokenizer: Tokenizer) -> Example:
-    """The caption of a scene drawn at random. Tokens behind "and" belong to the second thing."""
+    """Draw a scene and return its caption with classes. Tokens after "and" belong to the second thing."""
     scene = drawing.scene(random, two=0.25)
     text = caption(random, scene)
     told = {name: [getattr(thing, name) for thing in scene.things] for name in HEADS if name != "ground"}
-    for name in ("speed", "width"):  # "" is also what a caption that leaves it out looks like
+    for name in ("speed", "width"):  # "" also if the caption leaves it out
         told[name] = [value if value in text else "" for value in told[name]]
     told["ground"] = [scene.ground if scene.ground in text else ""] * len(scene.things)
     if random.uniform() < INVENTED:
@@ -123,7 +123,7 @@ def example(random: np.random.Generator, tokenizer: Tokenizer) -> Example:
 
 
 def invented_word(random: np.random.Generator) -> str:
-    """A word of three to eight letters that means nothing."""
+    """Make a word of three to eight letters that means nothing."""
     length = int(random.integers(3, 9))
     return "".join(
         drawing.pick(random, "aeiou" if index % 2 else "bcdfghjklmnprstvwz") for index in range(length)
@@ -131,7 +131,10 @@ def invented_word(random: np.random.Generator) -> str:
 
 
 def make_tokenizer(seed: int) -> Tokenizer:
-    """Lower case, words of the captions whole, all others in pieces down to letters; the end token last."""
+    """Make a lower-case tokenizer that keeps the captions' words whole and splits others down to letters.
+
+    The end token is last.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,8 +1,7 @@
-"""The pocket VAE's own short loop: single frames, then clips, then the decoder alone. Called by
-pocket/train.py.
+"""Train the pocket VAE, in its own short loop: frames, then clips, then the decoder alone.
 
-Once the encoder has stopped learning its latents are final: they can be cached while the decoder still
-learns.
+Called by pocket/train.py. When the encoder has stopped learning its latents are final: they can be cached
+while the decoder still learns.
 """
 
 import logging
@@ -29,19 +28,19 @@ from wan.vae_blocks import VaeConfig, VaeLayer
 
 logger = logging.getLogger(__name__)
 
-WIDTH = 16  # base width; levels of 1, 2, 4, 4 times it
-# added to latents of standard deviation 1: the decoder forgives what a transformer gets slightly wrong
+WIDTH = 16  # base width; the levels have 1, 2, 4 and 4 times as many channels
+# added to latents of standard deviation 1: makes the decoder tolerate small errors of a transformer
 NOISE = 0.1
 REAL = 0.35  # share of real footage in a batch
-HELD_OUT = 33  # first frames of each real clip, never learned from
-SCALES = (64, 88)  # short side of the real frames that 64 x 64 pieces are cut from
+HELD_OUT = 33  # number of first frames of each real clip that are never trained on
+SCALES = (64, 88)  # short sides of the real frames from which 64 x 64 pieces are cut
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of the training.
+    """One phase of the training.
 
-    Batches are (clips, frames, side in pixels), used in turn; the rate falls as a cosine.
+    Batches are (clips, frames, side in pixels), used in turn; the learning rate falls as a cosine.
     """
 
     name: str
@@ -60,9 +59,7 @@ PHASES = (
 
 
 def config(width: int = WIDTH) -> VaeConfig:
-    """The released structure with one residual block a level (two in the decoder, as there it is one
-    more).
-    """
+    """Return the released structure with one residual block per level (two in the decoder)."""
     widths = [width, width, 2 * width, 4 * width, 4 * width]
     down, up = [], []
     for level, kind in enumerate(("spatial", "temporal", "temporal", None)):
@@ -84,11 +81,10 @@ def train(
     every: int = 200,
     statistics_clips: int = 300,
 ) -> Path:
-    """Train from nothing, or on from `folder`/vae_state.pt; returns the path of the finished vae.safetensors
-    in `folder`.
+    """Train from nothing or resume from `folder`/vae_state.pt; return the path of the final vae.safetensors.
 
-    clips: real footage. `encoder_final.safetensors` appears when the encoder has stopped learning. every:
-    steps between states.
+    All files are in `folder`. clips: real footage. `encoder_final.safetensors` is written when the encoder
+    has stopped learning. every: steps between states.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -151,7 +147,7 @@ class Source:
             self._real += [np.stack([fitted(frame, side) for frame in frames[HELD_OUT:]]) for side in SCALES]
 
     def batch(self, step: int, clips: int, frames: int, side: int) -> Tensor:
-        """B 3 F H W for that step, whatever came before it; H = W = side."""
+        """Return the batch of a step, B 3 F H W with H = W = side. It does not depend on earlier calls."""
         random = np.random.default_rng(derive_seed(self._seed, "vae batch", step))
         return as_pixels(np.stack([self._clip(random, frames, side) for _ in range(clips)]))
 
@@ -163,7 +159,7 @@ class Source:
             piece = whole[first : first + frames, top : top + side, left : left + side]
             return piece[:, :, ::-1] if random.uniform() < 0.5 else piece
         scene, start = any_scene(random), int(random.integers(drawing.FRAMES - frames + 1))
-        middle = scene.things[0].centre(start + frames // 2)  # a piece of the clip shows some of the thing
+        middle = scene.things[0].centre(start + frames // 2)  # so that the piece shows part of the thing
         left, top = (
             int(np.clip(place - side / 2 + random.uniform(-16, 16), 0, drawing.SIZE - side))
             for place in middle
@@ -172,8 +168,9 @@ class Source:
 
 
 def any_scene(random: np.random.Generator) -> drawing.Scene:
-    """Scenes beyond what captions tell: any colour and form now and then, so that the VAE can show what a
-    LoRA is to teach.
+    """Draw a scene, half of the time with any colours and forms, beyond those of the captions.
+
+    So the VAE can show what a LoRA is to teach.
     """
     scene = drawing.scene(random, two=0.3)
     if random.uniform() < 0.5:
@@ -200,9 +197,7 @@ def any_scene(random: np.random.Generator) -> drawing.Scene:
 
 
 def finish_encoder(vae: WanVae, clips: int = 300) -> None:
-    """Freeze the encoder, and have normalised latents of drawn clips come out with mean 0 and standard
-    deviation 1.
-    """
+    """Freeze the encoder after scaling the latents of drawn clips to mean 0 and standard deviation 1."""
     random = np.random.default_rng(derive_seed("latent statistics"))
     with torch.no_grad():
         latents = [
@@ -216,9 +211,7 @@ def finish_encoder(vae: WanVae, clips: int = 300) -> None:
 
 @torch.no_grad()
 def measure(vae: WanVae, source: Source) -> dict[str, float]:
-    """PSNR in dB of held-out drawn and real clips, and the range of the latents' means and deviations before
-    normalisation.
-    """
+    """Return the PSNR in dB of held-out drawn and real clips."""
     random = np.random.default_rng(derive_seed("held-out clips"))
     drawn = as_pixels(np.stack([drawing.draw(drawing.scene(random, two=0.1)) for _ in range(12)]))
     figures = {"drawn": psnr(drawn, decode(vae, encode(vae, drawn)))}
@@ -229,18 +222,18 @@ def measure(vae: WanVae, source: Source) -> dict[str, float]:
 
 
 def psnr(pixels: Tensor, other: Tensor) -> float:
-    """Peak signal to noise ratio in dB, of all clips together; pixels in -1..1."""
+    """Return the peak signal-to-noise ratio in dB of all clips together; pixels in -1..1."""
     error = (pixels - other.clamp(-1, 1)).square().mean().item()
     return 10 * math.log10(4 / max(error, 1e-12))
 
 
 def as_pixels(clips: NDArray[np.uint8]) -> Tensor:
-    """B F H W 3 uint8 to B 3 F H W float32 in -1..1."""
+    """Convert B F H W 3 uint8 to B 3 F H W float32 in -1..1."""
     return to_pixels(torch.from_numpy(clips))
 
 
 def fitted(frame: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
-    """The frame made smaller until its short side has so many pixels."""
+    """Shrink the frame until its short side has `short_side` pixels."""
     height, width = frame.shape[:2]
     scale = short_side / min(height, width)
     size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
@@ -248,7 +241,7 @@ def fitted(frame: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
 
 
 def _middle(frames: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-    """The middle square of each frame."""
+    """Return the middle square of each frame."""
     side = min(frames[0].shape[:2])
     top, left = ((size - side) // 2 for size in frames[0].shape[:2])
     return [frame[top : top + side, left : left + side] for frame in frames]
@@ -278,7 +271,7 @@ def _step(
         result = decode(vae, means + NOISE * scale * torch.randn(means.shape, generator=generator))
     error = result - pixels
     loss = error.abs().mean() + error.square().mean()
-    if phase.learns_encoder:  # each channel near mean 0 and deviation 1, so that NOISE means something
+    if phase.learns_encoder:  # keep each channel near mean 0 and deviation 1, the scale of NOISE
         loss = (
             loss + 0.01 * (channels.mean(1).square() + channels.std(1).clamp_min(1e-3).log().square()).mean()
         )

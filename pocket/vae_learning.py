@@ -1,8 +1,7 @@
-"""The VAE's computation in a form that can be differentiated: whole clips at once, new tensors only. Same
-modules, same result.
+"""The VAE's computation in differentiable form: whole clips at once, new tensors only, equal results.
 
-wan/vae_blocks.py streams a clip through buffers it overwrites, which generation wants and a gradient cannot
-have.
+The modules are the same. wan/vae_blocks.py streams a clip through buffers that it overwrites, which suits
+generation but not gradients.
 """
 # Letters: B batch, C channels, F frames (4n + 1), H height, W width, Z latent channels, f h w of the latents
 
@@ -17,14 +16,14 @@ from wan.vae_blocks import CausalConv3d, Downsample, FrameAttention, ResidualBlo
 
 
 def encode(vae: WanVae, pixels: Tensor) -> Tensor:
-    """Means of the posterior before normalisation, B Z f h w, of pixels B 3 F H W in -1..1."""
+    """Return the posterior's means before normalisation, B Z f h w, of pixels B 3 F H W in -1..1."""
     encoder = vae.encoder
     x = _through([*encoder.downsamples, *encoder.middle], _causal(encoder.conv1, pixels))
     return vae.conv1(_causal(encoder.head["2"], x, encoder.head["0"])).chunk(2, dim=1)[0].float()
 
 
 def decode(vae: WanVae, means: Tensor) -> Tensor:
-    """Pixels B 3 F H W of means as `encode` gives them."""
+    """Return the pixels B 3 F H W of means as `encode` returns them."""
     decoder = vae.decoder
     x = _through([*decoder.middle, *decoder.upsamples], _causal(decoder.conv1, vae.conv2(means)))
     return _causal(decoder.head["2"], x, decoder.head["0"]).float()
@@ -32,10 +31,10 @@ def decode(vae: WanVae, means: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fold_statistics(vae: WanVae, mean: Tensor, std: Tensor) -> None:
-    """Have means with these statistics (Z each) come out as Wan's constants say, so that normalised latents
-    have 0 and 1.
+    """Scale the VAE so that means with these statistics (Z each) have those of Wan's constants.
 
-    The affine map goes into the last convolution of the encoder and, inverted, into the first of the decoder.
+    Normalised latents then have mean 0 and deviation 1. The affine map goes into the last convolution of the
+    encoder and, inverted, into the first of the decoder.
     """
     scale = torch.tensor(STD) / std
     shift = torch.tensor(MEAN) - mean * scale  # new mean = old mean * scale + shift
@@ -51,8 +50,9 @@ def fold_statistics(vae: WanVae, mean: Tensor, std: Tensor) -> None:
 
 @torch.no_grad()
 def begin(vae: WanVae) -> None:
-    """First weights: linear, frame by frame, each branch beside a shortcut silent; so the signal passes from
-    the first step on.
+    """Set the first weights: linear, frame by frame, with a zero branch beside each shortcut.
+
+    So the signal passes from the first step on.
     """
     for module in vae.modules():
         match module:
