@@ -1,4 +1,4 @@
-"""Encode the images and clips of a dataset with HunyuanVideo's VAE for training, of SkyReels V1 too.
+"""Encode the images and clips of a dataset with the VAE of HunyuanVideo or SkyReels V1, for training.
 
 All options: python cache_latents.py --help
 """
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(
             hunyuan_options.vae.file.vae,
             "--vae",
-            "it encodes the clips; only --debug_mode and --check do without",
+            "it encodes the clips; only --debug_mode and --check work without it",
         )
     config = load_dataset_config(options.dataset_config)
 

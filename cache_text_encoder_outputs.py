@@ -1,4 +1,4 @@
-"""Encode the captions of a dataset with HunyuanVideo's text encoders for training, of SkyReels V1 too.
+"""Encode the captions of a dataset with the text encoders of HunyuanVideo or SkyReels V1, for training.
 
 All options: python cache_text_encoder_outputs.py --help
 """

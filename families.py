@@ -1,10 +1,9 @@
-"""The one list of families, and what a file of theirs is."""
+"""The list of families, and how to identify their files."""
 
 from importlib import import_module
 from pathlib import Path
 
-# name -> the module that knows its files, with `identify`; Wan's is asked last, as it also knows files of no
-# family
+# name -> the module with `identify` for its files; Wan's is last: it also recognises files of no family
 FAMILIES = {
     "framepack": "frame_pack.checkpoints",
     "hunyuan_video": "hunyuan_model.checkpoints",
@@ -13,10 +12,10 @@ FAMILIES = {
 
 
 def identify(path: Path) -> str | None:
-    """One line about what a checkpoint or LoRA file really is, for a hint below an error; None where nobody
-    knows it.
+    """Return one line about what a checkpoint or LoRA file really is, for a hint below an error.
 
-    The families are imported when they are asked: a script that only prints its help loads none of them.
+    Returns None if no family knows the file. Families are imported only here: a script that only prints its
+    help loads none of them.
     """
     for module in FAMILIES.values():
         found: str | None = import_module(module).identify(path)

@@ -1,5 +1,4 @@
-"""Encode the clips or pictures of a dataset with FramePack's VAE and image encoder for training, section by
-section.
+"""Encode the clips or pictures of a dataset with FramePack's VAE and image encoder, for training.
 
 All options: python fpack_cache_latents.py --help
 """
@@ -22,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(
             fpack_options.vae.file.vae,
             "--vae",
-            "it encodes the clips; only --debug_mode and --check do without",
+            "it encodes the clips; only --debug_mode and --check work without it",
         )
         require(
             fpack_options.image_encoder,
             "--image_encoder",
-            "it encodes first frames; only --debug_mode and --check do without",
+            "it encodes first frames; only --debug_mode and --check work without it",
         )
     config = load_dataset_config(options.dataset_config)
 

@@ -1,4 +1,4 @@
-"""Encode the captions of a dataset with the text encoders of FramePack for training.
+"""Encode the captions of a dataset with FramePack's text encoders, for training.
 
 All options: python fpack_cache_text_encoder_outputs.py --help
 """

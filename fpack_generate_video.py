@@ -1,4 +1,4 @@
-"""Make videos and images with FramePack and FramePack-F1.
+"""Generate videos and images with FramePack and FramePack-F1.
 
 All options: python fpack_generate_video.py --help
 """
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, fpack_options = read_generation(
         __doc__, DEFAULTS, add_generation_arguments, FramePackGenerationOptions, argv
     )
-    parse_entries(options.request.prompt or "", "--prompt")  # raises where it cannot be read
+    parse_entries(options.request.prompt or "", "--prompt")  # raises OptionError if it cannot be parsed
 
     from frame_pack.family import family_for_generation
     from frame_pack.files import saved_window

@@ -1,4 +1,4 @@
-"""Make videos and images with HunyuanVideo and SkyReels V1.
+"""Generate videos and images with HunyuanVideo and SkyReels V1.
 
 All options: python hv_generate_video.py --help
 """

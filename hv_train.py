@@ -16,8 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if hunyuan_options.dit_dtype is not None:
         raise OptionError(
-            "--dit_dtype: weights that learn are kept in float32, or in bfloat16 with --full_bf16; leave it "
-            "out"
+            "--dit_dtype: trained weights are kept in float32, or in bfloat16 with --full_bf16; leave it out"
         )
 
     from dataset.batches.finding import CachingCommands

@@ -1,4 +1,4 @@
-"""Add LoRAs to a model file, one tensor at a time. All options: python merge_lora.py --help"""
+"""Merge LoRAs into a model file, one tensor at a time. All options: python merge_lora.py --help"""
 
 from collections.abc import Sequence
 

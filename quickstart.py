@@ -1,7 +1,8 @@
-"""Teach a tiny model something it has never seen, in one command: sets up an environment, then does the whole
-job once.
+"""Teach a tiny model something it has never seen, with one command.
 
-python quickstart.py            writes quickstart/report.html; everything it makes lies in quickstart/
+    python quickstart.py            sets up an environment, runs every step, writes quickstart/report.html
+
+All files that it makes are in quickstart/.
 """
 
 import json
@@ -74,9 +75,9 @@ def main() -> None:
 
 
 def clear(folder: Path) -> None:
-    """An empty folder in place of what an earlier run left.
+    """Make an empty folder; delete what an earlier run left.
 
-    Raises UserError where something in it cannot be removed.
+    Raises UserError if something in it cannot be removed.
     """
     try:
         if folder.exists():
@@ -89,7 +90,7 @@ def clear(folder: Path) -> None:
 
 
 def show_footage(runner: "Runner") -> None:
-    """Real clips go through the decoder, the cache and the VAE like any others."""
+    """Take real clips through the decoder, the cache and the VAE."""
     runner.run("Taking real footage", ["-m", "pocket.footage", "quickstart/footage"])
     dataset = ["--dataset_config", "quickstart/footage/dataset.toml"]
     runner.run("Caching its latents", ["wan_cache_latents.py", *dataset, *ENCODERS[:2]])
@@ -124,7 +125,7 @@ def training_command(name: str) -> list[str]:
 
 
 def generate(runner: "Runner", title: str, prompts: str, folder: str, loras: list[str]) -> None:
-    """Clips of quickstart/PROMPTS.txt into quickstart/FOLDER."""
+    """Generate the clips of quickstart/PROMPTS.txt into quickstart/FOLDER."""
     weights = ["--lora_weight", *(lora(name) for name in loras)] if loras else []
     clips = ["--from_file", f"quickstart/{prompts}.txt", "--save_path", f"quickstart/{folder}"]
     runner.run(title, ["wan_generate_video.py", *MODEL, *ENCODERS, *CLIP, *clips, *weights])
@@ -135,7 +136,7 @@ def lora(name: str, folder: str | None = None) -> str:
 
 
 class Runner:
-    """Runs steps with the environment's Python and remembers their commands."""
+    """Run steps with the environment's Python and record their commands."""
 
     def __init__(self, python: Path) -> None:
         self.commands: list[str] = []
@@ -144,7 +145,7 @@ class Runner:
     def run(self, title: str, arguments: list[str]) -> None:
         """Announce and run one step; its output goes to quickstart/log.txt.
 
-        Raises UserError where it fails.
+        Raises UserError if it fails.
         """
         say(title)
         self.commands.append(" ".join(["python", *arguments]))

@@ -1,9 +1,10 @@
-"""Set up the test environment, then run the linter, the type checker and the tests. Further arguments go to
-pytest.
+"""Set up the test environment, then run the linter, the type checker and the tests.
 
-python run_tests.py             everything that runs in minutes (what CI runs)
-python run_tests.py -m slow     the slow tests
-python run_tests.py tests/wan   one folder
+    python run_tests.py             everything that runs in minutes (what CI runs)
+    python run_tests.py -m slow     the slow tests
+    python run_tests.py tests/wan   one folder
+
+Further arguments go to pytest.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Encode the images and clips of a dataset with Wan2.1's VAE for training.
+"""Encode the images and clips of a dataset with Wan2.1's VAE, for training.
 
 All options: python wan_cache_latents.py --help
 """
@@ -19,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if debug.debug_mode is None and not options.check:
         require(
-            wan_options.vae.vae, "--vae", "it encodes the clips; only --debug_mode and --check do without"
+            wan_options.vae.vae,
+            "--vae",
+            "it encodes the clips; only --debug_mode and --check work without it",
         )
     config = load_dataset_config(options.dataset_config)
 

@@ -1,4 +1,4 @@
-"""Encode the captions of a dataset with Wan2.1's text encoder for training.
+"""Encode the captions of a dataset with Wan2.1's text encoder, for training.
 
 All options: python wan_cache_text_encoder_outputs.py --help
 """

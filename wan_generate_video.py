@@ -1,4 +1,4 @@
-"""Make videos and images with Wan2.1. All options: python wan_generate_video.py --help"""
+"""Generate videos and images with Wan2.1. All options: python wan_generate_video.py --help"""
 
 from collections.abc import Sequence
 

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def caching_commands(options: TrainingOptions, wan_options: WanTrainingOptions) -> tuple[str, str]:
-    """What to type where caches of latents, or of texts, are missing."""
+    """Return the commands that make missing caches, of latents and of texts."""
     dataset = ["--dataset_config", str(options.loop.dataset_config)]
     latents = ["python", "wan_cache_latents.py", *dataset, "--vae", str(wan_options.vae.vae or "VAE_FILE")]
     if wan_options.task.startswith(("i2v", "flf2v")):
