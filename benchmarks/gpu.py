@@ -37,7 +37,7 @@ def main() -> None:
         "--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="rows to measure; default: all"
     )
     parser.add_argument(
-        "--seconds", type=float, default=1200, help="begin no row after this many seconds; default 1200"
+        "--seconds", type=float, default=1200, help="start no row after this many seconds; default 1200"
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Measure the cost of the training loop beside the computation: python benchmarks/train_step.py
+"""Measure the overhead of the training loop over the bare computation: python benchmarks/train_step.py
 
 A bare step is forward, backward, clipping and optimizer step of a Wan transformer with a LoRA, on a batch
 that is already on the device. A step of the loop also reads caches in workers, draws noise and timesteps,

@@ -27,5 +27,5 @@ class FramePackConfig:
 
     @property
     def kind(self) -> str:
-        """What the model is conditioned on beside the text: always an image."""
+        """What the model is conditioned on besides the text: always an image."""
         return "i2v"

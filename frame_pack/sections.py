@@ -182,7 +182,7 @@ def _run(start: int, length: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class CleanLatents:
-    """Clean latents that the network takes beside the target: B C F H W each, at the places of `Indices`."""
+    """Clean latents that the network takes besides the target: B C F H W each, at the places of `Indices`."""
 
     clean: Tensor  # F 2
     clean_2x: Tensor  # at full size like the next one: the network reduces them

@@ -79,7 +79,7 @@ class Encoders:
         )
 
     def vae_identity(self, dit_dtype: torch.dtype | None) -> Mapping[str, str]:
-        """Return what latents depend on beside the pixels."""
+        """Return what latents depend on besides the pixels."""
         dtype = dtype_name(beside(self.vae_dtype, dit_dtype))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 

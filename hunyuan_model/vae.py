@@ -29,7 +29,7 @@ FRAMES = 4  # pixel frames of one latent frame; the first latent frame holds one
 PIXELS = 8  # height and width of one latent pixel, in pixels
 TILE = 256  # default edge of a tile in pixels
 TILE_FRAMES = 64
-LEAST_TILE = 32  # four latents, of which three quarters are a whole number
+LEAST_TILE = 32  # four latents: three quarters of a tile must be a whole number
 LOG_VARIANCE = (-30.0, 20.0)  # limits
 
 

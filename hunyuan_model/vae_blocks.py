@@ -174,7 +174,7 @@ def _repeat_borders(frame: Tensor) -> None:
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, beside a shortcut. Overwrites its input if that is the shortcut."""
+    """Norm, SiLU and convolution, twice, with a shortcut. Overwrites its input if that is the shortcut."""
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()

@@ -66,7 +66,7 @@ def in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
     Yields B C' F' H' W' in order and without overlaps. A span begins with the last frame of the units before
     it, because a clip begins with a single frame; the result for that frame is dropped.
     """
-    units = (x.shape[2] - 1) // cut.unit_in  # beside the first frame
+    units = (x.shape[2] - 1) // cut.unit_in  # without the first frame
     shared = torch.empty(0)
     for start in range(0, units, cut.stride):
         span = compute(x[:, :, start * cut.unit_in : (start + cut.size) * cut.unit_in + 1])

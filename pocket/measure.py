@@ -35,7 +35,7 @@ CLIP = ("--video_size", "64", "64", "--video_length", "17")
 
 @dataclass(frozen=True)
 class Asked:
-    """What a plain prompt asks for, in the detectors' names, and the made-up words for these."""
+    """Colour, shape and direction that a prompt asks for, as the detectors name them, and made-up words."""
 
     colour: str
     shape: str

@@ -50,7 +50,7 @@ def fold_statistics(vae: WanVae, mean: Tensor, std: Tensor) -> None:
 
 @torch.no_grad()
 def begin(vae: WanVae) -> None:
-    """Set the first weights: linear, frame by frame, with a zero branch beside each shortcut.
+    """Set the first weights: linear, frame by frame, with a zero branch next to each shortcut.
 
     So the signal passes from the first step on.
     """

@@ -197,7 +197,7 @@ class WanTextEncoder:
     variable_length = frozenset({"t5"})
 
     def __init__(self, path: Path, tokenizer: Path | None = None, in_fp8: bool = False) -> None:
-        """in_fp8: keep the linear layers in 8 bits."""
+        """Set up the encoder; `load` reads the files. in_fp8: keep the linear layers in 8 bits."""
         self.path = path
         self.tokenizer = tokenizer
         self.in_fp8 = in_fp8

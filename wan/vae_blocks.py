@@ -88,7 +88,7 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, (TIME_KERNEL, 3, 3), padding=(0, 1, 1))
 
-    def forward(  # type: ignore[override]  # a stream needs its memory beside the next frames
+    def forward(  # type: ignore[override]  # a stream needs its memory besides the next frames
         self, x: Tensor, memory: TimeMemory | None, norm: RmsNorm | None = None
     ) -> Tensor:
         """Convolve the next frames of a clip, x: B C T H W. Returns B C' T H W.
@@ -109,7 +109,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
-    """Return x behind the two frames before it, B C T+2 H W; before the clip begins these are zeros.
+    """Return x preceded by the two frames before it, B C T+2 H W; before the clip begins these are zeros.
 
     Written into one tensor, so that no concatenation copies it again.
     """
@@ -128,7 +128,7 @@ def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Ten
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, beside a shortcut."""
+    """Norm, SiLU and convolution, twice, with a shortcut."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
