@@ -118,8 +118,7 @@ def attend(
     backend = BACKENDS[choice.mode]
     if lengths is not None and query.shape[1] != key.shape[1]:
         raise ValueError(
-            f"lengths are for self-attention only, not for {query.shape[1]} queries and "
-            f"{key.shape[1]} keys"
+            f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
         )
     if repeats is not None and (backend.package is not None or lengths is not None):
         raise ValueError("repeats are for sdpa, without lengths")
@@ -167,8 +166,7 @@ def check_backend(
                 f"{instead}"
             ) from None
         raise OptionError(
-            f"{flag}: {package.name} cannot be loaded ({error}).\n  Reinstall it {package.install}. "
-            f"{instead}"
+            f"{flag}: {package.name} cannot be loaded ({error}).\n  Reinstall it {package.install}. {instead}"
         ) from error
     try:
         try_out(choice, device, dtype(), training)

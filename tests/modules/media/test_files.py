@@ -329,7 +329,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
 
 
 def test_a_codec_that_does_not_fit_the_container_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="prores is written to .mkv"):
+    with pytest.raises(MediaError, match="prores can be written to .mkv"):
         write_video(tmp_path / "clip.mp4", gradients(2), 16, codec="prores")
     with pytest.raises(MediaError, match="no frame to write"):
         write_video(tmp_path / "clip.mkv", [], 16)
