@@ -293,7 +293,7 @@ def test_torch_needs_no_check_and_no_dtype() -> None:
         (
             "flash",
             True,
-            "--flash_attn runs on CUDA devices only, and this run does not use one. Leave --flash_attn out to ",
+            "--flash_attn runs on CUDA devices only, and this run does not use one. Leave --flash_attn out",
         ),
         ("flash", False, "--attn_mode flash runs on CUDA devices only"),
         ("flash3", True, "--flash3 runs on CUDA devices only"),

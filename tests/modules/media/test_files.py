@@ -375,7 +375,7 @@ def test_joined_videos_show_the_same_pictures_one_behind_the_other(
 def test_videos_of_other_settings_are_not_joined(tmp_path: Path) -> None:
     parts = segments(tmp_path, list(gradients(4)), [4])
     write_video(tmp_path / "other.mp4", gradients(4, 32, 32), 30)
-    with pytest.raises(MediaError, match="other settings"):
+    with pytest.raises(MediaError, match="different settings"):
         join_videos(tmp_path / "joined.mp4", [*parts, segment_of(tmp_path / "other.mp4", 30)], 30)
     assert not (tmp_path / "joined.mp4").exists()
 
