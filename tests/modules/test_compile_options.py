@@ -107,7 +107,7 @@ def test_what_contradicts_itself_is_refused_in_training(argv: list[str], words: 
     [
         ("inductor default maybe False", "DYNAMIC is 'maybe', use true, false or auto"),
         ("inductor default auto auto", "FULLGRAPH is 'auto', use true or false"),
-        ("inductor fast auto False", "mode fast is not known"),
+        ("inductor fast auto False", "mode fast is unknown"),
     ],
 )
 def test_a_word_that_is_not_known_is_refused_by_name(
