@@ -48,7 +48,7 @@ def test_one_missing_section_makes_all_again(
     with caplog.at_level("INFO"):
         assert cache_media(ToyFamily(sections=3), config, options()).written == 3
     left = ", ".join(str(section) for section in range(3) if section != gone)
-    assert f"sections {left} are there, 3 files belong together" in caplog.text
+    assert f"sections {left} were found, 3 files belong together" in caplog.text
     assert cache_media(ToyFamily(sections=3), config, options()).kept == 3
 
 
