@@ -40,7 +40,7 @@ class DatasetTable:
     num_repeats: int
     enable_bucket: bool
     bucket_no_upscale: bool  # always False if enable_bucket is False
-    validation: bool  # held back from training
+    validation: bool  # not trained on
     target_frames: tuple[int, ...]  # ascending, each 4n + 1
     frame_extraction: str
     frame_stride: int
@@ -143,8 +143,7 @@ def load_dataset_config(path: Path) -> DatasetConfig:
 _TOP_LEVEL = frozenset({"general", "datasets"})
 
 
-# --- reading
-# ------------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -263,7 +262,7 @@ def _check_names(entry: Table, kind: str, source_key: str, where: str, problems:
             )
 
 
-_BAD = object()  # stands for a value that has been reported
+_BAD = object()  # marks a value that has been reported
 
 
 def _read_value(name: str, value: Any, where: str, problems: list[str]) -> Any:
@@ -335,8 +334,7 @@ def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[
             )
 
 
-# --- words
-# ------------------------------------------------------------------------------------------------------------
+# --- messages ---
 
 
 def _unknown(name: str, value: Any, allowed: tuple[str, ...] | list[str]) -> str:

@@ -46,7 +46,9 @@ class Compilation:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise OptionError(f"the compile mode {self.mode} is unknown: use one of {', '.join(MODES)}")
+            raise OptionError(
+                f"--compile_args: the mode {self.mode} is unknown: use one of {', '.join(MODES)}"
+            )
         if self.mode != DEFAULT_MODE and self.backend != INDUCTOR:
             raise OptionError(
                 f"the compile mode {self.mode} needs inductor; the backend {self.backend} has no modes. Use "
@@ -91,7 +93,7 @@ class TrainingCompileOptions:
 
     @property
     def choice(self) -> Compilation | None:
-        """How to compile; None: not at all."""
+        """Return how to compile the blocks; None: not at all."""
         if self.compile:
             return compilation_of(self.compile_args)
         backend = self.dynamo_backend.lower()
@@ -118,7 +120,7 @@ class GenerationCompileOptions:
 
     @property
     def choice(self) -> Compilation | None:
-        """How to compile; None: not at all."""
+        """Return how to compile the blocks; None: not at all."""
         return compilation_of(self.compile_args) if self.compile else None
 
 

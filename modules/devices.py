@@ -102,7 +102,7 @@ def make_deterministic() -> None:
 
 
 def keep_float32_exact() -> None:
-    """Make CUDA convolutions compute float32 exactly: by default torch allows TF32 for them."""
+    """Make CUDA convolutions compute float32 exactly: torch allows TF32 for them, not for matrix products."""
     torch.backends.cudnn.allow_tf32 = False
 
 

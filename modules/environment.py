@@ -110,7 +110,7 @@ def _install(python: Path, wanted: list[str]) -> None:
             ]
             if subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}).returncode:
                 raise UserError(
-                    f"pip could not install {', '.join(lines)}. See its message above, mend the cause and "
+                    f"pip could not install {', '.join(lines)}. See its message above, fix the cause and "
                     "run again."
                 )
 

@@ -122,13 +122,13 @@ def check_at_least(option: str, value: float | None, minimum: float, meaning: st
     meaning: says what to give instead.
     """
     if value is not None and not value >= minimum:
-        raise OptionError(f"{option} {value}: has to be at least {minimum} ({meaning})")
+        raise OptionError(f"{option} {value}: must be at least {minimum} ({meaning})")
 
 
 def check_below(option: str, value: float | None, limit: float, meaning: str) -> None:
     """Raise OptionError if a value is given and not below `limit`; `meaning` says what to give instead."""
     if value is not None and not value < limit:
-        raise OptionError(f"{option} {value}: has to be below {limit} ({meaning})")
+        raise OptionError(f"{option} {value}: must be below {limit} ({meaning})")
 
 
 def int_or_float(text: str) -> int | float:

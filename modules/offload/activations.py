@@ -40,7 +40,7 @@ class HostMemory:
             best = min(fitting, key=Tensor.numel)
             self._free = [piece for piece in self._free if piece is not best]
             return best
-        # drop a free piece, all of which are too small now: the larger new one also serves smaller sizes
+        # all free pieces are too small: drop one, as the larger new one also serves smaller sizes
         if self._free:
             self.size_bytes -= self._free.pop().numel()
         size_bytes = math.ceil(size_bytes / ALIGNMENT) * ALIGNMENT

@@ -23,7 +23,7 @@ class ListPlan:
     name: str  # of the nn.ModuleList
     num_blocks: int
     streamed: tuple[int, ...]  # indices of the blocks that are copied from host memory each time
-    slots: int  # for them, on the device
+    slots: int  # on the device, shared by the streamed blocks
 
     @property
     def device_blocks(self) -> int:
