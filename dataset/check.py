@@ -1,4 +1,4 @@
-"""`--check`: what a configuration comes to, and what is wrong with it, before hours are spent on it."""
+"""`--check`: report what a configuration amounts to, and what is wrong with it, before a long run."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from dataset.sources.listing import Source, find_sources, missing_captions
 from modules.contract.family import Family, LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
 
-LISTED = 50  # lines of one kind
+LISTED = 50  # at most so many lines of one kind
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class _Table:
-    """What a table comes to."""
+    """Result of comparing one table with its caches."""
 
     sources: Sequence[Source]
     plans: Sequence[Plan]
@@ -43,14 +43,14 @@ class _Table:
 
     @property
     def buckets(self) -> Counter[tuple[int, ...]]:
-        """Items by (width, height[, frames])."""
+        """Count items by (width, height[, frames])."""
         return Counter(item for plan in self.plans for item in plan.items)
 
 
 def check_media(family: Family, config: DatasetConfig, workers: int, skip_existing: bool) -> CheckResult:
-    """What latent caching would do.
+    """Report what latent caching would do.
 
-    Every source that records do not tell about is decoded; nothing is encoded or written.
+    Sources whose records are missing or outdated are decoded; nothing is encoded or written.
     """
     try:
         encoder, files = (
@@ -79,7 +79,7 @@ def check_media(family: Family, config: DatasetConfig, workers: int, skip_existi
         lines += [f"{table.name}: {len(found.sources)} {table.kind}s, {found.buckets.total()} items"]
         lines += _indented(_bucket_lines(table, found.buckets))
         if encoder:
-            lines += _indented([f"caches: {kept} files are right, {to_encode} items are to be encoded"])
+            lines += _indented([f"caches: {kept} files are valid, {to_encode} items need encoding"])
         batches += _num_batches(table, found.buckets)
         lines += _listed("give no item", dropped)
         lines += _listed("cannot be read", found.unreadable)
@@ -90,7 +90,7 @@ def check_media(family: Family, config: DatasetConfig, workers: int, skip_existi
 
 
 def check_texts(family: Family, config: DatasetConfig, skip_existing: bool) -> CheckResult:
-    """What text caching would do. No encoder is loaded."""
+    """Report what text caching would do. No encoder is loaded."""
     encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
     lines, ok = ["Files recognised:"], True
     lines += _indented(
@@ -105,7 +105,7 @@ def check_texts(family: Family, config: DatasetConfig, skip_existing: bool) -> C
             to_do = sum(encoder.name in plan.missing for plan in plans)
             kept = len(plans) - to_do
             lines += _indented(
-                [f"caches of {encoder.name}: {kept} are right, {to_do} captions are to be encoded"]
+                [f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding"]
             )
         lines += _listed("have no caption", captions)
         ok = ok and not captions
@@ -122,10 +122,10 @@ def check_training(
     files: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
 ) -> CheckResult:
-    """What a training run would see in its caches; every cache file is read and verified.
+    """Report what a training run would see in its caches; every cache file is read and verified.
 
-    accumulation, processes: batches per optimizer step. files: lines about the checkpoints, as the caller
-    recognised them. text_keys: what a whole text cache holds.
+    accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
+    checkpoints that the caller recognised. text_keys: keys of a complete text cache.
     """
     found = find_items(config, cache_tag, latent, text_keys)
     lines, ok = ["Files recognised:", *_indented(files)], True
@@ -198,7 +198,7 @@ def _num_batches(table: DatasetTable, buckets: Mapping[tuple[int, ...], int]) ->
 def _unusable(
     items: Sequence[TrainingItem], latent: LatentSpec, encoders: SameEncoders
 ) -> tuple[list[str], list[str]]:
-    """Why items cannot be trained on, by reading every one; and what is to be said of those that can."""
+    """Read every item; return why some cannot be trained on, and remarks about the others."""
     faults, remarks = [], []
     for item in items:
         try:
@@ -211,13 +211,11 @@ def _unusable(
 
 
 def _source_lines(table: DatasetTable, items: Sequence[TrainingItem]) -> list[str]:
-    """Sources without a cache and without a caption, where the sources are there at all: training needs only
-    the caches.
-    """
+    """List sources without a cache or a caption, if the sources exist: training needs only the caches."""
     try:
         sources = find_sources(table)
     except DatasetError as error:
-        return _indented([f"its sources are not looked at: {error}"])
+        return _indented([f"its sources are not checked: {error}"])
     stems = {item.source_stem for item in items}
     uncached = [one.path for one in sources if one.stem not in stems]
     return [
@@ -227,7 +225,7 @@ def _source_lines(table: DatasetTable, items: Sequence[TrainingItem]) -> list[st
 
 
 def _listed(what: str, ones: Sequence[object]) -> list[str]:
-    """A count and at most LISTED of them."""
+    """Return lines with a count and at most LISTED of the objects."""
     if not ones:
         return []
     more = [f"... and {len(ones) - LISTED} more"] if len(ones) > LISTED else []

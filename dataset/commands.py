@@ -1,4 +1,4 @@
-"""What a caching script does once its options are read: show what the model will see, check, or cache."""
+"""Run a caching script after its options are read: show what the model will see, check, or cache."""
 
 import sys
 
@@ -14,9 +14,9 @@ from modules.contract.family import Family
 def run_latent_caching(
     family: Family, config: DatasetConfig, options: CachingOptions, debug: DebugOptions
 ) -> None:
-    """--debug_mode, --check, or caching of latents.
+    """Run --debug_mode, --check, or the caching of latents.
 
-    Raises UserError, and SystemExit with the result of a check.
+    Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if debug.debug_mode is not None:
         conclude(show_datasets(family, config, debug, workers_of(options)))
@@ -27,7 +27,10 @@ def run_latent_caching(
 
 
 def run_text_caching(family: Family, config: DatasetConfig, options: CachingOptions) -> None:
-    """--check, or caching of texts. Raises UserError, and SystemExit with the result of a check."""
+    """Run --check, or the caching of texts.
+
+    Raises UserError if caching fails, and SystemExit with the result of a check.
+    """
     if options.check:
         _end_with(check_texts(family, config, options.skip_existing))
     conclude(cache_texts(family, config, options))

@@ -1,7 +1,7 @@
-"""The dataset configuration: a TOML or JSON file -> frozen tables. Standard library only.
+"""Read a dataset configuration, a TOML or JSON file, to frozen tables. Standard library only.
 
-What each key may be stands in `dataset/config_keys.py`. Paths are relative to the working folder. Every
-problem of a file is reported at once.
+Allowed values of each key are in `dataset/config_keys.py`. Paths are relative to the working folder. All
+problems of a file are reported together.
 """
 
 import difflib
@@ -25,10 +25,7 @@ Table = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """One `[[datasets]]` entry with everything filled in.
-
-    Keys of the other kind of table have their defaults.
-    """
+    """One `[[datasets]]` entry with all defaults filled in, also of keys for the other kind of table."""
 
     config_path: Path
     index: int  # place in the file, from 0
@@ -42,8 +39,8 @@ class DatasetTable:
     batch_size: int
     num_repeats: int
     enable_bucket: bool
-    bucket_no_upscale: bool  # False where enable_bucket is
-    validation: bool  # held back from training
+    bucket_no_upscale: bool  # always False if enable_bucket is False
+    validation: bool  # not trained on
     target_frames: tuple[int, ...]  # ascending, each 4n + 1
     frame_extraction: str
     frame_stride: int
@@ -57,24 +54,24 @@ class DatasetTable:
 
     @property
     def name(self) -> str:
-        """For messages: `data.toml, [[datasets]] 2 (clips)`."""
+        """Return the table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
         return f"{self.config_path}, [[datasets]] {self.index + 1} ({self.source})"
 
     @property
     def source(self) -> Path:
-        """The folder or list the items come from."""
+        """Return the folder or list that the items come from."""
         source = self.directory or self.jsonl_file
         assert source is not None
         return source
 
     @property
     def control_count(self) -> int:
-        """How many control images an image has, where it has any."""
+        """Return how many control images an image has, if it has any."""
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
 
     @property
     def section_keys(self) -> dict[str, Any]:
-        """Those of SECTION_DEFAULTS that are set to something else, as JSON values."""
+        """Return the keys of SECTION_DEFAULTS that are set to another value, as JSON values."""
         given = {
             name: getattr(self, name)
             for name, usual in SECTION_DEFAULTS.items()
@@ -83,9 +80,9 @@ class DatasetTable:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
-        """The entry of the metadata list `ss_datasets`.
+        """Return the table's entry of the metadata list `ss_datasets`.
 
-        has_control: None means whether there is a control_directory.
+        has_control: None takes it from control_directory.
         """
         entry: dict[str, Any] = {
             "resolution": list(self.resolution),
@@ -115,10 +112,10 @@ class DatasetConfig:
 
 
 def load_dataset_config(path: Path) -> DatasetConfig:
-    """Read `path` (.toml or .json). Folders are not looked for: training needs only the caches
-    (`sources.find_sources` looks).
+    """Read `path` (.toml or .json).
 
-    Raises DatasetError naming file, table, key, the value found and the values allowed.
+    Source folders are not checked, because training needs only the caches; `find_sources` checks them.
+    Raises DatasetError, with file, table, key, the value found and the values allowed.
     """
     problems: list[str] = []
     content = _parse(path)
@@ -131,7 +128,7 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     entries = content.get("datasets")
     if not isinstance(entries, list) or not entries:
         problems.append(
-            "there is no [[datasets]] table; the file needs one per folder or list of images or videos"
+            "there is no [[datasets]] table; the file needs one for each folder or list of images or videos"
         )
         entries = []
     _check_general(general, problems)
@@ -146,8 +143,7 @@ def load_dataset_config(path: Path) -> DatasetConfig:
 _TOP_LEVEL = frozenset({"general", "datasets"})
 
 
-# --- reading
-# ------------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -175,9 +171,9 @@ def _parse(path: Path) -> dict[str, Any]:
         hint = (
             "\n  A Windows path needs forward slashes or single quotes: 'C:\\data'." if "\\" in text else ""
         )
-        raise DatasetError(f"{path} is no valid {path.suffix[1:].upper()}: {error}{hint}") from None
+        raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}{hint}") from None
     if not isinstance(content, dict):
-        raise DatasetError(f'{path}: the top level has to be an object with "datasets"')
+        raise DatasetError(f'{path}: the top level must be an object with "datasets"')
     return content
 
 
@@ -186,7 +182,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(
-            f"key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+            f"key {next(name for name in names if names.count(name) > 1)!r} occurs twice in one object"
         )
     return content
 
@@ -195,7 +191,7 @@ def _without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]
     if table is None:
         return {}
     if not isinstance(table, dict):
-        problems.append(f"{name} = {_shown(table)} is no table of keys")
+        problems.append(f"{name} = {_shown(table)} is not a table of keys")
         return {}
     return {key: value for key, value in table.items() if value is not None}
 
@@ -207,7 +203,7 @@ def _check_general(general: Table, problems: list[str]) -> None:
             _read_value(name, value, "[general]", problems)
         elif name in KEYS:
             problems.append(
-                f"[general]: {name} = {_shown(value)} may only stand in a [[datasets]] table; move it there"
+                f"[general]: {name} = {_shown(value)} is allowed only in a [[datasets]] table; move it there"
             )
         else:
             problems.append(f"[general]: {_unknown(name, value, allowed)}")
@@ -248,7 +244,7 @@ def _source_key(entry: Table, where: str, problems: list[str]) -> str | None:
         ]
         hint = f" Did you mean {near[0]}?" if near else ""
         problems.append(
-            f"{where}: nothing says where its items are; it needs one of {', '.join(SOURCES)}.{hint}"
+            f"{where}: the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
         )
     return None
 
@@ -266,7 +262,7 @@ def _check_names(entry: Table, kind: str, source_key: str, where: str, problems:
             )
 
 
-_BAD = object()  # stands for a value that has been reported
+_BAD = object()  # marks a value that has been reported
 
 
 def _read_value(name: str, value: Any, where: str, problems: list[str]) -> Any:
@@ -295,7 +291,7 @@ def _finish_table(
     fields = {name: value for name, value in values.items() if name not in SOURCES}
     if jsonl_file and fields["control_directory"]:
         logger.warning(
-            "%s, %s: control_directory is ignored because a list names control files itself (control_path)",
+            "%s, %s: control_directory is ignored because a list itself names control files (control_path)",
             path,
             where,
         )
@@ -318,7 +314,7 @@ def _rounded_targets(targets: tuple[int, ...], where: str) -> tuple[int, ...]:
     rounded = tuple(sorted({(target - 1) // FRAME_STEP * FRAME_STEP + 1 for target in targets}))
     if not set(targets) <= set(rounded):
         logger.warning(
-            "%s: target_frames %s become %s: clips are 4n + 1 frames long",
+            "%s: target_frames %s become %s, because clips have 4n + 1 frames",
             where,
             list(targets),
             list(rounded),
@@ -334,12 +330,11 @@ def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[
             problems.append(
                 f"[[datasets]] {first.index + 1} and {table.index + 1} share the cache directory "
                 f"{table.cache_directory}; "
-                "give each its own cache_directory (without one it is the folder of the images or videos)"
+                "give each its own cache_directory (the default is the folder of the images or videos)"
             )
 
 
-# --- words
-# ------------------------------------------------------------------------------------------------------------
+# --- messages ---
 
 
 def _unknown(name: str, value: Any, allowed: tuple[str, ...] | list[str]) -> str:

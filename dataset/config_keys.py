@@ -1,4 +1,5 @@
-"""The keys of a dataset configuration: what a value may be, its default, and where the key may stand.
+"""The keys of a dataset configuration: allowed values, defaults, and the tables that may have them.
+
 Standard library only.
 """
 
@@ -7,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# of frame_extraction; what they do: dataset/sources/frames.py
+# of frame_extraction; implemented in dataset/sources/frames.py
 MODES = ("head", "chunk", "slide", "uniform", "full")
-FAR = 10_000  # latent frames; places in time stay far below
+FAR = 10_000  # latent frames; real positions in time are far below
 
 
 class Unfit(Exception):
-    """The value is not one of those allowed."""
+    """The value is not allowed."""
 
 
 def _whole(value: Any) -> int:
@@ -90,8 +91,9 @@ def _mode(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a table: `read` turns its value into the field or raises Unfit; `allowed` says in words what
-    fits.
+    """One key of a table.
+
+    read: converts its value to the field, or raises Unfit. allowed: the allowed values, in words.
     """
 
     read: Callable[[Any], Any]
@@ -141,6 +143,6 @@ KEYS: Mapping[str, Key] = {
     "fp_1f_target_index": Key(_place, f"a whole number below {FAR}", None, ("image",)),
     "fp_1f_no_post": Key(_yes_no, _BOOL, False, ("image",)),
 }
-# what else than frames the latents of a family with sections depend on
+# what the latents of a family with sections depend on besides the frames
 SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
 SOURCES = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")

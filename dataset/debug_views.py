@@ -1,6 +1,4 @@
-"""Showing the frames that the model will see, as pictures, clips or coloured text, without encoding
-anything.
-"""
+"""Show the frames that the model will see, as pictures, clips or coloured text, without encoding them."""
 
 import logging
 import os
@@ -34,7 +32,7 @@ Show = Callable[[Item, NDArray[np.uint8]], str]  # an item and its frames F H W 
 
 
 def show_datasets(family: Family, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
-    """Show every item the way `debug` says. Sources that cannot be read become failures of the report."""
+    """Show every item as --debug_mode says. Sources that cannot be read become failures of the report."""
     show = _viewer(family, config, debug)
     failures: list[Failure] = []
     dropped: list[Failure] = []
@@ -65,24 +63,22 @@ def show_datasets(family: Family, config: DatasetConfig, debug: DebugOptions, wo
 
 
 def side_by_side(media: DecodedSource, item: Item) -> NDArray[np.uint8]:
-    """The frames of an item, F H W 3, with those of its control media to the right; transparent parts are
-    grey.
-    """
+    """Return an item's frames (F H W 3), control media to the right; transparent parts are grey."""
     parts = [media.crop(item.span), *map(_opaque, media.control_crops(item.span))]
     return np.concatenate(parts, axis=2)
 
 
 def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
-    """At most `most` frames, evenly spread from the first to the last, in one row."""
+    """Return at most `most` frames, evenly spread from the first to the last, in one row."""
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
     return np.concatenate([frames[index] for index in chosen], axis=1)
 
 
 def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
-    """A picture as lines for a terminal with 24-bit colours.
+    """Return a picture as lines for a terminal with 24-bit colours.
 
-    Without a background a character is two pixels, one above the other; on a background it is a letter,
-    denser where it is light.
+    Without a background, a character shows two pixels, one above the other; with one, it is a character of
+    SHADES, denser for lighter pixels.
     """
     rows = max(round(picture.shape[0] / picture.shape[1] * columns / 2), 1)
     if background is None:
@@ -131,10 +127,10 @@ def _viewer(family: Family, config: DatasetConfig, debug: DebugOptions) -> Show:
             logger.info("writing clips to %s", folder)
             return lambda item, frames: _to_clip(_file(folder, item), frames, family.defaults.fps)
         case "image" if _has_window():
-            logger.info("keys in the window: d next dataset, q quit, any other the next item")
+            logger.info("keys in the window: d for the next dataset, q to quit, any other for the next item")
             return lambda item, frames: _to_window(frames)
         case _:
-            logger.info("there is no window to show pictures in; writing them to %s", folder)
+            logger.info("pictures cannot be shown in a window here; writing them to %s", folder)
             return lambda item, frames: _to_picture(_file(folder, item), sheet(frames))
 
 
@@ -182,9 +178,7 @@ def _to_window(frames: NDArray[np.uint8]) -> str:
 
 
 def _has_window() -> bool:
-    """Whether OpenCV can open a window here: the headless build cannot, and without a display it would end
-    the process.
-    """
+    """Return whether OpenCV can open a window: the headless build cannot, and without a display it aborts."""
     if sys.platform.startswith("linux") and not (
         os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     ):
@@ -197,7 +191,7 @@ def _has_window() -> bool:
 
 
 def _opaque(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """F H W 3; alpha, where there is some, is blended over grey."""
+    """Return F H W 3, with alpha, if there is any, blended over grey."""
     if frames.shape[-1] == 3:
         return frames
     alpha = frames[..., 3:].astype(np.float32) / 255

@@ -1,4 +1,4 @@
-"""Options that all caching scripts share."""
+"""Options of all caching scripts."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -18,26 +18,26 @@ COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white"
 
 @dataclass(frozen=True)
 class CachingOptions:
-    """What is cached, where, and what is kept."""
+    """What to cache, on which device, and which files to keep."""
 
     dataset_config: Path
-    device: str | None  # None: CUDA or MPS where there is one, else the CPU
+    device: str | None  # None: CUDA or MPS if there is one, else the CPU
     batch_size: int | None  # None: that of each dataset table
-    num_workers: int | None  # None: one less than the machine has cores
+    num_workers: int | None  # None: the machine's cores minus one
     skip_existing: bool
     keep_cache: bool
     check: bool
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
-            raise OptionError(f"--batch_size {self.batch_size}: give a number of at least 1")
+            raise OptionError(f"--batch_size {self.batch_size}: give at least 1")
         if self.num_workers is not None and self.num_workers < 1:
-            raise OptionError(f"--num_workers {self.num_workers}: give a number of at least 1")
+            raise OptionError(f"--num_workers {self.num_workers}: give at least 1")
 
 
 @dataclass(frozen=True)
 class DebugOptions:
-    """Showing what the model will see instead of caching it."""
+    """How to show what the model will see, instead of caching it."""
 
     debug_mode: str | None  # image, console or video
     console_width: int  # characters
@@ -50,13 +50,13 @@ class DebugOptions:
         if self.console_back is not None and self.console_back.lower() not in COLOURS:
             raise OptionError(f"--console_back {self.console_back}: use one of {', '.join(COLOURS)}")
         if self.console_num_images is not None and self.console_num_images < 1:
-            raise OptionError(f"--console_num_images {self.console_num_images}: give a number of at least 1")
+            raise OptionError(f"--console_num_images {self.console_num_images}: give at least 1")
 
 
 def read_latent_caching(
     description: str | None, add_arguments: AddArguments, record: type[T], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, T]:
-    """The options of a script that caches latents. add_arguments, record: the family's own."""
+    """Read the options of a script that caches latents. add_arguments, record: the family's own."""
     parser = Parser(description=description)
     add_caching_arguments(parser)
     add_arguments(parser)
@@ -68,7 +68,7 @@ def read_latent_caching(
 def read_text_caching(
     description: str | None, add_arguments: AddArguments, record: type[T], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, T]:
-    """The options of a script that caches texts. add_arguments, record: the family's own."""
+    """Read the options of a script that caches texts. add_arguments, record: the family's own."""
     parser = Parser(description=description)
     add_caching_arguments(parser)
     add_arguments(parser)
@@ -83,19 +83,19 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
 
 
 def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of both caching scripts."""
+    """Add the options of both caching scripts."""
     group = parser.add_argument_group("caching")
     group.add_argument(
         "--dataset_config", type=str, required=True, help="dataset configuration, .toml or .json"
     )
     group.add_argument(
-        "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; default: the best there is"
+        "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; default: the best one available"
     )
     group.add_argument(
         "--batch_size",
         type=int,
         default=None,
-        help="items encoded at once; default: batch_size of each dataset",
+        help="items to encode at once; default: batch_size of each dataset",
     )
     group.add_argument(
         "--num_workers",
@@ -106,20 +106,20 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--skip_existing",
         action="store_true",
-        help="also keep files made by other programs where their size is the right one",
+        help="also keep files made by other programs if their size is right",
     )
     group.add_argument(
-        "--keep_cache", action="store_true", help="do not remove cache files that belong to no item any more"
+        "--keep_cache", action="store_true", help="do not remove cache files that no longer belong to an item"
     )
     group.add_argument(
         "--check",
         action="store_true",
-        help="say what would be cached and what is wrong with the dataset, then exit (0 or 1)",
+        help="print what would be cached and what is wrong with the dataset, then exit (0 or 1)",
     )
 
 
 def add_debug_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the latent caching scripts that show the frames instead of encoding them."""
+    """Add the options of latent caching scripts that show the frames instead of encoding them."""
     group = parser.add_argument_group("looking at the dataset")
     group.add_argument(
         "--debug_mode",
@@ -127,7 +127,7 @@ def add_debug_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         choices=["image", "console", "video"],
         help="show what the model will see and cache nothing: in a window (or PNG files), as coloured text, "
-        "as mp4 files",
+        "or as mp4 files",
     )
     group.add_argument("--console_width", type=int, default=80, help="console: width in characters")
     group.add_argument(

@@ -1,6 +1,4 @@
-"""Files that are either complete or not there: written to a temporary name in the same folder, flushed, then
-renamed.
-"""
+"""Write files atomically: to a temporary name in the same folder, flushed to disk, then renamed."""
 
 import contextlib
 import errno
@@ -19,19 +17,18 @@ from torch import Tensor
 
 from modules.errors import OutputError
 
-LEFTOVER_SECONDS = 3600.0  # a temporary file this old belongs to no writer any more
+LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer uses them
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it is flushed to disk and takes the name
-    `path`.
+    """Yield a temporary path beside `path`; if the block succeeds, flush it to disk and rename it to `path`.
 
     The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed
-    runs are removed. size_bytes: what will be written, compared with the free space first. Raises OutputError
-    where the folder cannot be written or the disk is full; the file that was there before is untouched then.
+    runs are removed. size_bytes: what will be written; compared with the free space first. Raises OutputError
+    if the folder cannot be written or the disk is full; an existing file then stays unchanged.
     """
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +47,10 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; when the block ends well it takes the name `path`, whole
-    or not at all.
+    """Yield an empty temporary folder beside `path`; if the block succeeds, rename it to `path`.
 
-    A folder of that name is moved aside first and deleted last; `recover_folder` undoes a kill between the
-    two renames.
+    An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
+    renames. Raises OutputError if the folder cannot be written.
     """
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,9 +76,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Create a folder of outputs before the work begins.
+    """Create an output folder before the work begins.
 
-    Raises OutputError naming `option` where nothing can be written there.
+    Raises OutputError, with `option` in the message, if nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,9 +87,9 @@ def make_folder(folder: Path, option: str) -> None:
             f"{option} {folder} cannot be created: {error.strerror}. Choose another folder."
         ) from error
     try:
-        # not `tempfile`: refused on Windows, it tries on and on
+        # not `tempfile`: it retries forever when Windows denies access
         trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
-        trial.touch(exist_ok=False)  # only writing shows whether it may be: a disk may be read-only too
+        trial.touch(exist_ok=False)  # rights alone do not tell: the disk may be read-only
         trial.unlink()
     except OSError as error:
         raise OutputError(
@@ -103,13 +99,12 @@ def make_folder(folder: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether the block has the name `path` to itself; false where another block, of whatever process, has
-    claimed it meanwhile.
+    """Claim the name `path` for the block; yields False if another block, in any process, has claimed it.
 
-    A hidden file says so, whose name lets it be swept like a temporary one where a killed run leaves it.
-    Raises OutputError.
+    The claim is a hidden file with the name of a temporary one, so that the claim of a killed run is removed
+    with other leftovers. Raises OutputError if the file cannot be made.
     """
-    # no name that a temporary file or folder of `path` has
+    # different from every name of a temporary file or folder of `path`
     claim = path.with_name(f".{path.name}.claim.{'0' * 8}.tmp")
     with _explained(path):
         try:
@@ -125,9 +120,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def recover_folder(path: Path) -> None:
-    """Bring back the earlier folder where a kill came between the two renames of `atomic_folder`; remove
-    half-built ones.
-    """
+    """Restore the earlier folder after a kill between the renames of `atomic_folder`; remove partial ones."""
     aside = path.with_name(f".{path.name}.old")
     if aside.exists():
         if path.exists():
@@ -141,9 +134,9 @@ def recover_folder(path: Path) -> None:
 def remove_leftovers(
     folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS
 ) -> None:
-    """Remove temporary files and folders of killed runs that nobody has touched for `older_seconds`.
+    """Remove temporary files and folders of killed runs that have not changed for `older_seconds`.
 
-    of: told the name that a temporary file would have got, says whether it is meant.
+    of: given the final name of a temporary file, returns whether to remove it.
     """
     newest = time.time() - older_seconds
     with os.scandir(folder) as entries:
@@ -152,7 +145,7 @@ def remove_leftovers(
             if temporary is None or not of(temporary["name"]):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
-                # a folder's changes with every file put into it
+                # a folder's time changes with every file put into it
                 if entry.stat(follow_symlinks=False).st_mtime > newest:
                     continue
                 if entry.is_dir(follow_symlinks=False):
@@ -163,60 +156,58 @@ def remove_leftovers(
 
 @lru_cache(maxsize=64)
 def _sweep(folder: Path) -> None:
-    """`remove_leftovers`, once a run for each folder: listing a large cache with every file would take longer
-    than writing it.
-    """
+    """Run `remove_leftovers` once per run and folder: listing a large cache takes longer than one write."""
     remove_leftovers(folder)
 
 
 def give_name(file: Path, path: Path) -> None:
-    """Rename a finished file within its folder, in place of one that may be there. Raises OutputError."""
+    """Rename a finished file within its folder, replacing an existing one.
+
+    Raises OutputError if that fails.
+    """
     with _explained(path):
         os.replace(file, path)
         _flush_folder(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, complete or not at all."""
+    """Write `data` to `path`, completely or not at all. Raises OutputError if that fails."""
     with atomic_path(path, len(data)) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, complete or not at all."""
+    """Write `text` as UTF-8 to `path`, completely or not at all. Raises OutputError if that fails."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def storable(text: str) -> str:
-    """The text as metadata can hold it, in UTF-8.
-
-    Names of files may have bytes that are none; they become as `\\udce9`.
-    """
+    """Return the text as valid UTF-8, for metadata: bytes of file names that are not become `\\udce9`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, complete or not at all.
+    """Write a safetensors file, completely or not at all.
 
-    Tensors may lie anywhere; they are made contiguous on the CPU.
+    Tensors may be on any device; they are made contiguous on the CPU. Raises OutputError if writing fails.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size_bytes = sum(tensor.nbytes for tensor in ready.values())
     with atomic_path(path, size_bytes) as temporary:
         temporary.touch()
-        # as the user's umask says; the library makes the file anew, for the owner only
+        # keep the rights of the user's umask: the library replaces the file by one for the owner only
         rights = temporary.stat().st_mode
         try:
             save_file(ready, temporary, metadata=dict(metadata) if metadata is not None else None)
-        except SafetensorError as error:  # it reports a full disk in its own way
+        except SafetensorError as error:  # its own way to report a full disk
             raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
         temporary.chmod(rights)
 
 
 def check_space(path: Path, size_bytes: int) -> None:
-    """Raise OutputError where the volume of `path` has no room for `size_bytes`."""
+    """Raise OutputError if the volume of `path` has no room for `size_bytes`."""
     free = shutil.disk_usage(path.parent).free
     if size_bytes and free < size_bytes + SPARE_BYTES:
         raise OutputError(
@@ -251,6 +242,6 @@ def _explained(path: Path) -> Iterator[None]:
             else error.strerror or str(error)
         )
         raise OutputError(
-            f"{path} cannot be written: {reason}. Nothing of it was kept; free the space or choose another "
-            "folder and run again."
+            f"{path} cannot be written: {reason}. No partial file was kept. Free some space or choose "
+            "another folder, and run again."
         ) from error

@@ -1,5 +1,6 @@
-"""The frame around every script: logging, clean error output, exit codes. Standard library only, so `--help`
-answers at once.
+"""What every script shares: logging, clean error output, exit codes.
+
+Standard library only, so that `--help` answers at once.
 """
 
 import argparse
@@ -22,7 +23,7 @@ INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 
 
 def start_logging(level: int = logging.INFO) -> None:
-    """Send log lines to standard error, UTF-8 where the stream allows; coloured on a terminal.
+    """Send log lines to standard error, in UTF-8 if the stream can; coloured on a terminal.
 
     Calling it again changes nothing.
     """
@@ -38,9 +39,7 @@ def start_logging(level: int = logging.INFO) -> None:
 
 @contextlib.contextmanager
 def each_warning_once() -> Iterator[None]:
-    """In the block no warning is shown twice: what an option brings about is the same for every line of a
-    prompt file.
-    """
+    """Show no warning twice inside the block: each line of a prompt file would repeat those about options."""
     filters = [(handler, _once()) for handler in logging.getLogger().handlers]
     for handler, is_new in filters:
         handler.addFilter(is_new)
@@ -64,9 +63,10 @@ def _once() -> Callable[[logging.LogRecord], bool]:
 
 
 def command_line(main: Callable[[], None], explain: Callable[[Path], str | None] | None = None) -> None:
-    """Run `main` as a program: a UserError is printed without a traceback and ends with its exit code.
+    """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
-    explain: given the file of a CheckpointError, says what that file really is, or None; printed as a hint.
+    explain: given the file of a CheckpointError, returns what that file really is, or None; printed as a
+    hint.
     """
     start_logging()
     try:
@@ -84,16 +84,13 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads a script's options.
+    """Parser of a script's options.
 
-    A mistake is one message, with the option or value that was probably meant, and exit code 2.
+    A mistake gives one message, with the option or value that was probably meant, and exit code 2.
     """
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse does.
-
-        What is mistyped is told before what is missing, which often is the same option.
-        """
+        """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
         words = sys.argv[1:] if args is None else list(args)
         if not {"-h", "--help"} & set(words):
             self._refuse_unknown(words)
@@ -103,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> NoReturn:
-        """End with code 2, without the list of all options."""
+        """Exit with code 2, without the list of all options."""
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
@@ -140,12 +137,12 @@ def _hint(given: str, known: Iterable[str]) -> str:
 
 
 def as_typed(words: Sequence[str]) -> str:
-    """A command as it is typed: quoted for the shell of this system."""
+    """Return a command as a user types it, quoted for this system's shell."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 class _LineFormatter(logging.Formatter):
-    """`message` for information, `WARNING: message` above it."""
+    """Formats INFO as `message`, other levels as `WARNING: message`."""
 
     _colours = {
         logging.WARNING: "\033[33m",

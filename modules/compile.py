@@ -1,10 +1,10 @@
 """torch.compile for the blocks of a transformer, applied to it from outside.
 
-Each block's `forward` is compiled in place, not the network: the blocks of a list have the same code and
-differ in their weights, which are inputs of the compiled code, so a list of forty costs one compilation. It
-starts in seconds, and nothing has to be known of what runs around the blocks. What is compiled anew: another
-structure (a block whose input needs no gradient, with or without gradients at all, a batch of one, LoRA on
-other layers), and sizes as `Compilation.dynamic` says.
+Each block's `forward` is compiled in place, not the whole network: the blocks of a list share their code and
+differ only in their weights, which are inputs of the compiled code, so a list of forty blocks costs one
+compilation. It starts in seconds and is independent of the code around the blocks. A block is recompiled if
+its structure differs (an input that needs no gradient, gradients on or off, a batch of one, LoRA on other
+layers), and for new sizes according to `Compilation.dynamic`.
 """
 
 import logging
@@ -23,18 +23,18 @@ from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
-# forms of one block list until torch gives up and runs the rest uncompiled; torch's own 8 are few for buckets
+# variants of one block list before torch runs the rest uncompiled; torch's own 8 are too few for buckets
 RECOMPILE_LIMIT = 32
-# all blocks share their code, so weights have no fixed address
+# CUDA graphs need weights at fixed addresses, but all blocks share their code
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
-    """Compile the `forward` that every block has at this time. For after LoRA and before checkpointing.
+    """Compile the `forward` that every block has now. Call after LoRA and before checkpointing.
 
-    Nothing is compiled before the first call. `check_compilation` has found that it can be.
+    Compilation runs at the first call of a block. Call `check_compilation` before.
     """
-    import torch._dynamo  # slow, and only for those who ask for it
+    import torch._dynamo  # slow to import, so only if needed
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     mode = NO_GRAPHS.get(choice.mode, choice.mode)
@@ -47,11 +47,11 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
                 dynamic=choice.dynamic,
                 fullgraph=choice.fullgraph,
             )
-    logger.info("The blocks are compiled with %s at their first use, which takes a while.", choice.backend)
+    logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
 
 
 def check_compilation(choice: Compilation | None, device: torch.device) -> None:
-    """Raise OptionError where that cannot be compiled for this device, before anything large is loaded."""
+    """Raise OptionError if blocks cannot be compiled for this device, before anything large is loaded."""
     if choice is None:
         return
     import torch._dynamo
@@ -60,14 +60,14 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
     if not is_dynamo_supported():
         raise OptionError(
             f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave "
-            "it out"
+            "--compile and --dynamo_backend out"
         )
     known = torch._dynamo.list_backends(exclude_tags=())
     if choice.backend not in known:
         public = ", ".join(sorted({*torch._dynamo.list_backends(), "eager", "aot_eager"}))
         raise OptionError(
-            f"torch.compile has no backend {choice.backend} here: install what brings it, or use one of "
-            f"{public}"
+            f"torch.compile has no backend {choice.backend} here: install the package that provides it, or "
+            f"use one of {public}"
         )
     if choice.backend == INDUCTOR:
         missing = _missing_for_inductor(device)
@@ -79,7 +79,7 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
 
 
 def _missing_for_inductor(device: torch.device) -> str:
-    """What torch's compiler lacks here, and how to get it; empty where nothing is known to be missing."""
+    """Return what torch's compiler lacks here and how to get it; empty if nothing is known to be missing."""
     if device.type == "mps":
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":
@@ -104,13 +104,13 @@ def _missing_for_inductor(device: torch.device) -> str:
     if not has_triton():
         return "a GPU that Triton supports (NVIDIA from compute capability 7.0 on)"
     if sys.platform == "win32":
-        return ""  # triton-windows brings its own compiler
+        return ""  # triton-windows includes a compiler
     if not (os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang", "cc"))):
-        return "a C compiler, with which Triton builds its launchers: install gcc or clang"
+        return "a C compiler, which Triton needs to build its launchers: install gcc or clang"
     return _missing_headers()
 
 
 def _missing_headers() -> str:
     if Path(sysconfig.get_path("include"), "Python.h").is_file():
         return ""
-    return "the header files of Python: install python3-dev, or a Python that brings them"
+    return "the header files of Python: install python3-dev, or a Python that includes them"

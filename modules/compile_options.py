@@ -1,4 +1,4 @@
-"""Whether and how torch compiles the blocks of the transformer."""
+"""Options for compiling the blocks of the transformer with torch."""
 
 import argparse
 from dataclasses import dataclass
@@ -36,34 +36,35 @@ SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 
 @dataclass(frozen=True)
 class Compilation:
-    """How blocks are compiled; light, so that options can make it."""
+    """How blocks are compiled; imports nothing heavy, so that options can make it."""
 
     backend: str = INDUCTOR  # a name that torch knows
     mode: str = DEFAULT_MODE
-    # None: a size that changes is left open from its second value on; False: each size by itself
+    # None: a size becomes dynamic at its second value; True: all sizes are dynamic; False: none is
     dynamic: bool | None = None
-    fullgraph: bool = False  # a part that cannot be compiled is an error instead of run by Python
+    fullgraph: bool = False  # a part that cannot be compiled is an error; False: Python runs it
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise OptionError(f"the compile mode {self.mode} is not known: use one of {', '.join(MODES)}")
+            raise OptionError(
+                f"--compile_args: the mode {self.mode} is unknown: use one of {', '.join(MODES)}"
+            )
         if self.mode != DEFAULT_MODE and self.backend != INDUCTOR:
             raise OptionError(
-                f"the compile mode {self.mode} is inductor's; the backend {self.backend} has none. Use "
+                f"the compile mode {self.mode} needs inductor; the backend {self.backend} has no modes. Use "
                 f"{DEFAULT_MODE}"
             )
         if self.mode == "reduce-overhead" or self.backend == "cudagraphs":
             raise OptionError(
-                f"{self.backend} {self.mode} records CUDA graphs, which hold weights and results at fixed "
-                "addresses, while here "
-                "all blocks share their code. A video's kernels are long, so there is nothing to gain. Use "
-                "inductor default"
+                f"{self.backend} {self.mode} records CUDA graphs, which need weights and results at fixed "
+                "addresses, but here all blocks share their code. A video's kernels are long, so CUDA graphs "
+                "would gain nothing. Use inductor default"
             )
 
 
 @dataclass(frozen=True)
 class TrainingCompileOptions:
-    """The two spellings of training: accelerate's, and that of the generation scripts."""
+    """The two ways to ask for compilation in training: accelerate's options and those of generation."""
 
     dynamo_backend: str
     dynamo_mode: str | None
@@ -79,21 +80,20 @@ class TrainingCompileOptions:
         )
         if self.compile and (backend != "no" or others):
             raise OptionError(
-                "--compile and --dynamo_backend (here or told to accelerate launch) both say how to compile: "
-                "give --compile with "
-                "--compile_args, or the --dynamo_ options"
+                "--compile and --dynamo_backend (here or given to accelerate launch) both say how to "
+                "compile. Give either --compile with --compile_args, or the --dynamo_ options"
             )
         if backend == "no" and others:
             raise OptionError(
-                "--dynamo_mode, --dynamo_fullgraph and --dynamo_dynamic do nothing without --dynamo_backend "
-                "inductor"
+                "--dynamo_mode, --dynamo_fullgraph and --dynamo_dynamic do nothing without --dynamo_backend: "
+                "add --dynamo_backend inductor"
             )
         _check_compile_args(self.compile, self.compile_args, TRAINING_ARGS)
         _ = self.choice
 
     @property
     def choice(self) -> Compilation | None:
-        """How to compile; None: not at all."""
+        """Return how to compile the blocks; None: not at all."""
         if self.compile:
             return compilation_of(self.compile_args)
         backend = self.dynamo_backend.lower()
@@ -120,12 +120,12 @@ class GenerationCompileOptions:
 
     @property
     def choice(self) -> Compilation | None:
-        """How to compile; None: not at all."""
+        """Return how to compile the blocks; None: not at all."""
         return compilation_of(self.compile_args) if self.compile else None
 
 
 def compilation_of(args: tuple[str, ...]) -> Compilation:
-    """The four words of --compile_args. Raises OptionError."""
+    """Parse the four words of --compile_args. Raises OptionError if one is unknown."""
     backend, mode, dynamic, fullgraph = args
     is_dynamic = (
         None
@@ -140,7 +140,7 @@ def compilation_of(args: tuple[str, ...]) -> Compilation:
 def _switch(name: str, text: str, choices: str) -> bool:
     value = SWITCHES.get(text.strip().lower())
     if value is None:
-        raise OptionError(f"--compile_args: {name} is {text!r}, give {choices}")
+        raise OptionError(f"--compile_args: {name} is {text!r}, use {choices}")
     return value
 
 
@@ -157,23 +157,21 @@ def add_training_compile_arguments(group: argparse._ArgumentGroup) -> None:
         choices=(*DYNAMO_BACKENDS, *(name.lower() for name in DYNAMO_BACKENDS)),
         metavar="BACKEND",
         help="compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, "
-        "... (no: do not)",
+        "...; no: do not compile",
     )
     group.add_argument(
         "--dynamo_mode",
         choices=("default", "reduce-overhead", "max-autotune"),
         help="compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead "
-        "is "
-        "refused",
+        "is refused",
     )
     group.add_argument(
-        "--dynamo_fullgraph", action="store_true", help="an error where a part of a block cannot be compiled"
+        "--dynamo_fullgraph", action="store_true", help="stop if a part of a block cannot be compiled"
     )
     group.add_argument(
         "--dynamo_dynamic",
         action="store_true",
-        help="leave all sizes open from the start; without it those that turn out to change, at their second "
-        "value",
+        help="make all sizes dynamic from the start; without it a size becomes dynamic at its second value",
     )
     _add_compile_arguments(group, TRAINING_ARGS)
 
@@ -187,16 +185,14 @@ def _add_compile_arguments(group: argparse._ArgumentGroup, usual: tuple[str, ...
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the transformer's blocks: faster steps after a first one that takes longer; needs "
-        "Triton on a GPU, a C++ "
-        "compiler on a CPU",
+        help="compile the transformer's blocks: the first step takes longer, the others are faster; needs "
+        "Triton on a GPU, a C++ compiler on a CPU",
     )
     group.add_argument(
         "--compile_args",
         nargs=4,
         metavar=COMPILE_ARGS,
         default=list(usual),
-        help=f"how to compile, default {' '.join(usual)}; DYNAMIC: auto compiles a second time when sizes "
-        "change and then no more, "
-        "true leaves all sizes open at once, false compiles for each size",
+        help=f"how to compile, default {' '.join(usual)}; DYNAMIC: auto compiles once more if sizes change, "
+        "true makes all sizes dynamic at once, false compiles for each size",
     )

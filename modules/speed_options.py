@@ -1,6 +1,4 @@
-"""Options that trade speed, memory and exactness, composed: attention, fp8 weights, block swap,
-compilation.
-"""
+"""Options that trade speed, memory and precision: attention, fp8 weights, block swap, compilation."""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -30,7 +28,7 @@ from modules.planning.options import PlanOptions, add_plan_argument
 
 @dataclass(frozen=True)
 class TrainingSpeedOptions:
-    """What training can choose."""
+    """Speed and memory options of training."""
 
     attention: TrainingAttentionOptions
     fp8: TrainingFp8Options
@@ -41,7 +39,7 @@ class TrainingSpeedOptions:
 
 @dataclass(frozen=True)
 class GenerationSpeedOptions:
-    """What generation can choose."""
+    """Speed and memory options of generation."""
 
     attention: GenerationAttentionOptions
     fp8: GenerationFp8Options
@@ -55,12 +53,12 @@ Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
 
 
 def swapping(speed: Speed, blocks: int) -> Speed:
-    """The same options with that number of blocks to swap, as where --blocks_to_swap auto was resolved."""
+    """Return the options with that number of blocks to swap, as after resolving --blocks_to_swap auto."""
     return replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks))
 
 
 def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `TrainingSpeedOptions`, and those that are refused."""
+    """Add the arguments of `TrainingSpeedOptions`."""
     add_training_attention_arguments(parser)
     group = parser.add_argument_group("memory and speed")
     add_training_fp8_arguments(group)
@@ -70,16 +68,16 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_swap: int | None = 0) -> None:
-    """Add the arguments of `GenerationSpeedOptions`, and those that are refused.
+    """Add the arguments of `GenerationSpeedOptions`.
 
-    blocks_to_swap: its default, which means none.
+    blocks_to_swap: default of --blocks_to_swap, which means none.
     """
     group = parser.add_argument_group("memory and speed")
     add_generation_attention_arguments(parser, group)
     group.add_argument(
         "--fp16_accumulation",
         action="store_true",
-        help="sum fp16 matrix products in fp16: faster on some GPUs, less exact",
+        help="accumulate fp16 matrix products in fp16: faster on some GPUs, less exact",
     )
     add_generation_fp8_arguments(group)
     add_swap_arguments(group, blocks_to_swap)

@@ -1,4 +1,4 @@
-"""Options of the VAE that families share. Standard library only."""
+"""Options of the VAE that all families share. Standard library only."""
 
 import argparse
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 
-VAE_TILE = 256  # pixels, as the known tuners' --vae_tiling
+VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
 LEAST_TILE, TILE_STEP = 32, 16
 
 
@@ -23,24 +23,24 @@ class VaeOptions:
         size = self.vae_spatial_tile_sample_min_size
         if size is not None and (size < LEAST_TILE or size % TILE_STEP):
             raise OptionError(
-                f"--vae_spatial_tile_sample_min_size {size}: give a multiple of {TILE_STEP} of at least "
+                f"--vae_spatial_tile_sample_min_size {size}: give a multiple of {TILE_STEP}, at least "
                 f"{LEAST_TILE}"
             )
 
     @property
     def tile(self) -> int | None:
-        """Edge of a tile in pixels, or None for no tiling. A size implies tiling."""
+        """Return the edge of a tile in pixels, None for no tiling. A size implies tiling."""
         if self.vae_spatial_tile_sample_min_size is not None:
             return self.vae_spatial_tile_sample_min_size
         return VAE_TILE if self.vae_tiling else None
 
 
 def add_vae_arguments(group: argparse._ArgumentGroup, *, always_tiled: bool = False) -> None:
-    """The arguments of `VaeOptions`. always_tiled: there is no --vae_tiling because it is never off."""
+    """Add the arguments of `VaeOptions`. always_tiled: omit --vae_tiling, which is always on."""
     group.add_argument("--vae", type=str, default=None, help="VAE checkpoint")
     group.add_argument("--vae_dtype", type=str, default=None, help="dtype of the VAE")
     text = (
-        f"edge of a tile in pixels, without it {VAE_TILE}"
+        f"edge of a tile in pixels, default {VAE_TILE}"
         if always_tiled
         else "edge of a tile in pixels; implies tiling"
     )

@@ -1,6 +1,6 @@
-"""Removing cache files that belong to no item any more.
+"""Remove cache files that no longer belong to any item.
 
-A file goes only where its tensor names show that it is one.
+A file is removed only if its tensor names show that it is a cache file.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def remove_stale_latents(
     table: DatasetTable, family: Family, names: Container[str], failed_stems: Container[str]
 ) -> int:
-    """Remove latent caches not in `names`, sparing those of sources that failed in this run.
+    """Remove latent caches not in `names`, except those of sources that failed in this run.
 
     Returns how many were removed.
     """
@@ -44,13 +44,13 @@ def remove_stale_latents(
 def remove_caches(paths: Iterable[Path], architecture: str) -> int:
     """Remove those of `paths` whose tensor names show that they are latent caches of the family.
 
-    Returns how many were.
+    Returns how many were removed.
     """
     return _remove(paths, lambda header: is_latent_cache(header, architecture))
 
 
 def remove_stale_texts(table: DatasetTable, family: Family, names: Container[str]) -> int:
-    """Remove text caches not in `names`, unfinished ones too. Returns how many were removed."""
+    """Remove text caches not in `names`, also unfinished ones. Returns how many were removed."""
 
     def is_text(name: str) -> bool:
         return parse_text_name(name.removesuffix(PART), family.cache_tag) is not None
@@ -73,8 +73,7 @@ def _remove(paths: Iterable[Path], is_cache: Callable[[Header], bool]) -> int:
             is_ours = path.is_file() and is_cache(read_header(path))
         except CacheError as error:
             logger.warning(
-                "%s. It belongs to no item and is left alone, as it cannot be told whether it is a cache "
-                "file.",
+                "%s. It belongs to no item, but is kept because it may not be a cache file.",
                 error,
             )
             continue
@@ -85,8 +84,6 @@ def _remove(paths: Iterable[Path], is_cache: Callable[[Header], bool]) -> int:
 
 
 def _remove_leftovers(table: DatasetTable, of: Callable[[str], bool]) -> None:
-    """Remove temporary files of cache files that a killed run left behind; all processes of this one have
-    finished writing.
-    """
+    """Remove a killed run's temporary files, of any age: all processes of this run have finished writing."""
     if table.cache_directory.is_dir():
         remove_leftovers(table.cache_directory, of, older_seconds=0)

@@ -1,5 +1,6 @@
-"""Encoding the items that have no valid latent cache: decoded ahead, encoded in batches of one size, written
-behind.
+"""Encode the items without a valid latent cache.
+
+Threads decode ahead, batches hold items of one size, and files are written while later batches are encoded.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from modules.errors import MediaError
 
 logger = logging.getLogger(__name__)
 
-PARTIAL_BYTES = 1 << 29  # frames of items that wait until their batch is full
+PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
 
 SMALLEST_SIDE = 8  # pixels: one latent
 
@@ -54,7 +55,7 @@ class Crop:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it has."""
+        """Return all tensors of the crop."""
         return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)))
 
 
@@ -63,20 +64,20 @@ class Decoded:
     """A source whose frames are in memory."""
 
     plan: Plan  # its `missing` is known
-    media: DecodedSource  # without frames where all crops are cut already
+    media: DecodedSource  # without frames if all crops are cut already
     crops: Mapping[Span, Crop]
     files: tuple[FileIdentity, ...]
     clip: ClipFacts | None
 
     def crop(self, span: Span) -> Crop:
-        """One of the missing items, as memory of its own."""
+        """Return the crop of one of the missing items."""
         return self.crops[span] if span in self.crops else cut(self.media, span)
 
 
 def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
-    """Read the frames of a source, find out what is missing where only decoding tells, and hash its files.
+    """Read the frames of a source, complete its plan, and hash its files if something is missing.
 
-    Raises MediaError, DatasetError, OSError.
+    Raises MediaError, DatasetError or OSError if the source cannot be used.
     """
     source = plan.source
     check_memory(source)
@@ -84,7 +85,7 @@ def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket
         raise MediaError(
-            f"{source.path}: {width}x{height} pixels are too few to encode, a side has at least "
+            f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
             f"{SMALLEST_SIDE}"
         )
     plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
@@ -92,16 +93,14 @@ def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
     files = tuple(map(identify, paths_of(source))) if missing else ()
     size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
     if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
-        # overlapping or large: cut one by one when their turn comes
+        # overlapping or large: cut each when its turn comes
         return Decoded(plan, media, {}, files, clip)
     crops = {span: cut(media, span) for span in missing}
     return Decoded(plan, dataclasses.replace(media, frames=NO_FRAMES, control=()), crops, files, clip)
 
 
 def cut(media: DecodedSource, span: Span) -> Crop:
-    """The frames of a span, copied unless they are most of the clip: a copy lets go of the rest, else a clip
-    is there once.
-    """
+    """Cut a span out of a clip; copy it, to free the rest of the clip, unless it is most of the clip."""
     alone = 2 * span[1] < len(media.frames)
     frames, *control = (
         torch.from_numpy(clip.copy() if alone else clip)
@@ -112,15 +111,15 @@ def cut(media: DecodedSource, span: Span) -> Crop:
 
 @dataclass(frozen=True)
 class _Pending:
-    """One item that waits for its batch to be full."""
+    """An item that waits until its batch is full."""
 
     table: DatasetTable
-    path: Path  # of its cache file; where a family makes sections, their names differ
+    path: Path  # of its cache file; if the family makes sections, their names differ
     name: LatentName
     span: Span
     record: LatentRecord  # without checksums
     crop: Crop
-    there: Names  # cache files that it has already
+    there: Names  # its existing cache files
 
     @property
     def size_bytes(self) -> int:
@@ -128,7 +127,7 @@ class _Pending:
 
 
 class LatentEncoding:
-    """One run over the sources that need encoding. Afterwards its public members say what was done."""
+    """One run over the sources that need encoding. Its public attributes report what was done."""
 
     def __init__(self, family: Family, recipe: Recipe, device: torch.device, batch_size: int | None) -> None:
         self.finished: list[Plan] = []
@@ -139,14 +138,14 @@ class LatentEncoding:
         self._device = device
         self._batch_size = batch_size
         self._encoders: MediaEncoders | None = None
-        # by what items must share to be one batch
+        # by what the items of a batch must have in common
         self._pending: dict[tuple[object, ...], list[_Pending]] = {}
         self._writer = WriteBehind()
 
     def run(self, plans: Sequence[Plan], existing: ExistingNames, workers: int, show_progress: bool) -> None:
-        """Decode and encode what the plans miss.
+        """Decode and encode what is missing in the plans. Sources that cannot be read become failures.
 
-        Raises CheckpointError, OutputError; unreadable sources become failures.
+        Raises CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
         """
 
         def work(plan: Plan) -> Decoded:
@@ -160,14 +159,14 @@ class LatentEncoding:
                     self.failures.append(result)
                 else:
                     self._add(result, names_of(existing, result.plan.source))
-                del result  # gives its frames back before the next source is waited for
+                del result  # frees its frames before waiting for the next source
             for group in list(self._pending):
                 self._encode(group)
         self._encoders = None
         free_memory(self._device)
 
     def _add(self, decoded: Decoded, there: Names) -> None:
-        """Put the missing items of a source into their batches; encode those that are full."""
+        """Put the missing items of a source into their batches; encode full batches."""
         plan, table = decoded.plan, decoded.plan.source.table
         self.finished.append(plan)
         for span in plan.missing or ():
@@ -217,9 +216,7 @@ class LatentEncoding:
             self._write(item, entries)
 
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
-        """The files of an item, then without those that it had besides: fewer sections than before, or of
-        other numbers.
-        """
+        """Write an item's files, then remove its other files: sections that it no longer has."""
         names = set()
         for entry in entries:
             name = dataclasses.replace(item.name, section=entry.section)
@@ -238,7 +235,10 @@ class LatentEncoding:
 def write_latents(
     path: Path, name: LatentName, record: LatentRecord, entry: CacheEntry, architecture: str
 ) -> None:
-    """Write one latent cache file with its record. NaN becomes 0, with a warning. Raises OutputError."""
+    """Write one latent cache file with its record. NaN becomes 0, with a warning.
+
+    Raises OutputError if the file cannot be written.
+    """
     named = {
         tensor_name(key, tensor, grid=entry.grid): without_nan(tensor, path.name, key)
         for key, tensor in entry.tensors.items()
@@ -256,18 +256,18 @@ def write_latents(
 
 
 def _batched(tensors: Sequence[Tensor]) -> Tensor:
-    """Stacked; a single one is not copied."""
+    """Stack tensors; a single one is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _all_or_none(alphas: Sequence[Tensor | None]) -> Tensor | None:
-    """Stacked, where the items of a batch have them."""
+    """Stack the alphas of a batch; None if its items have none."""
     given = [alpha for alpha in alphas if alpha is not None]
     return _batched(given) if given else None
 
 
 def _clip_facts(media: DecodedSource) -> ClipFacts | None:
-    """What decoding showed of a clip: unless it stopped at the frames that are enough, its whole length."""
+    """Return what decoding showed of a clip: its length, or a part of it if decoding stopped early."""
     if media.source.table.kind == "image":
         return None
     enough = frames_wanted(media.source.table)

@@ -1,10 +1,8 @@
-"""THE caching loop: media become latents and captions become text embeddings, each stored with a record of
-what it was made from.
+"""The caching loop: encode media to latents and captions to text embeddings, with a record of their sources.
 
-Both halves do the same: compare what is there with what this run would make, encode the rest, and, when all
-processes are done, remove files that belong to no item any more. Every file is complete or not there, so a
-run that was killed is continued by the same command. What is encoded stands in latent_caching.py and
-text_caching.py.
+Both halves do the same: compare existing files with what this run would make, encode the rest, and, when all
+processes are done, remove files that no longer belong to any item. A file is complete or missing, never
+partial, so the same command continues a run that was killed. The encoding is in latents.py and texts.py.
 """
 
 import logging
@@ -31,7 +29,8 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
     """Encode every item that has no valid latent cache, then remove stale files.
 
     A source that cannot be read becomes a failure of the report and does not stop the others. The encoders
-    are loaded only when there is something to encode. Raises DatasetError, CheckpointError, OutputError.
+    are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
+    CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
     sources = []
     for table in config.datasets:
@@ -78,11 +77,11 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
 
 
 def cache_texts(family: Family, config: DatasetConfig, options: CachingOptions) -> CacheReport:
-    """Encode every caption that has no valid text cache, one text encoder after the other, then remove stale
-    files.
+    """Encode every caption without a valid text cache, one encoder after the other; then remove stale files.
 
-    A text cache gets its name when all encoders have written; until then it is a `.part`, which a later run
-    continues. Raises DatasetError (a caption is missing), CheckpointError, OutputError.
+    A text cache gets its final name when all encoders have written; until then it is a `.part`, which a later
+    run continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be
+    loaded, OutputError if a file cannot be written.
     """
     sources = [source for table in config.datasets for source in find_sources(table)]
     require_captions(sources)
@@ -106,7 +105,7 @@ def cache_texts(family: Family, config: DatasetConfig, options: CachingOptions) 
 
 
 def log_outdated(plans: Sequence[Plan]) -> None:
-    """Say why files that were there are made again: a surprise should have its reason in the log."""
+    """Log why existing files were made again, so that the extra work is explained."""
     reasons = [plan.outdated for plan in plans if plan.outdated is not None]
     if reasons:
         logger.info(
@@ -117,13 +116,13 @@ def log_outdated(plans: Sequence[Plan]) -> None:
 
 
 def recipe_of(family: Family, skip_existing: bool) -> Recipe:
-    """How this run makes latents. Asks for the encoders' files."""
+    """Return how this run makes latents. Reads the identity of the encoders' files."""
     latent, fps = family.latent, family.defaults.fps
     return Recipe(family.cache_tag, family.media_identity, latent, fps, skip_existing, family.sections_of)
 
 
 def workers_of(options: CachingOptions) -> int:
-    """How many threads read ahead."""
+    """Return how many threads read ahead."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 

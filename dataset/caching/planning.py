@@ -1,5 +1,6 @@
-"""Which cache files a source yields, and which of them are still right: decided from records, without
-decoding where possible.
+"""Plan the cache files of a source, and which existing ones are still valid.
+
+This is decided from records, if possible without decoding.
 """
 
 import contextlib
@@ -32,24 +33,24 @@ from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
-Names = Mapping[str, LatentName]  # latent cache files of one source: what their names say
+Names = Mapping[str, LatentName]  # the latent cache files of one source, with their parsed names
 
 ExistingNames = Mapping[int, Mapping[str, Names]]  # by table index and stem
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How this run makes latents: all that the cache files depend on beside the sources and their tables."""
+    """How this run makes latents: everything that caches depend on besides the sources and their tables."""
 
     tag: str  # in file names
     encoder: Mapping[str, str]
     latent: LatentSpec
     fps: float
-    skip_existing: bool  # files without a record count as right where their sizes are
+    skip_existing: bool  # files without a record count as valid if their sizes are right
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
 
     def options(self, table: DatasetTable, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
-        """What the record of an item says beside the encoders."""
+        """Return what the record of an item contains besides the encoders."""
         options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
         if table.kind == "video":
             options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
@@ -58,20 +59,20 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done for one source."""
+    """What to do for one source."""
 
     source: Source
-    kept: frozenset[str]  # file names that are right
+    kept: frozenset[str]  # names of valid files
     foreign: int  # how many of them have no record
-    missing: tuple[Span, ...] | None  # what is to be encoded; None: only decoding can tell
-    # width, height and for videos frames of what training sees, where `missing` is known
+    missing: tuple[Span, ...] | None  # what to encode; None: unknown before decoding
+    # width, height and, for videos, frames of what training sees; only if `missing` is known
     items: tuple[tuple[int, ...], ...] = ()
     reason: str | None = None  # why there is no item at all
-    outdated: str | None = None  # why a file that is there is made again
+    outdated: str | None = None  # why an existing file is made again
 
 
 def list_names(table: DatasetTable, tag: str) -> dict[str, dict[str, LatentName]]:
-    """The latent cache files of a table by the stem of their source. One listing, no file opened."""
+    """List the latent cache files of a table by the stem of their source, without opening a file."""
     found: dict[str, dict[str, LatentName]] = {}
     folder = table.cache_directory
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -82,7 +83,7 @@ def list_names(table: DatasetTable, tag: str) -> dict[str, dict[str, LatentName]
 
 
 def names_of(existing: ExistingNames, source: Source) -> Names:
-    """Those of one source."""
+    """Return the existing cache files of one source."""
     return existing[source.table.index].get(source.stem, {})
 
 
@@ -112,7 +113,7 @@ def plan_all(
 def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
     """Compare the cache files of a source with what this run would make.
 
-    Raises MediaError where its header cannot be read.
+    Raises MediaError if its header cannot be read.
     """
     if source.table.kind == "image":
         return compare(source, image_size(source.path), [(0, 1)], existing, recipe)
@@ -132,10 +133,10 @@ def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
             )
             return dataclasses.replace(compare(source, clip.size, found, existing, recipe), reason=reason)
     if recipe.skip_existing:
-        # the header may be wrong about the number of frames, so it counts only where it agrees with the files
-        # that are there
+        # the header may be wrong about the number of frames, so it counts only if it agrees with the existing
+        # files
         headers = plan_source(source, recipe.fps, recipe.latent.pixel_step, step)
-        with contextlib.suppress(MediaError):  # too short for a section, says the header
+        with contextlib.suppress(MediaError):  # too short for a section, according to the header
             plan = compare(source, headers.size, headers.spans, existing, recipe)
             if plan.kept == existing.keys() and not plan.missing:
                 return plan
@@ -143,7 +144,7 @@ def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
 
 
 def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names, recipe: Recipe) -> Plan:
-    """The plan for a source whose size and spans are known."""
+    """Return the plan for a source whose size and spans are known."""
     bucket = bucket_of(source.table, size, recipe.latent.pixel_step, source.path)
     kept: set[str] = set()
     foreign = 0
@@ -172,12 +173,12 @@ def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names,
 
 
 def _frames_of(table: DatasetTable, span: Span, sections: int | None, recipe: Recipe) -> int:
-    """Frames of what training sees: of the whole item, or of one of its sections."""
+    """Return the frames that training sees: those of the whole item, or of one of its sections."""
     return span[1] if sections is None else section_frames(table.fp_latent_window_size, recipe.latent)
 
 
 def complete(plan: Plan, media: DecodedSource, existing: Names, recipe: Recipe) -> Plan:
-    """The plan of a source that has been decoded."""
+    """Return the plan of a source that has been decoded."""
     if plan.missing is not None:
         return plan
     return dataclasses.replace(
@@ -186,7 +187,7 @@ def complete(plan: Plan, media: DecodedSource, existing: Names, recipe: Recipe) 
 
 
 def _by_item(existing: Names) -> Mapping[tuple[Size, Span | None], Names]:
-    """The files of each item, in the order of their sections, by what stands in their names."""
+    """Group files by item (from their names), in the order of their sections."""
     found: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
     for file, name in sorted(existing.items(), key=lambda pair: pair[1].section or 0):
         found.setdefault((name.size, name.span), {})[file] = name
@@ -194,19 +195,19 @@ def _by_item(existing: Names) -> Mapping[tuple[Size, Span | None], Names]:
 
 
 def _check_sections(source: Source, files: Names, sections: int | None) -> None:
-    """Raise CacheError where the files of an item are not those of all its sections."""
+    """Raise CacheError if the files of an item are not those of all its sections."""
     expected = [None] if sections is None else list(range(sections))
     found = [name.section for name in files.values()]
     if found != expected:
         path = source.table.cache_directory / next(iter(files))
         theirs = ", ".join("the whole" if section is None else str(section) for section in found)
-        raise CacheError(f"{path}: sections {theirs} are there, {len(expected)} files belong together")
+        raise CacheError(f"{path}: sections {theirs} were found, {len(expected)} files belong together")
 
 
 def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe) -> int:
-    """Raise CacheError where the files of an item are not what this run would write.
+    """Check that the files of an item are what this run would write; return how many have no record.
 
-    Returns how many have no record.
+    Raises CacheError if they are not.
     """
     foreign = 0
     for file in files:
@@ -218,7 +219,7 @@ def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Nam
             foreign += 1
             continue
         if record.parts != len(files):
-            raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} are there")
+            raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
         expected = recipe.options(source.table, size, bucket, span)
         changed = (
             difference(record.encoder, recipe.encoder)
@@ -234,7 +235,7 @@ def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Nam
 def _check_foreign(
     entry: Entry, bucket: Size, span: Span, section: int | None, table: DatasetTable, recipe: Recipe
 ) -> None:
-    """Raise CacheError where a file made elsewhere is not to be kept."""
+    """Raise CacheError if a file made by another program should not be kept."""
     path = entry.header.path
     if not recipe.skip_existing:
         raise CacheError(f"{path}: it has no record of what it was made from")
@@ -248,7 +249,7 @@ def _check_foreign(
 def _changed(source: Source, record: LatentRecord) -> str | None:
     paths = paths_of(source)
     if len(paths) != len(record.files):
-        return f"made from {len(record.files)} source files, now there are {len(paths)}"
+        return f"it was made from {len(record.files)} source files, now there are {len(paths)}"
     changed = [
         str(path) for path, then in zip(paths, record.files, strict=True) if not is_unchanged(then, path)
     ]
@@ -256,9 +257,7 @@ def _changed(source: Source, record: LatentRecord) -> str | None:
 
 
 def _known_clip(source: Source, existing: Names, recipe: Recipe) -> ClipFacts | None:
-    """What an earlier run found when it decoded the source, if any file of it says so and the source is the
-    same.
-    """
+    """Return what an earlier run learned by decoding the source; None if unknown or if the source changed."""
     rate = recipe.options(source.table, (0, 0), (0, 0), (0, 0))
     known = []
     for file in existing:
@@ -275,7 +274,7 @@ def _known_clip(source: Source, existing: Names, recipe: Recipe) -> ClipFacts | 
 
 
 def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
-    """What families are told of a table. has_control: whether its items have control media."""
+    """Return a table's facts for families. has_control: whether its items have control media."""
     return MediaTable(
         name=table.name,
         kind=table.kind,
@@ -292,5 +291,5 @@ def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
 
 
 def paths_of(source: Source) -> tuple[Path, ...]:
-    """The files or folders a source's latents are made from."""
+    """Return the files or folders that a source's latents are made from."""
     return (source.path, *source.control)

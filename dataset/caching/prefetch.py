@@ -1,4 +1,4 @@
-"""Work done ahead of need in threads, in order and within a limit of memory; and files written behind."""
+"""Run work ahead in threads, in order and within a memory limit; write files in the background."""
 
 import collections
 from collections.abc import Callable, Generator, Sequence
@@ -15,13 +15,12 @@ WRITES_BEHIND = 4
 def run_ahead(
     jobs: Sequence[T], work: Callable[[T], R], workers: int, size_bytes: Callable[[T], int], limit_bytes: int
 ) -> Generator[tuple[T, R | Exception], None, None]:
-    """Yield (job, its result or the exception it raised) in the order of `jobs`, while later ones are worked
-    on in threads.
+    """Yield (job, its result or exception) in the order of `jobs`, while threads work on later jobs.
 
-    Threads are enough: FFmpeg, OpenCV and hashing run outside the interpreter's lock, and frames need no copy
-    between processes. size_bytes: what a result will take, asked just before a job starts. Jobs start as long
-    as results that are worked on or not yet given back (a result is, when the next one is asked for) stay
-    under `limit_bytes`; one alone may be larger.
+    Threads are enough: FFmpeg, OpenCV and hashing release the interpreter's lock, and frames need no copy
+    between processes. size_bytes: what a result will take; called just before a job starts. A job starts if
+    all results that are in progress, waiting or in use (until the next one is requested) stay under
+    `limit_bytes`; a single one may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
     used, given, started = 0, 0, 0
@@ -46,9 +45,9 @@ def run_ahead(
 
 
 class WriteBehind:
-    """One thread that writes files while the next items are encoded.
+    """A thread that writes files while the next items are encoded.
 
-    A failure is raised by a later call, or at the end.
+    An error is raised by a later call, or at the end.
     """
 
     def __init__(self) -> None:
@@ -64,7 +63,7 @@ class WriteBehind:
             self._collect(0)
 
     def submit(self, write: Callable[[], object]) -> None:
-        """Run `write` soon; waits while too many are outstanding."""
+        """Run `write` in the background. Waits while too many writes are pending."""
         self._collect(WRITES_BEHIND)
         self._waiting.append(self._pool.submit(write))
 

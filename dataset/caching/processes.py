@@ -18,7 +18,7 @@ T = TypeVar("T")
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
-PATIENCE = datetime.timedelta(days=7)  # one share may take far longer than another
+PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer than another
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Share:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process does what only one may do."""
+        """Return whether this process does the work that only one process may do."""
         return self.rank == 0
 
     def of(self, work: Sequence[T]) -> Sequence[T]:
-        """Every `count`-th piece of the same list that all processes have."""
+        """Return this process's pieces, every `count`-th, of a list that all processes have."""
         return work[self.rank :: self.count]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; returns when all have come here."""
+        """Return the values of all processes, by rank, when all have called this."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.count
@@ -48,7 +48,7 @@ class Share:
         return values
 
     def device_name(self, name: str | None) -> str | None:
-        """The device asked for; where none is and several processes run, the GPU of this process."""
+        """Return the given device; if there is none and several processes run, the GPU of this process."""
         if name is None and self.count > 1 and torch.cuda.is_available():
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
@@ -56,11 +56,10 @@ class Share:
 
 @contextlib.contextmanager
 def joined_processes(environment: Mapping[str, str] | None = None) -> Iterator[Share]:
-    """This process's share, from the variables that launchers set (torchrun's and accelerate's, or those of
-    an mpirun).
+    """Join the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
 
-    Processes talk through gloo, on the CPU, whatever device they encode on. Raises OptionError where only
-    half is set.
+    Processes communicate through gloo, on the CPU, whatever device they encode on.
+    Raises OptionError if the launcher's variables are incomplete.
     """
     variables = os.environ if environment is None else environment
     rank, count, local_rank = (_first(variables, names) for names in (RANK, COUNT, LOCAL_RANK))

@@ -1,4 +1,4 @@
-"""What a caching run did, and how it says so."""
+"""Report what a caching run did."""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Failure:
-    """A source that gave nothing, and why."""
+    """A source that gave no item, and the reason."""
 
     path: Path
     reason: str
@@ -22,7 +22,7 @@ class Failure:
 
     @staticmethod
     def of(source: Source, reason: object) -> "Failure":
-        """`reason`: a text or the exception."""
+        """Make the failure of a source. reason: a text or the exception."""
         return Failure(source.path, str(reason), source.table.index, source.stem)
 
     def __str__(self) -> str:
@@ -31,20 +31,20 @@ class Failure:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """Counts are of cache files."""
+    """What a run did. Counts are numbers of cache files."""
 
     written: int = 0
     kept: int = 0
-    # those that another program made, at least in part, and that are used: they have no record
+    # files in use that another program made, at least in part: they have no record
     foreign: int = 0
     removed: int = 0
     failures: tuple[Failure, ...] = ()  # sources that could not be read
-    dropped: tuple[Failure, ...] = ()  # sources that are fine but give no item
-    is_main: bool = True  # whether this process speaks for all
+    dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
+    is_main: bool = True  # whether this process reports for all
 
 
 def joined(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = True) -> CacheReport:
-    """One report of several processes."""
+    """Join the reports of several processes to one."""
     return CacheReport(
         written=sum(report.written for report in reports),
         kept=sum(report.kept for report in reports),
@@ -59,7 +59,7 @@ def joined(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = Tru
 def conclude(report: CacheReport) -> None:
     """Log what was done.
 
-    Where a source failed, the program ends with exit code 1: DatasetError, in other processes SystemExit.
+    Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
     """
     if not report.is_main:
         if report.failures:
@@ -81,7 +81,7 @@ def conclude(report: CacheReport) -> None:
         lines = "\n  ".join(map(str, report.failures))
         raise DatasetError(
             f"{len(report.failures)} of the sources could not be used; all others are done:\n  {lines}\n"
-            "  Mend or remove these files, then run the same command again."
+            "  Repair or remove these files, then run the same command again."
         )
 
 

@@ -1,6 +1,4 @@
-"""Work on many sources in threads ahead of need: what concerns one source only becomes a Failure, all else
-ends the run.
-"""
+"""Work on many sources ahead in threads: an error of one source becomes a Failure, others end the run."""
 
 import contextlib
 import os
@@ -21,7 +19,7 @@ R = TypeVar("R")
 
 DECODED_BYTES = 3 << 29  # 1.5 GiB of frames that wait for their consumer
 FASTEST_FPS = 30.0  # of the known families; faster sources lose frames
-UNKNOWN_FRAMES = 256  # a clip whose header has no count is taken to have as many
+UNKNOWN_FRAMES = 256  # assumed for a clip whose header has no count
 
 
 def read_ahead(
@@ -31,9 +29,7 @@ def read_ahead(
     workers: int,
     bar: "tqdm[None]",
 ) -> Generator[tuple[T, R | Failure], None, None]:
-    """Yield (job, result or Failure) in order while later jobs are worked on; for work that only reads a
-    little.
-    """
+    """Yield (job, result or Failure) in order while threads work on later jobs, which read little."""
     return _settled(jobs, source_of, work, workers, lambda _: 0, bar)
 
 
@@ -44,19 +40,19 @@ def decode_ahead(
     workers: int,
     bar: "tqdm[None]",
 ) -> Generator[tuple[T, R | Failure], None, None]:
-    """Likewise for work that decodes its source: the frames that wait stay under DECODED_BYTES."""
+    """Do as `read_ahead` for work that decodes its source: waiting frames stay under DECODED_BYTES."""
     return _settled(jobs, source_of, work, workers, lambda job: decoded_bytes(source_of(job)), bar)
 
 
 def progress(total: int, what: str, unit: str = "source", shown: bool = True) -> "tqdm[None]":
-    """A progress bar that appears when the work takes longer than a second."""
+    """Return a progress bar that appears if the work takes longer than a second."""
     return tqdm(total=total, desc=what, unit=unit, delay=1, disable=not shown)
 
 
 def decoded_bytes(source: Source) -> int:
-    """About what the decoded frames of a source take.
+    """Estimate the bytes of a source's decoded frames.
 
-    Its header is read only where the table wants all of a clip.
+    Reads its header only if the table uses the whole clip.
     """
     width, height = source.table.resolution
     frames = 1.0 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source)
@@ -64,22 +60,19 @@ def decoded_bytes(source: Source) -> int:
 
 
 def check_memory(source: Source) -> None:
-    """Raise MediaError where a clip's frames cannot fit this machine: better than the system ending the
-    program.
-    """
+    """Raise MediaError if a clip's frames do not fit into memory, before the system kills the program."""
     needed, limit = decoded_bytes(source), machine_bytes()
     if limit and needed > 0.6 * limit:
         width, height = source.table.resolution
         raise MediaError(
             f"{source.path}: its frames take about {needed / 1e9:.0f} GB at {width}x{height}, this machine "
-            "has"
-            f" {limit / 1e9:.0f} GB. "
+            f"has {limit / 1e9:.0f} GB. "
             'Cut it into shorter clips, or use frame_extraction = "head".'
         )
 
 
 def machine_bytes() -> int | None:
-    """Physical memory; None where the system does not say."""
+    """Return the bytes of physical memory; None if unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -90,7 +83,7 @@ def _frames_in_header(source: Source) -> float:
     try:
         frames = video_info(source.path).frames or UNKNOWN_FRAMES
     except UserError:
-        return 0  # decoding will say why
+        return 0  # decoding reports the reason
     return frames * min(1.0, FASTEST_FPS / (source.table.source_fps or FASTEST_FPS))
 
 
@@ -110,5 +103,5 @@ def _settled(
                 yield job, Failure.of(source_of(job), result)
             else:
                 raise result
-            del result  # gives its frames back before the next source is waited for
+            del result  # frees its frames before waiting for the next source
             bar.update()

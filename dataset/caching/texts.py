@@ -1,9 +1,8 @@
-"""Encoding the captions that have no valid text cache. One file per source serves all its items and holds all
-encoders' tensors.
+"""Encode the captions without a valid text cache.
 
-Each text encoder is a pass of its own, as two of them would not fit into memory. What an encoder makes while
-others are still to come goes to a `.part` beside the file; the last pass joins everything and gives it the
-file's name. So a file is always whole.
+One file per source serves all its items and holds the tensors of all encoders. Each text encoder runs in a
+pass of its own, because two of them would not fit into memory. Until the last pass, outputs go to a `.part`
+beside the file; the last pass joins everything and gives it the file's name. So a file is always complete.
 """
 
 import dataclasses
@@ -56,16 +55,16 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 @dataclass(frozen=True)
 class TextPlan:
-    """What is to be done for one source, by names of encoders."""
+    """What to do for one source, by names of encoders."""
 
     source: Source
     path: Path  # of its cache file
-    missing: tuple[str, ...]  # those that have to encode, in their order
-    in_part: tuple[str, ...]  # those whose outputs are right in the unfinished file only
-    is_foreign: bool  # whether right outputs have no record: another program made them
+    missing: tuple[str, ...]  # those that must encode, in order
+    in_part: tuple[str, ...]  # those whose outputs are valid in the unfinished file only
+    is_foreign: bool  # whether valid outputs have no record: another program made them
 
     def is_last(self, encoder: str) -> bool:
-        """Whether the file is whole when this encoder has written."""
+        """Return whether the file is complete once this encoder has written."""
         return encoder == self.missing[-1]
 
 
@@ -75,8 +74,7 @@ def plan_text(source: Source, tag: str, encoders: Encoders, skip_existing: bool)
     right, _ = _right(path, source, encoders, skip_existing)
     part, others = _right(part_path(path), source, encoders, skip_existing=False)
     if others:
-        # of another run, with other encoders or another caption: joined, it would spoil what is right in the
-        # file
+        # it is from a run with other encoders or another caption: joining it would corrupt the valid outputs
         part = {}
     names = [encoder.name for encoder, _ in encoders]
     return TextPlan(
@@ -89,11 +87,10 @@ def plan_text(source: Source, tag: str, encoders: Encoders, skip_existing: bool)
 
 
 class TextEncoding:
-    """The text encoders' passes over this process's sources. Afterwards its counters say what was done, in
-    files.
+    """The text encoders' passes over this process's sources, with counters of files.
 
-    written: files that any encoder had something to add to. kept: all others. foreign: those with outputs
-    that have no record.
+    written: files to which an encoder added something. kept: all others. foreign: files with outputs that
+    have no record.
     """
 
     def __init__(
@@ -114,9 +111,7 @@ class TextEncoding:
         self._show_progress = show_progress
 
     def run(self, sources: Sequence[Source]) -> None:
-        """Encode what is missing, one encoder after the other; each is loaded only where there is something
-        to do.
-        """
+        """Encode what is missing, one encoder after the other; an encoder without work is not loaded."""
         encoders = [(encoder, dict(encoder.identity)) for encoder in self._family.text_encoders()]
         plans = self._plan(sources, encoders)
         for encoder, identity in encoders:
@@ -132,7 +127,7 @@ class TextEncoding:
                 encoder.free()
 
     def _plan(self, sources: Sequence[Source], encoders: Encoders) -> list[TextPlan]:
-        """Compare all sources with their files. Unfinished files are brought in order."""
+        """Compare all sources with their files. Finish or remove unfinished files that need nothing else."""
 
         def compare(source: Source) -> TextPlan:
             return plan_text(source, self._family.cache_tag, encoders, self._skip_existing)
@@ -148,10 +143,10 @@ class TextEncoding:
             else:
                 self.kept += 1
             if not plan.in_part:
-                # nothing of it is right, or nothing of it is needed
+                # nothing in it is valid, or nothing in it is needed
                 part_path(plan.path).unlink(missing_ok=True)
             elif not plan.missing:
-                finish_text(plan.path)  # a run was stopped before it could
+                finish_text(plan.path)  # an earlier run was stopped before it could do so
         return plans
 
     def _encode(
@@ -162,10 +157,10 @@ class TextEncoding:
         to_do: Mapping[Path, TextPlan],
         bar: "tqdm[None]",
     ) -> None:
-        """Encode every batch of `sources` in which something is to do, and write that.
+        """Encode every batch of `sources` in which something is missing, and write what is missing.
 
-        Whole batches, because the last bits of an embedding depend on its neighbours: so a run that was
-        killed ends as one that was not.
+        Batches stay whole, because the last bits of an embedding depend on its neighbours: so a run that was
+        killed and continued gives the same files as an uninterrupted one.
         """
         with WriteBehind() as writer, torch.no_grad():
             for batch in _batches(sources, self._batch_size):
@@ -197,12 +192,11 @@ def write_text(
     architecture: str,
     is_last: bool = True,
 ) -> None:
-    """Write one encoder's tensors (by their names in the file) for a text cache: into its `.part`, or the
-    whole file.
+    """Write one encoder's tensors (by their names in the file) to a text cache: to its `.part` or the file.
 
-    is_last: no other encoder has anything to add; what stands in the `.part` and in the file is joined with
-    the tensors. There, tensors of other names, other metadata and other encoders' records stay. A caption
-    that has changed is replaced with a warning. Raises OutputError.
+    is_last: no other encoder adds anything, so the tensors are joined with the content of the `.part` and the
+    file. Tensors with other names, other metadata and other encoders' records are kept. A changed caption is
+    replaced with a warning. Raises OutputError if writing fails.
     """
     sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}
@@ -231,7 +225,10 @@ def write_text(
 
 
 def finish_text(path: Path) -> None:
-    """Join a text cache with its `.part`, where nothing is left to encode. Raises CacheError, OutputError."""
+    """Join a text cache with its `.part`, if nothing is left to encode.
+
+    Raises CacheError if the `.part` is damaged, OutputError if writing fails.
+    """
     part = part_path(path)
     old, new = _existing(path), read_entry(part)
     if old is not None:
@@ -241,7 +238,7 @@ def finish_text(path: Path) -> None:
 
 
 def _joined(old: Entry, new: Entry) -> Entry:
-    """Both entries in one; where both have something, the new one's."""
+    """Join two entries; the new one wins if both have something."""
     new_keys = new.header.keys
     kept = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
     named = {**kept, **new.named}
@@ -253,10 +250,10 @@ def _joined(old: Entry, new: Entry) -> Entry:
 def _right(
     path: Path, source: Source, encoders: Encoders, skip_existing: bool
 ) -> tuple[dict[str, bool], frozenset[str]]:
-    """The encoders whose outputs in a file are what they would write: name -> whether they have a record. And
-    all other records.
+    """Return the encoders whose outputs in a file are valid (name -> has a record), and all other records.
 
-    skip_existing: outputs without a record count where they are of the same caption.
+    Valid outputs are those that the encoder would write. skip_existing: outputs without a record are valid if
+    the caption is the same.
     """
     right: dict[str, bool] = {}
     if not path.exists():
@@ -299,12 +296,12 @@ def _existing(path: Path) -> Entry | None:
 
 
 def _is_foreign(header: Header, encoder: TextEncoder, caption: str | None) -> bool:
-    """Whether a file without this encoder's record holds its tensors, of the same caption."""
+    """Return whether a file without this encoder's record holds its tensors for the same caption."""
     return encoder.keys <= header.keys and header.metadata.get("caption1", caption) == caption
 
 
 def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> dict[str, Tensor]:
-    """One prompt's outputs by their names in a file, on the CPU."""
+    """Return one prompt's outputs by their names in a file, on the CPU."""
     named = {}
     for key, value in conditions.items():
         tensor = (value[0] if isinstance(value, list) else value).detach().cpu()
@@ -318,7 +315,7 @@ def _caption_file(source: Source) -> FileIdentity | None:
 
 
 def _batches(sources: Sequence[Source], batch_size: int | None) -> list[Sequence[Source]]:
-    """Consecutive sources of one table, as many as its batch size or `batch_size` says."""
+    """Group consecutive sources of one table by `batch_size`, or by the table's batch size."""
     batches: list[list[Source]] = []
     for source in sources:
         last = batches[-1] if batches else None

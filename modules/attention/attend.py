@@ -1,4 +1,4 @@
-"""The one door to attention. Back ends are a table; models call `attend` and know none of them."""
+"""The only entry to attention: models call `attend`, which looks up the back end in a table."""
 # Letters: B batch, L query tokens, S key tokens, T real tokens of all samples together, N heads, D head width
 
 import functools
@@ -33,13 +33,13 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Package:
-    """What a back end needs that is no part of torch."""
+    """The package that a back end needs, and the runs that it supports."""
 
     name: str  # for messages
     module: str
     install: str  # completes "Install it ..."
-    capability: tuple[int, int] | None = None  # the lowest of the GPUs it runs on
-    only: str | None = None  # the GPUs it runs on, where it runs on those of exactly that capability
+    capability: tuple[int, int] | None = None  # the lowest compute capability that it supports
+    only: str | None = None  # names the supported GPUs, if they are those of exactly that capability
     dtypes: tuple[torch.dtype, ...] | None = None  # None: any
     learns: bool = True  # has a backward pass
 
@@ -49,14 +49,13 @@ class Backend:
     """One way to compute attention."""
 
     dense: Dense
-    packed: Packed | None = None  # None: sample by sample is as fast
+    packed: Packed | None = None  # None: computing sample by sample is as fast
     package: Package | None = None
 
 
 BACKENDS = {
-    # Sample by sample torch takes cuDNN's kernel. Its own torch.nn.attention.varlen runs FlashAttention 2's,
-    # which is slower where there is cuDNN's, on copies of all tokens; a sample of thousands of tokens fills a
-    # GPU alone.
+    # Sample by sample, torch uses cuDNN's kernel. torch.nn.attention.varlen would run FlashAttention 2's on
+    # copies of all tokens, which is slower than cuDNN's; one sample of thousands of tokens fills a GPU.
     "sdpa": Backend(sdpa),
     "flash": Backend(
         flash,
@@ -108,23 +107,22 @@ def attend(
     lengths: Lengths | None = None,
     repeats: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention, scaled by 1/sqrt(D), in the dtype of the inputs (under autocast in its dtype).
+    """Compute softmax attention, scaled by 1/sqrt(D), in the inputs' dtype (under autocast in its dtype).
 
-    query: B L N D. key, value: B S N D. choice: the back end; its `split` computes one sample after the
-    other. lengths: how many tokens of each sample are real, in attention of tokens among themselves (L = S).
-    Padding is not computed: its keys are not looked at, its queries give zeros, and the gradients of both are
-    zero. repeats: S float32, for how many equal keys each key stands; sdpa only, not together with lengths.
-    Returns B L N D. Raises ValueError for arguments that do not go together.
+    query: B L N D. key, value: B S N D. choice: the back end; `split` computes one sample at a time.
+    lengths: how many tokens of each sample are real, for self-attention (L = S). Padding is not computed:
+    its keys are ignored, its queries give zeros, and the gradients of both are zero. repeats: S float32, how
+    many equal keys each key stands for; sdpa only, not together with lengths. Returns B L N D.
+    Raises ValueError if the arguments do not go together.
     """
     backend = BACKENDS[choice.mode]
     if lengths is not None and query.shape[1] != key.shape[1]:
         raise ValueError(
-            f"lengths are of tokens that look at themselves, not of {query.shape[1]} queries and "
-            f"{key.shape[1]} keys"
+            f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
         )
     if repeats is not None and (backend.package is not None or lengths is not None):
         raise ValueError("repeats are for sdpa, without lengths")
-    # torch's own function does so itself
+    # sdpa needs no cast: torch's own function follows autocast
     if backend.package is not None and torch.is_autocast_enabled(query.device.type):
         query, key, value = (
             one.to(torch.get_autocast_dtype(query.device.type)) for one in (query, key, value)
@@ -141,11 +139,11 @@ def attend(
 def check_backend(
     choice: AttentionChoice, device: torch.device, dtype: Callable[[], torch.dtype], training: bool
 ) -> None:
-    """Raise OptionError where this back end cannot do this run, before anything is loaded.
+    """Raise OptionError if this back end cannot do this run, before anything is loaded.
 
-    dtype: what the model computes in; asked for only where it matters, as it may have to be read from a file.
-    training: a backward pass is needed, and messages name the flags of training. The last check is a small
-    attention, with its backward pass in training: a package may be made for another GPU or torch.
+    dtype: returns what the model computes in; called only if it matters, as it may have to read a file.
+    training: a backward pass is needed, and messages name the training flags. The last check computes a
+    small attention (in training with its backward pass), as a package may be built for another GPU or torch.
     """
     package = BACKENDS[choice.mode].package
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -155,42 +153,41 @@ def check_backend(
             logger.warning(note)
         return
     flag = flag_of(choice.mode, training)
-    instead = f"Leave {flag} out: torch's own attention is used then."
+    instead = f"Leave {flag} out to use torch's own attention."
     reason = refusal(package, capability, dtype, training)
     if reason is not None:
         raise OptionError(f"{flag} {reason} {instead}")
     try:
         importlib.import_module(package.module)
-    except Exception as error:  # a binary made for another torch raises what it likes
+    except Exception as error:  # a binary built for another torch may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == package.module.partition(".")[0]:
             raise OptionError(
                 f"{flag} needs {package.name}, which is not installed. Install it {package.install}. "
                 f"{instead}"
             ) from None
         raise OptionError(
-            f"{flag}: {package.name} cannot be loaded ({error}).\n  Install it anew {package.install}. "
-            f"{instead}"
+            f"{flag}: {package.name} cannot be loaded ({error}).\n  Reinstall it {package.install}. {instead}"
         ) from error
     try:
         try_out(choice, device, dtype(), training)
     except Exception as error:
         raise OptionError(
             f"{flag}: {package.name} does not work here ({type(error).__name__}: {error}).\n"
-            f"  Install it anew {package.install}. {instead}"
+            f"  Reinstall it {package.install}. {instead}"
         ) from error
 
 
 def refusal(
     package: Package, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
 ) -> str | None:
-    """Why a package cannot do a run, whatever is installed; completes "--flag ...".
+    """Return why a package cannot do a run, whatever is installed, to follow "--flag"; None if it can.
 
     capability: None without a CUDA device.
     """
     if training and not package.learns:
-        return "has no backward pass, so that nothing would be learned: it is for generation only."
+        return "has no backward pass, so nothing would be learned: it is for generation only."
     if capability is None:
-        return "runs on CUDA devices only, and this run is on none."
+        return "runs on CUDA devices only, and this run does not use one."
     if package.capability is not None:
         needed, found = (".".join(map(str, one)) for one in (package.capability, capability))
         if package.only is not None and capability != package.capability:
@@ -212,7 +209,7 @@ def refusal(
 def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, training: bool) -> None:
     """Compute a small attention with and without padding, in training with its gradients.
 
-    Raises what the back end raises, ArithmeticError where the results are not near torch's.
+    Raises whatever the back end raises, and ArithmeticError if the results are not close to torch's.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = [
@@ -225,7 +222,7 @@ def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, t
             lengths = None if counts is None else lengths_on(counts, device)
             result = attend(query, key, value, choice, lengths)
             expected = attend(query, key, value, SDPA, lengths)
-            # coarse: SageAttention rounds to 8 bits
+            # wide tolerances: SageAttention rounds to 8 bits
             if not torch.allclose(result, expected, rtol=0.1, atol=0.05):
                 raise ArithmeticError("its results are wrong")
             if training:

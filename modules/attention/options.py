@@ -1,12 +1,12 @@
-"""Which kernels compute attention.
+"""Options that choose the kernels of attention.
 
-Training names a back end by a flag of its own, generation by --attn_mode.
+Training has one flag for each back end, generation has --attn_mode.
 """
 
 import argparse
 from dataclasses import dataclass
 
-TRAINING_FLAGS = {  # mode -> flag of the training scripts; where several are given the first counts
+TRAINING_FLAGS = {  # mode -> flag of the training scripts; if several are given, the first counts
     "sdpa": "--sdpa",
     "flash": "--flash_attn",
     "sage": "--sage_attn",
@@ -26,10 +26,10 @@ GENERATION_VALUES = {  # value of --attn_mode -> mode
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """What the models hand to `modules.attention.attend.attend`."""
+    """What the models pass to `modules.attention.attend.attend`."""
 
     mode: str  # a key of `modules.attention.attend.BACKENDS`
-    split: bool = False  # one sample after the other
+    split: bool = False  # one sample at a time
 
 
 SDPA = AttentionChoice("sdpa")
@@ -48,12 +48,12 @@ class TrainingAttentionOptions:
 
     @property
     def choice(self) -> AttentionChoice:
-        """The first back end that is given, in the order of `TRAINING_FLAGS`; torch's own where none is."""
+        """Return the first back end given, in the order of `TRAINING_FLAGS`; torch's own if there is none."""
         return AttentionChoice(next(iter(self._given), "sdpa"), self.split_attn)
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """The flags that another one overrules."""
+        """Return the flags that an earlier one overrides."""
         return tuple(TRAINING_FLAGS[mode] for mode in self._given[1:])
 
     @property
@@ -70,12 +70,12 @@ class GenerationAttentionOptions:
 
     @property
     def choice(self) -> AttentionChoice:
-        """The back end behind the name."""
+        """Return the back end that --attn_mode names."""
         return AttentionChoice(GENERATION_VALUES[self.attn_mode], self.split_attn)
 
 
 def flag_of(mode: str, training: bool) -> str:
-    """How a user asks for a back end: `--flash_attn`, or `--attn_mode flash`."""
+    """Return the option that selects a back end: `--flash_attn`, or `--attn_mode flash`."""
     if training:
         return TRAINING_FLAGS[mode]
     return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
@@ -87,13 +87,13 @@ def add_training_attention_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sdpa",
         action="store_true",
-        help="torch's own kernels, the best for the device (also when no other is given)",
+        help="torch's own kernels, the best one for the device (the default)",
     )
     group.add_argument(
-        "--flash_attn", action="store_true", help="FlashAttention 2, of the package flash_attn"
+        "--flash_attn", action="store_true", help="FlashAttention 2, from the package flash_attn"
     )
     group.add_argument(
-        "--sage_attn", action="store_true", help="SageAttention: for generation, it has no backward pass"
+        "--sage_attn", action="store_true", help="SageAttention: for generation only, it has no backward pass"
     )
     group.add_argument("--xformers", action="store_true", help="xFormers' memory-efficient attention")
     group.add_argument("--flash3", action="store_true", help="FlashAttention 3, for Hopper GPUs")
@@ -105,7 +105,7 @@ def add_generation_attention_arguments(
 ) -> None:
     """Add --attn_mode.
 
-    A script that has --split_attn adds it with `add_split_argument`; elsewhere nothing is split.
+    Scripts with --split_attn add it with `add_split_argument`; without it nothing is split.
     """
     group.add_argument(
         "--attn_mode",
@@ -119,4 +119,4 @@ def add_generation_attention_arguments(
 
 def add_split_argument(group: argparse._ArgumentGroup) -> None:
     """Add --split_attn."""
-    group.add_argument("--split_attn", action="store_true", help="attention one sample at a time")
+    group.add_argument("--split_attn", action="store_true", help="compute attention one sample at a time")

@@ -6,14 +6,18 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-WRITTEN_OUT = 256 * 256  # queries x keys up to which a CPU in 16 bit does without PyTorch's attention kernels
-CUDNN_GPUS = {(9, 0), (10, 0), (10, 3)}  # compute capabilities of Hopper and of Blackwell in data centres
-# The first cuDNN that is right for sequences that are no multiple of 128. Source: pytorch/pytorch#169849
+# queries x keys; up to this size matrix products are faster than PyTorch's kernels on a CPU in 16 bit
+WRITTEN_OUT = 256 * 256
+CUDNN_GPUS = {(9, 0), (10, 0), (10, 3)}  # compute capabilities of Hopper and of data-centre Blackwell
+# The first cuDNN that is correct for sequence lengths other than multiples of 128. Source:
+# pytorch/pytorch#169849
 FIRST_CUDNN = 91501
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = None) -> Tensor:
-    """query: B L N D. key, value: B S N D. repeats: S float32, for how many equal keys each key stands.
+    """Compute attention with torch's own kernels.
+
+    query: B L N D. key, value: B S N D. repeats: S float32, how many equal keys each key stands for.
     Returns B L N D.
     """
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # B N L D
@@ -31,14 +35,14 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
 def kernels(
     capability: tuple[int, int], dtype: torch.dtype, width: int, has_mask: bool, cudnn: int | None
 ) -> list[SDPBackend]:
-    """The kernels to try, the best first; torch passes over one that does not take the tensors' sizes.
+    """Return the kernels to try, best first; torch skips one that does not support the tensors' sizes.
 
-    capability: of the GPU, as (9, 0). width: of a head. cudnn: its version, as 91501 for 9.15.1; None: leave
-    it out. cuDNN's kernel is the fastest on Hopper and Blackwell, forward and backward, and the backward pass
-    takes the kernel of the forward one. It is left out where it is known to fail rather than to refuse: with
-    a mask its gradients may be NaN (pytorch/pytorch#196678), before 9.15.1 sequences that are no multiple of
-    128 may be wrong, and other GPUs and wider heads have no plan for some sizes ("No execution plans support
-    the graph", pytorch/pytorch#140930).
+    capability: of the GPU, such as (9, 0). width: of a head. cudnn: its version, 91501 for 9.15.1; None
+    excludes it. cuDNN's kernel is the fastest on Hopper and Blackwell, forward and backward, and the backward
+    pass uses the same kernel as the forward pass. It is excluded when it is known to fail instead of being
+    skipped: with a mask its gradients may be NaN (pytorch/pytorch#196678), before 9.15.1 results may be wrong
+    unless the length is a multiple of 128, and other GPUs and wider heads have no plan for some sizes ("No
+    execution plans support the graph", pytorch/pytorch#140930).
     """
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     is_good = capability in CUDNN_GPUS and cudnn is not None and cudnn >= FIRST_CUDNN
@@ -47,20 +51,18 @@ def kernels(
 
 
 def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
-    """What to tell where the GPU's fastest kernel is left out only because cuDNN is too old; None where there
-    is nothing.
-    """
+    """Return a warning if the GPU's fastest kernel is excluded only because cuDNN is too old, else None."""
     if capability not in CUDNN_GPUS or (cudnn is not None and cudnn >= FIRST_CUDNN):
         return None
     return (
-        "torch has no cuDNN of version 9.15.1 or later: attention takes FlashAttention 2's kernel, slower on "
+        "torch has no cuDNN 9.15.1 or later: attention uses FlashAttention 2's kernel, which is slower on "
         "this GPU.\n"
-        "  Install torch for CUDA 13, which brings one."
+        "  Install torch for CUDA 13, which includes a newer one."
     )
 
 
 def ordered(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, order: list[SDPBackend]) -> Tensor:
-    """scaled_dot_product_attention of B N L D with these kernels in this order, and no other.
+    """Run scaled_dot_product_attention on B N L D with only these kernels, in this order.
 
     The context manager costs about 40 microseconds on the host, and nothing under torch.compile, which runs
     it while tracing.
@@ -74,20 +76,20 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _cudnn() -> int | None:
-    """The version of cuDNN. None where results have to repeat: its backward pass does not."""
+    """Return the version of cuDNN; None if results must be deterministic, as its backward pass is not."""
     return None if torch.are_deterministic_algorithms_enabled() else torch.backends.cudnn.version()
 
 
-# For torch.compile both are constants. torch.compiler.assume_constant_result sets the same mark, and imports
+# Both are constants to torch.compile. torch.compiler.assume_constant_result sets the same mark, but imports
 # the whole compiler.
 for _fact in (_capability, _cudnn):
     _fact._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The same as matrix products, B N L D.
+    """Compute the same attention (B N L D) as matrix products.
 
-    For few tokens in 16 bit on a CPU two to five times faster than PyTorch's kernels.
+    With few tokens in 16 bit on a CPU this is two to five times faster than PyTorch's kernels.
     """
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)

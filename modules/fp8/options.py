@@ -1,4 +1,4 @@
-"""Weights of the transformer in 8 bits, and products in 8 bits.
+"""Options for 8-bit weights of the transformer and 8-bit products.
 
 Training and generation name them differently.
 """
@@ -16,21 +16,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How weights are kept in 8 bits, and how layers compute with them."""
+    """How weights are stored in 8 bits, and how layers compute with them."""
 
-    # cast: rounded as they are; tensor, rows: divided by a scale first, one for each weight or for each of
-    # its rows
+    # cast: rounded as they are; tensor, rows: first divided by a scale, one per weight or one per row
     kind: str
-    float32_scales: bool = False  # scales and quotients in float32, rather than in the weight's dtype
+    float32_scales: bool = False  # scales and quotients in float32 instead of the weight's dtype
     float32_linear: bool = False  # the layers compute in float32
-    fp8_matmul: bool = False  # the layers are to multiply in 8 bits
-    # what multiplies in 8 bits, a modules.fp8.products.Product; None: 16 bits
+    fp8_matmul: bool = False  # the layers should multiply in 8 bits
+    # the 8-bit product, a modules.fp8.products.Product; None: multiply in 16 bits
     product: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
 class TrainingFp8Options:
-    """How training keeps the frozen model."""
+    """How training stores the frozen model."""
 
     fp8_base: bool
     fp8_scaled: bool
@@ -44,7 +43,7 @@ class TrainingFp8Options:
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """None: weights are kept as the other options say."""
+        """Return how to store the weights in 8 bits; None if they keep the dtype that other options set."""
         if not self.fp8_base:
             return None
         kind = "rows" if self.fp8_scaled else "cast"
@@ -53,7 +52,7 @@ class TrainingFp8Options:
 
 @dataclass(frozen=True)
 class GenerationFp8Options:
-    """How generation keeps the model."""
+    """How generation stores the model."""
 
     fp8: bool
     fp8_scaled: bool
@@ -64,8 +63,8 @@ class GenerationFp8Options:
     def __post_init__(self) -> None:
         if self.upcast_linear and not self.fp8_scaled:
             raise OptionError(
-                "--upcast_linear needs --fp8_scaled: without it there are no layers for it to compute in "
-                "float32"
+                "--upcast_linear needs --fp8_scaled: give both. It makes the layers of --fp8_scaled compute "
+                "in float32"
             )
         if self.upcast_quantization and not self.fp8_scaled:
             logger.warning("--upcast_quantization is ignored because --fp8_scaled is not given")
@@ -74,32 +73,35 @@ class GenerationFp8Options:
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """None: weights are kept as the other options say. --fp8_scaled replaces --fp8."""
+        """Return how to store the weights in 8 bits, None if neither option is given.
+
+        --fp8_scaled replaces --fp8.
+        """
         if self.fp8_scaled:
             return Quantisation("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
         return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None
 
 
 _BASE = (
-    "keep the linear layers of the model's blocks in fp8: half the memory of bf16; a file in fp8 stays as it "
-    "is"
+    "keep the linear layers of the model's blocks in fp8: half the memory of bf16; weights already in fp8 "
+    "stay as they are"
 )
 _SCALED = (
-    "divide each row of them by a scale of its own first: much closer to the file's weights than a plain cast"
+    "first divide each row of a weight by its own scale: much closer to the file's weights than a plain cast"
 )
 _FAST = (
-    "multiply the linear layers of the blocks in fp8 too{when}, with scales by token: up to twice as fast, a "
-    "little less exact; "
+    "also multiply the linear layers of the blocks in fp8{when}, with a scale for each token: up to twice as "
+    "fast, a little less exact; "
     "for NVIDIA RTX 40, L4, H100 and later"
 )
-_UPCAST = "with --fp8_scaled: scales and rounding in float32, rather than in the dtype of the file"
+_UPCAST = "with --fp8_scaled: compute scales and rounding in float32 instead of the file's dtype"
 
 
 def add_training_fp8_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the arguments of `TrainingFp8Options`."""
     group.add_argument("--fp8_base", action="store_true", help=_BASE)
     group.add_argument("--fp8_scaled", action="store_true", help=f"with --fp8_base: {_SCALED}")
-    when = ", forward and for the gradient of their input"
+    when = ", both forward and for the gradient of their input"
     group.add_argument("--fp8_fast", action="store_true", help=f"with --fp8_base: {_FAST.format(when=when)}")
     group.add_argument("--upcast_quantization", action="store_true", help=_UPCAST)
 

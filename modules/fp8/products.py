@@ -1,20 +1,19 @@
-"""Products in fp8 for linears whose fp8 weight is frozen: the output and the gradient of the input, and
-nothing else.
+"""fp8 products for linear layers with a frozen fp8 weight: the output and the gradient of the input.
 
 `y = x W^T + b` with W stored in e4m3, one scale for the tensor or one per output row. The other factor is
-quantised when it comes: e4m3 with a scale for each row (token), its largest magnitude over 448, so that no
-token's outlier costs another token digits.
+quantised on the fly to e4m3 with one scale per row (token), its largest magnitude over 448, so that an
+outlier in one token costs no precision in another.
 
     output           y  = (x / a) W^T, its columns times the weight's scales s,
                      its rows times a = amax(x) / 448
     input gradient   dx = ((dy s) / g) W, its rows times g. The contraction runs over the output
                      features, so their scales are folded into dy before it is quantised
 
-The backward pass needs the weight and its scales only: no activation is kept for a base that does not learn.
-Rounding to e4m3 is unbiased, at most 2^-4 of a value (2.7 % in the mean square); the fp8 weight itself is
-taken as exact. Gradients too are e4m3: with a scale for each row they lie well inside its 18 binades (error
-of a product on the pocket model's: 2.1 %, in e5m2 4.3 %). Source of the recipe: Micikevicius et al. 2022,
-arXiv 2209.05433, with scales by row as in torchao's row-wise recipe.
+The backward pass needs only the weight and its scales: no activation is kept for a frozen base.
+Rounding to e4m3 is unbiased, with an error of at most 2^-4 of a value (2.7 % root mean square); the fp8
+weight itself counts as exact. Gradients are e4m3 too: with one scale per row they lie well inside its 18
+binades (error of a product of the pocket model's gradients: 2.1 %, in e5m2 4.3 %). Source of the recipe:
+Micikevicius et al. 2022, arXiv 2209.05433, with row-wise scales as in torchao.
 """
 # Letters: M tokens, K input features, N output features
 
@@ -34,21 +33,20 @@ from modules.fp8.options import Quantisation
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPE = torch.float8_e4m3fn
-STEP = 16  # K and N are multiples of it: cuBLASLt wants rows that begin at 16 bytes
-FEWEST_ROWS = 16  # fewer tokens than a tile of the units has rows gain nothing
+STEP = 16  # K and N must be multiples of it: cuBLASLt needs rows aligned to 16 bytes
+FEWEST_ROWS = 16  # rows of a hardware tile: fp8 is no faster for fewer tokens
 LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
-PIECE = 1 << 26  # values quantised at a time where nothing fuses: 256 MiB of float32
-# Hopper sums fp8 products in 14 bits unless told to move the sums to float32 now and then, which costs speed.
-# As in torchao's defaults the forward pass takes the quick way, the gradient the exact one.
+PIECE = 1 << 26  # values quantised at a time in uncompiled code: 256 MiB of float32
+# Hopper sums fp8 products in 14 bits, unless partial sums are moved to float32 regularly, which is slower.
+# As in torchao's defaults, the forward pass uses the fast sums and the gradient the exact ones.
 FAST_SUMS, EXACT_SUMS = True, False
 
 
 class Product(Protocol):
-    """a b with the rows of a scaled, the columns of b scaled, and a bias added; summed in float32, rounded
-    once.
+    """Multiply a and b with scaled rows of a and columns of b, and add a bias; sum in float32, round once.
 
-    a: M K e4m3, row by row. b: K N e4m3, column by column. scale_a: M 1, scale_b: 1 N, both float32. bias: N
-    or None. Returns M N in `dtype`, bfloat16 or float16. fast_sums: see FAST_SUMS.
+    a: M K e4m3, row-major. b: K N e4m3, column-major. scale_a: M 1, scale_b: 1 N, both float32. bias: N or
+    None. fast_sums: see FAST_SUMS. Returns M N in `dtype`, bfloat16 or float16.
     """
 
     def __call__(
@@ -72,9 +70,7 @@ def row_scaled_product(
     dtype: torch.dtype,
     fast_sums: bool,
 ) -> Tensor:
-    """The `Product` of the device's fp8 units, with scales and bias applied before the sums leave the
-    registers.
-    """
+    """Compute a `Product` on the device's fp8 units, applying scales and bias while sums are in registers."""
     by_row = ScalingType.RowWise
     added = None if bias is None else bias.to(dtype)
     return functional.scaled_mm(
@@ -91,10 +87,10 @@ def tensor_scaled_product(
     dtype: torch.dtype,
     fast_sums: bool,
 ) -> Tensor:
-    """The `Product` for builds of torch whose fp8 units take no scales by row (Windows): unscaled sums in
-    bfloat16, scaled after.
+    """Compute a `Product` without row-wise scales, which some builds of torch lack (Windows).
 
-    One pass over the result more, and a second rounding of 2^-9, which is small beside that to e4m3.
+    The unscaled sums are rounded to bfloat16 and scaled afterwards. That costs one more pass over the result
+    and a second rounding of 2^-9, which is small compared with that to e4m3.
     """
     one, whole = torch.ones(1, device=a.device), ScalingType.TensorWise
     sums = functional.scaled_mm(
@@ -113,8 +109,9 @@ def emulated_product(
     dtype: torch.dtype,
     fast_sums: bool,
 ) -> Tensor:
-    """The `Product` in plain float32, for devices without fp8 units: slow, for tests only. Sums are exact
-    whatever `fast_sums`.
+    """Compute a `Product` in plain float32, on devices without fp8 units: slow, for tests only.
+
+    Sums are exact regardless of `fast_sums`.
     """
     with torch.autocast(a.device.type, enabled=False):
         out = (a.float() @ b.float()) * scale_a * scale_b
@@ -122,8 +119,9 @@ def emulated_product(
 
 
 def supports_fp8(device: torch.device) -> bool:
-    """Whether the device has fp8 units that torch reaches: NVIDIA from compute capability 8.9 (AMD's have
-    another format).
+    """Return whether torch can use fp8 units of the device: NVIDIA from compute capability 8.9.
+
+    AMD's fp8 has another format.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -135,10 +133,10 @@ def choose_product(
     supported: Callable[[torch.device], bool] = supports_fp8,
     products: Sequence[Product] = (row_scaled_product, tensor_scaled_product),
 ) -> Product:
-    """The first of `products` that computes on the device; each is tried once on a small tile. Logs it where
-    it is not the first.
+    """Return the first of `products` that works on the device; each is tried once on a small tile.
 
-    Raises OptionError where the device has no fp8 units, or torch cannot use them.
+    Logs the reason if it is not the first one.
+    Raises OptionError if the device has no fp8 units, or torch cannot use them.
     """
     remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bit."
     if not supported(device):
@@ -154,7 +152,7 @@ def choose_product(
         else:
             if reasons:
                 logger.info(
-                    "fp8 products are scaled after they are summed, because torch says: %s", reasons[0]
+                    "fp8 products are scaled after they are summed, because torch reports: %s", reasons[0]
                 )
             return product
     raise OptionError(
@@ -164,9 +162,9 @@ def choose_product(
 
 
 def with_product(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
-    """The same with what multiplies in 8 bits on the device, where that is asked for.
+    """Return the quantisation with its `product` chosen for the device, if --fp8_fast is given.
 
-    Raises OptionError as `choose_product`.
+    Raises OptionError as `choose_product` does.
     """
     if quantisation is None or not quantisation.fp8_matmul:
         return quantisation
@@ -178,7 +176,7 @@ def _name(device: torch.device) -> str:
 
 
 def _try(product: Product, device: torch.device) -> None:
-    """Raise what the product raises on a tile."""
+    """Compute one tile. Raises what the product raises, and RuntimeError if the result is wrong."""
     tile = torch.ones(STEP, STEP, device=device).to(WEIGHT_DTYPE)
     ones, bias = torch.ones(STEP, 1, device=device), torch.zeros(STEP, device=device)
     out = product(tile, tile.t(), ones, ones.t().contiguous(), bias, torch.bfloat16, FAST_SUMS)
@@ -187,10 +185,10 @@ def _try(product: Product, device: torch.device) -> None:
 
 
 def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether `fp8_linear` takes this layer: an e4m3 weight scaled as a whole or by rows, sizes in steps of
-    16, 16 tokens or more.
+    """Return whether `fp8_linear` supports this layer and input.
 
-    Depends on shapes and dtypes only. x: ... K. weight: N K. scale: one number, N 1, or None.
+    It needs an e4m3 weight with one scale or one per row, sizes that are multiples of 16, and at least 16
+    tokens. Depends on shapes and dtypes only. x: ... K. weight: N K. scale: one number, N 1, or None.
     """
     rows, columns = weight.shape
     return (
@@ -205,12 +203,11 @@ def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
 def fp8_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, product: Product
 ) -> Tensor:
-    """x W^T + b with W = weight * scale, multiplied in fp8; differentiable in x alone. For what `suits_fp8`
-    accepts.
+    """Compute x W^T + b with W = weight * scale in fp8; differentiable in x only. Needs `suits_fp8`.
 
-    x: ... K, rows without bound of magnitude; one that holds a NaN or an infinity gives a row of NaN. weight:
-    N K e4m3. scale: one number, N 1, or None for 1. bias: N. Returns ... N in autocast's dtype where it is
-    on, else in that of x.
+    x: ... K, of any magnitude; a row with NaN or an infinite value gives a row of NaN. weight: N K e4m3.
+    scale: one number, N 1, or None for 1. bias: N. Returns ... N in autocast's dtype if it is on, else in
+    the dtype of x.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -218,7 +215,7 @@ def fp8_linear(
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """`fp8_linear`, of which the backward pass keeps weight and scale."""
+    """Autograd function of `fp8_linear`: keeps only weight and scale for the backward pass."""
 
     @staticmethod
     def forward(
@@ -253,7 +250,7 @@ class _FrozenLinear(torch.autograd.Function):
         quantised, row_scales = quantise_rows(
             gradient.reshape(-1, gradient.shape[-1]), _column_scales(weight, scale)
         )
-        # N K, column by column as the units want it; gone with this call
+        # N K, column-major as the fp8 units need it; freed when this call ends
         columns = weight.t().contiguous().t()
         ones = torch.ones(1, weight.shape[1], device=weight.device)
         out = ctx.product(
@@ -263,11 +260,11 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def quantise_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> tuple[Tensor, Tensor]:
-    """x * fold as e4m3 numbers and the scale of each row: `x * fold = quantised * scales` but for rounding.
+    """Quantise x * fold to e4m3 with one scale per row: `x * fold = quantised * scales` up to rounding.
 
     x: M K. fold: 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros; a NaN or
-    an infinity makes the scale NaN or infinite, and with it the row of any product NaN. piece: how many
-    values have a float32 copy at a time; without bound while compiling, where the copy is fused away.
+    infinite value makes the scale NaN or infinite, and so the row of any product NaN. piece: how many values
+    have a float32 copy at a time; unlimited while compiling, because the copy is fused away.
     """
     rows = max(1, piece // x.shape[1])
     if torch.compiler.is_compiling() or x.shape[0] <= rows:
@@ -284,20 +281,19 @@ def _quantised(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
     if fold is not None:
         x = x * fold  # float32, as the scales are
     largest = x.abs().amax(dim=1, keepdim=True).float()
-    # the least scale keeps rows of zeros (and of numbers that bf16 can hardly hold) from dividing by zero
-    # (limits come from finfo, not from a constant of this file: compiling for changing shapes makes such
-    # numbers inputs too)
+    # the smallest scale keeps rows of zeros (and of the smallest bf16 numbers) from dividing by zero. Limits
+    # come from finfo, not from a constant of this file: compiling for dynamic shapes turns those into inputs
     scales = (largest / torch.finfo(WEIGHT_DTYPE).max).clamp(min=torch.finfo(torch.float32).tiny)
     return (x / scales).to(WEIGHT_DTYPE), scales
 
 
 def _column_scales(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The weight's scale for each output feature, 1 N float32."""
+    """Return the weight's scale for each output feature, 1 N float32."""
     if scale is None:
         return torch.ones(1, weight.shape[0], device=weight.device)
     return scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a product is rounded to: 16 bits hold more than is exact."""
+    """Return what a product is rounded to: 16 bits hold more digits than an fp8 product has."""
     return dtype if dtype == torch.float16 else torch.bfloat16

@@ -1,9 +1,9 @@
-"""Linear layers whose weights are kept in 8 bits: rounding them, and computing with them.
+"""Linear layers with weights in 8 bits: rounding the weights, and computing with them.
 
-A quantised layer stays an `nn.Linear`. Its `weight` is a frozen float8 parameter of the checkpoint's shape;
-beside it stands a buffer `scale_weight` (float32: [1], [out, 1] or [out, blocks, 1]; None for a plain cast);
-the weight that is meant is their product. `forward` is set on the layer itself, so that what is put around it
-afterwards (a LoRA, compilation) finds it.
+A quantised layer stays an `nn.Linear`. Its `weight` is a frozen float8 parameter of the checkpoint's shape,
+with a buffer `scale_weight` (float32: [1], [out, 1] or [out, blocks, 1]; None for a plain cast). The actual
+weight is their product. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
+compilation) find it.
 """
 
 import types
@@ -18,23 +18,23 @@ from modules.fp8.options import Quantisation
 from modules.fp8.products import fp8_linear, suits_fp8
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0  # of float8_e4m3fn; what is beyond it would become NaN
-# of a weight that are rounded at once: temporaries of a few MB instead of whole weights
+LARGEST = 448.0  # of float8_e4m3fn; larger values would become NaN
+# elements rounded at once: temporaries of a few MB instead of the size of the weight
 _BLOCK_ELEMENTS = 1 << 20
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
-    """Whether it is one of the float8 formats."""
+    """Return whether a dtype is one of the float8 formats."""
     return dtype.itemsize == 1 and dtype.is_floating_point
 
 
 def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor | None]:
-    """The weight in float8_e4m3fn, and the scale (float32) that gives it back: weight ~ fp8 * scale.
+    """Round a weight to float8_e4m3fn and return it with its scale (float32): weight ~ fp8 * scale.
 
-    weight: out x in. kind "cast": rounded as it is, beyond +-448 to +-448, without a scale. "tensor" and
-    "rows": divided by scale = max|weight| / 448, one number [1] or one per row [out, 1]; where all is zero it
-    is 1. Scale and quotient are rounded to the weight's dtype before they are used, unless `float32_scales`
-    asks for float32 or the weight is float16, whose range is too narrow for them.
+    weight: out x in. kind "cast": clamped to +-448 and rounded, without a scale. "tensor" and "rows":
+    divided by scale = max|weight| / 448, one number [1] or one per row [out, 1]; the scale of zeros is 1.
+    Scale and quotient are rounded to the weight's dtype before use, unless `float32_scales` is set or the
+    weight is float16, whose range is too narrow for them.
     """
     wide = quantisation.float32_scales or weight.dtype == torch.float16
     dtype = torch.float32 if wide else weight.dtype
@@ -51,7 +51,7 @@ def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor
 
 
 def _scale(weight: Tensor, dtype: torch.dtype, per_row: bool) -> Tensor:
-    """max|weight| / 448 in that dtype: [out, 1] or [1]."""
+    """Return max|weight| / 448 in that dtype: [out, 1] or [1]."""
     peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
     if not per_row:
         peak = peak.amax().reshape(1)
@@ -66,7 +66,7 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """weight * scale, multiplied in float32 and rounded once to that dtype.
+    """Return weight * scale, multiplied in float32 and rounded once to `dtype`.
 
     weight: rows x columns. scale: one number, one per row, or one per block of a row (rows x blocks x 1).
     """
@@ -76,7 +76,7 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
     if not scale.is_floating_point() or scale.ndim == 0 or scale.dtype != torch.float32:
         scale = scale.float()
     if scale.numel() == 1:
-        # of as many axes: a number without axes would be rounded first
+        # with as many axes as the weight: a scalar tensor would be rounded to its dtype first
         return plain.mul_(scale.reshape([1] * weight.ndim))
     if scale.ndim == 3:
         plain.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
@@ -85,7 +85,7 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """A file's scale as layers keep it: float32, [1], [out, 1] or [out, blocks, 1]."""
+    """Return a file's scale as layers store it: float32, [1], [out, 1] or [out, blocks, 1]."""
     if scale.numel() == 1:
         return scale.float().reshape(1)
     return scale.float() if scale.ndim == 3 else scale.float().reshape(-1, 1)
@@ -94,25 +94,23 @@ def stored_scale(scale: Tensor) -> Tensor:
 def attach(layer: nn.Linear, weight: Tensor, scale: Tensor | None, quantisation: Quantisation) -> None:
     """Give a layer its 8-bit weight, its scale and a forward that computes with them.
 
-    The layer computes in autocast's dtype, without autocast in that of its input; in float32 where
-    `float32_linear` asks for it. With a `product` it multiplies in 8 bits, but for what does not suit that
-    (`modules.fp8.products.suits_fp8`).
+    The layer computes in autocast's dtype (without autocast in its input's), or in float32 if
+    `float32_linear` is set. With a `product` it multiplies in 8 bits whenever `suits_fp8` allows it.
     """
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_buffer("scale_weight", scale)
     layer.quantisation = quantisation  # type: ignore[assignment]
-    # a method rather than a partial function, by which compiled code would know the layer, and be compiled
-    # for every block
+    # a method, not a partial: compiled code would know the layer by its partial, and be compiled per block
     layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether `attach` has given it an 8-bit weight."""
+    """Return whether `attach` has given the layer an 8-bit weight."""
     return isinstance(layer, nn.Linear) and is_fp8(layer.weight.dtype)
 
 
 def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """Those layers of a network by name."""
+    """Return the quantised layers of a network by name."""
     return {
         name: layer
         for name, layer in module.named_modules()
@@ -135,22 +133,20 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def scale_of(layer: nn.Linear) -> Tensor | None:
-    """The buffer beside the weight."""
+    """Return the layer's `scale_weight` buffer."""
     scale = layer.scale_weight
     assert scale is None or isinstance(scale, Tensor)
     return scale
 
 
 def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x @ (weight * scale)^T + bias in the dtype of x; gradients flow to x and bias."""
+    """Compute x @ (weight * scale)^T + bias in the dtype of x; gradients flow to x and bias."""
     out: Tensor = _Product.apply(x, weight, scale, None if bias is None else bias.to(x.dtype))
     return out
 
 
 class _Product(torch.autograd.Function):
-    """A linear layer that keeps only its 8-bit weight for the backward pass, where it is multiplied out
-    again.
-    """
+    """Linear layer that keeps only its 8-bit weight for the backward pass, and dequantises it again there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -168,9 +164,9 @@ class _Product(torch.autograd.Function):
 def linear_weights(
     module: nn.Module, lists: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> frozenset[str]:
-    """Names of the weights of linear layers.
+    """Return the names of the weights of linear layers.
 
-    lists: only below these; exclude: none whose name has one of these parts.
+    lists: only layers below these names. exclude: skip names that contain one of these.
     """
     begin = None if lists is None else tuple(f"{name}." for name in lists)
     return frozenset(

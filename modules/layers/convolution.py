@@ -1,4 +1,4 @@
-"""A 3D convolution that is quick on a CPU for small clips too."""
+"""A 3D convolution that is also fast for small clips on a CPU."""
 
 import torch
 import torch.nn.functional as functional
@@ -8,10 +8,10 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def conv3d(layer: nn.Conv3d, x: Tensor) -> Tensor:
-    """What nn.Conv3d.forward gives for zero padding, B C T H W to B C' T' H' W'.
+    """Compute nn.Conv3d.forward with zero padding, B C T H W to B C' T' H' W'.
 
-    For one clip of few channels x frames x rows PyTorch takes a plain kernel that is three to ten times
-    slower than oneDNN's.
+    For one clip with few channels x frames x rows PyTorch chooses a plain kernel that is three to ten times
+    slower than oneDNN's, which is used here.
     """
     padding = layer.padding
     assert not isinstance(padding, str)

@@ -1,5 +1,6 @@
-"""Normalisation layers of the transformers; both compute in float32, because bf16 sums over a thousand
-channels lose digits.
+"""Normalisation layers of the transformers.
+
+Both compute in float32, because bf16 sums over a thousand channels lose precision.
 """
 
 import torch
@@ -36,7 +37,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would hand it,
-        # and have autograd keep, a float32 copy of x
+        # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would pass it
+        # a float32 copy of x, which autograd would keep
         with torch.autocast(x.device.type, enabled=False):
             return functional.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)

@@ -1,19 +1,18 @@
-"""In which dtype a layer computes: its own, autocast's, or float32 whatever surrounds it."""
+"""The dtype that a layer computes in: its own, autocast's, or always float32."""
 
 import torch
 from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """What activations between layers are kept in: autocast's dtype where it is on, else that of the
-    weights.
-    """
+    """Return the dtype of activations between layers: autocast's if it is on, else that of the weights."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) with x in the dtype of the layer's weight; under autocast the layer chooses, as it does with
-    fp8 weights.
+    """Return layer(x) with x cast to the dtype of the layer's weight.
+
+    Under autocast, and with fp8 weights, x is not cast: the layer chooses.
     """
     dtype = _weight_dtype(layer)
     if x.dtype == dtype or dtype.itemsize == 1 or torch.is_autocast_enabled(x.device.type):
@@ -22,10 +21,7 @@ def run(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def run_float32(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) outside autocast, in float32 (in the dtype of its weight, should that be narrower).
-
-    Returns float32.
-    """
+    """Return layer(x) as float32, computed outside autocast in the dtype of the layer's weight."""
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(_weight_dtype(layer))).float()
 

@@ -1,7 +1,6 @@
-"""Rotary position embeddings over several axes: neighbouring channels are pairs, each turned by position *
-frequency.
+"""Rotary position embeddings over several axes: channel pairs are rotated by position * frequency.
 
-Source: Su et al. 2021, arXiv 2104.09864; split over the axes of a video as the released video models do.
+Source: Su et al. 2021, arXiv 2104.09864; split over the axes of a video as in the released video models.
 """
 # Letters: B batch, L tokens, N heads, D head width
 
@@ -20,57 +19,56 @@ THETA = 10000.0  # base of the frequencies, as trained
 
 
 def axis_angles(length: int, width: int, theta: float = THETA, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Angles of positions 0, 1, ...
+    """Return the angles of positions 0, 1, ... on one axis: length x width/2.
 
-    of one axis: length x width/2. width: channels that belong to the axis, even.
+    width: channels that belong to the axis, even.
     """
     return angles_at(torch.arange(length, dtype=dtype), width, theta)
 
 
 def angles_at(positions: Tensor, width: int, theta: float = THETA) -> Tensor:
-    """The same of any positions on the axis: n -> n x width/2, in their dtype."""
+    """Return the angles of any positions on an axis: n -> n x width/2, in their dtype."""
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     return torch.outer(positions, frequencies)
 
 
 def on_grid(axes: Sequence[Tensor]) -> Tensor:
-    """What belongs to the positions of each axis, given to the tokens of a grid in row-major order, the axes'
-    pairs side by side.
+    """Spread per-axis values over the tokens of a grid in row-major order, and concatenate the axes' pairs.
 
-    axes: each n W/2 ..., n the positions along it, W its channels. Returns L D/2 ...
+    axes: each n W/2 ..., with n positions along the axis and W of its channels. Returns L D/2 ...
     """
     sizes, columns = [len(one) for one in axes], []
     for axis, one in enumerate(axes):
         shape = [1] * len(axes) + list(one.shape[1:])
         shape[axis] = sizes[axis]
         columns.append(one.view(shape).expand(*sizes, *one.shape[1:]).flatten(0, len(axes) - 1))
-    return torch.cat(columns, dim=1)  # no view of a grid: compiled blocks would depend on its sizes
+    return torch.cat(columns, dim=1)  # not a view of the grid: compiled blocks would depend on its sizes
 
 
 def exact_table(
     sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU
 ) -> Tensor:
-    """The turns of a grid of tokens in row-major order as (cosine, sine) pairs on `device`: L 1 D/2 2
-    float32, of float64 angles.
+    """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 float32 on `device`.
 
-    sizes: positions along each axis (frames, rows, columns). widths: channels of each axis, together D.
+    Angles are float64. sizes: positions along each axis (frames, rows, columns). widths: channels of each
+    axis, D in total.
     """
-    # at position 1000 a float32 angle is already wrong in the fifth digit
+    # float64: at position 1000 a float32 angle is wrong in the fifth digit
     return _table(sizes, widths, theta, torch.float64, device)
 
 
 def float32_table(
     sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU
 ) -> Tensor:
-    """The same of float32 angles."""
+    """Return the table that `exact_table` returns, from float32 angles."""
     return _table(sizes, widths, theta, torch.float32, device)
 
 
 def _table(
     sizes: Sequence[int], widths: Sequence[int], theta: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    # the host computes and sends the axes only: a table of a long video is 60 MB, and batches of several
-    # sizes need one each step
+    # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
+    # several sizes need a new one every step
     axes = [
         turns(axis_angles(size, width, theta, dtype)).float()
         for size, width in zip(sizes, widths, strict=True)
@@ -79,7 +77,7 @@ def _table(
 
 
 def turns(angles: Tensor) -> Tensor:
-    """Cosine and sine of each angle, side by side in a new last dimension."""
+    """Return cosine and sine of each angle in a new last dimension."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -87,22 +85,20 @@ TABLES = {"default": exact_table, "comfy": float32_table}  # values of --rope_fu
 
 
 class TableMaker(Protocol[Asked]):
-    """Makes a table on a device from what says where the tokens are, such as their numbers along frames, rows
-    and columns.
-    """
+    """Make a table on a device from the tokens' layout, such as the numbers of frames, rows and columns."""
 
     def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor: ...
 
 
 class GridTable(Generic[Layout]):
-    """A table kept for the last grid that was asked for: the steps of a generation have the same."""
+    """Cache of the last grid's table: all steps of a generation use the same one."""
 
     def __init__(self, make: TableMaker[Layout]) -> None:
         self._make = make
         self._last: tuple[Layout, Tensor] | None = None
 
     def of(self, grid: Layout, device: torch.device) -> Tensor:
-        """The table of that grid on that device."""
+        """Return the table of a grid on a device."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # a table made for a sample also serves the next training step
                 self._last = grid, self._make(grid, device=device)
@@ -110,11 +106,10 @@ class GridTable(Generic[Layout]):
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the channel pairs of x (B L N D) by a table of `TABLES`; in float32, returned in x's dtype.
+    """Rotate the channel pairs of x (B L N D) by a table of `TABLES`; in float32, returned in x's dtype.
 
-    By complex numbers, which is one pass over x where every operation is; written out where the code is
-    compiled, because compilers fuse that form. The two are equal but for the rounding of the products: 1e-6
-    of the largest number.
+    Uncompiled code multiplies complex numbers, a single pass over x; compiled code spells out the products,
+    because compilers fuse that form. The results differ only by rounding: 1e-6 of the largest number.
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # B L N D/2 2
     if not torch.compiler.is_compiling():

@@ -1,6 +1,6 @@
-"""Numbers such as timesteps as vectors that a small network can read.
+"""Sinusoidal embeddings of numbers such as timesteps.
 
-Source: Vaswani et al. 2017, arXiv 1706.03762, for timesteps Ho et al. 2020, arXiv 2006.11239; the video
+Source: Vaswani et al. 2017, arXiv 1706.03762, and for timesteps Ho et al. 2020, arXiv 2006.11239; the video
 models put cosines first.
 """
 
@@ -13,17 +13,17 @@ LONGEST = 10000.0  # the frequencies fall from 1 to nearly 1 / LONGEST
 
 
 def sinusoid(numbers: Tensor, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Cosines, then sines, of numbers (B) at falling frequencies: B width float32. width: even.
+    """Return cosines, then sines, of numbers (B) at falling frequencies: B width float32. width: even.
 
-    dtype: of frequencies and angles, as the model was trained. At 6000 a float32 angle is wrong in the fourth
-    digit.
+    dtype: of frequencies and angles, as the model was trained. At 6000 a float32 angle is wrong in the
+    fourth digit.
     """
     half = width // 2
     # Apple GPUs have no float64
     device = torch.device("cpu") if numbers.device.type == "mps" else numbers.device
     numbered = torch.arange(half, dtype=dtype, device=device)
-    # each as the models that were trained so compute it: the two round differently, in float32 by up to 6e-5
-    # of the result at 1000
+    # each dtype has the formula of the models trained with it: the two formulas round differently, in float32
+    # by up to 6e-5 of the result at 1000
     is_double = dtype == torch.float64
     frequencies = (
         LONGEST ** -(numbered / half) if is_double else torch.exp(-math.log(LONGEST) * numbered / half)

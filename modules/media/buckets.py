@@ -1,7 +1,6 @@
-"""Bucket geometry: which sizes an area allows, which of them fits a picture, and how the picture is resized
-and cropped to it.
+"""Bucket geometry: the sizes of an area, the bucket of a picture, and how to resize and crop it.
 
-Sizes are (width, height) in pixels. Plain numbers only: nothing here touches a pixel.
+Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 """
 
 import math
@@ -12,19 +11,19 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """How a picture becomes a bucket: resize to `resized`, then cut the bucket out at `crop`."""
+    """How to fit a picture to a bucket: resize to `resized`, then crop the bucket at `crop`."""
 
     resized: Size
     crop: Size  # left, top
     bucket: Size
-    interpolation: str  # "none" (already that size), "lanczos" (enlarging) or "area"
+    interpolation: str  # "none" (already that size), "lanczos" (enlarging) or "area" (shrinking)
 
 
 def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
-    """All sizes with about the area width x height whose sides are multiples of `step`, ascending.
+    """Return all sizes of about width x height pixels whose sides are multiples of `step`, ascending.
 
-    Widths run from half the square root of the area to just above it; each (w, h) comes with its (h, w).
-    Raises ValueError where the area is too small for a single bucket.
+    The short sides run from half the square root of the area to just above it; each (w, h) comes with its
+    (h, w). Raises ValueError if the area is too small for a single bucket.
     """
     area = width * height
     side = math.isqrt(area)
@@ -39,10 +38,10 @@ def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
 
 
 def choose_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_upscale: bool) -> Size:
-    """The bucket for a picture of `size`: the one with the nearest aspect ratio, the first on a tie.
+    """Return the bucket with the aspect ratio nearest to that of `size`; the first one on a tie.
 
     no_upscale: a picture with at most `area` pixels keeps its own size, rounded down to multiples of `step`.
-    Raises ValueError where such a picture has a side shorter than `step`.
+    Raises ValueError if such a picture has a side shorter than `step`.
     """
     width, height = size
     if no_upscale and width * height <= area:
@@ -56,7 +55,7 @@ def choose_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_
 
 
 def fit_cover(size: Size, bucket: Size) -> Fit:
-    """Scale `size` until it just covers `bucket`, then crop the centre."""
+    """Return how to scale `size` until it just covers `bucket`, and crop the centre."""
     if size == bucket:
         return Fit(size, (0, 0), bucket, "none")
     scale = max(bucket[0] / size[0], bucket[1] / size[1])

@@ -1,8 +1,8 @@
-"""Images and videos on disk <-> uint8 frames: the only place that reads or writes either.
+"""Read images and videos from disk as uint8 frames; no other file reads them.
 
 A frame is `H W C` uint8 RGB (C = 4 with alpha); sizes are (width, height). A "video" may also be a folder of
-images, its frames in name order. Colours are converted by what the file says of itself. Every failure is a
-MediaError naming the file and the reason.
+images, which are its frames in name order. Colours are converted according to the file's own metadata. Every
+failure is a MediaError with the file and the reason.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Size of the upright frames; count and rate where the header has them."""
+    """Size of the upright frames; count and rate if the header has them."""
 
     width: int
     height: int
@@ -53,7 +53,7 @@ class VideoInfo:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Image suffixes that can be read here, lower case; .avif and .jxl only where Pillow can decode them."""
+    """Return the image suffixes that can be read here, lower case; .avif and .jxl if Pillow decodes them."""
     for plugin in ("pillow_jxl", "pillow_avif"):  # optional packages that register themselves with Pillow
         with contextlib.suppress(ImportError):
             importlib.import_module(plugin)
@@ -64,7 +64,10 @@ def image_suffixes() -> frozenset[str]:
 
 
 def read_image(path: Path, alpha: bool = False) -> Frame:
-    """H W 3 RGB, upright; with `alpha`, H W 4 where the image has transparency. Raises MediaError."""
+    """Read an image, upright: H W 3 RGB, or H W 4 if `alpha` is set and the image has transparency.
+
+    Raises MediaError if the image cannot be read.
+    """
     with _reading(path), Image.open(path) as file:
         image: Image.Image = ImageOps.exif_transpose(file)
         has_alpha = image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info
@@ -74,16 +77,19 @@ def read_image(path: Path, alpha: bool = False) -> Frame:
 
 
 def image_size(path: Path) -> Size:
-    """Width and height of the upright image, from the header alone. Raises MediaError."""
+    """Return (width, height) of the upright image, read from the header only.
+
+    Raises MediaError if the image cannot be read.
+    """
     with _reading(path), Image.open(path) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
 
 
 def resize_cover(frame: Frame, bucket: Size) -> Frame:
-    """Resize a frame until it covers `bucket`, crop the centre.
+    """Resize a frame until it covers `bucket`, and crop the centre.
 
-    Lanczos when enlarging, else area average. Source: cache format.
+    Lanczos when enlarging, else area average, as the cache format requires.
     """
     fit = fit_cover((frame.shape[1], frame.shape[0]), bucket)
     if fit.interpolation == "none":
@@ -98,10 +104,10 @@ def resize_cover(frame: Frame, bucket: Size) -> Frame:
 
 
 def video_frames(path: Path) -> Iterator[Frame]:
-    """All frames in playing order, H W 3, upright, one at a time; of a file FFmpeg reads or of a folder of
-    images.
+    """Yield all frames (H W 3, upright) in playing order, of a video file or a folder of images.
 
-    Raises MediaError: missing, empty, no video in it, not decodable, or cut short (a download that stopped).
+    Raises MediaError if the file is missing, empty, without a video stream, not decodable, or truncated
+    (an interrupted download).
     """
     if path.is_dir():
         yield from (read_image(image) for image in folder_images(path))
@@ -121,8 +127,9 @@ def video_frames(path: Path) -> Iterator[Frame]:
 
 
 def video_info(path: Path) -> VideoInfo:
-    """Size, number of frames and rate (of a folder: its first image and its count); one frame is decoded.
-    Raises MediaError.
+    """Return size, number of frames and rate; decodes one frame. A folder has the size of its first image.
+
+    Raises MediaError as `video_frames` does.
     """
     if path.is_dir():
         images = folder_images(path)
@@ -140,10 +147,10 @@ def video_info(path: Path) -> VideoInfo:
 
 
 def read_tags(path: Path) -> dict[str, str]:
-    """Text stored in a PNG or a video, {} where there is none. Keys of videos in lower case: mkv stores them
-    in upper case.
+    """Return the text stored in a PNG or a video, {} if there is none.
 
-    Raises MediaError.
+    Keys of videos are lower case, because mkv stores them in upper case.
+    Raises MediaError if the file cannot be read.
     """
     if path.suffix.lower() in image_suffixes():
         with _reading(path), Image.open(path) as image:
@@ -153,9 +160,9 @@ def read_tags(path: Path) -> dict[str, str]:
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """The images that are the frames of a folder given as a video, in name order.
+    """Return the images of a folder that is used as a video, in name order.
 
-    Raises MediaError where there is none.
+    Raises MediaError if there are none.
     """
     images = sorted(
         path
@@ -169,7 +176,7 @@ def folder_images(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream."""
+    """Open a video file; yields the container and its video stream."""
     with _reading(path), av.open(_url(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         if stream is None:
@@ -197,23 +204,21 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _url(path: Path) -> str:
-    """Without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol."""
+    """Return the URL of a file: without `file:`, FFmpeg reads `take:` in `take:2.mkv` as a protocol."""
     return f"file:{path}"
 
 
 def _upright(frame: Frame, degrees: float) -> Frame:
-    """Turn a frame by the rotation a phone has written beside it, counter-clockwise; only quarter turns
-    occur.
-    """
+    """Rotate a frame counter-clockwise by the rotation stored in the file; only quarter turns occur."""
     turns = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame
 
 
 def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_seconds: float) -> None:
-    """Raise MediaError where a file ends before the length it states.
+    """Raise MediaError if a file ends before the length it states.
 
-    Most demuxers report a cut file themselves; Matroska's ends quietly, but each stream has its length as a
-    tag.
+    Most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
+    length as a tag.
     """
     if not num_frames:
         raise MediaError(f"{path} holds no frame that can be decoded")

@@ -1,4 +1,4 @@
-"""uint8 frames -> image and video files: writing, and joining videos without encoding again."""
+"""Write uint8 frames to image and video files, and join videos without encoding them again."""
 
 import contextlib
 import errno
@@ -20,13 +20,13 @@ from modules.media.reading import Frame, _reading, _url
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
-    """Write one frame (H W 3 or H W 4) as PNG, with text chunks in UTF-8, complete or not at all.
+    """Write one frame (H W 3 or H W 4) as PNG, with text chunks in UTF-8, completely or not at all.
 
-    Raises OutputError.
+    Raises OutputError if the file cannot be written.
     """
     chunks = PngImagePlugin.PngInfo()
     for name, value in (text or {}).items():
-        # a plain chunk is Latin-1, iTXt is UTF-8
+        # a plain text chunk is Latin-1, iTXt is UTF-8
         add = chunks.add_text if value.isascii() else chunks.add_itxt
         add(name, value)
     with atomic_path(path, frame.nbytes) as temporary:
@@ -38,7 +38,7 @@ class _Codec:
     encoder: str
     pixel_format: str
     options: Mapping[str, str]
-    has_crf: bool  # whether it knows crf and preset
+    has_crf: bool  # whether it has the options crf and preset
     suffixes: tuple[str, ...]
 
 
@@ -61,17 +61,19 @@ def write_video(
     bit_rate: int | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> None:
-    """Encode frames (H W 3, consumed one at a time) to `path` (.mp4, .mkv or .mov), complete or not at all.
+    """Encode frames (H W 3, read one at a time) to `path` (.mp4, .mkv or .mov), completely or not at all.
 
     codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf.
-    tags: kept by .mkv only. The last row or column of an odd size is cut off. Colours are BT.709 and say so.
-    No time and no random id is written. Raises MediaError (no frame, codec not for this suffix), OutputError.
+    tags: stored in .mkv only. The last row or column of an odd size is cropped. Colours are BT.709 and
+    tagged so. No time and no random id is written.
+    Raises MediaError if there is no frame or the codec does not fit the suffix, OutputError if the file
+    cannot be written.
     """
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
     if suffix not in kind.suffixes:
         raise MediaError(
-            f"{path}: {codec} is written to {', '.join(kind.suffixes)}, not to "
+            f"{path}: {codec} can be written to {', '.join(kind.suffixes)}, not to "
             f"{suffix or 'a name without suffix'}"
         )
     remaining = iter(frames)
@@ -118,29 +120,28 @@ def _video_frame(frame: Frame, stream: Any, index: int) -> av.VideoFrame:
 
 @dataclass(frozen=True)
 class Segment:
-    """A video that `write_video` has written, to be joined with others of the same size, rate and
-    settings.
-    """
+    """A video written by `write_video`, to be joined with others of the same size, rate and settings."""
 
     path: Path
     frames: int
-    # by how many frames decoding is ahead of showing: frames that look at later ones are stored behind these
+    # by how many frames decoding order is ahead of display order: frames that refer to later ones are stored
+    # after them
     lead: int
 
 
 def segment_of(path: Path, fps: float) -> Segment:
-    """Measure a finished file. Raises MediaError where it cannot be read."""
+    """Measure a finished file. Raises MediaError if it cannot be read."""
     with _reading(path), av.open(_url(path)) as container:
         places = [_place(packet, fps) for packet in _packets(container)]
     return Segment(path, len(places), max(order - place for order, place in enumerate(places)))
 
 
 def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
-    """Write segments one behind the other as one video (.mp4), complete or not at all. Pictures are copied,
-    not encoded again.
+    """Concatenate segments to one video (.mp4), completely or not at all.
 
-    A player that has the file open which was there before goes on with that one. Raises MediaError where the
-    segments differ in their settings, OutputError.
+    Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
+    the earlier one. Raises MediaError if the segments' settings differ, OutputError if the file cannot be
+    written.
     """
     lead = max(segment.lead for segment in segments)
     with atomic_path(path) as temporary, _writing():
@@ -157,13 +158,13 @@ def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
                         settings = bytes(original.codec_context.extradata or b"")
                     if bytes(original.codec_context.extradata or b"") != settings:
                         raise MediaError(
-                            f"{segment.path} was encoded with other settings than {segments[0].path}: they "
-                            "cannot be joined"
+                            f"{segment.path} and {segments[0].path} were encoded with different settings: "
+                            "they cannot be joined"
                         )
                     for packet in _packets(source):
                         shown = frames + _place(packet, fps)
                         packet.time_base, packet.duration = 1 / _rate(fps), 1
-                        # in the order of storing, never later than shown
+                        # in storage order, never later than the display time
                         packet.pts, packet.dts = shown, order - lead
                         packet.stream = stream
                         target.mux(packet)
@@ -172,14 +173,14 @@ def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
 
 
 def _packets(container: Any) -> Iterator[Any]:
-    """The stored pictures in the order of storing."""
+    """Yield the stored pictures in storage order."""
     for packet in container.demux(container.streams.video[0]):
-        if packet.size:  # the last one says only that there are no more
+        if packet.size:  # the last packet is empty
             yield packet
 
 
 def _place(packet: Any, fps: float) -> int:
-    """Which frame of its file a stored picture is."""
+    """Return the index of the frame that a stored picture is."""
     return round(packet.pts * packet.time_base * _rate(fps))
 
 
@@ -189,7 +190,7 @@ def _rate(fps: float) -> Fraction:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """FFmpeg's own errors as OSError, which `atomic_path` explains."""
+    """Turn FFmpeg's errors into OSError, which `atomic_path` explains."""
     try:
         yield
     except av.FFmpegError as error:

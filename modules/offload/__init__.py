@@ -1,1 +1,1 @@
-"""What waits in host memory, and what is computed again, so that a network fits."""
+"""Fit a network into device memory: keep parts of it in host memory, and recompute activations."""

@@ -1,10 +1,10 @@
-"""What checkpointed blocks keep, their inputs, waits in host memory between forward and backward pass.
+"""Keep the inputs of checkpointed blocks in host memory between forward and backward pass.
 
-Copies run beside the computation: an input leaves while its block computes, and comes back while the block
-after it is differentiated. A copy that is under way holds its source; the source is let go when the next
-input is handed over, by which time the copy is done, after the computing stream has been told to wait for it.
-So memory is given free in the order of that stream, and however far Python runs ahead, the device holds two
-inputs that leave or two that come.
+Copies overlap with the computation: an input is copied to the host while its block computes, and back while
+the following block runs its backward pass. A running copy holds its source. The source is released when the
+next input is offloaded (the copy is done by then), after the computing stream has been made to wait for the
+copy. So memory is freed in the order of that stream, and however far Python runs ahead, the device holds at
+most two inputs that are leaving or two that are returning.
 """
 
 import math
@@ -25,24 +25,22 @@ ALIGNMENT = 256  # bytes
 
 
 class HostMemory:
-    """Pieces of host memory that are used again and again: pinning takes long, so it happens in the first
-    steps only.
-    """
+    """Reusable pieces of host memory: pinning is slow, so it happens in the first steps only."""
 
     def __init__(self, make: Callable[[int], Tensor]) -> None:
         """make: memory of so many bytes, uint8."""
         self._make = make
         self._free: list[Tensor] = []
-        self.size_bytes = 0  # of all pieces that are in use or wait for it
+        self.size_bytes = 0  # of all pieces, in use or free
 
     def take(self, size_bytes: int) -> Tensor:
-        """At least that much, uint8. Give it back with `put`."""
+        """Return a piece of at least that size, uint8. Give it back with `put`."""
         fitting = [piece for piece in self._free if piece.numel() >= size_bytes]
         if fitting:
             best = min(fitting, key=Tensor.numel)
             self._free = [piece for piece in self._free if piece is not best]
             return best
-        # too small for the sizes there are now, while what takes its place serves smaller ones too
+        # all free pieces are too small: drop one, as the larger new one also serves smaller sizes
         if self._free:
             self.size_bytes -= self._free.pop().numel()
         size_bytes = math.ceil(size_bytes / ALIGNMENT) * ALIGNMENT
@@ -50,46 +48,43 @@ class HostMemory:
         return self._make(size_bytes)
 
     def put(self, piece: Tensor) -> None:
-        """Free to be taken again."""
+        """Make a piece free to be taken again."""
         self._free.append(piece)
 
 
 @dataclass(eq=False)
 class _Away:
-    """An input in host memory. Its piece is given back when autograd forgets it, after its backward pass."""
+    """An input in host memory. Its piece is freed when autograd drops it, after its backward pass."""
 
-    host: Tensor  # in its shape and dtype
+    host: Tensor  # with the input's shape and dtype
     device: torch.device
-    # what came just before in this forward pass, and is needed just after
+    # the input before this one in the forward pass, which the backward pass needs next
     before: "weakref.ref[_Away] | None"
-    # at most one, with the moment at which it is there
+    # at most one copy on its way to the device, with the moment at which it arrives
     coming: list[tuple[Tensor, Any]] = field(default_factory=list)
 
 
 class Offload:
-    """Where checkpointed blocks keep their inputs, in the place of the device.
-
-    One for all blocks of a network.
-    """
+    """Host storage for the inputs of checkpointed blocks. One object serves all blocks of a network."""
 
     def __init__(self, transfer: Transfer, make: Callable[[int], Tensor]) -> None:
         """make: host memory of so many bytes, uint8."""
         self._transfer = transfer
         self.memory = HostMemory(make)
         self._last: weakref.ref[_Away] | None = None
-        self._leaving: tuple[Tensor, Any] | None = None  # and the moment at which its copy is done
+        self._leaving: tuple[Tensor, Any] | None = None  # a source, and the moment at which its copy is done
 
     def begin(self) -> None:
-        """A new forward pass: nothing before it is fetched together with what follows."""
+        """Start a new forward pass: earlier inputs are not fetched ahead with its own."""
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:
-        """A context in which what autograd keeps goes to host memory."""
+        """Return a context in which tensors that autograd keeps go to host memory."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Away":
         self._let_go()
-        # the copy that comes back would have other strides, and compiled code know it
+        # the returning copy would have other strides, which compiled code relies on
         if not tensor.is_contiguous():
             return tensor
         piece = self.memory.take(tensor.nbytes)
@@ -114,10 +109,9 @@ class Offload:
         return tensor
 
     def _send_for(self, away: _Away) -> None:
-        """Have it copied back, if it is not on its way."""
+        """Start copying it back to the device, unless it is already on its way."""
         if not away.coming:
-            # of the computing stream's memory, which that stream also gives free; record_stream would hold it
-            # back for longer
+            # allocated on the computing stream, which also frees it; record_stream would hold it for longer
             target = torch.empty(away.host.shape, dtype=away.host.dtype, device=away.device)
             away.coming.append((target, self._transfer.copy([(target, away.host)], self._transfer.mark())))
 
@@ -127,14 +121,14 @@ class Offload:
             self._leaving = None
 
     def _forget(self, piece: Tensor, coming: list[tuple[Tensor, Any]]) -> None:
-        # sent for and never used: nothing else may have its memory before the copy is done
+        # fetched and never used: its memory must not be reused before the copy is done
         for _, moment in coming:
             self._transfer.wait(moment)
-        self.memory.put(piece)  # a later copy into it comes after those out of it
+        self.memory.put(piece)  # safe: later copies into it run after those out of it
 
 
 def offload_to_host(device: torch.device) -> Offload:
-    """What fits the device. On a CPU inputs are copied and nothing is won."""
+    """Return an `Offload` for the device. On a CPU inputs are copied too, which saves nothing."""
 
     def make(size_bytes: int) -> Tensor:
         return allocate({"": TensorInfo(torch.uint8, (size_bytes,))}, pinned=device.type == "cuda").tensors[

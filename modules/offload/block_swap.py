@@ -1,20 +1,19 @@
-"""Blocks of a transformer that wait in host memory and come to the device in time, forwards and backwards.
+"""Keep blocks of a transformer in host memory and copy each to the device before it runs.
 
-    host = host_weights(SwapPlan(family.dit, blocks), device)            # None where nothing is to be swapped
-    dit = family.load_dit(Placement(device, host=host))                 # swapped weights go from disk to
-    where they stay ...                                                                 # LoRA, compilation,
-    checkpointing swap_blocks(dit, host, device)
+    host = host_weights(SwapPlan(family.dit, blocks), device)  # None if nothing is swapped
+    dit = family.load_dit(Placement(device, host=host))  # loads swapped weights from disk to host memory
+    ...  # LoRA, compilation, checkpointing
+    swap_blocks(dit, host, device)
 
-The streamed blocks of a list share a few slots of device memory. Whenever a block is entered, the next ones
-on the way get the slots that are free by then: the way through a pass, to its last block, then back through
-the backward pass or on to the next pass. What lies in a slot follows from the block that is entered alone, so
-a pass may end anywhere, by an exception too. A parameter stays the same object; only its `.data` is now the
-host's copy, now a slot. Frozen weights are never copied back.
+The streamed blocks of a list share a few slots of device memory. When a block is entered, the blocks that run
+next are copied into the slots that are free by then. The route goes through the forward pass to its last
+block, then back through the backward pass or on to the next pass. The content of the slots depends only on
+the block that is entered, so a pass may end anywhere, also with an exception. A parameter stays the same
+object; only its `.data` switches between the host's copy and a slot. Frozen weights are never copied back.
 
-Without checkpointing autograd keeps weights for the backward pass. What it would keep of a slot is replaced
-by the weight's name, and the weight is fetched again. Weights that learn are stepped in the backward pass
-(`--fused_backward_pass`), while their block is on the device, and copied back before their slot is used for
-another.
+Without checkpointing, autograd keeps weights for the backward pass. A saved view of a slot is replaced by
+the weight's name, and the weight is fetched again. Trained weights are stepped during the backward pass
+(`--fused_backward_pass`), while their block is on the device, and copied back before their slot is reused.
 """
 
 import functools
@@ -45,15 +44,15 @@ class HostWeights:
     """The weights of one network that stay in host memory: a `HostPlace`."""
 
     def __init__(self, plan: SwapPlan, pinned: bool, machine: Machine) -> None:
-        """pinned: for a CUDA device. machine: processes that share them."""
+        """pinned: for a CUDA device. machine: the processes that share the weights."""
         self.plan = plan
         self._pinned, self._machine = pinned, machine
         self._held: HostTensors | None = None
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Memory for the weights that the plan names.
+        """Allocate memory for the weights in the plan.
 
-        Raises OptionError where the network has too few blocks.
+        Raises OptionError if the network has too few blocks.
         """
         self._held = allocate(
             {name: tensors[name] for name in self.plan.names(network)}, self._pinned, self._machine
@@ -68,7 +67,7 @@ class HostWeights:
         wait_for_all(self._machine)
 
     def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
-        """The weights by name, moved here where the network was loaded without `hold`."""
+        """Return the weights by name; move them here if the network was loaded without `hold`."""
         if self._held is not None:
             return self._held.tensors
         weights = {name: network.get_parameter(name) for name in self.plan.names(network)}
@@ -86,13 +85,13 @@ class HostWeights:
 def host_weights(
     plan: SwapPlan, device: torch.device, environment: Mapping[str, str] = os.environ
 ) -> HostWeights | None:
-    """Where the weights wait that the plan keeps off the device; None where it keeps none off it."""
+    """Return the host memory for the weights that the plan keeps off the device; None if there are none."""
     return HostWeights(plan, device.type == "cuda", machine_of(environment)) if plan else None
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A block that is streamed."""
+    """A streamed block."""
 
     position: int  # among all blocks, in the order in which they run
     weights: Sequence[Parameter]
@@ -115,7 +114,7 @@ class Slot:
     is_changed: bool = False  # the host's copies are out of date
 
     def views(self, unit: Unit) -> list[Tensor]:
-        """The memory as that unit's weights."""
+        """Return the memory as views with the shapes of a unit's weights."""
         places = zip(self.memory, unit.host, strict=False)  # another block may have more
         return [memory[: host.nbytes].view(host.dtype).view(host.shape) for memory, host in places]
 
@@ -129,7 +128,7 @@ class Ring:
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of a slot's parts: the largest of all units. Usually the blocks of a list are equal."""
+        """Return the bytes of a slot's parts: the largest of all units. Usually all blocks are equal."""
         count = max(len(unit.host) for unit in self.units.values())
         return [
             max(unit.host[i].nbytes for unit in self.units.values() if i < len(unit.host))
@@ -140,7 +139,7 @@ class Ring:
         return next((slot for slot in self.slots if slot.unit is unit), None)
 
     def next(self, route: Iterable[int]) -> list[Unit]:
-        """The first units on a route through positions, as many as there are slots."""
+        """Return the first units on a route of positions, as many as there are slots."""
         found: list[Unit] = []
         for position in route:
             unit = self.units.get(position)
@@ -153,7 +152,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class Kept:
-    """What autograd keeps in place of (a view of) a streamed weight."""
+    """What autograd keeps instead of (a view of) a streamed weight."""
 
     unit: Unit
     index: int  # of the weight
@@ -164,14 +163,12 @@ class Kept:
 
 
 class BlockSwap:
-    """Brings weights to the device ahead of their need. One network's; `swap_blocks` makes it."""
+    """Copies the weights of one network to the device before they are needed. Made by `swap_blocks`."""
 
     def __init__(
         self, rings: Sequence[Ring], num_blocks: int, held: Set[Parameter], transfer: Transfer
     ) -> None:
-        """num_blocks: streamed or not. held: all parameters that stay in host memory, others than blocks'
-        too.
-        """
+        """num_blocks: streamed or not. held: all parameters in host memory, also those outside blocks."""
         self.rings, self.held = rings, held
         self._ring_of = {position: ring for ring in rings for position in ring.units}
         self._num_blocks, self._transfer = num_blocks, transfer
@@ -180,17 +177,15 @@ class BlockSwap:
         self._at: tuple[int, bool] | None = None
 
     def begin(self, turns: bool, skipped: Set[int]) -> None:
-        """A forward pass begins.
+        """Start a forward pass.
 
-        turns: a backward pass follows. skipped: positions of blocks that it leaves out.
+        turns: a backward pass follows. skipped: positions of blocks that do not run.
         """
         self._turns, self._skipped, self._at = turns, frozenset(skipped), None
         self._prepare(next(self._route(0, False), 0), False)
 
     def enter(self, position: int, backward: bool) -> None:
-        """The block at that position computes from now on: its weights are there, those of the next ones are
-        sent for.
-        """
+        """Enter the block at `position`: wait for its weights, and start copying those of the next blocks."""
         if self._at == (position, backward):
             return
         self._prepare(position, backward)
@@ -200,9 +195,7 @@ class BlockSwap:
         self._at = (position, backward)
 
     def run(self, position: int, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-        """The forward of the block at that position, with its weights there, and seen to that they are in its
-        backward pass.
-        """
+        """Run the forward of the block at `position` with its weights on the device, also in backward."""
         self.enter(position, backward=False)
         if not torch.is_grad_enabled():
             return forward(*inputs, **named)
@@ -224,7 +217,7 @@ class BlockSwap:
         return output
 
     def settle(self) -> None:
-        """Put the newest values of all weights into host memory, where the parameters are from now on."""
+        """Copy the newest values of all weights to host memory, and point the parameters there."""
         for ring in self.rings:
             for slot in ring.slots:
                 self._empty(slot, self._transfer.mark() if slot.is_changed else None)
@@ -232,7 +225,7 @@ class BlockSwap:
         self._at = None
 
     def park(self) -> None:
-        """`settle`, and give the device's memory back until the next pass."""
+        """`settle`, and free the slots' device memory until the next pass."""
         self.settle()
         self._owners.clear()
         for ring in self.rings:
@@ -240,9 +233,7 @@ class BlockSwap:
                 slot.memory = []
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
-        """Positions in the order in which they will be entered, from this one on; what is not known yet is
-        guessed.
-        """
+        """Yield the positions that will be entered, in order from this one on; the next pass is a guess."""
         everything = range(self._num_blocks)
         taken = [each for each in everything if each not in self._skipped]
         if backward:
@@ -253,7 +244,7 @@ class BlockSwap:
             yield from reversed(taken) if self._turns else everything
 
     def _prepare(self, position: int, backward: bool) -> None:
-        """Fill the slots of all rings with what comes next, as far as that is not in them."""
+        """Fill the slots of all rings with the next units that are not in them yet."""
         for ring in self.rings:
             wanted = ring.next(self._route(position, backward))
             missing = [unit for unit in wanted if ring.slot_of(unit) is None]
@@ -262,7 +253,7 @@ class BlockSwap:
                 self._send(ring, unit, slot)
 
     def _send(self, ring: Ring, unit: Unit, slot: Slot) -> None:
-        """Have a unit's weights copied into a slot. An exception in the middle of it leaves an empty slot."""
+        """Start copying a unit's weights into a slot. After an exception the slot is empty."""
         after = self._transfer.mark()
         self._empty(slot, after)
         if not slot.memory:
@@ -276,7 +267,7 @@ class BlockSwap:
         slot.unit = unit
 
     def _empty(self, slot: Slot, after: Any) -> None:
-        """Take what is in a slot out of it; `after`: the moment at which it is finished."""
+        """Remove the unit from a slot. after: the moment from which changed weights may be copied back."""
         unit = slot.unit
         if unit is None:
             return
@@ -330,11 +321,10 @@ class BlockSwap:
 def swap_blocks(
     dit: nn.Module, host: HostWeights | None, device: torch.device, transfer: Transfer | None = None
 ) -> None:
-    """Have a network bring its weights from host memory when it runs. For the end of dressing: it wraps the
-    blocks' forwards.
+    """Make a network copy its weights from host memory when it runs.
 
-    host: as the network was loaded with; None leaves it as it is. transfer: None: what fits the device.
-    Raises OptionError where the network has too few blocks.
+    Call it last: it wraps the blocks' forwards. host: the one that the network was loaded with; None changes
+    nothing. transfer: None chooses one for the device. Raises OptionError if the network has too few blocks.
     """
     if host is None:
         return
@@ -399,24 +389,20 @@ def _report(
 
 
 def swap_of(network: nn.Module) -> BlockSwap | None:
-    """What brings the network's weights; None where they are all on the device."""
+    """Return the network's `BlockSwap`; None if all its weights are on the device."""
     found = getattr(network, _NAME, None)
     return found if isinstance(found, BlockSwap) else None
 
 
 def settle(network: nn.Module) -> None:
-    """Have every parameter hold its newest values, where it can be read and written: before saving and
-    restoring.
-    """
+    """Make every parameter hold its newest values, readable and writable: before saving and restoring."""
     swap = swap_of(network)
     if swap is not None:
         swap.settle()
 
 
 def move_network(network: nn.Module, device: torch.device) -> None:
-    """As `network.to(device)`, for networks with swapped weights too: these stay in host memory, their slots
-    are given back.
-    """
+    """Run `network.to(device)`; swapped weights stay in host memory, and their slots are freed."""
     swap = swap_of(network)
     if swap is None:
         network.to(device)

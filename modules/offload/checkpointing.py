@@ -1,4 +1,4 @@
-"""Trading compute and host memory for activation memory, applied to a network from outside."""
+"""Gradient checkpointing: trade compute and host memory for activation memory, from outside the network."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,8 +18,7 @@ from torch.utils.checkpoint import (
 from modules.contract.family import DitSpec
 from modules.offload.activations import Offload
 
-# beginnings of the names of attention's operators, torch's and those of the packages that it may be computed
-# by
+# prefixes of the names of attention operators, torch's and those of the optional packages
 ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",  # also _for_cpu
     "aten::_scaled_dot_product_efficient_attention",
@@ -35,16 +34,17 @@ ATTENTION = (
     "xformers_flash::flash_fwd",
     "xformers_flash3::flash_fwd",
     "xformers::efficient_attention_forward",
-    "planned::attention",  # of rehearsals
+    "planned::attention",  # in dry runs
 )
 # attention without a kernel: on a CPU, for few tokens
 WRITTEN_OUT = ("aten::bmm", "aten::_softmax", "aten::_safe_softmax")
-SHORT = 4  # attention to fewer keys than a quarter of the queries costs little beside what keeping it takes
+# attention to fewer keys than a quarter of the queries is cheap compared with the memory of its result
+SHORT = 4
 
 
 @dataclass(frozen=True)
 class _Block:
-    """How one block is run."""
+    """The forward of one checkpointed block."""
 
     module: nn.Module
     forward: Callable[..., Tensor]
@@ -57,7 +57,7 @@ class _Block:
             return self.forward(*inputs)
         if self.offload is not None and self.is_first:
             self.offload.begin()
-        # what needs no gradient here is not kept by autograd either, and compiled code may then write over it
+        # autograd does not keep results that need no gradient, and compiled code may then overwrite them
         keeps = self.keeps_attention and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         )
@@ -70,12 +70,12 @@ class _Block:
 def checkpoint_blocks(
     dit: nn.Module, spec: DitSpec, keep_attention: bool = False, offload: Offload | None = None
 ) -> None:
-    """Have every block keep only its inputs and compute its inside again in the backward pass.
+    """Make every block keep only its inputs, and recompute its activations in the backward pass.
 
-    keep_attention: the result of self-attention is kept too and its kernel runs once. offload: where the
-    inputs wait, those tensors that a block is given by themselves; the last block's stay, as they are needed
-    next. Takes effect in train mode with gradients on; otherwise blocks run as before. Apply it after LoRA
-    and compilation: it wraps whatever `forward` a block has at that time.
+    keep_attention: also keep the result of self-attention, so that its kernel runs once. offload: keeps the
+    tensors that are direct arguments of a block; those of the last block stay on the device, as they are
+    needed next. Has an effect in train mode with gradients on only. Call after LoRA and compilation: it wraps
+    the `forward` that a block has then.
     """
     blocks = [block for name in spec.block_lists for block in dit.get_submodule(name).children()]
     for index, block in enumerate(blocks):
@@ -84,16 +84,12 @@ def checkpoint_blocks(
 
 
 def keeping_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """The contexts of a first and a second computation, of which the second takes attention's results from
-    the first.
-    """
+    """Return the contexts of computing and recomputing a block; the second reuses attention's results."""
     return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
-    """Keep what an attention that is dear returns; by the operator's name, and by query and key, which stand
-    first.
-    """
+    """Keep the result of an expensive attention, by the operator's name and the size of query and key."""
     name, tensors = operator.name(), (*inputs, *named.values())
     if name.startswith(ATTENTION):
         keeps = "backward" not in name and tensors[1].numel() * SHORT >= tensors[0].numel()

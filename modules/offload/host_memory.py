@@ -1,9 +1,8 @@
-"""Memory of the host from which a device copies fast: locked to its place ("pinned"), and one for all
-processes of a machine.
+"""Host memory for fast copies to a device: page-locked ("pinned"), and shared by a machine's processes.
 
 torch's own pinned memory is rounded up to powers of two, which would waste up to half. Here pages are mapped
-in the size needed and registered with the driver. Shared memory has no name in the file system: it is gone
-when the last process has ended, however.
+in the size needed and registered with the driver. Shared memory has no name in the file system: it is freed
+when the last process ends, even if it is killed.
 """
 
 import logging
@@ -24,7 +23,7 @@ from modules.errors import MemoryPlanError
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 256  # bytes; where tensors begin
+ALIGNMENT = 256  # bytes; tensors begin at multiples of it
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ ALONE = Machine()
 
 
 def machine_of(environment: Mapping[str, str]) -> Machine:
-    """What a launcher (accelerate, torchrun) says in the environment, once the processes have joined."""
+    """Read the launcher's (accelerate, torchrun) environment, once the processes have joined."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ALONE
     rank, local = torch.distributed.get_rank(), int(environment.get("LOCAL_RANK", "0"))
@@ -53,17 +52,18 @@ def machine_of(environment: Mapping[str, str]) -> Machine:
 
 @dataclass(frozen=True)
 class HostTensors:
-    """Tensors in host memory. Those of a machine with several processes are filled by one of them."""
+    """Tensors in host memory. If several processes share them, one process fills them."""
 
     tensors: Mapping[str, Tensor]
     is_filled_here: bool = True
 
 
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine = ALONE) -> HostTensors:
-    """Memory for these tensors, their content undefined.
+    """Allocate uninitialised memory for these tensors.
 
-    pinned: for copies to a CUDA device. machine: where it has several processes all of them have to call this
-    with the same tensors, and share the memory; `wait_for_all` says when it is filled.
+    pinned: for copies to a CUDA device. machine: if it has several processes, all of them must call this with
+    the same tensors, and share the memory; call `wait_for_all` before reading it. Raises MemoryPlanError if
+    the memory cannot be pinned.
     """
     starts, size = [], 0
     for info in infos.values():
@@ -80,7 +80,7 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine = A
 
 
 def wait_for_all(machine: Machine) -> None:
-    """Return when every process has come here."""
+    """Return when every process has called this."""
     if machine.is_shared:
         torch.distributed.barrier()
 
@@ -91,14 +91,14 @@ def _private(size: int) -> mmap.mmap:
         if sys.platform != "win32"
         else mmap.mmap(-1, size)
     )
-    _advise(mapping, "MADV_HUGEPAGE")  # a tenth of the time to get them
+    _advise(mapping, "MADV_HUGEPAGE")  # allocates the pages in a tenth of the time
     return mapping
 
 
 def _shared(size: int, machine: Machine) -> mmap.mmap | None:
-    """One memory for the processes of a machine; None where they cannot have one, so that each needs its own.
+    """Map memory shared by a machine's processes; None if they cannot share, so that each needs its own.
 
-    The first makes a file without a name; the others open it through the list of its open files.
+    The first process makes a file without a name; the others open it through its list of open files.
     """
     descriptor = _make_file(size) if machine.rank == 0 else None
     offers = _gather((os.getpid(), descriptor))
@@ -121,7 +121,8 @@ def _shared(size: int, machine: Machine) -> mmap.mmap | None:
         return mapping
     if machine.rank == 0:
         logger.warning(
-            "Each process keeps the swapped weights for itself: this system does not let them share memory."
+            "Each process keeps its own copy of the swapped weights: this system does not let them share "
+            "memory."
         )
     return None
 
@@ -131,7 +132,7 @@ def _make_file(size: int) -> int | None:
         return None
     descriptor = os.memfd_create("swapped weights")
     try:
-        # too little memory shows here, not as a crash when it is written
+        # fails here if memory is short, instead of crashing when it is written
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
         os.close(descriptor)
@@ -141,14 +142,14 @@ def _make_file(size: int) -> int | None:
 
 
 def _gather(value: Any) -> list[Any]:
-    """The value of every process, in their order."""
+    """Return the value of every process, in order of rank."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
 def _advise(mapping: mmap.mmap, *advice: str) -> None:
-    """Tell the system how memory will be used, as far as it knows such words."""
+    """Advise the system how memory will be used, if it knows such advice."""
     for name in advice:
         if hasattr(mmap, name):
             try:
@@ -158,13 +159,13 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
 
 
 def _as_tensor(mapping: mmap.mmap, pinned: bool) -> Tensor:
-    """The bytes of a mapping, which lives as long as a tensor uses it.
+    """Return the bytes of a mapping, which lives as long as a tensor uses it.
 
-    Raises MemoryPlanError where they cannot be pinned.
+    Raises MemoryPlanError if they cannot be pinned.
     """
     array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
     if pinned:
-        # a process that is forked off must not come to own the pages that the device knows
+        # a forked process must not take over the pages that are registered with the device
         _advise(mapping, "MADV_DONTFORK")
         _register(array.ctypes.data, array.nbytes)
         weakref.finalize(array, _unregister, array.ctypes.data).atexit = False
@@ -175,13 +176,13 @@ def _register(address: int, size: int) -> None:
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
     if driver.cudaHostRegister(address, size, portable) != driver.cudaError.success:
         raise MemoryPlanError(
-            f"the driver could not lock {size / 1e9:.1f} GB of host memory, where swapped blocks and "
-            "offloaded activations wait.\n"
+            f"the driver could not lock {size / 1e9:.1f} GB of host memory for swapped blocks and offloaded "
+            "activations.\n"
             "  Free host memory, use a smaller --blocks_to_swap, or leave "
             "--gradient_checkpointing_cpu_offload out."
         )
 
 
 def _unregister(address: int) -> None:
-    torch.cuda.synchronize()  # nothing may still be copied from it
+    torch.cuda.synchronize()  # copies from it may still be running
     torch.cuda.cudart().cudaHostUnregister(address)

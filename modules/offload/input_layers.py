@@ -1,4 +1,4 @@
-"""Layers whose weights are on the device during their own calls only."""
+"""Keep the weights of layers on the device only while these layers run."""
 
 import functools
 from collections.abc import Callable
@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 
 def offload_layer(layer: nn.Module, host: Tensor, device: torch.device) -> None:
-    """From now on the layer's weight is in host memory but while its forward runs. host: that memory, holding
-    the weight.
+    """Keep the layer's weight in host memory, except while its forward runs.
 
-    For frozen layers at the beginning of a network. Should their backward pass need the weight, autograd
-    keeps it on the device.
+    host: that memory, already holding the weight. For frozen layers at the start of a network: if their
+    backward pass needs the weight, autograd keeps it on the device.
     """
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
@@ -29,7 +28,7 @@ def _run(
     *inputs: Any,
     **named: Any,
 ) -> Any:
-    # in the stream that computes: no waiting is needed
+    # copied in the computing stream: no waiting is needed
     weight.data = host.to(device, non_blocking=True, copy=True)
     try:
         return forward(*inputs, **named)

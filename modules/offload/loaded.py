@@ -1,4 +1,4 @@
-"""A network that is loaded when it is first asked for, and freed when others need the room."""
+"""A network that is loaded when it is first needed, and freed when others need the memory."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -13,15 +13,13 @@ Beside = TypeVar("Beside")
 
 
 class Loaded(Generic[Network, Beside]):
-    """A network and what goes with it, such as its tokenizer; neither is there before `load` and after
-    `free`.
-    """
+    """A network and its companion, such as a tokenizer; both exist only between `load` and `free`."""
 
     def __init__(self) -> None:
         self._pair: tuple[Network, Beside] | None = None
 
     def load(self, device: torch.device, make: Callable[[torch.device], tuple[Network, Beside]]) -> None:
-        """Make both, the network on the device; or move the network that is there."""
+        """Make both, with the network on the device; or move a network that is already loaded."""
         if self._pair is None:
             self._pair = make(device)
         else:
@@ -29,16 +27,16 @@ class Loaded(Generic[Network, Beside]):
 
     @property
     def is_there(self) -> bool:
-        """Whether it takes memory."""
+        """Return whether the network is loaded."""
         return self._pair is not None
 
     def get(self) -> tuple[Network, Beside]:
-        """Both; `load` comes first."""
-        assert self._pair is not None, "load() comes first"
+        """Return both. Call `load` first."""
+        assert self._pair is not None, "call load() first"
         return self._pair
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory of both."""
         if self._pair is not None:
             device = next(self._pair[0].parameters()).device
             self._pair = None

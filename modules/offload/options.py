@@ -1,4 +1,4 @@
-"""Which blocks wait in host memory until they are needed."""
+"""Options that keep blocks and input layers in host memory until they are needed."""
 
 import argparse
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ AUTO = "auto"
 class SwapOptions:
     """How much of the transformer stays in host memory."""
 
-    blocks_to_swap: int | str | None  # a number, or `AUTO`: as many as memory asks for; None and 0: none
+    blocks_to_swap: int | str | None  # a number, or `AUTO`: as many as memory requires; None and 0: none
     img_in_txt_in_offloading: bool
 
     def __post_init__(self) -> None:
@@ -21,21 +21,21 @@ class SwapOptions:
 
     @property
     def is_auto(self) -> bool:
-        """Whether the number of blocks is still to be found; `dataclasses.replace` puts it in."""
+        """Return whether the number of blocks is not chosen yet; `dataclasses.replace` sets it."""
         return self.blocks_to_swap == AUTO
 
     @property
     def number(self) -> int:
-        """How many blocks to swap. Raises OptionError where that is still to be found."""
+        """Return how many blocks to swap. Raises OptionError if the number is not chosen yet."""
         if isinstance(self.blocks_to_swap, str):
             raise OptionError(
-                "--blocks_to_swap auto: there is nothing yet that finds the number. Give one, such as 20"
+                "--blocks_to_swap auto: the number of blocks is not chosen yet. Give one, such as 20"
             )
         return self.blocks_to_swap or 0
 
 
 def number_or_auto(text: str) -> int | str:
-    """The value of --blocks_to_swap. Raises ArgumentTypeError where it is neither."""
+    """Parse the value of --blocks_to_swap. Raises ArgumentTypeError if it is neither."""
     if text.strip().lower() == AUTO:
         return AUTO
     try:
@@ -45,20 +45,19 @@ def number_or_auto(text: str) -> int | str:
 
 
 def add_swap_arguments(group: argparse._ArgumentGroup, default: int | None) -> None:
-    """Add the arguments of `SwapOptions`. default: of --blocks_to_swap, which means none."""
+    """Add the arguments of `SwapOptions`. default: of --blocks_to_swap, meaning none."""
     group.add_argument(
         "--blocks_to_swap",
         type=number_or_auto,
         default=default,
         metavar="N",
-        help="keep that many of the transformer's blocks in host memory, from where each comes to the device "
-        "in time; a number, or "
-        "auto; at most all but one. Exact, and costs little time where a block computes longer than it "
-        "travels",
+        help="keep that many of the transformer's blocks in host memory and copy each to the device before "
+        "it runs; a number, or auto; at most all but one. Exact, and costs little time if a block computes "
+        "longer than its copy takes",
     )
     group.add_argument(
         "--img_in_txt_in_offloading",
         action="store_true",
-        help="keep the weights of the input layers in host memory but for their own calls: saves little "
+        help="keep the weights of the input layers in host memory except while they run: saves little "
         "memory, costs little time",
     )

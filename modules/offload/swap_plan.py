@@ -1,8 +1,8 @@
-"""Which weights of a transformer wait in host memory: arithmetic on numbers of blocks, and names.
+"""Choose which weights of a transformer stay in host memory: numbers of blocks, and names.
 
-`--blocks_to_swap N` leaves the blocks as much memory on the device as all but N of them take, as in the known
-tuners. Here some blocks stay for good, and the others pass through a few places that count towards that
-memory. Those that pass are spread evenly among those that stay, whose computing hides their way.
+With `--blocks_to_swap N` the blocks take as much device memory as all but N of them, as in the known tuners.
+Some blocks stay on the device; the others are streamed through a few slots, which count towards that memory.
+Streamed blocks are spread evenly among resident ones, whose computation hides the copies.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from torch import nn
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
 
-SLOTS = 2  # places of a list of blocks on the device: for the block that computes and the one that comes next
+SLOTS = 2  # slots of a list of blocks on the device: for the block that computes and for the next one
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,20 @@ class ListPlan:
 
     name: str  # of the nn.ModuleList
     num_blocks: int
-    streamed: tuple[int, ...]  # indices of the blocks that come from host memory each time
-    slots: int  # places for them on the device
+    streamed: tuple[int, ...]  # indices of the blocks that are copied from host memory each time
+    slots: int  # on the device, shared by the streamed blocks
 
     @property
     def device_blocks(self) -> int:
-        """How many blocks' weights lie on the device at most."""
+        """Return how many blocks' weights are on the device at most."""
         return self.num_blocks - len(self.streamed) + self.slots
 
 
 def plan_list(name: str, num_blocks: int, swapped: int) -> ListPlan:
-    """Share out one list. swapped: as the option counts, at most num_blocks - 1.
+    """Plan one list. swapped: as --blocks_to_swap counts, at most num_blocks - 1.
 
-    The device then holds num_blocks - swapped blocks; at the very most swapped, `SLOTS`, so that one can come
-    while one computes.
+    The device holds num_blocks - swapped blocks, but at least `SLOTS`, so that one can be copied while one
+    computes.
     """
     if swapped == 0:
         return ListPlan(name, num_blocks, (), 0)
@@ -46,7 +46,7 @@ def plan_list(name: str, num_blocks: int, swapped: int) -> ListPlan:
 
 
 def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]]) -> int:
-    """The largest number that --blocks_to_swap can be.
+    """Return the largest possible --blocks_to_swap.
 
     num_blocks: of each list. counts: `DitSpec.swap_counts`.
     """
@@ -59,7 +59,7 @@ def _fits(num_blocks: Sequence[int], swapped: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """What an option record asks for, for transformers of one family."""
+    """The swap options for the transformers of one family."""
 
     spec: DitSpec
     blocks: int  # --blocks_to_swap
@@ -69,25 +69,24 @@ class SwapPlan:
         return self.blocks > 0 or self.input_layers
 
     def lists(self, dit: nn.Module) -> list[ListPlan]:
-        """How each list of blocks shares the device.
+        """Return the plan of each list of blocks.
 
-        Raises OptionError where the network has too few blocks.
+        Raises OptionError if the network has too few blocks.
         """
         totals = [len(list(dit.get_submodule(name).children())) for name in self.spec.block_lists]
         swapped = self.spec.swap_counts(self.blocks) if self.blocks else [0] * len(totals)
         if not _fits(totals, swapped):
             most, has = most_blocks(totals, self.spec.swap_counts), " + ".join(map(str, totals))
             raise OptionError(
-                f"--blocks_to_swap {self.blocks}: the transformer has {has} blocks, of which at most {most} "
-                "can be swapped. "
-                f"Use {most} or less"
+                f"--blocks_to_swap {self.blocks}: the transformer has {has} blocks, at most {most} can be "
+                f"swapped. Use {most} or less"
             )
         return [plan_list(*each) for each in zip(self.spec.block_lists, totals, swapped, strict=True)]
 
     def names(self, dit: nn.Module) -> list[str]:
-        """All weights that are kept in host memory, in the order of their use.
+        """Return the names of all weights in host memory, in order of use.
 
-        Raises OptionError as `lists`.
+        Raises OptionError as `lists` does.
         """
         names = [name for path in self.input_layer_names(dit) for name in big_weights(dit, path)]
         for each in self.lists(dit):
@@ -95,20 +94,18 @@ class SwapPlan:
         return names
 
     def input_layer_names(self, dit: nn.Module) -> list[str]:
-        """The input layers that are offloaded; those that this variant of the network has."""
+        """Return the names of the offloaded input layers that this variant of the network has."""
         return [name for name in self.spec.input_layers if hasattr(dit, name)] if self.input_layers else []
 
 
 def big_weights(network: nn.Module, path: str) -> Iterator[str]:
-    """Names of the weights in a part of a network that are worth moving: of layers, not biases, norms and
-    scales.
-    """
+    """Yield the names of a part's weights that are worth moving: of layers, not biases, norms and scales."""
     for name, _ in big_layers(network, path):
         yield f"{name}.weight"
 
 
 def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """(path, layer) of the layers in a part of a network that have such weights."""
+    """Yield (path, layer) of the layers in a part of a network whose weights are worth moving."""
     for name, module in network.get_submodule(path).named_modules(prefix=path):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             yield name, module

@@ -1,11 +1,10 @@
-"""What a block does to each token by itself, computed for a few thousand tokens at a time: less memory at
-once.
+"""Compute a block's token-wise layers for a few thousand tokens at a time, to save memory.
 
-A feed-forward widens every token several times. In the backward pass of a checkpointed block that is most of
-what is alive, and it is needed for one piece of the tokens after another. So each piece is a checkpoint of
-its own. A checkpoint inside another usually costs a third computation: block, then pieces. Here it does not:
-the pieces keep nothing but what all of them are computed of, kept once and before the first. There torch
-stops to compute a block again (its early stop), and goes on piece by piece.
+A feed-forward layer widens every token several times. In the backward pass of a checkpointed block that is
+most of the live memory, although it is needed for one piece of the tokens at a time. So each piece is a
+checkpoint of its own. A nested checkpoint usually costs a third computation: the block, then the pieces. Here
+it does not: the pieces keep only their common inputs, which are saved once, before the first piece. At that
+point torch stops recomputing the block (its early stop), and continues piece by piece.
 """
 # Letters: B batch, L tokens, C width
 
@@ -19,21 +18,20 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.contract.family import DitSpec
 
-# enough for a GPU to be busy, and for the weights, which are read (and taken out of fp8) for every piece
+# enough to keep a GPU busy, and to make up for reading (and dequantising) the weights for every piece
 TOKENS = 4096
-# a layer on which this is set and true is not computed in pieces, nor is its block
+# attribute of a layer: if it is true, the layer's block is not computed in pieces
 WHOLE = "sees_whole_input"
 
 Method = Callable[..., Tensor]
 
 
 def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> None:
-    """Have the blocks compute `spec.token_wise`, their methods (x: B L C, ...) -> B L C', for at most that
-    many tokens at a time.
+    """Make blocks compute their methods `spec.token_wise` for at most `tokens` tokens at a time.
 
-    Takes effect in train mode with gradients on. For after LoRA, before compilation and `checkpoint_blocks`.
-    Results are the same but for the order in which products sum up. Blocks with a layer that asks for
-    `sees_whole_input` stay as they are.
+    These methods map (x: B L C, ...) to B L C'. Has an effect in train mode with gradients on only. Call
+    after LoRA, before compilation and `checkpoint_blocks`. Results differ only by the order of summation in
+    products. Blocks with a layer that sets `sees_whole_input` are not changed.
     """
     # one function for all blocks of a class: compiled code knows functions by identity
     changed: dict[Method, Method] = {}
@@ -52,7 +50,7 @@ def _in_pieces(method: Method, tokens: int) -> Method:
         count = -(-x.shape[1] // tokens)
         if count == 1 or not (block.training and torch.is_grad_enabled()):
             return method(block, x, *others)
-        # compiled code computes what it has to, and keeps what it needs, by its own plan
+        # compiled code plans by itself what to keep and what to recompute
         if torch.compiler.is_compiling():
 
             def whole(piece: Tensor) -> Tensor:
@@ -62,8 +60,8 @@ def _in_pieces(method: Method, tokens: int) -> Method:
                 [checkpoint(whole, piece, use_reentrant=False) for piece in x.chunk(count, dim=1)], dim=1
             )
         given = _Given(method, block, count, x, others)
-        # in a tuple, so that it tells checkpointing the device and is not kept, which would be after a piece
-        # was computed
+        # tells checkpointing the device; in a tuple, so that it is not saved, as that would happen after a
+        # piece was computed
         device = (x.new_empty(0),)
         computed = [checkpoint(given.compute, index, device, use_reentrant=False) for index in range(count)]
         given.forget()
@@ -73,7 +71,7 @@ def _in_pieces(method: Method, tokens: int) -> Method:
 
 
 class _Keep(torch.autograd.Function):
-    """Makes a node that keeps tensors, as everything that autograd keeps; no gradient goes through it."""
+    """Saves tensors in a node of the autograd graph; no gradient flows through it."""
 
     @staticmethod
     def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
@@ -82,13 +80,11 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise AssertionError("only keeps")
+        raise AssertionError("this node only saves tensors")
 
 
 class _Given:
-    """What all pieces of one call are computed of: at first as it is given, in the backward pass as autograd
-    kept it.
-    """
+    """Common inputs of all pieces of a call: first those given, in the backward pass those autograd saved."""
 
     def __init__(
         self, method: Method, block: nn.Module, count: int, x: Tensor, others: tuple[Any, ...]
@@ -101,18 +97,18 @@ class _Given:
         self._learns = [tensor.requires_grad for tensor in tensors]
         self._node: Any = _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
         self._tensors: list[Tensor] | None = tensors
-        self._pieces = x.chunk(count, dim=1)  # cut once: the gradients of the pieces are put together once
-        self._done = 0  # pieces that were computed again
+        self._pieces = x.chunk(count, dim=1)  # split once, so that the pieces' gradients are joined once
+        self._done = 0  # recomputed pieces
 
     def forget(self) -> None:
-        """All pieces are computed: nothing is held until the backward pass."""
+        """Release everything until the backward pass: all pieces are computed."""
         self._tensors, self._pieces, self._done = None, (), 0
 
     def compute(self, index: int, device: object) -> Tensor:
-        """One piece; in the backward pass each comes once."""
+        """Compute one piece; the backward pass recomputes each once."""
         is_again = self._tensors is None or self._done > 0
         if self._tensors is None:
-            # may be read once: it has the block computed again
+            # read only once: this makes torch recompute the block
             kept = zip(self._node.saved_tensors, self._learns, strict=True)
             self._tensors = [tensor.detach().requires_grad_(learns) for tensor, learns in kept]
             self._pieces = self._tensors[0].chunk(self._count, dim=1)

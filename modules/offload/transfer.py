@@ -1,5 +1,6 @@
-"""Copies between host memory and a device that run beside its computing: all that swapping knows of a
-device.
+"""Copies between host memory and a device that overlap with its computation.
+
+Swapping uses a device through nothing else.
 """
 
 from collections.abc import Sequence
@@ -12,21 +13,21 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
 
 
 class Transfer(Protocol):
-    """Copies are done in the order in which they were asked for.
+    """Copies to and from a device, in the order in which they are requested.
 
     A moment is whatever `mark` and `copy` return.
     """
 
-    def memory(self, size_bytes: int) -> Tensor: ...  # on the device, uint8, content undefined
+    def memory(self, size_bytes: int) -> Tensor: ...  # on the device, uint8, uninitialised
 
-    def mark(self) -> Any: ...  # the moment at which all computing asked for so far is done
+    def mark(self) -> Any: ...  # the moment at which all computation queued so far is done
 
-    # begin at that moment; returns the moment at which it is done
+    # starts after that moment; returns the moment at which it is done
     def copy(self, pairs: Pairs, after: Any) -> Any: ...
 
-    def wait(self, moment: Any) -> None: ...  # computing asked for from now on begins after that moment
+    def wait(self, moment: Any) -> None: ...  # computation queued from now on starts after that moment
 
-    def finish(self) -> None: ...  # return when all copies are done
+    def finish(self) -> None: ...  # returns when all copies are done
 
 
 class PlainTransfer:
@@ -39,7 +40,7 @@ class PlainTransfer:
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def mark(self) -> None:
-        """All that was asked for is done, or will be done in order."""
+        """Return None: all work is done already, or runs in order."""
 
     def copy(self, pairs: Pairs, after: None) -> None:
         for target, source in pairs:
@@ -51,7 +52,7 @@ class PlainTransfer:
 
 
 class CudaTransfer:
-    """A stream beside the one that computes. Moments are events."""
+    """For CUDA: copies in a stream of their own. Moments are events."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -59,7 +60,7 @@ class CudaTransfer:
 
     def memory(self, size_bytes: int) -> Tensor:
         memory = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
-        # should it be freed while a copy into it is under way, torch gives it to nobody until that is done
+        # if it is freed during a copy into it, torch does not reuse it before the copy is done
         memory.record_stream(self._stream)
         return memory
 
@@ -81,5 +82,5 @@ class CudaTransfer:
 
 
 def transfer_to(device: torch.device) -> Transfer:
-    """What fits the device."""
+    """Return the transfer for the device."""
     return CudaTransfer(device) if device.type == "cuda" else PlainTransfer(device)

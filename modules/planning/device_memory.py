@@ -1,6 +1,4 @@
-"""What a CUDA device really holds: the measured peak, and whether its driver has begun to use the host's
-memory instead.
-"""
+"""Measure a CUDA device's memory: the peak, and whether the driver has started to use host memory instead."""
 
 import logging
 import re
@@ -15,25 +13,24 @@ from modules.planning.memory_plan import MARGIN, comparison, gib
 
 logger = logging.getLogger(__name__)
 
-FULL = 0.97  # of the device's memory: from here on a driver that spills has begun to
+FULL = 0.97  # of the device's memory; from here on the driver may spill to host memory
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes of a device, as torch and its driver tell them."""
+    """Bytes of a device, as reported by torch and the driver."""
 
     total: int
-    free: int  # as the driver says
+    free: int  # as the driver reports
     reserved: int  # by torch, in this process
 
     @property
     def spills(self) -> bool:
-        """Whether memory that torch has taken must lie elsewhere.
+        """Return whether some of the memory that torch has reserved must be host memory.
 
-        The drivers of Windows, and so of WSL, lend host memory to a program that asks for more than the card
-        has, instead of refusing; copies over PCIe then make steps many times slower. It shows in torch having
-        reserved more than the card can give beside what others use of it, or nearly all of a card of which
-        nothing is free.
+        Drivers on Windows, and so on WSL, give host memory to a program that asks for more than the card has,
+        instead of refusing; copies over PCIe then make steps many times slower. The sign is that torch has
+        reserved more than the card has, or nearly all of a card with nothing free.
         """
         return self.reserved > self.total or (
             self.reserved >= FULL * self.total and self.free <= (1 - FULL) * self.total
@@ -43,29 +40,30 @@ class Usage:
     def warning(self) -> str:
         return (
             f"The GPU's memory is full: torch has reserved {gib(self.reserved)} of {gib(self.total)} GiB. "
-            "Where the driver lends "
-            "host memory (Windows: CUDA - Sysmem Fallback Policy), steps become many times slower.\n"
-            "  --plan says what to change, such as a larger --blocks_to_swap; or close other programs that "
-            "use the GPU."
+            "If the driver falls back to host memory (Windows: CUDA - Sysmem Fallback Policy), steps become "
+            "many times slower.\n"
+            "  Run with --plan to see what to change, such as a larger --blocks_to_swap; or close other "
+            "programs that use the GPU."
         )
 
 
 def usage_of(device: torch.device) -> Usage:
-    """The present usage of a CUDA device."""
+    """Return the current usage of a CUDA device."""
     free, total = torch.cuda.mem_get_info(device)
     return Usage(total, free, torch.cuda.memory_reserved(device))
 
 
 def spare_bytes(device: torch.device) -> int:
-    """Bytes of a CUDA device for tensors beside those that lie there, less a margin: what the driver and
-    torch's allocator have.
+    """Return the bytes still free for tensors on a CUDA device, in the driver and in torch's allocator.
+
+    A margin is subtracted.
     """
     usage = usage_of(device)
     return usage.free + usage.reserved - torch.cuda.memory_allocated(device) - round(MARGIN * usage.total)
 
 
 def bytes_on(network: nn.Module, device: torch.device) -> int:
-    """Bytes of a network's weights and buffers on a kind of device."""
+    """Return the bytes of a network's weights and buffers on devices of that type."""
     return sum(
         each.nbytes
         for each in chain(network.parameters(), network.buffers())
@@ -74,9 +72,7 @@ def bytes_on(network: nn.Module, device: torch.device) -> int:
 
 
 def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes of host memory that can be had without swapping; None where the system does not say (only Linux
-    does).
-    """
+    """Return the bytes of host memory available without swapping; None if unknown (anywhere but on Linux)."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
     except OSError:
@@ -84,23 +80,22 @@ def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     return None if found is None else int(found[1]) * 1024
 
 
-EVERY = 50  # steps between two looks at the driver
+EVERY = 50  # steps between two checks of the driver
 
 
 @dataclass
 class MemoryWatch:
-    """During training: compares the prediction with the measured peak once, and warns once of a device that
-    is full.
+    """Watch memory in training: compare the predicted and the measured peak once, warn once if it is full.
 
-    A run's first step makes the optimizer's states, so that what is measured begins with the second one.
+    The first step of a run creates the optimizer's states, so measuring starts with the second one.
     """
 
     device: torch.device  # a CUDA device
-    # bytes of tensors at the peak of a step with the largest batch; None: not known
+    # bytes of tensors at the peak of a step with the largest batch; None: unknown
     predicted: int | None = None
     largest: int = 0  # elements of that batch's latents
     _steps: int = field(default=0, init=False)
-    _has_seen: bool = field(default=False, init=False)  # a batch of that size, in a step that is measured
+    _has_seen: bool = field(default=False, init=False)  # a batch of that size, in a measured step
     _has_warned: bool = field(default=False, init=False)
 
     def see_batch(self, elements: int) -> None:
@@ -119,7 +114,7 @@ class MemoryWatch:
             self.warn_if_full()
 
     def warn_if_full(self) -> None:
-        """One line, the first time that the device is full."""
+        """Log one line, the first time that the device is full."""
         if self._has_warned:
             return
         usage = usage_of(self.device)

@@ -1,8 +1,8 @@
-"""A rehearsal of real code on tensors without content, counting the bytes that a device would hold.
+"""Run real code on tensors without data, and count the bytes that a device would hold.
 
-Inside `dry_run` tensors have shapes, dtypes, devices and storages that live and die as usual, but no values:
+Inside `dry_run` tensors have shapes, dtypes, devices and storages with their usual lifetimes, but no values:
 a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU
-for the host. Small tensors of whole numbers (text masks, lengths) do have values, so code may read them.
+for the host. Small integer tensors (text masks, lengths) do have values, so that code may read them.
 """
 
 import logging
@@ -23,20 +23,21 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from modules.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
 from modules.planning.pieces import compute_piece
 
-# to torch another device than plain `cpu`, and one that every build can compute on
+# torch treats it as another device than plain `cpu`, and every build can compute on it
 ACCELERATOR = torch.device("cpu:0")
 HOST = torch.device("cpu")
 GRANULE = 512  # CUDA's caching allocator rounds every allocation up to a multiple of this
-SMALL = 1 << 16  # elements up to which whole numbers keep their values
+SMALL = 1 << 16  # integer tensors of at most so many elements keep their values
 
 WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
 ATTENTION = "attention"  # its workspace
-KEPT, WORKING = "kept", "working"  # what is neither: made before the present place of the run, or in it
+# everything else: made before the current place of the run, or in it
+KEPT, WORKING = "kept", "working"
 Moment = Mapping[str, int]  # bytes by kind
 
 
 def rounded(size: int) -> int:
-    """Bytes that an allocation takes."""
+    """Return the bytes that an allocation takes."""
     return -(-size // GRANULE) * GRANULE
 
 
@@ -49,26 +50,26 @@ class _Allocation:
 
 
 class Ledger(TorchDispatchMode):
-    """Live bytes by kind, and for each place of the run the moment at which the device held most.
+    """Live bytes by kind, and the peak in each place of the run.
 
-    A place is what `enter` names, such as the backward pass through a block.
+    A place is a part of the run named by `enter`, such as the backward pass through a block.
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
-        """device: what lies elsewhere does not count."""
+        """device: tensors elsewhere do not count."""
         super().__init__()
         self.device = device
         self.is_backward = False
         self.peaks: dict[str, Moment] = {}
         self._place, self._number, self._kind = "start", 0, WORKING
-        self._live: Counter[str] = Counter()  # KEPT and WORKING together stand under WORKING
-        self._here = 0  # of these, what was made in the present place
+        self._live: Counter[str] = Counter()  # WORKING includes KEPT
+        self._here = 0  # the part of WORKING that was made in the current place
         self._total = 0
-        self._most = 0  # that there ever was since `rise` began
+        self._most = 0  # largest total since `rise` began
         self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}
         self._guesses = False
         self.counts: dict[str, int] = {}  # blocks of each list that run
-        self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list is given
+        self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list gets
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (
@@ -85,23 +86,23 @@ class Ledger(TorchDispatchMode):
         return result
 
     def enter(self, place: str) -> None:
-        """From here on the run is at another place: what is live now and of no other kind counts as kept."""
+        """Enter another place of the run: what is live now and has no other kind counts as kept."""
         self._place, self._number, self._here = place, self._number + 1, 0
         self._compare()
 
     def forget_peaks(self) -> None:
-        """Begin anew to look for the largest moments."""
+        """Discard the peaks and start again."""
         self.peaks = {}
 
     def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
-        """What `run` returns, and how many bytes more than before it the device held at most while it ran."""
+        """Call `run`; return its result, and by how many bytes the device's total rose at most."""
         before, self._most = self._total, self._total
         result = run()
         return result, self._most - before
 
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
-        """What is made inside is of that kind."""
+        """Count what is made inside as that kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -110,9 +111,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def guessing(self) -> Iterator[None]:
-        """Inside, code may read numbers that nobody knows: they are 1. Where memory does not depend on
-        them.
-        """
+        """Let code inside read unknown numbers as 1: for code whose memory does not depend on them."""
         before, self._guesses = self._guesses, True
         try:
             yield
@@ -120,7 +119,7 @@ class Ledger(TorchDispatchMode):
             self._guesses = before
 
     def see(self, tensor: Tensor, kind: str | None = None) -> None:
-        """Count a tensor's storage; with `kind` also change what one that is known counts as."""
+        """Count a tensor's storage; with `kind`, also change the kind of a storage that is known."""
         storage = tensor.untyped_storage()
         known = self._known.get(id(storage))
         if known is not None and known[0]() is storage:
@@ -139,7 +138,7 @@ class Ledger(TorchDispatchMode):
 
     @property
     def moment(self) -> Moment:
-        """The device's bytes by kind as they are now."""
+        """Return the device's current bytes by kind."""
         found = {kind: size for kind, size in self._live.items() if kind != WORKING}
         return {**found, KEPT: self._live[WORKING] - self._here, WORKING: self._here}
 
@@ -162,9 +161,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """The result of an operation: with values where all its inputs have them, or where it makes few whole
-    numbers of nothing.
-    """
+    """Run an operation; the result has values if all inputs have, or if it creates a small integer tensor."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     is_fake = [isinstance(tensor, FakeTensor) for tensor in given]
     if given and not any(is_fake):
@@ -195,7 +192,7 @@ def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
 
 
 def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
-    """The networks that an object holds: it, or what its attributes and their items are."""
+    """Yield the networks that an object holds: itself, or those among its attributes and their items."""
     if isinstance(thing, nn.Module):
         yield thing
     elif depth:
@@ -211,9 +208,7 @@ def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
 
 
 class OneOfManyPieces(TorchFunctionMode):
-    """While it is on, `compute_piece` computes one piece of each kind; of others it holds and returns as much
-    as their share.
-    """
+    """While active, `compute_piece` computes one piece of each kind; for others it allocates their share."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -244,15 +239,15 @@ class OneOfManyPieces(TorchFunctionMode):
 
 @contextmanager
 def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
-    """Everything inside is rehearsed. device: what the code inside is told to compute on."""
+    """Dry-run everything inside. device: the one that the code inside computes on."""
     ledger = Ledger(device)
-    # the last one is asked first: inside a piece kernels are planned as everywhere
+    # the last mode runs first: inside a piece kernels have stand-ins as everywhere
     with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:
         yield ledger
 
 
 def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
-    """Give a module from the meta device or the CPU storages on the ledger's device, inside a dry run."""
+    """Give a module on the meta device or the CPU storages on the ledger's device, inside a dry run."""
     stand_ins: dict[int, Tensor] = {}  # a tensor may have several names
     with ledger.allocating(kind):
         for part in module.modules():
@@ -272,10 +267,9 @@ def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
-    """Have the ledger enter a place of its own for the forward and for the backward pass of the first and
-    last blocks of each list.
+    """Give the forward and the backward pass of the first and last blocks of each list places in the ledger.
 
-    For after LoRA, before checkpointing: what a block computes again counts as its backward pass.
+    Call after LoRA, before checkpointing: what a block recomputes counts as its backward pass.
     """
     is_first = True
     for name, all_of_them in blocks.items():
@@ -291,7 +285,7 @@ def _watched(
         return lambda _: ledger.enter(place)
 
     def run(x: Tensor, *others: Any) -> Tensor:
-        with PlannedKernels():  # torch turns it off during `backward`, where checkpointed blocks run again
+        with PlannedKernels():  # torch turns it off during `backward`, which recomputes checkpointed blocks
             if ledger.is_backward:
                 return forward(x, *others)
             if is_first and x.requires_grad:
@@ -309,7 +303,7 @@ def _watched(
 
 
 def _nth(index: int, count: int) -> str:
-    """Which block of its list: both ends have two places, the outermost and one like all those between."""
+    """Return a block's place name: both ends have two, the outermost block and one like all those between."""
     if index == count - 1:
         return "last"
     return BEFORE_LAST if 1 < index == count - 2 else ("first", SECOND, "between")[min(index, 2)]
@@ -325,7 +319,7 @@ FEWEST = 3  # both ends of a list and one block like all those between
 def keep_blocks(
     dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: Counts, ledger: Ledger
 ) -> None:
-    """Leave only the first blocks of each list in a network. blocks: all there are."""
+    """Keep only the first `counts` blocks of each list in a network. blocks: all blocks by list."""
     for (name, all_of_them), count in zip(blocks.items(), counts, strict=True):
         parent, _, leaf = name.rpartition(".")
         setattr(dit.get_submodule(parent), leaf, nn.ModuleList(all_of_them[:count]))
@@ -333,10 +327,9 @@ def keep_blocks(
 
 
 def extrapolated(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
-    """What `measure` would give for so many blocks, from runs with few: at each place every kind grows by the
-    block.
+    """Return what `measure` would give for `counts` blocks, from runs with few: bytes grow by the block.
 
-    What a block's place holds depends linearly on its index, so the largest of all is at an end of a list.
+    The bytes at a block's place depend linearly on its index, so the largest is at an end of a list.
     """
     base = tuple(min(count, FEWEST) for count in counts)
     found = _with_both_ends(measure(base))
@@ -352,7 +345,7 @@ def extrapolated(measure: Callable[[Counts], Mapping[str, Moment]], counts: Coun
 
 
 def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
-    """Of three blocks the one in the middle is both the second and the last but one."""
+    """Add the last but one block: of three blocks, the middle one is also the second."""
     ends = {
         name.removesuffix(SECOND) + BEFORE_LAST: moment
         for name, moment in moments.items()
@@ -362,14 +355,14 @@ def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
 
 
 def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
-    """The place at which the device holds most, and its bytes by kind."""
+    """Return the place at which the device holds most, and its bytes by kind."""
     name = max(moments, key=lambda each: sum(moments[each].values()))
     return name, moments[name]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What is rehearsed says nothing, it would be heard again."""
+    """Silence the log inside: the real run would repeat every line."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,8 +1,7 @@
-"""Stand-ins for CUDA's fused kernels in a dry run: they compute nothing and allocate what the kernels
-allocate.
+"""Stand-ins for CUDA's fused kernels in a dry run: they allocate what the kernels do, and compute nothing.
 
-A dry run has no device, and on tensors without content PyTorch would take attention and RMSNorm apart into
-steps that a GPU never makes (a full matrix of scores, float32 copies).
+A dry run has no device, and on tensors without data PyTorch would decompose attention and RMSNorm into steps
+that a GPU never runs (a full matrix of scores, float32 copies).
 """
 # Letters: B batch, L query tokens, S key tokens, N heads, D head width
 
@@ -16,18 +15,16 @@ from torch.overrides import TorchFunctionMode
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Takes B L N D and B S N D, gives B L N D, as `modules.attention.attend.attend`; under autocast in its
-    dtype.
-    """
+    """Stand in for attention: B L N D and B S N D to B L N D, under autocast in its dtype."""
     return _Attention.apply(*(_autocast(tensor) for tensor in (query, key, value)))
 
 
 class _Attention(torch.autograd.Function):
-    """Flash attention: its result, and the logarithm of each row's sum in float32.
+    """Buffers of flash attention: its result, and the logarithm of each row's sum in float32.
 
-    Backward: the three gradients, each row's dot product of gradient and result in float32, and the queries'
-    gradient once more in float32, in which blocks of keys are added up. Source: Dao 2023, arXiv 2307.08691,
-    and the buffers of its released code; the cuDNN kernel's workspace is of the same size.
+    Backward: the three gradients, each row's dot product of gradient and result in float32, and a second,
+    float32 gradient of the queries, which sums over blocks of keys. Source: Dao 2023, arXiv 2307.08691, and
+    the buffers of its released code; the cuDNN kernel's workspace has the same size.
     """
 
     @staticmethod
@@ -50,7 +47,7 @@ class _Attention(torch.autograd.Function):
 
 @torch.library.custom_op("planned::attention", mutates_args=())
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """One operator, as the kernels are, which selective checkpointing may keep the results of."""
+    """A single operator, as the kernels are, whose results selective checkpointing may keep."""
     return torch.empty(query.shape, dtype=query.dtype, device=query.device), _row_numbers(query)
 
 
@@ -61,7 +58,7 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("planned::attention_workspace", mutates_args=())
 def _workspace(query: Tensor) -> tuple[Tensor, Tensor]:
-    """What the backward pass holds beside gradients; an operator, so that a rehearsal knows it by name."""
+    """Workspace of the backward pass, without gradients; an operator, so that a dry run knows it by name."""
     return torch.empty(query.shape, dtype=torch.float32, device=query.device), _row_numbers(query)
 
 
@@ -74,31 +71,27 @@ ATTENTION_WORKSPACE = "planned::attention_workspace"
 
 
 def _row_numbers(query: Tensor) -> Tensor:
-    """A float32 number for every query of every head."""
+    """Return a float32 number for every query of every head."""
     batch, length, heads, _ = query.shape
     return torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
 
 
 def attention_workspace(batch: int, length: int, heads: int, width: int) -> int:
-    """Bytes that the backward pass of one attention needs beside the gradients: for messages and checks by
-    hand.
-    """
+    """Return the workspace bytes of one attention's backward pass: for messages and checks by hand."""
     return 4 * batch * length * heads * (width + 1)
 
 
 def rms_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """As `torch.nn.functional.rms_norm` on CUDA: one kernel; under autocast in float32, as on autocast's list
-    for CUDA.
-    """
+    """Stand in for `torch.nn.functional.rms_norm` on CUDA: one kernel, under autocast in float32."""
     if torch.is_autocast_enabled(x.device.type):
         x, weight = x.float(), None if weight is None else weight.float()
     return _RmsNorm.apply(x, weight, len(shape))
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Keeps its input and one float32 number a row."""
+    """Keeps its input and one float32 number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, axes: int) -> Tensor:
@@ -118,14 +111,14 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """torch's own function, which takes B N L D; kernels lay their result out as B L N D."""
+    """Stand in for torch's function, which takes B N L D; the kernels lay out their result as B L N D."""
     return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
 
 
 def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """The CPU's own convolution, which cannot be rehearsed: its result is as large as the usual one's."""
+    """Stand in for oneDNN's convolution, which a dry run cannot execute: the result has the same size."""
     return functional.conv3d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -142,10 +135,10 @@ KERNELS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 class PlannedKernels(TorchFunctionMode):
-    """While it is on, functions of torch that CUDA computes in one kernel are their stand-ins.
+    """While active, torch functions that CUDA computes in one kernel are replaced by their stand-ins.
 
-    torch turns modes off while it runs a method of a tensor, also `backward`; what is computed again there
-    has to turn it on.
+    torch turns modes off while it runs a tensor's method, `backward` too; code that recomputes there must
+    turn it on again.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

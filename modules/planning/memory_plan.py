@@ -1,6 +1,4 @@
-"""The predicted peak of device and host memory by part: arithmetic, the table that shows it, and whether it
-fits.
-"""
+"""Predict the peak of device and host memory by part, show it as a table, and decide whether it fits."""
 
 import logging
 import sys
@@ -32,17 +30,15 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 GIB = 1 << 30
-# What a device holds beside the tensors that torch counts: the CUDA context with its kernels, a few hundred
-# MB on every driver.
+# Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.
 CONTEXT = 600 << 20
-# Holes between tensors, and the monitor's share of the card. A prediction that leaves less than this does not
-# count as fitting.
+# For fragmentation, and the display's share of the card. A plan that leaves less than this does not fit.
 MARGIN = 0.03
-# cuBLAS takes a workspace for every thread that multiplies: the main one, and autograd's in training. torch
+# cuBLAS needs a workspace for every thread that multiplies: the main one, and autograd's in training. torch
 # allocates it, so it is in `max_memory_allocated`. Source: CUDA semantics in torch's documentation,
 # CUBLAS_WORKSPACE_CONFIG; NVIDIA's cublasSetWorkspace.
 WORKSPACE, SMALL_WORKSPACE = 32 << 20, 8320 << 10  # from Hopper on, and before it
-TOLERANCE = 0.07  # how far a prediction may be from what was measured before that is said
+TOLERANCE = 0.07  # a larger relative difference between prediction and measurement is reported
 
 
 @dataclass(frozen=True)
@@ -57,14 +53,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is held at the worst moment of a part of the run."""
+    """What is held at the peak of one phase of the run."""
 
     name: str
     parts: tuple[Part, ...]
 
     @property
     def device(self) -> int:
-        """Bytes that torch's allocator will say it had at most."""
+        """Return the peak that torch's allocator will report, in bytes."""
         return sum(part.device for part in self.parts)
 
     @property
@@ -74,7 +70,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The phases of a run, one after the other; each is given its memory back by the one before."""
+    """The phases of a run, one after the other; each frees its memory before the next one starts."""
 
     title: str
     phases: tuple[Phase, ...]
@@ -82,7 +78,7 @@ class MemoryPlan:
 
     @property
     def worst(self) -> Phase:
-        """The phase that the device has to be large enough for."""
+        """Return the phase that needs most device memory."""
         return max(self.phases, key=lambda phase: phase.device)
 
     @property
@@ -104,14 +100,12 @@ class Room:
 
     @property
     def usable(self) -> int:
-        """Bytes that tensors may take: what is free, less the CUDA context and a margin."""
+        """Return the bytes that tensors may take: the free memory minus the CUDA context and a margin."""
         return max(0, round(self.free * (1 - MARGIN)) - CONTEXT)
 
 
 def room_on(device: torch.device, planned_gib: float | None = None) -> Room | None:
-    """The room to plan for: `planned_gib` where it is given, else that of a CUDA device; None: there is
-    nothing to compare with.
-    """
+    """Return the room to plan for: `planned_gib` if given, else the CUDA device's; None if there is none."""
     if planned_gib:
         size = round(planned_gib * GIB)
         return Room(f"a card of {planned_gib:g} GiB", size, size)
@@ -122,7 +116,7 @@ def room_on(device: torch.device, planned_gib: float | None = None) -> Room | No
 
 
 def workspace(device: torch.device, is_training: bool) -> Part:
-    """cuBLAS's workspaces. Where there is no CUDA device, those of a Hopper."""
+    """Return the part for cuBLAS's workspaces; without a CUDA device, those of a Hopper GPU."""
     is_large = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
     size = WORKSPACE if is_large else SMALL_WORKSPACE
     return Part("cuBLAS", (2 if is_training else 1) * size, note="workspace of matrix products")
@@ -130,10 +124,10 @@ def workspace(device: torch.device, is_training: bool) -> Part:
 
 @dataclass(frozen=True)
 class Swapped:
-    """What --blocks_to_swap does to the weights, in bytes."""
+    """Effect of --blocks_to_swap on the weights, in bytes."""
 
-    away: int  # that leave the device
-    ring: int  # places on the device through which they pass
+    away: int  # of weights that leave the device
+    ring: int  # of slots on the device through which they are streamed
     host: int
 
     @property
@@ -142,9 +136,9 @@ class Swapped:
 
 
 def swapped(dit: nn.Module, plan: SwapPlan) -> Swapped:
-    """The bytes behind a swap plan, from a network on any device.
+    """Return the bytes of a swap plan for a network on any device.
 
-    Raises OptionError where it has too few blocks.
+    Raises OptionError if it has too few blocks.
     """
     if not plan:
         return Swapped(0, 0, 0)
@@ -164,14 +158,12 @@ def _weight_bytes(dit: nn.Module, names: Iterable[str]) -> int:
 
 
 def smallest_swap(device_bytes: Callable[[int], int], most: int, usable: int) -> int | None:
-    """The smallest number of swapped blocks with which `device_bytes` is within `usable`; None where none is
-    enough.
-    """
+    """Return the smallest number of swapped blocks that fits `usable` bytes; None if none does."""
     return next((count for count in range(most + 1) if device_bytes(count) <= usable), None)
 
 
 def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool) -> list[Swapped]:
-    """What every possible --blocks_to_swap does."""
+    """Return the effect of every possible --blocks_to_swap, from 0 on."""
     totals = [len(list(dit.get_submodule(name).children())) for name in spec.block_lists]
     return [
         swapped(dit, SwapPlan(spec, count, input_layers))
@@ -180,13 +172,13 @@ def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool) -> list[Swapped]
 
 
 def chosen_swap(device_bytes: Callable[[int], int], most: int, room: Room | None) -> tuple[int, str]:
-    """The smallest --blocks_to_swap that fits the room, and why. Without a room it is 0; where none fits, the
-    most.
+    """Return the smallest --blocks_to_swap that fits the room, and the reason.
 
-    device_bytes: what the device holds with so many blocks swapped.
+    Without a room it is 0; if none fits, the largest. device_bytes: bytes on the device for a number of
+    swapped blocks.
     """
     if room is None:
-        return 0, "--blocks_to_swap auto: 0, as there is no CUDA device whose memory could be short."
+        return 0, "--blocks_to_swap auto: 0, because there is no CUDA device to fit."
     count, usable = (
         smallest_swap(device_bytes, most, room.usable),
         f"{gib(room.usable)} of {room.name} can be used",
@@ -194,8 +186,8 @@ def chosen_swap(device_bytes: Callable[[int], int], most: int, room: Room | None
     if count is None:
         return (
             most,
-            f"--blocks_to_swap auto: {most}, the most there can be; even so {gib(device_bytes(most))} GiB "
-            f"are predicted; {usable}.",
+            f"--blocks_to_swap auto: {most}, the largest possible number; even so "
+            f"{gib(device_bytes(most))} GiB are predicted; {usable}.",
         )
     reason = f"--blocks_to_swap auto: {count}. {gib(device_bytes(count))} GiB are predicted, {usable}"
     return count, reason + (
@@ -216,7 +208,7 @@ NAMES = {
 
 
 def parts_of(moment: Moment, swap: Swapped, notes: Mapping[str, str], waiting: int = 0) -> tuple[Part, ...]:
-    """A moment as the lines of a plan. waiting: bytes of activations in host memory."""
+    """Return a moment as lines of a plan. waiting: bytes of activations in host memory."""
     parts = []
     for kind, name in NAMES.items():
         size, host = moment.get(kind, 0), 0
@@ -230,7 +222,7 @@ def parts_of(moment: Moment, swap: Swapped, notes: Mapping[str, str], waiting: i
 
 
 def dtypes_of(dit: nn.Module) -> str:
-    """The bytes of a network's weights by dtype, largest first: `26.6 bfloat16, 0.3 float32`."""
+    """Return the GiB of a network's weights by dtype, largest first: `26.60 bfloat16, 0.30 float32`."""
     sizes: dict[str, int] = {}
     for tensor in [*dit.parameters(), *dit.buffers()]:
         name = str(tensor.dtype).removeprefix("torch.")
@@ -242,12 +234,12 @@ def dtypes_of(dit: nn.Module) -> str:
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB with two digits."""
+    """Return bytes as GiB with two decimals."""
     return f"{size / GIB:.2f}"
 
 
 def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> str:
-    """The last line: whether the plan fits; and what to change where it does not."""
+    """Return the last line: whether the plan fits, and if not, what to change."""
     needed = f"{gib(plan.device)} GiB of tensors and about {gib(CONTEXT)} of CUDA itself"
     if room is None:
         return (
@@ -263,7 +255,7 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
 
 
 def rows_of(plan: MemoryPlan) -> list[tuple[str, str, str, str]]:
-    """The plan as lines of a table: part, device, host, note."""
+    """Return the plan as rows of a table: part, device, host, note."""
     rows = []
     for phase in plan.phases:
         marked = f"{phase.name} (largest)" if phase is plan.worst and len(plan.phases) > 1 else phase.name
@@ -279,7 +271,7 @@ HEADINGS = ("GiB", "device", "host", "")
 
 
 def as_text(plan: MemoryPlan) -> str:
-    """The table as plain text."""
+    """Return the table as plain text."""
     rows = [HEADINGS, *rows_of(plan)]
     widths = [max(len(row[index]) for row in rows) for index in range(3)]
     lines = [
@@ -290,7 +282,7 @@ def as_text(plan: MemoryPlan) -> str:
 
 
 def show(plan: MemoryPlan, last_line: str) -> None:
-    """Print table and verdict; with colour on a terminal."""
+    """Print the table and its last line; with colour on a terminal."""
     if not sys.stdout.isatty():
         sys.stdout.write(f"{as_text(plan)}\n{last_line}\n")
         return
@@ -308,7 +300,7 @@ def show(plan: MemoryPlan, last_line: str) -> None:
 
 
 class Swappable(Protocol):
-    """A prediction: what the device holds with so many blocks swapped, of which there can be `most`."""
+    """A prediction of the device's bytes for a number of swapped blocks, which can be at most `most`."""
 
     @property
     def most(self) -> int: ...
@@ -317,17 +309,17 @@ class Swappable(Protocol):
 
 
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
-    """How many blocks to swap, and why so many where that was left to `auto`.
+    """Return how many blocks to swap, and the reason if --blocks_to_swap is `auto`.
 
-    Raises OptionError where there are too few blocks.
+    Raises OptionError if there are too few blocks.
     """
     if swap.is_auto:
         return chosen_swap(prediction.device, prediction.most, room)
     if swap.number > prediction.most:
         most = prediction.most
         raise OptionError(
-            f"--blocks_to_swap {swap.number}: at most {most} of this transformer's blocks can be. Use {most} "
-            "or less"
+            f"--blocks_to_swap {swap.number}: at most {most} of this transformer's blocks can be swapped. "
+            f"Use {most} or less"
         )
     return swap.number, None
 
@@ -341,7 +333,7 @@ def present(
 ) -> None:
     """Print a plan and whether it fits.
 
-    plan_of: blocks swapped and remarks -> plan; advice: asked for where it does not fit.
+    plan_of: makes a plan from the number of swapped blocks and remarks. advice: called if it does not fit.
     """
     blocks, reason = swap_for(prediction, swap, room)
     plan = plan_of(blocks, [] if reason is None else [reason])
@@ -350,10 +342,9 @@ def present(
 
 
 def predicted_before_run(predict: Callable[[], Result], swap: SwapOptions) -> Result | None:
-    """What a rehearsal before a run finds; None, with a warning, where it fails: a plan is an aid, without
-    one a run is as good.
+    """Return the prediction of a dry run, None with a warning if it fails: the run itself needs no plan.
 
-    Raises UserErrors as they come, and MemoryPlanError where --blocks_to_swap auto waits for the plan.
+    Passes on UserErrors. Raises MemoryPlanError if it fails and --blocks_to_swap auto needs the plan.
     """
     try:
         return predict()
@@ -364,22 +355,22 @@ def predicted_before_run(predict: Callable[[], Result], swap: SwapOptions) -> Re
             raise MemoryPlanError(
                 f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks."
             ) from error
-        logger.warning("The memory of this run cannot be planned (%s: %s).", type(error).__name__, error)
+        logger.warning("The memory of this run cannot be predicted (%s: %s).", type(error).__name__, error)
         return None
 
 
 def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:
-    """What to tell where the device ran out of memory in the middle. afterwards: how things stand now."""
+    """Return the error for a device that ran out of memory during a run. afterwards: what state is left."""
     return MemoryPlanError(
         f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
-        "  The same command with --plan says what to change: fp8, --blocks_to_swap auto, smaller clips, and "
-        "in training\n"
-        f"  --gradient_checkpointing. {afterwards}"
+        "  Run the same command with --plan to see what to change: fp8, --blocks_to_swap auto, smaller "
+        "clips,\n"
+        f"  and in training --gradient_checkpointing. {afterwards}"
     )
 
 
 def comparison(predicted: int, measured: int) -> str:
-    """One line for the log: what was predicted, what torch measured, and by how much they differ."""
+    """Return a line for the log: the predicted and the measured peak, and by how much they differ."""
     difference = (predicted - measured) / measured
     line = f"Memory: predicted {gib(predicted)} GiB, measured {gib(measured)} GiB ({difference:+.1%})."
     if abs(difference) > TOLERANCE:

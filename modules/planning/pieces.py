@@ -1,6 +1,4 @@
-"""Work that is done on many pieces of a whole, one after the other: a rehearsal (`dry_run.py`) needs to do
-one of them only.
-"""
+"""Work on many equal pieces, one after the other: a dry run (`dry_run.py`) computes only one of them."""
 
 from collections.abc import Callable
 
@@ -11,11 +9,11 @@ Compute = Callable[[Tensor], Tensor]
 
 
 def compute_piece(compute: Compute, piece: Tensor) -> Tensor:
-    """`compute(piece)`.
+    """Return `compute(piece)`.
 
-    What it holds beside its result and the result itself have to be proportional to the last two axes.
+    Its result and the memory that it uses must be proportional to the last two axes.
     """
-    if has_torch_function((piece,)):  # true while a mode such as `dry_run.OneOfManyPieces` is on
+    if has_torch_function((piece,)):  # true while a mode such as `dry_run.OneOfManyPieces` is active
         result: Tensor = handle_torch_function(compute_piece, (piece,), compute, piece)
         return result
     return compute(piece)

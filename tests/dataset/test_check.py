@@ -21,7 +21,7 @@ def test_a_sound_dataset_is_described(tmp_path: Path) -> None:
     assert "32x32, 9 frames: 3 items x 3, 5 batches of 2" in text
     assert "10 batches an epoch" in text
     assert "vae: first" in text
-    assert "0 files are right, 6 items are to be encoded" in text
+    assert "0 files are valid, 6 items need encoding" in text
     assert not (tmp_path / "cache").exists()
     assert family.loaded == 0
 
@@ -59,7 +59,7 @@ def test_text_caches_are_counted(tmp_path: Path) -> None:
     cache_texts(ToyFamily(), config, options())
     (tmp_path / "clip_0.txt").write_text("new", encoding="utf-8")
     result = check_texts(ToyFamily(), config, skip_existing=False)
-    assert "  caches of t5: 1 are right, 1 captions are to be encoded" in result.lines
+    assert "  caches of t5: 1 are valid, 1 captions need encoding" in result.lines
     (tmp_path / "clip_1.txt").unlink()
     assert not check_texts(ToyFamily(), config, skip_existing=False).ok
 

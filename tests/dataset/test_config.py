@@ -201,17 +201,17 @@ def test_a_mistake_is_named_with_its_place_value_and_remedy(
         ),
         (
             '[general]\ntarget_frames = [1]\n[[datasets]]\nvideo_directory = "a"',
-            "may only stand in a [[datasets]] table",
+            "is allowed only in a [[datasets]] table",
         ),
         (
             '[general]\nresolutoin = 1\n[[datasets]]\nvideo_directory = "a"',
             "[general]: unknown key resolutoin = 1. Did you mean resolution?",
         ),
         ('[general]\nbatch_size = "1"\n[[datasets]]\nvideo_directory = "a"', '[general]: batch_size = "1"'),
-        ("[[datasets]]\nbatch_size = 1", "nothing says where its items are"),
+        ("[[datasets]]\nbatch_size = 1", "the source of its items is missing"),
         ('[[datasets]]\nvideo_dir = "v"', "Did you mean video_directory?"),
         ('[[datasets]]\nvideo_jsonl_file = "a.jsonl"', "cache_directory is required with video_jsonl_file"),
-        ('[[datasets]]\nimage_directory = "a"\nbatch_size = 1\nbatch_size = 2', "is no valid TOML"),
+        ('[[datasets]]\nimage_directory = "a"\nbatch_size = 1\nbatch_size = 2', "is not valid TOML"),
         ('[[datasets]]\nimage_directory = "C:\\data"', "forward slashes or single quotes"),
         (
             '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nvideo_directory = "b"\ncache_directory = '
@@ -239,7 +239,7 @@ def test_a_key_twice_in_json_is_refused(tmp_path: Path) -> None:
         tmp_path, '{"datasets": [{"image_directory": "a", "batch_size": 1, "batch_size": 2}]}', "data.json"
     )
 
-    with pytest.raises(DatasetError, match="'batch_size' stands twice"):
+    with pytest.raises(DatasetError, match="'batch_size' occurs twice"):
         load_dataset_config(path)
 
 

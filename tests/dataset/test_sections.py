@@ -48,7 +48,7 @@ def test_one_missing_section_makes_all_again(
     with caplog.at_level("INFO"):
         assert cache_media(ToyFamily(sections=3), config, options()).written == 3
     left = ", ".join(str(section) for section in range(3) if section != gone)
-    assert f"sections {left} are there, 3 files belong together" in caplog.text
+    assert f"sections {left} were found, 3 files belong together" in caplog.text
     assert cache_media(ToyFamily(sections=3), config, options()).kept == 3
 
 
@@ -142,7 +142,7 @@ def test_check_counts_sections_as_training_does(tmp_path: Path) -> None:
     cache_media(ToyFamily(sections=3), config, options())
     cache_texts(ToyFamily(), config, options())
     after = "\n".join(check_training(config, "toy", LATENT).lines)
-    assert "2 items are to be encoded" in before
+    assert "2 items need encoding" in before
     for text in (before, after):
         assert "32x32, 5 frames: 6 items x 1, 2 batches of 4" in text
 

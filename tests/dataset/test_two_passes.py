@@ -318,8 +318,8 @@ def test_checking_counts_what_stands_in_unfinished_files_and_writes_nothing(tmp_
     config = stopped(tmp_path)
     before = {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()}
     lines = check_texts(two(), config, skip_existing=False).lines
-    assert "  caches of llm: 2 are right, 0 captions are to be encoded" in lines
-    assert "  caches of clipL: 1 are right, 1 captions are to be encoded" in lines
+    assert "  caches of llm: 2 are valid, 0 captions need encoding" in lines
+    assert "  caches of clipL: 1 are valid, 1 captions need encoding" in lines
     check_texts(two(llm="second"), config, skip_existing=False)
     assert {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()} == before
 

@@ -99,7 +99,7 @@ def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path
     ("words", "message"),
     [
         (("--te_multiplier", "much", "1"), "--te_multiplier much 1: give two numbers"),
-        (("--latent_window_size", "0"), "--latent_window_size 0: has to be at least 1"),
+        (("--latent_window_size", "0"), "--latent_window_size 0: must be at least 1"),
         (("--latent_window_size", "100000000"), "--latent_window_size 100000000: 1000 is the most"),
         (("--te_multiplier", "1", "nan"), "--te_multiplier 1 nan: give two numbers"),
         (("--rope_scaling_factor", "0"), "--rope_scaling_factor 0.0: give a number above 0"),

@@ -219,7 +219,7 @@ def test_free_gives_the_encoder_up_and_load_brings_it_back(folder: Path) -> None
         (first,) = encoded(encoder, PROMPTS[:1])
         encoder.free()
         encoder.free()
-        with pytest.raises(AssertionError, match=r"load\(\) comes first"):
+        with pytest.raises(AssertionError, match=r"call load\(\) first"):
             encoder.encode([Prompt("a")])
         (again,) = encoded(encoder, PROMPTS[:1])
         assert all(torch.equal(again[key], first[key]) for key in first)

@@ -88,11 +88,11 @@ def test_generation_compiles_for_each_size_unless_told_otherwise() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--compile", "--dynamo_backend", "inductor"], "both say how to compile"),
-        (["--compile", "--dynamo_fullgraph"], "both say how to compile"),
+        (["--compile", "--dynamo_backend", "inductor"], "both say how to compile. Give either --compile"),
+        (["--compile", "--dynamo_fullgraph"], "both say how to compile. Give either --compile"),
         (["--dynamo_dynamic"], "do nothing without --dynamo_backend"),
         (["--dynamo_mode", "max-autotune"], "do nothing without --dynamo_backend"),
-        (["--dynamo_backend", "eager", "--dynamo_mode", "max-autotune"], "is inductor's"),
+        (["--dynamo_backend", "eager", "--dynamo_mode", "max-autotune"], "max-autotune needs inductor"),
         (["--dynamo_backend", "inductor", "--dynamo_mode", "reduce-overhead"], "CUDA graphs"),
     ],
 )
@@ -105,9 +105,9 @@ def test_what_contradicts_itself_is_refused_in_training(argv: list[str], words: 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("inductor default maybe False", "DYNAMIC is 'maybe', give true, false or auto"),
-        ("inductor default auto auto", "FULLGRAPH is 'auto', give true or false"),
-        ("inductor fast auto False", "mode fast is not known"),
+        ("inductor default maybe False", "DYNAMIC is 'maybe', use true, false or auto"),
+        ("inductor default auto auto", "FULLGRAPH is 'auto', use true or false"),
+        ("inductor fast auto False", "mode fast is unknown"),
     ],
 )
 def test_a_word_that_is_not_known_is_refused_by_name(

@@ -203,7 +203,7 @@ def test_packages_compute_in_autocasts_dtype_as_torch_does(
 
 
 def test_lengths_are_for_tokens_that_look_at_themselves() -> None:
-    with pytest.raises(ValueError, match="not of 5 queries and 7 keys"):
+    with pytest.raises(ValueError, match="not for 5 queries and 7 keys"):
         attend(*_inputs(), lengths=lengths_on((5, 3), CPU))
 
 
@@ -293,7 +293,7 @@ def test_torch_needs_no_check_and_no_dtype() -> None:
         (
             "flash",
             True,
-            "--flash_attn runs on CUDA devices only, and this run is on none. Leave --flash_attn out: ",
+            "--flash_attn runs on CUDA devices only, and this run does not use one. Leave --flash_attn out",
         ),
         ("flash", False, "--attn_mode flash runs on CUDA devices only"),
         ("flash3", True, "--flash3 runs on CUDA devices only"),
@@ -301,7 +301,7 @@ def test_torch_needs_no_check_and_no_dtype() -> None:
         (
             "sage",
             True,
-            "--sage_attn has no backward pass, so that nothing would be learned: it is for generation only",
+            "--sage_attn has no backward pass, so nothing would be learned: it is for generation only",
         ),
         ("sage", False, "--attn_mode sageattn runs on CUDA devices only"),
         ("xformers", True, "--xformers runs on CUDA devices only"),

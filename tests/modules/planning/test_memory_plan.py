@@ -205,4 +205,4 @@ def test_a_rehearsal_that_fails_ends_a_run_only_where_auto_waits_for_it(
             predicted_before_run(fails(ValueError("ours")), swap)
     else:
         assert predicted_before_run(fails(ValueError("ours")), swap) is None
-        assert "The memory of this run cannot be planned (ValueError: ours)" in caplog.text
+        assert "The memory of this run cannot be predicted (ValueError: ours)" in caplog.text
