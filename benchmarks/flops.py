@@ -36,7 +36,9 @@ class Work:
 
 
 def wan_work(config: WanConfig, video_tokens: int) -> Work:
-    """video_tokens: L. The text is padded to `text_len` tokens, image tokens (257) where the model has them."""
+    """video_tokens: L. The text is padded to `text_len` tokens, image tokens (257) where the model has
+    them.
+    """
     dim, text = config.dim, config.text_len + (257 if config.has_image else 0)
     per_video = 6 * dim**2 + 2 * dim * config.ffn_dim  # q, k, v, o; q and o of cross-attention; feed-forward
     linear = 2 * (video_tokens * per_video + text * 2 * dim**2)

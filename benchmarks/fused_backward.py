@@ -58,7 +58,9 @@ def main() -> None:
 
 
 def _run(folder: Path, options: list[str]) -> tuple[int, ...]:
-    """Bytes at the peak, bytes of the weights, bytes at the peak of saving, checksum of the trained weights."""
+    """Bytes at the peak, bytes of the weights, bytes at the peak of saving, checksum of the trained
+    weights.
+    """
     command = [sys.executable, __file__, "--child", *(f"={word}" for word in options)]
     # a freed tensor goes back to the system at once, whatever its size
     environment = os.environ | {

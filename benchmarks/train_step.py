@@ -74,7 +74,9 @@ def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[
 
 
 def _bare_step(run: Any, batch: Any) -> Callable[[], None]:
-    """Forward, backward, clipping and optimizer step; the batch is moved and mixed with noise once, before."""
+    """Forward, backward, clipping and optimizer step; the batch is moved and mixed with noise once,
+    before.
+    """
     import torch
 
     from modules.flow.schedule import add_noise

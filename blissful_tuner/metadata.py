@@ -144,7 +144,9 @@ def _as_text(value: Any) -> str:
 
 
 def _without_folders(text: str) -> str:
-    """Paths, one a line or given by section (`0:a/first.png;;;1-2:b/then.png`), as the names at their ends."""
+    """Paths, one a line or given by section (`0:a/first.png;;;1-2:b/then.png`), as the names at their
+    ends.
+    """
     return re.sub(r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]", r"\1", text)
 
 

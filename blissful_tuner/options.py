@@ -97,8 +97,8 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg_schedule",
         type=str,
         default=None,
-        help="steps with guidance, counted from 1, e.g. '1-10, e~3:6.5, !7': numbers, ranges, every n-th, own "
-        "scale, exclusion",
+        help="steps with guidance, counted from 1, e.g. '1-10, e~3:6.5, !7': numbers, ranges, every n-th, "
+        "own scale, exclusion",
     )
     group.add_argument(
         "--cfg_skip_mode",
@@ -115,8 +115,8 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         type=str,
         default=None,
         choices=["original", "uncond"],
-        help="skip-layer guidance: original adds a third pass that skips the layers, uncond skips them in the "
-        "negative pass",
+        help="skip-layer guidance: original adds a third pass that skips the layers, uncond skips them in "
+        "the negative pass",
     )
     group.add_argument(
         "--slg_layers", type=str, default=None, help="numbers of the blocks to skip, e.g. 9,10"
@@ -210,7 +210,9 @@ def add_video_to_video_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_video_to_video(parser: argparse.ArgumentParser) -> None:
-    """List video-to-video for families whose scripts do not have it yet; using it is refused with its reason."""
+    """List video-to-video for families whose scripts do not have it yet; using it is refused with its
+    reason.
+    """
     group = parser.add_argument_group("video to video")
     reason = "videos start from noise; use an image-to-video or a Fun-Control task"
     add_unsupported(group, "--video_path", type=str, default=None, reason=reason, help="video to start from")

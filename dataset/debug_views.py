@@ -1,4 +1,6 @@
-"""Showing the frames that the model will see, as pictures, clips or coloured text, without encoding anything."""
+"""Showing the frames that the model will see, as pictures, clips or coloured text, without encoding
+anything.
+"""
 
 import logging
 import os

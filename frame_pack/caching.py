@@ -208,14 +208,18 @@ def _encoded(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tenso
 
 
 def _features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
-    """Image features B L C of the first of `frames`, B F H W C uint8, in the dtype of latents and on the CPU."""
+    """Image features B L C of the first of `frames`, B F H W C uint8, in the dtype of latents and on the
+    CPU.
+    """
     return encoders.image_encoder.encode(to_pixels(frames[:, :1]).squeeze(2)).to("cpu", encoders.vae.dtype)
 
 
 def _entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
-    """tensors: C F h w each, of which `latents` is the target. Its size stands in the names of all latents."""
+    """tensors: C F h w each, of which `latents` is the target. Its size stands in the names of all
+    latents.
+    """
     places = {
         f"clean_latent{name}_indices": part for name, part in zip(COARSENESS, _clean(indices), strict=True)
     }

@@ -191,7 +191,9 @@ class FramePack:
         return dit
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """What training gives `predict`: everything in the caches but the latents to learn, and guidance (B)."""
+        """What training gives `predict`: everything in the caches but the latents to learn, and guidance
+        (B).
+        """
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = conditions_of(batch, self.files.dit_header().config, self.files.dit_path)
         compare_order(batch, self.is_f1, self.one_frame is not None)
@@ -275,7 +277,9 @@ class FramePack:
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """One run of the denoising loop for each section, in the order of making; for a picture a single one."""
+        """One run of the denoising loop for each section, in the order of making; for a picture a single
+        one.
+        """
         guidance = torch.full(
             (1,), GUIDANCE_UNIT * (request.embedded_guidance or 0.0), dtype=self._dit_dtype()
         )

@@ -191,8 +191,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--rope_scaling_factor",
         type=float,
         default=ROPE_FACTOR,
-        help="what positions in a picture are multiplied by at the noisy steps; 0.7 for 1.5 times the trained "
-        "size",
+        help="what positions in a picture are multiplied by at the noisy steps; 0.7 for 1.5 times the "
+        "trained size",
     )
     group.add_argument(
         "--rope_scaling_timestep_threshold",

@@ -185,7 +185,9 @@ def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_sections(request: Request, sections: int) -> None:
-    """Warn of texts and images for sections that there are not; raise OptionError where an image is missing."""
+    """Warn of texts and images for sections that there are not; raise OptionError where an image is
+    missing.
+    """
     for path in dict.fromkeys(images_of(request, sections)):
         _check_image("--image_path", path)
     for option, text in {"--prompt": request.prompt, "--image_path": _image_text(request) or ""}.items():

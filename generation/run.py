@@ -302,7 +302,9 @@ Ready = tuple[Job, Mapping[int, EncodedPrompts], Mapping[int, Conditions]]
 
 
 def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[Denoised]:
-    """The latents of each job, each written as soon as it is there: a kill loses at most the one being made."""
+    """The latents of each job, each written as soon as it is there: a kill loses at most the one being
+    made.
+    """
     done = []
     with run.session.dit() as dit_at:
         for job, texts, inputs in ready:

@@ -169,7 +169,9 @@ def heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens) -> Tensor:
-    """What the tokens see in each other: B L+T C. query, key, value: B L+T N D, normalised, not turned yet."""
+    """What the tokens see in each other: B L+T C. query, key, value: B L+T N D, normalised, not turned
+    yet.
+    """
     query, key = _rotate_video(query, tokens), _rotate_video(key, tokens)
     return attend(query, key, value, tokens.attention, tokens.lengths).flatten(2)
 

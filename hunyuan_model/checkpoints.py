@@ -1,4 +1,6 @@
-"""Files that hold a HunyuanVideo or SkyReels V1 transformer: the dialects, what a file is, and loading one."""
+"""Files that hold a HunyuanVideo or SkyReels V1 transformer: the dialects, what a file is, and loading
+one.
+"""
 
 import logging
 import math

@@ -29,6 +29,8 @@ class HunyuanFiles:
         return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self) -> None:
-        """Raise CheckpointError where a given file is another kind or size of network, before any is loaded."""
+        """Raise CheckpointError where a given file is another kind or size of network, before any is
+        loaded.
+        """
         config = self.dit_header().config
         self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim)

@@ -162,8 +162,8 @@ def add_training_compile_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dynamo_mode",
         choices=("default", "reduce-overhead", "max-autotune"),
-        help="compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead is "
-        "refused",
+        help="compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead "
+        "is refused",
     )
     group.add_argument(
         "--dynamo_fullgraph", action="store_true", help="an error where a part of a block cannot be compiled"

@@ -55,7 +55,9 @@ def option_values(options: Any) -> dict[str, Any]:
 
 
 def record_of(hint: Any) -> Any:
-    """The option record that a field's type is or may be: `Record`, `Record | None`; None for any other type."""
+    """The option record that a field's type is or may be: `Record`, `Record | None`; None for any other
+    type.
+    """
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 

@@ -1,4 +1,6 @@
-"""Options that trade speed, memory and exactness, composed: attention, fp8 weights, block swap, compilation."""
+"""Options that trade speed, memory and exactness, composed: attention, fp8 weights, block swap,
+compilation.
+"""
 
 import argparse
 from dataclasses import dataclass, replace

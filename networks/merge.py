@@ -157,7 +157,9 @@ class LoraPatch:
         self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """The weight with all that changes it: a new one, or `weight` where nothing does. Raises as `add_to`."""
+        """The weight with all that changes it: a new one, or `weight` where nothing does. Raises as
+        `add_to`.
+        """
         if self.touches(name):
             return self.add_to(name, weight.clone())
         self._note(name)
@@ -284,7 +286,9 @@ def _leaves(factors: Factors) -> Mapping[str, Callable[[Factors, torch.device], 
 
 
 def _blocks(weight: Tensor, changes: Sequence[_Change]) -> Iterator[slice | None]:
-    """Which rows to change at once; a single None where the weight is small, or where a change has no rows."""
+    """Which rows to change at once; a single None where the weight is small, or where a change has no
+    rows.
+    """
     if not changes or not weight.numel():
         return
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1

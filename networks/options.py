@@ -87,7 +87,9 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class LoraPatternOptions:
-    """Which parts of each LoRA file are used: one regular expression per file, searched in its tensor names."""
+    """Which parts of each LoRA file are used: one regular expression per file, searched in its tensor
+    names.
+    """
 
     include_patterns: tuple[str, ...] | None
     exclude_patterns: tuple[str, ...] | None

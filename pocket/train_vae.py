@@ -60,7 +60,9 @@ PHASES = (
 
 
 def config(width: int = WIDTH) -> VaeConfig:
-    """The released structure with one residual block a level (two in the decoder, as there it is one more)."""
+    """The released structure with one residual block a level (two in the decoder, as there it is one
+    more).
+    """
     widths = [width, width, 2 * width, 4 * width, 4 * width]
     down, up = [], []
     for level, kind in enumerate(("spatial", "temporal", "temporal", None)):

@@ -117,8 +117,8 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gradient_checkpointing_cpu_offload",
         action="store_true",
-        help="least memory: keep the inputs of the blocks in host memory until the backward pass, and compute "
-        "feed-forwards for "
+        help="least memory: keep the inputs of the blocks in host memory until the backward pass, and "
+        "compute feed-forwards for "
         "a few thousand tokens at a time (not with --network_dropout); needs --gradient_checkpointing and "
         "host memory for one copy "
         "of the video tokens per block",

@@ -31,8 +31,8 @@ def add_whole_dit_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=EVERYTHING,
         metavar="PART",
-        help="train only parameters whose name contains one of these, e.g. single_blocks.3. img_mod; . trains "
-        "all",
+        help="train only parameters whose name contains one of these, e.g. single_blocks.3. img_mod; . "
+        "trains all",
     )
     group.add_argument(
         "--fused_backward_pass",

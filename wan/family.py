@@ -121,7 +121,9 @@ class Wan:
         return identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """The VAE; with `images` also the image encoder, where a model or a cache is conditioned on images."""
+        """The VAE; with `images` also the image encoder, where a model or a cache is conditioned on
+        images.
+        """
         vae = load_vae(
             self.files.vae_path,
             device,

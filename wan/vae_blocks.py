@@ -84,7 +84,9 @@ class RmsNorm(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3x3x3 convolution that sees no later frame: zeros in space around it, zeros in time before the clip."""
+    """A 3x3x3 convolution that sees no later frame: zeros in space around it, zeros in time before the
+    clip.
+    """
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, (TIME_KERNEL, 3, 3), padding=(0, 1, 1))

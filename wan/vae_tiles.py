@@ -1,4 +1,6 @@
-"""Cutting a picture into overlapping tiles and joining their results, for encoders that cannot take it whole."""
+"""Cutting a picture into overlapping tiles and joining their results, for encoders that cannot take it
+whole.
+"""
 
 from dataclasses import dataclass
 from math import ceil

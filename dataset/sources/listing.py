@@ -102,8 +102,7 @@ def _raise_listed(what: str, lines: Sequence[str]) -> None:
         raise DatasetError("\n  ".join([f"{len(lines)} {what}:", *lines[:LISTED], *more]))
 
 
-# --- folders
-# ----------------------------------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 def _from_folder(table: DatasetTable, captions: bool) -> list[Source]:
@@ -155,8 +154,7 @@ def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
         )
 
 
-# --- JSONL lists
-# ------------------------------------------------------------------------------------------------------------------
+# --- JSONL lists --------------------------------------------------------------------------------------------
 
 
 def _from_list(table: DatasetTable) -> list[Source]:

@@ -84,7 +84,9 @@ class SamplingDefaults:
 
 
 class NoiseSource(Protocol):
-    """Random numbers of one request; `draw` continues one generator made from seed, device and --cpu_noise."""
+    """Random numbers of one request; `draw` continues one generator made from seed, device and
+    --cpu_noise.
+    """
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor: ...
 

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """What activations between layers are kept in: autocast's dtype where it is on, else that of the weights."""
+    """What activations between layers are kept in: autocast's dtype where it is on, else that of the
+    weights.
+    """
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 

@@ -118,7 +118,9 @@ def _video_frame(frame: Frame, stream: Any, index: int) -> av.VideoFrame:
 
 @dataclass(frozen=True)
 class Segment:
-    """A video that `write_video` has written, to be joined with others of the same size, rate and settings."""
+    """A video that `write_video` has written, to be joined with others of the same size, rate and
+    settings.
+    """
 
     path: Path
     frames: int

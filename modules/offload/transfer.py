@@ -1,4 +1,6 @@
-"""Copies between host memory and a device that run beside its computing: all that swapping knows of a device."""
+"""Copies between host memory and a device that run beside its computing: all that swapping knows of a
+device.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

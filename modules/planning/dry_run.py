@@ -110,7 +110,9 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def guessing(self) -> Iterator[None]:
-        """Inside, code may read numbers that nobody knows: they are 1. Where memory does not depend on them."""
+        """Inside, code may read numbers that nobody knows: they are 1. Where memory does not depend on
+        them.
+        """
         before, self._guesses = self._guesses, True
         try:
             yield

@@ -324,8 +324,7 @@ def test_checking_counts_what_stands_in_unfinished_files_and_writes_nothing(tmp_
     assert {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()} == before
 
 
-# --- training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> None:
@@ -362,8 +361,7 @@ def test_training_refuses_a_half_file_with_the_command(tmp_path: Path) -> None:
     assert len(read_batch(items, LATENT, COMMANDS)) == 1
 
 
-# --- kills
-# ------------------------------------------------------------------------------------------------------------------------
+# --- kills --------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys

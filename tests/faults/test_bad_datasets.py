@@ -1,4 +1,6 @@
-"""Damaged caches, clips that cannot be read, missing captions and configurations that contradict themselves."""
+"""Damaged caches, clips that cannot be read, missing captions and configurations that contradict
+themselves.
+"""
 
 import random
 import shutil
@@ -136,8 +138,7 @@ def told(batch: Batch) -> tuple[object, ...]:
     return tensors, batch.captions, batch.keys
 
 
-# --- clips and captions
-# -----------------------------------------------------------------------------------------------------------
+# --- clips and captions -------------------------------------------------------------------------------------
 
 
 def noise(good: Path, bad: Path) -> None:
@@ -251,8 +252,7 @@ def test_missing_caches_are_answered_with_both_commands(gone: str, project: Path
     assert "model/t5.safetensors" in message
 
 
-# --- configurations
-# ---------------------------------------------------------------------------------------------------------------
+# --- configurations -----------------------------------------------------------------------------------------
 
 # what is replaced in dataset.toml, by what, and what the message has to hold
 CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {

@@ -296,8 +296,7 @@ def test_a_flipped_bit_in_the_header_never_changes_latents_silently(good: Path, 
         assert read is None or torch.equal(read.latents, whole.latents)
 
 
-# --- states to resume from
-# --------------------------------------------------------------------------------------------------------
+# --- states to resume from ----------------------------------------------------------------------------------
 
 
 def edited(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:

@@ -74,7 +74,9 @@ class RecordingDit(nn.Module):
 
 
 class RepeatingVae(nn.Module):
-    """The first latent frame is one frame, each other four; a picture of 8 x 8 pixels for each latent pixel."""
+    """The first latent frame is one frame, each other four; a picture of 8 x 8 pixels for each latent
+    pixel.
+    """
 
     device, dtype = CPU, torch.float32
 

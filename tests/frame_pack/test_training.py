@@ -183,8 +183,7 @@ def test_swapped_blocks_in_fp8_and_checkpointed_give_the_same_bits(
     assert "at most 4" in refused(family, folder, "--dit", blocks, "--blocks_to_swap", 5)
 
 
-# --- caches
-# -----------------------------------------------------------------------------------------------------------------------
+# --- caches -------------------------------------------------------------------------------------------------
 
 
 def test_caches_of_hunyuan_video_are_named_where_those_of_framepack_are_missing(tmp_path: Path) -> None:

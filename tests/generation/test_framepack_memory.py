@@ -1,4 +1,6 @@
-"""Plans of FramePack's generation: what a section is predicted to take is what it counts when it really runs."""
+"""Plans of FramePack's generation: what a section is predicted to take is what it counts when it really
+runs.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -209,7 +209,9 @@ def test_a_preview_that_cannot_be_removed_does_not_spoil_the_video(
 def test_runs_of_one_second_and_seed_leave_each_others_files_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The second begins and ends while the first shows its first section, nearly always in the same second."""
+    """The second begins and ends while the first shows its first section, nearly always in the same
+    second.
+    """
     runs = [options(tmp_path, "--output_type", "both")] * 2
 
     def begin_the_next() -> None:

@@ -277,8 +277,7 @@ def test_a_bf16_checkpoint_is_trained_in_float32(project: Path, tmp_path: Path) 
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
 
 
-# --- refusals
-# ---------------------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 WITHOUT_EFFECT = {  # accepted, and what they ask for
     *(

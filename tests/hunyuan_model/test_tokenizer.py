@@ -26,7 +26,9 @@ TEXTS = (
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A single-file encoder without a tokenizer anywhere near; tokenizers lie in `tokens` and `clip tokens`."""
+    """A single-file encoder without a tokenizer anywhere near; tokenizers lie in `tokens` and `clip
+    tokens`.
+    """
     write_llama_tokenizer(tmp_path / "tokens")
     write_clip_tokenizer(tmp_path / "clip tokens")
     return save(tmp_path / "models" / "one" / "model.safetensors", {"a": torch.ones(1)})

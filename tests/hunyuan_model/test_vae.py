@@ -33,7 +33,9 @@ def vae(tmp_path: Path) -> HunyuanVae:
 
 
 def diffusers_vae(edge: int | None = None, frames: int | None = None) -> AutoencoderKLHunyuanVideo:
-    """diffusers' VAE with the same weights, cut in space from `edge` pixels on and in time from `frames` on."""
+    """diffusers' VAE with the same weights, cut in space from `edge` pixels on and in time from `frames`
+    on.
+    """
     config = vae_config()
     theirs = AutoencoderKLHunyuanVideo(
         block_out_channels=config.encoder, norm_num_groups=config.groups
@@ -161,7 +163,9 @@ def test_frames_computed_a_few_at_a_time_give_the_same(tmp_path: Path, vae: Huny
 
 
 def test_no_piece_is_larger_than_a_tile(tmp_path: Path) -> None:
-    """What bounds the memory: however long and large the clip, the networks see 4 + 1 latent frames of 4 x 4."""
+    """What bounds the memory: however long and large the clip, the networks see 4 + 1 latent frames of 4 x
+    4.
+    """
     vae, seen = made(tmp_path, tile=32, tile_frames=16), []
     for half in (vae.encoder, vae.decoder):
         half.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[2:])))

@@ -20,7 +20,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """A call as it came: the function, the shape of its query, and what the arguments behind the value were."""
+    """A call as it came: the function, the shape of its query, and what the arguments behind the value
+    were.
+    """
 
     function: str
     shape: tuple[int, ...]

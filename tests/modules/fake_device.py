@@ -1,4 +1,6 @@
-"""A device boundary on the CPU, as hostile as a real one allows: it shows every mistake of whoever uses it."""
+"""A device boundary on the CPU, as hostile as a real one allows: it shows every mistake of whoever uses
+it.
+"""
 
 from typing import Any
 

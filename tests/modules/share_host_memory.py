@@ -1,4 +1,6 @@
-"""One of several processes that load a transformer with swapped blocks; prints what it saw as a line of JSON."""
+"""One of several processes that load a transformer with swapped blocks; prints what it saw as a line of
+JSON.
+"""
 
 import json
 import os

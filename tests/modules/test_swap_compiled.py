@@ -30,7 +30,9 @@ def compiled(
 def run(
     case: Case, blocks: int, device: FakeDevice | None, checkpointing: bool, backend: str
 ) -> tuple[list[Tensor], list[int]]:
-    """Gradients of a training pass and a sample, three times; and how many graphs there were after each time."""
+    """Gradients of a training pass and a sample, three times; and how many graphs there were after each
+    time.
+    """
     torch._dynamo.reset()
     counters.clear()
     dit, network = compiled(case, blocks, device, checkpointing, backend)

@@ -30,7 +30,9 @@ TRUNK = hunyuan_dit.tiny_state()  # HunyuanVideo's weights, which the tiny Frame
 
 
 def framepack_state() -> dict[str, Tensor]:
-    """A FramePack transformer that has the tiny HunyuanVideo's weights wherever both have one of that name."""
+    """A FramePack transformer that has the tiny HunyuanVideo's weights wherever both have one of that
+    name.
+    """
     return tiny_state() | diffusers_state(TRUNK)
 
 

@@ -1,4 +1,6 @@
-"""LoRAs on HunyuanVideo in diffusers' layout, which cuts fused weights up: both ways, and parts put together."""
+"""LoRAs on HunyuanVideo in diffusers' layout, which cuts fused weights up: both ways, and parts put
+together.
+"""
 
 import logging
 import types

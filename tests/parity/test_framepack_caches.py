@@ -123,7 +123,9 @@ def assert_sections(
     sections: int,
     rules: Rules,
 ) -> None:
-    """The files of one clip: their names, the names of their tensors, and all numbers. frames: of the item."""
+    """The files of one clip: their names, the names of their tensors, and all numbers. frames: of the
+    item.
+    """
     stem = f"{name}_00000-{len(frames):03d}"
     used = frames[: 4 * window * sections + 1]
     expected = rules(project.encoders.latents(used, generator_of(f"{stem}_0032x0032_fp")), window)

@@ -1,4 +1,6 @@
-"""A LoRA trained by the command line acts in diffusers as here, and one of another tool acts here as there."""
+"""A LoRA trained by the command line acts in diffusers as here, and one of another tool acts here as
+there.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -34,7 +34,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class Theirs:
-    """The networks of a folder with dit, vae, t5, clip .safetensors and google/umt5-xxl, float32 on the CPU."""
+    """The networks of a folder with dit, vae, t5, clip .safetensors and google/umt5-xxl, float32 on the
+    CPU.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,6 @@
-"""Tiny random text encoders of HunyuanVideo in every file layout, and tokenizers trained on a few sentences."""
+"""Tiny random text encoders of HunyuanVideo in every file layout, and tokenizers trained on a few
+sentences.
+"""
 
 import json
 import re

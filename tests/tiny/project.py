@@ -85,7 +85,9 @@ def write_dataset(
 def write_picture_dataset(
     folder: Path, path: Path | None = None, batch_size: int = 1, pictures: str = "clips", cache: str = "cache"
 ) -> Path:
-    """dataset.toml, or `path`, for the pictures in `folder`/`pictures`, made from those in `folder`/control."""
+    """dataset.toml, or `path`, for the pictures in `folder`/`pictures`, made from those in
+    `folder`/control.
+    """
     path = path or folder / "dataset.toml"
     text = PICTURES.format(folder=folder.as_posix(), batch_size=batch_size, pictures=pictures, cache=cache)
     path.write_text(text, encoding="utf-8")

@@ -42,7 +42,9 @@ class TinyWan:
 
 
 def write_tiny_wan(folder: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32) -> TinyWan:
-    """Write transformer, VAE, text encoder with tokenizer, and image encoder as safetensors below `folder`."""
+    """Write transformer, VAE, text encoder with tokenizer, and image encoder as safetensors below
+    `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = TinyWan(*(folder / f"{name}.safetensors" for name in ("dit", "vae", "t5", "clip")))
     write_dit(folder, tiny_state(kind, dtype=dtype, image_dim=CLIP_DIM), name="dit")

@@ -165,7 +165,9 @@ def t5_comfy_fp8_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
 def clip_tensors(
     seed: int = 2, dtype: torch.dtype = torch.float32, image_size: int = 224
 ) -> dict[str, Tensor]:
-    """A CLIP image tower, all blocks, with the names of the official file's `visual.` half (prefix left out)."""
+    """A CLIP image tower, all blocks, with the names of the official file's `visual.` half (prefix left
+    out).
+    """
     config = clip_config(image_size=image_size)
     whole = ClipConfig(
         config.dim,

@@ -47,8 +47,7 @@ def _idle_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ToyFamily, "load_dit", with_idle)
 
 
-# --- steps inside the backward pass
-# -----------------------------------------------------------------------------------------------
+# --- steps inside the backward pass -------------------------------------------------------------------------
 
 OPTIMIZERS = [
     ["Adafactor"],
@@ -202,8 +201,7 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
     require_alone(FUSED, "adafactor")
 
 
-# --- weights in bf16
-# --------------------------------------------------------------------------------------------------------------
+# --- weights in bf16 ----------------------------------------------------------------------------------------
 
 
 def test_stochastic_rounding_gives_a_neighbour_and_the_value_on_average() -> None:
@@ -291,8 +289,7 @@ def test_an_optimizer_that_steps_all_at_once_says_that_it_rounds(
     assert "rounded to the nearest bf16" in caplog.text
 
 
-# --- what learns, what is saved
-# ---------------------------------------------------------------------------------------------------
+# --- what learns, what is saved -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [(), (FUSED,)], ids=["usual", "fused"])
@@ -365,8 +362,7 @@ def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(
     }
 
 
-# --- going on
-# ---------------------------------------------------------------------------------------------------------------------
+# --- going on -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", [0, 3, 6])

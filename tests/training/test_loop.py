@@ -25,7 +25,9 @@ from training.run import prepared_run, train_network
 
 
 def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
-    """Five micro-batches, three to a step: the second step of each epoch averages over the two that are left."""
+    """Five micro-batches, three to a step: the second step of each epoch averages over the two that are
+    left.
+    """
     write_caches(tmp_path, count=5)
     trained = train_toy(
         tmp_path, "--gradient_accumulation_steps", 3, "--max_train_steps", 4, "--max_grad_norm", 0.5

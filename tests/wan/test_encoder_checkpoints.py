@@ -1,4 +1,6 @@
-"""Every published file layout of the three encoders loads; everything else is refused with a clear message."""
+"""Every published file layout of the three encoders loads; everything else is refused with a clear
+message.
+"""
 
 import itertools
 import json

@@ -220,7 +220,9 @@ def timestep_statistics(
 
 
 def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
-    """Text with a bar for the mean of each of `lines` equal runs of values, the longest `width` characters."""
+    """Text with a bar for the mean of each of `lines` equal runs of values, the longest `width`
+    characters.
+    """
     means = values.double().view(lines, -1).mean(1)
     step = len(values) // lines
     scale = width / max(float(means.max()), 1e-12)

@@ -37,8 +37,8 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--optimizer_type",
         default="",
-        help="AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim class "
-        "or pkg.module.Class",
+        help="AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim "
+        "class or pkg.module.Class",
     )
     group.add_argument(
         "--optimizer_args",

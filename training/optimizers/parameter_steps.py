@@ -88,7 +88,9 @@ class ParameterSteps:
         parameter.copy_(stochastic_bfloat16(precise.detach(), self._generator(parameter)))
 
     def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
-        """Have the optimizer believe that it has only this one, with the settings of the parameter's group."""
+        """Have the optimizer believe that it has only this one, with the settings of the parameter's
+        group.
+        """
         optimizer, groups = self.optimizer, self.optimizer.param_groups
         group = groups[self._group_indices[parameter]]
         members = group["params"]

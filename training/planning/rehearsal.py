@@ -75,7 +75,9 @@ class Rehearsal:
         return sum(inputs[:-1])
 
     def measure(self, noisy_batch: NoisyBatch, counts: Counts) -> dict[str, Moment]:
-        """The largest moment at each place of a step with so many blocks; not that of the optimizer's step."""
+        """The largest moment at each place of a step with so many blocks; not that of the optimizer's
+        step.
+        """
         keep_blocks(self.dit, self.blocks, counts, self.ledger)
         if self.options.loop.gradient_accumulation_steps > 1:
             self.fill_gradients()  # those of the micro-batches before

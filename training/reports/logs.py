@@ -171,7 +171,9 @@ def check_trackers(options: LogOptions) -> None:
 
 
 def tracker_arguments(options: LogOptions) -> dict[str, Any]:
-    """Arguments for each tracker by its name: the file --log_tracker_config, else the name of the wandb run."""
+    """Arguments for each tracker by its name: the file --log_tracker_config, else the name of the wandb
+    run.
+    """
     if options.log_tracker_config is None:
         return {} if options.wandb_run_name is None else {"wandb": {"name": options.wandb_run_name}}
     path = options.log_tracker_config

@@ -1,4 +1,6 @@
-"""Numbers that a step leaves on the device, read one step later, so that the host never waits for the device."""
+"""Numbers that a step leaves on the device, read one step later, so that the host never waits for the
+device.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -72,7 +72,9 @@ class Saver:
         self.tidy_steps(step)
 
     def save_epoch(self, epoch: int) -> None:
-        """Save under the epoch's name (counted from 1); then remove what is older than --save_last_n_epochs."""
+        """Save under the epoch's name (counted from 1); then remove what is older than
+        --save_last_n_epochs.
+        """
         self._save(self.names.epoch(epoch), self.options.save_state)
         self.tidy_epochs(epoch)
 

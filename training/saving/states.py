@@ -54,7 +54,9 @@ class SavedState:
 
 
 class StoredPart(Mapping[str, Tensor]):
-    """The tensors of a part on disk, each read when it is asked for: a whole model is not held a second time."""
+    """The tensors of a part on disk, each read when it is asked for: a whole model is not held a second
+    time.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError where the file is damaged."""

@@ -8,7 +8,9 @@ from modules.planning.pieces import compute_piece
 
 
 class Compute:
-    """Doubles the sides of a piece, by way of a tensor four times as large as its result; counts how often."""
+    """Doubles the sides of a piece, by way of a tensor four times as large as its result; counts how
+    often.
+    """
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
