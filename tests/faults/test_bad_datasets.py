@@ -22,6 +22,7 @@ from tests.faults.damage import (
     empty,
     flip_any_bit,
     flipped_data,
+    list_of_clips,
     one_byte_short,
     pickled_code,
     proof_of,
@@ -159,6 +160,11 @@ BAD_CLIPS: dict[str, tuple[Damage, str, str]] = {
     "cut": (truncated, "clip 1.mp4", "cannot be read"),
     "cut, Matroska": (cut_matroska, "clip 1.mkv", "cut short"),
     "noise": (noise, "clip 1.mp4", "cannot be read"),
+    "a list of other clips": (
+        lambda good, bad: list_of_clips(good.with_name("clip 2.mp4"), bad),
+        "clip 1.mp4",
+        "a list of other files",
+    ),
 }
 
 
