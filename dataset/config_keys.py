@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modules.text_files import bad_character
+
 # of frame_extraction; what they do: dataset/sources/frames.py
 MODES = ("head", "chunk", "slide", "uniform", "full")
 FAR = 10_000  # latent frames; places in time stay far below
@@ -41,7 +43,7 @@ def _yes_no(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or bad_character(value):
         raise Unfit
     return value
 

@@ -6,17 +6,16 @@ the first word is the option and the rest its value. Unknown options are reporte
 """
 
 import hashlib
-import json
 import logging
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.text_files import parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -259,8 +258,8 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
 
 def _toml_entries(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        shared = tomllib.loads(text).get("prompt")
-    except tomllib.TOMLDecodeError as error:
+        shared = parse_toml(text).get("prompt")
+    except ValueError as error:
         raise OptionError(f"--sample_prompts {path}: {error}") from None
     if not isinstance(shared, dict) or not isinstance(shared.get("subset", []), list):
         raise OptionError(f"--sample_prompts {path}: it needs a table [prompt] with tables [[prompt.subset]]")
@@ -270,8 +269,8 @@ def _toml_entries(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _json_entries(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
+        entries = parse_json(text)
+    except ValueError as error:
         raise OptionError(f"--sample_prompts {path}: {error}") from None
     if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
         raise OptionError(f"--sample_prompts {path}: it has to be a list of prompts (texts or objects)")
@@ -308,7 +307,7 @@ def _kind_of(option: LineOption) -> type:
 
 def _read_text(path: Path, option: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except OSError as error:
         raise OptionError(f"{option} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

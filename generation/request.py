@@ -15,6 +15,7 @@ from generation.options import RequestOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from modules.contract.generation import Request
 from modules.errors import OptionError
+from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +112,11 @@ def _check_texts(request: Request) -> None:
         "the prompt": request.prompt,
         "the negative prompt": request.negative_prompt or "",
     }.items():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
+        found = bad_character(text)
+        if found is not None:
             raise OptionError(
-                f"{name} {text!r} is not UTF-8 text: set the terminal or the file to UTF-8"
-            ) from None
+                f"{name} {text!r} is not UTF-8 text, it holds {found}: set the terminal or the file to UTF-8"
+            )
 
 
 def _check_numbers(request: Request) -> None:

@@ -4,7 +4,6 @@ tokenizer.json is read as it is: the classes that transformers choose by name bu
 anew, with other rules.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from hunyuan_model.text_checkpoints import CLIP_TOKENS
 from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -164,10 +164,8 @@ def _from_merges(vocabulary: Path, merges: Path) -> Tokenizer:
 def _pad(tokenizer: Tokenizer, file: Path) -> int:
     """What rows are filled up with. It is masked, so nothing of a prompt depends on it."""
     try:
-        told = json.loads(file.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get(
-            "pad_token"
-        )
-    except (OSError, ValueError, AttributeError, RecursionError):
+        told = parse_json(read_text(file.with_name("tokenizer_config.json"))).get("pad_token")
+    except (OSError, ValueError, AttributeError):
         told = None  # there need be none
     name = told.get("content") if isinstance(told, dict) else told
     candidates = (name, "<pad>", "<|end_of_text|>")

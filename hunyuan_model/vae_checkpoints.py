@@ -4,7 +4,6 @@ the tensors.
 Our modules have the names of the official file, which diffusers keeps. ComfyUI's repackaged file has its own.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from hunyuan_model.vae_blocks import DOWN, UP, VaeConfig
 from modules.checkpoints.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
 from modules.checkpoints.opening import Checkpoint, Source, plain_sources
 from modules.errors import CheckpointError
+from modules.text_files import parse_json, read_text
 
 LATENT_CHANNELS = 16
 MOST_GROUPS = 32  # of a group norm; the released VAE, 128 channels at its narrowest, has so many
@@ -132,7 +132,7 @@ def _stated_groups(path: Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}. Copy it again, or take it away.", path

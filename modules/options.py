@@ -24,8 +24,9 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
 
     Each field takes the argument of its name (or of its metadata "option"); a field whose type is itself an
     option record is read the same way, one whose type is `Record | None` only where the parser has arguments
-    of that record; text becomes Path and lists become tuples where the field says so. Raises TypeError where
-    a field has no argument: that is our mistake, not the user's.
+    of that record; text becomes Path and lists become tuples where the field says so. Raises OptionError if a
+    text holds the character NUL, as one from a configuration file may. Raises TypeError where a field has no
+    argument: that is our mistake, not the user's.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -41,7 +42,9 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         option = option_name(field)
         if not hasattr(args, option):
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
-        values[field.name] = _convert(getattr(args, option), hint)
+        value = getattr(args, option)
+        _check_characters(option, value)
+        values[field.name] = _convert(value, hint)
     return cls(**values)
 
 
@@ -65,6 +68,14 @@ def record_of(hint: Any) -> Any:
 def option_name(field: "dataclasses.Field[Any]") -> str:
     """The public name of a record's field."""
     return str(field.metadata.get("option", field.name))
+
+
+def _check_characters(option: str, value: Any) -> None:
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    if any("\0" in str(text) for text in texts if isinstance(text, (str, Path))):
+        raise OptionError(
+            f"--{option} holds the character NUL (\\u0000), which neither a file's name nor a text can have"
+        )
 
 
 def _convert(value: Any, hint: Any) -> Any:

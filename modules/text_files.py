@@ -7,6 +7,7 @@ table in a UserError.
 
 import errno
 import json
+import re
 import stat
 import tomllib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ MAX_CAPTION_BYTES = 1 << 20  # 1 MiB; encoders read at most some hundred words
 MAX_LINE_CHARACTERS = 1 << 23
 MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
 
+# a dotted key of far more parts than that: the standard library's parser takes quadratic time for it
+_LONG_KEY = re.compile(
+    rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{4 * MAX_DEPTH}}}"""
+)
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -94,6 +99,8 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
 
 def parse_toml(text: str) -> dict[str, Any]:
     """Return what a TOML text says. Raises ValueError, also if it is nested too deeply."""
+    if _LONG_KEY.search(text):
+        raise _too_deep()
     try:
         content = tomllib.loads(text)
     except RecursionError:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError
+from modules.text_files import require_regular_file
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
@@ -74,6 +75,7 @@ def open_file(path: Path) -> TensorFile:
     Raises CheckpointError saying what the file is instead, or how it is damaged.
     """
     try:
+        require_regular_file(path)
         with path.open("rb") as file:
             start = file.read(16)
         if not start:
@@ -230,8 +232,12 @@ def load_pickled(path: Path) -> Any:
     Raises CheckpointError saying which of the two is wrong, or that the file is damaged.
     """
     try:
+        require_regular_file(path)
         with path.open("rb") as file:
             start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    try:
         is_zip = start[:4] == ZIP
         if start and not is_zip and start[:1] != PICKLE:
             raise CheckpointError(f"{path} {_what_it_is(start)}", path)

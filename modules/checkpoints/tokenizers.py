@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download
 
 from modules.checkpoints.opening import fingerprint
 from modules.errors import CheckpointError
+from modules.text_files import require_regular_file
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,16 @@ class TokenizerFiles:
         )
 
     def _given(self, path: Path) -> Path:
-        if path.is_file():
-            return path
         if not path.is_dir():
-            raise CheckpointError(f"{self.option} {path}: there is no such file or folder.", path)
+            try:
+                require_regular_file(path)
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{self.option} {path}: there is no such file or folder.", path
+                ) from None
+            except OSError as error:
+                raise self.unreadable(path, OSError(error.strerror)) from error
+            return path
         for place in (path, *(path / place for place in self.beside if not place.startswith(".."))):
             file = self._file_in(place)
             if file is not None:
