@@ -143,6 +143,13 @@ def check_below(option: str, value: float | None, limit: float, meaning: str) ->
         raise OptionError(f"{option} {value}: has to be below {limit} ({meaning})")
 
 
+def check_seed(option: str, seed: int | None) -> None:
+    """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        shown = str(seed) if abs(seed) < 10**40 else f"of {len(str(abs(seed)))} digits"
+        raise OptionError(f"{option} {shown} does not fit 64 bits: give a number below 2^64")
+
+
 def int_or_float(text: str) -> int | float:
     """A number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05.
 
