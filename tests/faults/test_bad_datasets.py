@@ -273,6 +273,31 @@ CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("image_directory", "video_directory"),
     ),
     "unknown extraction": ('"head"', '"middle"', ("frame_extraction", "middle", "uniform")),
+    "spans to fill a memory": (
+        "frame_extraction",
+        "frame_sample = 1000000000\nframe_extraction",
+        ("frame_sample = 1000000000", "at most 10000"),
+    ),
+    "repeats to fill a memory": (
+        "batch_size = 2",
+        "num_repeats = 1000000000",
+        ("num_repeats = 1000000000", "at most 100000"),
+    ),
+    "pixels to fill a memory": (
+        "[32, 32]",
+        "[1000000, 1000000]",
+        ("resolution = [1000000, 1000000]", "at most 16384"),
+    ),
+    "a rate of no time": (
+        "frame_extraction",
+        "source_fps = 1e-300\nframe_extraction",
+        ("source_fps = 1e-300", "0.001"),
+    ),
+    "a rate of many digits": (
+        "frame_extraction",
+        f"source_fps = 1{'0' * 400}\nframe_extraction",
+        ("source_fps = 1000", "a number above 0"),
+    ),
     "no frames": ("target_frames = [5]", "target_frames = [0]", ("target_frames", "1 or more")),
     "a key of images in a table of videos": (
         "frame_extraction",
