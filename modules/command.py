@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError, UserError
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
@@ -72,11 +73,11 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
     try:
         main()
     except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(escape_control_codes(f"{type(error).__name__}: {error}"), file=sys.stderr)
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None:
             hint = explain(error.path)
             if hint and hint not in str(error):
-                print(f"  {error.path.name}: {hint}.", file=sys.stderr)
+                print(escape_control_codes(f"  {error.path.name}: {hint}."), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -104,7 +105,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with code 2, without the list of all options."""
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
+        self.exit(
+            2, f"{self.prog}: error: {escape_control_codes(message)}\n{self.prog} --help lists all options\n"
+        )
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         flags = {flag: action for action in self._actions for flag in action.option_strings}
@@ -145,7 +148,9 @@ def as_typed(words: Sequence[str]) -> str:
 
 
 class _LineFormatter(logging.Formatter):
-    """`message` for information, `WARNING: message` above it."""
+    """`message` for information, `WARNING: message` above it. Control codes in it, as from files of others,
+    are written out.
+    """
 
     _colours = {
         logging.WARNING: "\033[33m",
@@ -159,7 +164,7 @@ class _LineFormatter(logging.Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
+        line = escape_control_codes(super().format(record))
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
         start = self._colours.get(record.levelno) if self._colour else None

@@ -17,6 +17,7 @@ from dataset.config import load_dataset_config
 from modules.contract.data import Batch
 from modules.errors import CacheError
 from modules.media.writing import write_video
+from tests.commands import run_script
 from tests.faults.damage import (
     Damage,
     empty,
@@ -363,3 +364,19 @@ def test_a_configuration_that_is_no_text_says_so(
     code, said = run_here(*CACHE_LATENTS, "--dataset_config", tmp_path / "dataset.toml", folder=project)
 
     assert_one_message(code, said, "dataset.toml")
+
+
+@pytest.mark.parametrize("more", [(), ("--check",)])
+def test_control_codes_in_names_reach_no_terminal(
+    more: tuple[str, ...], project: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: what counts is how it prints."""
+    config = copy_data(project, tmp_path, cached=False)
+    shutil.copy(tmp_path / "clips" / "clip 1.mp4", tmp_path / "clips" / "clip \x1b[31m\u202e.mp4")
+
+    done = run_script(*CACHE_TEXTS, "--dataset_config", config, *more, folder=project, check=False)
+
+    assert done.returncode == 1, done.stderr
+    said = done.stdout + done.stderr
+    assert r"\x1b[31m\u202e.mp4" in said
+    assert not {"\x1b", "\u202e"} & set(said)
