@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modules.errors import OptionError
+from modules.text_files import bad_character
 
 T = TypeVar("T")
 
@@ -25,8 +26,8 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"); a field whose type is itself an
     option record is read the same way, one whose type is `Record | None` only where the parser has arguments
     of that record; text becomes Path and lists become tuples where the field says so. Raises OptionError if a
-    text holds the character NUL, as one from a configuration file may. Raises TypeError where a field has no
-    argument: that is our mistake, not the user's.
+    text holds what no text can (`bad_character`). Raises TypeError where a field has no argument: that is our
+    mistake, not the user's.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -72,10 +73,14 @@ def option_name(field: "dataclasses.Field[Any]") -> str:
 
 def _check_characters(option: str, value: Any) -> None:
     texts = value if isinstance(value, (list, tuple)) else [value]
-    if any("\0" in str(text) for text in texts if isinstance(text, (str, Path))):
-        raise OptionError(
-            f"--{option} holds the character NUL (\\u0000), which neither a file's name nor a text can have"
-        )
+    for text in texts:
+        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are no UTF-8 may be in a name
+            raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
+        found = bad_character(text) if isinstance(text, str) else None
+        if found is not None:
+            raise OptionError(
+                f"--{option} holds {found}: set the terminal, or the file that it comes from, to UTF-8"
+            )
 
 
 def _convert(value: Any, hint: Any) -> Any:

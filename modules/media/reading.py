@@ -126,9 +126,9 @@ def video_info(path: Path) -> VideoInfo:
             raise MediaError(f"{path} holds no frame that can be decoded")
         sideways = round(first.rotation / 90) % 2 == 1
         width, height = (first.height, first.width) if sideways else (first.width, first.height)
-        return VideoInfo(
-            width, height, stream.frames or None, float(stream.average_rate) if stream.average_rate else None
-        )
+        # a header may claim any number of frames; each takes a byte at least
+        frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
+        return VideoInfo(width, height, frames, float(stream.average_rate) if stream.average_rate else None)
 
 
 def read_tags(path: Path) -> dict[str, str]:

@@ -152,3 +152,17 @@ def test_a_link_to_a_picture_is_followed(tmp_path: Path) -> None:
     (tmp_path / "link.png").symlink_to(tmp_path / "picture.png")
 
     assert image_size(tmp_path / "link.png") == (64, 48)
+
+
+def test_a_header_that_claims_more_frames_than_the_file_has_bytes_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "clip.avi"
+    write_stream(path, "avi", "mpeg4", [np.full((48, 64, 3), BRIGHT, np.uint8)] * 5)
+    assert video_info(path).frames == 5
+
+    content = bytearray(path.read_bytes())
+    length = content.index(b"strh") + 8 + 32  # of the stream, in frames
+    content[length : length + 4] = (2**31 - 1).to_bytes(4, "little")
+    path.write_bytes(content)
+
+    assert video_info(path).frames is None
+    assert len(list(video_frames(path))) == 5
