@@ -148,9 +148,7 @@ def as_typed(words: Sequence[str]) -> str:
 
 
 class _LineFormatter(logging.Formatter):
-    """`message` for information, `WARNING: message` above it. Control codes in it, as from files of others,
-    are written out.
-    """
+    """`message` for information, `WARNING: message` above it. Control codes in it are written out."""
 
     _colours = {
         logging.WARNING: "\033[33m",

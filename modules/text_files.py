@@ -1,8 +1,8 @@
-"""Text files that a user names: regular files of a bounded size, parsed without recursion errors. Standard
-library only.
+"""Text files that a user names: regular, of a bounded size, parsed without recursion errors. Standard library
+only.
 
-What is wrong with a file is raised as OSError or ValueError, whose callers already name the option or the
-table in a UserError.
+What is wrong with a file is raised as OSError or ValueError, whose callers name the option or the table in a
+UserError.
 """
 
 import errno
@@ -16,8 +16,7 @@ from typing import Any
 
 MAX_TEXT_BYTES = 1 << 24  # 16 MiB: a dataset configuration of 50,000 tables
 MAX_CAPTION_BYTES = 1 << 20  # 1 MiB; encoders read at most some hundred words
-# of a JSONL list: a caption of 1 MiB in which every character is written as \uXXXX
-MAX_LINE_CHARACTERS = 1 << 23
+MAX_LINE_CHARACTERS = 1 << 23  # of a JSONL list: a caption of 1 MiB with every character written as \uXXXX
 MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
 
 # a dotted key of far more parts than that: the standard library's parser takes quadratic time for it
@@ -84,9 +83,9 @@ def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
 
 
 def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return what a JSON text says.
+    """Return what a JSON text says. pairs: as `object_pairs_hook`.
 
-    pairs: as `object_pairs_hook`. Raises ValueError, also if it is nested too deeply.
+    Raises ValueError, also if it is nested too deeply.
     """
     try:
         content = json.loads(text, object_pairs_hook=pairs)

@@ -167,7 +167,6 @@ def _indexed_paths(path: Path) -> list[Path]:
 
 
 def _existing(path: Path, names: Sequence[str]) -> list[Path]:
-    # what is there is a regular file
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         which = ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else "")

@@ -1,5 +1,5 @@
-"""Where the tokenizer of a text encoder is: named by the user, beside or inside the encoder's folder, or on
-the hub; reading it.
+"""Where the tokenizer of a text encoder is (named, beside or inside the encoder's folder, on the hub);
+reading it.
 """
 
 from dataclasses import dataclass

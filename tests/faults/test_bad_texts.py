@@ -1,4 +1,4 @@
-"""Texts that never end, are huge, nested beyond measure or hold what no text can: one message at once,
+"""Texts that never end, are huge, nested too deeply or hold what no text can: one message at once,
 everywhere.
 """
 

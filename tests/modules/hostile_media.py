@@ -1,6 +1,6 @@
-"""Media files that refer to a second file instead of holding pixels, written beside it.
+"""Media files that refer to a second file instead of holding pixels.
 
-Each returns the path to open.
+Each function returns the path to open.
 """
 
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Media files of others: every container that people have is opened, no other file ever is, nor anything huge
-or endless.
+"""Media files of others: every container that people have is opened; no other file, nothing huge or
+endless.
 """
 
 import os
