@@ -9,6 +9,7 @@ from dataset.config import DatasetConfig
 from dataset.debug_views import show_datasets
 from dataset.options import CachingOptions, DebugOptions
 from modules.contract.family import Family
+from modules.control_codes import escape_control_codes
 
 
 def run_latent_caching(
@@ -37,5 +38,5 @@ def run_text_caching(family: Family, config: DatasetConfig, options: CachingOpti
 
 
 def _end_with(result: CheckResult) -> None:
-    sys.stdout.write("\n".join(result.lines) + "\n")
+    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     raise SystemExit(result.exit_code)

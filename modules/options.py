@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modules.errors import OptionError
+from modules.text_files import bad_character
 
 T = TypeVar("T")
 
@@ -25,7 +26,8 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
     record is read the same way; if the type is `Record | None` and the parser has no arguments of that
     record, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Raises TypeError if a field has no argument: that is our mistake, not the user's.
+    Raises OptionError if a text holds what no text can (`bad_character`), TypeError if a field has no
+    argument: that is our mistake, not the user's.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -41,7 +43,9 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         option = option_name(field)
         if not hasattr(args, option):
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
-        values[field.name] = _convert(getattr(args, option), hint)
+        value = getattr(args, option)
+        _check_characters(option, value)
+        values[field.name] = _convert(value, hint)
     return cls(**values)
 
 
@@ -63,6 +67,18 @@ def record_of(hint: Any) -> Any:
 def option_name(field: "dataclasses.Field[Any]") -> str:
     """Return the public name of a record's field."""
     return str(field.metadata.get("option", field.name))
+
+
+def _check_characters(option: str, value: Any) -> None:
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    for text in texts:
+        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are no UTF-8 may be in a name
+            raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
+        found = bad_character(text) if isinstance(text, str) else None
+        if found is not None:
+            raise OptionError(
+                f"--{option} holds {found}: set the terminal, or the file that it comes from, to UTF-8"
+            )
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -129,6 +145,13 @@ def check_below(option: str, value: float | None, limit: float, meaning: str) ->
     """Raise OptionError if a value is given and not below `limit`; `meaning` says what to give instead."""
     if value is not None and not value < limit:
         raise OptionError(f"{option} {value}: must be below {limit} ({meaning})")
+
+
+def check_seed(option: str, seed: int | None) -> None:
+    """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        shown = str(seed) if abs(seed) < 10**40 else f"of {len(str(abs(seed)))} digits"
+        raise OptionError(f"{option} {shown} does not fit 64 bits: give a number below 2^64")
 
 
 def int_or_float(text: str) -> int | float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least, check_below
+from modules.options import check_at_least, check_below, check_seed
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class LoopOptions:
             "--gradient_accumulation_steps", self.gradient_accumulation_steps, 1, "1 means no accumulation"
         )
         check_at_least("--seed", self.seed, 0, "leave it out for a random seed")
+        check_seed("--seed", self.seed)
 
     def _check_checkpointing(self) -> None:
         given = {

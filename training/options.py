@@ -33,6 +33,10 @@ from training.whole_dit_options import WholeDitOptions
 
 T = TypeVar("T")
 
+# near the width of the largest models, where a LoRA is larger than the weights that it changes
+MOST_RANK = 4096
+OWN_NETWORKS = "networks."  # a rank beyond all sense has a meaning in others: LoKr's whole matrix
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -56,6 +60,8 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.whole_dit is not None:
             self._check_whole_dit(self.whole_dit)
+        if self.network is not None:
+            self._check_rank(self.network)
         if self.timesteps.show_timesteps is not None:
             return
         require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
@@ -69,6 +75,13 @@ class TrainingOptions:
             return
         require(self.saving.output_dir, "--output_dir", "the folder to save into")
         require(self.saving.output_name, "--output_name", "the name of the file to train, without its ending")
+
+    def _check_rank(self, options: NetworkOptions) -> None:
+        is_own = options.network_module is None or options.network_module.startswith(OWN_NETWORKS)
+        if is_own and options.network_dim is not None and options.network_dim > MOST_RANK:
+            raise OptionError(
+                f"--network_dim {options.network_dim}: {MOST_RANK} is the most. Usual ranks are 4 to 128."
+            )
 
     def _check_whole_dit(self, options: WholeDitOptions) -> None:
         precision, accumulation = self.accelerator.mixed_precision, self.loop.gradient_accumulation_steps

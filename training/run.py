@@ -32,6 +32,7 @@ from modules.attention.attend import check_backend
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
+from modules.control_codes import escape_control_codes
 from modules.devices import DTYPES, choose_device, dtype_name
 from modules.errors import DatasetError, OptionError
 from modules.fp8.options import Quantisation
@@ -228,7 +229,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     result = check_training(
         config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys
     )
-    sys.stdout.write("\n".join(result.lines) + "\n")
+    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     return result.exit_code
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from training.data.options import NUM_TIMESTEPS, TimestepOptions
@@ -199,9 +200,8 @@ def show_timesteps(options: TimestepOptions, seed: int = 0, folder: Path = Path(
 
     path = folder / "timesteps.png"
     write_png(path, _plots(counts, weights).numpy())
-    sys.stdout.write(
-        f"{path}: timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}\n"
-    )
+    what = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
+    sys.stdout.write(escape_control_codes(f"{path}: {what}\n"))
 
 
 def timestep_statistics(
