@@ -9,9 +9,9 @@ from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
 
 from modules.checkpoints.opening import fingerprint
+from modules.checkpoints.tokenizer_growth import check_sentencepiece, check_tokenizer
 from modules.errors import CheckpointError
 from modules.text_files import require_regular_file
-from modules.tokenizer_growth import check_sentencepiece, check_tokenizer
 
 MAX_BYTES = 1 << 26  # 64 MiB; the largest tokenizer.json in use has 34
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, features
 
 from modules.errors import MediaError
 from modules.media.buckets import Size, fit_cover
-from modules.media_opening import open_image, open_video
+from modules.media.opening import open_image, open_video
 
 Frame = NDArray[np.uint8]  # H W C
 

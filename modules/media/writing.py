@@ -16,8 +16,8 @@ from PIL import Image, PngImagePlugin
 
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
+from modules.media.opening import file_url, open_container, open_video
 from modules.media.reading import Frame
-from modules.media_opening import file_url, open_container, open_video
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:

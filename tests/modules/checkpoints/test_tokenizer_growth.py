@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models
 
+from modules.checkpoints.tokenizer_growth import check_sentencepiece
 from modules.checkpoints.tokenizers import MAX_BYTES, TokenizerFiles
 from modules.errors import CheckpointError
-from modules.tokenizer_growth import check_sentencepiece
 from tests.tiny.wan_encoders import sentencepiece_model
 
 FILES = TokenizerFiles("--tokenizer", ("tokenizer.json",), "", "nobody/nothing", ("."))
