@@ -9,25 +9,16 @@ import torch
 import hunyuan_model.checkpoints as hunyuan
 from frame_pack.configs import FramePackConfig
 from frame_pack.model import FramePackModel
+from frame_pack.spec import DIT
 from modules.checkpoints.dialects import DitShapes, other_kind
 from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-DIT = DitSpec(
-    block_lists=("transformer_blocks", "single_transformer_blocks"),
-    fp8_exclude=("norm",),  # the modulation's layers too, which are called so
-    input_layers=("x_embedder", "clean_x_embedder", "context_embedder", "image_projection"),
-    token_wise=hunyuan.DIT.token_wise,
-    swap_counts=hunyuan.DIT.swap_counts,
-    # as they compute so; under 1 % of the model
-    keep_float32=("time_text_embed.", "context_embedder.time_text_embed.", "proj_out."),
-)
 # FramePack and FramePack-F1 have the same tensors; nothing in a file tells one from the other
 WHAT = "a FramePack transformer"
 FEED_FORWARD = "transformer_blocks.0.ff.net.0.proj.weight"

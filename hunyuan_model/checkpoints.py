@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
+from hunyuan_model.spec import DIT
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.dialects import DitShapes, Names, other_kind, translated
 from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.checkpoints.opening import Checkpoint, Source, open_checkpoint, plain_sources
-from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -25,26 +25,6 @@ from modules.fp8.weights import dequantise, stored_scale
 
 logger = logging.getLogger(__name__)
 
-DIT = DitSpec(
-    block_lists=("double_blocks", "single_blocks"),
-    fp8_exclude=(
-        "norm",
-        "time_in",
-        "vector_in",
-        "guidance_in",
-        "txt_in",
-        "img_in",
-        "modulation",
-        "bias",
-        "head",
-    ),
-    input_layers=("img_in", "txt_in"),
-    token_wise=("feed_forward",),
-    # a single block is about half as large
-    swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),
-    # as they compute so; under 1 % of the model
-    keep_float32=("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder."),
-)
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
 
 # ComfyUI's names -> the published ones. Source: the repackaged checkpoint of Comfy-Org.

@@ -66,6 +66,10 @@ class DitSpec:
         str, ...
     ] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
 
+    def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
+        """Return the blocks of each list by its name, in the order in which they run."""
+        return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
+
 
 @dataclass(frozen=True)
 class SamplingDefaults:

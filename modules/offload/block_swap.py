@@ -18,7 +18,6 @@ another.
 """
 
 import functools
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -30,11 +29,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 
+from modules.contract.generation import Tweaks
 from modules.contract.loading import TensorInfo
 from modules.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
 from modules.offload.input_layers import offload_layer
 from modules.offload.swap_plan import ListPlan, SwapPlan, big_layers
 from modules.offload.transfer import Transfer, transfer_to
+from modules.run_blocks import Hidden, Runner, runner_of, set_runner
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +188,13 @@ class BlockSwap:
         self._turns, self._skipped, self._at = turns, frozenset(skipped), None
         self._prepare(next(self._route(0, False), 0), False)
 
+    def run_all(self, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+        """Send the hidden state through the blocks, by the runner that was there before: what
+        `modules.run_blocks` calls.
+        """
+        self.begin(torch.is_grad_enabled(), tweaks.skip_blocks)
+        inner(dit, hidden, tweaks)
+
     def enter(self, position: int, backward: bool) -> None:
         """The block at that position computes from now on: its weights are there, those of the next ones are
         sent for.
@@ -331,7 +339,7 @@ def swap_blocks(
     dit: nn.Module, host: HostWeights | None, device: torch.device, transfer: Transfer | None = None
 ) -> None:
     """Have a network bring its weights from host memory when it runs. For the end of dressing: it wraps the
-    blocks' forwards.
+    blocks' forwards and their runner.
 
     host: as the network was loaded with; None leaves it as it is. transfer: None: what fits the device.
     Raises OptionError where the network has too few blocks.
@@ -348,13 +356,7 @@ def swap_blocks(
     swap = BlockSwap(_rings(dit, lists, places), len(blocks), held, transfer or transfer_to(device))
     for position, block in enumerate(blocks):
         block.forward = functools.partial(swap.run, position, block.forward)
-    parameters = inspect.signature(dit.forward)
-
-    def begin(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = parameters.bind(*inputs, **named).arguments
-        swap.begin(torch.is_grad_enabled(), given.get("skip_blocks", frozenset()))
-
-    dit.register_forward_pre_hook(begin, with_kwargs=True)
+    set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
     setattr(dit, _NAME, swap)
     _report(lists, swap, places, device)
 
