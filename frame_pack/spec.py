@@ -6,6 +6,7 @@ from modules.contract.family import DitSpec
 DIT = DitSpec(
     block_lists=("transformer_blocks", "single_transformer_blocks"),
     fp8_exclude=("norm",),  # the modulation's layers too, which are called so
+    lora_exclude=("norm",),  # the same layers
     input_layers=("x_embedder", "clean_x_embedder", "context_embedder", "image_projection"),
     token_wise=HUNYUAN.token_wise,
     swap_counts=HUNYUAN.swap_counts,

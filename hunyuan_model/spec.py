@@ -15,6 +15,7 @@ DIT = DitSpec(
         "bias",
         "head",
     ),
+    lora_exclude=("img_mod", "txt_mod", "modulation"),
     input_layers=("img_in", "txt_in"),
     token_wise=("feed_forward",),
     # a single block is about half as large
