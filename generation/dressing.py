@@ -49,6 +49,6 @@ def check_skipped_layers(family: Family, dit: nn.Module, layers: frozenset[int])
     """Raise OptionError where skip-layer guidance names blocks that the network does not have."""
     if not layers:
         return
-    last = sum(len(list(dit.get_submodule(name).children())) for name in family.dit.block_lists) - 1
+    last = sum(map(len, family.dit.blocks(dit).values())) - 1
     if max(layers) > last:
         raise OptionError(f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {last}")

@@ -160,7 +160,7 @@ def rehearse_denoising(
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap.img_in_txt_in_offloading)
-    blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
+    blocks = family.dit.blocks(dit)
     with dry_run() as ledger, torch.no_grad():
         place(dit, ledger)
         watch_blocks(blocks, ledger)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def checkpoint_blocks(
     next. Takes effect in train mode with gradients on; otherwise blocks run as before. Apply it after LoRA
     and compilation: it wraps whatever `forward` a block has at that time.
     """
-    blocks = [block for name in spec.block_lists for block in dit.get_submodule(name).children()]
+    blocks = list(chain.from_iterable(spec.blocks(dit).values()))
     for index, block in enumerate(blocks):
         place = None if block is blocks[-1] else offload
         block.forward = _Block(block, block.forward, keep_attention, place, is_first=index == 0)
