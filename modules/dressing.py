@@ -28,10 +28,7 @@ class Checkpointing:
 
 
 def swapped_weights(spec: DitSpec, swap: SwapOptions, device: torch.device) -> HostWeights | None:
-    """Return the place in host memory for the weights that are swapped, or None if none are.
-
-    To load the network with.
-    """
+    """Return the place in host memory for weights that are swapped, to load the network with; or None."""
     return host_weights(SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading), device)
 
 
@@ -44,11 +41,10 @@ def dress(
     checkpointing: Checkpointing | None = None,
     in_pieces: bool = False,
 ) -> None:
-    """Compute token-wise parts in pieces, compile the blocks, checkpoint them, and fetch swapped ones from
-    the host.
+    """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped ones.
 
-    host: as the network was loaded with. Raises OptionError if the network has fewer blocks than are to be
-    swapped.
+    host: as the network was loaded with.
+    Raises OptionError if the network has fewer blocks than are to be swapped.
     """
     if in_pieces:
         compute_in_pieces(dit, spec)

@@ -29,12 +29,11 @@ _RUNNER = "_runner"  # under which a network carries its own
 
 @dataclass(eq=False)
 class Hidden:
-    """The hidden state of one forward pass: `x` goes through the blocks, `tokens` is what they need beside
-    it.
+    """The hidden state of one forward pass: `x` goes through the blocks, `tokens` is what they need too.
 
     Blocks replace `x` here, so that nobody else refers to it: what a block was given is freed when it is
-    done. An `x` handed from function to function would stay on the device until the last of them returns (1.4
-    GiB for Wan 14B at 1280x720, 81 frames).
+    done. An `x` handed from function to function would stay on the device until the last of them returns
+    (1.4 GiB for Wan 14B at 1280x720, 81 frames).
     """
 
     x: Tensor  # B L C
@@ -68,18 +67,12 @@ def runner_of(dit: nn.Module) -> Runner:
 
 
 def set_runner(dit: nn.Module, runner: Runner) -> None:
-    """Replace what runs the network's blocks.
-
-    The runner is given the network, so it need not keep it alive.
-    """
+    """Replace what runs the network's blocks. It is given the network and need not hold it."""
     setattr(dit, _RUNNER, runner)
 
 
 def spec_of(dit: nn.Module) -> DitSpec:
-    """Return the names inside a network that its class states as `spec`.
-
-    Raises TypeError if it states none.
-    """
+    """Return the `spec` that a network's class states. Raises TypeError if it states none."""
     spec = getattr(dit, "spec", None)
     if not isinstance(spec, DitSpec):
         raise TypeError(f"{type(dit).__name__} has no DitSpec as its `spec`")

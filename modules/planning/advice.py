@@ -1,5 +1,5 @@
-"""What is done with a predicted peak before a run: `--blocks_to_swap auto` gets its number, a plan that does
-not fit its advice.
+"""What follows from a predicted peak: the number of `--blocks_to_swap auto`, advice if a plan does not
+fit.
 """
 
 import logging
@@ -46,9 +46,10 @@ def advise(
 ) -> tuple[list[str], Predicted | None]:
     """Say what to change so that a prediction fits, the cheapest first; each line adds to those before it.
 
-    cheaper: options that are not in use and what is predicted with them, each with all before it. usable:
-    bytes of the device. swapped: blocks that the options swap. phase: what the bytes are said to be of, "
-    while denoising". Returns the lines, and the last prediction if even that does not fit.
+    cheaper: options that are not in use and what is predicted with them, each with all before it.
+    usable: bytes of the device. swapped: blocks that the options swap.
+    phase: what the bytes are said to be of, " while denoising".
+    Returns the lines, and the last prediction if even that does not fit.
     """
 
     def by_swapping() -> str | None:
