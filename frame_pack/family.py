@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, conditions_of
-from frame_pack.checkpoints import DIT, load_dit
+from frame_pack.checkpoints import load_dit
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decoded, one_frame_section, video_sections
 from frame_pack.image_encoder import load_siglip
@@ -26,6 +26,7 @@ from frame_pack.options import (
 from frame_pack.positions import position_scale
 from frame_pack.requests import sections_of, settled, tell_unused_paddings, texts_of
 from frame_pack.sections import ANTI_DRIFTING, F1, FRAMES_PER_SECOND, Order, parse_paddings, video_frames
+from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.family import GUIDANCE_UNIT
@@ -234,7 +235,7 @@ class FramePack:
             given("latent_indices"),
             **history,
             position_scale=position_scale(timesteps, self.rope_threshold, self.rope_factor),
-            skip_blocks=tweaks.skip_blocks,
+            tweaks=tweaks,
         )
 
     # generation

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.checkpoints import DIT, load_dit
+from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.conditioning import (
     cached_latents,
     first_frame_condition,
@@ -24,6 +24,7 @@ from hunyuan_model.options import (
     HunyuanTextCachingOptions,
     HunyuanTrainingOptions,
 )
+from hunyuan_model.spec import DIT
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import kept_dtype
@@ -219,7 +220,7 @@ class HunyuanVideo:
             given("llm_mask"),
             given("clipL"),
             guidance.float(),
-            tweaks.skip_blocks,
+            tweaks,
         )
 
     # generation

@@ -34,13 +34,14 @@ from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.control_codes import escape_control_codes
 from modules.devices import DTYPES, choose_device, dtype_name
+from modules.dressing import swapped_weights
 from modules.errors import DatasetError, OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.products import with_product
-from modules.offload.block_swap import HostWeights, host_weights, settle
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.block_swap import HostWeights, settle
 from modules.options import require
 from modules.planning.memory_plan import too_little
+from modules.speed_options import swapping
 from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
@@ -55,7 +56,7 @@ from training.optimizers.lr_schedule import make_lr_schedule, warmup_steps
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
-from training.planning.memory import plan_training, prepare_memory, with_swap
+from training.planning.memory import plan_training, prepare_memory
 from training.processes.accelerator import make_accelerator
 from training.processes.gradients import largest
 from training.progress import Progress
@@ -165,12 +166,10 @@ def prepared_run(
     # each process looked at its own device, but they share the weights on the host
     if job.options.speed.swap.is_auto:
         number = options.speed.swap.number
-        options = with_swap(options, largest(number, job.accelerator.num_processes, job.accelerator.device))
+        number = largest(number, job.accelerator.num_processes, job.accelerator.device)
+        options = replace(options, speed=swapping(options.speed, number))
     job = replace(job, options=options)
-    swap = options.speed.swap
-    host = host_weights(
-        SwapPlan(job.family.dit, swap.number, swap.img_in_txt_in_offloading), job.accelerator.device
-    )
+    host = swapped_weights(family.dit, options.speed.swap, job.accelerator.device)
     dit = _load_dit(job, host)
     learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
     if job.saved is not None:

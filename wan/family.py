@@ -21,7 +21,7 @@ from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
 from modules.options import require
 from wan import conditioning
-from wan.checkpoints import DIT, check_task, load_dit, note_size
+from wan.checkpoints import check_task, load_dit, note_size
 from wan.clip import load_clip
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
@@ -38,6 +38,7 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
+from wan.spec import DIT
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
 
@@ -238,7 +239,7 @@ class Wan:
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
         features = clip.to(device) if isinstance(clip, Tensor) else None
-        return dit(noisy, timesteps, text, features, skip_blocks=tweaks.skip_blocks)
+        return dit(noisy, timesteps, text, features, tweaks)
 
     # generation
 

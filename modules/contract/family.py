@@ -57,6 +57,8 @@ class DitSpec:
 
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
+    # parts of module paths in blocks on which a LoRA is put only if asked for
+    lora_exclude: tuple[str, ...] = ()
     keep_float32: tuple[str, ...] = ()
     # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
@@ -65,6 +67,10 @@ class DitSpec:
     token_wise: tuple[
         str, ...
     ] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
+
+    def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
+        """Return the blocks of each list by its name, in the order in which they run."""
+        return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
 
 
 @dataclass(frozen=True)

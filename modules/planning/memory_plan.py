@@ -165,7 +165,7 @@ def smallest_swap(device_bytes: Callable[[int], int], most: int, usable: int) ->
 
 def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool) -> list[Swapped]:
     """Return the effect of every possible --blocks_to_swap, from 0 on."""
-    totals = [len(list(dit.get_submodule(name).children())) for name in spec.block_lists]
+    totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     return [
         swapped(dit, SwapPlan(spec, count, input_layers))
         for count in range(most_blocks(totals, spec.swap_counts) + 1)

@@ -101,9 +101,9 @@ class ToyDit(nn.Module):
         self.places["dit"] = str(device)
         return self
 
-    def forward(self, noisy: Tensor, letters: list[Tensor], skip_blocks: frozenset[int]) -> Tensor:
+    def forward(self, noisy: Tensor, letters: list[Tensor], tweaks: Tweaks) -> Tensor:
         text = torch.stack([one.mean() for one in letters]).view(-1, 1, 1, 1, 1)
-        return self.scale * (noisy + text / 100) * 0.5 ** len(skip_blocks)
+        return self.scale * (noisy + text / 100) * 0.5 ** len(tweaks.skip_blocks)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class ToyFamily:
             raise KeyboardInterrupt
         if self.interrupt_at is not None and int(cond["letters"][0]) == len(self.interrupt_at):
             raise KeyboardInterrupt
-        return dit(noisy, cond["letters"], tweaks.skip_blocks)
+        return dit(noisy, cond["letters"], tweaks)
 
     def prepare(self, request: Request) -> Request:
         if request.prompt == "impossible":

@@ -26,8 +26,8 @@ LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, s
 WIDTH = 8
 
 
-class WanAttentionBlock(nn.Module):
-    """Its name is what networks.lora_wan looks for."""
+class ToyBlock(nn.Module):
+    """Tokens and text through two layers, which a LoRA may be put on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,10 +41,12 @@ class WanAttentionBlock(nn.Module):
 class ToyDit(nn.Module):
     """Every latent pixel is a token; the text and the timestep are added to all of them."""
 
+    spec = DitSpec(("blocks",))
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(LATENT.channels, WIDTH)
-        self.blocks = nn.ModuleList(WanAttentionBlock() for _ in range(2))
+        self.blocks = nn.ModuleList(ToyBlock() for _ in range(2))
         self.head = nn.Linear(WIDTH, LATENT.channels)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, text: Sequence[Tensor]) -> Tensor:
@@ -96,7 +98,7 @@ class ToyFamily:
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
-    dit: DitSpec = DitSpec(("blocks",))
+    dit: DitSpec = ToyDit.spec
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
     experts: tuple[float, ...] = (0.0,)

@@ -24,6 +24,7 @@ class Prediction:
 
     options: TrainingOptions
     batch: str  # the size of the batch, in words
+    size: int  # of the batch: numbers in its latents
     moments: Mapping[str, Moment]
     waiting: int  # bytes of activations in host memory
     weights: str  # their dtypes
@@ -77,6 +78,7 @@ def predict(
     return Prediction(
         options,
         describe(family, noisy_batch),
+        noisy_batch.noise.numel(),
         moments,
         waiting,
         weights,

@@ -189,7 +189,7 @@ def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Le
             dict(each)
             for each in train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups
         ]
-    blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
+    blocks = family.dit.blocks(dit)
     watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
     # bitsandbytes reads a table of numbers that it makes; the weights stay without content

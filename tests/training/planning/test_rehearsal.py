@@ -16,6 +16,7 @@ from frame_pack.options import add_training_arguments as add_framepack_arguments
 from hunyuan_model.family import family_for_training as hunyuan_family
 from hunyuan_model.options import HunyuanTrainingOptions
 from hunyuan_model.options import add_training_arguments as add_hunyuan_arguments
+from modules import dressing
 from modules.contract.data import Batch
 from modules.contract.family import Family
 from modules.contract.loading import Placement
@@ -25,7 +26,6 @@ from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
-from training import dressing
 from training.loss import NoisyBatch, squared_errors
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
