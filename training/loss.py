@@ -3,16 +3,21 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from modules.contract.data import Batch, Conditions
-from modules.contract.family import Family
+from modules.contract.family import Described, Predicts
 from modules.devices import sent
 from modules.flow.schedule import add_noise
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network, nothing else
+
+
+class Trains(Described, Predicts, Protocol):
+    """What a training step asks of a family."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class NoisyBatch:
         return self.moved(lambda tensor: sent(tensor, device, is_ordered))
 
 
-def squared_errors(family: Family, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
+def squared_errors(family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
     """The mean squared error of the predicted velocity for each sample: B, float32. All lies where `to` sends
     it.
     """
@@ -61,7 +66,7 @@ def squared_errors(family: Family, dit: nn.Module, noisy_batch: NoisyBatch, auto
     return (velocity.float() - (noise - latents)).square().flatten(1).mean(1)
 
 
-def training_loss(family: Family, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
+def training_loss(family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
     """The weighted mean over the batch: one number. Samples of a batch have one size, so this is the mean
     over all elements too.
     """

@@ -13,11 +13,10 @@ from torch import nn
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
-from modules.contract.family import Family
 from training.data.feed import seeded
 from training.data.options import TimestepOptions
 from training.data.timesteps import timesteps_at
-from training.loss import Autocast, NoisyBatch, squared_errors
+from training.loss import Autocast, NoisyBatch, Trains, squared_errors
 
 NUM_BANDS = 5
 
@@ -26,7 +25,7 @@ NUM_BANDS = 5
 class Validation:
     """What is measured and by which share of the processes."""
 
-    family: Family
+    family: Trains
     items: Sequence[TrainingItem]  # of all processes; repeats are left out
     timesteps: TimestepOptions
     commands: CachingCommands

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.atomic_write import save_tensors
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders
-from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.data import Batch, Conditions, MediaEncoders
+from modules.contract.family import DitSpec, Generates, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.options import read_options
+from training.loss import Trains
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
 from training.whole_dit_options import add_whole_dit_arguments
@@ -114,9 +115,6 @@ class ToyFamily:
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         return MediaEncoders(ToyVae())
 
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        raise NotImplementedError
-
     @property
     def dit_files(self) -> tuple[Path, ...]:
         return ()
@@ -181,7 +179,7 @@ class ToyFamily:
         yield from encoders.vae.decode(latents)
 
 
-_: type[Family] = ToyFamily
+_: tuple[type[Trains], type[Generates]] = ToyFamily, ToyFamily
 
 
 def write_caches(
