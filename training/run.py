@@ -67,6 +67,7 @@ from training.resuming import (
     first_progress,
     habits_of,
     identity_of,
+    own_values,
     restore,
 )
 from training.samples import Sampler, prepare_samples
@@ -156,8 +157,10 @@ def prepared_run(
     data = _find_data(job, config)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
-    identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
-    habits = habits_of(options, family.metadata)
+    identity = identity_of(
+        options, job.progress.seed, data.order, data.plan, job.network_module, family.options
+    )
+    habits = habits_of(options, family.metadata, family.options)
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
@@ -434,7 +437,13 @@ def _make_saver(
     if not job.accelerator.is_main_process:
         return None
     options, progress, trainable = job.options, job.progress, learning.trainable
-    run_values = run_metadata(options, job.family.name, job.family.metadata, facts)
+    run_values = run_metadata(
+        options,
+        job.family.name,
+        job.family.metadata,
+        facts,
+        own_values(job.family.options, "identity", "habit"),
+    )
     precision = options.saving.save_precision
     if precision is not None:
         dtype: torch.dtype | None = DTYPES[precision]

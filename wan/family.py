@@ -19,7 +19,7 @@ from modules.contract.requests import check_size, filled, whole_frames, with_med
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
-from modules.options import require
+from modules.options import NO_OPTIONS, require
 from wan import conditioning
 from wan.checkpoints import DIT, check_task, load_dit, note_size
 from wan.clip import load_clip
@@ -65,6 +65,7 @@ class Wan:
     image_noise: float = 0.0
     # generation: the video takes the image's aspect; training samples: the image is cropped
     sizes_follow_image: bool = True
+    options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
@@ -425,6 +426,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         text_as_image_tokens=options.text_as_image_tokens,
         t5_in_fp8=options.text.fp8_t5,
         sizes_follow_image=False,
+        options=options,
     )
 
 

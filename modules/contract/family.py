@@ -9,7 +9,7 @@ latents`, shaped like `noisy`. A family is a frozen dataclass made by
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,10 @@ class Described(Protocol):
 
     @property
     def defaults(self) -> SamplingDefaults: ...
+
+    @property
+    # the family's own option record, whose facts say what resume compares and files record
+    def options(self) -> Any: ...
 
     @property
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files

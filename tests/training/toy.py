@@ -17,7 +17,7 @@ from modules.contract.family import DitSpec, Generates, LatentSpec, NoiseSource,
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.errors import OptionError
-from modules.options import read_options
+from modules.options import NO_OPTIONS, read_options
 from training.loss import Trains
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
@@ -101,6 +101,7 @@ class ToyFamily:
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
     experts: tuple[float, ...] = (0.0,)
+    options: Any = NO_OPTIONS
     media_identity: Mapping[str, str] = field(default_factory=dict)
     passes: list[bool] = field(default_factory=list)  # one for each pass: with gradients
     requests: list[Request] = field(default_factory=list)
