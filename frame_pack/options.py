@@ -18,7 +18,7 @@ from hunyuan_model.options import (
 )
 from modules.command import as_typed
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, check_at_least
+from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, check_at_least
 
 logger = logging.getLogger(__name__)
 
@@ -88,16 +88,17 @@ class FramePackGenerationOptions:
     vae: HunyuanVaeOptions
     text: HunyuanTextOptions
     image_encoder: Path | None
-    latent_window_size: int
-    bulk_decode: bool
-    f1: bool
+    latent_window_size: int = field(metadata=OF_REQUEST)
+    bulk_decode: bool = field(metadata=OF_DECODING)
+    f1: bool = field(metadata=OF_REQUEST)
     latent_paddings: str | None
     custom_system_prompt: str | None
     rope_scaling_factor: float
     rope_scaling_timestep_threshold: int | None
     te_multiplier: tuple[str, ...] | None
-    image_path: str | None  # of the command line: read here only to be checked early
-    one_frame_inference: str | None  # likewise
+    # of the command line: read here only to be checked early
+    image_path: str | None = field(metadata=OF_REQUEST)
+    one_frame_inference: str | None = field(metadata=OF_REQUEST)  # likewise
 
     def __post_init__(self) -> None:
         _check_window(self.latent_window_size)

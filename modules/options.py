@@ -23,6 +23,12 @@ T = TypeVar("T")
 IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
 HABIT = {"resume": "habit"}  # it may give another one, which is warned about
 FREE = {"resume": "free"}  # it may give another one
+# stands in the metadata of what is generated, as it was given: so does an option without this fact
+SETTING = {"record": "setting"}
+OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew
+# the metadata have its value for each video: a prompt line, an image or the task may decide it
+OF_REQUEST = {"record": "request"}
+NO_PIXELS = {"record": "nothing"}  # changes no pixel: not in the metadata
 
 
 @dataclasses.dataclass(frozen=True)

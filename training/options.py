@@ -5,12 +5,12 @@
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import read_options, refuse_unsupported, require
+from modules.options import FREE, HABIT, read_options, refuse_unsupported, require
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
 from networks.options import NetworkOptions, add_network_arguments
 from training.config_options import add_config_argument, read_config_file
@@ -38,18 +38,18 @@ T = TypeVar("T")
 class TrainingOptions:
     """Everything but the family's own options."""
 
-    loop: LoopOptions
-    validation: ValidationOptions
+    loop: LoopOptions = field(metadata=FREE)
+    validation: ValidationOptions = field(metadata=FREE)
     optimizer: OptimizerOptions
-    lr_schedule: LrScheduleOptions
-    timesteps: TimestepOptions
+    lr_schedule: LrScheduleOptions = field(metadata=HABIT)
+    timesteps: TimestepOptions = field(metadata=HABIT)
     network: NetworkOptions | None  # what learns: a network beside the DiT,
     whole_dit: WholeDitOptions | None  # or the DiT itself; one of the two is there
-    saving: SavingOptions
-    hub: HubOptions
-    metadata: MetadataOptions
-    samples: SampleOptions
-    logs: LogOptions
+    saving: SavingOptions = field(metadata=FREE)
+    hub: HubOptions = field(metadata=FREE)
+    metadata: MetadataOptions = field(metadata=FREE)
+    samples: SampleOptions = field(metadata=FREE)
+    logs: LogOptions = field(metadata=FREE)
     accelerator: AcceleratorOptions
     speed: TrainingSpeedOptions
 

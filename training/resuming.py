@@ -43,49 +43,6 @@ from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
-# options that a resumed run shares with the saved one, and those it may change; None where a run has no such
-# option
-IDENTITY = (
-    *("network_module", "network_dim", "network_alpha", "network_args", "trainable_modules", "full_bf16"),
-    *("optimizer_type", "optimizer_args", "learning_rate"),
-)
-HABITS = (
-    "max_grad_norm",
-    "fused_backward_pass",
-    "lr_scheduler",
-    "lr_scheduler_type",
-    "lr_scheduler_args",
-    "lr_warmup_steps",
-    "lr_decay_steps",
-    "lr_scheduler_num_cycles",
-    "lr_scheduler_power",
-    "lr_scheduler_timescale",
-    "lr_scheduler_min_lr_ratio",
-    "timestep_sampling",
-    "discrete_flow_shift",
-    "sigmoid_scale",
-    "weighting_scheme",
-    "logit_mean",
-    "logit_std",
-    "mode_scale",
-    "min_timestep",
-    "max_timestep",
-    "preserve_distribution_shape",
-    "num_timestep_buckets",
-    "network_dropout",
-    "scale_weight_norms",
-    "base_weights_multiplier",
-    "mixed_precision",
-    "fp8_base",
-    "fp8_scaled",
-    "fp8_fast",
-    "upcast_quantization",
-    "fp16_accumulation",
-    "compile",
-    "dynamo_backend",
-    "guidance_scale",
-)
-
 
 @dataclass(frozen=True)
 class Learning:
@@ -166,7 +123,7 @@ def identity_of(
     batches = f"{plan.num_batches}, {hashlib.sha256(epoch.encode()).hexdigest()[:12]}"
     return {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
-        **{f"--{name}": config.get(name) for name in IDENTITY},
+        **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
         **{f"--{name}": value for name, value in own_values(own, "identity").items()},
         "micro-batches per step (processes x --gradient_accumulation_steps)": plan.group_size,
         "batches of an epoch (--dataset_config and its caches)": batches,
@@ -187,7 +144,11 @@ def habits_of(
         "--base_weights": ", ".join(path.name for path in base_weights or ()) or None,
     }
     own_habits = {f"--{name}": value for name, value in own_values(own, "habit").items()}
-    return {**{f"--{name}": config.get(name) for name in HABITS}, **own_habits, **models}
+    return {
+        **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "habit")},
+        **own_habits,
+        **models,
+    }
 
 
 def capture(

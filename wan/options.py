@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, IDENTITY
+from modules.options import FREE, HABIT, IDENTITY, NO_PIXELS, OF_DECODING, OF_REQUEST
 from modules.vae_options import VaeOptions, add_vae_arguments
 from wan.configs import TASKS
 
@@ -65,13 +65,13 @@ class WanTrainingOptions:
 class WanGenerationOptions:
     """Options of wan_generate_video.py beside the shared ones."""
 
-    task: str
+    task: str = field(metadata=OF_REQUEST)
     dit: Path | None
-    vae: VaeOptions
-    vae_cache_cpu: bool
+    vae: VaeOptions = field(metadata=OF_DECODING)
+    vae_cache_cpu: bool = field(metadata=NO_PIXELS)
     text: WanTextOptions
     clip: Path | None
-    ckpt_dir: Path | None
+    ckpt_dir: Path | None = field(metadata=OF_DECODING)
     rope_func: str
     mixed_precision_transformer: bool
     text_as_image_tokens: bool

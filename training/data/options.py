@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.options import FREE, check_at_least
 
 SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
@@ -26,7 +26,7 @@ class TimestepOptions:
     max_timestep: int | None
     preserve_distribution_shape: bool
     num_timestep_buckets: int | None
-    show_timesteps: str | None  # image, console: draw the distribution and exit
+    show_timesteps: str | None = field(metadata=FREE)  # image, console: draw the distribution and exit
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
