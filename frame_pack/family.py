@@ -37,6 +37,7 @@ from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, Med
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.requests import with_negative
 from modules.devices import sent
 from modules.options import NO_OPTIONS
@@ -80,6 +81,7 @@ class FramePack:
     cache_tag: str = field(default="fp", init=False)
     lora_module: str = field(default="networks.lora_framepack", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     experts: tuple[float, ...] = field(default=(0.0,), init=False)

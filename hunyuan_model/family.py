@@ -32,6 +32,7 @@ from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, Med
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.requests import check_size, filled, whole_frames, with_media, with_negative
 from modules.devices import computing_dtype, sent
 from modules.errors import DatasetError, OptionError
@@ -70,6 +71,7 @@ class HunyuanVideo:
     cache_tag: str = field(default="hv", init=False)
     lora_module: str = field(default="networks.lora", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     experts: tuple[float, ...] = field(default=(0.0,), init=False)

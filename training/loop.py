@@ -167,7 +167,9 @@ def _accumulate(
         _seed(run, micro_batch.number)
         if run.memory is not None:
             run.memory.see_batch(micro_batch.data.noise.numel())
-        loss = training_loss(run.family, run.dit, micro_batch.data.to(run.device), run.autocast) / len(group)
+        loss = training_loss(
+            run.family, run.dit, micro_batch.data.to(run.device), run.autocast, run.options.loss
+        ) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss.detach()
         keys += micro_batch.data.batch.keys

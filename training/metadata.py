@@ -4,13 +4,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
 from modules.atomic_write import storable
 from networks.loading import TRAINED_FOR
+from training.loss_options import L2
 from training.options import TrainingOptions
 
 DEFAULT_RANK = 4
@@ -60,6 +61,8 @@ def run_metadata(
     if not options.metadata.no_metadata:
         values |= {f"ss_{name}": value for name, value in own.items()}
         values |= _training_values(options, facts)
+        if options.loss != L2:
+            values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
         values |= {f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", "vae_name")}
         if "trained_for" in family_metadata:
             values[TRAINED_FOR] = family_metadata["trained_for"]

@@ -129,7 +129,9 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
     that the user can mend.
     """
     if options.timesteps.show_timesteps is not None:
-        show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
+        show_timesteps(
+            options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path(), family.noise
+        )
         return 0
     if options.loop.check:
         return _check(family, options, commands)
@@ -253,7 +255,7 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     else:
-        for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
+        for line in ignored_options(options, family.defaults.embedded_guidance is not None, family.noise):
             logger.warning(line)
     check_fused_backward(options, accelerator.num_processes)
     fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
@@ -403,7 +405,7 @@ def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, Fu
 
 def _make_feed(job: Job, data: Data) -> Feed:
     loop, accelerator = job.options.loop, job.accelerator
-    randomness = Randomness(job.options.timesteps, job.progress.seed)
+    randomness = Randomness(job.options.timesteps, job.progress.seed, job.family.noise)
     return Feed(
         MicroBatches(data.order, job.family.latent, randomness, job.commands),
         data.plan,
@@ -421,7 +423,13 @@ def _make_validation(job: Job, data: Data) -> Validation | None:
     accelerator = job.accelerator
     share = accelerator.device, accelerator.process_index, accelerator.num_processes
     return Validation(
-        job.family, data.validation, job.options.timesteps, job.commands, *share, encoders=data.encoders
+        job.family,
+        data.validation,
+        job.options.timesteps,
+        job.commands,
+        *share,
+        job.options.loss,
+        data.encoders,
     )
 
 

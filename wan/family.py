@@ -15,6 +15,7 @@ from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, Med
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.requests import check_size, filled, whole_frames, with_media
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CacheError, DatasetError, OptionError
@@ -71,6 +72,7 @@ class Wan:
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default="networks.lora_wan", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
     experts: tuple[float, ...] = field(default=(0.0,), init=False)

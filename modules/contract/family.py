@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import NoiseSpec
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,9 @@ class Described(Protocol):
 
     @property
     def latent(self) -> LatentSpec: ...
+
+    @property
+    def noise(self) -> NoiseSpec: ...
 
     @property
     def dit(self) -> DitSpec: ...

@@ -30,20 +30,21 @@ class Schedule:
         return len(self.timesteps)
 
 
-def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Blend latents with noise on the straight path that rectified flow trains on.
+def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | None = None) -> Tensor:
+    """Blend latents with noise; without `alphas` on the straight path that rectified flow trains on.
 
-    latents, noise: B C F H W in model space. sigmas: B, from 0 (clean) to 1 (pure noise).
-    Returns B C F H W in the dtype of `latents`; the blend is computed in float32.
-    Raises ValueError where the batch sizes differ.
-    Source: Liu et al. 2022, arXiv 2209.03003.
+    latents, noise: B C F H W in model space. sigmas: B, from 0 (clean) to 1 (pure noise). alphas: B, factors
+    of the latents; None: 1 - sigmas. Returns B C F H W in the dtype of `latents`; the blend is computed in
+    float32. Raises ValueError where the batch sizes differ. Source: Liu et al. 2022, arXiv 2209.03003.
     """
     if not len(latents) == len(noise) == len(sigmas):
         raise ValueError(
             f"batch sizes differ: {len(latents)} latents, {len(noise)} noise, {len(sigmas)} sigmas"
         )
-    weights = sigmas.float().view(-1, *([1] * (latents.ndim - 1)))
-    return ((1 - weights) * latents.float() + weights * noise.float()).to(latents.dtype)
+    rows = (-1, *([1] * (latents.ndim - 1)))
+    weights = sigmas.float().view(rows)
+    shares = 1 - weights if alphas is None else alphas.float().view(rows)
+    return (shares * latents.float() + weights * noise.float()).to(latents.dtype)
 
 
 def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:

@@ -53,6 +53,7 @@ CHANGEABLE = {
         "fp8_scaled",
         "fp8_fast",
     ),
+    *("loss_type", "huber_schedule", "huber_c", "huber_scale"),
     *("upcast_quantization", "fp16_accumulation", "compile", "dynamo_backend", "guidance_scale"),
 }
 

@@ -16,6 +16,7 @@ from modules.contract.data import Batch, Conditions, MediaEncoders
 from modules.contract.family import DitSpec, Generates, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from training.loss import Trains
@@ -97,6 +98,7 @@ class ToyFamily:
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
+    noise: NoiseSpec = FLOW
     dit: DitSpec = DitSpec(("blocks",))
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)

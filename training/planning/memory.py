@@ -50,7 +50,7 @@ def read_largest(
 ) -> NoisyBatch:
     """That batch as it is read for training. Raises CacheError where its caches cannot be used."""
     batch = read_batch(largest_batch(items), family.latent, commands)
-    return Randomness(options.timesteps, 0).add(batch, 0, 0)
+    return Randomness(options.timesteps, 0, family.noise).add(batch, 0, 0)
 
 
 def plan_training(

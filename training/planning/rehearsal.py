@@ -84,7 +84,11 @@ class Rehearsal:
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
         loss = training_loss(
-            self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device)
+            self.family,
+            self.dit,
+            noisy_batch,
+            autocast_of(self.options, self.ledger.device),
+            self.options.loss,
         )
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
