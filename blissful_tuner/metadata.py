@@ -67,8 +67,8 @@ def output_metadata(
 def decoded_metadata(
     saved: Mapping[str, str], settings: Mapping[str, Any], of_decoding: Collection[str], fps: float
 ) -> dict[str, str]:
-    """Metadata of pixels that were decoded from a latent file: what that says of itself, and what this run
-    decoded it with.
+    """Return the metadata of pixels decoded from a latent file: what that says, and what this run decoded it
+    with.
 
     of_decoding: the options that say how latents are decoded.
     """

@@ -179,8 +179,7 @@ class GenerationOptions:
     latent_path: tuple[Path, ...] | None = field(metadata=NO_PIXELS)
     device: str | None = field(metadata=OF_REQUEST)
     line_options: Mapping[str, LineOption]  # what the letters of a prompt line mean
-    # what metadata say of the script's options, the family's too, that were given
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # options that were given, the family's too, as metadata record them
     decoding_options: frozenset[str]  # which of all there are say how latents are decoded
 
     @property

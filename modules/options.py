@@ -18,17 +18,16 @@ from modules.errors import OptionError
 
 T = TypeVar("T")
 
-# Facts of a field, for `field(metadata=...)`; a field that holds a record passes its own on to all options in
-# it.
+# Facts of a field, for `field(metadata=...)`; one that holds a record passes its own on to all options in it.
 IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
 HABIT = {"resume": "habit"}  # it may give another one, which is warned about
 FREE = {"resume": "free"}  # it may give another one
-# stands in the metadata of what is generated, as it was given: so does an option without this fact
-SETTING = {"record": "setting"}
+# What the metadata of a generated file say of an option:
+SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
 OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew
-# the metadata have its value for each video: a prompt line, an image or the task may decide it
+# its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
-NO_PIXELS = {"record": "nothing"}  # changes no pixel: not in the metadata
+NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,8 +61,8 @@ class NoisyBatch:
 def measure_errors(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, options: LossOptions = L2
 ) -> Tensor:
-    """Return the mean error of the predicted velocity for each sample: B, float32. Everything lies where `to`
-    sends it.
+    """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
+    batch.
 
     If the batch has a mask (`MASK`), errors are multiplied by it before the mean over all elements.
     """
@@ -86,8 +86,9 @@ def measure_errors(
 def training_loss(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, options: LossOptions = L2
 ) -> Tensor:
-    """Return the weighted mean over the batch: one number. As all samples have one size, it is the mean over
-    all elements too.
+    """Return the weighted mean over the batch: one number.
+
+    All samples of a batch have one size, so it is the mean over all elements too.
     """
     return (measure_errors(family, dit, noisy_batch, autocast, options) * noisy_batch.weights).mean()
 
@@ -95,8 +96,7 @@ def training_loss(
 def element_errors(options: LossOptions, differences: Tensor, thresholds: Tensor | None = None) -> Tensor:
     """Return the error of each element. differences: B C F H W. thresholds: B, of huber and smooth_l1.
 
-    For small differences huber is their square; smooth_l1 is that divided by the threshold. For large ones
-    huber is 2 c |d|, smooth_l1 2 |d|.
+    For small differences d huber is d^2 and smooth_l1 is d^2 / c; for large ones they are 2 c |d| and 2 |d|.
     """
     if options.loss_type == "l2":
         return differences.square()
@@ -109,12 +109,11 @@ def element_errors(options: LossOptions, differences: Tensor, thresholds: Tensor
 
 
 def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, timesteps: Tensor) -> Tensor:
-    """Return the threshold c of each sample for --huber_schedule: B, float32. timesteps: what the network is
-    fed, 0..1000.
+    """Return the threshold c of each sample for --huber_schedule: B, float32.
 
-    snr: (1 - huber_c) / (1 + r)^2 + huber_c, where r is the ratio of noise to data, sigma over the share of
-    the latents. Known trainers define it for models that predict noise only; for a flow it falls from 1 to
-    huber_c in the same way.
+    timesteps: B, what the network is fed, 0..1000. snr: (1 - huber_c) / (1 + r)^2 + huber_c, where r is the
+    ratio of noise to data, sigma over the share of the latents. Known trainers define it only for models that
+    predict noise; for a flow it falls from 1 to huber_c too.
     """
     if options.huber_schedule == "constant":
         return torch.full_like(sigmas.float(), options.huber_c * options.huber_scale)
@@ -126,8 +125,6 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
 
 
 def resize_mask(mask: Tensor, errors: Tensor) -> Tensor:
-    """Return a mask B H W, averaged over the area of each latent: B 1 1 H W, to multiply errors B C F H W
-    with.
-    """
+    """Return a mask B H W averaged over the area of each latent: B 1 1 H W, a factor of errors B C F H W."""
     resized = interpolate(mask.float().unsqueeze(1), size=errors.shape[-2:], mode="area")
     return resized.unsqueeze(2)

@@ -41,14 +41,14 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss_type",
         default="l2",
         choices=LOSSES,
-        help="l2: squared error; l1: absolute error; huber, smooth_l1: squared below a threshold, absolute "
-        "above it",
+        help="l2: squared error; l1: absolute error; huber, smooth_l1: squared below a threshold, else "
+        "absolute",
     )
     group.add_argument(
         "--huber_schedule",
         default="snr",
         choices=SCHEDULES,
-        help="threshold of huber and smooth_l1: the same at all timesteps, or smaller the more noise there is",
+        help="threshold of huber and smooth_l1: constant, or smaller the more noise there is",
     )
     group.add_argument(
         "--huber_c", type=float, default=0.1, help="threshold of huber and smooth_l1 in pure noise"

@@ -47,7 +47,7 @@ def run_metadata(
 
     family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name,
     vae_name; trained_for where a model has several uses that its files do not tell apart). own: the family's
-    own options that training depends on. A whole DiT has no `ss_network_*`, by which a LoRA is known.
+    options that resume compares. A whole DiT has no `ss_network_*`, by which a LoRA is known.
     """
     network = options.network
     values: dict[str, Any] = {"ss_base_model_version": family_name}

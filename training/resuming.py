@@ -99,9 +99,7 @@ def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | 
 
 
 def own_values(own: Any, *kinds: str) -> dict[str, Any]:
-    """Return the options of a family's record that a resumed run shares ("identity") or may change ("habit"),
-    by name.
-    """
+    """Return the options of a family's record whose fact "resume" is one of `kinds`, by name."""
     names = {name for kind in kinds for name in options_with(type(own), "resume", kind)}
     return {name: value for name, value in public_config(own).items() if name in names}
 
@@ -114,7 +112,7 @@ def identity_of(
     network_module: str,
     own: Any = NO_OPTIONS,
 ) -> dict[str, Any]:
-    """Return what has to be the same in a resumed run, by the words a user knows it by.
+    """Return what has to be the same in a resumed run, by the words that a user knows.
 
     own: `Family.options`.
     """
@@ -133,7 +131,7 @@ def identity_of(
 def habits_of(
     options: TrainingOptions, family_metadata: Mapping[str, str], own: Any = NO_OPTIONS
 ) -> dict[str, Any]:
-    """Return what a resumed run may change, with a warning; models by the names of their files.
+    """Return what a resumed run may change with a warning, models by their file names.
 
     own: `Family.options`.
     """

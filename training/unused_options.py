@@ -18,7 +18,7 @@ Given = tuple[str, object, str]  # an option, whether it was given, why it has n
 
 
 def ignored_options(options: TrainingOptions, takes_guidance: bool, noise: NoiseSpec) -> list[str]:
-    """One line for each of them.
+    """Return one line for each of them.
 
     takes_guidance: the model has an input for embedded guidance. noise: `Family.noise`.
     """

@@ -137,8 +137,7 @@ class Described(Protocol):
     def defaults(self) -> SamplingDefaults: ...
 
     @property
-    # the family's own option record, whose facts say what resume compares and files record
-    def options(self) -> Any: ...
+    def options(self) -> Any: ...  # the family's own option record; its facts say what resume compares
 
     @property
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files

@@ -11,17 +11,16 @@ from torch import Tensor
 class NoiseSpec:
     """Noise conventions of a family; the defaults are those of the video families.
 
-    Without a table the model is a rectified flow: noisy = (1 - sigma) latents + sigma noise, with sigma from
-    0 to 1. With one it predicts noise, in k-diffusion's form: noisy = latents + sigma noise, with sigma from
-    the table. In both, the velocity that `predict` returns is the derivative of `noisy` by sigma: `noise -
-    latents`, or `noise`.
+    Without a table the model is a rectified flow: noisy = (1 - sigma) latents + sigma noise, sigma from 0 to
+    1. With one it predicts noise, in k-diffusion's form: noisy = latents + sigma noise, sigma from the table.
+    In both, the velocity that `predict` returns is the derivative of `noisy` by sigma: `noise - latents`, or
+    `noise`.
     """
 
     training_offset: float = 1.0  # training feeds 1000 sigma + this, except with --timestep_sampling sigma
     whole_timesteps: bool = False  # what is fed is cut to a whole number
     table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
-    # shape of the latents -> how many tokens the network sees, for shifts that follow the size; no lambda:
-    # workers receive it
+    # shape of the latents -> number of tokens, for shifts that follow the size. No lambda: workers receive it
     tokens: Callable[[Sequence[int]], int] | None = None
     table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
 

@@ -36,9 +36,11 @@ class Schedule:
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | None = None) -> Tensor:
     """Blend latents with noise; without `alphas` on the straight path that rectified flow trains on.
 
-    latents, noise: B C F H W in model space. sigmas: B, from 0 (clean) to 1 (pure noise). alphas: B, factors
-    of the latents; None: 1 - sigmas. Returns B C F H W in the dtype of `latents`; the blend is computed in
-    float32. Raises ValueError where the batch sizes differ. Source: Liu et al. 2022, arXiv 2209.03003.
+    latents, noise: B C F H W in model space. sigmas: B, from 0 (clean) to 1 (pure noise).
+    alphas: B, factors of the latents; None: 1 - sigmas.
+    Returns B C F H W in the dtype of `latents`; the blend is computed in float32.
+    Raises ValueError where the batch sizes differ.
+    Source: Liu et al. 2022, arXiv 2209.03003.
     """
     if not len(latents) == len(noise) == len(sigmas):
         raise ValueError(

@@ -24,7 +24,7 @@ class TinyFamily:
     cache_texts: Command
     train: Command
     generate: Command
-    # options with which a state of `train` is not resumed; none where the model's file excludes all others
+    # options with which a state of `train` is not resumed; none if the model's file excludes them
     another_run: Command
     changed_habit: Command  # options that a resumed run may change, with a warning
     sample_line: str = "a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3"

@@ -1,6 +1,4 @@
-"""Families that are unlike the video families go through the same caching and training: no loop knows of
-them.
-"""
+"""Families unlike the video families go through the same caching and training: no loop knows of them."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""Toy families of another kind than the video families, for the same loops: pictures, and a model that
-predicts noise.
-"""
+"""Toy families unlike the video families, for the same loops: pictures, and a model that predicts noise."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +60,7 @@ class PictureDit(nn.Module):
 class PictureFamily:
     """Pictures with transparency.
 
-    The network says which way the data lies, as Lumina's; or the noise, if `noise` has a table.
+    The network says which way the data lies; or the noise, if `noise` has a table.
     """
 
     noise: NoiseSpec = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_tokens)
@@ -93,11 +91,8 @@ class PictureFamily:
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         latents = encoders.vae.encode(media.frames)
-        alpha = (
-            torch.full(media.frames.shape[2:4], 255).expand(len(latents), -1, -1)
-            if media.alpha is None
-            else media.alpha
-        )
+        opaque = torch.full(media.frames.shape[2:4], 255).expand(len(latents), -1, -1)
+        alpha = opaque if media.alpha is None else media.alpha
         made = zip(latents, alpha.float() / 255, strict=True)
         return [[CacheEntry({"latents": picture, "alpha_mask": mask})] for picture, mask in made]
 

@@ -8,7 +8,7 @@ from modules.errors import OptionError
 from modules.options import FREE, check_at_least
 
 SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
-# whose shift follows the size, for families that say how many tokens there are
+# whose shift follows the size: for families with `NoiseSpec.tokens`
 SIZE_SAMPLERS = ("flux_shift", "nextdit_shift")
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
@@ -58,10 +58,7 @@ class TimestepOptions:
 
 
 def add_timestep_arguments(parser: argparse.ArgumentParser, samplers: Sequence[str] = SAMPLERS) -> None:
-    """Add the arguments of `TimestepOptions`.
-
-    samplers: those that the family can use; SIZE_SAMPLERS need `NoiseSpec.tokens`.
-    """
+    """Add the arguments of `TimestepOptions`. samplers: those that the family can use."""
     group = parser.add_argument_group("timesteps and loss weights")
     group.add_argument(
         "--timestep_sampling", default="sigma", choices=samplers, help="how timesteps are drawn"

@@ -46,8 +46,8 @@ def draw(
     generator: on the CPU, made for this micro-batch. With --num_timestep_buckets also: seed, that of the run;
     first_sample, how many samples the run has drawn before this micro-batch. Then every N samples in a row
     take one of each of N equal parts. noise: conventions of the family. shape: of the latents, B C F H W, for
-    samplers whose shift follows the size. Raises OptionError where nearly nothing lies between --min_timestep
-    and --max_timestep.
+    a shift that follows the size. Raises OptionError where nearly nothing lies between --min_timestep and
+    --max_timestep.
     """
     flow_shift = find_shift(options, noise, shape)
     low, high = (
@@ -71,19 +71,18 @@ def draw(
 
 
 def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
-    """Return the shift of the samplers: --discrete_flow_shift, or for SIZE_SAMPLERS e^mu of the number of
-    tokens.
+    """Return the shift of the samplers: --discrete_flow_shift, or for SIZE_SAMPLERS e^mu.
 
-    mu grows linearly from 0.5 at 256 tokens to 1.15 at 4096. Source: the FLUX.1 reference code,
-    `get_lin_function`. Raises OptionError if a sampler follows the size and the family's shift does not.
+    mu grows linearly from 0.5 at 256 tokens to 1.15 at 4096. Source: the FLUX.1 reference code.
+    Raises OptionError if a sampler follows the size and the family's shift does not.
     """
     if options.timestep_sampling not in SIZE_SAMPLERS:
         return options.flow_shift
     if noise.tokens is None:
         raise OptionError(
             f"--timestep_sampling {options.timestep_sampling}: the shift of this model does not follow the "
-            "size. Use shift with "
-            "--discrete_flow_shift"
+            "size. "
+            "Use shift with --discrete_flow_shift"
         )
     return math.exp(0.5 + (noise.tokens(shape) - 256) * (1.15 - 0.5) / (4096 - 256))
 
@@ -140,7 +139,7 @@ def _shares(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_sh
 
 
 def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
-    """What is mixed and what the network is fed at these shares of noise, or places in the family's table: B,
+    """Return what is mixed and what the network is fed at these shares of noise, or places in the table: B,
     0..1.
     """
     if not noise.table:

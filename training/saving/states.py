@@ -155,8 +155,8 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
 
 
 def check_identity(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
-    """Raise OptionError if a setting that decides the numbers differs from that of the saved run. Keys name
-    the options.
+    """Raise OptionError if a setting that decides the numbers differs from the saved run's. Keys name the
+    options.
 
     What the saved run did not record is not compared.
     """

@@ -112,8 +112,7 @@ DIFFUSERS = {
 @pytest.mark.parametrize("name", DIFFUSERS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 def test_a_model_that_predicts_noise_is_followed_as_diffusers_does(name: str, steps: int) -> None:
-    """Theirs, but for Euler, go along latents that are weakened as noise is added: those divided by their
-    share are ours.
+    """Theirs, except Euler, weaken latents as noise is added: divided by their share they are ours.
 
     Float32 on both sides; measured: at most 1e-6 of the largest value.
     """
@@ -141,7 +140,6 @@ def test_a_model_that_predicts_noise_is_followed_as_diffusers_does(name: str, st
         expected = theirs.step(noise, timestep, expected, return_dict=False)[0]
         ours = solver.step(index, predict(ours, sigmas[index]), ours)
 
-    # at the end all is data: the share is 1
     assert float((ours - expected).abs().max() / expected.abs().max()) < 1e-5
 
 

@@ -43,7 +43,7 @@ IMAGE_NOISE = {
     "hunyuan_image": NoiseSpec(0.0, whole_timesteps=True, table_is_shifted=True, tokens=count_tokens),
     "lumina": NoiseSpec(0.0, table_is_shifted=True, tokens=count_tokens),
 }
-# what predict does
+# what `predict` makes of the timesteps
 FED = {"flux": lambda fed: fed / 1000, "hunyuan_image": lambda fed: fed, "lumina": lambda fed: 1 - fed / 1000}
 
 
