@@ -19,6 +19,25 @@ from modules.text_files import bad_character
 
 T = TypeVar("T")
 
+# Facts of a field, for `field(metadata=...)`; one that holds a record passes its own on to all options in it.
+IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
+HABIT = {"resume": "habit"}  # it may give another one, which is warned about
+FREE = {"resume": "free"}  # it may give another one
+# What the metadata of a generated file say of an option:
+SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
+OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew
+# its value for this video, which a prompt line, an image or the task may decide
+OF_REQUEST = {"record": "request"}
+NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The option record of a family that has no options of its own."""
+
+
+NO_OPTIONS = NoOptions()
+
 
 def read_options(cls: type[T], args: argparse.Namespace) -> T:
     """Build the option record `cls` from parsed arguments.
@@ -56,6 +75,23 @@ def option_values(options: Any) -> dict[str, Any]:
         value = getattr(options, field.name)
         values |= option_values(value) if dataclasses.is_dataclass(value) else {option_name(field): value}
     return values
+
+
+def facts_of(cls: type) -> dict[str, dict[str, Any]]:
+    """Return the facts of every option of a record by its public name, those of the records in it too."""
+    hints = typing.get_type_hints(cls)
+    facts: dict[str, dict[str, Any]] = {}
+    for field in dataclasses.fields(cls):
+        own = {fact: value for fact, value in field.metadata.items() if fact != "option"}
+        record = record_of(hints[field.name])
+        inner = {option_name(field): {}} if record is None else facts_of(record)
+        facts |= {name: {**own, **more} for name, more in inner.items()}
+    return facts
+
+
+def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
+    """Return the public names of the options of a record of which a fact has that value."""
+    return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
 
 
 def record_of(hint: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least, check_below, check_seed
+from modules.options import HABIT, check_at_least, check_below, check_seed
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LoopOptions:
     # "attention": kept beside the blocks' inputs rather than computed again
     gradient_checkpointing_keep: str | None
     gradient_accumulation_steps: int  # micro-batches per optimizer step and process
-    embedded_guidance: float = field(metadata={"option": "guidance_scale"})
+    embedded_guidance: float = field(metadata={"option": "guidance_scale", **HABIT})
     check: bool  # print what would be trained on, then exit
 
     def __post_init__(self) -> None:

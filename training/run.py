@@ -69,6 +69,7 @@ from training.resuming import (
     first_progress,
     habits_of,
     identity_of,
+    own_values,
     restore,
 )
 from training.samples import Sampler, prepare_samples
@@ -130,7 +131,9 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
     that the user can mend.
     """
     if options.timesteps.show_timesteps is not None:
-        show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
+        show_timesteps(
+            options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path(), family.noise
+        )
         return 0
     if options.loop.check:
         return _check(family, options, commands)
@@ -158,8 +161,10 @@ def prepared_run(
     data = _find_data(job, config)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
-    identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
-    habits = habits_of(options, family.metadata)
+    identity = identity_of(
+        options, job.progress.seed, data.order, data.plan, job.network_module, family.options
+    )
+    habits = habits_of(options, family.metadata, family.options)
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
@@ -250,7 +255,7 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     else:
-        for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
+        for line in ignored_options(options, family.defaults.embedded_guidance is not None, family.noise):
             logger.warning(line)
     check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
     fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
@@ -400,7 +405,7 @@ def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, Fu
 
 def _make_feed(job: Job, data: Data) -> Feed:
     loop, accelerator = job.options.loop, job.accelerator
-    randomness = Randomness(job.options.timesteps, job.progress.seed)
+    randomness = Randomness(job.options.timesteps, job.progress.seed, job.family.noise)
     return Feed(
         MicroBatches(data.order, job.family.latent, randomness, job.commands),
         data.plan,
@@ -418,7 +423,13 @@ def _make_validation(job: Job, data: Data) -> Validation | None:
     accelerator = job.accelerator
     share = accelerator.device, accelerator.process_index, accelerator.num_processes
     return Validation(
-        job.family, data.validation, job.options.timesteps, job.commands, *share, encoders=data.encoders
+        job.family,
+        data.validation,
+        job.options.timesteps,
+        job.commands,
+        *share,
+        job.options.loss,
+        data.encoders,
     )
 
 
@@ -434,7 +445,13 @@ def _make_saver(
     if not job.accelerator.is_main_process:
         return None
     options, progress, trainable = job.options, job.progress, learning.trainable
-    run_values = run_metadata(options, job.family.name, job.family.metadata, facts)
+    run_values = run_metadata(
+        options,
+        job.family.name,
+        job.family.metadata,
+        facts,
+        own_values(job.family.options, "identity", "habit"),
+    )
     precision = options.saving.save_precision
     if precision is not None:
         dtype: torch.dtype | None = DTYPES[precision]

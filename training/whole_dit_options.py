@@ -1,9 +1,9 @@
 """Options of full fine-tuning: the DiT itself learns, rather than a network beside it."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from modules.options import add_unsupported
+from modules.options import HABIT, IDENTITY, add_unsupported
 
 EVERYTHING = "."  # part of every name
 
@@ -13,9 +13,9 @@ class WholeDitOptions:
     """What of the DiT learns, in which dtype it is kept, and when its weights are stepped."""
 
     # parameters whose name contains one of these learn, the rest is frozen
-    trainable_modules: tuple[str, ...]
-    fused_backward_pass: bool
-    full_bf16: bool  # else the weights are kept in float32
+    trainable_modules: tuple[str, ...] = field(metadata=IDENTITY)
+    fused_backward_pass: bool = field(metadata=HABIT)
+    full_bf16: bool = field(metadata=IDENTITY)  # else the weights are kept in float32
 
     @property
     def name_parts(self) -> tuple[str, ...]:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.atomic_write import save_tensors
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders
-from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.data import Batch, Conditions, MediaEncoders
+from modules.contract.family import DitSpec, Generates, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
-from modules.options import read_options
+from modules.options import NO_OPTIONS, read_options
+from training.loss import Trains
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
 from training.whole_dit_options import add_whole_dit_arguments
@@ -99,9 +101,11 @@ class ToyFamily:
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
     dit: DitSpec = ToyDit.spec
+    noise: NoiseSpec = FLOW
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
     experts: tuple[float, ...] = (0.0,)
+    options: Any = NO_OPTIONS
     media_identity: Mapping[str, str] = field(default_factory=dict)
     passes: list[bool] = field(default_factory=list)  # one for each pass: with gradients
     requests: list[Request] = field(default_factory=list)
@@ -115,9 +119,6 @@ class ToyFamily:
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         return MediaEncoders(ToyVae())
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        raise NotImplementedError
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
@@ -183,7 +184,7 @@ class ToyFamily:
         yield from encoders.vae.decode(latents)
 
 
-_: type[Family] = ToyFamily
+_: tuple[type[Trains], type[Generates]] = ToyFamily, ToyFamily
 
 
 def write_caches(

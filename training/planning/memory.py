@@ -12,12 +12,12 @@ import torch
 
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
-from modules.contract.family import Family, LatentSpec
+from modules.contract.family import Described, LatentSpec
 from modules.planning.advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import MemoryPlan, Room, gib, present, room_on
 from training.data.feed import Randomness
-from training.loss import NoisyBatch
+from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.planning.prediction import Prediction, predict
 
@@ -38,15 +38,15 @@ def largest_batch(items: Sequence[TrainingItem]) -> tuple[TrainingItem, ...]:
 
 
 def read_largest(
-    family: Family, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands
+    family: Described, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands
 ) -> NoisyBatch:
     """That batch as it is read for training. Raises CacheError where its caches cannot be used."""
     batch = read_batch(largest_batch(items), family.latent, commands)
-    return Randomness(options.timesteps, 0).add(batch, 0, 0)
+    return Randomness(options.timesteps, 0, family.noise).add(batch, 0, 0)
 
 
 def plan_training(
-    family: Family,
+    family: Trains,
     options: TrainingOptions,
     items: Sequence[TrainingItem],
     commands: CachingCommands,
@@ -70,7 +70,7 @@ def plan_training(
 
 
 def prepare_memory(
-    family: Family,
+    family: Trains,
     options: TrainingOptions,
     items: Sequence[TrainingItem],
     commands: CachingCommands,
@@ -103,7 +103,7 @@ def prepare_memory(
 
 
 def advice(
-    family: Family, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
+    family: Trains, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
     """What to change so that the run fits, the cheapest first; each line adds to those before it, the last
     one fits if any does.
@@ -135,7 +135,7 @@ def cheaper(options: TrainingOptions) -> list[tuple[str, TrainingOptions]]:
 
 
 def smaller(
-    family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device
+    family: Trains, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
     """How far the batch, the clip or the picture has to shrink, with everything else done; the first that
     fits.

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from modules.contract.family import Family
+from modules.contract.family import Described
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
 from modules.planning.memory_plan import Part, Phase, Swapped, dtypes_of, gib, parts_of, swaps_of, workspace
 from training.dressing import placement_of
-from training.loss import NoisyBatch
+from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.planning.rehearsal import rehearse
 
@@ -61,7 +61,7 @@ class Prediction:
 
 
 def predict(
-    family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device
+    family: Trains, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device
 ) -> Prediction:
     """Rehearse a step. Products in 8 bits are rehearsed as products in 16 bit of the same weights. Raises
     what loading raises.
@@ -87,7 +87,7 @@ def predict(
     )
 
 
-def describe(family: Family, noisy_batch: NoisyBatch) -> str:
+def describe(family: Described, noisy_batch: NoisyBatch) -> str:
     """`832x480, 81 frames, batch 1`."""
     count, _, frames, height, width = noisy_batch.noise.shape
     step, rows, columns = family.latent.stride

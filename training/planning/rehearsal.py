@@ -12,7 +12,6 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from modules.contract.family import Family
 from modules.planning.dry_run import (
     BATCH,
     GRADIENTS,
@@ -30,7 +29,7 @@ from modules.planning.dry_run import (
 )
 from networks.adapter import make_network
 from training.dressing import AUTOCAST, dress
-from training.loss import Autocast, NoisyBatch, training_loss
+from training.loss import Autocast, NoisyBatch, Trains, training_loss
 from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.parameter_steps import ParameterSteps, steps_alone
@@ -47,7 +46,7 @@ STEP = "optimizer step"
 class Rehearsal:
     """A dressed DiT without content, and what steps it."""
 
-    family: Family
+    family: Trains
     options: TrainingOptions
     ledger: Ledger
     dit: nn.Module
@@ -85,7 +84,11 @@ class Rehearsal:
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
         loss = training_loss(
-            self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device)
+            self.family,
+            self.dit,
+            noisy_batch,
+            autocast_of(self.options, self.ledger.device),
+            self.options.loss,
         )
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
@@ -152,7 +155,7 @@ class Rehearsal:
 
 
 def rehearse(
-    family: Family, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch
+    family: Trains, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch
 ) -> tuple[dict[str, Moment], int]:
     """The largest moment of the device at each place of a training step, once the optimizer has its states;
     and bytes that wait on the host.
@@ -170,7 +173,7 @@ def rehearse(
         return found, rehearsal.waiting
 
 
-def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
+def dressed(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
     """The order of dressing of `training.run`: network, then `dress`; and the optimizer."""
     place(dit, ledger)
     dit.requires_grad_(False)

@@ -26,7 +26,8 @@ from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
-from training.loss import NoisyBatch, squared_errors
+from training import dressing
+from training.loss import NoisyBatch, measure_errors
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
 from training.planning.prediction import predict
@@ -235,7 +236,7 @@ def test_networks_are_given_whole_numbers_on_the_host(tmp_path: Path, case: tupl
     family, _ = make(tmp_path)
     given = Given()
 
-    squared_errors(family, given, batch.to(torch.device("meta")), nullcontext)
+    measure_errors(family, given, batch.to(torch.device("meta")), nullcontext)
 
     assert given.contents == {"meta"}
     assert given.whole_numbers == {"cpu"}
