@@ -13,12 +13,14 @@ from torch import Tensor
 
 from blissful_tuner.cfg_schedule import parse_cfg_schedule
 from blissful_tuner.options import GuidanceOptions
+from blissful_tuner.video_to_video import steps_to_make
 from modules.contract.data import Conditions
 from modules.contract.generation import NO_TWEAKS, Predict, Request, Section, Tweaks
+from modules.contract.steps import Guidance, Needs, Step
 from modules.errors import OptionError
 
-Guidance = Callable[[int, Predict, Section], Tensor]  # (step from 0, predict, section) -> velocity B C F H W
-Combine = Callable[[int, float, Predict, Section], Tensor]  # the same with the guidance scale of the step
+# a `Guidance` that is told the guidance scale of the step
+Combine = Callable[[Step, float, Predict, Section], Tensor]
 
 
 def make_guidance(request: Request, options: GuidanceOptions, num_steps: int) -> Guidance:
@@ -29,8 +31,8 @@ def make_guidance(request: Request, options: GuidanceOptions, num_steps: int) ->
     scales = guidance_scales(request, options, num_steps)
     combine = with_rescaling(with_skipped_layers(plain_cfg, options, num_steps), options.guidance_rescale)
 
-    def guide(step: int, predict: Predict, section: Section) -> Tensor:
-        scale = scales[step]
+    def guide(step: Step, predict: Predict, section: Section) -> Tensor:
+        scale = scales[step.index]
         if scale is None or section.negative is None:
             (velocity,) = predict(section.positive)
             return velocity
@@ -57,9 +59,13 @@ def guidance_scales(request: Request, options: GuidanceOptions, num_steps: int) 
     return tuple(scale if is_applied else None for is_applied in applied)
 
 
-def uses_guidance(request: Request) -> bool:
-    """Whether any step may need the negative conditions."""
-    return bool(request.cfg_schedule) or request.guidance_scale not in (None, 1.0)
+def needs(request: Request, options: GuidanceOptions) -> Needs:
+    """Find which texts the guidance of a prepared request asks for, so that no other is encoded.
+
+    Raises OptionError as `make_guidance` does.
+    """
+    is_guided = any(scale is not None for scale in guidance_scales(request, options, steps_to_make(request)))
+    return Needs(negative=is_guided)
 
 
 def applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:
@@ -94,7 +100,7 @@ def _alternating(ratio: float, num_steps: int) -> tuple[bool, ...]:
     return tuple(applied)
 
 
-def plain_cfg(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+def plain_cfg(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
     """Classifier-free guidance: from the negative velocity through the positive one, and beyond for scale >
     1.
 
@@ -117,18 +123,18 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
     if not layers:
         return inner
 
-    def uncond(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+    def uncond(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
         def skipping(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
             skip = replace(tweaks, skip_blocks=tweaks.skip_blocks | layers)
             return tuple(
                 predict(one, tweaks=skip if one is section.negative else tweaks)[0] for one in conditions
             )
 
-        return inner(step, scale, skipping if step in active else predict, section)
+        return inner(step, scale, skipping if step.index in active else predict, section)
 
-    def original(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+    def original(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
         velocity = inner(step, scale, predict, section)
-        if step not in active:
+        if step.index not in active:
             return velocity
         (positive,) = predict(section.positive)
         (skipped,) = predict(section.negative, tweaks=Tweaks(skip_blocks=layers))
@@ -146,7 +152,7 @@ def with_rescaling(inner: Combine, share: float) -> Combine:
     if share == 0:
         return inner
 
-    def rescaled(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+    def rescaled(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
         velocity = inner(step, scale, predict, section)
         (positive,) = predict(section.positive)
         axes = tuple(range(1, velocity.ndim))  # of each sample by itself

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance import guidance_scales, make_guidance
 from blissful_tuner.video_to_video import steps_to_make
 from generation.denoise import predictor
 from generation.noise import SeededNoise
@@ -24,6 +24,7 @@ from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompt, Request
 from modules.contract.loading import Placement
+from modules.contract.steps import Step
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.planning.dry_run import (
     ACCELERATOR,
@@ -101,7 +102,7 @@ def predict(family: Family, options: GenerationOptions, request: Request, device
     same weights.
     """
     extra = workspace(device, is_training=False)
-    texts, encoded = rehearse_texts(family, request, extra)
+    texts, encoded = rehearse_texts(family, options, request, extra)
     inputs_phase, inputs = rehearse_inputs(family, request, extra)
     denoising, most = rehearse_denoising(family, options, request, encoded, inputs, extra)
     before = [*texts, *([] if inputs_phase is None else [inputs_phase])]
@@ -110,10 +111,10 @@ def predict(family: Family, options: GenerationOptions, request: Request, device
 
 
 def rehearse_texts(
-    family: Family, request: Request, extra: Part
+    family: Family, options: GenerationOptions, request: Request, extra: Part
 ) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
     """A phase for each text encoder, and what they make of the prompts, without content."""
-    wanted = wanted_texts(family, request)
+    wanted = wanted_texts(family, request, options.guidance)
     phases: list[Phase] = []
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
     for encoder in family.text_encoders():
@@ -167,15 +168,16 @@ def rehearse_denoising(
         section = on_device(
             next(family.sections(request, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
         )
-        steps = steps_to_make(request)
+        step, steps = heaviest_step(request, options), steps_to_make(request)
+        at = Step(step, steps, 1.0, FIRST_TIMESTEP, section.noise)
 
         def measure(counts: Counts) -> Mapping[str, Moment]:
             keep_blocks(dit, blocks, counts, ledger)
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
-            predict_at = predictor(family, lambda _: dit, section.noise, FIRST_TIMESTEP, options.split_uncond)
+            predict_at = predictor(family, lambda _: dit, at, options.split_uncond)
             with ledger.guessing():  # a family may look at the timestep
-                make_guidance(request, options.guidance, steps)(0, predict_at, section)
+                make_guidance(request, options.guidance, steps)(at, predict_at, section)
             return dict(ledger.peaks)
 
         moments = extrapolated(measure, tuple(map(len, blocks.values())))
@@ -189,6 +191,14 @@ def rehearse_denoising(
         return Phase("denoising", (*parts, extra))
 
     return phase, len(swaps) - 1
+
+
+def heaviest_step(request: Request, options: GenerationOptions) -> int:
+    """Find a step that takes most memory: the first with guidance, which may put two passes into one batch;
+    else the first.
+    """
+    scales = guidance_scales(request, options.guidance, steps_to_make(request))
+    return next((index for index, scale in enumerate(scales) if scale is not None), 0)
 
 
 def rehearse_decoding(family: Family, request: Request, extra: Part) -> Phase:

@@ -7,8 +7,8 @@ from typing import Any
 from tqdm import tqdm
 
 from blissful_tuner.video_to_video import steps_to_make
-from generation.denoise import StepDone
 from modules.contract.generation import Request, Section
+from modules.contract.steps import StepDone
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ class Bars:
         """The bar of a section that is about to be denoised."""
         self._bar = tqdm(total=steps_to_make(self.request), desc=section.label or "denoising", unit="step")
 
-    def advance(self, _: StepDone) -> None:
-        """One step of it is done."""
+    def advance(self, _: StepDone) -> bool:
+        """Show that one more step of it is done. Never says "enough"."""
         self._bar.update()
+        return False
 
     def end(self) -> None:
         """Leave the bar as it is, for other output."""

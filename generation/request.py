@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blissful_tuner.guidance import guidance_scales, uses_guidance
+from blissful_tuner.guidance import needs
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.video_to_video import steps_to_make
 from generation.options import RequestOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from modules.contract.generation import Request
@@ -68,7 +67,11 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
     )
     _check_texts(request)
     _check_numbers(request)
-    if request.negative_prompt is not None and not uses_guidance(request):
+    if (
+        request.negative_prompt is not None
+        and request.guidance_scale in (None, 1.0)
+        and not request.cfg_schedule
+    ):
         logger.warning(
             "the negative prompt %r is ignored because --guidance_scale 1 turns guidance off",
             request.negative_prompt,
@@ -92,13 +95,13 @@ def check_guidance(request: Request, options: GuidanceOptions = PLAIN_GUIDANCE) 
 
     Raises OptionError otherwise.
     """
-    scales = guidance_scales(request, options, steps_to_make(request))
+    is_guided = needs(request, options).negative
     given = {
         "--slg_mode": options.skipped_layers and options.slg_mode,
         "--guidance_rescale": options.guidance_rescale,
     }
     for option, value in given.items():
-        if value and all(scale is None for scale in scales):
+        if value and not is_guided:
             logger.warning("%s %s is ignored because no step uses guidance", option, value)
     return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
 

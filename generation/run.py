@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import uses_guidance
+from blissful_tuner.guidance import needs
 from blissful_tuner.metadata import decoded_metadata, frame_rate_in, output_metadata, seed_in
 from blissful_tuner.options import STRENGTH
-from generation.denoise import OnStep
 from generation.dressing import dit_loader
 from generation.growing import growing, kept_where_it_fails, preview_path, remove_parts, remove_preview
 from generation.memory import Peaks, plan_generation, resolved
@@ -36,7 +35,7 @@ from generation.progress import Bars, describe
 from generation.prompt_lines import is_blank, parse_generation_line, read_generation_lines
 from generation.request import check_guidance, make_request
 from generation.sections import OnSection, make_latents
-from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
+from generation.session import CPU, NO_ENCODERS, Session, encode_inputs, wanted_texts
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.command import each_warning_once
@@ -45,6 +44,7 @@ from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Request, Section
 from modules.contract.loading import Placement
+from modules.contract.steps import Watcher
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, UserError
 from modules.planning.memory_plan import comparison, room_on, too_little
@@ -261,13 +261,13 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     """Encode all texts, encode all images and videos, denoise all, decode all."""
     if any(run.family.needs_media(job.request) for job in jobs):
         _ = run.family.media_identity  # raises where a file is missing, before gigabytes are loaded
-    if run.options.forces_split and any(uses_guidance(job.request) for job in jobs):
+    if run.options.forces_split and any(needs(job.request, run.options.guidance).negative for job in jobs):
         logger.warning(
             "--split_attn has the passes of guidance made one after the other, as --split_uncond does."
         )
     make_folder(run.options.output.save_path, "--save_path")
     remove_parts(run.options.output.save_path)
-    texts = run.session.texts([job.request for job in jobs])
+    texts = run.session.texts([wanted_texts(run.family, job.request, run.options.guidance) for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [
         (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
@@ -313,7 +313,7 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
                 with own_stem(
                     run.options.output.save_path, output_stem(datetime.now(), job.request.seed)
                 ) as stem:
-                    with watched(run, job, stem) as (on_step, on_section):
+                    with watched(run, job, stem) as (watcher, on_section):
                         latents = make_latents(
                             run.family,
                             dit_at,
@@ -323,7 +323,7 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
                             run.session.device,
                             run.options.cpu_noise,
                             run.options.guidance,
-                            on_step,
+                            [watcher],
                             run.options.splits_guidance,
                             on_section,
                         ).to(CPU)
@@ -332,7 +332,7 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
 
 
 @contextmanager
-def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[OnStep, OnSection]]:
+def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[Watcher, OnSection]]:
     """What the loop is to call while it makes a job: bars over the steps, and the preview of a video in
     sections.
     """

@@ -2,7 +2,7 @@
 gets the results.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import noisy_source, steps_to_make
-from generation.denoise import OnStep, Start, denoise
+from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
 from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import DitAt, EncodedPrompts, Request, Section
+from modules.contract.steps import Watcher
 from modules.devices import sent
 from modules.flow.solvers import Solver, solver_for
 
@@ -31,7 +32,7 @@ def make_latents(
     device: torch.device,
     cpu_noise: bool = False,
     guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
-    on_step: OnStep | None = None,
+    watchers: Sequence[Watcher] = (),
     split: bool = True,
     on_section: OnSection | None = None,
 ) -> Tensor:
@@ -40,8 +41,8 @@ def make_latents(
 
     prompts, inputs: by section, from `session.encode_texts` and `session.encode_inputs` (on the CPU). dit_at:
     timestep -> the network to call, which is left as it is: evaluation mode and its device are the caller's.
-    split: see `denoise`. on_section: told of each section before it is denoised; the network may leave its
-    device meanwhile.
+    watchers, split: see `denoise`. on_section: told of each section before it is denoised; the network may
+    leave its device meanwhile.
     """
     assert request.steps is not None  # `prepare` has set them
     assert request.flow_shift is not None
@@ -57,7 +58,7 @@ def make_latents(
             solver = solver_for(request.solver, request.steps, request.flow_shift)
             guidance = make_guidance(request, guidance_options, steps_to_make(request))
             latents = denoise(
-                family, dit_at, section, start_of(section, solver, request), solver, guidance, on_step, split
+                family, dit_at, section, start_of(section, solver, request), solver, guidance, watchers, split
             )
             section = sections.send(latents)
     except StopIteration as end:

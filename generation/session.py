@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blissful_tuner.guidance import uses_guidance
+from blissful_tuner.guidance import needs
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.sections import conditions_to
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, TextEncoder
 from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts, Request
+from modules.contract.steps import Needs
 from modules.devices import free_memory
 from modules.errors import MemoryPlanError
 from modules.offload.block_swap import move_network
@@ -30,43 +32,6 @@ CPU = torch.device("cpu")
 NO_ENCODERS = MediaEncoders(vae=None)
 
 Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encoders' outputs, on the CPU
-
-
-def encode_texts(
-    family: Family, requests: Sequence[Request], device: torch.device
-) -> list[Mapping[int, EncodedPrompts]]:
-    """The conditions of each request's texts by section, on the CPU, without batch dimension.
-
-    Each text encoder is loaded once, encodes each distinct text once and alone (a text's conditions depend on
-    no other), and is freed before the next is loaded.
-    """
-    return encode_texts_with(family.text_encoders(), family, requests, device, {}, keep=False)
-
-
-def encode_texts_with(
-    encoders: Sequence[TextEncoder],
-    family: Family,
-    requests: Sequence[Request],
-    device: torch.device,
-    known: Texts,
-    keep: bool,
-) -> list[Mapping[int, EncodedPrompts]]:
-    """`encode_texts` with given encoders; texts that are `known` are not encoded again, new ones are added.
-
-    keep: leave the encoders loaded on the CPU.
-    """
-    wanted = [wanted_texts(family, request) for request in requests]
-    new = [text for text in dict.fromkeys(texts_of(wanted)) if text not in known]
-    outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
-    for encoder in encoders if new else ():
-        with _at_work(encoder, device, keep), torch.no_grad():
-            for text in new:
-                (conditions,) = encoder.encode([text])
-                outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
-    known.update(outputs)  # only now: an interrupted text is not known by half
-    return [
-        {section: encoded(prompts, known) for section, prompts in by_section.items()} for by_section in wanted
-    ]
 
 
 def encode_inputs(
@@ -104,13 +69,27 @@ class Session:
     _has_image_encoder: bool = False
     _dits: list[nn.Module] = field(default_factory=list)
 
-    def texts(self, requests: Sequence[Request]) -> list[Mapping[int, EncodedPrompts]]:
-        """The encoded texts of the requests."""
+    def texts(self, wanted: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
+        """Encode texts by section, as `wanted_texts` names them. Returns conditions on the CPU, without batch
+        dimension.
+
+        Each text encoder is loaded once, encodes each text that is new once and alone (its conditions depend
+        on no other), and is freed, or with `keep` moved to the CPU, before the next is loaded.
+        """
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
-        return encode_texts_with(
-            self._text_encoders, self.family, requests, self.device, self._known, self.keep
-        )
+        new = [text for text in dict.fromkeys(texts_of(wanted)) if text not in self._known]
+        outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
+        for encoder in self._text_encoders if new else ():
+            with _at_work(encoder, self.device, self.keep), torch.no_grad():
+                for text in new:
+                    (conditions,) = encoder.encode([text])
+                    outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
+        self._known.update(outputs)  # only now: an interrupted text is not known by half
+        return [
+            {section: encoded(prompts, self._known) for section, prompts in by_section.items()}
+            for by_section in wanted
+        ]
 
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
@@ -201,12 +180,23 @@ class Session:
             free_memory(self.device)
 
 
-def wanted_texts(family: Family, request: Request) -> Mapping[int, Prompts]:
-    """The texts of a request by section; the negative one only where guidance uses it."""
-    prompts = family.prompts(request)
-    if uses_guidance(request):
-        return prompts
-    return {section: replace(texts, negative=None) for section, texts in prompts.items()}
+def wanted_texts(
+    family: Family, request: Request, options: GuidanceOptions = PLAIN_GUIDANCE
+) -> Mapping[int, Prompts]:
+    """List the texts of a prepared request that are to be encoded, by section: the prompt, and what guidance
+    needs.
+    """
+    needed = needs(request, options)
+    return {section: select_texts(texts, needed) for section, texts in family.prompts(request).items()}
+
+
+def select_texts(texts: Prompts, needed: Needs) -> Prompts:
+    """Leave out the negative text if it is not needed, and put the empty one in if it is."""
+    return replace(
+        texts,
+        negative=texts.negative if needed.negative else None,
+        blank=(texts.blank or Prompt("")) if needed.blank else None,
+    )
 
 
 def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from generation.denoise import StepDone
 from generation.outputs import frames_of, sample_tags
 from generation.prompt_lines import read_sample_prompts
 from generation.sections import make_latents
-from generation.session import Session, encode_inputs
+from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from modules.media.writing import write_png, write_video
 from training.loss import Autocast
@@ -64,9 +64,10 @@ class Sampler:
         Raises SamplingStopped soon after `stopped()` is true.
         """
 
-        def watch(_: StepDone) -> None:
+        def watch(_: StepDone) -> bool:
             if stopped():
                 raise SamplingStopped
+            return False
 
         paths = []
         for sample in self.samples:
@@ -83,7 +84,7 @@ class Sampler:
                     sample.prompts,
                     sample.inputs,
                     self.session.device,
-                    on_step=watch,
+                    watchers=[watch],
                 )
             seed = f"_{request.seed}" if sample.is_seeded else ""
             stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
@@ -151,7 +152,7 @@ def prepare_samples(
         _remove_leftovers(folder, name)
     requests = [request for _, request, _ in chosen]
     session = Session(family, device, _no_dit, keep=False)
-    texts = session.texts(requests)
+    texts = session.texts([wanted_texts(family, request) for request in requests])
     with session.media(images=True, again=True) as encoders:
         inputs = encode_inputs(family, encoders, requests)
     session.drop_image_encoder()

@@ -28,6 +28,7 @@ from generation.sections import on_device
 from modules.contract.data import MediaEncoders
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
+from modules.contract.steps import Step
 from modules.errors import MemoryPlanError
 from modules.options import read_options
 from modules.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
@@ -84,8 +85,9 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
             ledger.see(tensor, WEIGHTS)
         for tensor in given:
             ledger.see(tensor)
-        predict = predictor(family, lambda _: dit, section.noise, 1000.0, options.split_uncond)
-        make_guidance(request, options.guidance, 4)(0, predict, section)
+        step = Step(0, 4, 1.0, 1000.0, section.noise)
+        predict = predictor(family, lambda _: dit, step, options.split_uncond)
+        make_guidance(request, options.guidance, 4)(step, predict, section)
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
     assert phase(0).device == pytest.approx(real, rel=0.02)
     assert most == 4  # both lists keep a block: 2 and 5 are swapped

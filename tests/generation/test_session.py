@@ -2,19 +2,23 @@
 
 import gc
 import weakref
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from generation.session import NO_ENCODERS, Session, encode_inputs, encode_texts
-from modules.contract.generation import Request
+from blissful_tuner.options import PLAIN_GUIDANCE
+from generation.session import NO_ENCODERS, Session, encode_inputs, select_texts, wanted_texts
+from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.loading import Placement
+from modules.contract.steps import Needs
 from tests.generation.toy_family import ToyFamily
 
 CPU = torch.device("cpu")
-CAT = Request("cat", 0, guidance_scale=5.0)
-DOG = Request("a dog", 0, guidance_scale=5.0, negative_prompt="bad")
+CAT = Request("cat", 0, steps=3, guidance_scale=5.0)
+DOG = Request("a dog", 0, steps=3, guidance_scale=5.0, negative_prompt="bad")
 
 
 def session(family: ToyFamily, keep: bool) -> Session:
@@ -24,9 +28,13 @@ def session(family: ToyFamily, keep: bool) -> Session:
     return Session(family, CPU, load, keep)
 
 
+def texts_of(*requests: Request) -> list[Mapping[int, Prompts]]:
+    return [wanted_texts(ToyFamily(), request) for request in requests]
+
+
 def test_each_text_is_encoded_once_and_the_encoder_is_freed() -> None:
     family = ToyFamily()
-    first, second = encode_texts(family, [CAT, DOG], CPU)
+    first, second = session(family, keep=False).texts(texts_of(CAT, DOG))
     assert family.diary == ["load text", "encode cat", "encode ", "encode a dog", "encode bad", "free text"]
     assert float(first[0].positive["letters"][0]) == 3.0
     assert second[0].negative is not None
@@ -34,18 +42,31 @@ def test_each_text_is_encoded_once_and_the_encoder_is_freed() -> None:
 
 
 def test_lines_of_one_prompt_keep_their_own_negative_text() -> None:
-    requests = [Request("cat", 0, guidance_scale=2.0, negative_prompt=text) for text in ("a", "bb")]
-    found = encode_texts(ToyFamily(), requests, CPU)
+    requests = [Request("cat", 0, steps=3, guidance_scale=2.0, negative_prompt=text) for text in ("a", "bb")]
+    found = session(ToyFamily(), keep=False).texts(texts_of(*requests))
     negatives = [by_section[0].negative for by_section in found]
     assert [float(negative["letters"][0]) for negative in negatives if negative is not None] == [1.0, 2.0]
+
+
+def test_only_needed_texts_are_encoded() -> None:
+    texts = Prompts(Prompt("cat"), Prompt("bad"))
+    assert select_texts(texts, Needs()) == Prompts(Prompt("cat"))
+    assert select_texts(texts, Needs(negative=True)) == texts
+    assert select_texts(texts, Needs(blank=True)) == Prompts(Prompt("cat"), blank=Prompt(""))
+
+
+def test_steps_that_all_go_without_guidance_need_no_negative_text() -> None:
+    never = replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.0)
+    assert wanted_texts(ToyFamily(), DOG, never)[0].negative is None
+    assert wanted_texts(ToyFamily(), DOG)[0].negative == Prompt("bad")
 
 
 def test_known_texts_do_not_wake_the_encoder() -> None:
     family = ToyFamily()
     kept = session(family, keep=True)
-    kept.texts([CAT])
+    kept.texts(texts_of(CAT))
     family.diary.clear()
-    kept.texts([CAT])
+    kept.texts(texts_of(CAT))
     assert family.diary == []
 
 
