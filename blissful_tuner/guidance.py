@@ -6,33 +6,37 @@ wrap one another in `make_guidance`; a new idea is a function that wraps a `Comb
 pass it needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from blissful_tuner.cfg_schedule import parse_cfg_schedule
 from blissful_tuner.options import GuidanceOptions
-from blissful_tuner.video_to_video import steps_to_make
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Predict, Request, Section, Tweaks
-from modules.contract.steps import Guidance, Needs, Step
+from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
+from modules.contract.prepared import Prepared
+from modules.contract.steps import Guidance, Needs, Step, expert_at
 from modules.errors import OptionError
 
 # a `Guidance` that is told the guidance scale of the step
 Combine = Callable[[Step, float, Predict, Section], Tensor]
 
 
-def make_guidance(request: Request, options: GuidanceOptions, num_steps: int) -> Guidance:
-    """The guidance of one section. `num_steps`: how many steps will be made.
+def make_guidance(
+    prepared: Prepared, options: GuidanceOptions, experts: Sequence[float] = (0.0,)
+) -> Guidance:
+    """Make the guidance of one section. experts: `Family.experts`; each has its own guidance scale.
 
-    Raises OptionError where the request's schedule and the options do not go together.
+    Raises OptionError if the request's schedule and the options do not go together.
     """
-    scales = guidance_scales(request, options, num_steps)
-    combine = with_rescaling(with_skipped_layers(plain_cfg, options, num_steps), options.guidance_rescale)
+    scales = guidance_scales(prepared, options)
+    combine = with_rescaling(
+        with_skipped_layers(plain_cfg, options, prepared.num_steps), options.guidance_rescale
+    )
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
-        scale = scales[step.index]
+        scale = scales[expert_at(step.timestep, experts)][step.index]
         if scale is None or section.negative is None:
             (velocity,) = predict(section.positive)
             return velocity
@@ -41,17 +45,25 @@ def make_guidance(request: Request, options: GuidanceOptions, num_steps: int) ->
     return guide
 
 
-def guidance_scales(request: Request, options: GuidanceOptions, num_steps: int) -> tuple[float | None, ...]:
-    """The guidance scale of each step; None where the positive conditions are used alone."""
-    scale = 1.0 if request.guidance_scale is None else request.guidance_scale
-    if request.cfg_schedule:
+def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
+    """List by expert the guidance scale of each step that is made; None: the positive conditions are used
+    alone.
+
+    Raises OptionError if the request's schedule and the options do not go together.
+    """
+    return [_scales_of_steps(prepared, options, scale) for scale in prepared.guidance_scale]
+
+
+def _scales_of_steps(prepared: Prepared, options: GuidanceOptions, scale: float) -> tuple[float | None, ...]:
+    schedule, num_steps = prepared.asked.cfg_schedule, prepared.num_steps
+    if schedule:
         if options.cfg_skip_mode != "none":
             raise OptionError(
-                f"--cfg_schedule {request.cfg_schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both "
-                "say which steps have "
+                f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which "
+                "steps have "
                 "guidance: give one of them"
             )
-        table = parse_cfg_schedule(request.cfg_schedule, num_steps, scale)
+        table = parse_cfg_schedule(schedule, num_steps, scale)
         return tuple(table.get(step + 1) for step in range(num_steps))
     if scale == 1.0:  # the formula gives the positive velocity back
         return (None,) * num_steps
@@ -59,13 +71,14 @@ def guidance_scales(request: Request, options: GuidanceOptions, num_steps: int) 
     return tuple(scale if is_applied else None for is_applied in applied)
 
 
-def needs(request: Request, options: GuidanceOptions) -> Needs:
-    """Find which texts the guidance of a prepared request asks for, so that no other is encoded.
+def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
+    """Find which texts the guidance of a request asks for, so that no other is encoded.
 
     Raises OptionError as `make_guidance` does.
     """
-    is_guided = any(scale is not None for scale in guidance_scales(request, options, steps_to_make(request)))
-    return Needs(negative=is_guided)
+    return Needs(
+        negative=any(scale is not None for scales in guidance_scales(prepared, options) for scale in scales)
+    )
 
 
 def applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:

@@ -18,7 +18,8 @@ from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.sections import conditions_to
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, TextEncoder
-from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts, Request
+from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts
+from modules.contract.prepared import Prepared
 from modules.contract.steps import Needs
 from modules.devices import free_memory
 from modules.errors import MemoryPlanError
@@ -35,16 +36,17 @@ Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encode
 
 
 def encode_inputs(
-    family: Family, encoders: MediaEncoders, requests: Sequence[Request]
+    family: Family, encoders: MediaEncoders, requests: Sequence[Prepared]
 ) -> list[Mapping[int, Conditions]]:
-    """The conditions of each request's images and videos by section, on the CPU, with batch dimension.
+    """Encode the images and videos of each request, by section. Returns conditions on the CPU, with batch
+    dimension.
 
-    encoders: on their device; `NO_ENCODERS` will do where no request `needs_media`.
+    encoders: on their device; `NO_ENCODERS` will do if no request `needs_media`.
     """
     found: list[Mapping[int, Conditions]] = []
     with torch.no_grad():
-        for request in requests:
-            by_section = family.request_conditions(encoders, request)
+        for prepared in requests:
+            by_section = family.request_conditions(encoders, prepared)
             found.append(
                 {section: conditions_to(conditions, CPU) for section, conditions in by_section.items()}
             )
@@ -180,14 +182,10 @@ class Session:
             free_memory(self.device)
 
 
-def wanted_texts(
-    family: Family, request: Request, options: GuidanceOptions = PLAIN_GUIDANCE
-) -> Mapping[int, Prompts]:
-    """List the texts of a prepared request that are to be encoded, by section: the prompt, and what guidance
-    needs.
-    """
-    needed = needs(request, options)
-    return {section: select_texts(texts, needed) for section, texts in family.prompts(request).items()}
+def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
+    """List the texts that are to be encoded, by section: the prompt, and what guidance needs."""
+    needed = needs(prepared, options)
+    return {section: select_texts(texts, needed) for section, texts in prepared.prompts.items()}
 
 
 def select_texts(texts: Prompts, needed: Needs) -> Prompts:

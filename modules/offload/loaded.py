@@ -27,11 +27,6 @@ class Loaded(Generic[Network, Beside]):
         else:
             self._pair[0].to(device)
 
-    @property
-    def is_there(self) -> bool:
-        """Whether it takes memory."""
-        return self._pair is not None
-
     def get(self) -> tuple[Network, Beside]:
         """Both; `load` comes first."""
         assert self._pair is not None, "load() comes first"

@@ -18,6 +18,7 @@ from modules.planning.dry_run import HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import Part
 from tests.commands import run_script
+from tests.preparing import prepare
 from tests.tiny import wan_dit
 from tests.tiny.families import FAMILIES, TinyFamily
 from wan.family import Wan, family_for_generation
@@ -73,7 +74,7 @@ def tiny_generation(tmp_path: Path) -> tuple[Wan, GenerationOptions]:
     return family, options
 
 
-REQUEST = Request("x", 0, 96, 64, 9, 4, 5.0, None, 3.0, "unipc", 16.0, "y")
+REQUEST = prepare(Request("x", 0, 96, 64, 9, 4, 5.0, None, 3.0, "unipc", 16.0, "y"))
 TEXT: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}
 
 
@@ -99,7 +100,7 @@ def test_the_plan_counts_the_passes_of_a_step_with_guidance_whichever_that_is(tm
     family, options = tiny_generation(tmp_path)
 
     def peak(schedule: str | None) -> int:
-        request = replace(REQUEST, cfg_schedule=schedule)
+        request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule=schedule))
         texts = {0: EncodedPrompts(TEXT, TEXT)}
         phase, _ = rehearse_denoising(
             family, replace(options, split_uncond=False), request, texts, {0: {}}, Part("more", 0)

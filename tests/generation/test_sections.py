@@ -15,12 +15,13 @@ from modules.contract.steps import Step, StepDone
 from modules.flow.solvers import solver_for
 from tests.generation.toy_family import ToyDit, ToyFamily
 from tests.golden_cases import make_weights, read_case
+from tests.preparing import prepare
 from wan.configs import TASKS, WanConfig
 from wan.family import Wan, WanFiles
 from wan.model import WanModel
 
 CPU = torch.device("cpu")
-REQUEST = Request("p", 3, 32, 32, 5, 4, 5.0, None, 3.0, "unipc", 16.0)
+REQUEST = prepare(Request("p", 3, 32, 32, 5, 4, 5.0, None, 3.0, "unipc", 16.0))
 
 
 def toy_texts(positive: float = 3, negative: float | None = 8) -> dict[int, EncodedPrompts]:
@@ -80,7 +81,7 @@ def test_a_whole_wan_run_equals_the_recorded_one(solver: str, recorded: str) -> 
     latents = make_latents(
         family,
         lambda timestep: dit,
-        request,
+        prepare(request),
         texts,
         {0: {}},
         CPU,
@@ -115,7 +116,7 @@ def test_passes_as_a_batch_and_one_by_one_agree(split: bool) -> None:
     latents = make_latents(family, lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU, split=split)
     alone = make_latents(ToyFamily(), lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU)
     torch.testing.assert_close(latents, alone, atol=1e-5, rtol=0)
-    assert len(family.diary) == REQUEST.steps * (2 if split else 1)  # type: ignore[operator]
+    assert len(family.diary) == REQUEST.steps * (2 if split else 1)
 
 
 def test_conditions_of_different_shapes_are_not_batched() -> None:
@@ -131,7 +132,7 @@ def test_conditions_of_different_shapes_are_not_batched() -> None:
         CPU,
         split=False,
     )
-    assert len(family.diary) == 2 * REQUEST.steps  # type: ignore[operator]
+    assert len(family.diary) == 2 * REQUEST.steps
 
 
 def test_whole_numbers_stay_where_code_reads_them() -> None:

@@ -29,7 +29,7 @@ def session(family: ToyFamily, keep: bool) -> Session:
 
 
 def texts_of(*requests: Request) -> list[Mapping[int, Prompts]]:
-    return [wanted_texts(ToyFamily(), request) for request in requests]
+    return [wanted_texts(ToyFamily().prepare(request)) for request in requests]
 
 
 def test_each_text_is_encoded_once_and_the_encoder_is_freed() -> None:
@@ -57,8 +57,8 @@ def test_only_needed_texts_are_encoded() -> None:
 
 def test_steps_that_all_go_without_guidance_need_no_negative_text() -> None:
     never = replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.0)
-    assert wanted_texts(ToyFamily(), DOG, never)[0].negative is None
-    assert wanted_texts(ToyFamily(), DOG)[0].negative == Prompt("bad")
+    assert wanted_texts(ToyFamily().prepare(DOG), never)[0].negative is None
+    assert wanted_texts(ToyFamily().prepare(DOG))[0].negative == Prompt("bad")
 
 
 def test_known_texts_do_not_wake_the_encoder() -> None:
@@ -107,8 +107,9 @@ def test_the_expert_of_a_timestep_is_the_last_that_begins_below_it() -> None:
 
 
 def test_inputs_without_media_need_no_encoders() -> None:
-    (inputs,) = encode_inputs(ToyFamily(), NO_ENCODERS, [CAT])
+    (inputs,) = encode_inputs(ToyFamily(), NO_ENCODERS, [ToyFamily().prepare(CAT)])
     assert inputs == {0: {}}
     family = ToyFamily()
-    (inputs,) = encode_inputs(family, family.media_encoders(CPU), [Request("p", 0, image_path=Path("a.png"))])
+    with_image = family.prepare(Request("p", 0, image_path=Path("a.png")))
+    (inputs,) = encode_inputs(family, family.media_encoders(CPU), [with_image])
     assert isinstance(inputs[0]["image"], torch.Tensor)
