@@ -46,8 +46,7 @@ def make_guidance(
 
 
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
-    """List by expert the guidance scale of each step that is made; None: the positive conditions are used
-    alone.
+    """List by expert the guidance scale of each step that is made; None: the positive conditions alone.
 
     Raises OptionError if the request's schedule and the options do not go together.
     """

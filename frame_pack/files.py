@@ -42,9 +42,7 @@ class FramePackFiles:
         return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self, *needed: str) -> None:
-        """Check the files of encoders that are given or needed: "image_encoder" and those of
-        `Encoders.check`, which also raise.
-        """
+        """Check the files of encoders that are given or needed: "image_encoder", and as `Encoders.check`."""
         config = self.dit_header().config
         self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim, needed)
         if self.image_encoder is not None or "image_encoder" in needed:

@@ -57,8 +57,7 @@ def prepare_request(
     is_f1: bool,
     usual_negative: str | None,
 ) -> Prepared:
-    """Settle size, frames and numbers, and check the images; what cannot be used is warned about and left
-    out.
+    """Settle size, frames and numbers, and check the images. What cannot be used is left out with a warning.
 
     window: latent frames of a section. usual_negative: as for `modules.contract.requests.settle`.
     Raises OptionError for what cannot be made.
@@ -120,10 +119,7 @@ def _one_frame_of(request: Request, is_f1: bool) -> OneFrame | None:
 
 
 def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
-    """The request without media that cannot be used, which are warned about.
-
-    Raises OptionError if the end image is none.
-    """
+    """Leave out media that cannot be used, with a warning. Raises OptionError if the end image is none."""
     why_not = "--f1 makes a video from its start on" if is_f1 else "a single picture has no end"
     request = with_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
     if request.end_image_path is not None:
@@ -217,10 +213,7 @@ def _images_of(request: Request, sections: int, is_picture: bool) -> tuple[Path,
 
 
 def _entries_of(text: str, option: str, sections: int, is_picture: bool) -> tuple[str, ...]:
-    """What a text says for each section, in playing order.
-
-    Warns of entries for sections that there are not.
-    """
+    """Read what a text says for each section, in playing order. Warn of entries for other sections."""
     entries = parse_entries(text, option)
     used = (
         (entries[0],)

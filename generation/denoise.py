@@ -55,9 +55,7 @@ def denoise(
 
 
 def predictor(family: Family, dit_at: DitAt, step: Step, split: bool) -> Predict:
-    """Make `predict(*conditions, tweaks=...)` of one step: it returns a velocity B C F H W for each of the
-    conditions.
-    """
+    """Make `predict(*conditions, tweaks=...)` of one step. It returns a velocity B C F H W for each."""
     dit, noisy = dit_at(step.timestep), step.noisy
 
     def predict(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:

@@ -197,9 +197,7 @@ def rehearse_denoising(
 def heaviest_step(
     prepared: Prepared, options: GenerationOptions, experts: Sequence[float], noisy: Tensor
 ) -> Step:
-    """Find a step that takes most memory: one with guidance, which may put two passes into one batch; else
-    the first.
-    """
+    """Find a step that takes most memory: one with guidance, which may batch two passes; else the first."""
     index, timestep = 0, FIRST_TIMESTEP
     for lowest, scales in zip(experts, guidance_scales(prepared, options.guidance), strict=True):
         guided = [step for step, scale in enumerate(scales) if scale is not None]

@@ -83,8 +83,7 @@ def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
 
 
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
-    """Prepare what the command line, or a prompt line on top of it, asks for; as far as that goes without
-    loading a network.
+    """Prepare what the command line, or a prompt line on top of it, asks for. Loads no network.
 
     Raises UserError for what cannot be made.
     """

@@ -249,8 +249,9 @@ def converse(run: Run) -> None:
 
 
 def make_job(run: Run, label: str, overrides: Mapping[str, Any]) -> Job:
-    """Make the job of a prompt line (or of the command line alone), checked as far as that goes without
-    loading a network.
+    """Make the job of a prompt line, or of the command line alone.
+
+    Loads no network; raises as `prepare_line`.
     """
     return Job(label, prepare_line(run.family, run.options, overrides))
 

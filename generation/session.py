@@ -39,7 +39,7 @@ Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encode
 def encode_inputs(
     family: Family, encoders: MediaEncoders, requests: Sequence[Prepared]
 ) -> list[Mapping[int, Conditions]]:
-    """Encode the images and videos of each request, by section. Returns conditions on the CPU, with batch
+    """Encode the images and videos of each request, by section. Conditions are on the CPU, with batch
     dimension.
 
     encoders: on their device; `NO_ENCODERS` will do if no request `needs_media`.
@@ -74,7 +74,7 @@ class Session:
     _working: set[int] = field(default_factory=set)  # experts that are on the device
 
     def texts(self, wanted: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode texts by section, as `wanted_texts` names them. Returns conditions on the CPU, without batch
+        """Encode texts by section, as `wanted_texts` names them. Conditions are on the CPU, without batch
         dimension.
 
         Each text encoder is loaded once, encodes each text that is new once and alone (its conditions depend
@@ -177,7 +177,7 @@ class Session:
     def _bring(self, expert: int) -> nn.Module:
         """Put an expert on the device.
 
-        Those that are there make room for it first, unless the device has room for both.
+        Those that are there make room first, unless the device has room for both.
         """
         if expert not in self._working:
             for other in [*self._working]:

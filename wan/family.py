@@ -244,8 +244,7 @@ class Wan:
     # generation
 
     def check_files(self, media: bool) -> None:
-        """Check the files that every generation of the task needs. media: also those of the VAE and the image
-        encoder.
+        """Check the files that the task needs. media: also those of the VAE and the image encoder.
 
         Raises OptionError if one is not given, CheckpointError if it is missing, of another kind, or not what
         --task says.

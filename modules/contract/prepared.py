@@ -10,9 +10,8 @@ from modules.flow.schedule import Schedule
 
 @dataclass(frozen=True)
 class Prepared:
-    """One video or image that can be made.
-
-    `Family.prepare` returns it; nothing is left open and nothing is parsed again.
+    """One video or image that can be made, as `Family.prepare` returns it: nothing is left open or parsed
+    again.
     """
 
     asked: Request  # without the media that the model does not take
@@ -29,7 +28,7 @@ class Prepared:
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it
     first_step: int = 0  # that is made; later than 0 if denoising starts from a video
-    # noise levels of a family that has its own; None: the solver's, with this flow shift
+    # noise levels of the family's own; None: the solver's, with this flow shift
     schedule: Schedule | None = None
     own: Any = None  # what only the family reads, in a record of its own
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name

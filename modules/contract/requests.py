@@ -62,7 +62,7 @@ def settle(
 
 
 def first_step(steps: int, strength: float) -> int:
-    """Return the step at which video-to-video begins: the last `strength` of the steps are made, and at least
+    """Return the step at which video-to-video begins: the last `strength` of them are made, and at least
     one.
     """
     return steps - min(max(int(steps * strength), 1), steps)

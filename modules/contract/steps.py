@@ -1,5 +1,5 @@
-"""One step of the denoising loop: what guidance and watchers are given, which texts a guidance needs, which
-expert works.
+"""One step of the denoising loop: what guidance and watchers are given, which texts and which expert it
+needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,14 +33,14 @@ class StepDone:
     def clean(self) -> Tensor:
         """Predict the clean latents from this step, B C F H W.
 
-        On the straight path of flow matching, noisy = (1 - sigma) clean + sigma noise, the velocity is noise
-        - clean. If data keep their full share under the noise, noisy = clean + sigma noise, a family's
+        On the straight path of flow matching, noisy = (1 - sigma) clean + sigma noise, the velocity is
+        noise - clean. If data keep their full share under the noise, noisy = clean + sigma noise, a family's
         `predict` returns the noise itself. The formula is the same for both.
         """
         return self.step.noisy - self.step.sigma * self.velocity
 
 
-# the velocity of a step, B C F H W, from passes that it asks for
+# Makes the velocity of a step, B C F H W, of the passes that it asks for.
 Guidance = Callable[[Step, Predict, Section], Tensor]
 
 # Called with each step. True: enough, take `StepDone.clean` as the result of the section. Raising ends the

@@ -1,6 +1,4 @@
-"""Models of other kinds than the three families go through the same loop: one that makes images, and one that
-predicts noise.
-"""
+"""Models of other kinds go through the same loop: one that makes images, and one that predicts noise."""
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
@@ -30,8 +28,7 @@ from tests.generation.toy_family import ToyFamily
 
 CPU = torch.device("cpu")
 POSITIVE, NEGATIVE, SCALE = "cat", "worse", 2.0
-# a text of n letters shows n / 10 in every place; guidance goes from the negative one through the positive
-# one
+# a text of n letters shows n / 10 in every place; guidance goes from the negative one past the positive one
 GUIDED = 0.5 + SCALE * (0.3 - 0.5)
 TABLE = {900.0: 14.6, 700.0: 7.0, 400.0: 3.0, 100.0: 1.0}  # timestep -> share of noise beside all of the data
 

@@ -150,10 +150,7 @@ class Expert(nn.Module):
 
 
 def experts(keep: bool, spare: int = 0, host: int | None = None) -> tuple[Session, list[str]]:
-    """A session with two experts on a device, and its diary.
-
-    spare, host: bytes that device and host have left.
-    """
+    """A session with two experts on a device, and its diary. spare, host: bytes left on device and host."""
     diary: list[str] = []
     places: dict[int, str] = {}
     family = ToyFamily(experts=(0.0, 900.0))
