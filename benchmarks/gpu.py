@@ -215,9 +215,9 @@ def generation(row: Row, path: Path, device: Any) -> Bench:
     from modules.planning.memory_plan import workspace
 
     options, family = generation_family(row, path)
-    request, prompts, inputs = random_request(row, family)
+    prepared, prompts, inputs = random_request(row, family)
     plan, _ = rehearse_denoising(
-        family, options, request, prompts, inputs, workspace(device, is_training=False)
+        family, options, prepared, prompts, inputs, workspace(device, is_training=False)
     )
     begun = time.monotonic()
     dit = dit_loader(family, (), device, options)(0)
@@ -226,7 +226,7 @@ def generation(row: Row, path: Path, device: Any) -> Bench:
 
     @torch.no_grad()
     def make() -> None:
-        make_latents(family, lambda _: dit, request, prompts, inputs, device, split=options.split_uncond)
+        make_latents(family, lambda _: dit, prepared, prompts, inputs, device, split=options.split_uncond)
 
     work = work_of(row, family.files.dit_header().config)
     return Bench(make, 2 * MADE * work.forward, plan(options.speed.swap.number).device, loading)
@@ -313,6 +313,7 @@ def random_request(row: Row, family: Any) -> tuple[Any, Any, Any]:
     import torch
 
     from modules.contract.generation import EncodedPrompts, Request
+    from modules.contract.requests import settle
 
     size, config = row.size, family.files.dit_header().config
     texts = [{"t5": [torch.randn(row.text_tokens, config.text_dim)]} for _ in range(2)]
@@ -321,9 +322,11 @@ def random_request(row: Row, family: Any) -> tuple[Any, Any, Any]:
     if config.has_image:
         inputs["clip"] = torch.randn(1, 257, config.image_dim)
         inputs["condition_latents"] = torch.randn(1, config.in_dim - shape[1], *shape[2:])
-    sizes = {"width": size.width, "height": size.height, "frames": size.frames, "steps": MADE}
-    request = Request("", 0, **sizes, guidance_scale=5.0, flow_shift=3.0, solver="unipc", fps=16.0)
-    return request, {0: EncodedPrompts(*texts)}, {0: inputs}
+    request = Request("", 0, steps=MADE, guidance_scale=5.0, solver="unipc", fps=16.0)
+    prepared = settle(
+        request, family.defaults, (size.width, size.height, size.frames), flow_shift=3.0, usual_negative=""
+    )
+    return prepared, {0: EncodedPrompts(*texts)}, {0: inputs}
 
 
 if __name__ == "__main__":

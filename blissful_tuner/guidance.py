@@ -7,7 +7,7 @@ pass it needs.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -15,23 +15,29 @@ from torch import Tensor
 from blissful_tuner.cfg_schedule import parse_cfg_schedule
 from blissful_tuner.options import GuidanceOptions
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Predict, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
+from modules.contract.prepared import Prepared
+from modules.contract.steps import Guidance, Needs, Step, expert_at
 from modules.errors import OptionError
 
-Guidance = Callable[[int, Predict, Section], Tensor]  # (step from 0, predict, section) -> velocity B C F H W
-Combine = Callable[[int, float, Predict, Section], Tensor]  # the same with the guidance scale of the step
+# a `Guidance` that is told the guidance scale of the step
+Combine = Callable[[Step, float, Predict, Section], Tensor]
 
 
-def make_guidance(request: Request, options: GuidanceOptions, num_steps: int) -> Guidance:
-    """The guidance of one section. `num_steps`: how many steps will be made.
+def make_guidance(
+    prepared: Prepared, options: GuidanceOptions, experts: Sequence[float] = (0.0,)
+) -> Guidance:
+    """Make the guidance of one section. experts: `Family.experts`; each has its own guidance scale.
 
-    Raises OptionError where the request's schedule and the options do not go together.
+    Raises OptionError if the request's schedule and the options do not go together.
     """
-    scales = guidance_scales(request, options, num_steps)
-    combine = with_rescaling(with_skipped_layers(plain_cfg, options, num_steps), options.guidance_rescale)
+    scales = guidance_scales(prepared, options)
+    combine = with_rescaling(
+        with_skipped_layers(plain_cfg, options, prepared.num_steps), options.guidance_rescale
+    )
 
-    def guide(step: int, predict: Predict, section: Section) -> Tensor:
-        scale = scales[step]
+    def guide(step: Step, predict: Predict, section: Section) -> Tensor:
+        scale = scales[expert_at(step.timestep, experts)][step.index]
         if scale is None or section.negative is None:
             (velocity,) = predict(section.positive)
             return velocity
@@ -40,17 +46,24 @@ def make_guidance(request: Request, options: GuidanceOptions, num_steps: int) ->
     return guide
 
 
-def guidance_scales(request: Request, options: GuidanceOptions, num_steps: int) -> tuple[float | None, ...]:
-    """The guidance scale of each step; None where the positive conditions are used alone."""
-    scale = 1.0 if request.guidance_scale is None else request.guidance_scale
-    if request.cfg_schedule:
+def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
+    """List by expert the guidance scale of each step that is made; None: the positive conditions alone.
+
+    Raises OptionError if the request's schedule and the options do not go together.
+    """
+    return [_scales_of_steps(prepared, options, scale) for scale in prepared.guidance_scale]
+
+
+def _scales_of_steps(prepared: Prepared, options: GuidanceOptions, scale: float) -> tuple[float | None, ...]:
+    schedule, num_steps = prepared.asked.cfg_schedule, prepared.num_steps
+    if schedule:
         if options.cfg_skip_mode != "none":
             raise OptionError(
-                f"--cfg_schedule {request.cfg_schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both "
-                "say which steps have "
+                f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which "
+                "steps have "
                 "guidance: give one of them"
             )
-        table = parse_cfg_schedule(request.cfg_schedule, num_steps, scale)
+        table = parse_cfg_schedule(schedule, num_steps, scale)
         return tuple(table.get(step + 1) for step in range(num_steps))
     if scale == 1.0:  # the formula gives the positive velocity back
         return (None,) * num_steps
@@ -58,9 +71,14 @@ def guidance_scales(request: Request, options: GuidanceOptions, num_steps: int) 
     return tuple(scale if is_applied else None for is_applied in applied)
 
 
-def uses_guidance(request: Request) -> bool:
-    """Whether any step may need the negative conditions."""
-    return bool(request.cfg_schedule) or request.guidance_scale not in (None, 1.0)
+def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
+    """Find which texts the guidance of a request asks for, so that no other is encoded.
+
+    Raises OptionError as `make_guidance` does.
+    """
+    return Needs(
+        negative=any(scale is not None for scales in guidance_scales(prepared, options) for scale in scales)
+    )
 
 
 def applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:
@@ -95,7 +113,7 @@ def _alternating(ratio: float, num_steps: int) -> tuple[bool, ...]:
     return tuple(applied)
 
 
-def plain_cfg(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+def plain_cfg(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
     """Classifier-free guidance: from the negative velocity through the positive one, and beyond for scale >
     1.
 
@@ -122,18 +140,18 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
     def without_layers(tweaks: Tweaks) -> Tweaks:
         return replace(tweaks, skip_blocks=tweaks.skip_blocks | layers)
 
-    def uncond(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+    def uncond(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
         def skipping(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
             skip = without_layers(tweaks)
             return tuple(
                 predict(one, tweaks=skip if one is section.negative else tweaks)[0] for one in conditions
             )
 
-        return inner(step, scale, skipping if step in active else predict, section)
+        return inner(step, scale, skipping if step.index in active else predict, section)
 
-    def original(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+    def original(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
         velocity = inner(step, scale, predict, section)
-        if step not in active:
+        if step.index not in active:
             return velocity
         (positive,) = predict(section.positive)
         (skipped,) = predict(section.negative, tweaks=without_layers(NO_TWEAKS))
@@ -151,7 +169,7 @@ def with_rescaling(inner: Combine, share: float) -> Combine:
     if share == 0:
         return inner
 
-    def rescaled(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+    def rescaled(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
         velocity = inner(step, scale, predict, section)
         (positive,) = predict(section.positive)
         axes = tuple(range(1, velocity.ndim))  # of each sample by itself

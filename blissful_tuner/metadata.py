@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from modules.atomic_write import storable
-from modules.contract.generation import Request
+from modules.contract.prepared import Prepared
 
 TUNER_VERSION = "reelsmith 0.1.0"
 NOT_SET = "N/A"
 
 
 def output_metadata(
-    request: Request,
+    request: Prepared,
     model: Mapping[str, str],
     loras: Sequence[tuple[str, float]] = (),
     settings: Mapping[str, Any] | None = None,
@@ -34,28 +34,28 @@ def output_metadata(
         "task": model.get("task"),
         "tunerver": TUNER_VERSION,
         "seeds": request.seed,
-        "prompt": request.prompt,
+        "prompt": request.asked.prompt,
         "negative_prompt": request.negative_prompt,
         "infer_steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-        "cfg_schedule": request.cfg_schedule,
+        "guidance_scale": ", ".join(map(str, dict.fromkeys(request.guidance_scale))),
+        "cfg_schedule": request.asked.cfg_schedule,
         "flow_shift": request.flow_shift,
         "height": request.height,
         "width": request.width,
         "video_length": request.frames,
-        "fps": None if request.fps is None else f"{request.fps:g}",
+        "fps": f"{request.fps:g}",
     }
     optional: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
-        "strength": None if request.video_path is None else request.strength,
+        "strength": None if request.asked.video_path is None else request.asked.strength,
         "device": device,
     }
     media = ("image_path", "end_image_path", "control_path", "video_path")
-    optional |= {name: path.name for name in media if (path := getattr(request, name)) is not None}
+    optional |= {name: path.name for name in media if (path := getattr(request.asked, name)) is not None}
     values |= {name: value for name, value in optional.items() if value is not None}
     values |= {
         name: _without_folders(text) if name.endswith("_path") else text
-        for name, text in request.extra.items()
+        for name, text in request.own_metadata.items()
     }
     values |= {f"lora_{index}": f"{name}: {multiplier}" for index, (name, multiplier) in enumerate(loras)}
     values |= _recorded(settings or {})

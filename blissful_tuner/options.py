@@ -49,22 +49,26 @@ class GuidanceOptions:
                 ("--slg_mode", "--slg_layers") if self.slg_layers is None else ("--slg_layers", "--slg_mode")
             )
             logger.warning("%s is ignored because %s is not given", given, missing)
-        _ = self.skipped_layers
+        if self.slg_mode is not None:
+            parse_layers(self.slg_layers)
 
     @property
     def skipped_layers(self) -> frozenset[int]:
-        """The blocks that skip-layer guidance leaves out; none where it is off."""
-        if self.slg_mode is None or not self.slg_layers:
-            return frozenset()
-        try:
-            layers = frozenset(int(part) for part in self.slg_layers.split(",") if part.strip())
-        except ValueError:
-            raise OptionError(
-                f"--slg_layers {self.slg_layers!r}: give block numbers separated by commas, such as 9,10"
-            ) from None
-        if any(layer < 0 for layer in layers):
-            raise OptionError(f"--slg_layers {self.slg_layers!r}: blocks are counted from 0")
-        return layers
+        """The blocks that skip-layer guidance leaves out; none if it is off."""
+        return frozenset() if self.slg_mode is None else parse_layers(self.slg_layers)
+
+
+def parse_layers(text: str | None) -> frozenset[int]:
+    """Read --slg_layers, as "9,10". Raises OptionError for what are no block numbers."""
+    try:
+        layers = frozenset(int(part) for part in (text or "").split(",") if part.strip())
+    except ValueError:
+        raise OptionError(
+            f"--slg_layers {text!r}: give block numbers separated by commas, such as 9,10"
+        ) from None
+    if any(layer < 0 for layer in layers):
+        raise OptionError(f"--slg_layers {text!r}: blocks are counted from 0")
+    return layers
 
 
 # guidance at every step, nothing else: training samples

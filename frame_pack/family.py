@@ -25,7 +25,7 @@ from frame_pack.options import (
     FramePackTrainingOptions,
 )
 from frame_pack.positions import position_scale
-from frame_pack.requests import sections_of, settled, tell_unused_paddings, texts_of
+from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
 from frame_pack.sections import ANTI_DRIFTING, F1, FRAMES_PER_SECOND, Order, parse_paddings, video_frames
 from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
@@ -36,10 +36,10 @@ from modules.checkpoints.dits import kept_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
-from modules.contract.requests import with_negative
+from modules.contract.prepared import Prepared
 from modules.devices import sent
 from modules.options import NO_OPTIONS
 from modules.vae_options import VAE_TILE
@@ -182,7 +182,7 @@ class FramePack:
     @property
     def dit_files(self) -> tuple[Path, ...]:
         """The transformer's checkpoint."""
-        _ = self.files.dit_header()
+        self._check_dit()
         return (self.files.dit_path,)
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
@@ -245,40 +245,47 @@ class FramePack:
 
     # generation
 
-    def prepare(self, request: Request) -> Request:
+    def check_files(self, media: bool) -> None:
+        """Check the files that every generation needs. media: also those of the VAE and the image encoder.
+
+        Raises OptionError if one is not given, CheckpointError if it is missing or of another kind.
+        """
+        self._check_dit()
+        self.files.check_encoders(
+            "text_encoder1", "text_encoder2", *(("vae", "image_encoder") if media else ())
+        )
+
+    def prepare(self, request: Request) -> Prepared:
         """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
 
-        Raises OptionError where an image is missing or what is asked for cannot be made, CheckpointError
-        where a file is missing or of another kind.
+        Raises OptionError if an image is missing or what is asked for cannot be made, CheckpointError if a
+        file is missing or of another kind.
         """
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
-        self.files.check_encoders()
-        _ = self.files.image_encoder_path
-        request = settled(request, self.defaults, LATENT, self.window, self.is_f1)
+        self.files.check_encoders("image_encoder")
+        usual_negative = "" if self.negative_is_empty else None
+        prepared = prepare_request(request, self.defaults, LATENT, self.window, self.is_f1, usual_negative)
         if not self.is_f1:  # which takes none, as is said once for all videos
-            tell_unused_paddings(self.paddings, request, sections_of(request, self.window))
-        return with_negative(request, self.negative_is_empty)
+            tell_unused_paddings(self.paddings, prepared.own)
+        return prepared
 
-    def prompts(self, request: Request) -> Mapping[int, Prompts]:
-        """The texts of every section; the negative one is the same for all."""
-        negative = Prompt(request.negative_prompt or "")
-        texts = texts_of(request, sections_of(request, self.window))
-        return {index: Prompts(Prompt(text), negative) for index, text in enumerate(texts)}
-
-    def needs_media(self, request: Request) -> bool:
+    def needs_media(self, prepared: Prepared) -> bool:
         """There always is an image."""
         return True
 
-    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """What every section is given of the images, on the CPU."""
-        if "one_frame" in request.extra:
-            return one_frame_inputs(encoders, request)
-        return video_inputs(encoders, request, sections_of(request, self.window))
+        own: FramePackRequest = prepared.own
+        return (
+            video_inputs(encoders, prepared)
+            if own.one_frame is None
+            else one_frame_inputs(encoders, prepared)
+        )
 
     def sections(
         self,
-        request: Request,
+        prepared: Prepared,
         prompts: Mapping[int, EncodedPrompts],
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
@@ -287,13 +294,13 @@ class FramePack:
         one.
         """
         guidance = torch.full(
-            (1,), GUIDANCE_UNIT * (request.embedded_guidance or 0.0), dtype=self._dit_dtype()
+            (1,), GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0), dtype=self._dit_dtype()
         )
-        if "one_frame" in request.extra:
-            width, height, _ = request.size
-            shape = LATENT.shape(1, height, width)
+        own: FramePackRequest = prepared.own
+        if own.one_frame is not None:
+            shape = LATENT.shape(1, prepared.height, prepared.width)
             return one_frame_section(
-                request.extra["one_frame"], prompts[0], inputs[0], noise, guidance, self.window, shape
+                own.one_frame, prompts[0], inputs[0], noise, guidance, self.window, shape
             )
         return video_sections(prompts, inputs, noise, guidance, self.order, self.window, self.paddings)
 
@@ -309,6 +316,9 @@ class FramePack:
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
             if is_on
         )
+
+    def _check_dit(self) -> None:
+        self.files.dit_header()  # opens the file
 
     def _kind_of_sections(self) -> str:
         """Which caches are made, in words."""

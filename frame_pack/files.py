@@ -41,13 +41,11 @@ class FramePackFiles:
         """What the transformer file says of itself."""
         return read_once(self.dit_path, read_dit_header)
 
-    def check_encoders(self) -> None:
-        """Raise CheckpointError where a given file is another kind or size of network, before any is
-        loaded.
-        """
+    def check_encoders(self, *needed: str) -> None:
+        """Check the files of encoders that are given or needed: "image_encoder", and as `Encoders.check`."""
         config = self.dit_header().config
-        self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim)
-        if self.image_encoder is not None:
+        self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim, needed)
+        if self.image_encoder is not None or "image_encoder" in needed:
             path = self.image_encoder_path
             width = read_once(path, _siglip_width)
             if width != config.image_dim:

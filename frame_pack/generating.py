@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from frame_pack.one_frame import one_frame_indices, parse_one_frame
+from frame_pack.one_frame import OneFrame, one_frame_indices
 from frame_pack.sections import (
     CleanLatents,
     Indices,
@@ -79,7 +79,7 @@ def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
 
 
 def one_frame_section(
-    settings: str,
+    settings: OneFrame,
     prompts: EncodedPrompts,
     inputs: Conditions,
     noise: NoiseSource,
@@ -89,15 +89,13 @@ def one_frame_section(
 ) -> Sections:
     """The single run of the denoising loop that makes a picture; returns its latent, 1 C 1 h w.
 
-    settings: as `parse_one_frame` reads them. inputs: of `frame_pack.inputs.one_frame_inputs`. shape: of the
-    latent.
+    inputs: of `frame_pack.inputs.one_frame_inputs`. shape: of the latent.
     """
     controls = inputs.get("control_latents")
     black = torch.zeros(*shape)
     clean = controls if isinstance(controls, Tensor) else black
-    chosen = parse_one_frame(settings)
-    indices = one_frame_indices(chosen, clean.shape[2], window)
-    if chosen.has_post:
+    indices = one_frame_indices(settings, clean.shape[2], window)
+    if settings.has_post:
         clean = torch.cat([clean, black.to(clean)], dim=2)
     conditions = {
         "image_embeddings": inputs["image_embeddings"],

@@ -13,25 +13,26 @@ from PIL import Image
 from torch import Tensor
 
 from frame_pack.masks import latent_mask
-from frame_pack.requests import controls_of, images_of, masks_of
+from frame_pack.requests import FramePackRequest
 from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.family import LATENT as VAE_LATENT
 from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.generation import Request
+from modules.contract.prepared import Prepared
 from modules.media.buckets import Size
 from modules.media.pixels import image_pixels
 
 
-def video_inputs(encoders: MediaEncoders, request: Request, sections: int) -> dict[int, Conditions]:
+def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:
     """For each section `image_embeddings` (1 S D) and `start_latents` (1 16 1 h w) of its image; in section 0
     also `end_latents`.
 
     All on the CPU, latents in model space; sections with one image share its tensors.
     """
-    images = images_of(request, sections)
-    embeddings = {path: _embeddings(encoders, path, request) for path in dict.fromkeys(images)}
-    end = [] if request.end_image_path is None else [request.end_image_path]
-    latents = {path: _latents(encoders, path, request) for path in dict.fromkeys([*images, *end])}
+    own: FramePackRequest = prepared.own
+    images, end_image = own.images, prepared.asked.end_image_path
+    embeddings = {path: _embeddings(encoders, path, prepared) for path in dict.fromkeys(images)}
+    end = [] if end_image is None else [end_image]
+    latents = {path: _latents(encoders, path, prepared) for path in dict.fromkeys([*images, *end])}
     inputs: dict[int, Conditions] = {
         index: {"image_embeddings": embeddings[path], "start_latents": latents[path]}
         for index, path in enumerate(images)
@@ -41,18 +42,20 @@ def video_inputs(encoders: MediaEncoders, request: Request, sections: int) -> di
     return inputs
 
 
-def one_frame_inputs(encoders: MediaEncoders, request: Request) -> dict[int, Conditions]:
+def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:
     """`image_embeddings` (1 S D) of the start image and, where there are control images, `control_latents` (1
     16 n h w).
 
     A control's latent is multiplied by its mask: a mask's file, else the alpha channel of the control. On the
     CPU.
     """
-    (image,) = images_of(request, 1)
-    conditions: dict[str, Tensor | list[Tensor]] = {"image_embeddings": _embeddings(encoders, image, request)}
-    controls, masks = controls_of(request), masks_of(request)
+    own: FramePackRequest = prepared.own
+    (image,), controls, masks = own.images, own.controls, own.masks
+    conditions: dict[str, Tensor | list[Tensor]] = {
+        "image_embeddings": _embeddings(encoders, image, prepared)
+    }
     if controls:
-        latents = {path: _latents(encoders, path, request) for path in dict.fromkeys(controls)}
+        latents = {path: _latents(encoders, path, prepared) for path in dict.fromkeys(controls)}
         masked = []
         for index, path in enumerate(controls):
             latent = latents[path]
@@ -79,14 +82,11 @@ def read_alpha(path: Path, size: Size) -> Tensor | None:
     return latent_mask(image[..., 3].contiguous(), size[1], size[0]) if image.shape[2] == 4 else None
 
 
-def _embeddings(encoders: MediaEncoders, path: Path, request: Request) -> Tensor:
-    width, height, _ = request.size
-    return encoders.image_encoder.encode(
-        rearrange(image_pixels(path, width, height), "b c 1 h w -> b c h w")
-    ).cpu()
+def _embeddings(encoders: MediaEncoders, path: Path, prepared: Prepared) -> Tensor:
+    pixels = image_pixels(path, prepared.width, prepared.height)
+    return encoders.image_encoder.encode(rearrange(pixels, "b c 1 h w -> b c h w")).cpu()
 
 
-def _latents(encoders: MediaEncoders, path: Path, request: Request) -> Tensor:
-    width, height, _ = request.size
-    pixels = image_pixels(path, width, height)
-    return (encoders.vae.encode(pixels, [posterior_generator(request.seed)]) * VAE_LATENT.scale).cpu()
+def _latents(encoders: MediaEncoders, path: Path, prepared: Prepared) -> Tensor:
+    pixels = image_pixels(path, prepared.width, prepared.height)
+    return (encoders.vae.encode(pixels, [posterior_generator(prepared.seed)]) * VAE_LATENT.scale).cpu()

@@ -3,15 +3,15 @@ and images, one picture.
 
 `Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.section_syntax` reads
 it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds`, `control_image_path` and
-`control_image_mask_path` (a path a line).
+`control_image_mask_path` (a path a line). It is parsed here, once, into a `FramePackRequest`.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from frame_pack.one_frame import parse_one_frame
+from frame_pack.one_frame import OneFrame, parse_one_frame
 from frame_pack.section_syntax import MOST_SECTIONS, parse_entries
 from frame_pack.sections import (
     FRAMES_PER_SECOND,
@@ -24,8 +24,9 @@ from frame_pack.sections import (
     video_frames,
 )
 from modules.contract.family import LatentSpec, SamplingDefaults
-from modules.contract.generation import Request
-from modules.contract.requests import check_size, filled, with_media
+from modules.contract.generation import Prompt, Prompts, Request
+from modules.contract.prepared import Prepared
+from modules.contract.requests import check_size, settle, size_of, with_media
 from modules.errors import MediaError, OptionError
 from modules.options import require
 
@@ -38,50 +39,62 @@ _NEEDS_IMAGE = (
 _TYPED = {"euler": "vanilla"}  # how --sample_solver calls the others
 
 
-def settled(
-    request: Request, usual: SamplingDefaults, latent: LatentSpec, window: int, is_f1: bool
-) -> Request:
-    """The request with its size, frames and numbers, its images checked; what cannot be used is warned about
-    and left out.
+@dataclass(frozen=True)
+class FramePackRequest:
+    """What a request says that only FramePack reads: `Prepared.own`."""
 
-    `frames` says how many sections there are (`sections_of`), and that it is one picture where it is 1.
-    `extra` then also says the number of sections and the window. Raises OptionError for what cannot be made.
+    images: tuple[Path, ...]  # the start image of each section, in playing order
+    one_frame: OneFrame | None = None  # a single picture, which has one section; None: a video
+    controls: tuple[Path, ...] = ()  # control images of a picture
+    masks: tuple[Path, ...] = ()  # of the first of them
+
+
+def prepare_request(
+    request: Request,
+    usual: SamplingDefaults,
+    latent: LatentSpec,
+    window: int,
+    is_f1: bool,
+    usual_negative: str | None,
+) -> Prepared:
+    """Settle size, frames and numbers, and check the images. What cannot be used is left out with a warning.
+
+    window: latent frames of a section. usual_negative: as for `modules.contract.requests.settle`.
+    Raises OptionError for what cannot be made.
     """
-    one_frame = request.extra.get("one_frame")
-    if one_frame is not None:
-        parse_one_frame(one_frame)
-        if is_f1:
-            raise OptionError(
-                "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to "
-                "--dit."
-            )
-    why_not = "--f1 makes a video from its start on" if is_f1 else "a single picture has no end"
-    taken = {"end_image_path": not is_f1 and one_frame is None}
-    request = with_media(request, taken, why_not)
-    if request.end_image_path is not None:
-        _check_image("--end_image_path", request.end_image_path)
-    request = with_media(request, {"control_path": False, "video_path": False}, "FramePack does not take it")
-    sections = 1 if one_frame is not None else _count(request, usual, window)
-    asked = request.extra.get("video_sections")
-    if one_frame is not None and asked not in (None, "1"):
-        logger.warning("--video_sections %s is ignored because a single picture is made", asked)
-    request = replace(request, frames=1 if one_frame is not None else video_frames(sections, window))
-    request = filled(replace(request, solver=_solver(request)), usual)
-    check_size(request, latent, at_once=video_frames(1, window))
-    flow_shift = _shift_of_size(request, latent, window) if request.flow_shift is None else request.flow_shift
-    said = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
-    extra = {name: text for name, text in request.extra.items() if name != "video_seconds"}
-    if one_frame is None:  # as the option counts them, whatever the rate it is played at
-        said["video_seconds"] = f"{video_frames(sections, window) / FRAMES_PER_SECOND:g}"
-    request = replace(request, flow_shift=flow_shift, extra=_with_controls(extra) | said)
-    _check_sections(request, sections)
-    return request
+    one_frame = _one_frame_of(request, is_f1)
+    is_picture = one_frame is not None
+    request = _with_media(request, is_f1, is_picture)
+    sections = _count(request, usual, window, is_picture)
+    width, height, _ = size_of(request, usual)
+    size = width, height, 1 if is_picture else video_frames(sections, window)
+    check_size((width, height, min(size[2], video_frames(1, window))), latent)
+    flow_shift = request.flow_shift
+    if flow_shift is None:
+        flow_shift = _shift_of_size(width, height, latent, 1 if is_picture else window)
+    extra = _with_controls(request.extra)
+    own = FramePackRequest(
+        _images_of(request, sections, is_picture),
+        one_frame,
+        _paths(extra, "control_image_path"),
+        _paths(extra, "control_image_mask_path"),
+    )
+    prepared = settle(request, usual, size, flow_shift, usual_negative)
+    negative = Prompt(prepared.negative_prompt)
+    texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
+    return replace(
+        prepared,
+        solver=_solver(request),
+        prompts={index: Prompts(Prompt(text), negative) for index, text in enumerate(texts)},
+        own=own,
+        own_metadata=_metadata_of(extra, sections, window, is_f1),
+    )
 
 
-def tell_unused_paddings(paddings: Sequence[int], request: Request, sections: int) -> None:
-    """Warn where not all of --latent_paddings count. request: settled, of so many sections."""
-    given = ",".join(map(str, paddings))
-    if paddings and "one_frame" in request.extra:
+def tell_unused_paddings(paddings: Sequence[int], own: FramePackRequest) -> None:
+    """Warn if not all of --latent_paddings count."""
+    given, sections = ",".join(map(str, paddings)), len(own.images)
+    if paddings and own.one_frame is not None:
         logger.warning("--latent_paddings %s is ignored because a single picture is made", given)
     elif len(paddings) > sections:
         logger.warning(
@@ -93,37 +106,41 @@ def tell_unused_paddings(paddings: Sequence[int], request: Request, sections: in
         )
 
 
-def sections_of(request: Request, window: int) -> int:
-    """How many sections a settled request has."""
-    assert request.frames is not None
-    return max(1, (request.frames - 1) // (LATENT_STRIDE * window))
+def _one_frame_of(request: Request, is_f1: bool) -> OneFrame | None:
+    text = request.extra.get("one_frame")
+    if text is None:
+        return None
+    one_frame = parse_one_frame(text)
+    if is_f1:
+        raise OptionError(
+            "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
+        )
+    return one_frame
 
 
-def texts_of(request: Request, sections: int) -> tuple[str, ...]:
-    """The prompt of each section, in playing order."""
-    return _resolved(parse_entries(request.prompt, "--prompt"), request, sections)
+def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
+    """Leave out media that cannot be used, with a warning. Raises OptionError if the end image is none."""
+    why_not = "--f1 makes a video from its start on" if is_f1 else "a single picture has no end"
+    request = with_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
+    if request.end_image_path is not None:
+        _check_image("--end_image_path", request.end_image_path)
+    return with_media(request, {"control_path": False, "video_path": False}, "FramePack does not take it")
 
 
-def images_of(request: Request, sections: int) -> tuple[Path, ...]:
-    """The start image of each section, in playing order. Raises OptionError where there is none."""
-    text = require(_image_text(request), "--image_path", _NEEDS_IMAGE)
-    return tuple(
-        Path(path).expanduser() for path in _resolved(parse_entries(text, "--image_path"), request, sections)
-    )
+def _metadata_of(extra: Mapping[str, str], sections: int, window: int, is_f1: bool) -> dict[str, str]:
+    """What outputs say of the request, by the names of its options."""
+    said = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
+    if "one_frame" not in extra:  # as the option counts them, whatever the rate it is played at
+        said["video_seconds"] = f"{video_frames(sections, window) / FRAMES_PER_SECOND:g}"
+    return {name: text for name, text in extra.items() if name != "video_seconds"} | said
 
 
-def controls_of(request: Request) -> tuple[Path, ...]:
-    """The control images of a single picture."""
-    return _paths(request.extra, "control_image_path")
-
-
-def masks_of(request: Request) -> tuple[Path, ...]:
-    """The masks of the first control images."""
-    return _paths(request.extra, "control_image_mask_path")
-
-
-def _count(request: Request, usual: SamplingDefaults, window: int) -> int:
+def _count(request: Request, usual: SamplingDefaults, window: int, is_picture: bool) -> int:
     asked, seconds = request.extra.get("video_sections"), request.extra.get("video_seconds")
+    if is_picture:
+        if asked not in (None, "1"):
+            logger.warning("--video_sections %s is ignored because a single picture is made", asked)
+        return 1
     if asked is not None or seconds is not None:
         sections = count_sections(float(seconds or 0), window, None if asked is None else int(asked))
         if sections > MOST_SECTIONS:
@@ -147,10 +164,9 @@ def _count(request: Request, usual: SamplingDefaults, window: int) -> int:
     return sections
 
 
-def _shift_of_size(request: Request, latent: LatentSpec, window: int) -> float:
-    width, height, frames = request.size
+def _shift_of_size(width: int, height: int, latent: LatentSpec, latent_frames: int) -> float:
     _, _, _, rows, columns = latent.shape(1, height, width)
-    return flow_shift_for(count_tokens(1 if frames == 1 else window, rows, columns))
+    return flow_shift_for(count_tokens(latent_frames, rows, columns))
 
 
 def _solver(request: Request) -> str:
@@ -184,27 +200,35 @@ def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:
     return kept
 
 
-def _check_sections(request: Request, sections: int) -> None:
-    """Warn of texts and images for sections that there are not; raise OptionError where an image is
-    missing.
-    """
-    for path in dict.fromkeys(images_of(request, sections)):
+def _images_of(request: Request, sections: int, is_picture: bool) -> tuple[Path, ...]:
+    """The start image of each section. Raises OptionError if there is none or one cannot be read."""
+    text = request.extra.get("image_path") or (
+        None if request.image_path is None else str(request.image_path)
+    )
+    entries = _entries_of(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_picture)
+    paths = tuple(Path(path).expanduser() for path in entries)
+    for path in dict.fromkeys(paths):
         _check_image("--image_path", path)
-    for option, text in {"--prompt": request.prompt, "--image_path": _image_text(request) or ""}.items():
-        entries = parse_entries(text, option)
-        used = set(_resolved(entries, request, sections))
-        unused: dict[str, int] = {}
-        for index, entry in entries.items():
-            if entry not in used:
-                unused.setdefault(entry, index)  # of a range only its first section: it may have thousands
-        for entry, index in unused.items():
-            logger.warning(
-                "%s: %r for section %d is ignored: no section takes it, of the %d",
-                option,
-                entry,
-                index,
-                sections,
-            )
+    return paths
+
+
+def _entries_of(text: str, option: str, sections: int, is_picture: bool) -> tuple[str, ...]:
+    """Read what a text says for each section, in playing order. Warn of entries for other sections."""
+    entries = parse_entries(text, option)
+    used = (
+        (entries[0],)
+        if is_picture
+        else tuple(entry_for(entries, index, sections) for index in range(sections))
+    )
+    unused: dict[str, int] = {}
+    for index, entry in entries.items():
+        if entry not in used:
+            unused.setdefault(entry, index)  # of a range only its first section: it may have thousands
+    for entry, index in unused.items():
+        logger.warning(
+            "%s: %r for section %d is ignored: no section takes it, of the %d", option, entry, index, sections
+        )
+    return used
 
 
 def _check_image(option: str, path: Path) -> None:
@@ -217,18 +241,6 @@ def _check_image(option: str, path: Path) -> None:
         image_size(path)
     except MediaError as error:
         raise OptionError(f"{option} {error}. Give an image file.") from None
-
-
-def _resolved(entries: Mapping[int, str], request: Request, sections: int) -> tuple[str, ...]:
-    if "one_frame" in request.extra:
-        return (entries[0],)
-    return tuple(entry_for(entries, index, sections) for index in range(sections))
-
-
-def _image_text(request: Request) -> str | None:
-    return request.extra.get("image_path") or (
-        None if request.image_path is None else str(request.image_path)
-    )
 
 
 def _paths(extra: Mapping[str, str], name: str) -> tuple[Path, ...]:

@@ -1,15 +1,15 @@
 """THE denoising loop: what guidance makes of the network's passes is followed by a solver."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import Guidance
 from modules.contract.data import Conditions
 from modules.contract.family import Predicts
 from modules.contract.generation import NO_TWEAKS, DitAt, Predict, Section, Tweaks
+from modules.contract.steps import Guidance, Step, StepDone, Watcher
 from modules.flow.solvers import Solver
 
 
@@ -21,26 +21,6 @@ class Start:
     step: int = 0  # in the solver's schedule; later than 0 for video-to-video
 
 
-@dataclass(frozen=True)
-class StepDone:
-    """What a watcher of the loop is told after each step; raising in it ends the loop."""
-
-    step: int  # from 0, of those that are made
-    num_steps: int
-    sigma: float  # noise level before the step
-    noisy: Tensor  # latents before the step
-    velocity: Tensor
-    section: Section
-
-    @property
-    def clean(self) -> Tensor:
-        """The clean latents as predicted at this step, B C F H W."""
-        return self.noisy - self.sigma * self.velocity
-
-
-OnStep = Callable[[StepDone], None]
-
-
 @torch.no_grad()
 def denoise(
     family: Predicts,
@@ -49,39 +29,41 @@ def denoise(
     start: Start,
     solver: Solver,
     guidance: Guidance,
-    on_step: OnStep | None = None,
+    watchers: Sequence[Watcher] = (),
     split: bool = True,
 ) -> Tensor:
     """Follow the velocity from noise to clean latents. Returns B C F H W, float32, where the section's noise
     lies.
 
-    dit_at: timestep -> the network to call. split: one pass after the other instead of equal-shaped
-    conditions as one batch.
+    dit_at: timestep -> the network to call. watchers: all are called once the velocity of a step is known; if
+    one says "enough", the clean latents as predicted at that step are returned. split: one pass after the
+    other instead of equal-shaped conditions as one batch.
     """
     latents = start.latents.float()
     schedule = solver.schedule
     num_steps = schedule.num_steps - start.step
-    for step in range(num_steps):
-        index = start.step + step
-        timestep = float(schedule.timesteps[index])
-        predict = predictor(family, dit_at, latents, timestep, split)
-        velocity = guidance(step, predict, section).float()
-        noisy, latents = latents, solver.step(index, velocity, latents)
-        if on_step is not None:
-            on_step(StepDone(step, num_steps, float(schedule.sigmas[index]), noisy, velocity, section))
+    for made in range(num_steps):
+        index = start.step + made
+        step = Step(made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents)
+        velocity = guidance(step, predictor(family, dit_at, step, split), section).float()
+        done = StepDone(step, velocity, section)
+        answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
+        if any(answers):
+            return done.clean
+        latents = solver.step(index, velocity, latents)
     return latents
 
 
-def predictor(family: Predicts, dit_at: DitAt, noisy: Tensor, timestep: float, split: bool) -> Predict:
-    """`predict(*conditions, tweaks=...)` at one timestep: a velocity B C F H W for each of the conditions."""
-    dit = dit_at(timestep)
+def predictor(family: Predicts, dit_at: DitAt, step: Step, split: bool) -> Predict:
+    """Make `predict(*conditions, tweaks=...)` of one step. It returns a velocity B C F H W for each."""
+    dit, noisy = dit_at(step.timestep), step.noisy
 
     def predict(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
         groups = [[one] for one in conditions] if split or not can_stack(conditions) else [list(conditions)]
         velocities: list[Tensor] = []
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
-            timesteps = torch.full((len(rows),), timestep, device=noisy.device)
+            timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
             velocities += family.predict(dit, rows, timesteps, stack(group), tweaks).chunk(len(group))
         return tuple(velocities)
 

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from blissful_tuner.guidance import make_guidance
-from blissful_tuner.video_to_video import steps_to_make
+from blissful_tuner.guidance import guidance_scales, make_guidance
 from generation.denoise import predictor
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line, read_generation_lines
-from generation.request import make_request
+from generation.request import prepare_line
 from generation.sections import on_device
 from generation.session import NO_ENCODERS, encode_inputs, encoded, texts_of, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family
-from modules.contract.generation import EncodedPrompts, Prompt, Request
+from modules.contract.generation import EncodedPrompts, Prompt
 from modules.contract.loading import Placement
+from modules.contract.prepared import Prepared
+from modules.contract.steps import Step
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.planning.advice import advise, resolve_swap
 from modules.planning.dry_run import (
@@ -90,27 +91,28 @@ class Prediction:
         return self.denoising(blocks).device
 
 
-def predict(family: Family, options: GenerationOptions, request: Request, device: torch.device) -> Prediction:
+def predict(
+    family: Family, options: GenerationOptions, prepared: Prepared, device: torch.device
+) -> Prediction:
     """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
     as loading does.
 
-    request: as `Family.prepare` returned it. Products in 8 bits are rehearsed as products in 16 bit of the
-    same weights.
+    Products in 8 bits are rehearsed as products in 16 bit of the same weights.
     """
     extra = workspace(device, is_training=False)
-    texts, encoded = rehearse_texts(family, request, extra)
-    inputs_phase, inputs = rehearse_inputs(family, request, extra)
-    denoising, most = rehearse_denoising(family, options, request, encoded, inputs, extra)
+    texts, encoded = rehearse_texts(family, options, prepared, extra)
+    inputs_phase, inputs = rehearse_inputs(family, prepared, extra)
+    denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra)
     before = [*texts, *([] if inputs_phase is None else [inputs_phase])]
-    after = [rehearse_decoding(family, request, extra)] if options.output.decodes else []
+    after = [rehearse_decoding(family, prepared, extra)] if options.output.decodes else []
     return Prediction(tuple(before), tuple(after), denoising, most)
 
 
 def rehearse_texts(
-    family: Family, request: Request, extra: Part
+    family: Family, options: GenerationOptions, prepared: Prepared, extra: Part
 ) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
     """A phase for each text encoder, and what they make of the prompts, without content."""
-    wanted = wanted_texts(family, request)
+    wanted = wanted_texts(prepared, options.guidance)
     phases: list[Phase] = []
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
     for encoder in family.text_encoders():
@@ -127,16 +129,16 @@ def rehearse_texts(
 
 
 def rehearse_inputs(
-    family: Family, request: Request, extra: Part
+    family: Family, prepared: Prepared, extra: Part
 ) -> tuple[Phase | None, Mapping[int, Conditions]]:
     """The phase in which images and videos become conditions; None where there are none."""
-    if not family.needs_media(request):
-        return None, encode_inputs(family, NO_ENCODERS, [request])[0]
+    if not family.needs_media(prepared):
+        return None, encode_inputs(family, NO_ENCODERS, [prepared])[0]
     encoders = family.media_encoders(META)
     with dry_run() as ledger:
         for module in modules_in(encoders):
             place(module, ledger)
-        (inputs,) = encode_inputs(family, encoders, [request])
+        (inputs,) = encode_inputs(family, encoders, [prepared])
         phase = phase_of("images and videos", ledger, extra)
     return phase, {section: solid(conditions) for section, conditions in inputs.items()}
 
@@ -144,7 +146,7 @@ def rehearse_inputs(
 def rehearse_denoising(
     family: Family,
     options: GenerationOptions,
-    request: Request,
+    prepared: Prepared,
     encoded: Mapping[int, EncodedPrompts],
     inputs: Mapping[int, Conditions],
     extra: Part,
@@ -162,17 +164,18 @@ def rehearse_denoising(
         place(dit, ledger)
         watch_blocks(blocks, ledger)
         section = on_device(
-            next(family.sections(request, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
+            next(family.sections(prepared, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
         )
-        steps = steps_to_make(request)
+        guidance = make_guidance(prepared, options.guidance, family.experts)
+        step = heaviest_step(prepared, options, family.experts, section.noise)
 
         def measure(counts: Counts) -> Mapping[str, Moment]:
             keep_blocks(dit, blocks, counts, ledger)
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
-            predict_at = predictor(family, lambda _: dit, section.noise, FIRST_TIMESTEP, options.split_uncond)
+            predict_at = predictor(family, lambda _: dit, step, options.split_uncond)
             with ledger.guessing():  # a family may look at the timestep
-                make_guidance(request, options.guidance, steps)(0, predict_at, section)
+                guidance(step, predict_at, section)
             return dict(ledger.peaks)
 
         moments = extrapolated(measure, tuple(map(len, blocks.values())))
@@ -188,15 +191,27 @@ def rehearse_denoising(
     return phase, len(swaps) - 1
 
 
-def rehearse_decoding(family: Family, request: Request, extra: Part) -> Phase:
+def heaviest_step(
+    prepared: Prepared, options: GenerationOptions, experts: Sequence[float], noisy: Tensor
+) -> Step:
+    """Find a step that takes most memory: one with guidance, which may batch two passes; else the first."""
+    index, timestep = 0, FIRST_TIMESTEP
+    for lowest, scales in zip(experts, guidance_scales(prepared, options.guidance), strict=True):
+        guided = [step for step, scale in enumerate(scales) if scale is not None]
+        if guided:
+            index, timestep = guided[0], FIRST_TIMESTEP if lowest == max(experts) else lowest
+    return Step(index, prepared.num_steps, 1.0, timestep, noisy)
+
+
+def rehearse_decoding(family: Family, prepared: Prepared, extra: Part) -> Phase:
     """The phase in which latents become pixels."""
     encoders = family.media_encoders(META, images=False)
-    width, height, frames = request.size
+    shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with dry_run() as ledger, torch.no_grad():
         for module in modules_in(encoders):
             place(module, ledger)
         decoded = 0
-        for chunk in family.decode(encoders, torch.empty(family.latent.shape(frames, height, width))):
+        for chunk in family.decode(encoders, torch.empty(shape)):
             decoded += chunk.shape[2]
             if decoded >= DECODED:
                 break
@@ -230,25 +245,25 @@ def solid(conditions: Conditions) -> Conditions:
 def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
     """Print the plan of the request that takes most. Nothing large is loaded, and no GPU is needed."""
     with quiet():
-        request, prediction = predict_largest(family, options, largest_requests(family, options), device)
+        prepared, prediction = predict_largest(family, options, largest_requests(family, options), device)
     present(
         prediction,
         options.speed.swap,
         room_on(device, options.speed.plan.plan),
         prediction.plan,
-        lambda room: advice(family, options, request, prediction, room, device),
+        lambda room: advice(family, options, prepared, prediction, room, device),
     )
 
 
 def predict_largest(
-    family: Family, options: GenerationOptions, requests: Sequence[Request], device: torch.device
-) -> tuple[Request, Prediction]:
+    family: Family, options: GenerationOptions, requests: Sequence[Prepared], device: torch.device
+) -> tuple[Prepared, Prediction]:
     """Of requests the one that takes most while denoising, and its prediction."""
-    predictions = [(request, predict(family, options, request, device)) for request in requests]
+    predictions = [(prepared, predict(family, options, prepared, device)) for prepared in requests]
     return max(predictions, key=lambda each: each[1].device(0))
 
 
-def largest_requests(family: Family, options: GenerationOptions) -> list[Request]:
+def largest_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
     """Of what the command line or its file of prompts asks for, what no other equals both in pixels of a
     frame and in frames.
 
@@ -264,31 +279,24 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Request
         try:
             with quiet():
                 says = parse_generation_line(line, options.line_options) if line else {}
-                requests.append(family.prepare(make_request(options.request, says)))
+                requests.append(prepare_line(family, options, says))
         except UserError as error:
             errors.append(error)
     if not requests:
         raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: it has no prompt")
-    sizes = {
-        (width * height, frames): request for request in requests for width, height, frames in [request.size]
-    }
+    sizes = {(prepared.width * prepared.height, prepared.frames): prepared for prepared in requests}
     largest = [
         size
         for size in sizes
         if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)
     ]
-    return [with_scale(sizes[size]) for size in largest]
-
-
-def with_scale(request: Request) -> Request:
-    """The request with a guidance scale; without one there is no guidance."""
-    return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
+    return [sizes[size] for size in largest]
 
 
 def advice(
     family: Family,
     options: GenerationOptions,
-    request: Request,
+    prepared: Prepared,
     prediction: Prediction,
     room: Room,
     device: torch.device,
@@ -306,7 +314,7 @@ def advice(
     def in_fp8() -> Prediction:
         fp8 = replace(options, speed=replace(speed, fp8=replace(speed.fp8, fp8_scaled=True)))
         with quiet():
-            return predict(family, fp8, request, device)
+            return predict(family, fp8, prepared, device)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
     more, last = advise(prediction, cheaper, room.usable, phase=" while denoising")
@@ -332,7 +340,7 @@ def resolved(
     room: of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError where auto cannot be
     resolved.
     """
-    requests: Sequence[Request] = ()
+    requests: Sequence[Prepared] = ()
     try:
         if room is not None and not options.latent_path:
             requests = largest_requests(family, options)

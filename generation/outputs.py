@@ -21,7 +21,7 @@ from modules.atomic_write import atomic_folder, claimed, save_tensors
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import Family
-from modules.contract.generation import Request
+from modules.contract.prepared import Prepared
 from modules.errors import CheckpointError
 from modules.media.writing import write_png, write_video
 
@@ -146,10 +146,10 @@ def save_pixels(
     return path
 
 
-def sample_tags(family: Family, request: Request, model: str, device: torch.device) -> dict[str, str]:
+def sample_tags(family: Family, prepared: Prepared, model: str, device: torch.device) -> dict[str, str]:
     """What a picture made while training says about itself. model: what had been learned by then."""
     return as_tags(
-        output_metadata(request, family.metadata, settings={"sampled_from": model}, device=device.type)
+        output_metadata(prepared, family.metadata, settings={"sampled_from": model}, device=device.type)
     )
 
 

@@ -6,23 +6,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from blissful_tuner.video_to_video import steps_to_make
-from generation.denoise import StepDone
-from modules.contract.generation import Request, Section
+from modules.contract.generation import Section
+from modules.contract.prepared import Prepared
+from modules.contract.steps import StepDone
 
 logger = logging.getLogger(__name__)
 
 
-def describe(label: str, request: Request) -> None:
+def describe(label: str, prepared: Prepared) -> None:
     """One line about what is being made."""
     logger.info(
         "%s: %s x %s (width x height), %s, %s steps, seed %d",
         label,
-        request.width,
-        request.height,
-        "1 frame" if request.frames == 1 else f"{request.frames} frames",
-        steps_to_make(request),
-        request.seed,
+        prepared.width,
+        prepared.height,
+        "1 frame" if prepared.frames == 1 else f"{prepared.frames} frames",
+        prepared.num_steps,
+        prepared.seed,
     )
 
 
@@ -30,7 +30,7 @@ def describe(label: str, request: Request) -> None:
 class Bars:
     """A bar over the steps of each section. Used as a context."""
 
-    request: Request
+    num_steps: int  # of a section
     _bar: Any = field(default=None, init=False)
 
     def __enter__(self) -> "Bars":
@@ -41,11 +41,12 @@ class Bars:
 
     def begin(self, section: Section) -> None:
         """The bar of a section that is about to be denoised."""
-        self._bar = tqdm(total=steps_to_make(self.request), desc=section.label or "denoising", unit="step")
+        self._bar = tqdm(total=self.num_steps, desc=section.label or "denoising", unit="step")
 
-    def advance(self, _: StepDone) -> None:
-        """One step of it is done."""
+    def advance(self, _: StepDone) -> bool:
+        """Show that one more step of it is done. Never says "enough"."""
         self._bar.update()
+        return False
 
     def end(self) -> None:
         """Leave the bar as it is, for other output."""

@@ -1,19 +1,19 @@
-"""From options, a prompt line and defaults to a checked `Request`."""
+"""From options, a prompt line and defaults to a `Request`, and to one that can be made."""
 
 import logging
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blissful_tuner.guidance import guidance_scales, uses_guidance
+from blissful_tuner.guidance import needs
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.video_to_video import steps_to_make
-from generation.options import RequestOptions
+from generation.options import GenerationOptions, RequestOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
+from modules.contract.family import Family
 from modules.contract.generation import Request
+from modules.contract.prepared import Prepared
 from modules.errors import OptionError
 from modules.options import check_seed
 from modules.text_files import bad_character
@@ -38,8 +38,8 @@ def draw_seed() -> int:
 def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = None) -> Request:
     """The request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
 
-    Without a seed each call draws its own. What is not said stays None; `check_request` has the family fill
-    it. Raises OptionError for numbers that make no sense.
+    Without a seed each call draws its own. What is not said stays None.
+    Raises OptionError for numbers that make no sense.
     """
     line = overrides or {}
     seed = line.get("seed")
@@ -70,15 +70,10 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         end_image_path=path("end_image_path"),
         control_path=path("control_path"),
         video_path=path("video_path"),
-        strength=options.strength,
+        strength=1.0 if options.strength is None else options.strength,
         extra=_extra(options, line),
     )
     check_values(request)
-    if request.negative_prompt is not None and not uses_guidance(request):
-        logger.warning(
-            "the negative prompt %r is ignored because --guidance_scale 1 turns guidance off",
-            request.negative_prompt,
-        )
     return request
 
 
@@ -93,20 +88,32 @@ def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
     return extra
 
 
-def check_guidance(request: Request, options: GuidanceOptions = PLAIN_GUIDANCE) -> Request:
-    """The request that `Family.prepare` has filled, if its guidance can be made.
+def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
+    """Prepare what the command line, or a prompt line on top of it, asks for. Loads no network.
 
-    Raises OptionError otherwise.
+    Raises UserError for what cannot be made.
     """
-    scales = guidance_scales(request, options, steps_to_make(request))
+    prepared = family.prepare(make_request(options.request, overrides))
+    check_guidance(prepared, options.guidance)
+    return prepared
+
+
+def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
+    """Raise OptionError if the guidance cannot be made; warn of what is said about guidance and not used."""
+    if needs(prepared, options).negative:
+        return
+    if prepared.asked.negative_prompt is not None:
+        text = prepared.asked.negative_prompt
+        logger.warning(
+            "the negative prompt %r is ignored because no step uses guidance (--guidance_scale)", text
+        )
     given = {
         "--slg_mode": options.skipped_layers and options.slg_mode,
         "--guidance_rescale": options.guidance_rescale,
     }
     for option, value in given.items():
-        if value and all(scale is None for scale in scales):
+        if value:
             logger.warning("%s %s is ignored because no step uses guidance", option, value)
-    return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
 
 
 def check_values(request: Request) -> None:

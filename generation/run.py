@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import uses_guidance
+from blissful_tuner.guidance import needs
 from blissful_tuner.metadata import decoded_metadata, frame_rate_in, output_metadata, seed_in
 from blissful_tuner.options import STRENGTH
-from generation.denoise import OnStep
 from generation.dressing import dit_loader
 from generation.growing import growing, kept_where_it_fails, preview_path, remove_parts, remove_preview
 from generation.memory import Peaks, plan_generation, resolved
@@ -34,17 +33,19 @@ from generation.outputs import (
 )
 from generation.progress import Bars, describe
 from generation.prompt_lines import is_blank, parse_generation_line, read_generation_lines
-from generation.request import check_guidance, make_request
+from generation.request import prepare_line
 from generation.sections import OnSection, make_latents
-from generation.session import CPU, NO_ENCODERS, Session, encode_inputs
+from generation.session import CPU, NO_ENCODERS, Session, encode_inputs, wanted_texts
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.command import each_warning_once
 from modules.compile import check_compilation
 from modules.contract.data import Conditions
 from modules.contract.family import Family
-from modules.contract.generation import EncodedPrompts, Request, Section
+from modules.contract.generation import EncodedPrompts, Section
 from modules.contract.loading import Placement
+from modules.contract.prepared import Prepared
+from modules.contract.steps import Watcher
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, UserError
 from modules.planning.memory_plan import comparison, room_on, too_little
@@ -60,7 +61,7 @@ class Job:
     """One thing to make; `label` names it in messages ("line 3")."""
 
     label: str
-    request: Request  # as `Family.prepare` returned it
+    prepared: Prepared
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Run:
     session: Session
     predicted: Peaks | None = None  # where it is known
 
-    def metadata(self, request: Request) -> Mapping[str, str] | None:
+    def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
         """What an output says about itself; None with --no_metadata."""
         if self.options.output.no_metadata:
             return None
@@ -117,7 +118,7 @@ class Run:
         names = [path.name for path in lora.lora_weight or ()]
         loras = list(zip(names, lora.multipliers(), strict=True))
         return output_metadata(
-            request, self.family.metadata, loras, self.options.settings, self.session.device.type
+            prepared, self.family.metadata, loras, self.options.settings, self.session.device.type
         )
 
     def read_line(self, line: str) -> Mapping[str, Any]:
@@ -161,7 +162,7 @@ def do(family: Family, options: GenerationOptions) -> None:
     elif options.interactive:
         converse(run)
     else:
-        job = prepared(run, "the prompt", {})
+        job = make_job(run, "the prompt", {})
         tell_unused_strength(options.request.strength, [job])
         make(run, [job], Failures(strict=True))
 
@@ -179,7 +180,7 @@ def tell_where_metadata_is(output: OutputOptions) -> None:
 
 def tell_unused_strength(strength: float | None, jobs: Sequence[Job]) -> None:
     """Warn where --strength was given and no job starts from a video."""
-    if strength not in (None, STRENGTH) and all(job.request.video_path is None for job in jobs):
+    if strength not in (None, STRENGTH) and all(job.prepared.asked.video_path is None for job in jobs):
         logger.warning(
             "--strength %g is ignored because nothing starts from a video (--video_path): every step is made",
             strength,
@@ -194,9 +195,7 @@ def check_models(run: Run) -> None:
     check_backend(
         placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
     )
-    _ = run.family.dit_files, run.family.text_encoders()
-    if run.options.output.decodes:
-        _ = run.family.media_identity
+    run.family.check_files(media=run.options.output.decodes)
 
 
 def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:
@@ -217,7 +216,7 @@ def make_from_file(run: Run, path: Path) -> None:
         for number, line in lines:
             # a wrong model file is wrong for every line
             with failures.noted(label := f"line {number}", fatal=CheckpointError):
-                jobs.append(prepared(run, label, run.read_line(line)))
+                jobs.append(make_job(run, label, run.read_line(line)))
     if jobs:
         tell_unused_strength(run.options.request.strength, jobs)
         make(run, jobs, failures)
@@ -240,7 +239,7 @@ def converse(run: Run) -> None:
             if not is_blank(line):
                 failures = Failures()
                 with failures.noted("the prompt"):
-                    make(run, [prepared(run, "the prompt", run.read_line(line))], failures)
+                    make(run, [make_job(run, "the prompt", run.read_line(line))], failures)
         except EOFError:
             sys.stdout.write("\n")
             return
@@ -249,25 +248,25 @@ def converse(run: Run) -> None:
             logger.warning("The prompt is abandoned. Ctrl-D ends.")
 
 
-def prepared(run: Run, label: str, overrides: Mapping[str, Any]) -> Job:
-    """The job of a prompt line (or of the command line alone), checked as far as that goes without loading a
-    network.
+def make_job(run: Run, label: str, overrides: Mapping[str, Any]) -> Job:
+    """Make the job of a prompt line, or of the command line alone.
+
+    Loads no network; raises as `prepare_line`.
     """
-    request = run.family.prepare(make_request(run.options.request, overrides))
-    return Job(label, check_guidance(request, run.options.guidance))
+    return Job(label, prepare_line(run.family, run.options, overrides))
 
 
 def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     """Encode all texts, encode all images and videos, denoise all, decode all."""
-    if any(run.family.needs_media(job.request) for job in jobs):
-        _ = run.family.media_identity  # raises where a file is missing, before gigabytes are loaded
-    if run.options.forces_split and any(uses_guidance(job.request) for job in jobs):
+    if any(run.family.needs_media(job.prepared) for job in jobs):
+        run.family.check_files(media=True)  # before gigabytes are loaded
+    if run.options.forces_split and any(needs(job.prepared, run.options.guidance).negative for job in jobs):
         logger.warning(
             "--split_attn has the passes of guidance made one after the other, as --split_uncond does."
         )
     make_folder(run.options.output.save_path, "--save_path")
     remove_parts(run.options.output.save_path)
-    texts = run.session.texts([job.request for job in jobs])
+    texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [
         (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
@@ -285,15 +284,15 @@ def encode_all_inputs(
 ) -> Mapping[str, Mapping[int, Conditions]]:
     """The media conditions of each job by its label; a job that failed is left out."""
     inputs: dict[str, Mapping[int, Conditions]] = {}
-    with_media = [job for job in jobs if run.family.needs_media(job.request)]
-    without = [job for job in jobs if not run.family.needs_media(job.request)]
-    found = encode_inputs(run.family, NO_ENCODERS, [job.request for job in without])
+    with_media = [job for job in jobs if run.family.needs_media(job.prepared)]
+    without = [job for job in jobs if not run.family.needs_media(job.prepared)]
+    found = encode_inputs(run.family, NO_ENCODERS, [job.prepared for job in without])
     inputs.update(zip([job.label for job in without], found, strict=True))
     if with_media:
         with run.session.media(images=True, again=run.options.output.decodes) as encoders:
             for job in with_media:
                 with failures.noted(job.label):
-                    (inputs[job.label],) = encode_inputs(run.family, encoders, [job.request])
+                    (inputs[job.label],) = encode_inputs(run.family, encoders, [job.prepared])
         run.session.drop_image_encoder()
     return inputs
 
@@ -309,21 +308,21 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
     with run.session.dit() as dit_at:
         for job, texts, inputs in ready:
             with failures.noted(job.label):
-                describe(job.label, job.request)
+                describe(job.label, job.prepared)
                 with own_stem(
-                    run.options.output.save_path, output_stem(datetime.now(), job.request.seed)
+                    run.options.output.save_path, output_stem(datetime.now(), job.prepared.seed)
                 ) as stem:
-                    with watched(run, job, stem) as (on_step, on_section):
+                    with watched(run, job, stem) as (watcher, on_section):
                         latents = make_latents(
                             run.family,
                             dit_at,
-                            job.request,
+                            job.prepared,
                             texts,
                             inputs,
                             run.session.device,
                             run.options.cpu_noise,
                             run.options.guidance,
-                            on_step,
+                            [watcher],
                             run.options.splits_guidance,
                             on_section,
                         ).to(CPU)
@@ -332,14 +331,16 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
 
 
 @contextmanager
-def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[OnStep, OnSection]]:
+def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[Watcher, OnSection]]:
     """What the loop is to call while it makes a job: bars over the steps, and the preview of a video in
     sections.
     """
-    request, output = job.request, run.options.output
-    assert request.fps is not None
+    prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
-    with growing(run.session, output.save_path, stem, request.fps, needed) as video, Bars(request) as bars:
+    with (
+        growing(run.session, output.save_path, stem, prepared.fps, needed) as video,
+        Bars(prepared.num_steps) as bars,
+    ):
 
         def on_section(section: Section) -> None:
             bars.end()
@@ -358,7 +359,7 @@ def kept(run: Run, job: Job, latents: Tensor, stem: str) -> Denoised:
     preview = preview_path(run.options.output.save_path, stem)
     stem = free_stem(run.options.output.save_path, stem, [LATENT_SUFFIX])
     path = run.options.output.save_path / f"{stem}{LATENT_SUFFIX}"
-    save_latents(path, latents, run.metadata(job.request))
+    save_latents(path, latents, run.metadata(job.prepared))
     if run.options.output.keeps_latents:
         logger.info("Latents: %s", path)
     else:
@@ -375,10 +376,9 @@ def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
     with run.session.media(images=False, again=False) as encoders:
         for one in done:
             with failures.noted(one.job.label), kept_where_it_fails(one.preview):
-                request = one.job.request
-                assert request.fps is not None
+                prepared = one.job.prepared
                 chunks = run.family.decode(encoders, one.latents)
-                save_pixels(output, one.stem, chunks, request.fps, run.metadata(request))
+                save_pixels(output, one.stem, chunks, prepared.fps, run.metadata(prepared))
                 remove_preview(one.preview)
                 if not output.keeps_latents:
                     one.latent_path.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """The networks of a family over a run: loaded when first needed, one kind at a time on the device.
 
 The kinds are the text encoders, the media encoders (VAE and image encoder) and the DiT. Between its phases a
-kind is kept on the CPU or freed.
+kind is kept on the CPU or freed. If the DiT has several experts, they take turns on the device, unless it has
+room for all of them.
 """
 
 import logging
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blissful_tuner.guidance import uses_guidance
+from blissful_tuner.guidance import needs
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.sections import conditions_to
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, TextEncoder
-from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts, Request
+from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts
+from modules.contract.prepared import Prepared
+from modules.contract.steps import Needs, expert_at
 from modules.devices import free_memory
 from modules.errors import MemoryPlanError
 from modules.offload.block_swap import move_network
@@ -32,54 +36,18 @@ NO_ENCODERS = MediaEncoders(vae=None)
 Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encoders' outputs, on the CPU
 
 
-def encode_texts(
-    family: Family, requests: Sequence[Request], device: torch.device
-) -> list[Mapping[int, EncodedPrompts]]:
-    """The conditions of each request's texts by section, on the CPU, without batch dimension.
-
-    Each text encoder is loaded once, encodes each distinct text once and alone (a text's conditions depend on
-    no other), and is freed before the next is loaded.
-    """
-    return encode_texts_with(family.text_encoders(), family, requests, device, {}, keep=False)
-
-
-def encode_texts_with(
-    encoders: Sequence[TextEncoder],
-    family: Family,
-    requests: Sequence[Request],
-    device: torch.device,
-    known: Texts,
-    keep: bool,
-) -> list[Mapping[int, EncodedPrompts]]:
-    """`encode_texts` with given encoders; texts that are `known` are not encoded again, new ones are added.
-
-    keep: leave the encoders loaded on the CPU.
-    """
-    wanted = [wanted_texts(family, request) for request in requests]
-    new = [text for text in dict.fromkeys(texts_of(wanted)) if text not in known]
-    outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
-    for encoder in encoders if new else ():
-        with _at_work(encoder, device, keep), torch.no_grad():
-            for text in new:
-                (conditions,) = encoder.encode([text])
-                outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
-    known.update(outputs)  # only now: an interrupted text is not known by half
-    return [
-        {section: encoded(prompts, known) for section, prompts in by_section.items()} for by_section in wanted
-    ]
-
-
 def encode_inputs(
-    family: Family, encoders: MediaEncoders, requests: Sequence[Request]
+    family: Family, encoders: MediaEncoders, requests: Sequence[Prepared]
 ) -> list[Mapping[int, Conditions]]:
-    """The conditions of each request's images and videos by section, on the CPU, with batch dimension.
+    """Encode the images and videos of each request, by section. Conditions are on the CPU, with batch
+    dimension.
 
-    encoders: on their device; `NO_ENCODERS` will do where no request `needs_media`.
+    encoders: on their device; `NO_ENCODERS` will do if no request `needs_media`.
     """
     found: list[Mapping[int, Conditions]] = []
     with torch.no_grad():
-        for request in requests:
-            by_section = family.request_conditions(encoders, request)
+        for prepared in requests:
+            by_section = family.request_conditions(encoders, prepared)
             found.append(
                 {section: conditions_to(conditions, CPU) for section, conditions in by_section.items()}
             )
@@ -102,15 +70,30 @@ class Session:
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
     _has_image_encoder: bool = False
-    _dits: list[nn.Module] = field(default_factory=list)
+    _dits: dict[int, nn.Module] = field(default_factory=dict)  # by expert: those that are loaded
+    _working: set[int] = field(default_factory=set)  # experts that are on the device
 
-    def texts(self, requests: Sequence[Request]) -> list[Mapping[int, EncodedPrompts]]:
-        """The encoded texts of the requests."""
+    def texts(self, wanted: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
+        """Encode texts by section, as `wanted_texts` names them. Conditions are on the CPU, without batch
+        dimension.
+
+        Each text encoder is loaded once, encodes each text that is new once and alone (its conditions depend
+        on no other), and is freed, or with `keep` moved to the CPU, before the next is loaded.
+        """
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
-        return encode_texts_with(
-            self._text_encoders, self.family, requests, self.device, self._known, self.keep
-        )
+        new = [text for text in dict.fromkeys(texts_of(wanted)) if text not in self._known]
+        outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
+        for encoder in self._text_encoders if new else ():
+            with _at_work(encoder, self.device, self.keep), torch.no_grad():
+                for text in new:
+                    (conditions,) = encoder.encode([text])
+                    outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
+        self._known.update(outputs)  # only now: an interrupted text is not known by half
+        return [
+            {section: encoded(prompts, self._known) for section, prompts in by_section.items()}
+            for by_section in wanted
+        ]
 
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
@@ -156,57 +139,98 @@ class Session:
         Raises MemoryPlanError where the host has no room for it; there a system may end the process without a
         word.
         """
-        weights, room = sum(bytes_on(dit, self.device) for dit in self._dits), self.host_room()
+        working = [self._dits[expert] for expert in self._working]
+        weights, room = sum(bytes_on(dit, self.device) for dit in working), self.host_room()
         if room is not None and weights > room:
             raise MemoryPlanError(
                 f"the transformer would have to wait in host memory, which has {gib(room)} GiB free; it "
                 f"takes {gib(weights)} GiB"
             )
         try:
-            for dit in self._dits:
+            for dit in working:
                 move_network(dit, CPU)
             free_memory(self.device)
             yield
         finally:
-            for dit in self._dits:
+            for dit in working:
                 move_network(dit, self.device)
 
     @contextmanager
     def dit(self) -> Iterator[DitAt]:
-        """The denoising network (all experts) on the device, as timestep -> network."""
+        """The denoising network, as timestep -> the expert for it, on the device.
+
+        That of the highest timesteps, with which a video from noise begins, comes at once; another when it is
+        asked for.
+        """
         experts = self.family.experts
-
-        def dit_at(timestep: float) -> nn.Module:
-            begun = [
-                (lowest, index)
-                for index, lowest in enumerate(experts)
-                if lowest <= max(timestep, min(experts))
-            ]
-            return self._dits[max(begun)[1]]
-
         try:
-            for dit in self._dits:
-                move_network(dit, self.device)
-            if not self._dits:
-                self._dits = [
-                    self.load_dit(expert).eval().requires_grad_(False) for expert in range(len(experts))
-                ]
-            yield dit_at
+            self._bring(experts.index(max(experts)))
+            yield lambda timestep: self._bring(expert_at(timestep, experts))
         finally:  # also where Ctrl-C comes in the middle of a move
-            if self.keep:
-                for dit in self._dits:
-                    move_network(dit, CPU)
-            else:
-                self._dits = []
+            if not self.keep:
+                self._dits, self._working = {}, set()
+            elif self.device.type != "cpu":
+                for expert in [*self._working]:
+                    self._put_away(expert)
             free_memory(self.device)
 
+    def _bring(self, expert: int) -> nn.Module:
+        """Put an expert on the device.
 
-def wanted_texts(family: Family, request: Request) -> Mapping[int, Prompts]:
-    """The texts of a request by section; the negative one only where guidance uses it."""
-    prompts = family.prompts(request)
-    if uses_guidance(request):
-        return prompts
-    return {section: replace(texts, negative=None) for section, texts in prompts.items()}
+        Those that are there make room first, unless the device has room for both.
+        """
+        if expert not in self._working:
+            for other in [*self._working]:
+                if not self._fits_beside(self._dits[other]):
+                    self._put_away(other)
+            if expert in self._dits:
+                self._working.add(expert)  # now, as it may be interrupted half-way
+                move_network(self._dits[expert], self.device)
+            else:
+                self._dits[expert] = self.load_dit(expert).eval().requires_grad_(False)
+                self._working.add(expert)
+        return self._dits[expert]
+
+    def _fits_beside(self, working: nn.Module) -> bool:
+        """Whether another expert, which is as large, may come beside one that is at work."""
+        weights = bytes_on(working, self.device)
+        if self.device.type == "cpu":
+            room = self.host_room()
+            return room is None or weights <= room
+        if self.device.type != "cuda":
+            return False
+        # what the steps until now have taken beside the weights, the next ones will take again
+        steps = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        return self.dit_can_stay(weights + steps)
+
+    def _put_away(self, expert: int) -> None:
+        """Have an expert wait in host memory, or free it if that has no room or is where it works."""
+        weights, room = bytes_on(self._dits[expert], self.device), self.host_room()
+        if self.device.type != "cpu" and (room is None or weights <= room):
+            move_network(self._dits[expert], CPU)
+            self._working.remove(expert)
+        else:
+            logger.info(
+                "The host has no room for a transformer that waits: it is loaded again when it is needed"
+            )
+            self._working.remove(expert)
+            del self._dits[expert]
+        free_memory(self.device)
+
+
+def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
+    """List the texts that are to be encoded, by section: the prompt, and what guidance needs."""
+    needed = needs(prepared, options)
+    return {section: select_texts(texts, needed) for section, texts in prepared.prompts.items()}
+
+
+def select_texts(texts: Prompts, needed: Needs) -> Prompts:
+    """Leave out the negative text if it is not needed, and put the empty one in if it is."""
+    return replace(
+        texts,
+        negative=texts.negative if needed.negative else None,
+        blank=(texts.blank or Prompt("")) if needed.blank else None,
+    )
 
 
 def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:

@@ -1,6 +1,6 @@
 """The VAE and the text encoders that HunyuanVideo and FramePack share: their files and compute dtypes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,16 +83,20 @@ class Encoders:
         dtype = dtype_name(beside(self.vae_dtype, dit_dtype))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
-    def check(self, dit_path: Path, text_dim: int, pooled_dim: int) -> None:
-        """Raise CheckpointError if a file is not the encoder that the transformer needs. Loads nothing."""
-        if self.vae is not None:
+    def check(self, dit_path: Path, text_dim: int, pooled_dim: int, needed: Collection[str] = ()) -> None:
+        """Check the files that are given or needed ("vae", "text_encoder1", "text_encoder2"). Loads nothing.
+
+        Raises OptionError if a needed one is not given, CheckpointError if a file is missing, or another kind
+        or size of network than the transformer takes.
+        """
+        if self.vae is not None or "vae" in needed:
             read_once(self.vae_path, read_vae)
-        if self.text_encoder1 is not None:
+        if self.text_encoder1 is not None or "text_encoder1" in needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path
             _check_width(
                 "--text_encoder1", path, read_once(path, _llama_width), dit_path, text_dim, LLAMA_FILES
             )
-        if self.text_encoder2 is not None:
+        if self.text_encoder2 is not None or "text_encoder2" in needed:
             path = ClipTextEncoder(self.text_encoder2_path).path
             _check_width(
                 "--text_encoder2", path, read_once(path, _clip_width), dit_path, pooled_dim, CLIP_FILES

@@ -31,10 +31,11 @@ from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import kept_dtype
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
-from modules.contract.requests import check_size, filled, whole_frames, with_media, with_negative
+from modules.contract.prepared import Prepared
+from modules.contract.requests import check_size, settle, size_of, whole_frames, with_media
 from modules.devices import computing_dtype, sent
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, video_pixels
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.476986)
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
+FLOW_SHIFT = 7.0  # likewise
 GUIDANCE_UNIT = 1000  # the model was distilled with 1000 times the scale
 
 
@@ -86,7 +88,7 @@ class HunyuanVideo:
             fps=24.0,
             guidance_scale=1.0,
             embedded_guidance=EMBEDDED_GUIDANCE if has_guidance else None,
-            flow_shift=7.0,
+            flow_shift=FLOW_SHIFT,
             solver="euler",
             width=256,
             height=256,
@@ -157,6 +159,10 @@ class HunyuanVideo:
     @property
     def dit_files(self) -> tuple[Path, ...]:
         """The transformer's checkpoint, checked against --dit_in_channels."""
+        self._check_dit()
+        return (self.files.dit_path,)
+
+    def _check_dit(self) -> None:
         channels = self.files.dit_header().config.in_dim
         if self.dit_channels not in (None, channels):
             raise OptionError(
@@ -165,7 +171,6 @@ class HunyuanVideo:
                 f"{'the SkyReels V1 image-to-video' if channels == LATENT.channels else 'a text-to-video'} "
                 "checkpoint to --dit."
             )
-        return (self.files.dit_path,)
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
@@ -229,13 +234,22 @@ class HunyuanVideo:
 
     # generation
 
-    def prepare(self, request: Request) -> Request:
+    def check_files(self, media: bool) -> None:
+        """Check the files that every generation needs. media: also that of the VAE.
+
+        Raises OptionError if one is not given or does not fit, CheckpointError if it is missing or of another
+        kind.
+        """
+        self._check_dit()
+        self.files.check_encoders("text_encoder1", "text_encoder2", *(("vae",) if media else ()))
+
+    def prepare(self, request: Request) -> Prepared:
         """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
 
-        Raises OptionError where a needed image is missing or a size cannot be made, CheckpointError where a
-        file is missing or of another kind.
+        Raises OptionError if a needed image is missing or a size cannot be made, CheckpointError if a file is
+        missing or of another kind.
         """
-        _ = self.dit_files  # raises where it does not fit
+        self._check_dit()
         self.files.check_encoders()
         taken = {
             "image_path": self._starts_from_image,
@@ -254,29 +268,24 @@ class HunyuanVideo:
                 scale,
                 self.files.dit_path,
             )
-        request = filled(request, usual)
-        request = replace(request, frames=whole_frames(request.size[2], LATENT))
-        check_size(request, LATENT)
-        return with_negative(request, self.negative_is_empty)
+        width, height, frames = size_of(request, usual)
+        size = width, height, whole_frames(frames, LATENT)
+        check_size((width, height, frames), LATENT)
+        flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
+        prepared = settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
+        positive = Prompt(request.prompt, second=self.second_prompt)
+        return replace(prepared, prompts={0: replace(prepared.prompts[0], positive=positive)})
 
-    def prompts(self, request: Request) -> Mapping[int, Prompts]:
-        """One section: the prompt, with another text for CLIP where one is given, and the negative prompt."""
-        return {
-            0: Prompts(
-                Prompt(request.prompt, second=self.second_prompt), Prompt(request.negative_prompt or "")
-            )
-        }
-
-    def needs_media(self, request: Request) -> bool:
+    def needs_media(self, prepared: Prepared) -> bool:
         """Whether an image or a video has to be encoded before denoising."""
-        return self._starts_from_image or request.video_path is not None
+        return self._starts_from_image or prepared.asked.video_path is not None
 
-    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """`condition_latents` of the image, `video_latents` of a video to start from; on the CPU, in model
         space.
         """
-        width, height, frames = request.size
-        generators = [posterior_generator(request.seed)]
+        request, width, height, frames = prepared.asked, prepared.width, prepared.height, prepared.frames
+        generators = [posterior_generator(prepared.seed)]
         conditions: dict[str, Tensor | list[Tensor]] = {}
         if self._starts_from_image and request.image_path is not None:
             first = (
@@ -293,7 +302,7 @@ class HunyuanVideo:
 
     def sections(
         self,
-        request: Request,
+        prepared: Prepared,
         prompts: Mapping[int, EncodedPrompts],
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
@@ -302,15 +311,16 @@ class HunyuanVideo:
 
         Noise is drawn frame by frame, in bfloat16: longer videos begin with that of shorter.
         """
-        width, height, frames = request.size
-        batch, channels, latent_frames, rows, columns = LATENT.shape(frames, height, width)
+        batch, channels, latent_frames, rows, columns = LATENT.shape(
+            prepared.frames, prepared.height, prepared.width
+        )
         drawn = [
             noise.draw((batch, channels, 1, rows, columns), torch.bfloat16) for _ in range(latent_frames)
         ]
         conditions = dict(inputs.get(0, {}))
         source = conditions.pop("video_latents", None)
         assert source is None or isinstance(source, Tensor)
-        guidance = GUIDANCE_UNIT * (request.embedded_guidance or 0.0)
+        guidance = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
         conditions["guidance"] = torch.full((1,), guidance, dtype=self._dit_dtype())
         return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions, source))
 

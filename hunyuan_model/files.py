@@ -28,9 +28,7 @@ class HunyuanFiles:
         """What the transformer file says of itself."""
         return read_once(self.dit_path, read_dit_header)
 
-    def check_encoders(self) -> None:
-        """Raise CheckpointError where a given file is another kind or size of network, before any is
-        loaded.
-        """
+    def check_encoders(self, *needed: str) -> None:
+        """Check the files of encoders that are given or needed, as `Encoders.check`."""
         config = self.dit_header().config
-        self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim)
+        self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim, needed)

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from generation.denoise import StepDone
 from generation.outputs import frames_of, sample_tags
 from generation.prompt_lines import read_sample_prompts
 from generation.request import check_values
 from generation.sections import make_latents
-from generation.session import Session, encode_inputs
+from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.prepared import Prepared
+from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from modules.media.writing import write_png, write_video
 from training.loss import Autocast
@@ -42,7 +43,7 @@ class Sample:
     """One prompt of the file with everything encoded. `index` counts the prompts of the file."""
 
     index: int
-    request: Request
+    prepared: Prepared
     is_seeded: bool  # else a new seed each time
     prompts: Mapping[int, EncodedPrompts]
     inputs: Mapping[int, Conditions]
@@ -65,49 +66,47 @@ class Sampler:
         Raises SamplingStopped soon after `stopped()` is true.
         """
 
-        def watch(_: StepDone) -> None:
+        def watch(_: StepDone) -> bool:
             if stopped():
                 raise SamplingStopped
+            return False
 
         paths = []
         for sample in self.samples:
-            request = (
-                sample.request
-                if sample.is_seeded
-                else replace(sample.request, seed=secrets.randbelow(1 << 32))
-            )
+            prepared = sample.prepared
+            if not sample.is_seeded:
+                prepared = replace(prepared, seed=secrets.randbelow(1 << 32))
             with autocast():
                 latents = make_latents(
                     self.session.family,
                     lambda _: dit,
-                    request,
+                    prepared,
                     sample.prompts,
                     sample.inputs,
                     self.session.device,
-                    on_step=watch,
+                    watchers=[watch],
                 )
-            seed = f"_{request.seed}" if sample.is_seeded else ""
+            seed = f"_{prepared.seed}" if sample.is_seeded else ""
             stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
-            paths.append(self._write(latents, request, stem, f"{self.name}_{mark}"))
+            paths.append(self._write(latents, prepared, stem, f"{self.name}_{mark}"))
             logger.info("Sample %s", paths[-1])
         return paths
 
     @torch.no_grad()
-    def _write(self, latents: torch.Tensor, request: Request, stem: str, model: str) -> Path:
+    def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
         with self.session.media(images=False, again=True) as encoders:
             frames = frames_of(self.session.family.decode(encoders, latents))
-            if request.frames == 1:
+            if prepared.frames == 1:
                 path = self.folder / f"{stem}_000.png"
                 tags = (
-                    sample_tags(self.session.family, request, model, self.session.device)
+                    sample_tags(self.session.family, prepared, model, self.session.device)
                     if self.has_metadata
                     else None
                 )
                 write_png(path, next(frames), tags)
             else:
                 path = self.folder / f"{stem}.mp4"
-                assert request.fps is not None  # `prepare` has set it
-                write_video(path, frames, request.fps, bit_rate=BIT_RATE)
+                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE)
         return path
 
 
@@ -128,13 +127,13 @@ def prepare_samples(
     OptionError where the file or an encoder is missing, CheckpointError where a model file cannot be used.
     """
     entries = read_sample_prompts(prompt_file)
-    _ = family.media_identity  # a missing file is told once, and ends the run
+    family.check_files(media=True)  # a missing file is told once, and ends the run
     has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
     if process == 0 and has_shift and family.defaults.flow_shift is None:
         logger.warning(
             "%s: the flow shift (--fs) is ignored because this model's comes from the size", prompt_file
         )
-    chosen: list[tuple[int, Request, bool]] = []
+    chosen: list[tuple[int, Prepared, bool]] = []
     for index, entry in list(enumerate(entries))[process::processes]:
         try:
             request = sample_request(entry, family)
@@ -150,9 +149,9 @@ def prepare_samples(
             )
     if process == 0:
         _remove_leftovers(folder, name)
-    requests = [request for _, request, _ in chosen]
+    requests = [prepared for _, prepared, _ in chosen]
     session = Session(family, device, _no_dit, keep=False)
-    texts = session.texts(requests)
+    texts = session.texts([wanted_texts(prepared) for prepared in requests])
     with session.media(images=True, again=True) as encoders:
         inputs = encode_inputs(family, encoders, requests)
     session.drop_image_encoder()

@@ -13,10 +13,11 @@ from modules.checkpoints.dits import kept_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
-from modules.contract.requests import check_size, filled, whole_frames, with_media
+from modules.contract.prepared import Prepared
+from modules.contract.requests import check_size, settle, size_of, whole_frames, with_media
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
@@ -188,7 +189,7 @@ class Wan:
     @property
     def dit_files(self) -> tuple[Path, ...]:
         """The transformer's checkpoint, checked against --task."""
-        check_task(self.files.dit_header(), self.task, self.files.dit_path)
+        self._check_dit()
         return (self.files.dit_path,)
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
@@ -246,48 +247,53 @@ class Wan:
 
     # generation
 
-    def prepare(self, request: Request) -> Request:
+    def check_files(self, media: bool) -> None:
+        """Check the files that the task needs. media: also those of the VAE and the image encoder.
+
+        Raises OptionError if one is not given, CheckpointError if it is missing, of another kind, or not what
+        --task says.
+        """
+        self._check_dit()
+        images = ("clip",) if self.task.kind != "t2v" else ()
+        self.files.check_encoders("t5", *(("vae", *images) if media else ()))
+
+    def prepare(self, request: Request) -> Prepared:
         """Fill what the request leaves open, settle the size, and check files and images. Nothing is loaded.
 
-        Raises OptionError where a needed image or control video is missing or a size cannot be made,
-        CheckpointError where a file is missing or not what --task says.
+        Raises OptionError if a needed image or control video is missing or a size cannot be made,
+        CheckpointError if a file is missing or not what --task says.
         """
         task, usual = self.task, self.defaults
-        _ = self.dit_files  # raises where it does not fit
-        self.files.check_encoders()
+        self._check_dit()
         request = self._with_inputs(request)
-        flow_shift = request.flow_shift
-        request = filled(request, usual)
-        width, height, frames = request.size
+        self.files.check_encoders(*(("clip",) if task.kind != "t2v" else ()))
+        width, height, frames = size_of(request, usual)
         if task.frames == 1 and frames != 1:
             raise OptionError(
                 f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v "
                 "task."
             )
-        if flow_shift is None:
-            flow_shift = default_flow_shift(task, width, height)
+        flow_shift = (
+            default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
+        )
         if request.image_path is not None and self.sizes_follow_image:
             width, height = conditioning.size_like_image(image_size(request.image_path), width * height)
-        request = replace(
-            request, width=width, height=height, frames=whole_frames(frames, LATENT), flow_shift=flow_shift
-        )
-        check_size(request, LATENT)
+        size = width, height, whole_frames(frames, LATENT)
+        check_size((width, height, frames), LATENT)
         usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
-        return replace(request, negative_prompt=request.negative_prompt or usual_negative)
+        # the release has no empty one
+        request = replace(request, negative_prompt=request.negative_prompt or None)
+        return settle(request, usual, size, flow_shift, usual_negative)
 
-    def prompts(self, request: Request) -> Mapping[int, Prompts]:
-        """One section: the prompt and the negative prompt."""
-        return {0: Prompts(Prompt(request.prompt), Prompt(request.negative_prompt or NEGATIVE_PROMPT))}
-
-    def needs_media(self, request: Request) -> bool:
+    def needs_media(self, prepared: Prepared) -> bool:
         """Whether images or a control video have to be encoded before denoising."""
         return self.task.kind != "t2v" or self.task.has_control
 
-    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """CLIP features and condition channels of the request's images and control video, on the CPU, with
         batch dimension.
         """
-        width, height, frames = request.size
+        request, width, height, frames = prepared.asked, prepared.width, prepared.height, prepared.frames
         vae, task = encoders.vae, self.task
         conditions = self._no_image(1)
         image: Tensor | None = None
@@ -322,7 +328,7 @@ class Wan:
 
     def sections(
         self,
-        request: Request,
+        prepared: Prepared,
         prompts: Mapping[int, EncodedPrompts],
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
@@ -331,9 +337,12 @@ class Wan:
 
         Noise is one draw of C F H W; the condition's extra noise follows it.
         """
-        width, height, frames = request.size
-        batch, channels, latent_frames, rows, columns = LATENT.shape(frames, height, width)
-        start = noise.draw((batch, channels, latent_frames + self._appends_end(request), rows, columns))
+        batch, channels, latent_frames, rows, columns = LATENT.shape(
+            prepared.frames, prepared.height, prepared.width
+        )
+        start = noise.draw(
+            (batch, channels, latent_frames + self._appends_end(prepared.asked), rows, columns)
+        )
         conditions = dict(inputs.get(0, {}))
         extra = conditions.get("condition_latents")
         if self.image_noise and self.task.kind != "t2v" and isinstance(extra, Tensor):
@@ -349,6 +358,9 @@ class Wan:
         yield from encoders.vae.decode(latents.to(encoders.vae.device))
 
     # what the above shares
+
+    def _check_dit(self) -> None:
+        check_task(self.files.dit_header(), self.task, self.files.dit_path)
 
     def _vae_dtype(self) -> torch.dtype:
         if self.vae_dtype is not None:
@@ -390,7 +402,6 @@ class Wan:
         task = self.task
         if task.kind != "t2v":
             require(request.image_path, "--image_path", f"--task {task.name} starts from an image")
-            _ = self.files.clip_path
         if task.kind == "flf2v":
             require(request.end_image_path, "--end_image_path", f"--task {task.name} ends with an image")
         if task.has_control:

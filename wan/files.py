@@ -63,11 +63,15 @@ class WanFiles:
         """What the transformer file says of itself."""
         return read_once(self.dit_path, read_dit_header)
 
-    def check_encoders(self) -> None:
-        """Raise CheckpointError where a given file is another kind of network, before any is loaded."""
-        if self.vae is not None:
+    def check_encoders(self, *needed: str) -> None:
+        """Check the files of encoders that are given or needed ("vae", "t5", "clip"). Loads nothing.
+
+        Raises OptionError if a needed one is not given, CheckpointError if a file is missing or another kind
+        of network.
+        """
+        if self.vae is not None or "vae" in needed:
             read_once(self.vae_path, read_vae)
-        if self.t5 is not None:
+        if self.t5 is not None or "t5" in needed:
             read_once(self.t5_path, read_t5)
-        if self.clip is not None:
+        if self.clip is not None or "clip" in needed:
             read_once(self.clip_path, read_clip)

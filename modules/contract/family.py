@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
+from modules.contract.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -205,18 +206,19 @@ class Predicts(Protocol):
 class Generates(Protocol):
     """From a request to pixels, around the network: for generation and for training samples."""
 
-    def prepare(self, request: Request) -> Request: ...  # final sizes and numbers, or raises; nothing loaded
+    # raises if one of the DiT or text encoders is missing or wrong; media: VAE too
+    def check_files(self, media: bool) -> None: ...
 
-    def prompts(self, request: Request) -> Mapping[int, Prompts]: ...  # by section; 0 is always there
+    def prepare(self, request: Request) -> Prepared: ...  # final sizes and numbers, or raises; nothing loaded
 
-    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]: ...
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]: ...
 
     # whether `request_conditions` needs the encoders at all
-    def needs_media(self, request: Request) -> bool: ...
+    def needs_media(self, prepared: Prepared) -> bool: ...
 
     def sections(
         self,
-        request: Request,
+        prepared: Prepared,
         prompts: Mapping[int, EncodedPrompts],
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,

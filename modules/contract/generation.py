@@ -31,10 +31,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Request:
-    """One video or image to make.
-
-    None = not said; `Family.prepare` fills it from the task, the images and the options.
-    """
+    """One video or image as it is asked for. None = not said; `Family.prepare` makes a `Prepared` of it."""
 
     prompt: str
     seed: int
@@ -53,16 +50,9 @@ class Request:
     end_image_path: Path | None = None
     control_path: Path | None = None
     video_path: Path | None = None
-    strength: float | None = None  # how much of `video_path` is made anew, 0..1
-    extra: Mapping[str, str] = field(default_factory=dict)  # family-only prompt options, as text
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Width, height and frames, once `Family.prepare` has settled them."""
-        assert self.width is not None
-        assert self.height is not None
-        assert self.frames is not None
-        return self.width, self.height, self.frames
+    strength: float = 1.0  # how much of `video_path` is made anew, 0..1
+    # options of the family as text, which only `prepare` reads
+    extra: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from modules.contract.family import LatentSpec, SamplingDefaults
-from modules.contract.generation import Request
+from modules.contract.generation import Prompt, Prompts, Request
+from modules.contract.prepared import Prepared
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -14,25 +15,59 @@ logger = logging.getLogger(__name__)
 MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
 
 
-def filled(request: Request, usual: SamplingDefaults) -> Request:
-    """The request with the defaults where it says nothing.
+def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
+    """Return width, height and frames, with the defaults if the request does not say them."""
+    return request.width or usual.width, request.height or usual.height, request.frames or usual.frames
 
-    The embedded guidance is dropped where the model has no input for it.
+
+def settle(
+    request: Request,
+    usual: SamplingDefaults,
+    size: tuple[int, int, int],
+    flow_shift: float,
+    usual_negative: str | None,
+) -> Prepared:
+    """Fill in the defaults for a family with one expert and one section.
+
+    size: width, height and frames. usual_negative: the text if the request has no negative prompt; None:
+    there is no guidance then, which is warned about. The embedded guidance is dropped if the model has no
+    input for it.
     """
-    return replace(
-        request,
-        width=request.width or usual.width,
-        height=request.height or usual.height,
-        frames=request.frames or usual.frames,
-        steps=request.steps or usual.steps,
-        guidance_scale=usual.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        embedded_guidance=usual.embedded_guidance
-        if request.embedded_guidance is None or usual.embedded_guidance is None
-        else request.embedded_guidance,
-        flow_shift=usual.flow_shift if request.flow_shift is None else request.flow_shift,
-        solver=request.solver or usual.solver,
+    width, height, frames = size
+    scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    negative = usual_negative if request.negative_prompt is None else request.negative_prompt
+    if negative is None and scale != 1:
+        logger.warning(
+            "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
+        )
+        scale = 1.0
+    embedded = usual.embedded_guidance
+    if embedded is not None and request.embedded_guidance is not None:
+        embedded = request.embedded_guidance
+    steps = request.steps or usual.steps
+    return Prepared(
+        asked=request,
+        seed=request.seed,
+        prompts={0: Prompts(Prompt(request.prompt), Prompt(negative or ""))},
+        negative_prompt=negative or "",
+        width=width,
+        height=height,
+        frames=frames,
+        steps=steps,
         fps=request.fps or usual.fps,
+        solver=request.solver or usual.solver,
+        flow_shift=flow_shift,
+        guidance_scale=(scale,),
+        embedded_guidance=embedded,
+        first_step=0 if request.video_path is None else first_step(steps, request.strength),
     )
+
+
+def first_step(steps: int, strength: float) -> int:
+    """Return the step at which video-to-video begins: the last `strength` of them are made, and at least
+    one.
+    """
+    return steps - min(max(int(steps * strength), 1), steps)
 
 
 def with_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:
@@ -54,13 +89,13 @@ def with_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Req
     return request
 
 
-def check_size(request: Request, latent: LatentSpec, at_once: int | None = None) -> None:
-    """Raise OptionError where the model cannot make the size, naming the nearest one that it can.
+def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
+    """Raise OptionError if the model cannot make the size, naming the nearest one that it can.
 
-    at_once: how many frames are denoised together, if not all.
+    size: width, height, and how many frames are denoised together.
     """
-    width, height, frames = request.size
-    frames, step = frames if at_once is None else min(frames, at_once), latent.pixel_step
+    width, height, frames = size
+    step = latent.pixel_step
     if width * height * frames > MOST_PIXELS:
         raise OptionError(
             f"--video_size {height} {width}: {frames} such frames at once are "
@@ -89,21 +124,3 @@ def whole_frames(frames: int, latent: LatentSpec) -> int:
             step,
         )
     return whole
-
-
-def with_negative(request: Request, is_empty: bool) -> Request:
-    """The request with a negative prompt, or without guidance.
-
-    is_empty: without one it is the empty text, as where --negative_prompt is left out; else there is no
-    guidance, which is warned about, as in training samples.
-    """
-    if request.negative_prompt is not None:
-        return request
-    if is_empty:
-        return replace(request, negative_prompt="")
-    if request.guidance_scale != 1:
-        logger.warning(
-            "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
-        )
-        return replace(request, guidance_scale=1.0)
-    return request

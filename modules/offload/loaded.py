@@ -25,11 +25,6 @@ class Loaded(Generic[Network, Beside]):
         else:
             self._pair[0].to(device)
 
-    @property
-    def is_there(self) -> bool:
-        """Return whether the network is loaded."""
-        return self._pair is not None
-
     def get(self) -> tuple[Network, Beside]:
         """Return both. Call `load` first."""
         assert self._pair is not None, "call load() first"

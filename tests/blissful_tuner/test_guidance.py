@@ -11,6 +11,7 @@ from blissful_tuner.guidance import (
     applied_steps,
     guidance_scales,
     make_guidance,
+    needs,
     plain_cfg,
     remembering,
     with_skipped_layers,
@@ -23,11 +24,18 @@ from blissful_tuner.options import (
 )
 from modules.contract.data import Conditions
 from modules.contract.generation import NO_TWEAKS, Predict, Request, Section, Tweaks
+from modules.contract.steps import Needs, Step
 from modules.errors import OptionError
 from modules.options import read_options
 from tests.golden_cases import read_case
+from tests.preparing import prepare
 
-REQUEST = Request("p", 0, guidance_scale=5.0)
+REQUEST = prepare(Request("p", 0, steps=10, guidance_scale=5.0))
+
+
+def step(index: int) -> Step:
+    """A step of guidance that looks at nothing but its index."""
+    return Step(index, 10, 0.5, 500.0, torch.zeros(1, 1, 1, 2, 2))
 
 
 class Passes:
@@ -52,7 +60,7 @@ def passes() -> Passes:
 def test_plain_guidance_equals_the_recorded_values() -> None:
     _, tensors = read_case("guidance")
     recorded = Passes(tensors["cond"], tensors["uncond"])
-    velocity = make_guidance(REQUEST, PLAIN_GUIDANCE, 1)(0, recorded, recorded.section)
+    velocity = make_guidance(replace(REQUEST, steps=1), PLAIN_GUIDANCE)(step(0), recorded, recorded.section)
     torch.testing.assert_close(velocity, tensors["plain_cfg"], atol=1e-4, rtol=0)
 
 
@@ -73,29 +81,62 @@ def test_skip_modes_follow_the_documented_pattern(mode: str, expected: str) -> N
 
 def test_a_skipped_step_makes_one_pass() -> None:
     options = replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.5)
-    guidance, network = make_guidance(REQUEST, options, 2), passes()
-    assert float(guidance(0, network, network.section).mean()) == 6.0
+    guidance, network = make_guidance(replace(REQUEST, steps=2), options), passes()
+    assert float(guidance(step(0), network, network.section).mean()) == 6.0
     assert len(network.made) == 2
-    assert float(guidance(1, network, network.section).mean()) == 2.0
+    assert float(guidance(step(1), network, network.section).mean()) == 2.0
     assert len(network.made) == 3
 
 
 def test_scale_1_and_a_missing_negative_make_one_pass() -> None:
     network = passes()
-    make_guidance(replace(REQUEST, guidance_scale=1.0), PLAIN_GUIDANCE, 1)(0, network, network.section)
-    make_guidance(REQUEST, PLAIN_GUIDANCE, 1)(0, network, replace(network.section, negative=None))
+    make_guidance(replace(REQUEST, guidance_scale=(1.0,)), PLAIN_GUIDANCE)(step(0), network, network.section)
+    make_guidance(replace(REQUEST, steps=1), PLAIN_GUIDANCE)(
+        step(0), network, replace(network.section, negative=None)
+    )
     assert network.made == [(True, frozenset())] * 2
 
 
 def test_a_schedule_turns_guidance_on_where_it_says_even_at_scale_1() -> None:
-    request = replace(REQUEST, guidance_scale=1.0, cfg_schedule="2:3")
-    assert guidance_scales(request, PLAIN_GUIDANCE, 3) == (None, 3.0, None)
+    request = prepare(Request("p", 0, steps=3, guidance_scale=1.0, cfg_schedule="2:3"))
+    assert guidance_scales(request, PLAIN_GUIDANCE) == [(None, 3.0, None)]
+
+
+def test_each_expert_has_its_own_scale() -> None:
+    guidance = make_guidance(
+        replace(REQUEST, guidance_scale=(5.0, 1.0)), PLAIN_GUIDANCE, experts=(0.0, 875.0)
+    )
+    network = passes()
+    assert float(guidance(replace(step(0), timestep=900.0), network, network.section).mean()) == 2.0
+    assert len(network.made) == 1  # the expert of much noise goes without guidance
+    assert float(guidance(replace(step(1), timestep=874.0), network, network.section).mean()) == 6.0
+
+
+@pytest.mark.parametrize(
+    ("scale", "schedule", "ratio", "negative"),
+    [
+        (5.0, None, None, True),
+        (1.0, None, None, False),
+        (1.0, "2:3", None, True),
+        (5.0, "!2", None, False),  # nothing is left for which a negative text would have to be encoded
+        (5.0, None, 0.0, False),
+        (5.0, None, 0.1, True),
+    ],
+)
+def test_a_negative_text_is_needed_if_any_step_has_guidance(
+    scale: float, schedule: str | None, ratio: float | None, negative: bool
+) -> None:
+    request = prepare(Request("p", 0, steps=10, guidance_scale=scale, cfg_schedule=schedule))
+    options = replace(
+        PLAIN_GUIDANCE, cfg_skip_mode="none" if ratio is None else "late", cfg_apply_ratio=ratio
+    )
+    assert needs(request, options) == Needs(negative=negative)
 
 
 def test_a_schedule_and_a_skip_mode_exclude_each_other() -> None:
     options = replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.5)
     with pytest.raises(OptionError, match="give one of them"):
-        guidance_scales(replace(REQUEST, cfg_schedule="1"), options, 3)
+        guidance_scales(prepare(Request("p", 0, cfg_schedule="1")), options)
 
 
 def skipping(mode: str, layers: str) -> GuidanceOptions:
@@ -103,19 +144,19 @@ def skipping(mode: str, layers: str) -> GuidanceOptions:
 
 
 def test_skip_layer_uncond_weakens_the_negative_pass_while_active() -> None:
-    guidance, network = make_guidance(REQUEST, skipping("uncond", "1,3"), 4), passes()
-    velocity = guidance(0, network, network.section)
+    guidance, network = make_guidance(replace(REQUEST, steps=4), skipping("uncond", "1,3")), passes()
+    velocity = guidance(step(0), network, network.section)
     assert network.made == [(True, frozenset()), (False, frozenset({1, 3}))]
     torch.testing.assert_close(velocity, torch.full_like(velocity, 0.8 + 5 * (2 - 0.8)))
-    assert float(guidance(2, network, network.section).mean()) == 6.0
+    assert float(guidance(step(2), network, network.section).mean()) == 6.0
 
 
 def test_skip_layer_original_adds_a_third_pass_while_active() -> None:
-    guidance, network = make_guidance(REQUEST, skipping("original", "1"), 4), passes()
-    velocity = guidance(1, network, network.section)
+    guidance, network = make_guidance(replace(REQUEST, steps=4), skipping("original", "1")), passes()
+    velocity = guidance(step(1), network, network.section)
     assert network.made == [(True, frozenset()), (False, frozenset()), (False, frozenset({1}))]
     torch.testing.assert_close(velocity, torch.full_like(velocity, 6.0 + 3.0 * (2 - 0.9)))
-    guidance(2, network, network.section)
+    guidance(step(2), network, network.section)
     assert len(network.made) == 5
 
 
@@ -136,7 +177,14 @@ def test_a_pass_without_layers_is_made_once_however_often_it_is_asked_for(mode: 
 @pytest.mark.parametrize("mode", ["original", "uncond"])
 def test_no_layers_mean_no_skip_layer_guidance(mode: str) -> None:
     network = passes()
-    assert float(make_guidance(REQUEST, skipping(mode, ""), 4)(0, network, network.section).mean()) == 6.0
+    assert (
+        float(
+            make_guidance(replace(REQUEST, steps=4), skipping(mode, ""))(
+                step(0), network, network.section
+            ).mean()
+        )
+        == 6.0
+    )
     assert len(network.made) == 2
 
 
@@ -149,11 +197,11 @@ def drawn() -> Passes:
 
 def test_a_rescaled_velocity_has_the_deviation_of_the_positive_one_in_each_sample() -> None:
     network = drawn()
-    plain = make_guidance(REQUEST, PLAIN_GUIDANCE, 1)(0, network, network.section)
+    plain = make_guidance(replace(REQUEST, steps=1), PLAIN_GUIDANCE)(step(0), network, network.section)
     network.made.clear()
 
-    velocity = make_guidance(REQUEST, replace(PLAIN_GUIDANCE, guidance_rescale=1.0), 1)(
-        0, network, network.section
+    velocity = make_guidance(replace(REQUEST, steps=1), replace(PLAIN_GUIDANCE, guidance_rescale=1.0))(
+        step(0), network, network.section
     )
 
     assert len(network.made) == 2  # the positive pass is not made again
@@ -167,8 +215,8 @@ def test_a_rescaled_velocity_has_the_deviation_of_the_positive_one_in_each_sampl
 def test_a_share_of_rescaling_lies_between_none_and_all_of_it() -> None:
     network = drawn()
     none, some, all_of_it = (
-        make_guidance(REQUEST, replace(PLAIN_GUIDANCE, guidance_rescale=share), 1)(
-            0, network, network.section
+        make_guidance(replace(REQUEST, steps=1), replace(PLAIN_GUIDANCE, guidance_rescale=share))(
+            step(0), network, network.section
         )
         for share in (0.0, 0.7, 1.0)
     )
@@ -178,7 +226,7 @@ def test_a_share_of_rescaling_lies_between_none_and_all_of_it() -> None:
 def test_rescaling_acts_on_what_skip_layer_guidance_makes() -> None:
     network = drawn()
     options = replace(skipping("original", "1"), guidance_rescale=1.0)
-    velocity = make_guidance(REQUEST, options, 4)(0, network, network.section)
+    velocity = make_guidance(replace(REQUEST, steps=4), options)(step(0), network, network.section)
     torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))
 
 

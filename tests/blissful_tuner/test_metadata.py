@@ -15,8 +15,10 @@ from blissful_tuner.metadata import (
     seed_in,
 )
 from modules.contract.generation import Request
+from tests.preparing import prepare
 
-REQUEST = Request("a\ncat ä", 7, 832, 480, 81, 50, 5.0, None, 5.0, "unipc", 16.0, "bad")
+ASKED = Request("a\ncat ä", 7, 832, 480, 81, 50, 5.0, None, 5.0, "unipc", 16.0, "bad")
+REQUEST = replace(prepare(ASKED), embedded_guidance=None)
 
 
 def test_metadata_has_the_known_keys_and_the_sizes() -> None:
@@ -42,7 +44,7 @@ def test_metadata_has_the_known_keys_and_the_sizes() -> None:
 
 def test_what_only_the_family_reads_is_said_too() -> None:
     extra = {"video_sections": "4", "one_frame": "default"}
-    found = output_metadata(replace(REQUEST, extra=extra), {})
+    found = output_metadata(replace(REQUEST, own_metadata=extra), {})
     assert (found["bt_video_sections"], found["bt_one_frame"]) == ("4", "default")
 
 
@@ -56,7 +58,8 @@ def test_what_only_the_family_reads_is_said_too() -> None:
     ],
 )
 def test_of_images_names_are_said_and_not_where_they_lie(text: str, names: str) -> None:
-    request = replace(REQUEST, extra={"image_path": text}, end_image_path=Path("/home/me/end.png"))
+    asked = replace(ASKED, end_image_path=Path("/home/me/end.png"))
+    request = replace(REQUEST, asked=asked, own_metadata={"image_path": text})
     found = output_metadata(request, {}, settings={"dit": Path("/home/me/dit.safetensors")})
     assert found["bt_image_path"] == names
     assert (found["bt_end_image_path"], found["bt_dit"]) == ("end.png", "dit.safetensors")
@@ -84,7 +87,7 @@ def test_decoding_passes_on_what_is_known_and_says_anew_what_it_is_decoded_with(
 def test_names_of_files_that_are_no_utf_8_can_be_stored() -> None:
     """A video would be lost with an error at its very end."""
     name = "caf\udce9 é.png"  # as the system gives a byte of Latin-1
-    request = replace(REQUEST, image_path=Path("m") / name)
+    request = replace(REQUEST, asked=replace(ASKED, image_path=Path("m") / name))
     made = output_metadata(request, {}, settings={"dit": Path(name)})
     decoded = decoded_metadata({}, {"vae": Path(name)}, {"vae"}, 24.0)
     for text in (made["bt_image_path"], made["bt_dit"], decoded["bt_vae"]):

@@ -5,21 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from blissful_tuner.video_to_video import noisy_source, steps_to_make
+from blissful_tuner.video_to_video import noisy_source
 from modules.contract.generation import Request
 from modules.flow.schedule import make_schedule
+from tests.preparing import prepare
 
 
 @pytest.mark.parametrize(
-    ("steps", "strength", "made"),
-    [(50, 0.8, 40), (10, 0.55, 5), (10, 0.0, 1), (10, 1.0, 10), (1, 0.5, 1), (10, None, 8)],
+    ("steps", "strength", "made"), [(50, 0.8, 40), (10, 0.55, 5), (10, 0.0, 1), (10, 1.0, 10), (1, 0.5, 1)]
 )
-def test_the_last_steps_are_made(steps: int, strength: float | None, made: int) -> None:
-    assert steps_to_make(Request("p", 1, steps=steps, video_path=Path("x.mp4"), strength=strength)) == made
+def test_the_last_steps_are_made(steps: int, strength: float, made: int) -> None:
+    prepared = prepare(Request("p", 1, steps=steps, video_path=Path("x.mp4"), strength=strength))
+    assert (prepared.num_steps, prepared.first_step) == (made, steps - made)
 
 
 def test_from_noise_all_steps_are_made() -> None:
-    assert steps_to_make(Request("p", 1, steps=10, strength=0.3)) == 10
+    assert prepare(Request("p", 1, steps=10, strength=0.3)).num_steps == 10
 
 
 def test_it_begins_with_the_mixture_of_the_first_step() -> None:

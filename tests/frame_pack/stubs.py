@@ -1,7 +1,8 @@
 """Stand-ins for FramePack's networks: what they are given is written down."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor, nn
 
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
+from frame_pack.one_frame import OneFrame
+from frame_pack.requests import FramePackRequest
 from generation.sections import make_latents
 from modules.contract.data import Conditions
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Tweaks
+from modules.contract.prepared import Prepared
 from tests.golden_cases import read_case
+from tests.preparing import prepare
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 2, 4  # of latents
@@ -100,7 +105,7 @@ def family(**settings: Any) -> FramePack:
     return FramePack(FramePackFiles(), **settings)
 
 
-def request(frames: int, seed: int = 7, **settings: Any) -> Request:
+def request(frames: int, seed: int = 7, one_frame: OneFrame | None = None, **settings: Any) -> Prepared:
     """A prepared request of the stubs' size, made in one step of Euler's."""
     usual: dict[str, Any] = {
         "guidance_scale": 1.0,
@@ -109,7 +114,8 @@ def request(frames: int, seed: int = 7, **settings: Any) -> Request:
         "solver": "euler",
         "steps": 1,
     }
-    return Request("a cat", seed, 8 * WIDTH, 8 * HEIGHT, frames, **{**usual, **settings})
+    asked = Request("a cat", seed, 8 * WIDTH, 8 * HEIGHT, frames, **{**usual, **settings})
+    return replace(prepare(asked), own=FramePackRequest((Path("start.png"),), one_frame))
 
 
 def texts(value: float) -> EncodedPrompts:
@@ -149,7 +155,7 @@ class Made:
 
 def make(
     model: FramePack,
-    asked: Request,
+    asked: Prepared,
     inputs: dict[int, Conditions],
     prompts: dict[int, EncodedPrompts] | None = None,
 ) -> Made:

@@ -9,6 +9,7 @@ import torch
 
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
+from frame_pack.one_frame import parse_one_frame
 from frame_pack.sections import video_frames
 from generation.noise import SeededNoise
 from tests.frame_pack.stubs import (
@@ -172,7 +173,7 @@ def one_frame(settings: str, controls: int, **more: Any) -> Call:
     given = {"image_embeddings": torch.zeros(1, 4, 2)}
     if controls:
         given["control_latents"] = torch.cat([plain(10.0 + index) for index in range(controls)], dim=2)
-    made = make(family(**more), request(1, extra={"one_frame": settings}), {0: given})
+    made = make(family(**more), request(1, one_frame=parse_one_frame(settings)), {0: given})
     (call,) = made.calls
     assert made.latents.shape == call.noisy.shape == (1, 16, 1, 2, 4)
     return call

@@ -1,6 +1,7 @@
 """Images of a request as what its sections are given."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor
 
 from frame_pack.inputs import one_frame_inputs, read_alpha, read_mask, video_inputs
+from frame_pack.requests import FramePackRequest
 from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.family import LATENT as VAE_LATENT
 from modules.contract.data import MediaEncoders
 from modules.contract.generation import Request
+from modules.contract.prepared import Prepared
 from modules.media.writing import write_png
+from tests.preparing import prepare
 
 WIDTH, HEIGHT = 48, 32
 
@@ -56,8 +60,10 @@ def grey(path: Path, value: int, width: int = WIDTH, height: int = HEIGHT) -> Pa
     return path
 
 
-def request(seed: int = 3, end: Path | None = None, **extra: str) -> Request:
-    return Request("a cat", seed, WIDTH, HEIGHT, 37, end_image_path=end, extra=extra)
+def request(*images: Path, seed: int = 3, end: Path | None = None, **own: tuple[Path, ...]) -> Prepared:
+    """images: the start image of each section."""
+    asked = Request("a cat", seed, WIDTH, HEIGHT, 37, end_image_path=end)
+    return replace(prepare(asked), own=FramePackRequest(images, **own))
 
 
 def expected(value: int, seed: int = 3) -> float:
@@ -70,7 +76,7 @@ def test_each_file_is_encoded_once_and_sections_share_it(tmp_path: Path) -> None
     first, second = grey(tmp_path / "a.png", 10), grey(tmp_path / "b.png", 200)
     given = encoders()
 
-    inputs = video_inputs(given, request(end=second, image_path=f"0:{first};;;-1:{second}"), 4)
+    inputs = video_inputs(given, request(first, first, first, second, end=second))
 
     assert given.vae.count == 2
     assert list(given.image_encoder.seen.values()) == [1, 1]
@@ -86,9 +92,9 @@ def test_each_file_is_encoded_once_and_sections_share_it(tmp_path: Path) -> None
 
 def test_the_latents_of_a_file_depend_on_the_seed_and_nothing_else(tmp_path: Path) -> None:
     first, second = grey(tmp_path / "a.png", 10), grey(tmp_path / "b.png", 200)
-    alone = video_inputs(encoders(), request(image_path=str(second)), 1)
-    after = video_inputs(encoders(), request(image_path=f"0:{first};;;1:{second}"), 2)
-    other = video_inputs(encoders(), request(seed=4, image_path=str(second)), 1)
+    alone = video_inputs(encoders(), request(second))
+    after = video_inputs(encoders(), request(first, second))
+    other = video_inputs(encoders(), request(second, seed=4))
     assert torch.equal(alone[0]["start_latents"], after[1]["start_latents"])  # type: ignore[arg-type]
     assert not torch.equal(alone[0]["start_latents"], other[0]["start_latents"])  # type: ignore[arg-type]
 
@@ -97,7 +103,7 @@ def test_images_cover_the_size_and_are_cropped(tmp_path: Path) -> None:
     wide = numpy.zeros((HEIGHT, 2 * WIDTH, 3), dtype=numpy.uint8)
     wide[:, WIDTH // 2 : -WIDTH // 2] = 255
     write_png(tmp_path / "wide.png", wide)
-    inputs = video_inputs(encoders(), request(image_path=str(tmp_path / "wide.png")), 1)
+    inputs = video_inputs(encoders(), request(tmp_path / "wide.png"))
     assert float(inputs[0]["image_embeddings"].mean()) == 1.0
 
 
@@ -108,10 +114,7 @@ def test_controls_stand_one_after_the_other(tmp_path: Path) -> None:
     start, first, second = (grey(tmp_path / f"{value}.png", value) for value in (50, 100, 200))
     given = encoders()
 
-    inputs = one_frame_inputs(
-        given,
-        request(one_frame="default", image_path=str(start), control_image_path=f"{first}\n{second}\n{first}"),
-    )
+    inputs = one_frame_inputs(given, request(start, controls=(first, second, first)))
 
     assert inputs.keys() == {0}
     controls = inputs[0]["control_latents"]
@@ -126,9 +129,7 @@ def test_controls_stand_one_after_the_other(tmp_path: Path) -> None:
 
 def test_without_controls_there_are_none(tmp_path: Path) -> None:
     start = grey(tmp_path / "start.png", 50)
-    assert one_frame_inputs(encoders(), request(one_frame="default", image_path=str(start)))[0].keys() == {
-        "image_embeddings"
-    }
+    assert one_frame_inputs(encoders(), request(start))[0].keys() == {"image_embeddings"}
 
 
 @pytest.mark.parametrize(("mask", "left"), [(0, 0.0), (255, 1.0), (51, 0.2)])
@@ -139,12 +140,7 @@ def test_a_mask_multiplies_its_control(tmp_path: Path, mask: int, left: float) -
 
     inputs = one_frame_inputs(
         encoders(),
-        request(
-            one_frame="default",
-            image_path=str(start),
-            control_image_path=f"{control}\n{control}",
-            control_image_mask_path=str(tmp_path / "mask.png"),
-        ),
+        request(start, controls=(control, control), masks=(tmp_path / "mask.png",)),
     )
 
     controls = inputs[0]["control_latents"]
@@ -161,10 +157,7 @@ def test_without_a_mask_the_alpha_channel_is_one(tmp_path: Path) -> None:
     half[:, : WIDTH // 2, 3] = 255
     write_png(tmp_path / "half.png", half)
 
-    inputs = one_frame_inputs(
-        encoders(),
-        request(one_frame="default", image_path=str(start), control_image_path=str(tmp_path / "half.png")),
-    )
+    inputs = one_frame_inputs(encoders(), request(start, controls=(tmp_path / "half.png",)))
 
     controls = inputs[0]["control_latents"]
     assert isinstance(controls, Tensor)

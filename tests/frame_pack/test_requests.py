@@ -11,14 +11,16 @@ import pytest
 
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles
+from frame_pack.one_frame import OneFrame
 from frame_pack.options import (
     FramePackGenerationOptions,
     FramePackTrainingOptions,
     add_generation_arguments,
     add_training_arguments,
 )
-from frame_pack.requests import images_of, sections_of, settled, tell_unused_paddings, texts_of
+from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
 from modules.contract.generation import Request
+from modules.contract.prepared import Prepared
 from modules.errors import OptionError
 from modules.options import read_options
 from tests.golden_cases import read_case
@@ -43,11 +45,19 @@ def settle(
     window: int = 9,
     f1: bool = False,
     **said: Any,
-) -> Request:
+) -> Prepared:
     values: dict[str, Any] = {"prompt": "a cat", "seed": 1, "width": 48, "height": 32, **said}
-    return settled(
-        Request(**values, extra={"image_path": str(picture), **(extra or {})}), USUAL, LATENT, window, f1
-    )
+    request = Request(**values, extra={"image_path": str(picture), **(extra or {})})
+    return prepare_request(request, USUAL, LATENT, window, f1, "")
+
+
+def own(prepared: Prepared) -> FramePackRequest:
+    assert isinstance(prepared.own, FramePackRequest)
+    return prepared.own
+
+
+def texts(prepared: Prepared) -> list[str]:
+    return [prepared.prompts[section].positive.text for section in range(len(prepared.prompts))]
 
 
 @pytest.mark.parametrize(
@@ -59,19 +69,21 @@ def test_a_video_has_the_recorded_length(video: dict[str, Any], picture: Path) -
         extra["video_sections"] = str(video["video_sections_option"])
     window = video["latent_window_size"]
     request = settle(picture, extra, window)
-    assert (request.frames, sections_of(request, window)) == (
+    assert (request.frames, len(own(request).images)) == (
         video["final_pixel_frames"],
         video["total_sections"],
     )
-    assert request.extra["video_sections"] == str(video["total_sections"])
-    assert float(request.extra["video_seconds"]) == pytest.approx(video["final_pixel_frames"] / 30, rel=1e-4)
+    assert request.own_metadata["video_sections"] == str(video["total_sections"])
+    assert float(request.own_metadata["video_seconds"]) == pytest.approx(
+        video["final_pixel_frames"] / 30, rel=1e-4
+    )
 
 
 def test_a_request_says_what_the_metadata_of_outputs_tell(picture: Path) -> None:
-    video = settle(picture, {"video_sections": "2"}, window=3, f1=True, fps=24.0).extra
+    video = settle(picture, {"video_sections": "2"}, window=3, f1=True, fps=24.0).own_metadata
     said = {"latent_window_size": "3", "video_sections": "2", "f1": "True", "video_seconds": "0.833333"}
     assert video == {"image_path": str(picture), **said}
-    assert "video_seconds" not in settle(picture, {"one_frame": "default"}).extra
+    assert "video_seconds" not in settle(picture, {"one_frame": "default"}).own_metadata
 
 
 def test_samples_say_frames_which_are_made_whole_sections(
@@ -90,7 +102,7 @@ def test_samples_say_frames_which_are_made_whole_sections(
 def test_nothing_said_makes_five_seconds_with_the_released_numbers(picture: Path) -> None:
     request = settle(picture)
     assert (request.frames, request.steps, request.fps, request.embedded_guidance) == (145, 25, 30.0, 10.0)
-    assert (request.guidance_scale, request.solver) == (1.0, "unipc-bh1")
+    assert (request.guidance_scale, request.solver) == ((1.0,), "unipc-bh1")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +128,11 @@ def test_a_flow_shift_that_is_given_counts(picture: Path) -> None:
 
 def test_one_picture_has_one_frame_whatever_the_length(picture: Path) -> None:
     request = settle(picture, {"one_frame": "no_2x", "video_seconds": "9", "video_sections": "4"})
-    assert (request.frames, sections_of(request, 9)) == (1, 1)
+    assert (request.frames, len(own(request).images), own(request).one_frame) == (
+        1,
+        1,
+        OneFrame(has_2x=False),
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,9 +194,10 @@ def test_what_is_left_out_is_warned_about(
 ) -> None:
     request = settle(picture, **said)
     assert message in caplog.text
-    assert request.end_image_path is None
-    assert request.video_path is None
-    assert "control_image_path" not in request.extra
+    assert request.asked.end_image_path is None
+    assert request.asked.video_path is None
+    assert own(request).controls == ()
+    assert "control_image_path" not in request.own_metadata
 
 
 def test_a_text_for_sections_that_there_are_not_is_warned_about_once(
@@ -230,8 +247,7 @@ def test_distances_without_a_section_are_warned_about(
     message: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    request = settle(picture, extra)
-    tell_unused_paddings(paddings, request, sections_of(request, 9))
+    tell_unused_paddings(paddings, own(settle(picture, extra)))
     assert (message in caplog.text) if message else not caplog.text
 
 
@@ -255,18 +271,18 @@ def test_texts_and_images_reach_their_sections(picture: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         request = settle(picture, {"video_sections": "4"}, prompt="0:sits;;;1-2:walks;;;-1:sleeps")
     assert caplog.text == ""
-    assert texts_of(request, 4) == ("sits", "walks", "walks", "sleeps")
-    assert images_of(request, 4) == (picture,) * 4
+    assert texts(request) == ["sits", "walks", "walks", "sleeps"]
+    assert own(request).images == (picture,) * 4
 
 
 def test_of_one_picture_only_the_first_text_counts(picture: Path) -> None:
     request = settle(picture, {"one_frame": "default"}, prompt="sits;;;-1:sleeps")
-    assert texts_of(request, 1) == ("sits",)
+    assert texts(request) == ["sits"]
 
 
 def test_a_start_image_may_come_as_a_path(picture: Path) -> None:
-    request = settled(Request("a cat", 1, width=48, height=32, image_path=picture), USUAL, LATENT, 9, False)
-    assert images_of(request, 4) == (picture,) * 4
+    asked = Request("a cat", 1, width=48, height=32, image_path=picture)
+    assert own(prepare_request(asked, USUAL, LATENT, 9, False, "")).images == (picture,) * 4
 
 
 def test_without_a_negative_prompt_a_sample_has_no_guidance_and_a_generation_an_empty_one(
@@ -282,13 +298,13 @@ def test_without_a_negative_prompt_a_sample_has_no_guidance_and_a_generation_an_
     videos = family_for_generation(read_options(FramePackGenerationOptions, generation.parse_args(words)))
     asked = Request("a cat", 1, 48, 32, guidance_scale=3.0, extra={"image_path": str(picture)})
 
-    def guided(model: FramePack, request: Request) -> tuple[float | None, str | None]:
+    def guided(model: FramePack, request: Request) -> tuple[tuple[float, ...], str]:
         prepared = model.prepare(request)
         return prepared.guidance_scale, prepared.negative_prompt
 
-    assert guided(videos, asked) == (3.0, "")
+    assert guided(videos, asked) == ((3.0,), "")
     assert not caplog.text
-    assert guided(samples, asked) == (1.0, None)
+    assert guided(samples, asked) == ((1.0,), "")
     assert "the guidance scale of 'a cat' is ignored because it has no negative prompt (--n)" in caplog.text
     for model in (samples, videos):
-        assert guided(model, replace(asked, negative_prompt="dull")) == (3.0, "dull")
+        assert guided(model, replace(asked, negative_prompt="dull")) == ((3.0,), "dull")

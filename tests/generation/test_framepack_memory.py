@@ -3,6 +3,7 @@ runs.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from blissful_tuner.guidance import make_guidance
 from fpack_generate_video import DEFAULTS
 from frame_pack.family import LATENT, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
+from frame_pack.requests import FramePackRequest
 from generation.denoise import predictor
 from generation.memory import (
     largest_requests,
@@ -28,12 +30,14 @@ from generation.sections import on_device
 from modules.contract.data import MediaEncoders
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
+from modules.contract.steps import Step
 from modules.errors import MemoryPlanError
 from modules.options import read_options
 from modules.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB, Part, Room
 from tests.manifests import tensor_list, write_hollow
+from tests.preparing import prepare
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
 from tests.tiny.project import write_image
@@ -63,9 +67,10 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     )
     options = read_options(GenerationOptions, args)
     family = family_for_generation(read_options(FramePackGenerationOptions, args))
-    request = Request(
+    asked = Request(
         "x", 0, 8 * COLUMNS, 8 * ROWS, 4 * 9 * SECTIONS + 1, 4, 5.0, 10.0, 3.0, "unipc-bh1", 30.0, "y"
     )
+    request = replace(prepare(asked), own=FramePackRequest((Path("start.png"),) * SECTIONS))
     encoded = {index: EncodedPrompts(text(20), text(11)) for index in range(SECTIONS)}
     image = {
         "image_embeddings": torch.zeros(1, 7, CONFIG.image_dim),
@@ -84,8 +89,9 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
             ledger.see(tensor, WEIGHTS)
         for tensor in given:
             ledger.see(tensor)
-        predict = predictor(family, lambda _: dit, section.noise, 1000.0, options.split_uncond)
-        make_guidance(request, options.guidance, 4)(0, predict, section)
+        step = Step(0, 4, 1.0, 1000.0, section.noise)
+        predict = predictor(family, lambda _: dit, step, options.split_uncond)
+        make_guidance(request, options.guidance)(step, predict, section)
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
     assert phase(0).device == pytest.approx(real, rel=0.02)
     assert most == 4  # both lists keep a block: 2 and 5 are swapped
@@ -117,14 +123,14 @@ def made_for_lines(tmp_path: Path) -> tuple[FramePack, GenerationOptions]:
 
 def test_of_many_lines_those_may_take_most_that_are_largest_or_longest(tmp_path: Path) -> None:
     requests = largest_requests(*made_for_lines(tmp_path))
-    assert [request.size for request in requests] == [(32, 32, 97), (64, 64, 17)]
+    assert [(each.width, each.height, each.frames) for each in requests] == [(32, 32, 97), (64, 64, 17)]
 
 
 @pytest.mark.slow
 def test_the_largest_frames_take_most_and_not_the_longest_video(tmp_path: Path) -> None:
     family, options = made_for_lines(tmp_path)
     request, _ = predict_largest(family, options, largest_requests(family, options), HOST)
-    assert request.size == (64, 64, 17)
+    assert (request.width, request.height, request.frames) == (64, 64, 17)
 
 
 def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path) -> None:

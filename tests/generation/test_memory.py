@@ -1,5 +1,6 @@
 """Plans of generations, from the command lines of all families."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from generation.memory import rehearse_denoising
 from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
+from modules.contract.steps import Step
 from modules.options import read_options
 from modules.planning.dry_run import HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import Part
 from tests.commands import run_script
+from tests.preparing import prepare
 from tests.tiny import wan_dit
 from tests.tiny.families import FAMILIES, TinyFamily
-from wan.family import family_for_generation
+from wan.family import Wan, family_for_generation
 from wan.options import WanGenerationOptions, add_generation_arguments
 
 QUICK = {"wan i2v-14B", "hunyuan_video", "framepack"}
@@ -57,7 +60,7 @@ def test_a_plan_is_printed_and_nothing_is_made(family: TinyFamily, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
+def tiny_generation(tmp_path: Path) -> tuple[Wan, GenerationOptions]:
     path = wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v", dtype=torch.bfloat16, num_layers=6))
     parser = generation_parser("", ScriptDefaults(fps=16, guidance_scale=5.0))
     add_generation_arguments(parser)
@@ -68,10 +71,17 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
         read_options(GenerationOptions, args),
         family_for_generation(read_options(WanGenerationOptions, args)),
     )
-    request = Request("x", 0, 96, 64, 9, 4, 5.0, None, 3.0, "unipc", 16.0, "y")
-    text: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}
+    return family, options
+
+
+REQUEST = prepare(Request("x", 0, 96, 64, 9, 4, 5.0, None, 3.0, "unipc", 16.0, "y"))
+TEXT: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}
+
+
+def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
+    family, options = tiny_generation(tmp_path)
     phase, most = rehearse_denoising(
-        family, options, request, {0: EncodedPrompts(text, text)}, {0: {}}, Part("more", 0)
+        family, options, REQUEST, {0: EncodedPrompts(TEXT, TEXT)}, {0: {}}, Part("more", 0)
     )
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
@@ -79,8 +89,22 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
         for tensor in dit.parameters():
             ledger.see(tensor, WEIGHTS)
         noise = torch.zeros(1, 16, 3, 8, 12)
-        predict = predictor(family, lambda _: dit, noise, 1000.0, True)
-        _ = predict(text), predict(text)
+        predict = predictor(family, lambda _: dit, Step(0, 4, 1.0, 1000.0, noise), True)
+        _ = predict(TEXT), predict(TEXT)
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
     assert phase(0).device == pytest.approx(real, rel=0.02)
     assert phase(most).device < phase(0).device
+
+
+def test_the_plan_counts_the_passes_of_a_step_with_guidance_whichever_that_is(tmp_path: Path) -> None:
+    family, options = tiny_generation(tmp_path)
+
+    def peak(schedule: str | None) -> int:
+        request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule=schedule))
+        texts = {0: EncodedPrompts(TEXT, TEXT)}
+        phase, _ = rehearse_denoising(
+            family, replace(options, split_uncond=False), request, texts, {0: {}}, Part("more", 0)
+        )
+        return phase(0).device
+
+    assert peak("3") == peak(None) > peak("!3")

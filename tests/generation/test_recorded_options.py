@@ -3,7 +3,7 @@
 import argparse
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from generation.session import Session
 from hunyuan_model import options as hunyuan
 from modules.options import facts_of
 from tests.generation.toy_family import ToyFamily
+from tests.preparing import prepare
 from wan import options as wan
 
 
@@ -107,12 +108,15 @@ WITH = {  # what has to be given too
 
 
 def recorded(options: GenerationOptions) -> Mapping[str, str]:
-    """The metadata of the video that the options ask for, before a family settles what they leave open."""
+    """The metadata of the video that the options ask for, as of a family that records its own options as they
+    are.
+    """
     device = torch.device("cpu")
     run = Run(
         ToyFamily(), options, Session(ToyFamily(), device, lambda expert: torch.nn.Identity(), keep=False)
     )
-    metadata = run.metadata(make_request(options.request))
+    request = make_request(options.request)
+    metadata = run.metadata(replace(prepare(request), own_metadata=request.extra))
     assert metadata is not None
     return metadata
 

@@ -11,6 +11,7 @@ from generation.options import RequestOptions
 from generation.request import check_guidance, make_request
 from modules.contract.generation import Request
 from modules.errors import OptionError
+from tests.preparing import prepare
 
 OPTIONS = RequestOptions(
     "a cat",
@@ -125,12 +126,12 @@ def test_numbers_that_make_no_sense_are_refused(line: dict[str, Any]) -> None:
 
 def test_a_schedule_beyond_the_steps_is_found_before_anything_is_loaded() -> None:
     with pytest.raises(OptionError, match="1 to 4"):
-        check_guidance(Request("p", 0, steps=4, guidance_scale=5.0, cfg_schedule="1-9"))
+        check_guidance(prepare(Request("p", 0, steps=4, guidance_scale=5.0, cfg_schedule="1-9")))
 
 
 def test_skip_layer_guidance_without_guidance_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     options = replace(PLAIN_GUIDANCE, slg_mode="uncond", slg_layers="1")
-    check_guidance(Request("p", 0, steps=4, guidance_scale=1.0), options)
+    check_guidance(prepare(Request("p", 0, steps=4, guidance_scale=1.0)), options)
     assert "--slg_mode uncond is ignored" in caplog.text
 
 
@@ -139,13 +140,17 @@ def test_rescaling_without_guidance_is_warned_about(
     scale: float, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     check_guidance(
-        Request("p", 0, steps=4, guidance_scale=scale), replace(PLAIN_GUIDANCE, guidance_rescale=0.5)
+        prepare(Request("p", 0, steps=4, guidance_scale=scale)), replace(PLAIN_GUIDANCE, guidance_rescale=0.5)
     )
     assert caplog.text.count("--guidance_rescale 0.5 is ignored because no step uses guidance") == warnings
 
 
 def test_a_negative_prompt_without_guidance_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    make_request(replace(OPTIONS, guidance_scale=1.0, negative_prompt="bad"))
+    check_guidance(prepare(make_request(replace(OPTIONS, guidance_scale=5.0, negative_prompt="bad"))))
+    # the family's own is no matter of the user's
+    check_guidance(prepare(make_request(replace(OPTIONS, guidance_scale=1.0))))
+    assert "ignored" not in caplog.text
+    check_guidance(prepare(make_request(replace(OPTIONS, guidance_scale=1.0, negative_prompt="bad"))))
     assert "'bad' is ignored" in caplog.text
 
 
@@ -157,5 +162,5 @@ def test_a_prompt_that_is_no_text_is_refused_before_the_work(caplog: pytest.LogC
 
 def test_skip_layer_guidance_with_scale_0_is_guidance(caplog: pytest.LogCaptureFixture) -> None:
     options = replace(PLAIN_GUIDANCE, slg_mode="uncond", slg_layers="1")
-    check_guidance(Request("p", 0, steps=4, guidance_scale=0.0), options)
+    check_guidance(prepare(Request("p", 0, steps=4, guidance_scale=0.0)), options)
     assert not caplog.text

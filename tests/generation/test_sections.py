@@ -1,24 +1,27 @@
 """From a request to latents: the loop against recorded runs, batched passes, noise."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from generation.denoise import Start, StepDone, denoise
+from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
 from generation.sections import conditions_to, make_latents
 from modules.contract.generation import EncodedPrompts, Request, Section
+from modules.contract.steps import Step, StepDone
 from modules.flow.solvers import solver_for
 from tests.generation.toy_family import ToyDit, ToyFamily
 from tests.golden_cases import make_weights, read_case
+from tests.preparing import prepare
 from wan.configs import TASKS, WanConfig
 from wan.family import Wan, WanFiles
 from wan.model import WanModel
 
 CPU = torch.device("cpu")
-REQUEST = Request("p", 3, 32, 32, 5, 4, 5.0, None, 3.0, "unipc", 16.0)
+REQUEST = prepare(Request("p", 3, 32, 32, 5, 4, 5.0, None, 3.0, "unipc", 16.0))
 
 
 def toy_texts(positive: float = 3, negative: float | None = 8) -> dict[int, EncodedPrompts]:
@@ -26,6 +29,12 @@ def toy_texts(positive: float = 3, negative: float | None = 8) -> dict[int, Enco
         return {"letters": [torch.full((1, 1), float(value))]}
 
     return {0: EncodedPrompts(letters(positive), None if negative is None else letters(negative))}
+
+
+def note(noted: list[Any], what: object) -> bool:
+    """Watch a step without ending the loop."""
+    noted.append(what)
+    return False
 
 
 def golden_wan() -> WanModel:
@@ -72,12 +81,12 @@ def test_a_whole_wan_run_equals_the_recorded_one(solver: str, recorded: str) -> 
     latents = make_latents(
         family,
         lambda timestep: dit,
-        request,
+        prepare(request),
         texts,
         {0: {}},
         CPU,
         cpu_noise=True,
-        on_step=lambda done: starts.append(done.noisy),
+        watchers=[lambda done: note(starts, done.step.noisy)],
     )
 
     torch.testing.assert_close(starts[0][0], tensors["noise"], atol=0, rtol=0)
@@ -107,7 +116,7 @@ def test_passes_as_a_batch_and_one_by_one_agree(split: bool) -> None:
     latents = make_latents(family, lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU, split=split)
     alone = make_latents(ToyFamily(), lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU)
     torch.testing.assert_close(latents, alone, atol=1e-5, rtol=0)
-    assert len(family.diary) == REQUEST.steps * (2 if split else 1)  # type: ignore[operator]
+    assert len(family.diary) == REQUEST.steps * (2 if split else 1)
 
 
 def test_conditions_of_different_shapes_are_not_batched() -> None:
@@ -123,7 +132,7 @@ def test_conditions_of_different_shapes_are_not_batched() -> None:
         CPU,
         split=False,
     )
-    assert len(family.diary) == 2 * REQUEST.steps  # type: ignore[operator]
+    assert len(family.diary) == 2 * REQUEST.steps
 
 
 def test_whole_numbers_stay_where_code_reads_them() -> None:
@@ -164,11 +173,64 @@ def test_watchers_see_each_step_and_the_clean_estimate() -> None:
     seen: list[StepDone] = []
     dit = ToyDit()
     latents = make_latents(
-        ToyFamily(), lambda t: dit, REQUEST, toy_texts(), {0: {}}, CPU, on_step=seen.append
+        ToyFamily(),
+        lambda t: dit,
+        REQUEST,
+        toy_texts(),
+        {0: {}},
+        CPU,
+        watchers=[lambda done: note(seen, done)],
     )
-    assert [(done.step, done.num_steps) for done in seen] == [(step, 4) for step in range(4)]
+    assert [(done.step.index, done.step.num_steps) for done in seen] == [(step, 4) for step in range(4)]
     assert seen[-1].clean.shape == latents.shape
     assert not latents.requires_grad
+
+
+def test_a_step_says_where_it_is_and_what_it_begins_with() -> None:
+    seen: list[StepDone] = []
+    make_latents(
+        ToyFamily(),
+        lambda t: ToyDit(),
+        REQUEST,
+        toy_texts(),
+        {0: {}},
+        CPU,
+        watchers=[lambda done: note(seen, done)],
+    )
+    schedule = solver_for("unipc", 4, 3.0).schedule
+    assert [done.step.sigma for done in seen] == schedule.sigmas[:-1].tolist()
+    assert [done.step.timestep for done in seen] == schedule.timesteps.tolist()
+    assert torch.equal(seen[0].step.noisy, SeededNoise(REQUEST.seed, CPU).draw((1, 2, 2, 4, 4)))
+    assert torch.equal(seen[1].clean, seen[1].step.noisy - seen[1].step.sigma * seen[1].velocity)
+
+
+def test_a_watcher_that_has_enough_makes_the_clean_estimate_the_result() -> None:
+    family, told, estimates = ToyFamily(), list[int](), list[Tensor]()
+
+    def enough(done: StepDone) -> bool:
+        estimates.append(done.clean)
+        return done.step.index == 1
+
+    def count(done: StepDone) -> bool:
+        return note(told, done.step.index)
+
+    latents = make_latents(
+        family, lambda t: ToyDit(), REQUEST, toy_texts(), {0: {}}, CPU, watchers=[enough, count]
+    )
+
+    assert torch.equal(latents, estimates[-1])
+    assert told == [0, 1]  # also of the last one, by which another has ended the loop
+    assert len(family.diary) == 2 * 2  # passes: no step more
+
+
+def test_a_watcher_that_raises_ends_the_loop() -> None:
+    def stop(done: StepDone) -> bool:
+        raise InterruptedError
+
+    family = ToyFamily()
+    with pytest.raises(InterruptedError):
+        make_latents(family, lambda t: ToyDit(), REQUEST, toy_texts(), {0: {}}, CPU, watchers=[stop])
+    assert len(family.diary) == 2
 
 
 def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
@@ -176,8 +238,8 @@ def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
     section = Section(torch.zeros(1, 2, 1, 2, 2), toy_texts()[0].positive)
     steps: list[int] = []
 
-    def positive_only(step: int, predict: object, section: Section) -> Tensor:
-        steps.append(step)
+    def positive_only(step: Step, predict: object, section: Section) -> Tensor:
+        steps.append(step.index)
         return predict(section.positive)[0]  # type: ignore[operator]
 
     start = Start(torch.ones(1, 2, 1, 2, 2), step=3)

@@ -2,19 +2,26 @@
 
 import gc
 import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from generation.session import NO_ENCODERS, Session, encode_inputs, encode_texts
-from modules.contract.generation import Request
+from blissful_tuner.options import PLAIN_GUIDANCE
+from generation.session import NO_ENCODERS, Session, encode_inputs, select_texts, wanted_texts
+from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.loading import Placement
+from modules.contract.steps import Needs, expert_at
 from tests.generation.toy_family import ToyFamily
 
 CPU = torch.device("cpu")
-CAT = Request("cat", 0, guidance_scale=5.0)
-DOG = Request("a dog", 0, guidance_scale=5.0, negative_prompt="bad")
+CAT = Request("cat", 0, steps=3, guidance_scale=5.0)
+DOG = Request("a dog", 0, steps=3, guidance_scale=5.0, negative_prompt="worse")
 
 
 def session(family: ToyFamily, keep: bool) -> Session:
@@ -24,28 +31,52 @@ def session(family: ToyFamily, keep: bool) -> Session:
     return Session(family, CPU, load, keep)
 
 
+def texts_of(*requests: Request) -> list[Mapping[int, Prompts]]:
+    return [wanted_texts(ToyFamily().prepare(request)) for request in requests]
+
+
 def test_each_text_is_encoded_once_and_the_encoder_is_freed() -> None:
     family = ToyFamily()
-    first, second = encode_texts(family, [CAT, DOG], CPU)
-    assert family.diary == ["load text", "encode cat", "encode ", "encode a dog", "encode bad", "free text"]
+    first, second = session(family, keep=False).texts(texts_of(CAT, DOG))
+    assert family.diary == [
+        "load text",
+        "encode cat",
+        "encode bad",
+        "encode a dog",
+        "encode worse",
+        "free text",
+    ]
     assert float(first[0].positive["letters"][0]) == 3.0
     assert second[0].negative is not None
-    assert float(second[0].negative["letters"][0]) == 3.0
+    assert float(second[0].negative["letters"][0]) == 5.0
 
 
 def test_lines_of_one_prompt_keep_their_own_negative_text() -> None:
-    requests = [Request("cat", 0, guidance_scale=2.0, negative_prompt=text) for text in ("a", "bb")]
-    found = encode_texts(ToyFamily(), requests, CPU)
+    requests = [Request("cat", 0, steps=3, guidance_scale=2.0, negative_prompt=text) for text in ("a", "bb")]
+    found = session(ToyFamily(), keep=False).texts(texts_of(*requests))
     negatives = [by_section[0].negative for by_section in found]
     assert [float(negative["letters"][0]) for negative in negatives if negative is not None] == [1.0, 2.0]
+
+
+def test_only_needed_texts_are_encoded() -> None:
+    texts = Prompts(Prompt("cat"), Prompt("bad"))
+    assert select_texts(texts, Needs()) == Prompts(Prompt("cat"))
+    assert select_texts(texts, Needs(negative=True)) == texts
+    assert select_texts(texts, Needs(blank=True)) == Prompts(Prompt("cat"), blank=Prompt(""))
+
+
+def test_steps_that_all_go_without_guidance_need_no_negative_text() -> None:
+    never = replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.0)
+    assert wanted_texts(ToyFamily().prepare(DOG), never)[0].negative is None
+    assert wanted_texts(ToyFamily().prepare(DOG))[0].negative == Prompt("worse")
 
 
 def test_known_texts_do_not_wake_the_encoder() -> None:
     family = ToyFamily()
     kept = session(family, keep=True)
-    kept.texts([CAT])
+    kept.texts(texts_of(CAT))
     family.diary.clear()
-    kept.texts([CAT])
+    kept.texts(texts_of(CAT))
     assert family.diary == []
 
 
@@ -76,18 +107,124 @@ def test_a_kept_network_is_loaded_once() -> None:
     assert family.diary == ["load dit", "load vae"]
 
 
-def test_the_expert_of_a_timestep_is_the_last_that_begins_below_it() -> None:
+@pytest.mark.parametrize(("timestep", "expert"), [(1000.0, 1), (900.0, 1), (899.0, 0), (0.0, 0), (-1.0, 0)])
+def test_the_expert_of_a_timestep_is_the_last_that_begins_at_or_below_it(
+    timestep: float, expert: int
+) -> None:
+    assert expert_at(timestep, (0.0, 900.0)) == expert
+    assert expert_at(timestep, (900.0, 0.0)) == 1 - expert  # in whichever order they are named
+
+
+SIZE = 10  # bytes of an expert
+
+
+class Expert(nn.Module):
+    """Writes down where it is put, and how many are on the device at once."""
+
+    def __init__(self, number: int, diary: list[str], places: dict[int, str]) -> None:
+        super().__init__()
+        self.number, self.diary, self.places = number, diary, places
+        self.note("load", "cuda")
+        weakref.finalize(self, self.forget, number, diary, places)
+
+    @staticmethod
+    def forget(number: int, diary: list[str], places: dict[int, str]) -> None:
+        diary.append(f"free {number}")
+        del places[number]
+
+    def note(self, verb: str, place: str) -> None:
+        self.places[self.number] = place
+        beside = "cuda" in [each for number, each in self.places.items() if number != self.number]
+        self.diary.append(
+            f"{verb} {self.number}" + (" beside the other" if beside and place == "cuda" else "")
+        )
+
+    def to(self, device: torch.device) -> "Expert":  # type: ignore[override]
+        self.note("rest" if device.type == "cpu" else "move", device.type)
+        return self
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:  # type: ignore[override]
+        yield SimpleNamespace(
+            nbytes=SIZE, device=torch.device(self.places[self.number]), requires_grad_=lambda _: None
+        )
+
+
+def experts(keep: bool, spare: int = 0, host: int | None = None) -> tuple[Session, list[str]]:
+    """A session with two experts on a device, and its diary. spare, host: bytes left on device and host."""
+    diary: list[str] = []
+    places: dict[int, str] = {}
     family = ToyFamily(experts=(0.0, 900.0))
-    with session(family, keep=False).dit() as dit_at:
+
+    def load(expert: int) -> nn.Module:
+        return Expert(expert, diary, places)
+
+    return Session(family, torch.device("cuda"), load, keep, lambda _: spare, lambda: host), diary
+
+
+def denoise_twice(made: Session, diary: list[str]) -> None:
+    """Two videos, each through both experts."""
+    for _ in range(2):
+        with made.dit() as dit_at:
+            for timestep in (999.0, 950.0, 899.0, 100.0):
+                dit_at(timestep)
+        diary.append("end")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_experts_take_turns_on_the_device(keep: bool) -> None:
+    made, diary = experts(keep)
+    denoise_twice(made, diary)
+    first = ["load 1", "rest 1", "load 0"]
+    if keep:
+        assert diary == [*first, "rest 0", "end", "move 1", "rest 1", "move 0", "rest 0", "end"]
+    else:
+        assert [line for line in diary if "free" not in line] == [*first, "end"] * 2
+
+
+def test_an_expert_that_the_host_has_no_room_for_is_freed_before_the_next_is_loaded() -> None:
+    made, diary = experts(keep=True, host=SIZE - 1)
+    denoise_twice(made, diary)
+    assert diary == ["load 1", "free 1", "load 0", "free 0", "end"] * 2
+
+
+def test_experts_for_which_there_is_room_stay_on_the_device() -> None:
+    made, diary = experts(keep=True, spare=SIZE)
+    with made.dit() as dit_at:
+        for timestep in (999.0, 100.0, 999.0, 100.0):
+            dit_at(timestep)
+        assert diary == ["load 1", "load 0 beside the other"]
+        with made.dit_aside():
+            assert sorted(diary[2:]) == ["rest 0", "rest 1"]
+
+
+def test_an_expert_that_waits_stays_aside_when_the_other_comes_back() -> None:
+    made, diary = experts(keep=True)
+    with made.dit() as dit_at:
+        dit_at(100.0)
+        diary.clear()
+        with made.dit_aside():
+            pass
+        assert diary == ["rest 0", "move 0"]
+
+
+@pytest.mark.parametrize(("host", "loaded"), [(None, 2), (0, 3)])
+def test_on_a_cpu_experts_share_the_host_if_it_has_room(host: int | None, loaded: int) -> None:
+    family = ToyFamily(experts=(0.0, 900.0))
+
+    def load(expert: int) -> nn.Module:
+        return family.load_dit(Placement(CPU), expert)
+
+    with Session(family, CPU, load, False, host_room=lambda: host).dit() as dit_at:
         assert dit_at(950.0) is dit_at(900.0)
         assert dit_at(899.0) is dit_at(0.0)
-        assert dit_at(950.0) is not dit_at(0.0)
-    assert family.diary == ["load dit", "load dit"]
+        dit_at(950.0)
+    assert family.diary == ["load dit"] * loaded
 
 
 def test_inputs_without_media_need_no_encoders() -> None:
-    (inputs,) = encode_inputs(ToyFamily(), NO_ENCODERS, [CAT])
+    (inputs,) = encode_inputs(ToyFamily(), NO_ENCODERS, [ToyFamily().prepare(CAT)])
     assert inputs == {0: {}}
     family = ToyFamily()
-    (inputs,) = encode_inputs(family, family.media_encoders(CPU), [Request("p", 0, image_path=Path("a.png"))])
+    with_image = family.prepare(Request("p", 0, image_path=Path("a.png")))
+    (inputs,) = encode_inputs(family, family.media_encoders(CPU), [with_image])
     assert isinstance(inputs[0]["image"], torch.Tensor)

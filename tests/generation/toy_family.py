@@ -10,18 +10,11 @@ from torch import Tensor, nn
 from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import (
-    NO_TWEAKS,
-    EncodedPrompts,
-    Piece,
-    Prompt,
-    Prompts,
-    Request,
-    Section,
-    Tweaks,
-)
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Piece, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
+from modules.contract.prepared import Prepared
+from modules.contract.requests import settle, size_of
 from modules.errors import CheckpointError, MediaError, OptionError
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
@@ -163,8 +156,6 @@ class ToyFamily:
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        if self.lost is not None:
-            raise CheckpointError(f"--dit {self.lost}: no such file or folder", self.lost)
         return ()
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
@@ -195,55 +186,46 @@ class ToyFamily:
             raise KeyboardInterrupt
         return dit(noisy, cond["letters"], tweaks)
 
-    def prepare(self, request: Request) -> Request:
+    def check_files(self, media: bool) -> None:
+        if self.lost is not None:
+            raise CheckpointError(f"--dit {self.lost}: no such file or folder", self.lost)
+
+    def prepare(self, request: Request) -> Prepared:
         if request.prompt == "impossible":
             raise OptionError("this cannot be made")
-        usual = self.defaults
-        return replace(
-            request,
-            frames=video_frames(self.sections_made, WINDOW)
-            if self.sections_made
-            else request.frames or usual.frames,
-            steps=request.steps or usual.steps,
-            flow_shift=request.flow_shift or usual.flow_shift,
-            solver=request.solver or usual.solver,
-            fps=request.fps or usual.fps,
-            negative_prompt=request.negative_prompt or "bad",
-        )
+        width, height, frames = size_of(request, self.defaults)
+        if self.sections_made:
+            frames = video_frames(self.sections_made, WINDOW)
+        return settle(request, self.defaults, (width, height, frames), request.flow_shift or 3.0, "bad")
 
-    def prompts(self, request: Request) -> Mapping[int, Prompts]:
-        return {0: Prompts(Prompt(request.prompt), Prompt(request.negative_prompt or ""))}
+    def needs_media(self, prepared: Prepared) -> bool:
+        return prepared.asked.image_path is not None
 
-    def needs_media(self, request: Request) -> bool:
-        return request.image_path is not None
-
-    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
-        if request.image_path is None:
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        path = prepared.asked.image_path
+        if path is None:
             return {0: {}}
-        if request.image_path.name == "missing.png":
+        if path.name == "missing.png":
             raise MediaError("missing.png: no such file")
-        self.diary.append(f"encode {request.image_path}")
+        self.diary.append(f"encode {path}")
         return {0: {"image": torch.zeros(1, 1)}}
 
     def sections(
         self,
-        request: Request,
+        prepared: Prepared,
         prompts: Mapping[int, EncodedPrompts],
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        assert request.frames is not None
-        assert request.height is not None
-        assert request.width is not None
+        shape = self.latent.shape(prepared.frames, prepared.height, prepared.width)
         if self.sections_made:
-            return (yield from self.windows(request, prompts[0], noise))
-        shape = self.latent.shape(request.frames, request.height, request.width)
+            return (yield from self.windows(shape, prompts[0], noise))
         return (yield prompts[0].section(noise.draw(shape), inputs[0]))
 
     def windows(
-        self, request: Request, prompts: EncodedPrompts, noise: NoiseSource
+        self, whole: Sequence[int], prompts: EncodedPrompts, noise: NoiseSource
     ) -> Generator[Section, Tensor, Tensor]:
-        shape = list(self.latent.shape(*request.size[::-1]))
+        shape = list(whole)
         start, shape[2] = torch.full([*shape[:2], 1, *shape[3:]], 0.5), WINDOW
         video, made = (None if self.makes_last_first else start), None
         for number in range(self.sections_made):

@@ -19,6 +19,7 @@ from modules.contract.data import Batch, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
+from tests.preparing import prepare
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_dit import tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
@@ -77,10 +78,10 @@ class Seen(nn.Module):
 def test_what_is_not_said_is_the_releases_default(family_of: FamilyOf) -> None:
     request = family_of().prepare(Request("a cat", 1))
 
-    assert request.size == (256, 256, 129)
+    assert (request.width, request.height, request.frames) == (256, 256, 129)
     assert (request.steps, request.guidance_scale, request.embedded_guidance, request.flow_shift) == (
         50,
-        1.0,
+        (1.0,),
         6.0,
         7.0,
     )
@@ -97,9 +98,9 @@ def test_samples_without_negative_prompt_are_made_without_guidance(
     family = family_of(negative_is_empty=False)
     request = replace(REQUEST, guidance_scale=6.0)
 
-    assert family.prepare(request).guidance_scale == 1.0
+    assert family.prepare(request).guidance_scale == (1.0,)
     assert "--n" in caplog.text
-    assert family.prepare(replace(request, negative_prompt="dull")).guidance_scale == 6.0
+    assert family.prepare(replace(request, negative_prompt="dull")).guidance_scale == (6.0,)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_image_to_video_asks_for_an_image_and_text_to_video_ignores_one(
     with caplog.at_level(logging.WARNING):
         request = family_of().prepare(replace(REQUEST, image_path=picture))
     assert "--image_path" in caplog.text
-    assert request.image_path is None
+    assert request.asked.image_path is None
 
 
 def test_an_embedded_guidance_that_the_model_has_no_input_for_is_said_to_be_ignored(
@@ -169,7 +170,9 @@ def text() -> dict[str, Tensor | list[Tensor]]:
 def test_a_longer_video_begins_with_the_noise_of_a_shorter_one(family_of: FamilyOf) -> None:
     def noise(frames: int) -> Tensor:
         request = replace(REQUEST, frames=frames)
-        return next(family_of().sections(request, {0: EncodedPrompts(text())}, {}, SeededNoise(3, CPU))).noise
+        return next(
+            family_of().sections(prepare(request), {0: EncodedPrompts(text())}, {}, SeededNoise(3, CPU))
+        ).noise
 
     assert noise(9).shape == (1, 16, 3, 4, 6)
     assert torch.equal(noise(9), noise(17)[:, :, :3])
@@ -179,7 +182,7 @@ def test_generation_rounds_timestep_and_guidance_as_the_model_computes_and_train
     family_of: FamilyOf,
 ) -> None:
     family, dit = family_of(dtype=torch.bfloat16), Seen()
-    section = next(family.sections(REQUEST, {0: EncodedPrompts(text())}, {}, SeededNoise(3, CPU)))
+    section = next(family.sections(prepare(REQUEST), {0: EncodedPrompts(text())}, {}, SeededNoise(3, CPU)))
     noisy, timesteps = torch.zeros(1, 16, 3, 4, 6), torch.tensor([965.5172])
 
     family.predict(dit, noisy, timesteps, section.positive)

@@ -1,6 +1,7 @@
 """The two text encoders against the diffusers pipeline, and what goes through them."""
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -254,9 +255,10 @@ def test_many_prompts_are_encoded_in_groups_in_their_order(folder: Path) -> None
 def test_free_gives_the_encoder_up_and_load_brings_it_back(folder: Path) -> None:
     for encoder in (LlavaTextEncoder(folder, torch.float32), ClipTextEncoder(folder, torch.float32)):
         first = encoded(encoder, PROMPTS[:1])
+        network = weakref.ref(encoder._loaded.get()[0])
         encoder.free()
         encoder.free()
-        assert not encoder._loaded.is_there
+        assert network() is None
         for key, tensor in encoded(encoder, PROMPTS[:1]).items():
             assert torch.equal(tensor, first[key])
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from generation.sections import make_latents
-from generation.session import encode_texts
+from generation.session import Session, wanted_texts
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.media.reading import read_image, video_info
@@ -165,7 +165,7 @@ def test_a_sample_is_what_generation_makes_from_the_same_lora(tmp_path: Path) ->
     network = make_network(toy_options(tmp_path).network, family.lora_module, dit, seed=99)
     network.load_weights(tmp_path / "output" / "x.safetensors")
     network.module.eval()
-    (texts,) = encode_texts(family, [request], cpu)
+    (texts,) = Session(family, cpu, lambda _: dit, keep=False).texts([wanted_texts(request)])
     latents = make_latents(family, lambda _: dit, request, texts, {0: {}}, cpu)
     torch.testing.assert_close(decoded[0], latents, rtol=1e-4, atol=1e-5)
 

@@ -14,9 +14,11 @@ from dataset.cache.records import TextRecord, text_metadata
 from modules.atomic_write import save_tensors
 from modules.contract.data import Batch, Conditions, MediaEncoders
 from modules.contract.family import DitSpec, Generates, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
+from modules.contract.prepared import Prepared
+from modules.contract.requests import settle, size_of
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from training.loss import Trains
@@ -147,36 +149,32 @@ class ToyFamily:
         self.passes.append(torch.is_grad_enabled())
         return dit(noisy.to(self.dtype), timesteps, cond["letters"])
 
-    def prepare(self, request: Request) -> Request:
+    def check_files(self, media: bool) -> None:
+        pass
+
+    def prepare(self, request: Request) -> Prepared:
         if request.prompt == "impossible":
             raise OptionError("this cannot be made")
         self.requests.append(request)
-        scale = 5.0 if request.guidance_scale is None else request.guidance_scale
+        flow_shift = 3.0 if request.flow_shift is None else request.flow_shift
         return replace(
-            request,
-            solver="euler",
-            fps=16.0,
-            guidance_scale=scale,
-            negative_prompt=request.negative_prompt or "bad",
+            settle(request, self.defaults, size_of(request, self.defaults), flow_shift, "bad"), solver="euler"
         )
 
-    def prompts(self, request: Request) -> Mapping[int, Prompts]:
-        return {0: Prompts(Prompt(request.prompt), Prompt(request.negative_prompt or ""))}
-
-    def needs_media(self, request: Request) -> bool:
+    def needs_media(self, prepared: Prepared) -> bool:
         return False
 
-    def request_conditions(self, encoders: MediaEncoders, request: Request) -> Mapping[int, Conditions]:
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         return {0: {}}
 
     def sections(
         self,
-        request: Request,
+        prepared: Prepared,
         prompts: Mapping[int, EncodedPrompts],
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        shape = self.latent.shape(request.frames or 1, request.height or 32, request.width or 32)
+        shape = self.latent.shape(prepared.frames, prepared.height, prepared.width)
         return (yield prompts[0].section(noise.draw(shape), inputs[0]))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:

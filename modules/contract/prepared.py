@@ -1,0 +1,36 @@
+"""What will be made of a request, once a family has settled and checked it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modules.contract.generation import Prompts, Request
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One video or image that can be made, as `Family.prepare` returns it: nothing is left open or parsed
+    again.
+    """
+
+    asked: Request  # without the media that the model does not take
+    seed: int
+    prompts: Mapping[int, Prompts]  # by section; 0 is always there
+    negative_prompt: str
+    width: int  # pixels
+    height: int
+    frames: int
+    steps: int  # of the solver's schedule
+    fps: float
+    solver: str  # euler, unipc, unipc-bh1, dpm++
+    flow_shift: float
+    guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
+    embedded_guidance: float | None  # None: the model has no input for it
+    first_step: int = 0  # that is made; later than 0 if denoising starts from a video
+    own: Any = None  # what only the family reads, in a record of its own
+    own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps are made."""
+        return self.steps - self.first_step
