@@ -191,15 +191,24 @@ def import_network_module(name: str) -> ModuleType:
     The folder the command runs in is searched too. Raises OptionError where it is not there or builds no
     network.
     """
+    path = KNOWN_AS.get(name, name)
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise OptionError(
+            f"--network_module {name} is not an import path. Write package.module, as networks.lora_wan."
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
     try:
-        module = importlib.import_module(KNOWN_AS.get(name, name))
+        module = importlib.import_module(path)
     except ImportError as error:
         raise OptionError(
             f"--network_module {name} cannot be imported: {error}. Install the package, or use "
             "networks.lora_wan or networks.lora."
+        ) from error
+    except Exception as error:  # the module may run any code of its own
+        raise OptionError(
+            f"--network_module {name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
     if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
         raise OptionError(

@@ -46,6 +46,27 @@ def test_half_precision_on_a_cpu_is_one_clear_error() -> None:
         make_accelerator(options("fp16"))
 
 
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ],
+)
+def test_a_launcher_that_would_split_the_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, name: str
+) -> None:
+    """Also where the package that would do so is not installed: accelerate would end in a traceback."""
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(
+        OptionError, match=rf"accelerate launch asks for {name} .*accelerate launch --multi_gpu"
+    ):
+        make_accelerator(options())
+    monkeypatch.setenv(variable, "false")
+    assert make_accelerator(options()).num_processes == 1
+
+
 def test_bf16_computes_under_autocast() -> None:
     accelerator = make_accelerator(options("bf16"))
 
