@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial curve ends, as in the known tuners
 INVERSE_SQRT_TIMESCALE = 10_000  # where neither a time scale nor a warm-up is given
+# what torch's schedulers change while they step
+COUNTS = frozenset({"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"})
 LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
 
 
@@ -318,7 +320,11 @@ class Imported:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "scheduler" not in state:
             raise CheckpointError(_other_schedule(self.name))
-        self.inner.load_state_dict(decode(state["scheduler"], {}))
+        saved = decode(state["scheduler"], {})
+        # the rest are settings, which this run's options say
+        if type(self.inner).__module__ == LRScheduler.__module__:
+            saved = {name: value for name, value in saved.items() if name in COUNTS}
+        self.inner.load_state_dict(saved)
 
 
 @dataclass(frozen=True)
