@@ -49,6 +49,7 @@ class GenerationSpeedOptions:
     fp16_accumulation: bool
     swap: SwapOptions
     plan: PlanOptions
+    by_preset: tuple[str, ...]  # options that --optimized has turned on
 
 
 Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
@@ -85,3 +86,4 @@ def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_sw
     add_swap_arguments(group, blocks_to_swap)
     add_generation_compile_arguments(group)
     add_plan_argument(group)
+    parser.set_defaults(by_preset=())

@@ -62,7 +62,7 @@ FIXED = frozenset(
         "slice_p",
     }
 )
-LARGEST_NUMBER = 1e38  # of float32, in which optimizers compute
+LARGEST_NUMBER = 1e16  # its square fits float32, in which optimizers compute
 FIELD = "described.optimizer"
 
 

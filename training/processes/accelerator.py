@@ -64,8 +64,12 @@ def make_accelerator(
         )
     if accelerator.is_main_process:
         _report(options, accelerator)
-    if options.fp16_accumulation:
-        allow_fp16_accumulation()
+    if (
+        options.fp16_accumulation
+        and allow_fp16_accumulation(accelerator.device)
+        and accelerator.is_main_process
+    ):
+        logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")
     return accelerator
 
 
@@ -94,5 +98,3 @@ def _report(options: AcceleratorOptions, accelerator: Accelerator) -> None:
             "--ddp_gradient_as_bucket_view and --ddp_static_graph change nothing: gradients are averaged "
             "without a DDP wrapper."
         )
-    if options.fp16_accumulation:
-        logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")
