@@ -150,14 +150,23 @@ def identity_of(
 ) -> dict[str, Any]:
     """What has to be the same in a resumed run, by the words a user knows it by."""
     config = {**public_config(options), "network_module": network_module}
-    epoch = "\n".join(",".join(item.key for item in batch) for batch in order.epoch(0))
-    batches = f"{plan.num_batches}, {hashlib.sha256(epoch.encode()).hexdigest()[:12]}"
+    batches = f"{plan.num_batches}, {epoch_digest(order)}"
     return {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
         **{f"--{name}": config.get(name) for name in IDENTITY},
         "micro-batches per step (processes x --gradient_accumulation_steps)": plan.group_size,
         "batches of an epoch (--dataset_config and its caches)": batches,
     }
+
+
+def epoch_digest(order: BatchOrder) -> str:
+    """Return what tells the batches of a first epoch from others: a hash of their items' names in order."""
+    digest = hashlib.sha256()
+    batches = order.epoch(0)
+    for start in range(0, len(batches), 4096):  # never all names at once
+        lines = "\n".join(",".join([item.key for item in batch]) for batch in batches[start : start + 4096])
+        digest.update(("\n" + lines if start else lines).encode())
+    return digest.hexdigest()[:12]
 
 
 def habits_of(options: TrainingOptions, family_metadata: Mapping[str, str]) -> dict[str, Any]:

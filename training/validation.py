@@ -13,6 +13,7 @@ from torch import nn
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
+from dataset.cache_checks import CacheChecks
 from modules.contract.family import Family
 from training.data.feed import seeded
 from training.data.options import TimestepOptions
@@ -33,6 +34,7 @@ class Validation:
     device: torch.device
     process: int
     processes: int
+    checks: CacheChecks = field(default_factory=CacheChecks)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
 
     @property
@@ -63,7 +65,7 @@ class Validation:
 
     def _losses(self, item: TrainingItem, dit: nn.Module, autocast: Autocast) -> list[float]:
         """The loss of one item in every band."""
-        batch = read_batch((item,), self.family.latent, self.commands)
+        batch = read_batch((item,), self.family.latent, self.commands, self.checks)
         if self.process == 0:
             self.encoders.warn(batch.made_by)
         shape = batch.tensor("latents").shape
