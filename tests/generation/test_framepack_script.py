@@ -273,6 +273,12 @@ def test_the_metadata_says_how_it_was_made(
     run(tmp_path, files, *SAY, "--image_path", start, "--f1", "--latent_window_size", 2)
     (path,) = tmp_path.iterdir()
     found = metadata_of(path)
+    assert (found["seeds"], found["prompt"], found["fps"]) == (
+        found["bt_seeds"],
+        found["bt_prompt"],
+        found["bt_fps"],
+    )
+    assert (found["latent_window_size"], found["sample_solver"]) == (found["bt_latent_window_size"], "unipc")
     assert (found["bt_model_type"], found["bt_embedded_cfg_scale"], found["bt_fps"]) == (
         "framepack",
         "10.0",
