@@ -365,7 +365,7 @@ def _plain(encoded: Any, field: str) -> Any:
         raise _Unfit(field, "it is a tensor, and has to be a setting")
     if "mapping" in encoded:
         return {key: _plain(item, field) for key, item in _pairs(encoded, field).items()}
-    return [_plain(item, field) for item in encoded.get("tuple", encoded.get("list"))]
+    return [_plain(item, field) for item in (encoded["tuple"] if "tuple" in encoded else encoded["list"])]
 
 
 def _untupled(value: Any) -> Any:
