@@ -55,6 +55,7 @@ OF_REQUEST: Mapping[str, tuple[str, ...]] = {
     "one_frame_inference": ("one_frame",),
     "lora_weight": ("lora_0",),
     "lora_multiplier": ("lora_0",),
+    "optimized": ("attn_mode", "compile", "fp8_scaled"),  # what it has turned on
 }
 # what latents are decoded with; a run that only decodes says it anew
 OF_DECODING = frozenset(
