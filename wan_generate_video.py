@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from families import identify
-from generation.options import ScriptDefaults, read_generation
+from generation.options import FASTER, ScriptDefaults, read_generation
 from modules.command import command_line
 from wan.options import WanGenerationOptions, add_generation_arguments
 
-DEFAULTS = ScriptDefaults(fps=16, guidance_scale=5.0)
+DEFAULTS = ScriptDefaults(
+    fps=16, guidance_scale=5.0, optimized={**FASTER, "fp16_accumulation": True, "rope_func": "comfy"}
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

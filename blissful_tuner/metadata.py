@@ -15,6 +15,22 @@ from modules.contract.prepared import Prepared
 TUNER_VERSION = "reelsmith 0.1.0"
 NOT_SET = "N/A"
 
+# keys that the known FramePack tools write into latent files without a prefix, and read from there
+PLAIN = (
+    *(
+        "seeds",
+        "prompt",
+        "negative_prompt",
+        "height",
+        "width",
+        "video_seconds",
+        "fps",
+        "infer_steps",
+        "guidance_scale",
+    ),
+    *("embedded_cfg_scale", "guidance_rescale", "latent_window_size", "sample_solver"),
+)
+
 
 def output_metadata(
     request: Prepared,
@@ -75,6 +91,8 @@ def decoded_metadata(
     kept = {
         name: text for name, text in saved.items() if name.removeprefix("bt_") not in {*of_decoding, "fps"}
     }
+    # what a latent file says twice
+    kept = {name: text for name, text in kept.items() if f"bt_{name}" not in kept}
     values = {name: text for name, text in _recorded(settings).items() if name in of_decoding}
     return kept | {f"bt_{name}": storable(text) for name, text in {**values, "fps": f"{fps:g}"}.items()}
 
@@ -94,6 +112,16 @@ def _without_folders(text: str) -> str:
     ends.
     """
     return re.sub(r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]", r"\1", text)
+
+
+def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata of a latent file with both spellings of what the known tools read: `bt_seeds` and
+    `seeds`.
+
+    For latent files only: in a PNG a `prompt` without prefix is the workflow of another program.
+    """
+    said = {name: metadata.get(f"bt_{name}", NOT_SET) for name in PLAIN}
+    return {**metadata, **{name: text for name, text in said.items() if text != NOT_SET}}
 
 
 def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -193,13 +193,6 @@ def add_later_arguments(parser: argparse.ArgumentParser) -> None:
         reason="make videos of the trained length",
         help="longer videos with RIFLEx",
     )
-    add_unsupported(
-        group,
-        "--optimized",
-        action="store_true",
-        reason="it turns on fp8, compilation and SageAttention, which are not built yet",
-        help="a preset of faster settings",
-    )
 
 
 def add_video_to_video_arguments(parser: argparse.ArgumentParser) -> None:

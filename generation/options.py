@@ -16,6 +16,7 @@ from blissful_tuner.options import (
     add_video_to_video_arguments,
     refuse_video_to_video,
 )
+from generation.preset_options import add_preset_argument, use_preset
 from generation.prompt_lines import GENERATION_OPTIONS, LineOption
 from modules.command import Parser
 from modules.errors import OptionError
@@ -44,6 +45,8 @@ ALWAYS_RECORDED = frozenset({"sample_solver", "guidance_rescale"})  # by the kno
 MOST_FPS = 1000  # more is a slip of the finger
 LATENT_OUTPUTS = ("latent", "both", "latent_images")
 IMAGE_OUTPUTS = ("images", "latent_images")
+# --optimized, of every family
+FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
 MEDIA = {
     "image_path": "first image, for image-to-video",
     "end_image_path": "last image",
@@ -79,6 +82,8 @@ class ScriptDefaults:
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
+    # what --optimized turns on
+    optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_format_arguments(parser)
     _add_lora_arguments(parser)
     add_generation_speed_arguments(parser, defaults.blocks_to_swap)
+    add_preset_argument(parser, defaults.optimized)
     add_later_arguments(parser)
     parser.set_defaults(
         extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single
@@ -272,6 +278,8 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     """Parse a command line; options that are not supported yet are refused."""
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args)
+    if args.optimized:
+        use_preset(parser, args, argv)
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
 

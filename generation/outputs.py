@@ -15,7 +15,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blissful_tuner.metadata import as_tags, output_metadata
+from blissful_tuner.metadata import as_tags, output_metadata, with_plain_keys
 from generation.options import OutputOptions
 from modules.atomic_write import atomic_folder, claimed, save_tensors
 from modules.checkpoints.containers import load_pickled
@@ -35,7 +35,9 @@ SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "
 
 
 def output_stem(when: datetime, seed: int, origin: Path | None = None) -> str:
-    """The name of an output without suffix: time, seed, and the latent file it was decoded from."""
+    """Name an output without suffix, the same for all families: time, seed, and the latent file it was
+    decoded from.
+    """
     stem = f"{when:%Y%m%d-%H%M%S}_{seed}"
     return stem if origin is None else f"{stem}_{origin.stem}"
 
@@ -72,7 +74,9 @@ class SavedLatents:
 
 def save_latents(path: Path, latents: Tensor, metadata: Mapping[str, str] | None) -> None:
     """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space."""
-    save_tensors(path, {"latent": latents[0].float()}, metadata)
+    save_tensors(
+        path, {"latent": latents[0].float()}, None if metadata is None else with_plain_keys(metadata)
+    )
 
 
 def load_latents(path: Path) -> SavedLatents:

@@ -31,6 +31,7 @@ from generation.outputs import (
     save_latents,
     save_pixels,
 )
+from generation.preset import leave_out_missing
 from generation.progress import Bars, describe
 from generation.prompt_lines import is_blank, parse_generation_line, read_generation_lines
 from generation.request import prepare_line
@@ -137,10 +138,11 @@ def generate(family: Family, options: GenerationOptions) -> None:
 def do(family: Family, options: GenerationOptions) -> None:
     """`generate`, where memory suffices."""
     device = choose_device(options.device)
+    options = leave_out_missing(family, options, device)
     if options.lycoris:
         logger.info("--lycoris is not needed: LoHa and LoKr files are recognised without it")
     if options.speed.fp16_accumulation:
-        allow_fp16_accumulation()
+        allow_fp16_accumulation(device)
     uses = lora_uses(options.lora, options.lora_patterns)  # read first, so that a wrong file shows at once
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device)

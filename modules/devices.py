@@ -152,12 +152,19 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def allow_fp16_accumulation() -> None:
-    """Let fp16 matrix products accumulate in fp16. Logs a warning if this torch cannot."""
+def allow_fp16_accumulation(device: torch.device) -> bool:
+    """Let fp16 matrix products on a CUDA device add up in fp16.
+
+    Returns whether they do, and warns if they cannot.
+    """
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "allow_fp16_accumulation"):
-        matmul.allow_fp16_accumulation = True
-    else:
-        logger.warning(
-            f"--fp16_accumulation has no effect: it needs torch 2.7 or later, this is {torch.__version__}."
-        )
+    reason = ""
+    if device.type != "cuda":
+        reason = f"it is for matrix products on a CUDA GPU, and this run computes on {device.type}"
+    elif not hasattr(matmul, "allow_fp16_accumulation"):
+        reason = f"it needs torch 2.7 or later, and this is {torch.__version__}"
+    if reason:
+        logger.warning("--fp16_accumulation is ignored because %s.", reason)
+        return False
+    matmul.allow_fp16_accumulation = True
+    return True

@@ -189,6 +189,10 @@ def import_network_module(name: str) -> ModuleType:
     The folder the command runs in is searched too. Raises OptionError where it is not there or builds no
     network.
     """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise OptionError(
+            f"--network_module {name} is not an import path. Write package.module, as networks.lora_wan."
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
@@ -198,6 +202,10 @@ def import_network_module(name: str) -> ModuleType:
         raise OptionError(
             f"--network_module {name} cannot be imported: {error}. Install the package, or use "
             "networks.lora_wan or networks.lora."
+        ) from error
+    except Exception as error:  # the module may run any code of its own
+        raise OptionError(
+            f"--network_module {name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
     if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
         raise OptionError(

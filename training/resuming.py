@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError
 from modules.options import NO_OPTIONS, options_with
-from training.optimizers.lr_schedule import LrSchedule
+from training.optimizer_checks import RecordedState, check_like
+from training.optimizers.lr_schedule import Imported, LrSchedule, OwnRates
 from training.optimizers.state import (
+    decode,
     encode_optimizer,
     move_states,
     restore_foreign_optimizer,
@@ -28,6 +30,7 @@ from training.progress import Progress
 from training.reports.logs import public_config
 from training.saving.options import LATEST
 from training.saving.states import (
+    RECORD,
     ForeignState,
     SavedState,
     StoredPart,
@@ -38,6 +41,7 @@ from training.saving.states import (
     warn_of_changes,
 )
 from training.saving.upload import download_state
+from training.state_record import is_count, is_finite_number, refuse
 from training.steps import Plan
 from training.trainable import Trainable
 
@@ -53,6 +57,7 @@ class Learning:
     schedule: LrSchedule
     device: torch.device  # where steps are computed; a swapped weight may be elsewhere meanwhile
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
+    steps_in_float32: bool = False  # weights in bf16 too: `ParameterSteps`
 
 
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
@@ -117,8 +122,7 @@ def identity_of(
     own: `Family.options`.
     """
     config = {**public_config(options), "network_module": network_module}
-    epoch = "\n".join(",".join(item.key for item in batch) for batch in order.epoch(0))
-    batches = f"{plan.num_batches}, {hashlib.sha256(epoch.encode()).hexdigest()[:12]}"
+    batches = f"{plan.num_batches}, {epoch_digest(order)}"
     return {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
         **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
@@ -126,6 +130,16 @@ def identity_of(
         "micro-batches per step (processes x --gradient_accumulation_steps)": plan.group_size,
         "batches of an epoch (--dataset_config and its caches)": batches,
     }
+
+
+def epoch_digest(order: BatchOrder) -> str:
+    """Return what tells the batches of a first epoch from others: a hash of their items' names in order."""
+    digest = hashlib.sha256()
+    batches = order.epoch(0)
+    for start in range(0, len(batches), 4096):  # never all names at once
+        lines = "\n".join(",".join([item.key for item in batch]) for batch in batches[start : start + 4096])
+        digest.update(("\n" + lines if start else lines).encode())
+    return digest.hexdigest()[:12]
 
 
 def habits_of(
@@ -191,27 +205,114 @@ def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
         )
 
 
+def check_progress(saved: SavedState | ForeignState | None, plan: Plan) -> None:
+    """Raise CheckpointError if the counts of a state contradict each other, or its own settings.
+
+    For after `check_resumable`.
+    """
+    if not isinstance(saved, SavedState):
+        return
+    progress, record = saved.progress, saved.folder / RECORD
+    if saved.identity.get("--seed") != progress.seed:
+        raise refuse(
+            record,
+            "progress.seed",
+            f"it is {progress.seed}, and identity says {saved.identity.get('--seed')!r:.60}",
+        )
+    is_between_steps = progress.position % plan.group_size == 0 or progress.position == plan.num_batches
+    if progress.position > plan.num_batches or not is_between_steps:
+        reason = (
+            f"it is {progress.position}; an epoch has {plan.num_batches} micro-batches, a step "
+            f"{plan.group_size} of them"
+        )
+        raise refuse(record, "progress.position", reason)
+    step = progress.epoch * plan.steps_per_epoch + -(-progress.position // plan.group_size)
+    if progress.step != step:
+        reason = (
+            f"it is {progress.step}; epoch {progress.epoch} and position {progress.position} are step {step}"
+        )
+        raise refuse(record, "progress.step", reason)
+    if progress.sampled_step > progress.step:
+        reason = f"it is {progress.sampled_step}, and progress.step is {progress.step}"
+        raise refuse(record, "progress.sampled_step", reason)
+
+
 def restore(saved: SavedState | ForeignState, learning: Learning) -> None:
     """Put everything back. Raises CheckpointError where something does not fit."""
     if isinstance(saved, ForeignState):
         _restore_foreign(saved, learning)
         return
-    trainable = learning.trainable
+    trainable, record = learning.trainable, saved.folder / RECORD
     for name, module in trainable.modules.items():
         if name not in saved.parts:
-            raise CheckpointError(
-                f"{saved.folder} holds no {name}: it is the state of another kind of run", path=saved.folder
-            )
+            raise refuse(record, f"parts.{name}", "it is missing: this is the state of another kind of run")
         load_module(module, saved.parts[name], saved.folder)
-    described, tensors = saved.described["optimizer"], saved.parts["optimizer"]
-    restore_optimizer(learning.optimizer, trainable.names, described, tensors, learning.device)
-    learning.schedule.load_state_dict(saved.described["schedule"])
-    if learning.scaler is not None and saved.described["scaler"] is not None:
-        learning.scaler.load_state_dict(saved.described["scaler"])
+    for field in ("optimizer", "schedule"):
+        if not isinstance(saved.described.get(field), dict):
+            raise refuse(record, f"described.{field}", "it is missing, or not an object {...}")
+    recorded = RecordedState(
+        record, saved.progress.step > 0, learning.steps_in_float32, isinstance(learning.schedule, OwnRates)
+    )
+    described, tensors = saved.described["optimizer"], saved.parts.get("optimizer", {})
+    restore_optimizer(learning.optimizer, trainable.names, described, tensors, learning.device, recorded)
+    _restore_schedule(
+        learning.schedule, learning.optimizer, saved.described["schedule"], saved.progress.step, record
+    )
+    if learning.scaler is not None:
+        restore_scaler(learning.scaler, saved.described.get("scaler"), record)
     for part in saved.parts.values():
         if isinstance(part, StoredPart):
             part.close()
     logger.info("Going on at step %d, epoch %d.", saved.progress.step, saved.progress.epoch + 1)
+
+
+def _restore_schedule(
+    schedule: LrSchedule, optimizer: Optimizer, state: Mapping[str, Any], step: int, record: Path
+) -> None:
+    if "step" in state and not (is_count(state["step"]) and state["step"] == step):
+        raise refuse(
+            record, "described.schedule.step", f"it is {state['step']!r:.60}, and progress.step is {step}"
+        )
+    if "scheduler" in state:
+        own = schedule.state_dict().get("scheduler")
+        if own is not None:
+            check_like(decode(own, {}), state["scheduler"], "described.schedule.scheduler", record)
+    try:
+        schedule.load_state_dict(state)
+    except CheckpointError as error:
+        raise refuse(record, "described.schedule", str(error)) from None
+    if isinstance(schedule, Imported):  # others set the rates themselves
+        counted = schedule.state_dict()["scheduler"]
+        if dict(counted["mapping"]).get("last_epoch", step) != step:
+            raise refuse(
+                record, "described.schedule.scheduler.last_epoch", f"it is not {step}, as progress.step is"
+            )
+        for index, (group, rate) in enumerate(
+            zip(optimizer.param_groups, schedule.get_last_lr(), strict=False)
+        ):
+            if float(group["lr"]) != rate:
+                reason = f"it is {group['lr']!r:.60}, and the schedule's last one is {rate}"
+                raise refuse(record, f"described.optimizer.groups[{index}].rest.lr", reason)
+
+
+def restore_scaler(scaler: Any, state: Any, record: Path) -> None:
+    """Put a gradient scaler's state back; a run that had none (None) leaves it as it is.
+
+    Raises CheckpointError naming a field.
+    """
+    if state is None:
+        return
+    field = "described.scaler"
+    if not isinstance(state, dict):
+        raise refuse(record, field, "it has to be null or an object {...}")
+    for name in scaler.state_dict():
+        if not (is_finite_number(state.get(name)) and state[name] >= 0):
+            raise refuse(
+                record,
+                f"{field}.{name}",
+                f"it is {state.get(name)!r:.60}, and has to be a finite number from 0",
+            )
+    scaler.load_state_dict(state)
 
 
 def _restore_foreign(saved: ForeignState, learning: Learning) -> None:

@@ -64,6 +64,7 @@ from training.reports.logs import TRACKER_NAME, check_trackers, public_config, r
 from training.resuming import (
     Learning,
     capture,
+    check_progress,
     check_resumable,
     find_state,
     first_progress,
@@ -166,6 +167,7 @@ def prepared_run(
     )
     habits = habits_of(options, family.metadata, family.options)
     check_resumable(job.saved, identity, habits)
+    check_progress(job.saved, data.plan)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
     # each process looked at its own device, but they share the weights on the host
@@ -378,7 +380,11 @@ def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: in
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
     set_training(optimizer, True)
-    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler), name
+    whole = options.whole_dit
+    in_float32 = (
+        whole is not None and (whole.full_bf16 or whole.fused_backward_pass) and steps_alone(type(optimizer))
+    )
+    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32), name
 
 
 def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:

@@ -13,6 +13,7 @@ from torch import nn
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
+from dataset.cache_checks import CacheChecks
 from training.data.feed import seeded
 from training.data.options import TimestepOptions
 from training.data.timesteps import times_at
@@ -34,6 +35,7 @@ class Validation:
     process: int
     processes: int
     loss: LossOptions = L2
+    checks: CacheChecks = field(default_factory=CacheChecks)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
 
     @property
@@ -64,7 +66,7 @@ class Validation:
 
     def _losses(self, item: TrainingItem, dit: nn.Module, autocast: Autocast) -> list[float]:
         """The loss of one item in every band."""
-        batch = read_batch((item,), self.family.latent, self.commands)
+        batch = read_batch((item,), self.family.latent, self.commands, self.checks)
         if self.process == 0:
             self.encoders.warn(batch.made_by)
         shape = batch.tensor("latents").shape

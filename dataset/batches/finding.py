@@ -2,13 +2,14 @@
 
 import hashlib
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dataset.cache.files import LatentName, parse_latent_name, part_path, text_file_name
+from dataset.cache.files import PART, SUFFIX, LatentName, parse_latent_name, part_path, text_file_name
 from dataset.cache.records import section_frames
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import bucket_of
@@ -32,18 +33,40 @@ _LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names
 
 
 @dataclass(frozen=True)
+class ItemKind:
+    """What all items of a table share beside it."""
+
+    tag: str  # the family's cache_tag
+    text_keys: frozenset[str] = frozenset()  # what a text file has to hold
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingItem:
-    """A pair of cache files."""
+    """A pair of cache files.
+
+    There may be millions: everything but `key` is shared between items or follows from it.
+    """
 
     key: str  # name of the latent file without suffix
-    latent_path: Path
-    text_path: Path
+    stem_length: int  # of `key`, how much is the name of the source
     table: DatasetTable
     # width, height in pixels; videos: and frames, of a section those that it decodes to
     bucket: tuple[int, ...]
-    source_stem: str
+    kind: ItemKind
     parts: int = 1  # how many files of the same clip are there
-    text_keys: frozenset[str] = frozenset()  # what the text file has to hold
+
+    @property
+    def source_stem(self) -> str:
+        """The name of the source without suffix."""
+        return self.key[: self.stem_length]
+
+    @property
+    def latent_path(self) -> Path:
+        return self.table.cache_directory / f"{self.key}{SUFFIX}"
+
+    @property
+    def text_path(self) -> Path:
+        return self.table.cache_directory / text_file_name(self.source_stem, self.kind.tag)
 
 
 @dataclass(frozen=True)
@@ -59,35 +82,77 @@ class FoundItems:
 def find_items(
     config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_keys: frozenset[str] = frozenset()
 ) -> FoundItems:
-    """All items by the names of their files; none is opened. text_keys: what a whole text cache holds."""
+    """Find all items by the names of their files; none is opened.
+
+    text_keys: what a whole text cache holds.
+    """
+    kind = ItemKind(cache_tag, text_keys)
     items: list[TrainingItem] = []
     missing: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
     empty: list[DatasetTable] = []
     for table in config.datasets:
-        folder = table.cache_directory
-        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        parsed = [(name, parse_latent_name(name, cache_tag, table.kind)) for name in sorted(names)]
-        parts = Counter(_clip_of(what) for _, what in parsed if what is not None)
-        found = [
-            replace(
-                _training_item(table, name, what, cache_tag, latent, text_keys), parts=parts[_clip_of(what)]
-            )
-            for name, what in parsed
-            if what is not None
-        ]
+        names = _names_in(table.cache_directory)
+        found = _table_items(table, names, kind, latent)
         if not found:
             empty.append(table)
-        items += [item for item in found if item.text_path.name in names]
-        unfinished |= {
-            part_path(item.text_path): None for item in found if part_path(item.text_path).name in names
-        }
-        missing |= {
-            item.text_path: None
-            for item in found
-            if item.text_path.name not in names and part_path(item.text_path) not in unfinished
-        }
-    return FoundItems(tuple(items), tuple(missing), tuple(empty), tuple(unfinished))
+        has_parts = any(name.endswith(PART) for name in names)
+        for item in found:
+            text = text_file_name(item.source_stem, cache_tag)
+            if text in names:
+                items.append(item)
+            if has_parts and text + PART in names:
+                unfinished[item.text_path] = None
+            elif text not in names:
+                missing[item.text_path] = None
+    return FoundItems(tuple(items), tuple(missing), tuple(empty), tuple(map(part_path, unfinished)))
+
+
+def _names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()  # noqa: PTH208  # a Path for each name takes longer than all else
+
+
+def _table_items(
+    table: DatasetTable, names: Iterable[str], kind: ItemKind, latent: LatentSpec
+) -> list[TrainingItem]:
+    """The items of a table, sorted by file name. Names end alike: each end is read once."""
+    end = f"_{kind.tag}{SUFFIX}"
+    num_ends = 1 if table.kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
+    ends: dict[str, LatentName | None] = {}
+    buckets: dict[str, tuple[int, ...]] = {}
+    found: list[TrainingItem] = []
+    has_sections = False
+    for name in sorted(name for name in names if name.endswith(end) and not name.startswith(".")):
+        key = name[: -len(SUFFIX)]
+        stem_length = len(key) - len(kind.tag) - 1
+        for _ in range(num_ends):
+            stem_length = key.rfind("_", 0, max(stem_length, 0))
+        if stem_length < 0:
+            continue
+        tail = key[stem_length:]
+        if tail not in ends:
+            ends[tail] = parse_latent_name(f"x{tail}{SUFFIX}", kind.tag, table.kind)
+        what = ends[tail]
+        if what is None:
+            continue
+        if tail not in buckets:
+            buckets[tail] = _bucket(table, what, latent, table.cache_directory / name)
+        has_sections = has_sections or what.section is not None
+        found.append(TrainingItem(key, stem_length, table, buckets[tail], kind))
+    return _with_parts(found, ends) if has_sections else found
+
+
+def _with_parts(items: Sequence[TrainingItem], ends: Mapping[str, LatentName | None]) -> list[TrainingItem]:
+    """Count the files of each clip: all that differ in their section alone."""
+
+    def clip_of(item: TrainingItem) -> tuple[str, LatentName]:
+        what = ends[item.key[item.stem_length :]]
+        assert what is not None  # else it were no item
+        return item.source_stem, replace(what, section=None)
+
+    clips = [clip_of(item) for item in items]
+    parts = Counter(clips)
+    return [replace(item, parts=parts[clip]) for item, clip in zip(items, clips, strict=True)]
 
 
 def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> tuple[TrainingItem, ...]:
@@ -132,6 +197,10 @@ def split_validation(
     By source name: all crops of a clip, in all tables, fall on one side; the choice depends on nothing but
     the names. A fraction above 0 takes at least one source and leaves at least one.
     """
+    if fraction == 0:
+        return tuple(item for item in items if not item.table.validation), tuple(
+            item for item in items if item.table.validation
+        )
     stems = sorted({item.source_stem for item in items if not item.table.validation}, key=_stem_hash)
     count = round(fraction * len(stems))
     if fraction > 0:
@@ -144,31 +213,13 @@ def split_validation(
     return tuple(training), tuple(validation)
 
 
-def _training_item(
-    table: DatasetTable,
-    file_name: str,
-    name: LatentName,
-    tag: str,
-    latent: LatentSpec,
-    text_keys: frozenset[str],
-) -> TrainingItem:
-    bucket: tuple[int, ...] = name.size  # a video's name holds the size after bucketing
+def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
     if table.kind == "image":
-        bucket = bucket_of(table, name.size, latent.pixel_step, table.cache_directory / file_name)
-    elif name.section is not None:  # of clips of all lengths: what is stacked is equal
-        bucket = (*name.size, section_frames(table.fp_latent_window_size, latent))
-    elif name.span is not None:
-        bucket = (*name.size, name.span[1])
-    folder = table.cache_directory
-    text_path = folder / text_file_name(name.stem, tag)
-    return TrainingItem(
-        Path(file_name).stem, folder / file_name, text_path, table, bucket, name.stem, text_keys=text_keys
-    )
-
-
-def _clip_of(name: LatentName) -> LatentName:
-    """What all parts of a clip share."""
-    return replace(name, section=None)
+        return bucket_of(table, name.size, latent.pixel_step, path)
+    assert name.span is not None  # `parse_latent_name` has found one in a video's
+    if name.section is not None:  # of clips of all lengths: what is stacked is equal
+        return (*name.size, section_frames(table.fp_latent_window_size, latent))
+    return (*name.size, name.span[1])  # a video's name holds the size after bucketing
 
 
 def _others_in(table: DatasetTable) -> str:

@@ -1,10 +1,8 @@
 """Cached items read, verified and stacked when their turn comes."""
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,17 +10,15 @@ from torch import Tensor
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _by
 from dataset.cache.files import Entry, read_entry
 from dataset.cache.records import (
-    FileIdentity,
     LatentRecord,
     TextRecord,
-    is_unchanged,
     latent_record,
     options_difference,
     text_records,
     verify_tensors,
 )
+from dataset.cache_checks import CacheChecks
 from dataset.config_keys import SECTION_DEFAULTS
-from dataset.sources.captions import read_caption
 from dataset.sources.decoding import bucket_of
 from modules.contract.data import LATENTS_MADE, Batch, MadeBy
 from modules.contract.family import LatentSpec
@@ -30,16 +26,20 @@ from modules.errors import CacheError
 
 
 def read_batch(
-    items: Sequence[TrainingItem], latent: LatentSpec, commands: CachingCommands = NO_COMMANDS
+    items: Sequence[TrainingItem],
+    latent: LatentSpec,
+    commands: CachingCommands = NO_COMMANDS,
+    checks: CacheChecks | None = None,
 ) -> Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
 
     Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other
     options, made from a source or a caption that has changed since, or not of the shape that the
-    configuration asks for.
+    configuration asks for. checks: of the run, which remembers what it has looked at.
     """
-    read = [_read_item(item, latent, commands) for item in items]
+    checks = checks or CacheChecks()
+    read = [_read_item(item, latent, commands, checks) for item in items]
     first = read[0]
     for item, other in zip(items, read, strict=True):
         if other.tensors.keys() != first.tensors.keys():
@@ -66,12 +66,14 @@ class _ReadItem:
     made_by: tuple[MadeBy, ...]
 
 
-def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands) -> _ReadItem:
+def _read_item(
+    item: TrainingItem, latent: LatentSpec, commands: CachingCommands, checks: CacheChecks
+) -> _ReadItem:
     with _remedy(commands.latents):
-        latents, media = _read_latents(item, latent)
+        latents, media = _read_latents(item, latent, checks)
     with _remedy(commands.text):
         text = read_entry(item.text_path)
-        absent = sorted(item.text_keys - text.tensors.keys())
+        absent = sorted(item.kind.text_keys - text.tensors.keys())
         if absent:
             maker = text.header.metadata.get("architecture", "")
             raise CacheError(
@@ -79,7 +81,8 @@ def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands
                 + (f" (made for {maker})" if maker else "")
             )
         texts = text_records(text.header)
-        caption = _checked_caption(item, text, texts)
+        caption = _checked_caption(item, text, texts, checks)
+    checks.add(item.table.index, item.key)
     tensors = {**latents.tensors, **text.tensors}
     made_by = [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
     made_by += [MadeBy(item.text_path, name, record.encoder) for name, record in texts.items()]
@@ -88,7 +91,9 @@ def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands
     )
 
 
-def _read_latents(item: TrainingItem, latent: LatentSpec) -> tuple[Entry, LatentRecord | None]:
+def _read_latents(
+    item: TrainingItem, latent: LatentSpec, checks: CacheChecks
+) -> tuple[Entry, LatentRecord | None]:
     entry = read_entry(item.latent_path)
     if "latents" not in entry.tensors:
         raise CacheError(
@@ -101,7 +106,9 @@ def _read_latents(item: TrainingItem, latent: LatentSpec) -> tuple[Entry, Latent
         folders = tuple(
             folder for folder in (item.table.directory, item.table.control_directory) if folder is not None
         )
-        changed = _changed_file(folders, record.files)
+        changed = (
+            None if checks.knows(item.table.index, item.key) else checks.changed_file(folders, record.files)
+        )
         if changed is not None:
             raise CacheError(f"{item.latent_path}: {changed} has changed since it was encoded")
     width, height, frames = (*item.bucket, 1)[:3]
@@ -140,36 +147,21 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
         )
 
 
-@functools.cache  # once in a process for each item: an edit during a run does not end it
-def _changed_file(folders: tuple[Path, ...], files: tuple[FileIdentity, ...]) -> Path | None:
-    """The first source that is still there and not what it was.
-
-    Sources that are gone are no fault: training needs only caches.
-    """
-    for place, file in enumerate(files):
-        path = folders[min(place, len(folders) - 1)] / file.name if folders else None
-        if path is not None and path.exists() and not is_unchanged(file, path):
-            return path
-    return None
-
-
-def _checked_caption(item: TrainingItem, text: Entry, records: Mapping[str, TextRecord]) -> str:
+def _checked_caption(
+    item: TrainingItem, text: Entry, records: Mapping[str, TextRecord], checks: CacheChecks
+) -> str:
+    is_known = checks.knows(item.table.index, item.key)
     for record in records.values():
         verify_tensors(text, record.crc32)
-        if record.file is None or item.table.directory is None:
+        if is_known or record.file is None or item.table.directory is None:
             continue
-        now = _current_caption(item.table.directory / record.file.name)
-        if now is not None and now != record.caption:
+        now = checks.changed_caption(item.table.directory / record.file.name, record.caption)
+        if now is not None:
             raise CacheError(
                 f"{item.text_path}: made from the caption {record.caption!r}, which now is {now!r}"
             )
     stored = [record.caption for record in records.values()]
     return stored[0] if stored else text.header.metadata.get("caption1", "")
-
-
-@functools.cache
-def _current_caption(path: Path) -> str | None:
-    return read_caption(path)
 
 
 def _stacked(

@@ -165,6 +165,11 @@ def is_unchanged(then: FileIdentity, path: Path) -> bool:
     return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns) == then.sha256
 
 
+def modified_ns(path: Path) -> int:
+    """Return when a file, or the newest image of a folder, was last written, in nanoseconds since 1970."""
+    return _stamp(path)[1]
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     found = [file.stat() for file in _files(path)]
     return sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)

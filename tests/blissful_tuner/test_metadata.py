@@ -13,6 +13,7 @@ from blissful_tuner.metadata import (
     frame_rate_in,
     output_metadata,
     seed_in,
+    with_plain_keys,
 )
 from modules.contract.generation import Request
 from tests.preparing import prepare
@@ -82,6 +83,35 @@ def test_decoding_passes_on_what_is_known_and_says_anew_what_it_is_decoded_with(
         saved, {"vae": Path("m/new.pt"), "dit": Path("other")}, {"vae", "bulk_decode"}, 24.0
     )
     assert found == {"bt_prompt": "a cat", "seeds": "7", "bt_vae": "new.pt", "bt_fps": "24"}
+
+
+def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
+    settings = {"guidance_rescale": 0.0, "sample_solver": "unipc"}
+    made = output_metadata(
+        replace(REQUEST, extra={"video_seconds": "5", "latent_window_size": "9"}), {}, settings=settings
+    )
+    latents = with_plain_keys(made)
+    plain = {name: text for name, text in latents.items() if not name.startswith("bt_")}
+    assert plain == {
+        **{
+            "seeds": "7",
+            "prompt": "a\ncat ä",
+            "negative_prompt": "bad",
+            "height": "480",
+            "width": "832",
+            "video_seconds": "5",
+        },
+        **{
+            "infer_steps": "50",
+            "guidance_scale": "5.0",
+            "latent_window_size": "9",
+            "guidance_rescale": "0.0",
+        },
+        **{"sample_solver": "unipc", "fps": "16"},
+    }
+    assert made.items() <= latents.items()
+    assert not plain.keys() & decoded_metadata(latents, {}, 16.0).keys()
+    assert with_plain_keys({"bt_seeds": "N/A"}) == {"bt_seeds": "N/A"}
 
 
 def test_names_of_files_that_are_no_utf_8_can_be_stored() -> None:

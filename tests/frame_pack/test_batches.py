@@ -41,7 +41,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> FramePack:
 
 
 def batch() -> Batch:
-    """Two sections at different places, with all of their history."""
+    """Two sections at different places, with all of their history: the first picture, and what comes behind
+    the section.
+    """
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
@@ -54,7 +56,7 @@ def batch() -> Batch:
         "latents": draw(16, WINDOW, *AREA),
         "latent_indices": places(1, WINDOW),
         "latents_clean": draw(16, 2, *AREA).half(),
-        "clean_latent_indices": places(3, 2),
+        "clean_latent_indices": torch.tensor([[0, 3], [0, 7]]),
         "latents_clean_2x": draw(16, 2, *AREA),
         "clean_latent_2x_indices": places(5, 2),
         "latents_clean_4x": draw(16, 16, *AREA),

@@ -273,6 +273,12 @@ def test_the_metadata_says_how_it_was_made(
     run(tmp_path, files, *SAY, "--image_path", start, "--f1", "--latent_window_size", 2)
     (path,) = tmp_path.iterdir()
     found = metadata_of(path)
+    assert (found["seeds"], found["prompt"], found["fps"]) == (
+        found["bt_seeds"],
+        found["bt_prompt"],
+        found["bt_fps"],
+    )
+    assert (found["latent_window_size"], found["sample_solver"]) == (found["bt_latent_window_size"], "unipc")
     assert (found["bt_model_type"], found["bt_embedded_cfg_scale"], found["bt_fps"]) == (
         "framepack",
         "10.0",
@@ -349,7 +355,6 @@ def test_saved_latents_with_different_windows_are_decoded_in_runs_of_their_own(
         (["--preview_latent_every", "2"], "--preview_latent_every is not supported yet: "),
         (["--preview_vae", "x"], "--preview_vae is not supported yet: "),
         (["--prompt_wildcards", "x"], "--prompt_wildcards is not supported yet: "),
-        (["--optimized"], "--optimized is not supported yet: "),
     ],
 )
 def test_what_cannot_be_done_is_said(

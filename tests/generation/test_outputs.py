@@ -78,7 +78,8 @@ def test_latents_come_back_with_their_metadata(tmp_path: Path) -> None:
     assert load_file(tmp_path / "x_latent.safetensors")["latent"].shape == (16, 2, 3, 4)
     saved = load_latents(tmp_path / "x_latent.safetensors")
     assert torch.equal(saved.latents, latents)
-    assert saved.metadata == {"bt_seeds": "7", "bt_prompt": "ä\n"}
+    # in both spellings
+    assert saved.metadata == {"bt_seeds": "7", "bt_prompt": "ä\n", "seeds": "7", "prompt": "ä\n"}
 
 
 def test_a_pickled_tensor_is_read_too(tmp_path: Path) -> None:

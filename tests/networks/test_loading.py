@@ -181,6 +181,21 @@ def test_a_part_named_twice_is_listed(saved: Path, caplog: pytest.LogCaptureFixt
     assert "1 of 61 tensors are no part of a LoRA and are ignored" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["..os", ".", "a b", "os/path", "networks."])
+def test_a_network_module_that_is_no_import_path_is_refused(name: str) -> None:
+    with pytest.raises(OptionError, match="is not an import path"):
+        import_network_module(name)
+
+
+def test_a_network_module_that_fails_while_it_is_imported_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_network.py").write_text("1 / 0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(OptionError, match="broken_network cannot be imported: ZeroDivisionError"):
+        import_network_module("broken_network")
+
+
 def test_network_modules_are_imported_by_name() -> None:
     assert import_network_module("networks.lora_wan").__name__ == "networks.lora_wan"
     with pytest.raises(OptionError, match="--network_module no_such_module cannot be imported"):

@@ -12,6 +12,7 @@ from tests.tiny.project import write_clips, write_dataset, write_image, write_pi
 from tests.tiny.wan import write_tiny_wan
 
 Command = list[str]  # script, then arguments
+RATE = "1e-1"  # high: after three steps a LoRA has to show
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _wan(
         "model/t5.safetensors",
     ]
     clip = ["--clip", "model/clip.safetensors"] if with_clip else []
-    network = ["--network_module", "networks.lora_wan", "--network_dim", "4", "--learning_rate", "1e-2"]
+    network = ["--network_module", "networks.lora_wan", "--network_dim", "4", "--learning_rate", RATE]
     return TinyFamily(
         name=f"wan {task}",
         prepare=prepare,
@@ -99,7 +100,7 @@ def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: st
     vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
     texts = ["--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2"]
     models = ["--dit", "model/dit.safetensors", *vae, *texts]
-    network = ["--network_module", "networks.lora", "--network_dim", "4", "--learning_rate", "1e-2"]
+    network = ["--network_module", "networks.lora", "--network_dim", "4", "--learning_rate", RATE]
     return TinyFamily(
         name=name,
         prepare=prepare,
@@ -132,7 +133,7 @@ def _framepack(
     vae, image_encoder = ["--vae", "model/vae.safetensors"], ["--image_encoder", "model/siglip.safetensors"]
     texts = ["--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2"]
     models = ["--dit", "model/dit.safetensors", *vae, *texts, *image_encoder, *window]
-    network = ["--network_module", "networks.lora_framepack", "--network_dim", "4", "--learning_rate", "1e-2"]
+    network = ["--network_module", "networks.lora_framepack", "--network_dim", "4", "--learning_rate", RATE]
     shared = [] if is_picture else switches  # a picture is asked for by its own options
     return TinyFamily(
         name=name,

@@ -1,5 +1,7 @@
 """A run that is killed and resumed ends with the weights of one that was not."""
 
+import dataclasses
+import hashlib
 import os
 import signal
 import sys
@@ -13,11 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dataset.batches.finding import ItemKind, TrainingItem
+from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError, OptionError
 from modules.options import FREE, HABIT, IDENTITY
 from tests.commands import ROOT, run_python
+from tests.dataset.making import make_table
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.resuming import habits_of
+from training.resuming import epoch_digest, habits_of
 from training.run import train_network
 from training.saving.states import warn_of_changes
 
@@ -245,6 +250,18 @@ def test_a_run_on_other_clips_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(OptionError, match="--dataset_config"):
         train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest"))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (7, 2), (9000, 1), (8192, 2)])
+def test_the_batches_are_told_from_others_as_in_states_of_before(
+    tmp_path: Path, count: int, batch_size: int
+) -> None:
+    table = dataclasses.replace(make_table(tmp_path), batch_size=batch_size)
+    order = BatchOrder(
+        [TrainingItem(f"clip{index}", 4, table, (32, 32), ItemKind("toy")) for index in range(count)], 3
+    )
+    names = "\n".join(",".join(item.key for item in batch) for batch in order.epoch(0))
+    assert epoch_digest(order) == hashlib.sha256(names.encode()).hexdigest()[:12]
 
 
 def test_samples_that_a_stopped_epoch_owed_are_made_when_it_goes_on(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
+from dataset.cache_checks import CacheChecks
 from modules.contract.data import Batch
 from modules.contract.family import LatentSpec
 from modules.contract.noise import FLOW, NoiseSpec
@@ -117,6 +118,7 @@ class MicroBatches:
         self, order: BatchOrder, latent: LatentSpec, randomness: Randomness, commands: CachingCommands
     ) -> None:
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
+        self.checks = CacheChecks()  # of the run, which begins here
         # the last one asked for, its batches, and how many samples the run has seen before each of them
         self._epoch = -1
         self._batches: tuple[tuple[TrainingItem, ...], ...] = ()
@@ -125,14 +127,18 @@ class MicroBatches:
     def __getitem__(self, key: Key) -> MicroBatch:
         """Raises CacheError with the caching command where a cache file of it cannot be used."""
         epoch, index = key
+        self.open_epoch(epoch)
+        number = epoch * self.order.num_batches + index
+        batch = read_batch(self._batches[index], self.latent, self.commands, self.checks)
+        return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
+
+    def open_epoch(self, epoch: int) -> None:
+        """Order the batches of an epoch, if they are not those at hand."""
         if self._epoch != epoch:
             self._epoch, self._batches = epoch, self.order.epoch(epoch)
             self._first_samples = tuple(
                 accumulate(map(len, self._batches), initial=epoch * self.order.num_items)
             )
-        number = epoch * self.order.num_batches + index
-        batch = read_batch(self._batches[index], self.latent, self.commands)
-        return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,27 @@
 step.
 """
 
-import importlib
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from modules.errors import CheckpointError, OptionError
 from training.optimizers.lr_schedule_options import ADAFACTOR, LrScheduleOptions
-from training.optimizers.optimizer import finds_own_rate, is_schedule_free
+from training.optimizers.optimizer import finds_own_rate, import_object, is_schedule_free
 from training.optimizers.state import decode, encode
 
 logger = logging.getLogger(__name__)
 
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial curve ends, as in the known tuners
 INVERSE_SQRT_TIMESCALE = 10_000  # where neither a time scale nor a warm-up is given
+# what torch's schedulers change while they step
+COUNTS = frozenset({"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"})
+LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
 
 
 class LrSchedule(Protocol):
@@ -119,6 +120,9 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
             f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such argument; "
             f"{known}."
         )
+    for key in arguments.keys() - {"step_rules"}:
+        if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
+            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, as {key}=1")
     curve = Curve(
         learning_rate=learning_rate,
         warmup=warmup_steps(options, total_steps),
@@ -297,7 +301,14 @@ class Imported:
     inner: LRScheduler
 
     def step(self) -> None:
-        self.inner.step()
+        """Raises OptionError if the scheduler does not go on, as OneCycleLR after its `total_steps`."""
+        try:
+            self.inner.step()
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            said = str(error) or type(error).__name__
+            raise OptionError(
+                f"--lr_scheduler_type {self.name}: {said}. Use other --lr_scheduler_args, e.g. for more steps"
+            ) from error
 
     def get_last_lr(self) -> list[float]:
         return [float(rate) for rate in self.inner.get_last_lr()]
@@ -309,7 +320,11 @@ class Imported:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "scheduler" not in state:
             raise CheckpointError(_other_schedule(self.name))
-        self.inner.load_state_dict(decode(state["scheduler"], {}))
+        saved = decode(state["scheduler"], {})
+        # the rest are settings, which this run's options say
+        if type(self.inner).__module__ == LRScheduler.__module__:
+            saved = {name: value for name, value in saved.items() if name in COUNTS}
+        self.inner.load_state_dict(saved)
 
 
 @dataclass(frozen=True)
@@ -350,21 +365,29 @@ def _adafactor_rates(optimizer: Any, before: float) -> list[float]:
 
 
 def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRScheduler:
-    module, _, name = options.lr_scheduler_type.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module) if module else torch.optim.lr_scheduler, name)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(
-            f"--lr_scheduler_type {options.lr_scheduler_type}: cannot be imported ({error})"
-        ) from None
+    given = options.lr_scheduler_type
+    module, _, name = given.rpartition(".")
+    kind = import_object("--lr_scheduler_type", given, module or "torch.optim.lr_scheduler", name)
     if kind is ReduceLROnPlateau:
         raise OptionError(
             "--lr_scheduler_type ReduceLROnPlateau: waits for a value after each epoch; use a curve of the "
             "step"
         )
-    try:
-        return kind(optimizer, **options.arguments())
-    except (TypeError, ValueError) as error:
+    # a function may make one too; a class of something else is not even called
+    if not callable(kind) or (isinstance(kind, type) and not issubclass(kind, LRScheduler)):
         raise OptionError(
-            f"--lr_scheduler_type {options.lr_scheduler_type} refuses --lr_scheduler_args: {error}"
-        ) from None
+            f"--lr_scheduler_type {given}: is not a learning-rate scheduler. Give a class of "
+            "torch.optim.lr_scheduler, "
+            "as CosineAnnealingLR, or leave it out and use --lr_scheduler."
+        )
+    try:
+        made = kind(optimizer, **options.arguments())
+    except Exception as error:  # whatever a class makes of arguments that it does not take
+        said = str(error) or type(error).__name__
+        raise OptionError(f"--lr_scheduler_type {given} refuses --lr_scheduler_args: {said}") from None
+    if not isinstance(made, LRScheduler):
+        raise OptionError(
+            f"--lr_scheduler_type {given}: made a {type(made).__name__}, which is not a learning-rate "
+            "scheduler"
+        )
+    return made

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modules.errors import OptionError
-from modules.options import check_at_least, int_or_float, read_literals
+from modules.options import check_at_least, check_below, int_or_float, read_literals
 
 CURVES = (
     "constant",
@@ -52,6 +52,12 @@ class LrScheduleOptions:
             1,
             "leave it out to use the warm-up steps",
         )
+        for option, value in (
+            ("--lr_scheduler_power", self.lr_scheduler_power),
+            ("--lr_scheduler_min_lr_ratio", self.lr_scheduler_min_lr_ratio),
+        ):
+            check_at_least(option, value, 0, "leave it out for the usual one")
+            check_below(option, value, 1000, "leave it out for the usual one")
         arguments = read_literals("--lr_scheduler_args", self.lr_scheduler_args)
         if not self.lr_scheduler_type:
             self._check_named(arguments)

@@ -34,6 +34,11 @@ PACKAGES = {
     "prodigyopt": "prodigyopt",
     "schedulefree": "schedulefree",
 }
+# class -> why the training loop cannot step it
+UNUSABLE = {
+    "LBFGS": "it computes the loss several times a step, and the loop computes it once",
+    "SparseAdam": "it takes sparse gradients only, and these are dense",
+}
 
 
 def make_optimizer(
@@ -57,29 +62,51 @@ def make_optimizer(
     described = ",".join(f"{key}={value}" for key, value in arguments.items())
     try:
         optimizer = kind(groups, lr=rate, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever a class makes of arguments that it does not take
+        said = str(error) or type(error).__name__
         raise OptionError(
-            f"--optimizer_type {options.optimizer_type or 'AdamW'} with --optimizer_args {described}: {error}"
+            f"--optimizer_type {options.optimizer_type or 'AdamW'} with --optimizer_args {described}: {said}"
         ) from None
     return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({described})" if described else "")
 
 
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
-    """The class behind a name. Raises OptionError naming what to install or what there is."""
+    """Find the class behind a name.
+
+    Raises OptionError naming what to install or what there is, or if it is no optimizer.
+    """
     path = NAMES.get(name.lower(), name)
     module, _, class_name = path.rpartition(".")
-    if not module:
-        return _torch_optimizer(name)
+    kind: Any = (
+        import_object("--optimizer_type", name, module, class_name) if module else _torch_optimizer(name)
+    )
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise OptionError(
+            f"--optimizer_type {name}: is not an optimizer class. Give a subclass of torch.optim.Optimizer, "
+            "as AdamW"
+        )
+    if kind.__name__ in UNUSABLE:
+        raise OptionError(
+            f"--optimizer_type {name}: {UNUSABLE[kind.__name__]}. Use another optimizer, as AdamW"
+        )
+    return kind
+
+
+def import_object(option: str, name: str, module: str, attribute: str) -> Any:
+    """Import what an option names as `module.attribute`.
+
+    Raises OptionError naming the package to install, or the fault.
+    """
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise OptionError(f"{option} {name}: is not an import path. Write package.module.Class")
     try:
-        return getattr(importlib.import_module(module), class_name)
+        return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         missing = (error.name or module).partition(".")[0]
-        raise OptionError(
-            f"--optimizer_type {name}: the package {missing} is not installed. Run: pip install "
-            f"{PACKAGES.get(missing, missing)}"
-        ) from None
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"--optimizer_type {name}: cannot be imported ({error})") from None
+        remedy = f"the package {missing} is not installed. Run: pip install {PACKAGES.get(missing, missing)}"
+        raise OptionError(f"{option} {name}: {remedy}") from None
+    except Exception as error:  # the module may run any code of its own
+        raise OptionError(f"{option} {name}: cannot be imported ({type(error).__name__}: {error})") from None
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:

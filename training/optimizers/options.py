@@ -4,7 +4,9 @@ import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.options import HABIT, IDENTITY, check_at_least, read_literals
+from modules.options import HABIT, IDENTITY, check_at_least, check_below, read_literals
+
+LARGEST_RATE = 1000.0  # far above any that learns; beyond it the first step only makes infinities
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class OptimizerOptions:
             self.learning_rate,
             0,
             "0 only makes sense with an optimizer that finds its own rate",
+        )
+        check_below(
+            "--learning_rate", self.learning_rate, LARGEST_RATE, "1e-4 is usual for a LoRA, 1 for Prodigy"
         )
         check_at_least("--max_grad_norm", self.max_grad_norm, 0, "0 turns clipping off")
         read_literals("--optimizer_args", self.optimizer_args)

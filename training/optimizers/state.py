@@ -6,6 +6,7 @@ the network it was made with.
 """
 
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from modules.errors import CheckpointError, OptionError
+from training.optimizer_checks import ANY_STATE, RecordedState, check_optimizer, check_outline
+from training.saving.states import require_finite
 
 # shaped as their parameter
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"})
@@ -91,26 +94,36 @@ def restore_optimizer(
     description: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     device: torch.device,
+    record: RecordedState = ANY_STATE,
 ) -> None:
     """Bring the optimizer into the recorded state, bit by bit, on the device where steps are computed.
 
-    Raises CheckpointError where the parameters are not those of the record.
+    Raises CheckpointError if the parameters are not those of the record, or if a value of it is none that
+    this optimizer keeps.
     """
+    check_outline(description, type(optimizer).__name__, record.path)
     here = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     there = [group["params"] for group in description["groups"]]
     if here != there:
-        raise CheckpointError(_difference(here, there))
+        raise CheckpointError(f"{record.path}: {_difference(here, there)}", record.path)
+    check_optimizer(optimizer, names, description, tensors, device, record)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
     groups = [
-        {**decode(group["rest"], tensors), "params": [numbers[name] for name in group["params"]]}
-        for group in description["groups"]
+        {
+            **_settings(own),
+            **decode(saved["rest"], tensors),
+            "params": [numbers[name] for name in saved["params"]],
+        }
+        for own, saved in zip(optimizer.param_groups, description["groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
         name = names[parameter]
         if name in description["states"]:
-            optimizer.state[parameter] = _placed(description["states"][name], tensors, device)
+            optimizer.state[parameter] = _placed(
+                description["states"][name], tensors, device, record.path.parent
+            )
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -152,18 +165,24 @@ def _check_shapes(optimizer: Optimizer) -> None:
                 )
 
 
-def _placed(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _placed(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device, folder: Path) -> Any:
     """As `decode`, with tensors where they were: step counters on the CPU, the rest beside the parameter."""
     if not isinstance(encoded, dict):
         return encoded
     if "tensor" in encoded:
-        tensor = tensors[encoded["tensor"]]
+        tensor = require_finite(tensors[encoded["tensor"]], encoded["tensor"], folder)
         # when saved on a CPU run, only step counters (0-dim) stay behind
         return tensor.clone() if encoded["on_cpu"] and not tensor.dim() else tensor.clone().to(device)
     if "mapping" in encoded:
-        return {decode(key, tensors): _placed(item, tensors, device) for key, item in encoded["mapping"]}
+        return {
+            decode(key, tensors): _placed(item, tensors, device, folder) for key, item in encoded["mapping"]
+        }
     kind = "tuple" if "tuple" in encoded else "list"
-    items = [_placed(item, tensors, device) for item in encoded[kind]]
+    items = [_placed(item, tensors, device, folder) for item in encoded[kind]]
     return tuple(items) if kind == "tuple" else items
 
 

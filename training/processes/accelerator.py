@@ -4,13 +4,13 @@ are the loop's own.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin
 
 from modules.devices import allow_fp16_accumulation, keep_float32_exact
 from modules.errors import OptionError
@@ -18,8 +18,12 @@ from training.processes.options import AcceleratorOptions
 
 logger = logging.getLogger(__name__)
 
-SHARDED = {
-    kind.value for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+# what the launcher sets from its config -> what it then asks for
+SHARDING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 
 
@@ -31,6 +35,7 @@ def make_accelerator(
     trackers, logging_folder: `LogOptions.trackers` and `logs.run_folder`.
     Raises OptionError where the device cannot compute in this precision or a tracker is not installed.
     """
+    _refuse_sharding(os.environ)
     keep_float32_exact()
     groups = (
         []
@@ -57,17 +62,30 @@ def make_accelerator(
             f"--mixed_precision {options.mixed_precision} does nothing on {accelerator.device.type}: use "
             "bf16 or no"
         )
-    if accelerator.distributed_type.value in SHARDED:
-        raise OptionError(
-            f"accelerate launch asks for {accelerator.distributed_type.value}: the model is not split here, "
-            "each process holds all "
-            "of it. Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N"
-        )
     if accelerator.is_main_process:
         _report(options, accelerator)
-    if options.fp16_accumulation:
-        allow_fp16_accumulation()
+    if (
+        options.fp16_accumulation
+        and allow_fp16_accumulation(accelerator.device)
+        and accelerator.is_main_process
+    ):
+        logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")
     return accelerator
+
+
+def _refuse_sharding(environment: Mapping[str, str]) -> None:
+    """Raise OptionError if the launcher was told to split the model.
+
+    Before accelerate looks for the packages that would do so.
+    """
+    for variable, name in SHARDING.items():
+        if environment.get(variable, "false").lower() in {"1", "true", "yes", "y", "t", "on"}:
+            raise OptionError(
+                f"accelerate launch asks for {name} ({variable}): the model is not split here, each process "
+                "holds all of it. "
+                "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
+                "config again"
+            )
 
 
 def _report(options: AcceleratorOptions, accelerator: Accelerator) -> None:
@@ -80,5 +98,3 @@ def _report(options: AcceleratorOptions, accelerator: Accelerator) -> None:
             "--ddp_gradient_as_bucket_view and --ddp_static_graph change nothing: gradients are averaged "
             "without a DDP wrapper."
         )
-    if options.fp16_accumulation:
-        logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")

@@ -26,6 +26,7 @@ from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError, OptionError
 from training.progress import Progress
+from training.state_record import REMEDY, check_record
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,9 @@ class StoredPart(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._file.tensors)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
-        return self._file.tensors[name].shape
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of a tensor without reading it."""
+        return self._file.tensors[name]
 
     def close(self) -> None:
         """Windows keeps a folder from being replaced or removed while a file in it is open."""
@@ -187,12 +188,12 @@ def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Copy saved weights into a learning module, all of them.
 
-    Raises CheckpointError naming what does not fit.
+    Raises CheckpointError if names, shapes or dtypes differ, or if a value is NaN or infinite.
     """
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     misshaped = [
-        name for name in own.keys() & tensors.keys() if tuple(own[name].shape) != _shape(tensors, name)
+        name for name in own.keys() & tensors.keys() if tuple(own[name].shape) != info_of(tensors, name).shape
     ]
     if missing or unexpected or misshaped:
         raise CheckpointError(
@@ -203,12 +204,28 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) 
             "it.",
             path=folder,
         )
+    for name, tensor in own.items():
+        kind = info_of(tensors, name).dtype
+        are_floats = kind.is_floating_point and tensor.dtype.is_floating_point and kind.itemsize > 1
+        if kind != tensor.dtype and not are_floats:
+            raise CheckpointError(
+                f"{folder}: {name} is {kind}, the run has {tensor.dtype}.\n  {REMEDY}", path=folder
+            )
     if not _is_plain(module, own):
-        module.load_state_dict(dict(tensors))
+        module.load_state_dict({name: require_finite(tensors[name], name, folder) for name in own})
         return
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])  # one at a time
+            tensor.copy_(require_finite(tensors[name], name, folder))  # one at a time
+
+
+def require_finite(tensor: Tensor, name: str, folder: Path) -> Tensor:
+    """Return `tensor`, or raise CheckpointError if a value of it is NaN or infinite."""
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(
+            f"{folder}: {name} holds values that are NaN or infinite.\n  {REMEDY}", path=folder
+        )
+    return tensor
 
 
 def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
@@ -224,26 +241,31 @@ def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    return tensors.shape(name) if isinstance(tensors, StoredPart) else tuple(tensors[name].shape)
+def info_of(tensors: Mapping[str, Tensor], name: str) -> TensorInfo:
+    """Return dtype and shape of a tensor of a state; one on disk is not read."""
+    if isinstance(tensors, StoredPart):
+        return tensors.info(name)
+    return TensorInfo(tensors[name].dtype, tuple(tensors[name].shape))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["format"] != FORMAT or record["version"] > VERSION:
+        if record["format"] != FORMAT:
+            raise _damaged(folder / RECORD, f"its format is not {FORMAT!r}")
+        if record["version"] != VERSION:
             raise CheckpointError(
                 f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder
             )
         if record.pop("crc32", None) != _record_checksum(record):
             raise _damaged(folder / RECORD, "its checksum is not the recorded one")
+        check_record(record, folder / RECORD)
         for part, file in record["parts"].items():
             path = folder / f"{part}.safetensors"
             size_bytes = path.stat().st_size if path.exists() else 0
             if size_bytes != file["bytes"]:
                 raise _damaged(path, f"{size_bytes} bytes, {file['bytes']} were written")
-        Progress(**record["progress"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(folder / RECORD, str(error)) from error
     return record
 

@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import random
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from dataset.batches.finding import CachingCommands, TrainingItem, find_items, require_items, split_validation
+from dataset.batches.finding import (
+    CachingCommands,
+    ItemKind,
+    TrainingItem,
+    find_items,
+    require_items,
+    split_validation,
+)
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
-from dataset.cache.files import write_tensors
+from dataset.cache.files import parse_latent_name, write_tensors
+from dataset.cache_checks import MOST_KNOWN, CacheChecks
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
 from modules.errors import CacheError
@@ -34,7 +43,7 @@ def made_up(
 ) -> list[TrainingItem]:
     """Items without files."""
     keys = [f"clip{index:03d}" for index in range(start, start + count)]
-    return [TrainingItem(key, Path(key), Path(key), table, size, key) for key in keys]
+    return [TrainingItem(key, len(key), table, size, ItemKind("toy")) for key in keys]
 
 
 def test_items_are_found_by_name_alone(tmp_path: Path) -> None:
@@ -195,6 +204,83 @@ def test_a_changed_caption_is_named_with_the_command(tmp_path: Path) -> None:
         CacheError, match=r"(?s)clip_0_toy_te\.safetensors: .*something else.*python cache_text\.py"
     ):
         read_batch([item], LATENT, COMMANDS)
+
+
+def test_an_edit_during_a_run_does_not_end_it(tmp_path: Path) -> None:
+    """Also if there are more items than a run remembers: what is newer than the run is let pass."""
+    config = cached(tmp_path)
+    items, checks = find_items(config, "toy", LATENT).items, CacheChecks(most_known=1)
+    read_batch(items, LATENT, COMMANDS, checks)
+    later = checks.started_ns + 10**9
+    make_clip(tmp_path / "clip_0.mp4", 12)
+    (tmp_path / "clip_0.txt").write_text("something else", encoding="utf-8")
+    for name in ("clip_0.mp4", "clip_0.txt"):
+        os.utime(tmp_path / name, ns=(later, later))
+
+    assert len(read_batch(items, LATENT, COMMANDS, checks)) == 2
+    with pytest.raises(CacheError, match=r"clip_0\.mp4 has changed"):
+        read_batch(items, LATENT, COMMANDS, CacheChecks(started_ns=later))  # the next run
+
+
+def test_a_run_remembers_a_bounded_number_of_items() -> None:
+    checks = CacheChecks()
+    for index in range(MOST_KNOWN + 10):
+        checks.add(0, str(index))
+    assert checks.knows(0, str(MOST_KNOWN + 9))
+    assert not checks.knows(0, "3")
+    assert not checks.knows(1, str(MOST_KNOWN + 9))
+
+
+def test_an_item_takes_less_than_800_bytes(tmp_path: Path) -> None:
+    count = 5000
+    (tmp_path / "cache").mkdir()
+    for index in range(count):
+        for name in (f"clip_{index:08d}_00000-005_0032x0032_toy", f"clip_{index:08d}_toy_te"):
+            (tmp_path / "cache" / f"{name}.safetensors").touch()
+    table = make_table(tmp_path)
+    config = DatasetConfig(table.config_path, (table,))
+    find_items(config, "toy", LATENT)  # what is made once
+    tracemalloc.start()
+    try:
+        order = BatchOrder(find_items(config, "toy", LATENT).items, 0)
+        batches = order.epoch(0)
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(batches) == count
+    assert size < 800 * count
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("video", "a_b_00000-005_0032x0032_toy"),
+        ("video", "_00000-005_0032x0032_toy"),
+        ("video", "00000-005_0032x0032_toy"),
+        ("video", "a_0032x0032_toy"),
+        ("video", "0032x0032_toy"),
+        ("video", "a_00000-005-0001_0032x0032_toy"),
+        ("video", "a_00000-005_0032x0032_other_toy"),
+        ("video", "_toy"),
+        ("image", "a_0032x0032_toy"),
+        ("image", "_0032x0032_toy"),
+        ("image", "0032x0032_toy"),
+        ("image", "a_00000-005_0032x0032_toy"),
+        ("image", "a_0032x0032_toy_te"),
+        ("image", ".a_0032x0032_toy"),
+        ("image", "toy"),
+    ],
+)
+def test_an_item_is_what_its_file_name_says(tmp_path: Path, kind: str, name: str) -> None:
+    """Names are read by their ends here, by `parse_latent_name` elsewhere."""
+    table = dataclasses.replace(make_table(tmp_path), kind=kind)
+    table.cache_directory.mkdir()
+    said = parse_latent_name(f"{name}.safetensors", "toy", kind)
+    stem = "none" if said is None else said.stem
+    for file in (name, f"{stem}_toy_te"):
+        (table.cache_directory / f"{file}.safetensors").touch()
+    items = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT).items
+    assert [(item.key, item.source_stem) for item in items] == ([] if said is None else [(name, stem)])
 
 
 def test_training_needs_no_sources(tmp_path: Path) -> None:

@@ -89,6 +89,24 @@ def test_a_written_video_is_read_back(tmp_path: Path, codec: str, suffix: str) -
     assert (video_info(path).width, video_info(path).height, video_info(path).fps) == (64, 48, 16)
 
 
+@pytest.mark.parametrize(
+    ("preset", "effort"),
+    [({}, "subme=8 ... rc_lookahead=50"), ({"preset": "ultrafast"}, "subme=0 ... ref=1")],
+)
+def test_a_video_is_encoded_with_the_effort_that_is_asked_for(
+    tmp_path: Path, preset: dict[str, str], effort: str
+) -> None:
+    """x264 writes its settings into the stream; those of the preset `slow`, which videos have unless another
+    is asked for.
+    """
+    path = tmp_path / "x.mp4"
+    write_video(path, gradients(3), 16, **preset)
+    settings = path.read_bytes().decode("latin-1")
+    assert "crf=12.0" in settings
+    for setting in effort.split(" ... "):
+        assert f" {setting} " in settings
+
+
 def test_the_last_row_and_column_of_an_odd_size_are_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "odd.mp4"
 

@@ -54,6 +54,19 @@ def test_timestep_buckets_count_samples_across_batches_and_epochs(tmp_path: Path
         assert sorted((sigmas * 5).int().tolist()) == [0, 1, 2, 3, 4]
 
 
+def test_timestep_buckets_go_on_where_the_epoch_before_has_stopped(tmp_path: Path) -> None:
+    """Five samples an epoch and four buckets: each four in a row, also those of two epochs, fall into all of
+    them.
+    """
+    write_caches(tmp_path, count=5, batch_size=2)
+    batches = micro_batches(tmp_path, 3, "--timestep_sampling", "uniform", "--num_timestep_buckets", 4)
+
+    sigmas = torch.cat([batches[(epoch, index)].data.sigmas for epoch in range(4) for index in range(3)])
+
+    for four in (sigmas * 4).int().split(4):
+        assert sorted(four.tolist()) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_process_gets_its_share_in_order_from_where_it_starts(tmp_path: Path, keep: bool) -> None:
     write_caches(tmp_path, count=5)

@@ -194,9 +194,23 @@ def test_a_state_of_another_kind_of_schedule_is_refused() -> None:
         ),
         ("--lr_scheduler polynomial --lr_scheduler_args lr_end=1", "ends at 1"),
         ("--lr_scheduler_type CosineLR", "--lr_scheduler_type CosineLR: cannot be imported"),
-        ("--lr_scheduler_type nowhere.CosineLR", "cannot be imported"),
+        ("--lr_scheduler_type nowhere.CosineLR", "the package nowhere is not installed"),
         ("--lr_scheduler_type CosineAnnealingLR", "refuses --lr_scheduler_args"),
         ("--lr_scheduler_type ReduceLROnPlateau", "use a curve"),
+        ("--lr_scheduler_type builtins.dict", "is not a learning-rate scheduler"),
+        ("--lr_scheduler_type torch.optim.AdamW", "is not a learning-rate scheduler"),
+        ("--lr_scheduler_type builtins.id", "made a int, which is not a learning-rate scheduler"),
+        ("--lr_scheduler_type ..os", "..os: is not an import path"),
+        ("--lr_scheduler_type ChainedScheduler", "refuses --lr_scheduler_args"),
+        (
+            "--lr_scheduler polynomial --lr_scheduler_args power=x",
+            "--lr_scheduler_args power=x: give a number",
+        ),
+        ("--lr_scheduler polynomial --lr_scheduler_power nan", "--lr_scheduler_power nan"),
+        (
+            "--lr_scheduler cosine_with_min_lr --lr_scheduler_min_lr_ratio inf",
+            "--lr_scheduler_min_lr_ratio inf",
+        ),
     ],
 )
 def test_schedules_that_cannot_be_made_are_refused(argv: str, expected: str) -> None:
@@ -204,6 +218,24 @@ def test_schedules_that_cannot_be_made_are_refused(argv: str, expected: str) -> 
         schedule(*argv.split())
 
     assert expected in str(error.value)
+
+
+def test_a_schedule_that_ends_before_the_run_says_so() -> None:
+    made, inner = schedule(
+        "--lr_scheduler_type", "OneCycleLR", "--lr_scheduler_args", "max_lr=0.01", "total_steps=2"
+    )
+    inner.step()
+    for _ in range(2):
+        made.step()
+    with pytest.raises(OptionError, match="--lr_scheduler_type OneCycleLR: Tried to step 3 times"):
+        made.step()
+
+
+def test_a_schedule_that_divides_by_zero_says_so() -> None:
+    made, inner = schedule("--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=0")
+    inner.step()
+    with pytest.raises(OptionError, match="--lr_scheduler_type CosineAnnealingLR: integer modulo by zero"):
+        made.step()
 
 
 def test_adafactor_shows_the_rate_it_finds() -> None:

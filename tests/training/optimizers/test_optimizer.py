@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -108,6 +109,17 @@ def test_arguments_reach_the_optimizer_and_groups_keep_their_rates() -> None:
         ("torch.optim.Fast", (), "cannot be imported"),
         ("AdamW", ("speed=3",), "--optimizer_args speed=3"),
         ("AdamW", ("betas=2,3",), "--optimizer_args betas=(2, 3)"),
+        ("AdamW", ("betas=2",), "--optimizer_args betas=2"),
+        ("builtins.dict", (), "--optimizer_type builtins.dict: is not an optimizer class"),
+        ("torch.nn.Linear", (), "is not an optimizer class"),
+        ("torch.optim.Optimizer", (), "with --optimizer_args"),
+        ("math.sqrt", (), "is not an optimizer class"),
+        ("..os", (), "--optimizer_type ..os: is not an import path"),
+        (".", (), "unknown. Use one of"),
+        ("os.", (), "is not an import path"),
+        ("torch.optim.lbfgs.LBFGS", (), "LBFGS: it computes the loss several times a step"),
+        ("LBFGS", (), "LBFGS: it computes the loss several times a step"),
+        ("SparseAdam", (), "SparseAdam: it takes sparse gradients only"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_a_reason(
@@ -117,6 +129,12 @@ def test_what_cannot_be_built_is_refused_with_a_reason(
         make_optimizer(options(name, *arguments), groups(nn.Parameter(torch.ones(1))))
 
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [1e300, math.inf, math.nan, -1.0])
+def test_a_learning_rate_that_no_run_survives_is_refused(rate: float) -> None:
+    with pytest.raises(OptionError, match=r"--learning_rate (1e\+300|inf|nan|-1\.0): has to be"):
+        options(rate=rate)
 
 
 @pytest.mark.parametrize(

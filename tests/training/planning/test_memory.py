@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches.finding import TrainingItem
+from dataset.batches.finding import ItemKind, TrainingItem
 from dataset.config import load_dataset_config
 from modules.planning.memory_plan import CONTEXT, GIB, Room
 from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
@@ -25,7 +25,7 @@ def test_the_batch_with_most_pixels_counts(tmp_path: Path) -> None:
 
     def items(bucket: tuple[int, ...], count: int) -> list[TrainingItem]:
         return [
-            TrainingItem(f"{bucket} {index}", tmp_path, tmp_path, table, bucket, "") for index in range(count)
+            TrainingItem(f"{bucket} {index}", 0, table, bucket, ItemKind("toy")) for index in range(count)
         ]
 
     few_large, many_small = items((64, 64), 1), items((48, 48), 7)

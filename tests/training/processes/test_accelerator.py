@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from modules.devices import allow_fp16_accumulation
 from modules.errors import OptionError
 from training.processes.accelerator import make_accelerator
 from training.processes.options import AcceleratorOptions
@@ -47,6 +48,27 @@ def test_half_precision_on_a_cpu_is_one_clear_error() -> None:
         make_accelerator(options("fp16"))
 
 
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ],
+)
+def test_a_launcher_that_would_split_the_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, name: str
+) -> None:
+    """Also where the package that would do so is not installed: accelerate would end in a traceback."""
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(
+        OptionError, match=rf"accelerate launch asks for {name} .*accelerate launch --multi_gpu"
+    ):
+        make_accelerator(options())
+    monkeypatch.setenv(variable, "false")
+    assert make_accelerator(options()).num_processes == 1
+
+
 def test_bf16_computes_under_autocast() -> None:
     accelerator = make_accelerator(options("bf16"))
 
@@ -74,15 +96,22 @@ def test_options_of_ddp_are_answered_with_what_they_change(caplog: pytest.LogCap
     assert caplog.text.count("change nothing") == 1
 
 
-def test_fp16_sums_are_switched_on_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_fp16_sums_are_switched_on_for_a_gpu() -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_fp16_accumulation
     try:
-        make_accelerator(options(fp16_accumulation=True))
+        assert allow_fp16_accumulation(torch.device("cuda"))
         assert matmul.allow_fp16_accumulation
     finally:
         matmul.allow_fp16_accumulation = before
-    assert "--fp16_accumulation" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_fp16_sums_on_a_cpu_are_ignored_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    make_accelerator(options(fp16_accumulation=True))
+
+    assert "--fp16_accumulation is ignored because" in caplog.text
+    assert "gradients are less exact" not in caplog.text
 
 
 @pytest.mark.slow

@@ -1,0 +1,48 @@
+"""--optimized: options for speed that are turned on together. Standard library only."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def add_preset_argument(parser: argparse.ArgumentParser, preset: Mapping[str, Any]) -> None:
+    """Add --optimized, which stands for the options of `preset`: argument -> value."""
+    group = parser.add_argument_group("preset")
+    group.add_argument(
+        "--optimized",
+        action="store_true",
+        help=f"faster settings: {' '.join(as_typed(preset, name) for name in preset)}; what you give "
+        "yourself counts instead, and "
+        "what this machine lacks is left out with a warning",
+    )
+    parser.set_defaults(preset=preset)
+
+
+def as_typed(preset: Mapping[str, Any], name: str) -> str:
+    """The option as it is typed: `--attn_mode sageattn`, `--compile`."""
+    return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
+
+
+def use_preset(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    """Turn on what --optimized stands for, but for options that are given; their names go to
+    `args.by_preset`.
+    """
+    given = _given(parser, argv, {*args.preset, "fp8"})
+    taken = tuple(name for name in args.preset if name not in given)
+    if "fp8" in given:  # the other way to keep weights in fp8, which --fp8_scaled would replace
+        taken = tuple(name for name in taken if name != "fp8_scaled")
+    for name in taken:
+        setattr(args, name, args.preset[name])
+    args.by_preset = taken
+
+
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: set[str]) -> set[str]:
+    """Those of the arguments that stand on the command line, also if their values are the defaults."""
+    nothing = object()
+    defaults = {name: parser.get_default(name) for name in names}
+    parser.set_defaults(**dict.fromkeys(names, nothing))
+    try:
+        again = parser.parse_args(argv)
+    finally:
+        parser.set_defaults(**defaults)
+    return {name for name in names if getattr(again, name) is not nothing}

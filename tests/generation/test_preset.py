@@ -1,0 +1,124 @@
+"""--optimized on machines that lack something, and on files that are in fp8."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import wan_generate_video
+from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.preset import leave_out_missing
+from modules.devices import allow_fp16_accumulation
+from modules.options import read_options
+from tests.generation.toy_family import ToyFamily
+from tests.tiny.wan import TinyWan, write_tiny_wan
+
+CPU = torch.device("cpu")
+
+
+def read(folder: Path, *arguments: object) -> GenerationOptions:
+    parser = generation_parser(None, wan_generate_video.DEFAULTS)
+    parser.set_defaults(rope_func="default")
+    words = ["--save_path", folder, "--prompt", "p", *arguments]
+    return read_options(GenerationOptions, read_arguments(parser, [str(word) for word in words]))
+
+
+@pytest.fixture(scope="module")
+def t2v(tmp_path_factory: pytest.TempPathFactory) -> TinyWan:
+    return write_tiny_wan(tmp_path_factory.mktemp("t2v"))
+
+
+def test_what_a_cpu_lacks_is_left_out_with_a_warning_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = leave_out_missing(ToyFamily(), read(tmp_path, "--optimized", "--fp8_fast"), CPU)
+
+    assert options.speed.attention.choice.mode == "sdpa"
+    assert not options.speed.fp16_accumulation
+    assert options.speed.fp8.fp8_scaled
+    assert options.speed.fp8.fp8_fast  # given by name: an error later
+    assert {"attn_mode", "fp16_accumulation"}.isdisjoint(options.speed.by_preset)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(". ")[0] for line in said] == [
+        "--optimized goes without --attn_mode here",
+        "--optimized goes without --fp16_accumulation here",
+    ]
+    assert "CUDA devices only" in said[0]
+
+
+def test_nothing_is_said_without_optimized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = read(tmp_path, "--attn_mode", "sageattn", "--fp16_accumulation")
+    assert leave_out_missing(ToyFamily(), options, CPU) is options
+    assert not caplog.records
+
+
+EAGER = ("eager", "default", "false", "false")  # compiles nothing, so it is quick
+
+
+def video(folder: Path, files: TinyWan, *arguments: object) -> dict[str, str]:
+    """Run the script; returns what the latent file says of itself."""
+    size = [
+        "--video_size",
+        32,
+        48,
+        "--video_length",
+        5,
+        "--infer_steps",
+        2,
+        "--device",
+        "cpu",
+        "--output_type",
+        "latent",
+    ]
+    words = [
+        "--save_path",
+        folder,
+        "--task",
+        "t2v-1.3B",
+        "--prompt",
+        "a cat",
+        "--seed",
+        1,
+        *size,
+        *files.models,
+        *arguments,
+    ]
+    wan_generate_video.main([str(word) for word in words])
+    (path,) = folder.glob("*_latent.safetensors")
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def test_a_file_in_fp8_stays_as_it_is(tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = load_file(t2v.dit)
+    rounded = {
+        name: tensor.to(torch.float8_e4m3fn) if tensor.dim() == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(rounded, tmp_path / "fp8.safetensors")
+    says = video(
+        tmp_path, t2v, "--optimized", "--dit", tmp_path / "fp8.safetensors", "--compile_args", *EAGER
+    )
+    assert (says["bt_fp8"], says.get("bt_fp8_scaled")) == ("True", None)
+    assert "--optimized goes without --fp8_scaled here. " in caplog.text
+    assert "is in fp8 already" in caplog.text
+
+
+def test_a_video_is_made_and_says_what_was_really_used(tmp_path: Path, t2v: TinyWan) -> None:
+    says = video(tmp_path, t2v, "--optimized", "--compile_args", *EAGER)
+    assert (says["bt_fp8_scaled"], says["bt_compile"], says["bt_rope_func"]) == ("True", "True", "comfy")
+    assert "bt_attn_mode" not in says
+    assert "bt_fp16_accumulation" not in says
+
+
+def test_fp16_sums_on_a_cpu_are_ignored_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_accumulation
+    assert not allow_fp16_accumulation(CPU)
+    assert matmul.allow_fp16_accumulation == before
+    assert (
+        "--fp16_accumulation is ignored because it is for matrix products on a CUDA GPU, and this run "
+        "computes on cpu" in caplog.text
+    )
