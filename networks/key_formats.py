@@ -50,24 +50,26 @@ class NativeTensors:
     dialect: str  # for messages
     text_encoder: tuple[str, ...]  # keys that change a text encoder
     unknown: tuple[str, ...]  # keys that are no part of a LoRA, or name a part once more
+    # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
+    paths: Mapping[str, str]
 
 
 def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> NativeTensors:
     """Name the tensors of any dialect as we do. Values stay as they are, also a missing alpha."""
     split = {key: _split(key) for key in tensors}
     found = {key: place for key, place in split.items() if place is not None}
-    names = rename_modules((module for module, _, _ in found.values()), family_hint)
+    names = rename_modules((place.module for place in found.values()), family_hint)
     keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
-    for key, (module, part, _) in found.items():
-        keys.setdefault(f"{OURS}{names[module]}.{part}", key)
+    for key, place in found.items():
+        keys.setdefault(f"{OURS}{names[place.module]}.{place.part}", key)
     native = {name: tensors[key] for name, key in keys.items()}
-    dialects = sorted({dialect for _, _, dialect in found.values()})
+    dialects = sorted({place.dialect for place in found.values()})
     used = set(keys.values())
     rest = [key for key in tensors if key not in used]
     texts = tuple(key for key in rest if key.startswith(_TEXT_ENCODERS))
-    return NativeTensors(
-        native, " + ".join(dialects), texts, tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS))
-    )
+    unknown = tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS))
+    paths = {f"{OURS}{names[place.module]}": place.path for place in found.values()}
+    return NativeTensors(native, " + ".join(dialects), texts, unknown, paths)
 
 
 def rename_modules(modules: Iterable[str], family_hint: str | None = None) -> dict[str, str]:
@@ -88,19 +90,32 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     return underscored(path), leaf
 
 
-def _split(key: str) -> tuple[str, str, str] | None:
-    """(underscored module, our part, dialect) of a key, or None where it is none of a LoRA for a DiT."""
+@dataclass(frozen=True)
+class _Key:
+    """What a tensor's name in a file says."""
+
+    path: str  # of the module, as the file writes it, without the prefix: `blocks.0.attn1.to_q`
+    part: str  # ours: `lora_down.weight`
+    dialect: str
+
+    @property
+    def module(self) -> str:
+        return underscored(self.path)
+
+
+def _split(key: str) -> _Key | None:
+    """Take a key apart; None if it is none of a LoRA for a DiT."""
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
     if ending is None or key.startswith(_TEXT_ENCODERS):
         return None
-    module, part = key.removesuffix(ending), _ENDINGS[ending]
+    path, part = key.removesuffix(ending), _ENDINGS[ending]
     for prefix, dialect in _UNDERSCORED.items():
-        if module.startswith(prefix):
-            return module.removeprefix(prefix), part, dialect
-    dialects = [dialect for prefix, dialect in _DOTTED.items() if module.startswith(prefix)]
+        if path.startswith(prefix):
+            return _Key(path.removeprefix(prefix), part, dialect)
+    dialects = [dialect for prefix, dialect in _DOTTED.items() if path.startswith(prefix)]
     for prefix in _DOTTED:
-        module = module.removeprefix(prefix)
-    return underscored(module), part, dialects[0] if dialects else "without prefix"
+        path = path.removeprefix(prefix)
+    return _Key(path, part, dialects[0] if dialects else "without prefix")
 
 
 def with_rank_as_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

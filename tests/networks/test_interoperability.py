@@ -76,16 +76,39 @@ def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, patter
     torch.testing.assert_close(run_there(other, dit), run_here(dit, network), **TOLERANCE)
 
 
-@pytest.mark.parametrize("with_settings", [False, True])
-def test_a_lora_saved_by_diffusers_acts_here_as_there(tmp_path: Path, with_settings: bool) -> None:
+@pytest.mark.parametrize(
+    ("with_settings", "patterns"),
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"alpha_pattern": {"to_q": 9, "attn2.to_out.0": 1, "ffn.net.0.proj": 6}}),
+        (
+            True,
+            {
+                "alpha_pattern": {"attn1.to_q": 9, "to_q": 1, "proj": 5},
+                "rank_pattern": {"to_q": 2, "attn1.to_out.0": 8},
+            },
+        ),
+        (
+            True,
+            {
+                "alpha_pattern": {
+                    r"blocks\.[1-9]\d*\.attn\d\.to_.*": 9,
+                    "^proj_out$": 1,
+                    r"blocks\.0\.(ffn|attn1).*": 2,
+                }
+            },
+        ),
+    ],
+)
+def test_a_lora_saved_by_diffusers_acts_here_as_there(
+    tmp_path: Path, with_settings: bool, patterns: dict[str, dict[str, int]]
+) -> None:
     dit = tiny_dit(tmp_path)
     other = in_diffusers(dit.config, dit.state_dict())
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
-    other.add_adapter(
-        LoraConfig(
-            r=4, lora_alpha=alpha, target_modules=["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]
-        )
-    )
+    targets = ["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]
+    other.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, **patterns))
     for name, parameter in other.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -138,10 +138,13 @@ def test_alphas_in_peft_settings_count(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"lora_alpha": "much"},
-        {"lora_alpha": 8, "alpha_pattern": {"(": 2}},
-        {"lora_alpha": 8, "alpha_pattern": [1]},
-        [],
+        *(
+            {"lora_alpha": "much"},
+            {"lora_alpha": 8, "alpha_pattern": {"(": 2}},
+            {"lora_alpha": 8, "alpha_pattern": [1]},
+            [],
+        ),
+        *({"lora_alpha": float("nan")}, {"lora_alpha": 8, "alpha_pattern": {"to_q": float("inf")}}),
     ],
 )
 def test_peft_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: object) -> None:
