@@ -140,8 +140,8 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
     """Our names -> `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
     alpha left out.
 
-    Module paths come from the lists of the families' real modules; a name that none of them has is left out
-    and reported.
+    FramePack's begin with `transformer.`: what reads them is diffusers. Module paths come from the lists of
+    the families' real modules; a name that none of them has is left out and reported.
     """
     modules = {name.removeprefix(OURS): factors for name, factors in group_by_module(tensors).items()}
     family = choose_family(modules, family_hint)
@@ -149,14 +149,16 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
     left_out: dict[str, str] = {}
     for name, factors in modules.items():
         path = None if family is None else module_path(name, family)
-        if path is None:
+        if family is None or path is None:
             left_out[OURS + name] = "no known model has a module of that name"
         elif set(factors) - {"alpha", *LORA, "diff", "diff_b"}:
             left_out[OURS + name] = (
                 f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in that dialect"
             )
         else:
-            written.update({f"{OTHER}{path}.{part}": tensor for part, tensor in _folded(factors).items()})
+            written.update(
+                {f"{family.start}{path}.{part}": tensor for part, tensor in _folded(factors).items()}
+            )
     return OtherTensors(written, left_out)
 
 

@@ -102,8 +102,8 @@ def read_lora(path: Path) -> LoraFile:
         alphas = _peft_alphas(native, _peft_config(path, metadata))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: its PEFT settings cannot be read: {error}.\n  Correct lora_alpha or alpha_pattern in "
-            "them, or give another LoRA.",
+            f"{path}: its PEFT settings cannot be read: {error}.\n"
+            "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
     use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
