@@ -18,7 +18,7 @@ LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "OneTrainer", "without prefi
 
 def convert_file(source: Path, output: Path, target: str) -> None:
     """Write the LoRA of `source`, of any dialect, in ours (target "default") or in that of ComfyUI and
-    diffusers (target "other").
+    diffusers ("other").
 
     Metadata are copied, the hashes among them made anew; they name the family where the names alone no longer
     would. Modules without a form in the other dialect are listed in a warning. LoRAs for parts of a fused

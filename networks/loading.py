@@ -18,7 +18,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import fault, group_by_module, rank_of
 from networks.hashes import is_damaged
-from networks.key_formats import OURS, NativeTensors, to_native
+from networks.key_formats import OURS, NativeTensors, other_kind, to_native
 from networks.module_names import FamilyNames, choose_family, named_family
 from networks.peft_patterns import PeftPatterns
 
@@ -41,8 +41,8 @@ KNOWN_AS = {"networks.lora": "networks.lora_hunyuan"}
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA, LoHa or LoKr under our names: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, on the CPU,
-    dtype of the file.
+    """A LoRA, LoHa or LoKr under our names, on the CPU, in the dtype of the file:
+    `lora_unet_blocks_0_self_attn_q.lora_down.weight`.
     """
 
     path: Path
@@ -73,6 +73,13 @@ def read_lora(path: Path) -> LoraFile:
     if path.is_file() and is_damaged(path, stored, metadata):
         raise CheckpointError(
             f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
+            path,
+        )
+    kind = other_kind(stored)
+    if kind is not None:
+        raise CheckpointError(
+            f"{path} is a network of the kind {kind[0]}, which is not supported: it has {kind[1]}.\n"
+            "  Supported are LoRA, DoRA, LoHa, LoKr and whole differences of weights. Give such a file.",
             path,
         )
     made = named_family(metadata)

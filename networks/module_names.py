@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 REST, SWAPPED = -1, -2
+IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
 
 
@@ -36,7 +37,7 @@ class FamilyNames:
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
     parts: tuple[Part, ...] = ()  # of a layout that cuts some of our modules up
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
-    start: str = "diffusion_model."  # before module paths in LoRA files that other tools read
+    start: str = IN_COMFYUI  # of the LoRA files that other tools read
 
 
 def _each(start: str, endings: str) -> tuple[str, ...]:
@@ -251,7 +252,7 @@ FRAMEPACK = FamilyNames(
     ),
     takes=("hunyuan_video",),
     # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer
-    start="transformer.",
+    start=IN_DIFFUSERS,
 )
 
 FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
