@@ -41,8 +41,9 @@ KNOWN_AS = {"networks.lora": "networks.lora_hunyuan"}
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA, LoHa or LoKr under our names, on the CPU, in the dtype of the file:
-    `lora_unet_blocks_0_self_attn_q.lora_down.weight`.
+    """A LoRA, DoRA, LoHa or LoKr under our names, on the CPU, in the dtype of the file.
+
+    Names are as `lora_unet_blocks_0_self_attn_q.lora_down.weight`.
     """
 
     path: Path

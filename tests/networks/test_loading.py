@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import strength
 from networks.loading import import_network_module, read_lora
+from networks.merge import LoraPatch, LoraUse
 from tests.networks.making import tiny_dit, wan_network
 from tests.tiny.wan_dit import tiny_state
 
@@ -78,6 +79,38 @@ def test_a_whole_model_is_no_lora(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="is no LoRA"):
         read_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("GLoRA", ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")),
+        ("OFT or BOFT", ("oft_blocks", "alpha")),
+        (r"\(IA\)3", ("on_input", "weight")),
+    ],
+)
+def test_other_kinds_of_networks_are_refused_by_name(
+    tmp_path: Path, kind: str, parts: tuple[str, ...]
+) -> None:
+    tensors = {f"lora_unet_blocks_0_ffn_0.{part}": torch.ones(2, 2) for part in parts}
+    save_file(tensors, tmp_path / "x.safetensors")
+
+    with pytest.raises(CheckpointError, match=f"is a network of the kind {kind}, which is not supported"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_what_lycoris_adds_to_norms_is_added_here(tmp_path: Path) -> None:
+    parts = {"w_norm": torch.randn(8), "b_norm": torch.randn(8)}
+    save_file(
+        {f"lycoris_blocks_0_norm3.{part}": tensor for part, tensor in parts.items()},
+        tmp_path / "x.safetensors",
+    )
+
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"), 0.5)])
+
+    weight, bias = (patch(f"blocks.0.norm3.{leaf}", torch.ones(8)) for leaf in ("weight", "bias"))
+    torch.testing.assert_close(weight, 1 + parts["w_norm"] / 2)
+    torch.testing.assert_close(bias, 1 + parts["b_norm"] / 2)
 
 
 def test_incomplete_modules_are_refused(saved: Path) -> None:
