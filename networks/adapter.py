@@ -162,7 +162,9 @@ def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, s
             if options.dim_from_weights
             else _build(builder, options, dit)
         )
+        frozen = dict(dit.named_parameters())
         module.apply_to(None, dit, apply_text_encoder=False, apply_unet=True)
+    _put_back(dit, frozen)
     network = TrainableNetwork(module, dit, name)
     if options.scale_weight_norms is not None and not hasattr(module, "apply_max_norm_regularization"):
         raise OptionError(
@@ -176,6 +178,19 @@ def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, s
     else:
         _call(prepare, text_encoder=None, unet=dit, transformer=dit)
     return network
+
+
+def _put_back(dit: nn.Module, frozen: Mapping[str, nn.Parameter]) -> None:
+    """Give layers back the frozen weights that a network took from them.
+
+    LyCORIS' `algo=full` does so, since it computes with weights of its own; but the model reads dtypes from
+    its layers.
+    """
+    for name, parameter in frozen.items():
+        path, _, leaf = name.rpartition(".")
+        layer = dit.get_submodule(path)
+        if layer._parameters.get(leaf) is None:
+            layer.register_parameter(leaf, parameter)
 
 
 def _build(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:

@@ -14,6 +14,7 @@ from modules.checkpoints.opening import Checkpoint, TensorInfo, checkpoint_paths
 from modules.checkpoints.writing import stream_tensors
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
+from modules.finite import FiniteCheck
 from networks.deltas import DORA, Factors, bias_delta, decompose, has_input_magnitudes, rows_of, weight_delta
 from networks.key_formats import OURS, module_of_tensor, rename_modules
 from networks.loading import LoraFile, listed, read_lora, warn_of_other_family, warn_of_rest
@@ -399,8 +400,11 @@ def merge_into_file(
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
         patch.check()
 
+        finite = FiniteCheck(model)
+
         def read(name: str) -> Tensor:
             tensor = checkpoint.read(name)  # memory of its own
+            finite.note(name, tensor)
             return patch.add_to(name, tensor.to(device)) if patch.touches(name) else tensor
 
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}

@@ -27,7 +27,6 @@ from dataset.cache.files import (
     tensor_key,
     tensor_name,
     text_file_name,
-    without_nan,
     write_tensors,
 )
 from dataset.cache.records import (
@@ -39,6 +38,7 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
+from dataset.caching.latents import require_finite
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.source_jobs import progress
 from dataset.sources.listing import Source
@@ -308,7 +308,7 @@ def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> d
     named = {}
     for key, value in conditions.items():
         tensor = (value[0] if isinstance(value, list) else value).detach().cpu()
-        tensor = without_nan(tensor, stem, key)
+        require_finite(tensor, stem, key)
         named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
     return named
 
