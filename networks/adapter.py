@@ -3,6 +3,7 @@ the like).
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from modules.atomic_write import save_tensors
+from modules.checkpoints.opening import open_checkpoint
 from modules.devices import numbers_on
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError
+from modules.finite import FiniteCheck
 from modules.seeds import derive_seed
 from networks.hashes import saved_dtype, with_hashes
 from networks.loading import import_network_module, read_lora
+from networks.lora import LoraNetwork
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 
@@ -124,14 +128,46 @@ class TrainableNetwork:
         return numbers_on(device, [float(number) for number in report], torch.float32)
 
     def load_weights(self, path: Path) -> None:
-        """Start from a file; what does not fit is listed in the log."""
+        """Start from a file; modules that only one side has are listed in the log.
+
+        Raises CheckpointError if the file is damaged or of other sizes, or if nothing in it is of this
+        network.
+        """
         own = self._offered("load_weights")
+        if not isinstance(self.module, LoraNetwork):
+            self._check_weights(path)
         result = (
             self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
             if own is None
             else own(str(path))
         )
         logger.info(f"{path}: loaded, {result or 'everything fits'}")
+
+    def _check_weights(self, path: Path) -> None:
+        """Compare a file with what a foreign network would save, by the names that both have."""
+        mine = self.module.state_dict()
+        with open_checkpoint(path) as checkpoint:
+            finite = FiniteCheck(path)
+            for name in checkpoint.tensors:
+                finite.note(name, checkpoint.read(name))
+            shapes = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
+        common = [name for name in mine if name in shapes]
+        wrong = [name for name in common if mine[name].numel() != math.prod(shapes[name])]
+        if wrong:
+            examples = [f"  {name} has {shapes[name]}, here {list(mine[name].shape)}\n" for name in wrong[:3]]
+            raise CheckpointError(
+                f"--network_weights {path} does not fit this network in {len(wrong)} of {len(common)} "
+                "tensors:\n"
+                f"{''.join(examples)}  Give the --network_dim and --network_args that it was trained with.",
+                path,
+            )
+        if not common:
+            raise CheckpointError(
+                f"--network_weights {path} has none of this network's {len(mine)} tensors, such as "
+                f"{next(iter(mine), 'none')}. "
+                "Give the --network_module and --network_args that it was trained with.",
+                path,
+            )
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the network as a file, complete or not at all, in that dtype (None: as trained), with hashes

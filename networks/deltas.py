@@ -12,6 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from modules.devices import dtype_name
+from modules.finite import is_finite
+
 Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
 
 LORA = ("lora_down.weight", "lora_up.weight")
@@ -62,7 +65,33 @@ def fault(factors: Factors) -> str | None:
     if DORA in factors and (factors[DORA].ndim < 2 or factors[DORA].numel() not in factors[DORA].shape[:2]):
         return f"its {DORA} has the shape {list(factors[DORA].shape)}"
     if "alpha" in factors and (factors["alpha"].numel() != 1 or not math.isfinite(float(factors["alpha"]))):
-        return "its alpha is no number"
+        return "its alpha is NaN or infinite, or more than one number"
+    return _fault_in_values(factors) or _fault_in_shapes(factors)
+
+
+def _fault_in_values(factors: Factors) -> str | None:
+    for part, tensor in factors.items():
+        if part != "alpha" and not tensor.is_floating_point():
+            return f"its {part} is of the type {dtype_name(tensor.dtype)}, which no factor is"
+        if not is_finite(tensor):
+            wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+            return f"{wrong} of {tensor.numel()} values of its {part} are NaN or infinite"
+    return None
+
+
+def _fault_in_shapes(factors: Factors) -> str | None:
+    """Why the factors cannot be multiplied. How large the model's weight is shows only beside the model."""
+    meta, sizes = (
+        torch.device("meta"),
+        {part: list(tensor.shape) for part, tensor in factors.items() if part != "alpha"},
+    )
+    shown = ", ".join(f"{part} {size}" for part, size in sizes.items())
+    try:
+        delta, bias = weight_delta(factors, meta), bias_delta(factors, meta)
+    except (RuntimeError, IndexError):
+        return f"its factors do not go together: {shown}"
+    if delta is not None and bias is not None and len(delta) != bias.numel():
+        return f"its bias has {bias.numel()} values, its weight {len(delta)} rows: {shown}"
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from modules.errors import CheckpointError, OptionError
+from networks.convert import convert_file
 from networks.deltas import strength
 from networks.loading import import_network_module, read_lora
 from networks.merge import LoraPatch, LoraUse
@@ -124,6 +125,39 @@ def test_incomplete_modules_are_refused(saved: Path) -> None:
         read_lora(saved)
 
 
+@pytest.mark.parametrize(
+    ("factors", "reason"),
+    [
+        (
+            {"lora_up.weight": torch.full((4, 2), torch.nan)},
+            "8 of 8 values of its lora_up.weight are NaN or infinite",
+        ),
+        (
+            {"lora_down.weight": torch.full((2, 5), torch.inf)},
+            "10 of 10 values of its lora_down.weight are NaN or infinite",
+        ),
+        (
+            {"lora_up.weight": torch.ones(4, 3)},
+            r"do not go together: lora_down.weight \[2, 5\], lora_up.weight \[4, 3\]",
+        ),
+        ({"lora_up.weight": torch.ones(4, 2, dtype=torch.int32)}, "lora_up.weight is of the type int32"),
+        ({"lora_up.weight": torch.ones(4, 2, dtype=torch.bool)}, "lora_up.weight is of the type bool"),
+        ({"diff_b": torch.ones(3)}, "its bias has 3 values, its weight 4 rows"),
+    ],
+)
+def test_factors_that_no_weight_could_take_are_refused_with_numbers(
+    tmp_path: Path, factors: dict[str, torch.Tensor], reason: str
+) -> None:
+    whole = {"lora_down.weight": torch.ones(2, 5), "lora_up.weight": torch.ones(4, 2)} | factors
+    path = tmp_path / "x.safetensors"
+    save_file({f"lora_unet_blocks_1_ffn_0.{part}": tensor for part, tensor in whole.items()}, path)
+
+    with pytest.raises(CheckpointError, match=rf"lora_unet_blocks_1_ffn_0: .*{reason}"):
+        read_lora(path)
+    with pytest.raises(CheckpointError, match=reason):
+        convert_file(path, tmp_path / "y.safetensors", "other")
+
+
 def test_keys_that_cannot_be_used_are_listed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors = dict(read_lora(saved).tensors)
     save_file(tensors | {"lora_te_x.lora_down.weight": torch.ones(2, 2), "emb_params": torch.ones(2)}, saved)
@@ -209,7 +243,8 @@ def test_a_file_of_which_more_than_a_few_tensors_are_none_of_a_lora_is_said_loud
 
 def test_a_part_named_twice_is_listed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors = dict(read_lora(saved).tensors)
-    save_file(tensors | {"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 2)}, saved)
+    again = torch.ones_like(tensors["lora_unet_blocks_0_ffn_0.lora_down.weight"])
+    save_file(tensors | {"diffusion_model.blocks.0.ffn.0.lora_A.weight": again}, saved)
 
     with caplog.at_level(logging.WARNING):
         read_lora(saved)
