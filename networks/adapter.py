@@ -53,7 +53,6 @@ class TrainableNetwork:
 
     module: nn.Module
     dit: nn.Module
-    module_name: str  # `--network_module`, or the family's own
 
     def parameter_groups(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
         """Groups for the optimizer, and a name of each for logs."""
@@ -201,7 +200,7 @@ def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, s
         frozen = dict(dit.named_parameters())
         module.apply_to(None, dit, apply_text_encoder=False, apply_unet=True)
     _put_back(dit, frozen)
-    network = TrainableNetwork(module, dit, name)
+    network = TrainableNetwork(module, dit)
     if options.scale_weight_norms is not None and not hasattr(module, "apply_max_norm_regularization"):
         raise OptionError(
             f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"

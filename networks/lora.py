@@ -199,11 +199,6 @@ class LoraNetwork(nn.Module):
             for layer in self.layers:
                 layer.attach()
 
-    def remove(self) -> None:
-        """Take the LoRAs out of the model again."""
-        for layer in self.layers:
-            layer.detach()
-
     def set_multiplier(self, multiplier: float) -> None:
         self.multiplier = multiplier
         for layer in self.layers:

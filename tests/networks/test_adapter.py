@@ -11,6 +11,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.adapter import NormReport, TrainableNetwork, make_network
 from networks.hashes import model_hashes
 from networks.loading import read_lora
+from networks.lora import LoraNetwork
 from networks.options import NetworkOptions
 from tests.networks.making import inputs, tiny_dit, wan_network
 
@@ -142,7 +143,7 @@ def test_weights_that_do_not_fit_a_foreign_network_are_refused(tmp_path: Path, w
 def test_without_a_module_the_familys_own_is_used(tmp_path: Path) -> None:
     network = make_network(options(), OURS, tiny_dit(tmp_path), seed=1)
 
-    assert network.module_name == OURS
+    assert isinstance(network.module, LoraNetwork)
 
 
 def test_ranks_come_from_the_weights_on_request(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_foreign_modules_report_scaled_norms_as_plain_numbers(tmp_path: Path) ->
         ) -> tuple[int, float, float]:
             return 2, max_norm / 2, max_norm
 
-    network = TrainableNetwork(Scaling(), tiny_dit(tmp_path), FOREIGN)
+    network = TrainableNetwork(Scaling(), tiny_dit(tmp_path))
 
     assert NormReport.of(network.scale_norms(0.5, torch.device("cpu")).tolist()) == NormReport(2, 0.25, 0.5)
 

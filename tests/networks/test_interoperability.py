@@ -36,7 +36,7 @@ def run_there(other: WanTransformer3DModel, dit: WanModel) -> Tensor:
 def run_here(dit: WanModel, network: LoraNetwork) -> Tensor:
     network.apply_to(None, dit)
     out = dit(**inputs(dit))
-    network.remove()
+    network.set_multiplier(0.0)
     return out
 
 

@@ -104,7 +104,7 @@ def test_a_new_lora_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(dit(**inputs(dit)), plain)
 
 
-def test_multiplier_zero_and_removal_give_the_plain_model_back(tmp_path: Path) -> None:
+def test_multiplier_zero_gives_the_plain_model_back(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     plain = dit(**inputs(dit))
     network = wan_network(dit)
@@ -112,10 +112,6 @@ def test_multiplier_zero_and_removal_give_the_plain_model_back(tmp_path: Path) -
     assert not torch.equal(dit(**inputs(dit)), plain)
 
     network.set_multiplier(0.0)
-    assert torch.equal(dit(**inputs(dit)), plain)
-
-    network.set_multiplier(1.0)
-    network.remove()
     assert torch.equal(dit(**inputs(dit)), plain)
 
 
@@ -128,8 +124,7 @@ def test_float32_factors_train_with_any_model_dtype_and_with_autocast(
     exact = wan_network(dit)
     exact.apply_to(None, dit)
     expected = dit(**inputs(dit))
-    exact.remove()
-    dit.to(dtype)
+    dit = tiny_dit(tmp_path).to(dtype)
     network = wan_network(dit)
     network.apply_to(None, dit)
 
