@@ -3,6 +3,7 @@ the like).
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from modules.atomic_write import save_tensors
+from modules.checkpoints.opening import open_checkpoint
 from modules.devices import numbers_on
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError
+from modules.finite import FiniteCheck
 from modules.seeds import derive_seed
 from networks.hashes import saved_dtype, with_hashes
 from networks.loading import import_network_module, read_lora
+from networks.lora import LoraNetwork
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 
@@ -49,7 +53,6 @@ class TrainableNetwork:
 
     module: nn.Module
     dit: nn.Module
-    module_name: str  # `--network_module`, or the family's own
 
     def parameter_groups(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
         """Groups for the optimizer, and a name of each for logs."""
@@ -124,14 +127,46 @@ class TrainableNetwork:
         return numbers_on(device, [float(number) for number in report], torch.float32)
 
     def load_weights(self, path: Path) -> None:
-        """Start from a file; what does not fit is listed in the log."""
+        """Start from a file; modules that only one side has are listed in the log.
+
+        Raises CheckpointError if the file is damaged or of other sizes, or if nothing in it is of this
+        network.
+        """
         own = self._offered("load_weights")
+        if not isinstance(self.module, LoraNetwork):
+            self._check_weights(path)
         result = (
             self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
             if own is None
             else own(str(path))
         )
         logger.info(f"{path}: loaded, {result or 'everything fits'}")
+
+    def _check_weights(self, path: Path) -> None:
+        """Compare a file with what a foreign network would save, by the names that both have."""
+        mine = self.module.state_dict()
+        with open_checkpoint(path) as checkpoint:
+            finite = FiniteCheck(path)
+            for name in checkpoint.tensors:
+                finite.note(name, checkpoint.read(name))
+            shapes = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
+        common = [name for name in mine if name in shapes]
+        wrong = [name for name in common if mine[name].numel() != math.prod(shapes[name])]
+        if wrong:
+            examples = [f"  {name} has {shapes[name]}, here {list(mine[name].shape)}\n" for name in wrong[:3]]
+            raise CheckpointError(
+                f"--network_weights {path} does not fit this network in {len(wrong)} of {len(common)} "
+                "tensors:\n"
+                f"{''.join(examples)}  Give the --network_dim and --network_args that it was trained with.",
+                path,
+            )
+        if not common:
+            raise CheckpointError(
+                f"--network_weights {path} has none of this network's {len(mine)} tensors, such as "
+                f"{next(iter(mine), 'none')}. "
+                "Give the --network_module and --network_args that it was trained with.",
+                path,
+            )
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the network as a file, complete or not at all, in that dtype (None: as trained), with hashes
@@ -162,8 +197,10 @@ def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, s
             if options.dim_from_weights
             else _build(builder, options, dit)
         )
+        frozen = dict(dit.named_parameters())
         module.apply_to(None, dit, apply_text_encoder=False, apply_unet=True)
-    network = TrainableNetwork(module, dit, name)
+    _put_back(dit, frozen)
+    network = TrainableNetwork(module, dit)
     if options.scale_weight_norms is not None and not hasattr(module, "apply_max_norm_regularization"):
         raise OptionError(
             f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
@@ -176,6 +213,19 @@ def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, s
     else:
         _call(prepare, text_encoder=None, unet=dit, transformer=dit)
     return network
+
+
+def _put_back(dit: nn.Module, frozen: Mapping[str, nn.Parameter]) -> None:
+    """Give layers back the frozen weights that a network took from them.
+
+    LyCORIS' `algo=full` does so, since it computes with weights of its own; but the model reads dtypes from
+    its layers.
+    """
+    for name, parameter in frozen.items():
+        path, _, leaf = name.rpartition(".")
+        layer = dit.get_submodule(path)
+        if layer._parameters.get(leaf) is None:
+            layer.register_parameter(leaf, parameter)
 
 
 def _build(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:

@@ -8,7 +8,7 @@ from modules.errors import CheckpointError
 from networks.hashes import with_hashes
 from networks.key_formats import OURS, to_other, with_rank_as_alpha
 from networks.loading import PEFT_SETTINGS, listed, read_lora
-from networks.module_names import choose_family, named_family
+from networks.module_names import FRAMEPACK, TRAINED_ON, choose_family, named_family
 from networks.parts import fuse
 
 logger = getLogger(__name__)
@@ -17,12 +17,12 @@ LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "OneTrainer", "without prefi
 
 
 def convert_file(source: Path, output: Path, target: str) -> None:
-    """Write the LoRA of `source`, of any dialect, in ours (target "default") or in that of ComfyUI (target
-    "other").
+    """Write the LoRA of `source`, of any dialect, in ours (target "default") or in that of ComfyUI and
+    diffusers ("other").
 
-    Metadata are copied, the hashes among them made anew. Modules without a form in the other dialect are
-    listed in a warning. LoRAs for parts of a fused module are put together. Raises CheckpointError where the
-    file is no LoRA or nothing of it can be written.
+    Metadata are copied, the hashes among them made anew; they name the family where the names alone no longer
+    would. Modules without a form in the other dialect are listed in a warning. LoRAs for parts of a fused
+    module are put together. Raises CheckpointError where the file is no LoRA or nothing of it can be written.
     """
     lora = read_lora(source)
     made = named_family(lora.metadata)
@@ -41,5 +41,7 @@ def convert_file(source: Path, output: Path, target: str) -> None:
         tensors = other.tensors
     # its alphas are in the tensors now
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
+    if family is FRAMEPACK and made is None:
+        metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
     save_tensors(output, tensors, with_hashes(tensors, metadata))
     logger.info(f"{output}: {len(tensors)} tensors written")

@@ -2,7 +2,7 @@
 files store them.
 
 Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their tensor forms, Yeh et al. 2023,
-arXiv 2309.14859.
+arXiv 2309.14859; DoRA, Liu et al. 2024, arXiv 2402.09353.
 """
 
 import functools
@@ -11,6 +11,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from modules.devices import dtype_name
+from modules.finite import is_finite
 
 Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
 
@@ -21,6 +24,8 @@ PARTS = (
     *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 )
+# magnitudes: out x 1 (x 1 ...), one of each output, or 1 x in (x 1 ...), one of each input
+DORA = "dora_scale"
 _NO_MATRICES = {"alpha", "diff", "diff_b", "lora_up.bias", "dora_scale"}
 _PAIRS = (
     LORA,
@@ -42,8 +47,6 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
 
 def fault(factors: Factors) -> str | None:
     """Why these factors give no change to a weight, or None where they do."""
-    if "dora_scale" in factors:
-        return "it has DoRA magnitudes, which are not supported"
     for pair in _PAIRS:
         if (pair[0] in factors) != (pair[1] in factors):
             there, absent = pair if pair[0] in factors else pair[::-1]
@@ -59,8 +62,36 @@ def fault(factors: Factors) -> str | None:
     for part, tensor in factors.items():
         if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
             return f"its {part} has the shape {list(tensor.shape)}"
+    if DORA in factors and (factors[DORA].ndim < 2 or factors[DORA].numel() not in factors[DORA].shape[:2]):
+        return f"its {DORA} has the shape {list(factors[DORA].shape)}"
     if "alpha" in factors and (factors["alpha"].numel() != 1 or not math.isfinite(float(factors["alpha"]))):
-        return "its alpha is no number"
+        return "its alpha is NaN or infinite, or more than one number"
+    return _fault_in_values(factors) or _fault_in_shapes(factors)
+
+
+def _fault_in_values(factors: Factors) -> str | None:
+    for part, tensor in factors.items():
+        if part != "alpha" and not tensor.is_floating_point():
+            return f"its {part} is of the type {dtype_name(tensor.dtype)}, which no factor is"
+        if not is_finite(tensor):
+            wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+            return f"{wrong} of {tensor.numel()} values of its {part} are NaN or infinite"
+    return None
+
+
+def _fault_in_shapes(factors: Factors) -> str | None:
+    """Why the factors cannot be multiplied. How large the model's weight is shows only beside the model."""
+    meta, sizes = (
+        torch.device("meta"),
+        {part: list(tensor.shape) for part, tensor in factors.items() if part != "alpha"},
+    )
+    shown = ", ".join(f"{part} {size}" for part, size in sizes.items())
+    try:
+        delta, bias = weight_delta(factors, meta), bias_delta(factors, meta)
+    except (RuntimeError, IndexError):
+        return f"its factors do not go together: {shown}"
+    if delta is not None and bias is not None and len(delta) != bias.numel():
+        return f"its bias has {bias.numel()} values, its weight {len(delta)} rows: {shown}"
     return None
 
 
@@ -79,15 +110,21 @@ def strength(factors: Factors) -> float:
     return 1.0 if rank is None or alpha == 0 else alpha / rank
 
 
-def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
-    """Factors that give these rows of the change alone; None for LoKr, whose rows are not rows of a factor.
+def has_input_magnitudes(factors: Factors) -> bool:
+    """Tell whether DoRA's magnitudes are the norms of the weight's columns."""
+    return DORA in factors and len(factors[DORA]) < factors[DORA].numel()
 
-    rows: a slice, for views, or row numbers in any order.
+
+def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
+    """Factors that give these rows of the change alone, or None if there are none.
+
+    LoKr has none, because its rows are not rows of a factor, nor has DoRA with magnitudes by input: norms
+    need all rows. rows: a slice, for views, or row numbers in any order.
     """
-    if "lokr_w1" in factors or "lokr_w1_a" in factors:
+    if "lokr_w1" in factors or "lokr_w1_a" in factors or has_input_magnitudes(factors):
         return None
     cut = dict(factors)
-    for part in factors.keys() & {LORA[1], "diff", "diff_b", "lora_up.bias"}:
+    for part in factors.keys() & {LORA[1], "diff", "diff_b", "lora_up.bias", DORA}:
         cut[part] = factors[part][rows]
     for part, core in (("hada_w1_a", "hada_t1"), ("hada_w2_a", "hada_t2")):
         if part in factors:  # beside a core it is stored r x out
@@ -99,7 +136,8 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     """What is added to the module's weight at multiplier 1: out x in (x kernel), float32, in memory of its
     own.
 
-    None where only the bias changes. Raises RuntimeError where the factors do not go together.
+    For DoRA this is the change before `decompose`. None if only the bias changes.
+    Raises RuntimeError if the factors do not go together.
     """
     f = {part: tensor.to(device, torch.float32) for part, tensor in factors.items()}
     scale = strength(factors)
@@ -112,6 +150,22 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     if "lokr_w1" in f or "lokr_w1_a" in f:
         changes.append(_lokr(f, scale))
     return functools.reduce(Tensor.add_, changes) if changes else None
+
+
+def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor) -> Tensor:
+    """Return what DoRA adds to a weight at multiplier 1, float32.
+
+    The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
+    Multipliers scale this difference, so that 0 leaves the weight as it is. weight, delta: out x in (x
+    kernel). magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...).
+    """
+    weight, magnitudes = weight.float(), magnitudes.to(weight.device, torch.float32)
+    whole = weight + delta.reshape(weight.shape)
+    kept = 1 if len(magnitudes) < magnitudes.numel() else 0
+    others = [axis for axis in range(whole.ndim) if axis != kept]
+    # as LyCORIS has it
+    norms = torch.linalg.vector_norm(whole, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
+    return whole.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
 
 
 def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:

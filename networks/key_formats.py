@@ -3,26 +3,45 @@
 ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   .alpha other
 diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight        (diffusion-pipe, ComfyUI; alpha is
 optional) diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, base_model.model. ...       (also PEFT,
-also .lora.down / .lora.up) LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ...
+also .lora.down / .lora.up) LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ... VideoX-Fun
+lora_unet__blocks_0_self_attn_q.lora_down.weight DiffSynth
+pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from networks.deltas import LORA, PARTS, group_by_module, rank_of, strength
-from networks.module_names import alias, choose_family, module_path, underscored
+from networks.deltas import (
+    DORA,
+    LORA,
+    PARTS,
+    Factors,
+    bias_delta,
+    group_by_module,
+    has_input_magnitudes,
+    rank_of,
+    strength,
+)
+from networks.module_names import IN_DIFFUSERS, alias, choose_family, module_path, underscored
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
-_UNDERSCORED = {OURS: "ours", "lycoris_": "LyCORIS", "lora_transformer_": "OneTrainer"}
+_UNDERSCORED = {
+    "lora_unet__": "VideoX-Fun",
+    OURS: "ours",
+    "lycoris_": "LyCORIS",
+    "lora_transformer_": "OneTrainer",
+}
 _DOTTED = {
     "base_model.model.": "PEFT",
     "model.diffusion_model.": "other",
     OTHER: "other",
+    "pipe.dit.": "DiffSynth",
     "transformer.": "diffusers",
     "unet.": "diffusers",
 }
@@ -31,15 +50,26 @@ _ENDINGS = {
     ".lora_A.weight": "lora_down.weight",
     ".lora_B.weight": "lora_up.weight",
     ".lora_B.bias": "lora_up.bias",
-    ".lora_A.default.weight": "lora_down.weight",
-    ".lora_B.default.weight": "lora_up.weight",
     ".lora.down.weight": "lora_down.weight",
     ".lora.up.weight": "lora_up.weight",
-    ".lora_magnitude_vector": "dora_scale",
-    ".lora_magnitude_vector.weight": "dora_scale",
+    ".lora_magnitude_vector": DORA,
+    ".w_norm": "diff",  # LyCORIS, of norms
+    ".b_norm": "diff_b",
     **{f".{part}": part for part in PARTS},
 }
+# PEFT: `.lora_A.default.weight`, with any name in place of `default`, which a saved adapter has lost
+_WITH_ADAPTER = re.compile(
+    r"\.(?:(?P<factor>lora_[AB])\.[^.]+(?P<leaf>\.weight|\.bias)|lora_magnitude_vector(\.[^.]+){1,2})$"
+)
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
+
+# what other kinds of networks end their tensors' names with, which are no sum of matrices to add to a weight
+_OTHER_KINDS = {
+    "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
+    "OFT or BOFT": (".oft_blocks", ".oft_diag", ".oft_R", ".oft_R.weight", ".oft_r", ".boft_R", ".boft_s"),
+    "(IA)3": (".on_input", ".ia3_l"),
+    "VeRA": (".vera_lambda_b", ".vera_lambda_d"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,23 +80,35 @@ class NativeTensors:
     dialect: str  # for messages
     text_encoder: tuple[str, ...]  # keys that change a text encoder
     unknown: tuple[str, ...]  # keys that are no part of a LoRA, or name a part once more
+    # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
+    paths: Mapping[str, str]
 
 
 def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> NativeTensors:
-    """Name the tensors of any dialect as we do. Values stay as they are, also a missing alpha."""
+    """Name the tensors of any dialect as we do.
+
+    Values stay as they are, also a missing alpha; PEFT's magnitudes become columns.
+    """
     split = {key: _split(key) for key in tensors}
     found = {key: place for key, place in split.items() if place is not None}
-    names = rename_modules((module for module, _, _ in found.values()), family_hint)
+    names = rename_modules((place.module for place in found.values()), family_hint)
     keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
-    for key, (module, part, _) in found.items():
-        keys.setdefault(f"{OURS}{names[module]}.{part}", key)
-    native = {name: tensors[key] for name, key in keys.items()}
-    dialects = sorted({dialect for _, _, dialect in found.values()})
+    for key, place in found.items():
+        keys.setdefault(f"{OURS}{names[place.module]}.{place.part}", key)
+    native = {name: _as_ours(key, tensors[key]) for name, key in keys.items()}
+    dialects = sorted({place.dialect for place in found.values()})
     used = set(keys.values())
     rest = [key for key in tensors if key not in used]
     texts = tuple(key for key in rest if key.startswith(_TEXT_ENCODERS))
-    return NativeTensors(
-        native, " + ".join(dialects), texts, tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS))
+    unknown = tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS))
+    paths = {f"{OURS}{names[place.module]}": place.path for place in found.values()}
+    return NativeTensors(native, " + ".join(dialects), texts, unknown, paths)
+
+
+def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
+    """Return the kind of network that is not supported and a key that shows it, or None if there is none."""
+    return next(
+        ((kind, key) for key in keys for kind, endings in _OTHER_KINDS.items() if key.endswith(endings)), None
     )
 
 
@@ -88,19 +130,44 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     return underscored(path), leaf
 
 
-def _split(key: str) -> tuple[str, str, str] | None:
-    """(underscored module, our part, dialect) of a key, or None where it is none of a LoRA for a DiT."""
+@dataclass(frozen=True)
+class _Key:
+    """What a tensor's name in a file says."""
+
+    path: str  # of the module, as the file writes it, without the prefix: `blocks.0.attn1.to_q`
+    part: str  # ours: `lora_down.weight`
+    dialect: str
+
+    @property
+    def module(self) -> str:
+        return underscored(self.path)
+
+
+def _split(key: str) -> _Key | None:
+    """Take a key apart; None if it is none of a LoRA for a DiT."""
+    key = _WITH_ADAPTER.sub(_without_adapter, key)
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
     if ending is None or key.startswith(_TEXT_ENCODERS):
         return None
-    module, part = key.removesuffix(ending), _ENDINGS[ending]
+    path, part = key.removesuffix(ending), _ENDINGS[ending]
     for prefix, dialect in _UNDERSCORED.items():
-        if module.startswith(prefix):
-            return module.removeprefix(prefix), part, dialect
-    dialects = [dialect for prefix, dialect in _DOTTED.items() if module.startswith(prefix)]
+        if path.startswith(prefix):
+            return _Key(path.removeprefix(prefix), part, dialect)
+    dialects = [dialect for prefix, dialect in _DOTTED.items() if path.startswith(prefix)]
     for prefix in _DOTTED:
-        module = module.removeprefix(prefix)
-    return underscored(module), part, dialects[0] if dialects else "without prefix"
+        path = path.removeprefix(prefix)
+    return _Key(path, part, dialects[0] if dialects else "without prefix")
+
+
+def _without_adapter(found: re.Match[str]) -> str:
+    return f".{found['factor']}{found['leaf']}" if found["factor"] else ".lora_magnitude_vector"
+
+
+def _as_ours(key: str, tensor: Tensor) -> Tensor:
+    """PEFT's DoRA magnitudes (out, of convolutions 1 x out x 1 x 1) in LyCORIS' shape, out x 1 (x 1 ...); all
+    else as it is.
+    """
+    return tensor.reshape(-1, *[1] * max(tensor.ndim - 1, 1)) if ".lora_magnitude_vector" in key else tensor
 
 
 def with_rank_as_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,8 +192,8 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
     """Our names -> `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
     alpha left out.
 
-    Module paths come from the lists of the families' real modules; a name that none of them has is left out
-    and reported.
+    FramePack's begin with `transformer.`: what reads them is diffusers. Module paths come from the lists of
+    the families' real modules; a name that none of them has is left out and reported.
     """
     modules = {name.removeprefix(OURS): factors for name, factors in group_by_module(tensors).items()}
     family = choose_family(modules, family_hint)
@@ -134,27 +201,60 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
     left_out: dict[str, str] = {}
     for name, factors in modules.items():
         path = None if family is None else module_path(name, family)
-        if path is None:
+        if family is None or path is None:
             left_out[OURS + name] = "no known model has a module of that name"
-        elif set(factors) - {"alpha", *LORA, "diff", "diff_b"}:
-            left_out[OURS + name] = (
-                f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in that dialect"
-            )
+            continue
+        form = _in_diffusers(factors) if family.start == IN_DIFFUSERS else _in_comfyui(factors)
+        if isinstance(form, str):
+            left_out[OURS + name] = form
         else:
-            written.update({f"{OTHER}{path}.{part}": tensor for part, tensor in _folded(factors).items()})
+            written.update({f"{family.start}{path}.{part}": tensor for part, tensor in form.items()})
     return OtherTensors(written, left_out)
 
 
-def _folded(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LoRA factors with alpha / rank shared out between the two; whole differences as they are."""
+def _in_comfyui(factors: Factors) -> dict[str, Tensor] | str:
+    """The tensors of a module as ComfyUI reads them, or why there are none.
+
+    Biases are whole differences there.
+    """
+    if set(factors) - {"alpha", *LORA, "diff", "diff_b", "lora_up.bias", DORA}:
+        return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in that dialect"
+    form = _folded(factors) | {part: factors[part] for part in ("diff", DORA) if part in factors}
+    bias = bias_delta(factors, torch.device("cpu"))
+    if bias is not None:
+        form["diff_b"] = bias.to(factors["diff_b" if "diff_b" in factors else "lora_up.bias"].dtype)
+    return form
+
+
+def _in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
+    """The tensors of a module as diffusers and PEFT read them, or why there are none."""
+    if set(factors) - {"alpha", *LORA, "diff_b", "lora_up.bias", DORA} or LORA[0] not in factors:
+        return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in that dialect"
+    if has_input_magnitudes(factors):
+        return "its DoRA magnitudes are by input, diffusers has them by output"
+    form = _folded(factors)
+    bias = bias_delta(factors, torch.device("cpu"))
+    if bias is not None and DORA in factors:
+        return "it has a bias beside DoRA magnitudes, which has no form in that dialect"
+    if bias is not None:
+        form["lora_B.bias"] = bias.to(factors["diff_b" if "diff_b" in factors else "lora_up.bias"].dtype)
+    if DORA in factors:
+        magnitudes, ndim = factors[DORA], factors[DORA].ndim
+        form["lora_magnitude_vector"] = (
+            magnitudes.flatten() if ndim == 2 else magnitudes.reshape(1, -1, *[1] * (ndim - 2))
+        )
+    return form
+
+
+def _folded(factors: Factors) -> dict[str, Tensor]:
+    """LoRA factors with alpha / rank shared out between the two."""
     scale = strength(factors)
     halves = {
         LORA[0]: ("lora_A.weight", math.sqrt(abs(scale))),
         LORA[1]: ("lora_B.weight", math.copysign(math.sqrt(abs(scale)), scale)),
     }
-    folded = {
+    return {
         name: (factors[part].float() * half).to(factors[part].dtype)
         for part, (name, half) in halves.items()
         if part in factors
     }
-    return folded | {part: factors[part] for part in ("diff", "diff_b") if part in factors}

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-import re
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import fault, group_by_module, rank_of
 from networks.hashes import is_damaged
-from networks.key_formats import OURS, rename_modules, to_native
-from networks.module_names import FamilyNames, choose_family, named_family, underscored
+from networks.key_formats import OURS, NativeTensors, other_kind, to_native
+from networks.module_names import FamilyNames, choose_family, named_family
+from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
@@ -38,8 +39,9 @@ OF_EQUAL_NAMES = (
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA, LoHa or LoKr under our names: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, on the CPU,
-    dtype of the file.
+    """A LoRA, DoRA, LoHa or LoKr under our names, on the CPU, in the dtype of the file.
+
+    Names are as `lora_unet_blocks_0_self_attn_q.lora_down.weight`.
     """
 
     path: Path
@@ -72,6 +74,13 @@ def read_lora(path: Path) -> LoraFile:
             f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
             path,
         )
+    kind = other_kind(stored)
+    if kind is not None:
+        raise CheckpointError(
+            f"{path} is a network of the kind {kind[0]}, which is not supported: it has {kind[1]}.\n"
+            "  Supported are LoRA, DoRA, LoHa, LoKr and whole differences of weights. Give such a file.",
+            path,
+        )
     made = named_family(metadata)
     native = to_native(stored, None if made is None else made.name)
     if not native.tensors:
@@ -96,10 +105,12 @@ def read_lora(path: Path) -> LoraFile:
                 path,
             )
     try:
-        alphas = _peft_alphas(native.tensors, _peft_config(path, metadata))
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        alphas = _peft_alphas(native, _peft_config(path, metadata))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: its PEFT settings cannot be read ({error}). Copy it again.", path
+            f"{path}: its PEFT settings cannot be read: {error}.\n"
+            "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
+            path,
         ) from error
     use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
     logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
@@ -160,26 +171,35 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return {}
 
 
-def _peft_alphas(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Alphas that stand in PEFT's settings rather than beside the factors."""
-    if config.get("lora_alpha") is None:
-        return {}
-    given = {underscored(key): value for key, value in (config.get("alpha_pattern") or {}).items()}
-    ours = rename_modules(given)
-    patterns = {ours[key]: value for key, value in given.items()}
+def _peft_alphas(native: NativeTensors, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Alphas that stand in PEFT's settings rather than beside the factors.
+
+    Raises ValueError if they cannot be used.
+    """
+    patterns = PeftPatterns(
+        {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    )
+    default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
     alphas = {}
-    for module, factors in group_by_module(tensors).items():
+    for module, factors in group_by_module(native.tensors).items():
         rank = rank_of(factors)
         if rank is None or "alpha" in factors:
             continue
-        alpha = next(
-            (value for key, value in patterns.items() if re.search(rf"(^|_){key}$", module)),
-            config["lora_alpha"],
-        )
+        alpha = patterns.find(native.paths[module])
+        alpha = default if alpha is None else alpha
+        if alpha is None:
+            continue
         if config.get("use_rslora"):
             alpha = alpha * rank**0.5  # PEFT scales by alpha / sqrt(rank) then
-        alphas[f"{module}.alpha"] = torch.tensor(float(alpha))
+        alphas[f"{module}.alpha"] = torch.tensor(alpha)
     return alphas
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"an alpha is {number}")
+    return number
 
 
 def import_network_module(name: str) -> ModuleType:

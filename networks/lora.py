@@ -18,7 +18,7 @@ from modules.atomic_write import save_tensors
 from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
-from networks.deltas import LORA, group_by_module
+from networks.deltas import LORA, Factors, group_by_module, rank_of
 from networks.hashes import saved_dtype, with_hashes
 from networks.key_formats import OURS, to_native, with_rank_as_alpha
 from networks.loading import listed, read_lora, warn_of_other_family
@@ -180,11 +180,6 @@ class LoraNetwork(nn.Module):
             for layer in self.layers:
                 layer.attach()
 
-    def remove(self) -> None:
-        """Take the LoRAs out of the model again."""
-        for layer in self.layers:
-            layer.detach()
-
     def set_multiplier(self, multiplier: float) -> None:
         self.multiplier = multiplier
         for layer in self.layers:
@@ -226,9 +221,10 @@ class LoraNetwork(nn.Module):
         return self.parameters()
 
     def load_weights(self, file: str | Path) -> list[str]:
-        """Start from a LoRA file of any dialect; returns (and warns of) what did not fit on either side.
+        """Start from a LoRA file of any dialect; returns (and warns of) the modules that only one side has.
 
-        The file's alphas come along. Raises CheckpointError where no module fits.
+        The file's alphas come along. Raises CheckpointError if a module has other factors or sizes here, or
+        none is here.
         """
         path = Path(file)
         own = group_by_module(self.state_dict())
@@ -240,16 +236,21 @@ class LoraNetwork(nn.Module):
             name for name, factors in stored.items() if name in own and not _same_shapes(factors, own[name])
         ]
         unknown = [name for name in stored if name not in own]
-        fitting = {name: factors for name, factors in stored.items() if name not in {*wrong, *unknown}}
-        if not fitting:
-            example = (
-                f"{wrong[0]} has {_shapes(stored[wrong[0]])}, here {_shapes(own[wrong[0]])}"
-                if wrong
-                else f"there is no {unknown[0]}"
-            )
+        if wrong:
+            examples = [f"{name} has {_shapes(stored[name])}, here {_shapes(own[name])}" for name in wrong]
             raise CheckpointError(
-                f"{path} does not fit this network: {example}. Try --dim_from_weights, or another "
-                "--network_module.",
+                f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
+                "modules:\n"
+                + "".join(f"  {example}\n" for example in examples[:3])
+                + f"  {_remedy(stored, own, wrong[0])}",
+                path,
+            )
+        fitting = {name: factors for name, factors in stored.items() if name in own}
+        if not fitting:
+            raise CheckpointError(
+                f"--network_weights {path} does not fit this network: there is no {unknown[0]}. Give a LoRA "
+                "for this model, or "
+                "another --network_module.",
                 path,
             )
         self.load_state_dict(
@@ -261,9 +262,7 @@ class LoraNetwork(nn.Module):
             },
             strict=False,
         )
-        problems = [f"{name} has another shape" for name in wrong] + [
-            f"{name} is not in this network" for name in unknown
-        ]
+        problems = [f"{name} is not in this network" for name in unknown]
         problems += [f"{name} is not in the file" for name in own if name not in stored]
         if problems:
             logger.warning(f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {listed(problems)}")
@@ -306,6 +305,25 @@ def _norm(layer: LoraLayer) -> Tensor:
 def _same_shapes(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
     return factors.keys() == own.keys() and all(
         t.shape == own[part].shape for part, t in factors.items() if part != "alpha"
+    )
+
+
+def _remedy(stored: Mapping[str, Factors], own: Mapping[str, Factors], wrong: str) -> str:
+    """What to do about a module of a file that does not fit."""
+    if stored[wrong].keys() != own[wrong].keys():
+        return (
+            "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "
+            "on with the "
+            "--network_module that made it, such as lycoris.kohya."
+        )
+    widths = [(factors[LORA[0]].shape[1:], len(factors[LORA[1]])) for factors in (stored[wrong], own[wrong])]
+    if widths[0] != widths[1]:
+        return "Give a LoRA that was trained for a model of this size."
+    ranks = {rank_of(factors) for factors in stored.values()}
+    return (
+        f"Give --network_dim {ranks.pop()}, or --dim_from_weights."
+        if len(ranks) == 1
+        else "Give --dim_from_weights."
     )
 
 

@@ -104,11 +104,6 @@ class LoraLayer(nn.Module):
         self._original[0].sees_whole_input = self.dropouts.neuron > 0  # type: ignore[assignment]
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
-    def detach(self) -> None:
-        """Give the original module its own forward back."""
-        self._original[0].sees_whole_input = False  # type: ignore[assignment]
-        self._original[0].forward = self._original_forward  # type: ignore[assignment,method-assign]
-
     def forward(self, x: Tensor) -> Tensor:
         # x: B L in, or B in H W
         autocast = torch.is_autocast_enabled(x.device.type)

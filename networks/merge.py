@@ -14,7 +14,8 @@ from modules.checkpoints.opening import Checkpoint, TensorInfo, checkpoint_paths
 from modules.checkpoints.writing import stream_tensors
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import Factors, bias_delta, rows_of, weight_delta
+from modules.finite import FiniteCheck
+from networks.deltas import DORA, Factors, bias_delta, decompose, has_input_magnitudes, rows_of, weight_delta
 from networks.key_formats import OURS, module_of_tensor, rename_modules
 from networks.loading import LoraFile, listed, read_lora, warn_of_other_family, warn_of_rest
 from networks.module_names import FamilyNames, Relative, choose_family, relatives
@@ -95,17 +96,29 @@ class _Change:
         )
         if rows is None:
             return self
-        if relative.is_part and isinstance(rows, slice):
+        if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
+        if rows == slice(0, own):
+            return self
+        if has_input_magnitudes(self.factors):
+            raise RuntimeError(
+                "DoRA magnitudes by input belong to the whole weight, of which this model has parts"
+            )
         factors = rows_of(self.factors, rows)
         if factors is None:  # LoKr: made whole, then cut
             delta = self.delta(self.factors, weight.device)
             assert delta is not None
-            factors = {"diff": delta[rows]}
+            factors = {
+                "diff": delta[rows],
+                **({DORA: self.factors[DORA][rows]} if DORA in self.factors else {}),
+            }
         return replace(self, factors=factors)
 
-    def add_to(self, total: Tensor, block: slice | None) -> None:
-        """Add the change to a sum over some rows of the parameter, float32. block: which rows; None: all."""
+    def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
+        """Add the change to a sum over some rows of the parameter, float32.
+
+        block: which rows; None: all. weight: these rows of the parameter before any change.
+        """
         if self.rows is not None:
             start = 0 if block is None else block.start
             begin, end = max(start, self.rows.start), min(start + len(total), self.rows.stop)
@@ -115,11 +128,19 @@ class _Change:
                 slice(begin - self.rows.start, end - self.rows.start),
                 total[begin - start : end - start],
             )
+            weight = weight[begin - start : end - start]
         # LoKr comes whole, see `_blocks`
         factors = (None if block is None else rows_of(self.factors, block)) or self.factors
         delta = self.delta(factors, total.device)
         assert delta is not None
+        if self.decomposes:
+            delta = decompose(weight, delta, factors[DORA])
         total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether this is a change by DoRA, which depends on the weight."""
+        return DORA in self.factors and self.delta is weight_delta
 
     def _height(self) -> int:
         """Rows of the whole change."""
@@ -132,7 +153,8 @@ class LoraPatch:
     """Adds LoRAs to weights that it is handed by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
     W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the
-    weight's dtype. After loading, `check()` tells what found no weight.
+    weight's dtype. DoRA gives multiplier * (new weight - W); the changes of several files all start from W.
+    After loading, `check()` tells what found no weight.
     """
 
     def __init__(
@@ -180,7 +202,7 @@ class LoraPatch:
             part = weight if rows is None else weight[rows]
             total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
             for change in changes:
-                change.add_to(total, rows)
+                change.add_to(total, rows, part)
             part.copy_(total.add_(part))
         return weight
 
@@ -322,6 +344,15 @@ def _fitted(change: _Change, relative: Relative | None, weight: Tensor, name: st
             "  Give a LoRA that was trained for a model of this size.",
             path,
         )
+    if change.decomposes:
+        magnitudes = change.factors[DORA]
+        axis = 1 if has_input_magnitudes(change.factors) else 0
+        if len(wanted) < 2 or magnitudes.numel() != wanted[axis]:
+            raise CheckpointError(
+                f"{path} does not fit {model}: for {name} it has {magnitudes.numel()} DoRA magnitudes, the "
+                f"model {wanted}.",
+                path,
+            )
     return change
 
 
@@ -369,8 +400,11 @@ def merge_into_file(
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
         patch.check()
 
+        finite = FiniteCheck(model)
+
         def read(name: str) -> Tensor:
             tensor = checkpoint.read(name)  # memory of its own
+            finite.note(name, tensor)
             return patch.add_to(name, tensor.to(device)) if patch.touches(name) else tensor
 
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}

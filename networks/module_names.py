@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 
 REST, SWAPPED = -1, -2
+IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
+TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class FamilyNames:
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
     parts: tuple[Part, ...] = ()  # of a layout that cuts some of our modules up
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
+    start: str = IN_COMFYUI  # of the LoRA files that other tools read
 
 
 def _each(start: str, endings: str) -> tuple[str, ...]:
@@ -248,6 +251,8 @@ FRAMEPACK = FamilyNames(
         *_each("", "x_embedder.proj image_projection.up image_projection.down norm_out.linear proj_out"),
     ),
     takes=("hunyuan_video",),
+    # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer
+    start=IN_DIFFUSERS,
 )
 
 FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
@@ -278,7 +283,7 @@ def named_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     one.
     """
     version, architecture = (
-        metadata.get("ss_base_model_version"),
+        metadata.get(TRAINED_ON),
         metadata.get("modelspec.architecture", "").removesuffix("/lora"),
     )
     return next(

@@ -236,8 +236,8 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", required=True, help="LoRA file, any dialect")
     parser.add_argument("--output", required=True, help="safetensors file to write")
     targets = (
-        "other: diffusion_model. with lora_A and lora_B, alpha folded in; default: lora_unet_ with lora_down "
-        "and lora_up"
+        "other: diffusion_model. (FramePack: transformer.) with lora_A and lora_B, alpha folded in; "
+        "default: lora_unet_ with lora_down and lora_up"
     )
     parser.add_argument("--target", required=True, choices=["other", "default"], help=targets)
 

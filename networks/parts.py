@@ -9,7 +9,16 @@ from logging import getLogger
 import torch
 from torch import Tensor
 
-from networks.deltas import LORA, Factors, group_by_module, rows_of, strength
+from networks.deltas import (
+    DORA,
+    LORA,
+    Factors,
+    bias_delta,
+    group_by_module,
+    has_input_magnitudes,
+    rows_of,
+    strength,
+)
 from networks.key_formats import OURS
 from networks.module_names import FAMILIES, REST, SWAPPED, Part, Relative, relatives
 
@@ -69,6 +78,8 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     places = {one: part_rows(one.part, rows, whole) for one, rows in heights.items() if rows is not None}
     if any(rows is None for rows in places.values()) or (len(given) == len(heights) and sum(given) != whole):
         return f"its {whole} rows are not those of its parts, which have {' + '.join(map(str, given))}"
+    if has_input_magnitudes(factors):
+        return "its DoRA magnitudes are by input, so they belong to the whole weight"
     pieces = {one: rows_of(factors, rows) for one, rows in places.items() if rows is not None}
     return {OURS + one.name: piece for one, piece in pieces.items() if piece is not None}
 
@@ -149,15 +160,22 @@ def _joined(pieces: Pieces, height: int) -> Factors | str:
     (part, factors), *others = pieces
     if part.index is None and not others:
         return factors
-    if any(set(factors) - {"alpha", *LORA} or factors[LORA[1]].ndim != 2 for _, factors in pieces):
+    if any(
+        set(factors) - {"alpha", *LORA, DORA, "lora_up.bias"} or factors[LORA[1]].ndim != 2
+        for _, factors in pieces
+    ):
         return "only plain LoRAs can be put together"
     places = [part_rows(part, len(factors[LORA[1]]), height) for part, factors in pieces]
     if isinstance(places[0], Tensor):  # the halves changed about
         swapped = rows_of(factors, places[0])
-        assert swapped is not None  # it is plain
-        return swapped
+        return "its DoRA magnitudes are by input" if swapped is None else swapped
     if any(not isinstance(place, slice) for place in places):
         return f"its parts do not fit into {height} rows"
+    if any(DORA in factors for _, factors in pieces):
+        if any(DORA not in factors or has_input_magnitudes(factors) for _, factors in pieces):
+            return "only DoRA magnitudes by output, for all of its rows, can be put together"
+        if sum(len(factors[DORA]) for _, factors in pieces) != height:
+            return f"its parts have DoRA magnitudes for less than its {height} rows"
     return _stacked(
         [factors for _, factors in pieces], [place for place in places if isinstance(place, slice)], height
     )
@@ -170,6 +188,7 @@ def _stacked(parts: Sequence[Factors], places: Sequence[slice], height: int) -> 
     if scales.count(scales[0]) < len(scales):
         ups = [(up.float() * scale).to(up.dtype) for up, scale in zip(ups, scales, strict=True)]
         scales = [1.0] * len(scales)
+        parts = [_scaled_bias(factors) for factors in parts]
     shared = all(torch.equal(down, downs[0]) for down in downs)
     down = downs[0] if shared else torch.cat(downs)
     up = ups[0].new_zeros(height, len(down))
@@ -177,4 +196,19 @@ def _stacked(parts: Sequence[Factors], places: Sequence[slice], height: int) -> 
     for factor, rows in zip(ups, places, strict=True):
         up[rows, start : start + factor.shape[1]] = factor
         start += 0 if shared else factor.shape[1]
-    return {"alpha": torch.tensor(scales[0] * len(down)), LORA[0]: down, LORA[1]: up}
+    whole: dict[str, Tensor] = {"alpha": torch.tensor(scales[0] * len(down)), LORA[0]: down, LORA[1]: up}
+    for name in (DORA, "lora_up.bias"):
+        given = [
+            (factors[name], rows) for factors, rows in zip(parts, places, strict=True) if name in factors
+        ]
+        if given:
+            whole[name] = given[0][0].new_zeros(height, *given[0][0].shape[1:])
+            for tensor, rows in given:
+                whole[name][rows] = tensor
+    return whole
+
+
+def _scaled_bias(factors: Factors) -> Factors:
+    """The same, with the strength multiplied into a bias."""
+    bias = bias_delta(factors, torch.device("cpu"))
+    return factors if bias is None else {**factors, "lora_up.bias": bias.to(factors["lora_up.bias"].dtype)}

@@ -108,7 +108,7 @@ def test_a_framepack_lora_has_the_models_own_names_and_comes_back_the_same(tmp_p
         convert(tmp_path / f"{source}.safetensors", tmp_path / f"{output}.safetensors", target)
 
     other, back, again = (read(tmp_path / f"{name}.safetensors")[0] for name in ("other", "back", "again"))
-    paths = {name.removeprefix("diffusion_model.").rpartition(".lora_")[0] for name in other}
+    paths = {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in other}
     assert paths <= modules
     assert len(paths) == len(network.layers) == len(other) / 2
     assert back.keys() == network.state_dict().keys()
@@ -136,7 +136,7 @@ def test_framepack_names_need_no_metadata(tmp_path: Path) -> None:
     convert(tmp_path / "other.safetensors", tmp_path / "back.safetensors", "default")
 
     paths = [
-        f"diffusion_model.transformer_blocks.0.ff_context.net.0.proj.lora_{factor}.weight" for factor in "AB"
+        f"transformer.transformer_blocks.0.ff_context.net.0.proj.lora_{factor}.weight" for factor in "AB"
     ]
     assert sorted(load_file(tmp_path / "other.safetensors")) == paths
     back = load_file(tmp_path / "back.safetensors")

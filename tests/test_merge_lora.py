@@ -305,3 +305,19 @@ def test_the_script_runs_from_any_folder_and_explains_a_missing_file(tmp_path: P
         "merge_lora.py", *arguments, "--lora_weight", "nothing.safetensors", folder=tmp_path, check=False
     )
     assert_user_error(done, "nothing.safetensors")
+
+
+def test_a_model_with_nan_is_not_merged(tmp_path: Path, lora: Path) -> None:
+    state = tiny_state("t2v")
+    state["head.head.bias"][3] = torch.nan
+
+    with pytest.raises(CheckpointError, match=r"NaN or infinite: head.head.bias \(1 of"):
+        merge(
+            "--dit",
+            write_dit(tmp_path, state),
+            "--lora_weight",
+            lora,
+            "--save_merged_model",
+            tmp_path / "o.safetensors",
+        )
+    assert not (tmp_path / "o.safetensors").exists()

@@ -435,7 +435,7 @@ def _make_validation(job: Job, data: Data) -> Validation | None:
         job.commands,
         *share,
         job.options.loss,
-        data.encoders,
+        encoders=data.encoders,
     )
 
 

@@ -5,7 +5,6 @@ its metadata besides (see cache_records.py).
 """
 
 import contextlib
-import logging
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -223,14 +222,3 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CacheError(f"{path}: damaged, it cannot be read as safetensors ({error})") from error
-
-
-logger = logging.getLogger(__name__)
-
-
-def without_nan(tensor: Tensor, file: str, key: str) -> Tensor:
-    """The tensor with 0 in place of NaN, which would spread through all of training."""
-    if not tensor.is_floating_point() or not bool(tensor.isnan().any()):
-        return tensor
-    logger.warning("%s: %s has %d NaN values; they are stored as 0", file, key, int(tensor.isnan().sum()))
-    return tensor.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)

@@ -5,7 +5,6 @@ Threads decode ahead, batches hold items of one size, and files are written whil
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name, without_nan, write_tensors
+from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name, write_tensors
 from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
 from dataset.caching.cleanup import remove_caches
 from dataset.caching.planning import (
@@ -36,9 +35,8 @@ from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.frames import Span, frames_wanted
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
 from modules.devices import free_memory
-from modules.errors import MediaError
-
-logger = logging.getLogger(__name__)
+from modules.errors import CacheError, MediaError
+from modules.finite import is_finite
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
 
@@ -235,14 +233,13 @@ class LatentEncoding:
 def write_latents(
     path: Path, name: LatentName, record: LatentRecord, entry: CacheEntry, architecture: str
 ) -> None:
-    """Write one latent cache file with its record. NaN becomes 0, with a warning.
+    """Write one latent cache file with its record.
 
-    Raises OutputError if the file cannot be written.
+    Raises OutputError, or CacheError if a value is NaN or infinite.
     """
-    named = {
-        tensor_name(key, tensor, grid=entry.grid): without_nan(tensor, path.name, key)
-        for key, tensor in entry.tensors.items()
-    }
+    for key, tensor in entry.tensors.items():
+        require_finite(tensor, path.name, key)
+    named = {tensor_name(key, tensor, grid=entry.grid): tensor for key, tensor in entry.tensors.items()}
     metadata = {
         "architecture": architecture,
         "width": str(name.size[0]),
@@ -253,6 +250,19 @@ def write_latents(
         metadata["frame_count"] = str(name.span[1])
     sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
     write_tensors(path, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
+
+
+def require_finite(tensor: Tensor, item: str, key: str) -> None:
+    """Raise CacheError if a value that would be cached is NaN or infinite, which would spread through all of
+    training.
+    """
+    if is_finite(tensor):
+        return
+    wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+    raise CacheError(
+        f"{item}: {wrong} of {tensor.numel()} values of {key} are NaN or infinite, so it is not cached.\n"
+        "  Give the encoder a wider dtype (bfloat16 or float32 instead of float16), or another file."
+    )
 
 
 def _batched(tensors: Sequence[Tensor]) -> Tensor:

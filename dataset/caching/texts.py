@@ -26,7 +26,6 @@ from dataset.cache.files import (
     tensor_key,
     tensor_name,
     text_file_name,
-    without_nan,
     write_tensors,
 )
 from dataset.cache.records import (
@@ -38,6 +37,7 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
+from dataset.caching.latents import require_finite
 from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.source_jobs import progress
@@ -306,7 +306,7 @@ def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> d
     named = {}
     for key, value in conditions.items():
         tensor = (value[0] if isinstance(value, list) else value).detach().cpu()
-        tensor = without_nan(tensor, stem, key)
+        require_finite(tensor, stem, key)
         named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
     return named
 

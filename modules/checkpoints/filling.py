@@ -23,6 +23,7 @@ from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint, TensorInfo
 from modules.checkpoints.sources import Source
 from modules.contract.loading import HostPlace, WeightPatch
 from modules.errors import CheckpointError
+from modules.finite import FiniteCheck
 from modules.fp8.weights import E4M3, attach
 
 
@@ -49,7 +50,8 @@ def load_module(
     are rounded on its device and then go to theirs. host: keeps some of the tensors in host memory; they are
     made on the device all the same, where anything is to be computed. Parameters come out with
     `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing every missing,
-    unexpected and misshaped tensor, before anything is read.
+    unexpected and misshaped tensor, before anything is read, and naming those with values that are NaN or
+    infinite.
     """
     wanted = module.state_dict()
     _check_fit(wanted, checkpoint, sources, ignore, what)
@@ -72,6 +74,7 @@ def load_module(
     )
     scratch = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
     is_filled_here = host is None or host.is_filled_here
+    finite = FiniteCheck(checkpoint.path)
     for name, target in plan.items():
         place = held.get(name)
         if fp8 is not None and name in fp8:
@@ -86,6 +89,7 @@ def load_module(
                 fp8,
                 place,
                 is_filled_here,
+                finite,
             )
             continue
         if place is not None and not is_filled_here:
@@ -99,6 +103,7 @@ def load_module(
                 if place is None
                 else _read_into(place, checkpoint, sources[name].names[0])
             )
+            finite.note(sources[name].names[0], tensor)
         else:
             tensor = (
                 torch.empty(wanted[name].shape, dtype=target, device=devices[name])
@@ -106,8 +111,11 @@ def load_module(
                 else place
             )
             if devices[name].type != "meta":
-                tensor.copy_(_made(name, sources[name], checkpoint, scratch, devices[name], target, patch))
+                tensor.copy_(
+                    _made(name, sources[name], checkpoint, scratch, devices[name], target, patch, finite)
+                )
         _put(module, name, tensor)
+    finite.finish()
     if fp8 is not None:
         fp8.report(what)
     if held and host is not None:
@@ -174,9 +182,10 @@ def _made(
     device: torch.device,
     target: torch.dtype,
     patch: WeightPatch | None,
+    finite: FiniteCheck,
 ) -> Tensor:
     """One of our tensors on its device, not yet rounded to its dtype; it may lie in `scratch`."""
-    tensor = source.make(_parts(source, checkpoint, scratch, device))
+    tensor = source.make(_parts(source, checkpoint, scratch, device, finite))
     if patch is None:
         return tensor
     if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
@@ -184,11 +193,14 @@ def _made(
     return patch(name, tensor)
 
 
-def _parts(source: Source, checkpoint: Checkpoint, scratch: Tensor, device: torch.device) -> list[Tensor]:
+def _parts(
+    source: Source, checkpoint: Checkpoint, scratch: Tensor, device: torch.device, finite: FiniteCheck
+) -> list[Tensor]:
     """What a tensor is made of, on that device; it may lie in `scratch`."""
     parts, start = [], 0
     for part in source.names:
         parts.append(checkpoint.borrow(part, scratch[start:]).to(device))
+        finite.note(part, parts[-1])
         start += -(-checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
     return parts
 
@@ -204,6 +216,7 @@ def _put_fp8(
     fp8: Fp8Loading,
     room: Tensor | None,
     is_filled_here: bool,
+    finite: FiniteCheck,
 ) -> None:
     """Give a linear layer its weight in 8 bits: that of the file, or the file's rounded after the patch.
 
@@ -216,11 +229,11 @@ def _put_fp8(
     if device.type == "meta":
         weight, scale = torch.empty(layer.weight.shape, dtype=E4M3, device=device), None
     elif name in fp8.kept:
-        weight, scale = source.make_fp8(_parts(source, checkpoint, scratch, fp8.device))
+        weight, scale = source.make_fp8(_parts(source, checkpoint, scratch, fp8.device, finite))
         weight = weight.to(device, copy=True) if room is None else weight
     else:
         stored = checkpoint.tensors[source.names[0]].dtype
-        made = _made(name, source, checkpoint, scratch, fp8.device, stored, patch)
+        made = _made(name, source, checkpoint, scratch, fp8.device, stored, patch, finite)
         weight, scale = fp8.round(name, made)
         weight = weight.to(device) if room is None else weight
     if room is not None:

@@ -2,6 +2,7 @@
 counted.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ class ToyText:
     identity: Mapping[str, str] = field(default_factory=lambda: {"t5": "first"})
     calls: list[str] = field(default_factory=list)
     loaded: int = 0
+    bad: str = ""  # for this prompt the encoder gives NaN
 
     @property
     def keys(self) -> frozenset[str]:
@@ -50,9 +52,10 @@ class ToyText:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         self.calls += [prompt.text for prompt in prompts]
+        values = [math.nan if prompt.text == self.bad else float(len(prompt.text)) for prompt in prompts]
         return [
-            {self.name: [torch.full((len(prompt.text.split()), 4), float(len(prompt.text)))]}
-            for prompt in prompts
+            {self.name: [torch.full((len(p.text.split()), 4), value)]}
+            for p, value in zip(prompts, values, strict=True)
         ]
 
     def free(self) -> None: ...

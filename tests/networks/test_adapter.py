@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError
 from networks.adapter import NormReport, TrainableNetwork, make_network
 from networks.hashes import model_hashes
 from networks.loading import read_lora
+from networks.lora import LoraNetwork
 from networks.options import NetworkOptions
 from tests.networks.making import inputs, tiny_dit, wan_network
 
 OURS, FOREIGN = "networks.lora_wan", "tests.networks.foreign_network"
+FULL = "tests.networks.full_network"  # which takes the model's weights away
 
 
 def options(**changed: Any) -> NetworkOptions:
@@ -22,7 +24,7 @@ def options(**changed: Any) -> NetworkOptions:
     return NetworkOptions(**{**values, "network_alpha": 1.0, "dim_from_weights": False, **changed})
 
 
-@pytest.mark.parametrize("module", [OURS, FOREIGN])
+@pytest.mark.parametrize("module", [OURS, FOREIGN, FULL])
 def test_a_network_of_any_module_learns(tmp_path: Path, module: str) -> None:
     dit = tiny_dit(tmp_path).train()
     network = make_network(options(network_module=module, network_dim=8), OURS, dit, seed=1)
@@ -101,10 +103,47 @@ def test_a_foreign_network_is_saved_with_hashes_and_loaded_again(tmp_path: Path)
     )
 
 
+def test_a_model_keeps_the_weights_that_a_network_takes_away(tmp_path: Path) -> None:
+    dit = tiny_dit(tmp_path)
+    before, expected = {name: tensor.clone() for name, tensor in dit.state_dict().items()}, dit(**inputs(dit))
+
+    make_network(options(network_module=FULL), OURS, dit, seed=1)
+
+    assert list(dit.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dit.state_dict().items())
+    torch.testing.assert_close(dit(**inputs(dit)), expected)
+
+
+@pytest.mark.parametrize("wrong", ["NaN", "shape", "names"])
+def test_weights_that_do_not_fit_a_foreign_network_are_refused(tmp_path: Path, wrong: str) -> None:
+    dit = tiny_dit(tmp_path)
+    network = make_network(options(network_module=FOREIGN), OURS, dit, seed=1)
+    network.save(tmp_path / "x.safetensors", None, {})
+    tensors = load_file(tmp_path / "x.safetensors")
+    if wrong == "names":
+        tensors = {f"lora_unet_{name}.diff_b": tensor for name, tensor in tensors.items()}
+    else:
+        tensors["blocks_1_ffn_0"] = torch.full((256,), torch.nan) if wrong == "NaN" else torch.ones(100)
+    save_file(tensors, tmp_path / "x.safetensors")
+    expected = {
+        "NaN": r"NaN or infinite: blocks_1_ffn_0 \(256 of 256 values\)",
+        "shape": r"in 1 of 20 tensors:\n  blocks_1_ffn_0 has \[100\], here \[256\]",
+        "names": "has none of this network's 20 tensors, such as blocks_0",
+    }
+
+    with pytest.raises(CheckpointError, match=expected[wrong]):
+        make_network(
+            options(network_module=FOREIGN, network_weights=tmp_path / "x.safetensors"),
+            OURS,
+            tiny_dit(tmp_path),
+            seed=1,
+        )
+
+
 def test_without_a_module_the_familys_own_is_used(tmp_path: Path) -> None:
     network = make_network(options(), OURS, tiny_dit(tmp_path), seed=1)
 
-    assert network.module_name == OURS
+    assert isinstance(network.module, LoraNetwork)
 
 
 def test_ranks_come_from_the_weights_on_request(tmp_path: Path) -> None:
@@ -151,7 +190,7 @@ def test_foreign_modules_report_scaled_norms_as_plain_numbers(tmp_path: Path) ->
         ) -> tuple[int, float, float]:
             return 2, max_norm / 2, max_norm
 
-    network = TrainableNetwork(Scaling(), tiny_dit(tmp_path), FOREIGN)
+    network = TrainableNetwork(Scaling(), tiny_dit(tmp_path))
 
     assert NormReport.of(network.scale_norms(0.5, torch.device("cpu")).tolist()) == NormReport(2, 0.25, 0.5)
 

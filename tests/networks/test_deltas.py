@@ -101,7 +101,8 @@ def test_whole_differences_and_bias_differences() -> None:
         (["hada_w1_a", "hada_w1_b"], "no hada_w2_a"),
         (["lokr_w1"], "no lokr_w2"),
         (["alpha"], "only alpha"),
-        (["lora_down.weight", "lora_up.weight", "dora_scale"], "DoRA"),
+        (["lora_down.weight", "lora_up.weight", "dora_scale"], "its dora_scale has the shape [2, 2]"),
+        (["dora_scale"], "only dora_scale"),
     ],
 )
 def test_incomplete_factors_are_explained(parts: list[str], words: str) -> None:

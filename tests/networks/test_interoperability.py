@@ -1,6 +1,7 @@
 """LoRAs saved here load in diffusers and act there as here; those that diffusers and PEFT save load here."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.lora import LoraNetwork
 from networks.merge import LoraPatch, LoraUse
+from tests.frame_pack import making as framepack
+from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit, wan_network
+from tests.networks.test_lora_framepack import load_there as load_framepack_there
 from tests.wan.making import in_diffusers
 from wan.model import WanModel
 
@@ -32,7 +36,7 @@ def run_there(other: WanTransformer3DModel, dit: WanModel) -> Tensor:
 def run_here(dit: WanModel, network: LoraNetwork) -> Tensor:
     network.apply_to(None, dit)
     out = dit(**inputs(dit))
-    network.remove()
+    network.set_multiplier(0.0)
     return out
 
 
@@ -76,16 +80,39 @@ def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, patter
     torch.testing.assert_close(run_there(other, dit), run_here(dit, network), **TOLERANCE)
 
 
-@pytest.mark.parametrize("with_settings", [False, True])
-def test_a_lora_saved_by_diffusers_acts_here_as_there(tmp_path: Path, with_settings: bool) -> None:
+@pytest.mark.parametrize(
+    ("with_settings", "patterns"),
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"alpha_pattern": {"to_q": 9, "attn2.to_out.0": 1, "ffn.net.0.proj": 6}}),
+        (
+            True,
+            {
+                "alpha_pattern": {"attn1.to_q": 9, "to_q": 1, "proj": 5},
+                "rank_pattern": {"to_q": 2, "attn1.to_out.0": 8},
+            },
+        ),
+        (
+            True,
+            {
+                "alpha_pattern": {
+                    r"blocks\.[1-9]\d*\.attn\d\.to_.*": 9,
+                    "^proj_out$": 1,
+                    r"blocks\.0\.(ffn|attn1).*": 2,
+                }
+            },
+        ),
+    ],
+)
+def test_a_lora_saved_by_diffusers_acts_here_as_there(
+    tmp_path: Path, with_settings: bool, patterns: dict[str, dict[str, int]]
+) -> None:
     dit = tiny_dit(tmp_path)
     other = in_diffusers(dit.config, dit.state_dict())
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
-    other.add_adapter(
-        LoraConfig(
-            r=4, lora_alpha=alpha, target_modules=["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]
-        )
-    )
+    targets = ["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]
+    other.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, **patterns))
     for name, parameter in other.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -108,3 +135,66 @@ def test_a_lora_saved_by_diffusers_acts_here_as_there(tmp_path: Path, with_setti
 
     assert patch.unused() == []
     torch.testing.assert_close(dit(**inputs(dit)), run_there(other, dit), **TOLERANCE)
+
+
+@pytest.mark.parametrize("target", [None, "default", "other"])
+def test_a_lora_with_biases_acts_as_in_diffusers(tmp_path: Path, target: str | None) -> None:
+    dit = tiny_dit(tmp_path)
+    other = in_diffusers(dit.config, dit.state_dict())
+    other.add_adapter(LoraConfig(r=4, lora_alpha=3, target_modules=["to_q", "net.2"], lora_bias=True))
+    for name, parameter in other.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    other.save_lora_adapter(tmp_path, weight_name="lora.safetensors")
+    path, plain = tmp_path / "lora.safetensors", in_diffusers(dit.config, dit.state_dict())
+    expected = run_there(other, dit)
+    if target is not None:
+        convert_file(path, tmp_path / "converted.safetensors", target)
+        path = tmp_path / "converted.safetensors"
+
+    patch = LoraPatch([LoraUse(read_lora(path))])
+    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
+    patch.check()
+
+    torch.testing.assert_close(dit(**inputs(dit)), expected, **TOLERANCE)
+    assert float((expected - run_there(plain, dit)).abs().max()) > 0.01
+    if target == "other":  # which diffusers reads again
+        load_there(plain, path)
+        torch.testing.assert_close(run_there(plain, dit), expected, **TOLERANCE)
+
+
+def with_biases(theirs: Any, folder: Path, targets: str, **settings: Any) -> Path:
+    """Give a model of diffusers a random LoRA with biases and save it."""
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=3, target_modules=targets, lora_bias=True, **settings))
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    theirs.save_lora_adapter(folder, weight_name="lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+@torch.no_grad()
+def test_biases_of_the_parts_of_fused_weights_are_put_together(tmp_path: Path) -> None:
+    theirs, dit, given = hunyuan.in_diffusers("t2v"), hunyuan.tiny_model("t2v"), hunyuan.tiny_inputs("t2v")
+    path = with_biases(theirs, tmp_path, r".*\.(to_q|to_v|add_k_proj|proj_mlp)", alpha_pattern={"to_q": 9})
+    convert_file(path, tmp_path / "fused.safetensors", "default")
+
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / "fused.safetensors"))])
+    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
+
+    assert any("linear1.lora_up.bias" in name for name in read_lora(tmp_path / "fused.safetensors").tensors)
+    torch.testing.assert_close(dit(**given), hunyuan.run_there(theirs, given), **TOLERANCE)
+
+
+@torch.no_grad()
+def test_biases_of_framepack_act_in_diffusers_once_converted(tmp_path: Path) -> None:
+    theirs, again, given = framepack.in_diffusers(), framepack.in_diffusers(), framepack.tiny_inputs()
+    path = with_biases(theirs, tmp_path, r".*blocks\.\d+\..*(to_q|proj_mlp)|clean_x_embedder\.proj")
+    convert_file(path, tmp_path / "ours.safetensors", "default")
+    convert_file(tmp_path / "ours.safetensors", tmp_path / "other.safetensors", "other")
+
+    load_framepack_there(again, tmp_path / "other.safetensors")
+
+    torch.testing.assert_close(
+        framepack.run_there(again, given), framepack.run_there(theirs, given), **TOLERANCE
+    )

@@ -183,6 +183,24 @@ def test_no_name_belongs_to_two_families() -> None:
             "transformer.condition_embedder.time_proj.lora_B.weight",
             "lora_unet_time_projection_1.lora_up.weight",
         ),
+        ("lora_unet__blocks_0_cross_attn_k.lora_up.weight", "lora_unet_blocks_0_cross_attn_k.lora_up.weight"),
+        ("pipe.dit.blocks.0.ffn.2.lora_B.default.weight", "lora_unet_blocks_0_ffn_2.lora_up.weight"),
+        ("blocks.0.attn1.to_q.lora_A.my-style_1.weight", "lora_unet_blocks_0_self_attn_q.lora_down.weight"),
+        ("transformer.blocks.0.attn1.to_q.lora_B.other.bias", "lora_unet_blocks_0_self_attn_q.lora_up.bias"),
+        (
+            "transformer.blocks.0.attn1.to_q.lora_magnitude_vector",
+            "lora_unet_blocks_0_self_attn_q.dora_scale",
+        ),
+        (
+            "transformer.blocks.0.attn1.to_q.lora_magnitude_vector.weight",
+            "lora_unet_blocks_0_self_attn_q.dora_scale",
+        ),
+        (
+            "blocks.0.attn1.to_q.lora_magnitude_vector.default.weight",
+            "lora_unet_blocks_0_self_attn_q.dora_scale",
+        ),
+        ("lycoris_blocks_0_norm3.w_norm", "lora_unet_blocks_0_norm3.diff"),
+        ("lycoris_blocks_0_norm3.b_norm", "lora_unet_blocks_0_norm3.diff_b"),
         (
             "diffusion_model.double_blocks.0.img_mlp.0.lora_A.weight",
             "lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight",

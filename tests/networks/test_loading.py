@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from modules.errors import CheckpointError, OptionError
+from networks.convert import convert_file
 from networks.deltas import strength
 from networks.loading import import_network_module, read_lora
+from networks.merge import LoraPatch, LoraUse
 from tests.networks.making import tiny_dit, wan_network
 from tests.tiny.wan_dit import tiny_state
 
@@ -80,6 +82,38 @@ def test_a_whole_model_is_no_lora(tmp_path: Path) -> None:
         read_lora(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("GLoRA", ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")),
+        ("OFT or BOFT", ("oft_blocks", "alpha")),
+        (r"\(IA\)3", ("on_input", "weight")),
+    ],
+)
+def test_other_kinds_of_networks_are_refused_by_name(
+    tmp_path: Path, kind: str, parts: tuple[str, ...]
+) -> None:
+    tensors = {f"lora_unet_blocks_0_ffn_0.{part}": torch.ones(2, 2) for part in parts}
+    save_file(tensors, tmp_path / "x.safetensors")
+
+    with pytest.raises(CheckpointError, match=f"is a network of the kind {kind}, which is not supported"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_what_lycoris_adds_to_norms_is_added_here(tmp_path: Path) -> None:
+    parts = {"w_norm": torch.randn(8), "b_norm": torch.randn(8)}
+    save_file(
+        {f"lycoris_blocks_0_norm3.{part}": tensor for part, tensor in parts.items()},
+        tmp_path / "x.safetensors",
+    )
+
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"), 0.5)])
+
+    weight, bias = (patch(f"blocks.0.norm3.{leaf}", torch.ones(8)) for leaf in ("weight", "bias"))
+    torch.testing.assert_close(weight, 1 + parts["w_norm"] / 2)
+    torch.testing.assert_close(bias, 1 + parts["b_norm"] / 2)
+
+
 def test_incomplete_modules_are_refused(saved: Path) -> None:
     tensors = dict(read_lora(saved).tensors)
     del tensors["lora_unet_blocks_1_ffn_0.lora_up.weight"]
@@ -89,6 +123,39 @@ def test_incomplete_modules_are_refused(saved: Path) -> None:
         CheckpointError, match="lora_unet_blocks_1_ffn_0: it has lora_down.weight but no lora_up.weight"
     ):
         read_lora(saved)
+
+
+@pytest.mark.parametrize(
+    ("factors", "reason"),
+    [
+        (
+            {"lora_up.weight": torch.full((4, 2), torch.nan)},
+            "8 of 8 values of its lora_up.weight are NaN or infinite",
+        ),
+        (
+            {"lora_down.weight": torch.full((2, 5), torch.inf)},
+            "10 of 10 values of its lora_down.weight are NaN or infinite",
+        ),
+        (
+            {"lora_up.weight": torch.ones(4, 3)},
+            r"do not go together: lora_down.weight \[2, 5\], lora_up.weight \[4, 3\]",
+        ),
+        ({"lora_up.weight": torch.ones(4, 2, dtype=torch.int32)}, "lora_up.weight is of the type int32"),
+        ({"lora_up.weight": torch.ones(4, 2, dtype=torch.bool)}, "lora_up.weight is of the type bool"),
+        ({"diff_b": torch.ones(3)}, "its bias has 3 values, its weight 4 rows"),
+    ],
+)
+def test_factors_that_no_weight_could_take_are_refused_with_numbers(
+    tmp_path: Path, factors: dict[str, torch.Tensor], reason: str
+) -> None:
+    whole = {"lora_down.weight": torch.ones(2, 5), "lora_up.weight": torch.ones(4, 2)} | factors
+    path = tmp_path / "x.safetensors"
+    save_file({f"lora_unet_blocks_1_ffn_0.{part}": tensor for part, tensor in whole.items()}, path)
+
+    with pytest.raises(CheckpointError, match=rf"lora_unet_blocks_1_ffn_0: .*{reason}"):
+        read_lora(path)
+    with pytest.raises(CheckpointError, match=reason):
+        convert_file(path, tmp_path / "y.safetensors", "other")
 
 
 def test_keys_that_cannot_be_used_are_listed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -138,10 +205,13 @@ def test_alphas_in_peft_settings_count(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"lora_alpha": "much"},
-        {"lora_alpha": 8, "alpha_pattern": {"(": 2}},
-        {"lora_alpha": 8, "alpha_pattern": [1]},
-        [],
+        *(
+            {"lora_alpha": "much"},
+            {"lora_alpha": 8, "alpha_pattern": {"(": 2}},
+            {"lora_alpha": 8, "alpha_pattern": [1]},
+            [],
+        ),
+        *({"lora_alpha": float("nan")}, {"lora_alpha": 8, "alpha_pattern": {"to_q": float("inf")}}),
     ],
 )
 def test_peft_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: object) -> None:
@@ -173,7 +243,8 @@ def test_a_file_of_which_more_than_a_few_tensors_are_none_of_a_lora_is_said_loud
 
 def test_a_part_named_twice_is_listed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors = dict(read_lora(saved).tensors)
-    save_file(tensors | {"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 2)}, saved)
+    again = torch.ones_like(tensors["lora_unet_blocks_0_ffn_0.lora_down.weight"])
+    save_file(tensors | {"diffusion_model.blocks.0.ffn.0.lora_A.weight": again}, saved)
 
     with caplog.at_level(logging.WARNING):
         read_lora(saved)

@@ -139,7 +139,7 @@ def test_a_new_lora_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(dit(**inputs(dit)), plain)
 
 
-def test_multiplier_zero_and_removal_give_the_plain_model_back(tmp_path: Path) -> None:
+def test_multiplier_zero_gives_the_plain_model_back(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     plain = dit(**inputs(dit))
     network = wan_network(dit)
@@ -147,10 +147,6 @@ def test_multiplier_zero_and_removal_give_the_plain_model_back(tmp_path: Path) -
     assert not torch.equal(dit(**inputs(dit)), plain)
 
     network.set_multiplier(0.0)
-    assert torch.equal(dit(**inputs(dit)), plain)
-
-    network.set_multiplier(1.0)
-    network.remove()
     assert torch.equal(dit(**inputs(dit)), plain)
 
 
@@ -163,8 +159,7 @@ def test_float32_factors_train_with_any_model_dtype_and_with_autocast(
     exact = wan_network(dit)
     exact.apply_to(None, dit)
     expected = dit(**inputs(dit))
-    exact.remove()
-    dit.to(dtype)
+    dit = tiny_dit(tmp_path).to(dtype)
     network = wan_network(dit)
     network.apply_to(None, dit)
 
@@ -387,8 +382,40 @@ def test_a_file_of_another_rank_is_refused_with_the_way_out(tmp_path: Path) -> N
     dit = tiny_dit(tmp_path)
     wan_network(dit, rank=8).save_weights(tmp_path / "x.safetensors", None, {})
 
-    with pytest.raises(CheckpointError, match=r"lora_down.weight \[8, 128\].*\[4, 128\].*--dim_from_weights"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"(?s)in 20 of 20 modules.*lora_down.weight \[8, 128\].*\[4, 128\].*--network_dim 8, or "
+        r"--dim_from_weights",
+    ):
         wan_network(dit, rank=4).load_weights(tmp_path / "x.safetensors")
+
+
+def test_a_file_of_which_a_single_module_does_not_fit_is_refused(tmp_path: Path) -> None:
+    dit, path = tiny_dit(tmp_path), tmp_path / "x.safetensors"
+    tensors = dict(wan_network(dit, rank=4).state_dict())
+    tensors["lora_unet_blocks_1_ffn_2.lora_down.weight"] = torch.ones(4, 96)
+    save_file(tensors, path)
+    with pytest.raises(
+        CheckpointError,
+        match=r"(?s)in 1 of 20 modules:.*blocks_1_ffn_2 has .*\[4, 96\].*for a model of this size",
+    ):
+        wan_network(dit, rank=4).load_weights(path)
+
+    tensors["lora_unet_blocks_1_ffn_2.lora_down.weight"] = torch.ones(2, 256)
+    tensors["lora_unet_blocks_1_ffn_2.lora_up.weight"] = torch.ones(128, 2)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"(?s)in 1 of 20 modules:.*Give --dim_from_weights"):
+        wan_network(dit, rank=4).load_weights(path)
+
+
+def test_a_dora_is_no_start_for_a_plain_lora(tmp_path: Path) -> None:
+    dit, path = tiny_dit(tmp_path), tmp_path / "x.safetensors"
+    tensors = dict(wan_network(dit).state_dict())
+    save_file(tensors | {"lora_unet_blocks_1_ffn_2.dora_scale": torch.ones(128, 1)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)dora_scale \[128, 1\].*trains plain LoRAs.*--base_weights"
+    ):
+        wan_network(dit).load_weights(path)
 
 
 def test_ranks_and_alphas_can_come_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

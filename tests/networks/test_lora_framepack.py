@@ -1,10 +1,12 @@
 """LoRA on FramePack: fidelity, files of its own, and files that go to and come from diffusers."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import HunyuanVideoFramepackPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -107,6 +109,20 @@ def made_there(folder: Path, targets: Any, alpha: int, with_settings: bool = Tru
         return path, run_there(theirs, tiny_inputs())
 
 
+def load_there(theirs: Any, path: Path) -> None:
+    """Load a LoRA file by the pipeline that users of diffusers call, of which only the transformer is
+    there.
+    """
+    others = {
+        name: None
+        for name in inspect.signature(HunyuanVideoFramepackPipeline).parameters
+        if name != "transformer"
+    }
+    HunyuanVideoFramepackPipeline(transformer=theirs, **others).load_lora_weights(
+        str(path.parent), weight_name=path.name
+    )
+
+
 def assert_near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= NEAR * expected.abs().max()
 
@@ -121,7 +137,10 @@ def test_a_lora_made_here_acts_in_diffusers_as_here(tmp_path: Path, arguments: d
     convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
     theirs = in_diffusers()
 
-    theirs.load_lora_adapter(load_file(tmp_path / "other.safetensors"), prefix="diffusion_model")
+    load_there(theirs, tmp_path / "other.safetensors")
+
+    layers = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    assert len(layers) == len(network.layers)
 
     with torch.no_grad():
         expected, plain = run_there(theirs, tiny_inputs()), tiny_model()(**tiny_inputs())

@@ -208,7 +208,7 @@ def test_a_framepack_lora_keeps_its_names(tmp_path: Path) -> None:
 
     convert_file(tmp_path / "fp.safetensors", tmp_path / "other.safetensors", "other")
 
-    assert "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight" in load_file(
+    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in load_file(
         tmp_path / "other.safetensors"
     )
 

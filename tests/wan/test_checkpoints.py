@@ -1,5 +1,6 @@
 """Files of Wan2.1 transformers: every dialect, every variant, and what is refused."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -251,3 +252,23 @@ def test_a_file_of_another_network_is_refused_with_what_it_looks_like(
 def test_a_width_that_no_head_of_128_divides_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="width 96 is no multiple of 128"):
         read_once(write_dit(tmp_path, tiny_state("t2v", dim=96)), read_dit_header)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "code"), [("safetensors", b"\x80\x7f"), ("fp8", b"\x7f"), ("fp8_scaled", b"\xff")]
+)
+def test_weights_that_are_nan_or_infinite_are_named_while_they_are_read(
+    tmp_path: Path, dialect: str, code: bytes
+) -> None:
+    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16), dialect)
+    load_dit(path, Placement(torch.device("cpu")))
+    data = bytearray(path.read_bytes())
+    header = json.loads(data[8 : (start := 8 + int.from_bytes(data[:8], "little"))])
+    place = start + header["blocks.1.ffn.2.weight"]["data_offsets"][0] + 64
+    data[place : place + len(code)] = code
+    path.write_bytes(data)
+
+    with pytest.raises(
+        CheckpointError, match=r"wan.safetensors has .*NaN or infinite: blocks.1.ffn.2.weight \(1 of"
+    ):
+        load_dit(path, Placement(torch.device("cpu")))

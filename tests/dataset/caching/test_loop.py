@@ -14,7 +14,7 @@ from dataset.cache.records import latent_record
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.reports import conclude
 from dataset.config import DatasetConfig
-from modules.errors import DatasetError
+from modules.errors import CacheError, DatasetError
 from tests.dataset.making import make_clip, make_frames, make_image, make_table
 from tests.dataset.toy_family import ToyFamily, ToyText, options
 
@@ -261,11 +261,11 @@ def test_batches_have_one_size_and_the_size_asked_for(tmp_path: Path) -> None:
     assert sorted(map(len, everything.seen)) == [3, 4]
 
 
-def test_nan_is_stored_as_zero_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cache_media(ToyFamily(value=float("nan")), make_config(tmp_path, clips=(5,)), options())
-    entry = read_entry(tmp_path / "cache" / names(tmp_path)[0])
-    assert not entry.tensors["latents"].any()
-    assert "NaN" in caplog.text
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_nan_or_infinite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    with pytest.raises(CacheError, match=r"clip_0\w+.*: \d+ of \d+ values of latents are NaN or infinite"):
+        cache_media(ToyFamily(value=value), make_config(tmp_path, clips=(5,)), options())
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
 def test_every_section_of_a_clip_is_a_file_and_all_must_be_there(tmp_path: Path) -> None:
@@ -312,6 +312,13 @@ def test_captions_become_one_file_for_each_source(tmp_path: Path) -> None:
     assert entry.tensors["t5"].shape == (3, 4)
     assert entry.header.metadata["caption1"] == "clip number 1"
     assert entry.header.metadata["format_version"] == "1.0.1"
+
+
+def test_texts_that_become_nan_are_refused_by_name(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    with pytest.raises(CacheError, match=r"clip_1: 12 of 12 values of t5 are NaN or infinite"):
+        cache_texts(ToyFamily(text=[ToyText(bad="clip number 1")]), config, options())
+    assert not [name for name in names(tmp_path) if name.startswith("clip_1")]
 
 
 def test_only_changed_captions_are_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

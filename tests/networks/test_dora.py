@@ -1,0 +1,228 @@
+"""DoRA: the recorded weights of LyCORIS, and models of diffusers with PEFT's adapters."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modules.errors import CheckpointError
+from networks.convert import convert_file
+from networks.deltas import decompose, fault
+from networks.loading import LoraFile, read_lora
+from networks.merge import LoraPatch, LoraUse
+from networks.parts import for_model
+from tests.frame_pack import making as framepack
+from tests.hunyuan_model import making as hunyuan
+from tests.networks.making import inputs, tiny_dit
+from tests.networks.test_interoperability import TOLERANCE, run_there
+from tests.networks.test_lora_framepack import load_there as load_framepack_there
+from tests.wan.making import in_diffusers
+
+RECORDED = load_file(Path(__file__).parents[1] / "data" / "lycoris_dora.safetensors")
+CASES = sorted({name.partition("/")[0] for name in RECORDED if " " in name})
+MODULE = "blocks.0.ffn.0"
+
+
+def lora_of(factors: dict[str, Tensor], module: str = MODULE) -> LoraFile:
+    """A file with these factors of one module."""
+    name = f"lora_unet_{module.replace('.', '_')}"
+    assert fault(factors) is None
+    return LoraFile(Path("x"), {f"{name}.{part}": tensor for part, tensor in factors.items()}, {}, "ours")
+
+
+def recorded(case: str) -> dict[str, Tensor]:
+    tensors = {
+        name.partition("/")[2]: tensor for name, tensor in RECORDED.items() if name.startswith(f"{case}/")
+    }
+    return {part: tensor for part, tensor in tensors.items() if part not in {"merged", "half"}}
+
+
+def merged(weight: Tensor, lora: LoraFile, multiplier: float = 1.0, module: str = MODULE) -> Tensor:
+    patch = LoraPatch([LoraUse(lora, multiplier)])
+    out = patch(f"{module}.weight", weight)
+    patch.check()
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_merged_weight_is_that_of_lycoris(case: str) -> None:
+    weight, lora = RECORDED[f"{case.split()[0]}/weight"], lora_of(recorded(case))
+    assert len(CASES) == 2 * 3 * 2
+
+    torch.testing.assert_close(merged(weight, lora), RECORDED[f"{case}/merged"], rtol=1e-5, atol=1e-6)
+    if f"{case}/half" in RECORDED:
+        torch.testing.assert_close(merged(weight, lora, 0.5), RECORDED[f"{case}/half"], rtol=1e-5, atol=1e-6)
+    assert torch.equal(merged(weight, lora, 0.0), weight)
+    assert (merged(weight, lora) - weight).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_weight_that_is_changed_some_rows_at_a_time_gets_the_norms_of_the_whole(axis: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1100, 1000, generator=generator)
+    factors = {
+        "lora_down.weight": torch.randn(2, 1000, generator=generator),
+        "lora_up.weight": torch.randn(1100, 2, generator=generator),
+    }
+    magnitudes = torch.rand(weight.shape[axis], generator=generator).unsqueeze(1 - axis) + 1
+
+    out = merged(weight, lora_of(factors | {"dora_scale": magnitudes}))
+
+    expected = weight + decompose(weight, factors["lora_up.weight"] @ factors["lora_down.weight"], magnitudes)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.norm(dim=1 - axis), magnitudes.flatten(), rtol=1e-4, atol=1e-4)
+
+
+def test_magnitudes_of_another_size_are_named() -> None:
+    lora = lora_of(
+        {
+            "lora_down.weight": torch.ones(2, 4),
+            "lora_up.weight": torch.ones(6, 2),
+            "dora_scale": torch.ones(5, 1),
+        }
+    )
+    with pytest.raises(CheckpointError, match=r"it has 5 DoRA magnitudes, the model \[6, 4\]"):
+        merged(torch.ones(6, 4), lora)
+
+
+def add_dora(theirs: Any, targets: Any) -> None:
+    """Give a model of diffusers a random DoRA."""
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=3, target_modules=targets, use_dora=True))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            elif "lora_" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def with_lora(dit: Any, given: dict[str, Any], path: Path) -> Tensor:
+    """What one of our models with a LoRA file added gives."""
+    patch = LoraPatch([LoraUse(read_lora(path))])
+    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
+    patch.check()
+    assert patch.unused() == []
+    return dit(**given)
+
+
+@pytest.mark.parametrize("target", [None, "default", "other"])
+def test_a_dora_that_diffusers_saves_acts_on_wan_as_there(tmp_path: Path, target: str | None) -> None:
+    dit = tiny_dit(tmp_path)
+    theirs = in_diffusers(dit.config, dit.state_dict())
+    plain = run_there(theirs, dit)
+    add_dora(theirs, ["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"])
+    theirs.save_lora_adapter(tmp_path, weight_name="dora.safetensors")
+    path = tmp_path / "dora.safetensors"
+    if target is not None:
+        convert_file(path, tmp_path / "converted.safetensors", target)
+        path = tmp_path / "converted.safetensors"
+        assert sum(name.endswith(".dora_scale") for name in load_file(path)) == len(read_lora(path).modules())
+
+    expected = run_there(theirs, dit)
+
+    torch.testing.assert_close(with_lora(dit, inputs(dit), path), expected, **TOLERANCE)
+    assert (expected - plain).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("target", [None, "default", "other"])
+def test_a_dora_for_the_parts_of_fused_weights_acts_on_hunyuan_video_as_there(
+    tmp_path: Path, target: str | None
+) -> None:
+    theirs = hunyuan.in_diffusers("t2v")
+    add_dora(theirs, r".*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|proj_mlp|net\.2)")
+    theirs.save_lora_adapter(tmp_path, weight_name="dora.safetensors")
+    path = tmp_path / "dora.safetensors"
+    if target is not None:
+        convert_file(path, tmp_path / "converted.safetensors", target)
+        path = tmp_path / "converted.safetensors"
+        assert any("linear1" in name for name in load_file(path))
+
+    out, expected = (
+        with_lora(hunyuan.tiny_model("t2v"), hunyuan.tiny_inputs("t2v"), path),
+        hunyuan.run_there(theirs, hunyuan.tiny_inputs("t2v")),
+    )
+
+    torch.testing.assert_close(out, expected, **TOLERANCE)
+
+
+def test_a_dora_of_framepack_acts_in_diffusers_once_converted(tmp_path: Path) -> None:
+    theirs = framepack.in_diffusers()
+    add_dora(theirs, r".*blocks\.\d+\..*(to_q|add_k_proj|net\.2|proj_mlp)|clean_x_embedder\.proj_2x")
+    theirs.save_lora_adapter(tmp_path, weight_name="theirs.safetensors")
+    with torch.no_grad():
+        expected = framepack.run_there(theirs, framepack.tiny_inputs())
+    convert_file(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", "default")
+    convert_file(tmp_path / "ours.safetensors", tmp_path / "other.safetensors", "other")
+    again = framepack.in_diffusers()
+
+    load_framepack_there(again, tmp_path / "other.safetensors")
+
+    with torch.no_grad():
+        torch.testing.assert_close(framepack.run_there(again, framepack.tiny_inputs()), expected, **TOLERANCE)
+    ours = with_lora(framepack.tiny_model(), framepack.tiny_inputs(), tmp_path / "ours.safetensors")
+    torch.testing.assert_close(ours, expected, **TOLERANCE)
+
+
+def test_magnitudes_by_input_cannot_go_to_diffusers(tmp_path: Path) -> None:
+    name = "lora_unet_transformer_blocks_0_attn_to_q"
+    factors = {
+        "lora_down.weight": torch.ones(2, 4),
+        "lora_up.weight": torch.ones(6, 2),
+        "dora_scale": torch.ones(1, 4),
+    }
+    save_file(
+        {f"{name}.{part}": tensor for part, tensor in factors.items()},
+        tmp_path / "x.safetensors",
+        metadata={"ss_base_model_version": "framepack"},
+    )
+
+    with pytest.raises(
+        CheckpointError, match="its DoRA magnitudes are by input, diffusers has them by output"
+    ):
+        convert_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "other")
+
+
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+FUSED = {"lora_down.weight": torch.rand(2, 4), "lora_up.weight": torch.rand(18, 2)}
+
+
+@pytest.mark.parametrize("module", ["to_q", "to_k", "to_v"])
+def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(module: str) -> None:
+    weight, magnitudes = torch.rand(18, 4), torch.rand(18, 1) + 1
+    whole = merged(
+        weight,
+        lora_of(FUSED | {"dora_scale": magnitudes}, "double_blocks.0.img_attn_qkv"),
+        module="double_blocks.0.img_attn_qkv",
+    )
+    rows = slice(6 * ["to_q", "to_k", "to_v"].index(module), None)
+    rows = slice(rows.start, rows.start + 6)
+
+    part = merged(
+        weight[rows],
+        lora_of(FUSED | {"dora_scale": magnitudes}, "double_blocks.0.img_attn_qkv"),
+        module=f"transformer_blocks.0.attn.{module}",
+    )
+
+    torch.testing.assert_close(part, whole[rows])
+
+
+def test_magnitudes_by_input_of_a_fused_weight_are_refused_for_its_parts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    factors = FUSED | {"dora_scale": torch.ones(1, 4)}
+    with pytest.raises(CheckpointError, match="magnitudes by input belong to the whole weight"):
+        merged(
+            torch.rand(6, 4),
+            lora_of(factors, "double_blocks.0.img_attn_qkv"),
+            module="transformer_blocks.0.attn.to_q",
+        )
+
+    tensors = {f"{QKV}.{part}": tensor for part, tensor in factors.items()}
+    assert for_model(tensors, lambda name: 6 if "attn_to_" in name else None).keys() == tensors.keys()
+    assert "magnitudes are by input, so they belong to the whole weight; it stays whole" in caplog.text
