@@ -1,6 +1,4 @@
-"""The plan of a generation: its phases rehearsed one after the other, each with its own networks on the
-device.
-"""
+"""Memory plan of a generation: rehearse its phases one by one, each with its own networks on the device."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -63,42 +61,41 @@ logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
-# frames of a video: by then a VAE that goes from frame to frame, four at a time, holds all it will ever hold
+# frames of a video: after these a VAE that decodes four frames at a time has reached its peak
 DECODED = 13
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes of tensors that the device is expected to hold at most."""
+    """Expected peaks of device memory for tensors, in bytes."""
 
-    most: int  # of all phases
+    most: int  # over all phases
     decoding: int  # while latents become pixels
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The phases of one request, the transformer's as a function of how many blocks are swapped."""
+    """Phases of one request; the transformer's is a function of the number of swapped blocks."""
 
     before: tuple[Phase, ...]  # texts and inputs
     after: tuple[Phase, ...]  # decoding
     denoising: Callable[[int], Phase]
-    most: int  # blocks that can be swapped
+    most: int  # largest number of blocks that can be swapped
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
-        """All phases with so many blocks swapped."""
+        """Return the plan of all phases with this number of blocks swapped."""
         return MemoryPlan("Memory plan", (*self.before, self.denoising(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
-        """Bytes of the device while denoising."""
+        """Return the device memory of denoising with this number of blocks swapped, in bytes."""
         return self.denoising(blocks).device
 
 
 def predict(family: Family, options: GenerationOptions, request: Request, device: torch.device) -> Prediction:
-    """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
-    as loading does.
+    """Rehearse all phases without reading weights. Raises the errors that loading would raise.
 
-    request: as `Family.prepare` returned it. Products in 8 bits are rehearsed as products in 16 bit of the
-    same weights.
+    request: as `Family.prepare` returned it. LoRAs are merged while loading and so take no memory. Products
+    in 8 bits are rehearsed as products in 16 bits of the same weights.
     """
     extra = workspace(device, is_training=False)
     texts, encoded = rehearse_texts(family, request, extra)
@@ -112,7 +109,7 @@ def predict(family: Family, options: GenerationOptions, request: Request, device
 def rehearse_texts(
     family: Family, request: Request, extra: Part
 ) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
-    """A phase for each text encoder, and what they make of the prompts, without content."""
+    """Return a phase for each text encoder, and its outputs for the prompts as tensors without content."""
     wanted = wanted_texts(family, request)
     phases: list[Phase] = []
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
@@ -132,7 +129,7 @@ def rehearse_texts(
 def rehearse_inputs(
     family: Family, request: Request, extra: Part
 ) -> tuple[Phase | None, Mapping[int, Conditions]]:
-    """The phase in which images and videos become conditions; None where there are none."""
+    """Return the phase that encodes images and videos as conditions; None if there are none."""
     if not family.needs_media(request):
         return None, encode_inputs(family, NO_ENCODERS, [request])[0]
     encoders = family.media_encoders(META)
@@ -152,11 +149,9 @@ def rehearse_denoising(
     inputs: Mapping[int, Conditions],
     extra: Part,
 ) -> tuple[Callable[[int], Phase], int]:
-    """The phase in which the transformer works, as a function of how many blocks are swapped, and how many
-    can be at most.
-    """
+    """Return the denoising phase as a function of the number of swapped blocks, and the largest number."""
     speed = options.speed
-    choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
+    choice = replace(speed.attention.choice, mode="sdpa")  # stands in for all kernels
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap.img_in_txt_in_offloading)
@@ -174,7 +169,7 @@ def rehearse_denoising(
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             predict_at = predictor(family, lambda _: dit, section.noise, FIRST_TIMESTEP, options.split_uncond)
-            with ledger.guessing():  # a family may look at the timestep
+            with ledger.guessing():  # a family may read the timestep's value
                 make_guidance(request, options.guidance, steps)(0, predict_at, section)
             return dict(ledger.peaks)
 
@@ -182,9 +177,7 @@ def rehearse_denoising(
     place_name, moment = largest(moments)
 
     def phase(count: int) -> Phase:
-        note = (
-            f"; {count} blocks swapped, {gib(swaps[count].ring)} to pass through" if swaps[count].host else ""
-        )
+        note = f"; {count} blocks swapped, {gib(swaps[count].ring)} of buffers" if swaps[count].host else ""
         parts = parts_of(moment, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
         return Phase("denoising", (*parts, extra))
 
@@ -192,7 +185,7 @@ def rehearse_denoising(
 
 
 def rehearse_decoding(family: Family, request: Request, extra: Part) -> Phase:
-    """The phase in which latents become pixels."""
+    """Return the phase that decodes latents to pixels."""
     encoders = family.media_encoders(META, images=False)
     width, height, frames = request.size
     with dry_run() as ledger, torch.no_grad():
@@ -207,7 +200,7 @@ def rehearse_decoding(family: Family, request: Request, extra: Part) -> Phase:
 
 
 def phase_of(name: str, ledger: Ledger, extra: Part) -> Phase:
-    """A phase with one network and one place."""
+    """Return a phase in which one network works at one place."""
     _, moment = largest(ledger.peaks)
     parts = [
         Part("weights", moment.get(WEIGHTS, 0)),
@@ -217,8 +210,9 @@ def phase_of(name: str, ledger: Ledger, extra: Part) -> Phase:
 
 
 def solid(conditions: Conditions) -> Conditions:
-    """Conditions that outlive their rehearsal: real tensors of their sizes; whole numbers, which have values,
-    as they are.
+    """Return conditions that outlive their rehearsal: real tensors of the same sizes.
+
+    Whole numbers, whose values matter, stay as they are.
     """
 
     def real(tensor: Tensor) -> Tensor:
@@ -231,7 +225,7 @@ def solid(conditions: Conditions) -> Conditions:
 
 
 def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
-    """Print the plan of the request that takes most. Nothing large is loaded, and no GPU is needed."""
+    """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
     with quiet():
         request, prediction = predict_largest(family, options, largest_requests(family, options), device)
     present(
@@ -246,18 +240,17 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
 def predict_largest(
     family: Family, options: GenerationOptions, requests: Sequence[Request], device: torch.device
 ) -> tuple[Request, Prediction]:
-    """Of requests the one that takes most while denoising, and its prediction."""
+    """Return the request that needs most memory while denoising, and its prediction."""
     predictions = [(request, predict(family, options, request, device)) for request in requests]
     return max(predictions, key=lambda each: each[1].device(0))
 
 
 def largest_requests(family: Family, options: GenerationOptions) -> list[Request]:
-    """Of what the command line or its file of prompts asks for, what no other equals both in pixels of a
-    frame and in frames.
+    """Return the requests that no other request exceeds in both frame size and number of frames.
 
-    Usually it is one. Which takes most only a rehearsal knows: where a video is made in sections, a long one
-    takes no more. Lines that cannot be made are passed over, as long as one can; what is wrong with them is
-    told when their turn comes.
+    Usually there is one. Which of several needs most memory only a rehearsal can tell: a video that is made
+    in sections needs no more memory when it is longer. Invalid lines are skipped if at least one line is
+    valid; their errors are reported when their turn comes.
     """
     lines = (
         [""] if options.from_file is None else [line for _, line in read_generation_lines(options.from_file)]
@@ -271,7 +264,7 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Request
         except UserError as error:
             errors.append(error)
     if not requests:
-        raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: it has no prompt")
+        raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: the file has no prompt")
     sizes = {
         (width * height, frames): request for request in requests for width, height, frames in [request.size]
     }
@@ -284,7 +277,7 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Request
 
 
 def with_scale(request: Request) -> Request:
-    """The request with a guidance scale; without one there is no guidance."""
+    """Return the request with a guidance scale; 1, which means no guidance, if it has none."""
     return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
 
 
@@ -296,12 +289,12 @@ def advice(
     room: Room,
     device: torch.device,
 ) -> list[str]:
-    """What to change so that all phases fit, the cheapest first; each line adds to those before it."""
+    """List changes that make all phases fit, the cheapest first; each adds to those before it."""
     lines: list[str] = []
     for phase in (*prediction.before, *prediction.after):
         if phase.device > room.usable:
             smaller = SMALLER.get(phase.name, "the text encoder in fp8, --fp8_llm or --fp8_t5")
-            lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: {smaller}")
+            lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: use {smaller}")
     if prediction.device(0) <= room.usable:
         return lines
     speed = options.speed
@@ -311,17 +304,20 @@ def advice(
             prediction = predict(family, fp8, request, device)
         needed = prediction.device(0)
         lines.append(
-            f"--fp8_scaled: {gib(needed)} GiB while denoising" + (" fits" if needed <= room.usable else "")
+            f"--fp8_scaled: {gib(needed)} GiB while denoising" + (", fits" if needed <= room.usable else "")
         )
         if needed <= room.usable:
             return lines
     count = smallest_swap(prediction.device, prediction.most, room.usable)
     if count is not None:
-        return [*lines, f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB while denoising fits"]
+        return [
+            *lines,
+            f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB while denoising, fits",
+        ]
     return [
         *lines,
-        f"fewer frames or a smaller size: even --blocks_to_swap {prediction.most} leaves "
-        f"{gib(prediction.device(prediction.most))}",
+        f"fewer frames or a smaller size: even --blocks_to_swap {prediction.most} needs "
+        f"{gib(prediction.device(prediction.most))} GiB",
     ]
 
 
@@ -334,10 +330,9 @@ SMALLER = {
 def resolved(
     family: Family, options: GenerationOptions, device: torch.device, room: Room | None
 ) -> tuple[GenerationOptions, Peaks | None]:
-    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for; and the
-    predicted peaks.
+    """Replace --blocks_to_swap auto by a number before loading; return the options and predicted peaks.
 
-    room: of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError where auto cannot be
+    room: memory of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError if auto cannot be
     resolved.
     """
     is_auto = options.speed.swap.is_auto
@@ -348,11 +343,11 @@ def resolved(
     except OptionError as error:
         if not options.interactive:
             raise
-        if is_auto:  # what the command line lacks may come with every line
+        if is_auto:  # without it, each line may give what the command line lacks
             raise MemoryPlanError(
-                "--blocks_to_swap auto with --interactive: the command line has to say what may be made, "
-                f"and cannot: {error}\n"
-                "  Give what it lacks, or a number of blocks."
+                "--blocks_to_swap auto with --interactive needs a complete request on the command line: "
+                f"{error}\n"
+                "  Add the missing options, or give a number of blocks."
             ) from error
         return options, None
 
@@ -372,5 +367,5 @@ def resolved(
 
 
 def with_swap(options: GenerationOptions, blocks: int) -> GenerationOptions:
-    """The options with a number of blocks to swap."""
+    """Return the options with this number of blocks to swap."""
     return replace(options, speed=swapping(options.speed, blocks))
