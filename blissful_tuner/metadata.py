@@ -1,6 +1,4 @@
-"""What an output says about how it was made: `bt_*` texts in latent files, PNG and Matroska, with the known
-tools' keys.
-"""
+"""Metadata of outputs: `bt_*` texts in latent files, PNG and Matroska, with the keys of existing tools."""
 
 import math
 import re
@@ -15,20 +13,20 @@ from modules.contract.generation import Request
 TUNER_VERSION = "reelsmith 0.1.0"
 NOT_SET = "N/A"
 
-# options of generation scripts that the record has no entry for, because they change no pixel
+# options of generation scripts that are not recorded, because they change no pixel
 NO_PIXELS = frozenset(
     {
-        # what is written, and where
+        # what is written and to which path
         *("save_path", "output_type", "no_metadata", "no_progressive_save", "keep_pngs"),
-        *("codec", "container"),  # the file itself says how it is compressed
-        *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),  # what the run is to do
-        # memory: equal to the bit
+        *("codec", "container"),  # the file itself stores its compression
+        *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),  # the mode of the run
+        # memory: the result is equal to the bit
         *("blocks_to_swap", "img_in_txt_in_offloading", "vae_cache_cpu", "vae_chunk_size"),
         *("lycoris", "dit_in_channels"),  # not needed; a check
     }
 )
-# those whose values for one video stand in it under these names: a line of prompts, an image or the task may
-# say something else
+# options recorded under these names with the value of the one video: a prompt line, an image or the task may
+# override the command line
 OF_REQUEST: Mapping[str, tuple[str, ...]] = {
     **{
         name: (name,)
@@ -56,7 +54,7 @@ OF_REQUEST: Mapping[str, tuple[str, ...]] = {
     "lora_weight": ("lora_0",),
     "lora_multiplier": ("lora_0",),
 }
-# what latents are decoded with; a run that only decodes says it anew
+# settings of decoding; a run that only decodes records its own
 OF_DECODING = frozenset(
     {
         "vae",
@@ -77,11 +75,10 @@ def output_metadata(
     settings: Mapping[str, Any] | None = None,
     device: str | None = None,
 ) -> dict[str, str]:
-    """Metadata of one output: all that its pixels depend on; of files their names, without the folders they
-    lie in.
+    """Return the metadata of one output: all that its pixels depend on; files by name, without folders.
 
-    model: `Family.metadata`. loras: file name and multiplier of each LoRA. settings: the script's options
-    that are not as they are without being given, by name. device: the kind that made it.
+    model: `Family.metadata`. loras: file name and multiplier of each LoRA. settings: options of the script,
+    by name, whose values differ from their defaults. device: the type of device, such as cuda.
     """
     values: dict[str, object] = {
         "model_type": model.get("model_type"),
@@ -119,9 +116,7 @@ def output_metadata(
 
 
 def decoded_metadata(saved: Mapping[str, str], settings: Mapping[str, Any], fps: float) -> dict[str, str]:
-    """Metadata of pixels that were decoded from a latent file: what that says of itself, and what this run
-    decoded it with.
-    """
+    """Return the metadata of pixels decoded from a latent file: the file's own and this run's settings."""
     kept = {
         name: text for name, text in saved.items() if name.removeprefix("bt_") not in OF_DECODING | {"fps"}
     }
@@ -144,35 +139,28 @@ def _as_text(value: Any) -> str:
 
 
 def _without_folders(text: str) -> str:
-    """Paths, one a line or given by section (`0:a/first.png;;;1-2:b/then.png`), as the names at their
-    ends.
-    """
+    """Reduce paths, one per line or by section (`0:a/first.png;;;1-2:b/then.png`), to file names."""
     return re.sub(r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]", r"\1", text)
 
 
 def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The same for PNG and Matroska, where a value is one line: line breaks become a backslash and n."""
+    """Return metadata for PNG and Matroska, whose values are one line: a line break becomes a `\\n`."""
     return {key: value.replace("\r\n", "\n").replace("\n", "\\n") for key, value in metadata.items()}
 
 
 def value_in(metadata: Mapping[str, str], name: str) -> str | None:
-    """What a file says under `bt_{name}`, or under `name` as some of the known tools write it; None where it
-    says nothing.
-    """
+    """Return the value of `bt_{name}`, or of `name` as some existing tools write it; None if missing."""
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 
 def seed_in(metadata: Mapping[str, str]) -> int:
-    """The seed that is stored, 0 where there is none.
-
-    Not read as a float: that would round seeds above 2^53.
-    """
+    """Return the stored seed, 0 if there is none. Not read as a float, which would round seeds above 2^53."""
     text = (value_in(metadata, "seeds") or "").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
 
 
 def frame_rate_in(metadata: Mapping[str, str]) -> float | None:
-    """The frame rate that is stored, or None where there is none."""
+    """Return the stored frame rate, or None."""
     try:
         rate = float(value_in(metadata, "fps") or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Options of guidance, of output formats, and of the further ideas of this folder. Standard library only."""
+"""Options of guidance, output formats and the other features of this folder. Standard library only."""
 
 import argparse
 import logging
@@ -10,13 +10,13 @@ from modules.options import add_unsupported
 
 logger = logging.getLogger(__name__)
 
-STRENGTH = 0.8  # of --video_path, where nothing is said
+STRENGTH = 0.8  # default of --strength for --video_path
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """How classifier-free guidance is varied beyond its scale."""
+    """Options of classifier-free guidance besides its scale."""
 
     cfg_skip_mode: str  # which steps run without guidance; "none": all run with it
     cfg_apply_ratio: float | None  # share of the steps that keep guidance
@@ -25,7 +25,7 @@ class GuidanceOptions:
     slg_scale: float
     slg_start: float  # shares of the steps
     slg_end: float
-    guidance_rescale: float  # share of the deviation added by guidance that is taken back
+    guidance_rescale: float  # share of the deviation added by guidance that is undone
 
     def __post_init__(self) -> None:
         if self.cfg_skip_mode != "none" and self.cfg_apply_ratio is None:
@@ -42,7 +42,7 @@ class GuidanceOptions:
         for option, share in (("--slg_start", self.slg_start), ("--slg_end", self.slg_end)):
             if not math.isfinite(share):
                 raise OptionError(f"{option} {share}: give a share of the steps from 0 to 1")
-        if not 0 <= self.guidance_rescale <= 1:  # nan too
+        if not 0 <= self.guidance_rescale <= 1:  # also true for NaN
             raise OptionError(f"--guidance_rescale {self.guidance_rescale}: give a share from 0 to 1")
         if (self.slg_mode is None) != (self.slg_layers is None):
             given, missing = (
@@ -53,7 +53,7 @@ class GuidanceOptions:
 
     @property
     def skipped_layers(self) -> frozenset[int]:
-        """The blocks that skip-layer guidance leaves out; none where it is off."""
+        """Blocks that skip-layer guidance skips; empty if it is off."""
         if self.slg_mode is None or not self.slg_layers:
             return frozenset()
         try:
@@ -67,7 +67,7 @@ class GuidanceOptions:
         return layers
 
 
-# guidance at every step, nothing else: training samples
+# for training samples: guidance at every step, nothing else
 PLAIN_GUIDANCE = GuidanceOptions("none", None, None, None, 3.0, 0.0, 0.3, 0.0)
 
 
@@ -81,15 +81,14 @@ class FormatOptions:
 
     @property
     def suffix(self) -> str:
-        """The suffix of a video file. ProRes needs Matroska."""
+        """Suffix of a video file; ProRes needs Matroska."""
         return ".mkv" if self.codec == "prores" else f".{self.container}"
 
 
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `GuidanceOptions` and --cfg_schedule; guidance ideas that are not built yet are
-    refused.
+    """Declare the options of `GuidanceOptions` and --cfg_schedule; refuse guidance that is not supported yet.
 
-    Scripts that have --guidance_rescale add it by `add_rescale_argument` as well.
+    Scripts that have --guidance_rescale also call `add_rescale_argument`.
     """
     parser.set_defaults(guidance_rescale=0.0)
     group = parser.add_argument_group("guidance")
@@ -97,19 +96,21 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg_schedule",
         type=str,
         default=None,
-        help="steps with guidance, counted from 1, e.g. '1-10, e~3:6.5, !7': numbers, ranges, every n-th, "
-        "own "
-        "scale, exclusion",
+        help="steps with guidance, counted from 1: numbers, ranges, every n-th, with their own scale, or "
+        "excluded, e.g. '1-10, e~3:6.5, !7'",
     )
     group.add_argument(
         "--cfg_skip_mode",
         type=str,
         default="none",
         choices=CFG_SKIP_MODES,
-        help="which steps go without guidance, to save time",
+        help="steps that run without guidance, to save time",
     )
     group.add_argument(
-        "--cfg_apply_ratio", type=float, default=None, help="share of the steps that keep guidance, 0 to 1"
+        "--cfg_apply_ratio",
+        type=float,
+        default=None,
+        help="with --cfg_skip_mode: share of the steps that keep guidance, 0 to 1",
     )
     group.add_argument(
         "--slg_mode",
@@ -117,8 +118,7 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         choices=["original", "uncond"],
         help="skip-layer guidance: original adds a third pass that skips the layers, uncond skips them in "
-        "the "
-        "negative pass",
+        "the negative pass",
     )
     group.add_argument(
         "--slg_layers", type=str, default=None, help="numbers of the blocks to skip, e.g. 9,10"
@@ -144,9 +144,9 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rescale_argument(group: argparse._ArgumentGroup) -> None:
-    """--guidance_rescale, which not all scripts have."""
+    """Declare --guidance_rescale, which not all scripts have."""
     text = (
-        "share of the deviation added by guidance that is taken back, 0 to 1: against pictures that are too "
+        "share of the deviation added by guidance that is undone, 0 to 1: against pictures that are too "
         "strong"
     )
     group.add_argument("--guidance_rescale", type=float, default=0.0, help=text)
@@ -165,7 +165,7 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_later_arguments(parser: argparse.ArgumentParser) -> None:
-    """List the ideas of this folder that are not built yet; using one is refused with its reason."""
+    """Declare the features that are not supported yet; using one is refused with its reason."""
     group = parser.add_argument_group("not supported yet")
     preview = "watch the progress bar instead"
     add_unsupported(
@@ -199,7 +199,7 @@ def add_later_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_video_to_video_arguments(parser: argparse.ArgumentParser) -> None:
-    """--video_path and --strength."""
+    """Declare --video_path and --strength."""
     group = parser.add_argument_group("video to video")
     group.add_argument(
         "--video_path",
@@ -207,14 +207,12 @@ def add_video_to_video_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="video, or folder of images, to start from instead of noise",
     )
-    text = "with --video_path: share of the steps that are made on it; 1 leaves nothing of it"
+    text = "with --video_path: share of the steps that are made; 1 replaces the video completely"
     group.add_argument("--strength", type=float, default=STRENGTH, help=text)
 
 
 def refuse_video_to_video(parser: argparse.ArgumentParser) -> None:
-    """List video-to-video for families whose scripts do not have it yet; using it is refused with its
-    reason.
-    """
+    """Declare video-to-video for scripts that do not support it yet; using it is refused with its reason."""
     group = parser.add_argument_group("video to video")
     reason = "videos start from noise; use an image-to-video or a Fun-Control task"
     add_unsupported(group, "--video_path", type=str, default=None, reason=reason, help="video to start from")

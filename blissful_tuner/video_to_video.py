@@ -1,4 +1,4 @@
-"""Video-to-video: denoising begins with a video under noise, at a later step of the schedule."""
+"""Video-to-video: start denoising from a noisy video, at a later step of the schedule."""
 
 from torch import Tensor
 
@@ -8,8 +8,9 @@ from modules.flow.schedule import Schedule, add_noise
 
 
 def steps_to_make(request: Request) -> int:
-    """How many of a prepared request's steps are made: all from noise; from a video the last ones, and at
-    least one.
+    """Return how many of a prepared request's steps are made: all from noise, the last ones from a video.
+
+    At least one.
     """
     assert request.steps is not None
     if request.video_path is None:
@@ -19,7 +20,5 @@ def steps_to_make(request: Request) -> int:
 
 
 def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """What denoising begins with at that step: clean latents and noise, both B C F H W, as the schedule mixes
-    them there.
-    """
+    """Mix clean latents with noise, both B C F H W, as the schedule does at this step."""
     return add_noise(source.float(), noise, schedule.sigmas[step].expand(len(noise)).to(noise.device))

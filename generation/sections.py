@@ -1,6 +1,4 @@
-"""From a checked request to clean latents: the family says what to denoise, one section after the other, and
-gets the results.
-"""
+"""From a checked request to clean latents: denoise the family's sections one after the other."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -35,13 +33,13 @@ def make_latents(
     split: bool = True,
     on_section: OnSection | None = None,
 ) -> Tensor:
-    """Make the latents of one request that `Family.prepare` has filled. Returns B C F H W in model space,
-    float32, on the device.
+    """Generate the latents of one request that `Family.prepare` has filled in.
+
+    Returns B C F H W in model space, float32, on the device.
 
     prompts, inputs: by section, from `session.encode_texts` and `session.encode_inputs` (on the CPU). dit_at:
-    timestep -> the network to call, which is left as it is: evaluation mode and its device are the caller's.
-    split: see `denoise`. on_section: told of each section before it is denoised; the network may leave its
-    device meanwhile.
+    timestep -> the network to call; the caller sets its device and evaluation mode. split: see `denoise`.
+    on_section: called with each section before it is denoised; the network may leave its device meanwhile.
     """
     assert request.steps is not None  # `prepare` has set them
     assert request.flow_shift is not None
@@ -65,7 +63,7 @@ def make_latents(
 
 
 def start_of(section: Section, solver: Solver, request: Request) -> Start:
-    """Noise at the first step, or what a section starts from at a later one."""
+    """Return noise at the first step, or the section's start at a later one."""
     if section.source is None:
         return Start(section.noise)
     step = solver.schedule.num_steps - steps_to_make(request)
@@ -73,7 +71,7 @@ def start_of(section: Section, solver: Solver, request: Request) -> Start:
 
 
 def on_device(section: Section, device: torch.device) -> Section:
-    """The section with everything the network is given on `device`."""
+    """Return the section with all inputs of the network on `device`."""
 
     def moved(conditions: Conditions | None) -> Conditions | None:
         return None if conditions is None else conditions_to(conditions, device)
@@ -89,7 +87,7 @@ def on_device(section: Section, device: torch.device) -> Section:
 
 
 def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:
-    """Conditions whose tensors lie on `device`, but for whole numbers, which are on the host."""
+    """Move conditions to `device`, except whole numbers, which stay on the host."""
     return {
         name: [sent(item, device) for item in value] if isinstance(value, list) else sent(value, device)
         for name, value in conditions.items()

@@ -41,7 +41,7 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 def fault(factors: Factors) -> str | None:
-    """Why these factors give no change to a weight, or None where they do."""
+    """Say why these factors define no change of a weight; return None if they do."""
     if "dora_scale" in factors:
         return "it has DoRA magnitudes, which are not supported"
     for pair in _PAIRS:
@@ -60,12 +60,12 @@ def fault(factors: Factors) -> str | None:
         if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
             return f"its {part} has the shape {list(tensor.shape)}"
     if "alpha" in factors and (factors["alpha"].numel() != 1 or not math.isfinite(float(factors["alpha"]))):
-        return "its alpha is no number"
+        return "its alpha is NaN or infinite"
     return None
 
 
 def rank_of(factors: Factors) -> int | None:
-    """The inner size of the factors; None where they are stored whole."""
+    """Return the inner size of the factors; None if they are stored as one matrix."""
     for part in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if part in factors:
             return int(factors[part].shape[0])
@@ -73,14 +73,14 @@ def rank_of(factors: Factors) -> int | None:
 
 
 def strength(factors: Factors) -> float:
-    """alpha / rank. A missing or zero alpha means alpha = rank; factors stored whole are not scaled."""
+    """Return alpha / rank. A missing or zero alpha means alpha = rank; whole matrices are not scaled."""
     rank = rank_of(factors)
     alpha = float(factors["alpha"]) if "alpha" in factors else 0.0
     return 1.0 if rank is None or alpha == 0 else alpha / rank
 
 
 def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
-    """Factors that give these rows of the change alone; None for LoKr, whose rows are not rows of a factor.
+    """Return factors for these rows of the change only; None for LoKr, whose rows are not rows of a factor.
 
     rows: a slice, for views, or row numbers in any order.
     """
@@ -96,10 +96,9 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
 
 
 def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
-    """What is added to the module's weight at multiplier 1: out x in (x kernel), float32, in memory of its
-    own.
+    """Return the change of the module's weight at multiplier 1: out x in (x kernel), float32, a new tensor.
 
-    None where only the bias changes. Raises RuntimeError where the factors do not go together.
+    None if only the bias changes. Raises RuntimeError if the factors do not fit together.
     """
     f = {part: tensor.to(device, torch.float32) for part, tensor in factors.items()}
     scale = strength(factors)
@@ -115,7 +114,7 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
 
 
 def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:
-    """What is added to the module's bias at multiplier 1, float32, in memory of its own, or None."""
+    """Return the change of the module's bias at multiplier 1, float32, a new tensor, or None."""
     if "diff_b" in factors:
         return factors["diff_b"].to(device, torch.float32, copy=True)
     if "lora_up.bias" in factors:

@@ -1,4 +1,4 @@
-"""Dialects of tensor names in LoRA files: recognise them, bring them into ours, write the other common one.
+"""Dialects of tensor names in LoRA files: recognise them, convert to ours, write the other common one.
 
 ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   .alpha other
 diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight        (diffusion-pipe, ComfyUI; alpha is
@@ -44,16 +44,16 @@ _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """A LoRA file's tensors under our names, and what could not be named."""
+    """Tensors of a LoRA file under our names, and the keys that have none."""
 
     tensors: dict[str, Tensor]
     dialect: str  # for messages
     text_encoder: tuple[str, ...]  # keys that change a text encoder
-    unknown: tuple[str, ...]  # keys that are no part of a LoRA, or name a part once more
+    unknown: tuple[str, ...]  # keys that are not part of a LoRA, or are duplicates
 
 
 def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> NativeTensors:
-    """Name the tensors of any dialect as we do. Values stay as they are, also a missing alpha."""
+    """Rename the tensors of any dialect to our names. Values are unchanged; a missing alpha stays missing."""
     split = {key: _split(key) for key in tensors}
     found = {key: place for key, place in split.items() if place is not None}
     names = rename_modules((module for module, _, _ in found.values()), family_hint)
@@ -71,9 +71,9 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
 
 
 def rename_modules(modules: Iterable[str], family_hint: str | None = None) -> dict[str, str]:
-    """Underscored names of any layout -> those of our layout.
+    """Map underscored names of any layout to those of our layout.
 
-    The names are looked at together to tell whose layout it is.
+    The names are compared together, because only all of them show which layout it is.
     """
     names = list(dict.fromkeys(modules))
     family = choose_family(names, family_hint)
@@ -89,7 +89,7 @@ def module_of_tensor(name: str) -> tuple[str, str]:
 
 
 def _split(key: str) -> tuple[str, str, str] | None:
-    """(underscored module, our part, dialect) of a key, or None where it is none of a LoRA for a DiT."""
+    """Split a key into (underscored module, our part, dialect); None if it is not of a LoRA for a DiT."""
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
     if ending is None or key.startswith(_TEXT_ENCODERS):
         return None
@@ -104,7 +104,7 @@ def _split(key: str) -> tuple[str, str, str] | None:
 
 
 def with_rank_as_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names in our order, each LoRA without alpha given alpha = rank as an integer."""
+    """Return the tensors in our order; a LoRA without alpha gets alpha = rank, an integer."""
     completed = {}
     for module, factors in group_by_module(tensors).items():
         if "alpha" not in factors and LORA[0] in factors:
@@ -115,18 +115,17 @@ def with_rank_as_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class OtherTensors:
-    """A LoRA in the other dialect, and the modules of ours that have no form there with the reason."""
+    """A LoRA in the other dialect, and the modules that have no form there, each with the reason."""
 
     tensors: dict[str, Tensor]
     left_out: dict[str, str]
 
 
 def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> OtherTensors:
-    """Our names -> `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
-    alpha left out.
+    """Convert our names to `diffusion_model.<path>.lora_A/lora_B.weight`.
 
-    Module paths come from the lists of the families' real modules; a name that none of them has is left out
-    and reported.
+    Both factors are multiplied by sqrt(alpha / rank); alpha is left out. Module paths come from the lists of
+    the families' real modules; unknown names are left out and reported.
     """
     modules = {name.removeprefix(OURS): factors for name, factors in group_by_module(tensors).items()}
     family = choose_family(modules, family_hint)
@@ -135,10 +134,10 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
     for name, factors in modules.items():
         path = None if family is None else module_path(name, family)
         if path is None:
-            left_out[OURS + name] = "no known model has a module of that name"
+            left_out[OURS + name] = "no known model has a module with this name"
         elif set(factors) - {"alpha", *LORA, "diff", "diff_b"}:
             left_out[OURS + name] = (
-                f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in that dialect"
+                f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
             )
         else:
             written.update({f"{OTHER}{path}.{part}": tensor for part, tensor in _folded(factors).items()})
@@ -146,7 +145,7 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
 
 
 def _folded(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LoRA factors with alpha / rank shared out between the two; whole differences as they are."""
+    """Fold alpha / rank into the two LoRA factors, half (its root) in each; keep whole differences."""
     scale = strength(factors)
     halves = {
         LORA[0]: ("lora_A.weight", math.sqrt(abs(scale))),

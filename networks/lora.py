@@ -1,4 +1,4 @@
-"""LoRA for the Linear layers of a network's blocks; `networks/lora_<family>.py` says of which."""
+"""LoRA for the Linear layers of a network's blocks; `networks/lora_<family>.py` says which blocks."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +26,9 @@ logger = getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoraTargets:
-    """Which modules of a family's network take part when nothing is said."""
+    """Modules of a family's network that get a LoRA by default."""
 
-    block_classes: frozenset[str]  # class names; their Linear and Conv2d modules take part
+    block_classes: frozenset[str]  # class names; their Linear and Conv2d modules get a LoRA
     always_excluded: str  # regular expression, matched at the start of the module path
 
 
@@ -39,12 +39,12 @@ def create_arch_network_from_weights(
     unet: nn.Module | None = None,
     **arguments: Any,
 ) -> "LoraNetwork":
-    """A network with the modules, ranks and alphas of a LoRA file's tensors; their values are not taken."""
+    """Build a network with the modules, ranks and alphas of a LoRA file's tensors, but not their values."""
     return build_network_from_weights(multiplier, weights_sd, unet, arguments)
 
 
 def builder_for(targets: LoraTargets) -> Callable[..., "LoraNetwork"]:
-    """A family's `create_arch_network`, in the call that LoRA tuners share.
+    """Return a family's `create_arch_network`, with the signature that LoRA tuners share.
 
     `vae` and `text_encoders` are not used.
     """
@@ -73,9 +73,9 @@ def build_network(
     neuron_dropout: float | None,
     arguments: Mapping[str, Any],
 ) -> "LoraNetwork":
-    """A network on the modules that targets and patterns choose.
+    """Build a network on the modules that targets and patterns select.
 
-    Raises OptionError where no module is left.
+    Raises OptionError if no module is left.
     """
     settings = read_settings(rank, alpha, neuron_dropout, arguments)
     settings = replace(settings, exclude=(*settings.exclude, re.compile(targets.always_excluded)))
@@ -91,8 +91,8 @@ def build_network(
             layers[OURS + underscored(path)] = LoraLayer(module, *size)
     if not layers:
         raise OptionError(
-            "the LoRA has no module: --network_args exclude_patterns leaves none, or --network_module is for "
-            "another model"
+            "the LoRA has no modules: --network_args exclude_patterns excludes all, or --network_module is "
+            "for another model"
         )
     return LoraNetwork(layers, settings, multiplier)
 
@@ -100,16 +100,16 @@ def build_network(
 def build_network_from_weights(
     multiplier: float, weights: Mapping[str, Tensor], unet: nn.Module | None, arguments: Mapping[str, Any]
 ) -> "LoraNetwork":
-    """A network with the modules, ranks and alphas of these tensors (any dialect); modules that the model
-    lacks are listed.
+    """Build a network with the modules, ranks and alphas of these tensors (any dialect).
 
-    Raises CheckpointError where nothing fits, or where the tensors are no plain LoRA.
+    Modules that the model does not have are logged. Raises CheckpointError if nothing fits, or if the tensors
+    are not a plain LoRA.
     """
     if unet is None:
         raise TypeError("create_arch_network_from_weights needs unet")
     for key in sorted(_FROM_FILE & {key for key, value in arguments.items() if value is not None}):
         logger.warning(
-            f"--network_args {key} is ignored, because --dim_from_weights takes the modules and ranks from "
+            f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
             "the file"
         )
     others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
@@ -149,7 +149,7 @@ _BESIDE_FILE = {"rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"
 def _modules_in_blocks(
     unet: nn.Module, block_classes: frozenset[str]
 ) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """(path, module) of each Linear and Conv2d inside a block, in the model's order."""
+    """Yield (path, module) of each Linear and Conv2d inside a block, in the model's order."""
     blocks = tuple(
         f"{path}." for path, module in unet.named_modules() if type(module).__name__ in block_classes
     )
@@ -159,14 +159,14 @@ def _modules_in_blocks(
 
 
 def _size(module: nn.Linear | nn.Conv2d, settings: LoraSettings) -> tuple[int, float] | None:
-    """(rank, alpha), or None where the module takes no part."""
+    """Return (rank, alpha), or None if the module gets no LoRA."""
     if isinstance(module, nn.Linear) or module.kernel_size == (1, 1):
         return settings.rank, settings.alpha
     return None if settings.conv_rank is None else (settings.conv_rank, settings.conv_alpha)
 
 
 class LoraNetwork(nn.Module):
-    """The LoRAs of a model. Its state dict has the tensors of a LoRA file in our dialect."""
+    """LoRAs of a model. The state dict has the tensors of a LoRA file in our dialect."""
 
     def __init__(
         self, layers: Mapping[str, LoraLayer], settings: LoraSettings, multiplier: float = 1.0
@@ -189,9 +189,9 @@ class LoraNetwork(nn.Module):
         apply_text_encoder: bool = False,
         apply_unet: bool = True,
     ) -> None:
-        """Put the LoRAs into the model they were made for.
+        """Put the LoRAs into the model they were built for.
 
-        Raises ValueError where text encoders are asked for.
+        Raises ValueError if they are requested for text encoders.
         """
         if apply_text_encoder:
             raise ValueError("this network has no modules for text encoders")
@@ -200,7 +200,7 @@ class LoraNetwork(nn.Module):
                 layer.attach()
 
     def remove(self) -> None:
-        """Take the LoRAs out of the model again."""
+        """Remove the LoRAs from the model."""
         for layer in self.layers:
             layer.detach()
 
@@ -210,7 +210,7 @@ class LoraNetwork(nn.Module):
             layer.multiplier = multiplier
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Call before each micro-batch: all dropout masks until the next call follow from this number."""
+        """Seed all dropout masks until the next call; call before each micro-batch."""
         self._seed.value = seed
         if self.settings.dropouts:
             tables = self._seed.tables(len(self.layers), self.layers[0].lora_down.weight.device)
@@ -220,8 +220,9 @@ class LoraNetwork(nn.Module):
     def prepare_optimizer_params(
         self, unet_lr: float | None = None, **_: Any
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups for the optimizer and a name of each for logs; with LoRA+ the up matrices are a
-        second group.
+        """Return parameter groups for the optimizer, and a name of each for logs.
+
+        With LoRA+ the up matrices are a second group.
         """
         rate = {} if unet_lr is None else {"lr": unet_lr}
         ratio = self.settings.loraplus_lr_ratio
@@ -239,15 +240,15 @@ class LoraNetwork(nn.Module):
         self.train()
 
     def on_step_start(self) -> None:
-        """Nothing to do at the start of a step."""
+        """Do nothing; the interface requires this method."""
 
     def get_trainable_params(self) -> Iterator[nn.Parameter]:
         return self.parameters()
 
     def load_weights(self, file: str | Path) -> list[str]:
-        """Start from a LoRA file of any dialect; returns (and warns of) what did not fit on either side.
+        """Load a LoRA file of any dialect; warn of and return what does not fit on either side.
 
-        The file's alphas come along. Raises CheckpointError where no module fits.
+        The file's alphas are loaded too. Raises CheckpointError if no module fits.
         """
         path = Path(file)
         own = group_by_module(self.state_dict())
@@ -273,7 +274,7 @@ class LoraNetwork(nn.Module):
             )
         self.load_state_dict(
             {
-                # some tools store alpha as a list of one
+                # some tools store alpha as a list with one element
                 f"{name}.{part}": tensor.reshape(own[name][part].shape)
                 for name, factors in fitting.items()
                 for part, tensor in factors.items()
@@ -291,7 +292,7 @@ class LoraNetwork(nn.Module):
     def save_weights(
         self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
     ) -> None:
-        """Write a LoRA file, complete or not at all, with the hashes of its tensors among the metadata."""
+        """Write a LoRA file, completely or not at all, with the hashes of its tensors in the metadata."""
         tensors = saved_dtype(self.state_dict(), dtype)
         save_tensors(Path(file), tensors, with_hashes(tensors, metadata or {}))
 
@@ -299,11 +300,10 @@ class LoraNetwork(nn.Module):
     def apply_max_norm_regularization(
         self, max_norm: float, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale both factors of each LoRA whose norm ||alpha / rank * up @ down|| is above `max_norm` down to
-        it.
+        """Scale down both factors of each LoRA whose norm ||alpha / rank * up @ down|| is above `max_norm`.
 
-        Returns how many were scaled, and mean and largest norm afterwards: numbers on the network's device,
-        which the host need not wait for. `device` is not needed.
+        Returns the number of scaled LoRAs, and mean and largest norm afterwards, as tensors on the network's
+        device, so that the host need not wait for them. `device` is ignored.
         """
         norms = torch.stack([_norm(layer) for layer in self.layers])
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
@@ -315,7 +315,7 @@ class LoraNetwork(nn.Module):
 
 
 def _norm(layer: LoraLayer) -> Tensor:
-    """Frobenius norm of alpha / rank * up @ down, from the two R x R products, without the large one."""
+    """Return the Frobenius norm of alpha / rank * up @ down, computed from two R x R products only."""
     down, up = layer.lora_down.weight.flatten(1), layer.lora_up.weight.flatten(1)  # R x in, out x R
     exact = torch.float32 if down.device.type == "mps" else torch.float64  # Apple GPUs have no float64
     down, up = down.to(exact), up.to(exact)

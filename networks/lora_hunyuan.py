@@ -1,6 +1,4 @@
-"""LoRA for HunyuanVideo and SkyReels V1: `--network_module networks.lora`, the name that LoRA tuners know it
-by.
-"""
+"""LoRA for HunyuanVideo and SkyReels V1: `--network_module networks.lora`, the name that LoRA tuners use."""
 
 from networks.lora import LoraTargets, builder_for, create_arch_network_from_weights
 

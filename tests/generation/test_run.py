@@ -204,7 +204,7 @@ def test_the_log_says_which_latents_stay(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         run(tmp_path / "a", "--prompt", "cat")
         run(tmp_path / "b", "--prompt", "cat", "--output_type", "both")
-    assert caplog.text.count("_latent.safetensors, until they are decoded") == 1
+    assert caplog.text.count("_latent.safetensors, kept until they are decoded") == 1
     assert caplog.text.count("_latent.safetensors\n") == 1
 
 
