@@ -201,8 +201,8 @@ def test_another_size_of_the_right_kind_is_used_with_one_log_line(
         note_size(read_once(path, read_dit_header), TASKS[task], path)
 
     assert [record.message for record in caplog.records] == [
-        f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: it is "
-        "used as it is"
+        f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: the "
+        "file is used as it is"
     ]
 
 
