@@ -189,7 +189,7 @@ def _alpha_of(frames: Tensor) -> Tensor | None:
 
 
 def _encoded(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor]) -> list[Tensor]:
-    """Encode each of `clips`, B F H W C uint8, as B C F h w in model space: in the VAE's dtype, on the CPU."""
+    """Encode each of `clips`, B F H W C uint8, as B C F h w in model space, VAE's dtype, on the CPU."""
     vae = encoders.vae
     # one after the other for all that belongs to an item
     generators = [posterior_generator(key) for key in keys]

@@ -1,5 +1,4 @@
-"""What a request for FramePack asks for, settled before anything is loaded: how many sections, their texts
-and images, one picture.
+"""Complete and check a request for FramePack before loading: number of sections, texts, images, single image.
 
 `Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.section_syntax` reads
 it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds`, `control_image_path` and
@@ -41,11 +40,10 @@ _TYPED = {"euler": "vanilla"}  # how --sample_solver calls the others
 def settled(
     request: Request, usual: SamplingDefaults, latent: LatentSpec, window: int, is_f1: bool
 ) -> Request:
-    """The request with its size, frames and numbers, its images checked; what cannot be used is warned about
-    and left out.
+    """Return the request with size, frames and numbers filled in and images checked; warn of unused options.
 
-    `frames` says how many sections there are (`sections_of`), and that it is one picture where it is 1.
-    `extra` then also says the number of sections and the window. Raises OptionError for what cannot be made.
+    `frames` gives the number of sections (`sections_of`); 1 means a single image. `extra` then also has the
+    number of sections and the window. Raises OptionError if the request cannot be met.
     """
     one_frame = request.extra.get("one_frame")
     if one_frame is not None:
@@ -79,7 +77,7 @@ def settled(
 
 
 def tell_unused_paddings(paddings: Sequence[int], request: Request, sections: int) -> None:
-    """Warn where not all of --latent_paddings count. request: settled, of so many sections."""
+    """Warn if some of --latent_paddings are unused. request: as `settled` returned it, with `sections`."""
     given = ",".join(map(str, paddings))
     if paddings and "one_frame" in request.extra:
         logger.warning("--latent_paddings %s is ignored because a single picture is made", given)
@@ -94,18 +92,18 @@ def tell_unused_paddings(paddings: Sequence[int], request: Request, sections: in
 
 
 def sections_of(request: Request, window: int) -> int:
-    """How many sections a settled request has."""
+    """Return the number of sections of a settled request."""
     assert request.frames is not None
     return max(1, (request.frames - 1) // (LATENT_STRIDE * window))
 
 
 def texts_of(request: Request, sections: int) -> tuple[str, ...]:
-    """The prompt of each section, in playing order."""
+    """Return the prompt of each section, in playing order."""
     return _resolved(parse_entries(request.prompt, "--prompt"), request, sections)
 
 
 def images_of(request: Request, sections: int) -> tuple[Path, ...]:
-    """The start image of each section, in playing order. Raises OptionError where there is none."""
+    """Return the start image of each section, in playing order. Raises OptionError if there is none."""
     text = require(_image_text(request), "--image_path", _NEEDS_IMAGE)
     return tuple(
         Path(path).expanduser() for path in _resolved(parse_entries(text, "--image_path"), request, sections)
@@ -113,12 +111,12 @@ def images_of(request: Request, sections: int) -> tuple[Path, ...]:
 
 
 def controls_of(request: Request) -> tuple[Path, ...]:
-    """The control images of a single picture."""
+    """Return the control images of a single image."""
     return _paths(request.extra, "control_image_path")
 
 
 def masks_of(request: Request) -> tuple[Path, ...]:
-    """The masks of the first control images."""
+    """Return the masks of the first control images."""
     return _paths(request.extra, "control_image_mask_path")
 
 
@@ -163,9 +161,7 @@ def _solver(request: Request) -> str:
 
 
 def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:
-    """`extra` without control images and masks that have no use; raises OptionError where one that has is not
-    there.
-    """
+    """Return `extra` without unused control images and masks. Raises OptionError if a used one is missing."""
     kept = dict(extra)
     for name in ("control_image_path", "control_image_mask_path"):
         if name in kept and "one_frame" not in kept:
@@ -185,9 +181,7 @@ def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_sections(request: Request, sections: int) -> None:
-    """Warn of texts and images for sections that there are not; raise OptionError where an image is
-    missing.
-    """
+    """Warn of texts and images for sections that do not exist. Raise OptionError if an image is missing."""
     for path in dict.fromkeys(images_of(request, sections)):
         _check_image("--image_path", path)
     for option, text in {"--prompt": request.prompt, "--image_path": _image_text(request) or ""}.items():
@@ -208,7 +202,7 @@ def _check_sections(request: Request, sections: int) -> None:
 
 
 def _check_image(option: str, path: Path) -> None:
-    """Raise OptionError where there is no image file: minutes before it would be read."""
+    """Raise OptionError if there is no image file, minutes before it would be read."""
     from modules.media.reading import image_size
 
     if not path.exists():

@@ -175,9 +175,7 @@ def tell_where_metadata_is(output: OutputOptions) -> None:
         and output.format.suffix == ".mp4"
         and not output.no_metadata
     ):
-        logger.info(
-            "MP4 files do not store the prompt and settings; --container mkv, PNG and latent files do"
-        )
+        logger.info("MP4 files store no prompt and settings; --container mkv, PNG and latent files do")
 
 
 def tell_unused_strength(strength: float | None, jobs: Sequence[Job]) -> None:

@@ -175,7 +175,7 @@ def rotary_widths(head_width: int) -> tuple[int, int, int]:
 
 
 def check_sizes(noisy: Tensor, patch_size: tuple[int, int, int], text: Tensor, mask: Tensor) -> None:
-    """Raise ValueError if latents, B C F H W, do not divide into patches or the B T mask does not fit text."""
+    """Raise ValueError if B C F H W latents are not whole patches or a B T mask does not fit the text."""
     if any(size % patch for size, patch in zip(noisy.shape[2:], patch_size, strict=True)):
         raise ValueError(f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {patch_size}")
     if mask.shape != text.shape[:2]:

@@ -1,4 +1,4 @@
-"""Cached items for training, found by their names."""
+"""Find cached items for training by their file names."""
 
 import hashlib
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CachingCommands:
-    """The two commands that make the caches of a configuration, as a user types them."""
+    """The two caching commands of a configuration, as a user types them."""
 
     latents: str = "the latent caching script"
     text: str = "the text caching script"
@@ -28,38 +28,38 @@ class CachingCommands:
 
 NO_COMMANDS = CachingCommands()
 
-_LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
+_LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # latent caches of any family
 
 
 @dataclass(frozen=True)
 class TrainingItem:
-    """A pair of cache files."""
+    """An item to train on: a latent file and a text file."""
 
     key: str  # name of the latent file without suffix
     latent_path: Path
     text_path: Path
     table: DatasetTable
-    # width, height in pixels; videos: and frames, of a section those that it decodes to
+    # width, height in pixels; for videos also frames: of a section, those that it decodes to
     bucket: tuple[int, ...]
     source_stem: str
-    parts: int = 1  # how many files of the same clip are there
-    text_keys: frozenset[str] = frozenset()  # what the text file has to hold
+    parts: int = 1  # number of files of the same clip
+    text_keys: frozenset[str] = frozenset()  # keys that the text file must have
 
 
 @dataclass(frozen=True)
 class FoundItems:
-    """What one listing of the cache folders shows."""
+    """Result of listing the cache folders."""
 
     items: tuple[TrainingItem, ...]  # sorted by table and file name
-    missing_text: tuple[Path, ...]  # text files that are not there; their items are left out
+    missing_text: tuple[Path, ...]  # missing text files; their items are left out
     empty_tables: tuple[DatasetTable, ...]  # tables without any latent cache
-    unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
+    unfinished_text: tuple[Path, ...] = ()  # text files without the output of all text encoders
 
 
 def find_items(
     config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_keys: frozenset[str] = frozenset()
 ) -> FoundItems:
-    """All items by the names of their files; none is opened. text_keys: what a whole text cache holds."""
+    """Find all items by file names, without opening files. text_keys: keys of a complete text cache."""
     items: list[TrainingItem] = []
     missing: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
@@ -91,16 +91,16 @@ def find_items(
 
 
 def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> tuple[TrainingItem, ...]:
-    """The items to train on. Items without a text cache are left out with a warning.
+    """Return the items to train on. Items without a text cache are left out with a warning.
 
-    Raises CacheError with the caching commands where a table has no usable cache at all, or text caching has
-    not come to its end.
+    Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
+    finished.
     """
     if found.unfinished_text:
         raise CacheError(
             f"{len(found.unfinished_text)} text caches are unfinished, such as {found.unfinished_text[0]}: "
-            "text caching was "
-            f"stopped before all text encoders had written.\n  Finish it with: {commands.text}"
+            "text caching was stopped before all text encoders had written.\n"
+            f"  Finish it with: {commands.text}"
         )
     usable = {item.table.index for item in found.items}
     untexted = sorted({path.parent for path in found.missing_text})
@@ -126,11 +126,10 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
 def split_validation(
     items: Sequence[TrainingItem], fraction: float
 ) -> tuple[tuple[TrainingItem, ...], tuple[TrainingItem, ...]]:
-    """Split into (training, validation): tables marked `validation` go to validation, and this fraction of
-    the others' sources.
+    """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
 
-    By source name: all crops of a clip, in all tables, fall on one side; the choice depends on nothing but
-    the names. A fraction above 0 takes at least one source and leaves at least one.
+    Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
+    takes at least one source and leaves at least one.
     """
     stems = sorted({item.source_stem for item in items if not item.table.validation}, key=_stem_hash)
     count = round(fraction * len(stems))
@@ -152,10 +151,10 @@ def _training_item(
     latent: LatentSpec,
     text_keys: frozenset[str],
 ) -> TrainingItem:
-    bucket: tuple[int, ...] = name.size  # a video's name holds the size after bucketing
+    bucket: tuple[int, ...] = name.size  # a video's name has the size after bucketing
     if table.kind == "image":
         bucket = bucket_of(table, name.size, latent.pixel_step, table.cache_directory / file_name)
-    elif name.section is not None:  # of clips of all lengths: what is stacked is equal
+    elif name.section is not None:  # sections have one size, whatever the clip's length
         bucket = (*name.size, section_frames(table.fp_latent_window_size, latent))
     elif name.span is not None:
         bucket = (*name.size, name.span[1])
@@ -167,14 +166,12 @@ def _training_item(
 
 
 def _clip_of(name: LatentName) -> LatentName:
-    """What all parts of a clip share."""
+    """Return the part of the name that all parts of a clip share."""
     return replace(name, section=None)
 
 
 def _others_in(table: DatasetTable) -> str:
-    """Words about caches in a table's folder that are there and not for this: made for another model, or of
-    another kind.
-    """
+    """Describe caches in a table's folder that cannot be used: for another model, or of another kind."""
     folder = table.cache_directory
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     other = next((name for name in names if _LATENTS_OF_ANY.search(name)), None)

@@ -1,4 +1,4 @@
-"""Cached items read, verified and stacked when their turn comes."""
+"""Read, verify and stack cached items when they are needed."""
 
 import contextlib
 import functools
@@ -32,12 +32,10 @@ from modules.errors import CacheError
 def read_batch(
     items: Sequence[TrainingItem], latent: LatentSpec, commands: CachingCommands = NO_COMMANDS
 ) -> Batch:
-    """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
-    lists.
+    """Read, check and stack the files of a batch: `latents` B C F H W; tensors of varying length stay lists.
 
-    Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other
-    options, made from a source or a caption that has changed since, or not of the shape that the
-    configuration asks for.
+    Raises CacheError with the file, the reason and the command to run if a file is damaged, was made with
+    other options, was made from a source or caption that has changed since, or has the wrong shape.
     """
     read = [_read_item(item, latent, commands) for item in items]
     first = read[0]
@@ -49,7 +47,7 @@ def read_batch(
                 (item.text_path, items[0].text_path) if in_text else (item.latent_path, items[0].latent_path)
             )
             raise CacheError(
-                f"{paths[0]} and {paths[1]} do not hold the same tensors: {odd}.\n"
+                f"{paths[0]} and {paths[1]} do not have the same tensors: {odd}.\n"
                 f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
             )
     tensors = {name: _stacked(name, items, read, commands) for name in first.tensors}
@@ -60,7 +58,7 @@ def read_batch(
 @dataclass(frozen=True)
 class _ReadItem:
     tensors: Mapping[str, Tensor]
-    text: frozenset[str]  # names of those that come from the text cache
+    text: frozenset[str]  # names of the tensors from the text cache
     variable: frozenset[str]
     caption: str
     made_by: tuple[MadeBy, ...]
@@ -75,7 +73,7 @@ def _read_item(item: TrainingItem, latent: LatentSpec, commands: CachingCommands
         if absent:
             maker = text.header.metadata.get("architecture", "")
             raise CacheError(
-                f"{item.text_path}: it is only a part of a text cache, it has no {', '.join(absent)}"
+                f"{item.text_path}: the text cache is incomplete, it has no {', '.join(absent)}"
                 + (f" (made for {maker})" if maker else "")
             )
         texts = text_records(text.header)
@@ -92,7 +90,7 @@ def _read_latents(item: TrainingItem, latent: LatentSpec) -> tuple[Entry, Latent
     entry = read_entry(item.latent_path)
     if "latents" not in entry.tensors:
         raise CacheError(
-            f"{item.latent_path}: it has no latents, so it is no cache; move it out of the cache folder"
+            f"{item.latent_path}: it has no latents, so it is not a cache; move it out of the cache folder"
         )
     record = latent_record(entry.header)
     if record is not None:
@@ -119,7 +117,7 @@ def _read_latents(item: TrainingItem, latent: LatentSpec) -> tuple[Entry, Latent
 def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec) -> None:
     size, made_for = record.options.get("size"), record.options.get("bucket")
     if size is None or made_for is None:
-        raise CacheError(f"{item.latent_path}: its record names no sizes")
+        raise CacheError(f"{item.latent_path}: its record has no sizes")
     bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step, item.latent_path)
     if tuple(made_for) != bucket:
         raise CacheError(
@@ -140,11 +138,11 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
         )
 
 
-@functools.cache  # once in a process for each item: an edit during a run does not end it
+@functools.cache  # once per process and item: an edit during a run does not stop it
 def _changed_file(folders: tuple[Path, ...], files: tuple[FileIdentity, ...]) -> Path | None:
-    """The first source that is still there and not what it was.
+    """Return the first source that has changed; None if there is none.
 
-    Sources that are gone are no fault: training needs only caches.
+    A missing source is not an error: training needs only caches.
     """
     for place, file in enumerate(files):
         path = folders[min(place, len(folders) - 1)] / file.name if folders else None
@@ -190,7 +188,7 @@ def _stacked(
 
 @contextlib.contextmanager
 def _remedy(command: str) -> Iterator[None]:
-    """Adds the command that mends it to every CacheError."""
+    """Add the command that makes the caches again to every CacheError."""
     try:
         yield
     except CacheError as error:

@@ -1,4 +1,4 @@
-"""Caption files: text beside an image or a clip."""
+"""Caption files: a text file beside an image or a clip."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ from modules.errors import DatasetError
 
 
 def caption_path(media: Path, extension: str) -> Path:
-    """Where the caption of `media` lies: its path without suffix plus `extension` (with the dot)."""
+    """Return the path of a caption: the media's path with `extension` (with the dot) as its suffix."""
     return media.with_name(media.stem + extension)
 
 
 def read_caption(path: Path) -> str | None:
-    """The text of a caption file without white space at either end; None where there is no file.
+    """Read a caption file, without white space at either end; None if there is no file.
 
-    Raises DatasetError where it is not UTF-8 or cannot be read.
+    Raises DatasetError if it is not UTF-8 or cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8-sig").strip()

@@ -99,7 +99,9 @@ def test_fp8_weights_without_their_map_are_refused(tmp_path: Path) -> None:
     path = write_dit(tmp_path, tiny_state(), "fp8_map")
     (tmp_path / "mp_rank_00_model_states_fp8_map.pt").unlink()
 
-    with pytest.raises(CheckpointError, match="mp_rank_00_model_states_fp8_map.pt, which is missing beside it"):
+    with pytest.raises(
+        CheckpointError, match="mp_rank_00_model_states_fp8_map.pt, which is missing beside it"
+    ):
         load_dit(path, CPU)
 
 
