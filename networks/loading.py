@@ -54,7 +54,7 @@ class LoraFile:
         return group_by_module(self.tensors)
 
     def family(self) -> FamilyNames | None:
-        """What it was trained for: as its metadata say, else by its names; None where nobody knows."""
+        """Return the family it was trained for, from its metadata, else its names; None if unknown."""
         return named_family(self.metadata) or choose_family(
             name.removeprefix(OURS) for name in self.modules()
         )
@@ -184,11 +184,9 @@ def _peft_alphas(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
 
 
 def import_network_module(name: str) -> ModuleType:
-    """The module that `--network_module` names: one of ours (`networks.lora_wan`) or any that offers
-    `create_network(...)`.
+    """Import the module of `--network_module`: ours (`networks.lora_wan`) or any with `create_network(...)`.
 
-    The folder the command runs in is searched too. Raises OptionError where it is not there or builds no
-    network.
+    The working folder is searched too. Raises OptionError if it cannot be imported or builds no network.
     """
     here = str(Path.cwd())
     if here not in sys.path:

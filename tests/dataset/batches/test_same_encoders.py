@@ -111,7 +111,7 @@ def test_a_tokenizer_of_a_file_may_be_that_of_the_hub(tokenizers: tuple[str, str
     """In whichever order they are read."""
     encoders = SameEncoders(COMMANDS)
     made = [MadeBy(Path("a"), "t5", {"t5": ONE, "t5_tokenizer": name}) for name in tokenizers]
-    assert "Unless the files of the encoders hold the same" in (encoders.difference(made) or "")
+    assert "Unless the encoders' files hold the same" in (encoders.difference(made) or "")
 
 
 def test_check_says_it_and_finds_nothing_wrong(tmp_path: Path) -> None:
