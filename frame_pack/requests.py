@@ -53,7 +53,7 @@ def settled(
                 "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to "
                 "--dit."
             )
-    why_not = "--f1 makes a video from its start on" if is_f1 else "a single picture has no end"
+    why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
     taken = {"end_image_path": not is_f1 and one_frame is None}
     request = with_media(request, taken, why_not)
     if request.end_image_path is not None:
