@@ -4,12 +4,12 @@ from modules.errors import OptionError
 
 
 def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int, float]:
-    """The guidance scale by step number, counted from 1; steps that are not in it run without guidance.
+    """Return the guidance scale by step number, counted from 1; other steps run without guidance.
 
-    text: comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`; `!` in front
-    excludes. Later entries win over earlier ones, exclusions over all, wherever they stand. Without a scale
-    `guidance_scale` holds. Raises OptionError naming the entry for what is no number, lies outside 1..steps,
-    or runs backwards.
+    text: comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`, by default
+    `guidance_scale`; `!` in front excludes. Later entries override earlier ones; exclusions override all
+    entries, wherever they stand. Raises OptionError naming the entry if it is not a number, lies outside
+    1..steps, or runs backwards.
     """
     scales: dict[int, float] = {}
     excluded: set[int] = set()
@@ -27,7 +27,7 @@ def _steps_of(numbers: str, steps: int, entry: str) -> range:
     if numbers.startswith("e~"):
         every = _whole(numbers[2:], entry)
         if every < 1:
-            raise _problem(entry, "every how many steps has to be at least 1")
+            raise _problem(entry, "the interval after ~ must be at least 1")
         return range(every, steps + 1, every)
     first_text, dash, last_text = numbers.partition("-")
     first = _whole(first_text, entry)
@@ -35,7 +35,7 @@ def _steps_of(numbers: str, steps: int, entry: str) -> range:
     if first > last:
         raise _problem(entry, f"it runs backwards, from {first} to {last}")
     if first < 1 or last > steps:
-        raise _problem(entry, f"there are steps 1 to {steps}")
+        raise _problem(entry, f"the steps are 1 to {steps}")
     return range(first, last + 1)
 
 
@@ -43,14 +43,14 @@ def _whole(text: str, entry: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise _problem(entry, f"{text.strip()!r} is no whole number") from None
+        raise _problem(entry, f"{text.strip()!r} is not a whole number") from None
 
 
 def _scale(text: str, entry: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise _problem(entry, f"the scale {text.strip()!r} is no number") from None
+        raise _problem(entry, f"the scale {text.strip()!r} is not a number") from None
 
 
 def _problem(entry: str, reason: str) -> OptionError:

@@ -1,9 +1,8 @@
-"""Guidance: how the velocities of a network's passes become one velocity.
+"""Guidance: combine the velocities of a network's passes into one velocity.
 
 A strategy is a `Combine`: given a step, its guidance scale and `predict`, it returns the velocity. Strategies
-wrap one another in `make_guidance`; a new idea is a function that wraps a `Combine` and a line there.
-`predict` answers a pass that was already made at this step from memory, so a strategy simply asks for every
-pass it needs.
+wrap one another in `make_guidance`; a new one is a function that wraps a `Combine`, and a line there.
+`predict` caches the passes of a step, so a strategy can ask for every pass it needs.
 """
 
 import functools
@@ -82,10 +81,10 @@ def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
 
 
 def applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:
-    """At which steps `--cfg_skip_mode` keeps guidance: int(num_steps * ratio) of them, or about so many for
-    "alternate".
+    """Return for each step whether `--cfg_skip_mode` keeps guidance.
 
-    The mode names where guidance is skipped: early, late, in the middle, or early and late.
+    int(num_steps * ratio) steps keep it, with "alternate" about that many. The mode names the steps that skip
+    it: early, late, in the middle, or early and late.
     """
     if mode == "none" or ratio is None:
         return (True,) * num_steps
@@ -103,7 +102,7 @@ def applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool,
 
 
 def _alternating(ratio: float, num_steps: int) -> tuple[bool, ...]:
-    # plain doubles: 0.6 added five times is a little below 3, and the known tools follow that
+    # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
     applied, due = [], 0.0
     for _ in range(num_steps):
         due += ratio
@@ -114,8 +113,7 @@ def _alternating(ratio: float, num_steps: int) -> tuple[bool, ...]:
 
 
 def plain_cfg(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
-    """Classifier-free guidance: from the negative velocity through the positive one, and beyond for scale >
-    1.
+    """Classifier-free guidance: extrapolate from the negative velocity through the positive one.
 
     Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
@@ -125,11 +123,10 @@ def plain_cfg(step: Step, scale: float, predict: Predict, section: Section) -> T
 
 
 def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int) -> Combine:
-    """Skip-layer guidance: a pass without some blocks shows what is weak about a picture, and guidance leads
-    away from it.
+    """Skip-layer guidance: steer away from the velocity of a pass that skips some blocks.
 
-    Source: the released code of Stable Diffusion 3.5 ("original"); "uncond" makes no further pass but weakens
-    the negative one.
+    Source: the released code of Stable Diffusion 3.5 ("original"). "uncond" needs no further pass: it skips
+    the blocks in the negative one.
     """
     layers = options.skipped_layers
     active = range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
@@ -161,9 +158,9 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
 
 
 def with_rescaling(inner: Combine, share: float) -> Combine:
-    """Take back, to a share from 0 to 1, what guidance adds to the deviation of the velocity: pictures that
-    are too strong.
+    """Undo a share (0 to 1) of the increase that guidance causes in the velocity's standard deviation.
 
+    This corrects overexposed, too contrasty pictures.
     Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
     """
     if share == 0:
@@ -180,7 +177,7 @@ def with_rescaling(inner: Combine, share: float) -> Combine:
 
 
 def remembering(predict: Predict) -> Predict:
-    """`predict` for one step that makes each pass once, however often it is asked for."""
+    """Wrap `predict` for one step so that each pass runs once, however often it is requested."""
     made: dict[tuple[int, Tweaks], Tensor] = {}
 
     def predict_once(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:

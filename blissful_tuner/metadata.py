@@ -1,6 +1,4 @@
-"""What an output says about how it was made: `bt_*` texts in latent files, PNG and Matroska, with the known
-tools' keys.
-"""
+"""Metadata of outputs: `bt_*` texts in latent files, PNG and Matroska, with the keys of existing tools."""
 
 import math
 import re
@@ -108,9 +106,7 @@ def _as_text(value: Any) -> str:
 
 
 def _without_folders(text: str) -> str:
-    """Paths, one a line or given by section (`0:a/first.png;;;1-2:b/then.png`), as the names at their
-    ends.
-    """
+    """Reduce paths, one per line or by section (`0:a/first.png;;;1-2:b/then.png`), to file names."""
     return re.sub(r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]", r"\1", text)
 
 
@@ -125,28 +121,23 @@ def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The same for PNG and Matroska, where a value is one line: line breaks become a backslash and n."""
+    """Return metadata for PNG and Matroska, whose values are one line: a line break becomes a `\\n`."""
     return {key: value.replace("\r\n", "\n").replace("\n", "\\n") for key, value in metadata.items()}
 
 
 def value_in(metadata: Mapping[str, str], name: str) -> str | None:
-    """What a file says under `bt_{name}`, or under `name` as some of the known tools write it; None where it
-    says nothing.
-    """
+    """Return the value of `bt_{name}`, or of `name` as some existing tools write it; None if missing."""
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 
 def seed_in(metadata: Mapping[str, str]) -> int:
-    """The seed that is stored, 0 where there is none.
-
-    Not read as a float: that would round seeds above 2^53.
-    """
+    """Return the stored seed, 0 if there is none. Not read as a float, which would round seeds above 2^53."""
     text = (value_in(metadata, "seeds") or "").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
 
 
 def frame_rate_in(metadata: Mapping[str, str]) -> float | None:
-    """The frame rate that is stored, or None where there is none."""
+    """Return the stored frame rate, or None."""
     try:
         rate = float(value_in(metadata, "fps") or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Options of guidance, of output formats, and of the further ideas of this folder. Standard library only."""
+"""Options of guidance, output formats and the other features of this folder. Standard library only."""
 
 import argparse
 import logging
@@ -16,7 +16,7 @@ CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """How classifier-free guidance is varied beyond its scale."""
+    """Options of classifier-free guidance besides its scale."""
 
     cfg_skip_mode: str  # which steps run without guidance; "none": all run with it
     cfg_apply_ratio: float | None  # share of the steps that keep guidance
@@ -71,7 +71,7 @@ def parse_layers(text: str | None) -> frozenset[int]:
     return layers
 
 
-# guidance at every step, nothing else: training samples
+# for training samples: guidance at every step, nothing else
 PLAIN_GUIDANCE = GuidanceOptions("none", None, None, None, 3.0, 0.0, 0.3, 0.0)
 
 
@@ -85,15 +85,14 @@ class FormatOptions:
 
     @property
     def suffix(self) -> str:
-        """The suffix of a video file. ProRes needs Matroska."""
+        """Suffix of a video file; ProRes needs Matroska."""
         return ".mkv" if self.codec == "prores" else f".{self.container}"
 
 
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `GuidanceOptions` and --cfg_schedule; guidance ideas that are not built yet are
-    refused.
+    """Declare the options of `GuidanceOptions` and --cfg_schedule; refuse guidance that is not supported yet.
 
-    Scripts that have --guidance_rescale add it by `add_rescale_argument` as well.
+    Scripts that have --guidance_rescale also call `add_rescale_argument`.
     """
     parser.set_defaults(guidance_rescale=0.0)
     group = parser.add_argument_group("guidance")
@@ -101,19 +100,21 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg_schedule",
         type=str,
         default=None,
-        help="steps with guidance, counted from 1, e.g. '1-10, e~3:6.5, !7': numbers, ranges, every n-th, "
-        "own "
-        "scale, exclusion",
+        help="steps with guidance, counted from 1: numbers, ranges, every n-th, with their own scale, or "
+        "excluded, e.g. '1-10, e~3:6.5, !7'",
     )
     group.add_argument(
         "--cfg_skip_mode",
         type=str,
         default="none",
         choices=CFG_SKIP_MODES,
-        help="which steps go without guidance, to save time",
+        help="steps that run without guidance, to save time",
     )
     group.add_argument(
-        "--cfg_apply_ratio", type=float, default=None, help="share of the steps that keep guidance, 0 to 1"
+        "--cfg_apply_ratio",
+        type=float,
+        default=None,
+        help="with --cfg_skip_mode: share of the steps that keep guidance, 0 to 1",
     )
     group.add_argument(
         "--slg_mode",
@@ -148,9 +149,9 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rescale_argument(group: argparse._ArgumentGroup) -> None:
-    """--guidance_rescale, which not all scripts have."""
+    """Declare --guidance_rescale, which not all scripts have."""
     text = (
-        "share of the deviation added by guidance that is taken back, 0 to 1: against pictures that are too "
+        "share of the deviation added by guidance that is undone, 0 to 1: against pictures that are too "
         "strong"
     )
     group.add_argument("--guidance_rescale", type=float, default=0.0, help=text)
@@ -169,7 +170,7 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_later_arguments(parser: argparse.ArgumentParser) -> None:
-    """List the ideas of this folder that are not built yet; using one is refused with its reason."""
+    """Declare the features that are not supported yet; using one is refused with its reason."""
     group = parser.add_argument_group("not supported yet")
     preview = "watch the progress bar instead"
     add_unsupported(
@@ -196,7 +197,7 @@ def add_later_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_video_to_video_arguments(parser: argparse.ArgumentParser) -> None:
-    """--video_path and --strength."""
+    """Declare --video_path and --strength."""
     group = parser.add_argument_group("video to video")
     group.add_argument(
         "--video_path",
@@ -204,14 +205,12 @@ def add_video_to_video_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="video, or folder of images, to start from instead of noise",
     )
-    text = "with --video_path: share of the steps that are made on it; 1 leaves nothing of it"
+    text = "with --video_path: share of the steps that are made; 1 replaces the video completely"
     group.add_argument("--strength", type=float, default=STRENGTH, help=text)
 
 
 def refuse_video_to_video(parser: argparse.ArgumentParser) -> None:
-    """List video-to-video for families whose scripts do not have it yet; using it is refused with its
-    reason.
-    """
+    """Declare video-to-video for scripts that do not support it yet; using it is refused with its reason."""
     group = parser.add_argument_group("video to video")
     reason = "videos start from noise; use an image-to-video or a Fun-Control task"
     add_unsupported(group, "--video_path", type=str, default=None, reason=reason, help="video to start from")

@@ -1,4 +1,4 @@
-"""Video-to-video: denoising begins with a video under noise, at a later step of the schedule."""
+"""Video-to-video: start denoising from a noisy video, at a later step of the schedule."""
 
 from torch import Tensor
 
@@ -6,9 +6,7 @@ from modules.flow.schedule import Schedule, add_noise
 
 
 def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """What denoising begins with at that step: clean latents and noise, both B C F H W, as the schedule mixes
-    them there.
-    """
+    """Mix clean latents with noise, both B C F H W, as the schedule does at this step."""
     sigmas, alphas = (
         levels[step].float().expand(len(noise)).to(noise.device)
         for levels in (schedule.sigmas, schedule.alphas)

@@ -1,4 +1,4 @@
-"""What training reads from caches, checked, as the transformer is given it."""
+"""Check what training reads from caches, and name it as the transformer's arguments."""
 
 import logging
 from collections.abc import Mapping
@@ -15,8 +15,7 @@ from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
-# what is finished, by resolution: latents as caches name them, as the transformer's argument is called, and
-# their places
+# finished latents by resolution: their name in caches, the transformer's argument, and their indices
 HISTORY = {
     "latents_clean": ("clean_latents", "clean_latent_indices"),
     "latents_clean_2x": ("clean_latents_2x", "clean_latent_2x_indices"),
@@ -29,11 +28,10 @@ _NEEDED = ("latent_indices", "image_embeddings")
 
 
 def conditions_of(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
-    """Texts, image, places and history of a batch, as caches name them; a kind of history may have no
-    latents, or be missing.
+    """Return texts, image, indices and history of a batch, under their names in caches.
 
-    config: of the transformer in the file `dit`. Raises CacheError naming the item and the command that mends
-    it, where something is not there or does not go together.
+    A kind of history may have no latents, or be missing. config: of the transformer in the file `dit`. Raises
+    CacheError naming the item and the command to run if something is missing or does not fit together.
     """
     batch.check(dict.fromkeys(sorted(TEXT_KEYS), TEXTS_AGAIN), "the transformer")
     texts = {"llama_vec": config.text_dim, "clip_l_pooler": config.pooled_dim}
@@ -58,11 +56,10 @@ def conditions_of(batch: Batch, config: FramePackConfig, dit: Path) -> Condition
 
 
 def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
-    """Warn once where caches hold something else than samples are made as. is_f1: --f1; one_frame:
-    --one_frame.
+    """Warn once if caches and samples differ in kind. is_f1: --f1; one_frame: --one_frame.
 
-    The caches of both have the same names. In F1 the neighbour in time stands before the target, else behind
-    it. Pictures, which have no coarse history, are of neither order.
+    The caches of both orders have the same names. In F1 the neighbour in time stands before the target, else
+    after it. Images, which have no coarse history, have neither order.
     """
     if one_frame and batch.tensor("latents").shape[2] > 1:
         _note_clips()
@@ -74,20 +71,20 @@ def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
         _note_other_order(is_f1)
 
 
-@lru_cache  # once for each, not with every batch
+@lru_cache  # warn once for each, not with every batch
 def _note_other_order(is_f1: bool) -> None:
     if is_f1:
         logger.warning(
-            "--f1 is given and sections in the caches are not for FramePack-F1: it would learn another order "
-            "than it makes videos "
-            "in. Cache again with %s --f1, or leave --f1 out if --dit is FramePack.",
+            "--f1 is given, but the sections in the caches are not for FramePack-F1: the model would learn "
+            "an order in which it does not generate. Cache again with %s --f1, or leave --f1 out if --dit is "
+            "FramePack.",
             LATENTS_AGAIN,
         )
     else:
         logger.warning(
-            "sections in the caches are for FramePack-F1 (%s --f1) and --f1 is not given: samples are made "
-            "in another order than "
-            "is learned. Give --f1, or cache again without it if --dit is not F1.",
+            "the sections in the caches are for FramePack-F1 (%s --f1), but --f1 is not given: samples are "
+            "generated in another order than the model learns. Give --f1, or cache again without it if --dit "
+            "is not F1.",
             LATENTS_AGAIN,
         )
 
@@ -95,15 +92,15 @@ def _note_other_order(is_f1: bool) -> None:
 @lru_cache
 def _note_clips() -> None:
     logger.warning(
-        "--one_frame is given and the caches hold sections of clips: videos are learned and samples are "
-        "pictures. Give the "
-        "--dataset_config whose caches were made with %s --one_frame, or leave --one_frame out.",
+        "--one_frame is given, but the caches hold sections of clips: the model learns videos, and samples "
+        "are images. Give the --dataset_config whose caches were made with %s --one_frame, or leave "
+        "--one_frame out.",
         LATENTS_AGAIN,
     )
 
 
 def _check_places(batch: Batch, tensors: Mapping[str, Tensor]) -> None:
-    """Every latent frame has a place, and all are of one size."""
+    """Raise CacheError unless every latent frame has an index and all have one size."""
     target = tensors["latents"]
     for latents, indices in {
         "latents": "latent_indices",
@@ -125,7 +122,7 @@ def _check_places(batch: Batch, tensors: Mapping[str, Tensor]) -> None:
             raise CacheError(
                 f"{batch.keys[0]}: {indices} of shape {_by(places)} ({places.dtype}) and {latents} of "
                 f"{_by(tensors[latents])} "
-                f"do not go together with latents of {_by(target)}. Cache again with {LATENTS_AGAIN}."
+                f"do not fit latents of {_by(target)}. Cache again with {LATENTS_AGAIN}."
             )
 
 

@@ -1,8 +1,7 @@
-"""The blocks of HunyuanVideo as FramePack's files have them: query, key and value apart, under diffusers'
-names.
+"""HunyuanVideo's blocks as in FramePack's files: separate query, key and value, with diffusers' names.
 
-What they compute, and in which dtype, is as in `hunyuan_model.blocks` and `hunyuan_model.token_refiner`,
-where the parts come from. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
+Computation and dtypes are those of `hunyuan_model.blocks` and `hunyuan_model.token_refiner`, whose parts are
+used. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
@@ -22,7 +21,7 @@ from modules.layers.rope import rotate
 
 
 class JointAttention(nn.Module):
-    """Latent tokens, and those of image and text with weights of their own, attend to each other."""
+    """Joint attention of latent tokens and image and text tokens; the two groups have separate weights."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -34,7 +33,7 @@ class JointAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim)
         self.norm_added_q = RMSNorm(dim // num_heads, eps)
         self.norm_added_k = RMSNorm(dim // num_heads, eps)
-        # in the order of the released code, which that of a LoRA's tensors follows
+        # in the order of the released code, which determines the order of a LoRA's tensors
         self.add_k_proj = nn.Linear(dim, dim)
         self.add_v_proj = nn.Linear(dim, dim)
         self.add_q_proj = nn.Linear(dim, dim)
@@ -56,7 +55,7 @@ class JointAttention(nn.Module):
 
 
 class SingleAttention(nn.Module):
-    """All tokens attend to each other through the same weights; the block projects what they see."""
+    """Attention among all tokens with shared weights; the block projects the result."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -77,7 +76,7 @@ class SingleAttention(nn.Module):
 
 
 class RefinerAttention(nn.Module):
-    """Text tokens attend to each other, without positions."""
+    """Attention among text tokens, without positions."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -94,7 +93,7 @@ class RefinerAttention(nn.Module):
 
 
 class Projection(nn.Module):
-    """The first layer of a feed-forward, under its name in the files."""
+    """First layer of a feed-forward, under its name in the files."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        # the second is dropout in the released code and has no weights
+        # the second entry is dropout in the released code and has no weights
         self.net = nn.ModuleList([Projection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
         self._activation = activation
 
@@ -118,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class HunyuanVideoTransformerBlock(nn.Module):
-    """Latents on one side, image and text on the other have weights of their own and share one attention."""
+    """Block in which latents, and image and text, have separate weights and share one attention."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -144,21 +143,22 @@ class HunyuanVideoTransformerBlock(nn.Module):
         )
         text = gated(text, text_gate1, text_seen)
         text = self.feed_forward(text, self.ff_context, text_shift2, text_scale2, text_gate2, tokens.dtype)
-        # the dear one last: where it is computed in pieces, a block is computed again up to here only
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
         video = self.feed_forward(gated(video, gate1, seen), self.ff, shift2, scale2, gate2, tokens.dtype)
         return torch.cat([video, text], dim=1)
 
     def feed_forward(
         self, x: Tensor, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """The last branch of a stream, added to x: B L C. Each token is treated by itself. shift, scale,
-        gate: B 1 C float32.
+        """Add the feed-forward branch of a stream to x; each token is processed independently.
+
+        x: B L C; shift, scale, gate: B 1 C float32.
         """
         return gated(x, gate, ff(modulated(self.layer_norm(x), shift, scale, dtype)))
 
 
 class HunyuanVideoSingleTransformerBlock(nn.Module):
-    """All tokens pass through the same weights; attention and feed-forward stand side by side."""
+    """Block in which all tokens share all weights; attention and feed-forward run in parallel."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -200,5 +200,5 @@ class RefinerBlock(nn.Module):
 
 
 def heads(layer: nn.Linear, x: Tensor, num_heads: int) -> Tensor:
-    """What the layer makes of B L C, cut into heads: B L N D."""
+    """Apply the layer to B L C and split the result into heads: B L N D."""
     return run(layer, x).unflatten(-1, (num_heads, -1))

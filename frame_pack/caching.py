@@ -1,9 +1,7 @@
-"""What FramePack's latent caches hold: a file for every section of a clip, or one for a picture made from
-control images.
+"""Contents of FramePack's latent caches: a file per section of a clip, or per image with control images.
 
-A section is what the network learns in one step: its true latents, and what the network will be given beside
-their noise when it makes that section (`sections.py`). The clip's own latents take the place of what
-generation would have made before.
+A section is what the network learns in one step: its true latents, and the network's other inputs when it
+generates that section (`sections.py`). The clip's own latents replace what generation would have made before.
 """
 
 import logging
@@ -24,18 +22,18 @@ from modules.media.pixels import byte_clips, to_pixels
 
 logger = logging.getLogger(__name__)
 
-# up to six seconds a clip is encoded as a whole, as by the known tuners; in memory a longer one is as large
+# a clip of up to six seconds is encoded as a whole, as in other tuners; in memory a longer one is as large
 WHOLE_FRAMES = 192
-COARSENESS = ("", "_2x", "_4x")  # at which the past is seen, as in the names of tensors
+COARSENESS = ("", "_2x", "_4x")  # of the past; as in the names of tensors
 
 
-# Which tables can be cached
+# Checks of tables
 
 
 def check_table(table: MediaTable, one_frame: bool) -> None:
-    """Raise DatasetError where a table's items are not what is asked for, or too short for a section.
+    """Raise DatasetError if a table's items are of the wrong kind, or too short for a section.
 
-    one_frame: --one_frame. Clips that are longer than whole sections are warned about.
+    one_frame: --one_frame. Warns of clips that are longer than whole sections.
     """
     if one_frame:
         _check_pictures(table)
@@ -43,12 +41,11 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
     if table.kind != "video":
         raise DatasetError(
             f"{table.name}: FramePack learns from clips, these are images. Give a video_directory or "
-            "video_jsonl_file, or "
-            "--one_frame to learn how an image is made from its control images."
+            "video_jsonl_file, or --one_frame to learn how to make an image from its control images."
         )
     if table.has_control:
         raise DatasetError(
-            f"{table.name}: FramePack follows no control video. Take control_directory or control_path out."
+            f"{table.name}: FramePack takes no control video. Remove control_directory or control_path."
         )
     least = _least_frames(table)
     if table.max_frames is not None and table.max_frames < least:
@@ -72,7 +69,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         used = video_frames(_whole_sections(table, frames), table.window)
         if used < frames:
             logger.warning(
-                "%s: of clips of %d frames the last %d are left out: %d are whole sections",
+                "%s: of clips of %d frames the last %d are left out, because %d make whole sections",
                 table.name,
                 frames,
                 frames - used,
@@ -84,21 +81,19 @@ def _check_pictures(table: MediaTable) -> None:
     if table.kind != "image":
         raise DatasetError(
             f"{table.name}: --one_frame caches images that have control images, these are videos. Leave "
-            "--one_frame out, or give "
-            "an image_directory or image_jsonl_file."
+            "--one_frame out, or give an image_directory or image_jsonl_file."
         )
     if not table.has_control:
         raise DatasetError(
-            f"{table.name}: --one_frame needs control images, from which each image is made, and there are "
-            "none. Set "
+            f"{table.name}: --one_frame needs control images, from which each image is made. Set "
             "control_directory, or control_path in every line of the list."
         )
 
 
 def count_sections(table: MediaTable, frames: int) -> int:
-    """How many sections a clip of so many frames has; a rest is left out.
+    """Return the number of sections in a clip of this many frames; left-over frames do not count.
 
-    Raises MediaError where it is too short for one.
+    Raises MediaError if it is too short for one section.
     """
     sections = _whole_sections(table, frames)
     if sections == 0:
@@ -122,11 +117,10 @@ def _least_frames(table: MediaTable) -> int:
 
 
 def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> list[list[CacheEntry]]:
-    """The sections of every clip, each with `section`, its place in the clip. Tensors are in the VAE's dtype,
-    on the CPU.
+    """Return the sections of every clip, each with `section`, its number in the clip.
 
-    The clip is encoded as a whole, a sample of the posterior of its own name; its first frame stands for the
-    start image.
+    Tensors have the VAE's dtype and are on the CPU. A clip is encoded as a whole, as a posterior sample
+    seeded by its name; its first frame serves as the start image.
     """
     window = media.table.window
     frames = video_frames(count_sections(media.table, media.frames.shape[1]), window)
@@ -136,7 +130,7 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
 
 
 def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) -> list[CacheEntry]:
-    """The sections of one clip in the order of making.
+    """Return the sections of one clip in the order of generation.
 
     latents: 1 C F h w, the start frame and whole sections.
     """
@@ -148,7 +142,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
         target, seen = targets[plan.index], order.seen(start, history)
         past = (seen.clean, seen.clean_2x, seen.clean_4x)
         named = {f"latents_clean{name}": part for name, part in zip(COARSENESS, past, strict=True)}
-        # else each holds a whole history
+        # a copy; else each section would keep the whole history
         tensors = {name: part[0].clone() for name, part in {"latents": target, **named}.items()}
         entries.append(_entry(tensors, plan.indices, features, section=plan.index))
         history = order.grown(history, target)
@@ -159,11 +153,10 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
 
 
 def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
-    """One file for every picture: its latents as the target, those of its control images before it. Each is
-    encoded alone.
+    """Return one entry for every image: its latents as the target, those of its control images before it.
 
-    Where a picture is transparent its latents are 0. switches: which black frames there are; places come from
-    the table.
+    Each image is encoded alone. Latents are 0 where it is transparent. switches: which black frames there
+    are; indices come from the table.
     """
     table = media.table
     settings = replace(
@@ -188,7 +181,7 @@ def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFra
 
 
 def _alpha_of(frames: Tensor) -> Tensor | None:
-    """B 1 H W C -> B H W of the fourth channel."""
+    """Return the fourth channel of B 1 H W C as B H W; None if there is none."""
     return frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
 
 
@@ -196,9 +189,7 @@ def _alpha_of(frames: Tensor) -> Tensor | None:
 
 
 def _encoded(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor]) -> list[Tensor]:
-    """Latents B C F h w of each of `clips` (B F H W C uint8), in model space, in the VAE's dtype and on the
-    CPU.
-    """
+    """Encode each of `clips`, B F H W C uint8, as B C F h w in model space, VAE's dtype, on the CPU."""
     vae = encoders.vae
     # one after the other for all that belongs to an item
     generators = [posterior_generator(key) for key in keys]
@@ -208,18 +199,14 @@ def _encoded(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tenso
 
 
 def _features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
-    """Image features B L C of the first of `frames`, B F H W C uint8, in the dtype of latents and on the
-    CPU.
-    """
+    """Encode the first of `frames`, B F H W C uint8, as features B L C: in the latents' dtype, on the CPU."""
     return encoders.image_encoder.encode(to_pixels(frames[:, :1]).squeeze(2)).to("cpu", encoders.vae.dtype)
 
 
 def _entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
-    """tensors: C F h w each, of which `latents` is the target. Its size stands in the names of all
-    latents.
-    """
+    """Build an entry. tensors: C F h w each; the target is `latents`, whose size all latents' names have."""
     places = {
         f"clean_latent{name}_indices": part for name, part in zip(COARSENESS, _clean(indices), strict=True)
     }

@@ -1,4 +1,4 @@
-"""Files that hold a FramePack transformer: what a file is, and loading one."""
+"""Checkpoints of the FramePack transformer: what a file is, and loading one."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ from modules.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-# FramePack and FramePack-F1 have the same tensors; nothing in a file tells one from the other
+# FramePack and FramePack-F1 have the same tensors, so their files cannot be told apart
 WHAT = "a FramePack transformer"
 FEED_FORWARD = "transformer_blocks.0.ff.net.0.proj.weight"
 DIMENSIONS = {  # for `hunyuan.read_dimensions`
@@ -36,12 +36,12 @@ MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # what H
 
 
 def read_dit_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
-    """Dimensions and dtype of an open file. Raises CheckpointError where it is no FramePack transformer."""
+    """Read dimensions and dtype of an open file. Raises CheckpointError if it is no FramePack transformer."""
     return _header(bare_names(checkpoint))
 
 
 def identify(path: Path) -> str | None:
-    """What a file is, where it is a transformer of this family; None where it is not."""
+    """Describe a file that is a transformer of this family; return None if it is not."""
     try:
         with open_checkpoint(path) as checkpoint:
             _header(bare_names(checkpoint))
@@ -55,9 +55,8 @@ def load_dit(path: Path, placement: Placement) -> FramePackModel:
 
     path: a safetensors file, or a folder of shards or its index. dtype: see
     `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and pooled text
-    and the last layer are kept in float32. `placement.patch` is given the published parameter names. Raises
-    CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not
-    know.
+    and the last layer are kept in float32. `placement.patch` is called with the published parameter names.
+    Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown tensors.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)

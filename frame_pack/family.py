@@ -1,4 +1,4 @@
-"""FramePack and FramePack-F1 as the shared loops see them."""
+"""FramePack and FramePack-F1, described for the shared loops."""
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -56,10 +56,9 @@ UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
 
 @dataclass(frozen=True)
 class FramePack:
-    """The description of FramePack for one run. Made by the `family_for_...` functions below.
+    """Description of FramePack for one run, built by the `family_for_...` functions below.
 
-    FramePack-F1 has the same networks and another order of sections; nothing in its file tells one from the
-    other.
+    FramePack-F1 has the same networks and another order of sections; their files cannot be told apart.
     """
 
     files: FramePackFiles
@@ -68,7 +67,7 @@ class FramePack:
     bulk_decode: bool = False
     paddings: tuple[int, ...] = ()  # --latent_paddings
     system_prompt: str | None = None
-    # pictures made from control images, in place of clips: in caches, and in training samples
+    # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
     rope_threshold: float | None = None  # the timestep from which on positions in a picture are multiplied
     rope_factor: float = 1.0  # by this
@@ -89,12 +88,12 @@ class FramePack:
 
     @property
     def order(self) -> Order:
-        """In which order sections are made, and what each sees."""
+        """Order in which sections are generated, and what each of them sees."""
         return F1 if self.is_f1 else ANTI_DRIFTING
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """What a generation uses where nothing is said. The flow shift comes from the size."""
+        """Defaults of a generation. The flow shift depends on the size."""
         return SamplingDefaults(
             steps=25,
             fps=float(FRAMES_PER_SECOND),
@@ -110,7 +109,7 @@ class FramePack:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """How saved files name this model."""
+        """Name of this model in saved files."""
         names = {"sd_model_name": self.files.dit, "vae_name": self.files.encoders.vae}
         return {
             "architecture": "framepack",
@@ -125,7 +124,7 @@ class FramePack:
     # encoding
 
     def text_encoders(self) -> Sequence[TextEncoder]:
-        """LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
+        """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
         given = self.files.encoders
         dtype = beside(given.text_dtype, self._dit_dtype())
         return [
@@ -141,7 +140,7 @@ class FramePack:
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """The encoders and switches that cached latents depend on."""
+        """Encoders and switches that cached latents depend on."""
         return {
             **self.files.encoders.vae_identity(self._dit_dtype()),
             "image_encoder": fingerprint(self.files.image_encoder_path),
@@ -150,23 +149,21 @@ class FramePack:
         }
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """The VAE, and SigLIP where images are to be encoded."""
+        """Return the VAE, and SigLIP if images are encoded."""
         dtype = self._dit_dtype()
         siglip = load_siglip(self.files.image_encoder_path, device, beside(None, dtype)) if images else None
         return MediaEncoders(self.files.encoders.load_vae(device, dtype), siglip)
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError where a table does not hold what is cached: long clips, or images with control
-        images.
-        """
+        """Raise DatasetError unless a table has long clips, or for --one_frame images with control images."""
         caching.check_table(table, self.one_frame is not None)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """How many sections a clip has. Raises MediaError where it is too short for one."""
+        """Return the number of sections in a clip. Raises MediaError if it is too short for one."""
         return None if self.one_frame is not None else caching.count_sections(table, frames)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """The sections of every clip, or one file for every picture.
+        """Return the sections of every clip, or one entry for every image.
 
         Stored in the VAE's dtype, in model space.
         """
@@ -181,25 +178,23 @@ class FramePack:
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """The transformer's checkpoint."""
+        """Path of the transformer's checkpoint."""
         self._check_dit()
         return (self.files.dit_path,)
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
+        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
         return kept_dtype(self.files.dit_header().block_dtype, placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """The transformer."""
+        """Load the transformer."""
         dit = load_dit(self.files.dit_path, placement)
         if self.text_multipliers is not None:
             multiply_text(dit, FRAMEPACK_REFINER, *self.text_multipliers)
         return dit
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """What training gives `predict`: everything in the caches but the latents to learn, and guidance
-        (B).
-        """
+        """Return the conditions for training: all in the caches but the target latents, and guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = conditions_of(batch, self.files.dit_header().config, self.files.dit_path)
         compare_order(batch, self.is_f1, self.one_frame is not None)
@@ -208,11 +203,11 @@ class FramePack:
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Velocity B C F H W in float32. cond: as caches name it, with guidance B.
+        """Predict the velocity, B C F H W in float32. cond: names as in caches, with guidance B.
 
-        Timesteps are rounded to the dtype of the guidance: generation rounds both to what the model computes
-        in, as the released code, training neither. Of a kind of history that has places and no latents, the
-        latents are black.
+        Timesteps are rounded to the dtype of the guidance: generation rounds both to the model's compute
+        dtype, as the released code does, training rounds neither. A kind of history with indices but without
+        latents has black latents.
         """
 
         def given(name: str) -> Tensor:
@@ -271,11 +266,11 @@ class FramePack:
         return prepared
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """There always is an image."""
+        """Return True: there is always an image."""
         return True
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """What every section is given of the images, on the CPU."""
+        """Encode the images for every section, on the CPU."""
         own: FramePackRequest = prepared.own
         return (
             video_inputs(encoders, prepared)
@@ -290,9 +285,7 @@ class FramePack:
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """One run of the denoising loop for each section, in the order of making; for a picture a single
-        one.
-        """
+        """Yield each section for the denoising loop, in the order of generation; an image has one."""
         guidance = torch.full(
             (1,), GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0), dtype=self._dit_dtype()
         )
@@ -305,12 +298,12 @@ class FramePack:
         return video_sections(prompts, inputs, noise, guidance, self.order, self.window, self.paddings)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
+        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         return decoded(encoders.vae, latents, self.window, self.bulk_decode)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """What fpack_cache_latents.py has to be told for what is trained."""
+        """Return the options of fpack_cache_latents.py that this training needs."""
         return tuple(
             switch
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
@@ -321,19 +314,19 @@ class FramePack:
         self.files.dit_header()  # opens the file
 
     def _kind_of_sections(self) -> str:
-        """Which caches are made, in words."""
+        """Describe the kind of caches."""
         if self.one_frame is None:
             return "f1" if self.is_f1 else "anti-drifting"
         left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
         return ", ".join(["one frame", *(name for name, is_so in left_out.items() if is_so)])
 
     def _dit_dtype(self) -> torch.dtype | None:
-        """What the transformer computes in; None where there is none."""
+        """Return the transformer's compute dtype; None if there is no transformer."""
         return None if self.files.dit is None else self.files.dit_header().compute_dtype
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
-    """For fpack_cache_latents.py."""
+    """Describe the family for fpack_cache_latents.py."""
     encoders = replace(_tiled(Encoders().with_vae(options.vae)), vae_tile_frames=caching.WHOLE_FRAMES)
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
@@ -344,12 +337,12 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
 
 
 def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
-    """For fpack_cache_text_encoder_outputs.py."""
+    """Describe the family for fpack_cache_text_encoder_outputs.py."""
     return FramePack(FramePackFiles(encoders=Encoders().with_text(options.text)))
 
 
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
-    """For fpack_train_network.py. What is said of sections is for samples: the caches say what is trained."""
+    """Describe the family for fpack_train_network.py; options of sections affect only its samples."""
     options = replace(options, f1=options.f1 and not options.one_frame)  # ignored then, as was warned
     return FramePack(
         _all_files(options),
@@ -364,10 +357,10 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
 
 
 def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
-    """For fpack_generate_video.py."""
+    """Describe the family for fpack_generate_video.py."""
     if options.f1 and options.latent_paddings is not None:
         logger.warning(
-            "--latent_paddings %s is ignored because --f1 makes a video from its start on",
+            "--latent_paddings %s is ignored because --f1 generates a video from its start",
             options.latent_paddings,
         )
     return FramePack(
@@ -384,14 +377,14 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
 
 
 def _tiled(encoders: Encoders) -> Encoders:
-    """FramePack's VAE is always tiled, as its clips are long."""
+    """Turn on tiling of the VAE, because FramePack's clips are long."""
     return replace(encoders, vae_tile=encoders.vae_tile or VAE_TILE)
 
 
 def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
-    """The transformer and all encoders.
+    """Return the files of the transformer and all encoders.
 
-    What is decoded together is not cut in time: sections have transitions of their own.
+    Clips that are decoded together are not tiled in time, because sections have their own transitions.
     """
     encoders = _tiled(Encoders().with_vae(options.vae).with_text(options.text))
     return FramePackFiles(options.dit, replace(encoders, vae_tile_frames=UNCUT), options.image_encoder)

@@ -1,4 +1,4 @@
-"""The files of one FramePack run: where each is, and that it is what its option says."""
+"""Files of a FramePack run: their paths, and the check that each is what its option says."""
 
 import re
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from modules.errors import CheckpointError, OptionError
 
 @dataclass(frozen=True)
 class FramePackFiles:
-    """Paths as given.
+    """Paths as the options give them.
 
-    The properties return a path that exists, or raise OptionError or CheckpointError naming the option.
+    The properties return an existing path, or raise OptionError or CheckpointError naming the option.
     """
 
     dit: Path | None = None
@@ -33,12 +33,12 @@ class FramePackFiles:
     @property
     def image_encoder_path(self) -> Path:
         return inside(
-            existing(self.image_encoder, OPTION, "FramePack sees its start image through SigLIP"),
+            existing(self.image_encoder, OPTION, "FramePack encodes its start image with SigLIP"),
             "image_encoder",
         )
 
     def dit_header(self) -> DitHeader[FramePackConfig]:
-        """What the transformer file says of itself."""
+        """Read dimensions and dtype of the transformer file."""
         return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self, *needed: str) -> None:
@@ -50,24 +50,23 @@ class FramePackFiles:
             width = read_once(path, _siglip_width)
             if width != config.image_dim:
                 raise CheckpointError(
-                    f"{OPTION} {path} gives states of {width} numbers, {self.dit_path} takes "
+                    f"{OPTION} {path} returns states of width {width}, {self.dit_path} takes "
                     f"{config.image_dim}. Give {FILES}.",
                     path,
                 )
 
 
 def saved_window(paths: Sequence[Path], otherwise: int) -> int:
-    """How many latent frames a section of saved latents has, as the files say; those that say nothing:
-    `otherwise`.
+    """Return the number of latent frames per section in files of latents; `otherwise` if they do not say.
 
-    Raises OptionError where the files differ, CheckpointError where one is damaged.
+    Raises OptionError if the files differ, CheckpointError if one is damaged.
     """
     found = {path: _window_in(path, otherwise) for path in paths}
     if len(set(found.values())) > 1:
         said = ", ".join(f"{path}: {window}" for path, window in found.items())
         raise OptionError(
-            f"--latent_path: sections of different lengths ({said} latent frames). Decode them in runs of "
-            "their own."
+            f"--latent_path: sections of different lengths ({said} latent frames). Decode them in "
+            "separate runs."
         )
     return next(iter(found.values()), otherwise)
 

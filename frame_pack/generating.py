@@ -1,4 +1,4 @@
-"""The denoising of a video section by section, of a single picture, and what becomes of latents: pixels.
+"""Denoise a video section by section, or a single image, and decode latents to pixels.
 
 Source: the released code; Zhang and Agrawala 2025, arXiv 2504.12626.
 """
@@ -39,12 +39,11 @@ def video_sections(
     window: int,
     paddings: Sequence[int],
 ) -> Sections:
-    """One run of the denoising loop for each section in the order of making; returns the latents of the
-    video, 1 C F h w.
+    """Yield each section for the denoising loop, in the order of generation; return the video's latents.
 
-    prompts, inputs: for every section, as `frame_pack.inputs.video_inputs` makes them. guidance: 1, what the
-    network is fed. Each section's noise is one draw of float32. What is made is kept on the CPU: the device
-    holds the same for any length.
+    Latents: 1 C F h w. prompts, inputs: by section, as `frame_pack.inputs.video_inputs` makes them. guidance:
+    shape 1, the network's guidance input. Each section's noise is one draw of float32. Results are kept on
+    the CPU, so that device memory does not grow with the length.
     """
     plan = order.plan(len(inputs), window, paddings)
     end = inputs[0].get("end_latents")
@@ -68,10 +67,8 @@ def video_sections(
 
 
 def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
-    """The section that was made last, with the one before or after it, for a transition as in the finished
-    video.
-    """
-    # the start image stands before the first section in playing order
+    """Return the newest section with its neighbour, so that their transition is as in the finished video."""
+    # in playing order, the start image comes before the first section
     first = window if order.in_front else window + 1
     length = 2 * window if number else first
     latents = history[:, :, :length] if order.in_front else history[:, :, -length:]
@@ -107,11 +104,10 @@ def one_frame_section(
 
 
 def decoded(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
-    """Pixels 1 3 F H W in -1..1 in playing order, on the CPU where sections are decoded two by two and
-    blended into one another.
+    """Decode latents (1 C F h w in model space) to pixels 1 3 F H W in -1..1, in playing order.
 
-    latents: 1 C F h w in model space. at_once: all together, which has no seams and takes more memory; so are
-    latents of a file that are no whole number of sections.
+    Sections are decoded in overlapping pairs and blended, on the CPU. at_once: decode all together, which has
+    no seams and takes more memory; also done if the latents are not a whole number of sections.
     """
     sections = sections_in(latents.shape[2], window)
     if at_once or sections < 2 or video_latents(sections, window) != latents.shape[2]:
@@ -128,14 +124,12 @@ def decoded(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Ite
 
 
 def decoded_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-    """Pixels of a `Piece`, 1 3 F H W in playing order: at once, and not limited to -1..1 before its
-    transitions are made.
-    """
+    """Decode a `Piece` to pixels 1 3 F H W in playing order: at once, not clamped before its transitions."""
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 
 def _placed(indices: Indices, seen: CleanLatents) -> dict[str, Tensor]:
-    """Places and finished latents as caches name them, with batch dimension."""
+    """Return indices and finished latents under their names in caches, with a batch dimension."""
     history = {
         "latents_clean": seen.clean,
         "latents_clean_2x": seen.clean_2x,
@@ -145,7 +139,7 @@ def _placed(indices: Indices, seen: CleanLatents) -> dict[str, Tensor]:
 
 
 def _places(indices: Indices) -> dict[str, Tensor]:
-    """Places alone; those of a kind that there is none of are left out."""
+    """Return the indices of all kinds that have any."""
     places = {
         "latent_indices": indices.target,
         "clean_latent_indices": indices.clean,

@@ -1,7 +1,7 @@
-"""Images of a request as what its sections are given: latents, and what the image encoder sees in them.
+"""Encode the images of a request as inputs of its sections: latents, and features of the image encoder.
 
-Every latent is a sample of the VAE's posterior, drawn from the seed of the request alone: that of a file does
-not depend on which other files there are. Source: the released code; features of masks as in kisekaeichi.
+Every latent is a sample of the VAE's posterior, seeded by the request alone: that of a file does not depend
+on the other files. Source: the released code; masks as in kisekaeichi.
 """
 
 from pathlib import Path
@@ -23,10 +23,10 @@ from modules.media.pixels import image_pixels
 
 
 def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:
-    """For each section `image_embeddings` (1 S D) and `start_latents` (1 16 1 h w) of its image; in section 0
-    also `end_latents`.
+    """Encode the image of each section: `image_embeddings` (1 S D) and `start_latents` (1 16 1 h w).
 
-    All on the CPU, latents in model space; sections with one image share its tensors.
+    Section 0 may also have `end_latents`. All on the CPU, latents in model space; sections with the same
+    image share its tensors.
     """
     own: FramePackRequest = prepared.own
     images, end_image = own.images, prepared.asked.end_image_path
@@ -43,11 +43,9 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
 
 
 def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:
-    """`image_embeddings` (1 S D) of the start image and, where there are control images, `control_latents` (1
-    16 n h w).
+    """Encode the start image as `image_embeddings` (1 S D), control images as `control_latents` (1 16 n h w).
 
-    A control's latent is multiplied by its mask: a mask's file, else the alpha channel of the control. On the
-    CPU.
+    A control's latent is multiplied by its mask: the mask file, else the control's alpha channel. On the CPU.
     """
     own: FramePackRequest = prepared.own
     (image,), controls, masks = own.images, own.controls, own.masks
@@ -67,7 +65,7 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
 
 
 def read_mask(path: Path, size: Size) -> Tensor:
-    """An image as grey, h w in 0..1. size: width and height of the latents. Raises MediaError."""
+    """Read an image as grey values, h w in 0..1. size: width and height of the latents. Raises MediaError."""
     from modules.media.reading import read_image
 
     grey = numpy.array(Image.fromarray(read_image(path)).convert("L"))
@@ -75,7 +73,7 @@ def read_mask(path: Path, size: Size) -> Tensor:
 
 
 def read_alpha(path: Path, size: Size) -> Tensor | None:
-    """How opaque an image is, h w in 0..1; None where it has no transparency. Raises MediaError."""
+    """Read the alpha channel of an image, h w in 0..1; None if it has none. Raises MediaError."""
     from modules.media.reading import read_image
 
     image = torch.from_numpy(read_image(path, alpha=True))

@@ -1,8 +1,8 @@
-"""The FramePack transformer, which FramePack-F1 has too. Module names follow the published checkpoints.
+"""The FramePack transformer, also used by FramePack-F1. Module names follow the published checkpoints.
 
-HunyuanVideo's, with finished latents in front of the noisy ones, the older the coarser, and image tokens in
-front of the text. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
-`hunyuan_model.blocks` says what is always float32.
+It is HunyuanVideo's transformer with finished latents in front of the noisy ones, the older the coarser, and
+image tokens in front of the text. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
+`hunyuan_model.blocks` lists what is always float32.
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
@@ -32,7 +32,7 @@ from modules.run_blocks import Hidden, run_blocks
 
 
 class ConditionEmbedding(nn.Module):
-    """Timestep, a vector of the text and, where asked for, guidance as one vector: B C float32."""
+    """Embed timestep, a text vector and optionally guidance as one vector: B C float32."""
 
     def __init__(self, config: FramePackConfig, text_dim: int, has_guidance: bool) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ConditionEmbedding(nn.Module):
 
 
 class Refiner(nn.Module):
-    """The refiner's blocks, under the name that the published checkpoints have for them."""
+    """The refiner's blocks, under their name in the published checkpoints."""
 
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Refiner(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """States of the language model to text tokens, given the timestep."""
+    """Turn states of the language model into text tokens, given the timestep."""
 
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class TokenRefiner(nn.Module):
         dtype: torch.dtype,
         attention: AttentionChoice,
     ) -> Tensor:
-        """As `hunyuan_model.token_refiner.TokenRefiner.forward`."""
+        """Do the same as `hunyuan_model.token_refiner.TokenRefiner.forward`."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
         return refined(
             run(self.proj_in, text).to(dtype), self.token_refiner.refiner_blocks, vector, counts, attention
@@ -88,7 +88,7 @@ class TokenRefiner(nn.Module):
 
 
 class ImageProjection(nn.Module):
-    """States of the image encoder to tokens: B S image_dim -> B S C."""
+    """Project states of the image encoder to tokens: B S image_dim -> B S C."""
 
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
@@ -100,9 +100,7 @@ class ImageProjection(nn.Module):
 
 
 class CleanEmbedding(nn.Module):
-    """Finished latents to tokens, by patches as large as those of the noisy ones, twice, or four times as
-    large along each axis.
-    """
+    """Embed finished latents; patches are 1, 2 or 4 times as large as the noisy ones' along each axis."""
 
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
@@ -115,9 +113,9 @@ class CleanEmbedding(nn.Module):
         self.proj, self.proj_2x, self.proj_4x = patches(1), patches(2), patches(4)
 
     def forward(self, latents: Tensor, times: int) -> Tensor:
-        """B in_dim F H W to B l C.
+        """Embed B in_dim F H W as B l C.
 
-        The last patches are filled up with the border's values. times: 1, 2 or 4.
+        Incomplete patches are padded with the border's values. times: 1, 2 or 4.
         """
         layer = {1: self.proj, 2: self.proj_2x, 4: self.proj_4x}[times]
         frames, rows, columns = (
@@ -129,7 +127,7 @@ class CleanEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class Given:
-    """Latents with their places: B in_dim F H W and B F."""
+    """Latents with their indices on the frame axis: B in_dim F H W and B F."""
 
     name: str  # as the argument of `FramePackModel.forward` is called
     latents: Tensor
@@ -138,14 +136,15 @@ class Given:
 
 
 class FramePackModel(nn.Module):
-    """Predicts the velocity of noisy latents, given finished ones before or after them, an image, and text in
-    two encodings.
+    """Predict the velocity of noisy latents from finished latents, an image, and two text encodings.
+
+    The finished latents come before or after the noisy ones.
     """
 
     spec = DIT
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: what `modules.attention.attend.attend` is told."""
+        """attention: passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -172,7 +171,7 @@ class FramePackModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the blocks compute in where no autocast says otherwise."""
+        """Dtype that the blocks compute in without autocast."""
         # the weight may be in 8 bits
         return self.get_parameter("transformer_blocks.0.attn.to_add_out.bias").dtype
 
@@ -231,7 +230,7 @@ class FramePackModel(nn.Module):
         image_embeddings: Tensor,
         position_scale: float,
     ) -> tuple[Tensor, Tokens]:
-        """Tokens B L+T C, and what belongs to them. given: latents front to back, the noisy ones last."""
+        """Return tokens B L+T C and the blocks' other inputs. given: latents in order, noisy ones last."""
         noisy = given[-1].latents
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = self.x_embedder(noisy)  # B C f h w
@@ -249,7 +248,7 @@ class FramePackModel(nn.Module):
         return torch.cat([*latents, image, text], dim=1), tokens
 
     def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """Tokens B L+T C to velocity B out_dim F H W of the noisy latents, float32."""
+        """Turn tokens B L+T C into the velocity of the noisy latents, B out_dim F H W in float32."""
         frames, rows, columns = tokens.grid
         scale, shift = self.norm_out(tokens.vector)
         noisy = self.layer_norm(x[:, tokens.video - frames * rows * columns : tokens.video])
@@ -281,11 +280,11 @@ def _given(name: str, latents: Tensor | None, indices: Tensor | None, times: int
         return Given(name, latents, indices, times)
     if latents is None and indices is None:
         return None
-    raise ValueError(f"{name} and their indices belong together: one was given without the other")
+    raise ValueError(f"{name} and their indices must be given together")
 
 
 def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) -> Layout:
-    # indices on the device would have the host wait for it, once for all kinds
+    # indices on the device would make the host wait for it; this waits once for all kinds
     rows: list[list[int]] = torch.cat([one.indices for one in given], dim=1).tolist()
     stretches, start = [], 0
     for one in given:

@@ -1,9 +1,8 @@
-"""One picture in place of a video: a section with a single target, whose place in time says how far it is
-from the controls.
+"""Single images: a section with one target frame, whose index in time sets the distance to the controls.
 
-`target_index` is how much the picture may change; control images stand at places of their own and take the
-part of the start image. So a model of motion edits pictures (kisekaeichi: two controls, of which one is in a
-later place; 1f-mc: two in a row).
+A larger `target_index` lets the image change more. Control images have indices too and replace the start
+image. So a model of motion edits images (kisekaeichi: two controls, one at a later index; 1f-mc: two in a
+row).
 """
 
 import logging
@@ -16,18 +15,18 @@ from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
-# before the start too, as fp_1f_clean_indices and fp_1f_target_index of a dataset
+# negative places too, as for fp_1f_clean_indices and fp_1f_target_index of a dataset
 _WHOLE = re.compile(r"-?[0-9]+")
-MOST_PLACE = 9999  # 40 is far already; more digits are a slip of the finger
+MOST_PLACE = 9999  # 40 is far already; more digits are a typing error
 
 
 @dataclass(frozen=True)
 class OneFrame:
-    """Where the target and the controls stand, and which frames that a section has are left out."""
+    """Indices of the target and the controls, and which frames of a section are left out."""
 
     target_index: int | None = None  # None: the number of latent frames in a window
-    control_indices: tuple[int, ...] = ()  # of the first controls; the others stand at 0
-    has_post: bool = True  # one black frame behind the controls
+    control_indices: tuple[int, ...] = ()  # of the first controls; the others have 0
+    has_post: bool = True  # one black frame after the controls
     has_2x: bool = True  # two black frames at half resolution
     has_4x: bool = True  # sixteen at quarter resolution
 
@@ -35,7 +34,7 @@ class OneFrame:
 def parse_one_frame(text: str) -> OneFrame:
     """Read --one_frame_inference, as "target_index=1,control_index=0;10,no_post,no_2x,no_4x" or "default".
 
-    Raises OptionError for another word or where a number is missing.
+    Raises OptionError if a word is unknown or a number is missing.
     """
     settings = OneFrame()
     for item in (piece.strip() for piece in text.split(",")):
@@ -50,10 +49,10 @@ def parse_one_frame(text: str) -> OneFrame:
             )
         elif _WHOLE.fullmatch(item):
             raise _refused(
-                text, f"{item!r} stands alone: places have a semicolon between them, as control_index=0;10"
+                text, f"{item!r} stands alone: separate indices by semicolons, as in control_index=0;10"
             )
         else:
-            raise _refused(text, f"{item!r} is none of them")
+            raise _refused(text, f"{item!r} is unknown")
     return settings
 
 
@@ -67,31 +66,29 @@ _SWITCHES: Mapping[str, Callable[[OneFrame], OneFrame]] = {
 
 def _index(number: str, text: str) -> int:
     if not _WHOLE.fullmatch(number.strip()):
-        raise _refused(text, f"{number.strip()!r} is no whole number")
+        raise _refused(text, f"{number.strip()!r} is not a whole number")
     if len(number.strip().lstrip("-")) > len(str(MOST_PLACE)):
-        raise _refused(text, f"places go to {MOST_PLACE}")
+        raise _refused(text, f"the largest index is {MOST_PLACE}")
     return int(number)
 
 
 def _refused(text: str, why: str) -> OptionError:
     return OptionError(
         f"--one_frame_inference {text!r}: {why}. Give default, no_post, no_2x, no_4x, target_index=N and "
-        "control_index=N;N, "
-        "with commas between them."
+        "control_index=N;N, separated by commas."
     )
 
 
 def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices:
-    """Places of the controls, the black frames behind them and the target. controls: how many control images
-    there are.
+    """Return the indices of the controls, the black frames after them and the target.
 
-    Without an image a black frame is the control. The order in `clean` is that of the latents: controls, then
-    the black frame.
+    controls: number of control images; without one, a black frame is the control. The order in `clean` is
+    that of the latents: controls, then the black frame.
     """
     controls = max(controls, 1)
     if len(settings.control_indices) > controls:
         logger.warning(
-            "control_index names %d places; those after the first %d are ignored because there are no more "
+            "control_index has %d indices; those after the first %d are ignored because there are no more "
             "control images",
             len(settings.control_indices),
             controls,

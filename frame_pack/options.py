@@ -22,7 +22,7 @@ from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, check_at_least
 
 logger = logging.getLogger(__name__)
 
-# options about each video, which a prompt line may give too -> their names in Request.extra
+# options of each video, which a prompt line may give too -> their names in Request.extra
 REQUEST_OPTIONS = {
     "image_path": "image_path",
     "video_seconds": "video_seconds",
@@ -38,7 +38,7 @@ ROPE_FACTOR = 0.5  # of --rope_scaling_factor, where nothing is said
 
 @dataclass(frozen=True)
 class FramePackLatentCachingOptions:
-    """Options of fpack_cache_latents.py beside the shared ones."""
+    """Options of fpack_cache_latents.py besides the shared ones."""
 
     vae: HunyuanVaeOptions
     image_encoder: Path | None
@@ -56,14 +56,14 @@ class FramePackLatentCachingOptions:
 
 @dataclass(frozen=True)
 class FramePackTextCachingOptions:
-    """Options of fpack_cache_text_encoder_outputs.py beside the shared ones."""
+    """Options of fpack_cache_text_encoder_outputs.py besides the shared ones."""
 
     text: HunyuanTextOptions
 
 
 @dataclass(frozen=True)
 class FramePackTrainingOptions:
-    """Options of fpack_train_network.py beside the shared ones."""
+    """Options of fpack_train_network.py besides the shared ones."""
 
     dit: Path | None = field(metadata=FREE)  # resume compares its name
     vae: HunyuanVaeOptions = field(metadata=FREE)
@@ -82,7 +82,7 @@ class FramePackTrainingOptions:
 
 @dataclass(frozen=True)
 class FramePackGenerationOptions:
-    """Options of fpack_generate_video.py beside the shared ones, the same for all its videos."""
+    """Options of fpack_generate_video.py besides the shared ones, the same for all videos of a run."""
 
     dit: Path | None
     vae: HunyuanVaeOptions
@@ -105,7 +105,7 @@ class FramePackGenerationOptions:
         parse_entries(self.image_path or "", "--image_path")
         if self.one_frame_inference is not None and not self.one_frame_inference.strip():
             raise OptionError(
-                "--one_frame_inference is empty: give default for a picture, or leave the option out for a "
+                "--one_frame_inference is empty: give default for an image, or leave the option out for a "
                 "video."
             )
         threshold = self.rope_scaling_timestep_threshold
@@ -127,54 +127,56 @@ class FramePackGenerationOptions:
 
     @property
     def text_multipliers(self) -> tuple[float, float] | None:
-        """What --te_multiplier gives for the text's tokens and for their mean."""
+        """Return the factors of --te_multiplier for the text's tokens and for their mean."""
         return read_multipliers(self.te_multiplier)
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """VAE, image encoder, and which caches are made."""
+    """Declare the VAE, the image encoder, and the kind of caches."""
     group = parser.add_argument_group("FramePack")
     add_vae(group)
     _add_image_encoder(group)
     group.add_argument(
-        "--f1", action="store_true", help="for FramePack-F1, which makes its sections in playing order"
+        "--f1",
+        action="store_true",
+        help="make caches for FramePack-F1, which generates sections in playing order",
     )
     group.add_argument(
-        "--one_frame", action="store_true", help="for single pictures made from control images"
+        "--one_frame", action="store_true", help="make caches for single images generated from control images"
     )
     for coarse in ("2x", "4x"):
         group.add_argument(
             f"--one_frame_no_{coarse}",
             action="store_true",
-            help=f"with --one_frame: no black frames at {coarse}",
+            help=f"with --one_frame: leave out the black frames at {coarse}",
         )
 
 
 def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two text encoders and their tokenizers."""
+    """Declare the two text encoders and their tokenizers."""
     group = parser.add_argument_group("FramePack")
     add_text(group, required=True)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint and what training samples need."""
+    """Declare the checkpoint and the options that training samples need."""
     group = parser.add_argument_group("FramePack")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     _add_encoders(group)
-    _add_sections(group, "samples are made")
+    _add_sections(group, "generate samples")
     group.add_argument(
         "--one_frame",
         action="store_true",
-        help="samples are single pictures (--of and --ci in a prompt line)",
+        help="generate single images as samples (--of and --ci in a prompt line)",
     )
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoints of a generation, and how its sections are made."""
+    """Declare the checkpoints that generation needs, and how sections are generated."""
     group = parser.add_argument_group("FramePack")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     _add_encoders(group)
-    _add_sections(group, "the video is made")
+    _add_sections(group, "generate the video")
     _add_video_arguments(parser)
     group.add_argument(
         "--latent_paddings",
@@ -186,64 +188,72 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--custom_system_prompt",
         type=str,
         default=None,
-        help="what the language model is told to describe, in place of the usual",
+        help="instruction to the language model on what to describe, in place of the default one",
     )
     group.add_argument(
         "--rope_scaling_factor",
         type=float,
         default=ROPE_FACTOR,
-        help="what positions in a picture are multiplied by at the noisy steps; 0.7 for 1.5 times the "
-        "trained "
-        "size",
+        help="factor for the positions within a frame at the noisy steps; 0.7 for 1.5 times the trained size",
     )
     group.add_argument(
         "--rope_scaling_timestep_threshold",
         type=int,
         default=None,
-        help="multiply them at timesteps from this one on (0 to 1000)",
+        help="apply --rope_scaling_factor at this timestep and above (0 to 1000)",
     )
     add_te_multiplier(group)
 
 
 def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
-    """What REQUEST_OPTIONS lists."""
-    group = parser.add_argument_group("what to make of which images")
+    """Declare the options that REQUEST_OPTIONS lists."""
+    group = parser.add_argument_group("length and images of a video")
     group.add_argument(
         "--image_path",
         type=str,
         default=None,
-        help="start image; or one for each section, as with --prompt: "
+        help="start image, or one for each section, as with --prompt: "
         "'0:first.png;;;1-2:then.png;;;-1:last.png'",
     )
     group.add_argument(
-        "--video_seconds", type=float, default=5.0, help="length of the video, made whole sections; default 5"
+        "--video_seconds",
+        type=float,
+        default=5.0,
+        help="length of the video, rounded to whole sections; default 5",
     )
     group.add_argument(
-        "--video_sections", type=int, default=None, help="number of sections in place of the length"
+        "--video_sections", type=int, default=None, help="number of sections, in place of --video_seconds"
     )
     group.add_argument(
         "--one_frame_inference",
         type=str,
         default=None,
-        help="make a picture, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, "
+        help="generate an image, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, "
         "control_index=N;N",
     )
     group.add_argument(
-        "--control_image_path", type=str, nargs="*", default=None, help="images that a picture is made from"
+        "--control_image_path",
+        type=str,
+        nargs="*",
+        default=None,
+        help="images that a single image is generated from",
     )
     group.add_argument(
         "--control_image_mask_path",
         type=str,
         nargs="*",
         default=None,
-        help="for each of them what of it counts (white); without one its alpha channel says so",
+        help="a mask for each control image: white parts are used; default: its alpha channel",
     )
 
 
 def caching_commands(
     dataset_config: Path | None, options: FramePackTrainingOptions, switches: Iterable[str] = ()
 ) -> tuple[str, str]:
-    """What to type where caches of latents, or of texts, are missing. switches: of fpack_cache_latents.py."""
+    """Return the commands that make missing caches of latents and of texts.
+
+    switches: options of fpack_cache_latents.py.
+    """
     dataset = ["--dataset_config", str(dataset_config)]
     files = {"--vae": options.vae.file.vae, "--image_encoder": options.image_encoder}
     encoders = {"--text_encoder1": options.text.text_encoder1, "--text_encoder2": options.text.text_encoder2}
@@ -278,7 +288,7 @@ def _add_sections(group: argparse._ArgumentGroup, what: str) -> None:
 def _warn_of_both(f1: bool, one_frame: bool) -> None:
     if f1 and one_frame:
         logger.warning(
-            "--f1 is ignored because --one_frame is given: single pictures are made by FramePack, not by F1"
+            "--f1 is ignored because --one_frame is given: FramePack makes single images, F1 does not"
         )
 
 
@@ -288,6 +298,6 @@ def _check_window(window: int) -> None:
     )
     if window > LARGEST_WINDOW:
         raise OptionError(
-            f"--latent_window_size {window}: {LARGEST_WINDOW} is the most; the model was trained with "
+            f"--latent_window_size {window}: give at most {LARGEST_WINDOW}; the model was trained with "
             f"{WINDOW}"
         )

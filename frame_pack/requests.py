@@ -120,7 +120,7 @@ def _one_frame_of(request: Request, is_f1: bool) -> OneFrame | None:
 
 def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
     """Leave out media that cannot be used, with a warning. Raises OptionError if the end image is none."""
-    why_not = "--f1 makes a video from its start on" if is_f1 else "a single picture has no end"
+    why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
     request = with_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
@@ -179,9 +179,7 @@ def _solver(request: Request) -> str:
 
 
 def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:
-    """`extra` without control images and masks that have no use; raises OptionError where one that has is not
-    there.
-    """
+    """Return `extra` without unused control images and masks. Raises OptionError if a used one is missing."""
     kept = dict(extra)
     for name in ("control_image_path", "control_image_mask_path"):
         if name in kept and "one_frame" not in kept:
@@ -232,7 +230,7 @@ def _entries_of(text: str, option: str, sections: int, is_picture: bool) -> tupl
 
 
 def _check_image(option: str, path: Path) -> None:
-    """Raise OptionError where there is no image file: minutes before it would be read."""
+    """Raise OptionError if there is no image file, minutes before it would be read."""
     from modules.media.reading import image_size
 
     if not path.exists():

@@ -1,10 +1,9 @@
-"""A video that can be watched while it is made: after each section what there is so far, as
-`<stem>_progress.mp4`.
+"""Preview of a video that is still being generated: `<stem>_progress.mp4`, updated after each section.
 
-The memory this takes does not grow with the video. A piece is decoded by itself; where its edge shows what
-the piece before shows too, the two fade into each other, as in the finished video. Frames that nothing will
-fade into any more are encoded once, into a segment in a hidden folder; only the newest piece's other frames
-wait in memory. The preview is these segments and the waiting frames, joined without encoding anything again.
+The memory this takes does not grow with the video. Each piece is decoded by itself. Frames that show the same
+moments as the piece before are cross-faded with it, as in the finished video. Frames that no later piece can
+change are encoded once, into a segment in a hidden folder; only the newest piece's other frames wait in
+memory. The preview joins these segments and the waiting frames without encoding anything again.
 """
 
 import logging
@@ -32,22 +31,22 @@ from modules.media.writing import Segment, join_videos, segment_of, write_video
 
 logger = logging.getLogger(__name__)
 
-PRESET = "veryfast"  # of the encoder: somebody waits for the next section
-FORGOTTEN_SECONDS = 24 * 3600.0  # a folder of segments this old is in nobody's use, wherever it was made
+PRESET = "veryfast"  # of the encoder: the next section waits for it
+FORGOTTEN_SECONDS = 24 * 3600.0  # a folder of segments this old is unused, on whatever machine it was made
 _PARTS = re.compile(r"\..+_progress\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})\.parts")
 
 
 def settled(edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool) -> tuple[Tensor | None, Tensor]:
-    """Put the newest clip to what waits, and say which frames are final now and which wait for the next clip.
+    """Join the newest clip to the waiting frames; return the frames now final and those that still wait.
 
-    edge: frames that wait, of the clip before; None: there was none. clip: the newest, `overlap` of whose
-    frames show the same moments as frames of the edge. in_front: it is played before the edge. All 1 3 F H W.
-    Returns the final frames (None where there are none) and the new edge. Raises ValueError where either is
-    too short.
+    edge: waiting frames of the clip before, or None for the first clip. clip: the newest clip; `overlap` of
+    its frames show the same moments as frames of the edge. in_front: the clip plays before the edge. All
+    1 3 F H W. Returns the final frames (None if there are none) and the new edge. Raises ValueError if either
+    clip is too short.
     """
     if edge is None:
         if overlap:
-            raise ValueError(f"a first clip has nothing to overlap with by {overlap} frames")
+            raise ValueError(f"the first clip has no clip before it to overlap by {overlap} frames")
         return None, clip
     if min(edge.shape[2], clip.shape[2]) < overlap:
         raise ValueError(f"clips of {edge.shape[2]} and {clip.shape[2]} frames cannot overlap by {overlap}")
@@ -56,20 +55,20 @@ def settled(edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool) -> 
     head, behind = later.tensor_split([overlap], dim=2)
     faded = cross_fade(tail, head) if overlap else head
     if in_front:
-        # a clone: a part would keep the whole clip in memory
+        # clone: a view would keep the whole clip in memory
         return torch.cat([faded, behind], dim=2), before.clone()
     return torch.cat([before, faded], dim=2), behind.clone()
 
 
 @dataclass
 class GrowingVideo:
-    """The preview of one video. Used through `growing`, which cleans up."""
+    """Preview of one video. Use it through `growing`, which cleans up."""
 
     session: Session
     path: Path
     fps: float
-    needed: int | None  # bytes that decoding takes on the device, where that is known
-    parts: Path  # hidden folder of segments; there from the first piece on
+    needed: int | None  # bytes that decoding takes on the device, if known
+    parts: Path  # hidden folder of segments; created with the first piece
     give_name: Callable[[Path, Path], None] = give_name
     _segments: list[Segment] = field(default_factory=list)  # in playing order
     _edge: Tensor | None = None
@@ -79,9 +78,9 @@ class GrowingVideo:
     _is_held: bool = False
 
     def add(self, piece: Piece) -> None:
-        """Show a new piece.
+        """Add a new piece to the preview.
 
-        What goes wrong with it ends the preview, with a warning, and not the generation.
+        An error here ends the preview with a warning; the generation goes on.
         """
         if self._has_failed:
             return
@@ -94,7 +93,7 @@ class GrowingVideo:
         with self._optional():
             if clip is not None:
                 final = self._take(clip, piece)
-                del clip  # while files are written
+                del clip  # frees its memory while files are written
                 self._write(final)
 
     @contextmanager
@@ -103,30 +102,33 @@ class GrowingVideo:
             yield
         except Exception as error:
             self._has_failed, self._edge = True, None
-            stays = f" {self.path} stays as it is until then." if self.path.exists() else ""
+            stays = f" {self.path} is not updated any more." if self.path.exists() else ""
             reason = f"{type(error).__name__}: {error}"
             logger.warning(
-                "The video cannot be watched while it grows (%s). It is made nevertheless.%s", reason, stays
+                "The preview of the video has failed (%s). The video is still generated.%s", reason, stays
             )
 
     def _decoded_beside(self, piece: Piece) -> Tensor | None:
-        """As `_decoded`; None where the device has no room for that beside the DiT after all, which then
-        makes room from now on.
+        """Decode as `_decoded` does; return None if the device runs out of memory beside the DiT.
+
+        From then on the DiT leaves the device while pieces are decoded.
         """
         try:
             return self._decoded(piece)
         except torch.OutOfMemoryError:
             if self.session.device.type == "cpu":
                 raise
-            logger.info("There is no room to decode beside the transformer: it leaves the device meanwhile")
+            logger.info(
+                "Too little memory to decode beside the transformer: it leaves the device during decoding"
+            )
             self.needed = None
             return None
 
     def _decoded_alone(self, piece: Piece) -> Tensor | None:
-        """As `_decoded`, the DiT meanwhile in host memory; None where one of both fails.
+        """Decode as `_decoded` does while the DiT is in host memory; return None if moving or decoding fails.
 
-        A DiT that cannot leave is where it was, and only the preview ends. One that cannot come back is no
-        matter of the preview.
+        If the DiT cannot be moved away it stays where it was, and only the preview ends. If it cannot be
+        moved back, the error is raised: the generation needs it.
         """
         with ExitStack() as stack:
             with self._optional():
@@ -137,20 +139,20 @@ class GrowingVideo:
         return None
 
     def _decoded(self, piece: Piece) -> Tensor:
-        """1 3 F H W in host memory."""
+        """Decode a piece to pixels 1 3 F H W in host memory."""
         with self.session.media(images=False, again=True) as encoders:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _take(self, clip: Tensor, piece: Piece) -> Tensor | None:
-        """Let the newest clip follow what waits; returns what no longer does."""
+        """Join the newest clip to the waiting frames; return the frames that are final now."""
         if self._grows_in_front not in (None, piece.in_front):
-            raise ValueError("a video grows at one end only")
+            raise ValueError("a video can grow at one end only")
         self._grows_in_front = piece.in_front
         final, self._edge = settled(self._edge, clip, piece.overlap, piece.in_front)
         return final
 
     def _write(self, final: Tensor | None) -> None:
-        """Encode what is final, and show it with what waits."""
+        """Encode the final frames, then publish them with the waiting ones."""
         if final is not None and final.shape[2]:
             self._segments = self._with(self._segment(final))
         segments, edge = self._segments, None
@@ -170,11 +172,11 @@ class GrowingVideo:
         except OutputError as error:
             if not self.path.is_file():
                 raise
-            if not self._is_held:  # Windows: a player that is showing it may keep others from replacing it
-                logger.warning("%s It is tried again after each section.", error)
+            if not self._is_held:  # Windows: a file that a player has open may not be replaceable
+                logger.warning("%s Replacing it is tried again after each section.", error)
             self._is_held = True
         if is_first:
-            logger.info("Watch it grow: %s, written anew after each section", self.path)
+            logger.info("Preview: %s, updated after each section", self.path)
 
     def _with(self, segment: Segment) -> list[Segment]:
         return [segment, *self._segments] if self._grows_in_front else [*self._segments, segment]
@@ -188,7 +190,7 @@ class GrowingVideo:
 
 
 def preview_path(folder: Path, stem: str) -> Path:
-    """Where the preview of an output is."""
+    """Return the path of an output's preview."""
     return folder / f"{stem}{PREVIEW_SUFFIX}"
 
 
@@ -196,11 +198,11 @@ def preview_path(folder: Path, stem: str) -> Path:
 def growing(
     session: Session, folder: Path, stem: str, fps: float, needed: int | None = None
 ) -> Iterator[GrowingVideo]:
-    """A preview for the time of a block that makes the sections of one video, with the session's DiT at work.
+    """Yield a preview for a block that generates the sections of one video with the session's DiT.
 
-    needed: bytes that decoding takes on the device; where so many are free the DiT stays there too, else it
-    makes room. Afterwards the temporary files are gone; the preview stays, and where the block has failed its
-    place is told.
+    needed: bytes that decoding takes on the device. If that much is free, the DiT stays on the device, else
+    it leaves during decoding. Temporary files are removed at the end. The preview stays; its path is logged
+    if the block fails.
     """
     parts = folder / f".{stem}_progress.{_machine()}-{os.getpid()}.parts"
     video = GrowingVideo(session, preview_path(folder, stem), fps, needed, parts)
@@ -213,32 +215,28 @@ def growing(
 
 @contextmanager
 def kept_where_it_fails(preview: Path) -> Iterator[None]:
-    """Say where the preview is, should the block not end well (Ctrl-C too)."""
+    """Log the preview's path if the block fails or is interrupted (Ctrl-C)."""
     try:
         yield
     except BaseException:
         if preview.exists():
-            logger.warning("What was made of the video so far stays in %s", preview)
+            logger.warning("The part of the video made so far is kept in %s", preview)
         raise
 
 
 def remove_preview(preview: Path) -> None:
-    """Remove the preview of a finished video, if there is one; where that cannot be done it stays, with a
-    warning.
-    """
+    """Remove the preview of a finished video, if there is one; warn if it cannot be removed."""
     try:
         preview.unlink(missing_ok=True)
     except OSError as error:
-        # Windows: a player that shows the file keeps it from being removed; the video itself is complete
+        # Windows: a file that a player has open cannot be removed; the video itself is complete
         logger.warning(
             "%s is no longer needed and cannot be removed (%s). Remove it by hand.", preview, error.strerror
         )
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove segments that runs which were killed have left in a folder of outputs; those of runs that go on
-    stay.
-    """
+    """Remove segments that killed runs left in an output folder; keep those of live runs."""
     with os.scandir(folder) as entries:
         for entry in entries:
             found = _PARTS.fullmatch(entry.name)
@@ -255,7 +253,7 @@ def _machine() -> str:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process of that number runs on this machine; taken for granted where asking would end it."""
+    """Whether a process with this number runs on this machine; True on Windows, where asking would end it."""
     if os.name == "nt":
         return True
     try:

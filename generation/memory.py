@@ -1,6 +1,4 @@
-"""The plan of a generation: its phases rehearsed one after the other, each with its own networks on the
-device.
-"""
+"""Memory plan of a generation: rehearse its phases one by one, each with its own networks on the device."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -61,13 +59,13 @@ logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
-# frames of a video: by then a VAE that goes from frame to frame, four at a time, holds all it will ever hold
+# frames of a video: after these a VAE that decodes four frames at a time has reached its peak
 DECODED = 13
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes of tensors that the device is expected to hold at most."""
+    """Expected peaks of device memory for tensors, in bytes."""
 
     most: int  # of all phases
     decoding: int  # while latents become pixels
@@ -75,7 +73,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The phases of one request, the transformer's as a function of how many blocks are swapped."""
+    """Phases of one request; the transformer's is a function of the number of swapped blocks."""
 
     before: tuple[Phase, ...]  # texts and inputs
     after: tuple[Phase, ...]  # decoding
@@ -83,11 +81,11 @@ class Prediction:
     most: int  # blocks that can be swapped
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
-        """All phases with so many blocks swapped."""
+        """Return the plan of all phases with this number of blocks swapped."""
         return MemoryPlan("Memory plan", (*self.before, self.denoising(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
-        """Bytes of the device while denoising."""
+        """Return the device memory of denoising with this number of blocks swapped, in bytes."""
         return self.denoising(blocks).device
 
 
@@ -111,7 +109,7 @@ def predict(
 def rehearse_texts(
     family: Family, options: GenerationOptions, prepared: Prepared, extra: Part
 ) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
-    """A phase for each text encoder, and what they make of the prompts, without content."""
+    """Return a phase for each text encoder, and its outputs for the prompts as tensors without content."""
     wanted = wanted_texts(prepared, options.guidance)
     phases: list[Phase] = []
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
@@ -131,7 +129,7 @@ def rehearse_texts(
 def rehearse_inputs(
     family: Family, prepared: Prepared, extra: Part
 ) -> tuple[Phase | None, Mapping[int, Conditions]]:
-    """The phase in which images and videos become conditions; None where there are none."""
+    """Return the phase that encodes images and videos as conditions; None if there are none."""
     if not family.needs_media(prepared):
         return None, encode_inputs(family, NO_ENCODERS, [prepared])[0]
     encoders = family.media_encoders(META)
@@ -151,9 +149,7 @@ def rehearse_denoising(
     inputs: Mapping[int, Conditions],
     extra: Part,
 ) -> tuple[Callable[[int], Phase], int]:
-    """The phase in which the transformer works, as a function of how many blocks are swapped, and how many
-    can be at most.
-    """
+    """Return the denoising phase as a function of the number of swapped blocks, and the largest number."""
     speed = options.speed
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
@@ -182,9 +178,7 @@ def rehearse_denoising(
     place_name, moment = largest(moments)
 
     def phase(count: int) -> Phase:
-        note = (
-            f"; {count} blocks swapped, {gib(swaps[count].ring)} to pass through" if swaps[count].host else ""
-        )
+        note = f"; {count} blocks swapped, {gib(swaps[count].ring)} of buffers" if swaps[count].host else ""
         parts = parts_of(moment, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
         return Phase("denoising", (*parts, extra))
 
@@ -204,7 +198,7 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: Part) -> Phase:
-    """The phase in which latents become pixels."""
+    """Return the phase that decodes latents to pixels."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with dry_run() as ledger, torch.no_grad():
@@ -219,7 +213,7 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: Part) -> Phase:
 
 
 def phase_of(name: str, ledger: Ledger, extra: Part) -> Phase:
-    """A phase with one network and one place."""
+    """Return a phase in which one network works at one place."""
     _, moment = largest(ledger.peaks)
     parts = [
         Part("weights", moment.get(WEIGHTS, 0)),
@@ -229,8 +223,9 @@ def phase_of(name: str, ledger: Ledger, extra: Part) -> Phase:
 
 
 def solid(conditions: Conditions) -> Conditions:
-    """Conditions that outlive their rehearsal: real tensors of their sizes; whole numbers, which have values,
-    as they are.
+    """Return conditions that outlive their rehearsal: real tensors of the same sizes.
+
+    Whole numbers, whose values matter, stay as they are.
     """
 
     def real(tensor: Tensor) -> Tensor:
@@ -243,7 +238,7 @@ def solid(conditions: Conditions) -> Conditions:
 
 
 def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
-    """Print the plan of the request that takes most. Nothing large is loaded, and no GPU is needed."""
+    """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
     with quiet():
         prepared, prediction = predict_largest(family, options, largest_requests(family, options), device)
     present(
@@ -258,18 +253,17 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
 def predict_largest(
     family: Family, options: GenerationOptions, requests: Sequence[Prepared], device: torch.device
 ) -> tuple[Prepared, Prediction]:
-    """Of requests the one that takes most while denoising, and its prediction."""
+    """Return the request that needs most memory while denoising, and its prediction."""
     predictions = [(prepared, predict(family, options, prepared, device)) for prepared in requests]
     return max(predictions, key=lambda each: each[1].device(0))
 
 
 def largest_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
-    """Of what the command line or its file of prompts asks for, what no other equals both in pixels of a
-    frame and in frames.
+    """Return the requests that no other request exceeds in both frame size and number of frames.
 
-    Usually it is one. Which takes most only a rehearsal knows: where a video is made in sections, a long one
-    takes no more. Lines that cannot be made are passed over, as long as one can; what is wrong with them is
-    told when their turn comes.
+    Usually there is one. Which of several needs most memory only a rehearsal can tell: a video that is made
+    in sections needs no more memory when it is longer. Invalid lines are skipped if at least one line is
+    valid; their errors are reported when their turn comes.
     """
     lines = (
         [""] if options.from_file is None else [line for _, line in read_generation_lines(options.from_file)]
@@ -283,7 +277,7 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Prepare
         except UserError as error:
             errors.append(error)
     if not requests:
-        raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: it has no prompt")
+        raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: the file has no prompt")
     sizes = {(prepared.width * prepared.height, prepared.frames): prepared for prepared in requests}
     largest = [
         size
@@ -301,12 +295,12 @@ def advice(
     room: Room,
     device: torch.device,
 ) -> list[str]:
-    """What to change so that all phases fit, the cheapest first; each line adds to those before it."""
+    """List changes that make all phases fit, the cheapest first; each adds to those before it."""
     lines: list[str] = []
     for phase in (*prediction.before, *prediction.after):
         if phase.device > room.usable:
             smaller = SMALLER.get(phase.name, "the text encoder in fp8, --fp8_llm or --fp8_t5")
-            lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: {smaller}")
+            lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: use {smaller}")
     if prediction.device(0) <= room.usable:
         return lines
     speed = options.speed
@@ -334,10 +328,9 @@ SMALLER = {
 def resolved(
     family: Family, options: GenerationOptions, device: torch.device, room: Room | None
 ) -> tuple[GenerationOptions, Peaks | None]:
-    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for; and the
-    predicted peaks.
+    """Replace --blocks_to_swap auto by a number before loading; return the options and predicted peaks.
 
-    room: of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError where auto cannot be
+    room: memory of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError if auto cannot be
     resolved.
     """
     requests: Sequence[Prepared] = ()
@@ -349,9 +342,9 @@ def resolved(
             raise
         if options.speed.swap.is_auto:  # what the command line lacks may come with every line
             raise MemoryPlanError(
-                "--blocks_to_swap auto with --interactive: the command line has to say what may be made, "
-                f"and cannot: {error}\n"
-                "  Give what it lacks, or a number of blocks."
+                "--blocks_to_swap auto with --interactive needs a complete request on the command line: "
+                f"{error}\n"
+                "  Add the missing options, or give a number of blocks."
             ) from error
         return options, None
 

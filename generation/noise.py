@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class SeededNoise:
-    """One generator, continued by every draw.
+    """Random generator of one request, continued by every draw.
 
-    By default it runs on the device, whose stream differs from other devices'; with `cpu_noise` on the CPU:
-    the stream of `torch.manual_seed(seed)`, the same everywhere and that of ComfyUI.
+    By default it runs on the device, and its stream depends on the kind of device. With `cpu_noise` it runs
+    on the CPU: the stream of `torch.manual_seed(seed)`, the same on every machine and in ComfyUI.
     """
 
     def __init__(self, seed: int, device: torch.device, cpu_noise: bool = False) -> None:
@@ -18,7 +18,7 @@ class SeededNoise:
         self._generator = torch.Generator(device="cpu" if cpu_noise else device).manual_seed(seed)
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal numbers of that shape on the device."""
+        """Draw standard normal numbers of this shape; they lie on the device."""
         return torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype).to(
             self._device
         )

@@ -56,9 +56,9 @@ MEDIA = {
 
 @dataclass(frozen=True)
 class ScriptDefaults:
-    """How the shared options stand in the script of a family.
+    """Defaults of the shared options in one family's script, and which of them the script has.
 
-    None: the task's, or no such option where so said.
+    None means the task's default, unless the field says otherwise.
     """
 
     fps: int
@@ -68,7 +68,7 @@ class ScriptDefaults:
     flow_shift: float | None = None
     sample_solver: str = "unipc"
     embedded_guidance: float | None = None  # None: no such option
-    # what a video may be made from
+    # the image and video inputs that the script accepts
     media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
@@ -77,7 +77,7 @@ class ScriptDefaults:
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of the family -> their names in Request.extra
     extras: Mapping[str, str] = field(default_factory=dict)
-    # letters of a prompt line
+    # options of a prompt line, by letter
     line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
@@ -88,9 +88,9 @@ class ScriptDefaults:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What the command line says about each video; a prompt line may say otherwise.
+    """Options of each video on the command line; a prompt line can override them.
 
-    None: the task's default.
+    None means the task's default.
     """
 
     prompt: str | None
@@ -110,14 +110,14 @@ class RequestOptions:
     video_path: Path | None
     strength: float | None
     embedded_guidance: float | None = field(metadata={"option": "embedded_cfg_scale"})
-    # options of the family -> their names in Request.extra, and what was given
+    # options of the family: their names in Request.extra -> their values
     extras: Mapping[str, tuple[str, Any]]
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
-            raise OptionError(f"--fps {self.fps:g}: has to be above 0")
+            raise OptionError(f"--fps {self.fps:g}: give a number above 0")
         if self.fps > MOST_FPS:
-            raise OptionError(f"--fps {self.fps:g}: {MOST_FPS} is the most")
+            raise OptionError(f"--fps {self.fps:g}: give at most {MOST_FPS}")
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise OptionError(f"--strength {self.strength:g}: give a share of the steps from 0 to 1")
 
@@ -151,12 +151,12 @@ class OutputOptions:
 
     @property
     def writes_images(self) -> bool:
-        """Whether pixels are written as PNG images even where they are a video."""
+        """Whether pixels are written as PNG images even if they are a video."""
         return self.output_type in IMAGE_OUTPUTS
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a video that is made in sections is to be seen while it grows."""
+        """Whether a video made in sections has a preview that grows with it."""
         return self.decodes and not self.no_progressive_save
 
     @property
@@ -189,12 +189,12 @@ class GenerationOptions:
 
     @property
     def splits_guidance(self) -> bool:
-        """Whether the passes of guidance are made one after the other."""
+        """Whether the guidance passes run one after the other."""
         return self.split_uncond or self.forces_split
 
     @property
     def forces_split(self) -> bool:
-        """Whether they are only because attention is to see one sample at a time."""
+        """Whether they do so only because attention takes one sample at a time."""
         return self.speed.attention.split_attn and not self.split_uncond
 
     def __post_init__(self) -> None:
@@ -208,12 +208,12 @@ class GenerationOptions:
         if not any(given.values()):
             raise OptionError(f"nothing to do: give one of {', '.join(given)}")
         if self.from_file is not None and self.interactive:
-            raise OptionError("--from_file and --interactive: give one of them")
+            raise OptionError("--from_file and --interactive cannot be used together: give one of them")
         if self.latent_path and (self.from_file is not None or self.interactive):
-            raise OptionError("--latent_path only decodes: give it without --from_file and --interactive")
+            raise OptionError("--latent_path only decodes: leave out --from_file and --interactive")
         if self.latent_path and self.output.keeps_latents:
             raise OptionError(
-                f"--latent_path with --output_type {self.output.output_type}: the latents are there already. "
+                f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
                 "Use video or images"
             )
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
@@ -227,7 +227,7 @@ def read_generation(
     record: type[T],
     argv: Sequence[str] | None,
 ) -> tuple[GenerationOptions, T]:
-    """The options of a script that generates. defaults, add_arguments, record: the family's own."""
+    """Read the options of a generation script. defaults, add_arguments, record: the family's own."""
     parser = generation_parser(description, defaults)
     add_arguments(parser)
     args = read_arguments(parser, argv)
@@ -250,7 +250,7 @@ def read_generation(
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
-    """A parser with the shared options, as the family's script has them."""
+    """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_request_arguments(parser, defaults)
     if "video_path" in defaults.media:
@@ -275,7 +275,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
 
 
 def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line; options that are not supported yet are refused."""
+    """Parse a command line. Raises OptionError if an option is not supported yet."""
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args)
     if args.optimized:
@@ -286,9 +286,12 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 
 def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("what to make")
-    group.add_argument("--prompt", type=str, default=None, help="what to show")
+    group.add_argument("--prompt", type=str, default=None, help="what the video should show")
     group.add_argument(
-        "--negative_prompt", type=str, default=None, help="what to avoid; default: the release's text, if any"
+        "--negative_prompt",
+        type=str,
+        default=None,
+        help="what to avoid; default: the text of the model's release, if any",
     )
     group.add_argument(
         "--video_size",
@@ -296,7 +299,7 @@ def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefa
         nargs=2,
         default=[256, 256],
         metavar=("HEIGHT", "WIDTH"),
-        help="default 256 256",
+        help="size in pixels; default 256 256",
     )
     length, steps, shift = defaults.video_length, defaults.infer_steps, defaults.flow_shift
     if defaults.has_length:
@@ -305,10 +308,12 @@ def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefa
         )
     else:
         parser.set_defaults(video_length=None)
-    group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the file")
-    group.add_argument("--infer_steps", type=int, default=steps, help=f"number of steps; {_else(steps)}")
+    group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the video file")
     group.add_argument(
-        "--seed", type=str, default=None, help="a number or any text; without it every video draws its own"
+        "--infer_steps", type=int, default=steps, help=f"number of denoising steps; {_else(steps)}"
+    )
+    group.add_argument(
+        "--seed", type=str, default=None, help="a number or any text; default: a random seed for each video"
     )
     group.add_argument(
         "--guidance_scale",
@@ -324,7 +329,7 @@ def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefa
             "--embedded_cfg_scale",
             type=float,
             default=embedded,
-            help="guidance that the model was distilled for; no second pass",
+            help="guidance scale that the distilled model takes as an input; needs no second pass",
         )
     group.add_argument(
         "--flow_shift", type=float, default=shift, help=f"time shift of the schedule; {_else(shift)}"
@@ -335,7 +340,7 @@ def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefa
         type=str,
         default=defaults.sample_solver,
         choices=solvers,
-        help="vanilla: Euler's steps",
+        help="stepping rule; vanilla is Euler",
     )
     for name, text in MEDIA.items():
         if name in defaults.media:
@@ -345,7 +350,7 @@ def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefa
 
 
 def _else(default: float | None) -> str:
-    return "without it the task's" if default is None else f"default {default:g}"
+    return "default: the task's" if default is None else f"default {default:g}"
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
@@ -363,22 +368,24 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
         type=str,
         nargs="*",
         default=None,
-        help="latent files to decode, nothing else is done",
+        help="latent files to decode; nothing else is done",
     )
     group.add_argument(
-        "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; without it the best there is"
+        "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; default: the best available"
     )
     if defaults.noise_on_cpu:
         parser.set_defaults(cpu_noise=True)
     else:
         group.add_argument(
-            "--cpu_noise", action="store_true", help="draw the noise on the CPU: the same on every machine"
+            "--cpu_noise",
+            action="store_true",
+            help="draw the noise on the CPU, so that it is the same on every machine",
         )
     if defaults.joins_guidance:
         group.add_argument(
             "--split_uncond",
             action="store_true",
-            help="make the passes of guidance one after the other: less memory",
+            help="run the guidance passes one after the other, which takes less memory",
         )
     else:
         parser.set_defaults(split_uncond=True)
@@ -386,9 +393,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
 
 def _add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--save_path", type=str, required=True, help="folder for what is made; created when missing"
-    )
+    group.add_argument("--save_path", type=str, required=True, help="output folder; created if missing")
     group.add_argument(
         "--output_type",
         type=str,
@@ -397,21 +402,20 @@ def _add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
         help=_output_help(defaults.output_types),
     )
     group.add_argument(
-        "--no_metadata", action="store_true", help="do not write prompt, seed and settings into the files"
+        "--no_metadata", action="store_true", help="do not write the prompt, seed and settings into the files"
     )
     group.add_argument(
         "--trim_tail_frames",
         type=int,
         default=0,
-        help="cut so many frames off the end, such as 3 that an end image has spoiled",
+        help="number of frames to cut off the end, e.g. 3 that an end image has spoiled",
     )
     if defaults.in_sections:
         group.add_argument(
             "--no_progressive_save",
             action="store_true",
-            help="do not write NAME_progress.mp4, which shows after each section what there is of the video "
-            "and goes when that "
-            "is finished; for each section it has the VAE decode about two more",
+            help="do not write NAME_progress.mp4, a preview updated after each section and removed when the "
+            "video is finished; it makes the VAE decode about two more sections for each one",
         )
     else:
         parser.set_defaults(no_progressive_save=False)
@@ -435,11 +439,11 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     add_lora_arguments(group)
     add_lora_pattern_arguments(group)
     group.add_argument(
-        "--lycoris", action="store_true", help="not needed: LoHa and LoKr files are recognised without it"
+        "--lycoris", action="store_true", help="not needed: LoHa and LoKr files are recognised automatically"
     )
     group.add_argument(
         "--save_merged_model",
         type=str,
         default=None,
-        help="write the model with the LoRAs merged in, and end",
+        help="write the model with the LoRAs merged in, then stop",
     )

@@ -1,4 +1,4 @@
-"""What a generation leaves on disk: latent files, videos, images, and their names."""
+"""Output files of a generation: latents, videos, images, and their names."""
 
 import logging
 from collections import deque
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Frame = NDArray[np.uint8]  # H W 3, RGB
 LATENT_SUFFIX = "_latent.safetensors"
 PREVIEW_SUFFIX = "_progress.mp4"
-# of all that may be an output
+# of every kind of output
 SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")
 
 
@@ -43,7 +43,7 @@ def output_stem(when: datetime, seed: int, origin: Path | None = None) -> str:
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
-    """`stem` with as many `_` behind it as it takes that no file of these suffixes exists."""
+    """Append `_` to `stem` until no file with one of these suffixes exists."""
     suffixes = list(suffixes)
     while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         stem += "_"
@@ -52,11 +52,10 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
 
 @contextmanager
 def own_stem(folder: Path, stem: str) -> Iterator[str]:
-    """`stem` with as many `_` behind it as it takes that no output has that name and no other run takes it
-    during the block.
+    """Reserve a name: append `_` to `stem` until no output and no other run uses it during the block.
 
-    Runs that begin in the same second with the same seed make the same stem. At the block's end an output has
-    to be there.
+    Runs that begin in the same second with the same seed have the same stem. The output must exist when the
+    block ends.
     """
     with ExitStack() as claims:
         while not claims.enter_context(claimed(folder / stem)) or free_stem(folder, stem, SUFFIXES) != stem:
@@ -66,7 +65,7 @@ def own_stem(folder: Path, stem: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class SavedLatents:
-    """A latent file."""
+    """Contents of a latent file."""
 
     latents: Tensor  # B C F H W
     metadata: Mapping[str, str]
@@ -80,8 +79,9 @@ def save_latents(path: Path, latents: Tensor, metadata: Mapping[str, str] | None
 
 
 def load_latents(path: Path) -> SavedLatents:
-    """Read a latent file: safetensors, or a pickled tensor. Raises CheckpointError where it is damaged or
-    holds no latents.
+    """Read a latent file: safetensors, or a pickled tensor.
+
+    Raises CheckpointError if the file is damaged or has no latents.
     """
     metadata: Mapping[str, str] = {}
     if path.suffix == ".safetensors":
@@ -114,10 +114,10 @@ def save_pixels(
     fps: float,
     metadata: Mapping[str, str] | None,
 ) -> Path:
-    """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come, and say where.
+    """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come, and log the path.
 
-    A video; one PNG where there is a single frame; or with `--output_type images` a folder of PNG files (for
-    a single picture not where a script numbers these).
+    Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
+    a single frame only if the script does not number single images).
     """
     frames = without_tail(frames_of(chunks), options.trim_tail_frames)
     tags = as_tags(metadata or {})
@@ -151,34 +151,34 @@ def save_pixels(
 
 
 def sample_tags(family: Family, prepared: Prepared, model: str, device: torch.device) -> dict[str, str]:
-    """What a picture made while training says about itself. model: what had been learned by then."""
+    """Metadata of a sample made while training. model: the file name of the weights it was made with."""
     return as_tags(
         output_metadata(prepared, family.metadata, settings={"sampled_from": model}, device=device.type)
     )
 
 
 def written(frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]) -> Iterator[Frame]:
-    """Pass the frames on, each written as PNG; `name` takes the number."""
+    """Write each frame as PNG and pass it on; `name` is a format string for the frame number."""
     for index, frame in enumerate(frames):
         write_png(folder / name.format(index), frame, tags)
         yield frame
 
 
 def frames_of(chunks: Iterable[Tensor]) -> Iterator[Frame]:
-    """Single frames of chunks of pixels (1 3 F H W in -1..1)."""
+    """Yield the single frames of chunks of pixels (1 3 F H W in -1..1)."""
     for chunk in chunks:
         yield from pixels_to_uint8(chunk)
 
 
 def pixels_to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
-    """The first video of B 3 F H W (-1..1) as F H W 3, 0..255, rounded."""
+    """Return the first video of B 3 F H W (-1..1) as F H W 3, 0..255, rounded."""
     values = (pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255
     array: NDArray[np.uint8] = rearrange(values.round().to(torch.uint8), "c f h w -> f h w c").cpu().numpy()
     return array
 
 
 def without_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
-    """All but the last `count` frames; holds back so many. Of a shorter video the first frame stays."""
+    """Yield all but the last `count` frames, which are held back; a shorter video keeps its first frame."""
     held: deque[Frame] = deque()
     passed = False
     for frame in frames:

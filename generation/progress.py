@@ -1,4 +1,4 @@
-"""What the console says while a video is made."""
+"""Console output while a video is generated."""
 
 import logging
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def describe(label: str, prepared: Prepared) -> None:
-    """One line about what is being made."""
+    """Log one line about the video that is generated next."""
     logger.info(
         "%s: %s x %s (width x height), %s, %s steps, seed %d",
         label,
@@ -28,7 +28,7 @@ def describe(label: str, prepared: Prepared) -> None:
 
 @dataclass
 class Bars:
-    """A bar over the steps of each section. Used as a context."""
+    """Progress bar over the steps of each section; use it as a context manager."""
 
     num_steps: int  # of a section
     _bar: Any = field(default=None, init=False)
@@ -40,7 +40,7 @@ class Bars:
         self.end()
 
     def begin(self, section: Section) -> None:
-        """The bar of a section that is about to be denoised."""
+        """Start the bar of a section."""
         self._bar = tqdm(total=self.num_steps, desc=section.label or "denoising", unit="step")
 
     def advance(self, _: StepDone) -> bool:
@@ -49,7 +49,7 @@ class Bars:
         return False
 
     def end(self) -> None:
-        """Leave the bar as it is, for other output."""
+        """Close the bar, so that other output can follow."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

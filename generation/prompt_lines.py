@@ -1,8 +1,8 @@
 """Prompt lines: `a cat --w 832 --d 7` of --from_file and --interactive, and the prompt files of training
 samples.
 
-Standard library only. Both grammars split a line at every ` --`; the first part is the prompt, in the others
-the first word is the option and the rest its value. Unknown options are reported and skipped.
+Standard library only. Both grammars split a line at every ` --`. The first part is the prompt; in each other
+part the first word is the option and the rest its value. Unknown options are ignored with a warning.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ MOST_DIGITS = 100  # of a whole number
 
 @dataclass(frozen=True)
 class LineOption:
-    """Where an option's value goes and how it is read. `read` raises ValueError."""
+    """Key that an option's value is stored under, and how to read it. `read` raises ValueError."""
 
     key: str
     read: Callable[[str], Value]
     repeats: bool = False  # each use adds to a list; otherwise the last one wins
-    # a key of the command line that the option takes the place of, unless the line has that too
+    # key of the command line that the option replaces, unless the line gives that key too
     instead_of: str | None = None
 
 
@@ -48,9 +48,7 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
 
 
 def _walk(text: str) -> int:
-    """A number that depends on the order of the characters: their codes added, subtracted, divided or
-    multiplied by position.
-    """
+    """Hash the characters in order: add, subtract, divide or multiply their codes by position."""
     total: float = 0
     try:
         for position, code in enumerate(map(ord, text)):
@@ -72,7 +70,7 @@ def _walk(text: str) -> int:
 
 def _whole(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]+", text):
-        raise ValueError(f"{text!r} is no whole number")
+        raise ValueError(f"{text!r} is not a whole number")
     return _few_digits(text)
 
 
@@ -86,15 +84,15 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no number") from None
+        raise ValueError(f"{text!r} is not a number") from None
 
 
 def _path(text: str) -> str:
-    """A path; quotes around it, as file managers copy them, are not part of it."""
+    """Return a path without the quotes that file managers copy around it."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
-# --from_file and --interactive; the letters of the known Wan script, and its newer `ei`
+# --from_file and --interactive: letters of the established Wan script, and its newer `ei`
 GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("video_size_width", _whole),
     "h": LineOption("video_size_height", _whole),
@@ -113,16 +111,16 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# the same for models with an input for embedded guidance, which `g` means there; `l` is the classifier-free
-# one
+# the same for models that take embedded guidance as an input: there `g` sets it, and `l` sets the
+# classifier-free guidance scale
 EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **GENERATION_OPTIONS,
     "g": LineOption("embedded_cfg_scale", _number),
 }
 
 
-# the same for models whose videos are made in sections: texts and start images may be given for each, lengths
-# in seconds
+# the same for models whose videos are made in sections: each section may have its own text and start image,
+# and lengths are in seconds
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "v"}},
     "f": LineOption("video_seconds", _number, instead_of="video_sections"),
@@ -152,7 +150,7 @@ def _steps(text: str) -> int:
     return min(max(_leading_whole(text), 1), 1000)
 
 
-# prompt files of training samples; numbers are read from their leading digits, as the known trainers do
+# prompt files of training samples; numbers are read from their leading digits, as other trainers do
 SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("width", _leading_whole),
     "h": LineOption("height", _leading_whole),
@@ -174,10 +172,9 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
 def parse_generation_line(
     line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS
 ) -> dict[str, Any]:
-    """`prompt` and the options of a line by their keys; None: what the command line says is not to count.
-    Words are case-sensitive.
+    """Parse a line into `prompt` and its options by key; None cancels the command line's value.
 
-    Raises OptionError where a value cannot be read.
+    Option names are case-sensitive. Raises OptionError if a value cannot be read.
     """
     values, problems = _split_line(line, options, fold_case=False)
     if problems:
@@ -186,8 +183,9 @@ def parse_generation_line(
 
 
 def parse_sample_line(line: str) -> dict[str, Any]:
-    """`prompt` and the options of a line of a training prompt file by their keys; values that cannot be read
-    are reported.
+    """Parse a line of a training prompt file into `prompt` and its options by key.
+
+    Options whose values cannot be read are ignored with a warning.
     """
     values, problems = _split_line(line, SAMPLE_OPTIONS, fold_case=True)
     for problem in problems:
@@ -222,14 +220,14 @@ def _split_line(
 
 
 def is_blank(line: str) -> bool:
-    """Whether a line holds no prompt: empty, or a comment."""
+    """Whether a line has no prompt because it is empty or a comment."""
     return not line.strip() or line.lstrip().startswith("#")
 
 
 def read_generation_lines(path: Path) -> list[tuple[int, str]]:
-    """The prompt lines of a --from_file file with their numbers, counted from 1.
+    """Read the prompt lines of a --from_file file with their numbers, counted from 1.
 
-    Raises OptionError where there is none.
+    Raises OptionError if there is none.
     """
     lines = [
         (number, line)
@@ -237,16 +235,16 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
         if not is_blank(line)
     ]
     if not lines:
-        raise OptionError(f"--from_file {path}: it has no prompt. Write one per line.")
+        raise OptionError(f"--from_file {path}: the file has no prompt. Write one per line.")
     return lines
 
 
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
-    """The samples of a training prompt file (.txt, .toml or .json) as dictionaries with the keys of
-    `SAMPLE_OPTIONS` and `prompt`.
+    """Read a training prompt file (.txt, .toml or .json): one dictionary per sample.
 
-    toml: `[prompt]` holds what all `[[prompt.subset]]` share; a subset wins. json: a list of lines and
-    objects. Raises OptionError naming the file, the entry and the key for what cannot be read.
+    Keys: `prompt` and those of `SAMPLE_OPTIONS`. toml: `[prompt]` holds what all `[[prompt.subset]]` share; a
+    subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and the key
+    if something cannot be read.
     """
     text = _read_text(path, "--sample_prompts")
     match path.suffix.lower():
@@ -258,8 +256,8 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
             entries = _json_entries(path, text)
         case suffix:
             raise OptionError(
-                f"--sample_prompts {path}: {suffix or 'a file without suffix'} is not read. Use .txt, .toml "
-                "or .json"
+                f"--sample_prompts {path}: {suffix or 'a file without suffix'} is not supported. Use .txt, "
+                ".toml or .json"
             )
     return [_checked_entry(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, 1)]
 
@@ -270,7 +268,7 @@ def _toml_entries(path: Path, text: str) -> list[dict[str, Any]]:
     except ValueError as error:
         raise OptionError(f"--sample_prompts {path}: {error}") from None
     if not isinstance(shared, dict) or not isinstance(shared.get("subset", []), list):
-        raise OptionError(f"--sample_prompts {path}: it needs a table [prompt] with tables [[prompt.subset]]")
+        raise OptionError(f"--sample_prompts {path}: give a table [prompt] with tables [[prompt.subset]]")
     common = {key: value for key, value in shared.items() if key != "subset"}
     return [{**common, **subset} for subset in shared.get("subset", [])]
 
@@ -281,7 +279,7 @@ def _json_entries(path: Path, text: str) -> list[dict[str, Any]]:
     except ValueError as error:
         raise OptionError(f"--sample_prompts {path}: {error}") from None
     if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
-        raise OptionError(f"--sample_prompts {path}: it has to be a list of prompts (texts or objects)")
+        raise OptionError(f"--sample_prompts {path}: give a list of prompts (texts or objects)")
     return [parse_sample_line(entry) if isinstance(entry, str) else entry for entry in entries]
 
 
@@ -300,7 +298,7 @@ def _checked_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise OptionError(f"{where}: {key} = {value!r} has to be of type {kind.__name__}")
+            raise OptionError(f"{where}: {key} = {value!r} must be of type {kind.__name__}")
         values[key] = _steps(str(value)) if key == "sample_steps" else value
     return values
 
@@ -320,5 +318,5 @@ def _read_text(path: Path, option: str) -> str:
         raise OptionError(f"{option} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise OptionError(
-            f"{option} {path}: it is not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{option} {path}: the file is not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None

@@ -1,6 +1,4 @@
-"""The modes of a generation script: one prompt, a file of prompts, a conversation, decoding only, and saving
-a merged model.
-"""
+"""Modes of a generation script: one prompt, a prompt file, interactive, decode only, save a merged model."""
 
 import logging
 import sys
@@ -59,7 +57,7 @@ PROMPT_SIGN = "> "
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to make; `label` names it in messages ("line 3")."""
+    """One request to generate; `label` names it in messages ("line 3")."""
 
     label: str
     prepared: Prepared
@@ -67,7 +65,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Denoised:
-    """The latents of a job (1 C F H W, on the CPU), also kept in a file until its pixels are written."""
+    """Latents of a job (1 C F H W, on the CPU), also kept in a file until its pixels are written."""
 
     job: Job
     latents: Tensor
@@ -78,14 +76,14 @@ class Denoised:
 
 @dataclass
 class Failures:
-    """What could not be made, and why. strict: the first failure ends the run."""
+    """Jobs that failed, and why. strict: the first failure ends the run."""
 
     strict: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def noted(self, label: str, fatal: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-        """Note an error of the block and go on after it, unless it is `fatal`."""
+        """Record an error of the block and go on, unless the error is `fatal`."""
         try:
             yield
         except Exception as error:
@@ -104,7 +102,7 @@ class Failures:
 
 @dataclass(frozen=True)
 class Run:
-    """What every mode works with."""
+    """Family, options and session that every mode works with."""
 
     family: Family
     options: GenerationOptions
@@ -112,7 +110,7 @@ class Run:
     predicted: Peaks | None = None  # where it is known
 
     def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
-        """What an output says about itself; None with --no_metadata."""
+        """Return the metadata of an output; None with --no_metadata."""
         if self.options.output.no_metadata:
             return None
         lora = self.options.lora
@@ -123,24 +121,27 @@ class Run:
         )
 
     def read_line(self, line: str) -> Mapping[str, Any]:
-        """What a prompt line says. Raises OptionError."""
+        """Parse a prompt line. Raises OptionError."""
         return parse_generation_line(line, self.options.line_options)
 
 
 def generate(family: Family, options: GenerationOptions) -> None:
-    """Do what the options say. Raises UserError; with --from_file only after all lines that work are made."""
+    """Run the mode that the options select.
+
+    Raises UserError; with --from_file only after all lines that work are generated.
+    """
     try:
         do(family, options)
     except torch.OutOfMemoryError as error:
-        raise too_little(error, "Latents that were finished are kept: --latent_path decodes them.") from error
+        raise too_little(error, "Finished latents are kept: --latent_path decodes them.") from error
 
 
 def do(family: Family, options: GenerationOptions) -> None:
-    """`generate`, where memory suffices."""
+    """Run the mode that the options select; `generate` turns a lack of memory into a UserError."""
     device = choose_device(options.device)
     options = leave_out_missing(family, options, device)
     if options.lycoris:
-        logger.info("--lycoris is not needed: LoHa and LoKr files are recognised without it")
+        logger.info("--lycoris is not needed: LoHa and LoKr files are recognised automatically")
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
     uses = lora_uses(options.lora, options.lora_patterns)  # read first, so that a wrong file shows at once
@@ -170,28 +171,29 @@ def do(family: Family, options: GenerationOptions) -> None:
 
 
 def tell_where_metadata_is(output: OutputOptions) -> None:
-    """MP4 holds no metadata: say so once, where somebody may expect it."""
+    """Log once that MP4 files have no metadata, if the output is MP4 and metadata were not turned off."""
     if (
         output.decodes
         and not output.writes_images
         and output.format.suffix == ".mp4"
         and not output.no_metadata
     ):
-        logger.info("MP4 files hold no prompt and settings; --container mkv, PNG and latent files do")
+        logger.info("MP4 files store no prompt and settings; --container mkv, PNG and latent files do")
 
 
 def tell_unused_strength(strength: float | None, jobs: Sequence[Job]) -> None:
-    """Warn where --strength was given and no job starts from a video."""
+    """Warn if --strength was given and no job starts from a video."""
     if strength not in (None, STRENGTH) and all(job.prepared.asked.video_path is None for job in jobs):
         logger.warning(
-            "--strength %g is ignored because nothing starts from a video (--video_path): every step is made",
+            "--strength %g is ignored because --video_path is not given: all steps are made from noise",
             strength,
         )
 
 
 def check_models(run: Run) -> None:
-    """Raise UserError where a model file that every prompt needs is missing or of another kind, or the
-    attention that is asked for cannot be had. Nothing is loaded.
+    """Raise UserError if a model file that every prompt needs is missing or of another kind.
+
+    Also raises it if the chosen attention is not available. Loads nothing.
     """
     placement = Placement(run.session.device, attention=run.options.speed.attention.choice)
     check_backend(
@@ -201,8 +203,9 @@ def check_models(run: Run) -> None:
 
 
 def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:
-    """Write the network's file with the LoRAs merged in, tensor by tensor; further experts get `_1`, `_2`
-    behind the name.
+    """Write the network's file with the LoRAs merged in, tensor by tensor.
+
+    The files of further experts get `_1`, `_2`, ... appended to the name.
     """
     for expert, file in enumerate(family.dit_files):
         target = path if expert == 0 else path.with_name(f"{path.stem}_{expert}{path.suffix}")
@@ -210,7 +213,7 @@ def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, devic
 
 
 def make_from_file(run: Run, path: Path) -> None:
-    """Make every line of a prompt file; phase by phase, so that each network is loaded once."""
+    """Generate every line of a prompt file, phase by phase, so that each network is loaded once."""
     lines = read_generation_lines(path)
     failures = Failures()
     jobs = []
@@ -226,14 +229,14 @@ def make_from_file(run: Run, path: Path) -> None:
 
 
 def converse(run: Run) -> None:
-    """Ask for prompts until the end of input. Ctrl-C abandons the current prompt."""
+    """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
     try:
         import readline  # noqa: F401 (line editing and history for input(); not there on Windows)
     except ImportError:
-        logger.info("Line editing is as the console offers it: this Python has no readline")
+        logger.info("Line editing is limited to what the console offers: this Python has no readline")
     logger.info(
-        "Write a prompt and options such as --w 832 --h 480 --d 7. Ctrl-C drops the current prompt, Ctrl-D "
-        "ends."
+        "Enter a prompt and options such as --w 832 --h 480 --d 7. Ctrl-C cancels the current prompt, Ctrl-D "
+        "quits."
     )
     while True:
         try:
@@ -247,7 +250,7 @@ def converse(run: Run) -> None:
             return
         except KeyboardInterrupt:
             sys.stdout.write("\n")
-            logger.warning("The prompt is abandoned. Ctrl-D ends.")
+            logger.warning("The prompt is cancelled. Ctrl-D quits.")
 
 
 def make_job(run: Run, label: str, overrides: Mapping[str, Any]) -> Job:
@@ -263,9 +266,7 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
     if any(run.family.needs_media(job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
     if run.options.forces_split and any(needs(job.prepared, run.options.guidance).negative for job in jobs):
-        logger.warning(
-            "--split_attn has the passes of guidance made one after the other, as --split_uncond does."
-        )
+        logger.warning("--split_attn runs the guidance passes one after the other, as --split_uncond does.")
     make_folder(run.options.output.save_path, "--save_path")
     remove_parts(run.options.output.save_path)
     texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
@@ -284,7 +285,7 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
 def encode_all_inputs(
     run: Run, jobs: Sequence[Job], failures: Failures
 ) -> Mapping[str, Mapping[int, Conditions]]:
-    """The media conditions of each job by its label; a job that failed is left out."""
+    """Return the media conditions of each job by its label, without the jobs that failed."""
     inputs: dict[str, Mapping[int, Conditions]] = {}
     with_media = [job for job in jobs if run.family.needs_media(job.prepared)]
     without = [job for job in jobs if not run.family.needs_media(job.prepared)]
@@ -303,9 +304,7 @@ Ready = tuple[Job, Mapping[int, EncodedPrompts], Mapping[int, Conditions]]
 
 
 def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[Denoised]:
-    """The latents of each job, each written as soon as it is there: a kill loses at most the one being
-    made.
-    """
+    """Return the latents of each job; each is written when it is done, so a kill loses at most one."""
     done = []
     with run.session.dit() as dit_at:
         for job, texts, inputs in ready:
@@ -334,9 +333,7 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
 
 @contextmanager
 def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[Watcher, OnSection]]:
-    """What the loop is to call while it makes a job: bars over the steps, and the preview of a video in
-    sections.
-    """
+    """Yield the callbacks for one job: progress bars over the steps, previews of a video in sections."""
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
     with (
@@ -354,9 +351,9 @@ def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[Watcher, OnSection]
 
 
 def kept(run: Run, job: Job, latents: Tensor, stem: str) -> Denoised:
-    """Write the latents of a job, named `stem` if nothing else has taken that meanwhile.
+    """Write the latents of a job, named `stem` if no other output has taken that name meanwhile.
 
-    Its preview keeps the name.
+    The preview keeps its name.
     """
     preview = preview_path(run.options.output.save_path, stem)
     stem = free_stem(run.options.output.save_path, stem, [LATENT_SUFFIX])
@@ -365,14 +362,14 @@ def kept(run: Run, job: Job, latents: Tensor, stem: str) -> Denoised:
     if run.options.output.keeps_latents:
         logger.info("Latents: %s", path)
     else:
-        logger.info("Latents: %s, until they are decoded", path)
+        logger.info("Latents: %s, kept until they are decoded", path)
     return Denoised(job, latents, path, stem, preview)
 
 
 def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
     """Turn latents into videos or images.
 
-    What is no part of the result goes when it is written: latent files, previews.
+    Latent files and previews that are not part of the result are then removed.
     """
     output = run.options.output
     with run.session.media(images=False, again=False) as encoders:
@@ -387,7 +384,7 @@ def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
 
 
 def decode_files(run: Run, paths: Sequence[Path]) -> None:
-    """Decode latent files; what they say about themselves is passed on, with what they are decoded with."""
+    """Decode latent files; their metadata are passed on, with the settings of this decoding."""
     saved = [checked_latents(run.family, path) for path in paths]
     options, output = run.options, run.options.output
     failures = Failures(strict=len(paths) == 1)
@@ -406,7 +403,7 @@ def decode_files(run: Run, paths: Sequence[Path]) -> None:
 
 
 def checked_latents(family: Family, path: Path) -> SavedLatents:
-    """A latent file of this family's latent space. Raises CheckpointError."""
+    """Load a latent file. Raises CheckpointError if it is not of this family's latent space."""
     saved = load_latents(path)
     _, channels, frames, rows, columns = saved.latents.shape
     if channels != family.latent.channels:
@@ -420,6 +417,6 @@ def checked_latents(family: Family, path: Path) -> SavedLatents:
 
 
 def frame_rate(run: Run, saved: SavedLatents) -> float:
-    """--fps where it differs from the model's, else what the latent file says, else the model's."""
+    """Return --fps if it differs from the model's, else the latent file's rate, else the model's."""
     given, usual = run.options.request.fps, run.family.defaults.fps
     return given if given != usual else frame_rate_in(saved.metadata) or usual

@@ -1,6 +1,4 @@
-"""From a checked request to clean latents: the family says what to denoise, one section after the other, and
-gets the results.
-"""
+"""From a checked request to clean latents: denoise the family's sections one after the other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -78,7 +76,7 @@ def start_of(section: Section, solver: Solver, prepared: Prepared) -> Start:
 
 
 def on_device(section: Section, device: torch.device) -> Section:
-    """The section with everything the network is given on `device`."""
+    """Return the section with all inputs of the network on `device`."""
 
     def moved(conditions: Conditions | None) -> Conditions | None:
         return None if conditions is None else conditions_to(conditions, device)
@@ -94,7 +92,7 @@ def on_device(section: Section, device: torch.device) -> Section:
 
 
 def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:
-    """Conditions whose tensors lie on `device`, but for whole numbers, which are on the host."""
+    """Move conditions to `device`, except whole numbers, which stay on the host."""
     return {
         name: [sent(item, device) for item in value] if isinstance(value, list) else sent(value, device)
         for name, value in conditions.items()

@@ -1,10 +1,9 @@
-"""Blocks of a transformer in which video and text tokens attend to each other; first with weights of their
-own, then with the same.
+"""Blocks in which video and text tokens attend to each other: double (separate weights) and single (shared).
 
 Source: the released model code and Kong et al. 2024, arXiv 2412.03603, after Esser et al. 2024, arXiv
-2403.03206. What is always float32: the embedding that modulates, modulation, norms, rotary angles. All else
-computes in the dtype of its weights, or in autocast's, also the residual stream. Module names follow the
-published checkpoints.
+2403.03206. Always float32: the modulating embedding, modulation, norms, rotary angles. Everything else, also
+the residual stream, computes in the dtype of its weights or of autocast. Module names follow the published
+checkpoints.
 """
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
@@ -25,24 +24,24 @@ from modules.layers.rope import rotate
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the blocks need beside the tokens x: B L+T C, the video first. Built once a forward pass."""
+    """Inputs of the blocks besides the tokens x (B L+T C, the video first); built once per forward pass."""
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
-    rotary: Tensor  # turns by position of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not turned
+    rotary: Tensor  # rotations of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not rotated
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
-    # B C float32: timestep, pooled text and guidance, from which every block makes its modulation
+    # B C float32: timestep, pooled text and guidance, from which every block computes its modulation
     vector: Tensor
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
 
     @property
     def video(self) -> int:
-        """L, the number of video tokens."""
+        """Number of video tokens, L."""
         return self.rotary.shape[-4]
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates of a block."""
+    """Compute the shifts, scales and gates of a block."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -68,12 +67,12 @@ class Mlp(nn.Module):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form, as trained."""
+    """GELU in its tanh approximation, as trained."""
     return functional.gelu(x, approximate="tanh")
 
 
 class MMDoubleStreamBlock(nn.Module):
-    """Video and text have projections, modulation and feed-forward of their own and share one attention."""
+    """Block in which video and text have separate weights and share one attention."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -114,21 +113,22 @@ class MMDoubleStreamBlock(nn.Module):
         video = gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
         text = gated(text, text_gate1, run(self.txt_attn_proj, seen[:, tokens.video :]))
         text = self.feed_forward(text, self.txt_mlp, text_shift2, text_scale2, text_gate2, tokens.dtype)
-        # the dear one last: where it is computed in pieces, a block is computed again up to here only
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
         video = self.feed_forward(video, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
         return torch.cat([video, text], dim=1)
 
     def feed_forward(
         self, x: Tensor, mlp: Mlp, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """The last branch of a stream, added to x: B L C. Each token is treated by itself. shift, scale,
-        gate: B 1 C float32.
+        """Add the feed-forward branch of a stream to x; each token is processed independently.
+
+        x: B L C; shift, scale, gate: B 1 C float32.
         """
         return gated(x, gate, mlp(modulated(self.norm(x), shift, scale, dtype)))
 
 
 class MMSingleStreamBlock(nn.Module):
-    """Video and text pass through the same weights; attention and feed-forward stand side by side."""
+    """Block in which video and text share all weights; attention and feed-forward run in parallel."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -153,29 +153,27 @@ class MMSingleStreamBlock(nn.Module):
 
 
 def modulated(normed: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """normed * (1 + scale) + shift, computed in float32."""
+    """Return normed * (1 + scale) + shift, computed in float32."""
     return torch.addcmul(shift, normed, 1 + scale).to(dtype)
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch in one pass, in the dtype of x."""
+    """Return x + gate * branch in one pass, in the dtype of x."""
     return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))
 
 
 def heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """B L 3C -> query, key and value, each B L N D."""
+    """Split B L 3C into query, key and value, each B L N D."""
     query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
     return query, key, value
 
 
 def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens) -> Tensor:
-    """What the tokens see in each other: B L+T C. query, key, value: B L+T N D, normalised, not turned
-    yet.
-    """
+    """Rotate the video tokens and attend; return B L+T C. query, key, value: B L+T N D, normalised."""
     query, key = _rotate_video(query, tokens), _rotate_video(key, tokens)
     return attend(query, key, value, tokens.attention, tokens.lengths).flatten(2)
 
 
 def _rotate_video(x: Tensor, tokens: Tokens) -> Tensor:
-    """x: B L+T N D, of which the first L tokens are turned by their positions."""
+    """Rotate the first L tokens of x, B L+T N D, by their positions."""
     return torch.cat([rotate(x[:, : tokens.video], tokens.rotary), x[:, tokens.video :]], dim=1)

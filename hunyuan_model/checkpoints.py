@@ -1,6 +1,4 @@
-"""Files that hold a HunyuanVideo or SkyReels V1 transformer: the dialects, what a file is, and loading
-one.
-"""
+"""Checkpoints of the HunyuanVideo and SkyReels V1 transformers: their dialects, their kinds, and loading."""
 
 import logging
 import math
@@ -45,7 +43,7 @@ FROM_COMFY: Names = (
 )
 
 # diffusers' names -> the published ones. Source: checkpoints of hunyuanvideo-community/HunyuanVideo and
-# Skywork/SkyReels-V1-*. A name that ends in #n is the nth of the parts that stand one below the other in the
+# Skywork/SkyReels-V1-*. A name that ends in #n is the nth of the parts that are stacked by rows in the
 # published tensor.
 _DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)", r"single_transformer_blocks\.(\d+)"
 _REFINER, _REFINED = (
@@ -124,17 +122,15 @@ DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only i
 
 
 def read_dit_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
-    """Dimensions, dialect and dtype of an open file.
+    """Read dimensions, dialect and dtype of an open file.
 
-    Raises CheckpointError where it is no transformer that can run here.
+    Raises CheckpointError if the file is not a supported transformer.
     """
     return _header(bare_names(checkpoint))
 
 
 def identify(path: Path) -> str | None:
-    """What a file is, where it is a transformer of this family or a relative of one; None where nothing is
-    known.
-    """
+    """Describe a file that is a transformer of this family or a related one; return None if it is unknown."""
     try:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
@@ -147,7 +143,7 @@ def identify(path: Path) -> str | None:
 
 
 def describe(checkpoint: Checkpoint) -> str | None:
-    """The same of an open file without prefixes, for another family's error: the name of the model."""
+    """Return the model's name for an open file without prefixes, for another family's error message."""
     relative = _relative(checkpoint)
     if relative is not None:
         return relative
@@ -161,9 +157,8 @@ def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
     dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and
-    pooled text are kept in float32. `placement.patch` is given the published parameter names. Raises
-    CheckpointError where the file is no such transformer, is incomplete, or has tensors the model does not
-    know.
+    pooled text are kept in float32. `placement.patch` is called with the published parameter names.
+    Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown tensors.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
@@ -180,7 +175,7 @@ def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
 
 
 def _name_of(config: HunyuanVideoConfig) -> str:
-    """The two T2V models have the same tensors; nothing in a file tells one from the other."""
+    """Return the model's name; the two T2V models have the same tensors and cannot be told apart."""
     return (
         "the SkyReels V1 I2V transformer"
         if config.kind == "i2v"
@@ -214,7 +209,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
         name = (
             "HunyuanVideo-I2V"
             if config.in_dim == 2 * config.out_dim + 1
-            else "an unknown relative of HunyuanVideo"
+            else "an unknown variant of HunyuanVideo"
         )
         raise CheckpointError(
             f"{path} is {name} with {config.in_dim} input channels, which is not supported.\n"
@@ -256,20 +251,17 @@ def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -
 
 
 def check_heads(path: Path, dim: int, head_width: int, name: str) -> None:
-    """Raises CheckpointError where a width cannot be cut into such heads, or these not into the axes of the
-    rotary table.
-    """
+    """Raise CheckpointError if a width is not a multiple of the head width, or that of TABLE_MULTIPLE."""
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(
-            f"{path}: width {dim} with heads of {head_width} is no {name} transformer. Its heads divide the "
-            "width and are a "
-            f"multiple of {TABLE_MULTIPLE}.",
+            f"{path}: width {dim} with heads of {head_width} is not a {name} transformer. The head "
+            f"width must divide the width and be a multiple of {TABLE_MULTIPLE}.",
             path,
         )
 
 
 def _has_refiner(names: Iterable[str]) -> bool:
-    """What FLUX, whose double blocks ComfyUI names the same, does not have."""
+    """Whether there is a refiner; FLUX, whose double blocks have the same names in ComfyUI, has none."""
     return any(
         name.startswith(("txt_in.individual_token_refiner.", "context_embedder.token_refiner."))
         for name in names
@@ -277,7 +269,7 @@ def _has_refiner(names: Iterable[str]) -> bool:
 
 
 def _relative(checkpoint: Checkpoint) -> str | None:
-    """The name of a model that has blocks of these names but needs other inputs."""
+    """Return the name of a model whose blocks have these names but which needs other inputs."""
     names = checkpoint.tensors
     patches = names.get("img_in.proj.weight")
     for mark, name in (
@@ -298,7 +290,7 @@ def _relative(checkpoint: Checkpoint) -> str | None:
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, Source]:
-    """Published name -> how its tensor is made from the file's."""
+    """Map each published name to how its tensor is made from the file's tensors."""
     table = DIALECTS[header.dialect][1]
     parts: dict[str, dict[int, Source]] = {}
     for stored, source in _with_scales(checkpoint, header).items():
@@ -311,7 +303,7 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> d
 
 
 def _joined(parts: list[Source]) -> Source:
-    """One tensor whose rows are those of the parts, one below the other."""
+    """Stack the rows of the parts to one tensor."""
     if len(parts) == 1:
         return parts[0]
 
@@ -324,7 +316,7 @@ def _joined(parts: list[Source]) -> Source:
         return torch.cat([row.to(dtype) for row in rows])
 
     def as_fp8(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The rows as bytes one below the other, with a scale for each row."""
+        """Stack the rows as fp8, with a scale for each row."""
         weights, scales, rest = [], [], list(tensors)
         for part in parts:
             weight, scale = part.make_fp8(rest[: len(part.names)])
@@ -347,11 +339,11 @@ def _swap_halves(tensor: Tensor) -> Tensor:
     return torch.cat(tensor.chunk(2)[::-1])
 
 
-# Scales in a file of their own, as those of the official fp8 weights
+# Scales in a separate file, as for the official fp8 weights
 
 
 def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, Source]:
-    """Each tensor of the file by its own name, fp8 weights with their scales multiplied out."""
+    """Map each tensor of the file by its own name; fp8 weights are multiplied by their scales."""
     sources = plain_sources(checkpoint)
     plain_fp8 = [
         name
@@ -365,7 +357,7 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
     missing = [name for name in plain_fp8 if name.removesuffix(".weight") not in scales]
     if missing:
         raise CheckpointError(
-            f"{_map_path(path)} has no scale for {missing[0]}: it belongs to another file than {path}.", path
+            f"{_map_path(path)} has no scale for {missing[0]}: it does not belong to {path}.", path
         )
     return sources | {name: _times(name, scales[name.removesuffix(".weight")]) for name in plain_fp8}
 
@@ -375,11 +367,11 @@ def _map_path(path: Path) -> Path:
 
 
 def _read_scale_map(path: Path) -> dict[str, float]:
-    """Module path -> scale. Raises CheckpointError where the map is not beside the weights or is none."""
+    """Read scales by module path. Raises CheckpointError if the map is missing or invalid."""
     found = _map_path(path)
     if not found.is_file():
         raise CheckpointError(
-            f"{path} has fp8 weights whose scales stand in {found.name}, which is not beside it.\n"
+            f"{path} has fp8 weights whose scales are in {found.name}, which is missing beside it.\n"
             "  Download that file too, or give the bf16 checkpoint to --dit.",
             path,
         )
@@ -388,7 +380,7 @@ def _read_scale_map(path: Path) -> dict[str, float]:
         return {str(name): float(value) for name, value in content.items()}
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{found} is no map of scales ({error}). Download or copy it again.", found
+            f"{found} is not a map of scales ({error}). Download or copy it again.", found
         ) from error
 
 

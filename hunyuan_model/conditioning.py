@@ -1,7 +1,7 @@
-"""Latents as caches hold them, and what the transformer is given beside noisy latents.
+"""Cached latents, and the image condition that the transformer takes besides noisy latents.
 
 The image-to-video transformer of SkyReels V1 takes 16 more channels: the latents of the first frame, encoded
-alone, in latent frame 0, and zeros after it. Source: the released SkyReels V1 code.
+alone, in latent frame 0, and zeros in the other frames. Source: the released SkyReels V1 code.
 """
 
 import logging
@@ -20,11 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def cached_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list[CacheEntry]:
-    """What the caches of clips hold, all encoded in one batch, each from the posterior sample of its own
-    name.
+    """Encode clips in one batch; return the cache entry of each, a posterior sample seeded by its name.
 
-    with_image: also the first frame alone, for image-to-video training. Not in model space; in the VAE's
-    dtype.
+    with_image: also encode the first frame alone, for image-to-video training. Latents are not in model
+    space and have the VAE's dtype.
     """
     generators = [posterior_generator(key) for key in media.keys]
     pixels = byte_clips(media.frames)
@@ -38,7 +37,7 @@ def cached_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
 
 
 def first_frame_condition(first: Tensor, frames: int) -> Tensor:
-    """The further channels, B C F h w float32.
+    """Build the further channels, B C F h w float32.
 
     first: B C 1 h w, in model space. frames: F, latent frames of the video.
     """
@@ -48,8 +47,9 @@ def first_frame_condition(first: Tensor, frames: int) -> Tensor:
 
 
 def first_frame_of(batch: Batch, latents: Tensor, spec: LatentSpec) -> Tensor:
-    """The first frames of a training batch, B C 1 h w in model space: as cached alone, else out of `latents`,
-    with one notice.
+    """Return the first frames of a training batch, B C 1 h w in model space.
+
+    They come from caches of the frame alone; if these are missing, from `latents`, which is logged once.
     """
     if "latents_image" in batch.tensors:
         return spec.to_model(batch.tensor("latents_image"))
@@ -60,16 +60,15 @@ def first_frame_of(batch: Batch, latents: Tensor, spec: LatentSpec) -> Tensor:
 @lru_cache(maxsize=1)  # once, not with every batch
 def _note_missing_image() -> None:
     logger.warning(
-        "caches without latents_image: the first frame of latents stands for it, which was encoded together "
-        "with later frames. "
-        "cache_latents.py --i2v caches it alone, as generation encodes it."
+        "caches without latents_image: the first frame of latents is used, which was encoded together with "
+        "later frames. cache_latents.py --i2v caches it alone, as generation encodes it."
     )
 
 
 def posterior_generator(owner: int | str) -> torch.Generator:
-    """What the sample of an encoded clip is drawn from. owner: the name of the cached item, or the seed of
-    the video to make.
+    """Return the generator for the posterior sample of a clip.
 
-    So an item's cache does not depend on what else a run had to do, nor a video on anything but its seed.
+    owner: the name of the cached item, or the seed of the video to generate. So an item's cache does not
+    depend on the other items of a run, and a video depends only on its seed.
     """
     return torch.Generator().manual_seed(derive_seed("posterior", owner))

@@ -1,4 +1,4 @@
-"""HunyuanVideo and SkyReels V1 as the shared loops see them."""
+"""HunyuanVideo and SkyReels V1, described for the shared loops."""
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -52,9 +52,9 @@ GUIDANCE_UNIT = 1000  # the model was distilled with 1000 times the scale
 
 @dataclass(frozen=True)
 class HunyuanVideo:
-    """The description of HunyuanVideo for one run. Made by the `family_for_...` functions below.
+    """Description of HunyuanVideo for one run, built by the `family_for_...` functions below.
 
-    SkyReels V1 has the same networks; its image-to-video transformer is known by its input channels.
+    SkyReels V1 has the same networks; its image-to-video transformer is recognised by its input channels.
     """
 
     files: HunyuanFiles
@@ -81,7 +81,7 @@ class HunyuanVideo:
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """What a generation uses where nothing is said."""
+        """Defaults of a generation."""
         has_guidance = self.files.dit is None or self.files.dit_header().config.has_guidance
         return SamplingDefaults(
             steps=50,
@@ -97,7 +97,7 @@ class HunyuanVideo:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """How saved files name this model."""
+        """Name of this model in saved files."""
         names = {"sd_model_name": self.files.dit, "vae_name": self.files.encoders.vae}
         return {
             "architecture": "hunyuan-video",
@@ -109,7 +109,7 @@ class HunyuanVideo:
     # encoding
 
     def text_encoders(self) -> Sequence[TextEncoder]:
-        """LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
+        """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
         files = self.files.encoders
         dtype = beside(files.text_dtype, self._dit_dtype())
         return [
@@ -126,24 +126,24 @@ class HunyuanVideo:
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """The encoder and switches that cached latents depend on."""
+        """Encoder and switches that cached latents depend on."""
         identity = self.files.encoders.vae_identity(self._dit_dtype())
         return {**identity, "image": "first frame"} if self.caches_image else identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """The VAE; images are encoded by it too."""
+        """Return the VAE, which encodes images too."""
         return MediaEncoders(self.files.encoders.load_vae(device, self._dit_dtype()))
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError where there is control media, which nothing here follows."""
+        """Raise DatasetError if a table has control media, which HunyuanVideo does not use."""
         if table.has_control:
             raise DatasetError(
-                f"{table.name}: HunyuanVideo follows no control video. Take control_directory out of the "
+                f"{table.name}: HunyuanVideo takes no control video. Remove control_directory from the "
                 "dataset."
             )
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """None: a file for each item."""
+        """Return None: an item has one file."""
         return None
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -158,7 +158,7 @@ class HunyuanVideo:
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """The transformer's checkpoint, checked against --dit_in_channels."""
+        """Path of the transformer's checkpoint, checked against --dit_in_channels."""
         self._check_dit()
         return (self.files.dit_path,)
 
@@ -173,12 +173,13 @@ class HunyuanVideo:
             )
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
+        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
         return kept_dtype(self.files.dit_header().block_dtype, self._with_dtype(placement))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """The transformer, checked against --dit_in_channels. --dit_dtype counts where the caller asks for no
-        dtype.
+        """Load the transformer, checked against --dit_in_channels.
+
+        --dit_dtype applies if the caller sets no dtype.
         """
         (path,) = self.dit_files
         dit = load_dit(path, self._with_dtype(placement))
@@ -187,8 +188,9 @@ class HunyuanVideo:
         return dit
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """What training gives `predict`: text, guidance (B), and by transformer `condition_latents` (B C F H
-        W).
+        """Return the conditions for training: text, guidance (B), `condition_latents` (B C F H W).
+
+        The last only for transformers that take an image.
         """
         batch.check(dict.fromkeys(sorted(TEXT_KEYS), "cache_text_encoder_outputs.py"), "the transformer")
         config = self.files.dit_header().config
@@ -207,11 +209,11 @@ class HunyuanVideo:
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Velocity B C F H W in float32. cond: llm B T D, llm_mask B T, clipL B E, guidance B,
-        condition_latents B C F H W.
+        """Predict the velocity, B C F H W in float32.
 
-        Timesteps are rounded to the dtype of the guidance: generation rounds both to what the model computes
-        in, as the released code, training neither.
+        cond: llm B T D, llm_mask B T, clipL B E, guidance B, condition_latents B C F H W. Timesteps are
+        rounded to the dtype of the guidance: generation rounds both to the model's compute dtype, as the
+        released code does, training rounds neither.
         """
 
         def given(name: str) -> Tensor:
@@ -264,7 +266,7 @@ class HunyuanVideo:
         if usual.embedded_guidance is None and request.embedded_guidance not in (None, EMBEDDED_GUIDANCE):
             scale = request.embedded_guidance
             logger.warning(
-                "the embedded guidance %g is ignored because %s has no input for it",
+                "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s has no input for it",
                 scale,
                 self.files.dit_path,
             )
@@ -277,13 +279,11 @@ class HunyuanVideo:
         return replace(prepared, prompts={0: replace(prepared.prompts[0], positive=positive)})
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image or a video has to be encoded before denoising."""
+        """Whether an image or a video must be encoded before denoising."""
         return self._starts_from_image or prepared.asked.video_path is not None
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """`condition_latents` of the image, `video_latents` of a video to start from; on the CPU, in model
-        space.
-        """
+        """Encode the image as `condition_latents`, the start video as `video_latents`: CPU, model space."""
         request, width, height, frames = prepared.asked, prepared.width, prepared.height, prepared.frames
         generators = [posterior_generator(prepared.seed)]
         conditions: dict[str, Tensor | list[Tensor]] = {}
@@ -307,9 +307,9 @@ class HunyuanVideo:
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """One run of the denoising loop.
+        """Yield the one section for the denoising loop.
 
-        Noise is drawn frame by frame, in bfloat16: longer videos begin with that of shorter.
+        Noise is drawn frame by frame, in bfloat16, so that a longer video starts with a shorter one's noise.
         """
         batch, channels, latent_frames, rows, columns = LATENT.shape(
             prepared.frames, prepared.height, prepared.width
@@ -325,21 +325,21 @@ class HunyuanVideo:
         return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions, source))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
+        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents / LATENT.scale)
 
     def _dit_dtype(self) -> torch.dtype | None:
-        """What the transformer computes in; None where there is none."""
+        """Return the transformer's compute dtype; None if there is no transformer."""
         return self.dit_dtype or (None if self.files.dit is None else self.files.dit_header().compute_dtype)
 
     def _with_dtype(self, placement: Placement) -> Placement:
-        """--dit_dtype counts where the caller asks for no dtype."""
+        """Set --dit_dtype in the placement if the caller sets no dtype."""
         asks = placement.compute_dtype is not None or placement.storage_dtype is not None
         return placement if asks else replace(placement, compute_dtype=self.dit_dtype)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """What cache_latents.py has to be told for this transformer."""
+        """Return the options of cache_latents.py that this transformer needs."""
         return ("--i2v",) if self.files.dit is not None and self._starts_from_image else ()
 
     @property
@@ -348,21 +348,21 @@ class HunyuanVideo:
 
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
-    """For cache_latents.py."""
+    """Describe the family for cache_latents.py."""
     return HunyuanVideo(HunyuanFiles(encoders=Encoders().with_vae(options.vae)), caches_image=options.i2v)
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
-    """For cache_text_encoder_outputs.py."""
+    """Describe the family for cache_text_encoder_outputs.py."""
     return HunyuanVideo(HunyuanFiles(encoders=Encoders().with_text(options.text)))
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
-    """For hv_train_network.py and hv_train.py."""
+    """Describe the family for hv_train_network.py and hv_train.py."""
     return HunyuanVideo(
         HunyuanFiles(options.dit, Encoders().with_vae(options.vae).with_text(options.text)),
         dit_dtype=computing_dtype(options.dit_dtype, "--dit_dtype", None),
-        # 16 is its default
+        # 16 is the option's default and checks nothing
         dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,
         trained_guidance=options.embedded_guidance,
         negative_is_empty=False,
@@ -371,7 +371,7 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 
 
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
-    """For hv_generate_video.py."""
+    """Describe the family for hv_generate_video.py."""
     return HunyuanVideo(
         HunyuanFiles(options.dit, Encoders().with_vae(options.vae).with_text(options.text)),
         dit_channels=options.dit_in_channels,

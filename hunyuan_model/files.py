@@ -1,4 +1,4 @@
-"""The files of one HunyuanVideo run: where each is, and that it is what its option says."""
+"""Files of a HunyuanVideo run: their paths, and the check that each is what its option says."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ from modules.checkpoints.model_files import existing, read_once
 
 @dataclass(frozen=True)
 class HunyuanFiles:
-    """Paths as given.
+    """Paths as the options give them.
 
-    `dit_path` is one that exists, or raises OptionError or CheckpointError naming the option.
+    `dit_path` returns an existing path, or raises OptionError or CheckpointError naming the option.
     """
 
     dit: Path | None = None
@@ -25,7 +25,7 @@ class HunyuanFiles:
         return existing(self.dit, "--dit", "the transformer checkpoint")
 
     def dit_header(self) -> DitHeader[HunyuanVideoConfig]:
-        """What the transformer file says of itself."""
+        """Read dimensions, dialect and dtype of the transformer file."""
         return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self, *needed: str) -> None:

@@ -1,6 +1,6 @@
-"""The HunyuanVideo transformer, which SkyReels V1 has too. Module names follow the published checkpoints.
+"""The HunyuanVideo transformer, also used by SkyReels V1. Module names follow the published checkpoints.
 
-Source: the released model code and Kong et al. 2024, arXiv 2412.03603. `blocks.py` says what is always
+Source: the released model code and Kong et al. 2024, arXiv 2412.03603. `blocks.py` lists what is always
 float32.
 """
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
@@ -26,7 +26,7 @@ from modules.run_blocks import Hidden, run_blocks
 
 
 class PatchEmbedding(nn.Module):
-    """Latents to tokens on their grid: B in_dim F H W -> B C f h w."""
+    """Embed latents as tokens on a grid: B in_dim F H W -> B C f h w."""
 
     def __init__(self, in_dim: int, dim: int, patch_size: tuple[int, int, int]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PooledTextEmbedding(nn.Module):
-    """The pooled output of the CLIP text encoder as a vector: B pooled_dim -> B C float32."""
+    """Embed the pooled output of the CLIP text encoder: B pooled_dim -> B C float32."""
 
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class PooledTextEmbedding(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The final norm, modulated by the embedding, and the projection to patches."""
+    """Final norm, modulated by the embedding, and projection to patches."""
 
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()
@@ -69,14 +69,15 @@ class FinalLayer(nn.Module):
 
 
 class HunyuanVideoModel(nn.Module):
-    """Predicts the velocity of noisy video latents, given text in two encodings and, by variant, guidance and
-    a first frame.
+    """Predict the velocity of noisy video latents from two text encodings.
+
+    Variants also take guidance and a first frame.
     """
 
     spec = DIT
 
     def __init__(self, config: HunyuanVideoConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: what `modules.attention.attend.attend` is told."""
+        """attention: passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -96,7 +97,7 @@ class HunyuanVideoModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the blocks compute in where no autocast says otherwise."""
+        """Dtype that the blocks compute in without autocast."""
         return self.get_parameter("double_blocks.0.img_attn_proj.bias").dtype  # the weight may be in 8 bits
 
     def forward(
@@ -131,7 +132,7 @@ class HunyuanVideoModel(nn.Module):
         clip_l: Tensor,
         guidance: Tensor | None,
     ) -> tuple[Tensor, Tokens]:
-        """Video and text tokens B L+T C, and what belongs to them."""
+        """Return video and text tokens, B L+T C, and the other inputs of the blocks."""
         self._check(noisy, llama, llama_mask, guidance)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = self.img_in(noisy).to(dtype)  # B C f h w
@@ -149,7 +150,7 @@ class HunyuanVideoModel(nn.Module):
         return torch.cat([rearrange(patches, "b c f h w -> b (f h w) c"), text], dim=1), tokens
 
     def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """Tokens B L+T C to velocity B out_dim F H W, float32."""
+        """Turn tokens B L+T C into the velocity, B out_dim F H W in float32."""
         return from_patches(
             self.final_layer(x[:, : tokens.video], tokens).float(), tokens.grid, self.config.patch_size
         )
@@ -159,21 +160,17 @@ class HunyuanVideoModel(nn.Module):
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
         if self.config.has_guidance and guidance is None:
-            raise ValueError("the model has a guidance embedding and was given no guidance")
+            raise ValueError("the model has a guidance embedding, but no guidance is given")
 
 
 def rotary_widths(head_width: int) -> tuple[int, int, int]:
-    """How many of a head's channels are turned by the places along frames, rows and columns: an eighth, and
-    seven sixteenths.
-    """
+    """Return how many of a head's channels encode frames (an eighth), rows and columns (7/16 each)."""
     side = 7 * head_width // 16
     return head_width - 2 * side, side, side
 
 
 def check_sizes(noisy: Tensor, patch_size: tuple[int, int, int], text: Tensor, mask: Tensor) -> None:
-    """Raises ValueError where B C F H W latents cannot be cut into patches, or a B T mask is not that of the
-    text.
-    """
+    """Raise ValueError if B C F H W latents are not whole patches or a B T mask does not fit the text."""
     if any(size % patch for size, patch in zip(noisy.shape[2:], patch_size, strict=True)):
         raise ValueError(f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {patch_size}")
     if mask.shape != text.shape[:2]:
@@ -181,9 +178,7 @@ def check_sizes(noisy: Tensor, patch_size: tuple[int, int, int], text: Tensor, m
 
 
 def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
-    """The values of each token's patch, B L (C pf ph pw), at their places: B C F H W. grid: tokens along
-    frames, rows, columns.
-    """
+    """Assemble patches, B L (C pf ph pw), to B C F H W. grid: tokens along frames, rows, columns."""
     (frames, rows, columns), (pf, ph, pw) = grid, patch_size
     return rearrange(
         patches,
@@ -198,19 +193,16 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 
 
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
-    """How many rows of text any sample needs, and how many of these each of the B samples has; None where all
-    have as many.
+    """Return the longest text's number of real rows, and that of each sample; None if all are equal.
 
-    mask: B T. The padding behind the longest text is cut off rather than masked: attention without a mask is
-    faster and the same. Raises ValueError where padding stands before a real token.
+    mask: B T. Padding after the longest text is cut off, not masked: attention without a mask is faster and
+    gives the same result. Raises ValueError if padding stands before a real token.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     counted = torch.stack([real.sum(dim=1), (real * positions).amax(dim=1)])
     counts, ends = counted.tolist()  # a mask on the device would have the host wait for it
     if counts != ends:
-        raise ValueError(
-            f"padding stands before real tokens in a text mask: {counts} real tokens end at {ends}"
-        )
+        raise ValueError(f"a text mask has padding before real tokens: {counts} real tokens end at {ends}")
     longest = max(1, *counts)
     return longest, None if min(counts) == longest else counts

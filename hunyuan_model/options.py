@@ -18,20 +18,20 @@ INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
 
 @dataclass(frozen=True)
 class HunyuanVaeOptions:
-    """Where the VAE is and how it runs."""
+    """Path of the VAE and how it runs."""
 
     file: VaeOptions = field(metadata=OF_DECODING)
     vae_chunk_size: int | None = field(metadata=NO_PIXELS)
 
     def __post_init__(self) -> None:
         check_at_least(
-            "--vae_chunk_size", self.vae_chunk_size, 1, "how many frames a layer computes at a time"
+            "--vae_chunk_size", self.vae_chunk_size, 1, "the number of frames that a layer computes at a time"
         )
 
 
 @dataclass(frozen=True)
 class HunyuanTextOptions:
-    """Where the two text encoders and their tokenizers are."""
+    """Paths of the two text encoders and their tokenizers."""
 
     text_encoder1: Path | None
     text_encoder2: Path | None
@@ -43,7 +43,7 @@ class HunyuanTextOptions:
 
 @dataclass(frozen=True)
 class HunyuanLatentCachingOptions:
-    """Options of cache_latents.py beside the shared ones."""
+    """Options of cache_latents.py besides the shared ones."""
 
     vae: HunyuanVaeOptions
     i2v: bool
@@ -51,14 +51,14 @@ class HunyuanLatentCachingOptions:
 
 @dataclass(frozen=True)
 class HunyuanTextCachingOptions:
-    """Options of cache_text_encoder_outputs.py beside the shared ones."""
+    """Options of cache_text_encoder_outputs.py besides the shared ones."""
 
     text: HunyuanTextOptions
 
 
 @dataclass(frozen=True)
 class HunyuanTrainingOptions:
-    """Options of hv_train_network.py and hv_train.py beside the shared ones."""
+    """Options of hv_train_network.py and hv_train.py besides the shared ones."""
 
     dit: Path | None = field(metadata=FREE)  # resume compares its name
     dit_dtype: str | None = field(metadata=HABIT)
@@ -73,7 +73,7 @@ class HunyuanTrainingOptions:
 
 @dataclass(frozen=True)
 class HunyuanGenerationOptions:
-    """Options of hv_generate_video.py beside the shared ones."""
+    """Options of hv_generate_video.py besides the shared ones."""
 
     dit: Path | None
     dit_in_channels: int | None = field(metadata=NO_PIXELS)  # the file says it too
@@ -96,14 +96,14 @@ class HunyuanGenerationOptions:
 
     @property
     def text_multipliers(self) -> tuple[float, float] | None:
-        """What --te_multiplier gives for the text's tokens and for their mean."""
+        """Return the factors of --te_multiplier for the text's tokens and for their mean."""
         return read_multipliers(self.te_multiplier)
 
 
 def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | None:
-    """What was given to --te_multiplier as numbers; None where it was not.
+    """Return the numbers of --te_multiplier; None if it is not given.
 
-    Raises OptionError for other words.
+    Raises OptionError if they are not numbers.
     """
     if words is None:
         return None
@@ -117,69 +117,76 @@ def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | Non
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """--vae and its switches, --i2v for image-to-video caches."""
+    """Declare --vae and its switches, and --i2v for image-to-video caches."""
     group = parser.add_argument_group("HunyuanVideo")
     add_vae(group)
     group.add_argument(
         "--i2v",
         action="store_true",
-        help="also cache the first frame encoded alone, for training of SkyReels V1 image-to-video",
+        help="also cache the first frame, encoded alone, to train SkyReels V1 image-to-video",
     )
 
 
 def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two text encoders and their tokenizers."""
+    """Declare the two text encoders and their tokenizers."""
     group = parser.add_argument_group("HunyuanVideo")
     add_text(group, required=True)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint and what training samples need."""
+    """Declare the checkpoint and the encoders that training samples need."""
     group = parser.add_argument_group("HunyuanVideo")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     group.add_argument(
         "--dit_dtype",
         type=str,
         default=None,
-        help="what the transformer computes in; default: as its file stores it",
+        help="dtype that the transformer computes in; default: that of its file",
     )
     group.add_argument(
         "--dit_in_channels",
         type=int,
         default=16,
-        help="32: the checkpoint has to be the image-to-video one; found from the file",
+        help="number of input channels; 32 requires the image-to-video checkpoint; default: that of the file",
     )
     add_vae(group)
     add_text(group, required=False)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoints of a generation, and what is done with the text."""
+    """Declare the checkpoints that generation needs, and the options of the text encoders."""
     group = parser.add_argument_group("HunyuanVideo")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     group.add_argument(
-        "--dit_in_channels", type=int, default=None, help="input channels it has to have; found from the file"
+        "--dit_in_channels",
+        type=int,
+        default=None,
+        help="number of input channels that the checkpoint must have; default: any",
     )
     add_vae(group, always_tiled=True)
     add_text(group, required=False)
     group.add_argument(
-        "--prompt_2", type=str, default=None, help="prompt of the second text encoder; without it the prompt"
+        "--prompt_2", type=str, default=None, help="prompt for the second text encoder; default: --prompt"
     )
     group.add_argument(
         "--hidden_state_skip_layer",
         type=int,
         default=SKIP_LAYERS,
-        help="layers of the language model behind the state that is used",
+        help="number of the language model's last layers to skip; the state before them is used",
     )
-    group.add_argument("--apply_final_norm", action="store_true", help="norm that state as the last one is")
+    group.add_argument(
+        "--apply_final_norm", action="store_true", help="apply the final norm to that state too"
+    )
     add_te_multiplier(group)
     group.add_argument(
-        "--exclude_single_blocks", action="store_true", help="use of LoRAs only what is for the double blocks"
+        "--exclude_single_blocks",
+        action="store_true",
+        help="use only the parts of LoRAs that are for the double blocks",
     )
     group.add_argument(
         "--reproduce",
         action="store_true",
-        help="deterministic algorithms only: slower, the same on every run",
+        help="use only deterministic algorithms: slower, but every run gives the same result",
     )
     add_split_argument(group)
 
@@ -187,9 +194,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 def caching_commands(
     dataset_config: Path | None, options: HunyuanTrainingOptions, switches: Iterable[str] = ()
 ) -> tuple[str, str]:
-    """What to type where caches of latents, or of texts, are missing.
+    """Return the commands that make missing caches of latents and of texts.
 
-    switches: of cache_latents.py, as the transformer needs.
+    switches: options of cache_latents.py that the transformer needs.
     """
     dataset = ["--dataset_config", str(dataset_config)]
     latents = [
@@ -210,30 +217,30 @@ def caching_commands(
 
 
 def add_vae(group: argparse._ArgumentGroup, always_tiled: bool = False) -> None:
-    """The arguments of `HunyuanVaeOptions`. always_tiled: see `add_vae_arguments`."""
+    """Declare the options of `HunyuanVaeOptions`. always_tiled: see `add_vae_arguments`."""
     add_vae_arguments(group, always_tiled=always_tiled)
     group.add_argument(
         "--vae_chunk_size",
         type=int,
         default=None,
-        help="frames that a layer of the VAE computes at a time: less memory",
+        help="number of frames that a layer of the VAE computes at a time; fewer take less memory",
     )
 
 
 def add_te_multiplier(group: argparse._ArgumentGroup) -> None:
-    """How much the text weighs inside the transformer; read by `read_multipliers`."""
+    """Declare --te_multiplier, which `read_multipliers` reads."""
     group.add_argument(
         "--te_multiplier",
         type=str,
         nargs=2,
         default=None,
         metavar=("llm_multiplier", "clip_multiplier"),
-        help="strengthen the text's tokens in the transformer's refiner, and their mean",
+        help="factors for the text's tokens in the transformer's refiner, and for their mean",
     )
 
 
 def add_text(group: argparse._ArgumentGroup, required: bool) -> None:
-    """The arguments of `HunyuanTextOptions`."""
+    """Declare the options of `HunyuanTextOptions`."""
     what = {1: "Llama 3 text encoder (LLaVA): folder or file", 2: "CLIP-L text encoder: folder or file"}
     for number, text in what.items():
         group.add_argument(f"--text_encoder{number}", type=str, default=None, required=required, help=text)
@@ -241,14 +248,14 @@ def add_text(group: argparse._ArgumentGroup, required: bool) -> None:
             f"--text_encoder{number}_tokenizer",
             type=str,
             default=None,
-            help="tokenizer, a folder or a file; default: in or beside the encoder's folder, else the hub",
+            help="tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub",
         )
-    dtype = "what both compute in; default float16, beside a float32 --dit float32"
+    dtype = "dtype that both encoders compute in; default: float16, but float32 if --dit is float32"
     group.add_argument("--text_encoder_dtype", type=str, default=None, help=dtype)
     group.add_argument(
         "--fp8_llm",
         action="store_true",
-        help="keep Llama's linear layers in fp8: half of float16's memory, slightly other states",
+        help="keep Llama's linear layers in fp8: half the memory of float16, slightly different states",
     )
 
 

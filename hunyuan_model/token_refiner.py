@@ -1,5 +1,4 @@
-"""From states of a language model to the text tokens of the transformer: a small bidirectional transformer of
-its own.
+"""Token refiner: a small bidirectional transformer from states of a language model to text tokens.
 
 Source: the released model code and Kong et al. 2024, arXiv 2412.03603, section 4.3, after Ma et al. 2024,
 arXiv 2406.11831.
@@ -24,7 +23,7 @@ from modules.layers.sinusoid import sinusoid
 
 
 class NumberEmbedding(nn.Module):
-    """A number for each sample, such as the timestep, as a vector: B -> B C float32."""
+    """Embed a number per sample, such as the timestep: B -> B C float32."""
 
     def __init__(self, freq_dim: int, dim: int) -> None:
         super().__init__()
@@ -32,13 +31,13 @@ class NumberEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, numbers: Tensor) -> Tensor:
-        # float32 angles: those of a large guidance are rounded, and the model has learned the rounded ones
+        # float32 angles: those of a large guidance are rounded, and the model was trained with rounded ones
         hidden = run_float32(self.mlp[0], sinusoid(numbers, self.freq_dim, torch.float32))
         return run_float32(self.mlp[2], functional.silu(hidden))
 
 
 class VectorEmbedding(nn.Module):
-    """One vector for each sample, such as the mean of a text's states, as another: B D -> B C float32."""
+    """Embed a vector per sample, such as the mean of a text's states: B D -> B C float32."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -80,7 +79,7 @@ class RefinerBlock(nn.Module):
 
 
 class IndividualTokenRefiner(nn.Module):
-    """The blocks, under the name that the published checkpoints have for them."""
+    """The refiner's blocks, under their name in the published checkpoints."""
 
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()
@@ -88,7 +87,7 @@ class IndividualTokenRefiner(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """States of the language model to text tokens, given the timestep."""
+    """Turn states of the language model into text tokens, given the timestep."""
 
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()
@@ -105,10 +104,9 @@ class TokenRefiner(nn.Module):
         dtype: torch.dtype,
         attention: AttentionChoice = SDPA,
     ) -> Tensor:
-        """Text tokens B T C in that dtype. What stands in rows of padding has no meaning.
+        """Return text tokens, B T C in that dtype; the rows of padding have no meaning.
 
-        text: B T text_dim. timesteps: B, 0..1000. counts: how many of the T tokens of each sample are real;
-        None: all.
+        text: B T text_dim. timesteps: B, 0..1000. counts: number of real tokens of each sample; None: all T.
         """
         vector = self.t_embedder(timesteps) + self.c_embedder(mean_text(text, counts))
         x = run(self.input_embedder, text).to(dtype)
@@ -122,11 +120,11 @@ def refined(
     counts: Sequence[int] | None,
     attention: AttentionChoice,
 ) -> Tensor:
-    """Text tokens B T C after the refiner's blocks.
+    """Run the refiner's blocks on text tokens B T C.
 
     vector: B C float32; counts: as for `TokenRefiner.forward`.
     """
-    # an empty text still has a key, or its rows would have nothing to look at
+    # an empty text keeps one key, because its rows need something to attend to
     lengths = None if counts is None else lengths_on([max(1, count) for count in counts], x.device)
     for block in blocks:
         x = block(x, vector, lengths, attention)
@@ -134,7 +132,7 @@ def refined(
 
 
 def mean_text(text: Tensor, counts: Sequence[int] | None) -> Tensor:
-    """The mean of the real rows of B T D: B D float32; zeros for an empty text."""
+    """Return the mean of the real rows of B T D: B D float32; zeros for an empty text."""
     if counts is None:
         return text.float().mean(dim=1)
     lengths = numbers_on(text.device, counts)

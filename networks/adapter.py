@@ -1,6 +1,4 @@
-"""One interface for the trainer to a network built by any `--network_module`, ours or foreign (LyCORIS and
-the like).
-"""
+"""The trainer's interface to a network built by any `--network_module`, ours or foreign (such as LyCORIS)."""
 
 import inspect
 import math
@@ -31,7 +29,7 @@ logger = getLogger(__name__)
 
 @dataclass(frozen=True)
 class NormReport:
-    """What `--scale_weight_norms` did at a step: how many modules were scaled, and the norms afterwards."""
+    """Result of `--scale_weight_norms` at a step: number of scaled modules, and the norms afterwards."""
 
     keys_scaled: int
     mean_norm: float
@@ -39,23 +37,23 @@ class NormReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "NormReport":
-        """From what `TrainableNetwork.scale_norms` returned, read from the device."""
+        """Build the report from the numbers of `TrainableNetwork.scale_norms`, read from the device."""
         keys_scaled, mean_norm, max_norm = numbers
         return cls(int(keys_scaled), mean_norm, max_norm)
 
 
 @dataclass(frozen=True)
 class TrainableNetwork:
-    """A network inside the DiT it was made for.
+    """A network inside the DiT it was built for.
 
-    `module` holds the parameters; its state dict is what a LoRA file holds.
+    `module` holds the parameters; its state dict has the tensors of a LoRA file.
     """
 
     module: nn.Module
     dit: nn.Module
 
     def parameter_groups(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
-        """Groups for the optimizer, and a name of each for logs."""
+        """Return parameter groups for the optimizer, and a name of each for logs."""
         prepare = self._offered("prepare_optimizer_params")
         if prepare is None:
             return [{"params": self.parameters(), "lr": learning_rate}], ["unet"]
@@ -79,11 +77,11 @@ class TrainableNetwork:
         return groups, names
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """Return the parameters that are trained."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Make all dropout until the next call follow from this number.
+        """Seed all dropout until the next call.
 
         A foreign network draws from torch's global generators, so these are seeded for it.
         """
@@ -94,7 +92,7 @@ class TrainableNetwork:
             own(seed)
 
     def set_multiplier(self, multiplier: float) -> None:
-        """The strength of the network; 1 while training."""
+        """Set the strength of the network; 1 during training."""
         own = self._offered("set_multiplier")
         if own is not None:
             own(multiplier)
@@ -115,9 +113,9 @@ class TrainableNetwork:
             own()
 
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
-        """`--scale_weight_norms`: after an optimizer step, scale modules above this norm down to it.
+        """After an optimizer step, scale modules above this norm down to it (`--scale_weight_norms`).
 
-        Returns the three numbers of a `NormReport` on `device`, where they may be still to come.
+        Returns the three numbers of a `NormReport` on `device`; they may still be computed there.
         """
         scale = self._offered("apply_max_norm_regularization")
         assert scale is not None  # make_network refuses the option without it
@@ -169,14 +167,15 @@ class TrainableNetwork:
             )
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write the network as a file, complete or not at all, in that dtype (None: as trained), with hashes
-        among the metadata.
+        """Write the network to a file, completely or not at all, with hashes added to the metadata.
+
+        dtype: of the tensors in the file; None: as trained.
         """
         tensors = saved_dtype(self.module.state_dict(), dtype)
         save_tensors(path, tensors, with_hashes(tensors, metadata))
 
     def _offered(self, name: str) -> Callable[..., Any] | None:
-        """A method that networks of this interface may have."""
+        """Return an optional method of the network, or None."""
         method: Callable[..., Any] | None = getattr(self.module, name, None)
         return method
 
@@ -185,7 +184,7 @@ def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, s
     """Build the network that the options ask for, load `--network_weights`, and put it into the DiT.
 
     seed: for the initial values, which are the same on every machine. Parameters are on the CPU; move
-    `.module` to the device. Raises OptionError or CheckpointError where the module, its settings or the file
+    `.module` to the device. Raises OptionError or CheckpointError if the module, its settings or the file
     cannot be used.
     """
     name = options.network_module or default_module
@@ -244,7 +243,7 @@ def _build(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:
         )
     if options.network_dropout is not None:
         logger.warning(
-            f"--network_dropout is ignored, because {builder.__name__} takes its own settings; try "
+            f"--network_dropout is ignored because {builder.__name__} takes its own settings; try "
             "--network_args dropout=..."
         )
     return builder.create_network(1.0, rank, options.network_alpha, None, None, dit, **arguments)
@@ -263,7 +262,7 @@ def _build_from_weights(builder: ModuleType, options: NetworkOptions, dit: nn.Mo
     if create is None:
         raise OptionError(
             f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
-            "offer it"
+            "support it"
         )
     tensors: Mapping[str, Tensor] = read_lora(options.network_weights).tensors
     given: dict[str, Any] = {
@@ -284,9 +283,7 @@ def _build_from_weights(builder: ModuleType, options: NetworkOptions, dit: nn.Mo
 
 
 def _call(function: Callable[..., Any], **values: Any) -> Any:
-    """Call with those of the values whose names the function has; modules of other tools differ in what they
-    take.
-    """
+    """Call with the values that the function has parameters for; other tools' modules differ in these."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function(**values)

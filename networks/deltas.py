@@ -46,7 +46,7 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 def fault(factors: Factors) -> str | None:
-    """Why these factors give no change to a weight, or None where they do."""
+    """Say why these factors define no change of a weight; return None if they do."""
     for pair in _PAIRS:
         if (pair[0] in factors) != (pair[1] in factors):
             there, absent = pair if pair[0] in factors else pair[::-1]
@@ -96,7 +96,7 @@ def _fault_in_shapes(factors: Factors) -> str | None:
 
 
 def rank_of(factors: Factors) -> int | None:
-    """The inner size of the factors; None where they are stored whole."""
+    """Return the inner size of the factors; None if they are stored as one matrix."""
     for part in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if part in factors:
             return int(factors[part].shape[0])
@@ -104,7 +104,7 @@ def rank_of(factors: Factors) -> int | None:
 
 
 def strength(factors: Factors) -> float:
-    """alpha / rank. A missing or zero alpha means alpha = rank; factors stored whole are not scaled."""
+    """Return alpha / rank. A missing or zero alpha means alpha = rank; whole matrices are not scaled."""
     rank = rank_of(factors)
     alpha = float(factors["alpha"]) if "alpha" in factors else 0.0
     return 1.0 if rank is None or alpha == 0 else alpha / rank
@@ -169,7 +169,7 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:
-    """What is added to the module's bias at multiplier 1, float32, in memory of its own, or None."""
+    """Return the change of the module's bias at multiplier 1, float32, a new tensor, or None."""
     if "diff_b" in factors:
         return factors["diff_b"].to(device, torch.float32, copy=True)
     if "lora_up.bias" in factors:

@@ -1,6 +1,4 @@
-"""Checksums in the metadata of LoRA files: those that model browsers look up, and whether a file is still
-what was written.
-"""
+"""Checksums in the metadata of LoRA files: those that model browsers look up, and one that shows damage."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,11 +13,10 @@ LAYOUT_KEY = "reelsmith_layout"
 
 
 def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """`sshs_model_hash` and `sshs_legacy_hash` of these tensors.
+    """Return `sshs_model_hash` and `sshs_legacy_hash` of these tensors.
 
-    The first is SHA-256 over the data part of a safetensors file, the second the first 8 digits of SHA-256
-    over 64 KiB at 1 MiB of a file that has only the `ss_*` metadata: both stay equal when other metadata
-    change.
+    The first is SHA-256 over the data part of a safetensors file. The second is the first 8 digits of SHA-256
+    over 64 KiB at 1 MiB of a file that has only the `ss_*` metadata. Other metadata change neither.
     """
     own = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -32,21 +29,21 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with the hashes of these tensors in place of older ones, and what `is_damaged` needs."""
+    """Return the metadata with the hashes of these tensors, replacing older ones; `is_damaged` reads them."""
     return {**metadata, **model_hashes(tensors, metadata), LAYOUT_KEY: layout_hash(tensors)}
 
 
 def layout_hash(tensors: Mapping[str, Tensor]) -> str:
-    """A short hash of names, dtypes and shapes."""
+    """Return a short hash of names, dtypes and shapes."""
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
 
 
 def is_damaged(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
-    """Whether a safetensors file written here no longer holds the data it was written with.
+    """Whether the data of a safetensors file written here differ from its checksum.
 
-    A tool that renames or casts tensors may copy old hashes, so they count only while names, dtypes and
-    shapes are as written here.
+    A tool that renames or casts tensors may copy old hashes, so the hashes are checked only if names, dtypes
+    and shapes are as written here.
     """
     if metadata.get(LAYOUT_KEY) != layout_hash(tensors) or "sshs_model_hash" not in metadata:
         return False
@@ -56,5 +53,5 @@ def is_damaged(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 
 def saved_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copies on the CPU in the dtype of the file; None keeps each as it is."""
+    """Copy tensors to the CPU in the file's dtype; None keeps the dtype of each."""
     return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}

@@ -74,7 +74,7 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """A LoRA file's tensors under our names, and what could not be named."""
+    """Tensors of a LoRA file under our names, and the keys that have none."""
 
     tensors: dict[str, Tensor]
     dialect: str  # for messages
@@ -113,9 +113,9 @@ def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
 
 
 def rename_modules(modules: Iterable[str], family_hint: str | None = None) -> dict[str, str]:
-    """Underscored names of any layout -> those of our layout.
+    """Map underscored names of any layout to those of our layout.
 
-    The names are looked at together to tell whose layout it is.
+    The names are compared together, because only all of them show which layout it is.
     """
     names = list(dict.fromkeys(modules))
     family = choose_family(names, family_hint)
@@ -171,7 +171,7 @@ def _as_ours(key: str, tensor: Tensor) -> Tensor:
 
 
 def with_rank_as_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names in our order, each LoRA without alpha given alpha = rank as an integer."""
+    """Return the tensors in our order; a LoRA without alpha gets alpha = rank, an integer."""
     completed = {}
     for module, factors in group_by_module(tensors).items():
         if "alpha" not in factors and LORA[0] in factors:
@@ -182,7 +182,7 @@ def with_rank_as_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class OtherTensors:
-    """A LoRA in the other dialect, and the modules of ours that have no form there with the reason."""
+    """A LoRA in the other dialect, and the modules that have no form there, each with the reason."""
 
     tensors: dict[str, Tensor]
     left_out: dict[str, str]
@@ -202,7 +202,7 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
     for name, factors in modules.items():
         path = None if family is None else module_path(name, family)
         if family is None or path is None:
-            left_out[OURS + name] = "no known model has a module of that name"
+            left_out[OURS + name] = "no known model has a module with this name"
             continue
         form = _in_diffusers(factors) if family.start == IN_DIFFUSERS else _in_comfyui(factors)
         if isinstance(form, str):
@@ -218,7 +218,7 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor] | str:
     Biases are whole differences there.
     """
     if set(factors) - {"alpha", *LORA, "diff", "diff_b", "lora_up.bias", DORA}:
-        return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in that dialect"
+        return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
     form = _folded(factors) | {part: factors[part] for part in ("diff", DORA) if part in factors}
     bias = bias_delta(factors, torch.device("cpu"))
     if bias is not None:
@@ -229,7 +229,7 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor] | str:
 def _in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
     """The tensors of a module as diffusers and PEFT read them, or why there are none."""
     if set(factors) - {"alpha", *LORA, "diff_b", "lora_up.bias", DORA} or LORA[0] not in factors:
-        return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in that dialect"
+        return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
     if has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, diffusers has them by output"
     form = _folded(factors)

@@ -24,7 +24,7 @@ from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
 SHOWN = 6  # names listed in a message
-A_FEW = 0.1  # share of a file that may be of no use without more than a warning
+A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
 # what of a model's uses a LoRA has learned, in words: `Family.metadata` as trained_for
@@ -54,7 +54,7 @@ class LoraFile:
         return group_by_module(self.tensors)
 
     def family(self) -> FamilyNames | None:
-        """What it was trained for: as its metadata say, else by its names; None where nobody knows."""
+        """Return the family it was trained for, from its metadata, else its names; None if unknown."""
         return named_family(self.metadata) or choose_family(
             name.removeprefix(OURS) for name in self.modules()
         )
@@ -64,7 +64,7 @@ def read_lora(path: Path) -> LoraFile:
     """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a
     warning.
 
-    Raises CheckpointError where it is missing, damaged, no LoRA, or of a kind that is not supported.
+    Raises CheckpointError if it is missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
@@ -124,8 +124,7 @@ def listed(names: Sequence[str], most: int = SHOWN) -> str:
 
 
 def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None:
-    """Warn of names of which nothing comes, and in a second, louder line where they are more than a few of so
-    many.
+    """Warn of unused names, with a second, louder line if they are more than a few of `whole`.
 
     what: as in "4 of 24 {what}: a, b, c".
     """
@@ -141,7 +140,7 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
-    """Warn where the metadata of a LoRA that fits by its names say that it was trained for another model."""
+    """Warn if a LoRA fits by its names but its metadata say that it was trained for another model."""
     made = named_family(lora.metadata)
     name = next(
         (text for key in MADE_FOR if (text := lora.metadata.get(key, "")).startswith(OF_EQUAL_NAMES)), None
@@ -203,11 +202,9 @@ def _finite(value: Any) -> float:
 
 
 def import_network_module(name: str) -> ModuleType:
-    """The module that `--network_module` names: one of ours (`networks.lora_wan`) or any that offers
-    `create_network(...)`.
+    """Import the module of `--network_module`: ours (`networks.lora_wan`) or any with `create_network(...)`.
 
-    The folder the command runs in is searched too. Raises OptionError where it is not there or builds no
-    network.
+    The working folder is searched too. Raises OptionError if it cannot be imported or builds no network.
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(

@@ -37,7 +37,7 @@ def create_arch_network_from_weights(
     unet: nn.Module | None = None,
     **arguments: Any,
 ) -> "LoraNetwork":
-    """A network with the modules, ranks and alphas of a LoRA file's tensors; their values are not taken."""
+    """Build a network with the modules, ranks and alphas of a LoRA file's tensors, but not their values."""
     return build_network_from_weights(multiplier, weights_sd, unet, arguments)
 
 
@@ -80,16 +80,16 @@ def create_arch_network(
 def build_network_from_weights(
     multiplier: float, weights: Mapping[str, Tensor], unet: nn.Module | None, arguments: Mapping[str, Any]
 ) -> "LoraNetwork":
-    """A network with the modules, ranks and alphas of these tensors (any dialect); modules that the model
-    lacks are listed.
+    """Build a network with the modules, ranks and alphas of these tensors (any dialect).
 
-    Raises CheckpointError where nothing fits, or where the tensors are no plain LoRA.
+    Modules that the model does not have are logged. Raises CheckpointError if nothing fits, or if the tensors
+    are not a plain LoRA.
     """
     if unet is None:
         raise TypeError("create_arch_network_from_weights needs unet")
     for key in sorted(_FROM_FILE & {key for key, value in arguments.items() if value is not None}):
         logger.warning(
-            f"--network_args {key} is ignored, because --dim_from_weights takes the modules and ranks from "
+            f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
             "the file"
         )
     others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
@@ -132,7 +132,7 @@ def _anywhere(part: str) -> re.Pattern[str]:
 
 
 def _modules_in_blocks(unet: nn.Module, spec: DitSpec) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """(path, module) of each Linear and Conv2d inside a block, in the model's order."""
+    """Yield (path, module) of each Linear and Conv2d inside a block, in the model's order."""
     lists = tuple(f"{name}." for name in spec.block_lists)
     for path, module in unet.named_modules():
         if path.startswith(lists) and isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -140,14 +140,14 @@ def _modules_in_blocks(unet: nn.Module, spec: DitSpec) -> Iterator[tuple[str, nn
 
 
 def _size(module: nn.Linear | nn.Conv2d, settings: LoraSettings) -> tuple[int, float] | None:
-    """(rank, alpha), or None where the module takes no part."""
+    """Return (rank, alpha), or None if the module gets no LoRA."""
     if isinstance(module, nn.Linear) or module.kernel_size == (1, 1):
         return settings.rank, settings.alpha
     return None if settings.conv_rank is None else (settings.conv_rank, settings.conv_alpha)
 
 
 class LoraNetwork(nn.Module):
-    """The LoRAs of a model. Its state dict has the tensors of a LoRA file in our dialect."""
+    """LoRAs of a model. The state dict has the tensors of a LoRA file in our dialect."""
 
     def __init__(
         self, layers: Mapping[str, LoraLayer], settings: LoraSettings, multiplier: float = 1.0
@@ -170,9 +170,9 @@ class LoraNetwork(nn.Module):
         apply_text_encoder: bool = False,
         apply_unet: bool = True,
     ) -> None:
-        """Put the LoRAs into the model they were made for.
+        """Put the LoRAs into the model they were built for.
 
-        Raises ValueError where text encoders are asked for.
+        Raises ValueError if they are requested for text encoders.
         """
         if apply_text_encoder:
             raise ValueError("this network has no modules for text encoders")
@@ -186,7 +186,7 @@ class LoraNetwork(nn.Module):
             layer.multiplier = multiplier
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Call before each micro-batch: all dropout masks until the next call follow from this number."""
+        """Seed all dropout masks until the next call; call before each micro-batch."""
         self._seed.value = seed
         if self.settings.dropouts:
             tables = self._seed.tables(len(self.layers), self.layers[0].lora_down.weight.device)
@@ -196,8 +196,9 @@ class LoraNetwork(nn.Module):
     def prepare_optimizer_params(
         self, unet_lr: float | None = None, **_: Any
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups for the optimizer and a name of each for logs; with LoRA+ the up matrices are a
-        second group.
+        """Return parameter groups for the optimizer, and a name of each for logs.
+
+        With LoRA+ the up matrices are a second group.
         """
         rate = {} if unet_lr is None else {"lr": unet_lr}
         ratio = self.settings.loraplus_lr_ratio
@@ -215,7 +216,7 @@ class LoraNetwork(nn.Module):
         self.train()
 
     def on_step_start(self) -> None:
-        """Nothing to do at the start of a step."""
+        """Do nothing; the interface requires this method."""
 
     def get_trainable_params(self) -> Iterator[nn.Parameter]:
         return self.parameters()
@@ -255,7 +256,7 @@ class LoraNetwork(nn.Module):
             )
         self.load_state_dict(
             {
-                # some tools store alpha as a list of one
+                # some tools store alpha as a list with one element
                 f"{name}.{part}": tensor.reshape(own[name][part].shape)
                 for name, factors in fitting.items()
                 for part, tensor in factors.items()
@@ -271,7 +272,7 @@ class LoraNetwork(nn.Module):
     def save_weights(
         self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
     ) -> None:
-        """Write a LoRA file, complete or not at all, with the hashes of its tensors among the metadata."""
+        """Write a LoRA file, completely or not at all, with the hashes of its tensors in the metadata."""
         tensors = saved_dtype(self.state_dict(), dtype)
         save_tensors(Path(file), tensors, with_hashes(tensors, metadata or {}))
 
@@ -279,11 +280,10 @@ class LoraNetwork(nn.Module):
     def apply_max_norm_regularization(
         self, max_norm: float, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale both factors of each LoRA whose norm ||alpha / rank * up @ down|| is above `max_norm` down to
-        it.
+        """Scale down both factors of each LoRA whose norm ||alpha / rank * up @ down|| is above `max_norm`.
 
-        Returns how many were scaled, and mean and largest norm afterwards: numbers on the network's device,
-        which the host need not wait for. `device` is not needed.
+        Returns the number of scaled LoRAs, and mean and largest norm afterwards, as tensors on the network's
+        device, so that the host need not wait for them. `device` is ignored.
         """
         norms = torch.stack([_norm(layer) for layer in self.layers])
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
@@ -295,7 +295,7 @@ class LoraNetwork(nn.Module):
 
 
 def _norm(layer: LoraLayer) -> Tensor:
-    """Frobenius norm of alpha / rank * up @ down, from the two R x R products, without the large one."""
+    """Return the Frobenius norm of alpha / rank * up @ down, computed from two R x R products only."""
     down, up = layer.lora_down.weight.flatten(1), layer.lora_up.weight.flatten(1)  # R x in, out x R
     exact = torch.float32 if down.device.type == "mps" else torch.float64  # Apple GPUs have no float64
     down, up = down.to(exact), up.to(exact)

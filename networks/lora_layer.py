@@ -1,4 +1,4 @@
-"""One LoRA: what it adds to the output of a frozen Linear or Conv2d, and its dropouts.
+"""One LoRA layer: its addition to the output of a frozen Linear or Conv2d, and its dropouts.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
@@ -17,7 +17,7 @@ from modules.seeds import derive_seed
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
-# the lower 32 bits of a seed and the rest; as int64 tensors without axes
+# the lower and upper 32 bits of a seed; as tensors: int64 without axes
 Halves = tuple[int, int] | tuple[Tensor, Tensor]
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -25,7 +25,7 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Shares dropped while training. None of them acts in eval mode."""
+    """Shares that are dropped during training; eval mode drops nothing."""
 
     neuron: float = 0.0  # of single values between the factors
     rank: float = 0.0  # of whole ranks, per sample
@@ -36,23 +36,21 @@ class Dropouts:
 
 
 class DropoutSeed:
-    """The number that all masks of one micro-batch derive from, shared by the layers of a network."""
+    """Seed that all masks of one micro-batch derive from, shared by the layers of a network."""
 
     def __init__(self) -> None:
         self.value: int | None = None
 
     def derive(self, layer: int, kind: str) -> int:
-        """The seed of one layer's mask.
+        """Return the seed of one layer's mask.
 
-        Without a value set, each call draws one from torch's global generator.
+        If no value is set, each call draws one from torch's global generator.
         """
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind)
 
     def tables(self, layers: int, device: torch.device) -> Tensor:
-        """What `derive` gives for all of them: layers x KINDS x (lower, upper 32 bits) int64, copied to the
-        device at once.
-        """
+        """Return the seeds of all layers: layers x KINDS x (lower, upper 32 bits), int64, in one copy."""
         seeds = [[halves(self.derive(layer, kind)) for kind in KINDS] for layer in range(layers)]
         return numbers_on(device, seeds)
 
@@ -60,8 +58,8 @@ class DropoutSeed:
 class LoraLayer(nn.Module):
     """`y + multiplier * alpha / rank * up(down(x))` in place of the forward of a frozen module.
 
-    The factors are float32 whatever the model's dtype; under autocast they compute in its dtype, without it
-    in float32.
+    The factors are float32 for every dtype of the model. They compute in autocast's dtype, or in float32
+    without autocast.
     """
 
     alpha: Tensor
@@ -71,7 +69,7 @@ class LoraLayer(nn.Module):
     def __init__(self, original: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
         """alpha: 0 means rank.
 
-        Initial values come from torch's global CPU generator, as LoRA modules of other tools do it.
+        Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
         """
         super().__init__()
         self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
@@ -81,7 +79,7 @@ class LoraLayer(nn.Module):
         self.rank = rank
         self.multiplier = 1.0
         self.dropouts, self.index, self.seed = Dropouts(), 0, DropoutSeed()
-        # KINDS x 2 int64: compiled code would take a number for a constant
+        # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
         self.seed_table: Tensor | None = None
         self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
@@ -89,18 +87,17 @@ class LoraLayer(nn.Module):
         self.read_alpha()
 
     def read_alpha(self) -> None:
-        """Take the scale alpha / rank from the alpha buffer, as after loading; 0 means rank in a file too."""
+        """Update the scale alpha / rank from the alpha buffer, e.g. after loading; 0 means alpha = rank."""
         self.scale = (float(self.alpha) or self.rank) / self.rank
 
     def set_dropouts(self, dropouts: Dropouts, seed: DropoutSeed, index: int) -> None:
-        """index: the layer's number in its network, so that each layer has masks of its own."""
+        """Set the dropouts. index: the layer's number in its network, which gives it its own masks."""
         self.dropouts, self.seed, self.index = dropouts, seed, index
 
     def attach(self) -> None:
-        """From now on the original module's forward is this one's."""
+        """Replace the original module's forward by this one's."""
         self._original_forward = self._original[0].forward
-        # a mask follows from the numbers of the elements in the input, and would repeat itself in each piece
-        # of it
+        # masks depend on the index of each element in the input, and would repeat in each piece of it
         self._original[0].sees_whole_input = self.dropouts.neuron > 0  # type: ignore[assignment]
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
@@ -108,7 +105,7 @@ class LoraLayer(nn.Module):
         # x: B L in, or B in H W
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast and x.dtype == torch.float32:
-            # once, rather than in both the original and the LoRA
+            # cast once, not in both the original and the LoRA
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out = self._original_forward(x)
         dropping = self.training and bool(self.dropouts)
@@ -117,7 +114,7 @@ class LoraLayer(nn.Module):
             return out
         if not autocast:
             x = x.to(self.lora_down.weight.dtype)
-        # B L R: scaled here, where the tensor is small
+        # B L R: scaled here because this tensor is small
         hidden = self.lora_down(x) * (self.multiplier * self.scale)
         if dropping:
             hidden = self._dropped(hidden)
@@ -134,7 +131,7 @@ class LoraLayer(nn.Module):
         return share > 0 and (self.seed.derive(self.index, "module") & _32_BITS) < share * (_32_BITS + 1)
 
     def _halves(self, kind: str) -> Halves:
-        """The halves of the seed of a mask: as tensors for code that is compiled."""
+        """Return the halves of a mask's seed; as tensors in compiled code."""
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             return low, high
@@ -150,17 +147,17 @@ class LoraLayer(nn.Module):
         return hidden
 
     def _masked(self, hidden: Tensor, kind: str, shape: Sequence[int], share: float) -> Tensor:
-        """0 where dropped, hidden / (1 - share) elsewhere."""
+        """Set dropped elements to 0 and divide the others by 1 - share."""
         keep = keep_mask(shape, share, self._halves(kind), hidden.device)
-        # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, the
-        # same way everywhere
+        # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, with
+        # the same sign in all elements
         return hidden.masked_fill(~keep, 0.0) / (1 - share)
 
 
 def _factors(
     original: nn.Linear | nn.Conv2d, rank: int
 ) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
-    """The empty down and up modules, float32 on the CPU."""
+    """Return uninitialised down and up modules, float32 on the CPU."""
     made: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
         down, up = (
@@ -175,23 +172,21 @@ def _factors(
 
 
 def _emptied(layer: Layer) -> Layer:
-    """A layer from the meta device with an unfilled weight on the CPU; also where a dry run stands in for
-    allocation.
-    """
+    """Move a layer from the meta device to the CPU, uninitialised; works in a dry run too."""
     layer.weight = nn.Parameter(torch.empty(layer.weight.shape, dtype=layer.weight.dtype))
     return layer
 
 
 def halves(seed: int) -> tuple[int, int]:
-    """The lower 32 bits and the rest."""
+    """Return the lower and the upper 32 bits."""
     return seed & _32_BITS, seed >> 32
 
 
 def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.device) -> Tensor:
-    """Booleans, false with probability `share`, equal on every device and at every call with the same seed.
+    """Draw booleans, False with probability `share`; the same seed gives the same mask on every device.
 
-    Each element's number is hashed in integers on the device, so a mask costs no transfer, and the
-    recomputation of a checkpointed block draws the mask of its first pass.
+    Each element's index is hashed in integers on the device, so a mask costs no transfer, and recomputing a
+    checkpointed block draws the mask of its first pass.
     """
     numbers = torch.arange(math.prod(shape), device=device)  # int64
     low, high = seed
@@ -201,7 +196,7 @@ def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.de
 
 
 def _hashed(x: Tensor) -> Tensor:
-    """A mixing of 32-bit numbers held in int64.
+    """Mix the bits of 32-bit numbers held in int64.
 
     Source: C. Wellons, "Prospecting for hash functions", lowbias32.
     """

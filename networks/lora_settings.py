@@ -1,4 +1,4 @@
-"""What `--network_dim`, `--network_alpha`, `--network_dropout` and `--network_args` ask of a LoRA network."""
+"""Settings of a LoRA network: `--network_dim`, `--network_alpha`, `--network_dropout`, `--network_args`."""
 
 import ast
 import math
@@ -18,11 +18,11 @@ DEFAULT_ALPHA = 1.0
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Ranks, dropouts and which modules take part."""
+    """Ranks, dropouts and the choice of modules."""
 
     rank: int = DEFAULT_RANK
     alpha: float = DEFAULT_ALPHA
-    conv_rank: int | None = None  # None: convolutions larger than 1 x 1 take no part
+    conv_rank: int | None = None  # None: convolutions larger than 1 x 1 get no LoRA
     conv_alpha: float = DEFAULT_ALPHA
     dropouts: Dropouts = Dropouts()
     include: tuple[re.Pattern[str], ...] = ()  # matched at the start of module paths
@@ -31,16 +31,16 @@ class LoraSettings:
     verbose: bool = False
 
     def takes(self, path: str) -> bool:
-        """Whether the module of that path takes part: it is not excluded, or included again."""
+        """Whether the module at this path gets a LoRA: it is not excluded, or included again."""
         return not any(p.match(path) for p in self.exclude) or any(p.match(path) for p in self.include)
 
 
 def read_settings(
     rank: int | None, alpha: float | None, neuron_dropout: float | None, arguments: Mapping[str, Any]
 ) -> LoraSettings:
-    """Settings from the options and from `--network_args`, whose values may be texts.
+    """Read settings from the options and from `--network_args`, whose values may be strings.
 
-    A key that is not known is warned about. Raises OptionError for values out of range.
+    Warns of unknown keys. Raises OptionError if a value is out of range.
     """
     rest = {key: value for key, value in arguments.items() if value is not None}
     conv_rank = _number(rest, "conv_dim", int, 1, math.inf)
@@ -61,14 +61,14 @@ def read_settings(
         verbose=str(rest.pop("verbose", False)) == "True",
     )
     for key in rest:
-        logger.warning(f"--network_args {key} is ignored, because this network has no such setting")
+        logger.warning(f"--network_args {key} is ignored because this network has no such setting")
     return settings
 
 
 def _number(
     rest: dict[str, Any], key: str, kind: type[int] | type[float], low: float, high: float
 ) -> float | None:
-    """Take the number out of `rest`; None where it is not there. `low` is allowed, `high` is not."""
+    """Remove a number from `rest` and return it; None if missing. `low` is allowed, `high` is not."""
     text = rest.pop(key, None)
     if text is None or text == "None":
         return None
@@ -85,9 +85,9 @@ def _number(
 
 
 def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
-    """Take a list of regular expressions, or its text as a Python list, out of `rest`.
+    """Remove a list of regular expressions, or the text of a Python list, from `rest` and return it.
 
-    Invalid expressions are warned about.
+    Warns of invalid expressions.
     """
     given = rest.pop(key, ())
     if isinstance(given, str):
@@ -97,7 +97,7 @@ def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
             given = None
     if not isinstance(given, (list, tuple)) or not all(isinstance(pattern, str) for pattern in given):
         raise OptionError(
-            f"""--network_args {key}: write a Python list of texts, such as "{key}=[r'.*ffn.*']"."""
+            f"""--network_args {key}: write a Python list of strings, such as "{key}=[r'.*ffn.*']"."""
         )
     compiled = []
     for pattern in given:
@@ -105,6 +105,6 @@ def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
             compiled.append(re.compile(pattern))
         except re.error as error:
             logger.warning(
-                f"--network_args {key}: {pattern!r} is ignored, because it is no regular expression ({error})"
+                f"--network_args {key}: {pattern!r} is ignored: it is not a regular expression ({error})"
             )
     return tuple(compiled)

@@ -70,7 +70,7 @@ class LoraUse:
 
 @dataclass(frozen=True)
 class _Change:
-    """What one LoRA does to one parameter."""
+    """Change of one parameter by one LoRA."""
 
     use: LoraUse
     factors: Factors
@@ -78,7 +78,7 @@ class _Change:
     rows: slice | None = None  # of the parameter, where the LoRA is for a part of it; None: all
 
     def on(self, device: torch.device) -> "_Change":
-        """The same with its factors on a device."""
+        """Return the change with its factors on `device`."""
         return replace(
             self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()}
         )
@@ -179,19 +179,17 @@ class LoraPatch:
         self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """The weight with all that changes it: a new one, or `weight` where nothing does. Raises as
-        `add_to`.
-        """
+        """Return the changed weight, a new tensor, or `weight` if nothing changes it. Raises as `add_to`."""
         if self.touches(name):
             return self.add_to(name, weight.clone())
         self._note(name)
         return weight
 
     def add_to(self, name: str, weight: Tensor) -> Tensor:
-        """Change the weight in place, some rows at a time, so that no second one is held; returns it. On meta
-        it is only compared.
+        """Change the weight in place and return it; on the meta device, only compare shapes.
 
-        Raises CheckpointError where a LoRA is of another size.
+        Works on some rows at a time, so that memory holds no second copy. Raises CheckpointError if a LoRA
+        has another size.
         """
         self._note(name)
         changes = []
@@ -207,11 +205,11 @@ class LoraPatch:
         return weight
 
     def touches(self, name: str) -> bool:
-        """Whether some LoRA changes the parameter of that name."""
+        """Whether a LoRA changes the parameter with this name."""
         return any(True for _ in self._changes_of(name))
 
     def unused(self) -> list[str]:
-        """What no weight handed over so far belongs to, as `file: module.weight`."""
+        """Return the parts of LoRAs without a weight so far, as `file: module.weight`."""
         return [
             f"{use.lora.path.name}: {key}"
             for use in self._uses
@@ -220,9 +218,9 @@ class LoraPatch:
         ]
 
     def check(self) -> None:
-        """Warn of all that found no weight, and of files for another model.
+        """Warn of parts of LoRAs without a weight, and of LoRAs for another model.
 
-        Raises CheckpointError where nothing of one did.
+        Raises CheckpointError if no part of a LoRA has a weight.
         """
         family = choose_family(self._modules, LIKELY_MODEL)
         for use in self._uses:
@@ -239,7 +237,7 @@ class LoraPatch:
                 warn_of_rest(path, missed, len(keys), f"weights are not in {self._model}")
 
     def _misfit(self, lora: LoraFile, missed: Sequence[str], family: FamilyNames | None) -> CheckpointError:
-        """The error for a model and a LoRA that have nothing in common."""
+        """Return the error for a model and a LoRA that have nothing in common."""
         if self._path is not None and family is None:
             return CheckpointError(
                 f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
@@ -289,7 +287,7 @@ class LoraPatch:
                     yield key, change, relative
 
     def _keys(self, use: LoraUse) -> list[str]:
-        """What the patterns keep of a file."""
+        """Return the keys of a file that the patterns keep."""
         return [
             key
             for key, changes in self._changes.items()
@@ -308,9 +306,7 @@ def _leaves(factors: Factors) -> Mapping[str, Callable[[Factors, torch.device], 
 
 
 def _blocks(weight: Tensor, changes: Sequence[_Change]) -> Iterator[slice | None]:
-    """Which rows to change at once; a single None where the weight is small, or where a change has no
-    rows.
-    """
+    """Yield the rows to change at a time; a single None if the weight is small or a change has no rows."""
     if not changes or not weight.numel():
         return
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
@@ -326,7 +322,7 @@ def _blocks(weight: Tensor, changes: Sequence[_Change]) -> Iterator[slice | None
 
 
 def _fitted(change: _Change, relative: Relative | None, weight: Tensor, name: str, model: str) -> _Change:
-    """The change for this weight, compared with it by shape without computing. Raises CheckpointError."""
+    """Return the change for this weight. Raises CheckpointError if the shapes differ; computes nothing."""
     path = change.use.lora.path
     try:
         change = change.placed(relative, weight)
@@ -357,7 +353,7 @@ def _fitted(change: _Change, relative: Relative | None, weight: Tensor, name: st
 
 
 def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) -> list[LoraUse]:
-    """The files of `--lora_weight`, read, with the multiplier and patterns of each."""
+    """Read the files of `--lora_weight`; return each with its multiplier and patterns."""
     files = loras.lora_weight or ()
     includes = _per_file(files, patterns.include_patterns if patterns else None, "--include_patterns")
     excludes = _per_file(files, patterns.exclude_patterns if patterns else None, "--exclude_patterns")
@@ -368,7 +364,7 @@ def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) ->
 
 
 def _per_file(files: Sequence[Path], patterns: Sequence[str] | None, option: str) -> list[str | None]:
-    """One pattern per file; files beyond them have none."""
+    """Return one pattern per file; None for files without one."""
     given = list(patterns or ())
     if len(given) > len(files):
         raise OptionError(
@@ -381,8 +377,7 @@ def _per_file(files: Sequence[Path], patterns: Sequence[str] | None, option: str
 def merge_into_file(
     model: Path, uses: Sequence[LoraUse], output: Path, device: torch.device, in_channels: int | None = None
 ) -> None:
-    """Write the model with the LoRAs added as one safetensors file; names, dtypes and metadata as in the
-    model.
+    """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
 
     Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
     float32). in_channels: what the model's first layer has to take. Raises CheckpointError where a file is

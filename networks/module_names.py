@@ -1,8 +1,7 @@
-"""Names of the modules inside each family's network, as data: what a LoRA may change, and what other layouts
-call it.
+"""Names of the modules inside each family's network: those that a LoRA may change, in ours and other layouts.
 
-`{n}` stands for a block number. LoRA files of our dialect write a path with "_" for "."; these lists give the
-way back.
+`{n}` stands for a block number. LoRA files of our dialect write a path with "_" for "."; these lists restore
+the path.
 """
 
 import re
@@ -21,8 +20,8 @@ class Part:
 
     theirs: str  # path in the other layout
     ours: str
-    # None: all rows; n: the nth of rows as many as it has itself; REST: the last rows; SWAPPED: all, the
-    # halves changed about
+    # None: all rows; n: the nth group of as many rows as the part has; REST: the last rows; SWAPPED: all
+    # rows, with the two halves swapped
     index: int | None = None
     usual_height: int = 1  # REST: how many times as high as the others, in every published model
 
@@ -100,7 +99,7 @@ WAN = FamilyNames(
 
 
 def _qkv_parts(theirs: str, ours: str) -> tuple[Part, ...]:
-    """{x} in `theirs` stands for q, k and v, which lie in this order one below the other in ours."""
+    """Return the parts for q, k and v ({x} in `theirs`), stacked in this order in the rows of ours."""
     return tuple(Part(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate("qkv"))
 
 
@@ -264,8 +263,9 @@ def underscored(path: str) -> str:
 
 
 def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
-    """The family whose lists know most of these underscored names; of equals the one named `hint`, then that
-    which has modules of these names rather than other names for its own. None where no list knows any.
+    """Return the family whose lists have most of these underscored names; None if no list has any.
+
+    Ties go to the family named `hint`, then to the one that has modules of these names, not only aliases.
     """
     names = list(names)
 
@@ -279,9 +279,7 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def named_family(metadata: Mapping[str, str]) -> FamilyNames | None:
-    """The family that a LoRA file's metadata say it was trained for; None where they do not, or name another
-    one.
-    """
+    """Return the family that a LoRA file's metadata name; None if they name none, or an unknown one."""
     version, architecture = (
         metadata.get(TRAINED_ON),
         metadata.get("modelspec.architecture", "").removesuffix("/lora"),
@@ -292,14 +290,14 @@ def named_family(metadata: Mapping[str, str]) -> FamilyNames | None:
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:
-    """`blocks_0_self_attn_q` -> `blocks.0.self_attn.q`; None where the family has no such module."""
+    """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family has no such module."""
     known, _, _ = _patterns(family)
     found = known.fullmatch(name)
     return None if found is None else _filled(family.modules, found)
 
 
 def alias(name: str, family: FamilyNames) -> str:
-    """The underscored name of our layout for one of another layout; any other name unchanged."""
+    """Return our underscored name for one of another layout; return any other name unchanged."""
     _, foreign, _ = _patterns(family)
     found = foreign.fullmatch(name)
     return name if found is None else underscored(_filled([ours for _, ours in family.aliases], found))
@@ -307,7 +305,7 @@ def alias(name: str, family: FamilyNames) -> str:
 
 @dataclass(frozen=True)
 class Relative:
-    """A module whose weight has the rows of another in whole or in part."""
+    """A module whose weight has all or some rows of another module's weight, or the reverse."""
 
     name: str  # underscored
     part: Part
@@ -316,9 +314,7 @@ class Relative:
 
 @cache
 def relatives(name: str) -> tuple[Relative, ...]:
-    """What other layouts call an underscored module, be they parts of it or something it is a part of, in
-    whatever family.
-    """
+    """Return the modules of other layouts, in any family, that are part of this one or contain it."""
     found = []
     for family in FAMILIES:
         for part in family.parts:
@@ -336,7 +332,7 @@ def _template(path: str) -> re.Pattern[str]:
 
 
 def _filled(templates: Iterable[str], found: re.Match[str]) -> str:
-    """The template whose group matched, with its block number."""
+    """Return the template whose group matched, with its block number filled in."""
     index, number = next(
         (int(key[1:]), value) for key, value in found.groupdict().items() if value is not None
     )
@@ -345,8 +341,9 @@ def _filled(templates: Iterable[str], found: re.Match[str]) -> str:
 
 @cache
 def _patterns(family: FamilyNames) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """Patterns of the underscored modules, aliases and parts; group t<i> holds the block number (or nothing)
-    of template i.
+    """Compile patterns of the underscored modules, aliases and parts.
+
+    Group t<i> holds the block number of template i, or nothing.
     """
     aliases, parts = (theirs for theirs, _ in family.aliases), (part.theirs for part in family.parts)
     return _pattern(family.modules), _pattern(aliases), _pattern(parts)

@@ -1,6 +1,4 @@
-"""Options of LoRA networks: training one, adding some to a model, merging and converting files. Standard
-library only.
-"""
+"""Options to train a LoRA network, add LoRAs to a model, merge and convert files. Standard library only."""
 
 import argparse
 import logging
@@ -20,7 +18,7 @@ MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default as
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """The network that `--network_module` builds and trains."""
+    """Options of the network that `--network_module` builds and trains."""
 
     network_module: str | None = field(metadata=IDENTITY)  # None: the family's own LoRA module
     network_dim: int | None = field(metadata=IDENTITY)  # rank; None: the module's default
@@ -35,7 +33,7 @@ class NetworkOptions:
 
     def __post_init__(self) -> None:
         if self.network_dim is not None and self.network_dim < 1:
-            raise OptionError(f"--network_dim {self.network_dim}: the rank is at least 1")
+            raise OptionError(f"--network_dim {self.network_dim}: the rank must be at least 1")
         if not math.isfinite(self.network_alpha) or self.network_alpha < 0:
             raise OptionError(
                 f"--network_alpha {self.network_alpha}: give a positive number, or 0 for alpha = rank"
@@ -44,7 +42,7 @@ class NetworkOptions:
             raise OptionError(f"--network_dropout {self.network_dropout}: give a share from 0 to below 1")
         if self.dim_from_weights and self.network_weights is None:
             raise OptionError(
-                "--dim_from_weights takes ranks and alphas from the file of --network_weights; give that too"
+                "--dim_from_weights needs --network_weights: the file to take ranks and alphas from"
             )
         if self.scale_weight_norms is not None and not self.scale_weight_norms > 0:
             raise OptionError(
@@ -58,11 +56,11 @@ class NetworkOptions:
         require_files("--base_weights", self.base_weights or ())
 
     def arguments(self) -> dict[str, str]:
-        """`--network_args` as a dictionary of texts."""
+        """Return `--network_args` as a dictionary of strings."""
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
 
     def base_multipliers(self) -> tuple[float, ...]:
-        """One multiplier for each of `--base_weights`; missing ones are 1."""
+        """Return one multiplier for each of `--base_weights`; missing ones are 1."""
         return multipliers_for(
             self.base_weights or (), self.base_weights_multiplier or (), "--base_weights_multiplier"
         )
@@ -81,15 +79,13 @@ class LoraOptions:
         require_files("--lora_weight", self.lora_weight or ())
 
     def multipliers(self) -> tuple[float, ...]:
-        """One multiplier for each of `--lora_weight`; missing ones are 1."""
+        """Return one multiplier for each of `--lora_weight`; missing ones are 1."""
         return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier")
 
 
 @dataclass(frozen=True)
 class LoraPatternOptions:
-    """Which parts of each LoRA file are used: one regular expression per file, searched in its tensor
-    names.
-    """
+    """Which parts of each LoRA file are used: one regular expression per file, searched in tensor names."""
 
     include_patterns: tuple[str, ...] | None
     exclude_patterns: tuple[str, ...] | None
@@ -103,10 +99,10 @@ class LoraPatternOptions:
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise OptionError(f"{option} {pattern!r} is no regular expression: {error}") from None
+                    raise OptionError(f"{option} {pattern!r} is not a regular expression: {error}") from None
 
     def also_excluding(self, pattern: str, files: int) -> "LoraPatternOptions":
-        """The same, and of each of so many files what matches the pattern is left out too."""
+        """Return these options with `pattern` excluded as well, from each of `files` LoRA files."""
         given = [*(self.exclude_patterns or ()), *[None] * files][
             : max(files, len(self.exclude_patterns or ()))
         ]
@@ -117,7 +113,7 @@ class LoraPatternOptions:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What `merge_lora.py` does."""
+    """Options of `merge_lora.py`."""
 
     dit: Path
     dit_in_channels: int
@@ -131,7 +127,7 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What `convert_lora.py` does."""
+    """Options of `convert_lora.py`."""
 
     input: Path
     output: Path
@@ -146,17 +142,17 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument(
         "--network_module",
-        help="module that builds the network, e.g. networks.lora_wan or lycoris.kohya; without it the "
-        "family's LoRA",
+        help="module that builds the network, e.g. networks.lora_wan or lycoris.kohya; default: the family's "
+        "LoRA",
     )
-    group.add_argument("--network_dim", type=int, help="rank; without it 4")
+    group.add_argument("--network_dim", type=int, help="rank of the network; default 4")
     group.add_argument(
         "--network_alpha", type=float, default=1, help="strength is alpha / rank; 0 means alpha = rank"
     )
     group.add_argument(
         "--network_dropout",
         type=float,
-        help="share of the values between the two factors that is zeroed while training",
+        help="share of the values between the two factors that is set to zero during training",
     )
     group.add_argument(
         "--network_args",
@@ -164,7 +160,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="further settings, e.g. rank_dropout=0.1 \"exclude_patterns=[r'.*ffn.*']\"",
     )
-    group.add_argument("--network_weights", help="LoRA file to start from; parts that do not fit are listed")
+    group.add_argument("--network_weights", help="LoRA file to start from; parts that do not fit are logged")
     group.add_argument(
         "--dim_from_weights",
         action="store_true",
@@ -173,14 +169,14 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale_weight_norms",
         type=float,
-        help="after each step scale modules down to this norm (1 is a good start)",
+        help="largest norm of a module: after each step, larger ones are scaled down (1 is a good start)",
     )
     group.add_argument("--base_weights", nargs="*", help="LoRA files added to the model before training")
     group.add_argument(
         "--base_weights_multiplier",
         type=float,
         nargs="*",
-        help="strength of each of --base_weights; missing ones are 1",
+        help="strength of each file of --base_weights; missing ones are 1",
     )
 
 
@@ -196,7 +192,7 @@ def add_lora_arguments(
         type=float,
         nargs="*",
         default=default_multiplier,
-        help="strength of each; missing ones are 1",
+        help="strength of each file of --lora_weight; missing ones are 1",
     )
 
 
@@ -206,8 +202,8 @@ def add_lora_pattern_arguments(group: argparse._ActionsContainer) -> None:
         "regular expression per --lora_weight, searched in tensor names such as "
         "lora_unet_blocks_9_cross_attn_k.lora_up.weight"
     )
-    group.add_argument("--include_patterns", nargs="*", help=f"use only what matches: one {text}")
-    group.add_argument("--exclude_patterns", nargs="*", help=f"leave out what matches: one {text}")
+    group.add_argument("--include_patterns", nargs="*", help=f"use only tensors that match: one {text}")
+    group.add_argument("--exclude_patterns", nargs="*", help=f"leave out tensors that match: one {text}")
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -221,13 +217,13 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         "--dit_in_channels",
         type=int,
         default=MERGE_CHANNELS_UNCHECKED,
-        help="refuse a checkpoint whose first layer takes another number of channels; 16, the default, "
+        help="refuse a checkpoint whose first layer takes another number of channels; the default, 16, "
         "accepts any",
     )
     add_lora_arguments(parser, [1.0])
     parser.add_argument("--save_merged_model", required=True, help="safetensors file to write")
     parser.add_argument(
-        "--device", help="where the deltas are computed; without it CUDA if there is one, else the CPU"
+        "--device", help="device that computes the deltas; default: CUDA if available, else the CPU"
     )
 
 
@@ -243,17 +239,14 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def require_files(option: str, paths: Sequence[Path]) -> None:
-    """Raise OptionError for the first of the paths where nothing is, before anything heavy is loaded."""
+    """Raise OptionError for the first path that does not exist, before anything heavy is loaded."""
     for path in paths:
         if not path.exists():
-            raise OptionError(f"{option} {path}: there is no such file")
+            raise OptionError(f"{option} {path}: no such file")
 
 
 def _warn_of_surplus(files: Sequence[Path] | None, multipliers: Sequence[float], option: str) -> None:
-    """Say which multipliers no file is for.
-
-    Where no file is given at all, what there is may be the default.
-    """
+    """Warn of multipliers without a file, unless there are no files: then they may be the default."""
     surplus = multipliers[len(files) :] if files else ()
     if surplus:
         numbers = " ".join(f"{value:g}" for value in surplus)
@@ -261,10 +254,10 @@ def _warn_of_surplus(files: Sequence[Path] | None, multipliers: Sequence[float],
 
 
 def multipliers_for(files: Sequence[Path], multipliers: Sequence[float], option: str) -> tuple[float, ...]:
-    """One multiplier per file: those given, then 1.0.
+    """Return one multiplier per file: the given ones, then 1.0.
 
-    Multipliers beyond the files are ignored, as one default stands where no file is given. Raises OptionError
-    for infinities.
+    Surplus multipliers are ignored, because the option has a default even without files. Raises OptionError
+    if a multiplier is infinite or NaN.
     """
     for value in multipliers:
         if not math.isfinite(value):

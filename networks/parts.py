@@ -1,6 +1,4 @@
-"""LoRAs of layouts that cut a fused weight up: which rows belong to which part, and parts put together to one
-LoRA again.
-"""
+"""LoRAs of layouts that split a fused weight: which rows belong to which part, splitting and joining."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,9 +25,7 @@ Pieces = Sequence[tuple[Part, Factors]]  # of one fused module
 
 
 def part_rows(part: Part, own: int, whole: int) -> slice | Tensor | None:
-    """Which of the fused weight's `whole` rows the `own` rows of a part are; None where they do not go
-    together.
-    """
+    """Return which of the fused weight's `whole` rows the part's `own` rows are; None if they do not fit."""
     if part.index is None or part.index == SWAPPED:
         if own != whole:
             return None
@@ -39,21 +35,20 @@ def part_rows(part: Part, own: int, whole: int) -> slice | Tensor | None:
 
 
 def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
-    """LoRAs of another layout for the modules that a model has: fused ones cut up or parts put together; all
-    else stays.
+    """Convert LoRAs of another layout to the modules that a model has: split fused ones or join parts.
 
-    tensors: under our names, with our prefix. height: module -> how many rows its weight has, None where the
-    model has no such.
+    tensors: under our names, with our prefix; others are unchanged. height: module -> number of rows of its
+    weight, None if the model has no such module.
     """
     return fuse(cut(tensors, height), height)
 
 
 def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
-    """Cut the LoRA for a fused module up into those for its parts; all else stays, and so does, with a
-    warning, what cannot be.
+    """Split the LoRA for a fused module into LoRAs for its parts; warn of those that cannot be split.
 
     Arguments as for `for_model`. Each part has the whole down factor and alpha, and its rows of the up
-    factor. A part that the model does not have is left out, a module of which it has none stays.
+    factor. Parts that the model does not have are left out. Other modules, those that cannot be split, and
+    those without any part in the model are unchanged.
     """
     modules = group_by_module(tensors)
     apart: dict[str, Factors] = {}
@@ -71,9 +66,9 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
 
 
 def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
-    """The factors of each part that has a height, or why there are none."""
+    """Return the factors of each part that has a height, or the reason why there are none."""
     if LORA[1] not in factors:
-        return "only plain LoRAs can be cut up"
+        return "only plain LoRAs can be split"
     whole, given = len(factors[LORA[1]]), [rows for rows in heights.values() if rows is not None]
     places = {one: part_rows(one.part, rows, whole) for one, rows in heights.items() if rows is not None}
     if any(rows is None for rows in places.values()) or (len(given) == len(heights) and sum(given) != whole):
@@ -87,14 +82,13 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
 def fuse(
     tensors: Mapping[str, Tensor], height: Callable[[str], int | None] | None = None
 ) -> dict[str, Tensor]:
-    """Put the LoRAs for parts of a module together to one for that module; all else stays. What cannot is
-    warned about and stays.
+    """Join the LoRAs for parts of a module to one for that module; warn of those that cannot be joined.
 
-    tensors: under our names, with our prefix. height: fused module -> how many rows its weight has; None: the
-    model has no such module, the parts stay as they are. Without `height` every part is put into what it is a
-    part of, and heights come from the parts, those in other blocks too; where the last part of a weight is in
-    none, it is as high as in every published model. What is added to the weight stays the same. The rank is
-    the sum of the parts', or theirs where they share one down factor.
+    tensors: under our names, with our prefix; others are unchanged. height: fused module -> number of rows of
+    its weight, None if the model has no such module: its parts then stay as they are. Without `height` every
+    part is joined, and heights come from the parts, those in other blocks too; if no block has the last part
+    of a weight, its height is that of every published model. The change of the weight stays the same. The
+    rank is the sum of the parts' ranks, or their rank if they share one down factor.
     """
     modules = group_by_module(tensors)
     found: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
@@ -120,7 +114,7 @@ def fuse(
 
 
 def _larger(name: str) -> Relative | None:
-    """What a module is part of in the layout that is ours."""
+    """Return the module of our layout that a module is part of."""
     return next((other for other in relatives(name.removeprefix(OURS)) if not other.is_part), None)
 
 
@@ -131,7 +125,7 @@ def _part(name: str) -> Part:
 
 
 def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
-    """Path of a fused module, in all blocks -> how many rows its weight has, as far as the parts tell."""
+    """Estimate the number of rows of each fused module's weight, the same in all blocks, from its parts."""
     heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
     for part, factors in itertools.chain.from_iterable(found):
         rows = heights.setdefault(part.ours, {})
@@ -149,14 +143,14 @@ def _likely_height(ours: str, rows: Mapping[int | None, int]) -> int:
     last = rows.get(REST, 0)
     if not last:
         logger.info(
-            f"{rest.theirs} is not in the file, and taken to be {rest.usual_height} times as high as the "
-            "parts beside it"
+            f"{rest.theirs} is not in the file; it is assumed to have {rest.usual_height} times as many rows "
+            "as the parts beside it"
         )
     return (equal or last // rest.usual_height) * (len(siblings) - 1) + (last or equal * rest.usual_height)
 
 
 def _joined(pieces: Pieces, height: int) -> Factors | str:
-    """Factors for a weight of that height, or why there are none."""
+    """Return factors for a weight of this height, or the reason why there are none."""
     (part, factors), *others = pieces
     if part.index is None and not others:
         return factors
@@ -164,7 +158,7 @@ def _joined(pieces: Pieces, height: int) -> Factors | str:
         set(factors) - {"alpha", *LORA, DORA, "lora_up.bias"} or factors[LORA[1]].ndim != 2
         for _, factors in pieces
     ):
-        return "only plain LoRAs can be put together"
+        return "only plain LoRAs can be joined"
     places = [part_rows(part, len(factors[LORA[1]]), height) for part, factors in pieces]
     if isinstance(places[0], Tensor):  # the halves changed about
         swapped = rows_of(factors, places[0])
@@ -182,7 +176,7 @@ def _joined(pieces: Pieces, height: int) -> Factors | str:
 
 
 def _stacked(parts: Sequence[Factors], places: Sequence[slice], height: int) -> Factors:
-    """One LoRA whose up factor has those of the parts as blocks, each in its rows."""
+    """Return one LoRA whose up factor has the parts' up factors as blocks, each in its rows."""
     downs, ups = [factors[LORA[0]] for factors in parts], [factors[LORA[1]] for factors in parts]
     scales = [strength(factors) for factors in parts]
     if scales.count(scales[0]) < len(scales):

@@ -89,7 +89,7 @@ def test_a_lokr_cannot_become_the_other_dialect(tmp_path: Path) -> None:
         tmp_path / "x.safetensors",
     )
 
-    with pytest.raises(CheckpointError, match="has no form in that dialect"):
+    with pytest.raises(CheckpointError, match="has no form in this dialect"):
         convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "other")
     assert not (tmp_path / "y.safetensors").exists()
 

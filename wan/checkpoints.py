@@ -1,4 +1,4 @@
-"""Files that hold a Wan2.1 transformer: the dialects, which variant a file is, and loading one."""
+"""Checkpoints of the Wan2.1 transformer: their dialects, their variants, and loading."""
 
 import logging
 import re
@@ -18,8 +18,8 @@ from wan.spec import DIT
 
 logger = logging.getLogger(__name__)
 
-# Names in diffusers' layout -> the published ones. Source: checkpoints of Wan-AI/*-Diffusers; norm2 and norm3
-# change places.
+# Names in diffusers' layout -> the published names. norm2 and norm3 are swapped. Source: checkpoints of
+# Wan-AI/*-Diffusers.
 FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
     (r"condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
     (r"condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
@@ -49,17 +49,15 @@ FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
 
 
 def read_dit_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
-    """Variant, dialect and dtype of an open file.
+    """Read variant, dialect and dtype of an open file.
 
-    Raises CheckpointError where it is no Wan2.1 transformer that can run.
+    Raises CheckpointError if the file is not a supported Wan2.1 transformer.
     """
     return _header(bare_names(checkpoint))
 
 
 def identify(path: Path) -> str | None:
-    """What a file is, where it is a Wan2.1 transformer or one of the files known beside it; None where
-    nothing is known.
-    """
+    """Describe a file that is a Wan2.1 transformer or another known file; return None if it is unknown."""
     try:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
@@ -73,9 +71,7 @@ def identify(path: Path) -> str | None:
 
 
 def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
-    """Compare a file with --task: a file of another kind raises CheckpointError. Another size of its kind is
-    used.
-    """
+    """Raise CheckpointError if a file is another kind of model than --task says; its size may differ."""
     config, kind = header.config, "fun-control" if task.has_control else task.kind
     if header.kind != kind:
         raise CheckpointError(
@@ -88,11 +84,11 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
 
 
 def note_size(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
-    """Say so where a file is of another size than the task's released checkpoint."""
+    """Log if the size of a file differs from the task's released checkpoint."""
     config = header.config
     if config.dim != task.dim:
         logger.info(
-            "%s has %d blocks of width %d, the released %s has width %d: it is used as it is",
+            "%s has %d blocks of width %d, the released %s has width %d: the file is used as it is",
             path.name,
             config.num_layers,
             config.dim,
@@ -105,8 +101,8 @@ def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanMode
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
     dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. Time embedding and final layer are kept
-    in float32. `placement.patch` is given the published parameter names. Raises CheckpointError where the
-    file is no Wan2.1 transformer, is incomplete, or has tensors the model does not know.
+    in float32. `placement.patch` is called with the published parameter names. Raises CheckpointError if the
+    file is not a Wan2.1 transformer, is incomplete, or has unknown tensors.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
@@ -156,8 +152,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     }
     if len(shapes.get("patch_embedding.weight", ())) != 5 or "blocks.0.self_attn.q.weight" not in shapes:
         raise CheckpointError(
-            f"{checkpoint.path} is not a Wan2.1 transformer: {_what_else(shapes)}.\n  Give the transformer's "
-            "checkpoint to --dit.",
+            f"{checkpoint.path} is not a Wan2.1 transformer: {_what_else(shapes)}.\n  Give the checkpoint "
+            "of a transformer to --dit.",
             checkpoint.path,
         )
     _refuse_other_variants(checkpoint.path, shapes)
@@ -175,13 +171,13 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise CheckpointError(
-            f"{path} is an incomplete Wan2.1 transformer: {', '.join(missing)} not there. Copy it again.",
+            f"{path} is an incomplete Wan2.1 transformer without {', '.join(missing)}. Download it again.",
             path,
         )
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     if dim % HEAD_WIDTH:
         raise CheckpointError(
-            f"{path}: width {dim} is no multiple of {HEAD_WIDTH}, the head width of every Wan2.1 model.", path
+            f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan2.1 models.", path
         )
     image = shapes.get("img_emb.proj.0.weight")
     return WanConfig(
@@ -202,7 +198,7 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
 
 
 def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError for relatives of Wan2.1 that have its names but need other inputs."""
+    """Raise CheckpointError for variants that share Wan2.1's names but need other inputs."""
     in_dim, has_image = shapes["patch_embedding.weight"][1], "blocks.0.cross_attn.k_img.weight" in shapes
     name = None
     if any(key.startswith("control_adapter.") for key in shapes):
@@ -220,7 +216,7 @@ def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
     elif in_dim == 52:
         name = "Wan2.2 Fun-Control"
     elif (in_dim, has_image) not in {(16, False), (36, True), (48, True)}:
-        name = f"an unknown relative of Wan2.1 with {in_dim} input channels"
+        name = f"an unknown variant of Wan2.1 with {in_dim} input channels"
     if name is not None:
         raise CheckpointError(
             f"{path} is {name}, which is not supported.\n"
@@ -230,7 +226,7 @@ def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _what_else(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What a file is that is no Wan transformer, in a few words."""
+    """Describe in a few words a file that is not a Wan transformer."""
     for name, what in (
         ("decoder.conv1.weight", "it looks like the Wan VAE (--vae)"),
         ("decoder.conv_in.weight", "it looks like a VAE (--vae)"),
@@ -254,7 +250,7 @@ def _what_else(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _names_of(header: DitHeader[WanConfig]) -> str:
-    """The tasks a file serves, of its size where there are such."""
+    """Return the names of the tasks that a file fits, those of its size if there are any."""
     kind = header.kind
     tasks = [
         task
@@ -270,4 +266,4 @@ def _difference(config: WanConfig, task: WanTask) -> str:
         return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
     if config.image_positions:
         return f"img_emb.emb_pos has places for two images, {task.name} is conditioned on one."
-    return f"img_emb.emb_pos is not there, with which {task.name} tells two images apart."
+    return f"img_emb.emb_pos is missing, with which {task.name} tells two images apart."

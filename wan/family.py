@@ -1,4 +1,4 @@
-"""Wan2.1 as the shared loops see it."""
+"""Wan2.1, described for the shared loops."""
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ FPS = 16.0
 
 @dataclass(frozen=True)
 class Wan:
-    """The description of Wan2.1 for one run. Made by the `family_for_...` functions below."""
+    """Description of Wan2.1 for one run, built by the `family_for_...` functions below."""
 
     task: WanTask
     files: WanFiles
@@ -81,7 +81,7 @@ class Wan:
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """What a generation of the task uses where nothing is said."""
+        """Defaults of a generation of the task."""
         task = self.task
         return SamplingDefaults(
             steps=task.steps,
@@ -97,7 +97,7 @@ class Wan:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """How saved files name this model."""
+        """Name of this model in saved files."""
         names = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
         return {
             "architecture": "wan2.1",
@@ -110,12 +110,12 @@ class Wan:
     # encoding
 
     def text_encoders(self) -> Sequence[TextEncoder]:
-        """umT5; its file is opened when it is loaded."""
+        """Return umT5; its file is opened when it is loaded."""
         return [WanTextEncoder(self.files.t5_path, self.files.t5_tokenizer, self.t5_in_fp8)]
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """The encoders and switches that cached latents depend on."""
+        """Encoders and switches that cached latents depend on."""
         identity = {
             "vae": fingerprint(self.files.vae_path),
             "vae_dtype": dtype_name(self._vae_dtype()),
@@ -126,9 +126,7 @@ class Wan:
         return identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """The VAE; with `images` also the image encoder, where a model or a cache is conditioned on
-        images.
-        """
+        """Load the VAE; with `images` also the image encoder, if the model or the cache needs it."""
         vae = load_vae(
             self.files.vae_path,
             device,
@@ -140,29 +138,28 @@ class Wan:
         return MediaEncoders(vae, load_clip(self.files.clip_path, device) if images and wants_image else None)
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError where an item has more than one control image."""
+        """Raise DatasetError if an item has more than one control image."""
         if table.has_control and len(table.clean_indices) > 1:
             raise DatasetError(
                 f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
-                "for "
-                f"{len(table.clean_indices)}. Take fp_1f_clean_indices out."
+                f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices."
             )
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """None: a file for each item."""
+        """Return None: an item has one file."""
         return None
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every clip; with an image kind also the CLIP features and the condition; latents of a
-        control video.
+        """Encode every clip as latents, and its control video if there is one.
 
-        Stored in the VAE's dtype, CLIP features in float16: formats.md, section 3.
+        With an image kind, also return the CLIP features and the image condition. Stored in the VAE's dtype,
+        CLIP features in float16, as in the caches of other tuners.
         """
         parts = media.encoded_at_once(encoders.vae.device)
         return [[entry] for part in parts for entry in self._encode_together(encoders, part)]
 
     def _encode_together(self, encoders: MediaEncoders, media: MediaBatch) -> list[CacheEntry]:
-        """All items in one batch."""
+        """Encode all items in one batch."""
         vae, store = encoders.vae, self._vae_dtype()
         pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
         tensors = {"latents": vae.encode(pixels).to(store)}
@@ -188,24 +185,22 @@ class Wan:
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """The transformer's checkpoint, checked against --task."""
+        """Path of the transformer's checkpoint, checked against --task."""
         self._check_dit()
         return (self.files.dit_path,)
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """What the transformer computes in where no autocast says otherwise; its file is not loaded."""
+        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
         return kept_dtype(self.files.dit_header().block_dtype, placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """The transformer, checked against --task."""
+        """Load the transformer, checked against --task."""
         (path,) = self.dit_files
         note_size(self.files.dit_header(), self.task, path)
         return load_dit(path, replace(placement, keep_file_dtypes=self.keep_file_dtypes), rope=self.rope)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """What training gives `predict`: text, and by task CLIP features and further channels
-        (`condition_latents` B C F H W).
-        """
+        """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
         needed = {"t5": "a text cache"}
         if self.task.kind != "t2v":
             needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}
@@ -233,7 +228,7 @@ class Wan:
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Velocity B C F H W in float32.
+        """Predict the velocity, B C F H W in float32.
 
         cond: t5 (list of n D), clip (B T 1280), condition_latents (B C F H W).
         """
@@ -286,12 +281,13 @@ class Wan:
         return settle(request, usual, size, flow_shift, usual_negative)
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether images or a control video have to be encoded before denoising."""
+        """Whether images or a control video must be encoded before denoising."""
         return self.task.kind != "t2v" or self.task.has_control
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """CLIP features and condition channels of the request's images and control video, on the CPU, with
-        batch dimension.
+        """Encode the request's images and control video as CLIP features and condition channels.
+
+        On the CPU, with a batch dimension.
         """
         request, width, height, frames = prepared.asked, prepared.width, prepared.height, prepared.frames
         vae, task = encoders.vae, self.task
@@ -333,9 +329,9 @@ class Wan:
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """One run of the denoising loop.
+        """Yield the one section for the denoising loop.
 
-        Noise is one draw of C F H W; the condition's extra noise follows it.
+        Noise is one draw of C F H W; the condition's extra noise is drawn after it.
         """
         batch, channels, latent_frames, rows, columns = LATENT.shape(
             prepared.frames, prepared.height, prepared.width
@@ -346,7 +342,7 @@ class Wan:
         conditions = dict(inputs.get(0, {}))
         extra = conditions.get("condition_latents")
         if self.image_noise and self.task.kind != "t2v" and isinstance(extra, Tensor):
-            # drawn for all channels so that seeds stay comparable with the known tools, added to those of the
+            # drawn for all channels so that seeds give the noise of existing tools; added to those of the
             # image only
             drawn = noise.draw(extra.shape)[:, -LATENT.channels :].to(extra)
             noisy = extra[:, -LATENT.channels :] + self.image_noise * drawn
@@ -354,10 +350,10 @@ class Wan:
         return (yield prompts[0].section(start, conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
+        """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents.to(encoders.vae.device))
 
-    # what the above shares
+    # shared by the above
 
     def _check_dit(self) -> None:
         check_task(self.files.dit_header(), self.task, self.files.dit_path)
@@ -368,16 +364,14 @@ class Wan:
         return torch.bfloat16 if self.files.dit is None else self.files.dit_header().compute_dtype
 
     def _no_image(self, batch_size: int) -> dict[str, Tensor | list[Tensor]]:
-        """All-zero CLIP features for a Fun-Control model without an image, as its official pipeline feeds
-        them.
-        """
+        """Return zero CLIP features for a Fun-Control model without an image, as in its official pipeline."""
         if not self.task.has_control or self.text_as_image_tokens:
             return {}
         width = self.files.dit_header().config.image_dim
         return {"clip": torch.zeros(batch_size, CLIP_TOKENS, width)}
 
     def _checked_clip(self, batch: Batch) -> Tensor:
-        """The cached image features, if they are of as many images as the model takes."""
+        """Return the cached image features. Raises CacheError if their number of images is wrong."""
         clip, positions = batch.tensor("clip"), self.files.dit_header().config.image_positions
         fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
         if not fits:
@@ -392,13 +386,11 @@ class Wan:
         return clip
 
     def _appends_end(self, request: Request) -> bool:
-        """Whether an end image takes one more latent frame (image-to-video; FLF2V models keep it inside the
-        clip).
-        """
+        """Whether an end image adds a latent frame (image-to-video), or lies inside the clip (FLF2V)."""
         return self.task.kind == "i2v" and request.end_image_path is not None
 
     def _with_inputs(self, request: Request) -> Request:
-        """The request with the media that the task takes, checked."""
+        """Return the request with the media that the task takes, checked."""
         task = self.task
         if task.kind != "t2v":
             require(request.image_path, "--image_path", f"--task {task.name} starts from an image")
@@ -416,20 +408,20 @@ class Wan:
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
-    """For wan_cache_latents.py."""
+    """Describe the family for wan_cache_latents.py."""
     image_kind = None if options.clip is None else ("flf2v" if options.flf2v else "i2v")
     files = WanFiles(vae=options.vae.vae, clip=options.clip)
     return Wan(TASKS["t2v-14B"], files, **_vae_settings(options, torch.bfloat16), image_kind=image_kind)
 
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
-    """For wan_cache_text_encoder_outputs.py."""
+    """Describe the family for wan_cache_text_encoder_outputs.py."""
     files = WanFiles(t5=options.text.t5, t5_tokenizer=options.text.t5_tokenizer)
     return Wan(TASKS["t2v-14B"], files, t5_in_fp8=options.text.fp8_t5)
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
-    """For wan_train_network.py. Samples are made at exactly the size their prompt line says."""
+    """Describe the family for wan_train_network.py; samples have exactly the size of their prompt line."""
     files = WanFiles(options.dit, options.vae.vae, options.text.t5, options.text.t5_tokenizer, options.clip)
     return Wan(
         TASKS[options.task],
@@ -445,7 +437,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
-    """For wan_generate_video.py. Files that --ckpt_dir holds need not be named."""
+    """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
     files = WanFiles(options.dit, options.vae.vae, options.text.t5, options.text.t5_tokenizer, options.clip)
     if options.ckpt_dir is not None:
         files = files.with_release(options.ckpt_dir)

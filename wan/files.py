@@ -1,4 +1,4 @@
-"""The files of one Wan2.1 run: where each is, and that it is what its option says."""
+"""Files of a Wan2.1 run: their paths, and the check that each is what its option says."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from wan.checkpoints import read_dit_header
 from wan.configs import WanConfig
 from wan.encoder_checkpoints import read_clip, read_t5, read_vae
 
-# names in the folder of the official repository (--ckpt_dir)
+# file names in the folder of the official release (--ckpt_dir)
 RELEASE = {
     "vae": "Wan2.1_VAE.pth",
     "t5": "models_t5_umt5-xxl-enc-bf16.pth",
@@ -21,9 +21,9 @@ RELEASE = {
 
 @dataclass(frozen=True)
 class WanFiles:
-    """Paths as given.
+    """Paths as the options give them.
 
-    The properties return a path that exists, or raise OptionError or CheckpointError naming the option.
+    The properties return an existing path, or raise OptionError or CheckpointError naming the option.
     """
 
     dit: Path | None = None
@@ -33,7 +33,7 @@ class WanFiles:
     clip: Path | None = None
 
     def with_release(self, folder: Path) -> "WanFiles":
-        """These files, and those of the official release's folder where none was given."""
+        """Return these files; those that are not given come from the official release's folder."""
         if not folder.is_dir():
             raise OptionError(f"--ckpt_dir {folder}: no such folder")
         found = {
@@ -49,18 +49,18 @@ class WanFiles:
 
     @property
     def vae_path(self) -> Path:
-        return existing(self.vae, "--vae", "it turns pixels into latents and back")
+        return existing(self.vae, "--vae", "the VAE converts between pixels and latents")
 
     @property
     def t5_path(self) -> Path:
-        return existing(self.t5, "--t5", "the prompts are encoded by the umT5 text encoder")
+        return existing(self.t5, "--t5", "the umT5 text encoder encodes the prompts")
 
     @property
     def clip_path(self) -> Path:
         return existing(self.clip, "--clip", "the task is conditioned on image features")
 
     def dit_header(self) -> DitHeader[WanConfig]:
-        """What the transformer file says of itself."""
+        """Read variant, dialect and dtype of the transformer file."""
         return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self, *needed: str) -> None:

@@ -1,9 +1,9 @@
 """The Wan2.1 transformer. Module names follow the published checkpoints, so official files load without
 renaming.
 
-Source: the released model code and Wan Team 2025, arXiv 2503.20314. What is always float32: the residual
-stream, time and modulation, norms, rotary angles (float64), the final layer. All else computes in the dtype
-of its weights, or in autocast's.
+Source: the released model code and Wan Team 2025, arXiv 2503.20314. Always float32: the residual stream, time
+embedding and modulation, norms, the final layer; rotary angles are float64. Everything else computes in the
+dtype of its weights or of autocast.
 """
 # Letters: B batch, L video tokens, T text tokens, I image tokens, N heads, D head width, C = N * D
 
@@ -33,7 +33,7 @@ REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` take
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the blocks need beside the video tokens; built once a forward pass by `WanModel.embed`."""
+    """Inputs of the blocks besides the video tokens; built once per forward pass by `WanModel.embed`."""
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2 float32
@@ -47,7 +47,7 @@ class Tokens:
 
 
 class SelfAttention(nn.Module):
-    """Attention among the video tokens, q and k normalised over the full width and rotated by position."""
+    """Attention among the video tokens; q and k are normalised over all heads and rotated by position."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -69,10 +69,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text, and with keys and values of their own to the image; both results are added.
-
-    Nothing is masked.
-    """
+    """Attention to the text plus attention to the image, which has its own keys and values; no mask."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -104,14 +101,14 @@ class CrossAttention(nn.Module):
 class WanAttentionBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward.
 
-    The time embedding shifts, scales and gates the first and the last.
+    The time embedding modulates self-attention and feed-forward by shift, scale and gate.
     """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.norm1 = Float32LayerNorm(config.dim, config.eps)
         self.self_attn = SelfAttention(config)
-        # before cross-attention, in the published numbering
+        # the norm before cross-attention; numbered as in the published checkpoints
         self.norm3 = Float32LayerNorm(config.dim, config.eps, affine=True)
         self.cross_attn = CrossAttention(config)
         self.norm2 = Float32LayerNorm(config.dim, config.eps)
@@ -135,9 +132,9 @@ class WanAttentionBlock(nn.Module):
     def feed_forward(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """The last branch, added to x.
+        """Add the feed-forward branch to x; each token is processed independently.
 
-        Each token is treated by itself. x: B L C float32; shift, scale, gate: B 1 C float32.
+        x: B L C float32; shift, scale, gate: B 1 C float32.
         """
         h = torch.addcmul(shift, self.norm2(x), 1 + scale).to(dtype)
         h = run(self.ffn[2], self.ffn[1](run(self.ffn[0], h)))
@@ -145,9 +142,7 @@ class WanAttentionBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """The final norm, modulated by the time embedding, and the projection to patches; float32 as in the
-    released code.
-    """
+    """Final norm, modulated by the time embedding, and projection to patches; float32 as released."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -163,8 +158,9 @@ class Head(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP features to image tokens: B I image_dim -> B I C. First-and-last-frame models add learned
-    positions first.
+    """Project CLIP features to image tokens: B I image_dim -> B I C.
+
+    First-and-last-frame models add learned positions first.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -192,16 +188,15 @@ class ImageEmbedding(nn.Module):
 
 
 class WanModel(nn.Module):
-    """Predicts the velocity of noisy video latents, given text and, by variant, image features and further
-    input channels.
+    """Predict the velocity of noisy video latents from text and, in some variants, image features.
+
+    Variants with conditions on images or control videos take these as further input channels.
     """
 
     spec = DIT
 
     def __init__(self, config: WanConfig, attention: AttentionChoice = SDPA, rope: str = "default") -> None:
-        """attention: what `modules.attention.attend.attend` is told. rope: a key of
-        modules.layers.rope.TABLES.
-        """
+        """attention: passed to `modules.attention.attend`. rope: a key of `modules.layers.rope.TABLES`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -217,17 +212,17 @@ class WanModel(nn.Module):
         if config.has_image:
             self.img_emb = ImageEmbedding(config)
         if config.has_ref_conv:
-            # takes a reference image; not called without one
+            # embeds a reference image; not called without one
             self.ref_conv = nn.Conv2d(REF_CHANNELS, dim, 2, 2)
         width = dim // config.num_heads
-        # rows and columns have a third of the pairs each, rounded down; frames the rest
+        # rows and columns get a third of the pairs each, rounded down; frames get the rest
         side = 2 * (width // 6)
         self._rotary = GridTable(functools.partial(TABLES[rope], widths=(width - 2 * side, side, side)))
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the blocks compute in where no autocast says otherwise."""
-        # the weight may be in 8 bits, which nothing computes in
+        """Dtype that the blocks compute in without autocast."""
+        # not the weight's dtype: it may be 8 bits, which nothing computes in
         return self.get_parameter("blocks.0.ffn.0.bias").dtype
 
     def forward(
@@ -253,7 +248,7 @@ class WanModel(nn.Module):
     def embed(
         self, noisy: Tensor, timesteps: Tensor, text: Sequence[Tensor] | Tensor, image_embeds: Tensor | None
     ) -> tuple[Tensor, Tokens]:
-        """Video tokens B L C in float32, and what belongs to them."""
+        """Return the video tokens, B L C in float32, and the other inputs of the blocks."""
         self._check(noisy, image_embeds)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = run(self.patch_embedding, noisy).float()  # B C f h w
@@ -282,7 +277,7 @@ class WanModel(nn.Module):
         return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
 
     def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """Video tokens B L C to velocity B out_dim F H W, float32."""
+        """Turn video tokens B L C into the velocity, B out_dim F H W in float32."""
         frames, rows, columns = tokens.grid
         pf, ph, pw = self.config.patch_size
         patches = self.head(x, tokens)
@@ -305,23 +300,22 @@ class WanModel(nn.Module):
                 f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
             )
         if image_embeds is not None and not self.config.has_image:
-            raise ValueError("image features for a model without image attention")
+            raise ValueError("image features are given, but the model has no image attention")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, repeats: Tensor | None = None) -> Tensor:
-    """Attention in one dtype; q, k and v differ only where a file mixes dtypes."""
+    """Compute attention in one dtype; those of q, k and v differ only if a file mixes dtypes."""
     q, k, v = (each.to(tokens.dtype) for each in (q, k, v))
     return attend(q, k, v, tokens.attention, repeats=repeats)
 
 
 def _padded(text: Sequence[Tensor] | Tensor, length: int, merges: bool) -> tuple[Tensor, Tensor | None]:
-    """Texts of any length as one tensor B T text_dim, filled up with zeros. The model was trained with these
-    rows unmasked.
+    """Stack texts of any length to B T text_dim, padded with zeros, which are unmasked as in training.
 
-    merges: the rows that are zero in every sample become one, and T numbers say for how many rows each
-    stands. All layers before attention are blind to other rows, so the result is the same. On a CPU that is
-    most of a small model's work; the kernels of a GPU read 512 rows for nothing, and want the weights of keys
-    in 16 bit, which cannot tell 505 rows from 508.
+    merges: merge the rows that are zero in every sample into one, and return T numbers that say how many rows
+    each row stands for. The layers before attention treat each row separately, so the result is the same. On
+    a CPU this saves most of a small model's work. On a GPU 512 rows cost next to nothing, and kernels want
+    the weights of keys in 16 bits, which cannot tell 505 rows from 508.
     """
     longest = max(len(rows) for rows in text)
     if longest > length:

@@ -12,7 +12,7 @@ from wan.configs import TASKS
 
 @dataclass(frozen=True)
 class WanTextOptions:
-    """Where the umT5 encoder and its tokenizer are."""
+    """Paths of the umT5 encoder and its tokenizer."""
 
     t5: Path | None
     t5_tokenizer: Path | None
@@ -21,7 +21,7 @@ class WanTextOptions:
 
 @dataclass(frozen=True)
 class WanLatentCachingOptions:
-    """Options of wan_cache_latents.py beside the shared ones."""
+    """Options of wan_cache_latents.py besides the shared ones."""
 
     vae: VaeOptions
     vae_cache_cpu: bool
@@ -30,21 +30,19 @@ class WanLatentCachingOptions:
 
     def __post_init__(self) -> None:
         if self.flf2v and self.clip is None:
-            raise OptionError(
-                "--flf2v needs --clip: the first and the last frame are encoded by the image encoder"
-            )
+            raise OptionError("--flf2v needs --clip: the image encoder encodes the first and the last frame")
 
 
 @dataclass(frozen=True)
 class WanTextCachingOptions:
-    """Options of wan_cache_text_encoder_outputs.py beside the shared ones."""
+    """Options of wan_cache_text_encoder_outputs.py besides the shared ones."""
 
     text: WanTextOptions
 
 
 @dataclass(frozen=True)
 class WanTrainingOptions:
-    """Options of wan_train_network.py beside the shared ones."""
+    """Options of wan_train_network.py besides the shared ones."""
 
     task: str = field(metadata=IDENTITY)
     dit: Path | None = field(metadata=FREE)  # resume compares its name
@@ -57,13 +55,14 @@ class WanTrainingOptions:
     text_as_image_tokens: bool = field(metadata=HABIT)
 
     def __post_init__(self) -> None:
-        if self.rope_func not in {"default", "comfy"}:  # the known command line has no choices here
+        # checked here, not with `choices`: the established command line has none for it
+        if self.rope_func not in {"default", "comfy"}:
             raise OptionError(f"--rope_func {self.rope_func}: use default or comfy")
 
 
 @dataclass(frozen=True)
 class WanGenerationOptions:
-    """Options of wan_generate_video.py beside the shared ones."""
+    """Options of wan_generate_video.py besides the shared ones."""
 
     task: str = field(metadata=OF_REQUEST)
     dit: Path | None
@@ -79,14 +78,14 @@ class WanGenerationOptions:
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """--vae and its switches, --clip for image-to-video caches."""
+    """Declare --vae and its switches, and --clip for image-to-video caches."""
     group = parser.add_argument_group("Wan2.1")
     _add_vae(group)
     group.add_argument(
         "--clip",
         type=str,
         default=None,
-        help="CLIP image encoder: also caches what image-to-video training needs",
+        help="CLIP image encoder; also caches the image features that image-to-video training needs",
     )
     group.add_argument(
         "--flf2v",
@@ -96,13 +95,13 @@ def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """--t5 and its tokenizer."""
+    """Declare --t5 and its tokenizer."""
     group = parser.add_argument_group("Wan2.1")
     _add_text(group, required=True)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint and what training samples need."""
+    """Declare the checkpoint and the encoders that training samples need."""
     group = parser.add_argument_group("Wan2.1")
     _add_dit(group)
     _add_vae(group)
@@ -114,12 +113,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--rope_func",
         type=str,
         default="default",
-        help="default (float64) or comfy (float32) rotary embedding",
+        help="precision of the rotary embedding: default (float64) or comfy (float32)",
     )
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoints of a generation."""
+    """Declare the checkpoints that generation needs."""
     group = parser.add_argument_group("Wan2.1")
     group.add_argument(
         "--ckpt_dir",
@@ -136,10 +135,13 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         type=str,
         default="default",
         choices=["default", "comfy"],
-        help="float64 or float32 rotary embedding",
+        help="precision of the rotary embedding: default (float64) or comfy (float32)",
     )
     group.add_argument(
-        "--i2v_extra_noise", type=float, default=None, help="noise added to the image condition: more motion"
+        "--i2v_extra_noise",
+        type=float,
+        default=None,
+        help="noise added to the image condition, for more motion",
     )
 
 
@@ -156,8 +158,8 @@ def _add_dit(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text_as_image_tokens",
         action="store_true",
-        help="Fun-Control without a start image: feed text where image features belong, as older tuners did "
-        "(for LoRAs made so)",
+        help="Fun-Control without a start image: use text tokens in place of image features, as older tuners "
+        "did; for LoRAs trained that way",
     )
 
 
@@ -174,10 +176,10 @@ def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
         "--t5_tokenizer",
         type=str,
         default=None,
-        help="its tokenizer: a folder or a file; default: beside the checkpoint, else the hub",
+        help="folder or file of the tokenizer; default: beside the checkpoint, else from the hub",
     )
     group.add_argument(
         "--fp8_t5",
         action="store_true",
-        help="keep its linear layers in fp8: half the memory of bf16, slightly other embeddings",
+        help="keep T5's linear layers in fp8: half the memory of bf16, slightly different embeddings",
     )

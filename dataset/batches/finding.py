@@ -1,4 +1,4 @@
-"""Cached items for training, found by their names."""
+"""Find cached items for training by their file names."""
 
 import hashlib
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CachingCommands:
-    """The two commands that make the caches of a configuration, as a user types them."""
+    """The two caching commands of a configuration, as a user types them."""
 
     latents: str = "the latent caching script"
     text: str = "the text caching script"
@@ -50,7 +50,7 @@ class TrainingItem:
     key: str  # name of the latent file without suffix
     stem_length: int  # of `key`, how much is the name of the source
     table: DatasetTable
-    # width, height in pixels; videos: and frames, of a section those that it decodes to
+    # width, height in pixels; for videos also frames: of a section, those that it decodes to
     bucket: tuple[int, ...]
     kind: ItemKind
     parts: int = 1  # how many files of the same clip are there
@@ -71,7 +71,7 @@ class TrainingItem:
 
 @dataclass(frozen=True)
 class FoundItems:
-    """What one listing of the cache folders shows."""
+    """Result of listing the cache folders."""
 
     items: tuple[TrainingItem, ...]  # sorted by table and file name
     missing_text: tuple[Path, ...]  # text files that are not there; their items are left out
@@ -156,10 +156,10 @@ def _with_parts(items: Sequence[TrainingItem], ends: Mapping[str, LatentName | N
 
 
 def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> tuple[TrainingItem, ...]:
-    """The items to train on. Items without a text cache are left out with a warning.
+    """Return the items to train on. Items without a text cache are left out with a warning.
 
-    Raises CacheError with the caching commands where a table has no usable cache at all, or text caching has
-    not come to its end.
+    Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
+    finished.
     """
     if found.unfinished_text:
         raise CacheError(
@@ -191,11 +191,10 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
 def split_validation(
     items: Sequence[TrainingItem], fraction: float
 ) -> tuple[tuple[TrainingItem, ...], tuple[TrainingItem, ...]]:
-    """Split into (training, validation): tables marked `validation` go to validation, and this fraction of
-    the others' sources.
+    """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
 
-    By source name: all crops of a clip, in all tables, fall on one side; the choice depends on nothing but
-    the names. A fraction above 0 takes at least one source and leaves at least one.
+    Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
+    takes at least one source and leaves at least one.
     """
     if fraction == 0:
         return tuple(item for item in items if not item.table.validation), tuple(
@@ -223,9 +222,7 @@ def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Pat
 
 
 def _others_in(table: DatasetTable) -> str:
-    """Words about caches in a table's folder that are there and not for this: made for another model, or of
-    another kind.
-    """
+    """Describe caches in a table's folder that cannot be used: for another model, or of another kind."""
     folder = table.cache_directory
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     other = next((name for name in names if _LATENTS_OF_ANY.search(name)), None)

@@ -1,4 +1,4 @@
-"""The order of batches: a function of the items' names and a seed."""
+"""Order of batches: a function of the items' names and a seed."""
 
 import random
 from collections.abc import Iterable
@@ -8,10 +8,10 @@ from modules.seeds import derive_seed
 
 
 class BatchOrder:
-    """The order of batches of every epoch, a function of the items' names and the seed alone.
+    """Order of batches of every epoch, a function of the items' names and the seed only.
 
-    Epoch e (from 0) is a fresh shuffle: within each bucket, then of the batches. A bucket is a table and a
-    size; its items come `num_repeats` times; the last batch of a bucket may be short.
+    Each epoch is shuffled anew: first the items within each bucket, then the batches. A bucket is a table and
+    a size; its items occur `num_repeats` times; the last batch of a bucket may be smaller.
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
@@ -22,19 +22,19 @@ class BatchOrder:
 
     @property
     def num_items(self) -> int:
-        """Items of an epoch, repeats included."""
+        """Number of items in an epoch, repeats included."""
         return sum(len(bucket) * bucket[0].table.num_repeats for bucket in self._buckets.values())
 
     @property
     def num_batches(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return sum(
             -(-len(bucket) * bucket[0].table.num_repeats // bucket[0].table.batch_size)
             for bucket in self._buckets.values()
         )
 
     def epoch(self, number: int) -> tuple[tuple[TrainingItem, ...], ...]:
-        """The batches of an epoch in order. number: from 0."""
+        """Return the batches of an epoch in order. number: from 0."""
         shuffle = random.Random(derive_seed(self._seed, "items", number)).shuffle
         batches: list[tuple[TrainingItem, ...]] = []
         for key in sorted(self._buckets):

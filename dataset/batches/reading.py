@@ -1,4 +1,4 @@
-"""Cached items read, verified and stacked when their turn comes."""
+"""Read, verify and stack cached items when they are needed."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ def read_batch(
                 (item.text_path, items[0].text_path) if in_text else (item.latent_path, items[0].latent_path)
             )
             raise CacheError(
-                f"{paths[0]} and {paths[1]} do not hold the same tensors: {odd}.\n"
+                f"{paths[0]} and {paths[1]} do not have the same tensors: {odd}.\n"
                 f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
             )
     tensors = {name: _stacked(name, items, read, commands) for name in first.tensors}
@@ -77,7 +77,7 @@ def _read_item(
         if absent:
             maker = text.header.metadata.get("architecture", "")
             raise CacheError(
-                f"{item.text_path}: it is only a part of a text cache, it has no {', '.join(absent)}"
+                f"{item.text_path}: the text cache is incomplete, it has no {', '.join(absent)}"
                 + (f" (made for {maker})" if maker else "")
             )
         texts = text_records(text.header)
@@ -97,7 +97,7 @@ def _read_latents(
     entry = read_entry(item.latent_path)
     if "latents" not in entry.tensors:
         raise CacheError(
-            f"{item.latent_path}: it has no latents, so it is no cache; move it out of the cache folder"
+            f"{item.latent_path}: it has no latents, so it is not a cache; move it out of the cache folder"
         )
     record = latent_record(entry.header)
     if record is not None:
@@ -126,7 +126,7 @@ def _read_latents(
 def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec) -> None:
     size, made_for = record.options.get("size"), record.options.get("bucket")
     if size is None or made_for is None:
-        raise CacheError(f"{item.latent_path}: its record names no sizes")
+        raise CacheError(f"{item.latent_path}: its record has no sizes")
     bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step, item.latent_path)
     if tuple(made_for) != bucket:
         raise CacheError(
@@ -182,7 +182,7 @@ def _stacked(
 
 @contextlib.contextmanager
 def _remedy(command: str) -> Iterator[None]:
-    """Adds the command that mends it to every CacheError."""
+    """Add the command that makes the caches again to every CacheError."""
     try:
         yield
     except CacheError as error:

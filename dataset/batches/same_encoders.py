@@ -1,4 +1,4 @@
-"""Whether all caches that are trained on were made by the same encoders, as far as the files say so."""
+"""Check that all caches of a training were made by the same encoders, as far as the files record them."""
 
 import logging
 import re
@@ -12,17 +12,16 @@ logger = logging.getLogger(__name__)
 
 # of a network's file: `modules.checkpoints.opening.fingerprint`
 _FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")
-# of `Family.media_identity`: which conditions lie beside the latents, where tables may differ
+# key of `Family.media_identity` for the conditions stored with the latents, in which tables may differ
 _BESIDE_LATENTS = frozenset({"image", "sections"})
 
 
 @dataclass
 class SameEncoders:
-    """Compares what made the caches of one batch after the other, and tells once of each part (latents, each
-    encoder's texts).
+    """Compare the encoders of cached batches, and warn once for each part (latents, each encoder's texts).
 
-    Never an error: one network may lie in two files, whose fingerprints differ, and a little noise from
-    another dtype does no harm. Files of other programs do not say what made them.
+    Never an error: two files with different fingerprints may hold one network, and the small difference of
+    another dtype does no harm. Files of other programs do not record their encoders.
     """
 
     commands: CachingCommands = NO_COMMANDS
@@ -30,13 +29,13 @@ class SameEncoders:
     _told: set[str] = field(default_factory=set)  # parts
 
     def warn(self, made_by: Iterable[MadeBy]) -> None:
-        """Say where caches that were read were made by others than those before."""
+        """Warn if caches were made by other encoders than those read before."""
         said = self.difference(made_by)
         if said is not None:
             logger.warning(said)
 
     def difference(self, made_by: Iterable[MadeBy]) -> str | None:
-        """What `warn` says; None where there is nothing new."""
+        """Return the text of the warning; None if there is nothing new."""
         pairs = []
         for made in made_by:
             first = self._first.setdefault(made.part, made)
@@ -53,24 +52,24 @@ class SameEncoders:
             [self.commands.text] if False in parts else []
         )
         consequence = (
-            "Unless the files of the encoders hold the same network, a mixture is learned that fits neither."
+            "Unless the encoders' files hold the same network, the model learns a mixture that fits neither."
             if any(_are_other_networks(*pair) for pair in pairs)
-            else "Their numbers differ, if only a little."
+            else "Their values differ slightly."
         )
-        remedy = f"{consequence} To have all alike, cache again with:"
+        remedy = f"{consequence} To make all caches alike, cache again with:"
         return "\n  ".join(["Not all caches were made by the same encoders:", *files, remedy, *again])
 
 
 def _in_words(one: MadeBy, other: MadeBy) -> str:
-    """What of an encoder's identity is not as in the other's; fingerprints by their beginnings."""
+    """Describe what differs in an encoder's identity from the other's; fingerprints are shortened."""
     texts = {key: _FINGERPRINT.sub(r"\1...", one.encoder.get(key, "none")) for key in _differing(one, other)}
     return ", ".join(f"{key} {text}" for key, text in texts.items())
 
 
 def _differing(one: MadeBy, other: MadeBy) -> list[str]:
-    """What of two identities differs.
+    """Return the keys in which two identities differ.
 
-    A latent file without conditions of images has no image encoder, which is no difference.
+    A latent file without image conditions has no image encoder; this is not a difference.
     """
     if one.part != LATENTS_MADE:
         keys = one.encoder.keys() | other.encoder.keys()

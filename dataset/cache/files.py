@@ -1,7 +1,7 @@
 """Cache files: their names, the names of their tensors, reading and writing.
 
-Names and tensors are those of the known tuners, so files go both ways. What a file was made from stands in
-its metadata besides (see cache_records.py).
+Names and tensors are those of existing tuners, so that files can be exchanged. The metadata also record what
+a file was made from (see records.py).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 
 @dataclass(frozen=True)
 class LatentName:
-    """What the name of a latent cache file says."""
+    """Fields of a latent cache's file name."""
 
     stem: str
     size: tuple[int, int]  # width, height: of the original for images, after bucketing for videos
@@ -45,7 +45,7 @@ class LatentName:
     section: int | None = None  # FramePack videos
 
     def file_name(self, tag: str) -> str:
-        """`clip_00000-017_0112x0080_wan.safetensors`. tag: the family's cache_tag."""
+        """Return e.g. `clip_00000-017_0112x0080_wan.safetensors`. tag: the family's cache_tag."""
         parts = [self.stem]
         if self.span is not None:
             section = "" if self.section is None else f"-{self.section:04d}"
@@ -54,9 +54,7 @@ class LatentName:
 
 
 def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
-    """What a file name says, or None where it is no latent cache of this family and kind ("image" or "video")
-    of table.
-    """
+    """Parse a file name; None if it is not a latent cache of this family and kind ("image" or "video")."""
     end = f"_{tag}{SUFFIX}"
     if not file_name.endswith(end) or file_name.startswith("."):
         return None
@@ -75,25 +73,25 @@ def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
 
 
 def text_file_name(stem: str, tag: str) -> str:
-    """`clip_wan_te.safetensors`: one for all items of a source."""
+    """Return e.g. `clip_wan_te.safetensors`: one for all items of a source."""
     return f"{stem}_{tag}_te{SUFFIX}"
 
 
 def parse_text_name(file_name: str, tag: str) -> str | None:
-    """The stem of a text cache file name, or None where it is none of this family."""
+    """Return the stem of a text cache's file name; None if it is not one of this family."""
     end = f"_{tag}_te{SUFFIX}"
     return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
 
 
 def part_path(path: Path) -> Path:
-    """Where a text cache is kept until all text encoders have written: `clip_hv_te.safetensors.part`."""
+    """Return the path of a text cache until all encoders have written, e.g. `clip_hv_te.safetensors.part`."""
     return path.with_name(path.name + PART)
 
 
 def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None) -> str:
-    """The name in a file of the tensor that batches call `key`.
+    """Return the name in a file of the tensor that is `key` in batches.
 
-    grid: F, H, W to write instead of a latent's own.
+    grid: F, H, W to write instead of the latents' own.
     """
     if variable:
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
@@ -106,8 +104,9 @@ def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | N
 
 
 def tensor_key(name: str) -> str:
-    """The inverse: `latents_image_5x8x8_bfloat16` -> `latents_image`, `varlen_t5_bfloat16` -> `t5`, masks
-    unchanged.
+    """Return the key for a tensor's name in a file, the inverse of `tensor_name`.
+
+    `latents_image_5x8x8_bfloat16` -> `latents_image`, `varlen_t5_bfloat16` -> `t5`; masks are unchanged.
     """
     latents = _LATENT_NAME.fullmatch(name)
     if latents is not None:
@@ -117,14 +116,14 @@ def tensor_key(name: str) -> str:
 
 
 def grid_in_name(name: str) -> Grid | None:
-    """F, H, W in the name of a tensor of latents."""
+    """Return F, H, W from the name of a tensor of latents."""
     latents = _LATENT_NAME.fullmatch(name)
     return None if latents is None else (int(latents[2]), int(latents[3]), int(latents[4]))
 
 
 @dataclass(frozen=True)
 class Header:
-    """A cache file without its tensors' data."""
+    """Metadata and tensor names of a cache file."""
 
     path: Path
     metadata: Mapping[str, str]
@@ -132,25 +131,25 @@ class Header:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Names as batches know them."""
+        """Keys of the tensors in batches."""
         return frozenset(tensor_key(name) for name in self.names)
 
     @property
     def grids(self) -> frozenset[Grid]:
-        """The sizes that stand in the names of tensors."""
+        """Sizes in the names of tensors."""
         return frozenset(grid for grid in map(grid_in_name, self.names) if grid is not None)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cache file that has been read."""
+    """Contents of a cache file."""
 
     header: Header
     named: Mapping[str, Tensor] = field(repr=False)  # by the names in the file
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By the keys that batches use."""
+        """Tensors by their keys in batches."""
         return {tensor_key(name): tensor for name, tensor in self.named.items()}
 
     @property
@@ -160,13 +159,13 @@ class Entry:
 
 
 def read_header(path: Path) -> Header:
-    """Metadata and tensor names. Raises CacheError where the file is missing or damaged."""
+    """Read metadata and tensor names. Raises CacheError if the file is missing or damaged."""
     with _opened(path) as file:
         return Header(path, file.metadata() or {}, tuple(file.keys()))
 
 
 def read_entry(path: Path) -> Entry:
-    """Everything in a cache file, on the CPU. Raises CacheError where the file is missing or damaged."""
+    """Read a cache file to the CPU. Raises CacheError if the file is missing or damaged."""
     with _opened(path) as file:
         # copies: what the library gives maps the file, and Windows does not replace one that is mapped
         named = {name: file.get_tensor(name).clone() for name in tuple(file.keys())}
@@ -174,25 +173,23 @@ def read_entry(path: Path) -> Entry:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a cache file, complete or not at all. tensors: by the names in the file.
+    """Write a cache file, completely or not at all. tensors: by their names in the file.
 
-    Equal contents are equal bytes; the safetensors library would put the metadata in another order each time.
+    Equal contents give equal bytes; the safetensors library would write the metadata in varying order.
     """
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_tensors(path, infos, tensors.__getitem__, dict(sorted(metadata.items())))
 
 
 def checksum(name: str, tensor: Tensor) -> str:
-    """CRC-32 over a tensor's name, shape and bytes, as eight hexadecimal digits."""
+    """Return the CRC-32 of a tensor's name, shape and bytes, as eight hexadecimal digits."""
     start = zlib.crc32(f"{name} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}".encode())
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{zlib.crc32(data.data, start):08x}"
 
 
 def is_latent_cache(header: Header, architecture: str) -> bool:
-    """Whether a file is a latent cache of the family `architecture`, by its tensor names: a LoRA of a like
-    name is not.
-    """
+    """Whether the tensor names are those of a latent cache of the family `architecture`, not of a LoRA."""
     return (
         bool(header.grids)
         and _all_cache_names(header)
@@ -201,9 +198,7 @@ def is_latent_cache(header: Header, architecture: str) -> bool:
 
 
 def is_text_cache(header: Header, architecture: str) -> bool:
-    """Whether a file is a text cache of the family: cache tensors only, none of them latents, and the
-    family's name inside.
-    """
+    """Whether a file is a text cache of the family: only cache tensors, no latents, the family's name."""
     return (
         not header.grids and _all_cache_names(header) and header.metadata.get("architecture") == architecture
     )
@@ -221,4 +216,4 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CacheError(f"{path}: damaged, it cannot be read as safetensors ({error})") from error
+        raise CacheError(f"{path}: damaged, cannot be read as safetensors ({error})") from error

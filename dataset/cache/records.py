@@ -1,8 +1,8 @@
-"""What a cache file was made from, kept in its metadata, and whether that still holds.
+"""Records of what a cache file was made from, kept in its metadata, and the check that they still hold.
 
-One JSON text under `reelsmith_record` holds the options, the encoders, the source files (size, mtime, content
-hash), the caption of a text cache, and a checksum of every tensor; `reelsmith_record_crc32` guards that text.
-Other programs ignore both.
+A JSON text under `reelsmith_record` holds the options, the encoders, the source files (size, mtime, content
+hash), the caption of a text cache, and a checksum of every tensor. `reelsmith_record_crc32` is the checksum
+of that text. Other programs ignore both.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ MOST_FRAMES = 10_000_000  # of a clip: days
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Which file, or folder of images, something was made from."""
+    """Identity of a file, or of a folder of images."""
 
     name: str
     size_bytes: int
@@ -40,49 +40,49 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What decoding a clip showed. With it a later run knows the clip's items without decoding."""
+    """Facts found by decoding a clip, so that a later run knows the clip's items without decoding."""
 
     size: tuple[int, int]  # width, height of the original
     kept_frames: int
-    complete: bool  # False: decoding stopped here, there may be more
+    complete: bool  # False: decoding stopped early, there may be more frames
 
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """What a latent cache was made from."""
+    """Record of what a latent cache was made from."""
 
     encoder: Mapping[str, str]  # Family.media_identity
-    options: Mapping[str, Any]  # what else the latents depend on: span, sizes, frame rate; JSON values
+    options: Mapping[str, Any]  # other options that latents depend on: span, sizes, frame rate; JSON values
     files: tuple[FileIdentity, ...]  # the source, then its control media
     clip: ClipFacts | None  # None for images
-    parts: int  # how many files the item has (one, or one per section)
+    parts: int  # number of files of the item (one, or one per section)
     crc32: Mapping[str, str]  # checksum by tensor name
 
 
 @dataclass(frozen=True)
 class TextRecord:
-    """What one encoder's tensors of a text cache were made from."""
+    """Record of what one encoder's tensors of a text cache were made from."""
 
     encoder: Mapping[str, str]  # TextEncoder.identity
     caption: str
-    file: FileIdentity | None  # of the caption; None where a JSONL list holds it
+    file: FileIdentity | None  # of the caption; None if it is in a JSONL list
     crc32: Mapping[str, str]
 
 
 def latent_metadata(record: LatentRecord) -> dict[str, str]:
-    """The metadata entries that hold a record."""
+    """Return the metadata entries for a record."""
     return _guarded({"latents": dataclasses.asdict(record)})
 
 
 def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
-    """The metadata entries that hold the records of a text cache, by encoder name."""
+    """Return the metadata entries for the records of a text cache, by encoder name."""
     return _guarded({"texts": {name: dataclasses.asdict(record) for name, record in records.items()}})
 
 
 def latent_record(header: Header) -> LatentRecord | None:
-    """The record of a latent cache, None where it has none (made elsewhere).
+    """Return the record of a latent cache; None if it has none (made by another program).
 
-    Raises CacheError where it is damaged.
+    Raises CacheError if the record is damaged.
     """
     found = _read(header)
     if found is None:
@@ -111,9 +111,9 @@ def _frames(value: Any) -> int:
 
 
 def text_records(header: Header) -> dict[str, TextRecord]:
-    """The records of a text cache by encoder name, empty where it has none.
+    """Return the records of a text cache by encoder name; empty if it has none.
 
-    Raises CacheError where they are damaged.
+    Raises CacheError if they are damaged.
     """
     found = _read(header)
     if found is None:
@@ -133,7 +133,7 @@ def text_records(header: Header) -> dict[str, TextRecord]:
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
-    """Raise CacheError where a tensor of the record is missing or its bytes have changed."""
+    """Raise CacheError if a tensor of the record is missing or its bytes have changed."""
     for name, expected in crc32.items():
         if name not in entry.named:
             raise CacheError(f"{entry.header.path}: damaged, it has no tensor {name}, which its record lists")
@@ -142,22 +142,22 @@ def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """How two mappings of JSON values differ, in words, or None where they do not."""
+    """Describe how two mappings of JSON values differ; None if they do not."""
     then, now = json.loads(json.dumps(dict(then))), json.loads(json.dumps(dict(now)))
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     return ", ".join(f"{key} was {then.get(key)}, is now {now.get(key)}" for key in changed) or None
 
 
 def identify(path: Path) -> FileIdentity:
-    """Size, time and content hash of a file, or of the images in a folder."""
+    """Return size, time and content hash of a file, or of the images in a folder."""
     size_bytes, mtime_ns = _stamp(path)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns))
 
 
 def is_unchanged(then: FileIdentity, path: Path) -> bool:
-    """Whether a file still is what it was. Its content is read only where its time alone differs.
+    """Whether a file is unchanged. Its content is read only if its time differs but its size does not.
 
-    Raises OSError where it is gone, MediaError where a folder has no image any more.
+    Raises OSError if it is missing, MediaError if a folder has no images any more.
     """
     size_bytes, mtime_ns = _stamp(path)
     if size_bytes != then.size_bytes:
@@ -175,11 +175,12 @@ def _stamp(path: Path) -> tuple[int, int]:
     return sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)
 
 
-# training asks again for every item of a dataset that was copied without its times
+# cached, because training checks every item again if a dataset was copied without its times
 @functools.lru_cache(maxsize=4096)
 def _content_hash(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """SHA-256 of a file; of a folder: over the names and hashes of its images. Size and time are part of the
-    cache's key only.
+    """Return SHA-256 of a file, or of the names and hashes of a folder's images.
+
+    Size and time are only part of this function's cache key.
     """
     if not path.is_dir():
         with path.open("rb") as file:
@@ -231,15 +232,15 @@ def _damaged(header: Header, error: Exception) -> CacheError:
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:
-    """Frames that a section of so many latent frames decodes to."""
+    """Return the number of frames that a section of `window` latent frames decodes to."""
     return (window - 1) * latent.stride[0] + 1
 
 
 def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:
-    """As `difference`, for options of records, in which the usual values of the keys of sections do not
-    stand.
+    """Describe how options of records differ, as `difference` does.
 
-    Where latents do not depend on these keys they are ignored: one dataset may serve several models.
+    Records leave out the default values of the keys of sections. If latents do not depend on these keys they
+    are ignored: one dataset may serve several models.
     """
     if latent.in_sections:
         return difference({**SECTION_DEFAULTS, **then}, {**SECTION_DEFAULTS, **now})

@@ -1,4 +1,4 @@
-"""Caption files: text beside an image or a clip."""
+"""Caption files: a text file beside an image or a clip."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_text
 
 
 def caption_path(media: Path, extension: str) -> Path:
-    """Where the caption of `media` lies: its path without suffix plus `extension` (with the dot)."""
+    """Return the path of a caption: the media's path with `extension` (with the dot) as its suffix."""
     return media.with_name(media.stem + extension)
 
 

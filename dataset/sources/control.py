@@ -1,4 +1,4 @@
-"""Which control files belong to which picture or clip of a folder."""
+"""Match control files with the images or clips of a folder."""
 
 import bisect
 import re
@@ -10,19 +10,15 @@ from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 
 
 class ControlFolder:
-    """The contents of a `control_directory`, listed once and ordered so that finding a file does not look at
-    all others.
-    """
+    """Contents of a `control_directory`, listed once and sorted, so that a file is found without a scan."""
 
     def __init__(self, folder: Path, stems: Container[str]) -> None:
-        """stems: of all pictures or clips of the table. Raises DatasetError where the folder cannot be
-        listed.
-        """
+        """stems: of all images or clips of the table. Raises DatasetError if the folder cannot be listed."""
         self._folder = folder
         self._stems = stems
         entries = list_folder(folder, "control_directory")
         self._by_name = {path.name: path for path in entries}
-        # the first stays
+        # of equal names the first is kept
         self._clips = {path.stem: path for path in reversed(entries) if path.suffix.lower() in VIDEO_SUFFIXES}
         self._images = sorted(
             (path for path in entries if path.suffix.lower() in image_suffixes()), key=lambda path: path.stem
@@ -30,10 +26,10 @@ class ControlFolder:
         self._image_stems = [path.stem for path in self._images]
 
     def for_image(self, stem: str, count: int) -> tuple[Path, ...]:
-        """The first `count` control images of a picture: `<stem>.*` first, then by the number after the last
-        underscore.
+        """Return the first `count` control images of an image.
 
-        Raises DatasetError where there are fewer, or where a name that begins with `stem` has no number.
+        `<stem>.*` comes first, the others follow by the number after the last underscore. Raises DatasetError
+        if there are fewer, or if a name that begins with `stem` has no number.
         """
         ranked = self._images_of(stem)
         if len(ranked) < count:
@@ -45,9 +41,7 @@ class ControlFolder:
         return tuple(ranked[:count])
 
     def beyond(self, stem: str, count: int) -> list[Path]:
-        """Control images of a picture behind the first `count`, but for those named as another picture of the
-        table is.
-        """
+        """Return an image's control images after the first `count`, except those named like another image."""
         return [path for path in self._images_of(stem)[count:] if path.stem not in self._stems]
 
     def _images_of(self, stem: str) -> list[Path]:
@@ -59,10 +53,10 @@ class ControlFolder:
         return [path for _, path in sorted(ranked)]
 
     def for_video(self, video: Path) -> Path:
-        """The control clip of a video: the same file name, else a folder `<stem>` of images, else `<stem>`
-        with a video suffix.
+        """Return the control clip of a video.
 
-        Raises DatasetError where there is none.
+        It has the same file name, or is a folder `<stem>` of images, or `<stem>` with another video suffix,
+        in this order. Raises DatasetError if there is none.
         """
         same, folder = self._by_name.get(video.name), self._by_name.get(video.stem)
         found = same or (folder if folder is not None and folder.is_dir() else self._clips.get(video.stem))
@@ -74,9 +68,7 @@ class ControlFolder:
         return found
 
     def _may_belong(self, path: Path, stem: str) -> bool:
-        """Whether an image whose name begins with `stem` is named after it, not after a longer one (`pic_1`
-        against `pic_10`).
-        """
+        """Whether an image whose name begins with `stem` belongs to it, not to a longer stem (`pic_10`)."""
         if re.fullmatch(r"(_\d+)?", path.stem[len(stem) :]):
             return True
         return not any(
@@ -89,16 +81,16 @@ class ControlFolder:
         number = path.stem.rsplit("_", 1)[-1]
         if not number.isdecimal():
             raise DatasetError(
-                f"{path}: a control image of {stem} is named {stem}{path.suffix} or "
+                f"{path}: a control image of {stem} must be named {stem}{path.suffix} or "
                 f"{stem}_<number>{path.suffix}"
             )
         return int(number)
 
 
 def list_folder(folder: Path, key: str) -> Sequence[Path]:
-    """What a folder holds, sorted, without names that begin with a dot.
+    """List a folder, sorted, without names that begin with a dot.
 
-    Raises DatasetError with the key that names the folder.
+    Raises DatasetError, naming `key`, if the folder cannot be listed.
     """
     try:
         return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=str)

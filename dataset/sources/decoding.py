@@ -1,6 +1,4 @@
-"""From a source to the items that are encoded: decode once, keep and resize frames, choose the bucket, cut
-spans.
-"""
+"""Turn a source into items to encode: decode once, keep and resize frames, choose the bucket, cut spans."""
 
 import functools
 import itertools
@@ -21,13 +19,13 @@ from modules.media.reading import Frame, image_size, read_image, resize_cover, v
 Clip = NDArray[np.uint8]  # F H W C
 
 NO_FRAMES: Clip = np.empty((0, 0, 0, 3), np.uint8)
-GROWTH = 64  # frames that are made room for at a time
+GROWTH = 64  # frames by which memory grows at a time
 IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to encode: an image, or a span of a clip."""
+    """An item to encode: an image, or a span of a clip."""
 
     source: Source
     key: str  # for messages: "clip_00000-017" or "pic"
@@ -43,16 +41,16 @@ class DecodedSource:
     source: Source
     size: Size
     bucket: Size
-    frames: Clip  # F H W 3; none from `plan_source`
-    # per control image or clip: as many frames; C = 4 where a control image has alpha
+    frames: Clip  # F H W 3; empty from `plan_source`
+    # per control image or clip: as many frames; C = 4 if a control image has alpha
     control: tuple[Clip, ...]
     spans: tuple[Span, ...]
     reason: str | None  # why there is no span: "12 frames, the shortest of target_frames is 17"
-    alpha: NDArray[np.uint8] | None = None  # H W, of an image that is transparent somewhere
+    alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
 
     @property
     def items(self) -> tuple[Item, ...]:
-        """One item per span."""
+        """Return one item per span."""
         is_image = self.source.table.kind == "image"
         keys = [
             self.source.stem if is_image else f"{self.source.stem}_{start:05d}-{length:03d}"
@@ -64,21 +62,21 @@ class DecodedSource:
         )
 
     def crop(self, span: Span) -> Clip:
-        """F H W 3 of a span, not copied."""
+        """Return the frames of a span, F H W 3, not copied."""
         return _cut(self.frames, span)
 
     def control_crops(self, span: Span) -> tuple[Clip, ...]:
-        """F H W C of a span, for each control, not copied."""
+        """Return the frames of a span for each control, F H W C, not copied."""
         return tuple(_cut(frames, span) for frames in self.control)
 
 
 def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
-    """Read a source and its control media; the whole clip lies in memory at bucket size, larger frames only
-    one at a time.
+    """Read a source and its control media.
 
-    fps: the family's rate, reached by dropping frames where the table has source_fps. step, frame_step: of
-    the family's LatentSpec. Raises MediaError (unreadable, too small), DatasetError (a resolution that is no
-    multiple of `step`).
+    Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
+    rate, reached by dropping frames if the table has source_fps. step, frame_step: of the family's
+    LatentSpec. Raises MediaError if a file is unreadable or too small, DatasetError if the resolution is not
+    a multiple of `step`.
     """
     table = source.table
     if table.kind == "image":
@@ -105,11 +103,10 @@ def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 
 
 
 def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
-    """As `decode_source`, but from headers and without frames: to compare with cache files that have no
-    record.
+    """Do the same as `decode_source` from headers, without frames, to compare with caches without a record.
 
-    A header may be wrong about the number of frames; a clip whose header has none is decoded.
-    Raises as `decode_source`, as far as headers tell.
+    A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
+    `decode_source` that headers show.
     """
     table = source.table
     if table.kind == "image":
@@ -130,10 +127,10 @@ def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4)
 
 
 def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
-    """The size that a picture of `size` is resized to. path: for messages.
+    """Return the size that an image of `size` is resized to. path: for messages.
 
-    Raises MediaError (the picture is too small to keep its size), DatasetError (the resolution does not suit
-    `step`).
+    Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
+    `step`.
     """
     width, height = table.resolution
     if not table.enable_bucket:
@@ -144,9 +141,8 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
             )
             options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
             raise DatasetError(
-                f"{table.name}: resolution = [{width}, {height}] is no multiple of {step}, and enable_bucket "
-                "is false. "
-                f"Use {options}, or enable_bucket = true."
+                f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
+                f"enable_bucket is false. Use {options}, or enable_bucket = true."
             )
         return table.resolution
     try:
@@ -163,9 +159,7 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 
 def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]:
-    """The frames of a clip that stay after dropping to `fps`, at their own size; no more of them than the
-    table wants.
-    """
+    """Yield the frames kept at `fps`, at their own size, no more than the table needs."""
     kept = (
         frame
         for frame, keep in zip(video_frames(path), keep_pattern(table.source_fps, fps), strict=False)
@@ -175,14 +169,12 @@ def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]
 
 
 def _gathered(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
-    """The frames at bucket size, one behind the other in one piece of memory that grows as they come: no
-    second copy of a clip.
-    """
+    """Collect frames at bucket size in one growing array, so that a clip is never copied."""
     width, height = bucket
     clip, count = np.empty((min(wanted or GROWTH, GROWTH), height, width, 3), np.uint8), 0
     for frame in frames:
         if count == len(clip):
-            # nothing else refers to it yet
+            # no other reference to the array exists yet
             clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)
         clip[count] = resize_cover(frame, bucket)
         count += 1
@@ -191,16 +183,15 @@ def _gathered(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip
 
 
 def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
-    """H W 3, and H W of the fourth channel where there is one."""
+    """Split an image into H W 3 and its fourth channel, H W, or None."""
     alpha = image[..., 3] if image.shape[2] == 4 else None
     return np.ascontiguousarray(image[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
 
 
 def _control_image(image: Frame, bucket: Size) -> Clip:
-    """1 H W C.
+    """Resize a control image to 1 H W C.
 
-    Transparency is resized apart from the colours, which Pillow would darken by it; generation does not read
-    it so.
+    Alpha is resized separately from the colours: Pillow would darken these by it, and generation does not.
     """
     colours, alpha = _colours_and_alpha(image)
     parts = [resize_cover(colours, bucket)] + (
@@ -210,7 +201,7 @@ def _control_image(image: Frame, bucket: Size) -> Clip:
 
 
 def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num_frames: int) -> Clip:
-    """As many control frames as the clip has: a longer one is cut, a shorter one repeats its last frame."""
+    """Read `num_frames` control frames; a longer clip is cut, a shorter one repeats its last frame."""
     kept = itertools.islice(_kept_frames(path, table, fps), num_frames)
     frames = _gathered(kept, bucket, num_frames)
     return (

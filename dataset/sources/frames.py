@@ -1,5 +1,4 @@
-"""Which frames of a video become items: dropping frames to reach a rate, and the five ways to cut spans out
-of what is kept.
+"""Choose the frames of a video: drop frames to reach a rate, then cut spans in one of five ways.
 
 A span is (first frame, number of frames), counted in kept frames. Plain numbers only.
 """
@@ -12,10 +11,10 @@ Span = tuple[int, int]
 
 
 def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[Span, ...]:
-    """The spans that `kept_frames` frames give; none where the clip is too short for every target.
+    """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
 
-    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for every known family).
-    Spans come by ascending target, then by start; equal ones come once.
+    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for all families). Spans are sorted by
+    target, then by start, without duplicates.
     """
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)
@@ -45,8 +44,9 @@ def _starts(table: DatasetTable, kept_frames: int, target: int) -> Iterator[int]
 
 
 def _even_starts(last: int, count: int) -> Iterator[int]:
-    """`count` whole numbers from 0 to `last`, rounded down: the float64 arithmetic of numpy.linspace, so that
-    caches agree.
+    """Return `count` evenly spaced integers from 0 to `last`, rounded down.
+
+    Computed in float64 as in numpy.linspace, so that caches agree with those of other tuners.
     """
     if count == 1:
         yield 0
@@ -60,19 +60,18 @@ def _even_starts(last: int, count: int) -> Iterator[int]:
 
 
 def frames_wanted(table: DatasetTable) -> int | None:
-    """How many kept frames are enough, so that decoding can stop; None where all of the clip is needed."""
+    """Return how many kept frames are enough, so that decoding can stop; None if all are needed."""
     if table.frame_extraction == "head":
         return max(table.target_frames)
     return table.max_frames if table.frame_extraction == "full" else None
 
 
 def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
-    """For each decoded frame in order, without end: whether it is kept on the way from `source_fps` to
-    `target_fps`.
+    """Yield for each decoded frame, without end, whether to keep it to get from `source_fps` to `target_fps`.
 
     Frames are only dropped, never doubled: a source slower than the target keeps all. Without source_fps all
-    are kept. The running sum is added up in float64 on purpose: its rounding decides some frames, as in the
-    caches users have.
+    are kept. The running sum is in float64 on purpose: its rounding decides about some frames, as in users'
+    existing caches.
     """
     ratio = 1.0 if source_fps is None else target_fps / source_fps
     position, last = 0.0, -1
@@ -84,7 +83,7 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
 
 
 def resample_indices(num_frames: int, source_fps: float | None, target_fps: float) -> tuple[int, ...]:
-    """Which of `num_frames` decoded frames are kept."""
+    """Return which of `num_frames` decoded frames are kept."""
     return tuple(
         index
         for index, keep in zip(range(num_frames), keep_pattern(source_fps, target_fps), strict=False)

@@ -1,6 +1,4 @@
-"""Which files a dataset table means: pictures or clips with their captions and control media, from a folder
-or a JSONL list.
-"""
+"""Find the files of a dataset table: images or clips, captions and control media, by folder or JSONL list."""
 
 import json
 import logging
@@ -25,7 +23,7 @@ LISTED = 20  # how many problems of one kind a message shows
 
 @dataclass(frozen=True)
 class Source:
-    """One picture or clip of a table. Nothing of it has been opened."""
+    """An image or clip of a table. No media file has been opened."""
 
     path: Path  # a file, or for a clip also a folder of images
     stem: str  # file name without suffix: the beginning of its cache names, unique within the table
@@ -37,29 +35,29 @@ class Source:
 
 
 def find_sources(table: DatasetTable, captions: bool = True) -> list[Source]:
-    """All sources of a table, sorted by path. captions=False reads no caption files (latents do not need
-    them).
+    """Return all sources of a table, sorted by path.
 
-    A missing caption is left None; files named by a JSONL list are not looked for. Raises DatasetError: a
-    folder or list that is missing or empty, a malformed line, missing or misnamed control media, two sources
-    with one stem (they would share one cache file).
+    captions=False reads no caption files: latents do not need them. A missing caption is None. It is not
+    checked whether files named by a JSONL list exist. Raises DatasetError if a folder or list is missing or
+    empty, a line is malformed, control media are missing or misnamed, or two sources have the same stem and
+    would share a cache file.
     """
     sources = _from_folder(table, captions) if table.directory is not None else _from_list(table)
     if not sources:
         kinds = ", ".join(sorted(_suffixes(table)))
         holds = (
-            f"holds no {table.kind}s ({kinds}; folders inside it are not searched)"
+            f"has no {table.kind}s ({kinds}; folders inside it are not searched)"
             if table.directory
-            else "has no line"
+            else "has no lines"
         )
-        raise DatasetError(f"{table.name}: {table.source} {holds}. Put some there, or correct the path.")
+        raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
     sources.sort(key=lambda source: str(source.path))
     _check_stems(table, sources)
     return sources
 
 
 def missing_captions(sources: Iterable[Source]) -> list[str]:
-    """One line per source without a caption: the file, and where its caption was looked for."""
+    """Return one line per source without a caption: the file, and where its caption was searched."""
     return [f"{source.path}: {_where_caption(source)}" for source in sources if source.caption is None]
 
 
@@ -97,7 +95,7 @@ def _check_stems(table: DatasetTable, sources: Sequence[Source]) -> None:
 
 
 def _raise_listed(what: str, lines: Sequence[str]) -> None:
-    """Raise DatasetError with the number of lines, `what`, and the lines; nothing where there is none."""
+    """Raise DatasetError with the number of lines, `what`, and the lines, if there are any."""
     if lines:
         more = [f"... and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
         raise DatasetError("\n  ".join([f"{len(lines)} {what}:", *lines[:LISTED], *more]))
@@ -152,7 +150,7 @@ def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
     if unused:
         logger.warning(
             "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
-            "fp_1f_clean_indices names a place for each that counts.",
+            "fp_1f_clean_indices gives the index of each one that is used.",
             table.name,
             len(unused),
             unused[0],
@@ -186,14 +184,14 @@ def _from_line(table: DatasetTable, where: str, line: str) -> Source:
     try:
         record = parse_json(line)
     except ValueError as error:
-        found = "an empty line" if not line.strip() else f"no valid JSON: {error}"
+        found = "an empty line" if not line.strip() else f"invalid JSON: {error}"
         raise DatasetError(f"{where}: {found}. Each line is one object such as {_example(table)}") from None
     name = f"{table.kind}_path"
     if not isinstance(record, dict) or not isinstance(record.get(name), str):
-        raise DatasetError(f"{where}: there is no {name}. Each line is one object such as {_example(table)}")
+        raise DatasetError(f"{where}: {name} is missing. Each line is one object such as {_example(table)}")
     caption = record.get("caption")
     if caption is not None and not isinstance(caption, str):
-        raise DatasetError(f"{where}: caption = {json.dumps(caption)} is no text")
+        raise DatasetError(f"{where}: caption = {json.dumps(caption)} is not a text")
     _check_text(record[name], f"{where}: {name}")
     _check_text(caption or "", f"{where}: caption")
     path = Path(record[name]).expanduser()
@@ -216,9 +214,7 @@ def _example(table: DatasetTable) -> str:
 
 
 def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> tuple[Path, ...]:
-    """`control_path`, or `control_path_<number>` in the order of the numbers; the first `control_count` of
-    them.
-    """
+    """Return the first `control_count` of `control_path`, or of `control_path_<number>` by number."""
     numbered: dict[int, str] = {}
     for name, value in record.items():
         match = re.fullmatch(r"control_path(?:_(\d+))?", name)
@@ -226,10 +222,10 @@ def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> t
             continue
         number = int(match[1] or 0)
         if not isinstance(value, str):
-            raise DatasetError(f"{where}: {name} = {json.dumps(value)} is no path in quotes")
+            raise DatasetError(f"{where}: {name} = {json.dumps(value)} is not a path in quotes")
         if number in numbered:
             raise DatasetError(
-                f"{where}: {name} says again what another control_path said; control_path is control_path_0"
+                f"{where}: {name} repeats the number of another control_path; control_path is control_path_0"
             )
         _check_text(value, f"{where}: {name}")
         numbered[number] = value

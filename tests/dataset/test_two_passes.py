@@ -352,7 +352,7 @@ def test_training_refuses_a_half_file_with_the_command(tmp_path: Path) -> None:
     items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
     with pytest.raises(
         CacheError,
-        match=r"(?s)clip_0_toy_te.safetensors: it is only a part .* has no clipL.*cache_text\.py --y",
+        match=r"(?s)0_toy_te.safetensors: the text cache is incomplete, it has no clipL.*cache_text\.py --y",
     ):
         read_batch(items, LATENT, COMMANDS)
     assert "it has no clipL" in "\n".join(

@@ -196,8 +196,8 @@ def a_picture_alone(tensors: dict[str, Tensor]) -> None:
         (True, f1_places, ""),
         (True, a_picture, ""),
         (False, a_picture, ""),
-        (True, None, "--f1 is given and sections in the caches are not for FramePack-F1"),
-        (False, f1_places, "sections in the caches are for FramePack-F1 .* and --f1 is not given"),
+        (True, None, "--f1 is given, but the sections in the caches are not for FramePack-F1"),
+        (False, f1_places, "sections in the caches are for FramePack-F1 .*, but --f1 is not given"),
     ],
 )
 def test_sections_of_the_other_order_are_told_once(
@@ -220,7 +220,7 @@ def test_clips_in_a_training_of_pictures_are_told_once(
     one = batch() if change is None else changed(change)
     for _ in range(2):
         replace(family, one_frame=OneFrame()).batch_conditions(one.tensor("latents"), one)
-    assert caplog.text.count("--one_frame is given and the caches hold sections of clips") == warnings
+    assert caplog.text.count("--one_frame is given, but the caches hold sections of clips") == warnings
 
 
 def test_one_section_of_the_other_order_in_a_batch_is_noticed(

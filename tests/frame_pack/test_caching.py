@@ -49,7 +49,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     [
         (MediaTable("data.toml", "image"), False, "these are images.*video_directory.*or --one_frame"),
         (MediaTable("data.toml", "image", has_control=True), False, "these are images.*--one_frame"),
-        (MediaTable("data.toml", has_control=True), False, "follows no control video"),
+        (MediaTable("data.toml", has_control=True), False, "takes no control video"),
         (CLIPS, True, "these are videos.*Leave --one_frame out"),
         (MediaTable("data.toml", "image"), True, "needs control images.*control_directory"),
         (
@@ -95,7 +95,7 @@ def test_clips_of_whole_sections_are_taken_without_a_word(
 def test_frames_behind_the_last_section_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     check_table(MediaTable("data.toml", target_frames=(37, 81)), one_frame=False)
     assert caplog.text.count("data.toml") == 1
-    assert "of clips of 81 frames the last 8 are left out: 73 are whole sections" in caplog.text
+    assert "of clips of 81 frames the last 8 are left out, because 73 make whole sections" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -145,5 +145,5 @@ def test_the_script_shows_a_video_until_it_is_there(
         main([*words, "--device", "cpu", *files.models, *more])
     (video,) = (tmp_path / "out").iterdir()
     assert sum(1 for _ in frames_in(video)) == video_frames(3, 2)
-    assert caplog.text.count(f"Watch it grow: {video.with_suffix('')}_progress.mp4") == 1
-    assert "cannot be watched" not in caplog.text
+    assert caplog.text.count(f"Preview: {video.with_suffix('')}_progress.mp4") == 1
+    assert "preview of the video has failed" not in caplog.text

@@ -254,7 +254,7 @@ def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> 
         ({"noisy": torch.zeros(2, 16, 3, 5, 10)}, "cannot be cut into patches"),
         ({"noisy": torch.zeros(2, 16, 4, 6, 10)}, r"indices of \(2, 3\) for noisy of \(2, 16, 4, 6, 10\)"),
         ({"llama_mask": torch.ones(2, 3)}, r"a text mask of \(2, 3\) for text of \(2, 12\)"),
-        ({"llama_mask": torch.ones(2, 12).cumsum(1) > 3}, "padding stands before real tokens"),
+        ({"llama_mask": torch.ones(2, 12).cumsum(1) > 3}, "padding before real tokens"),
         (
             {"clean_latents_2x": torch.zeros(2, 16, 3, 8, 10)},
             r"clean_latents_2x of \(2, 16, 3, 8, 10\) beside noisy latents",
@@ -263,7 +263,7 @@ def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> 
             {"clean_latents": torch.zeros(1, 16, 2, 6, 10)},
             r"clean_latents of \(1, 16, 2, 6, 10\) beside noisy latents",
         ),
-        ({"clean_latents_4x": None}, "clean_latents_4x and their indices belong together"),
+        ({"clean_latents_4x": None}, "clean_latents_4x and their indices must be given together"),
     ],
 )
 def test_sizes_that_do_not_fit_the_model_are_an_error(change: dict[str, Any], message: str) -> None:

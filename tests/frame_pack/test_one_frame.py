@@ -41,7 +41,7 @@ def test_without_settings_it_is_a_section_with_its_last_frame_as_target() -> Non
 def test_places_without_a_control_image_are_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert one_frame_indices(parse_one_frame("control_index=1;2;3,no_post"), 2, 9).clean == (1, 2)
-    assert "control_index names 3 places" in caplog.text
+    assert "control_index has 3 indices" in caplog.text
     caplog.clear()
     one_frame_indices(parse_one_frame("control_index=1;2"), 2, 9)
     assert not caplog.text
@@ -70,6 +70,6 @@ def test_places_with_a_comma_between_them_are_told_of_the_semicolon() -> None:
     for place in ("10", "-10"):
         with pytest.raises(
             OptionError,
-            match=f"'{place}' stands alone: places have a semicolon between them, as control_index=0;10",
+            match=f"'{place}' stands alone: separate indices by semicolons, as in control_index=0;10",
         ):
             parse_one_frame(f"target_index=1,control_index=0,{place},no_post")

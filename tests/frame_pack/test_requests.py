@@ -142,7 +142,7 @@ def test_one_picture_has_one_frame_whatever_the_length(picture: Path) -> None:
         ({"extra": {"video_seconds": "-1"}}, r"--video_seconds -1"),
         ({"extra": {"video_seconds": "nan"}}, r"--video_seconds nan"),
         ({"extra": {"video_seconds": "1e12"}}, "sections: a video has 10000 at most"),
-        ({"extra": {"one_frame": "no_3x"}}, "--one_frame_inference 'no_3x': 'no_3x' is none of them"),
+        ({"extra": {"one_frame": "no_3x"}}, "--one_frame_inference 'no_3x': 'no_3x' is unknown"),
         ({"extra": {"one_frame": "default"}, "f1": True}, "--one_frame_inference needs the FramePack model"),
         ({"solver": "dpm++"}, r"--sample_solver dpm\+\+: FramePack is sampled with unipc only"),
         ({"solver": "euler"}, "--sample_solver vanilla"),

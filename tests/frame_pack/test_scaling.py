@@ -100,7 +100,7 @@ def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path
     [
         (("--te_multiplier", "much", "1"), "--te_multiplier much 1: give two numbers"),
         (("--latent_window_size", "0"), "--latent_window_size 0: must be at least 1"),
-        (("--latent_window_size", "100000000"), "--latent_window_size 100000000: 1000 is the most"),
+        (("--latent_window_size", "100000000"), "--latent_window_size 100000000: give at most 1000"),
         (("--te_multiplier", "1", "nan"), "--te_multiplier 1 nan: give two numbers"),
         (("--rope_scaling_factor", "0"), "--rope_scaling_factor 0.0: give a number above 0"),
         (("--rope_scaling_factor", "nan"), "--rope_scaling_factor nan"),
@@ -120,5 +120,5 @@ def test_what_is_no_factor_is_refused(words: tuple[str, ...], message: str) -> N
 
 
 def test_empty_settings_of_a_picture_are_refused_rather_than_made_a_video() -> None:
-    with pytest.raises(OptionError, match="--one_frame_inference is empty: give default for a picture"):
+    with pytest.raises(OptionError, match="--one_frame_inference is empty: give default for an image"):
         options("--one_frame_inference", " ")

@@ -140,7 +140,10 @@ def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path)
     assert resolved(family, options, HOST, room) == (options, None)
 
     family, options = made_for(tmp_path, "--interactive", "--blocks_to_swap", "auto")
-    with pytest.raises(MemoryPlanError, match=r"--interactive: the command line .* --image_path is missing"):
+    with pytest.raises(
+        MemoryPlanError,
+        match="complete request on the command line: --image_path is missing",
+    ):
         resolved(family, options, HOST, room)
 
 

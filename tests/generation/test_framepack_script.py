@@ -107,7 +107,7 @@ def test_of_paddings_as_many_count_as_sections_and_none_to_f1(
     caplog.clear()
     f1 = latents(tmp_path / "b", files, *say, "--f1")[1]
     assert "only the first" not in caplog.text
-    assert "--latent_paddings 3,2 is ignored because --f1 makes a video from its start on" in caplog.text
+    assert "--latent_paddings 3,2 is ignored because --f1 generates a video from its start" in caplog.text
     assert torch.equal(f1, latents(tmp_path / "c", files, *say[:-2], "--f1")[1])
     assert not torch.equal(plain, latents(tmp_path / "d", files, *say[:-2])[1])
 
@@ -346,8 +346,8 @@ def test_saved_latents_with_different_windows_are_decoded_in_runs_of_their_own(
     ("arguments", "message"),
     [
         ([], "--image_path is missing"),
-        (["--image_path", "3-1:a;;;0:b"], "--image_path: 3-1 is no range"),
-        (["--prompt", "3-1:a;;;0:b"], "--prompt: 3-1 is no range"),
+        (["--image_path", "3-1:a;;;0:b"], "--image_path: 3-1 is not a range"),
+        (["--prompt", "3-1:a;;;0:b"], "--prompt: 3-1 is not a range"),
         (["--sample_solver", "dpm++"], r"--sample_solver dpm\+\+: FramePack is sampled with unipc only"),
         (["--latent_window_size", "0"], "--latent_window_size 0"),
         (["--latent_paddings", "1,x"], "--latent_paddings '1,x'"),

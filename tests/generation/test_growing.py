@@ -123,7 +123,7 @@ def test_clips_that_are_too_short_to_overlap_are_refused() -> None:
     clip = torch.zeros(1, 3, 4, 8, 8)
     with pytest.raises(ValueError, match="cannot overlap by 5"):
         settled(clip, clip, 5, True)
-    with pytest.raises(ValueError, match="nothing to overlap with"):
+    with pytest.raises(ValueError, match="no clip before it to overlap"):
         settled(None, clip, 1, True)
 
 
@@ -160,7 +160,7 @@ def test_a_run_writes_the_preview_and_removes_it_when_the_video_is_there(
     (path,) = tmp_path.iterdir()
     assert path.suffix == ".mp4"
     assert not path.stem.endswith("_progress")
-    assert caplog.text.count(f"Watch it grow: {path.with_name(path.stem)}_progress.mp4") == 1
+    assert caplog.text.count(f"Preview: {path.with_name(path.stem)}_progress.mp4") == 1
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_runs_of_one_second_and_seed_leave_each_others_files_alone(
 
     with caplog.at_level(logging.INFO):
         begin_the_next()
-    previews = re.findall(r"Watch it grow: (\S+),", caplog.text)
+    previews = re.findall(r"Preview: (\S+),", caplog.text)
     assert len(set(previews)) == 2
     assert len(list(tmp_path.glob("*.mp4"))) == len(list(tmp_path.glob("*_latent.safetensors"))) == 2
     assert len(list(tmp_path.iterdir())) == 4
@@ -233,7 +233,7 @@ def test_ctrl_c_leaves_what_was_made_and_says_where(tmp_path: Path, caplog: pyte
     (preview,) = tmp_path.iterdir()
     assert preview.name.endswith("_1_progress.mp4")
     assert sum(1 for _ in video_frames(preview)) == 8 * WINDOW - 3
-    assert f"stays in {preview}" in caplog.text
+    assert f"is kept in {preview}" in caplog.text
 
 
 def test_a_failure_of_the_last_decoding_leaves_preview_and_latents(
@@ -244,7 +244,7 @@ def test_a_failure_of_the_last_decoding_leaves_preview_and_latents(
         generate(family, options(tmp_path))
     (preview,) = tmp_path.glob("*_1_progress.mp4")
     assert len(list(tmp_path.glob("*_1_latent.safetensors"))) == 1
-    assert f"stays in {preview}" in caplog.text
+    assert f"is kept in {preview}" in caplog.text
 
 
 @pytest.mark.parametrize("lengths", [{WINDOW}, {2 * WINDOW}], ids=["at once", "later"])
@@ -254,7 +254,7 @@ def test_a_preview_that_fails_is_told_once_and_the_video_is_made(
     generate(ToyFamily(sections_made=4, lengths_without_room=frozenset(lengths)), options(tmp_path))
     (path,) = tmp_path.iterdir()
     assert sum(1 for _ in video_frames(path)) == frames_of_video(4, WINDOW)
-    assert caplog.text.count("cannot be watched while it grows (OutOfMemoryError: no room)") == 1
+    assert caplog.text.count("The preview of the video has failed (OutOfMemoryError: no room)") == 1
 
 
 def test_a_preview_that_cannot_be_written_does_not_end_the_generation(
@@ -266,7 +266,7 @@ def test_a_preview_that_cannot_be_written_does_not_end_the_generation(
     with growing(session(ToyFamily(sections_made=3)), tmp_path, "film", 16) as video:
         for piece in pieces:
             video.add(piece)
-    assert caplog.text.count("cannot be watched while it grows") == 1
+    assert caplog.text.count("The preview of the video has failed") == 1
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -289,7 +289,7 @@ def test_a_preview_that_a_player_holds_is_replaced_later(
             video.add(piece)
             lengths.append(sum(1 for _ in video_frames(video.path)))
     assert lengths == [4 * WINDOW * count - 3 for count in (1, 1, 1, 4)]
-    assert caplog.text.count("permission denied. It is tried again after each section") == 1
+    assert caplog.text.count("permission denied. Replacing it is tried again after each section") == 1
 
 
 def test_segments_of_killed_runs_are_removed_and_those_of_others_are_not(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_the_dit_leaves_the_device_where_it_turns_out_that_both_do_not_fit(
             video.add(piece)
     notes = [line for line in family.diary if not line.startswith("pass")]
     assert notes == ["load dit", "load vae", "decode", "decode", "decode"]
-    assert caplog.text.count("no room to decode beside the transformer") == 1
+    assert caplog.text.count("Too little memory to decode beside the transformer") == 1
     assert sum(1 for _ in video_frames(video.path)) == 4 * WINDOW * 3 - 3
 
 
@@ -385,7 +385,7 @@ def test_a_dit_that_cannot_leave_stays_and_there_is_no_preview(
     with made.dit(), growing(made, tmp_path, "film", 16) as video:
         video.add(black_piece(family))
         assert family.places["dit"] == "cuda"
-    assert caplog.text.count("cannot be watched while it grows (RuntimeError: not enough memory)") == 1
+    assert caplog.text.count("The preview of the video has failed (RuntimeError: not enough memory)") == 1
     assert "decode" not in family.diary
 
 

@@ -30,16 +30,16 @@ def test_defaults_are_read(tmp_path: Path) -> None:
     [
         ([], "nothing to do"),
         (["--from_file", __file__, "--interactive"], "give one of them"),
-        (["--latent_path", __file__, "--output_type", "both"], "the latents are there already"),
+        (["--latent_path", __file__, "--output_type", "both"], "the latents exist already"),
         (["--latent_path", __file__, "--interactive"], "only decodes"),
-        (["--from_file", "no such.txt"], "--from_file no such.txt: there is no such file"),
+        (["--from_file", "no such.txt"], "--from_file no such.txt: no such file"),
         (
             ["--prompt", "p", "--lora_weight", "no such.safetensors"],
-            "--lora_weight no such.safetensors: there is no such file",
+            "--lora_weight no such.safetensors: no such file",
         ),
-        (["--latent_path", __file__, "no such.pt"], "--latent_path no such.pt: there is no such file"),
-        (["--latent_path", __file__, "--fps", "0"], "--fps 0: has to be above 0"),
-        (["--latent_path", __file__, "--fps", "99999999999"], "--fps 1e\\+11: 1000 is the most"),
+        (["--latent_path", __file__, "no such.pt"], "--latent_path no such.pt: no such file"),
+        (["--latent_path", __file__, "--fps", "0"], "--fps 0: give a number above 0"),
+        (["--latent_path", __file__, "--fps", "99999999999"], "--fps 1e\\+11: give at most 1000"),
         (["--prompt", "p", "--trim_tail_frames", "-1"], "--trim_tail_frames"),
         (["--prompt", "p", "--upcast_linear"], "--upcast_linear needs --fp8_scaled"),
         (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: give a number"),
@@ -83,7 +83,7 @@ def test_a_script_has_the_output_types_that_it_says(tmp_path: Path) -> None:
     for said, script in (("latent_images", DEFAULTS), ("both", more)):
         with pytest.raises(SystemExit):
             read(tmp_path, "--prompt", "p", "--output_type", said, defaults=script)
-    with pytest.raises(OptionError, match="the latents are there already"):
+    with pytest.raises(OptionError, match="the latents exist already"):
         read(tmp_path, "--latent_path", __file__, "--output_type", "latent_images", defaults=more)
 
 

@@ -105,7 +105,7 @@ def test_numbers_may_be_negative() -> None:
 
 
 def test_a_generation_line_with_a_wrong_number_is_refused() -> None:
-    with pytest.raises(OptionError, match="--w: '5x' is no whole number"):
+    with pytest.raises(OptionError, match="--w: '5x' is not a whole number"):
         parse_generation_line("p --w 5x")
 
 
@@ -152,7 +152,7 @@ def test_json_holds_lines_and_objects(tmp_path: Path) -> None:
 def test_a_wrong_type_names_file_entry_and_key(tmp_path: Path) -> None:
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps([{"prompt": "b", "width": "wide"}]))
-    with pytest.raises(OptionError, match=r"prompts\.json, entry 1: width = 'wide' has to be of type int"):
+    with pytest.raises(OptionError, match=r"prompts\.json, entry 1: width = 'wide' must be of type int"):
         read_sample_prompts(path)
 
 

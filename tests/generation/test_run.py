@@ -197,14 +197,14 @@ def test_that_mp4_holds_no_metadata_is_told_once(
 ) -> None:
     with caplog.at_level(logging.INFO):
         run(tmp_path / "out", "--from_file", prompts(tmp_path, "cat", "dog"), *more)
-    assert caplog.text.count("MP4 files hold no") == times
+    assert caplog.text.count("MP4 files store no") == times
 
 
 def test_the_log_says_which_latents_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run(tmp_path / "a", "--prompt", "cat")
         run(tmp_path / "b", "--prompt", "cat", "--output_type", "both")
-    assert caplog.text.count("_latent.safetensors, until they are decoded") == 1
+    assert caplog.text.count("_latent.safetensors, kept until they are decoded") == 1
     assert caplog.text.count("_latent.safetensors\n") == 1
 
 

@@ -99,7 +99,9 @@ def test_fp8_weights_without_their_map_are_refused(tmp_path: Path) -> None:
     path = write_dit(tmp_path, tiny_state(), "fp8_map")
     (tmp_path / "mp_rank_00_model_states_fp8_map.pt").unlink()
 
-    with pytest.raises(CheckpointError, match="mp_rank_00_model_states_fp8_map.pt, which is not beside it"):
+    with pytest.raises(
+        CheckpointError, match="mp_rank_00_model_states_fp8_map.pt, which is missing beside it"
+    ):
         load_dit(path, CPU)
 
 
@@ -110,7 +112,7 @@ def test_a_map_of_another_file_is_refused(tmp_path: Path) -> None:
         load_dit(path, CPU)
 
     torch.save([1.0], tmp_path / "mp_rank_00_model_states_fp8_map.pt")
-    with pytest.raises(CheckpointError, match="is no map of scales"):
+    with pytest.raises(CheckpointError, match="is not a map of scales"):
         load_dit(path, CPU)
 
 
@@ -166,7 +168,7 @@ def test_another_model_is_refused_by_name(tmp_path: Path, manifest: str, what: s
         ({"img_in.proj.weight": torch.zeros(128, 33, 1, 2, 2)}, "HunyuanVideo-I2V with 33 input channels"),
         (
             {"img_in.proj.weight": torch.zeros(128, 20, 1, 2, 2)},
-            "an unknown relative of HunyuanVideo with 20 input channels",
+            "an unknown variant of HunyuanVideo with 20 input channels",
         ),
         ({"vision_in.proj.0.weight": torch.zeros(2)}, "a HunyuanVideo 1.5 transformer"),
     ],

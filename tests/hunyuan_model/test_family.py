@@ -133,7 +133,7 @@ def test_an_embedded_guidance_that_the_model_has_no_input_for_is_said_to_be_igno
     family_of().prepare(replace(REQUEST, embedded_guidance=3.0))
     assert "ignored" not in caplog.text
     family_of("undistilled").prepare(replace(REQUEST, embedded_guidance=3.0))
-    assert "the embedded guidance 3 is ignored" in caplog.text
+    assert "the embedded guidance 3 (--embedded_cfg_scale) is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -235,8 +235,8 @@ def test_gradients_equal_those_of_diffusers() -> None:
         ({"noisy": torch.zeros(2, 32, 1, 4, 4)}, "32 input channels, the model takes 16"),
         ({"noisy": torch.zeros(2, 16, 1, 5, 4)}, "cannot be cut into patches"),
         ({"llama_mask": torch.ones(2, 3)}, r"a text mask of \(2, 3\) for text of \(2, 12\)"),
-        ({"llama_mask": torch.ones(2, 12).cumsum(1) > 3}, "padding stands before real tokens"),
-        ({"guidance": None}, "was given no guidance"),
+        ({"llama_mask": torch.ones(2, 12).cumsum(1) > 3}, "padding before real tokens"),
+        ({"guidance": None}, "no guidance is given"),
     ],
 )
 def test_sizes_that_do_not_fit_the_model_are_an_error(change: dict[str, Any], message: str) -> None:

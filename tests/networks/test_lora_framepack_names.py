@@ -210,7 +210,7 @@ def test_a_lokr_for_a_fused_module_is_not_cut_for_training(caplog: pytest.LogCap
     tensors = {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.ones(12, 4)}
 
     assert for_model(tensors, {"lora_unet_transformer_blocks_0_attn_to_q": 8}.get).keys() == tensors.keys()
-    assert "only plain LoRAs can be cut up; it stays whole" in caplog.text
+    assert "only plain LoRAs can be split; it stays whole" in caplog.text
 
 
 # Patterns

@@ -155,7 +155,7 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
 
     assert fused["lora_unet_single_blocks_1_linear1.lora_up.weight"].shape == (7 * 8, 2)
     assert not fused["lora_unet_single_blocks_1_linear1.lora_up.weight"][24:].any()
-    assert len([record for record in caplog.records if "4 times as high" in record.message]) == 1
+    assert len([record for record in caplog.records if "4 times as many rows" in record.message]) == 1
 
 
 def test_parts_of_another_kind_in_one_block_do_not_hinder_the_others(

@@ -104,7 +104,7 @@ def _relative(in_dim: int, out_dim: int = 16, camera: bool = False) -> TensorLis
         (_relative(52), "Wan2.2 Fun-Control"),
         (_relative(36, camera=True), "Wan2.2 Fun-Control-Camera"),
         (_relative(16) | {"vace_blocks.0.modulation": ("F32", (1, 6, 128))}, "Wan2.1 VACE"),
-        (_relative(20), "an unknown relative of Wan2.1 with 20 input channels"),
+        (_relative(20), "an unknown variant of Wan2.1 with 20 input channels"),
     ],
 )
 def test_relatives_are_refused_by_name(tmp_path: Path, tensors: TensorList, name: str) -> None:
@@ -160,7 +160,7 @@ def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> No
             "Use --task t2v-1.3B-FC or t2v-14B-FC or i2v-14B-FC, or",
         ),
         ("flf2v", "i2v-14B", "img_emb.emb_pos has places for two images", "Use --task flf2v-14B"),
-        ("i2v", "flf2v-14B", "img_emb.emb_pos is not there", "Use --task i2v-14B"),
+        ("i2v", "flf2v-14B", "img_emb.emb_pos is missing", "Use --task i2v-14B"),
         (
             "t2v",
             "i2v-14B-FC",
@@ -202,8 +202,8 @@ def test_another_size_of_the_right_kind_is_used_with_one_log_line(
         note_size(read_once(path, read_dit_header), TASKS[task], path)
 
     assert [record.message for record in caplog.records] == [
-        f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: it is "
-        "used as it is"
+        f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: the "
+        "file is used as it is"
     ]
 
 
@@ -250,7 +250,7 @@ def test_a_file_of_another_network_is_refused_with_what_it_looks_like(
 
 
 def test_a_width_that_no_head_of_128_divides_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="width 96 is no multiple of 128"):
+    with pytest.raises(CheckpointError, match="width 96 is not a multiple of 128"):
         read_once(write_dit(tmp_path, tiny_state("t2v", dim=96)), read_dit_header)
 
 

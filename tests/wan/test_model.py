@@ -189,7 +189,7 @@ def test_image_attention_without_features_reads_the_first_text_rows() -> None:
         ("t2v", {"noisy": torch.zeros(2, 36, 1, 4, 4)}, "36 input channels, the model takes 16"),
         ("t2v", {"noisy": torch.zeros(2, 16, 1, 5, 4)}, "cannot be cut into patches"),
         ("t2v", {"text": [torch.zeros(513, 32)] * 2}, "513 tokens, the model takes 512"),
-        ("t2v", {"image_embeds": torch.zeros(2, 257, 1280)}, "model without image attention"),
+        ("t2v", {"image_embeds": torch.zeros(2, 257, 1280)}, "the model has no image attention"),
         ("flf2v", {"image_embeds": torch.zeros(2, 257, 1280)}, "257 image tokens, the model takes 514"),
     ],
 )

@@ -301,7 +301,7 @@ def test_items_of_a_batch_must_hold_the_same_tensors(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "clip_1_00000-005_0032x0032_toy.safetensors"
     tensors = {"latents_2x4x4_bfloat16": torch.zeros(2, 2, 4, 4), "clip_float16": torch.zeros(3)}
     write_tensors(path, tensors, {"architecture": "toy"})
-    with pytest.raises(CacheError, match="do not hold the same tensors: clip"):
+    with pytest.raises(CacheError, match="do not have the same tensors: clip"):
         read_batch(find_items(config, "toy", LATENT).items, LATENT)
 
 

@@ -49,8 +49,8 @@ def test_what_differs_is_told_once_with_a_file_of_each_and_what_to_do(tmp_path: 
         "Not all caches were made by the same encoders:",
         f"  {tmp_path / 'cache' / 'clip_0_00000-005_0032x0032_toy.safetensors'}: vae 1a2b3c4d...",
         f"  {tmp_path / 'cache' / 'clip_1_00000-005_0032x0032_toy.safetensors'}: vae 99887766...",
-        "  Unless the files of the encoders hold the same network, a mixture is learned that fits neither. "
-        "To have all alike, cache again with:",
+        "  Unless the encoders' files hold the same network, the model learns a mixture that fits neither. "
+        "To make all caches alike, cache again with:",
         "  python cache_latents.py --x",
     ]
 
@@ -62,7 +62,7 @@ def test_another_dtype_is_no_other_network(tmp_path: Path) -> None:
     (said,) = said_of(config)
     assert "clip_0_00000-005_0032x0032_toy.safetensors: vae_dtype bfloat16" in said
     assert "clip_1_00000-005_0032x0032_toy.safetensors: vae_dtype float16" in said
-    assert "Their numbers differ, if only a little." in said
+    assert "Their values differ slightly." in said
 
 
 def test_text_encoders_are_compared_too(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_weights_of_a_text_encoder_in_8_bits_are_told() -> None:
     assert said.splitlines()[1:4] == [
         "  a: t5_weights none",
         "  b: t5_weights fp8",
-        "  Their numbers differ, if only a little. To have all alike, cache again with:",
+        "  Their values differ slightly. To make all caches alike, cache again with:",
     ]
 
 
@@ -111,7 +111,7 @@ def test_a_tokenizer_of_a_file_may_be_that_of_the_hub(tokenizers: tuple[str, str
     """In whichever order they are read."""
     encoders = SameEncoders(COMMANDS)
     made = [MadeBy(Path("a"), "t5", {"t5": ONE, "t5_tokenizer": name}) for name in tokenizers]
-    assert "Unless the files of the encoders hold the same" in (encoders.difference(made) or "")
+    assert "Unless the encoders' files hold the same" in (encoders.difference(made) or "")
 
 
 def test_check_says_it_and_finds_nothing_wrong(tmp_path: Path) -> None:

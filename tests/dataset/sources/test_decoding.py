@@ -203,7 +203,7 @@ def test_a_fixed_resolution_has_to_suit_the_model(tmp_path: Path) -> None:
     (source,) = find_sources(make_table(tmp_path, "image_directory", resolution=(100, 48)))
 
     with pytest.raises(
-        DatasetError, match=r"resolution = \[100, 48\] is no multiple of 16.*\[96, 48\] or \[112, 48\]"
+        DatasetError, match=r"resolution = \[100, 48\] is not a multiple of 16.*\[96, 48\] or \[112, 48\]"
     ):
         decode_source(source, 16.0)
 

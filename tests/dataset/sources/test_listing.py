@@ -97,7 +97,7 @@ def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="holds no videos"):
+    with pytest.raises(DatasetError, match="has no videos"):
         find_sources(make_table(tmp_path))
     with pytest.raises(DatasetError, match="absent: No such file"):
         find_sources(make_table(tmp_path, directory=tmp_path / "absent"))
@@ -147,7 +147,7 @@ def test_control_images_that_no_place_is_named_for_are_told(
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (["a_left.png"], "a control image of a is named"),
+        (["a_left.png"], "a control image of a must be named"),
         ([], "0 control images for a"),
         (["b.png"], "0 control images for a"),
     ],
@@ -221,19 +221,19 @@ def test_a_list_without_a_caption_is_missing_one(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ('{"image_path": "a.png", "caption": ""}\n\n{"image_path": "b.png"}', "line 2: an empty line"),
-        ('{"image_path": "a.png"', "line 1: no valid JSON"),
-        ('{"video_path": "a.png", "caption": ""}', "line 1: there is no image_path"),
-        ('["a.png"]', "line 1: there is no image_path"),
-        ('{"image_path": "a.png", "caption": 3}', "line 1: caption = 3 is no text"),
+        ('{"image_path": "a.png"', "line 1: invalid JSON"),
+        ('{"video_path": "a.png", "caption": ""}', "line 1: image_path is missing"),
+        ('["a.png"]', "line 1: image_path is missing"),
+        ('{"image_path": "a.png", "caption": 3}', "line 1: caption = 3 is not a text"),
         (
             '{"image_path": "a.png", "control_path": "x", "control_path_0": "y"}',
-            "line 1: control_path_0 says again",
+            "line 1: control_path_0 repeats the number",
         ),
         (
             '{"image_path": "a.png", "control_path": "x"}\n{"image_path": "b.png"}',
             "1 lines of .* have no control_path, while others have",
         ),
-        ("", "has no line"),
+        ("", "has no lines"),
     ],
 )
 def test_a_list_that_makes_no_sense_is_refused_with_its_line(tmp_path: Path, text: str, reason: str) -> None:
