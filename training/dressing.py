@@ -1,4 +1,4 @@
-"""How the network of a run is loaded and what is put around it; the order is always the same."""
+"""Load the DiT of a run and wrap it; the order is always the same."""
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precisi
 
 
 def placement_of(options: TrainingOptions, device: torch.device, fp8: Quantisation | None) -> Placement:
-    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the
-    dtype to learn in.
+    """Return where the DiT goes and its dtype.
+
+    A frozen DiT keeps the file's dtype; a trained one is kept in bf16 (--full_bf16) or float32.
     """
     whole = options.whole_dit
     return Placement(
@@ -40,10 +41,9 @@ def dress(
     compilation: Compilation | None = None,
     host: HostWeights | None = None,
 ) -> None:
-    """Compile the blocks, checkpoint them, and have swapped ones come from the host. For after a LoRA was
-    attached.
+    """Compile the blocks, checkpoint them, and set up block swap. Call it after a LoRA was attached.
 
-    Where blocks' inputs go to the host, memory is short, and feed-forwards are computed in pieces too.
+    If the blocks' inputs are kept on the host, memory is short, so feed-forwards are computed in pieces too.
     """
     if loop.gradient_checkpointing_cpu_offload:
         compute_in_pieces(dit, spec)
@@ -53,4 +53,4 @@ def dress(
         offload = offload_to_host(device) if loop.gradient_checkpointing_cpu_offload else None
         checkpoint_blocks(dit, spec, loop.gradient_checkpointing_keep is not None, offload)
     swap_blocks(dit, host, device)
-    dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
+    dit.train(loop.gradient_checkpointing)  # it has no dropout; training mode only turns checkpointing on

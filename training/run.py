@@ -1,6 +1,4 @@
-"""From options to a run: every part is built in order, and what can be checked is checked before gigabytes
-are loaded.
-"""
+"""Build a run from its options, in order; check what can be checked before gigabytes are loaded."""
 
 import contextlib
 import logging
@@ -84,13 +82,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What everything below is built from."""
+    """Hold what everything below is built from."""
 
     family: Family
     options: TrainingOptions
     commands: CachingCommands
     accelerator: Accelerator
-    fp8: Quantisation | None  # with what multiplies on the device
+    fp8: Quantisation | None  # with the kind of product chosen for the device
     saved: SavedState | ForeignState | None
     progress: Progress
 
@@ -110,7 +108,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained and validated on."""
+    """Hold the items that a run trains and validates on, and the plan of its steps."""
 
     config: DatasetConfig
     training: Sequence[TrainingItem]
@@ -121,11 +119,10 @@ class Data:
 
 
 def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
-    """Train what the options say, a network (a LoRA) for a family's DiT or the whole DiT, from the first step
-    or a saved state.
+    """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    Returns the program's exit code. commands: what to type for missing caches. Raises a UserError for all
-    that the user can mend.
+    commands: what to type if caches are missing. Returns the program's exit code.
+    Raises UserError if the user has to change something.
     """
     if options.timesteps.show_timesteps is not None:
         show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
@@ -140,7 +137,7 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
-            error, "Samples need room too. What was saved is untouched: go on with --resume latest."
+            error, "Samples need memory too. What was saved is untouched: continue with --resume latest."
         ) from error
     return 0
 
@@ -149,8 +146,8 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
 def prepared_run(
     family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS
 ) -> Iterator[Run]:
-    """A run with everything loaded; leaving it ends logs and waits for uploads. Raises as `train_network`."""
-    config = _read_config(options)  # a fault in it is told before anything is started
+    """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
+    config = _read_config(options)  # errors in it are reported before anything is started
     job = _start(family, options, commands)
     _check_attention(job)
     data = _find_data(job, config)
@@ -159,9 +156,9 @@ def prepared_run(
     identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
     habits = habits_of(options, family.metadata)
     check_resumable(job.saved, identity, habits)
-    sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
+    sampler = _make_sampler(job)  # encodes texts and images while no DiT is loaded
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
-    # each process looked at its own device, but they share the weights on the host
+    # each process looked at its own device, but all share the weights on the host
     if job.options.speed.swap.is_auto:
         number = options.speed.swap.number
         options = with_swap(options, largest(number, job.accelerator.num_processes, job.accelerator.device))
@@ -174,7 +171,7 @@ def prepared_run(
     learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
     if job.saved is not None:
         restore(job.saved, learning)
-        job = replace(job, saved=None)  # gives its tensors free
+        job = replace(job, saved=None)  # releases its tensors
     steps, fused = _make_steps(job, learning)
 
     uploads = make_uploads(options.hub)
@@ -220,7 +217,7 @@ def prepared_run(
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
-    """--check: say what would be trained on."""
+    """Print what would be trained on (--check)."""
     config = _read_config(options)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
@@ -233,7 +230,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
 
 
 def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
-    """--plan: print what the run would need."""
+    """Print how much memory the run would need (--plan)."""
     found = require_items(
         find_items(_read_config(options), family.cache_tag, family.latent, family.text_keys), commands
     )
@@ -242,13 +239,13 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -
 
 
 def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> Job:
-    """Join the processes; find where to begin."""
+    """Join the processes and find where to begin."""
     check_trackers(options.logs)
     accelerator = make_accelerator(
         options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
     )
     if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
+        logging.getLogger().setLevel(logging.WARNING)  # one process logs what all do
     else:
         for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
             logger.warning(line)
@@ -268,15 +265,15 @@ def _read_config(options: TrainingOptions) -> DatasetConfig:
 def _find_data(job: Job, config: DatasetConfig) -> Data:
     """Find the caches by their names and plan the steps.
 
-    Raises CacheError with the caching commands where there are none.
+    Raises CacheError with the caching commands if there are none.
     """
     loop, family = job.options.loop, job.family
     found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
     training, validation = split_validation(found, job.options.validation.validation_split)
     if not training:
         raise DatasetError(
-            f"{config.path}: all {len(found)} items are for validation. Leave a table without `validation = "
-            "true`."
+            f"{config.path}: all {len(found)} items are for validation. Leave at least one table without "
+            "`validation = true`."
         )
     if not validation and job.options.validation.validate_every_n_steps is not None:
         raise OptionError(
@@ -293,17 +290,17 @@ def _find_data(job: Job, config: DatasetConfig) -> Data:
 
 
 def _make_sampler(job: Job) -> Sampler | None:
-    """Encode what the samples need.
+    """Encode the texts and images of the samples.
 
-    Raises OptionError where an encoder is missing, before the DiT is loaded.
+    Raises OptionError if an encoder is missing, before the DiT is loaded.
     """
     options, accelerator = job.options.samples, job.accelerator
     if options.sample_prompts is None:
         return None
     if not options.is_timed:
         logger.warning(
-            "--sample_prompts is ignored, because neither --sample_every_n_steps nor another time for "
-            "samples is given."
+            "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs and "
+            "--sample_at_first is given."
         )
         return None
     share = accelerator.process_index, accelerator.num_processes
@@ -314,14 +311,12 @@ def _make_sampler(job: Job) -> Sampler | None:
 
 
 def _placement(job: Job) -> Placement:
-    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the
-    dtype to learn in.
-    """
+    """Return where the DiT goes and its dtype; see `placement_of`."""
     return placement_of(job.options, job.accelerator.device, job.fp8)
 
 
 def _check_attention(job: Job) -> None:
-    """Raise OptionError where the attention that is asked for cannot be had; nothing is loaded yet."""
+    """Raise OptionError if the requested attention is not available; nothing is loaded yet."""
     autocast = AUTOCAST.get(job.options.accelerator.mixed_precision)
     placement = _placement(job)
     check_backend(
@@ -333,10 +328,9 @@ def _check_attention(job: Job) -> None:
 
 
 def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
-    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the
-    dtype to learn in.
+    """Load the DiT onto the device, frozen, merging --base_weights while loading.
 
-    host: keeps the weights of swapped blocks.
+    A DiT that is to be trained gets the training dtype. host: keeps the weights of swapped blocks.
     """
     network, precision = job.options.network, job.options.accelerator.mixed_precision
     files = (
@@ -350,15 +344,16 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
     dtype, autocast = _dtype_of(dit), AUTOCAST.get(precision)
     if autocast is not None and dtype not in {autocast, torch.float32}:
         raise OptionError(
-            f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no or "
-            "that of the model."
+            f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no, or "
+            "the model's dtype."
         )
     return dit.requires_grad_(False)
 
 
 def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, compiling, checkpointing, swap), make optimizer and schedule; also the name for
-    metadata.
+    """Wrap the DiT (network, compiling, checkpointing, swap) and make optimizer and schedule.
+
+    Also returns the optimizer's name for metadata.
     """
     options, device = job.options, job.accelerator.device
     if options.network is not None:
@@ -367,7 +362,7 @@ def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: in
             network, options.optimizer.learning_rate, options.network.scale_weight_norms, device
         )
     else:
-        assert options.whole_dit is not None  # one of the two is there
+        assert options.whole_dit is not None  # one of network and whole_dit is set
         trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
     dress(dit, job.family.dit, options.loop, device, options.speed.compilation.choice, host)
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
@@ -377,7 +372,7 @@ def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: in
 
 
 def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
-    """What steps single weights, where the options want that, and what does so inside the backward pass."""
+    """Return what steps single weights and what does so in the backward pass, if the options ask for it."""
     whole, trainable, optimizer = job.options.whole_dit, learning.trainable, learning.optimizer
     if whole is None or not (whole.full_bf16 or whole.fused_backward_pass):
         return None, None
@@ -430,7 +425,7 @@ def _make_saver(
     uploads: Uploads,
     take_state: Callable[[], SavedState],
 ) -> Saver | None:
-    """For the main process; the others save nothing."""
+    """Make the saver in the main process; the others save nothing."""
     if not job.accelerator.is_main_process:
         return None
     options, progress, trainable = job.options, job.progress, learning.trainable
@@ -438,7 +433,7 @@ def _make_saver(
     precision = options.saving.save_precision
     if precision is not None:
         dtype: torch.dtype | None = DTYPES[precision]
-    else:  # of a whole DiT every tensor as it is
+    else:  # every tensor of a whole DiT keeps its dtype
         dtype = None if options.network is None else _dtype_of(dit)
 
     def write_file(path: Path) -> None:
@@ -459,7 +454,7 @@ def _make_saver(
         uploads.publish_state,
     )
     saver.remove_leftovers()
-    saver.tidy_steps(progress.step)  # what a run that was killed had no time for
+    saver.tidy_steps(progress.step)  # a killed run may have left this undone
     saver.tidy_epochs(progress.epoch)
     return saver
 
@@ -483,7 +478,7 @@ def _facts(job: Job, data: Data, optimizer: str, schedule: str) -> RunFacts:
 
 
 def _dtype_of(dit: nn.Module) -> torch.dtype:
-    """What the DiT computes in without autocast."""
+    """Return the dtype in which the DiT computes without autocast."""
     own = getattr(dit, "compute_dtype", None)
     return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
 
