@@ -9,7 +9,7 @@ from modules.options import check_at_least, read_literals
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Which optimizer, with which arguments."""
+    """Options of the optimizer: which one, with which arguments."""
 
     optimizer_type: str  # a name or an import path; "" means AdamW
     optimizer_args: tuple[str, ...] | None  # key=value
@@ -27,7 +27,7 @@ class OptimizerOptions:
         read_literals("--optimizer_args", self.optimizer_args)
 
     def arguments(self) -> dict[str, Any]:
-        """`optimizer_args` with their values read as Python literals."""
+        """Return `optimizer_args` with their values read as Python literals."""
         return read_literals("--optimizer_args", self.optimizer_args)
 
 
@@ -38,8 +38,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer_type",
         default="",
         help="AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim "
-        "class "
-        "or pkg.module.Class",
+        "class or pkg.module.Class",
     )
     group.add_argument(
         "--optimizer_args",
