@@ -7,8 +7,9 @@
         dtype = lambda name, stored: torch.bfloat16
         load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
 
-Per tensor: named, patched by LoRAs, rounded (to 8 bits too), placed. Every mismatch is reported before
-anything is read. The host never holds more than the network in its target dtype and one tensor of the file.
+Each tensor is renamed, patched by LoRAs, rounded (also to 8 bits) and placed. Every mismatch is reported
+before anything is read. The host never holds more than the network in its target dtype and one tensor of the
+file.
 """
 
 import fnmatch
@@ -39,17 +40,19 @@ def load_module(
     fp8: Fp8Loading | None = None,
     host: HostPlace | None = None,
 ) -> None:
-    """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device
-    and dtype.
+    """Fill a module that was built on the meta device; each tensor goes straight to its device and dtype.
 
     sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
-    device: of all, or our name -> device. patch: given our name and the weight before it is rounded to that
+    device: of all, or our name -> device. patch: gets our name and the weight before it is rounded to that
     dtype; returns the weight to keep. ignore: patterns (`*`) of tensors in the file that need not be used.
     what: the option or network, for messages. fp8: which weights of linear layers are kept in 8 bits; they
-    are rounded on its device and then go to theirs. host: keeps some of the tensors in host memory; they are
-    made on the device all the same, where anything is to be computed. Parameters come out with
-    `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing every missing,
-    unexpected and misshaped tensor, before anything is read.
+    are rounded on its device and then moved to theirs. host: keeps some of the tensors in host memory; they
+    are
+    still made on the device if anything has to be computed. All parameters have `requires_grad` off. On the
+    meta
+    device nothing is read. Raises CheckpointError listing every missing, unexpected and misshaped tensor,
+    before
+    anything is read.
     """
     wanted = module.state_dict()
     _check_fit(wanted, checkpoint, sources, ignore, what)
@@ -63,8 +66,7 @@ def load_module(
         else [name for name in wanted if patch is None and name not in (fp8 or ())]
     )
     as_stored = {name for name in plain if _is_as_stored(sources[name], checkpoint, plan[name], ends[name])}
-    # one piece of memory for all reading: temporary tensors would leave holes in the heap between those that
-    # stay
+    # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
     made = [name for name in wanted if name not in as_stored and devices[name].type != "meta"]
     room = max((_room(sources[name], checkpoint) for name in made), default=0)
     pinned = any(
@@ -91,7 +93,7 @@ def load_module(
         if place is not None and not is_filled_here:
             tensor = place
             if patch is not None:
-                # it notes what finds its weight
+                # the patch notes which deltas find their weight
                 patch(name, torch.empty(place.shape, dtype=target, device="meta"))
         elif name in as_stored:
             tensor = (
@@ -126,9 +128,9 @@ def _hold(
     host: HostPlace | None,
     devices: Mapping[str, torch.device],
 ) -> Mapping[str, Tensor]:
-    """Memory for what stays on the host.
+    """Return memory for the tensors that stay on the host; none if nothing is read.
 
-    plan: name -> dtype to keep where it is not in 8 bits. Where nothing is read: none.
+    plan: name -> dtype to keep if not in 8 bits.
     """
     if host is None or all(device.type == "meta" for device in devices.values()):
         return {}
@@ -145,7 +147,7 @@ def _hold(
 
 
 def _read_into(room: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
-    """Read a tensor to where it is to stay; only a mapped file has to be copied from."""
+    """Read a tensor to where it is to stay; only mapped files need a copy."""
     tensor = checkpoint.borrow(name, room.view(-1).view(torch.uint8))
     if tensor.data_ptr() != room.data_ptr():
         room.copy_(tensor)
@@ -162,7 +164,7 @@ def _is_as_stored(source: Source, checkpoint: Checkpoint, target: torch.dtype, d
 
 
 def _room(source: Source, checkpoint: Checkpoint) -> int:
-    """Bytes that reading all parts of a tensor takes."""
+    """Return the bytes needed to read all parts of a tensor."""
     return sum(checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in source.names)
 
 
@@ -175,7 +177,7 @@ def _made(
     target: torch.dtype,
     patch: WeightPatch | None,
 ) -> Tensor:
-    """One of our tensors on its device, not yet rounded to its dtype; it may lie in `scratch`."""
+    """Make one of our tensors on its device, not yet rounded to its dtype; it may be a view of `scratch`."""
     tensor = source.make(_parts(source, checkpoint, scratch, device))
     if patch is None:
         return tensor
@@ -185,7 +187,7 @@ def _made(
 
 
 def _parts(source: Source, checkpoint: Checkpoint, scratch: Tensor, device: torch.device) -> list[Tensor]:
-    """What a tensor is made of, on that device; it may lie in `scratch`."""
+    """Read what a tensor is made of, on that device; may be views of `scratch`."""
     parts, start = [], 0
     for part in source.names:
         parts.append(checkpoint.borrow(part, scratch[start:]).to(device))
@@ -205,10 +207,10 @@ def _put_fp8(
     room: Tensor | None,
     is_filled_here: bool,
 ) -> None:
-    """Give a linear layer its weight in 8 bits: that of the file, or the file's rounded after the patch.
+    """Give a linear layer its weight in 8 bits: the file's own, or the file's rounded after the patch.
 
-    room: where the weight is to stay, `device` otherwise. is_filled_here: else another process writes it;
-    scales are made by all.
+    room: where the weight is to stay; None: on `device`. is_filled_here: if False, another process writes it;
+    all processes make the scales.
     """
     layer = module.get_submodule(name.removesuffix(".weight"))
     assert isinstance(layer, nn.Linear)
@@ -273,7 +275,7 @@ def _check_fit(
     if lines:
         text = "\n".join(lines)
         raise CheckpointError(
-            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the file of that model, complete.",
+            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",
             checkpoint.path,
         )
 
@@ -287,17 +289,17 @@ def _built_shape(source: Source, checkpoint: Checkpoint) -> tuple[int, ...] | No
             source.make([torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos]).shape
         )
     except (RuntimeError, IndexError):
-        return None  # the parts do not even go together
+        return None  # the parts do not fit together
 
 
 def _sizes(shape: tuple[int, ...] | None) -> str:
     if shape is None:
-        return "parts that do not go together"
+        return "parts that do not fit together"
     return " x ".join(str(size) for size in shape) or "a single number"
 
 
 def compress_names(names: Iterable[str]) -> list[str]:
-    """Names in order, those that differ only in their first number joined: `blocks.{0..39}.norm3.weight`."""
+    """Sort names and join those that differ only in their first number: `blocks.{0..39}.norm3.weight`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         found = re.search(r"(?<=\.)\d+(?=\.)", name)

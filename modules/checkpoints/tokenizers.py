@@ -1,6 +1,4 @@
-"""Where the tokenizer of a text encoder is: named by the user, beside or inside the encoder's folder, or on
-the hub.
-"""
+"""Find the tokenizer of a text encoder: given by the user, in or beside its folder, or on the hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +11,20 @@ from modules.errors import CheckpointError
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Which files are the tokenizer of one text encoder, and where they may lie."""
+    """Hold which files are the tokenizer of one text encoder, and where they may be."""
 
     option: str  # "--t5_tokenizer"
-    names: tuple[str, ...]  # any of these files is one; the first that is there counts
-    folder: str  # of it in the repository on the hub; "" for the top
+    names: tuple[str, ...]  # any of these files is one; the first that exists is used
+    folder: str  # its folder in the repository on the hub; "" for the top
     repository: str  # on the hub
-    beside: tuple[str, ...]  # folders to look into, from the encoder's own; ".." only in front
-    # has to stand in a file that lies loose beside a single-file encoder, where others' may lie too
+    beside: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
+    # must occur in a file that is beside a single-file encoder, where other tokenizers may be too
     token: str = ""
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
-        """What the option names (`path`), else the first file beside or inside the encoder's folder, else
-        None.
+        """Return `path` if given, else the first file beside or inside the encoder's folder, else None.
 
-        Raises CheckpointError where `path` is given and is no tokenizer.
+        path: what the option names. Raises CheckpointError if `path` is given and is not a tokenizer.
         """
         if path is not None:
             return self._given(path)
@@ -43,31 +40,29 @@ class TokenizerFiles:
         return None
 
     def identity(self, file: Path | None) -> str:
-        """What distinguishes a tokenizer in cache records. file: None for the hub's."""
+        """Return what distinguishes a tokenizer in cache records. file: None for the hub's."""
         return (
             fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
         )
 
     def download(self, checkpoint_path: Path) -> Path:
-        """tokenizer.json of the hub, from its cache where it is there.
+        """Return tokenizer.json of the hub, from its cache if it is there.
 
-        Raises CheckpointError where it cannot be reached.
+        Raises CheckpointError if the hub cannot be reached.
         """
         try:
             return Path(hf_hub_download(self.repository, "tokenizer.json", subfolder=self.folder or None))
         except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
             raise CheckpointError(
                 f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and the hub "
-                "cannot be reached "
-                f"({first_line(error)})\n  Give {self.option} {self._what()}.",
+                f"cannot be reached ({first_line(error)})\n  Give {self.option} {self._what()}.",
                 checkpoint_path,
             ) from error
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
-        """The error for a file that is no tokenizer."""
+        """Return the error for a file that is not a tokenizer."""
         return CheckpointError(
-            f"{file} is no tokenizer that can be read ({first_line(error)}). Give {self.option} "
-            f"{self._what()}.",
+            f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} {self._what()}.",
             file,
         )
 
@@ -100,5 +95,5 @@ class TokenizerFiles:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of an error's text, its class where it has none."""
+    """Return the first line of an error's text, or its class if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""What every family checks and fills in a request before anything is loaded."""
+"""Check a request and fill in its defaults, as every family does before anything is loaded."""
 
 import logging
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 def filled(request: Request, usual: SamplingDefaults) -> Request:
-    """The request with the defaults where it says nothing.
+    """Return the request with defaults for all that it leaves out.
 
-    The embedded guidance is dropped where the model has no input for it.
+    The embedded guidance is dropped if the model has no input for it.
     """
     return replace(
         request,
@@ -34,10 +34,10 @@ def filled(request: Request, usual: SamplingDefaults) -> Request:
 
 
 def with_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:
-    """The request without the media that cannot be used, which are warned about.
+    """Return the request without media that cannot be used, and warn about those.
 
     taken: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".
-    Raises OptionError where a file or folder that is taken is not there.
+    Raises OptionError if a file or folder that is taken does not exist.
     """
     for name, is_taken in taken.items():
         path = getattr(request, name)
@@ -53,7 +53,7 @@ def with_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Req
 
 
 def check_size(request: Request, latent: LatentSpec) -> None:
-    """Raise OptionError where the model cannot make the size, naming the nearest one that it can."""
+    """Raise OptionError if the model cannot make the size, naming the nearest one that it can."""
     width, height, _ = request.size
     step = latent.pixel_step
     if width % step or height % step or min(width, height) < step:
@@ -65,14 +65,12 @@ def check_size(request: Request, latent: LatentSpec) -> None:
 
 
 def whole_frames(frames: int, latent: LatentSpec) -> int:
-    """The next lower number of frames that the model can make; one that is asked for otherwise is warned
-    about.
-    """
+    """Return the next lower number of frames that the model can make; warn if that differs."""
     step = latent.frame_step
     whole = (frames - 1) // step * step + 1
     if whole != frames:
         logger.warning(
-            "--video_length %d is made %d: the model works in steps of %d frames after the first",
+            "--video_length %d is changed to %d: the model works in steps of %d frames after the first",
             frames,
             whole,
             step,
@@ -81,10 +79,11 @@ def whole_frames(frames: int, latent: LatentSpec) -> int:
 
 
 def with_negative(request: Request, is_empty: bool) -> Request:
-    """The request with a negative prompt, or without guidance.
+    """Return the request with a negative prompt, or without guidance.
 
-    is_empty: without one it is the empty text, as where --negative_prompt is left out; else there is no
-    guidance, which is warned about, as in training samples.
+    is_empty: a missing negative prompt becomes the empty text, as when --negative_prompt is left out;
+    otherwise
+    guidance is dropped with a warning, as in training samples.
     """
     if request.negative_prompt is not None:
         return request

@@ -1,5 +1,4 @@
-"""Rectified flow: the straight path between data and noise, the time shift, and the noise levels a solver
-visits.
+"""Rectified flow: the straight path between data and noise, the time shift, a solver's noise levels.
 
 A noisy sample is `(1 - sigma) * latents + sigma * noise`; the network predicts the velocity `noise -
 latents`.
@@ -56,13 +55,13 @@ def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
 
 
 def make_schedule(solver: str, steps: int, flow_shift: float) -> Schedule:
-    """The noise levels that `solver` ("euler", "unipc", "unipc-bh1", "dpm++") visits in `steps` steps.
+    """Return the noise levels that `solver` ("euler", "unipc", "unipc-bh1", "dpm++") visits in `steps` steps.
 
     euler and unipc-bh1 feed exact timesteps; unipc and dpm++ feed them cut to whole numbers but step by the
-    exact sigmas, as the released code. Raises ValueError for another solver or where there is no step.
+    exact sigmas, as the released code. Raises ValueError for an unknown solver or if steps is below 1.
     """
     if steps < 1:
-        raise ValueError(f"{steps} steps: there has to be at least one")
+        raise ValueError(f"{steps} steps: at least one is needed")
     if solver not in _GRIDS:
         raise ValueError(f"unknown solver {solver!r}: one of {', '.join(_GRIDS)}")
     return _GRIDS[solver](steps, flow_shift)
