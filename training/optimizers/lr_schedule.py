@@ -357,7 +357,7 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
         ) from None
     if kind is ReduceLROnPlateau:
         raise OptionError(
-            "--lr_scheduler_type ReduceLROnPlateau: needs a value after each epoch; use a schedule that "
+            "--lr_scheduler_type ReduceLROnPlateau: needs a value after each epoch; use a curve that "
             "depends on the step alone"
         )
     try:

@@ -233,7 +233,7 @@ def test_a_device_without_such_numbers_is_refused(tmp_path: Path, kind: Kind) ->
 def test_fp8_files_are_not_rounded_again(tmp_path: Path, kind: Kind) -> None:
     path = kind.write(tmp_path, kind.state(), "fp8_scaled")
     with pytest.raises(
-        CheckpointError, match=r"--fp8_scaled: .* is in fp8 already.*\n  Leave --fp8_scaled out"
+        CheckpointError, match=r"--fp8_scaled: .* is already in fp8.*\n  Leave --fp8_scaled out"
     ):
         kind.load(path, replace(CPU, fp8=ROWS))
 
