@@ -6,6 +6,7 @@ wrap one another in `make_guidance`; a new idea is a function that wraps a `Comb
 pass it needs.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -117,9 +118,13 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
     if not layers:
         return inner
 
+    @functools.cache  # the same tweaks at every call: `remembering` knows them by identity
+    def without_layers(tweaks: Tweaks) -> Tweaks:
+        return replace(tweaks, skip_blocks=tweaks.skip_blocks | layers)
+
     def uncond(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
         def skipping(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
-            skip = replace(tweaks, skip_blocks=tweaks.skip_blocks | layers)
+            skip = without_layers(tweaks)
             return tuple(
                 predict(one, tweaks=skip if one is section.negative else tweaks)[0] for one in conditions
             )
@@ -131,7 +136,7 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
         if step not in active:
             return velocity
         (positive,) = predict(section.positive)
-        (skipped,) = predict(section.negative, tweaks=Tweaks(skip_blocks=layers))
+        (skipped,) = predict(section.negative, tweaks=without_layers(NO_TWEAKS))
         return velocity + options.slg_scale * (positive - skipped)
 
     return uncond if options.slg_mode == "uncond" else original

@@ -5,7 +5,7 @@ tools' keys.
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +14,6 @@ from modules.contract.generation import Request
 
 TUNER_VERSION = "reelsmith 0.1.0"
 NOT_SET = "N/A"
-
-# options of generation scripts that the record has no entry for, because they change no pixel
-NO_PIXELS = frozenset(
-    {
-        # what is written, and where
-        *("save_path", "output_type", "no_metadata", "no_progressive_save", "keep_pngs"),
-        *("codec", "container"),  # the file itself says how it is compressed
-        *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),  # what the run is to do
-        # memory: equal to the bit
-        *("blocks_to_swap", "img_in_txt_in_offloading", "vae_cache_cpu", "vae_chunk_size"),
-        *("lycoris", "dit_in_channels"),  # not needed; a check
-    }
-)
-# those whose values for one video stand in it under these names: a line of prompts, an image or the task may
-# say something else
-OF_REQUEST: Mapping[str, tuple[str, ...]] = {
-    **{
-        name: (name,)
-        for name in ("prompt", "negative_prompt", "fps", "infer_steps", "guidance_scale", "cfg_schedule")
-    },
-    **{
-        name: (name,)
-        for name in ("flow_shift", "embedded_cfg_scale", "video_length", "video_seconds", "video_sections")
-    },
-    **{name: (name,) for name in ("image_path", "end_image_path", "control_path", "video_path", "strength")},
-    **{
-        name: (name,)
-        for name in (
-            "control_image_path",
-            "control_image_mask_path",
-            "task",
-            "device",
-            "f1",
-            "latent_window_size",
-        )
-    },
-    "seed": ("seeds",),
-    "video_size": ("height", "width"),
-    "one_frame_inference": ("one_frame",),
-    "lora_weight": ("lora_0",),
-    "lora_multiplier": ("lora_0",),
-}
-# what latents are decoded with; a run that only decodes says it anew
-OF_DECODING = frozenset(
-    {
-        "vae",
-        "vae_dtype",
-        "vae_tiling",
-        "vae_spatial_tile_sample_min_size",
-        "bulk_decode",
-        "trim_tail_frames",
-        "ckpt_dir",
-    }
-)
 
 
 def output_metadata(
@@ -81,7 +27,7 @@ def output_metadata(
     lie in.
 
     model: `Family.metadata`. loras: file name and multiplier of each LoRA. settings: the script's options
-    that are not as they are without being given, by name. device: the kind that made it.
+    that were given and that nothing else here says, by name. device: the kind that made it.
     """
     values: dict[str, object] = {
         "model_type": model.get("model_type"),
@@ -118,23 +64,23 @@ def output_metadata(
     }
 
 
-def decoded_metadata(saved: Mapping[str, str], settings: Mapping[str, Any], fps: float) -> dict[str, str]:
-    """Metadata of pixels that were decoded from a latent file: what that says of itself, and what this run
-    decoded it with.
+def decoded_metadata(
+    saved: Mapping[str, str], settings: Mapping[str, Any], of_decoding: Collection[str], fps: float
+) -> dict[str, str]:
+    """Return the metadata of pixels decoded from a latent file: what that says, and what this run decoded it
+    with.
+
+    of_decoding: the options that say how latents are decoded.
     """
     kept = {
-        name: text for name, text in saved.items() if name.removeprefix("bt_") not in OF_DECODING | {"fps"}
+        name: text for name, text in saved.items() if name.removeprefix("bt_") not in {*of_decoding, "fps"}
     }
-    values = {name: text for name, text in _recorded(settings).items() if name in OF_DECODING}
+    values = {name: text for name, text in _recorded(settings).items() if name in of_decoding}
     return kept | {f"bt_{name}": storable(text) for name, text in {**values, "fps": f"{fps:g}"}.items()}
 
 
 def _recorded(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name: _as_text(value)
-        for name, value in settings.items()
-        if name not in NO_PIXELS and name not in OF_REQUEST and value is not None
-    }
+    return {name: _as_text(value) for name, value in settings.items() if value is not None}
 
 
 def _as_text(value: Any) -> str:

@@ -22,4 +22,8 @@ def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -
     """What denoising begins with at that step: clean latents and noise, both B C F H W, as the schedule mixes
     them there.
     """
-    return add_noise(source.float(), noise, schedule.sigmas[step].expand(len(noise)).to(noise.device))
+    sigmas, alphas = (
+        levels[step].float().expand(len(noise)).to(noise.device)
+        for levels in (schedule.sigmas, schedule.alphas)
+    )
+    return add_noise(source.float(), noise, sigmas, alphas)

@@ -8,14 +8,23 @@ from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, 
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
-from dataset.caching.planning import Plan, Recipe, complete, list_names, media_table, names_of, plan_all
+from dataset.caching.planning import (
+    Caches,
+    Plan,
+    Recipe,
+    complete,
+    list_names,
+    media_table,
+    names_of,
+    plan_all,
+)
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead, progress
 from dataset.caching.texts import plan_text
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import Source, find_sources, missing_captions
-from modules.contract.family import Family, LatentSpec
+from modules.contract.family import Encodes, LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
 
 LISTED = 50  # at most so many lines of one kind
@@ -47,7 +56,7 @@ class _Table:
         return Counter(item for plan in self.plans for item in plan.items)
 
 
-def check_media(family: Family, config: DatasetConfig, workers: int, skip_existing: bool) -> CheckResult:
+def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existing: bool) -> CheckResult:
     """Report what latent caching would do.
 
     Sources whose records are missing or outdated are decoded; nothing is encoded or written.
@@ -89,7 +98,7 @@ def check_media(family: Family, config: DatasetConfig, workers: int, skip_existi
     return CheckResult((*lines, _verdict(ok)), ok)
 
 
-def check_texts(family: Family, config: DatasetConfig, skip_existing: bool) -> CheckResult:
+def check_texts(family: Encodes, config: DatasetConfig, skip_existing: bool) -> CheckResult:
     """Report what text caching would do. No encoder is loaded."""
     encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
     lines, ok = ["Files recognised:"], True

@@ -3,16 +3,17 @@
 import sys
 
 from dataset.caching.loop import cache_media, cache_texts, workers_of
+from dataset.caching.planning import Caches
 from dataset.caching.reports import conclude
 from dataset.check import CheckResult, check_media, check_texts
 from dataset.config import DatasetConfig
 from dataset.debug_views import show_datasets
 from dataset.options import CachingOptions, DebugOptions
-from modules.contract.family import Family
+from modules.control_codes import escape_control_codes
 
 
 def run_latent_caching(
-    family: Family, config: DatasetConfig, options: CachingOptions, debug: DebugOptions
+    family: Caches, config: DatasetConfig, options: CachingOptions, debug: DebugOptions
 ) -> None:
     """Run --debug_mode, --check, or the caching of latents.
 
@@ -26,7 +27,7 @@ def run_latent_caching(
         conclude(cache_media(family, config, options))
 
 
-def run_text_caching(family: Family, config: DatasetConfig, options: CachingOptions) -> None:
+def run_text_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> None:
     """Run --check, or the caching of texts.
 
     Raises UserError if caching fails, and SystemExit with the result of a check.
@@ -37,5 +38,5 @@ def run_text_caching(family: Family, config: DatasetConfig, options: CachingOpti
 
 
 def _end_with(result: CheckResult) -> None:
-    sys.stdout.write("\n".join(result.lines) + "\n")
+    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     raise SystemExit(result.exit_code)

@@ -8,7 +8,6 @@ import difflib
 import json
 import logging
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from dataset.config_keys import KEYS, MODES, SECTION_DEFAULTS, SOURCES, Unfit
 from modules.errors import DatasetError
+from modules.text_files import parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _parse(path: Path) -> dict[str, Any]:
             f"{path}: a dataset configuration ends in .toml or .json, this ends in {path.suffix or 'nothing'}"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except UnicodeDecodeError as error:
         raise DatasetError(
             f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor."
@@ -162,11 +162,7 @@ def _parse(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error.strerror}. Give --dataset_config the file's path."
         ) from error
     try:
-        content = (
-            tomllib.loads(text)
-            if path.suffix.lower() == ".toml"
-            else json.loads(text, object_pairs_hook=_no_repeats)
-        )
+        content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, _no_repeats)
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
         hint = (
             "\n  A Windows path needs forward slashes or single quotes: 'C:\\data'." if "\\" in text else ""

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# of frame_extraction; implemented in dataset/sources/frames.py
+from modules.text_files import bad_character
+
+# of frame_extraction; what they do: dataset/sources/frames.py
 MODES = ("head", "chunk", "slide", "uniform", "full")
-FAR = 10_000  # latent frames; real positions in time are far below
+FAR = 10_000  # latent frames; places in time stay far below
+# beyond these a number is a slip of the finger, or meant to fill the memory
+MOST_COUNT = 10**9
+MOST_REPEATS = 100_000
+MOST_SAMPLES = 10_000  # spans of a clip
+LONGEST_SIDE = 16_384  # pixels
+RATES = (0.001, 1_000_000)  # frames a second
 
 
 class Unfit(Exception):
@@ -24,13 +32,29 @@ def _whole(value: Any) -> int:
 
 
 def _count(value: Any) -> int:
-    if _whole(value) < 1:
+    return _counted(value, MOST_COUNT)
+
+
+def _counted(value: Any, most: int) -> int:
+    if not 1 <= _whole(value) <= most:
         raise Unfit
     return int(value)
 
 
+def _repeats(value: Any) -> int:
+    return _counted(value, MOST_REPEATS)
+
+
+def _samples(value: Any) -> int:
+    return _counted(value, MOST_SAMPLES)
+
+
+def _side(value: Any) -> int:
+    return _counted(value, LONGEST_SIDE)
+
+
 def _rate(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not RATES[0] <= value <= RATES[1]:
         raise Unfit
     return float(value)
 
@@ -42,7 +66,7 @@ def _yes_no(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or bad_character(value):
         raise Unfit
     return value
 
@@ -55,8 +79,8 @@ def _resolution(value: Any) -> tuple[int, int]:
     if isinstance(value, list):
         if len(value) != 2:
             raise Unfit
-        return _count(value[0]), _count(value[1])
-    return _count(value), _count(value)
+        return _side(value[0]), _side(value[1])
+    return _side(value), _side(value)
 
 
 def _counts(value: Any) -> tuple[int, ...]:
@@ -104,21 +128,18 @@ class Key:
 
 
 _POSITIVE = "a whole number, 1 or more"
+_PIXELS = f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}"
+_RATE = f"a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})"
 _BOOL = "true or false, without quotes"
 _FOLDER = "a path in quotes"
 
 KEYS: Mapping[str, Key] = {
-    "resolution": Key(
-        _resolution,
-        "a whole number or [width, height], such as 512 or [960, 544]",
-        (960, 544),
-        in_general=True,
-    ),
+    "resolution": Key(_resolution, _PIXELS, (960, 544), in_general=True),
     "caption_extension": Key(
         _caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True
     ),
     "batch_size": Key(_count, _POSITIVE, 1, in_general=True),
-    "num_repeats": Key(_count, _POSITIVE, 1, in_general=True),
+    "num_repeats": Key(_repeats, f"{_POSITIVE}, at most {MOST_REPEATS}", 1, in_general=True),
     "enable_bucket": Key(_yes_no, _BOOL, False, in_general=True),
     "bucket_no_upscale": Key(_yes_no, _BOOL, False, in_general=True),
     "cache_directory": Key(_path, _FOLDER, None),
@@ -133,9 +154,9 @@ KEYS: Mapping[str, Key] = {
     ),
     "frame_extraction": Key(_mode, "one of " + ", ".join(f'"{mode}"' for mode in MODES), "head", ("video",)),
     "frame_stride": Key(_count, _POSITIVE, 1, ("video",)),
-    "frame_sample": Key(_count, _POSITIVE, 1, ("video",)),
+    "frame_sample": Key(_samples, f"{_POSITIVE}, at most {MOST_SAMPLES}", 1, ("video",)),
     "max_frames": Key(_count, _POSITIVE, 129, ("video",)),
-    "source_fps": Key(_rate, "a number above 0, such as 30 or 29.97", None, ("video",)),
+    "source_fps": Key(_rate, _RATE, None, ("video",)),
     "fp_latent_window_size": Key(_count, _POSITIVE, 9),
     "fp_1f_clean_indices": Key(
         _indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)

@@ -16,7 +16,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedSource, Item, decode_source
 from dataset.sources.listing import find_sources
-from modules.contract.family import Family
+from modules.contract.family import Described
 from modules.media.reading import Frame
 from modules.media.writing import write_png, write_video
 
@@ -31,7 +31,7 @@ NEXT, NEXT_DATASET, QUIT = "next", "next dataset", "quit"
 Show = Callable[[Item, NDArray[np.uint8]], str]  # an item and its frames F H W 3 -> one of the three above
 
 
-def show_datasets(family: Family, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
+def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
     """Show every item as --debug_mode says. Sources that cannot be read become failures of the report."""
     show = _viewer(family, config, debug)
     failures: list[Failure] = []
@@ -103,7 +103,7 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
     return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
 
 
-def _decoded(family: Family, table: DatasetTable, workers: int) -> Iterator[DecodedSource | Failure]:
+def _decoded(family: Described, table: DatasetTable, workers: int) -> Iterator[DecodedSource | Failure]:
     latent, fps = family.latent, family.defaults.fps
     sources = find_sources(table)
     bar = progress(len(sources), "decoding", shown=False)
@@ -118,7 +118,7 @@ def _decoded(family: Family, table: DatasetTable, workers: int) -> Iterator[Deco
         yield result
 
 
-def _viewer(family: Family, config: DatasetConfig, debug: DebugOptions) -> Show:
+def _viewer(family: Described, config: DatasetConfig, debug: DebugOptions) -> Show:
     folder = config.path.absolute().parent / "debug_views"
     match debug.debug_mode:
         case "console":

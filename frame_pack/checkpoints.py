@@ -1,7 +1,6 @@
 """Files that hold a FramePack transformer: what a file is, and loading one."""
 
 import logging
-import math
 from pathlib import Path
 
 import torch
@@ -9,28 +8,30 @@ import torch
 import hunyuan_model.checkpoints as hunyuan
 from frame_pack.configs import FramePackConfig
 from frame_pack.model import FramePackModel
+from frame_pack.spec import DIT
 from modules.checkpoints.dialects import DitShapes, other_kind
 from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-DIT = DitSpec(
-    block_lists=("transformer_blocks", "single_transformer_blocks"),
-    fp8_exclude=("norm",),  # the modulation's layers too, which are called so
-    input_layers=("x_embedder", "clean_x_embedder", "context_embedder", "image_projection"),
-    token_wise=hunyuan.DIT.token_wise,
-    swap_counts=hunyuan.DIT.swap_counts,
-    # as they compute so; under 1 % of the model
-    keep_float32=("time_text_embed.", "context_embedder.time_text_embed.", "proj_out."),
-)
 # FramePack and FramePack-F1 have the same tensors; nothing in a file tells one from the other
 WHAT = "a FramePack transformer"
 FEED_FORWARD = "transformer_blocks.0.ff.net.0.proj.weight"
+DIMENSIONS = {  # for `hunyuan.read_dimensions`
+    "in_dim": "x_embedder.proj.weight",
+    "num_heads": "transformer_blocks.0.attn.norm_q.weight",
+    "ffn_dim": FEED_FORWARD,
+    "refiner_blocks": "context_embedder.token_refiner.refiner_blocks",
+    "refiner_ffn_dim": "context_embedder.token_refiner.refiner_blocks.0.ff.net.0.proj.weight",
+    "text_dim": "context_embedder.proj_in.weight",
+    "pooled_dim": "time_text_embed.text_embedder.linear_1.weight",
+    "freq_dim": "time_text_embed.timestep_embedder.linear_1.weight",
+    "out_dim": "proj_out.weight",
+}
 MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # what HunyuanVideo does not have
 
 
@@ -88,25 +89,6 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
 
 
 def _config(found: DitShapes) -> FramePackConfig:
-    dim, in_dim, patch_size = found.patches("x_embedder.proj.weight")
-    (head_width,) = found.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
-    hunyuan.check_heads(found.path, dim, head_width, "FramePack")
-    refiner = "context_embedder.token_refiner.refiner_blocks"
+    shared = hunyuan.read_dimensions(found, DIT, DIMENSIONS)
     image_hidden_dim, image_dim = found.of("image_projection.up.weight")
-    return FramePackConfig(
-        dim=dim,
-        ffn_dim=found.of(FEED_FORWARD)[0],
-        num_heads=dim // head_width,
-        double_blocks=found.blocks("transformer_blocks"),
-        single_blocks=found.blocks("single_transformer_blocks"),
-        refiner_blocks=found.blocks(refiner),
-        refiner_ffn_dim=found.of(f"{refiner}.0.ff.net.0.proj.weight")[0],
-        in_dim=in_dim,
-        out_dim=found.of("proj_out.weight")[0] // math.prod(patch_size),
-        text_dim=found.of("context_embedder.proj_in.weight")[1],
-        pooled_dim=found.of("time_text_embed.text_embedder.linear_1.weight")[1],
-        image_dim=image_dim,
-        image_hidden_dim=image_hidden_dim,
-        freq_dim=found.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
-        patch_size=patch_size,
-    )
+    return FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)

@@ -4,13 +4,14 @@ import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, conditions_of
-from frame_pack.checkpoints import DIT, load_dit
+from frame_pack.checkpoints import load_dit
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decoded, one_frame_section, video_sections
 from frame_pack.image_encoder import load_siglip
@@ -26,6 +27,7 @@ from frame_pack.options import (
 from frame_pack.positions import position_scale
 from frame_pack.requests import sections_of, settled, tell_unused_paddings, texts_of
 from frame_pack.sections import ANTI_DRIFTING, F1, FRAMES_PER_SECOND, Order, parse_paddings, video_frames
+from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.family import GUIDANCE_UNIT
@@ -36,8 +38,10 @@ from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, Med
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.requests import with_negative
 from modules.devices import sent
+from modules.options import NO_OPTIONS
 from modules.vae_options import VAE_TILE
 
 logger = logging.getLogger(__name__)
@@ -72,11 +76,13 @@ class FramePack:
     trained_guidance: float = 1.0  # embedded guidance that training feeds
     # generation: without a negative prompt it is empty; training samples: then no guidance
     negative_is_empty: bool = True
+    options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="framepack", init=False)
     cache_tag: str = field(default="fp", init=False)
     lora_module: str = field(default="networks.lora_framepack", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     experts: tuple[float, ...] = field(default=(0.0,), init=False)
@@ -234,7 +240,7 @@ class FramePack:
             given("latent_indices"),
             **history,
             position_scale=position_scale(timesteps, self.rope_threshold, self.rope_factor),
-            skip_blocks=tweaks.skip_blocks,
+            tweaks=tweaks,
         )
 
     # generation
@@ -334,14 +340,16 @@ def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
 
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
     """For fpack_train_network.py. What is said of sections is for samples: the caches say what is trained."""
+    options = replace(options, f1=options.f1 and not options.one_frame)  # ignored then, as was warned
     return FramePack(
         _all_files(options),
         window=options.latent_window_size,
-        is_f1=options.f1 and not options.one_frame,
+        is_f1=options.f1,
         bulk_decode=options.bulk_decode,
         one_frame=OneFrame() if options.one_frame else None,
         trained_guidance=options.embedded_guidance,
         negative_is_empty=False,
+        options=options,
     )
 
 

@@ -7,7 +7,7 @@ front of the text. Source: the released model code; Zhang and Agrawala 2025, arX
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,22 +17,18 @@ from torch import Tensor, nn
 from frame_pack.blocks import HunyuanVideoSingleTransformerBlock, HunyuanVideoTransformerBlock, RefinerBlock
 from frame_pack.configs import FramePackConfig
 from frame_pack.positions import Layout, Stretch, rotary_table
+from frame_pack.spec import DIT
 from hunyuan_model.blocks import Modulation, Tokens, modulated
-from hunyuan_model.model import (
-    PatchEmbedding,
-    check_sizes,
-    from_patches,
-    real_tokens,
-    rotary_widths,
-    without_skipped,
-)
+from hunyuan_model.model import PatchEmbedding, check_sizes, from_patches, real_tokens, rotary_widths
 from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refined
 from modules.attention.lengths import lengths_on
 from modules.attention.options import SDPA, AttentionChoice
+from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, run, run_float32
 from modules.layers.rope import GridTable
 from modules.layers.sinusoid import sinusoid
+from modules.run_blocks import Hidden, run_blocks
 
 
 class ConditionEmbedding(nn.Module):
@@ -146,6 +142,8 @@ class FramePackModel(nn.Module):
     two encodings.
     """
 
+    spec = DIT
+
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: what `modules.attention.attend.attend` is told."""
         super().__init__()
@@ -195,7 +193,7 @@ class FramePackModel(nn.Module):
         clean_latents_4x: Tensor | None = None,
         clean_latent_4x_indices: Tensor | None = None,
         position_scale: float = 1.0,
-        skip_blocks: Set[int] = frozenset(),
+        tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
         """Velocity B out_dim F H W in float32.
 
@@ -204,8 +202,8 @@ class FramePackModel(nn.Module):
         times the scale. image_embeddings: B S image_dim, states of the image encoder. latent_indices: B F
         integers, where on the frame axis the latents stand. clean_latents and the coarser _2x, _4x: B in_dim
         n H W with their B n indices; None where there are none of that kind. position_scale: what positions
-        along rows and columns are multiplied by. skip_blocks: blocks that pass their input through, double
-        blocks counted first. Raises ValueError where sizes do not go together.
+        along rows and columns are multiplied by. tweaks: ideas that change this call. Raises ValueError where
+        sizes do not go together.
         """
         history = (
             _given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
@@ -214,12 +212,13 @@ class FramePackModel(nn.Module):
         )
         given = [*(one for one in history if one is not None), Given("noisy", noisy, latent_indices, 1)]
         self._check(given, llama, llama_mask)
-        x, tokens = self.embed(
-            given, timesteps, llama, llama_mask, clip_l, guidance, image_embeddings, position_scale
+        hidden = Hidden(
+            *self.embed(
+                given, timesteps, llama, llama_mask, clip_l, guidance, image_embeddings, position_scale
+            )
         )
-        for block in without_skipped((self.transformer_blocks, self.single_transformer_blocks), skip_blocks):
-            x = block(x, tokens)
-        return self.unembed(x, tokens)
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
 
     def embed(
         self,

@@ -18,7 +18,7 @@ from hunyuan_model.options import (
 )
 from modules.command import as_typed
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, check_at_least
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +65,15 @@ class FramePackTextCachingOptions:
 class FramePackTrainingOptions:
     """Options of fpack_train_network.py beside the shared ones."""
 
-    dit: Path | None
-    vae: HunyuanVaeOptions
-    text: HunyuanTextOptions
-    image_encoder: Path | None
-    latent_window_size: int
-    bulk_decode: bool
-    f1: bool
-    one_frame: bool
-    embedded_guidance: float = field(metadata={"option": "guidance_scale"})
+    dit: Path | None = field(metadata=FREE)  # resume compares its name
+    vae: HunyuanVaeOptions = field(metadata=FREE)
+    text: HunyuanTextOptions = field(metadata=FREE)
+    image_encoder: Path | None = field(metadata=FREE)
+    latent_window_size: int = field(metadata=FREE)  # of samples: the caches say what is trained
+    bulk_decode: bool = field(metadata=FREE)
+    f1: bool = field(metadata=HABIT)  # these two: of samples, and of what files say they were trained for
+    one_frame: bool = field(metadata=HABIT)
+    embedded_guidance: float = field(metadata={"option": "guidance_scale", **HABIT})
 
     def __post_init__(self) -> None:
         _check_window(self.latent_window_size)
@@ -88,16 +88,17 @@ class FramePackGenerationOptions:
     vae: HunyuanVaeOptions
     text: HunyuanTextOptions
     image_encoder: Path | None
-    latent_window_size: int
-    bulk_decode: bool
-    f1: bool
+    latent_window_size: int = field(metadata=OF_REQUEST)
+    bulk_decode: bool = field(metadata=OF_DECODING)
+    f1: bool = field(metadata=OF_REQUEST)
     latent_paddings: str | None
     custom_system_prompt: str | None
     rope_scaling_factor: float
     rope_scaling_timestep_threshold: int | None
     te_multiplier: tuple[str, ...] | None
-    image_path: str | None  # of the command line: read here only to be checked early
-    one_frame_inference: str | None  # likewise
+    # of the command line: read here only to be checked early
+    image_path: str | None = field(metadata=OF_REQUEST)
+    one_frame_inference: str | None = field(metadata=OF_REQUEST)  # likewise
 
     def __post_init__(self) -> None:
         _check_window(self.latent_window_size)

@@ -67,7 +67,7 @@ def settled(
         logger.warning("--video_sections %s is ignored because a single picture is made", asked)
     request = replace(request, frames=1 if one_frame is not None else video_frames(sections, window))
     request = filled(replace(request, solver=_solver(request)), usual)
-    check_size(request, latent)
+    check_size(request, latent, at_once=video_frames(1, window))
     flow_shift = _shift_of_size(request, latent, window) if request.flow_shift is None else request.flow_shift
     said = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     extra = {name: text for name, text in request.extra.items() if name != "video_seconds"}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import Guidance
 from modules.contract.data import Conditions
-from modules.contract.family import Family
+from modules.contract.family import Predicts
 from modules.contract.generation import NO_TWEAKS, DitAt, Predict, Section, Tweaks
 from modules.flow.solvers import Solver
 
@@ -43,7 +43,7 @@ OnStep = Callable[[StepDone], None]
 
 @torch.no_grad()
 def denoise(
-    family: Family,
+    family: Predicts,
     dit_at: DitAt,
     section: Section,
     start: Start,
@@ -72,7 +72,7 @@ def denoise(
     return latents
 
 
-def predictor(family: Family, dit_at: DitAt, noisy: Tensor, timestep: float, split: bool) -> Predict:
+def predictor(family: Predicts, dit_at: DitAt, noisy: Tensor, timestep: float, split: bool) -> Predict:
     """`predict(*conditions, tweaks=...)` at one timestep: a velocity B C F H W for each of the conditions."""
     dit = dit_at(timestep)
 

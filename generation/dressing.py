@@ -1,4 +1,4 @@
-"""How the network of a generation is loaded and what is put around it; the order is always the same."""
+"""How the network of a generation is loaded, and what the options put around it."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,13 +6,11 @@ import torch
 from torch import nn
 
 from generation.options import GenerationOptions
-from modules.compile import compile_blocks
 from modules.contract.family import Family
 from modules.contract.loading import Placement
+from modules.dressing import dress, swapped_weights
 from modules.errors import OptionError
 from modules.fp8.products import with_product
-from modules.offload.block_swap import host_weights, swap_blocks
-from modules.offload.swap_plan import SwapPlan
 from networks.merge import LoraPatch, LoraUse
 
 
@@ -25,21 +23,17 @@ def dit_loader(
     """
     speed = options.speed
     fp8 = with_product(speed.fp8.quantisation, device)
-    plan = SwapPlan(family.dit, speed.swap.number, speed.swap.img_in_txt_in_offloading)
-    compilation = options.speed.compilation.choice
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None
-        host = host_weights(plan, device)
+        host = swapped_weights(family.dit, speed.swap, device)
         placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8, host=host)
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
         check_skipped_layers(family, dit, options.guidance.skipped_layers)
         dit.eval().requires_grad_(False)
-        if compilation is not None:
-            compile_blocks(dit, family.dit, compilation)
-        swap_blocks(dit, host, device)
+        dress(dit, family.dit, device, speed.compilation.choice, host)
         return dit
 
     return load_dit
@@ -49,6 +43,6 @@ def check_skipped_layers(family: Family, dit: nn.Module, layers: frozenset[int])
     """Raise OptionError where skip-layer guidance names blocks that the network does not have."""
     if not layers:
         return
-    last = sum(len(list(dit.get_submodule(name).children())) for name in family.dit.block_lists) - 1
+    last = sum(map(len, family.dit.blocks(dit).values())) - 1
     if max(layers) > last:
         raise OptionError(f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {last}")

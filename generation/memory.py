@@ -25,6 +25,7 @@ from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompt, Request
 from modules.contract.loading import Placement
 from modules.errors import MemoryPlanError, OptionError, UserError
+from modules.planning.advice import advise, resolve_swap
 from modules.planning.dry_run import (
     ACCELERATOR,
     WEIGHTS,
@@ -49,15 +50,11 @@ from modules.planning.memory_plan import (
     dtypes_of,
     gib,
     parts_of,
-    predicted_before_run,
     present,
     room_on,
-    smallest_swap,
-    swap_for,
     swaps_of,
     workspace,
 )
-from modules.speed_options import swapping
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +157,7 @@ def rehearse_denoising(
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap.img_in_txt_in_offloading)
-    blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
+    blocks = family.dit.blocks(dit)
     with dry_run() as ledger, torch.no_grad():
         place(dit, ledger)
         watch_blocks(blocks, ledger)
@@ -305,24 +302,19 @@ def advice(
     if prediction.device(0) <= room.usable:
         return lines
     speed = options.speed
-    if speed.fp8.quantisation is None:
+
+    def in_fp8() -> Prediction:
         fp8 = replace(options, speed=replace(speed, fp8=replace(speed.fp8, fp8_scaled=True)))
         with quiet():
-            prediction = predict(family, fp8, request, device)
-        needed = prediction.device(0)
-        lines.append(
-            f"--fp8_scaled: {gib(needed)} GiB while denoising" + (" fits" if needed <= room.usable else "")
-        )
-        if needed <= room.usable:
-            return lines
-    count = smallest_swap(prediction.device, prediction.most, room.usable)
-    if count is not None:
-        return [*lines, f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB while denoising fits"]
-    return [
-        *lines,
-        f"fewer frames or a smaller size: even --blocks_to_swap {prediction.most} leaves "
-        f"{gib(prediction.device(prediction.most))}",
-    ]
+            return predict(family, fp8, request, device)
+
+    cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
+    more, last = advise(prediction, cheaper, room.usable, phase=" while denoising")
+    lines += more
+    if last is not None:
+        left = gib(last.device(last.most))
+        lines.append(f"fewer frames or a smaller size: even --blocks_to_swap {last.most} leaves {left}")
+    return lines
 
 
 SMALLER = {
@@ -340,15 +332,14 @@ def resolved(
     room: of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError where auto cannot be
     resolved.
     """
-    is_auto = options.speed.swap.is_auto
-    if room is None or options.latent_path:
-        return (with_swap(options, 0), None) if is_auto else (options, None)
+    requests: Sequence[Request] = ()
     try:
-        requests = largest_requests(family, options)
+        if room is not None and not options.latent_path:
+            requests = largest_requests(family, options)
     except OptionError as error:
         if not options.interactive:
             raise
-        if is_auto:  # what the command line lacks may come with every line
+        if options.speed.swap.is_auto:  # what the command line lacks may come with every line
             raise MemoryPlanError(
                 "--blocks_to_swap auto with --interactive: the command line has to say what may be made, "
                 f"and cannot: {error}\n"
@@ -360,17 +351,9 @@ def resolved(
         with quiet():
             return predict_largest(family, options, requests, device)[1]
 
-    prediction = predicted_before_run(found, options.speed.swap)
+    speed, prediction = resolve_swap(options.speed, room if requests else None, found)
+    options = replace(options, speed=speed)
     if prediction is None:
         return options, None
-    blocks, reason = swap_for(prediction, options.speed.swap, room)
-    if reason is not None:
-        logger.info(reason)
-        options = with_swap(options, blocks)
     decoding = max((phase.device for phase in prediction.after), default=0)
-    return options, Peaks(prediction.plan(blocks).device, decoding)
-
-
-def with_swap(options: GenerationOptions, blocks: int) -> GenerationOptions:
-    """The options with a number of blocks to swap."""
-    return replace(options, speed=swapping(options.speed, blocks))
+    return options, Peaks(prediction.plan(speed.swap.number).device, decoding)

@@ -19,7 +19,16 @@ from blissful_tuner.options import (
 from generation.prompt_lines import GENERATION_OPTIONS, LineOption
 from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import option_values, read_options, refuse_unsupported
+from modules.options import (
+    NO_PIXELS,
+    OF_DECODING,
+    OF_REQUEST,
+    SETTING,
+    facts_of,
+    option_values,
+    read_options,
+    refuse_unsupported,
+)
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
 from networks.options import (
     LoraOptions,
@@ -89,7 +98,7 @@ class RequestOptions:
     guidance_scale: float | None
     cfg_schedule: str | None
     flow_shift: float | None
-    sample_solver: str  # unipc, dpm++, vanilla
+    sample_solver: str = field(metadata=SETTING)  # unipc, dpm++, vanilla
     image_path: Path | None
     end_image_path: Path | None
     control_path: Path | None
@@ -115,7 +124,7 @@ class OutputOptions:
     save_path: Path
     output_type: str  # video, images, latent, both, latent_images
     no_metadata: bool
-    trim_tail_frames: int
+    trim_tail_frames: int = field(metadata=OF_DECODING)
     no_progressive_save: bool
     numbers_single: bool  # a single picture is NAME_000.png, never in a folder
     format: FormatOptions
@@ -155,23 +164,23 @@ class OutputOptions:
 class GenerationOptions:
     """One run of a generation script."""
 
-    request: RequestOptions
-    output: OutputOptions
+    request: RequestOptions = field(metadata=OF_REQUEST)
+    output: OutputOptions = field(metadata=NO_PIXELS)
     guidance: GuidanceOptions
     speed: GenerationSpeedOptions
-    lora: LoraOptions
+    lora: LoraOptions = field(metadata=OF_REQUEST)
     lora_patterns: LoraPatternOptions
-    lycoris: bool
+    lycoris: bool = field(metadata=NO_PIXELS)  # files say it themselves
     cpu_noise: bool
     split_uncond: bool  # the passes of guidance one after the other
-    save_merged_model: Path | None
-    from_file: Path | None
-    interactive: bool
-    latent_path: tuple[Path, ...] | None
-    device: str | None
+    save_merged_model: Path | None = field(metadata=NO_PIXELS)
+    from_file: Path | None = field(metadata=NO_PIXELS)
+    interactive: bool = field(metadata=NO_PIXELS)
+    latent_path: tuple[Path, ...] | None = field(metadata=NO_PIXELS)
+    device: str | None = field(metadata=OF_REQUEST)
     line_options: Mapping[str, LineOption]  # what the letters of a prompt line mean
-    # options of the script, the family's too, that are not as they are without being given
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # options that were given, the family's too, as metadata record them
+    decoding_options: frozenset[str]  # which of all there are say how latents are decoded
 
     @property
     def splits_guidance(self) -> bool:
@@ -224,8 +233,15 @@ def read_generation(
         for action in parser._actions
         if getattr(args, action.dest, action.default) != action.default
     }
-    settings = {name: value for name, value in values.items() if name in given | ALWAYS_RECORDED}
-    return replace(options, settings=settings), own
+    facts = facts_of(GenerationOptions) | facts_of(record)
+    of_decoding = frozenset(
+        name for name, own_facts in facts.items() if own_facts.items() >= OF_DECODING.items()
+    )
+    elsewhere = {
+        name for name, own_facts in facts.items() if own_facts.get("record") in {"request", "nothing"}
+    }
+    settings = {name: values[name] for name in values if name in (given | ALWAYS_RECORDED) - elsewhere}
+    return replace(options, settings=settings, decoding_options=of_decoding), own
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
@@ -248,7 +264,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     parser.set_defaults(
         extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single
     )
-    parser.set_defaults(settings={})  # known when all options have been read
+    parser.set_defaults(settings={}, decoding_options=frozenset())  # known when all options have been read
     return parser
 
 

@@ -6,22 +6,22 @@ the first word is the option and the rest its value. Unknown options are reporte
 """
 
 import hashlib
-import json
 import logging
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.text_files import parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
 Value = int | float | str
 SEED_BITS = 32
+MOST_DIGITS = 100  # of a whole number
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class LineOption:
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     """The seed that a text stands for: a whole number is itself, any other text is hashed to `bits` bits.
 
+    Raises ValueError for a number of more digits than any seed has.
     Source: the known tools; the measured values are in tests/golden/string_seeds.json.
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
-        return int(text)
+        return _whole(text.strip())
     digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
     return abs(digest - _walk(text)) % 2**bits
 
@@ -72,6 +73,12 @@ def _walk(text: str) -> int:
 def _whole(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{text!r} is no whole number")
+    return _few_digits(text)
+
+
+def _few_digits(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")
     return int(text)
 
 
@@ -127,7 +134,7 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 
 
 def _leading_whole(text: str) -> int:
-    return int(_leading(r"[+-]?[0-9]+", text))
+    return _few_digits(_leading(r"[+-]?[0-9]+", text))
 
 
 def _leading_number(text: str) -> float:
@@ -259,8 +266,8 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
 
 def _toml_entries(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        shared = tomllib.loads(text).get("prompt")
-    except tomllib.TOMLDecodeError as error:
+        shared = parse_toml(text).get("prompt")
+    except ValueError as error:
         raise OptionError(f"--sample_prompts {path}: {error}") from None
     if not isinstance(shared, dict) or not isinstance(shared.get("subset", []), list):
         raise OptionError(f"--sample_prompts {path}: it needs a table [prompt] with tables [[prompt.subset]]")
@@ -270,8 +277,8 @@ def _toml_entries(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _json_entries(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
+        entries = parse_json(text)
+    except ValueError as error:
         raise OptionError(f"--sample_prompts {path}: {error}") from None
     if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
         raise OptionError(f"--sample_prompts {path}: it has to be a list of prompts (texts or objects)")
@@ -308,7 +315,7 @@ def _kind_of(option: LineOption) -> type:
 
 def _read_text(path: Path, option: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except OSError as error:
         raise OptionError(f"{option} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -15,11 +15,18 @@ from generation.options import RequestOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from modules.contract.generation import Request
 from modules.errors import OptionError
+from modules.options import check_seed
+from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)
 
 # what is larger is a slip of the finger; the models know 1000 timesteps
-MOST = {"the width": 16384, "the height": 16384, "the number of steps": 10_000}
+MOST = {
+    "the width": 16384,
+    "the height": 16384,
+    "the number of frames": 100_000,
+    "the number of steps": 10_000,
+}
 SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.flow.solvers
 
 
@@ -37,7 +44,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
     line = overrides or {}
     seed = line.get("seed")
     if seed is None:
-        seed = draw_seed() if options.seed is None else text_to_seed(options.seed)
+        seed = draw_seed() if options.seed is None else _seed_of(options.seed)
         if options.seed is not None and str(seed) != options.seed.strip():
             logger.info("Seed of the text %r: %d", options.seed, seed)
 
@@ -66,8 +73,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         strength=options.strength,
         extra=_extra(options, line),
     )
-    _check_texts(request)
-    _check_numbers(request)
+    check_values(request)
     if request.negative_prompt is not None and not uses_guidance(request):
         logger.warning(
             "the negative prompt %r is ignored because --guidance_scale 1 turns guidance off",
@@ -103,6 +109,19 @@ def check_guidance(request: Request, options: GuidanceOptions = PLAIN_GUIDANCE) 
     return request if request.guidance_scale is not None else replace(request, guidance_scale=1.0)
 
 
+def check_values(request: Request) -> None:
+    """Raise OptionError for texts that are no text, and for numbers that no model or generator can take."""
+    _check_texts(request)
+    _check_numbers(request)
+
+
+def _seed_of(text: str) -> int:
+    try:
+        return text_to_seed(text)
+    except ValueError as error:
+        raise OptionError(f"--seed {error}") from None
+
+
 def _check_texts(request: Request) -> None:
     """Bytes that are no UTF-8 reach Python as halves of characters, which could be encoded but not written
     into a file.
@@ -111,12 +130,11 @@ def _check_texts(request: Request) -> None:
         "the prompt": request.prompt,
         "the negative prompt": request.negative_prompt or "",
     }.items():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
+        found = bad_character(text)
+        if found is not None:
             raise OptionError(
-                f"{name} {text!r} is not UTF-8 text: set the terminal or the file to UTF-8"
-            ) from None
+                f"{name} {text!r} is not UTF-8 text, it holds {found}: set the terminal or the file to UTF-8"
+            )
 
 
 def _check_numbers(request: Request) -> None:
@@ -141,5 +159,4 @@ def _check_numbers(request: Request) -> None:
             raise OptionError(f"{name} is {value}: give a finite number")
     if request.flow_shift is not None and request.flow_shift <= 0:
         raise OptionError(f"the flow shift is {request.flow_shift:g}: it has to be above 0")
-    if not -(2**63) <= request.seed < 2**64:
-        raise OptionError(f"the seed {request.seed} does not fit 64 bits")
+    check_seed("the seed", request.seed)

@@ -387,16 +387,15 @@ def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
 def decode_files(run: Run, paths: Sequence[Path]) -> None:
     """Decode latent files; what they say about themselves is passed on, with what they are decoded with."""
     saved = [checked_latents(run.family, path) for path in paths]
-    output = run.options.output
+    options, output = run.options, run.options.output
     failures = Failures(strict=len(paths) == 1)
     make_folder(output.save_path, "--save_path")
     with run.session.media(images=False, again=False) as encoders:
         for path, one in zip(paths, saved, strict=True):
             with failures.noted(str(path)):
                 fps = frame_rate(run, one)
-                metadata = (
-                    None if output.no_metadata else decoded_metadata(one.metadata, run.options.settings, fps)
-                )
+                said = decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
+                metadata = None if output.no_metadata else said
                 with own_stem(
                     output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
                 ) as stem:

@@ -54,7 +54,7 @@ def make_latents(
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, made=None), device)
-            solver = solver_for(request.solver, request.steps, request.flow_shift)
+            solver = solver_for(request.solver, request.steps, request.flow_shift, family.noise.table)
             guidance = make_guidance(request, guidance_options, steps_to_make(request))
             latents = denoise(
                 family, dit_at, section, start_of(section, solver, request), solver, guidance, on_step, split

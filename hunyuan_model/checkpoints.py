@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
+from hunyuan_model.spec import DIT
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.dialects import DitShapes, Names, other_kind, translated
 from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
@@ -25,26 +26,6 @@ from modules.fp8.weights import dequantise, stored_scale
 
 logger = logging.getLogger(__name__)
 
-DIT = DitSpec(
-    block_lists=("double_blocks", "single_blocks"),
-    fp8_exclude=(
-        "norm",
-        "time_in",
-        "vector_in",
-        "guidance_in",
-        "txt_in",
-        "img_in",
-        "modulation",
-        "bias",
-        "head",
-    ),
-    input_layers=("img_in", "txt_in"),
-    token_wise=("feed_forward",),
-    # a single block is about half as large
-    swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),
-    # as they compute so; under 1 % of the model
-    keep_float32=("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder."),
-)
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
 
 # ComfyUI's names -> the published ones. Source: the repackaged checkpoint of Comfy-Org.
@@ -124,6 +105,17 @@ FROM_DIFFUSERS: Names = (
 )
 # diffusers: scale first, then shift
 SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")
+DIMENSIONS = {  # for `read_dimensions`
+    "in_dim": "img_in.proj.weight",
+    "num_heads": "double_blocks.0.img_attn_q_norm.weight",
+    "ffn_dim": "double_blocks.0.img_mlp.fc1.weight",
+    "refiner_blocks": "txt_in.individual_token_refiner.blocks",
+    "refiner_ffn_dim": "txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight",
+    "text_dim": "txt_in.input_embedder.weight",
+    "pooled_dim": "vector_in.in_layer.weight",
+    "freq_dim": "time_in.mlp.0.weight",
+    "out_dim": "final_layer.linear.weight",
+}
 DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only it has, its names
     "official": ("double_blocks.0.img_attn_qkv.weight", ()),
     "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", FROM_COMFY),
@@ -233,26 +225,34 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
 
 
 def _config(found: DitShapes) -> HunyuanVideoConfig:
-    dim, in_dim, patch_size = found.patches("img_in.proj.weight")
-    (head_width,) = found.of("double_blocks.0.img_attn_q_norm.weight", axes=1)
-    check_heads(found.path, dim, head_width, "HunyuanVideo")
-    refiner = "txt_in.individual_token_refiner.blocks"
-    return HunyuanVideoConfig(
-        dim=dim,
-        ffn_dim=found.of("double_blocks.0.img_mlp.fc1.weight")[0],
-        num_heads=dim // head_width,
-        double_blocks=found.blocks("double_blocks"),
-        single_blocks=found.blocks("single_blocks"),
-        refiner_blocks=found.blocks(refiner),
-        refiner_ffn_dim=found.of(f"{refiner}.0.mlp.fc1.weight")[0],
-        in_dim=in_dim,
-        out_dim=found.of("final_layer.linear.weight")[0] // math.prod(patch_size),
-        text_dim=found.of("txt_in.input_embedder.weight")[1],
-        pooled_dim=found.of("vector_in.in_layer.weight")[1],
-        freq_dim=found.of("time_in.mlp.0.weight")[1],
-        patch_size=patch_size,
-        has_guidance="guidance_in.mlp.0.weight" in found.shapes,
-    )
+    has_guidance = "guidance_in.mlp.0.weight" in found.shapes
+    return HunyuanVideoConfig(**read_dimensions(found, DIT, DIMENSIONS), has_guidance=has_guidance)
+
+
+def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -> dict[str, Any]:
+    """Read what `HunyuanVideoConfig` and FramePack's config share. names: field -> the tensor, or list, that
+    shows it.
+
+    Raises CheckpointError if a tensor is missing, or if the width cannot be cut into heads.
+    """
+    dim, in_dim, patch_size = found.patches(names["in_dim"])
+    (head_width,) = found.of(names["num_heads"], axes=1)
+    check_heads(found.path, dim, head_width, found.model)
+    double_blocks, single_blocks = spec.block_lists
+    outputs = {field: found.of(names[field])[0] for field in ("ffn_dim", "refiner_ffn_dim")}
+    inputs = {field: found.of(names[field])[1] for field in ("text_dim", "pooled_dim", "freq_dim")}
+    return {
+        "dim": dim,
+        "num_heads": dim // head_width,
+        "double_blocks": found.blocks(double_blocks),
+        "single_blocks": found.blocks(single_blocks),
+        "refiner_blocks": found.blocks(names["refiner_blocks"]),
+        "in_dim": in_dim,
+        "out_dim": found.of(names["out_dim"])[0] // math.prod(patch_size),
+        "patch_size": patch_size,
+        **outputs,
+        **inputs,
+    }
 
 
 def check_heads(path: Path, dim: int, head_width: int, name: str) -> None:

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.checkpoints import DIT, load_dit
+from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.conditioning import (
     cached_latents,
     first_frame_condition,
@@ -24,6 +25,7 @@ from hunyuan_model.options import (
     HunyuanTextCachingOptions,
     HunyuanTrainingOptions,
 )
+from hunyuan_model.spec import DIT
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import kept_dtype
@@ -31,11 +33,12 @@ from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, Med
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.requests import check_size, filled, whole_frames, with_media, with_negative
 from modules.devices import computing_dtype, sent
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, video_pixels
-from modules.options import require
+from modules.options import NO_OPTIONS, require
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +66,13 @@ class HunyuanVideo:
     trained_guidance: float = 1.0  # what training feeds the model's guidance input
     # generation: without a negative prompt it is empty; training samples: then no guidance
     negative_is_empty: bool = True
+    options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="hunyuan_video", init=False)
     cache_tag: str = field(default="hv", init=False)
     lora_module: str = field(default="networks.lora", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     experts: tuple[float, ...] = field(default=(0.0,), init=False)
@@ -219,7 +224,7 @@ class HunyuanVideo:
             given("llm_mask"),
             given("clipL"),
             guidance.float(),
-            tweaks.skip_blocks,
+            tweaks,
         )
 
     # generation
@@ -351,6 +356,7 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
         dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,
         trained_guidance=options.embedded_guidance,
         negative_is_empty=False,
+        options=options,
     )
 
 

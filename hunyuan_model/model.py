@@ -6,8 +6,6 @@ float32.
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
 import functools
-import itertools
-from collections.abc import Iterable, Iterator, Set
 
 import torch
 import torch.nn.functional as functional
@@ -16,12 +14,15 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import MMDoubleStreamBlock, MMSingleStreamBlock, Tokens, modulated
 from hunyuan_model.configs import HunyuanVideoConfig
+from hunyuan_model.spec import DIT
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.lengths import lengths_on
 from modules.attention.options import SDPA, AttentionChoice
+from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, run, run_float32
 from modules.layers.rope import GridTable, exact_table
+from modules.run_blocks import Hidden, run_blocks
 
 
 class PatchEmbedding(nn.Module):
@@ -72,6 +73,8 @@ class HunyuanVideoModel(nn.Module):
     a first frame.
     """
 
+    spec = DIT
+
     def __init__(self, config: HunyuanVideoConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: what `modules.attention.attend.attend` is told."""
         super().__init__()
@@ -104,7 +107,7 @@ class HunyuanVideoModel(nn.Module):
         llama_mask: Tensor,
         clip_l: Tensor,
         guidance: Tensor | None = None,
-        skip_blocks: Set[int] = frozenset(),
+        tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
         """Velocity B out_dim F H W in float32.
 
@@ -112,13 +115,12 @@ class HunyuanVideoModel(nn.Module):
         ones, zeros after it. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
         llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, the
         number as the model was trained with it (1000 times the scale in generation); a model without guidance
-        embedding does not look at it. skip_blocks: blocks that pass their input through, double blocks
-        counted first. Raises ValueError where sizes do not go together.
+        embedding does not look at it. tweaks: ideas that change this call. Raises ValueError where sizes do
+        not go together.
         """
-        x, tokens = self.embed(noisy, timesteps, llama, llama_mask, clip_l, guidance)
-        for block in without_skipped((self.double_blocks, self.single_blocks), skip_blocks):
-            x = block(x, tokens)
-        return self.unembed(x, tokens)
+        hidden = Hidden(*self.embed(noisy, timesteps, llama, llama_mask, clip_l, guidance))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
 
     def embed(
         self,
@@ -158,15 +160,6 @@ class HunyuanVideoModel(nn.Module):
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
         if self.config.has_guidance and guidance is None:
             raise ValueError("the model has a guidance embedding and was given no guidance")
-
-
-def without_skipped(lists: Iterable[nn.ModuleList], skip_blocks: Set[int]) -> Iterator[nn.Module]:
-    """The blocks of these lists in order, but those that pass their input through; they are counted over all
-    lists.
-    """
-    for index, block in enumerate(itertools.chain.from_iterable(lists)):
-        if index not in skip_blocks:
-            yield block
 
 
 def rotary_widths(head_width: int) -> tuple[int, int, int]:

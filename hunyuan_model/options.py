@@ -10,7 +10,7 @@ from hunyuan_model.configs import SKIP_LAYERS
 from modules.attention.options import add_split_argument
 from modules.command import as_typed
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, check_at_least
 from modules.vae_options import VaeOptions, add_vae_arguments
 
 INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
@@ -20,8 +20,8 @@ INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
 class HunyuanVaeOptions:
     """Where the VAE is and how it runs."""
 
-    file: VaeOptions
-    vae_chunk_size: int | None
+    file: VaeOptions = field(metadata=OF_DECODING)
+    vae_chunk_size: int | None = field(metadata=NO_PIXELS)
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -60,12 +60,12 @@ class HunyuanTextCachingOptions:
 class HunyuanTrainingOptions:
     """Options of hv_train_network.py and hv_train.py beside the shared ones."""
 
-    dit: Path | None
-    dit_dtype: str | None
-    dit_in_channels: int
-    vae: HunyuanVaeOptions
-    text: HunyuanTextOptions
-    embedded_guidance: float = field(metadata={"option": "guidance_scale"})
+    dit: Path | None = field(metadata=FREE)  # resume compares its name
+    dit_dtype: str | None = field(metadata=HABIT)
+    dit_in_channels: int = field(metadata=FREE)  # the file says it too
+    vae: HunyuanVaeOptions = field(metadata=FREE)
+    text: HunyuanTextOptions = field(metadata=FREE)
+    embedded_guidance: float = field(metadata={"option": "guidance_scale", **HABIT})
 
     def __post_init__(self) -> None:
         _check_channels(self.dit_in_channels)
@@ -76,7 +76,7 @@ class HunyuanGenerationOptions:
     """Options of hv_generate_video.py beside the shared ones."""
 
     dit: Path | None
-    dit_in_channels: int | None
+    dit_in_channels: int | None = field(metadata=NO_PIXELS)  # the file says it too
     vae: HunyuanVaeOptions
     text: HunyuanTextOptions
     prompt_2: str | None

@@ -4,7 +4,6 @@ tokenizer.json is read directly: the classes that transformers choose by name re
 with other rules.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from hunyuan_model.text_checkpoints import CLIP_TOKENS
 from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def load_llama_tokenizer(path: Path | None, encoder: Path) -> LlamaTokenizer:
     """
     file = LLAMA_FILES.find(path, encoder) or LLAMA_FILES.download(encoder)
     logger.info("tokenizer of text encoder 1: %s", file)
-    tokenizer = _read(LLAMA_FILES, file)
+    tokenizer = LLAMA_FILES.read(file)
     begin = tokenizer.token_to_id(BEGIN)
     # some files leave it to transformers to add the begin token
     first = [] if begin is None or tokenizer.encode("").ids[:1] == [begin] else [begin]
@@ -104,7 +104,7 @@ def load_clip_tokenizer(path: Path | None, encoder: Path) -> ClipTokenizer:
     file = CLIP_FILES.find(path, encoder) or CLIP_FILES.download(encoder)
     logger.info("tokenizer of text encoder 2: %s", file)
     merges = _merges_of(file)
-    tokenizer = _read(CLIP_FILES, file) if merges is None else _from_merges(file, merges)
+    tokenizer = CLIP_FILES.read(file) if merges is None else _from_merges(file, merges)
     tokenizer.enable_truncation(CLIP_TOKENS)
     around = tokenizer.encode("").ids
     if len(around) != 2 or around[1] != tokenizer.token_to_id(CLIP_END):
@@ -119,22 +119,14 @@ def load_clip_tokenizer(path: Path | None, encoder: Path) -> ClipTokenizer:
     return ClipTokenizer(tokenize, around[1])
 
 
-def _read(files: TokenizerFiles, file: Path) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more precise
-        raise files.unreadable(file, error) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
 def _merges_of(file: Path) -> Path | None:
     """Return the second file of a tokenizer in the form of CLIP's release, or None for a tokenizer.json."""
     return file.with_name("merges.txt") if file.name == "vocab.json" else None
 
 
 def _from_merges(vocabulary: Path, merges: Path) -> Tokenizer:
+    for file in (vocabulary, merges):
+        CLIP_FILES.check_bytes(file)
     try:
         model = models.BPE.from_file(
             str(vocabulary), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>"
@@ -164,10 +156,8 @@ def _from_merges(vocabulary: Path, merges: Path) -> Tokenizer:
 def _pad(tokenizer: Tokenizer, file: Path) -> int:
     """Return the id to pad rows with. Padding is masked, so results do not depend on it."""
     try:
-        told = json.loads(file.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get(
-            "pad_token"
-        )
-    except (OSError, ValueError, AttributeError, RecursionError):
+        told = parse_json(read_text(file.with_name("tokenizer_config.json"))).get("pad_token")
+    except (OSError, ValueError, AttributeError):
         told = None  # the file is optional
     name = told.get("content") if isinstance(told, dict) else told
     candidates = (name, "<pad>", "<|end_of_text|>")

@@ -3,7 +3,6 @@
 Our modules have the names of the official file, which diffusers keeps. ComfyUI's repackaged file has its own.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from hunyuan_model.vae_blocks import DOWN, UP, VaeConfig
 from modules.checkpoints.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
 from modules.checkpoints.opening import Checkpoint, Source, plain_sources
 from modules.errors import CheckpointError
+from modules.text_files import parse_json, read_text
 
 LATENT_CHANNELS = 16
 MOST_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest level has 128 channels
@@ -133,7 +133,7 @@ def _stated_groups(path: Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}. Copy it again, or remove it.", path

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError, UserError
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
@@ -72,11 +73,11 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
     try:
         main()
     except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(escape_control_codes(f"{type(error).__name__}: {error}"), file=sys.stderr)
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None:
             hint = explain(error.path)
             if hint and hint not in str(error):
-                print(f"  {error.path.name}: {hint}.", file=sys.stderr)
+                print(escape_control_codes(f"  {error.path.name}: {hint}."), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -101,7 +102,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, without the list of all options."""
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
+        self.exit(
+            2, f"{self.prog}: error: {escape_control_codes(message)}\n{self.prog} --help lists all options\n"
+        )
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         flags = {flag: action for action in self._actions for flag in action.option_strings}
@@ -142,7 +145,7 @@ def as_typed(words: Sequence[str]) -> str:
 
 
 class _LineFormatter(logging.Formatter):
-    """Formats INFO as `message`, other levels as `WARNING: message`."""
+    """Formats INFO as `message`, other levels as `WARNING: message`; control codes are escaped."""
 
     _colours = {
         logging.WARNING: "\033[33m",
@@ -156,7 +159,7 @@ class _LineFormatter(logging.Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
+        line = escape_control_codes(super().format(record))
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
         start = self._colours.get(record.levelno) if self._colour else None

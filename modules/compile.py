@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -38,15 +39,14 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     mode = NO_GRAPHS.get(choice.mode, choice.mode)
-    for name in spec.block_lists:
-        for block in dit.get_submodule(name).children():
-            block.forward = torch.compile(
-                block.forward,
-                backend=choice.backend,
-                mode=mode,
-                dynamic=choice.dynamic,
-                fullgraph=choice.fullgraph,
-            )
+    for block in chain.from_iterable(spec.blocks(dit).values()):
+        block.forward = torch.compile(
+            block.forward,
+            backend=choice.backend,
+            mode=mode,
+            dynamic=choice.dynamic,
+            fullgraph=choice.fullgraph,
+        )
     logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
 
 

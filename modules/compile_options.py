@@ -1,9 +1,10 @@
 """Options for compiling the blocks of the transformer with torch."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modules.errors import OptionError
+from modules.options import FREE, HABIT
 
 # accelerate's DynamoBackend, literal because option files import nothing heavy; lower case is accepted too
 DYNAMO_BACKENDS = (
@@ -66,12 +67,12 @@ class Compilation:
 class TrainingCompileOptions:
     """The two ways to ask for compilation in training: accelerate's options and those of generation."""
 
-    dynamo_backend: str
-    dynamo_mode: str | None
-    dynamo_fullgraph: bool
-    dynamo_dynamic: bool
-    compile: bool
-    compile_args: tuple[str, ...]
+    dynamo_backend: str = field(metadata=HABIT)
+    dynamo_mode: str | None = field(metadata=FREE)
+    dynamo_fullgraph: bool = field(metadata=FREE)
+    dynamo_dynamic: bool = field(metadata=FREE)
+    compile: bool = field(metadata=HABIT)
+    compile_args: tuple[str, ...] = field(metadata=FREE)
 
     def __post_init__(self) -> None:
         backend, others = (

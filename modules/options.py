@@ -15,8 +15,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modules.errors import OptionError
+from modules.text_files import bad_character
 
 T = TypeVar("T")
+
+# Facts of a field, for `field(metadata=...)`; one that holds a record passes its own on to all options in it.
+IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
+HABIT = {"resume": "habit"}  # it may give another one, which is warned about
+FREE = {"resume": "free"}  # it may give another one
+# What the metadata of a generated file say of an option:
+SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
+OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew
+# its value for this video, which a prompt line, an image or the task may decide
+OF_REQUEST = {"record": "request"}
+NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The option record of a family that has no options of its own."""
+
+
+NO_OPTIONS = NoOptions()
 
 
 def read_options(cls: type[T], args: argparse.Namespace) -> T:
@@ -25,7 +45,8 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
     record is read the same way; if the type is `Record | None` and the parser has no arguments of that
     record, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Raises TypeError if a field has no argument: that is our mistake, not the user's.
+    Raises OptionError if a text holds what no text can (`bad_character`), TypeError if a field has no
+    argument: that is our mistake, not the user's.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -41,7 +62,9 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         option = option_name(field)
         if not hasattr(args, option):
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
-        values[field.name] = _convert(getattr(args, option), hint)
+        value = getattr(args, option)
+        _check_characters(option, value)
+        values[field.name] = _convert(value, hint)
     return cls(**values)
 
 
@@ -54,6 +77,23 @@ def option_values(options: Any) -> dict[str, Any]:
     return values
 
 
+def facts_of(cls: type) -> dict[str, dict[str, Any]]:
+    """Return the facts of every option of a record by its public name, those of the records in it too."""
+    hints = typing.get_type_hints(cls)
+    facts: dict[str, dict[str, Any]] = {}
+    for field in dataclasses.fields(cls):
+        own = {fact: value for fact, value in field.metadata.items() if fact != "option"}
+        record = record_of(hints[field.name])
+        inner = {option_name(field): {}} if record is None else facts_of(record)
+        facts |= {name: {**own, **more} for name, more in inner.items()}
+    return facts
+
+
+def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
+    """Return the public names of the options of a record of which a fact has that value."""
+    return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
+
+
 def record_of(hint: Any) -> Any:
     """Return the option record in a field's type, `Record` or `Record | None`; None for any other type."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -63,6 +103,18 @@ def record_of(hint: Any) -> Any:
 def option_name(field: "dataclasses.Field[Any]") -> str:
     """Return the public name of a record's field."""
     return str(field.metadata.get("option", field.name))
+
+
+def _check_characters(option: str, value: Any) -> None:
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    for text in texts:
+        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are no UTF-8 may be in a name
+            raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
+        found = bad_character(text) if isinstance(text, str) else None
+        if found is not None:
+            raise OptionError(
+                f"--{option} holds {found}: set the terminal, or the file that it comes from, to UTF-8"
+            )
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -129,6 +181,13 @@ def check_below(option: str, value: float | None, limit: float, meaning: str) ->
     """Raise OptionError if a value is given and not below `limit`; `meaning` says what to give instead."""
     if value is not None and not value < limit:
         raise OptionError(f"{option} {value}: must be below {limit} ({meaning})")
+
+
+def check_seed(option: str, seed: int | None) -> None:
+    """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        shown = str(seed) if abs(seed) < 10**40 else f"of {len(str(abs(seed)))} digits"
+        raise OptionError(f"{option} {shown} does not fit 64 bits: give a number below 2^64")
 
 
 def int_or_float(text: str) -> int | float:

@@ -1,7 +1,7 @@
 """Options that trade speed, memory and precision: attention, fp8 weights, block swap, compilation."""
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from modules.attention.options import (
@@ -23,6 +23,7 @@ from modules.fp8.options import (
     add_training_fp8_arguments,
 )
 from modules.offload.options import SwapOptions, add_swap_arguments
+from modules.options import FREE, HABIT, NO_PIXELS
 from modules.planning.options import PlanOptions, add_plan_argument
 
 
@@ -30,10 +31,10 @@ from modules.planning.options import PlanOptions, add_plan_argument
 class TrainingSpeedOptions:
     """Speed and memory options of training."""
 
-    attention: TrainingAttentionOptions
-    fp8: TrainingFp8Options
-    swap: SwapOptions
-    plan: PlanOptions
+    attention: TrainingAttentionOptions = field(metadata=FREE)
+    fp8: TrainingFp8Options = field(metadata=HABIT)
+    swap: SwapOptions = field(metadata=FREE)
+    plan: PlanOptions = field(metadata=FREE)
     compilation: TrainingCompileOptions
 
 
@@ -45,8 +46,8 @@ class GenerationSpeedOptions:
     fp8: GenerationFp8Options
     compilation: GenerationCompileOptions
     fp16_accumulation: bool
-    swap: SwapOptions
-    plan: PlanOptions
+    swap: SwapOptions = field(metadata=NO_PIXELS)  # equal to the bit
+    plan: PlanOptions = field(metadata=NO_PIXELS)
 
 
 Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)

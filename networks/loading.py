@@ -34,8 +34,6 @@ OF_EQUAL_NAMES = (
     "Flux",
     "chroma",
 )  # models that are no family here, some of whose blocks and layers are called as HunyuanVideo's
-# names of network modules on the command lines of LoRA tuners -> ours
-KNOWN_AS = {"networks.lora": "networks.lora_hunyuan"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def import_network_module(name: str) -> ModuleType:
     if here not in sys.path:
         sys.path.append(here)
     try:
-        module = importlib.import_module(KNOWN_AS.get(name, name))
+        module = importlib.import_module(name)
     except ImportError as error:
         raise OptionError(
             f"--network_module {name} cannot be imported: {error}. Install the package, or use "

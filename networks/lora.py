@@ -1,8 +1,12 @@
-"""LoRA for the Linear layers of a network's blocks; `networks/lora_<family>.py` says of which."""
+"""LoRA for the Linear layers of a network's blocks: `--network_module networks.lora`, whatever the network.
+
+Which modules take part is stated by the network's `DitSpec`: those in its lists of blocks, except
+`lora_exclude`. `networks/lora_<family>.py` are this module under the names that LoRA tuners know.
+"""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from modules.atomic_write import save_tensors
+from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
+from modules.run_blocks import spec_of
 from networks.deltas import LORA, group_by_module
 from networks.hashes import saved_dtype, with_hashes
 from networks.key_formats import OURS, to_native, with_rank_as_alpha
@@ -22,14 +28,6 @@ from networks.module_names import choose_family, underscored
 from networks.parts import for_model
 
 logger = getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoraTargets:
-    """Which modules of a family's network take part when nothing is said."""
-
-    block_classes: frozenset[str]  # class names; their Linear and Conv2d modules take part
-    always_excluded: str  # regular expression, matched at the start of the module path
 
 
 def create_arch_network_from_weights(
@@ -43,44 +41,26 @@ def create_arch_network_from_weights(
     return build_network_from_weights(multiplier, weights_sd, unet, arguments)
 
 
-def builder_for(targets: LoraTargets) -> Callable[..., "LoraNetwork"]:
-    """A family's `create_arch_network`, in the call that LoRA tuners share.
-
-    `vae` and `text_encoders` are not used.
-    """
-
-    def create_arch_network(
-        multiplier: float,
-        network_dim: int | None,
-        network_alpha: float | None,
-        vae: object,
-        text_encoders: object,
-        unet: nn.Module,
-        neuron_dropout: float | None = None,
-        **arguments: Any,
-    ) -> LoraNetwork:
-        return build_network(targets, multiplier, network_dim, network_alpha, unet, neuron_dropout, arguments)
-
-    return create_arch_network
-
-
-def build_network(
-    targets: LoraTargets,
+def create_arch_network(
     multiplier: float,
-    rank: int | None,
-    alpha: float | None,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: object,
+    text_encoders: object,
     unet: nn.Module,
-    neuron_dropout: float | None,
-    arguments: Mapping[str, Any],
+    neuron_dropout: float | None = None,
+    **arguments: Any,
 ) -> "LoraNetwork":
-    """A network on the modules that targets and patterns choose.
+    """Build a network on the modules that the DiT's spec and the patterns choose, by the call that LoRA
+    tuners share.
 
-    Raises OptionError where no module is left.
+    `vae` and `text_encoders` are not used. Raises OptionError if no module is left.
     """
-    settings = read_settings(rank, alpha, neuron_dropout, arguments)
-    settings = replace(settings, exclude=(*settings.exclude, re.compile(targets.always_excluded)))
+    spec = spec_of(unet)
+    settings = read_settings(network_dim, network_alpha, neuron_dropout, arguments)
+    settings = replace(settings, exclude=(*settings.exclude, *map(_anywhere, spec.lora_exclude)))
     layers = {}
-    for path, module in _modules_in_blocks(unet, targets.block_classes):
+    for path, module in _modules_in_blocks(unet, spec):
         size = _size(module, settings)
         chosen = size is not None and settings.takes(path)
         if settings.verbose:
@@ -91,8 +71,8 @@ def build_network(
             layers[OURS + underscored(path)] = LoraLayer(module, *size)
     if not layers:
         raise OptionError(
-            "the LoRA has no module: --network_args exclude_patterns leaves none, or --network_module is for "
-            "another model"
+            "--network_args exclude_patterns: the LoRA has no module left. Exclude fewer, or add some with "
+            "include_patterns"
         )
     return LoraNetwork(layers, settings, multiplier)
 
@@ -146,15 +126,16 @@ _FROM_FILE = {"conv_dim", "conv_alpha", "include_patterns", "exclude_patterns"}
 _BESIDE_FILE = {"rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"}
 
 
-def _modules_in_blocks(
-    unet: nn.Module, block_classes: frozenset[str]
-) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+def _anywhere(part: str) -> re.Pattern[str]:
+    """A pattern that matches, from its start, every module path with this part in it."""
+    return re.compile(f".*{re.escape(part)}")
+
+
+def _modules_in_blocks(unet: nn.Module, spec: DitSpec) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """(path, module) of each Linear and Conv2d inside a block, in the model's order."""
-    blocks = tuple(
-        f"{path}." for path, module in unet.named_modules() if type(module).__name__ in block_classes
-    )
+    lists = tuple(f"{name}." for name in spec.block_lists)
     for path, module in unet.named_modules():
-        if path.startswith(blocks) and isinstance(module, (nn.Linear, nn.Conv2d)):
+        if path.startswith(lists) and isinstance(module, (nn.Linear, nn.Conv2d)):
             yield path, module
 
 

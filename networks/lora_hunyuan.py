@@ -1,12 +1,5 @@
-"""LoRA for HunyuanVideo and SkyReels V1: `--network_module networks.lora`, the name that LoRA tuners know it
-by.
-"""
+"""LoRA for HunyuanVideo and SkyReels V1: `networks.lora`, under a name like that of the other families."""
 
-from networks.lora import LoraTargets, builder_for, create_arch_network_from_weights
+from networks.lora import create_arch_network, create_arch_network_from_weights
 
 __all__ = ["create_arch_network", "create_arch_network_from_weights"]
-
-HUNYUAN_VIDEO = LoraTargets(
-    frozenset({"MMDoubleStreamBlock", "MMSingleStreamBlock"}), r".*(img_mod|txt_mod|modulation).*"
-)
-create_arch_network = builder_for(HUNYUAN_VIDEO)

@@ -7,11 +7,11 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import split_pairs
+from modules.options import FREE, HABIT, IDENTITY, split_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +22,16 @@ MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default as
 class NetworkOptions:
     """The network that `--network_module` builds and trains."""
 
-    network_module: str | None  # None: the family's own LoRA module
-    network_dim: int | None  # rank; None: the module's default
-    network_alpha: float
-    network_dropout: float | None
-    network_args: tuple[str, ...] | None  # "key=value" each
-    network_weights: Path | None
-    dim_from_weights: bool
-    scale_weight_norms: float | None
-    base_weights: tuple[Path, ...] | None
-    base_weights_multiplier: tuple[float, ...] | None
+    network_module: str | None = field(metadata=IDENTITY)  # None: the family's own LoRA module
+    network_dim: int | None = field(metadata=IDENTITY)  # rank; None: the module's default
+    network_alpha: float = field(metadata=IDENTITY)
+    network_dropout: float | None = field(metadata=HABIT)
+    network_args: tuple[str, ...] | None = field(metadata=IDENTITY)  # "key=value" each
+    network_weights: Path | None = field(metadata=FREE)
+    dim_from_weights: bool = field(metadata=FREE)
+    scale_weight_norms: float | None = field(metadata=HABIT)
+    base_weights: tuple[Path, ...] | None = field(metadata=FREE)  # resume compares their names
+    base_weights_multiplier: tuple[float, ...] | None = field(metadata=HABIT)
 
     def __post_init__(self) -> None:
         if self.network_dim is not None and self.network_dim < 1:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.commands import run_script
-from tests.faults.messages import succeed_here
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily
 
 OUTPUT = [
@@ -87,6 +87,21 @@ def test_training_goes_on_from_its_state(trained: tuple[TinyFamily, Path]) -> No
 
     resumed, whole = (load_file(folder / "output" / f"{name}.safetensors") for name in ("longer", "whole"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_state_is_not_resumed_with_other_options_of_the_family_in_silence(
+    trained: tuple[TinyFamily, Path],
+) -> None:
+    family, folder = trained
+    output = ["--output_dir", "output", "--output_name", "other", *OUTPUT[4:], "--max_train_steps", "3"]
+    resume = [*family.train, *output, "--resume", "output/lora-state"]
+
+    if family.another_run:
+        option, value = family.another_run
+        code, said = run_here(*resume, *family.another_run, folder=folder)
+        assert_one_message(code, said, "--resume", option, f"{value} now")
+    said = succeed_here(*resume, *family.changed_habit, folder=folder)
+    assert f"{family.changed_habit[0]} was" in said
 
 
 def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily, Path]) -> None:

@@ -71,6 +71,8 @@ LIGHT_FILES = {
     "modules/options.py",
     "modules/command.py",
     "modules/errors.py",
+    "modules/control_codes.py",
+    "modules/text_files.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",

@@ -22,6 +22,7 @@ from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from modules.offload.checkpointing import checkpoint_blocks
+from modules.run_blocks import spec_of
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 
 CPU = Placement(torch.device("cpu"))
@@ -106,6 +107,13 @@ FP8_FILES = [(name, dialect) for name, each in TRANSFORMERS.items() for dialect 
 @pytest.fixture(params=TRANSFORMERS)
 def transformer(request: pytest.FixtureRequest) -> Transformer:
     return TRANSFORMERS[request.param]
+
+
+def test_the_class_states_the_names_that_its_family_gives_to_the_loops(transformer: Transformer) -> None:
+    model = transformer.model("i2v")
+
+    assert spec_of(model) is transformer.spec
+    assert all(blocks for blocks in transformer.spec.blocks(model).values())
 
 
 def test_checkpointed_blocks_give_equal_gradients_to_every_weight(transformer: Transformer) -> None:

@@ -3,13 +3,13 @@
 import argparse
 import difflib
 import logging
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError, UserError
 from modules.options import int_or_float
+from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_toml(read_text(path))
     except OSError as error:
         raise UserError(
             f"--config_file {path}: cannot be read ({error.strerror}). Give the path of a TOML file."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"--config_file {path} is not valid TOML: {error}") from None
 
 

@@ -1,17 +1,14 @@
-"""Load the DiT of a run and wrap it; the order is always the same."""
+"""How the network of a run is loaded, and what the options put around it."""
 
 import torch
 from torch import nn
 
-from modules.compile import compile_blocks
+from modules import dressing
 from modules.compile_options import Compilation
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.fp8.options import Quantisation
-from modules.offload.activations import offload_to_host
-from modules.offload.block_swap import HostWeights, swap_blocks
-from modules.offload.checkpointing import checkpoint_blocks
-from modules.offload.token_pieces import compute_in_pieces
+from modules.offload.block_swap import HostWeights
 from training.loop_options import LoopOptions
 from training.options import TrainingOptions
 
@@ -45,12 +42,8 @@ def dress(
 
     If the blocks' inputs are kept on the host, memory is short, so feed-forwards are computed in pieces too.
     """
-    if loop.gradient_checkpointing_cpu_offload:
-        compute_in_pieces(dit, spec)
-    if compilation is not None:
-        compile_blocks(dit, spec, compilation)
+    on_host, checkpointing = loop.gradient_checkpointing_cpu_offload, None
     if loop.gradient_checkpointing:
-        offload = offload_to_host(device) if loop.gradient_checkpointing_cpu_offload else None
-        checkpoint_blocks(dit, spec, loop.gradient_checkpointing_keep is not None, offload)
-    swap_blocks(dit, host, device)
-    dit.train(loop.gradient_checkpointing)  # it has no dropout; training mode only turns checkpointing on
+        checkpointing = dressing.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
+    dressing.dress(dit, spec, device, compilation, host, checkpointing, in_pieces=on_host)
+    dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode

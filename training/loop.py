@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from modules.contract.family import Family
 from modules.devices import numbers_on
 from modules.errors import UserError
 from modules.planning.device_memory import MemoryWatch
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
 from training.data.feed import Feed, MicroBatch
-from training.loss import Autocast, training_loss
+from training.loss import Autocast, Trains, training_loss
 from training.optimizers.finished_weights import evaluation
 from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.lr_schedule import LrSchedule
@@ -54,7 +53,7 @@ class Run:
     """
 
     options: TrainingOptions
-    family: Family
+    family: Trains
     dit: nn.Module
     trainable: Trainable
     optimizer: Optimizer
@@ -167,7 +166,9 @@ def _accumulate(
         _seed(run, micro_batch.number)
         if run.memory is not None:
             run.memory.see_batch(micro_batch.data.noise.numel())
-        loss = training_loss(run.family, run.dit, micro_batch.data.to(run.device), run.autocast) / len(group)
+        loss = training_loss(
+            run.family, run.dit, micro_batch.data.to(run.device), run.autocast, run.options.loss
+        ) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss.detach()
         keys += micro_batch.data.batch.keys

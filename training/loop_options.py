@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least, check_below
+from modules.options import HABIT, check_at_least, check_below, check_seed
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LoopOptions:
     # "attention": kept beside the blocks' inputs rather than computed again
     gradient_checkpointing_keep: str | None
     gradient_accumulation_steps: int  # micro-batches per optimizer step and process
-    embedded_guidance: float = field(metadata={"option": "guidance_scale"})
+    embedded_guidance: float = field(metadata={"option": "guidance_scale", **HABIT})
     check: bool  # print what would be trained on, then exit
 
     def __post_init__(self) -> None:
@@ -42,6 +42,7 @@ class LoopOptions:
             "--gradient_accumulation_steps", self.gradient_accumulation_steps, 1, "1 means no accumulation"
         )
         check_at_least("--seed", self.seed, 0, "leave it out for a random seed")
+        check_seed("--seed", self.seed)
 
     def _check_checkpointing(self) -> None:
         given = {

@@ -1,18 +1,29 @@
-"""The loss: noise is mixed in, the network says which way it lies, the squared error counts."""
+"""Flow-matching loss: add noise, predict the velocity, compare it with the true one."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from modules.contract.data import Batch, Conditions
-from modules.contract.family import Family
+from modules.contract.family import Described, Predicts
+from modules.contract.noise import NoiseSpec
 from modules.devices import sent
-from modules.flow.schedule import add_noise
+from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
+from training.loss_options import L2, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
+
+MASK = "alpha_mask"  # in a batch: how much each place of the picture counts, 0..1, B H W in any size
+
+
+class Trains(Described, Predicts, Protocol):
+    """What a training step asks of a family."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +58,73 @@ class NoisyBatch:
         return self.moved(lambda tensor: sent(tensor, device, is_ordered))
 
 
-def squared_errors(family: Family, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
-    """The mean squared error of the predicted velocity for each sample: B, float32. All lies where `to` sends
-    it.
+def measure_errors(
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, options: LossOptions = L2
+) -> Tensor:
+    """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
+    batch.
+
+    If the batch has a mask (`MASK`), errors are multiplied by it before the mean over all elements.
     """
     latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
-    noise = noisy_batch.noise
+    noise, sigmas, spec = noisy_batch.noise, noisy_batch.sigmas, family.noise
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     with autocast():
-        velocity = family.predict(
-            dit, add_noise(latents, noise, noisy_batch.sigmas), noisy_batch.timesteps, conditions
-        )
-    return (velocity.float() - (noise - latents)).square().flatten(1).mean(1)
+        noisy = add_noise(latents, noise, sigmas, spec.data_shares(sigmas))
+        velocity = family.predict(dit, noisy, noisy_batch.timesteps, conditions)
+    differences = velocity.float() - spec.velocity(latents, noise)
+    thresholds = (
+        find_thresholds(options, spec, sigmas, noisy_batch.timesteps) if options.has_threshold else None
+    )
+    errors = element_errors(options, differences, thresholds)
+    mask = noisy_batch.batch.tensors.get(MASK)
+    if isinstance(mask, Tensor):
+        errors = errors * resize_mask(mask, errors)
+    return errors.flatten(1).mean(1)
 
 
-def training_loss(family: Family, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast) -> Tensor:
-    """The weighted mean over the batch: one number. Samples of a batch have one size, so this is the mean
-    over all elements too.
+def training_loss(
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, options: LossOptions = L2
+) -> Tensor:
+    """Return the weighted mean over the batch: one number.
+
+    All samples of a batch have one size, so it is the mean over all elements too.
     """
-    return (squared_errors(family, dit, noisy_batch, autocast) * noisy_batch.weights).mean()
+    return (measure_errors(family, dit, noisy_batch, autocast, options) * noisy_batch.weights).mean()
+
+
+def element_errors(options: LossOptions, differences: Tensor, thresholds: Tensor | None = None) -> Tensor:
+    """Return the error of each element. differences: B C F H W. thresholds: B, of huber and smooth_l1.
+
+    For small differences d huber is d^2 and smooth_l1 is d^2 / c; for large ones they are 2 c |d| and 2 |d|.
+    """
+    if options.loss_type == "l2":
+        return differences.square()
+    if options.loss_type == "l1":
+        return differences.abs()
+    assert thresholds is not None
+    c = thresholds.view(-1, *([1] * (differences.ndim - 1)))
+    factor = 2 * c if options.loss_type == "huber" else 2
+    return factor * ((differences.square() + c.square()).sqrt() - c)
+
+
+def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, timesteps: Tensor) -> Tensor:
+    """Return the threshold c of each sample for --huber_schedule: B, float32.
+
+    timesteps: B, what the network is fed, 0..1000. snr: (1 - huber_c) / (1 + r)^2 + huber_c, where r is the
+    ratio of noise to data, sigma over the share of the latents. Known trainers define it only for models that
+    predict noise; for a flow it falls from 1 to huber_c too.
+    """
+    if options.huber_schedule == "constant":
+        return torch.full_like(sigmas.float(), options.huber_c * options.huber_scale)
+    if options.huber_schedule == "exponential":
+        progress = timesteps.float().clamp(0, TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
+        return (progress * math.log(options.huber_c)).exp() * options.huber_scale
+    shares = spec.data_shares(sigmas)
+    return (1 - options.huber_c) * (shares / (shares + sigmas.float())).square() + options.huber_c
+
+
+def resize_mask(mask: Tensor, errors: Tensor) -> Tensor:
+    """Return a mask B H W averaged over the area of each latent: B 1 1 H W, a factor of errors B C F H W."""
+    resized = interpolate(mask.float().unsqueeze(1), size=errors.shape[-2:], mode="area")
+    return resized.unsqueeze(2)

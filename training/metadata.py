@@ -5,12 +5,14 @@ All values are text; missing ones are "None".
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from modules.atomic_write import storable
 from networks.loading import TRAINED_FOR
+from training.loss_options import L2
 from training.options import TrainingOptions
 
 DEFAULT_RANK = 4
@@ -36,13 +38,17 @@ class RunFacts:
 
 
 def run_metadata(
-    options: TrainingOptions, family_name: str, family_metadata: Mapping[str, str], facts: RunFacts
+    options: TrainingOptions,
+    family_name: str,
+    family_metadata: Mapping[str, str],
+    facts: RunFacts,
+    own: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, str]:
     """The `ss_*` entries that stay the same over the run; with --no_metadata only what loading needs.
 
     family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name,
-    vae_name; trained_for where a model has several uses that its files do not tell apart). A whole DiT has no
-    `ss_network_*`, by which a LoRA is known.
+    vae_name; trained_for where a model has several uses that its files do not tell apart). own: the family's
+    options that resume compares. A whole DiT has no `ss_network_*`, by which a LoRA is known.
     """
     network = options.network
     values: dict[str, Any] = {"ss_base_model_version": family_name}
@@ -54,7 +60,10 @@ def run_metadata(
             "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
         }
     if not options.metadata.no_metadata:
+        values |= {f"ss_{name}": value for name, value in own.items()}
         values |= _training_values(options, facts)
+        if options.loss != L2:
+            values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
         values |= {f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", "vae_name")}
         if "trained_for" in family_metadata:
             values[TRAINED_FOR] = family_metadata["trained_for"]

@@ -3,17 +3,18 @@
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import read_options, refuse_unsupported, require
+from modules.options import FREE, HABIT, read_options, refuse_unsupported, require
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
 from networks.options import NetworkOptions, add_network_arguments
 from training.config_options import add_config_argument, read_config_file
-from training.data.options import TimestepOptions, add_timestep_arguments
+from training.data.options import SAMPLERS, TimestepOptions, add_timestep_arguments
 from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
+from training.loss_options import LossOptions, add_loss_arguments
 from training.optimizers.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
 from training.optimizers.options import OptimizerOptions, add_optimizer_arguments
 from training.processes.options import AcceleratorOptions, add_accelerator_arguments
@@ -31,29 +32,36 @@ from training.whole_dit_options import WholeDitOptions
 
 T = TypeVar("T")
 
+# near the width of the largest models, where a LoRA is larger than the weights that it changes
+MOST_RANK = 4096
+OWN_NETWORKS = "networks."  # a rank beyond all sense has a meaning in others: LoKr's whole matrix
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """All options but the family's own."""
 
-    loop: LoopOptions
-    validation: ValidationOptions
+    loop: LoopOptions = field(metadata=FREE)
+    validation: ValidationOptions = field(metadata=FREE)
     optimizer: OptimizerOptions
-    lr_schedule: LrScheduleOptions
-    timesteps: TimestepOptions
-    network: NetworkOptions | None  # what is trained: a network beside the DiT,
-    whole_dit: WholeDitOptions | None  # or the DiT itself; one of the two is set
-    saving: SavingOptions
-    hub: HubOptions
-    metadata: MetadataOptions
-    samples: SampleOptions
-    logs: LogOptions
+    lr_schedule: LrScheduleOptions = field(metadata=HABIT)
+    timesteps: TimestepOptions = field(metadata=HABIT)
+    loss: LossOptions = field(metadata=HABIT)
+    network: NetworkOptions | None  # what learns: a network beside the DiT,
+    whole_dit: WholeDitOptions | None  # or the DiT itself; one of the two is there
+    saving: SavingOptions = field(metadata=FREE)
+    hub: HubOptions = field(metadata=FREE)
+    metadata: MetadataOptions = field(metadata=FREE)
+    samples: SampleOptions = field(metadata=FREE)
+    logs: LogOptions = field(metadata=FREE)
     accelerator: AcceleratorOptions
     speed: TrainingSpeedOptions
 
     def __post_init__(self) -> None:
         if self.whole_dit is not None:
             self._check_whole_dit(self.whole_dit)
+        if self.network is not None:
+            self._check_rank(self.network)
         if self.timesteps.show_timesteps is not None:
             return
         require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
@@ -67,6 +75,13 @@ class TrainingOptions:
             return
         require(self.saving.output_dir, "--output_dir", "the folder to save into")
         require(self.saving.output_name, "--output_name", "the name of the file to train, without its ending")
+
+    def _check_rank(self, options: NetworkOptions) -> None:
+        is_own = options.network_module is None or options.network_module.startswith(OWN_NETWORKS)
+        if is_own and options.network_dim is not None and options.network_dim > MOST_RANK:
+            raise OptionError(
+                f"--network_dim {options.network_dim}: {MOST_RANK} is the most. Usual ranks are 4 to 128."
+            )
 
     def _check_whole_dit(self, options: WholeDitOptions) -> None:
         precision, accumulation = self.accelerator.mixed_precision, self.loop.gradient_accumulation_steps
@@ -124,12 +139,14 @@ def read_training(
 
 
 def training_parser(
-    doc: str | None, add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments
+    doc: str | None,
+    add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments,
+    samplers: Sequence[str] = SAMPLERS,
 ) -> argparse.ArgumentParser:
     """A parser with all options that every family's training has.
 
     doc: the script's docstring. add_learner: adds the arguments of what learns, `add_network_arguments` or
-    `add_whole_dit_arguments`.
+    `add_whole_dit_arguments`. samplers: those of --timestep_sampling that the family can use.
     """
     parser = Parser(description=doc)
     add_config_argument(parser)
@@ -137,7 +154,8 @@ def training_parser(
     add_learner(parser)
     add_optimizer_arguments(parser)
     add_lr_schedule_arguments(parser)
-    add_timestep_arguments(parser)
+    add_timestep_arguments(parser, samplers)
+    add_loss_arguments(parser)
     add_training_speed_arguments(parser)
     add_accelerator_arguments(parser)
     add_saving_arguments(parser)

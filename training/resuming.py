@@ -4,7 +4,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError
+from modules.options import NO_OPTIONS, options_with
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.state import (
     encode_optimizer,
@@ -41,49 +42,6 @@ from training.steps import Plan
 from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
-
-# options that a resumed run shares with the saved one, and those it may change; None where a run has no such
-# option
-IDENTITY = (
-    *("network_module", "network_dim", "network_alpha", "network_args", "trainable_modules", "full_bf16"),
-    *("optimizer_type", "optimizer_args", "learning_rate"),
-)
-HABITS = (
-    "max_grad_norm",
-    "fused_backward_pass",
-    "lr_scheduler",
-    "lr_scheduler_type",
-    "lr_scheduler_args",
-    "lr_warmup_steps",
-    "lr_decay_steps",
-    "lr_scheduler_num_cycles",
-    "lr_scheduler_power",
-    "lr_scheduler_timescale",
-    "lr_scheduler_min_lr_ratio",
-    "timestep_sampling",
-    "discrete_flow_shift",
-    "sigmoid_scale",
-    "weighting_scheme",
-    "logit_mean",
-    "logit_std",
-    "mode_scale",
-    "min_timestep",
-    "max_timestep",
-    "preserve_distribution_shape",
-    "num_timestep_buckets",
-    "network_dropout",
-    "scale_weight_norms",
-    "base_weights_multiplier",
-    "mixed_precision",
-    "fp8_base",
-    "fp8_scaled",
-    "fp8_fast",
-    "upcast_quantization",
-    "fp16_accumulation",
-    "compile",
-    "dynamo_backend",
-    "guidance_scale",
-)
 
 
 @dataclass(frozen=True)
@@ -140,30 +98,55 @@ def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | 
     return Progress(seed=seed, session_id=drawn[1], started_at=drawn[2])
 
 
+def own_values(own: Any, *kinds: str) -> dict[str, Any]:
+    """Return the options of a family's record whose fact "resume" is one of `kinds`, by name."""
+    names = {name for kind in kinds for name in options_with(type(own), "resume", kind)}
+    return {name: value for name, value in public_config(own).items() if name in names}
+
+
 def identity_of(
-    options: TrainingOptions, seed: int, order: BatchOrder, plan: Plan, network_module: str
+    options: TrainingOptions,
+    seed: int,
+    order: BatchOrder,
+    plan: Plan,
+    network_module: str,
+    own: Any = NO_OPTIONS,
 ) -> dict[str, Any]:
-    """What has to be the same in a resumed run, by the words a user knows it by."""
+    """Return what has to be the same in a resumed run, by the words that a user knows.
+
+    own: `Family.options`.
+    """
     config = {**public_config(options), "network_module": network_module}
     epoch = "\n".join(",".join(item.key for item in batch) for batch in order.epoch(0))
     batches = f"{plan.num_batches}, {hashlib.sha256(epoch.encode()).hexdigest()[:12]}"
     return {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
-        **{f"--{name}": config.get(name) for name in IDENTITY},
+        **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
+        **{f"--{name}": value for name, value in own_values(own, "identity").items()},
         "micro-batches per step (processes x --gradient_accumulation_steps)": plan.group_size,
         "batches of an epoch (--dataset_config and its caches)": batches,
     }
 
 
-def habits_of(options: TrainingOptions, family_metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a resumed run may change, with a warning; models by the names of their files."""
+def habits_of(
+    options: TrainingOptions, family_metadata: Mapping[str, str], own: Any = NO_OPTIONS
+) -> dict[str, Any]:
+    """Return what a resumed run may change with a warning, models by their file names.
+
+    own: `Family.options`.
+    """
     config = public_config(options)
     base_weights = None if options.network is None else options.network.base_weights
     models = {
         "the model's file": family_metadata.get("sd_model_name"),
         "--base_weights": ", ".join(path.name for path in base_weights or ()) or None,
     }
-    return {**{f"--{name}": config.get(name) for name in HABITS}, **models}
+    own_habits = {f"--{name}": value for name, value in own_values(own, "habit").items()}
+    return {
+        **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "habit")},
+        **own_habits,
+        **models,
+    }
 
 
 def capture(
@@ -193,8 +176,19 @@ def check_resumable(
     Call it before anything large is loaded.
     """
     if isinstance(saved, SavedState):
+        _warn_of_unknown(saved, {*identity} - {*saved.identity} | {*habits} - {*saved.habits})
         check_identity(saved.identity, identity, saved.folder)
         warn_of_changes(saved.habits, habits)
+
+
+def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
+    if names:
+        logger.warning(
+            "%s does not say what the run that saved it had for %s: its version did not record that. Give "
+            "the same values as then.",
+            saved.folder,
+            ", ".join(sorted(names)),
+        )
 
 
 def restore(saved: SavedState | ForeignState, learning: Learning) -> None:

@@ -30,14 +30,16 @@ from modules.attention.attend import check_backend
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
+from modules.control_codes import escape_control_codes
 from modules.devices import DTYPES, choose_device, dtype_name
+from modules.dressing import swapped_weights
 from modules.errors import DatasetError, OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.products import with_product
-from modules.offload.block_swap import HostWeights, host_weights, settle
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.block_swap import HostWeights, settle
 from modules.options import require
 from modules.planning.memory_plan import too_little
+from modules.speed_options import swapping
 from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
@@ -52,7 +54,7 @@ from training.optimizers.lr_schedule import make_lr_schedule, warmup_steps
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
-from training.planning.memory import plan_training, prepare_memory, with_swap
+from training.planning.memory import plan_training, prepare_memory
 from training.processes.accelerator import make_accelerator
 from training.processes.gradients import largest
 from training.progress import Progress
@@ -65,6 +67,7 @@ from training.resuming import (
     first_progress,
     habits_of,
     identity_of,
+    own_values,
     restore,
 )
 from training.samples import Sampler, prepare_samples
@@ -125,7 +128,9 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
     Raises UserError if the user has to change something.
     """
     if options.timesteps.show_timesteps is not None:
-        show_timesteps(options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path())
+        show_timesteps(
+            options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path(), family.noise
+        )
         return 0
     if options.loop.check:
         return _check(family, options, commands)
@@ -153,20 +158,20 @@ def prepared_run(
     data = _find_data(job, config)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
-    identity = identity_of(options, job.progress.seed, data.order, data.plan, job.network_module)
-    habits = habits_of(options, family.metadata)
+    identity = identity_of(
+        options, job.progress.seed, data.order, data.plan, job.network_module, family.options
+    )
+    habits = habits_of(options, family.metadata, family.options)
     check_resumable(job.saved, identity, habits)
     sampler = _make_sampler(job)  # encodes texts and images while no DiT is loaded
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
     # each process looked at its own device, but all share the weights on the host
     if job.options.speed.swap.is_auto:
         number = options.speed.swap.number
-        options = with_swap(options, largest(number, job.accelerator.num_processes, job.accelerator.device))
+        number = largest(number, job.accelerator.num_processes, job.accelerator.device)
+        options = replace(options, speed=swapping(options.speed, number))
     job = replace(job, options=options)
-    swap = options.speed.swap
-    host = host_weights(
-        SwapPlan(job.family.dit, swap.number, swap.img_in_txt_in_offloading), job.accelerator.device
-    )
+    host = swapped_weights(family.dit, options.speed.swap, job.accelerator.device)
     dit = _load_dit(job, host)
     learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
     if job.saved is not None:
@@ -225,7 +230,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     result = check_training(
         config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys
     )
-    sys.stdout.write("\n".join(result.lines) + "\n")
+    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     return result.exit_code
 
 
@@ -247,7 +252,7 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process logs what all do
     else:
-        for line in ignored_options(options, takes_guidance=family.defaults.embedded_guidance is not None):
+        for line in ignored_options(options, family.defaults.embedded_guidance is not None, family.noise):
             logger.warning(line)
     check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
     fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
@@ -395,7 +400,7 @@ def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, Fu
 
 def _make_feed(job: Job, data: Data) -> Feed:
     loop, accelerator = job.options.loop, job.accelerator
-    randomness = Randomness(job.options.timesteps, job.progress.seed)
+    randomness = Randomness(job.options.timesteps, job.progress.seed, job.family.noise)
     return Feed(
         MicroBatches(data.order, job.family.latent, randomness, job.commands),
         data.plan,
@@ -413,7 +418,13 @@ def _make_validation(job: Job, data: Data) -> Validation | None:
     accelerator = job.accelerator
     share = accelerator.device, accelerator.process_index, accelerator.num_processes
     return Validation(
-        job.family, data.validation, job.options.timesteps, job.commands, *share, encoders=data.encoders
+        job.family,
+        data.validation,
+        job.options.timesteps,
+        job.commands,
+        *share,
+        job.options.loss,
+        data.encoders,
     )
 
 
@@ -429,7 +440,13 @@ def _make_saver(
     if not job.accelerator.is_main_process:
         return None
     options, progress, trainable = job.options, job.progress, learning.trainable
-    run_values = run_metadata(options, job.family.name, job.family.metadata, facts)
+    run_values = run_metadata(
+        options,
+        job.family.name,
+        job.family.metadata,
+        facts,
+        own_values(job.family.options, "identity", "habit"),
+    )
     precision = options.saving.save_precision
     if precision is not None:
         dtype: torch.dtype | None = DTYPES[precision]

@@ -15,6 +15,7 @@ from torch import nn
 from generation.denoise import StepDone
 from generation.outputs import frames_of, sample_tags
 from generation.prompt_lines import read_sample_prompts
+from generation.request import check_values
 from generation.sections import make_latents
 from generation.session import Session, encode_inputs
 from modules.contract.data import Conditions
@@ -139,9 +140,9 @@ def prepare_samples(
     chosen: list[tuple[int, Request, bool]] = []
     for index, entry in list(enumerate(entries))[process::processes]:
         try:
-            chosen.append(
-                (index, family.prepare(sample_request(entry, family)), entry.get("seed") is not None)
-            )
+            request = sample_request(entry, family)
+            check_values(request)
+            chosen.append((index, family.prepare(request), entry.get("seed") is not None))
         except (
             OptionError,
             ValueError,

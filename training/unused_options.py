@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 from modules.attention.options import TRAINING_FLAGS, TrainingAttentionOptions
+from modules.contract.noise import NoiseSpec
 from training.data.options import TimestepOptions
+from training.loss_options import L2, LossOptions
 from training.optimizers.lr_schedule_options import LrScheduleOptions
 from training.options import TrainingOptions
 from training.reports.options import LogOptions
@@ -12,11 +14,15 @@ from training.saving.options import HubOptions, SavingOptions
 Given = tuple[str, object, str]  # an option, whether it was given, why it has no effect
 
 
-def ignored_options(options: TrainingOptions, takes_guidance: bool) -> list[str]:
-    """One line for each of them. takes_guidance: the model has an input for embedded guidance."""
+def ignored_options(options: TrainingOptions, takes_guidance: bool, noise: NoiseSpec) -> list[str]:
+    """Return one line for each of them.
+
+    takes_guidance: the model has an input for embedded guidance. noise: `Family.noise`.
+    """
     loop, network = options.loop, options.network
     found: list[Given] = [
-        *_of_timesteps(options.timesteps),
+        *_of_timesteps(options.timesteps, noise),
+        *_of_loss(options.loss),
         *_of_schedule(options.lr_schedule),
         *_of_saving(options.saving),
         *_of_logs(options.logs),
@@ -43,11 +49,11 @@ def ignored_options(options: TrainingOptions, takes_guidance: bool) -> list[str]
     return [f"{option} has no effect: {reason}." for option, is_given, reason in found if is_given]
 
 
-def _of_timesteps(options: TimestepOptions) -> Iterator[Given]:
+def _of_timesteps(options: TimestepOptions, noise: NoiseSpec) -> Iterator[Given]:
     sampler, weighting = options.timestep_sampling, options.weighting_scheme
-    if sampler != "shift":
+    if sampler != "shift" and not (sampler == "sigma" and noise.table_is_shifted):
         yield "--discrete_flow_shift", options.flow_shift != 1, "only --timestep_sampling shift uses it"
-    if sampler not in {"sigmoid", "shift"}:
+    if sampler not in {"sigmoid", "shift", "flux_shift"}:
         yield (
             "--sigmoid_scale",
             options.sigmoid_scale != 1,
@@ -67,6 +73,18 @@ def _of_timesteps(options: TimestepOptions) -> Iterator[Given]:
     if options.min_timestep is None and options.max_timestep is None:
         reason = "there is neither --min_timestep nor --max_timestep"
         yield "--preserve_distribution_shape", options.preserve_distribution_shape, reason
+
+
+def _of_loss(options: LossOptions) -> Iterator[Given]:
+    is_given = {
+        name: getattr(options, name) != getattr(L2, name)
+        for name in ("huber_schedule", "huber_c", "huber_scale")
+    }
+    if not options.has_threshold:
+        for name, is_it in is_given.items():
+            yield f"--{name}", is_it, "only --loss_type huber and smooth_l1 use it"
+    elif options.huber_schedule == "snr":
+        yield "--huber_scale", is_given["huber_scale"], "--huber_schedule snr does not use it"
 
 
 def _of_schedule(options: LrScheduleOptions) -> Iterator[Given]:

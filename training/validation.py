@@ -13,11 +13,11 @@ from torch import nn
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
-from modules.contract.family import Family
 from training.data.feed import seeded
 from training.data.options import TimestepOptions
-from training.data.timesteps import timesteps_at
-from training.loss import Autocast, NoisyBatch, squared_errors
+from training.data.timesteps import times_at
+from training.loss import Autocast, NoisyBatch, Trains, measure_errors
+from training.loss_options import L2, LossOptions
 
 NUM_BANDS = 5
 
@@ -26,13 +26,14 @@ NUM_BANDS = 5
 class Validation:
     """Hold the items to measure and this process' share of them."""
 
-    family: Family
+    family: Trains
     items: Sequence[TrainingItem]  # of all processes; repeats are left out
     timesteps: TimestepOptions
     commands: CachingCommands
     device: torch.device
     process: int
     processes: int
+    loss: LossOptions = L2
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
 
     @property
@@ -72,9 +73,9 @@ class Validation:
         for band, sigma in enumerate(self.sigmas):
             # seeded by the item alone: not by the run's seed, so that runs can be compared
             noise = torch.randn(shape, generator=seeded("validation", item.key, band))
-            sigmas = torch.tensor([sigma])
-            noisy_batch = NoisyBatch(
-                batch, noise, sigmas, timesteps_at(self.timesteps, sigmas), torch.ones(1)
-            ).to(self.device)
-            losses.append(squared_errors(self.family, dit, noisy_batch, autocast))
+            times = times_at(self.timesteps, torch.tensor([sigma]), self.family.noise)
+            noisy_batch = NoisyBatch(batch, noise, times.sigmas, times.timesteps, torch.ones(1)).to(
+                self.device
+            )
+            losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.loss))
         return torch.cat(losses).tolist()

@@ -1,9 +1,9 @@
 """Options of full fine-tuning: the DiT itself is trained, not a network beside it."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from modules.options import add_unsupported
+from modules.options import HABIT, IDENTITY, add_unsupported
 
 EVERYTHING = "."  # occurs in every name
 
@@ -12,10 +12,10 @@ EVERYTHING = "."  # occurs in every name
 class WholeDitOptions:
     """Which weights of the DiT are trained, in which dtype they are kept, and when they are stepped."""
 
-    # parameters whose name contains one of these are trained, the rest is frozen
-    trainable_modules: tuple[str, ...]
-    fused_backward_pass: bool
-    full_bf16: bool  # else the weights are kept in float32
+    # parameters whose name contains one of these learn, the rest is frozen
+    trainable_modules: tuple[str, ...] = field(metadata=IDENTITY)
+    fused_backward_pass: bool = field(metadata=HABIT)
+    full_bf16: bool = field(metadata=IDENTITY)  # else the weights are kept in float32
 
     @property
     def name_parts(self) -> tuple[str, ...]:

@@ -9,32 +9,14 @@ import torch
 
 from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
 from modules.checkpoints.opening import Checkpoint, Source, open_checkpoint, plain_sources
-from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from wan.configs import HEAD_WIDTH, TASKS, WanConfig, WanTask
 from wan.model import WanModel
+from wan.spec import DIT
 
 logger = logging.getLogger(__name__)
-
-DIT = DitSpec(
-    block_lists=("blocks",),
-    fp8_exclude=(
-        "norm",
-        "patch_embedding",
-        "text_embedding",
-        "time_embedding",
-        "time_projection",
-        "head",
-        "modulation",
-        "img_emb",
-    ),
-    input_layers=("patch_embedding", "text_embedding", "img_emb"),
-    token_wise=("feed_forward",),
-    # as they compute so; under 1 % of the model
-    keep_float32=("time_embedding.", "time_projection.", "head.head."),
-)
 
 # Names in diffusers' layout -> the published ones. Source: checkpoints of Wan-AI/*-Diffusers; norm2 and norm3
 # change places.

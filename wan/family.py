@@ -15,13 +15,14 @@ from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, Med
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.requests import check_size, filled, whole_frames, with_media
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
-from modules.options import require
+from modules.options import NO_OPTIONS, require
 from wan import conditioning
-from wan.checkpoints import DIT, check_task, load_dit, note_size
+from wan.checkpoints import check_task, load_dit, note_size
 from wan.clip import load_clip
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
@@ -38,6 +39,7 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
+from wan.spec import DIT
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
 
@@ -65,11 +67,13 @@ class Wan:
     image_noise: float = 0.0
     # generation: the video takes the image's aspect; training samples: the image is cropped
     sizes_follow_image: bool = True
+    options: Any = NO_OPTIONS  # of a training
 
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default="networks.lora_wan", init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
     experts: tuple[float, ...] = field(default=(0.0,), init=False)
@@ -238,7 +242,7 @@ class Wan:
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
         features = clip.to(device) if isinstance(clip, Tensor) else None
-        return dit(noisy, timesteps, text, features, skip_blocks=tweaks.skip_blocks)
+        return dit(noisy, timesteps, text, features, tweaks)
 
     # generation
 
@@ -425,6 +429,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         text_as_image_tokens=options.text_as_image_tokens,
         t5_in_fp8=options.text.fp8_t5,
         sizes_follow_image=False,
+        options=options,
     )
 
 

@@ -8,7 +8,7 @@ of its weights, or in autocast's.
 # Letters: B batch, L video tokens, T text tokens, I image tokens, N heads, D head width, C = N * D
 
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from modules.attention.attend import attend
 from modules.attention.options import SDPA, AttentionChoice
+from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import activation_dtype, run, run_float32
 from modules.layers.rope import TABLES, GridTable, rotate
 from modules.layers.sinusoid import sinusoid
+from modules.run_blocks import Hidden, run_blocks
 from wan.configs import WanConfig
+from wan.spec import DIT
 
 TEXT_ROWS_AS_IMAGE = 257  # how many text rows older tools mistook for image tokens
 REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` takes
@@ -193,6 +196,8 @@ class WanModel(nn.Module):
     input channels.
     """
 
+    spec = DIT
+
     def __init__(self, config: WanConfig, attention: AttentionChoice = SDPA, rope: str = "default") -> None:
         """attention: what `modules.attention.attend.attend` is told. rope: a key of
         modules.layers.rope.TABLES.
@@ -231,21 +236,19 @@ class WanModel(nn.Module):
         timesteps: Tensor,
         text: Sequence[Tensor] | Tensor,
         image_embeds: Tensor | None = None,
-        skip_blocks: Set[int] = frozenset(),
+        tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
         """Velocity B out_dim F H W in float32.
 
         noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000. text: per
-        sample n text_dim, at most text_len rows; or B n text_dim. skip_blocks: blocks that pass their input
-        through. image_embeds: B I image_dim of the image encoder, for models with image attention. Such a
-        model without them takes its first 257 rows of text for the image, as older tools ran Fun-Control
-        models; give zeros for no image. Raises ValueError where sizes do not go together.
+        sample n text_dim, at most text_len rows; or B n text_dim. tweaks: ideas that change this call.
+        image_embeds: B I image_dim of the image encoder, for models with image attention. Such a model
+        without them takes its first 257 rows of text for the image, as older tools ran Fun-Control models;
+        give zeros for no image. Raises ValueError where sizes do not go together.
         """
-        x, tokens = self.embed(noisy, timesteps, text, image_embeds)
-        for index, block in enumerate(self.blocks):
-            if index not in skip_blocks:
-                x = block(x, tokens)
-        return self.unembed(x, tokens)
+        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
 
     def embed(
         self, noisy: Tensor, timesteps: Tensor, text: Sequence[Tensor] | Tensor, image_embeds: Tensor | None

@@ -1,10 +1,11 @@
 """Wan2.1's own options for caching, training and generation."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import FREE, HABIT, IDENTITY, NO_PIXELS, OF_DECODING, OF_REQUEST
 from modules.vae_options import VaeOptions, add_vae_arguments
 from wan.configs import TASKS
 
@@ -45,15 +46,15 @@ class WanTextCachingOptions:
 class WanTrainingOptions:
     """Options of wan_train_network.py beside the shared ones."""
 
-    task: str
-    dit: Path | None
-    vae: VaeOptions
-    vae_cache_cpu: bool
-    text: WanTextOptions
-    clip: Path | None
-    rope_func: str
-    mixed_precision_transformer: bool
-    text_as_image_tokens: bool
+    task: str = field(metadata=IDENTITY)
+    dit: Path | None = field(metadata=FREE)  # resume compares its name
+    vae: VaeOptions = field(metadata=FREE)
+    vae_cache_cpu: bool = field(metadata=FREE)
+    text: WanTextOptions = field(metadata=FREE)
+    clip: Path | None = field(metadata=FREE)
+    rope_func: str = field(metadata=HABIT)
+    mixed_precision_transformer: bool = field(metadata=HABIT)
+    text_as_image_tokens: bool = field(metadata=HABIT)
 
     def __post_init__(self) -> None:
         if self.rope_func not in {"default", "comfy"}:  # the known command line has no choices here
@@ -64,13 +65,13 @@ class WanTrainingOptions:
 class WanGenerationOptions:
     """Options of wan_generate_video.py beside the shared ones."""
 
-    task: str
+    task: str = field(metadata=OF_REQUEST)
     dit: Path | None
-    vae: VaeOptions
-    vae_cache_cpu: bool
+    vae: VaeOptions = field(metadata=OF_DECODING)
+    vae_cache_cpu: bool = field(metadata=NO_PIXELS)
     text: WanTextOptions
     clip: Path | None
-    ckpt_dir: Path | None
+    ckpt_dir: Path | None = field(metadata=OF_DECODING)
     rope_func: str
     mixed_precision_transformer: bool
     text_as_image_tokens: bool

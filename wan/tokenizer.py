@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Tokenizer
 
 from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
@@ -69,10 +68,7 @@ def load_tokenizer(path: Path | None, checkpoint_path: Path) -> Tokenize:
     logger.info("tokenizer: %s", file)
     if file.suffix == ".json":
         return _from_json(file)
-    try:
-        return _from_sentencepiece(file.read_bytes(), file)
-    except OSError as error:
-        raise FILES.unreadable(file, error) from error
+    return _from_sentencepiece(FILES.read_bytes(file), file)
 
 
 def _embedded(checkpoint_path: Path) -> bytes:
@@ -83,11 +79,7 @@ def _embedded(checkpoint_path: Path) -> bytes:
 
 def _from_json(file: Path) -> Tokenize:
     """Load tokenizer.json as it is (normalisation, special tokens), and truncate to the trained length."""
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more precise
-        raise FILES.unreadable(file, error) from error
-    tokenizer.no_padding()
+    tokenizer = FILES.read(file)
     tokenizer.enable_truncation(MAX_TOKENS)
     end = tokenizer.token_to_id(END)
     if tokenizer.encode("").ids[-1:] != [end]:
@@ -105,6 +97,7 @@ def _from_sentencepiece(model: bytes, origin: Path) -> Tokenize:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError, TypeError) as error:
         raise FILES.unreadable(origin, error) from error
+    FILES.check_sentencepiece(model, origin)
     end = processor.eos_id()
     if end < 0:
         raise CheckpointError(

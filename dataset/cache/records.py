@@ -20,10 +20,12 @@ from dataset.config_keys import SECTION_DEFAULTS
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError
 from modules.media.reading import folder_images
+from modules.text_files import parse_json
 
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
+MOST_FRAMES = 10_000_000  # of a clip: days
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,18 @@ def latent_record(header: Header) -> LatentRecord | None:
             files=tuple(FileIdentity(**file) for file in data["files"]),
             clip=None
             if clip is None
-            else ClipFacts(tuple(clip["size"]), clip["kept_frames"], clip["complete"]),
+            else ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"]),
             parts=int(data["parts"]),
             crc32=dict(data["crc32"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(header, error) from error
+
+
+def _frames(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MOST_FRAMES:
+        raise ValueError(f"a clip of {value!r} frames")
+    return value
 
 
 def text_records(header: Header) -> dict[str, TextRecord]:
@@ -174,7 +182,11 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int) -> str:
     whole = hashlib.sha256()
     for part in _files(path):
         with part.open("rb") as file:
-            whole.update(f"{part.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            whole.update(
+                f"{part.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode(
+                    errors="surrogatepass"
+                )
+            )
     return whole.hexdigest()
 
 
@@ -194,7 +206,7 @@ def _read(header: Header) -> dict[str, Any] | None:
     if _crc(text) != header.metadata.get(CHECK_KEY):
         raise CacheError(f"{header.path}: damaged, its record does not match its checksum")
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         if content["version"] != VERSION:
             raise CacheError(
                 f"{header.path}: its record has version {content['version']}, this program knows version "

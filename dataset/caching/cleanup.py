@@ -16,16 +16,16 @@ from dataset.cache.files import (
     parse_text_name,
     read_header,
 )
+from dataset.caching.planning import Caches
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers
-from modules.contract.family import Family
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
 
 def remove_stale_latents(
-    table: DatasetTable, family: Family, names: Container[str], failed_stems: Container[str]
+    table: DatasetTable, family: Caches, names: Container[str], failed_stems: Container[str]
 ) -> int:
     """Remove latent caches not in `names`, except those of sources that failed in this run.
 
@@ -49,7 +49,7 @@ def remove_caches(paths: Iterable[Path], architecture: str) -> int:
     return _remove(paths, lambda header: is_latent_cache(header, architecture))
 
 
-def remove_stale_texts(table: DatasetTable, family: Family, names: Container[str]) -> int:
+def remove_stale_texts(table: DatasetTable, family: Caches, names: Container[str]) -> int:
     """Remove text caches not in `names`, also unfinished ones. Returns how many were removed."""
 
     def is_text(name: str) -> bool:

@@ -18,6 +18,7 @@ from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_nam
 from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
 from dataset.caching.cleanup import remove_caches
 from dataset.caching.planning import (
+    Caches,
     ExistingNames,
     Names,
     Plan,
@@ -34,7 +35,6 @@ from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.frames import Span, frames_wanted
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
-from modules.contract.family import Family
 from modules.devices import free_memory
 from modules.errors import MediaError
 
@@ -129,7 +129,7 @@ class _Pending:
 class LatentEncoding:
     """One run over the sources that need encoding. Its public attributes report what was done."""
 
-    def __init__(self, family: Family, recipe: Recipe, device: torch.device, batch_size: int | None) -> None:
+    def __init__(self, family: Caches, recipe: Recipe, device: torch.device, batch_size: int | None) -> None:
         self.finished: list[Plan] = []
         self.failures: list[Failure] = []
         self.written: set[tuple[int, str]] = set()  # table index and name of each file

@@ -12,20 +12,19 @@ from collections.abc import Sequence
 from dataset.cache.files import text_file_name
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
 from dataset.caching.latents import LatentEncoding
-from dataset.caching.planning import Plan, Recipe, list_names, media_table, plan_all
+from dataset.caching.planning import Caches, Plan, Recipe, list_names, media_table, plan_all
 from dataset.caching.processes import Share, joined_processes
 from dataset.caching.reports import CacheReport, Failure, joined
 from dataset.caching.texts import TextEncoding
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.sources.listing import find_sources, require_captions
-from modules.contract.family import Family
 from modules.devices import choose_device
 
 logger = logging.getLogger(__name__)
 
 
-def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) -> CacheReport:
+def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) -> CacheReport:
     """Encode every item that has no valid latent cache, then remove stale files.
 
     A source that cannot be read becomes a failure of the report and does not stop the others. The encoders
@@ -76,7 +75,7 @@ def cache_media(family: Family, config: DatasetConfig, options: CachingOptions) 
         return joined(reports, sum(share.gather(removed)), share.is_main)
 
 
-def cache_texts(family: Family, config: DatasetConfig, options: CachingOptions) -> CacheReport:
+def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) -> CacheReport:
     """Encode every caption without a valid text cache, one encoder after the other; then remove stale files.
 
     A text cache gets its final name when all encoders have written; until then it is a `.part`, which a later
@@ -115,7 +114,7 @@ def log_outdated(plans: Sequence[Plan]) -> None:
         )
 
 
-def recipe_of(family: Family, skip_existing: bool) -> Recipe:
+def recipe_of(family: Caches, skip_existing: bool) -> Recipe:
     """Return how this run makes latents. Reads the identity of the encoders' files."""
     latent, fps = family.latent, family.defaults.fps
     return Recipe(family.cache_tag, family.media_identity, latent, fps, skip_existing, family.sections_of)

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dataset.cache.files import Entry, LatentName, parse_latent_name, read_entry, read_header
 from dataset.cache.records import (
@@ -28,7 +28,7 @@ from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, frames_wanted, spans
 from dataset.sources.listing import Source
 from modules.contract.data import MediaTable
-from modules.contract.family import LatentSpec
+from modules.contract.family import Described, Encodes, LatentSpec
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
@@ -36,6 +36,10 @@ from modules.media.reading import image_size
 Names = Mapping[str, LatentName]  # the latent cache files of one source, with their parsed names
 
 ExistingNames = Mapping[int, Mapping[str, Names]]  # by table index and stem
+
+
+class Caches(Described, Encodes, Protocol):
+    """What caching asks of a family."""
 
 
 @dataclass(frozen=True)

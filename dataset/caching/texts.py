@@ -38,12 +38,13 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
+from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.source_jobs import progress
 from dataset.sources.listing import Source
 from modules.atomic_write import give_name
 from modules.contract.data import Conditions
-from modules.contract.family import Family, TextEncoder
+from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
 from modules.errors import CacheError
 
@@ -95,7 +96,7 @@ class TextEncoding:
 
     def __init__(
         self,
-        family: Family,
+        family: Caches,
         device: torch.device,
         batch_size: int | None,
         workers: int,

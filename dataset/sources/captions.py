@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from modules.errors import DatasetError
+from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_text
 
 
 def caption_path(media: Path, extension: str) -> Path:
@@ -13,10 +14,10 @@ def caption_path(media: Path, extension: str) -> Path:
 def read_caption(path: Path) -> str | None:
     """The text of a caption file without white space at either end; None where there is no file.
 
-    Raises DatasetError where it is not UTF-8 or cannot be read.
+    Raises DatasetError if it is no UTF-8 text, too large, no regular file, or cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        caption = read_text(path, MAX_CAPTION_BYTES).strip()
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
@@ -27,3 +28,7 @@ def read_caption(path: Path) -> str | None:
         raise DatasetError(
             f"{path}: this caption cannot be read: {error.strerror}. Put a text file there."
         ) from error
+    found = bad_character(caption)
+    if found is not None:
+        raise DatasetError(f"{path}: this caption holds {found}. Save it as UTF-8.")
+    return caption

@@ -51,6 +51,9 @@ def _even_starts(last: int, count: int) -> Iterator[int]:
     if count == 1:
         yield 0
         return
+    if count > last:  # every start, some of them more than once
+        yield from range(last + 1)
+        return
     step = last / (count - 1)
     yield from (int(index * step) for index in range(count - 1))
     yield last

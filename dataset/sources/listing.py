@@ -16,6 +16,7 @@ from dataset.sources.captions import caption_path, read_caption
 from dataset.sources.control import ControlFolder, list_folder
 from modules.errors import DatasetError
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,10 @@ def _from_folder(table: DatasetTable, captions: bool) -> list[Source]:
     suffixes = _suffixes(table)
     entries = list_folder(table.directory, f"{table.name}: {table.kind}_directory")
     paths = [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]
+    unnameable = [ascii(str(path)) for path in paths if bad_character(path.name)]
+    _raise_listed(
+        f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files", unnameable
+    )
     controls = _folder_controls(table, paths)
     sources = []
     for path, control in zip(paths, controls, strict=True):
@@ -162,23 +167,24 @@ def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
 def _from_list(table: DatasetTable) -> list[Source]:
     path = table.jsonl_file
     assert path is not None
+    sources = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+        for number, line in enumerate(read_lines(path), 1):
+            sources.append(_from_line(table, f"{path}, line {number}", line))
+    except UnicodeDecodeError:
+        raise DatasetError(
+            f"{path} is not UTF-8 text (after line {len(sources)}). Save it as UTF-8."
+        ) from None
     except OSError as error:
         raise DatasetError(
             f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path."
         ) from error
-    if not lines[-1]:  # the end of the last line
-        lines.pop()
-    sources = [_from_line(table, f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
     return _checked_controls(table, sources)
 
 
 def _from_line(table: DatasetTable, where: str, line: str) -> Source:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         found = "an empty line" if not line.strip() else f"no valid JSON: {error}"
         raise DatasetError(f"{where}: {found}. Each line is one object such as {_example(table)}") from None
@@ -188,8 +194,21 @@ def _from_line(table: DatasetTable, where: str, line: str) -> Source:
     caption = record.get("caption")
     if caption is not None and not isinstance(caption, str):
         raise DatasetError(f"{where}: caption = {json.dumps(caption)} is no text")
+    _check_text(record[name], f"{where}: {name}")
+    _check_text(caption or "", f"{where}: caption")
     path = Path(record[name]).expanduser()
     return Source(path, path.stem, caption, None, _line_controls(table, record, where), table)
+
+
+def _check_text(text: str, where: str) -> None:
+    """Raise DatasetError for what neither a file's name nor a caption can be."""
+    found = bad_character(text)
+    if found is not None:
+        raise DatasetError(f"{where} holds {found}. Correct the line.")
+    if len(text) > MAX_CAPTION_BYTES:
+        raise DatasetError(
+            f"{where} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
+        )
 
 
 def _example(table: DatasetTable) -> str:
@@ -212,6 +231,7 @@ def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> t
             raise DatasetError(
                 f"{where}: {name} says again what another control_path said; control_path is control_path_0"
             )
+        _check_text(value, f"{where}: {name}")
         numbered[number] = value
     return tuple(Path(numbered[number]).expanduser() for number in sorted(numbered))[: table.control_count]
 

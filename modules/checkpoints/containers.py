@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from modules.contract.loading import TensorInfo
+from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.text_files import require_regular_file
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
@@ -74,6 +76,7 @@ def open_file(path: Path) -> TensorFile:
     Raises CheckpointError saying what the file is instead, or how it is damaged.
     """
     try:
+        require_regular_file(path)
         with path.open("rb") as file:
             start = file.read(16)
         if not start:
@@ -204,8 +207,10 @@ class TorchFile:
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
         }
-        size = path.stat().st_size
+        size, known = path.stat().st_size, set(SAFETENSORS_DTYPES.values())
         for name, info in self.tensors.items():
+            if info.dtype not in known:
+                raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)
             # a few bytes repeated over a shape that no memory holds, or a tensor without data
             if info.size_bytes > size:
                 raise CheckpointError(
@@ -226,18 +231,25 @@ class TorchFile:
 def load_pickled(path: Path) -> Any:
     """Load what `torch.save` wrote: tensors, mapped if the format allows, in plain containers.
 
-    Code in the file is refused, not run. Raises CheckpointError if there is code or the file is damaged.
+    Raises CheckpointError saying which of the two is wrong, that a tensor is no plain one, or that the file
+    is damaged.
     """
     try:
+        require_regular_file(path)
         with path.open("rb") as file:
             start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    try:
         is_zip = start[:4] == ZIP
         if start and not is_zip and start[:1] != PICKLE:
             raise CheckpointError(f"{path} {_what_it_is(start)}", path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the pickle protocol, of no use to a user
             # the older format cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        _check_plain(content, path)
+        return content
     except pickle.UnpicklingError as error:
         nonsense = re.search(r"Unsupported operand \d+", str(error))
         if nonsense is not None or "weights_only" not in str(error):
@@ -254,6 +266,36 @@ def load_pickled(path: Path) -> Any:
         Exception
     ) as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
         raise _damaged_pickle(path, str(error) or type(error).__name__) from error
+
+
+_PLAIN = "Only plain weights can be read: save them as dense tensors, best in a safetensors file."
+
+
+def _check_plain(content: Any, path: Path) -> None:
+    """Raise CheckpointError if a tensor in these containers is sparse, nested, quantised or without data."""
+    waiting: list[tuple[str, Any]] = [("", content)]
+    seen: set[int] = set()  # a harmful file may put a container in itself
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            kind = _special_kind(value)
+            if kind is not None:
+                raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_PLAIN}", path)
+        elif isinstance(value, (dict, list, tuple, set, frozenset)) and id(value) not in seen:
+            seen.add(id(value))
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in inner]
+
+
+def _special_kind(tensor: Tensor) -> str | None:
+    """What a tensor is instead of a plain one; None for a plain one."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.is_quantized:
+        return f"a quantised tensor ({dtype_name(tensor.dtype)})"
+    return f"a tensor without data ({tensor.device.type})" if tensor.device.type != "cpu" else None
 
 
 def _damaged_pickle(path: Path, reason: str) -> CheckpointError:

@@ -169,12 +169,10 @@ def _fp8_layers(
 
 
 def _last_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Return the name prefixes of the last blocks, `blocks.38.` and `blocks.39.`; none for a few blocks."""
-    blocks = [
-        f"{name}.{index}."
-        for name in spec.block_lists
-        for index, _ in enumerate(dit.get_submodule(name).children())
-    ]
+    """Beginnings of the names in the last blocks, `blocks.38.` and `blocks.39.`; none in networks of a few
+    blocks.
+    """
+    blocks = [f"{name}.{index}." for name, found in spec.blocks(dit).items() for index in range(len(found))]
     return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
 
 

@@ -1,6 +1,5 @@
 """Find encoders in Hugging Face's layout, under any prefix and beside other networks; read config.json."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from modules.checkpoints.opening import Checkpoint
 from modules.errors import CheckpointError
+from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +74,11 @@ def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[st
     if not file.is_file():
         return {}
     try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
+        whole = parse_json(read_text(file))
         config = whole.get(part, whole)
         named = config.get("model_type")
         settings: dict[str, Any] = {**(defaults if named is not None else {}), **config}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} cannot be read as the configuration of a model ({error}).", file
         ) from error

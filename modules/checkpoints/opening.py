@@ -22,6 +22,7 @@ from modules.checkpoints.sources import Source
 from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, is_fp8, stored_scale
+from modules.text_files import parse_json, read_text, require_regular_file
 
 __all__ = ["Checkpoint", "Source", "TensorInfo", "fingerprint", "open_checkpoint", "plain_sources"]
 
@@ -132,8 +133,14 @@ def checkpoint_paths(path: Path) -> list[Path]:
     """
     if path.is_dir():
         return _folder_paths(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file or folder.", path)
+    try:
+        require_regular_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file or folder.", path) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Give the model's file.", path
+        ) from error
     if path.name.endswith(".index.json"):
         return _indexed_paths(path)
     shard = _SHARD.fullmatch(path.name)
@@ -148,11 +155,11 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 def _indexed_paths(path: Path) -> list[Path]:
     try:
-        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        named = parse_json(read_text(path))["weight_map"]
         names = sorted({str(Path(name)) for name in named.values()})
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not an index of model files: {error!r}. Give the first of the files instead.", path
         ) from error

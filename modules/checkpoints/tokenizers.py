@@ -1,12 +1,19 @@
-"""Find the tokenizer of a text encoder: given by the user, in or beside its folder, or on the hub."""
+"""Where the tokenizer of a text encoder is (named, beside or inside the encoder's folder, on the hub);
+reading it.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
+from tokenizers import Tokenizer
 
 from modules.checkpoints.opening import fingerprint
+from modules.checkpoints.tokenizer_growth import check_sentencepiece, check_tokenizer
 from modules.errors import CheckpointError
+from modules.text_files import require_regular_file
+
+MAX_BYTES = 1 << 26  # 64 MiB; the largest tokenizer.json in use has 34
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class TokenizerFiles:
                 folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts)
             )
             is_loose = place == "." and not checkpoint_path.is_dir()
-            if file is not None and not (is_loose and self.token.encode() not in file.read_bytes()):
+            if file is not None and not (is_loose and self.token.encode() not in self.read_bytes(file)):
                 return file
         return None
 
@@ -59,6 +66,55 @@ class TokenizerFiles:
                 checkpoint_path,
             ) from error
 
+    def read(self, file: Path) -> Tokenizer:
+        """The tokenizer of a tokenizer.json as it stands there, without padding and truncation.
+
+        Raises CheckpointError.
+        """
+        self.check_bytes(file)
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+            check_tokenizer(tokenizer)
+        except Exception as error:  # the library raises nothing more precise
+            raise self.unreadable(file, error) from error
+        except BaseException as error:
+            # what Rust raises for a damaged table; no package exports it
+            if type(error).__name__ != "PanicException":
+                raise
+            raise self.unreadable(file, ValueError(str(error))) from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    def read_bytes(self, file: Path) -> bytes:
+        """A file of a tokenizer. Raises CheckpointError if it is too large or cannot be read."""
+        self.check_bytes(file)
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise self.unreadable(file, error) from error
+
+    def check_sentencepiece(self, model: bytes, origin: Path) -> None:
+        """Raise CheckpointError if a SentencePiece model is damaged or could lengthen a text without
+        measure.
+        """
+        try:
+            check_sentencepiece(model)
+        except ValueError as error:
+            raise self.unreadable(origin, error) from error
+
+    def check_bytes(self, file: Path) -> None:
+        """Raise CheckpointError if a file is larger than any tokenizer, or no regular file."""
+        try:
+            require_regular_file(file)
+            size = file.stat().st_size
+        except OSError as error:
+            raise self.unreadable(file, OSError(error.strerror)) from error
+        if size > MAX_BYTES:
+            raise self.unreadable(
+                file, ValueError(f"it has {size >> 20} MiB, {MAX_BYTES >> 20} are the most")
+            )
+
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
         """Return the error for a file that is not a tokenizer."""
         return CheckpointError(
@@ -67,10 +123,16 @@ class TokenizerFiles:
         )
 
     def _given(self, path: Path) -> Path:
-        if path.is_file():
-            return path
         if not path.is_dir():
-            raise CheckpointError(f"{self.option} {path}: there is no such file or folder.", path)
+            try:
+                require_regular_file(path)
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{self.option} {path}: there is no such file or folder.", path
+                ) from None
+            except OSError as error:
+                raise self.unreadable(path, OSError(error.strerror)) from error
+            return path
         for place in (path, *(path / place for place in self.beside if not place.startswith(".."))):
             file = self._file_in(place)
             if file is not None:

@@ -9,7 +9,7 @@ latents`, shaped like `noisy`. A family is a frozen dataclass made by
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import NoiseSpec
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class DitSpec:
 
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
+    # parts of module paths in blocks on which a LoRA is put only if asked for
+    lora_exclude: tuple[str, ...] = ()
     keep_float32: tuple[str, ...] = ()
     # what turns inputs into tokens, where large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
@@ -65,6 +68,10 @@ class DitSpec:
     token_wise: tuple[
         str, ...
     ] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
+
+    def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
+        """Return the blocks of each list by its name, in the order in which they run."""
+        return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
 
 
 @dataclass(frozen=True)
@@ -117,20 +124,17 @@ class TextEncoder(Protocol):
     def free(self) -> None: ...
 
 
-class Family(Protocol):
-    """What the loops know of a model family."""
+class Described(Protocol):
+    """What a family is: names, latent space, network, defaults."""
 
     @property
     def name(self) -> str: ...  # "wan": architecture in cache and LoRA metadata
 
     @property
-    def cache_tag(self) -> str: ...  # "wan": at the end of cache file names
-
-    @property
-    def lora_module(self) -> str: ...  # "networks.lora_wan"
-
-    @property
     def latent(self) -> LatentSpec: ...
+
+    @property
+    def noise(self) -> NoiseSpec: ...
 
     @property
     def dit(self) -> DitSpec: ...
@@ -139,13 +143,19 @@ class Family(Protocol):
     def defaults(self) -> SamplingDefaults: ...
 
     @property
-    def experts(self) -> tuple[float, ...]: ...  # lowest timestep of each expert; (0.0,) for a single network
+    def options(self) -> Any: ...  # the family's own option record; its facts say what resume compares
 
     @property
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
     def metadata(self) -> Mapping[str, str]: ...
 
-    # encoding: caching and generation
+
+class Encodes(Protocol):
+    """Texts and media encoded: for caches, for generation and for training samples."""
+
+    @property
+    def cache_tag(self) -> str: ...  # "wan": at the end of cache file names
+
     def text_encoders(self) -> Sequence[TextEncoder]: ...
 
     @property
@@ -167,7 +177,16 @@ class Family(Protocol):
     # per item at least one
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...
 
-    # the network: training and generation
+
+class Predicts(Protocol):
+    """The network: for training and for generation."""
+
+    @property
+    def lora_module(self) -> str: ...  # "networks.lora_wan"
+
+    @property
+    def experts(self) -> tuple[float, ...]: ...  # lowest timestep of each expert; (0.0,) for a single network
+
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
 
@@ -182,7 +201,10 @@ class Family(Protocol):
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor: ...
 
-    # generation only
+
+class Generates(Protocol):
+    """From a request to pixels, around the network: for generation and for training samples."""
+
     def prepare(self, request: Request) -> Request: ...  # final sizes and numbers, or raises; nothing loaded
 
     def prompts(self, request: Request) -> Mapping[int, Prompts]: ...  # by section; 0 is always there
@@ -202,3 +224,7 @@ class Family(Protocol):
 
     # B C F H W chunks in playing order, -1..1
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]: ...
+
+
+class Family(Described, Encodes, Predicts, Generates, Protocol):
+    """All that the loops may ask of a model family. A loop names only the parts that it uses."""

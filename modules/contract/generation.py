@@ -113,9 +113,12 @@ class Section:
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tweaks:
-    """Ideas that change a single call of the network."""
+    """Ideas that change a single call of the network.
+
+    Equal only to itself, so that it may be a key and hold tensors.
+    """
 
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
 

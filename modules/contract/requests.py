@@ -11,6 +11,8 @@ from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
+MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
+
 
 def filled(request: Request, usual: SamplingDefaults) -> Request:
     """Return the request with defaults for all that it leaves out.
@@ -52,10 +54,19 @@ def with_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Req
     return request
 
 
-def check_size(request: Request, latent: LatentSpec) -> None:
-    """Raise OptionError if the model cannot make the size, naming the nearest one that it can."""
-    width, height, _ = request.size
-    step = latent.pixel_step
+def check_size(request: Request, latent: LatentSpec, at_once: int | None = None) -> None:
+    """Raise OptionError where the model cannot make the size, naming the nearest one that it can.
+
+    at_once: how many frames are denoised together, if not all.
+    """
+    width, height, frames = request.size
+    frames, step = frames if at_once is None else min(frames, at_once), latent.pixel_step
+    if width * height * frames > MOST_PIXELS:
+        raise OptionError(
+            f"--video_size {height} {width}: {frames} such frames at once are "
+            f"{width * height * frames / 1e9:.0f} thousand "
+            f"million pixels, {MOST_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
+        )
     if width % step or height % step or min(width, height) < step:
         nearest = [max(step, round(side / step) * step) for side in (height, width)]
         raise OptionError(

@@ -1,10 +1,12 @@
 """Rectified flow: the straight path between data and noise, the time shift, a solver's noise levels.
 
-A noisy sample is `(1 - sigma) * latents + sigma * noise`; the network predicts the velocity `noise -
-latents`.
+A noisy sample is `alpha * latents + sigma * noise`. Of a flow alpha is 1 - sigma, and the network predicts
+the velocity `noise - latents`. Of a model that predicts noise alpha is 1 (k-diffusion's form), and its
+velocity is the noise. In both the velocity is the derivative of the sample by sigma, and `sample - sigma *
+velocity` is the clean estimate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,16 +25,18 @@ class Schedule:
 
     sigmas: Tensor  # N + 1, float32, falling; the last is 0
     timesteps: Tensor  # N, float32: what the network is fed at each step
+    alphas: Tensor  # N + 1, float64: the share of data at each sigma
 
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
 
 
-def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Blend latents with noise on the straight path that rectified flow trains on.
+def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | None = None) -> Tensor:
+    """Blend latents with noise; without `alphas` on the straight path that rectified flow trains on.
 
     latents, noise: B C F H W in model space. sigmas: B, from 0 (clean) to 1 (pure noise).
+    alphas: B, factors of the latents; None: 1 - sigmas.
     Returns B C F H W in the dtype of `latents`; the blend is computed in float32.
     Raises ValueError where the batch sizes differ.
     Source: Liu et al. 2022, arXiv 2209.03003.
@@ -41,8 +45,10 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         raise ValueError(
             f"batch sizes differ: {len(latents)} latents, {len(noise)} noise, {len(sigmas)} sigmas"
         )
-    weights = sigmas.float().view(-1, *([1] * (latents.ndim - 1)))
-    return ((1 - weights) * latents.float() + weights * noise.float()).to(latents.dtype)
+    rows = (-1, *([1] * (latents.ndim - 1)))
+    weights = sigmas.float().view(rows)
+    shares = 1 - weights if alphas is None else alphas.float().view(rows)
+    return (shares * latents.float() + weights * noise.float()).to(latents.dtype)
 
 
 def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
@@ -54,22 +60,39 @@ def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
     return flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)
 
 
-def make_schedule(solver: str, steps: int, flow_shift: float) -> Schedule:
+def make_schedule(solver: str, steps: int, flow_shift: float, table: Sequence[float] = ()) -> Schedule:
     """Return the noise levels that `solver` ("euler", "unipc", "unipc-bh1", "dpm++") visits in `steps` steps.
 
-    euler and unipc-bh1 feed exact timesteps; unipc and dpm++ feed them cut to whole numbers but step by the
-    exact sigmas, as the released code. Raises ValueError for an unknown solver or if steps is below 1.
+    table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
+    0, without a shift. Without: euler and unipc-bh1 feed exact timesteps; unipc and dpm++ feed them cut to
+    whole numbers but step by the exact sigmas, as the released code. Raises ValueError for another solver or
+    where there is no step.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: at least one is needed")
     if solver not in _GRIDS:
         raise ValueError(f"unknown solver {solver!r}: one of {', '.join(_GRIDS)}")
-    return _GRIDS[solver](steps, flow_shift)
+    return _table_grid(table, steps) if table else _GRIDS[solver](steps, flow_shift)
+
+
+def flow_schedule(sigmas: Tensor, timesteps: Tensor) -> Schedule:
+    """Return the schedule of a rectified flow. sigmas: N + 1, float32. timesteps: N, float32."""
+    return Schedule(sigmas, timesteps, 1 - sigmas.double())
+
+
+def _table_grid(table: Sequence[float], steps: int) -> Schedule:
+    places = np.linspace(len(table) - 1, 0, steps)
+    sigmas = np.append(np.interp(places, np.arange(len(table)), table), 0.0)
+    return Schedule(
+        torch.from_numpy(sigmas).float(),
+        torch.from_numpy(places).float(),
+        torch.ones(steps + 1, dtype=torch.float64),
+    )
 
 
 def _even_grid(steps: int, flow_shift: float) -> Schedule:
     sigmas = shift_sigmas(torch.linspace(1, 0, steps + 1, dtype=torch.float32), flow_shift)
-    return Schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
+    return flow_schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
 
 
 def _whole_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule:
@@ -77,7 +100,7 @@ def _whole_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule
     grid = torch.from_numpy(np.linspace(noisiest, 0.0, steps + 1)[:-1])
     sigmas = shift_sigmas(grid, flow_shift)
     timesteps = (sigmas * TRAIN_TIMESTEPS).to(torch.int64).float()
-    return Schedule(torch.cat([sigmas, sigmas.new_zeros(1)]).float(), timesteps)
+    return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]).float(), timesteps)
 
 
 def _unipc_grid(steps: int, flow_shift: float) -> Schedule:

@@ -1,13 +1,13 @@
 """Differential equation solvers that follow a predicted velocity from noise to data. All in float32.
 
 A solver belongs to one run over one schedule and may remember earlier predictions. Letters as in the papers:
-sigma and alpha = 1 - sigma are the shares of noise and data, lambda = log(alpha / sigma), h a step in lambda,
-x0 a predicted clean sample. A step is exact if x0 stays the same; higher orders model x0 as a polynomial in
+sigma and alpha are the shares of noise and data, lambda = log(alpha / sigma), h a step in lambda, x0 a
+predicted clean sample. A step is exact where x0 stays the same; higher orders take x0 for a polynomial in
 lambda.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,9 +38,9 @@ def make_solver(name: str, schedule: Schedule) -> Solver:
     return _SOLVERS[name](schedule)
 
 
-def solver_for(name: str, steps: int, flow_shift: float) -> Solver:
-    """Make a new solver with the schedule that belongs to it."""
-    return make_solver(name, make_schedule(name, steps, flow_shift))
+def solver_for(name: str, steps: int, flow_shift: float, table: Sequence[float] = ()) -> Solver:
+    """Return a fresh solver with the schedule that belongs to it. table: `NoiseSpec.table`."""
+    return make_solver(name, make_schedule(name, steps, flow_shift, table))
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,6 @@ class DpmPlusPlus:
         return _move(here, there, sample.float(), x0)
 
 
-def _data_share(sigma: float) -> float:
-    return 1.0 - sigma
-
-
 @dataclass(frozen=True)
 class UniPCVariant:
     """Hold how the released implementations of UniPC differ.
@@ -89,15 +85,15 @@ class UniPCVariant:
     """
 
     order: int  # of the predictions, at most; lower at the start, and 1 to sigma 0
-    alpha: Callable[[float], float]  # of a sigma
-    # h -> weight of a single difference: B(h) / 2 in units of 1 - e^-h
+    keeps_data: bool  # alpha counts as 1 at every sigma, whatever the schedule says
+    # h -> weight of a difference that is the only one: B(h) / 2 in units of 1 - e^-h
     lone_weight: Callable[[float], float]
 
 
-BH2 = UniPCVariant(order=2, alpha=_data_share, lone_weight=lambda step: 0.5)  # Wan's: B(h) = 1 - e^-h
-# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if noise were added without weakening
-# the data
-BH1 = UniPCVariant(order=3, alpha=lambda sigma: 1.0, lone_weight=lambda step: 0.5 * step / -math.expm1(-step))
+BH2 = UniPCVariant(order=2, keeps_data=False, lone_weight=lambda step: 0.5)  # Wan's: B(h) = 1 - e^-h
+# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if the data under the noise were never
+# made weaker
+BH1 = UniPCVariant(order=3, keeps_data=True, lone_weight=lambda step: 0.5 * step / -math.expm1(-step))
 
 
 @dataclass
@@ -115,7 +111,9 @@ class UniPC:
     _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        here, there = (_Level.at(self.schedule, place, self.variant.alpha) for place in (index, index + 1))
+        here, there = (
+            _Level.at(self.schedule, place, self.variant.keeps_data) for place in (index, index + 1)
+        )
         now = _Prediction.make(here, velocity, sample)
         self.corrected = self._correct(here, sample.float(), now)
 
@@ -156,9 +154,8 @@ class _Level:
     alpha: float
 
     @classmethod
-    def at(cls, schedule: Schedule, index: int, alpha: Callable[[float], float] = _data_share) -> "_Level":
-        sigma = float(schedule.sigmas[index])
-        return cls(sigma, alpha(sigma))
+    def at(cls, schedule: Schedule, index: int, keeps_data: bool = False) -> "_Level":
+        return cls(float(schedule.sigmas[index]), 1.0 if keeps_data else float(schedule.alphas[index]))
 
     @property
     def lam(self) -> float:

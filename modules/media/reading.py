@@ -9,21 +9,19 @@ import contextlib
 import functools
 import importlib
 import re
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, features
 
 from modules.errors import MediaError
 from modules.media.buckets import Size, fit_cover
+from modules.media.opening import open_image, open_video
 
 Frame = NDArray[np.uint8]  # H W C
 
@@ -33,12 +31,6 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".w
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those that Pillow always reads
 
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
-
-# what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
-_DAMAGE = (
-    *(OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error),
-    *(Image.DecompressionBombError, av.FFmpegError),
-)
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ def read_image(path: Path, alpha: bool = False) -> Frame:
 
     Raises MediaError if the image cannot be read.
     """
-    with _reading(path), Image.open(path) as file:
+    with open_image(path) as file:
         image: Image.Image = ImageOps.exif_transpose(file)
         has_alpha = image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
@@ -81,7 +73,7 @@ def image_size(path: Path) -> Size:
 
     Raises MediaError if the image cannot be read.
     """
-    with _reading(path), Image.open(path) as image:
+    with open_image(path) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
 
@@ -114,7 +106,7 @@ def video_frames(path: Path) -> Iterator[Frame]:
         return
     num_frames = 0
     end_seconds = 0.0
-    with _opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
         for packet in container.demux(stream):
             if packet.is_corrupt:
@@ -135,15 +127,15 @@ def video_info(path: Path) -> VideoInfo:
         images = folder_images(path)
         width, height = image_size(images[0])
         return VideoInfo(width, height, len(images), None)
-    with _opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
             raise MediaError(f"{path} holds no frame that can be decoded")
         sideways = round(first.rotation / 90) % 2 == 1
         width, height = (first.height, first.width) if sideways else (first.width, first.height)
-        return VideoInfo(
-            width, height, stream.frames or None, float(stream.average_rate) if stream.average_rate else None
-        )
+        # a header may claim any number of frames; each takes a byte at least
+        frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
+        return VideoInfo(width, height, frames, float(stream.average_rate) if stream.average_rate else None)
 
 
 def read_tags(path: Path) -> dict[str, str]:
@@ -153,9 +145,9 @@ def read_tags(path: Path) -> dict[str, str]:
     Raises MediaError if the file cannot be read.
     """
     if path.suffix.lower() in image_suffixes():
-        with _reading(path), Image.open(path) as image:
+        with open_image(path) as image:
             return {str(name): str(value) for name, value in getattr(image, "text", {}).items()}
-    with _opened(path) as (container, _):
+    with open_video(path) as (container, _):
         return {name.lower(): value for name, value in container.metadata.items()}
 
 
@@ -172,40 +164,6 @@ def folder_images(folder: Path) -> list[Path]:
     if not images:
         raise MediaError(f"{folder} is a folder without images")
     return images
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a video file; yields the container and its video stream."""
-    with _reading(path), av.open(_url(path), metadata_errors="replace") as container:
-        stream = container.streams.best("video")
-        if stream is None:
-            raise MediaError(
-                f"{path} has no video stream, only "
-                f"{', '.join(other.type for other in container.streams) or 'nothing'}"
-            )
-        yield container, stream
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what Pillow and FFmpeg raise into MediaError."""
-    if not path.exists():
-        raise MediaError(f"{path} does not exist")
-    if path.is_file() and path.stat().st_size == 0:
-        raise MediaError(f"{path} is empty (0 bytes)")
-    try:
-        yield
-    except UnidentifiedImageError:
-        raise MediaError(f"{path} is no image that can be read, or it is damaged") from None
-    except _DAMAGE as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise MediaError(f"{path} cannot be read: {reason}") from error
-
-
-def _url(path: Path) -> str:
-    """Return the URL of a file: without `file:`, FFmpeg reads `take:` in `take:2.mkv` as a protocol."""
-    return f"file:{path}"
 
 
 def _upright(frame: Frame, degrees: float) -> Frame:

@@ -16,7 +16,8 @@ from PIL import Image, PngImagePlugin
 
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
-from modules.media.reading import Frame, _reading, _url
+from modules.media.opening import file_url, open_container, open_video
+from modules.media.reading import Frame
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
@@ -82,7 +83,7 @@ def write_video(
         raise MediaError(f"{path}: there is no frame to write")
     with atomic_path(path) as temporary, _writing():
         # no random ids
-        container = av.open(_url(temporary), "w", format=_MUXERS[suffix], options={"fflags": "+bitexact"})
+        container = av.open(file_url(temporary), "w", format=_MUXERS[suffix], options={"fflags": "+bitexact"})
         with container:
             container.metadata.update(tags if tags and suffix == ".mkv" else {})
             stream = _add_stream(container, kind, first, fps)
@@ -131,7 +132,7 @@ class Segment:
 
 def segment_of(path: Path, fps: float) -> Segment:
     """Measure a finished file. Raises MediaError if it cannot be read."""
-    with _reading(path), av.open(_url(path)) as container:
+    with open_video(path) as (container, _):
         places = [_place(packet, fps) for packet in _packets(container)]
     return Segment(path, len(places), max(order - place for order, place in enumerate(places)))
 
@@ -145,12 +146,12 @@ def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
     """
     lead = max(segment.lead for segment in segments)
     with atomic_path(path) as temporary, _writing():
-        target = av.open(_url(temporary), "w", format=_MUXERS[".mp4"], options={"fflags": "+bitexact"})
+        target = av.open(file_url(temporary), "w", format=_MUXERS[".mp4"], options={"fflags": "+bitexact"})
         with target:
             stream: Any = None
             settings, frames, order = b"", 0, 0
             for segment in segments:
-                with av.open(_url(segment.path)) as source:
+                with open_container(segment.path) as source:
                     original = source.streams.video[0]
                     if stream is None:
                         stream = target.add_stream_from_template(original, opaque=True)

@@ -17,7 +17,6 @@ the weight's name, and the weight is fetched again. Trained weights are stepped 
 """
 
 import functools
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -29,11 +28,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 
+from modules.contract.generation import Tweaks
 from modules.contract.loading import TensorInfo
 from modules.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
 from modules.offload.input_layers import offload_layer
 from modules.offload.swap_plan import ListPlan, SwapPlan, big_layers
 from modules.offload.transfer import Transfer, transfer_to
+from modules.run_blocks import Hidden, Runner, runner_of, set_runner
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,11 @@ class BlockSwap:
         self._turns, self._skipped, self._at = turns, frozenset(skipped), None
         self._prepare(next(self._route(0, False), 0), False)
 
+    def run_all(self, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+        """Run the blocks by the runner that was set before; `modules.run_blocks` calls this."""
+        self.begin(torch.is_grad_enabled(), tweaks.skip_blocks)
+        inner(dit, hidden, tweaks)
+
     def enter(self, position: int, backward: bool) -> None:
         """Enter the block at `position`: wait for its weights, and start copying those of the next blocks."""
         if self._at == (position, backward):
@@ -323,8 +329,9 @@ def swap_blocks(
 ) -> None:
     """Make a network copy its weights from host memory when it runs.
 
-    Call it last: it wraps the blocks' forwards. host: the one that the network was loaded with; None changes
-    nothing. transfer: None chooses one for the device. Raises OptionError if the network has too few blocks.
+    Call it last: it wraps the blocks' forwards and their runner. host: the one that the network was loaded
+    with; None changes nothing. transfer: None chooses one for the device.
+    Raises OptionError if the network has too few blocks.
     """
     if host is None:
         return
@@ -338,13 +345,7 @@ def swap_blocks(
     swap = BlockSwap(_rings(dit, lists, places), len(blocks), held, transfer or transfer_to(device))
     for position, block in enumerate(blocks):
         block.forward = functools.partial(swap.run, position, block.forward)
-    parameters = inspect.signature(dit.forward)
-
-    def begin(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = parameters.bind(*inputs, **named).arguments
-        swap.begin(torch.is_grad_enabled(), given.get("skip_blocks", frozenset()))
-
-    dit.register_forward_pre_hook(begin, with_kwargs=True)
+    set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
     setattr(dit, _NAME, swap)
     _report(lists, swap, places, device)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def checkpoint_blocks(
     needed next. Has an effect in train mode with gradients on only. Call after LoRA and compilation: it wraps
     the `forward` that a block has then.
     """
-    blocks = [block for name in spec.block_lists for block in dit.get_submodule(name).children()]
+    blocks = list(chain.from_iterable(spec.blocks(dit).values()))
     for index, block in enumerate(blocks):
         place = None if block is blocks[-1] else offload
         block.forward = _Block(block, block.forward, keep_attention, place, is_first=index == 0)

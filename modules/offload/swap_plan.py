@@ -73,7 +73,7 @@ class SwapPlan:
 
         Raises OptionError if the network has too few blocks.
         """
-        totals = [len(list(dit.get_submodule(name).children())) for name in self.spec.block_lists]
+        totals = [len(blocks) for blocks in self.spec.blocks(dit).values()]
         swapped = self.spec.swap_counts(self.blocks) if self.blocks else [0] * len(totals)
         if not _fits(totals, swapped):
             most, has = most_blocks(totals, self.spec.swap_counts), " + ".join(map(str, totals))

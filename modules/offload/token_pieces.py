@@ -10,6 +10,7 @@ point torch stops recomputing the block (its early stop), and continues piece by
 
 import types
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
     """
     # one function for all blocks of a class: compiled code knows functions by identity
     changed: dict[Method, Method] = {}
-    for block in (block for name in spec.block_lists for block in dit.get_submodule(name).children()):
+    for block in chain.from_iterable(spec.blocks(dit).values()):
         if any(getattr(layer, WHOLE, False) for layer in block.modules()):
             continue
         for name in spec.token_wise:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modules.contract.family import DitSpec
+from modules.control_codes import escape_control_codes
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
@@ -164,7 +165,7 @@ def smallest_swap(device_bytes: Callable[[int], int], most: int, usable: int) ->
 
 def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool) -> list[Swapped]:
     """Return the effect of every possible --blocks_to_swap, from 0 on."""
-    totals = [len(list(dit.get_submodule(name).children())) for name in spec.block_lists]
+    totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     return [
         swapped(dit, SwapPlan(spec, count, input_layers))
         for count in range(most_blocks(totals, spec.swap_counts) + 1)
@@ -284,19 +285,19 @@ def as_text(plan: MemoryPlan) -> str:
 def show(plan: MemoryPlan, last_line: str) -> None:
     """Print the table and its last line; with colour on a terminal."""
     if not sys.stdout.isatty():
-        sys.stdout.write(f"{as_text(plan)}\n{last_line}\n")
+        sys.stdout.write(escape_control_codes(f"{as_text(plan)}\n{last_line}\n"))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=plan.title, title_justify="left")
+    table = Table(title=escape_control_codes(plan.title), title_justify="left")
     for index, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if index in {1, 2} else "left")
     for row in rows_of(plan):
         table.add_row(*row, style=None if row[0].startswith("  ") else "bold")
     console = Console(highlight=False)
     console.print(table)
-    console.print("\n".join([*plan.remarks, last_line]), markup=False)
+    console.print(escape_control_codes("\n".join([*plan.remarks, last_line])), markup=False)
 
 
 class Swappable(Protocol):

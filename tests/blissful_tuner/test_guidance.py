@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import applied_steps, guidance_scales, make_guidance
+from blissful_tuner.guidance import (
+    applied_steps,
+    guidance_scales,
+    make_guidance,
+    plain_cfg,
+    remembering,
+    with_skipped_layers,
+)
 from blissful_tuner.options import (
     PLAIN_GUIDANCE,
     GuidanceOptions,
@@ -15,7 +22,7 @@ from blissful_tuner.options import (
     add_rescale_argument,
 )
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, Predict, Request, Section, Tweaks
 from modules.errors import OptionError
 from modules.options import read_options
 from tests.golden_cases import read_case
@@ -110,6 +117,20 @@ def test_skip_layer_original_adds_a_third_pass_while_active() -> None:
     torch.testing.assert_close(velocity, torch.full_like(velocity, 6.0 + 3.0 * (2 - 0.9)))
     guidance(2, network, network.section)
     assert len(network.made) == 5
+
+
+@pytest.mark.parametrize("mode", ["original", "uncond"])
+def test_a_pass_without_layers_is_made_once_however_often_it_is_asked_for(mode: str) -> None:
+    def asking_twice(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+        plain_cfg(step, scale, predict, section)
+        return plain_cfg(step, scale, predict, section)
+
+    network, combine = passes(), with_skipped_layers(asking_twice, skipping(mode, "1"), 4)
+    predict = remembering(network)
+    for _ in range(2):
+        combine(0, 5.0, predict, network.section)
+
+    assert network.made.count((False, frozenset({1}))) == 1
 
 
 @pytest.mark.parametrize("mode", ["original", "uncond"])

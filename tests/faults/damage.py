@@ -47,6 +47,11 @@ def web_page(good: Path, bad: Path) -> None:
     bad.write_text("<!doctype html><title>404</title>", encoding="utf-8")
 
 
+def list_of_clips(good: Path, bad: Path) -> None:
+    """FFmpeg would play the good file instead."""
+    bad.write_text(f"ffconcat version 1.0\nfile '{good.name}'\n", encoding="ascii")
+
+
 def pickled_code(good: Path, bad: Path) -> None:
     torch.save({"state_dict": {"weight": torch.zeros(2)}, "extra": Harmful(proof_of(bad))}, bad)
 

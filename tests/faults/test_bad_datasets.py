@@ -17,11 +17,13 @@ from dataset.config import load_dataset_config
 from modules.contract.data import Batch
 from modules.errors import CacheError
 from modules.media.writing import write_video
+from tests.commands import run_script
 from tests.faults.damage import (
     Damage,
     empty,
     flip_any_bit,
     flipped_data,
+    list_of_clips,
     one_byte_short,
     pickled_code,
     proof_of,
@@ -160,6 +162,11 @@ BAD_CLIPS: dict[str, tuple[Damage, str, str]] = {
     "cut": (truncated, "clip 1.mp4", "cannot be read"),
     "cut, Matroska": (cut_matroska, "clip 1.mkv", "cut short"),
     "noise": (noise, "clip 1.mp4", "cannot be read"),
+    "a list of other clips": (
+        lambda good, bad: list_of_clips(good.with_name("clip 2.mp4"), bad),
+        "clip 1.mp4",
+        "a list of other files",
+    ),
 }
 
 
@@ -269,6 +276,31 @@ CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("image_directory", "video_directory"),
     ),
     "unknown extraction": ('"head"', '"middle"', ("frame_extraction", "middle", "uniform")),
+    "spans to fill a memory": (
+        "frame_extraction",
+        "frame_sample = 1000000000\nframe_extraction",
+        ("frame_sample = 1000000000", "at most 10000"),
+    ),
+    "repeats to fill a memory": (
+        "batch_size = 2",
+        "num_repeats = 1000000000",
+        ("num_repeats = 1000000000", "at most 100000"),
+    ),
+    "pixels to fill a memory": (
+        "[32, 32]",
+        "[1000000, 1000000]",
+        ("resolution = [1000000, 1000000]", "at most 16384"),
+    ),
+    "a rate of no time": (
+        "frame_extraction",
+        "source_fps = 1e-300\nframe_extraction",
+        ("source_fps = 1e-300", "0.001"),
+    ),
+    "a rate of many digits": (
+        "frame_extraction",
+        f"source_fps = 1{'0' * 400}\nframe_extraction",
+        ("source_fps = 1000", "a number above 0"),
+    ),
     "no frames": ("target_frames = [5]", "target_frames = [0]", ("target_frames", "1 or more")),
     "a key of images in a table of videos": (
         "frame_extraction",
@@ -334,3 +366,19 @@ def test_a_configuration_that_is_no_text_says_so(
     code, said = run_here(*CACHE_LATENTS, "--dataset_config", tmp_path / "dataset.toml", folder=project)
 
     assert_one_message(code, said, "dataset.toml")
+
+
+@pytest.mark.parametrize("more", [(), ("--check",)])
+def test_control_codes_in_names_reach_no_terminal(
+    more: tuple[str, ...], project: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: what counts is how it prints."""
+    config = copy_data(project, tmp_path, cached=False)
+    shutil.copy(tmp_path / "clips" / "clip 1.mp4", tmp_path / "clips" / "clip \x1b[31m\u202e.mp4")
+
+    done = run_script(*CACHE_TEXTS, "--dataset_config", config, *more, folder=project, check=False)
+
+    assert done.returncode == 1, done.stderr
+    said = done.stdout + done.stderr
+    assert r"\x1b[31m\u202e.mp4" in said
+    assert not {"\x1b", "\u202e"} & set(said)

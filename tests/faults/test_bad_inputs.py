@@ -427,3 +427,61 @@ def test_a_flipped_bit_never_changes_a_state_silently(undisturbed: Undisturbed, 
         )
         read = read_or_refuse(read_state, folder)
         assert read is None or told(read) == told(whole)
+
+
+# --- numbers beyond all sense -------------------------------------------------------------------------------
+
+DIGITS = "1" + "0" * 5000
+# the command, what is added to it, and what the message has to hold
+ABSURD: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "seed": (GENERATE, ("--seed", str(2**64)), ("seed", "64 bits")),
+    "seed of many digits": (GENERATE, ("--seed", DIGITS), ("--seed", "5001 digits")),
+    "seed of training": (SHORT_TRAINING, ("--seed", str(2**70)), ("--seed", "64 bits")),
+    "size": (GENERATE, ("--video_size", "1000000", "1000000"), ("1000000", "16384")),
+    "size of many digits": (GENERATE, ("--video_size", DIGITS, "32"), ("--video_size",)),
+    "size of which few frames fill the memory": (
+        GENERATE,
+        ("--video_size", "16384", "16384", "--video_length", "81"),
+        ("--video_size 16384 16384", "thousand million pixels"),
+    ),
+    "length": (GENERATE, ("--video_length", "1000000000"), ("1000000000", "100000")),
+    "rank": (SHORT_TRAINING, ("--network_dim", "1000000000"), ("--network_dim 1000000000", "4096")),
+}
+
+
+@pytest.mark.parametrize("fault", ABSURD)
+def test_a_number_beyond_all_sense_is_refused_before_memory_is_asked_for(fault: str, project: Path) -> None:
+    command, added, words = ABSURD[fault]
+
+    code, said = run_here(*command, *added, folder=project)
+
+    assert_one_message(code, said, *words, remedy=False)
+
+
+@pytest.mark.parametrize("option", ["w 1000000", "f 1000000000", f"d {DIGITS}", f"d {2**64}", f"f {DIGITS}"])
+def test_a_number_beyond_all_sense_in_a_line_is_told_with_the_line(
+    option: str, project: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"a cat --{option}\n", encoding="utf-8")
+
+    code, said = run_here(*GENERATE, "--from_file", tmp_path / "prompts.txt", folder=project)
+
+    assert code == 1
+    assert "ERROR: line 1 is skipped. OptionError: " in said
+    assert len(said) < 2000
+
+
+@pytest.mark.parametrize("option", ["w 1000000", "f 1000000000", f"d {DIGITS}", f"d {2**64}"])
+def test_a_sample_beyond_all_sense_does_not_end_a_training(
+    option: str, project: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"a cat --w 32 --h 32 --s 1 --{option}\n", encoding="utf-8")
+
+    code, said = run_here(
+        *(*SHORT_TRAINING, "--output_dir", tmp_path / "out", "--sample_at_first", "--max_train_steps", "1"),
+        *("--sample_prompts", tmp_path / "prompts.txt"),
+        folder=project,
+    )
+
+    assert code == 0, said
+    assert "skipped" in said or "ignored" in said

@@ -11,7 +11,7 @@ from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from generation.sections import make_latents
 from modules.contract.data import Conditions
-from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Tweaks
 from tests.golden_cases import read_case
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ class RecordingDit(nn.Module):
         guidance: Tensor,
         image: Tensor,
         indices: Tensor,
-        skip_blocks: frozenset[int] = frozenset(),
+        tweaks: Tweaks = NO_TWEAKS,
         **history: Tensor,
     ) -> Tensor:
         self.calls.append(Call(noisy, timesteps, llama, guidance, image, indices, history))

@@ -26,7 +26,7 @@ class Seen(nn.Module):
     """Keeps what it is called with."""
 
     def forward(
-        self, noisy: Tensor, *others: object, position_scale: object, skip_blocks: object, **history: object
+        self, noisy: Tensor, *others: object, position_scale: object, tweaks: object, **history: object
     ) -> Tensor:
         self.given = (noisy, *others)
         self.history = history

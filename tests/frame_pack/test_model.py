@@ -9,6 +9,7 @@ from torch import Tensor
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import Tokens
 from modules.attention.options import SDPA, AttentionChoice
+from modules.contract.generation import Tweaks
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.modules.attention_packages import PACKAGES, put_in
 
@@ -213,7 +214,9 @@ def test_skipped_blocks_pass_their_input_through_double_blocks_counted_first() -
     ):
         x = block(x, tokens)
 
-    assert torch.equal(model(**inputs, skip_blocks={0, 3}), model.unembed(x, tokens))
+    assert torch.equal(
+        model(**inputs, tweaks=Tweaks(skip_blocks=frozenset({0, 3}))), model.unembed(x, tokens)
+    )
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])

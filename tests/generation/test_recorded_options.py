@@ -13,13 +13,13 @@ import torch
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
-from blissful_tuner.metadata import NO_PIXELS, OF_DECODING, OF_REQUEST
 from frame_pack import options as frame_pack
 from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_generation
 from generation.request import make_request
 from generation.run import Run
 from generation.session import Session
 from hunyuan_model import options as hunyuan
+from modules.options import facts_of
 from tests.generation.toy_family import ToyFamily
 from wan import options as wan
 
@@ -40,6 +40,16 @@ class Script:
         supported = [action for action in parser._actions if not hasattr(action, "unsupported_reason")]
         return {action.dest: action for action in supported if action.dest != "help"}
 
+    @functools.cached_property
+    def facts(self) -> Mapping[str, str]:
+        """What of a video's metadata its options are: `setting`, `request`, `decoding` or `nothing`."""
+        facts = facts_of(GenerationOptions) | facts_of(self.record)
+        own = dict.fromkeys(self.defaults.extras, "request")  # a prompt line may give them
+        return {
+            name: facts[name].get("record", "setting") if name in facts else own[name]
+            for name in self.actions
+        }
+
     def read(self, *arguments: str) -> GenerationOptions:
         return read_generation(
             None, self.defaults, self.add_arguments, self.record, ["--save_path", "made", *arguments]
@@ -59,11 +69,18 @@ SCRIPTS = {
 }
 # said by the family when it has settled a request, and by the run
 FROM_FAMILY = {"task", "device", "f1", "latent_window_size"}
+SAID_AS = {  # where the metadata have another name for it
+    "seed": ("seeds",),
+    "video_size": ("height", "width"),
+    "one_frame_inference": ("one_frame",),
+    "lora_weight": ("lora_0",),
+    "lora_multiplier": ("lora_0",),
+}
 RECORDED = [
     (name, option)
     for name, script in SCRIPTS.items()
-    for option in script.actions
-    if option not in NO_PIXELS | FROM_FAMILY
+    for option, kind in script.facts.items()
+    if kind != "nothing" and option not in FROM_FAMILY
 ]
 SHARES = {"strength", "guidance_rescale", "cfg_apply_ratio"}  # not above 1
 LORA = __file__  # a file that is there
@@ -118,7 +135,7 @@ def test_every_option_that_changes_pixels_is_recorded(name: str, option: str) ->
     metadata = recorded(
         script.read(*prompt, *WITH.get(option, []), script.actions[option].option_strings[0], *values)
     )
-    keys = OF_REQUEST.get(option, (option,))
+    keys = SAID_AS.get(option, (option,))
     said = [metadata[f"bt_{key}"] for key in keys]
     for value in values or ["True"]:
         assert any(Path(value).name in text for text in said), f"{option} {value} is not in {said}"
@@ -153,9 +170,86 @@ def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(n
     }
 
 
-def test_lists_of_options_name_options_that_there_are() -> None:
-    known = {option for script in SCRIPTS.values() for option in script.actions}
-    assert known >= NO_PIXELS | OF_DECODING | OF_REQUEST.keys()
+LISTS = {
+    "nothing": {
+        *(
+            "save_path",
+            "output_type",
+            "no_metadata",
+            "no_progressive_save",
+            "keep_pngs",
+            "codec",
+            "container",
+        ),
+        *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),
+        *(
+            "blocks_to_swap",
+            "img_in_txt_in_offloading",
+            "vae_cache_cpu",
+            "vae_chunk_size",
+            "lycoris",
+            "dit_in_channels",
+        ),
+    },
+    "request": {
+        *(
+            "prompt",
+            "negative_prompt",
+            "fps",
+            "infer_steps",
+            "guidance_scale",
+            "cfg_schedule",
+            "seed",
+            "video_size",
+        ),
+        *("flow_shift", "embedded_cfg_scale", "video_length", "video_seconds", "video_sections", "strength"),
+        *(
+            "image_path",
+            "end_image_path",
+            "control_path",
+            "video_path",
+            "control_image_path",
+            "control_image_mask_path",
+        ),
+        *(
+            "task",
+            "device",
+            "f1",
+            "latent_window_size",
+            "one_frame_inference",
+            "lora_weight",
+            "lora_multiplier",
+        ),
+    },
+    "decoding": {
+        *(
+            "vae",
+            "vae_dtype",
+            "vae_tiling",
+            "vae_spatial_tile_sample_min_size",
+            "bulk_decode",
+            "trim_tail_frames",
+            "ckpt_dir",
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_records_say_of_each_option_what_stood_in_a_list(kind: str) -> None:
+    found = {
+        option for script in SCRIPTS.values() for option, its_kind in script.facts.items() if its_kind == kind
+    }
+    assert found == LISTS[kind]
+
+
+def test_every_option_is_one_of_four_kinds_and_the_same_in_every_script() -> None:
+    kinds: dict[str, set[str]] = {}
+    for script in SCRIPTS.values():
+        for option, kind in script.facts.items():
+            kinds.setdefault(option, set()).add(kind)
+    assert {option: found for option, found in kinds.items() if len(found) > 1} == {}
+    assert set().union(*kinds.values()) == {"setting", *LISTS}
 
 
 def test_files_are_recorded_by_name(tmp_path: Path) -> None:

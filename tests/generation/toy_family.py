@@ -21,6 +21,7 @@ from modules.contract.generation import (
     Tweaks,
 )
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import CheckpointError, MediaError, OptionError
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
@@ -101,9 +102,9 @@ class ToyDit(nn.Module):
         self.places["dit"] = str(device)
         return self
 
-    def forward(self, noisy: Tensor, letters: list[Tensor], skip_blocks: frozenset[int]) -> Tensor:
+    def forward(self, noisy: Tensor, letters: list[Tensor], tweaks: Tweaks) -> Tensor:
         text = torch.stack([one.mean() for one in letters]).view(-1, 1, 1, 1, 1)
-        return self.scale * (noisy + text / 100) * 0.5 ** len(skip_blocks)
+        return self.scale * (noisy + text / 100) * 0.5 ** len(tweaks.skip_blocks)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class ToyFamily:
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
+    noise: NoiseSpec = FLOW
     dit: DitSpec = DitSpec(("blocks",))
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
@@ -191,7 +193,7 @@ class ToyFamily:
             raise KeyboardInterrupt
         if self.interrupt_at is not None and int(cond["letters"][0]) == len(self.interrupt_at):
             raise KeyboardInterrupt
-        return dit(noisy, cond["letters"], tweaks.skip_blocks)
+        return dit(noisy, cond["letters"], tweaks)
 
     def prepare(self, request: Request) -> Request:
         if request.prompt == "impossible":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modules.attention.options import SDPA, AttentionChoice
+from modules.contract.generation import Tweaks
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state
@@ -169,7 +170,9 @@ def test_skipped_blocks_pass_their_input_through_double_blocks_counted_first() -
     for block in (model.double_blocks[1], model.single_blocks[0], model.single_blocks[2]):
         x = block(x, tokens)
 
-    assert torch.equal(model(**inputs, skip_blocks={0, 3}), model.unembed(x, tokens))
+    assert torch.equal(
+        model(**inputs, tweaks=Tweaks(skip_blocks=frozenset({0, 3}))), model.unembed(x, tokens)
+    )
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])

@@ -1,10 +1,13 @@
 """Commands that messages tell to type, and what is said of mistyped ones and of many lines."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from modules import command
+from modules.control_codes import escape_control_codes
+from modules.errors import CheckpointError
 
 
 def _parser() -> command.Parser:
@@ -94,3 +97,44 @@ def test_a_warning_is_not_shown_again_within_the_block(caplog: pytest.LogCapture
     caplog.clear()
     speak()
     assert len(caplog.messages) == 6
+
+
+ATTACK = "a\x1b[2Jb\x1b]0;title\x07c\x9bd\re\x7f \u202egpj.exe\u202c \u2066x\ud800"
+SHOWN = r"a\x1b[2Jb\x1b]0;title\x07c\x9bd\re\x7f \u202egpj.exe\u202c \u2066x\ud800".replace(r"\r", r"\x0d")
+
+
+def test_control_codes_are_written_out_and_letters_of_every_language_stay() -> None:
+    assert escape_control_codes(ATTACK) == SHOWN
+    plain = "Käfer 猫 עברית 🐈\u200d⬛\n  two lines\tand a tab"
+    assert escape_control_codes(plain) == plain
+
+
+def test_a_message_of_the_log_holds_no_control_codes_but_its_colour() -> None:
+    handler = logging.StreamHandler()
+    for colour, around in ((False, ("", "")), (True, ("\033[33m", "\033[0m"))):
+        handler.setFormatter(command._LineFormatter(colour))
+        record = logging.makeLogRecord(
+            {"msg": "%s is ignored", "args": (ATTACK,), "levelno": logging.WARNING, "levelname": "WARNING"}
+        )
+        assert handler.format(record) == f"{around[0]}WARNING: {SHOWN} is ignored{around[1]}"
+
+
+def test_the_message_of_an_error_holds_no_control_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(f"{ATTACK}.safetensors")
+
+    def fail() -> None:
+        raise CheckpointError(f"{path}: damaged.\n  Copy it again.", path)
+
+    with pytest.raises(SystemExit):
+        command.command_line(fail, lambda path: f"it looks like \x1b[31m{path.name}")
+    assert capsys.readouterr().err.splitlines() == [
+        f"CheckpointError: {SHOWN}.safetensors: damaged.",
+        "  Copy it again.",
+        rf"  {SHOWN}.safetensors: it looks like \x1b[31m{SHOWN}.safetensors.",
+    ]
+
+
+def test_a_mistyped_option_is_shown_without_control_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["--save_path", "x", "--layers", ATTACK])
+    assert "\x1b" not in capsys.readouterr().err

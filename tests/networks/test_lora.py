@@ -12,7 +12,8 @@ from torch import nn
 from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from modules.offload.checkpointing import checkpoint_blocks
-from networks import lora_hunyuan, lora_wan
+from networks import lora, lora_wan
+from networks.loading import import_network_module
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, halves, keep_mask
 from tests.golden_cases import make_input, read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, randomize, tiny_dit, wan_network
@@ -79,20 +80,54 @@ def test_patterns_choose_the_recorded_modules(which: str) -> None:
     assert list(dict.fromkeys(name.partition(".")[0] for name in network.state_dict())) == expected["modules"]
 
 
-def test_hunyuan_video_blocks_are_the_targets_of_the_shared_module() -> None:
-    class MMSingleStreamBlock(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear1 = nn.Linear(8, 8)
-            self.modulation = nn.ModuleDict({"linear": nn.Linear(8, 8)})
+class NewDit(nn.Module):
+    """A transformer of no family that there is."""
 
-    dit = nn.Module()
-    dit.single_blocks = nn.ModuleList([MMSingleStreamBlock()])
-    dit.final = nn.Linear(8, 8)
+    spec = DitSpec(("double_blocks", "single_blocks"), lora_exclude=("modulation",))
 
-    network = lora_hunyuan.create_arch_network(1.0, 4, 1.0, None, None, dit)
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.single_blocks = nn.ModuleList([self.block(), self.block()])
+        self.double_blocks = nn.ModuleList([self.block()])
+        self.final = nn.Linear(8, 8)
 
-    assert {name.partition(".")[0] for name in network.state_dict()} == {"lora_unet_single_blocks_0_linear1"}
+    @staticmethod
+    def block() -> nn.Module:
+        return nn.ModuleDict(
+            {"linear": nn.Linear(8, 8), "modulation": nn.Sequential(nn.SiLU(), nn.Linear(8, 8))}
+        )
+
+
+def modules_of(network: nn.Module) -> list[str]:
+    return list(
+        dict.fromkeys(name.partition(".")[0].removeprefix("lora_unet_") for name in network.state_dict())
+    )
+
+
+def test_a_network_states_which_of_its_modules_a_lora_takes() -> None:
+    plain = lora.create_arch_network(1.0, 4, 1.0, None, None, NewDit())
+    more = lora.create_arch_network(
+        1.0, 4, 1.0, None, None, NewDit(), include_patterns=[r"single_blocks\.1\.modulation"]
+    )
+
+    assert modules_of(plain) == ["single_blocks_0_linear", "single_blocks_1_linear", "double_blocks_0_linear"]
+    assert set(modules_of(more)) - set(modules_of(plain)) == {"single_blocks_1_modulation_1"}
+
+
+def test_patterns_that_leave_no_module_are_refused() -> None:
+    with pytest.raises(OptionError, match="exclude_patterns: the LoRA has no module left"):
+        lora.create_arch_network(1.0, 4, 1.0, None, None, NewDit(), exclude_patterns=[".*blocks"])
+
+
+@pytest.mark.parametrize(
+    "name", ["networks.lora", "networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"]
+)
+def test_all_names_of_our_network_module_build_the_same(name: str) -> None:
+    module = import_network_module(name)
+
+    assert module.create_arch_network is lora.create_arch_network
+    assert module.create_arch_network_from_weights is lora.create_arch_network_from_weights
 
 
 def test_a_new_lora_changes_nothing(tmp_path: Path) -> None:
@@ -258,36 +293,40 @@ def test_norms_above_the_limit_are_scaled_down_to_it(tmp_path: Path) -> None:
 
 
 def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
-    class WanAttentionBlock(nn.Module):
+    class Convolutions(nn.Module):
+        spec = DitSpec(("blocks",))
+
         def __init__(self) -> None:
             super().__init__()
-            self.one = nn.Conv2d(4, 6, 1)
-            self.three = nn.Conv2d(4, 6, 3, padding=1, stride=2)
+            block = nn.ModuleDict(
+                {"one": nn.Conv2d(4, 6, 1), "three": nn.Conv2d(4, 6, 3, padding=1, stride=2)}
+            )
+            self.blocks = nn.ModuleList([block])
 
-    dit = nn.Sequential(WanAttentionBlock())
+    dit = Convolutions()
+    three = dit.blocks[0]["three"]
     plain = lora_wan.create_arch_network(1.0, 2, 1.0, None, None, dit)
     network = lora_wan.create_arch_network(1.0, 2, 1.0, None, None, dit, conv_dim="3", conv_alpha="1")
     randomize(network)
     pixels = torch.randn(1, 4, 8, 8)
-    before = dit[0].three(pixels)
+    before = three(pixels)
     network.apply_to(None, dit)
 
     assert len(plain.layers) == 1
-    whole = lora_wan.create_arch_network(1.0, 2, 1.0, None, None, dit[0:1], conv_dim="3", conv_alpha="0")
+    whole = lora_wan.create_arch_network(
+        1.0, 2, 1.0, None, None, Convolutions(), conv_dim="3", conv_alpha="0"
+    )
     assert [layer.scale for layer in whole.layers] == [0.5, 1.0]  # alpha 0 means the rank
     factors = network.state_dict()
-    assert factors["lora_unet_0_three.lora_down.weight"].shape == (3, 4, 3, 3)
-    assert factors["lora_unet_0_three.lora_up.weight"].shape == (6, 3, 1, 1)
-    delta = (
-        torch.einsum(
-            "orxy,rikl->oikl",
-            factors["lora_unet_0_three.lora_up.weight"],
-            factors["lora_unet_0_three.lora_down.weight"],
-        )
-        / 3
+    assert factors["lora_unet_blocks_0_three.lora_down.weight"].shape == (3, 4, 3, 3)
+    assert factors["lora_unet_blocks_0_three.lora_up.weight"].shape == (6, 3, 1, 1)
+    down, up = (
+        factors["lora_unet_blocks_0_three.lora_down.weight"],
+        factors["lora_unet_blocks_0_three.lora_up.weight"],
     )
+    delta = torch.einsum("orxy,rikl->oikl", up, down) / 3
     expected = before + nn.functional.conv2d(pixels, delta, padding=1, stride=2)
-    torch.testing.assert_close(dit[0].three(pixels), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(three(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_saved_file_has_the_dtype_asked_for_and_its_hashes(tmp_path: Path) -> None:

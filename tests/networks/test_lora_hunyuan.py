@@ -13,7 +13,7 @@ from hunyuan_model.model import HunyuanVideoModel
 from modules.contract.loading import Placement
 from networks import lora_hunyuan
 from networks.convert import convert_file
-from networks.loading import import_network_module, read_lora
+from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse, merge_into_file
 from networks.module_names import HUNYUAN_VIDEO, alias, choose_family, module_path, relatives, underscored
 from tests.golden_cases import read_case
@@ -65,10 +65,6 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
         assert float(parameter.grad.norm()) == pytest.approx(norm, rel=rtol)
         assert float(parameter.grad.sum()) == pytest.approx(total, rel=rtol, abs=rtol * norm)
     assert all(parameter.grad is None for parameter in dit.parameters())
-
-
-def test_the_module_goes_by_the_name_that_tuners_know() -> None:
-    assert import_network_module("networks.lora") is lora_hunyuan
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])

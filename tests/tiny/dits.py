@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frame_pack import checkpoints as framepack
 from frame_pack.model import FramePackModel
 from hunyuan_model.model import HunyuanVideoModel
 from modules.contract.family import DitSpec
@@ -79,13 +78,7 @@ def _wan(kind: str) -> TinyDit:
             given["image_embeds"] = torch.randn(batch, 257, config.image_dim, generator=generator)
         return given
 
-    return TinyDit(
-        f"wan {kind}",
-        DitSpec(("blocks",), token_wise=("feed_forward",)),
-        make,
-        lora_wan.create_arch_network,
-        inputs,
-    )
+    return TinyDit(f"wan {kind}", WanModel.spec, make, lora_wan.create_arch_network, inputs)
 
 
 def _hunyuan(kind: str) -> TinyDit:
@@ -109,8 +102,7 @@ def _hunyuan(kind: str) -> TinyDit:
             "guidance": torch.linspace(1000.0, 6000.0, batch),
         }
 
-    spec = DitSpec(("double_blocks", "single_blocks"), token_wise=("feed_forward",))
-    return TinyDit(f"hunyuan {kind}", spec, make, lora_hunyuan.create_arch_network, inputs)
+    return TinyDit(f"hunyuan {kind}", HunyuanVideoModel.spec, make, lora_hunyuan.create_arch_network, inputs)
 
 
 def _framepack() -> TinyDit:
@@ -145,7 +137,7 @@ def _framepack() -> TinyDit:
             start += count
         return given
 
-    return TinyDit("framepack", framepack.DIT, make, lora_framepack.create_arch_network, inputs)
+    return TinyDit("framepack", FramePackModel.spec, make, lora_framepack.create_arch_network, inputs)
 
 
 DITS = (_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack())

@@ -24,6 +24,9 @@ class TinyFamily:
     cache_texts: Command
     train: Command
     generate: Command
+    # options with which a state of `train` is not resumed; none if the model's file excludes them
+    another_run: Command
+    changed_habit: Command  # options that a resumed run may change, with a warning
     sample_line: str = "a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3"
 
 
@@ -80,6 +83,8 @@ def _wan(
             *network,
         ],
         generate=["wan_generate_video.py", *models, *clip, *media, *LENGTH],
+        another_run=["--task", "t2v-14B"] if task == "t2v-1.3B" else [],
+        changed_habit=["--rope_func", "comfy"],
         sample_line=f"{TinyFamily.sample_line} {line}".strip(),
     )
 
@@ -102,6 +107,8 @@ def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: st
         cache_texts=["cache_text_encoder_outputs.py", "--dataset_config", "dataset.toml", *texts],
         train=["hv_train_network.py", *models, "--dataset_config", "dataset.toml", "--sdpa", *network],
         generate=["hv_generate_video.py", *models, *media, "--negative_prompt", "dull", *LENGTH],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
         sample_line=f"{TinyFamily.sample_line} --n dull {line}".strip(),
     )
 
@@ -149,6 +156,10 @@ def _framepack(
             *network,
         ],
         generate=["fpack_generate_video.py", *models, *shared, *media, *START, "--negative_prompt", "dull"],
+        another_run=[],
+        changed_habit={"": ["--f1"], "--f1": ["--one_frame"]}.get(
+            " ".join(switches), ["--guidance_scale", "5"]
+        ),
         sample_line=f"a cat --w 32 --h 32 --f 9 --d 7 --s 2 --l 3 --n dull --i start.png {line}".strip(),
     )
 

@@ -1,12 +1,18 @@
 """The loss has a closed form for a network that says a constant."""
 
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
 from modules.contract.data import Batch
+from modules.contract.noise import NoiseSpec
+from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily
-from training.loss import NoisyBatch, squared_errors, training_loss
+from training.loss import NoisyBatch, element_errors, find_thresholds, measure_errors, training_loss
+from training.loss_options import LossOptions
 
 
 class Constant(torch.nn.Module):
@@ -35,7 +41,7 @@ def noisy_batch(weights: tuple[float, float] = (1.0, 1.0)) -> NoisyBatch:
 def test_latents_are_scaled_then_mixed_with_noise() -> None:
     dit = Constant(0.0)
 
-    squared_errors(ToyFamily(), dit, noisy_batch(), nullcontext)
+    measure_errors(ToyFamily(), dit, noisy_batch(), nullcontext)
 
     scaled = torch.tensor([4.0, 8.0]) * LATENT.scale
     torch.testing.assert_close(
@@ -48,7 +54,7 @@ def test_latents_are_scaled_then_mixed_with_noise() -> None:
 
 
 def test_each_sample_counts_its_squared_distance_from_noise_minus_latents() -> None:
-    errors = squared_errors(ToyFamily(), Constant(0.5), noisy_batch(), nullcontext)
+    errors = measure_errors(ToyFamily(), Constant(0.5), noisy_batch(), nullcontext)
 
     assert errors.tolist() == [(0.5 - (1 - 2)) ** 2, (0.5 - (1 - 4)) ** 2]
 
@@ -60,11 +66,78 @@ def test_weights_multiply_the_losses_of_their_samples() -> None:
 
 
 def test_the_loss_is_float32_where_the_network_computes_in_bf16() -> None:
-    errors = squared_errors(
+    errors = measure_errors(
         ToyFamily(dtype=torch.bfloat16), Constant(0.5).bfloat16(), noisy_batch(), nullcontext
     )
 
     assert errors.dtype == torch.float32
+
+
+LOSSES, LOSS_TENSORS = read_case("image_losses")
+RECORDED = [case for case in LOSSES["cases"] if case["loss_per_sample"] is not None]
+
+
+@pytest.mark.parametrize(
+    "case", RECORDED, ids=lambda case: f"{case['loss_type']} {case['huber_schedule']} {case['huber_c']}"
+)
+def test_every_loss_is_the_recorded_one(case: dict[str, Any]) -> None:
+    options = LossOptions(case["loss_type"], case["huber_schedule"], case["huber_c"], case["huber_scale"])
+    sigmas = torch.tensor(LOSSES["sigma"])
+    thresholds = find_thresholds(options, NoiseSpec(), sigmas, 1000 * sigmas)
+
+    errors = (
+        element_errors(options, LOSS_TENSORS["model_output"] - LOSS_TENSORS["target"], thresholds)
+        .flatten(1)
+        .mean(1)
+    )
+
+    torch.testing.assert_close(errors, torch.tensor(case["loss_per_sample"]), rtol=1e-5, atol=0)
+    if case["threshold"] is not None:
+        torch.testing.assert_close(thresholds, torch.tensor(case["threshold"]), rtol=1e-5, atol=0)
+
+
+def test_the_threshold_of_snr_falls_from_1_in_data_to_huber_c_in_noise() -> None:
+    options = LossOptions("huber", "snr", 0.1, 1.0)
+    sigmas = torch.tensor([0.0, 0.5, 1.0])
+    torch.testing.assert_close(
+        find_thresholds(options, NoiseSpec(), sigmas, sigmas), torch.tensor([1.0, 0.325, 0.1])
+    )
+    levels = NoiseSpec(table=(0.0,) * 1000)  # of which only that there is one counts here
+    ratios = torch.tensor([0.0, 1.0, 3.0])
+    expected = 0.9 / (1 + ratios).square() + 0.1  # as known trainers have it, with the ratio of noise to data
+    torch.testing.assert_close(find_thresholds(options, levels, ratios, ratios), expected)
+
+
+def test_the_loss_that_options_ask_for_is_trained() -> None:
+    plain = training_loss(ToyFamily(), Constant(0.5), noisy_batch(), nullcontext)
+    absolute = training_loss(
+        ToyFamily(), Constant(0.5), noisy_batch(), nullcontext, LossOptions("l1", "snr", 0.1, 1.0)
+    )
+    assert plain.item() == (1.5**2 + 3.5**2) / 2
+    assert absolute.item() == (1.5 + 3.5) / 2
+
+
+def test_places_that_the_mask_leaves_out_do_not_count() -> None:
+    drawn = noisy_batch()
+    mask = torch.zeros(2, 4, 4)  # of pixels: 2 x 2 of them for each latent
+    mask[0, :2, :2] = 1
+    mask[1, :, :2] = 0.5
+    tensors = {**drawn.batch.tensors, "alpha_mask": mask}
+
+    errors = measure_errors(
+        ToyFamily(), Constant(0.5), replace(drawn, batch=replace(drawn.batch, tensors=tensors)), nullcontext
+    )
+
+    assert errors.tolist() == [1.5**2 / 4, 3.5**2 / 4]
+
+
+def test_a_model_with_a_table_is_given_latents_under_noise_and_learns_the_noise() -> None:
+    drawn, dit = replace(noisy_batch(), sigmas=torch.tensor([0.5, 10.0])), Constant(0.5)
+
+    errors = measure_errors(ToyFamily(noise=NoiseSpec(table=(0.0,) * 1000)), dit, drawn, nullcontext)
+
+    assert dit.noisy[:, 0, 0, 0, 0].tolist() == [2 + 0.5, 4 + 10]
+    assert errors.tolist() == [0.25, 0.25]
 
 
 def test_moving_a_batch_moves_every_tensor_of_it() -> None:

@@ -84,6 +84,16 @@ def test_every_key_of_the_format_is_there_as_text() -> None:
     assert made["ss_sd_model_name"] == "dit.safetensors"
 
 
+def test_another_loss_than_the_usual_is_recorded() -> None:
+    made = metadata("--loss_type", "huber", "--huber_c", "0.2")
+    assert {key: made[key] for key in made.keys() - metadata().keys()} == {
+        "ss_loss_type": "huber",
+        "ss_huber_schedule": "snr",
+        "ss_huber_c": "0.2",
+        "ss_huber_scale": "1.0",
+    }
+
+
 def test_without_metadata_only_what_loading_needs_stays() -> None:
     made = metadata("--no_metadata")
 

@@ -4,14 +4,17 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from modules.errors import CheckpointError, OptionError
+from modules.options import FREE, HABIT, IDENTITY
 from tests.commands import ROOT, run_python
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.resuming import habits_of
@@ -186,6 +189,53 @@ def test_another_model_is_warned_about(tmp_path: Path, caplog: pytest.LogCapture
     assert [record.getMessage() for record in caplog.records] == [
         "the model's file was a.safetensors when the state was saved; it is b.safetensors from here on."
     ]
+
+
+@dataclass(frozen=True)
+class OwnOptions:
+    """A family's own options."""
+
+    task: str = field(default="small", metadata=IDENTITY)
+    rope_func: str = field(default="default", metadata=HABIT)
+    vae: str = field(default="vae.safetensors", metadata=FREE)
+
+
+def test_options_of_the_family_are_compared_as_the_shared_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--save_state", "--max_train_steps", 2, family=ToyFamily(options=OwnOptions()))
+
+    with pytest.raises(OptionError, match="--task: small in the state, large now"):
+        train_toy(tmp_path, "--resume", "latest", family=ToyFamily(options=OwnOptions(task="large")))
+    assert not caplog.records
+    train_toy(
+        tmp_path, "--resume", "latest", family=ToyFamily(options=OwnOptions(rope_func="comfy", vae="other"))
+    )
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "--rope_func was default when the state was saved; it is comfy from here on."
+    ]
+
+
+def test_files_say_which_options_of_the_family_they_were_trained_with(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--max_train_steps", 1, family=ToyFamily(options=OwnOptions(rope_func="comfy")))
+
+    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_task"], metadata["ss_rope_func"], metadata.get("ss_vae")) == ("small", "comfy", None)
+
+
+def test_a_state_of_a_version_that_recorded_less_goes_on_and_says_what_is_not_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
+
+    train_toy(tmp_path, "--resume", "latest", family=ToyFamily(options=OwnOptions()))
+
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "does not say what the run that saved it had for --rope_func, --task" in said
 
 
 def test_a_run_on_other_clips_is_refused(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from modules.contract.noise import FLOW, NoiseSpec
 from tests.training.toy import toy_options
 from training.unused_options import ignored_options
 
 
-def named(folder: Path, *arguments: object, takes_guidance: bool = False) -> set[str]:
-    lines = ignored_options(toy_options(folder, *arguments), takes_guidance)
+def named(
+    folder: Path, *arguments: object, takes_guidance: bool = False, noise: NoiseSpec = FLOW
+) -> set[str]:
+    lines = ignored_options(toy_options(folder, *arguments), takes_guidance, noise)
     return {line.partition(" has no effect: ")[0] for line in lines}
 
 
@@ -48,6 +51,9 @@ def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
         (["--logit_mean", 1, "--logit_std", 2], {"--logit_mean", "--logit_std"}),
         (["--timestep_sampling", "logsnr", "--logit_mean", 1], set()),
         (["--weighting_scheme", "logit_normal", "--logit_mean", 1], set()),
+        (["--huber_c", 0.2, "--huber_schedule", "constant"], {"--huber_c", "--huber_schedule"}),
+        (["--loss_type", "huber", "--huber_c", 0.2, "--huber_scale", 2], {"--huber_scale"}),
+        (["--loss_type", "smooth_l1", "--huber_schedule", "constant", "--huber_scale", 2], set()),
         (["--preserve_distribution_shape"], {"--preserve_distribution_shape"}),
         (["--lr_scheduler", "cosine", "--lr_scheduler_power", 2], {"--lr_scheduler_power"}),
         (["--lr_scheduler", "linear", "--lr_decay_steps", "10%"], {"--lr_decay_steps"}),
@@ -81,3 +87,7 @@ def test_what_has_no_effect_is_named(tmp_path: Path, arguments: list[object], ex
 
 def test_guidance_is_for_models_that_take_it(tmp_path: Path) -> None:
     assert named(tmp_path, "--guidance_scale", 6, takes_guidance=True) == set()
+
+
+def test_the_flow_shift_counts_on_a_table_that_it_shifts(tmp_path: Path) -> None:
+    assert named(tmp_path, "--discrete_flow_shift", 3, noise=NoiseSpec(table_is_shifted=True)) == set()

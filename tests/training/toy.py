@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.atomic_write import save_tensors
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders
-from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.data import Batch, Conditions, MediaEncoders
+from modules.contract.family import DitSpec, Generates, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Prompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
-from modules.options import read_options
+from modules.options import NO_OPTIONS, read_options
+from training.loss import Trains
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
 from training.whole_dit_options import add_whole_dit_arguments
@@ -26,8 +28,8 @@ LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, s
 WIDTH = 8
 
 
-class WanAttentionBlock(nn.Module):
-    """Its name is what networks.lora_wan looks for."""
+class ToyBlock(nn.Module):
+    """Tokens and text through two layers, which a LoRA may be put on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,10 +43,12 @@ class WanAttentionBlock(nn.Module):
 class ToyDit(nn.Module):
     """Every latent pixel is a token; the text and the timestep are added to all of them."""
 
+    spec = DitSpec(("blocks",))
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(LATENT.channels, WIDTH)
-        self.blocks = nn.ModuleList(WanAttentionBlock() for _ in range(2))
+        self.blocks = nn.ModuleList(ToyBlock() for _ in range(2))
         self.head = nn.Linear(WIDTH, LATENT.channels)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, text: Sequence[Tensor]) -> Tensor:
@@ -96,10 +100,12 @@ class ToyFamily:
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
-    dit: DitSpec = DitSpec(("blocks",))
+    dit: DitSpec = ToyDit.spec
+    noise: NoiseSpec = FLOW
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
     experts: tuple[float, ...] = (0.0,)
+    options: Any = NO_OPTIONS
     media_identity: Mapping[str, str] = field(default_factory=dict)
     passes: list[bool] = field(default_factory=list)  # one for each pass: with gradients
     requests: list[Request] = field(default_factory=list)
@@ -113,9 +119,6 @@ class ToyFamily:
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         return MediaEncoders(ToyVae())
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        raise NotImplementedError
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
@@ -181,7 +184,7 @@ class ToyFamily:
         yield from encoders.vae.decode(latents)
 
 
-_: type[Family] = ToyFamily
+_: tuple[type[Trains], type[Generates]] = ToyFamily, ToyFamily
 
 
 def write_caches(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modules.attention.options import AttentionChoice
+from modules.contract.generation import Tweaks
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model
@@ -29,7 +30,7 @@ def test_forward_equals_the_recorded_output(case: str, rope: str) -> None:
 def test_a_skipped_block_passes_its_input_through() -> None:
     model, inputs, expected = golden_model("wan_dit_t2v")
 
-    velocity = model(**inputs, skip_blocks={1})
+    velocity = model(**inputs, tweaks=Tweaks(skip_blocks=frozenset({1})))
 
     torch.testing.assert_close(
         velocity, expected["out_skip_block_1"], **expected["tolerance"]["out_skip_block_1"]

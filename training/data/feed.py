@@ -24,6 +24,7 @@ from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from modules.contract.data import Batch
 from modules.contract.family import LatentSpec
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import UserError
 from modules.seeds import derive_seed
 from training.data.options import TimestepOptions
@@ -88,16 +89,17 @@ class Randomness:
 
     timesteps: TimestepOptions
     seed: int
+    noise: NoiseSpec = FLOW
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
 
         first_sample: how many samples the run has seen before.
         """
-        noise = torch.randn(batch.tensor("latents").shape, generator=seeded(self.seed, "noise", number))
-        times = draw(
-            self.timesteps, len(batch), seeded(self.seed, "timesteps", number), self.seed, first_sample
-        )
+        shape = batch.tensor("latents").shape
+        noise = torch.randn(shape, generator=seeded(self.seed, "noise", number))
+        generator = seeded(self.seed, "timesteps", number)
+        times = draw(self.timesteps, len(batch), generator, self.seed, first_sample, self.noise, shape)
         return NoisyBatch(batch, noise, times.sigmas, times.timesteps, loss_weights(self.timesteps, times))
 
 

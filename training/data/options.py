@@ -1,12 +1,15 @@
 """Options of how noisy the training samples are, and how their losses are weighted."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.options import FREE, check_at_least
 
 SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
+# whose shift follows the size: for families with `NoiseSpec.tokens`
+SIZE_SAMPLERS = ("flux_shift", "nextdit_shift")
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
 
@@ -26,7 +29,7 @@ class TimestepOptions:
     max_timestep: int | None
     preserve_distribution_shape: bool
     num_timestep_buckets: int | None
-    show_timesteps: str | None  # image, console: draw the distribution and exit
+    show_timesteps: str | None = field(metadata=FREE)  # image, console: draw the distribution and exit
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
@@ -52,11 +55,11 @@ class TimestepOptions:
         return NUM_TIMESTEPS if self.max_timestep is None else self.max_timestep
 
 
-def add_timestep_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `TimestepOptions`."""
+def add_timestep_arguments(parser: argparse.ArgumentParser, samplers: Sequence[str] = SAMPLERS) -> None:
+    """Add the arguments of `TimestepOptions`. samplers: those that the family can use."""
     group = parser.add_argument_group("timesteps and loss weights")
     group.add_argument(
-        "--timestep_sampling", default="sigma", choices=SAMPLERS, help="how timesteps are drawn"
+        "--timestep_sampling", default="sigma", choices=samplers, help="how timesteps are drawn"
     )
     group.add_argument(
         "--discrete_flow_shift",

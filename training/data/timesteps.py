@@ -7,17 +7,22 @@ one number per sample, so draws can be spread evenly by spreading u.
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from modules.contract.noise import FLOW, NoiseSpec
+from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.seeds import derive_seed
-from training.data.options import NUM_TIMESTEPS, TimestepOptions
+from training.data.options import NUM_TIMESTEPS, SIZE_SAMPLERS, TimestepOptions
 
 SCAN = 10_000  # points at which the accepted part of a sampler is looked for
+NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
+SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of a picture of 1024 x 1024 pixels, for --show_timesteps
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,21 @@ def draw(
     generator: torch.Generator,
     seed: int = 0,
     first_sample: int | None = None,
+    noise: NoiseSpec = FLOW,
+    shape: Sequence[int] = (),
 ) -> Timesteps:
     """Draw one timestep per sample of a micro-batch.
 
     generator: on the CPU, made for this micro-batch. With --num_timestep_buckets also: seed, that of the run;
     first_sample, how many samples the run has drawn before this micro-batch. Then every N samples in a row
-    take one of each of N equal parts. Raises OptionError where nearly nothing lies between --min_timestep and
+    take one of each of N equal parts. noise: conventions of the family. shape: of the latents, B C F H W, for
+    a shift that follows the size. Raises OptionError where nearly nothing lies between --min_timestep and
     --max_timestep.
     """
-    low, high = accepted_part(options) if options.preserve_distribution_shape else (0.0, 1.0)
+    flow_shift = find_shift(options, noise, shape)
+    low, high = (
+        accepted_part(options, noise, flow_shift) if options.preserve_distribution_shape else (0.0, 1.0)
+    )
 
     def uniform() -> Tensor:
         return torch.rand(batch_size, generator=generator, dtype=torch.float64)
@@ -52,78 +63,125 @@ def draw(
         if first_sample is None:
             raise ValueError("with num_timestep_buckets the number of the first sample is needed")
         u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
-    drawn = from_uniform(options, low + u * (high - low))
-    while options.preserve_distribution_shape and not (fits := is_in_range(options, drawn.sigmas)).all():
-        again = from_uniform(options, low + uniform() * (high - low))
-        drawn = Timesteps(
-            torch.where(fits, drawn.sigmas, again.sigmas), torch.where(fits, drawn.timesteps, again.timesteps)
+    shares = _from_uniform(options, low + u * (high - low), noise, flow_shift)
+    while options.preserve_distribution_shape and not (fits := is_in_range(options, shares, noise)).all():
+        shares = torch.where(
+            fits, shares, _from_uniform(options, low + uniform() * (high - low), noise, flow_shift)
         )
-    return drawn
+    return times_at(options, shares, noise)
 
 
-def from_uniform(options: TimestepOptions, u: Tensor) -> Timesteps:
+def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
+    """Return the shift of the samplers: --discrete_flow_shift, or for SIZE_SAMPLERS e^mu.
+
+    mu grows linearly from 0.5 at 256 tokens to 1.15 at 4096. Source: the FLUX.1 reference code.
+    Raises OptionError if a sampler follows the size and the family's shift does not.
+    """
+    if options.timestep_sampling not in SIZE_SAMPLERS:
+        return options.flow_shift
+    if noise.tokens is None:
+        raise OptionError(
+            f"--timestep_sampling {options.timestep_sampling}: the shift of this model does not follow the "
+            "size. "
+            "Use shift with --discrete_flow_shift"
+        )
+    return math.exp(0.5 + (noise.tokens(shape) - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+def from_uniform(
+    options: TimestepOptions, u: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
+) -> Timesteps:
     """The timesteps that uniform numbers stand for, through the normal quantiles where the sampler takes
     those.
     """
+    return times_at(options, _from_uniform(options, u, noise, find_shift(options, noise, shape)), noise)
+
+
+def _from_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
     u = u.double().clamp(1e-9, 1 - 1e-9)
-    return from_numbers(options, torch.special.ndtri(u) if takes_normal(options) else u)
+    return _shares(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
 
 
 def takes_normal(options: TimestepOptions) -> bool:
     """Whether the sampler is a function of a normal number, not of a uniform one."""
     by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
-    return by_weighting or options.timestep_sampling in {"sigmoid", "shift", "logsnr"}
+    return by_weighting or options.timestep_sampling in {"sigmoid", "shift", "flux_shift", "logsnr"}
 
 
-def from_numbers(options: TimestepOptions, numbers: Tensor) -> Timesteps:
+def from_numbers(
+    options: TimestepOptions, numbers: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
+) -> Timesteps:
     """The deterministic part of the samplers. numbers: B, normal where `takes_normal`, else uniform."""
-    numbers = numbers.double()
-    if options.timestep_sampling == "sigma":
-        return _from_table(options, numbers)
+    return times_at(
+        options, _shares(options, numbers.double(), noise, find_shift(options, noise, shape)), noise
+    )
+
+
+def _shares(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+    """The share of noise t, or the place in the family's table of noise levels: B, float64, 0..1."""
     match options.timestep_sampling:
+        case "sigma":
+            return _from_table(options, numbers, noise)
         case "uniform":
             t = numbers
         case "sigmoid":
             t = torch.sigmoid(options.sigmoid_scale * numbers)
-        case "shift":
-            t = torch.sigmoid(options.sigmoid_scale * numbers)
-            t = options.flow_shift * t / (1 + (options.flow_shift - 1) * t)
+        case "shift" | "flux_shift":
+            t = _shifted(torch.sigmoid(options.sigmoid_scale * numbers), flow_shift)
+        case "nextdit_shift":
+            t = _shifted(numbers.clamp(min=1e-7), flow_shift)
         case "logsnr":  # the logarithm of the signal-to-noise ratio is normal
             t = torch.sigmoid(-(options.logit_mean + options.logit_std * numbers) / 2)
         case other:
             raise ValueError(f"unknown timestep sampling {other}")
     if not options.preserve_distribution_shape:
         t = t * (options.highest - options.lowest) / NUM_TIMESTEPS + options.lowest / NUM_TIMESTEPS
-    return Timesteps(t.float(), timesteps_at(options, t))
+    return t
 
 
-def timesteps_at(options: TimestepOptions, sigmas: Tensor) -> Tensor:
-    """What the network is fed for these shares of noise, B float32: 1000 t + 1, or 1000 t in the table of the
-    sampler `sigma`.
+def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
+    """Return what is mixed and what the network is fed at these shares of noise, or places in the table: B,
+    0..1.
     """
-    offset = 0 if options.timestep_sampling == "sigma" else 1
-    return (NUM_TIMESTEPS * sigmas.double() + offset).float()
+    if not noise.table:
+        return Timesteps(shares.float(), timesteps_at(options, shares, noise))
+    places = (NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1
+    timesteps = places.clamp(0, NUM_TIMESTEPS - 1).long()
+    return Timesteps(torch.tensor(noise.table)[timesteps], timesteps.float())
 
 
-def is_in_range(options: TimestepOptions, sigmas: Tensor) -> Tensor:
+def timesteps_at(options: TimestepOptions, sigmas: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
+    """What the network is fed for these shares of noise, B float32: 1000 t and the family's offset.
+
+    The sampler `sigma` has no offset, as it draws from the whole thousandths.
+    """
+    offset = 0 if options.timestep_sampling == "sigma" else noise.training_offset
+    timesteps = NUM_TIMESTEPS * sigmas.double() + offset
+    return ((timesteps + NEARLY).floor() if noise.whole_timesteps else timesteps).float()
+
+
+def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
     """Which of them lie between --min_timestep and --max_timestep; the sampler `sigma` counts these from the
     noisy end.
     """
-    timesteps = NUM_TIMESTEPS * sigmas.double()
+    shares = shares.float().double()
     if options.timestep_sampling == "sigma":
-        index = (NUM_TIMESTEPS - timesteps).round()
+        if noise.table_is_shifted:
+            shares = _shifted(shares, 1 / options.flow_shift)
+        index = (NUM_TIMESTEPS - NUM_TIMESTEPS * shares).round()
         return (index >= options.lowest) & (index < options.highest)
+    timesteps = NUM_TIMESTEPS * shares
     return (timesteps >= options.lowest) & (timesteps <= options.highest)
 
 
 @functools.cache
-def accepted_part(options: TimestepOptions) -> tuple[float, float]:
+def accepted_part(options: TimestepOptions, noise: NoiseSpec, flow_shift: float) -> tuple[float, float]:
     """The smallest range of u that holds all accepted draws, a little widened.
 
     Narrowing u to it leaves few draws to reject.
     """
     u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
-    accepted = u[is_in_range(options, from_uniform(options, u).sigmas)]
+    accepted = u[is_in_range(options, _from_uniform(options, u, noise, flow_shift), noise)]
     if not len(accepted):
         raise OptionError(
             f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {SCAN} draws of "
@@ -151,7 +209,7 @@ def loss_weights(options: TimestepOptions, times: Timesteps) -> Tensor:
     return weights.float()
 
 
-def _from_table(options: TimestepOptions, numbers: Tensor) -> Timesteps:
+def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> Tensor:
     """The sampler `sigma`: an index into 1000, 999, ..., 1. So the bounds count from the noisy end, as in the
     known tuners.
     """
@@ -166,8 +224,12 @@ def _from_table(options: TimestepOptions, numbers: Tensor) -> Timesteps:
         (0, NUM_TIMESTEPS) if options.preserve_distribution_shape else (options.lowest, options.highest)
     )
     index = (u * (high - low) + low).floor().clamp(0, NUM_TIMESTEPS - 1)
-    sigmas = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
-    return Timesteps(sigmas.float(), timesteps_at(options, sigmas))
+    shares = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
+    return _shifted(shares, options.flow_shift) if noise.table_is_shifted else shares
+
+
+def _shifted(shares: Tensor, flow_shift: float) -> Tensor:
+    return flow_shift * shares / (1 + (flow_shift - 1) * shares)
 
 
 def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
@@ -189,9 +251,11 @@ def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Te
 # --show_timesteps
 
 
-def show_timesteps(options: TimestepOptions, seed: int = 0, folder: Path = Path()) -> None:
+def show_timesteps(
+    options: TimestepOptions, seed: int = 0, folder: Path = Path(), noise: NoiseSpec = FLOW
+) -> None:
     """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png."""
-    counts, weights = timestep_statistics(options, seed)
+    counts, weights = timestep_statistics(options, seed, noise=noise)
     if options.show_timesteps == "console":
         sys.stdout.write(f"timesteps drawn\n{bars(counts)}\nloss weights\n{bars(weights)}\n")
         return
@@ -199,21 +263,25 @@ def show_timesteps(options: TimestepOptions, seed: int = 0, folder: Path = Path(
 
     path = folder / "timesteps.png"
     write_png(path, _plots(counts, weights).numpy())
-    sys.stdout.write(
-        f"{path}: timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}\n"
-    )
+    what = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
+    sys.stdout.write(escape_control_codes(f"{path}: {what}\n"))
 
 
 def timestep_statistics(
-    options: TimestepOptions, seed: int, num_batches: int = 100, batch_size: int = 1000
+    options: TimestepOptions,
+    seed: int,
+    num_batches: int = 100,
+    batch_size: int = 1000,
+    noise: NoiseSpec = FLOW,
 ) -> tuple[Tensor, Tensor]:
     """How often each of 1000 timesteps is drawn, and the loss weight of each."""
     counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
     for number in range(num_batches):
         generator = torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number))
-        sigmas = draw(options, batch_size, generator, seed, number * batch_size).sigmas
+        times = draw(options, batch_size, generator, seed, number * batch_size, noise, SHOWN_LATENTS)
+        shares = times.timesteps / NUM_TIMESTEPS if noise.table else times.sigmas
         # float32 holds 0.7 as 0.69999999
-        index = (sigmas.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
+        index = (shares.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
         counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
     each = torch.arange(NUM_TIMESTEPS).float()
     return counts, loss_weights(options, Timesteps(each / NUM_TIMESTEPS, each)).double()

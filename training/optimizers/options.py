@@ -1,20 +1,20 @@
 """Options of the optimizer."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from modules.options import check_at_least, read_literals
+from modules.options import HABIT, IDENTITY, check_at_least, read_literals
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
     """Options of the optimizer: which one, with which arguments."""
 
-    optimizer_type: str  # a name or an import path; "" means AdamW
-    optimizer_args: tuple[str, ...] | None  # key=value
-    learning_rate: float
-    max_grad_norm: float  # 0 turns clipping off
+    optimizer_type: str = field(metadata=IDENTITY)  # a name or an import path; "" means AdamW
+    optimizer_args: tuple[str, ...] | None = field(metadata=IDENTITY)  # key=value
+    learning_rate: float = field(metadata=IDENTITY)
+    max_grad_norm: float = field(metadata=HABIT)  # 0 turns clipping off
 
     def __post_init__(self) -> None:
         check_at_least(

@@ -1,5 +1,6 @@
 """Plan the memory of a training run: rehearse a step of its largest batch to count device and host memory."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,21 +10,12 @@ import torch
 
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
-from modules.contract.family import Family, LatentSpec
+from modules.contract.family import Described, LatentSpec
+from modules.planning.advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch
-from modules.planning.memory_plan import (
-    MemoryPlan,
-    Room,
-    gib,
-    predicted_before_run,
-    present,
-    room_on,
-    smallest_swap,
-    swap_for,
-)
-from modules.speed_options import swapping
+from modules.planning.memory_plan import MemoryPlan, Room, gib, present, room_on
 from training.data.feed import Randomness
-from training.loss import NoisyBatch
+from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.planning.prediction import Prediction, predict
 
@@ -44,15 +36,15 @@ def largest_batch(items: Sequence[TrainingItem]) -> tuple[TrainingItem, ...]:
 
 
 def read_largest(
-    family: Family, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands
+    family: Described, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands
 ) -> NoisyBatch:
     """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
     batch = read_batch(largest_batch(items), family.latent, commands)
-    return Randomness(options.timesteps, 0).add(batch, 0, 0)
+    return Randomness(options.timesteps, 0, family.noise).add(batch, 0, 0)
 
 
 def plan_training(
-    family: Family,
+    family: Trains,
     options: TrainingOptions,
     items: Sequence[TrainingItem],
     commands: CachingCommands,
@@ -76,7 +68,7 @@ def plan_training(
 
 
 def prepare_memory(
-    family: Family,
+    family: Trains,
     options: TrainingOptions,
     items: Sequence[TrainingItem],
     commands: CachingCommands,
@@ -86,65 +78,40 @@ def prepare_memory(
 
     A rehearsal is made only if there is a CUDA device. Raises MemoryPlanError if auto cannot be resolved.
     """
-    is_auto, room = options.speed.swap.is_auto, room_on(device)
+    room = room_on(device)
+    speed, prediction = resolve_swap(
+        options.speed,
+        room,
+        lambda: predict(family, options, read_largest(family, options, items, commands), device),
+    )
+    resolved = replace(options, speed=speed)
     if room is None:
-        return (with_swap(options, 0), None) if is_auto else (options, None)
-
-    def found() -> tuple[NoisyBatch, Prediction]:
-        noisy_batch = read_largest(family, options, items, commands)
-        return noisy_batch, predict(family, options, noisy_batch, device)
-
-    rehearsed = predicted_before_run(found, options.speed.swap)
-    if rehearsed is None:
-        return options, MemoryWatch(device)
-    noisy_batch, prediction = rehearsed
-    blocks, reason = swap_for(prediction, options.speed.swap, room)
-    if reason is not None:
-        logger.info(reason)
-        options = with_swap(options, blocks)
-    needed = prediction.device(blocks)
+        return resolved, None
+    if prediction is None:
+        return resolved, MemoryWatch(device)
+    needed = prediction.device(speed.swap.number)
     logger.info(
         "Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.",
         gib(needed),
         gib(room.usable),
     )
-    return options, MemoryWatch(device, needed, noisy_batch.noise.numel())
-
-
-def with_swap(options: TrainingOptions, blocks: int) -> TrainingOptions:
-    """Return the options with a number of blocks to swap."""
-    return replace(options, speed=swapping(options.speed, blocks))
+    return resolved, MemoryWatch(device, needed, prediction.size)
 
 
 def advice(
-    family: Family, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
+    family: Trains, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
     """Return what to change so that the run fits, the cheapest first.
 
     Each line adds to those before it; the last one fits if any does.
     """
-    lines: list[str] = []
-    options = prediction.options
-    for line, changed in cheaper(options):
-        options = changed
-        prediction = predict(family, options, noisy_batch, device)
-        count = (
-            smallest_swap(prediction.device, prediction.most, room.usable)
-            if options.whole_dit is None
-            else None
-        )
-        needed = prediction.device(prediction.blocks)
-        lines.append(f"{line}: {gib(needed)} GiB" + (" fits" if needed <= room.usable else ""))
-        if needed <= room.usable:
-            return lines
-        if count is not None:
-            lines.append(f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB fits")
-            return lines
-    if not lines and options.whole_dit is None:
-        count = smallest_swap(prediction.device, prediction.most, room.usable)
-        if count is not None:
-            return [f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB fits"]
-    return [*lines, *smaller(family, options, noisy_batch, room, device)]
+    predicted = [
+        (line, functools.partial(predict, family, changed, noisy_batch, device))
+        for line, changed in cheaper(prediction.options)
+    ]
+    can_swap = prediction.options.whole_dit is None
+    lines, last = advise(prediction, predicted, room.usable, prediction.blocks, can_swap)
+    return lines if last is None else [*lines, *smaller(family, last.options, noisy_batch, room, device)]
 
 
 def cheaper(options: TrainingOptions) -> list[tuple[str, TrainingOptions]]:
@@ -165,7 +132,7 @@ def cheaper(options: TrainingOptions) -> list[tuple[str, TrainingOptions]]:
 
 
 def smaller(
-    family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device
+    family: Trains, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
     """Return how far the batch, the clip or the picture has to shrink, after all other savings.
 

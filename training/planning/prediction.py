@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from modules.contract.family import Family
+from modules.contract.family import Described
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
 from modules.planning.memory_plan import Part, Phase, Swapped, dtypes_of, gib, parts_of, swaps_of, workspace
 from training.dressing import placement_of
-from training.loss import NoisyBatch
+from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.planning.rehearsal import rehearse
 
@@ -22,6 +22,7 @@ class Prediction:
 
     options: TrainingOptions
     batch: str  # the size of the batch, in words
+    size: int  # of the batch: numbers in its latents
     moments: Mapping[str, Moment]
     waiting: int  # bytes of activations in host memory
     weights: str  # their dtypes
@@ -58,7 +59,7 @@ class Prediction:
 
 
 def predict(
-    family: Family, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device
+    family: Trains, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device
 ) -> Prediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run.
 
@@ -74,6 +75,7 @@ def predict(
     return Prediction(
         options,
         describe(family, noisy_batch),
+        noisy_batch.noise.numel(),
         moments,
         waiting,
         weights,
@@ -82,8 +84,8 @@ def predict(
     )
 
 
-def describe(family: Family, noisy_batch: NoisyBatch) -> str:
-    """Return the size of a batch in words: `832x480, 81 frames, batch 1`."""
+def describe(family: Described, noisy_batch: NoisyBatch) -> str:
+    """`832x480, 81 frames, batch 1`."""
     count, _, frames, height, width = noisy_batch.noise.shape
     step, rows, columns = family.latent.stride
     return f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}"

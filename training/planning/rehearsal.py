@@ -13,7 +13,6 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from modules.contract.family import Family
 from modules.planning.dry_run import (
     BATCH,
     GRADIENTS,
@@ -31,7 +30,7 @@ from modules.planning.dry_run import (
 )
 from networks.adapter import make_network
 from training.dressing import AUTOCAST, dress
-from training.loss import Autocast, NoisyBatch, training_loss
+from training.loss import Autocast, NoisyBatch, Trains, training_loss
 from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.parameter_steps import ParameterSteps, steps_alone
@@ -48,7 +47,7 @@ STEP = "optimizer step"
 class Rehearsal:
     """Hold a wrapped DiT without content, and what steps it."""
 
-    family: Family
+    family: Trains
     options: TrainingOptions
     ledger: Ledger
     dit: nn.Module
@@ -85,7 +84,11 @@ class Rehearsal:
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
         loss = training_loss(
-            self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device)
+            self.family,
+            self.dit,
+            noisy_batch,
+            autocast_of(self.options, self.ledger.device),
+            self.options.loss,
         )
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
@@ -152,7 +155,7 @@ class Rehearsal:
 
 
 def rehearse(
-    family: Family, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch
+    family: Trains, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch
 ) -> tuple[dict[str, Moment], int]:
     """Return the largest moment at each place of a training step, and the bytes that wait on the host.
 
@@ -170,8 +173,8 @@ def rehearse(
         return found, rehearsal.waiting
 
 
-def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
-    """Wrap the DiT in the order of `training.run` (network, then `dress`) and make the optimizer."""
+def dressed(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
+    """The order of dressing of `training.run`: network, then `dress`; and the optimizer."""
     place(dit, ledger)
     dit.requires_grad_(False)
     if options.network is not None:
@@ -189,7 +192,7 @@ def dressed(family: Family, options: TrainingOptions, dit: nn.Module, ledger: Le
             dict(each)
             for each in train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups
         ]
-    blocks = {name: list(dit.get_submodule(name).children()) for name in family.dit.block_lists}
+    blocks = family.dit.blocks(dit)
     watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
     # bitsandbytes reads a table of numbers that it makes; the weights stay without content

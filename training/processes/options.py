@@ -1,10 +1,10 @@
 """Options of mixed precision and several processes."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.options import FREE, HABIT, check_at_least
 
 PRECISIONS = ("no", "fp16", "bf16")
 
@@ -16,11 +16,11 @@ class AcceleratorOptions:
     Without --mixed_precision this is the launcher's setting.
     """
 
-    mixed_precision: str
-    fp16_accumulation: bool
-    ddp_timeout: int | None  # minutes
-    ddp_gradient_as_bucket_view: bool
-    ddp_static_graph: bool
+    mixed_precision: str = field(metadata=HABIT)
+    fp16_accumulation: bool = field(metadata=HABIT)
+    ddp_timeout: int | None = field(metadata=FREE)  # minutes
+    ddp_gradient_as_bucket_view: bool = field(metadata=FREE)
+    ddp_static_graph: bool = field(metadata=FREE)
 
     def __post_init__(self) -> None:
         if self.mixed_precision not in PRECISIONS:  # from the launcher; argparse checks the rest

@@ -6,7 +6,6 @@ Only the main process reports.
 import dataclasses
 import logging
 import time
-import tomllib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modules.errors import OptionError, UserError
 from modules.options import option_name, record_of
+from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
 from training.reports.options import LogOptions
 from training.reports.step_clock import StepClock
@@ -178,10 +178,10 @@ def tracker_arguments(options: LogOptions) -> dict[str, Any]:
         return {} if options.wandb_run_name is None else {"wandb": {"name": options.wandb_run_name}}
     path = options.log_tracker_config
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        tables = parse_toml(read_text(path))
     except OSError as error:
         raise UserError(f"--log_tracker_config {path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"--log_tracker_config {path} is not valid TOML: {error}") from None
     for name, table in tables.items():
         if name not in options.trackers:

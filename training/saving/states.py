@@ -155,11 +155,12 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
 
 
 def check_identity(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
-    """Raise OptionError where a setting that decides the numbers differs from that of the saved run.
+    """Raise OptionError if a setting that decides the numbers differs from the saved run's. Keys name the
+    options.
 
-    Keys name the options.
+    What the saved run did not record is not compared.
     """
-    changed = {name: value for name, value in here.items() if saved.get(name) != value}
+    changed = {name: value for name, value in here.items() if name in saved and saved[name] != value}
     lines = [
         f"  {name}: {_short(saved.get(name))} in the state, {_short(value)} now"
         for name, value in changed.items()

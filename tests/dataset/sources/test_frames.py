@@ -36,7 +36,7 @@ def test_spans_of_each_mode(tmp_path: Path, mode: str, keys: dict, kept: int, ex
 
 def test_uniform_starts_are_those_of_numpy(tmp_path: Path) -> None:
     for kept in range(9, 120, 7):
-        for sample in range(2, 12):
+        for sample in (*range(2, 12), *range(max(2, kept - 11), kept - 5), 500):
             table = make_table(tmp_path, frame_extraction="uniform", target_frames=(9,), frame_sample=sample)
             starts = np.linspace(0, kept - 9, sample, dtype=int).tolist()
             assert spans(table, kept) == tuple((start, 9) for start in dict.fromkeys(starts))
@@ -63,3 +63,9 @@ def test_frames_are_dropped_as_the_format_says(
 @pytest.mark.parametrize("source", [None, 8.0, 16.0])
 def test_nothing_is_dropped_or_doubled_without_need(source: float | None) -> None:
     assert resample_indices(20, source, 16.0) == tuple(range(20))
+
+
+def test_more_starts_than_a_clip_has_frames_take_no_more_memory_than_all_of_them(tmp_path: Path) -> None:
+    table = make_table(tmp_path, frame_extraction="uniform", target_frames=(9,), frame_sample=10**12)
+
+    assert spans(table, 40) == tuple((start, 9) for start in range(32))

@@ -229,3 +229,35 @@ def test_a_picture_is_no_pickle(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     with pytest.raises(CheckpointError, match=r"a\.png is neither a safetensors nor a torch file"):
         load_pickled(path)
+
+
+def special_tensors() -> dict[str, Callable[[], torch.Tensor]]:
+    dense = torch.eye(4)
+    return {
+        "sparse": dense.to_sparse,
+        "sparse_csr": dense.to_sparse_csr,
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "quantised": lambda: torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
+        "without data": lambda: torch.empty(4, device="meta"),
+        "complex64": lambda: torch.ones(4, dtype=torch.complex64),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("kind", special_tensors())
+def test_a_pickled_tensor_that_is_no_plain_one_is_named(tmp_path: Path, kind: str, is_wrapped: bool) -> None:
+    tensor = special_tensors()[kind]()
+    content = {"good": torch.ones(2), "odd": tensor}
+    path = write(tmp_path / "a.pth", {"state_dict": content, "lists": [1, (2,)]} if is_wrapped else content)
+
+    with pytest.raises(CheckpointError, match=rf"a\.pth: (state_dict\.)?odd is .*{kind}.*Only plain weights"):
+        open_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_state_with_such_a_tensor_is_refused_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pth", {"state": {0: {"exp_avg": [torch.eye(3).to_sparse()]}}})
+
+    with pytest.raises(CheckpointError, match=r"state\.0\.exp_avg\.0 is a sparse tensor"):
+        load_pickled(path)

@@ -59,6 +59,22 @@ def test_euler_visits_the_documented_sigmas() -> None:
     )
 
 
+def test_a_schedule_says_how_much_data_is_left() -> None:
+    flow, table = make_schedule("unipc", 5, 3.0), make_schedule("unipc", 5, 3.0, (0.5, 1.0, 2.0))
+    assert flow.alphas.tolist() == [1.0 - sigma for sigma in flow.sigmas.tolist()]  # exact: float64
+    assert table.alphas.tolist() == [1.0] * 6
+    assert table.sigmas.tolist() == [2.0, 1.5, 1.0, 0.75, 0.5, 0.0]
+    assert table.timesteps.tolist() == [2.0, 1.5, 1.0, 0.5, 0.0]
+
+
+def test_latents_are_kept_where_alphas_say_so() -> None:
+    latents, noise = torch.full((2, 1, 1, 1, 1), 2.0), torch.ones(2, 1, 1, 1, 1)
+    assert add_noise(latents, noise, torch.tensor([0.5, 10.0]), torch.ones(2)).flatten().tolist() == [
+        2.5,
+        12.0,
+    ]
+
+
 def test_no_steps_and_unknown_solvers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         make_schedule("euler", 0, 3.0)

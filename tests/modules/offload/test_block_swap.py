@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from modules.contract.generation import Tweaks
 from modules.offload.block_swap import move_network, settle, swap_of
 from tests.modules.fake_device import FakeDevice, hide
 from tests.modules.swap_cases import CASES, CPU, Case, gradients, learner, same, swapped
@@ -32,7 +33,7 @@ def expected_gradients(case: Case, checkpointing: bool) -> list[Tensor]:
 def expected_outputs(case: Case) -> list[Tensor]:
     dit = case.make().eval()
     with torch.no_grad():
-        return [dit(**case.inputs(seed), skip_blocks=skipped) for seed, skipped in PASSES]
+        return [dit(**case.inputs(seed), tweaks=Tweaks(skip_blocks=skipped)) for seed, skipped in PASSES]
 
 
 PASSES = (
@@ -59,7 +60,7 @@ def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, bl
     swapped(dit, case.spec, blocks, FakeDevice())
 
     with torch.no_grad():
-        found = [dit(**case.inputs(seed), skip_blocks=skipped) for seed, skipped in PASSES]
+        found = [dit(**case.inputs(seed), tweaks=Tweaks(skip_blocks=skipped)) for seed, skipped in PASSES]
 
     assert same(found, expected_outputs(case))
 
@@ -82,10 +83,8 @@ def several_steps(case: Case, blocks: int, checkpointing: bool, device: FakeDevi
         was = dit.training
         dit.eval()
         with torch.no_grad():
-            seen += [
-                dit(**case.inputs(90 + step), skip_blocks=skipped)
-                for skipped in (frozenset[int](), frozenset({1}))
-            ]
+            without = [Tweaks(skip_blocks=skipped) for skipped in (frozenset[int](), frozenset({1}))]
+            seen += [dit(**case.inputs(90 + step), tweaks=tweaks) for tweaks in without]
         dit.train(was)
     return [*seen, *(weight.detach().clone() for weight in network.parameters())]
 
@@ -229,7 +228,7 @@ def test_skipped_blocks_are_not_sent_for() -> None:
     with torch.no_grad():
         dit(**case.inputs(1))
         sent.clear()
-        dit(**case.inputs(1), skip_blocks=frozenset({2, 3}))
+        dit(**case.inputs(1), tweaks=Tweaks(skip_blocks=frozenset({2, 3})))
 
     assert sent == [1, 4, 0]  # 0 was there, from the end of the pass before
 

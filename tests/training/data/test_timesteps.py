@@ -2,16 +2,19 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from modules.contract.noise import NoiseSpec
 from modules.errors import OptionError
 from modules.options import read_options
 from tests.golden_cases import read_case
-from training.data.options import TimestepOptions, add_timestep_arguments
+from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions, add_timestep_arguments
 from training.data.timesteps import (
     Timesteps,
     bars,
@@ -21,16 +24,32 @@ from training.data.timesteps import (
     loss_weights,
     show_timesteps,
     takes_normal,
+    times_at,
     timestep_statistics,
     timesteps_at,
 )
 
 GOLDEN, _ = read_case("timestep_sampling")
+IMAGES, _ = read_case("image_timesteps")
 
 
-def options(*argv: str) -> TimestepOptions:
+def count_tokens(shape: Sequence[int]) -> int:
+    """A token is 2 x 2 latents."""
+    return (shape[-2] // 2) * (shape[-1] // 2)
+
+
+IMAGE_NOISE = {
+    "flux": NoiseSpec(0.0, table_is_shifted=True, tokens=count_tokens),
+    "hunyuan_image": NoiseSpec(0.0, whole_timesteps=True, table_is_shifted=True, tokens=count_tokens),
+    "lumina": NoiseSpec(0.0, table_is_shifted=True, tokens=count_tokens),
+}
+# what `predict` makes of the timesteps
+FED = {"flux": lambda fed: fed / 1000, "hunyuan_image": lambda fed: fed, "lumina": lambda fed: 1 - fed / 1000}
+
+
+def options(*argv: str, samplers: Sequence[str] = SAMPLERS) -> TimestepOptions:
     parser = argparse.ArgumentParser()
-    add_timestep_arguments(parser)
+    add_timestep_arguments(parser, samplers)
     return read_options(TimestepOptions, parser.parse_args(argv))
 
 
@@ -51,6 +70,64 @@ def test_samplers_and_weights_give_the_recorded_numbers(case: dict[str, list[flo
     )
     expected = torch.tensor(case["loss_weight"]) if case["loss_weight"] else torch.ones(len(numbers))
     torch.testing.assert_close(loss_weights(made, times), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "case", IMAGES["cases"], ids=lambda case: " ".join(map(str, (case["family"], *case["options"].values())))
+)
+def test_image_families_draw_the_recorded_numbers_by_their_own_conventions(case: dict[str, Any]) -> None:
+    given = {**IMAGES["defaults"][case["family"]], **case["options"]}
+    names = (
+        "timestep_sampling",
+        "discrete_flow_shift",
+        "sigmoid_scale",
+        "logit_mean",
+        "logit_std",
+        "mode_scale",
+    )
+    argv = [word for name in names for word in (f"--{name}", str(given[name]))]
+    if given["weighting_scheme"] in WEIGHTINGS:
+        argv += ["--weighting_scheme", given["weighting_scheme"]]
+    made = options(*argv, samplers=(*SAMPLERS, *SIZE_SAMPLERS))
+    noise = IMAGE_NOISE[case["family"]]
+    numbers = torch.tensor(IMAGES["n" if takes_normal(made) else "u"], dtype=torch.float64)
+
+    times = from_numbers(made, numbers, noise, (1, 16, 1, *case["latent_h_w"]))
+
+    torch.testing.assert_close(times.sigmas, torch.tensor(case["sigma"]), atol=2e-6, rtol=0)
+    fed = torch.tensor(case["given_to_model"], dtype=torch.float32)
+    torch.testing.assert_close(FED[case["family"]](times.timesteps), fed, atol=2e-6, rtol=0)
+
+
+def test_a_sampler_that_follows_the_size_is_refused_where_the_model_does_not() -> None:
+    made = options("--timestep_sampling", "flux_shift", samplers=SIZE_SAMPLERS)
+
+    with pytest.raises(
+        OptionError, match="--timestep_sampling flux_shift: the shift of this model does not follow the size"
+    ):
+        drawn(made, 10)
+
+
+def test_bounds_count_on_a_shifted_table_as_on_the_plain_one() -> None:
+    base = ("--discrete_flow_shift", "3", "--min_timestep", "300", "--max_timestep", "450")
+    shifted = NoiseSpec(0.0, table_is_shifted=True)
+
+    for more in ((), ("--preserve_distribution_shape",)):
+        found = draw(options(*base, *more), 2000, torch.Generator().manual_seed(1), noise=shifted).sigmas
+        plain = draw(options(*base, *more), 2000, torch.Generator().manual_seed(1)).sigmas
+        torch.testing.assert_close(found, 3 * plain / (1 + 2 * plain))
+        assert 0.55 <= float(plain.min()) <= float(plain.max()) <= 0.7 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("share", "place"), [(1e-9, 0), (0.0004, 0), (0.001, 0), (0.0011, 1), (0.57, 569), (1.0, 999)]
+)
+def test_a_table_of_noise_levels_is_read_at_whole_timesteps(share: float, place: int) -> None:
+    table = NoiseSpec(0.0, table=tuple(0.5 + index for index in range(1000)))
+
+    times = times_at(options(), torch.tensor([share], dtype=torch.float64), table)
+
+    assert (times.timesteps.item(), times.sigmas.item()) == (place, place + 0.5)
 
 
 @pytest.mark.parametrize(

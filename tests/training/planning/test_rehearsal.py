@@ -16,6 +16,7 @@ from frame_pack.options import add_training_arguments as add_framepack_arguments
 from hunyuan_model.family import family_for_training as hunyuan_family
 from hunyuan_model.options import HunyuanTrainingOptions
 from hunyuan_model.options import add_training_arguments as add_hunyuan_arguments
+from modules import dressing
 from modules.contract.data import Batch
 from modules.contract.family import Family
 from modules.contract.loading import Placement
@@ -26,7 +27,7 @@ from modules.planning.memory_plan import GIB
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from training import dressing
-from training.loss import NoisyBatch, squared_errors
+from training.loss import NoisyBatch, measure_errors
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
 from training.planning.prediction import predict
@@ -235,7 +236,7 @@ def test_networks_are_given_whole_numbers_on_the_host(tmp_path: Path, case: tupl
     family, _ = make(tmp_path)
     given = Given()
 
-    squared_errors(family, given, batch.to(torch.device("meta")), nullcontext)
+    measure_errors(family, given, batch.to(torch.device("meta")), nullcontext)
 
     assert given.contents == {"meta"}
     assert given.whole_numbers == {"cpu"}

@@ -1,0 +1,25 @@
+"""Names inside the HunyuanVideo transformer, for code that acts on it from outside."""
+
+from modules.contract.family import DitSpec
+
+DIT = DitSpec(
+    block_lists=("double_blocks", "single_blocks"),
+    fp8_exclude=(
+        "norm",
+        "time_in",
+        "vector_in",
+        "guidance_in",
+        "txt_in",
+        "img_in",
+        "modulation",
+        "bias",
+        "head",
+    ),
+    lora_exclude=("img_mod", "txt_mod", "modulation"),
+    input_layers=("img_in", "txt_in"),
+    token_wise=("feed_forward",),
+    # a single block is about half as large
+    swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),
+    # as they compute so; under 1 % of the model
+    keep_float32=("time_in.", "vector_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder."),
+)

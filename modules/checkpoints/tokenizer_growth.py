@@ -1,0 +1,107 @@
+"""By how much a tokenizer's normaliser may lengthen a text: a small file could turn a prompt into
+terabytes.
+"""
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+
+_PIECE = 1 << 3 | 2  # the key of a piece of the vocabulary, field 1
+# characters for one; those of the models here: 2 (CLIP), 18 (umT5, by Unicode's own tables)
+MOST_GROWTH = 256
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the normaliser of a tokenizer could make a text longer by more than MOST_GROWTH
+    times.
+    """
+    if tokenizer.normalizer is not None:
+        _check(_growth(json.loads(tokenizer.normalizer.__getstate__())))
+
+
+def check_sentencepiece(model: bytes) -> None:
+    """The same for a SentencePiece model.
+
+    Source: sentencepiece_model.proto, ModelProto and NormalizerSpec.
+    """
+    for specification in _entries(model, 3):
+        for charsmap in _entries(specification, 2):
+            _check(_growth_of_charsmap(charsmap))
+
+
+def _check(growth: float) -> None:
+    if growth > MOST_GROWTH:
+        raise ValueError(f"its normaliser makes {growth:.0f} characters of one, {MOST_GROWTH} are the most")
+
+
+def _growth(normaliser: Mapping[str, Any]) -> float:
+    """Characters that one may become, at most; Unicode's own forms and steps that are not known count as
+    1.
+    """
+    match normaliser.get("type"):
+        case "Sequence":
+            product = 1.0
+            for inner in normaliser["normalizers"]:
+                product *= _growth(inner)
+            return product
+        case "Replace":
+            pattern = normaliser["pattern"]
+            if "String" in pattern:
+                return max(1.0, len(normaliser["content"]) / max(1, len(pattern["String"])))
+            # a regular expression may match between any two characters
+            return 1.0 + len(normaliser["content"])
+        case "Prepend":
+            return 1.0 + len(normaliser["prepend"])
+        case "Precompiled":
+            return _growth_of_charsmap(base64.b64decode(normaliser["precompiled_charsmap"]))
+    return 1.0
+
+
+def _growth_of_charsmap(charsmap: bytes) -> float:
+    """The longest text in a table of characters: the size of its index, the index, texts that end in NUL."""
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
+    return float(max(map(len, texts.split(b"\0"))))
+
+
+def _entries(message: bytes, wanted: int) -> Iterator[bytes]:
+    """The texts and inner messages of a field.
+
+    Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.
+    """
+    place = 0
+    try:
+        while place < len(message):
+            while message[place] == _PIECE and message[place + 1] < 0x80:  # 256,000 times in umT5's
+                place += 2 + message[place + 1]
+            key, place = _number(message, place)
+            match key & 7:
+                case 0:
+                    _, place = _number(message, place)
+                case 1:
+                    place += 8
+                case 2:
+                    length, place = _number(message, place)
+                    if key >> 3 == wanted:
+                        yield message[place : place + length]
+                    place += length
+                case 5:
+                    place += 4
+                case kind:
+                    raise ValueError(f"a field of the unknown kind {kind}")
+    except IndexError:
+        raise ValueError("it ends inside a field") from None
+
+
+def _number(message: bytes, place: int) -> tuple[int, int]:
+    """A number in groups of seven bits, lowest first, and the place behind it."""
+    value, shift = 0, 0
+    while shift < 64:
+        byte = message[place]
+        value |= (byte & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 0x80:
+            return value, place
+    raise ValueError("a number in a field has more than 64 bits")

@@ -1,0 +1,36 @@
+"""Noise conventions of a family: how noise is mixed in, and what the network is fed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """Noise conventions of a family; the defaults are those of the video families.
+
+    Without a table the model is a rectified flow: noisy = (1 - sigma) latents + sigma noise, sigma from 0 to
+    1. With one it predicts noise, in k-diffusion's form: noisy = latents + sigma noise, sigma from the table.
+    In both, the velocity that `predict` returns is the derivative of `noisy` by sigma: `noise - latents`, or
+    `noise`.
+    """
+
+    training_offset: float = 1.0  # training feeds 1000 sigma + this, except with --timestep_sampling sigma
+    whole_timesteps: bool = False  # what is fed is cut to a whole number
+    table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
+    # shape of the latents -> number of tokens, for shifts that follow the size. No lambda: workers receive it
+    tokens: Callable[[Sequence[int]], int] | None = None
+    table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
+
+    def data_shares(self, sigmas: Tensor) -> Tensor:
+        """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
+        return torch.ones_like(sigmas.float()) if self.table else 1 - sigmas.float()
+
+    def velocity(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Return what `predict` is to return: shaped like `latents` and `noise`, B C F H W."""
+        return noise if self.table else noise - latents
+
+
+FLOW = NoiseSpec()  # of the video families

@@ -1,0 +1,21 @@
+"""Text for a console. Standard library only."""
+
+import re
+
+# C0 but for newline and tab, DEL, C1; line and paragraph separators; what turns the direction of writing;
+# halves of characters
+_CODES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_control_codes(text: str) -> str:
+    """Return the text with control codes written out (`\\x1b`, `\\u202e`), so that they reach no terminal.
+
+    Names, captions and metadata come from others' files: their codes could colour, move, hide or reorder what
+    is shown. Newlines and tabs stay, and letters of every language.
+    """
+    return _CODES.sub(_written_out, text)
+
+
+def _written_out(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -1,0 +1,56 @@
+"""What is put around a transformer after it was loaded, in the one order that training and generation share.
+
+Before it: weights are quantised and LoRAs merged while loading, and a LoRA that is trained is attached.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from modules.compile import compile_blocks
+from modules.compile_options import Compilation
+from modules.contract.family import DitSpec
+from modules.offload.activations import offload_to_host
+from modules.offload.block_swap import HostWeights, host_weights, swap_blocks
+from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.options import SwapOptions
+from modules.offload.swap_plan import SwapPlan
+from modules.offload.token_pieces import compute_in_pieces
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """How blocks keep only their inputs until the backward pass."""
+
+    keeps_attention: bool = False
+    inputs_on_host: bool = False
+
+
+def swapped_weights(spec: DitSpec, swap: SwapOptions, device: torch.device) -> HostWeights | None:
+    """Return the place in host memory for weights that are swapped, to load the network with; or None."""
+    return host_weights(SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading), device)
+
+
+def dress(
+    dit: nn.Module,
+    spec: DitSpec,
+    device: torch.device,
+    compilation: Compilation | None = None,
+    host: HostWeights | None = None,
+    checkpointing: Checkpointing | None = None,
+    in_pieces: bool = False,
+) -> None:
+    """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped ones.
+
+    host: as the network was loaded with.
+    Raises OptionError if the network has fewer blocks than are to be swapped.
+    """
+    if in_pieces:
+        compute_in_pieces(dit, spec)
+    if compilation is not None:
+        compile_blocks(dit, spec, compilation)
+    if checkpointing is not None:
+        offload = offload_to_host(device) if checkpointing.inputs_on_host else None
+        checkpoint_blocks(dit, spec, checkpointing.keeps_attention, offload)
+    swap_blocks(dit, host, device)

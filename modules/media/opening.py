@@ -1,0 +1,142 @@
+"""Open images and videos that others made: formats that hold their own pixels, no other file, no absurd size.
+
+FFmpeg and Pillow choose a reader by a file's content, not by its suffix: a clip may be a list of other files
+(concat, HLS), a name a pattern for many (image2), a picture a program for Ghostscript (EPS). None is opened.
+"""
+
+import contextlib
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+from PIL import Image, UnidentifiedImageError
+
+from modules.errors import MediaError
+from modules.text_files import require_regular_file
+
+# FFmpeg's names of formats that hold their own pixels; the last two lines: bare streams, and single pictures
+VIDEO_FORMATS = (
+    *(
+        "mov",
+        "matroska",
+        "avi",
+        "flv",
+        "asf",
+        "mpeg",
+        "mpegts",
+        "ogg",
+        "gif",
+        "apng",
+        "nut",
+        "mxf",
+        "rm",
+        "wtv",
+        "dv",
+        "swf",
+    ),
+    *("mpegvideo", "m4v", "h264", "hevc", "ivf", "obu", "mjpeg", "yuv4mpegpipe"),
+    *("png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe"),
+)
+# Pillow's names of formats that it decodes itself
+IMAGE_FORMATS = (
+    *("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "JXL"),
+    *("DIB", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "TGA"),
+)
+# no other file and no network, whatever a file asks for; the last two for MOV's external data references
+_ALONE = {
+    "format_whitelist": ",".join(VIDEO_FORMATS),
+    "protocol_whitelist": "file",
+    "enable_drefs": "0",
+    "use_absolute_path": "0",
+}
+# above the pictures of 100-megapixel cameras; decoded with transparency, half a GiB, of which reading holds
+# two or three copies
+MAX_PIXELS = 1 << 27
+
+# what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
+_DAMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error),
+    av.FFmpegError,
+)
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image; only its header is read so far. Raises MediaError, also for errors inside the block."""
+    Image.init()
+    with (
+        reading(path),
+        Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN]) as image,
+    ):
+        check_pixels(path, *image.size)
+        yield image
+
+
+@contextlib.contextmanager
+def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a video: the container and its video stream. Raises MediaError, also for errors inside the
+    block.
+    """
+    with reading(path), open_container(path) as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            found = ", ".join(other.type for other in container.streams) or "nothing"
+            raise MediaError(f"{path} has no video stream, only {found}")
+        check_pixels(path, stream.width, stream.height)
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within a stream
+        yield container, stream
+
+
+def open_container(path: Path) -> Any:
+    """Open a video's container, and no other file.
+
+    Raises MediaError for a list of files, FFmpegError for what else is wrong.
+    """
+    try:
+        return av.open(file_url(path), metadata_errors="replace", options=_ALONE)
+    except av.ArgumentError:  # what FFmpeg answers for a format that is not in the list
+        raise MediaError(
+            f"{path} is in no video format that is read here, or it is a list of other files, which is not "
+            "followed. Give the video itself, such as a .mp4, .mov, .mkv or .webm."
+        ) from None
+
+
+def check_pixels(path: Path, width: int, height: int) -> None:
+    """Raise MediaError if a picture is larger than MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise MediaError(
+            f"{path} has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most "
+            f"{MAX_PIXELS / 1e6:.0f} million are read, as more would take gigabytes of memory. "
+            "Make the picture smaller."
+        )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what Pillow and FFmpeg raise into MediaError, and anything but a regular file or a folder."""
+    if not path.exists():
+        raise MediaError(f"{path} does not exist")
+    try:
+        if not path.is_dir():
+            require_regular_file(path)
+            if path.stat().st_size == 0:
+                raise MediaError(f"{path} is empty (0 bytes)")
+        yield
+    except UnidentifiedImageError:
+        raise MediaError(f"{path} is no image that can be read, or it is damaged") from None
+    except Image.DecompressionBombError:  # Pillow looks at the size first, by a bound above ours
+        raise MediaError(
+            f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "
+            "smaller."
+        ) from None
+    except _DAMAGE as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MediaError(f"{path} cannot be read: {reason}") from error
+
+
+def file_url(path: Path) -> str:
+    """Without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol."""
+    return f"file:{path}"

@@ -1,0 +1,74 @@
+"""What follows from a predicted peak: the number of `--blocks_to_swap auto`, advice if a plan does not
+fit.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from modules.planning.memory_plan import Room, Swappable, gib, predicted_before_run, smallest_swap, swap_for
+from modules.speed_options import Speed, swapping
+
+logger = logging.getLogger(__name__)
+
+Predicted = TypeVar("Predicted", bound=Swappable)
+
+
+def resolve_swap(
+    speed: Speed, room: Room | None, predict: Callable[[], Predicted]
+) -> tuple[Speed, Predicted | None]:
+    """Return the options with the number that --blocks_to_swap auto stands for, and the prediction.
+
+    room: of a CUDA device; without one nothing is rehearsed, and auto is 0. The prediction is None if there
+    is no room or the rehearsal failed, which is logged: a plan is an aid, without one a run is as good.
+    Raises UserErrors as the rehearsal does, MemoryPlanError if it fails and auto waits for it, and
+    OptionError if the network has fewer blocks than are to be swapped.
+    """
+    if room is None:
+        return (swapping(speed, 0) if speed.swap.is_auto else speed), None
+    prediction = predicted_before_run(predict, speed.swap)
+    if prediction is None:
+        return speed, None
+    blocks, reason = swap_for(prediction, speed.swap, room)
+    if reason is not None:
+        logger.info(reason)
+        speed = swapping(speed, blocks)
+    return speed, prediction
+
+
+def advise(
+    prediction: Predicted,
+    cheaper: Sequence[tuple[str, Callable[[], Predicted]]],
+    usable: int,
+    swapped: int = 0,
+    can_swap: bool = True,
+    phase: str = "",
+) -> tuple[list[str], Predicted | None]:
+    """Say what to change so that a prediction fits, the cheapest first; each line adds to those before it.
+
+    cheaper: options that are not in use and what is predicted with them, each with all before it.
+    usable: bytes of the device. swapped: blocks that the options swap.
+    phase: what the bytes are said to be of, " while denoising".
+    Returns the lines, and the last prediction if even that does not fit.
+    """
+
+    def by_swapping() -> str | None:
+        count = smallest_swap(prediction.device, prediction.most, usable) if can_swap else None
+        return (
+            None
+            if count is None
+            else f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB{phase} fits"
+        )
+
+    lines: list[str] = []
+    for name, predict in cheaper:
+        prediction = predict()
+        needed = prediction.device(swapped)
+        lines.append(f"{name}: {gib(needed)} GiB{phase}" + (" fits" if needed <= usable else ""))
+        if needed <= usable:
+            return lines, None
+        swap = by_swapping()
+        if swap is not None:
+            return [*lines, swap], None
+    swap = None if cheaper else by_swapping()
+    return (lines, prediction) if swap is None else ([swap], None)

@@ -1,0 +1,142 @@
+"""Text files that a user names: regular, of a bounded size, parsed without recursion errors. Standard library
+only.
+
+What is wrong with a file is raised as OSError or ValueError, whose callers name the option or the table in a
+UserError.
+"""
+
+import errno
+import json
+import re
+import stat
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_TEXT_BYTES = 1 << 24  # 16 MiB: a dataset configuration of 50,000 tables
+MAX_CAPTION_BYTES = 1 << 20  # 1 MiB; encoders read at most some hundred words
+MAX_LINE_CHARACTERS = 1 << 23  # of a JSONL list: a caption of 1 MiB with every character written as \uXXXX
+MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
+
+# a dotted key of far more parts than that: the standard library's parser takes quadratic time for it
+_LONG_KEY = re.compile(
+    rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{4 * MAX_DEPTH}}}"""
+)
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def require_regular_file(path: Path) -> None:
+    """Check that `path` is a regular file, or a link to one: reading anything else could wait or go on for
+    ever.
+
+    Raises OSError whose `strerror` says what it is instead, as `open` does for a folder or if nothing is
+    there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except ValueError:  # a NUL character, by which the system ends names
+        raise OSError(errno.EINVAL, "its name holds a character that no file name can have") from None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    if not stat.S_ISREG(mode):
+        kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+
+
+def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Return the UTF-8 text of a regular file, without a byte order mark, with lines ended by a newline only.
+
+    Raises OSError if the file cannot be read, is not regular or is larger than `limit_bytes`,
+    UnicodeDecodeError if it is not UTF-8.
+    """
+    require_regular_file(path)
+    with path.open("rb") as file:
+        content = file.read(limit_bytes + 1)  # one more than allowed, not what a size claims: a file may grow
+    if len(content) > limit_bytes:
+        raise OSError(
+            errno.EFBIG, f"it is larger than {limit_bytes >> 20} MiB, the most that is read", str(path)
+        )
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
+    """Yield the lines of a regular file in UTF-8, without their ends; only one is in memory at a time.
+
+    Raises OSError if the file cannot be read, is not regular or has a line of more than `limit` characters,
+    UnicodeDecodeError if it is not UTF-8.
+    """
+    require_regular_file(path)
+    with path.open(encoding="utf-8-sig") as file:
+        number = 0
+        while line := file.readline(limit + 2):
+            number += 1
+            line = line.removesuffix("\n")
+            if len(line) > limit:
+                raise OSError(errno.EFBIG, f"line {number} has more than {limit:,} characters", str(path))
+            yield line
+
+
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return what a JSON text says. pairs: as `object_pairs_hook`.
+
+    Raises ValueError, also if it is nested too deeply.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise _too_deep() from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(content)
+    return content
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return what a TOML text says. Raises ValueError, also if it is nested too deeply."""
+    if _LONG_KEY.search(text):
+        raise _too_deep()
+    try:
+        content = tomllib.loads(text)
+    except RecursionError:
+        raise _too_deep() from None
+    _check_depth(content)
+    return content
+
+
+def bad_character(text: str) -> str | None:
+    """Describe the first character that no text can hold: NUL, or half of a surrogate pair. None if there is
+    none.
+
+    Halves come from a JSON escape such as \\ud800, or from a name that is not UTF-8.
+    """
+    if "\0" in text:
+        return "the character NUL (\\u0000)"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"half a character (\\u{ord(text[error.start]):04x}), which is no text"
+    return None
+
+
+def _check_depth(content: Any) -> None:
+    """Raise ValueError if lists and tables stand in one another more than MAX_DEPTH deep."""
+    level = [content]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [
+            value.values() if isinstance(value, dict) else value
+            for value in level
+            if isinstance(value, (dict, list))
+        ]
+        if not inner:
+            return
+        level = [value for values in inner for value in values]
+    raise _too_deep()
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
