@@ -343,8 +343,7 @@ def _sample(run: Run) -> None:
     """Make the pending samples.
 
     If the run is asked to end meanwhile, it ends at this step and the samples stay pending: the resumed run
-    makes
-    them with the weights of the same step.
+    makes them with the weights of the same step.
     """
     progress = run.progress
     if run.sampler is not None:

@@ -62,9 +62,8 @@ class Sampler:
         """Write one file for each prompt and return the paths.
 
         mark: `e000001` at the end of an epoch, `000020` at a step. The network is in evaluation mode and on
-        its
-        device. Only the samples' own random state is used. Raises SamplingStopped soon after `stopped()` is
-        true.
+        its device. Only the samples' own random state is used. Raises SamplingStopped soon after `stopped()`
+        is true.
         """
 
         def watch(_: StepDone) -> None:
@@ -127,8 +126,7 @@ def prepare_samples(
 
     Call it before the DiT is loaded. A prompt that cannot be made (no image for an image-to-video model) is
     reported and skipped. Raises OptionError if the file or an encoder is missing, CheckpointError if a model
-    file
-    cannot be used.
+    file cannot be used.
     """
     entries = read_sample_prompts(prompt_file)
     _ = family.media_identity  # a missing file ends the run here, once

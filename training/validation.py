@@ -46,8 +46,7 @@ class Validation:
         """Return the mean loss over the items as `validation/loss`, and per band as `validation/loss_100`.
 
         The number of a band is the timestep in its middle. The networks are in evaluation mode. All processes
-        must
-        call it and get the same numbers.
+        must call it and get the same numbers.
         """
         sums = torch.zeros(NUM_BANDS + 1, dtype=torch.float64)
         for item in self.items[self.process :: self.processes]:

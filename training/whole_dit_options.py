@@ -12,7 +12,7 @@ EVERYTHING = "."  # occurs in every name
 class WholeDitOptions:
     """Which weights of the DiT are trained, in which dtype they are kept, and when they are stepped."""
 
-    # parameters whose name contains one of these learn, the rest is frozen
+    # parameters whose name contains one of these are trained, the rest is frozen
     trainable_modules: tuple[str, ...] = field(metadata=IDENTITY)
     fused_backward_pass: bool = field(metadata=HABIT)
     full_bf16: bool = field(metadata=IDENTITY)  # else the weights are kept in float32

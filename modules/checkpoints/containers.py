@@ -1,8 +1,7 @@
 """Read files of named tensors: safetensors, and torch's zip or pickle files without running code.
 
 Each reader lists its tensors without reading them and reads one at a time into its own memory, so that no
-file
-stays mapped and a file on a slow or vanishing volume gives an error instead of a crash.
+file stays mapped and a file on a slow or vanishing volume gives an error instead of a crash.
 """
 
 import json
@@ -231,8 +230,8 @@ class TorchFile:
 def load_pickled(path: Path) -> Any:
     """Load what `torch.save` wrote: tensors, mapped if the format allows, in plain containers.
 
-    Raises CheckpointError saying which of the two is wrong, that a tensor is no plain one, or that the file
-    is damaged.
+    Code in the file is refused, not run. Raises CheckpointError if there is code, if a tensor is not a plain
+    one, or if the file is damaged.
     """
     try:
         require_regular_file(path)

@@ -40,9 +40,8 @@ def load_planned(
     """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
 
     build: makes it from the plan's dimensions; called on the meta device. dtype, what: as for `load_module`;
-    a
-    single dtype is used for all tensors. in_fp8: keep its linear layers in 8 bits. Raises CheckpointError as
-    `load_module`.
+    a single dtype is used for all tensors. in_fp8: keep its linear layers in 8 bits. Raises CheckpointError
+    as `load_module`.
     """
     with torch.device("meta"):
         network = build(plan.config)

@@ -104,11 +104,9 @@ def fill_dit(
     """Load a transformer that was built on the meta device, tensor by tensor, without gradients.
 
     Each tensor goes to its device. target: dtype of the weights; with `placement.keep_file_dtypes` each layer
-    has
-    the dtype of its weight in the file instead. spec: which layers are always kept in float32, and which may
-    be
-    kept in 8 bits (`placement.fp8`). `placement.patch` gets the names in `sources`. Raises CheckpointError as
-    `load_module`, and if an fp8 file is to be rounded again or patched.
+    has the dtype of its weight in the file instead. spec: which layers are always kept in float32, and which
+    may be kept in 8 bits (`placement.fp8`). `placement.patch` gets the names in `sources`. Raises
+    CheckpointError as `load_module`, and if an fp8 file is to be rounded again or patched.
     """
 
     def kept(name: str, stored: torch.dtype) -> torch.dtype:
@@ -169,9 +167,7 @@ def _fp8_layers(
 
 
 def _last_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Beginnings of the names in the last blocks, `blocks.38.` and `blocks.39.`; none in networks of a few
-    blocks.
-    """
+    """Return the name prefixes of the last blocks, `blocks.38.` and `blocks.39.`; none for a few blocks."""
     blocks = [f"{name}.{index}." for name, found in spec.blocks(dit).items() for index in range(len(found))]
     return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
 

@@ -65,10 +65,8 @@ def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[st
     """Return the settings of the network from the config.json in its folder.
 
     Empty if there is no such file or it belongs to another model. part: key of the network's own settings if
-    the
-    model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
-    missing
-    keys. Raises CheckpointError if config.json cannot be read.
+    the model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
+    missing keys. Raises CheckpointError if config.json cannot be read.
     """
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():

@@ -47,12 +47,9 @@ def load_module(
     dtype; returns the weight to keep. ignore: patterns (`*`) of tensors in the file that need not be used.
     what: the option or network, for messages. fp8: which weights of linear layers are kept in 8 bits; they
     are rounded on its device and then moved to theirs. host: keeps some of the tensors in host memory; they
-    are
-    still made on the device if anything has to be computed. All parameters have `requires_grad` off. On the
-    meta
-    device nothing is read. Raises CheckpointError listing every missing, unexpected and misshaped tensor,
-    before
-    anything is read.
+    are still made on the device if anything has to be computed. All parameters have `requires_grad` off. On
+    the meta device nothing is read. Raises CheckpointError listing every missing, unexpected and misshaped
+    tensor, before anything is read.
     """
     wanted = module.state_dict()
     _check_fit(wanted, checkpoint, sources, ignore, what)

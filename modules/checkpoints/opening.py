@@ -76,8 +76,7 @@ class Checkpoint:
         """Return the same tensors without prefixes: each is cut off in turn if every name begins with it.
 
         others: name prefixes of other networks in an all-in-one file; these names are left out once a prefix
-        was
-        found. The files stay shared: close one of the two.
+        was found. The files stay shared: close one of the two.
         """
         places = self._places
         for prefix in prefixes:

@@ -14,8 +14,8 @@ class Source:
     """Hold how one tensor is made: names in the file, and a function of these tensors.
 
     `build` None takes the only tensor; it also runs on meta tensors, to compare shapes before anything is
-    read.
-    as_fp8: for an 8-bit weight, the same without multiplying it out: the weight, and its scale if it has one.
+    read. as_fp8: for an 8-bit weight, the same without multiplying it out: the weight, and its scale if it
+    has one.
     """
 
     names: tuple[str, ...]

@@ -1,6 +1,4 @@
-"""Where the tokenizer of a text encoder is (named, beside or inside the encoder's folder, on the hub);
-reading it.
-"""
+"""Find the tokenizer of a text encoder (given, in or beside its folder, on the hub) and read it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +65,9 @@ class TokenizerFiles:
             ) from error
 
     def read(self, file: Path) -> Tokenizer:
-        """The tokenizer of a tokenizer.json as it stands there, without padding and truncation.
+        """Read the tokenizer of a tokenizer.json, without padding and truncation.
 
-        Raises CheckpointError.
+        Raises CheckpointError if it cannot be read.
         """
         self.check_bytes(file)
         try:
@@ -87,7 +85,7 @@ class TokenizerFiles:
         return tokenizer
 
     def read_bytes(self, file: Path) -> bytes:
-        """A file of a tokenizer. Raises CheckpointError if it is too large or cannot be read."""
+        """Read a file of a tokenizer. Raises CheckpointError if it is too large or cannot be read."""
         self.check_bytes(file)
         try:
             return file.read_bytes()
@@ -95,16 +93,14 @@ class TokenizerFiles:
             raise self.unreadable(file, error) from error
 
     def check_sentencepiece(self, model: bytes, origin: Path) -> None:
-        """Raise CheckpointError if a SentencePiece model is damaged or could lengthen a text without
-        measure.
-        """
+        """Raise CheckpointError if a SentencePiece model is damaged or could lengthen a text too much."""
         try:
             check_sentencepiece(model)
         except ValueError as error:
             raise self.unreadable(origin, error) from error
 
     def check_bytes(self, file: Path) -> None:
-        """Raise CheckpointError if a file is larger than any tokenizer, or no regular file."""
+        """Raise CheckpointError if a file is larger than any tokenizer, or not a regular file."""
         try:
             require_regular_file(file)
             size = file.stat().st_size

@@ -55,7 +55,7 @@ def with_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Req
 
 
 def check_size(request: Request, latent: LatentSpec, at_once: int | None = None) -> None:
-    """Raise OptionError where the model cannot make the size, naming the nearest one that it can.
+    """Raise OptionError if the model cannot make the size, naming the nearest one that it can.
 
     at_once: how many frames are denoised together, if not all.
     """
@@ -93,8 +93,7 @@ def with_negative(request: Request, is_empty: bool) -> Request:
     """Return the request with a negative prompt, or without guidance.
 
     is_empty: a missing negative prompt becomes the empty text, as when --negative_prompt is left out;
-    otherwise
-    guidance is dropped with a warning, as in training samples.
+    otherwise guidance is dropped with a warning, as in training samples.
     """
     if request.negative_prompt is not None:
         return request

@@ -38,7 +38,7 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | N
     latents, noise: B C F H W in model space. sigmas: B, from 0 (clean) to 1 (pure noise).
     alphas: B, factors of the latents; None: 1 - sigmas.
     Returns B C F H W in the dtype of `latents`; the blend is computed in float32.
-    Raises ValueError where the batch sizes differ.
+    Raises ValueError if the batch sizes differ.
     Source: Liu et al. 2022, arXiv 2209.03003.
     """
     if not len(latents) == len(noise) == len(sigmas):
@@ -65,8 +65,8 @@ def make_schedule(solver: str, steps: int, flow_shift: float, table: Sequence[fl
 
     table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
     0, without a shift. Without: euler and unipc-bh1 feed exact timesteps; unipc and dpm++ feed them cut to
-    whole numbers but step by the exact sigmas, as the released code. Raises ValueError for another solver or
-    where there is no step.
+    whole numbers but step by the exact sigmas, as the released code. Raises ValueError for an unknown
+    solver or if steps is below 1.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: at least one is needed")

@@ -2,7 +2,7 @@
 
 A solver belongs to one run over one schedule and may remember earlier predictions. Letters as in the papers:
 sigma and alpha are the shares of noise and data, lambda = log(alpha / sigma), h a step in lambda, x0 a
-predicted clean sample. A step is exact where x0 stays the same; higher orders take x0 for a polynomial in
+predicted clean sample. A step is exact if x0 stays the same; higher orders model x0 as a polynomial in
 lambda.
 """
 
@@ -86,13 +86,13 @@ class UniPCVariant:
 
     order: int  # of the predictions, at most; lower at the start, and 1 to sigma 0
     keeps_data: bool  # alpha counts as 1 at every sigma, whatever the schedule says
-    # h -> weight of a difference that is the only one: B(h) / 2 in units of 1 - e^-h
+    # h -> weight of a single difference: B(h) / 2 in units of 1 - e^-h
     lone_weight: Callable[[float], float]
 
 
 BH2 = UniPCVariant(order=2, keeps_data=False, lone_weight=lambda step: 0.5)  # Wan's: B(h) = 1 - e^-h
-# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if the data under the noise were never
-# made weaker
+# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if noise were added without weakening
+# the data
 BH1 = UniPCVariant(order=3, keeps_data=True, lone_weight=lambda step: 0.5 * step / -math.expm1(-step))
 
 

@@ -33,8 +33,7 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
     """Load the weights to be used of a schedule-free optimizer; others are unchanged.
 
     While training, such an optimizer keeps other weights in their place. Its own way back rounds, so the
-    training
-    weights are kept aside: saving changes nothing in the run.
+    training weights are kept aside: saving changes nothing in the run.
     """
     if not is_schedule_free(optimizer):
         yield

@@ -107,8 +107,7 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
     """Round float32 values at random to one of their two bf16 neighbours, so that the mean is the value.
 
     The bits that bf16 has no room for count as a fraction; a random fraction is added to it, and the sum is
-    cut
-    off. NaN stays NaN. generator: on the device of the values.
+    cut off. NaN stays NaN. generator: on the device of the values.
     """
     noise = torch.randint(_LOW_16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     # all bits of a GPU's NaN are set: a sum would run over, into a zero

@@ -85,7 +85,7 @@ def predict(
 
 
 def describe(family: Described, noisy_batch: NoisyBatch) -> str:
-    """`832x480, 81 frames, batch 1`."""
+    """Return the size of a batch in words: `832x480, 81 frames, batch 1`."""
     count, _, frames, height, width = noisy_batch.noise.shape
     step, rows, columns = family.latent.stride
     return f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}"

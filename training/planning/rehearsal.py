@@ -160,8 +160,7 @@ def rehearse(
     """Return the largest moment at each place of a training step, and the bytes that wait on the host.
 
     The optimizer already has its states. dit: the network as loaded, on the meta device; do not use it
-    afterwards.
-    noisy_batch: on the CPU.
+    afterwards. noisy_batch: on the CPU.
     """
     with dry_run() as ledger:
         rehearsal = dressed(family, options, dit, ledger)

@@ -30,8 +30,7 @@ class Uploads:
     """Upload finished files and folders to the repository of --huggingface_repo_id; do nothing without one.
 
     api: the client, `huggingface_hub.HfApi`. Uploads run one after the other, so that the repository is
-    created
-    once.
+    created once.
     """
 
     options: HubOptions
