@@ -250,5 +250,5 @@ def test_whole_transformers_do_not_learn_in_fp8(family: TinyFamily) -> None:
         return
     words = family.train[1:]
     begin = words.index("--network_module")
-    with pytest.raises(OptionError, match="--fp8_base: weights that learn are kept in float32"):
+    with pytest.raises(OptionError, match="--fp8_base: trained weights are kept in float32"):
         run("hv_train.py", *words[:begin], *OUTPUT, "--output_name", "x", "--fp8_base")

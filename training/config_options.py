@@ -18,16 +18,16 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
     """Add --config_file."""
     parser.add_argument(
         "--config_file",
-        help="TOML file with options by name; tables only group them; the command line goes first",
+        help="TOML file with options by name; tables only group them; the command line overrides it",
     )
 
 
 def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The options that the file `name` (".toml" may be left out) sets, converted as the command line would.
+    """Read options from the TOML file `name` (".toml" may be left out), converted as the command line would.
 
-    Tables are flattened, the last of equal keys wins. A key that is no option is warned about and left out.
-    Raises UserError where the file is missing or no TOML, OptionError for a value of a wrong type or outside
-    the choices.
+    Tables are flattened; the last of equal keys wins. An unknown key is ignored with a warning.
+    Raises UserError if the file is missing or is not TOML, OptionError if a value has a wrong type or is not
+    one of the choices.
     """
     path = Path(name if name.endswith(".toml") else f"{name}.toml").expanduser()
     actions = {
@@ -41,7 +41,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
             close = difflib.get_close_matches(key, actions, n=1)
             logger.warning(
                 f"{path}: {key} is ignored because no option has that "
-                f"name{f'; do you mean {close[0]}?' if close else ''}"
+                f"name{f'; did you mean {close[0]}?' if close else ''}"
             )
     return values
 
@@ -66,7 +66,7 @@ def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _converted(path: Path, action: argparse.Action, value: Any) -> Any:
-    """The TOML value as the command line would give it."""
+    """Convert a TOML value to what the command line would give."""
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):
             raise _wrong(path, action, value)
@@ -99,7 +99,7 @@ def _wrong(path: Path, action: argparse.Action, value: Any) -> OptionError:
         bool: "true or false",
         int: "a whole number",
         float: "a number",
-        int_or_float: "steps, or a fraction as 0.05",
+        int_or_float: "steps, or a fraction such as 0.05",
     }
     many = (
         ""

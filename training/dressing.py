@@ -16,8 +16,9 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precisi
 
 
 def placement_of(options: TrainingOptions, device: torch.device, fp8: Quantisation | None) -> Placement:
-    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the
-    dtype to learn in.
+    """Return where the DiT goes and its dtype.
+
+    A frozen DiT keeps the file's dtype; a trained one is kept in bf16 (--full_bf16) or float32.
     """
     whole = options.whole_dit
     return Placement(
@@ -37,10 +38,9 @@ def dress(
     compilation: Compilation | None = None,
     host: HostWeights | None = None,
 ) -> None:
-    """Compile the blocks, checkpoint them, and have swapped ones come from the host. For after a LoRA was
-    attached.
+    """Compile the blocks, checkpoint them, and set up block swap. Call it after a LoRA was attached.
 
-    Where blocks' inputs go to the host, memory is short, and feed-forwards are computed in pieces too.
+    If the blocks' inputs are kept on the host, memory is short, so feed-forwards are computed in pieces too.
     """
     on_host, checkpointing = loop.gradient_checkpointing_cpu_offload, None
     if loop.gradient_checkpointing:

@@ -1,7 +1,6 @@
-"""THE training loop: micro-batches -> loss -> gradients -> optimizer step; then log, validate, sample, save
-where due.
+"""The training loop: micro-batches -> loss -> gradients -> optimizer step; then log, validate, sample, save.
 
-The DiT carries no wrapper. Each process works on its share of a step's micro-batches (plan.py), gradients are
+The DiT has no wrapper. Each process works on its share of a step's micro-batches (steps.py), gradients are
 summed over the processes once per step, and the loss of a micro-batch is divided by the number of
 micro-batches the step really has. A run's numbers depend on its settings and its seed alone: not on samples,
 validation, saving, or on where it was stopped and resumed.
@@ -48,9 +47,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """All that the loop works with.
+    """Hold everything that the loop works with.
 
-    `progress` changes; so do the network, the optimizer and the schedule, of course.
+    `progress`, the network, the optimizer and the schedule change while training.
     """
 
     options: TrainingOptions
@@ -66,8 +65,8 @@ class Run:
     autocast: Autocast
     logs: Logs
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
-    steps: ParameterSteps | None = None  # where weights are stepped one by one
-    fused: FusedBackward | None = None  # where that happens inside the backward pass
+    steps: ParameterSteps | None = None  # if weights are stepped one by one
+    fused: FusedBackward | None = None  # if that happens inside the backward pass
     saver: Saver | None = None  # in the main process only
     sampler: Sampler | None = None
     validation: Validation | None = None
@@ -78,14 +77,14 @@ class Run:
 
     @cached_property
     def parameters(self) -> list[Parameter]:
-        """What learns, in the optimizer's order."""
+        """Return the trained parameters, in the optimizer's order."""
         return self.trainable.parameters
 
 
 def train(run: Run) -> bool:
-    """Train from where `run.progress` stands to the last step.
+    """Train from `run.progress` to the last step.
 
-    Returns False where the run was asked to end before.
+    Returns False if the run was asked to end before.
     """
     progress, plan = run.progress, run.plan
     with run.stop.listening():
@@ -110,7 +109,7 @@ def train(run: Run) -> bool:
 
 
 def advance(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
-    """A step and what is due after it. Returns whether the run has to end here."""
+    """Take a step and do what is due after it. Returns whether the run has to end here."""
     is_due_by_clock = take_step(run, group, micro_batches)
     progress = run.progress
     if run.memory is not None:
@@ -121,12 +120,12 @@ def advance(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool
 
 
 def is_ending(run: Run) -> bool:
-    """Whether the run was asked to end before its last step, and all processes know it."""
+    """Return whether the run was asked to end before its last step and all processes know it."""
     return run.stop.agreed and run.progress.step < run.plan.total_steps
 
 
 def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
-    """One optimizer step on the micro-batches of `group`. Returns whether the clock asks for saving."""
+    """Take one optimizer step on the micro-batches of `group`. Returns whether the clock asks for saving."""
     run.trainable.start_step()
     # before any weight is stepped
     rates = named_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
@@ -146,21 +145,21 @@ def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bo
     if is_alone:
         run.stop.agreed = run.stop.asked
         return run.clock.is_due()
-    # processes must agree: what was asked for during the step before, which all have read by now
+    # processes must agree, so this is what was asked for during the previous step: all have read it by now
     return reading is not None and reading.values[2] > 0
 
 
 def _accumulate(
     run: Run, group: range, micro_batches: Iterator[MicroBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Gradients of this process' share of the group.
+    """Accumulate the gradients of this process' share of the group.
 
-    Returns its part of the step's loss, on the device, and the items in it.
+    Returns its part of the step's loss, on the device, and the keys of its items.
     """
     total = torch.zeros((), device=run.device)
     keys: tuple[str, ...] = ()
     if run.scaler is not None:
-        # it is set up by its first use, also in a process that has no micro-batch in this step
+        # the first use sets it up; a process without a micro-batch in this step needs that too
         run.scaler.scale(total)
     for _ in run.plan.share(group, run.feed.process):
         micro_batch = next(micro_batches)
@@ -179,14 +178,14 @@ def _accumulate(
 
 
 def _seed(run: Run, number: int) -> None:
-    """Make dropout a function of the seed and the micro-batch; the global generators too, for networks that
-    use them.
+    """Make dropout a function of the seed and the micro-batch number.
+
+    The global generators are seeded too, for networks that use them.
     """
     run.trainable.set_dropout_seed(derive_seed(run.progress.seed, "dropout", number))
     seed = derive_seed(run.progress.seed, "global", number)
-    torch.default_generator.manual_seed(
-        seed
-    )  # torch.manual_seed itself notes every call for each kind of device that is not in use
+    # torch.manual_seed itself would record the call for every kind of device that is not in use
+    torch.default_generator.manual_seed(seed)
     if run.device.type == "cuda":
         torch.cuda.manual_seed(seed)
     elif run.device.type == "mps":
@@ -205,7 +204,7 @@ def _update(run: Run) -> Tensor:
 
 
 def _clip_and_step(run: Run) -> Tensor:
-    """Returns the gradients' norm before clipping."""
+    """Clip the gradients and step the optimizer. Returns the gradients' norm before clipping."""
     max_norm = run.options.optimizer.max_grad_norm
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
@@ -223,7 +222,10 @@ def _clip_and_step(run: Run) -> Tensor:
 
 
 def _note(run: Run, reading: Reading) -> None:
-    """Log a step; raise UserError where its loss is no number, before anything that came of it is saved."""
+    """Log a step.
+
+    Raises UserError if its loss or gradient norm is NaN or infinite, before anything made from it is saved.
+    """
     loss, norm = reading.values[0], reading.values[-1]
     if not (math.isfinite(loss) and math.isfinite(norm)) and run.scaler is None:
         keys = reading.notes.keys
@@ -231,11 +233,11 @@ def _note(run: Run, reading: Reading) -> None:
         raise UserError(
             f"step {reading.step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
             f"saved.{items}\n"
-            "  Lower --learning_rate, or look for a damaged clip among these items, and go on with --resume "
-            "latest."
+            "  Lower --learning_rate, or look for a damaged clip among these items, and continue with "
+            "--resume latest."
         )
     losses = run.progress.losses
-    if math.isfinite(loss):  # with a gradient scaler, which skips such steps until it has found its scale
+    if math.isfinite(loss):  # a gradient scaler skips other steps until it has found its scale
         losses.append(loss)
     del losses[: -run.plan.steps_per_epoch]
     if run.plan.processes > 1:
@@ -246,30 +248,30 @@ def _note(run: Run, reading: Reading) -> None:
 
 
 def _settle(run: Run) -> None:
-    """Wait for the last step's numbers, so that it is known to be sound and its loss is counted."""
+    """Wait for the last step's numbers, so that its loss is checked and counted."""
     reading = run.readings.flush()
     if reading is not None:
         _note(run, reading)
 
 
 def _begin(run: Run) -> None:
-    """What is due before the first step of the run, or was when a resumed one was saved."""
+    """Do what is due before the first step, or what was still due when the resumed state was saved."""
     progress = run.progress
     if progress.step == 0 and is_due_at_step(run.options.samples, 0) and progress.sampled_step != 0:
         progress.sample_pending = "e000000"
     if progress.sample_pending:
         _sample(run)
-    if is_ending(run):  # nothing has changed since the state that was resumed, so there is nothing to save
-        logger.info("Ended before step %d; the same command starts again.", progress.step + 1)
+    if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
+        logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
     elif progress.step == 0 and run.validation is not None:
         _validate(run)
     run.logs.restart_clock()
 
 
 def _after_step(run: Run, saves: bool) -> None:
-    """What is due after an optimizer step.
+    """Do what is due after an optimizer step.
 
-    Samples come before saving; a run that is to end leaves them to its resumption.
+    Samples come before saving. If the run is to end, its samples are generated after resuming.
     """
     progress, options = run.progress, run.options
     every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
@@ -297,8 +299,9 @@ def _after_step(run: Run, saves: bool) -> None:
 
 
 def _after_epoch(run: Run) -> None:
-    """What is due at the end of an epoch: save, then samples. An epoch cut short by --max_train_steps stays
-    unfinished.
+    """Do what is due at the end of an epoch: save, then sample.
+
+    An epoch cut short by --max_train_steps stays unfinished.
     """
     progress, options = run.progress, run.options
     epoch = progress.epoch + 1
@@ -328,17 +331,19 @@ def _after_epoch(run: Run) -> None:
 
 
 def _save_to_go_on(run: Run) -> None:
-    """What a run that ends here leaves behind."""
+    """Save the model and the state of a run that ends here."""
     if run.saver is not None:
         run.saver.save_step(run.progress.step, with_state=True)
     logger.info(
-        "Ended after step %d of %d; go on with --resume latest.", run.progress.step, run.plan.total_steps
+        "Ended after step %d of %d; continue with --resume latest.", run.progress.step, run.plan.total_steps
     )
 
 
 def _sample(run: Run) -> None:
-    """Make the samples that are pending. Where the run is asked to end meanwhile it ends at this step, and
-    they stay pending: the resumed run makes them with the weights of the same step.
+    """Make the pending samples.
+
+    If the run is asked to end meanwhile, it ends at this step and the samples stay pending: the resumed run
+    makes them with the weights of the same step.
     """
     progress = run.progress
     if run.sampler is not None:
@@ -350,7 +355,7 @@ def _sample(run: Run) -> None:
         except SamplingStopped:
             was_stopped = True
         if is_any(was_stopped, run.plan.processes, run.device):
-            logger.info("Samples of step %d are left for later.", progress.step)
+            logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.stop.agreed = True
             return
     progress.sample_pending, progress.sampled_step = "", progress.step

@@ -1,6 +1,4 @@
-"""Options of the training run as a whole: data, length, seed, gradient accumulation and checkpointing,
-validation.
-"""
+"""Options of the training run: data, length, seed, gradient accumulation and checkpointing, validation."""
 
 import argparse
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from modules.options import HABIT, check_at_least, check_below, check_seed
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How long and on what to train. `dataset_config` is there unless only --show_timesteps is asked for."""
+    """How long and on what to train. `dataset_config` is None only with --show_timesteps."""
 
     dataset_config: Path | None
     max_train_steps: int  # optimizer steps in total, also after a resume
@@ -21,7 +19,7 @@ class LoopOptions:
     persistent_data_loader_workers: bool
     seed: int | None  # None: random below 2^32
     gradient_checkpointing: bool
-    gradient_checkpointing_cpu_offload: bool  # what blocks keep waits in host memory
+    gradient_checkpointing_cpu_offload: bool  # what blocks keep is moved to host memory
     # "attention": kept beside the blocks' inputs rather than computed again
     gradient_checkpointing_keep: str | None
     gradient_accumulation_steps: int  # micro-batches per optimizer step and process
@@ -54,14 +52,13 @@ class LoopOptions:
         for name, is_given in given.items():
             if is_given and not self.gradient_checkpointing:
                 raise OptionError(
-                    f"--gradient_checkpointing_{name} says how to checkpoint: give --gradient_checkpointing "
-                    "too"
+                    f"--gradient_checkpointing_{name} says how to checkpoint: add --gradient_checkpointing"
                 )
 
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """A loss on items that are never trained on, at fixed noise and timesteps."""
+    """Options of the loss on held-out items, at fixed noise and timesteps."""
 
     validation_split: float  # share of the source files, 0 up to but not including 1
     validate_every_n_steps: int | None  # None: at the end of each epoch
@@ -71,7 +68,7 @@ class ValidationOptions:
             "--validation_split", self.validation_split, 0, "the share of source files kept for validation"
         )
         check_below(
-            "--validation_split", self.validation_split, 1, "some source files have to be left for training"
+            "--validation_split", self.validation_split, 1, "some source files must be left for training"
         )
         check_at_least(
             "--validate_every_n_steps",
@@ -119,18 +116,15 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient_checkpointing_cpu_offload",
         action="store_true",
         help="least memory: keep the inputs of the blocks in host memory until the backward pass, and "
-        "compute "
-        "feed-forwards for "
-        "a few thousand tokens at a time (not with --network_dropout); needs --gradient_checkpointing and "
-        "host memory for one copy "
-        "of the video tokens per block",
+        "compute feed-forwards for a few thousand tokens at a time (not with --network_dropout); needs "
+        "--gradient_checkpointing and host memory for one copy of the video tokens per block",
     )
     group.add_argument(
         "--gradient_checkpointing_keep",
         choices=("attention",),
-        help="attention: keep the result of self-attention rather than compute it again: faster; needs "
-        "--gradient_checkpointing "
-        "and memory for one more copy of the video tokens per block, in the dtype of the computation",
+        help="attention: keep the result of self-attention instead of computing it again: faster; needs "
+        "--gradient_checkpointing and memory for one more copy of the video tokens per block, in the compute "
+        "dtype",
     )
     group.add_argument(
         "--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step"
@@ -139,7 +133,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance_scale",
         type=float,
         default=1.0,
-        help="embedded guidance fed to models that were distilled for it; others have no such input",
+        help="embedded guidance fed to guidance-distilled models; other models have no such input",
     )
     group.add_argument(
         "--check", action="store_true", help="print items, buckets, batches and what is missing, then exit"

@@ -17,7 +17,7 @@ from modules.devices import sent
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from training.loss_options import L2, LossOptions
 
-Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network, nothing else
+Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 
 MASK = "alpha_mask"  # in a batch: how much each place of the picture counts, 0..1, B H W in any size
 
@@ -28,16 +28,16 @@ class Trains(Described, Predicts, Protocol):
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A batch with everything random about it already drawn. B: samples."""
+    """Hold a batch with all its random numbers drawn. B: samples."""
 
     batch: Batch
     noise: Tensor  # B C F H W float32
-    sigmas: Tensor  # B, how much noise is mixed in, 0..1
+    sigmas: Tensor  # B, share of noise, 0..1
     timesteps: Tensor  # B, what the network is fed
-    weights: Tensor  # B, of the samples' losses
+    weights: Tensor  # B, factors on the samples' losses
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
-        """The same with `move` applied to every tensor."""
+        """Return a copy with `move` applied to every tensor."""
 
         def moved_value(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
             return [move(item) for item in value] if isinstance(value, list) else move(value)
@@ -52,7 +52,7 @@ class NoisyBatch:
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
-        """Sent to the device; from pinned memory without waiting for it. Whole numbers stay on the host."""
+        """Copy to the device, without waiting if pinned. Whole numbers stay on the host."""
         # its streams keep the source alive until it is read; other devices do not promise that
         is_ordered = device.type == "cuda"
         return self.moved(lambda tensor: sent(tensor, device, is_ordered))

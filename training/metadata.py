@@ -1,5 +1,6 @@
-"""Metadata of saved files: `ss_*` says how the file was trained, `modelspec.*` what it is. All are text,
-"None" where absent.
+"""Metadata of saved files: `ss_*` says how the file was trained, `modelspec.*` what it is.
+
+All values are text; missing ones are "None".
 """
 
 import json
@@ -15,12 +16,12 @@ from training.loss_options import L2
 from training.options import TrainingOptions
 
 DEFAULT_RANK = 4
-RESOLUTION = "1280x720"  # constant in all files of the known tuners
+RESOLUTION = "1280x720"  # constant in all files of other tuners
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run knows beside its options."""
+    """Hold what a run knows besides its options."""
 
     session_id: int
     started_at: float  # unix seconds
@@ -77,10 +78,9 @@ def file_metadata(
     epoch: int,
     now: datetime,
 ) -> dict[str, str]:
-    """The metadata of a file saved at this moment: those of the run, where it stands, and what the file is
-    (`modelspec.*`).
+    """Return the metadata of a file saved now: that of the run, its progress, and `modelspec.*`.
 
-    epoch: the one under way or just ended, from 1. Hashes of a LoRA are added when its tensors are written.
+    epoch: the current or just finished one, from 1. Hashes of a LoRA are added when its tensors are written.
     """
     values = dict(run)
     if not options.metadata.no_metadata:
@@ -98,7 +98,7 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
     dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
     return dropout | {
         "ss_session_id": facts.session_id,
-        "ss_ss_session_id": facts.session_id,  # a misspelling that files of the known tuners carry
+        "ss_ss_session_id": facts.session_id,  # sic: files of other tuners have this misspelling
         "ss_training_started_at": facts.started_at,
         "ss_output_name": options.saving.output_name,
         "ss_learning_rate": options.optimizer.learning_rate,

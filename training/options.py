@@ -1,6 +1,4 @@
-"""All options that training has in every family, composed; and reading them from the command line and
---config_file.
-"""
+"""Compose the options that training has in every family; read them from command line and --config_file."""
 
 import argparse
 import os
@@ -41,7 +39,7 @@ OWN_NETWORKS = "networks."  # a rank beyond all sense has a meaning in others: L
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Everything but the family's own options."""
+    """All options but the family's own."""
 
     loop: LoopOptions = field(metadata=FREE)
     validation: ValidationOptions = field(metadata=FREE)
@@ -94,35 +92,32 @@ class TrainingOptions:
             )
         if self.speed.fp8.fp8_base:
             raise OptionError(
-                "--fp8_base: weights that learn are kept in float32, or in bfloat16 with --full_bf16, "
-                "because fp8 would lose the "
-                "steps; leave it out, or train a LoRA with hv_train_network.py"
+                "--fp8_base: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
+                "fp8 would lose the steps; leave it out, or train a LoRA with hv_train_network.py"
             )
         swap = self.speed.swap
         if swap.blocks_to_swap and not options.fused_backward_pass:
             raise OptionError(
-                f"--blocks_to_swap {swap.blocks_to_swap} with weights that learn: each has to be stepped "
-                "while its block is on the "
-                "device. Add --fused_backward_pass, or leave it out"
+                f"--blocks_to_swap {swap.blocks_to_swap} with trained weights: each must be stepped "
+                "while its block is on the device. Add --fused_backward_pass, or leave it out"
             )
         if swap.img_in_txt_in_offloading:
             raise OptionError(
-                "--img_in_txt_in_offloading: these layers learn, so they have to be on the device. Leave it "
-                "out"
+                "--img_in_txt_in_offloading: these layers are trained, so they must be on the device. Leave "
+                "it out"
             )
         if not options.fused_backward_pass:
             return
         if accumulation != 1:
             raise OptionError(
                 f"--fused_backward_pass with --gradient_accumulation_steps {accumulation}: gradients are "
-                "freed in each backward "
-                "pass, so there are none to accumulate. Use 1, or a larger batch_size in --dataset_config"
+                "freed in each backward pass, so there are none to accumulate. Use 1, or a larger batch_size "
+                "in --dataset_config"
             )
         if precision == "fp16":
             raise OptionError(
                 "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients "
-                "overflowed is known only after "
-                "all of them. Use bf16 or no"
+                "overflowed is known only after the whole backward pass. Use bf16 or no"
             )
 
 
@@ -133,9 +128,9 @@ def read_training(
     argv: Sequence[str] | None,
     add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments,
 ) -> tuple[TrainingOptions, T]:
-    """The options of a script that trains.
+    """Read the options of a script that trains.
 
-    add_arguments, record: the family's own. doc, add_learner: see `training_parser`.
+    add_arguments, record: the family's own options. doc, add_learner: see `training_parser`.
     """
     parser = training_parser(doc, add_learner)
     add_arguments(parser)
@@ -174,11 +169,10 @@ def training_parser(
 def read_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
-    """Parse: command line over --config_file over what `accelerate launch` was told (precision, compiling)
-    over defaults.
+    """Parse: command line over --config_file over settings of `accelerate launch` over defaults.
 
-    Raises OptionError for a wrong value in the file and for an option that is not supported yet; ends the
-    program for a wrong command line, as argparse does.
+    The launcher's settings are precision and compiling. Raises OptionError for a wrong value in the file and
+    for an option that is not supported yet; ends the program for a wrong command line, as argparse does.
     """
     config_file = parser.parse_args(argv).config_file
     prefilled = {

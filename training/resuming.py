@@ -1,4 +1,4 @@
-"""Between a run and its state folders: what is stored, what has to agree, what is put back."""
+"""What a run stores in its state folders, what must agree when resuming, and what is restored."""
 
 import hashlib
 import logging
@@ -50,33 +50,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Learning:
-    """All that changes from step to step, beside the progress."""
+    """Hold everything that changes from step to step, besides the progress."""
 
     trainable: Trainable
     optimizer: Optimizer
     schedule: LrSchedule
-    device: torch.device  # where steps are computed; a swapped weight may be elsewhere meanwhile
+    device: torch.device  # where steps are computed; swapped weights may be elsewhere
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
     steps_in_float32: bool = False  # weights in bf16 too: `ParameterSteps`
 
 
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
-    """The state that --resume names, read; None where none is asked for, or `latest` finds none.
+    """Read the state that --resume names; None without --resume, or if `latest` finds none.
 
-    All processes have to call it. Raises OptionError or CheckpointError where it cannot be used.
+    All processes must call it. Raises OptionError or CheckpointError if the state cannot be used.
     """
     saving = options.saving
     if saving.resume is None:
         return None
-    assert saving.output_dir is not None  # TrainingOptions has asked for both
+    assert saving.output_dir is not None  # TrainingOptions requires both
     assert saving.output_name is not None
     if saving.resume == LATEST and not options.hub.resume_from_huggingface:
-        # found by one process, which also tidies up after a kill
+        # one process searches, and also cleans up after a kill
         found = [find_latest(saving.output_dir, saving.output_name) if is_main_process else None]
         folder = broadcast_object_list(found)[0]
         if folder is None:
             logger.info(
-                "--resume latest: no state of %s in %s yet; starting afresh.",
+                "--resume latest: no state of %s in %s yet; starting a new run.",
                 saving.output_name,
                 saving.output_dir,
             )
@@ -90,16 +90,16 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
 
 
 def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | None) -> Progress:
-    """Where the run begins.
+    """Return where the run begins.
 
-    A resumed one keeps its seed; without any, a seed is drawn that all processes share.
+    A resumed run keeps its seed; if none is given, all processes share a random one.
     """
     if isinstance(saved, SavedState):
         return saved.progress
     drawn = broadcast_object_list([secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()])
     seed = options.loop.seed if options.loop.seed is not None else drawn[0]
     if options.loop.seed is None:
-        logger.info("--seed %d was drawn.", seed)
+        logger.info("Using a random seed: --seed %d.", seed)
     return Progress(seed=seed, session_id=drawn[1], started_at=drawn[2])
 
 
@@ -166,9 +166,9 @@ def habits_of(
 def capture(
     progress: Progress, learning: Learning, identity: Mapping[str, Any], habits: Mapping[str, Any]
 ) -> SavedState:
-    """Everything that resuming needs, not copied.
+    """Return everything that resuming needs, not copied.
 
-    For between two steps, with the training weights in place.
+    Call between steps, while the training weights are loaded.
     """
     description, optimizer_tensors = encode_optimizer(learning.optimizer, learning.trainable.names)
     parts = {name: module.state_dict() for name, module in learning.trainable.modules.items()}
@@ -185,9 +185,9 @@ def capture(
 def check_resumable(
     saved: SavedState | ForeignState | None, identity: Mapping[str, Any], habits: Mapping[str, Any]
 ) -> None:
-    """Raise OptionError where the saved run is another one; warn of what has changed.
+    """Raise OptionError if the saved run is a different one; warn of what has changed.
 
-    For before anything large is loaded.
+    Call it before anything large is loaded.
     """
     if isinstance(saved, SavedState):
         _warn_of_unknown(saved, {*identity} - {*saved.identity} | {*habits} - {*saved.habits})
@@ -238,7 +238,7 @@ def check_progress(saved: SavedState | ForeignState | None, plan: Plan) -> None:
 
 
 def restore(saved: SavedState | ForeignState, learning: Learning) -> None:
-    """Put everything back. Raises CheckpointError where something does not fit."""
+    """Restore everything from a saved state. Raises CheckpointError if something does not fit."""
     if isinstance(saved, ForeignState):
         _restore_foreign(saved, learning)
         return
@@ -263,7 +263,7 @@ def restore(saved: SavedState | ForeignState, learning: Learning) -> None:
     for part in saved.parts.values():
         if isinstance(part, StoredPart):
             part.close()
-    logger.info("Going on at step %d, epoch %d.", saved.progress.step, saved.progress.epoch + 1)
+    logger.info("Continuing at step %d, epoch %d.", saved.progress.step, saved.progress.epoch + 1)
 
 
 def _restore_schedule(
@@ -322,8 +322,7 @@ def _restore_foreign(saved: ForeignState, learning: Learning) -> None:
         restore_foreign_optimizer(learning.optimizer, saved.optimizer)
         move_states(learning.optimizer, learning.device)
     logger.warning(
-        "%s was made by another program and does not say how far its run was: weights and optimizer are "
-        "taken over, while steps, "
-        "epochs and the learning-rate schedule count from 0.",
+        "%s was made by another program and does not record its progress: weights and optimizer are "
+        "restored, while steps, epochs and the learning-rate schedule start from 0.",
         saved.folder,
     )

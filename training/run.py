@@ -1,6 +1,4 @@
-"""From options to a run: every part is built in order, and what can be checked is checked before gigabytes
-are loaded.
-"""
+"""Build a run from its options, in order; check what can be checked before gigabytes are loaded."""
 
 import contextlib
 import logging
@@ -88,7 +86,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What everything below is built from."""
+    """Hold what everything below is built from."""
 
     family: Family
     options: TrainingOptions
@@ -114,7 +112,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained and validated on."""
+    """Hold the items that a run trains and validates on, and the plan of its steps."""
 
     config: DatasetConfig
     training: Sequence[TrainingItem]
@@ -125,11 +123,10 @@ class Data:
 
 
 def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
-    """Train what the options say, a network (a LoRA) for a family's DiT or the whole DiT, from the first step
-    or a saved state.
+    """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    Returns the program's exit code. commands: what to type for missing caches. Raises a UserError for all
-    that the user can mend.
+    commands: what to type if caches are missing. Returns the program's exit code.
+    Raises UserError if the user has to change something.
     """
     if options.timesteps.show_timesteps is not None:
         show_timesteps(
@@ -146,7 +143,7 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
-            error, "Samples need room too. What was saved is untouched: go on with --resume latest."
+            error, "Samples need memory too. What was saved is untouched: continue with --resume latest."
         ) from error
     return 0
 
@@ -155,7 +152,7 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
 def prepared_run(
     family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS
 ) -> Iterator[Run]:
-    """A run with everything loaded; leaving it ends logs and waits for uploads. Raises as `train_network`."""
+    """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
     config = _read_config(options)  # a fault in it is told before anything is started
     job = _start(family, options, commands)
     _check_attention(job)
@@ -170,7 +167,7 @@ def prepared_run(
     check_progress(job.saved, data.plan)
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
-    # each process looked at its own device, but they share the weights on the host
+    # each process looked at its own device, but all share the weights on the host
     if job.options.speed.swap.is_auto:
         number = options.speed.swap.number
         number = largest(number, job.accelerator.num_processes, job.accelerator.device)
@@ -227,7 +224,7 @@ def prepared_run(
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
-    """--check: say what would be trained on."""
+    """Print what would be trained on (--check)."""
     config = _read_config(options)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
@@ -240,7 +237,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
 
 
 def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
-    """--plan: print what the run would need."""
+    """Print how much memory the run would need (--plan)."""
     found = require_items(
         find_items(_read_config(options), family.cache_tag, family.latent, family.text_keys), commands
     )
@@ -249,7 +246,7 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -
 
 
 def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> Job:
-    """Join the processes; find where to begin."""
+    """Join the processes and find where to begin."""
     check_trackers(options.logs)
     accelerator = make_accelerator(
         options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
@@ -275,15 +272,15 @@ def _read_config(options: TrainingOptions) -> DatasetConfig:
 def _find_data(job: Job, config: DatasetConfig) -> Data:
     """Find the caches by their names and plan the steps.
 
-    Raises CacheError with the caching commands where there are none.
+    Raises CacheError with the caching commands if there are none.
     """
     loop, family = job.options.loop, job.family
     found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
     training, validation = split_validation(found, job.options.validation.validation_split)
     if not training:
         raise DatasetError(
-            f"{config.path}: all {len(found)} items are for validation. Leave a table without `validation = "
-            "true`."
+            f"{config.path}: all {len(found)} items are for validation. Leave at least one table without "
+            "`validation = true`."
         )
     if not validation and job.options.validation.validate_every_n_steps is not None:
         raise OptionError(
@@ -300,17 +297,17 @@ def _find_data(job: Job, config: DatasetConfig) -> Data:
 
 
 def _make_sampler(job: Job) -> Sampler | None:
-    """Encode what the samples need.
+    """Encode the texts and images of the samples.
 
-    Raises OptionError where an encoder is missing, before the DiT is loaded.
+    Raises OptionError if an encoder is missing, before the DiT is loaded.
     """
     options, accelerator = job.options.samples, job.accelerator
     if options.sample_prompts is None:
         return None
     if not options.is_timed:
         logger.warning(
-            "--sample_prompts is ignored, because neither --sample_every_n_steps nor another time for "
-            "samples is given."
+            "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs and "
+            "--sample_at_first is given."
         )
         return None
     share = accelerator.process_index, accelerator.num_processes
@@ -321,14 +318,12 @@ def _make_sampler(job: Job) -> Sampler | None:
 
 
 def _placement(job: Job) -> Placement:
-    """Where the DiT goes and what it is kept in: the frozen one as its file is, one that is to learn in the
-    dtype to learn in.
-    """
+    """Return where the DiT goes and its dtype; see `placement_of`."""
     return placement_of(job.options, job.accelerator.device, job.fp8)
 
 
 def _check_attention(job: Job) -> None:
-    """Raise OptionError where the attention that is asked for cannot be had; nothing is loaded yet."""
+    """Raise OptionError if the requested attention is not available; nothing is loaded yet."""
     autocast = AUTOCAST.get(job.options.accelerator.mixed_precision)
     placement = _placement(job)
     check_backend(
@@ -340,10 +335,9 @@ def _check_attention(job: Job) -> None:
 
 
 def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
-    """The frozen DiT on the device, with --base_weights merged while loading; one that is to learn in the
-    dtype to learn in.
+    """Load the DiT onto the device, frozen, merging --base_weights while loading.
 
-    host: keeps the weights of swapped blocks.
+    A DiT that is to be trained gets the training dtype. host: keeps the weights of swapped blocks.
     """
     network, precision = job.options.network, job.options.accelerator.mixed_precision
     files = (
@@ -357,15 +351,16 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
     dtype, autocast = _dtype_of(dit), AUTOCAST.get(precision)
     if autocast is not None and dtype not in {autocast, torch.float32}:
         raise OptionError(
-            f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no or "
-            "that of the model."
+            f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no, or "
+            "the model's dtype."
         )
     return dit.requires_grad_(False)
 
 
 def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
-    """Dress the DiT (network, compiling, checkpointing, swap), make optimizer and schedule; also the name for
-    metadata.
+    """Wrap the DiT (network, compiling, checkpointing, swap) and make optimizer and schedule.
+
+    Also returns the optimizer's name for metadata.
     """
     options, device = job.options, job.accelerator.device
     if options.network is not None:
@@ -388,7 +383,7 @@ def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: in
 
 
 def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
-    """What steps single weights, where the options want that, and what does so inside the backward pass."""
+    """Return what steps single weights and what does so in the backward pass, if the options ask for it."""
     whole, trainable, optimizer = job.options.whole_dit, learning.trainable, learning.optimizer
     if whole is None or not (whole.full_bf16 or whole.fused_backward_pass):
         return None, None
@@ -447,7 +442,7 @@ def _make_saver(
     uploads: Uploads,
     take_state: Callable[[], SavedState],
 ) -> Saver | None:
-    """For the main process; the others save nothing."""
+    """Make the saver in the main process; the others save nothing."""
     if not job.accelerator.is_main_process:
         return None
     options, progress, trainable = job.options, job.progress, learning.trainable
@@ -506,7 +501,7 @@ def _facts(job: Job, data: Data, optimizer: str, schedule: str) -> RunFacts:
 
 
 def _dtype_of(dit: nn.Module) -> torch.dtype:
-    """What the DiT computes in without autocast."""
+    """Return the dtype in which the DiT computes without autocast."""
     own = getattr(dit, "compute_dtype", None)
     return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
 

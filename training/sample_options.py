@@ -26,13 +26,13 @@ class SampleOptions:
         )
         if self.is_timed and self.sample_prompts is None:
             raise OptionError(
-                "--sample_every_n_steps, _epochs and --sample_at_first need --sample_prompts: the file with "
-                "the prompts"
+                "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need a file with "
+                "prompts: give --sample_prompts"
             )
 
     @property
     def is_timed(self) -> bool:
-        """Whether a time for samples is given."""
+        """Return whether any option says when to make samples."""
         return (
             self.sample_every_n_steps is not None
             or self.sample_every_n_epochs is not None
@@ -46,4 +46,4 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sample_prompts", help="file with prompts (txt, toml, json) to make samples from")
     group.add_argument("--sample_every_n_steps", type=int)
     group.add_argument("--sample_every_n_epochs", type=int)
-    group.add_argument("--sample_at_first", action="store_true", help="also before the first step")
+    group.add_argument("--sample_at_first", action="store_true", help="sample before the first step too")

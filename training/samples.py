@@ -30,17 +30,17 @@ from training.sample_options import SampleOptions
 logger = logging.getLogger(__name__)
 
 BIT_RATE = 8_000_000  # of the known tuners' samples
-# formats.md, section 7
+# of the keys of a prompt file
 DEFAULTS = {"width": 256, "height": 256, "frame_count": 1, "sample_steps": 20, "discrete_flow_shift": 14.5}
 
 
 class SamplingStopped(Exception):
-    """Raised out of the denoising loop when the run is asked to end."""
+    """Raised from the denoising loop when the run is asked to end."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt of the file with everything encoded. `index` counts the prompts of the file."""
+    """Hold one prompt of the file with everything encoded. `index` counts the prompts of the file."""
 
     index: int
     prepared: Prepared
@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Makes this process' share of the samples."""
+    """Make this process' share of the samples."""
 
     samples: Sequence[Sample]
     session: Session  # holds the VAE, on the CPU between uses
@@ -60,10 +60,11 @@ class Sampler:
     has_metadata: bool = True  # pictures say what made them, as those of a generation do; MP4 holds nothing
 
     def make(self, dit: nn.Module, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
-        """Write one file for each prompt; mark: `e000001` at the end of an epoch, `000020` at a step.
+        """Write one file for each prompt and return the paths.
 
-        The network is in evaluation mode and on its device. No random state but its own is touched.
-        Raises SamplingStopped soon after `stopped()` is true.
+        mark: `e000001` at the end of an epoch, `000020` at a step. The network is in evaluation mode and on
+        its device. Only the samples' own random state is used. Raises SamplingStopped soon after `stopped()`
+        is true.
         """
 
         def watch(_: StepDone) -> bool:
@@ -120,18 +121,18 @@ def prepare_samples(
     processes: int,
     has_metadata: bool = True,
 ) -> Sampler:
-    """Read the prompts, check them, and encode this process' share of texts and images. For before the DiT is
-    loaded.
+    """Read and check the prompts, and encode this process' share of texts and images.
 
-    A prompt that cannot be made (no image for an image-to-video model) is reported and skipped. Raises
-    OptionError where the file or an encoder is missing, CheckpointError where a model file cannot be used.
+    Call it before the DiT is loaded. A prompt that cannot be made (no image for an image-to-video model) is
+    reported and skipped. Raises OptionError if the file or an encoder is missing, CheckpointError if a model
+    file cannot be used.
     """
     entries = read_sample_prompts(prompt_file)
     family.check_files(media=True)  # a missing file is told once, and ends the run
     has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
     if process == 0 and has_shift and family.defaults.flow_shift is None:
         logger.warning(
-            "%s: the flow shift (--fs) is ignored because this model's comes from the size", prompt_file
+            "%s: the flow shift (--fs) is ignored because this model computes it from the size", prompt_file
         )
     chosen: list[tuple[int, Prepared, bool]] = []
     for index, entry in list(enumerate(entries))[process::processes]:
@@ -162,8 +163,9 @@ def prepare_samples(
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
-    """One entry of a prompt file (keys of formats.md, section 7) as a request, sizes rounded down to what the
-    family can make.
+    """Turn one entry of a prompt file into a request.
+
+    Sizes are rounded down to what the family can make.
     """
     values = {**DEFAULTS, **{key: value for key, value in entry.items() if value is not None}}
     latent = family.latent
@@ -184,7 +186,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     if asked != (width, height, frames):
         made = f"{width} x {height} pixels and {frames} frames"
         logger.warning(
-            "the sample %r is made with %s: the model takes no other sizes nearby",
+            "the sample %r is made with %s: the model cannot make the requested size",
             values.get("prompt", ""),
             made,
         )
@@ -207,19 +209,19 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
 
 
 def is_due_at_step(options: SampleOptions, step: int) -> bool:
-    """Whether samples are due after optimizer step `step`; 0: before the first."""
+    """Return whether samples are due after optimizer step `step`; 0 means before the first."""
     if step == 0:
         return options.sample_at_first
     return options.sample_every_n_steps is not None and step % options.sample_every_n_steps == 0
 
 
 def is_due_after_epoch(options: SampleOptions, epoch: int) -> bool:
-    """Whether samples are due at the end of epoch `epoch`, counted from 1."""
+    """Return whether samples are due at the end of epoch `epoch`, counted from 1."""
     return options.sample_every_n_epochs is not None and epoch % options.sample_every_n_epochs == 0
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
-    """Remove samples that a killed run of this name left half written."""
+    """Remove unfinished samples that a killed run of this name left behind."""
     pattern = re.compile(rf"\.{re.escape(name)}_e?\d{{6,}}_\d{{2,}}_\d{{14}}.*\.tmp")
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if pattern.fullmatch(path.name):

@@ -1,8 +1,8 @@
-"""Which micro-batches form which optimizer step, and which process works on which. Whole numbers only.
+"""Plan which micro-batches form which optimizer step, and which process works on which. Whole numbers only.
 
 An epoch has the micro-batches 0 .. num_batches - 1. An optimizer step takes the next `processes *
-accumulation` of them, the last of an epoch what is left; process r of P works on those whose index is r
-modulo P. So two processes take the same steps as one process with twice the accumulation.
+accumulation` of them; the last step of an epoch takes what is left. Process r of P works on those whose index
+is r modulo P. So two processes take the same steps as one process with twice the accumulation.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run. `total_steps` counts from the very beginning, also where a run is resumed."""
+    """Hold the plan of a run's steps. `total_steps` includes the steps before a resume."""
 
     num_batches: int  # micro-batches of an epoch
     processes: int
@@ -20,7 +20,7 @@ class Plan:
 
     @property
     def group_size(self) -> int:
-        """Micro-batches of a full optimizer step, over all processes."""
+        """Return the micro-batches of a full optimizer step, over all processes."""
         return self.processes * self.accumulation
 
     @property
@@ -29,12 +29,13 @@ class Plan:
 
     @property
     def num_epochs(self) -> int:
-        """Epochs begun, the last one perhaps not finished."""
+        """Return the number of epochs begun; the last one may be unfinished."""
         return -(-self.total_steps // self.steps_per_epoch)
 
     def groups(self, epoch: int, position: int = 0) -> Iterator[range]:
-        """The micro-batches of each optimizer step of epoch `epoch` (from 0), from micro-batch `position` to
-        the end of the run.
+        """Yield the micro-batches of each optimizer step of epoch `epoch` (from 0).
+
+        Starts at micro-batch `position` and stops at the end of the run.
         """
         done = epoch * self.steps_per_epoch + -(-position // self.group_size)
         starts = range(position, self.num_batches, self.group_size)
@@ -42,14 +43,16 @@ class Plan:
             yield range(start, min(start + self.group_size, self.num_batches))
 
     def share(self, group: range, process: int) -> list[int]:
-        """The micro-batches of `group` that process number `process` works on; may be empty in the last group
-        of an epoch.
+        """Return the micro-batches of `group` that process number `process` works on.
+
+        May be empty in the last group of an epoch.
         """
         return [index for index in group if index % self.processes == process]
 
     def keys(self, process: int, epoch: int, position: int, num_epochs: int) -> list[tuple[int, int]]:
-        """(epoch, micro-batch) in the order in which a process needs them, for `num_epochs` epochs from
-        (epoch, position) on.
+        """Return (epoch, micro-batch) in the order in which a process needs them.
+
+        Covers `num_epochs` epochs from (epoch, position) on.
         """
         keys = []
         for number in range(epoch, min(epoch + num_epochs, self.num_epochs)):
@@ -59,7 +62,7 @@ class Plan:
 
 
 def total_steps(max_train_steps: int, max_train_epochs: int | None, num_batches: int, group_size: int) -> int:
-    """Optimizer steps of a run; epochs, where given, count instead of steps.
+    """Return the optimizer steps of a run; epochs, if given, replace steps.
 
     The last step of an epoch may be a short one.
     """

@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill end a run after its step; a second one ends it at once."""
+"""End a run after its current step on Ctrl-C or SIGTERM; a second signal ends it at once."""
 
 import contextlib
 import logging
@@ -16,14 +16,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class StopRequest:
-    """Whether the run has been asked to end."""
+    """Hold whether the run has been asked to end."""
 
     asked: bool = False
     agreed: bool = False  # all processes know of it
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as requests. Only the main thread can; elsewhere nothing changes."""
+        """Treat SIGINT and SIGTERM as requests to end. Does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -41,6 +41,6 @@ class StopRequest:
             return
         self.asked = True
         logger.warning(
-            "Ending after this step, with everything saved. Once more ends at once, back to the last saved "
-            "state."
+            "Ending after this step; everything will be saved. Press Ctrl-C again to end at once and go back "
+            "to the last saved state."
         )

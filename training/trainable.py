@@ -1,4 +1,4 @@
-"""What learns: a network beside the frozen DiT (a LoRA), or the DiT itself."""
+"""What is trained: a network beside the frozen DiT (a LoRA), or the DiT itself."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, d
 
 @dataclass(frozen=True)
 class Trainable:
-    """Parameters for the optimizer, and what the loop does with the modules they belong to."""
+    """Hold the parameters for the optimizer, and what the loop does with their modules."""
 
     modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
-    groups: Sequence[Mapping[str, Any]]  # of the optimizer: {"params": [...], "lr": ...}
+    groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}
     group_names: tuple[str, ...]  # "unet", "unet plus": for logs
     write: Write
     set_dropout_seed: Callable[[int], None]  # before each micro-batch
@@ -33,12 +33,12 @@ class Trainable:
 
     @property
     def parameters(self) -> list[Parameter]:
-        """All that learn, in the optimizer's order."""
+        """Return all trained parameters, in the optimizer's order."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """The name of each parameter: part, dot, name in the module."""
+        """Return the name of each parameter: part, dot, name in the module."""
         return {
             parameter: f"{part}.{name}"
             for part, module in self.modules.items()
@@ -49,9 +49,9 @@ class Trainable:
 def train_network(
     network: TrainableNetwork, learning_rate: float, max_norm: float | None, device: torch.device
 ) -> Trainable:
-    """A network that is already in its DiT, moved to the device in float32.
+    """Move a network that is already in its DiT to the device, in float32, and return it as a `Trainable`.
 
-    Raises OptionError where nothing in it can learn.
+    Raises OptionError if it has no parameters to train.
     """
     network.module.to(device=device, dtype=torch.float32)
     groups, names = network.parameter_groups(learning_rate)
@@ -73,10 +73,10 @@ def train_network(
 
 
 def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:
-    """The whole DiT, or those of its parameters whose name contains one of `name_parts`; the rest is frozen.
+    """Train the whole DiT, or only the parameters whose name contains one of `name_parts`; freeze the rest.
 
-    Its files hold all of it under its own names, which are those of the released checkpoints; they are
-    written tensor by tensor. Raises OptionError where no name matches.
+    Its files hold all weights under the names of the released checkpoints, written tensor by tensor.
+    Raises OptionError if no name matches.
     """
     learning = []
     for name, parameter in dit.named_parameters():
@@ -88,7 +88,7 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
         some = next(iter(dit.state_dict()))
         raise OptionError(
             f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
-            f"as {some}"
+            f"such as {some}"
         )
 
     def write(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
@@ -112,4 +112,4 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
 
 
 def _nothing(*_: object) -> None:
-    """A DiT needs no call at this point."""
+    """Do nothing: a DiT needs no call at this point."""

@@ -1,7 +1,4 @@
-"""Options that were given and have no effect beside the others.
-
-They are named in the log, so that none does nothing in silence.
-"""
+"""Name options that were given but have no effect, so that none is ignored silently."""
 
 from collections.abc import Iterator
 
@@ -91,7 +88,7 @@ def _of_loss(options: LossOptions) -> Iterator[Given]:
 
 
 def _of_schedule(options: LrScheduleOptions) -> Iterator[Given]:
-    """Schedule-free optimizers and Adafactor, which need none, are told of where the schedule is made."""
+    """Schedule-free optimizers and Adafactor need no schedule; `make_lr_schedule` reports that."""
     name = options.lr_scheduler
     if options.lr_scheduler_type:
         name, reason = "", "--lr_scheduler_type replaces it"

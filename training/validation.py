@@ -1,7 +1,7 @@
-"""The validation loss: held-out items at fixed noise and fixed timesteps, in bands from little to much noise.
+"""Validation loss: held-out items at fixed noise and fixed timesteps, in bands from little to much noise.
 
-The loss of a training step says nothing by itself, because its timestep and its noise are drawn. Here both
-belong to the item, so values of two steps, and of two runs with the same items, can be compared.
+The loss of one training step means little, because its timestep and noise are random. Here both belong to the
+item, so values of two steps, and of two runs with the same items, can be compared.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ NUM_BANDS = 5
 
 @dataclass(frozen=True)
 class Validation:
-    """What is measured and by which share of the processes."""
+    """Hold the items to measure and this process' share of them."""
 
     family: Trains
     items: Sequence[TrainingItem]  # of all processes; repeats are left out
@@ -40,15 +40,15 @@ class Validation:
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """The noise level in the middle of each band."""
+        """Return the noise level in the middle of each band."""
         return tuple((band + 0.5) / NUM_BANDS for band in range(NUM_BANDS))
 
     @torch.no_grad()
     def measure(self, dit: nn.Module, autocast: Autocast) -> dict[str, float]:
-        """The mean loss over the items: `validation/loss`, and each band's `validation/loss_100` (timestep in
-        its middle).
+        """Return the mean loss over the items as `validation/loss`, and per band as `validation/loss_100`.
 
-        The networks are in evaluation mode. All processes have to call it and get the same numbers.
+        The number of a band is the timestep in its middle. The networks are in evaluation mode. All processes
+        must call it and get the same numbers.
         """
         sums = torch.zeros(NUM_BANDS + 1, dtype=torch.float64)
         for item in self.items[self.process :: self.processes]:
@@ -65,7 +65,7 @@ class Validation:
         return {"validation/loss": sum(means) / NUM_BANDS, **bands}
 
     def _losses(self, item: TrainingItem, dit: nn.Module, autocast: Autocast) -> list[float]:
-        """The loss of one item in every band."""
+        """Return the loss of one item in every band."""
         batch = read_batch((item,), self.family.latent, self.commands, self.checks)
         if self.process == 0:
             self.encoders.warn(batch.made_by)

@@ -1,25 +1,25 @@
-"""Options of full fine-tuning: the DiT itself learns, rather than a network beside it."""
+"""Options of full fine-tuning: the DiT itself is trained, not a network beside it."""
 
 import argparse
 from dataclasses import dataclass, field
 
 from modules.options import HABIT, IDENTITY, add_unsupported
 
-EVERYTHING = "."  # part of every name
+EVERYTHING = "."  # occurs in every name
 
 
 @dataclass(frozen=True)
 class WholeDitOptions:
-    """What of the DiT learns, in which dtype it is kept, and when its weights are stepped."""
+    """Which weights of the DiT are trained, in which dtype they are kept, and when they are stepped."""
 
-    # parameters whose name contains one of these learn, the rest is frozen
+    # parameters whose name contains one of these are trained, the rest is frozen
     trainable_modules: tuple[str, ...] = field(metadata=IDENTITY)
     fused_backward_pass: bool = field(metadata=HABIT)
     full_bf16: bool = field(metadata=IDENTITY)  # else the weights are kept in float32
 
     @property
     def name_parts(self) -> tuple[str, ...]:
-        """`trainable_modules`; empty where everything learns."""
+        """Return `trainable_modules`; empty if everything is trained."""
         return () if EVERYTHING in self.trainable_modules else self.trainable_modules
 
 
@@ -31,24 +31,21 @@ def add_whole_dit_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=EVERYTHING,
         metavar="PART",
-        help="train only parameters whose name contains one of these, e.g. single_blocks.3. img_mod; . "
-        "trains "
-        "all",
+        help="train only parameters whose name contains one of these, e.g. single_blocks.3. img_mod; "
+        ". trains all",
     )
     group.add_argument(
         "--fused_backward_pass",
         action="store_true",
-        help="step each weight as soon as its gradient is complete and free the gradient: memory for all "
-        "gradients is saved; one "
-        "process, no accumulation, an optimizer such as Adafactor; --max_grad_norm clips each weight's "
-        "gradient by itself",
+        help="step each weight as soon as its gradient is complete and free the gradient: saves the memory "
+        "for all gradients; needs one process, no accumulation, an optimizer such as Adafactor; "
+        "--max_grad_norm clips each weight's gradient by itself",
     )
     group.add_argument(
         "--full_bf16",
         action="store_true",
         help="keep the weights in bf16, half of float32's memory; steps are computed in float32 and rounded "
-        "stochastically; needs "
-        "--mixed_precision bf16",
+        "stochastically; needs --mixed_precision bf16",
     )
     reason = (
         "weights in fp16 lose most of each step; use --full_bf16, or --mixed_precision fp16 with weights in "

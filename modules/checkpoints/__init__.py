@@ -1,1 +1,1 @@
-"""Files of weights: opened, recognised, streamed into networks, written."""
+"""Open, recognise, load and write files of weights."""

@@ -1,8 +1,7 @@
-"""Containers that hold named tensors on disk: safetensors, and torch's zip or pickle files read without
-running code.
+"""Read files of named tensors: safetensors, and torch's zip or pickle files without running code.
 
-Each reader lists its tensors without reading them and reads one at a time into memory of its own, so that
-nothing maps the file afterwards and a file on a slow or vanishing volume gives an error rather than a crash.
+Each reader lists its tensors without reading them and reads one at a time into its own memory, so that no
+file stays mapped and a file on a slow or vanishing volume gives an error instead of a crash.
 """
 
 import json
@@ -30,7 +29,7 @@ MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arit
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
-# keys under which trainers hide the tensors
+# keys under which trainers store the tensors
 WRAPPERS = ("module", "state_dict", "model_state_dict", "ema", "model")
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -71,7 +70,7 @@ class TensorFile(Protocol):
 
 
 def open_file(path: Path) -> TensorFile:
-    """Open one file by what it holds; the suffix decides only where the first bytes are damaged.
+    """Open one file by its content; the suffix decides only if the first bytes are damaged.
 
     Raises CheckpointError saying what the file is instead, or how it is damaged.
     """
@@ -142,7 +141,7 @@ class SafetensorsFile:
         self._file.close()
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, tuple[TensorInfo, int]], int]:
-        """Metadata; name -> what and where; where the data begin.
+        """Read the header: metadata; name -> what and where; where the data begin.
 
         Every number is checked against the others.
         """
@@ -193,7 +192,7 @@ class SafetensorsFile:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("it has a name twice")
     return content
 
 
@@ -229,11 +228,10 @@ class TorchFile:
 
 
 def load_pickled(path: Path) -> Any:
-    """What `torch.save` wrote: tensors, mapped where the format allows, in plain containers. Code in the file
-    is refused, not run.
+    """Load what `torch.save` wrote: tensors, mapped if the format allows, in plain containers.
 
-    Raises CheckpointError saying which of the two is wrong, that a tensor is no plain one, or that the file
-    is damaged.
+    Code in the file is refused, not run. Raises CheckpointError if there is code, if a tensor is not a plain
+    one, or if the file is damaged.
     """
     try:
         require_regular_file(path)
@@ -246,7 +244,7 @@ def load_pickled(path: Path) -> Any:
         if start and not is_zip and start[:1] != PICKLE:
             raise CheckpointError(f"{path} {_what_it_is(start)}", path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # notes on the pickle protocol, which say nothing to a user
+            warnings.simplefilter("ignore")  # notes on the pickle protocol, of no use to a user
             # the older format cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         _check_plain(content, path)
@@ -305,8 +303,9 @@ def _damaged_pickle(path: Path, reason: str) -> CheckpointError:
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    """The named tensors inside whatever a trainer wrapped around them; a step count beside a wrapper may be a
-    tensor too.
+    """Return the named tensors inside the containers that a trainer wrapped around them.
+
+    A step count beside a wrapper may be a tensor too.
     """
     for _ in range(1 + len(WRAPPERS)):  # a harmful file may wrap a dictionary in itself
         if not isinstance(content, dict):

@@ -1,6 +1,4 @@
-"""Dialects of model files: their names to ours, dimensions read off the tensors, and what a file is that is
-none of them.
-"""
+"""Translate names of model files to ours, read dimensions off the tensors, and tell what another file is."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,9 +21,7 @@ Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our 
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """All that loading needs: dimensions, where each of our tensors comes from, and what in the file may stay
-    unused.
-    """
+    """Hold what loading needs: dimensions, the source of each tensor, and what may stay unused."""
 
     config: Config
     checkpoint: Checkpoint  # without prefixes
@@ -41,11 +37,11 @@ def load_planned(
     what: str,
     in_fp8: bool = False,
 ) -> Network:
-    """The network of a plan whose file is open, on the device, in eval mode, without gradients.
+    """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
 
-    build: makes it from the plan's dimensions; it is called on the meta device. dtype, what: as for
-    `load_module`; one dtype counts for all tensors. in_fp8: keep its linear layers in 8 bits. Raises
-    CheckpointError as `load_module`.
+    build: makes it from the plan's dimensions; called on the meta device. dtype, what: as for `load_module`;
+    a single dtype is used for all tensors. in_fp8: keep its linear layers in 8 bits. Raises CheckpointError
+    as `load_module`.
     """
     with torch.device("meta"):
         network = build(plan.config)
@@ -65,7 +61,7 @@ def load_planned(
 
 
 def translated(name: str, table: Names) -> str:
-    """Our name for one in the file; itself where the table does not have it, to be reported as unexpected."""
+    """Return our name for one in the file; a name not in the table stays, to be reported as unexpected."""
     for pattern, ours in table:
         found = re.fullmatch(pattern, name)
         if found:
@@ -74,19 +70,20 @@ def translated(name: str, table: Names) -> str:
 
 
 def renamed(sources: Mapping[str, Source], name_of: Callable[[str], str]) -> dict[str, Source]:
-    """The same sources under the names that `name_of` gives."""
+    """Return the same sources under the names that `name_of` returns."""
     return {name_of(name): source for name, source in sources.items()}
 
 
 def count(names: Iterable[str], start: str) -> int:
-    """How many different beginnings of names match the pattern."""
+    """Return how many different beginnings of names match the pattern."""
     pattern = re.compile(rf"({start})\.")
     return len({found[1] for found in map(pattern.match, names) if found})
 
 
 def shapes_of(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Callable[[str], tuple[int, ...]]:
-    """A function: our name -> shape of the tensor in the file. It raises CheckpointError where the file has
-    no such tensor.
+    """Return a function: our name -> shape of the tensor in the file.
+
+    It raises CheckpointError if the file has no such tensor.
     """
 
     def shape(name: str) -> tuple[int, ...]:
@@ -102,34 +99,35 @@ def shapes_of(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Callable
 
 @dataclass(frozen=True)
 class DitShapes:
-    """The shapes of a transformer's tensors, from which its dimensions are read."""
+    """Hold the shapes of a transformer's tensors, from which its dimensions are read."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
     model: str  # for messages: HunyuanVideo
 
     def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
-        """The shape of a tensor with so many axes.
+        """Return the shape of a tensor with this many axes.
 
-        Raises CheckpointError where the file has none of that name.
+        Raises CheckpointError if the file has none of that name.
         """
         found = self.shapes.get(name, ())
         if len(found) != axes:
             raise CheckpointError(
-                f"{self.path} is an incomplete {self.model} transformer: {name} is not there. Copy it again.",
+                f"{self.path} is an incomplete {self.model} transformer: {name} is missing. Copy it again.",
                 self.path,
             )
         return found
 
     def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
-        """Of the layer that makes tokens of latents: width of the model, channels of latents, size of a
-        patch.
+        """Return the width of the model, the channels of latents and the size of a patch.
+
+        name: of the layer that turns latents into tokens.
         """
         dim, in_dim, frames, rows, columns = self.of(name, axes=5)
         return dim, in_dim, (frames, rows, columns)
 
     def blocks(self, start: str) -> int:
-        """How many blocks there are in a list, whose name this is."""
+        """Return the number of blocks in the list of that name."""
         return count(self.shapes, rf"{re.escape(start)}\.\d+")
 
 
@@ -162,7 +160,7 @@ KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> 
 
 
 def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
-    """The error for a file that is not what an option takes.
+    """Return the error for a file that is not what an option takes.
 
     wanted, give: what it should be, and which files are that.
     """

@@ -1,6 +1,4 @@
-"""What files of transformers share in every family: prefixes of names, the dtype that weights are kept in,
-filling a network.
-"""
+"""Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,19 +32,19 @@ OTHER_NETWORKS = (
     "conditioner.",
     "scaled_fp8",
 )
-# Rounding in the last blocks goes into the velocity as it is, while later blocks even out what earlier ones
-# do. In the pocket model two of eight make three quarters of the loss that fp8 adds; in Wan 14B two of forty
-# are 5 % of the gain.
+# Rounding errors of the last blocks go straight into the velocity, while later blocks even out those of
+# earlier ones. In the pocket model two of eight blocks make three quarters of the loss that fp8 adds; in Wan
+# 14B two of forty are 5 % of the gain.
 LAST_IN_16_BITS = 2
-FP8_COMPUTE = torch.bfloat16  # what an fp8 file computes in
+FP8_COMPUTE = torch.bfloat16  # compute dtype of an fp8 file
 
 
 class DitConfig(Protocol):
-    """Dimensions of a family's transformer, read off a file's tensors."""
+    """Dimensions of a family's transformer, read from a file's tensors."""
 
     @property
     def kind(self) -> str:
-        """What the model is conditioned on: t2v, i2v, ..."""
+        """Return what the model is conditioned on: t2v, i2v, ..."""
         ...
 
 
@@ -55,7 +53,7 @@ Config = TypeVar("Config", bound=DitConfig)
 
 @dataclass(frozen=True)
 class DitHeader(Generic[Config]):
-    """What a transformer file says of itself without its weights being read."""
+    """Hold what is known of a transformer file without reading its weights."""
 
     config: Config
     dialect: str  # official, diffusers, ... as the family calls them
@@ -63,29 +61,30 @@ class DitHeader(Generic[Config]):
 
     @property
     def kind(self) -> str:
-        """What the model is conditioned on: t2v, i2v, ..."""
+        """Return what the model is conditioned on: t2v, i2v, ..."""
         return self.config.kind
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the model computes in unless an option says otherwise."""
+        """Return the dtype that the model computes in unless an option says otherwise."""
         return own_dtype(self.block_dtype)
 
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:
-    """The file without the prefixes that trainers and all-in-one files put before a transformer's names."""
+    """Remove the prefixes that trainers and all-in-one files put before a transformer's names."""
     return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
 
 
 def own_dtype(block_dtype: torch.dtype, for_fp8: torch.dtype | None = None) -> torch.dtype:
-    """What a file whose block weights have this dtype computes in where nothing is said: its own, fp8 files
-    for_fp8 or bfloat16.
+    """Return the default compute dtype of a file whose block weights have this dtype.
+
+    That is the file's own; fp8 files compute in `for_fp8` or bfloat16.
     """
     return block_dtype if block_dtype.itemsize > 1 else for_fp8 or FP8_COMPUTE
 
 
 def kept_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
-    """What weights are kept and compute in: `compute_dtype`, else `storage_dtype`, else the file's own."""
+    """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else the file's own."""
     return (
         placement.compute_dtype
         or placement.storage_dtype
@@ -102,13 +101,12 @@ def fill_dit(
     spec: DitSpec,
     what: str,
 ) -> None:
-    """Load a transformer that was built on the meta device, tensor by tensor, to its device, without
-    gradients.
+    """Load a transformer that was built on the meta device, tensor by tensor, without gradients.
 
-    target: dtype of the weights; with `placement.keep_file_dtypes` each layer has the dtype of its weight in
-    the file instead. spec: which layers are kept in float32 whatever is asked for, and which may be kept in 8
-    bits (`placement.fp8`). `placement.patch` is given the names in `sources`. Raises CheckpointError as
-    `load_module`, and where a file in fp8 is to be rounded again or patched.
+    Each tensor goes to its device. target: dtype of the weights; with `placement.keep_file_dtypes` each layer
+    has the dtype of its weight in the file instead. spec: which layers are always kept in float32, and which
+    may be kept in 8 bits (`placement.fp8`). `placement.patch` gets the names in `sources`. Raises
+    CheckpointError as `load_module`, and if an fp8 file is to be rounded again or patched.
     """
 
     def kept(name: str, stored: torch.dtype) -> torch.dtype:
@@ -139,10 +137,9 @@ def fill_dit(
 def _fp8_layers(
     dit: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source], placement: Placement, spec: DitSpec
 ) -> Fp8Loading | None:
-    """The linear layers of the blocks that are kept in 8 bits: those that the file has so, else those that
-    the family allows.
+    """Return the linear layers of the blocks that are kept in 8 bits: the file's, else the family's choice.
 
-    Where the layers multiply in 8 bits too, the last blocks are left in 16: see `LAST_IN_16_BITS`.
+    If the layers multiply in 8 bits too, the last blocks stay in 16 bits: see `LAST_IN_16_BITS`.
     """
     quantisation, path = placement.fp8, checkpoint.path
     if quantisation is None:
@@ -154,7 +151,7 @@ def _fp8_layers(
         return Fp8Loading(quantisation, rounded, (), placement.device)
     if quantisation.kind != "cast":
         raise CheckpointError(
-            f"--fp8_scaled: {path} is in fp8 already, and rounding it again would only lose more.\n"
+            f"--fp8_scaled: {path} is already in fp8; rounding it again would only lose more.\n"
             "  Leave --fp8_scaled out: --fp8_base (training) and --fp8 (generation) keep the file as it is. "
             "Or give the bf16 file.",
             path,
@@ -162,17 +159,15 @@ def _fp8_layers(
     if placement.patch is not None:
         raise CheckpointError(
             f"{path} is in fp8, too coarse to add a LoRA to.\n"
-            "  Give the bf16 file to --dit; or leave --fp8_base and --fp8 out, and the model is multiplied "
-            "out to 16 bits.",
+            "  Give the bf16 file to --dit; or leave out --fp8_base and --fp8, so that the model is "
+            "converted to 16 bits.",
             path,
         )
     return Fp8Loading(quantisation, (), kept, placement.device)
 
 
 def _last_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Beginnings of the names in the last blocks, `blocks.38.` and `blocks.39.`; none in networks of a few
-    blocks.
-    """
+    """Return the name prefixes of the last blocks, `blocks.38.` and `blocks.39.`; none for a few blocks."""
     blocks = [f"{name}.{index}." for name, found in spec.blocks(dit).items() for index in range(len(found))]
     return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
 

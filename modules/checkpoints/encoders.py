@@ -1,6 +1,4 @@
-"""Encoders in Hugging Face's layout: found under any prefix and beside other networks, with the config.json
-of their folder.
-"""
+"""Find encoders in Hugging Face's layout, under any prefix and beside other networks; read config.json."""
 
 import logging
 from collections.abc import Mapping
@@ -13,7 +11,7 @@ from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-# beginnings of names of other networks in all-in-one files
+# name prefixes of other networks in all-in-one files
 ALL_IN_ONE = (
     "model.diffusion_model.",
     "vae.",
@@ -27,10 +25,9 @@ ALL_IN_ONE = (
 def network_in(
     checkpoint: Checkpoint, embeddings: str, layer: str, beside: tuple[str, ...]
 ) -> Checkpoint | None:
-    """The network that has both of these tensors, without what stands before its names and beside it; None
-    where none has.
+    """Return the network that has both of these tensors, without prefix and other networks; None if none has.
 
-    beside: beginnings of the names of other networks. Raises CheckpointError where there is something else.
+    beside: name prefixes of other networks. Raises CheckpointError if the file holds something else.
     """
     prefixes = [name.removesuffix(embeddings) for name in checkpoint.tensors if name.endswith(embeddings)]
     prefix = next((prefix for prefix in prefixes if prefix + layer in checkpoint.tensors), None)
@@ -40,17 +37,18 @@ def network_in(
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *known))]
     if strange:
         raise CheckpointError(
-            f"{checkpoint.path}: beside {prefix}{embeddings} and its like it holds {len(strange)} tensors of "
-            "an unknown network, "
-            f"such as {', '.join(strange[:3])}. Give the file of that encoder alone.",
+            f"{checkpoint.path}: besides {prefix}{embeddings} and its network it has {len(strange)} "
+            f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give the file "
+            "of that encoder alone.",
             checkpoint.path,
         )
     return checkpoint.without_prefix(prefix, others=known)
 
 
 def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> int:
-    """Channels of a head: by the number of heads in config.json, else the usual width. Raises
-    CheckpointError.
+    """Return the channels of a head, from the number of heads in config.json, else the usual width.
+
+    Raises CheckpointError if that does not fit the rows.
     """
     heads = told.get("num_attention_heads")
     if heads is None and rows % usual == 0:
@@ -64,12 +62,11 @@ def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> in
 
 
 def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the network in the config.json of its folder; nothing where there is none or it is of
-    another model.
+    """Return the settings of the network from the config.json in its folder.
 
-    part: what the network's own settings are called where the model has several. kind: what its model_type
-    begins with. dim: the width by the tensors. defaults: what is meant where a key is missing. Raises
-    CheckpointError where config.json cannot be read.
+    Empty if there is no such file or it belongs to another model. part: key of the network's own settings if
+    the model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
+    missing keys. Raises CheckpointError if config.json cannot be read.
     """
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
@@ -84,6 +81,6 @@ def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[st
             f"{file} cannot be read as the configuration of a model ({error}).", file
         ) from error
     if (named is not None and not str(named).startswith(kind)) or settings.get("hidden_size", dim) != dim:
-        logger.info("%s is not of %s and is not used", file, path.name)
+        logger.info("%s is ignored because it does not belong to %s", file, path.name)
         return {}
     return settings

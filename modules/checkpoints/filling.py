@@ -7,8 +7,9 @@
         dtype = lambda name, stored: torch.bfloat16
         load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
 
-Per tensor: named, patched by LoRAs, rounded (to 8 bits too), placed. Every mismatch is reported before
-anything is read. The host never holds more than the network in its target dtype and one tensor of the file.
+Each tensor is renamed, patched by LoRAs, rounded (also to 8 bits) and placed. Every mismatch is reported
+before anything is read. The host never holds more than the network in its target dtype and one tensor of the
+file.
 """
 
 import fnmatch
@@ -65,8 +66,7 @@ def load_module(
         else [name for name in wanted if patch is None and name not in (fp8 or ())]
     )
     as_stored = {name for name in plain if _is_as_stored(sources[name], checkpoint, plan[name], ends[name])}
-    # one piece of memory for all reading: temporary tensors would leave holes in the heap between those that
-    # stay
+    # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
     made = [name for name in wanted if name not in as_stored and devices[name].type != "meta"]
     room = max((_room(sources[name], checkpoint) for name in made), default=0)
     pinned = any(
@@ -95,7 +95,7 @@ def load_module(
         if place is not None and not is_filled_here:
             tensor = place
             if patch is not None:
-                # it notes what finds its weight
+                # the patch notes which deltas find their weight
                 patch(name, torch.empty(place.shape, dtype=target, device="meta"))
         elif name in as_stored:
             tensor = (
@@ -134,9 +134,9 @@ def _hold(
     host: HostPlace | None,
     devices: Mapping[str, torch.device],
 ) -> Mapping[str, Tensor]:
-    """Memory for what stays on the host.
+    """Return memory for the tensors that stay on the host; none if nothing is read.
 
-    plan: name -> dtype to keep where it is not in 8 bits. Where nothing is read: none.
+    plan: name -> dtype to keep if not in 8 bits.
     """
     if host is None or all(device.type == "meta" for device in devices.values()):
         return {}
@@ -153,7 +153,7 @@ def _hold(
 
 
 def _read_into(room: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
-    """Read a tensor to where it is to stay; only a mapped file has to be copied from."""
+    """Read a tensor to where it is to stay; only mapped files need a copy."""
     tensor = checkpoint.borrow(name, room.view(-1).view(torch.uint8))
     if tensor.data_ptr() != room.data_ptr():
         room.copy_(tensor)
@@ -170,7 +170,7 @@ def _is_as_stored(source: Source, checkpoint: Checkpoint, target: torch.dtype, d
 
 
 def _room(source: Source, checkpoint: Checkpoint) -> int:
-    """Bytes that reading all parts of a tensor takes."""
+    """Return the bytes needed to read all parts of a tensor."""
     return sum(checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in source.names)
 
 
@@ -184,7 +184,7 @@ def _made(
     patch: WeightPatch | None,
     finite: FiniteCheck,
 ) -> Tensor:
-    """One of our tensors on its device, not yet rounded to its dtype; it may lie in `scratch`."""
+    """Make one of our tensors on its device, not yet rounded to its dtype; it may be a view of `scratch`."""
     tensor = source.make(_parts(source, checkpoint, scratch, device, finite))
     if patch is None:
         return tensor
@@ -196,7 +196,7 @@ def _made(
 def _parts(
     source: Source, checkpoint: Checkpoint, scratch: Tensor, device: torch.device, finite: FiniteCheck
 ) -> list[Tensor]:
-    """What a tensor is made of, on that device; it may lie in `scratch`."""
+    """Read what a tensor is made of, on that device; may be views of `scratch`."""
     parts, start = [], 0
     for part in source.names:
         parts.append(checkpoint.borrow(part, scratch[start:]).to(device))
@@ -218,10 +218,10 @@ def _put_fp8(
     is_filled_here: bool,
     finite: FiniteCheck,
 ) -> None:
-    """Give a linear layer its weight in 8 bits: that of the file, or the file's rounded after the patch.
+    """Give a linear layer its weight in 8 bits: the file's own, or the file's rounded after the patch.
 
-    room: where the weight is to stay, `device` otherwise. is_filled_here: else another process writes it;
-    scales are made by all.
+    room: where the weight is to stay; None: on `device`. is_filled_here: if False, another process writes it;
+    all processes make the scales.
     """
     layer = module.get_submodule(name.removesuffix(".weight"))
     assert isinstance(layer, nn.Linear)
@@ -286,7 +286,7 @@ def _check_fit(
     if lines:
         text = "\n".join(lines)
         raise CheckpointError(
-            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the file of that model, complete.",
+            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",
             checkpoint.path,
         )
 
@@ -305,12 +305,12 @@ def _built_shape(source: Source, checkpoint: Checkpoint) -> tuple[int, ...] | No
 
 def _sizes(shape: tuple[int, ...] | None) -> str:
     if shape is None:
-        return "parts that do not go together"
+        return "parts that do not fit together"
     return " x ".join(str(size) for size in shape) or "a single number"
 
 
 def compress_names(names: Iterable[str]) -> list[str]:
-    """Names in order, those that differ only in their first number joined: `blocks.{0..39}.norm3.weight`."""
+    """Sort names and join those that differ only in their first number: `blocks.{0..39}.norm3.weight`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         found = re.search(r"(?<=\.)\d+(?=\.)", name)

@@ -1,4 +1,4 @@
-"""Which weights of a network are kept in 8 bits when it is loaded, and what their rounding costs."""
+"""Choose which weights of a network are kept in 8 bits when it is loaded, and measure the rounding error."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -15,11 +15,11 @@ from modules.fp8.weights import E4M3, dequantise, linear_weights, quantise
 logger = logging.getLogger(__name__)
 
 TEXT_ENCODERS = Quantisation("rows", float32_scales=True)
-_SAMPLED_ROWS = 64  # of each weight, whose rounding is measured
+_SAMPLED_ROWS = 64  # of each weight, on which the rounding error is measured
 
 
 class Fp8Loading:
-    """What of a network is kept in 8 bits while it is loaded, and how much the rounding cost."""
+    """Hold which weights are kept in 8 bits while a network is loaded, and their rounding errors."""
 
     def __init__(
         self,
@@ -28,14 +28,13 @@ class Fp8Loading:
         kept: Collection[str],
         device: torch.device,
     ) -> None:
-        """rounded: names of weights to round. kept: of those that the file has in fp8 already. device: where
-        to round.
+        """Take the names of weights to round, and of those that the file already has in fp8 (kept).
 
-        Raises OptionError where the device has no such numbers.
+        device: where to round. Raises OptionError if the device has no such dtype.
         """
         if device.type == "mps":
             raise OptionError(
-                "Apple's GPUs have no numbers of 8 bits: leave the fp8 options out, or use --device cpu"
+                "Apple's GPUs do not support fp8: leave the fp8 options out, or use --device cpu"
             )
         self.quantisation = quantisation
         self.rounded = frozenset(rounded)
@@ -47,23 +46,23 @@ class Fp8Loading:
         return name in self.rounded or name in self.kept
 
     def round(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`quantise`, and remember how far off the result is."""
+        """Quantise a weight (see `quantise`) and remember its rounding error."""
         rounded, scale = quantise(weight, self.quantisation)
         step = max(1, len(weight) // _SAMPLED_ROWS)
         sample = weight[::step].float()
         some = scale if scale is None or scale.ndim == 1 else scale[::step]
-        # rows of a float8 tensor are taken as bytes: not every operation knows the format
+        # take rows of a float8 tensor as bytes: not every operation supports the dtype
         back = dequantise(rounded.view(torch.uint8)[::step].view(E4M3), some)
         error = (back - sample).abs().sum() / sample.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        # no number where a weight in any row is none
+        # NaN if a weight in any row is NaN or infinite
         self._errors[name] = error if scale is None else error + 0 * scale.sum()
         return rounded, scale
 
     def report(self, what: str) -> None:
-        """Log once how many weights are in 8 bits and how large their relative error is. Raises
-        CheckpointError where one is NaN.
+        """Log once how many weights are in 8 bits and their relative error.
 
         The error of a weight: the sum of |difference| over the sum of |weight|, on some of its rows.
+        Raises CheckpointError if an error is NaN.
         """
         if self.kept:
             logger.info("%s: %d linear layers stay in fp8 as the file has them", what, len(self.kept))
@@ -73,7 +72,7 @@ class Fp8Loading:
         if not errors.isfinite().all():
             name = list(self._errors)[int(errors.isfinite().logical_not().nonzero()[0])]
             raise CheckpointError(
-                f"{what}: {name} has values that are no numbers, which fp8 cannot hold. Copy the file again."
+                f"{what}: {name} has NaN or infinite values, which fp8 cannot hold. Copy the file again."
             )
         how = {
             "cast": "cast to fp8",
@@ -88,15 +87,16 @@ class Fp8Loading:
 def kept_in_fp8(
     names: Collection[str], sources: Mapping[str, Source], tensors: Mapping[str, TensorInfo]
 ) -> frozenset[str]:
-    """Those of the weights that a file with these tensors holds in 8 bits."""
+    """Return those of the weights that a file with these tensors holds in 8 bits."""
     return frozenset(name for name in names if name in sources and sources[name].is_fp8_in(tensors))
 
 
 def encoder_loading(
     encoder: nn.Module, sources: Mapping[str, Source], tensors: Mapping[str, TensorInfo], device: torch.device
 ) -> Fp8Loading:
-    """For a text encoder: all its linear layers in 8 bits, those of an fp8 file as they are. Embeddings and
-    norms are not.
+    """Keep all linear layers of a text encoder in 8 bits; those of an fp8 file stay as they are.
+
+    Embeddings and norms are not rounded.
     """
     names = linear_weights(encoder)
     kept = kept_in_fp8(names, sources, tensors)

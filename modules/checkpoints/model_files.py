@@ -1,4 +1,4 @@
-"""Model files as options name them: that each is there, and that it is what its option says."""
+"""Check model files given by options: that each exists and is what its option says."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,9 +13,9 @@ Found = TypeVar("Found")
 
 
 def existing(path: Path | None, option: str, why: str) -> Path:
-    """The path.
+    """Return the path.
 
-    Raises OptionError where none was given, CheckpointError where nothing is there; both name the option.
+    Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.
     """
     given = require(path, option, why)
     if not given.exists():
@@ -24,24 +24,24 @@ def existing(path: Path | None, option: str, why: str) -> Path:
 
 
 def inside(path: Path, folder: str) -> Path:
-    """`path`, or that folder in it where it is a whole release."""
+    """Return `path`, or that folder in it if it is a whole release."""
     return path / folder if (path / folder).is_dir() else path
 
 
 def read_once(path: Path, read: Callable[[Checkpoint], Found]) -> Found:
-    """What `read` says of the open file, such as its dimensions; a file is opened once for as long as it
-    stays the same.
+    """Return what `read` returns for the open file, such as its dimensions.
 
-    read: a function of a module, as `read_vae`. Raises CheckpointError as it does, where the file is another
-    kind of network.
+    The result is cached while the file stays the same. read: a function of a module, such as `read_vae`.
+    Raises
+    CheckpointError as it does, if the file holds another kind of network.
     """
     stat = path.stat()
     found: Found = _read_once(path, path.absolute(), (stat.st_mtime_ns, stat.st_size), read)
     return found
 
 
-@lru_cache(maxsize=16)  # asked for with every prompt of a long list and with every batch
+@lru_cache(maxsize=16)  # called for every prompt of a long list and for every batch
 def _read_once(path: Path, where: Path, stamp: tuple[int, int], read: Callable[[Checkpoint], Any]) -> Any:
-    """where, stamp: which file that is, beside `path`, as which a message names it."""
+    """Read the file. where, stamp: identify it; path: as messages name it."""
     with open_checkpoint(path) as checkpoint:
         return read(checkpoint)

@@ -1,5 +1,4 @@
-"""Model files: found and opened in any container, their tensors listed, and how each is made from what is
-stored.
+"""Find and open model files in any container, list their tensors, and say how each is made.
 
 with open_checkpoint(path) as checkpoint:
     sources = plain_sources(checkpoint)              # or a dialect's table of Sources
@@ -33,7 +32,7 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suff
 
 
 class Checkpoint:
-    """The named tensors of one or several files, listed but not read. Use it as a context manager."""
+    """List the named tensors of one or several files without reading them. Use it as a context manager."""
 
     def __init__(
         self, path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]
@@ -47,16 +46,16 @@ class Checkpoint:
         self.metadata: dict[str, str] = {key: value for file in files for key, value in file.metadata.items()}
 
     def read(self, name: str) -> Tensor:
-        """That tensor on the CPU, contiguous, in memory of its own.
+        """Read that tensor to the CPU, contiguous, in its own memory.
 
-        Raises CheckpointError where the file ends too soon.
+        Raises CheckpointError if the file ends too soon.
         """
         file, stored = self._places[name]
         with self._explained():
             return file.read(stored)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """That tensor on the CPU, to be copied from before anything else is read.
+        """Return that tensor on the CPU; copy it before anything else is read.
 
         scratch: bytes (uint8) that may be used.
         """
@@ -74,10 +73,10 @@ class Checkpoint:
             ) from error
 
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
-        """The same tensors, each of `prefixes` cut off in turn where every name begins with it.
+        """Return the same tensors without prefixes: each is cut off in turn if every name begins with it.
 
-        others: beginnings of names that belong to other networks in an all-in-one file; these names are left
-        out once a prefix was found. The files stay shared: close one of the two.
+        others: name prefixes of other networks in an all-in-one file; these names are left out once a prefix
+        was found. The files stay shared: close one of the two.
         """
         places = self._places
         for prefix in prefixes:
@@ -103,7 +102,7 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
 
-    Raises CheckpointError where it is not there, incomplete, damaged, of another kind, or holds code.
+    Raises CheckpointError if it is missing, incomplete, damaged, of another kind, or holds code.
     """
     files: list[TensorFile] = []
     places: dict[str, tuple[TensorFile, str]] = {}
@@ -114,7 +113,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             for name in file.tensors:
                 if name in places:
                     raise CheckpointError(
-                        f"{path}: {name} stands in two files, the second is {part.name}. Give one file.", path
+                        f"{path}: {name} is in two files, the second is {part.name}. Give one file.", path
                     )
                 places[name] = (file, name)
         if not places:
@@ -127,9 +126,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_paths(path: Path) -> list[Path]:
-    """The files that belong to what the user named, in order.
+    """Return the files that belong to the path that the user gave, in order.
 
-    Raises CheckpointError where one is not there.
+    Raises CheckpointError if one is missing.
     """
     if path.is_dir():
         return _folder_paths(path)
@@ -161,7 +160,7 @@ def _indexed_paths(path: Path) -> list[Path]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is no index of model files: {error!r}. Give the first of the files instead.", path
+            f"{path} is not an index of model files: {error!r}. Give the first of the files instead.", path
         ) from error
     return _existing(path, names)
 
@@ -177,7 +176,7 @@ def _existing(path: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _folder_paths(folder: Path) -> list[Path]:
-    """An index where there is one, else all safetensors files, else the only other model file."""
+    """Return the files of an index, else all safetensors files, else the only other model file."""
     indexes = sorted(folder.glob("*.index.json"))
     if len(indexes) == 1:
         return _indexed_paths(indexes[0])
@@ -189,8 +188,7 @@ def _folder_paths(folder: Path) -> list[Path]:
         return files
     found = ", ".join(file.name for file in indexes + files) or "none"
     raise CheckpointError(
-        f"{folder} is a folder from which no single model can be chosen (model files: {found}). Name the "
-        "file.",
+        f"{folder} is a folder without exactly one model (model files: {found}). Give the path of the file.",
         folder,
     )
 
@@ -199,11 +197,11 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def fingerprint(path: Path) -> str:
-    """A short identity of a model file's content: sizes, beginnings, and chunks spread over the files. Reads
-    about 2 MB a file.
+    """Return a short identity of a model file's content, for cache records. Reads about 2 MB per file.
 
-    Equal content gives equal text under any name; for cache records. Raises CheckpointError as
-    `open_checkpoint` does.
+    It covers sizes, beginnings, and chunks spread over the files: equal content gives equal text under any
+    name.
+    Raises CheckpointError as `open_checkpoint` does.
     """
     digest = hashlib.sha256()
     for part in checkpoint_paths(path):
@@ -211,7 +209,7 @@ def fingerprint(path: Path) -> str:
             with part.open("rb") as file:
                 size = part.stat().st_size
                 digest.update(size.to_bytes(8, "little"))
-                digest.update(file.read(1 << 20))  # a safetensors header lies here
+                digest.update(file.read(1 << 20))  # a safetensors header is here
                 for sample in range(_SAMPLES):
                     file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
@@ -221,7 +219,7 @@ def fingerprint(path: Path) -> str:
 
 
 _SCALES = (".scale_weight", ".weight_scale")
-# of no use once the weights are plain
+# unused once the weights are plain
 QUANT_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")
 _QUANT_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
 # nf4, nvfp4, GPTQ
@@ -229,10 +227,9 @@ _FOREIGN = ("*.absmax", "*.quant_map", "*.quant_state.*", "*.weight_scale_2", "*
 
 
 def plain_sources(checkpoint: Checkpoint) -> dict[str, Source]:
-    """Each tensor of the file by its own name; fp8 weights stored with scales are multiplied out, their
-    scales left out.
+    """Return each tensor of the file by its own name; scaled fp8 weights are multiplied by their scales.
 
-    Raises CheckpointError where the file is quantised in a way that cannot be undone here.
+    The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
     """
     _refuse_foreign_quantisation(checkpoint)
     scales = {

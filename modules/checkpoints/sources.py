@@ -1,4 +1,4 @@
-"""How a tensor of ours is made from those of a file."""
+"""Describe how one of our tensors is made from those of a file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from modules.fp8.weights import is_fp8
 
 @dataclass(frozen=True)
 class Source:
-    """How one tensor of ours is made: the names in the file, and what to do with these tensors (None: take
-    the only one).
+    """Hold how one tensor is made: names in the file, and a function of these tensors.
 
-    `build` also runs on meta tensors, to compare shapes before anything is read. as_fp8: of an 8-bit weight,
-    the same without multiplying it out: the weight, and its scale where it has one.
+    `build` None takes the only tensor; it also runs on meta tensors, to compare shapes before anything is
+    read. as_fp8: for an 8-bit weight, the same without multiplying it out: the weight, and its scale if it
+    has one.
     """
 
     names: tuple[str, ...]
@@ -23,7 +23,7 @@ class Source:
     as_fp8: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
     def then(self, change: Callable[[Tensor], Tensor]) -> "Source":
-        """The same source with a further step, such as cutting rows or transposing."""
+        """Return the same source with a further step, such as cutting rows or transposing."""
         build = self.build
         return Source(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
 
@@ -31,12 +31,12 @@ class Source:
         return tensors[0] if self.build is None else self.build(*tensors)
 
     def is_fp8_in(self, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Whether the file, which has these tensors, holds it as a weight in 8 bits that can be kept so."""
+        """Return whether the file, which has these tensors, holds it as an 8-bit weight that can be kept."""
         formats = {tensors[name].dtype for name in self.names if is_fp8(tensors[name].dtype)}
-        # rows put together from two formats have none in common
+        # rows joined from two formats have no common format
         return self.as_fp8 is not None and len(formats) == 1
 
     def make_fp8(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The weight in 8 bits, and its scale."""
+        """Return the weight in 8 bits, and its scale."""
         assert self.as_fp8 is not None
         return self.as_fp8(*tensors)

@@ -1,6 +1,4 @@
-"""Where the tokenizer of a text encoder is (named, beside or inside the encoder's folder, on the hub);
-reading it.
-"""
+"""Find the tokenizer of a text encoder (given, in or beside its folder, on the hub) and read it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +16,20 @@ MAX_BYTES = 1 << 26  # 64 MiB; the largest tokenizer.json in use has 34
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Which files are the tokenizer of one text encoder, and where they may lie."""
+    """Hold which files are the tokenizer of one text encoder, and where they may be."""
 
     option: str  # "--t5_tokenizer"
-    names: tuple[str, ...]  # any of these files is one; the first that is there counts
-    folder: str  # of it in the repository on the hub; "" for the top
+    names: tuple[str, ...]  # any of these files is one; the first that exists is used
+    folder: str  # its folder in the repository on the hub; "" for the top
     repository: str  # on the hub
-    beside: tuple[str, ...]  # folders to look into, from the encoder's own; ".." only in front
-    # has to stand in a file that lies loose beside a single-file encoder, where others' may lie too
+    beside: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
+    # must occur in a file that is beside a single-file encoder, where other tokenizers may be too
     token: str = ""
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
-        """What the option names (`path`), else the first file beside or inside the encoder's folder, else
-        None.
+        """Return `path` if given, else the first file beside or inside the encoder's folder, else None.
 
-        Raises CheckpointError where `path` is given and is no tokenizer.
+        path: what the option names. Raises CheckpointError if `path` is given and is not a tokenizer.
         """
         if path is not None:
             return self._given(path)
@@ -48,30 +45,29 @@ class TokenizerFiles:
         return None
 
     def identity(self, file: Path | None) -> str:
-        """What distinguishes a tokenizer in cache records. file: None for the hub's."""
+        """Return what distinguishes a tokenizer in cache records. file: None for the hub's."""
         return (
             fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
         )
 
     def download(self, checkpoint_path: Path) -> Path:
-        """tokenizer.json of the hub, from its cache where it is there.
+        """Return tokenizer.json of the hub, from its cache if it is there.
 
-        Raises CheckpointError where it cannot be reached.
+        Raises CheckpointError if the hub cannot be reached.
         """
         try:
             return Path(hf_hub_download(self.repository, "tokenizer.json", subfolder=self.folder or None))
         except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
             raise CheckpointError(
                 f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and the hub "
-                "cannot be reached "
-                f"({first_line(error)})\n  Give {self.option} {self._what()}.",
+                f"cannot be reached ({first_line(error)})\n  Give {self.option} {self._what()}.",
                 checkpoint_path,
             ) from error
 
     def read(self, file: Path) -> Tokenizer:
-        """The tokenizer of a tokenizer.json as it stands there, without padding and truncation.
+        """Read the tokenizer of a tokenizer.json, without padding and truncation.
 
-        Raises CheckpointError.
+        Raises CheckpointError if it cannot be read.
         """
         self.check_bytes(file)
         try:
@@ -89,7 +85,7 @@ class TokenizerFiles:
         return tokenizer
 
     def read_bytes(self, file: Path) -> bytes:
-        """A file of a tokenizer. Raises CheckpointError if it is too large or cannot be read."""
+        """Read a file of a tokenizer. Raises CheckpointError if it is too large or cannot be read."""
         self.check_bytes(file)
         try:
             return file.read_bytes()
@@ -97,16 +93,14 @@ class TokenizerFiles:
             raise self.unreadable(file, error) from error
 
     def check_sentencepiece(self, model: bytes, origin: Path) -> None:
-        """Raise CheckpointError if a SentencePiece model is damaged or could lengthen a text without
-        measure.
-        """
+        """Raise CheckpointError if a SentencePiece model is damaged or could lengthen a text too much."""
         try:
             check_sentencepiece(model)
         except ValueError as error:
             raise self.unreadable(origin, error) from error
 
     def check_bytes(self, file: Path) -> None:
-        """Raise CheckpointError if a file is larger than any tokenizer, or no regular file."""
+        """Raise CheckpointError if a file is larger than any tokenizer, or not a regular file."""
         try:
             require_regular_file(file)
             size = file.stat().st_size
@@ -118,10 +112,9 @@ class TokenizerFiles:
             )
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
-        """The error for a file that is no tokenizer."""
+        """Return the error for a file that is not a tokenizer."""
         return CheckpointError(
-            f"{file} is no tokenizer that can be read ({first_line(error)}). Give {self.option} "
-            f"{self._what()}.",
+            f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} {self._what()}.",
             file,
         )
 
@@ -160,5 +153,5 @@ class TokenizerFiles:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of an error's text, its class where it has none."""
+    """Return the first line of an error's text, or its class if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

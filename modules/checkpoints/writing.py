@@ -21,11 +21,11 @@ def stream_tensors(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `path`, complete or not at all.
+    """Write `path`, completely or not at all.
 
-    tensors: what the file will hold; the header is made from it. read: gives the tensor of a name, on any
-    device; it is asked once for each, largest element size first, then by name, as the safetensors library
-    orders its files. Raises ValueError where `read` gives another dtype or shape, OutputError where the file
+    tensors: what the file will hold; the header is made from it. read: returns the tensor of a name, on any
+    device; called once for each, largest element size first, then by name, as the safetensors library
+    orders its files. Raises ValueError if `read` returns another dtype or shape, OutputError if the file
     cannot be written.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -44,7 +44,7 @@ def stream_tensors(
 
 
 def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
-    """8 bytes of length, then JSON padded with spaces to a multiple of 8.
+    """Return 8 bytes of length, then JSON padded with spaces to a multiple of 8.
 
     Source: huggingface.co/docs/safetensors.
     """

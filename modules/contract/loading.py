@@ -1,4 +1,4 @@
-"""The frozen records of loading: where and how a network's weights are placed."""
+"""Records of loading: where and how a network's weights are placed."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from modules.fp8.options import Quantisation
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """Hold what is known of a tensor before it is read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -29,32 +29,32 @@ WeightPatch = Callable[[str, Tensor], Tensor]
 
 
 class HostPlace(Protocol):
-    """Where weights are kept that stay in host memory although their network computes on a device."""
+    """Keep weights in host memory although their network computes on a device."""
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Memory for those that are to stay, by name.
+        """Return memory for the weights that are to stay, by name.
 
         network: may be on the meta device. tensors: all that it has.
         """
         ...
 
     @property
-    def is_filled_here(self) -> bool: ...  # else another process writes them
+    def is_filled_here(self) -> bool: ...  # if not, another process writes them
 
-    def finish(self) -> None: ...  # all are written; returns when those of other processes are too
+    def finish(self) -> None: ...  # call when all are written; returns when those of other processes are too
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a network is loaded."""
+    """Hold where and how a network is loaded."""
 
     device: torch.device
     # None: as the file stores it (fp8 files: upcast to the compute dtype)
     storage_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
-    # what fp8 files compute in where nothing else is said; None: bfloat16
+    # default compute dtype of fp8 files; None: bfloat16
     fp8_compute_dtype: torch.dtype | None = None
-    keep_file_dtypes: bool = False  # every tensor as the file stores it, where it mixes dtypes
+    keep_file_dtypes: bool = False  # every tensor as the file stores it, if it mixes dtypes
     attention: AttentionChoice = SDPA
     patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
     # how the linear layers of the blocks are kept in 8 bits; None: they are not

@@ -1,4 +1,4 @@
-"""What every family checks and fills in a request before anything is loaded."""
+"""Check a request and fill in its defaults, as every family does before anything is loaded."""
 
 import logging
 from collections.abc import Mapping
@@ -71,10 +71,10 @@ def first_step(steps: int, strength: float) -> int:
 
 
 def with_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:
-    """The request without the media that cannot be used, which are warned about.
+    """Return the request without media that cannot be used, and warn about those.
 
     taken: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".
-    Raises OptionError where a file or folder that is taken is not there.
+    Raises OptionError if a file or folder that is taken does not exist.
     """
     for name, is_taken in taken.items():
         path = getattr(request, name)
@@ -111,14 +111,12 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
 
 
 def whole_frames(frames: int, latent: LatentSpec) -> int:
-    """The next lower number of frames that the model can make; one that is asked for otherwise is warned
-    about.
-    """
+    """Return the next lower number of frames that the model can make; warn if that differs."""
     step = latent.frame_step
     whole = (frames - 1) // step * step + 1
     if whole != frames:
         logger.warning(
-            "--video_length %d is made %d: the model works in steps of %d frames after the first",
+            "--video_length %d is changed to %d: the model works in steps of %d frames after the first",
             frames,
             whole,
             step,

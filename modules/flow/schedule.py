@@ -1,5 +1,4 @@
-"""Rectified flow: the straight path between data and noise, the time shift, and the noise levels a solver
-visits.
+"""Rectified flow: the straight path between data and noise, the time shift, a solver's noise levels.
 
 A noisy sample is `alpha * latents + sigma * noise`. Of a flow alpha is 1 - sigma, and the network predicts
 the velocity `noise - latents`. Of a model that predicts noise alpha is 1 (k-diffusion's form), and its
@@ -39,7 +38,7 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | N
     latents, noise: B C F H W in model space. sigmas: B, from 0 (clean) to 1 (pure noise).
     alphas: B, factors of the latents; None: 1 - sigmas.
     Returns B C F H W in the dtype of `latents`; the blend is computed in float32.
-    Raises ValueError where the batch sizes differ.
+    Raises ValueError if the batch sizes differ.
     Source: Liu et al. 2022, arXiv 2209.03003.
     """
     if not len(latents) == len(noise) == len(sigmas):
@@ -66,11 +65,11 @@ def make_schedule(solver: str, steps: int, flow_shift: float, table: Sequence[fl
 
     table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
     0, without a shift. Without: euler and unipc-bh1 feed exact timesteps; unipc and dpm++ feed them cut to
-    whole numbers but step by the exact sigmas, as the released code. Raises ValueError for another solver or
-    where there is no step.
+    whole numbers but step by the exact sigmas, as the released code. Raises ValueError for an unknown
+    solver or if steps is below 1.
     """
     if steps < 1:
-        raise ValueError(f"{steps} steps: there has to be at least one")
+        raise ValueError(f"{steps} steps: at least one is needed")
     if solver not in _GRIDS:
         raise ValueError(f"unknown solver {solver!r}: one of {', '.join(_GRIDS)}")
     return _table_grid(table, steps) if table else _GRIDS[solver](steps, flow_shift)

@@ -1,9 +1,8 @@
-"""Ordinary differential equation solvers that follow a predicted velocity from noise to data. All arithmetic
-is float32.
+"""Differential equation solvers that follow a predicted velocity from noise to data. All in float32.
 
 A solver belongs to one run over one schedule and may remember earlier predictions. Letters as in the papers:
 sigma and alpha are the shares of noise and data, lambda = log(alpha / sigma), h a step in lambda, x0 a
-predicted clean sample. A step is exact where x0 stays the same; higher orders take x0 for a polynomial in
+predicted clean sample. A step is exact if x0 stays the same; higher orders model x0 as a polynomial in
 lambda.
 """
 
@@ -19,20 +18,21 @@ from modules.flow.schedule import Schedule, make_schedule
 
 
 class Solver(Protocol):
-    """Steps in order of their index; it may begin at a later index than 0 (video-to-video)."""
+    """Take steps in order of their index; the first index may be above 0 (video-to-video)."""
 
     @property
     def schedule(self) -> Schedule: ...
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """From the sample at `schedule.sigmas[index]` and its velocity to the sample at the next sigma, both
-        float32.
+        """Return the sample at the next sigma.
+
+        velocity, sample: at `schedule.sigmas[index]`, both float32, as the result.
         """
         ...
 
 
 def make_solver(name: str, schedule: Schedule) -> Solver:
-    """A fresh solver: "euler", "unipc", "unipc-bh1" or "dpm++". Raises ValueError for another name."""
+    """Make a new solver: "euler", "unipc", "unipc-bh1" or "dpm++". Raises ValueError for another name."""
     if name not in _SOLVERS:
         raise ValueError(f"unknown solver {name!r}: one of {', '.join(_SOLVERS)}")
     return _SOLVERS[name](schedule)
@@ -45,7 +45,7 @@ def solver_for(name: str, steps: int, flow_shift: float, table: Sequence[float] 
 
 @dataclass(frozen=True)
 class Euler:
-    """Straight steps along the velocity."""
+    """Take straight steps along the velocity."""
 
     schedule: Schedule
 
@@ -79,20 +79,20 @@ class DpmPlusPlus:
 
 @dataclass(frozen=True)
 class UniPCVariant:
-    """In what the released codes of UniPC differ.
+    """Hold how the released implementations of UniPC differ.
 
-    B(h) cancels out of all weights that are solved for: only a lone one shows it.
+    B(h) cancels out of all weights that are solved for: only a single weight depends on it.
     """
 
     order: int  # of the predictions, at most; lower at the start, and 1 to sigma 0
     keeps_data: bool  # alpha counts as 1 at every sigma, whatever the schedule says
-    # h -> weight of a difference that is the only one: B(h) / 2 in units of 1 - e^-h
+    # h -> weight of a single difference: B(h) / 2 in units of 1 - e^-h
     lone_weight: Callable[[float], float]
 
 
 BH2 = UniPCVariant(order=2, keeps_data=False, lone_weight=lambda step: 0.5)  # Wan's: B(h) = 1 - e^-h
-# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if the data under the noise were never
-# made weaker
+# FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if noise were added without weakening
+# the data
 BH1 = UniPCVariant(order=3, keeps_data=True, lone_weight=lambda step: 0.5 * step / -math.expm1(-step))
 
 
@@ -107,7 +107,7 @@ class UniPC:
     schedule: Schedule
     variant: UniPCVariant = BH2
     corrected: Tensor | None = None  # the sample that the last step began at
-    _order: int = 0  # that the last step used
+    _order: int = 0  # used by the last step
     _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ class UniPC:
         return _move(last.level, here, self.corrected, last.x0, self._change(step, points))
 
     def _change(self, step: float, points: list["_Point"]) -> Tensor | float:
-        """How much the prediction changes over the step."""
-        alone = len(points) == 1  # the limit 1/2 of the exact weight for small steps, as the released code
+        """Return how much the prediction changes over the step."""
+        alone = len(points) == 1  # then 1/2, the exact weight's limit for small steps, as the released code
         weights = (
             [self.variant.lone_weight(step)] if alone else _weights(step, [point.ratio for point in points])
         )
@@ -148,7 +148,7 @@ class UniPC:
 
 @dataclass(frozen=True)
 class _Level:
-    """One noise level."""
+    """Hold one noise level."""
 
     sigma: float
     alpha: float
@@ -166,7 +166,7 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """The clean sample predicted at a noise level."""
+    """Hold the clean sample predicted at a noise level."""
 
     level: _Level
     x0: Tensor
@@ -178,25 +178,25 @@ class _Prediction:
 
 @dataclass(frozen=True)
 class _Point:
-    """An earlier (or the newest) prediction seen from the start of a step."""
+    """Hold another prediction as seen from the start of a step."""
 
-    ratio: float  # where it lies, in units of h
+    ratio: float  # its distance in lambda, in units of h
     difference: Tensor  # to the prediction at the start
 
 
 def _relative(older: list[_Prediction], last: _Prediction, step: float) -> list[_Point]:
-    """The earlier predictions, nearest first; those made at pure noise are infinitely far away and tell
-    nothing.
+    """Return the earlier predictions, nearest first.
+
+    Those made at pure noise are left out: they are infinitely far away.
     """
     points = [_Point((past.level.lam - last.level.lam) / step, past.x0 - last.x0) for past in reversed(older)]
     return [point for point in points if math.isfinite(point.ratio)]
 
 
 def _weights(step: float, ratios: list[float]) -> list[float]:
-    """Weights of the differences to other predictions (paper, equation 9), solved in float64.
+    """Return the weights of the differences to other predictions (paper, equation 9), solved in float64.
 
-    step: h of this step. ratios: where the predictions lie, in units of h from its start; as many weights
-    come back.
+    step: h of this step. ratios: distances of the predictions from its start, in units of h; one weight each.
     """
     phi = math.expm1(-step) / -step - 1
     factorial, rows, right = 1.0, [], []
@@ -214,7 +214,7 @@ def _weights(step: float, ratios: list[float]) -> list[float]:
 
 
 def _move(here: _Level, there: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0) -> Tensor:
-    """The step between two levels, exact where the prediction is the constant x0; `change` bends it."""
+    """Step between two levels, exact if the prediction is the constant x0; `change` bends the path."""
     step = there.lam - here.lam
     return (there.sigma / here.sigma) * sample - there.alpha * math.expm1(-step) * (x0 + change)
 

@@ -405,7 +405,7 @@ def test_latest_goes_past_a_state_that_was_cut(
     code, said = run_here(*WAN.train, "--output_dir", tmp_path / "out", folder=project)
 
     assert code == 0, said
-    assert "x-state is left out of the search for the latest state" in said
+    assert "x-state is ignored in the search for the latest state" in said
     for name in ("x.safetensors", "x-state/network.safetensors"):
         assert_same_tensors(tmp_path / "out" / name, undisturbed.output / name)
 

@@ -157,7 +157,7 @@ def test_a_file_without_what_tells_its_dimensions_is_incomplete(tmp_path: Path, 
     state = tiny_state()
     del state[name]
 
-    with pytest.raises(CheckpointError, match=f"incomplete FramePack transformer: {name} is not there"):
+    with pytest.raises(CheckpointError, match=f"incomplete FramePack transformer: {name} is missing"):
         read_once(write_dit(tmp_path, state), read_dit_header)
 
 

@@ -92,5 +92,5 @@ def test_a_folder_without_a_tokenizer_is_refused_with_what_it_holds(folder: Path
 @pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
 def test_a_damaged_tokenizer_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"neither json nor a model")
-    with pytest.raises(CheckpointError, match="no tokenizer that can be read"):
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
         load_tokenizer(folder / name, folder / "model" / T5_FILE)

@@ -1,1 +1,1 @@
-"""Batches, noise and timesteps, ahead of need."""
+"""Batches, noise and timesteps, prepared before they are needed."""

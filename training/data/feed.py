@@ -1,5 +1,4 @@
-"""Micro-batches ahead of need: cache files are read, noise and timesteps are drawn, in workers where there
-are any.
+"""Prepare micro-batches early: read cache files, draw noise and timesteps, in workers if there are any.
 
 All that is random about a micro-batch comes from CPU generators seeded by the run's seed and the
 micro-batch's number in the run. So it depends on no device, no number of workers or processes, and on nothing
@@ -40,7 +39,7 @@ ALIGNMENT = 64  # bytes: enough for every dtype
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch, ready to be sent to the device."""
+    """Hold one micro-batch, ready to be sent to the device."""
 
     number: int  # in the whole run, over all processes
     data: NoisyBatch
@@ -48,8 +47,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch on its way between processes, all its tensors in one: each costs the receiver a
-    connection to the sender.
+    """Hold a micro-batch on its way between processes, with all its tensors in one.
+
+    Each tensor costs the receiver a connection to the sender.
     """
 
     outline: MicroBatch  # its tensors are on the meta device: dtypes and shapes
@@ -68,11 +68,11 @@ class Packed:
         return cls(outline, torch.cat(pieces))
 
     def pin_memory(self) -> "Packed":
-        """In page-locked memory. The data loader calls this."""
+        """Copy into page-locked memory. The data loader calls this."""
         return Packed(self.outline, self.content.pin_memory())
 
     def unpacked(self) -> MicroBatch:
-        """The micro-batch again. Its tensors are parts of `content`."""
+        """Return the micro-batch again. Its tensors are views of `content`."""
         start = 0
 
         def given(outline: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Randomness:
-    """What the random numbers of a micro-batch are made from."""
+    """Hold what the random numbers of a micro-batch are made from."""
 
     timesteps: TimestepOptions
     seed: int
@@ -105,27 +105,25 @@ class Randomness:
 
 
 def seeded(*parts: int | str) -> torch.Generator:
-    """A CPU generator of its own for what `parts` name."""
+    """Return a CPU generator seeded by `parts`."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 class MicroBatches:
-    """Every micro-batch of every epoch, by key: a map-style data set for the data loader, copied into each
-    worker.
-    """
+    """Hold every micro-batch of every epoch, by key: a map-style data set, copied into each worker."""
 
     def __init__(
         self, order: BatchOrder, latent: LatentSpec, randomness: Randomness, commands: CachingCommands
     ) -> None:
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
         self.checks = CacheChecks()  # of the run, which begins here
-        # the last one asked for, its batches, and how many samples the run has seen before each of them
+        # the last epoch asked for, its batches, and how many samples the run has seen before each batch
         self._epoch = -1
         self._batches: tuple[tuple[TrainingItem, ...], ...] = ()
         self._first_samples: tuple[int, ...] = ()
 
     def __getitem__(self, key: Key) -> MicroBatch:
-        """Raises CacheError with the caching command where a cache file of it cannot be used."""
+        """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
         epoch, index = key
         self.open_epoch(epoch)
         number = epoch * self.order.num_batches + index
@@ -143,7 +141,7 @@ class MicroBatches:
 
 @dataclass(frozen=True)
 class Feed:
-    """The micro-batches of one process, in the order of the plan."""
+    """Yield the micro-batches of one process, in the order of the plan."""
 
     batches: MicroBatches
     plan: Plan
@@ -154,7 +152,7 @@ class Feed:
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
 
     def start(self, epoch: int, position: int) -> Generator[MicroBatch]:
-        """All micro-batches from that place on to the end of the run."""
+        """Yield all micro-batches from that place to the end of the run."""
         if self.keep_workers:
             yield from self._load(epoch, position, self.plan.num_epochs)
             return
@@ -187,9 +185,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class _HandedOver:
-    """The micro-batches as workers hand them over: errors as values, as raised ones would arrive as traceback
-    texts.
-    """
+    """Give the data loader errors as values: raised in a worker, they would arrive as traceback texts."""
 
     batches: MicroBatches
 
@@ -205,10 +201,9 @@ def _unchanged(packed: Packed | UserError) -> Packed | UserError:
 
 
 def _start_worker(ending: Event, _: int) -> None:
-    """Signals to end that reach the workers too are no matter of theirs: the main process wants to finish its
-    step first.
+    """Ignore SIGINT and SIGTERM: the main process finishes its step first.
 
-    ending: set when it is through with them; then its own SIGTERM ends them.
+    ending: set when the workers are no longer needed; then SIGTERM ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)

@@ -16,7 +16,7 @@ NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
 
 @dataclass(frozen=True)
 class TimestepOptions:
-    """Distribution of timesteps and loss weights."""
+    """Options of the distribution of timesteps and of the loss weights."""
 
     timestep_sampling: str
     flow_shift: float = field(metadata={"option": "discrete_flow_shift"})
@@ -33,9 +33,7 @@ class TimestepOptions:
 
     def __post_init__(self) -> None:
         if self.flow_shift <= 0:
-            raise OptionError(
-                f"--discrete_flow_shift {self.flow_shift}: has to be positive; 1 means no shift"
-            )
+            raise OptionError(f"--discrete_flow_shift {self.flow_shift}: must be positive; 1 means no shift")
         check_at_least("--logit_std", self.logit_std, 0, "the width of the normal distribution")
         check_at_least(
             "--num_timestep_buckets", self.num_timestep_buckets, 1, "leave it out for independent draws"
@@ -48,12 +46,12 @@ class TimestepOptions:
 
     @property
     def lowest(self) -> int:
-        """The lower bound in thousandths."""
+        """Return the lower bound in thousandths."""
         return 0 if self.min_timestep is None else self.min_timestep
 
     @property
     def highest(self) -> int:
-        """The upper bound in thousandths."""
+        """Return the upper bound in thousandths."""
         return NUM_TIMESTEPS if self.max_timestep is None else self.max_timestep
 
 

@@ -1,4 +1,4 @@
-"""How noisy each training sample is: drawing timesteps, weighting losses, and showing both.
+"""Choose how noisy each training sample is: draw timesteps, weight losses, and show both.
 
 Letters: u is uniform in 0..1, n standard normal, t the share of noise (sigma). Every sampler is a function of
 one number per sample, so draws can be spread evenly by spreading u.
@@ -288,9 +288,7 @@ def timestep_statistics(
 
 
 def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
-    """Text with a bar for the mean of each of `lines` equal runs of values, the longest `width`
-    characters.
-    """
+    """Return text with a bar for the mean of each of `lines` equal runs, the longest `width` characters."""
     means = values.double().view(lines, -1).mean(1)
     step = len(values) // lines
     scale = width / max(float(means.max()), 1e-12)
@@ -301,9 +299,7 @@ def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
 
 
 def _plots(*rows: Tensor, height: int = 300, margin: int = 20) -> Tensor:
-    """An image H W 3 uint8 with one bar plot per row of 1000 values, under each other, a mark at every
-    hundred.
-    """
+    """Return an image H W 3 uint8 with one bar plot per row of 1000 values, a mark at every hundred."""
     plots = []
     for values in rows:
         # first filled line of each column

@@ -1,4 +1,4 @@
-"""Using the network between two steps and leaving no trace of it."""
+"""Use the network between two steps without changing the run."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,7 @@ from training.optimizers.optimizer import is_schedule_free, set_training
 def evaluation(
     modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> Iterator[None]:
-    """Networks in evaluation mode, with the weights that are to be used; afterwards everything is as it was,
-    to the bit.
-    """
+    """Put networks into evaluation mode with the weights to be used; then restore everything to the bit."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -32,11 +30,10 @@ def evaluation(
 @contextlib.contextmanager
 @torch.no_grad()
 def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """The weights that a schedule-free optimizer stands for, where it is one: while training it keeps others
-    in their place.
+    """Load the weights to be used of a schedule-free optimizer; others are unchanged.
 
-    Its own way back rounds; the training weights are kept aside instead, so that saving changes nothing in
-    the run.
+    While training, such an optimizer keeps other weights in their place. Its own way back rounds, so the
+    training weights are kept aside: saving changes nothing in the run.
     """
     if not is_schedule_free(optimizer):
         yield

@@ -1,10 +1,9 @@
-"""--fused_backward_pass: weights are stepped inside the backward pass, so that gradients never exist all at
-once.
+"""Step weights inside the backward pass (--fused_backward_pass), so that gradients never exist all at once.
 
 As soon as a weight's gradient is complete (all its uses are differentiated by then, so nothing needs the old
-value any more) the gradient is clipped by itself, the weight stepped, the gradient freed. Beside weights and
-optimizer state there is room needed for the largest gradient only. Without clipping the result is that of the
-usual order, to the bit.
+value any more) the gradient is clipped by itself, the weight stepped, the gradient freed. Besides weights and
+optimizer state only the largest gradient needs memory. Without clipping the result equals that of the usual
+order, to the bit.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ OPTION = "--fused_backward_pass"
 
 
 class FusedBackward:
-    """Every backward pass from its making on steps `parameters`. Call `finish` after each."""
+    """Step `parameters` in every backward pass from now on. Call `finish` after each."""
 
     def __init__(self, steps: ParameterSteps, parameters: Sequence[Parameter], max_norm: float) -> None:
         """max_norm: of each gradient by itself; 0 turns clipping off."""
@@ -32,7 +31,7 @@ class FusedBackward:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Step what no gradient reached, as by a gradient of zero.
+        """Step the weights without a gradient as if it were zero.
 
         Returns the norm of all gradients before clipping.
         """
@@ -63,7 +62,6 @@ def check_fused_backward(whole_dit: WholeDitOptions | None, optimizer_type: str,
     if processes > 1:
         raise OptionError(
             f"{OPTION} with {processes} processes: their gradients would have to be summed before any weight "
-            "is stepped. "
-            "Use one process, or leave it out"
+            "is stepped. Use one process, or leave it out"
         )
     require_alone(OPTION, optimizer_type)

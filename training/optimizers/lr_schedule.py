@@ -1,6 +1,4 @@
-"""The learning rate over the run: curves that are functions of the step alone, stepped once per optimizer
-step.
-"""
+"""The learning rate over the run: curves that depend on the step alone, stepped once per optimizer step."""
 
 import logging
 import math
@@ -26,9 +24,9 @@ LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
 
 
 class LrSchedule(Protocol):
-    """What the loop does with a schedule.
+    """What the loop needs of a schedule.
 
-    `state` is JSON; `restore` comes after the optimizer's own state was restored.
+    `state` is JSON; call `restore` after the optimizer's own state was restored.
     """
 
     @property
@@ -45,7 +43,7 @@ class LrSchedule(Protocol):
 
 @dataclass(frozen=True)
 class Curve:
-    """The numbers that the curves are made of.
+    """Hold the numbers that the curves are made of.
 
     Those after `total` are set by options or, as `ARGUMENTS` says, by arguments.
     """
@@ -62,14 +60,14 @@ class Curve:
     step_rules: str = ""
 
     def progress(self, step: int) -> float:
-        """From 0 at the end of the warm-up to 1 at the end of the run."""
+        """Return the progress: 0 at the end of the warm-up, 1 at the end of the run."""
         return min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
 
 
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> LrSchedule:
-    """The schedule for this optimizer and this many optimizer steps.
+    """Make the schedule for this optimizer and this many optimizer steps.
 
-    Raises OptionError where the options do not fit together.
+    Raises OptionError if the options do not fit together.
     """
     if is_schedule_free(optimizer):
         if (
@@ -79,8 +77,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
             or options.lr_scheduler_args
         ):
             logger.warning(
-                f"{type(optimizer).__name__} needs no schedule: the options of --lr_scheduler and its "
-                "warm-up have no effect; "
+                f"{type(optimizer).__name__} needs no schedule: --lr_scheduler and its warm-up are ignored; "
                 "some of these optimizers take --optimizer_args warmup_steps=N."
             )
         return OwnRates(
@@ -93,7 +90,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
         return OwnRates(ADAFACTOR, optimizer, lambda: _adafactor_rates(optimizer, float(first_rate or 0)))
     if name == ADAFACTOR:
         raise OptionError(
-            "--lr_scheduler adafactor goes with --optimizer_type Adafactor and relative_step=True only"
+            "--lr_scheduler adafactor needs --optimizer_type Adafactor and relative_step=True"
         )
     if "relative_step" in optimizer.defaults and name != "constant_with_warmup":
         logger.warning(
@@ -106,7 +103,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 
 
 def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: float) -> Curve:
-    """The numbers of the curve that the options name. Raises OptionError for arguments that no curve has."""
+    """Return the numbers of the curve that the options name. Raises OptionError for unknown arguments."""
     standard: dict[str, Any] = {
         "num_cycles": options.lr_scheduler_num_cycles,
         "power": options.lr_scheduler_power,
@@ -146,12 +143,12 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
 
 
 def in_steps(steps: int | float, total_steps: int) -> int:
-    """A number of steps, given as such or as a fraction of the run."""
+    """Convert a number or a fraction of the run to a number of steps."""
     return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
 def warmup_steps(options: LrScheduleOptions, total_steps: int) -> int:
-    """The steps that the learning rate rises from 0."""
+    """Return the number of steps over which the learning rate rises from 0."""
     return in_steps(options.lr_warmup_steps, total_steps)
 
 
@@ -239,7 +236,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 
 
 def _half_cosine(progress: float) -> float:
-    """From 1 to 0 as progress goes from 0 to 1."""
+    """Return a half cosine: 1 to 0 as progress goes from 0 to 1."""
     return (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -248,15 +245,18 @@ def _above(lowest: float, factor: float) -> float:
 
 
 def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
-    """`1:10,0.1:20,0.01` as [(1, 10), (0.1, 20)], 0.01: factor 1 below step 10, 0.1 below 20, then 0.01."""
+    """Read the step rules of piecewise_constant.
+
+    `1:10,0.1:20,0.01` is [(1, 10), (0.1, 20)], 0.01: factor 1 below step 10, 0.1 below 20, then 0.01.
+    """
     *rules, last = str(text).split(",")
     try:
         read = [(float(factor), int(until)) for factor, until in (rule.split(":") for rule in rules)]
         return read, float(last)
     except ValueError:
         raise OptionError(
-            f"--lr_scheduler_args step_rules={text}: write factor:until step, ..., last factor, as "
-            "1:10,0.1:20,0.01"
+            f"--lr_scheduler_args step_rules={text}: write factor:until step, ..., last factor, such "
+            "as 1:10,0.1:20,0.01"
         ) from None
 
 
@@ -265,7 +265,7 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
 
 @dataclass(frozen=True)
 class Named:
-    """A curve of ours. Its state is the step."""
+    """One of our own curves. Its state is the step."""
 
     name: str
     inner: LambdaLR
@@ -295,7 +295,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Imported:
-    """A scheduler class of torch or of another package."""
+    """Wrap a scheduler class of torch or of another package."""
 
     name: str
     inner: LRScheduler
@@ -329,14 +329,14 @@ class Imported:
 
 @dataclass(frozen=True)
 class OwnRates:
-    """For optimizers that set their own pace: only shows it."""
+    """Show the rates of an optimizer that sets its own."""
 
     name: str
     optimizer: Optimizer
     rates: Callable[[], list[float]]
 
     def step(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def get_last_lr(self) -> list[float]:
         return self.rates()
@@ -345,7 +345,7 @@ class OwnRates:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to do: the pace is part of the optimizer's state."""
+        """Do nothing: the rates are part of the optimizer's state."""
 
 
 def _other_schedule(name: str) -> str:
@@ -356,7 +356,7 @@ def _other_schedule(name: str) -> str:
 
 
 def _adafactor_rates(optimizer: Any, before: float) -> list[float]:
-    """The rate that Adafactor found for each group in its last step; `before` where it has made none."""
+    """Return the rate that Adafactor found for each group in its last step; `before` if it has made none."""
     rates = []
     for group in optimizer.param_groups:
         state = optimizer.state.get(group["params"][0], {})
@@ -370,8 +370,8 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     kind = import_object("--lr_scheduler_type", given, module or "torch.optim.lr_scheduler", name)
     if kind is ReduceLROnPlateau:
         raise OptionError(
-            "--lr_scheduler_type ReduceLROnPlateau: waits for a value after each epoch; use a curve of the "
-            "step"
+            "--lr_scheduler_type ReduceLROnPlateau: needs a value after each epoch; use a curve that "
+            "depends on the step alone"
         )
     # a function may make one too; a class of something else is not even called
     if not callable(kind) or (isinstance(kind, type) and not issubclass(kind, LRScheduler)):

@@ -24,7 +24,7 @@ ADAFACTOR = "adafactor"  # or "adafactor:<learning rate>": Adafactor's own steps
 
 @dataclass(frozen=True)
 class LrScheduleOptions:
-    """How the learning rate moves over the run. Steps below 1 are fractions of the run."""
+    """Options of the learning rate over the run. Steps below 1 are fractions of the run."""
 
     lr_scheduler: str
     lr_warmup_steps: int | float
@@ -92,7 +92,7 @@ class LrScheduleOptions:
             )
 
     def arguments(self) -> dict[str, Any]:
-        """`lr_scheduler_args` with their values read as Python literals."""
+        """Return `lr_scheduler_args` with their values read as Python literals."""
         return read_literals("--lr_scheduler_args", self.lr_scheduler_args)
 
 
@@ -110,7 +110,7 @@ def add_lr_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr_decay_steps",
         type=int_or_float,
         default=0,
-        help="length of the fall of warmup_stable_decay; fractions as above",
+        help="length of the decay of warmup_stable_decay; fractions as for --lr_warmup_steps",
     )
     group.add_argument(
         "--lr_scheduler_num_cycles",

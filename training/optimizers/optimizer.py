@@ -1,4 +1,4 @@
-"""The optimizer: by short name, by class name of torch.optim, or by import path."""
+"""Make the optimizer from a short name, a class name of torch.optim, or an import path."""
 
 import importlib
 import logging
@@ -44,10 +44,10 @@ UNUSABLE = {
 def make_optimizer(
     options: OptimizerOptions, parameter_groups: Sequence[Mapping[str, Any]]
 ) -> tuple[Optimizer, str]:
-    """Build the optimizer over `parameter_groups` ({"params": [...], "lr": ...}); returns it and how metadata
-    name it.
+    """Build the optimizer over `parameter_groups` ({"params": [...], "lr": ...}).
 
-    Raises OptionError where the class is not there or does not take the arguments.
+    Returns it and its name for metadata. Raises OptionError if the class is missing or does not accept the
+    arguments.
     """
     kind = find_optimizer(options.optimizer_type)
     arguments = options.arguments()
@@ -56,9 +56,7 @@ def make_optimizer(
     if kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers"):
         arguments, rate = _adafactor_arguments(options, arguments, groups)
     elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
-        logger.warning(
-            f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: usually that is 1."
-        )
+        logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: 1 is usual.")
     described = ",".join(f"{key}={value}" for key, value in arguments.items())
     try:
         optimizer = kind(groups, lr=rate, **arguments)
@@ -110,19 +108,17 @@ def import_object(option: str, name: str, module: str, attribute: str) -> Any:
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
-    """Whether it needs no schedule and keeps other weights for training than for use."""
+    """Return whether it needs no schedule and uses different weights for training and for use."""
     return type(optimizer).__name__.lower().endswith("schedulefree")
 
 
 def finds_own_rate(optimizer: Optimizer) -> bool:
-    """Whether it is an Adafactor that sets its learning rate from the step."""
+    """Return whether it is an Adafactor that sets its learning rate from the step."""
     return bool(optimizer.defaults.get("relative_step"))
 
 
 def set_training(optimizer: Optimizer, is_training: bool) -> None:
-    """Switch the weights of a schedule-free optimizer to those it trains, or to those to save and sample
-    with.
-    """
+    """Switch a schedule-free optimizer between the weights it trains and those to save and sample with."""
     if is_schedule_free(optimizer):
         switch = optimizer.train if is_training else optimizer.eval  # type: ignore[attr-defined]
         switch()
@@ -137,8 +133,8 @@ def _torch_optimizer(name: str) -> Callable[..., Optimizer]:
     if name.lower() not in classes:
         known = sorted({*(key for key in NAMES if key), *classes})
         raise OptionError(
-            f"--optimizer_type {name}: unknown. Use one of {', '.join(known)}, or an import path as "
-            "package.module.Class."
+            f"--optimizer_type {name}: unknown. Use one of {', '.join(known)}, or an import path such "
+            "as package.module.Class."
         )
     return classes[name.lower()]
 
@@ -146,7 +142,10 @@ def _torch_optimizer(name: str) -> Callable[..., Optimizer]:
 def _adafactor_arguments(
     options: OptimizerOptions, arguments: dict[str, Any], groups: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], float | None]:
-    """Adafactor's arguments and learning rate; None where it finds its own, then the groups lose theirs."""
+    """Return Adafactor's arguments and learning rate.
+
+    If it finds its own rate, that is None and the groups lose theirs.
+    """
     arguments = {"relative_step": True, **arguments}
     if arguments.get("warmup_init") and not arguments["relative_step"]:
         logger.warning("Adafactor: relative_step is set to True because warmup_init=True needs it.")

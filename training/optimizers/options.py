@@ -11,7 +11,7 @@ LARGEST_RATE = 1000.0  # far above any that learns; beyond it the first step onl
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Which optimizer, with which arguments."""
+    """Options of the optimizer: which one, with which arguments."""
 
     optimizer_type: str = field(metadata=IDENTITY)  # a name or an import path; "" means AdamW
     optimizer_args: tuple[str, ...] | None = field(metadata=IDENTITY)  # key=value
@@ -32,7 +32,7 @@ class OptimizerOptions:
         read_literals("--optimizer_args", self.optimizer_args)
 
     def arguments(self) -> dict[str, Any]:
-        """`optimizer_args` with their values read as Python literals."""
+        """Return `optimizer_args` with their values read as Python literals."""
         return read_literals("--optimizer_args", self.optimizer_args)
 
 
@@ -43,8 +43,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer_type",
         default="",
         help="AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim "
-        "class "
-        "or pkg.module.Class",
+        "class or pkg.module.Class",
     )
     group.add_argument(
         "--optimizer_args",

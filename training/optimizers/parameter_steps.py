@@ -1,10 +1,9 @@
-"""Optimizer steps of one parameter at a time: for stepping inside the backward pass, and for weights that are
-kept in bf16.
+"""Step one parameter at a time: inside the backward pass, and for weights that are kept in bf16.
 
 A step is often smaller than half the distance between two bf16 numbers, and rounding to the nearest would
-undo it each time. So weights in bf16 are stepped in float32 and rounded up or down at random, up the more
-likely the nearer: right on average. The optimizer sees float32 weights, thus its moments are float32 too. The
-random bits are a function of seed, step and parameter.
+undo it each time. So weights in bf16 are stepped in float32 and rounded up or down at random, the nearer
+number being the more likely: right on average. The optimizer sees float32 weights, so its moments are float32
+too. The random bits are a function of seed, step and parameter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,18 +43,18 @@ ALONE: Mapping[str, frozenset[str]] = {
     "bitsandbytes": frozenset({"AdamW8bit", "PagedAdamW8bit", "Lion8bit"}),
     "lion_pytorch": frozenset({"Lion"}),
 }
-# class -> why its steps cannot be taken apart; the end of the name in lower case
+# end of the class name in lower case -> why it cannot step single weights
 TOGETHER: Mapping[str, str] = {
     "prodigy": "it finds one learning rate from the gradients of all weights together",
     "schedulefree": "it counts its steps for all weights together",
     "lbfgs": "it computes the loss several times a step",
 }
-_LOW_16 = 1 << 16  # what bf16 leaves of a float32: its upper 16 bits
+_LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 
 
 @dataclass(frozen=True)
 class ParameterSteps:
-    """Steps single parameters of an optimizer that `steps_alone`, to the bit as its own step of all would."""
+    """Step single parameters of an optimizer that `steps_alone`, to the bit as its own step of all would."""
 
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
@@ -67,7 +66,7 @@ class ParameterSteps:
         return {parameter: index for index, group in groups for parameter in group["params"]}
 
     def step_all(self, parameters: Sequence[Parameter]) -> None:
-        """Step them one after the other. Each needs a gradient."""
+        """Step the parameters one after the other. Each needs a gradient."""
         for parameter in parameters:
             self.step(parameter)
 
@@ -88,9 +87,7 @@ class ParameterSteps:
         parameter.copy_(stochastic_bfloat16(precise.detach(), self._generator(parameter)))
 
     def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
-        """Have the optimizer believe that it has only this one, with the settings of the parameter's
-        group.
-        """
+        """Step the optimizer as if it had only this parameter, with the settings of the parameter's group."""
         optimizer, groups = self.optimizer, self.optimizer.param_groups
         group = groups[self._group_indices[parameter]]
         members = group["params"]
@@ -107,11 +104,10 @@ class ParameterSteps:
 
 
 def stochastic_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 values, each rounded to one of its two bf16 neighbours with a chance that makes its mean the
-    value.
+    """Round float32 values at random to one of their two bf16 neighbours, so that the mean is the value.
 
-    The bits that bf16 has no room for count as a fraction; a random fraction is added to it, the sum is cut
-    off. What is no number stays none. generator: on the device of the values.
+    The bits that bf16 has no room for count as a fraction; a random fraction is added to it, and the sum is
+    cut off. NaN stays NaN. generator: on the device of the values.
     """
     noise = torch.randint(_LOW_16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     # all bits of a GPU's NaN are set: a sum would run over, into a zero
@@ -120,15 +116,15 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def steps_alone(kind: Callable[..., Optimizer]) -> bool:
-    """Whether the optimizer class steps each parameter without looking at the others.
+    """Return whether the optimizer class steps each parameter without looking at the others.
 
-    Where that is not known it does not.
+    False if that is not known.
     """
     return kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
 
 
 def require_alone(option: str, optimizer_type: str) -> None:
-    """Raise OptionError where `option` cannot be used with the optimizer of that name."""
+    """Raise OptionError if `option` cannot be used with the optimizer of that name."""
     kind = find_optimizer(optimizer_type)
     if steps_alone(kind):
         return

@@ -1,4 +1,4 @@
-"""An optimizer's state as JSON and named tensors, and back to the same bits.
+"""Store an optimizer's state as JSON and named tensors, and restore it to the same bits.
 
 `Optimizer.load_state_dict` alone is not enough: it casts what it restores to the parameters' dtype, which
 ruins 8-bit states and float32 moments of bf16 parameters. Parameters are known by name, so a state fits only
@@ -17,13 +17,13 @@ from modules.errors import CheckpointError, OptionError
 from training.optimizer_checks import ANY_STATE, RecordedState, check_optimizer, check_outline
 from training.saving.states import require_finite
 
-# shaped as their parameter
+# have the shape of their parameter
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"})
 PLAIN = (bool, int, float, str, type(None))
 
 
 def encode(value: Any, name: str, tensors: MutableMapping[str, Tensor]) -> Any:
-    """`value` as JSON; tensors in it go to `tensors`, as they are, under names that start with `name`.
+    """Return `value` as JSON; move its tensors, unchanged, to `tensors` under names that start with `name`.
 
     Raises OptionError for other objects.
     """
@@ -52,7 +52,7 @@ def encode(value: Any, name: str, tensors: MutableMapping[str, Tensor]) -> Any:
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `encode` was given. Tensors lie on the CPU."""
+    """Return the value that `encode` was given. Tensors are on the CPU."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
@@ -67,7 +67,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def encode_optimizer(
     optimizer: Optimizer, names: Mapping[Tensor, str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Everything `restore_optimizer` needs, as JSON and tensors, which are the optimizer's own.
+    """Return everything that `restore_optimizer` needs, as JSON and the optimizer's own tensors.
 
     names: of every parameter.
     """
@@ -127,9 +127,9 @@ def restore_optimizer(
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over a `state_dict` of another program, but for the learning rates.
+    """Load a `state_dict` of another program, except for the learning rates.
 
-    Raises CheckpointError where it does not fit.
+    Raises CheckpointError if it does not fit.
     """
     rates: list[dict[str, Any]] = [
         {key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups
@@ -148,7 +148,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) ->
 
 
 def move_states(optimizer: Optimizer, device: torch.device) -> None:
-    """Bring what the optimizer keeps for its parameters to where steps are computed; step counters stay."""
+    """Move the states of the parameters to where steps are computed; step counters stay."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.dim():
@@ -156,7 +156,7 @@ def move_states(optimizer: Optimizer, device: torch.device) -> None:
 
 
 def _check_shapes(optimizer: Optimizer) -> None:
-    """A state that is numbered, not named, may belong to other parameters. Raises ValueError then."""
+    """Raise ValueError if a state does not have the shape of its parameter: it is numbered, not named."""
     for parameter, state in optimizer.state.items():
         for name in MOMENTS & state.keys():
             if state[name].shape != parameter.shape:
@@ -198,7 +198,7 @@ def _difference(here: list[list[str]], there: list[list[str]]) -> str:
         )
     else:
         sizes = [len(group) for group in there], [len(group) for group in here]
-        text = f"the parameters are grouped otherwise: {sizes[0]} in the state, {sizes[1]} here"
+        text = f"the parameters are grouped differently: {sizes[0]} in the state, {sizes[1]} here"
     return (
         f"the saved optimizer state belongs to other parameters ({text}).\n"
         "  Use the network options, or --trainable_modules, of the run that made it, or start a new run from "

@@ -1,6 +1,4 @@
-"""The plan of a training run: what its device and host will hold, found by rehearsing a step of its largest
-batch.
-"""
+"""Plan the memory of a training run: rehearse a step of its largest batch to count device and host memory."""
 
 import functools
 import logging
@@ -25,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def largest_batch(items: Sequence[TrainingItem]) -> tuple[TrainingItem, ...]:
-    """The items of the batch with most pixels that the data set can give."""
+    """Return the items of the batch with the most pixels that the data set can give."""
     buckets: dict[tuple[int, ...], list[TrainingItem]] = {}
     for item in items:
         buckets.setdefault((item.table.index, *item.bucket), []).append(item)
@@ -40,7 +38,7 @@ def largest_batch(items: Sequence[TrainingItem]) -> tuple[TrainingItem, ...]:
 def read_largest(
     family: Described, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands
 ) -> NoisyBatch:
-    """That batch as it is read for training. Raises CacheError where its caches cannot be used."""
+    """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
     batch = read_batch(largest_batch(items), family.latent, commands)
     return Randomness(options.timesteps, 0, family.noise).add(batch, 0, 0)
 
@@ -76,11 +74,9 @@ def prepare_memory(
     commands: CachingCommands,
     device: torch.device,
 ) -> tuple[TrainingOptions, MemoryWatch | None]:
-    """Before anything is loaded: the options with the number that --blocks_to_swap auto stands for, and what
-    watches the memory.
+    """Resolve --blocks_to_swap auto before anything is loaded; also return what watches the memory.
 
-    Only where there is a CUDA device is anything rehearsed. Raises MemoryPlanError where auto cannot be
-    resolved.
+    A rehearsal is made only if there is a CUDA device. Raises MemoryPlanError if auto cannot be resolved.
     """
     room = room_on(device)
     speed, prediction = resolve_swap(
@@ -105,8 +101,9 @@ def prepare_memory(
 def advice(
     family: Trains, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
-    """What to change so that the run fits, the cheapest first; each line adds to those before it, the last
-    one fits if any does.
+    """Return what to change so that the run fits, the cheapest first.
+
+    Each line adds to those before it; the last one fits if any does.
     """
     predicted = [
         (line, functools.partial(predict, family, changed, noisy_batch, device))
@@ -118,7 +115,7 @@ def advice(
 
 
 def cheaper(options: TrainingOptions) -> list[tuple[str, TrainingOptions]]:
-    """Options that save memory and are not in use, each with all before it: for little time first."""
+    """Return unused options that save memory, each with all before it; those that cost least time first."""
     found: list[tuple[str, TrainingOptions]] = []
 
     if not options.loop.gradient_checkpointing:
@@ -137,8 +134,9 @@ def cheaper(options: TrainingOptions) -> list[tuple[str, TrainingOptions]]:
 def smaller(
     family: Trains, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
-    """How far the batch, the clip or the picture has to shrink, with everything else done; the first that
-    fits.
+    """Return how far the batch, the clip or the picture has to shrink, after all other savings.
+
+    Stops at the first that fits.
     """
     for name, sizes in shrunk(family.latent, noisy_batch):
         for size, batch in sizes:
@@ -153,10 +151,9 @@ def smaller(
 
 
 def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[tuple[str, NoisyBatch]]]]:
-    """Batches of fewer samples, then of fewer frames, then of smaller pictures: latents cut, texts as they
-    are.
+    """Return batches of fewer samples, then of fewer frames, then of smaller pictures.
 
-    A section of a clip keeps its length, which is the model's.
+    Latents are cut, texts stay as they are. A section of a clip keeps its length, which is the model's.
     """
     count, _, frames, height, width = noisy_batch.noise.shape
     step, vertical, horizontal = latent.stride
@@ -178,7 +175,7 @@ def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[
 
 
 def halved(number: int) -> list[int]:
-    """Half of it, half of that, down to 1."""
+    """Return half of it, half of that, and so on down to 1."""
     found = []
     while number > 1:
         number = (number + 1) // 2 if number > 2 else 1
@@ -187,8 +184,9 @@ def halved(number: int) -> list[int]:
 
 
 def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: int) -> NoisyBatch:
-    """The first samples of a batch; of everything of the latents' size the first rows and columns, and of
-    their length frames.
+    """Return the first samples of a batch, cut to `frames`, `height` and `width`.
+
+    Tensors of the latents' size keep their first rows and columns, those of their length their first frames.
     """
     length, *size = noisy_batch.noise.shape[2:]
 

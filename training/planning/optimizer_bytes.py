@@ -1,6 +1,4 @@
-"""How many bytes the states of an optimizer take that cannot be rehearsed: measured on small copies of the
-weights, on the CPU.
-"""
+"""Measure the states of an optimizer that cannot be rehearsed, on small copies of the weights on the CPU."""
 
 import logging
 from typing import Any
@@ -19,8 +17,8 @@ REHEARSABLE = {
     "lion_pytorch",
     "schedulefree",
 }  # packages written in torch's operations alone
-EDGE = 512  # a copy has at most so many rows and columns; 8-bit states begin at 4096 elements
-# Bytes of states for each element of a weight, where a class does not even run on a CPU. 8-bit states: one
+EDGE = 512  # most rows and columns of a copy; 8-bit states begin at 4096 elements
+# Bytes of states for each element of a weight, for classes that do not run on a CPU. 8-bit states: one
 # byte a moment, and a float32 scale for every 256 elements of it. Source: bitsandbytes' documentation of
 # block-wise quantisation. paged states lie in host memory
 BYTES = {"AdamW8bit": 2 * (1 + 4 / 256), "PagedAdamW8bit": 0.0, "Lion8bit": 1 + 4 / 256}
@@ -28,23 +26,24 @@ GUESS = 8.0  # two float32 moments
 
 
 def is_rehearsable(optimizer: Optimizer) -> bool:
-    """Whether its step can be made on tensors without content; own kernels would write to memory that is not
-    there.
+    """Return whether its step can be rehearsed on tensors without content.
+
+    Custom kernels would write to memory that does not exist.
     """
     return type(optimizer).__module__.partition(".")[0] in REHEARSABLE
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the states of all its weights on the device."""
+    """Return the bytes of the states of all its weights on the device."""
     kind = type(optimizer)
     if kind.__name__ in BYTES:
         per_element = BYTES[kind.__name__]
     else:
         try:
             per_element = measured(optimizer)
-        except Exception as error:  # whatever a foreign class raises, a plan is made
+        except Exception as error:  # a plan is made, whatever a foreign class raises
             logger.warning(
-                "The states of %s cannot be measured (%s); %g bytes an element are assumed.",
+                "The states of %s cannot be measured (%s); assuming %g bytes per element.",
                 kind.__name__,
                 error,
                 GUESS,
@@ -57,9 +56,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def measured(optimizer: Optimizer) -> float:
-    """Bytes of states an element, from one step of a second optimizer of its class on copies that are cut
-    down in size.
-    """
+    """Return the bytes of states per element, from one step of a second optimizer on small copies."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes():  # a real step, also during a rehearsal

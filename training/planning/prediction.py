@@ -1,6 +1,4 @@
-"""What a training step will hold on the device: found by rehearsing it, without data and without anything
-large loaded.
-"""
+"""Predict what a training step will hold on the device: rehearse it without data or loaded weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +18,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a step holds, before any block is swapped, and what swapping changes."""
+    """Hold what a step needs before any block is swapped, and what swapping changes."""
 
     options: TrainingOptions
     batch: str  # the size of the batch, in words
@@ -32,7 +30,7 @@ class Prediction:
     workspace: Part
 
     def phase(self, blocks: int) -> Phase:
-        """The largest moment of a step with so many blocks swapped."""
+        """Return the largest moment of a step with this many blocks swapped."""
         place, moment = largest(self.moments)
         notes = {WEIGHTS: self.weights, WORKING: place}
         if self.swaps[blocks].host:
@@ -45,17 +43,17 @@ class Prediction:
         )
 
     def device(self, blocks: int) -> int:
-        """Bytes of the device with so many blocks swapped."""
+        """Return the bytes of the device with this many blocks swapped."""
         return self.phase(blocks).device
 
     @property
     def most(self) -> int:
-        """The largest number of blocks that can be swapped."""
+        """Return the largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
     @property
     def blocks(self) -> int:
-        """How many blocks the options swap; 0 for auto."""
+        """Return how many blocks the options swap; 0 for auto."""
         swap = self.options.speed.swap
         return 0 if swap.is_auto else swap.number
 
@@ -63,12 +61,11 @@ class Prediction:
 def predict(
     family: Trains, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device
 ) -> Prediction:
-    """Rehearse a step. Products in 8 bits are rehearsed as products in 16 bit of the same weights. Raises
-    what loading raises.
+    """Rehearse a step. noisy_batch: on the CPU. device: of the run.
 
-    noisy_batch: on the CPU. device: of the run.
+    8-bit products are rehearsed as 16-bit products of the same weights. Raises what loading raises.
     """
-    choice = replace(options.speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
+    choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
     placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
@@ -88,7 +85,7 @@ def predict(
 
 
 def describe(family: Described, noisy_batch: NoisyBatch) -> str:
-    """`832x480, 81 frames, batch 1`."""
+    """Return the size of a batch in words: `832x480, 81 frames, batch 1`."""
     count, _, frames, height, width = noisy_batch.noise.shape
     step, rows, columns = family.latent.stride
     return f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}"

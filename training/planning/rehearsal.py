@@ -1,5 +1,6 @@
-"""A training step rehearsed without content: the code of the real step, with its device's bytes counted at
-every place.
+"""Rehearse a training step on tensors without content.
+
+It runs the code of the real step and counts the device's bytes at every place.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ STEP = "optimizer step"
 
 @dataclass
 class Rehearsal:
-    """A dressed DiT without content, and what steps it."""
+    """Hold a wrapped DiT without content, and what steps it."""
 
     family: Trains
     options: TrainingOptions
@@ -54,19 +55,20 @@ class Rehearsal:
     optimizer: Optimizer
     steps: ParameterSteps | None
     is_fused: bool  # weights are stepped inside the backward pass
-    fused: FusedBackward | None  # what does so, once the optimizer has its states
-    states: list[Tensor]  # what stands for states that a rehearsal cannot make
+    fused: FusedBackward | None  # steps the weights, once the optimizer has its states
+    states: list[Tensor]  # stand-ins for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
 
     @property
     def counts(self) -> Counts:
-        """How many blocks each list has."""
+        """Return how many blocks each list has."""
         return tuple(map(len, self.blocks.values()))
 
     @property
     def waiting(self) -> int:
-        """Bytes that --gradient_checkpointing_cpu_offload keeps on the host: what each block is given, but
-        for the last one.
+        """Return the bytes that --gradient_checkpointing_cpu_offload keeps on the host.
+
+        That is the input of each block but the last.
         """
         if not self.options.loop.gradient_checkpointing_cpu_offload:
             return 0
@@ -74,12 +76,10 @@ class Rehearsal:
         return sum(inputs[:-1])
 
     def measure(self, noisy_batch: NoisyBatch, counts: Counts) -> dict[str, Moment]:
-        """The largest moment at each place of a step with so many blocks; not that of the optimizer's
-        step.
-        """
+        """Return the largest moment at each place of a step with this many blocks, except the optimizer's."""
         keep_blocks(self.dit, self.blocks, counts, self.ledger)
         if self.options.loop.gradient_accumulation_steps > 1:
-            self.fill_gradients()  # those of the micro-batches before
+            self.fill_gradients()  # of the previous micro-batches
         self.ledger.enter("forward outside the blocks")
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
@@ -106,7 +106,7 @@ class Rehearsal:
     def measure_step(self) -> dict[str, Moment]:
         """Clip and step once, which makes the optimizer's states.
 
-        Returns the largest moment of that, as every step has it.
+        Returns the largest moment of that, as in every later step.
         """
         if not is_rehearsable(self.optimizer):
             with self.ledger.allocating(OPTIMIZER):
@@ -131,14 +131,14 @@ class Rehearsal:
         return {STEP: {**peak, OPTIMIZER: states, WORKING: peak[WORKING] - states}}
 
     def know_states(self) -> None:
-        """Count as the optimizer's what it keeps, which a step may have made anew."""
+        """Count what the optimizer keeps as its own; a step may have made it anew."""
         for state in self.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     self.ledger.see(value, OPTIMIZER)
 
     def step_weights(self) -> None:
-        """The optimizer's step of all weights, which have gradients."""
+        """Step all weights with the optimizer. They need gradients."""
         if self.steps is not None:
             self.steps.step_all(self.parameters)
         else:
@@ -157,11 +157,10 @@ class Rehearsal:
 def rehearse(
     family: Trains, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch
 ) -> tuple[dict[str, Moment], int]:
-    """The largest moment of the device at each place of a training step, once the optimizer has its states;
-    and bytes that wait on the host.
+    """Return the largest moment at each place of a training step, and the bytes that wait on the host.
 
-    dit: the network as it is loaded, on the meta device; it is of no other use afterwards. noisy_batch: on
-    the CPU.
+    The optimizer already has its states. dit: the network as loaded, on the meta device; do not use it
+    afterwards. noisy_batch: on the CPU.
     """
     with dry_run() as ledger:
         rehearsal = dressed(family, options, dit, ledger)
@@ -212,7 +211,7 @@ def dressed(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Le
 
 
 def step_in_backward(rehearsal: Rehearsal) -> None:
-    """From now on backward passes step the weights, as with --fused_backward_pass."""
+    """Step the weights in the backward pass from now on, as with --fused_backward_pass."""
     assert rehearsal.steps is not None
     rehearsal.fused = FusedBackward(
         rehearsal.steps, rehearsal.parameters, rehearsal.options.optimizer.max_grad_norm
@@ -220,8 +219,9 @@ def step_in_backward(rehearsal: Rehearsal) -> None:
 
 
 def use_foreach(optimizer: Optimizer) -> None:
-    """On a GPU torch's optimizers step many weights at once where nothing else is asked for, which takes more
-    room.
+    """Let torch's optimizers step many weights at once, as they do on a GPU by default.
+
+    It needs more memory.
     """
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
@@ -229,7 +229,7 @@ def use_foreach(optimizer: Optimizer) -> None:
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
-    """What accelerate makes of --mixed_precision."""
+    """Return what accelerate makes of --mixed_precision."""
     dtype = AUTOCAST.get(options.accelerator.mixed_precision)
     if dtype is None:
         return contextlib.nullcontext
@@ -237,7 +237,7 @@ def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
 
 
 def stand_in_batch(tensor: Tensor, ledger: Ledger) -> Tensor:
-    """A tensor of a batch on the device: without content, but whole numbers (masks) keep theirs."""
+    """Return a tensor of a batch on the device without content; whole numbers (masks) keep theirs."""
     if not tensor.is_floating_point():
         return tensor
     with ledger.allocating(BATCH):

@@ -1,1 +1,1 @@
-"""Several processes, and their precision."""
+"""Processes and their precision."""

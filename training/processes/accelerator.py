@@ -1,5 +1,6 @@
-"""The accelerator: device, mixed precision, processes and trackers. Accumulation and averaging of gradients
-are the loop's own.
+"""The accelerator: device, mixed precision, processes and trackers.
+
+The loop itself accumulates and sums gradients.
 """
 
 import logging
@@ -33,7 +34,7 @@ def make_accelerator(
     """Join the processes that the launcher started and choose device and precision.
 
     trackers, logging_folder: `LogOptions.trackers` and `logs.run_folder`.
-    Raises OptionError where the device cannot compute in this precision or a tracker is not installed.
+    Raises OptionError if the device does not support this precision or a tracker is not installed.
     """
     _refuse_sharding(os.environ)
     keep_float32_exact()
@@ -44,11 +45,10 @@ def make_accelerator(
     )
     try:
         accelerator = Accelerator(
-            # launched as several processes without a GPU, accelerate would let each of them train alone
+            # if launched as several processes without a GPU, accelerate would let each of them train alone
             cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
             mixed_precision=options.mixed_precision,
-            # a step count of 1, whatever the launcher was told: the loop accumulates itself, backward() must
-            # not divide
+            # always 1, whatever the launcher's setting: the loop accumulates, so backward() must not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
             log_with=list(trackers) or None,
@@ -57,9 +57,9 @@ def make_accelerator(
         )
     except ValueError as error:
         raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
-    if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would go on without it
+    if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would continue without it
         raise OptionError(
-            f"--mixed_precision {options.mixed_precision} does nothing on {accelerator.device.type}: use "
+            f"--mixed_precision {options.mixed_precision} has no effect on {accelerator.device.type}: use "
             "bf16 or no"
         )
     if accelerator.is_main_process:
@@ -95,6 +95,6 @@ def _report(options: AcceleratorOptions, accelerator: Accelerator) -> None:
     )
     if options.ddp_gradient_as_bucket_view or options.ddp_static_graph:
         logger.info(
-            "--ddp_gradient_as_bucket_view and --ddp_static_graph change nothing: gradients are averaged "
+            "--ddp_gradient_as_bucket_view and --ddp_static_graph are ignored because gradients are averaged "
             "without a DDP wrapper."
         )

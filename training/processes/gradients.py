@@ -1,6 +1,4 @@
-"""Between processes: gradients are summed once per optimizer step, in flat buffers. The model needs no
-wrapper for that.
-"""
+"""Sum gradients over processes, once per optimizer step and in flat buffers; the model needs no wrapper."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,7 +10,7 @@ BUCKET_ELEMENTS = 64 << 20  # a LoRA fits into one buffer, a whole DiT is sent i
 
 
 def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
-    """Give parameters that no micro-batch of this step reached a zero gradient.
+    """Set the gradient of parameters that no micro-batch of this step reached to zero.
 
     Whether a parameter was reached must not depend on how the micro-batches were spread over processes.
     """
@@ -22,8 +20,9 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
 
 
 def norm_of_gradients(parameters: Iterable[Parameter]) -> Tensor:
-    """The norm of all gradients together; in float32 also where some are bf16, in which torch itself would
-    round it to 3 digits.
+    """Return the norm of all gradients together, in float32.
+
+    For bf16 gradients torch itself would round it to 3 digits.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
@@ -33,9 +32,7 @@ def norm_of_gradients(parameters: Iterable[Parameter]) -> Tensor:
 
 
 def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
-    """Add up all gradients over the processes, in place, and `numbers` (float32, 1-D) with them; returns the
-    sums of `numbers`.
-    """
+    """Add up all gradients over the processes, in place; return the sums of `numbers` (float32, 1-D)."""
     sent = False
     for bucket in _buckets(parameters):
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
@@ -56,7 +53,7 @@ def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
 
 
 def is_any(value: bool, processes: int, device: torch.device) -> bool:
-    """Whether it is true in one of the processes. All have to call it."""
+    """Return whether it is true in one of the processes. All must call it."""
     if processes == 1:
         return value
     count = torch.tensor(float(value), device=device)
@@ -65,7 +62,7 @@ def is_any(value: bool, processes: int, device: torch.device) -> bool:
 
 
 def largest(value: int, processes: int, device: torch.device) -> int:
-    """The largest number that a process has. All have to call it."""
+    """Return the largest value among the processes. All must call it."""
     if processes == 1:
         return value
     number = torch.tensor(value, device=device)
@@ -74,7 +71,7 @@ def largest(value: int, processes: int, device: torch.device) -> int:
 
 
 def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
-    """Parameters in runs of one dtype, each run at most BUCKET_ELEMENTS long."""
+    """Yield runs of parameters of one dtype, each at most BUCKET_ELEMENTS long."""
     bucket: list[Parameter] = []
     size = 0
     for parameter in parameters:

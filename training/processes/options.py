@@ -11,9 +11,9 @@ PRECISIONS = ("no", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class AcceleratorOptions:
-    """How the computation is run.
+    """Options of the precision and of several processes.
 
-    Where --mixed_precision is not given, the launcher's setting stands here.
+    Without --mixed_precision this is the launcher's setting.
     """
 
     mixed_precision: str = field(metadata=HABIT)
@@ -38,7 +38,7 @@ def add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixed_precision",
         default="no",
         choices=PRECISIONS,
-        help="autocast; when not given, what accelerate launch was told, else no",
+        help="autocast; when not given, the setting of accelerate launch, else no",
     )
     group.add_argument(
         "--fp16_accumulation",

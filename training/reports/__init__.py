@@ -1,1 +1,1 @@
-"""What a run tells: logs, numbers, slow steps."""
+"""What a run reports: logs, numbers, slow steps."""

@@ -1,5 +1,6 @@
-"""What a run reports: a progress bar, and TensorBoard or wandb through accelerate's trackers. Only the main
-process reports.
+"""Report a run: a progress bar, and TensorBoard or wandb through accelerate's trackers.
+
+Only the main process reports.
 """
 
 import dataclasses
@@ -26,14 +27,14 @@ from training.reports.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
-TRACKER_NAME = "network_train"  # of LoRA training; as in the known tuners
-FLUSH_SECONDS = 10  # how old what TensorBoard shows may be
+TRACKER_NAME = "network_train"  # of LoRA training; as in other tuners
+FLUSH_SECONDS = 10  # how old the data in TensorBoard may be
 PRIVATE = {"wandb_api_key", "huggingface_token", "resume"}  # and every option whose type is a path
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The numbers of one optimizer step."""
+    """Hold the numbers of one optimizer step."""
 
     step: int  # from 1
     loss: float
@@ -45,7 +46,7 @@ class StepReport:
 
 @dataclass
 class Logs:
-    """The reports of one run. Use it as a context manager: leaving it closes bar and trackers."""
+    """Report one run. Use it as a context manager: leaving it closes bar and trackers."""
 
     accelerator: Accelerator
     bar: "tqdm[Any]"
@@ -67,7 +68,7 @@ class Logs:
         self.accelerator.end_training()
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last step (a sample, a save) out of the steps per second."""
+        """Exclude the time since the last step (samples, saving) from the steps per second."""
         self._last = self.now()
         self.clock.skip()
 
@@ -108,8 +109,9 @@ class Logs:
                 tracker.log(dict(values), step=step)
 
     def _to_tensorboard(self, writer: Any, values: Mapping[str, float], step: int) -> None:
-        """Hand over to its writing thread; accelerate's own `log` waits for the disk each time, some
-        milliseconds a step.
+        """Pass values to TensorBoard's writing thread.
+
+        accelerate's own `log` waits for the disk each time, some milliseconds a step.
         """
         for name, value in values.items():
             writer.add_scalar(name, value, step)
@@ -129,8 +131,8 @@ def start_logs(
 ) -> Logs:
     """Start the trackers that `make_accelerator` was given, and the bar at `first_step` of `total_steps`.
 
-    config: what to store with the run, from `public_config`; None stores nothing. tracker_name: where the
-    options give none. now: gives seconds. Raises OptionError where wandb is missing, UserError where
+    config: what to store with the run, from `public_config`; None stores nothing. tracker_name: used if the
+    options give none. now: returns seconds. Raises OptionError if wandb is missing, UserError if
     --log_tracker_config cannot be read.
     """
     if options.trackers:
@@ -153,14 +155,14 @@ def start_logs(
 
 
 def run_folder(options: LogOptions, started: datetime) -> Path | None:
-    """Where this run's TensorBoard files go: `{logging_dir}/{log_prefix}{YYYYmmddHHMMSS}`."""
+    """Return the folder of this run's TensorBoard files: `{logging_dir}/{log_prefix}{YYYYmmddHHMMSS}`."""
     if options.logging_dir is None:
         return None
     return options.logging_dir / f"{options.log_prefix or ''}{started:%Y%m%d%H%M%S}"
 
 
 def check_trackers(options: LogOptions) -> None:
-    """Raise OptionError, naming what to install, where a tracker's package is missing."""
+    """Raise OptionError, naming what to install, if a tracker's package is missing."""
     for tracker in options.trackers:
         try:
             __import__(tracker)
@@ -171,9 +173,7 @@ def check_trackers(options: LogOptions) -> None:
 
 
 def tracker_arguments(options: LogOptions) -> dict[str, Any]:
-    """Arguments for each tracker by its name: the file --log_tracker_config, else the name of the wandb
-    run.
-    """
+    """Return the arguments of each tracker by name, from --log_tracker_config or --wandb_run_name."""
     if options.log_tracker_config is None:
         return {} if options.wandb_run_name is None else {"wandb": {"name": options.wandb_run_name}}
     path = options.log_tracker_config
@@ -186,7 +186,7 @@ def tracker_arguments(options: LogOptions) -> dict[str, Any]:
     for name, table in tables.items():
         if name not in options.trackers:
             logger.warning(
-                "--log_tracker_config %s: [%s] has no effect, as there is no such tracker in this run",
+                "--log_tracker_config %s: [%s] is ignored because this run has no such tracker",
                 path,
                 name,
             )
@@ -199,7 +199,7 @@ def tracker_arguments(options: LogOptions) -> dict[str, Any]:
 
 
 def public_config(*records: Any) -> dict[str, int | float | str | bool]:
-    """All options of these records by their public names, without keys and paths: for --log_config."""
+    """Return all options of these records by name, without keys and paths: for --log_config."""
     config: dict[str, int | float | str | bool] = {}
     for record in records:
         hints = typing.get_type_hints(type(record))
@@ -213,8 +213,9 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
 
 
 def named_rates(rates: Sequence[float], group_names: Sequence[str], optimizer: Optimizer) -> dict[str, float]:
-    """Learning rates by tracker name, `lr/unet`; and `lr/d*lr/unet` where the optimizer estimates a factor d
-    itself (Prodigy).
+    """Return learning rates by tracker name, `lr/unet`.
+
+    Also `lr/d*lr/unet` if the optimizer estimates a factor d itself (Prodigy).
     """
     named = {f"lr/{name}": float(rate) for name, rate in zip(group_names, rates, strict=False)}
     for name, group in zip(group_names, optimizer.param_groups, strict=False):

@@ -9,10 +9,10 @@ from modules.errors import OptionError
 
 @dataclass(frozen=True)
 class LogOptions:
-    """Where loss curves go."""
+    """Options of where loss curves go."""
 
     logging_dir: Path | None
-    log_with: str | None  # tensorboard, wandb, all; None: tensorboard where there is a logging_dir
+    log_with: str | None  # tensorboard, wandb, all; None: tensorboard if there is a logging_dir
     log_prefix: str | None
     log_tracker_name: str | None
     wandb_run_name: str | None
@@ -28,7 +28,7 @@ class LogOptions:
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """The trackers to use."""
+        """Return the trackers to use."""
         if self.log_with is None:
             return () if self.logging_dir is None else ("tensorboard",)
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
@@ -41,9 +41,9 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--log_with",
         choices=("tensorboard", "wandb", "all"),
-        help="tensorboard when not given and there is a --logging_dir",
+        help="tensorboard when not given and --logging_dir is",
     )
-    group.add_argument("--log_prefix", help="begin of the run folder's name, before its date")
+    group.add_argument("--log_prefix", help="start of the run folder's name, before its date")
     group.add_argument(
         "--log_tracker_name",
         help="name of the tracker, for wandb the project; network_train, or MODEL_ft, when not given",

@@ -1,6 +1,4 @@
-"""Numbers that a step leaves on the device, read one step later, so that the host never waits for the
-device.
-"""
+"""Read the numbers that a step leaves on the device one step later, so that the host never waits for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Notes:
-    """What the host knows of a step at once."""
+    """Hold what the host knows of a step at once."""
 
     keys: tuple[str, ...]  # the items this process trained on
     rates: Mapping[str, float]  # learning rates by group
@@ -20,7 +18,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is known of a step after the next one was begun."""
+    """Hold what is known of a step after the next one was begun."""
 
     step: int
     values: tuple[float, ...]
@@ -29,7 +27,7 @@ class Reading:
 
 @dataclass
 class Readings:
-    """Holds the numbers of one step."""
+    """Hold the numbers of one step."""
 
     _waiting: tuple[int, Tensor, Any, Notes] | None = field(default=None, init=False)
 
@@ -46,7 +44,7 @@ class Readings:
         return before
 
     def flush(self) -> Reading | None:
-        """The reading that is still waiting; the host waits for the device."""
+        """Return the reading that is still waiting, if any; the host waits for the device."""
         if self._waiting is None:
             return None
         (step, numbers, arrived, notes), self._waiting = self._waiting, None

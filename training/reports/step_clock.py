@@ -1,25 +1,25 @@
-"""How long steps take, and which of them took suspiciously long."""
+"""Measure how long steps take and report suspiciously slow ones."""
 
 import statistics
 from dataclasses import dataclass, field
 
 SEEN = 10  # steps before a median means something
-KEPT = 200  # steps of which the median is taken: a run changes, by its buckets for instance
-FACTOR = 2.0  # slower than the median by this is worth a line
+KEPT = 200  # steps that the median is taken over: a run changes, for example with its buckets
+FACTOR = 2.0  # report steps slower than the median by this factor
 PAUSE = 50  # steps between two lines
 
 CAUSES = (
     "Usual causes: a larger bucket than the others; reading caches (a slow disk, few "
-    "--max_data_loader_n_workers); another program "
-    "on the GPU; a GPU that is too hot; memory that spills over."
+    "--max_data_loader_n_workers); another program on the GPU; a GPU that is too hot; memory that spills "
+    "over."
 )
 
 
 @dataclass
 class StepClock:
-    """Judges the times of steps.
+    """Judge the times of steps.
 
-    Steps with saving, sampling or validation between them do not count: say `skip` after those.
+    Steps with saving, sampling or validation between them do not count: call `skip` after those.
     """
 
     _times: list[float] = field(default_factory=list)
@@ -27,11 +27,11 @@ class StepClock:
     _skips: bool = True  # the first step compiles, chooses kernels, fills caches
 
     def skip(self) -> None:
-        """The next time to be noted means nothing."""
+        """Ignore the next time to be noted."""
         self._skips = True
 
     def note(self, step: int, seconds: float) -> str | None:
-        """Note the time of a step. Returns a warning where it was more than twice the run's median so far."""
+        """Note the time of a step. Returns a warning if it was more than twice the run's median so far."""
         if self._skips:
             self._skips = False
             return None

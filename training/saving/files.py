@@ -1,4 +1,4 @@
-"""When and under which names a run is saved, and which older files give way to it."""
+"""When and under which names a run is saved, and which older files are removed."""
 
 import logging
 import os
@@ -14,12 +14,12 @@ from training.saving.options import SavingOptions
 logger = logging.getLogger(__name__)
 
 WriteFile = Callable[[Path], None]
-Publish = Callable[[Path], None]  # hand a finished file or folder on, e.g. to the hub
+Publish = Callable[[Path], None]  # pass on a finished file or folder, e.g. to the hub
 
 
 @dataclass(frozen=True)
 class Names:
-    """Names of files and state folders: `x-000001.safetensors`, `x-step00000020-state`."""
+    """Make the names of files and state folders: `x-000001.safetensors`, `x-step00000020-state`."""
 
     folder: Path
     name: str
@@ -39,7 +39,7 @@ class Names:
 
 @dataclass
 class MinuteClock:
-    """Says when so many minutes have passed since the last save. `now` gives seconds."""
+    """Tell when this many minutes have passed since the last save. `now` returns seconds."""
 
     minutes: float | None
     now: Callable[[], float] = time.monotonic
@@ -57,7 +57,7 @@ class MinuteClock:
 
 @dataclass(frozen=True)
 class Saver:
-    """Writes files and states of a run and removes those that retention gives up. For the main process."""
+    """Write files and states of a run and remove expired ones. Only in the main process."""
 
     options: SavingOptions
     names: Names
@@ -72,9 +72,7 @@ class Saver:
         self.tidy_steps(step)
 
     def save_epoch(self, epoch: int) -> None:
-        """Save under the epoch's name (counted from 1); then remove what is older than
-        --save_last_n_epochs.
-        """
+        """Save under the epoch's name (from 1); then remove what is older than --save_last_n_epochs."""
         self._save(self.names.epoch(epoch), self.options.save_state)
         self.tidy_epochs(epoch)
 
@@ -83,9 +81,9 @@ class Saver:
         self._save(self.names.name, self.options.save_state or self.options.save_state_on_train_end)
 
     def tidy_steps(self, step: int) -> None:
-        """Remove what retention gives up at a save of `step`."""
+        """Remove what a save at `step` no longer keeps."""
         options = self.options
-        # saves by the clock have any number
+        # saves by the clock may be at any step
         every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
         for pattern, last_n in self._kinds(
             r"-step(\d{8,})", options.save_last_n_steps, options.save_last_n_steps_state
@@ -93,7 +91,7 @@ class Saver:
             _remove_up_to(self.names.folder, pattern, last_expired_step(step, every, last_n), every)
 
     def tidy_epochs(self, epoch: int) -> None:
-        """Remove what retention gives up at a save of `epoch`."""
+        """Remove what a save at `epoch` no longer keeps."""
         options, every = self.options, self.options.save_every_n_epochs or 1
         for pattern, last_n in self._kinds(
             r"-(\d{6,})", options.save_last_n_epochs, options.save_last_n_epochs_state
@@ -103,7 +101,7 @@ class Saver:
     def _kinds(
         self, number: str, last_n: int | None, last_n_states: int | None
     ) -> tuple[tuple[str, int | None], ...]:
-        """The pattern of files and that of states, each with how much of it is kept."""
+        """Return the pattern of files and that of states, each with how many are kept."""
         start = re.escape(self.names.name) + number
         return (start + r"\.safetensors", last_n), (
             start + "-state",
@@ -111,7 +109,7 @@ class Saver:
         )
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed run of this name left under temporary names."""
+        """Remove temporary files that a killed run of this name left behind."""
         pattern = rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?(-state|\.safetensors)\..+\.tmp"
         for entry in sorted(self.names.folder.iterdir()) if self.names.folder.is_dir() else []:
             if re.fullmatch(pattern, entry.name):
@@ -129,8 +127,9 @@ class Saver:
 
 
 def last_expired_step(step: int, every: int, last_n_steps: int | None) -> int | None:
-    """The newest multiple of `every` that a save at `step` gives up: every 5, last 5: at 25 it is 15, so 20
-    and 25 remain.
+    """Return the newest multiple of `every` that a save at `step` no longer keeps.
+
+    Every 5, last 5: at step 25 it is 15, so 20 and 25 remain.
     """
     if last_n_steps is None:
         return None
@@ -140,7 +139,7 @@ def last_expired_step(step: int, every: int, last_n_steps: int | None) -> int | 
 
 
 def last_expired_epoch(epoch: int, every: int, last_n_epochs: int | None) -> int | None:
-    """The newest epoch that a save at `epoch` no longer keeps."""
+    """Return the newest epoch that a save at `epoch` no longer keeps."""
     if last_n_epochs is None:
         return None
     number = epoch - every * last_n_epochs
@@ -150,8 +149,7 @@ def last_expired_epoch(epoch: int, every: int, last_n_epochs: int | None) -> int
 def _remove_up_to(folder: Path, pattern: str, number: int | None, every: int) -> None:
     """Remove entries whose number is a multiple of `every` and at most `number`.
 
-    All of them, not only the newest: a run that was killed before it could remove one leaves it to the next
-    save.
+    All of them, not only the newest: a run killed before it could remove one leaves it to the next save.
     """
     if number is None or not folder.is_dir():
         return
@@ -164,8 +162,8 @@ def _remove_up_to(folder: Path, pattern: str, number: int | None, every: int) ->
         try:
             os.replace(entry, aside)
             _remove(aside)
-        except OSError as error:  # open in another program; no reason to end a run
-            logger.warning("%s is kept for now, because it cannot be removed: %s", entry, error)
+        except OSError as error:  # open in another program; that must not end a run
+            logger.warning("%s is kept for now because it cannot be removed: %s", entry, error)
         else:
             logger.info("Removed %s", entry)
 

@@ -13,9 +13,9 @@ LATEST = "latest"  # --resume latest: the newest complete state of this output n
 
 @dataclass(frozen=True)
 class SavingOptions:
-    """Files and state folders of a run.
+    """Options of files and state folders.
 
-    `output_dir` and `output_name` are there unless the run only shows something and exits.
+    `output_dir` and `output_name` are None only if the run just shows something and exits.
     """
 
     output_dir: Path | None
@@ -37,7 +37,7 @@ class SavingOptions:
         for name in ("save_every_n_epochs", "save_every_n_steps"):
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to save at the end only")
         if self.save_every_n_minutes is not None and not self.save_every_n_minutes > 0:
-            raise OptionError(f"--save_every_n_minutes {self.save_every_n_minutes}: has to be positive")
+            raise OptionError(f"--save_every_n_minutes {self.save_every_n_minutes}: must be positive")
         for name in ("save_last_n_epochs", "save_last_n_epochs_state"):
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to keep all")
         for name in ("save_last_n_steps", "save_last_n_steps_state"):
@@ -45,21 +45,19 @@ class SavingOptions:
                 f"--{name}", getattr(self, name), 0, "0 keeps the newest; leave it out to keep all"
             )
         if self.output_dir is not None and self.output_dir.is_file():
-            raise OptionError(
-                f"--output_dir {self.output_dir}: it is a file; give a folder, it will be created"
-            )
+            raise OptionError(f"--output_dir {self.output_dir}: is a file; give a folder, it will be created")
         if self.output_name is not None and (
             "/" in self.output_name or "\\" in self.output_name or not self.output_name.strip()
         ):
             raise OptionError(
-                f"--output_name {self.output_name!r}: a file name without folders; the folder goes to "
-                "--output_dir"
+                f"--output_name {self.output_name!r}: must be a file name without folders; give the "
+                "folder to --output_dir"
             )
 
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Upload to and resume from the Hugging Face hub."""
+    """Options of upload to and resume from the Hugging Face hub."""
 
     huggingface_repo_id: str | None  # None: no upload
     huggingface_repo_type: str | None  # None: model
@@ -88,7 +86,7 @@ class HubOptions:
 
 @dataclass(frozen=True)
 class MetadataOptions:
-    """What stands in the metadata of saved files."""
+    """Options of the metadata of saved files."""
 
     no_metadata: bool
     training_comment: str | None
@@ -102,12 +100,12 @@ class MetadataOptions:
 def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `SavingOptions`."""
     group = parser.add_argument_group("saving")
-    group.add_argument("--output_dir", help="folder for what is trained, its states and samples")
-    group.add_argument("--output_name", help="begin of their names")
+    group.add_argument("--output_dir", help="folder for trained files, states and samples")
+    group.add_argument("--output_name", help="start of their names")
     group.add_argument(
         "--save_precision",
         choices=SAVE_PRECISIONS,
-        help="dtype of saved weights; that of the model when not given",
+        help="dtype of saved weights; the model's dtype when not given",
     )
     group.add_argument("--save_every_n_epochs", type=int)
     group.add_argument("--save_every_n_steps", type=int)
@@ -129,18 +127,16 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same for state folders; --save_last_n_steps when not given",
     )
     group.add_argument(
-        "--save_state", action="store_true", help="with each file also save all that resuming needs"
+        "--save_state", action="store_true", help="save everything that resuming needs with each file"
     )
-    group.add_argument("--save_state_on_train_end", action="store_true", help="save that at the end only")
-    group.add_argument("--resume", help="a state folder to continue from, or latest")
+    group.add_argument("--save_state_on_train_end", action="store_true", help="save it at the end only")
+    group.add_argument("--resume", help="state folder to continue from, or latest")
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `HubOptions`."""
     group = parser.add_argument_group("Hugging Face hub")
-    group.add_argument(
-        "--huggingface_repo_id", help="upload each saved file to this repository, as owner/name"
-    )
+    group.add_argument("--huggingface_repo_id", help="upload each saved file to this repository (owner/name)")
     group.add_argument("--huggingface_repo_type", help="model (when not given), dataset or space")
     group.add_argument("--huggingface_path_in_repo", help="folder in the repository")
     group.add_argument(
@@ -158,7 +154,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--async_upload",
         action="store_true",
-        help="upload while training goes on; the final file is waited for",
+        help="upload while training continues; only the final upload is waited for",
     )
 
 

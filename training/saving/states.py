@@ -1,9 +1,8 @@
-"""Everything a run needs to continue as if it had never stopped: written to a folder, found again, checked,
-read.
+"""Write to a folder all that a run needs to continue as if it had never stopped; find, check and read it.
 
 A state folder holds `state.json` and one safetensors file per named part (`network`, `optimizer`, ...). It is
-built beside its place and renamed, so one that is there is whole. Nothing random is stored: all of it follows
-from the seed and the micro-batch.
+built beside its final place and renamed, so an existing one is complete. Nothing random is stored: all of it
+follows from the seed and the micro-batch.
 """
 
 import json
@@ -41,9 +40,9 @@ FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state folder as read.
+    """Hold a state folder as read.
 
-    `identity` are the settings a resumed run has to share, `habits` those it may change.
+    `identity`: settings that a resumed run must share. `habits`: those it may change.
     """
 
     folder: Path
@@ -51,16 +50,14 @@ class SavedState:
     identity: Mapping[str, Any]
     habits: Mapping[str, Any]
     described: Mapping[str, Any]  # schedule, optimizer, scaler: as JSON
-    parts: Mapping[str, Mapping[str, Tensor]]  # one that was read is a `StoredPart`
+    parts: Mapping[str, Mapping[str, Tensor]]  # a part that was read is a `StoredPart`
 
 
 class StoredPart(Mapping[str, Tensor]):
-    """The tensors of a part on disk, each read when it is asked for: a whole model is not held a second
-    time.
-    """
+    """Map names to tensors on disk, read when accessed: a whole model is not held a second time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError where the file is damaged."""
+        """Open the file. Raises CheckpointError if it is damaged."""
         # not mapped: the folder may be replaced or removed later in the run
         self._file = SafetensorsFile(path)
 
@@ -78,13 +75,13 @@ class StoredPart(Mapping[str, Tensor]):
         return self._file.tensors[name]
 
     def close(self) -> None:
-        """Windows keeps a folder from being replaced or removed while a file in it is open."""
+        """Close the file: Windows cannot replace or remove a folder while a file in it is open."""
         self._file.close()
 
 
 @dataclass(frozen=True)
 class ForeignState:
-    """What a state folder of a known tuner holds: no position, so counting starts at 0."""
+    """Hold a state folder of another tuner: it records no progress, so counting starts at 0."""
 
     folder: Path
     network: Mapping[str, Tensor]
@@ -92,7 +89,7 @@ class ForeignState:
 
 
 def write_state(folder: Path, state: SavedState) -> None:
-    """Write `state` as `folder`, whole or not at all. Raises OutputError where the disk does not allow it."""
+    """Write `state` as `folder`, completely or not at all. Raises OutputError if writing fails."""
     with atomic_folder(folder) as temporary:
         files = {}
         for part, tensors in state.parts.items():
@@ -115,9 +112,9 @@ def write_state(folder: Path, state: SavedState) -> None:
 
 
 def read_state(folder: Path) -> SavedState | ForeignState:
-    """Read a state folder of ours or of a known tuner.
+    """Read a state folder of ours or of another tuner.
 
-    Raises CheckpointError where it is missing, damaged, or holds none; OptionError where it is not a folder.
+    Raises CheckpointError if it is missing, damaged, or holds no state; OptionError if it is not a folder.
     """
     if not folder.is_dir():
         raise OptionError(f"--resume {folder}: no such folder. Give a ...-state folder, or the word latest.")
@@ -136,7 +133,10 @@ def read_state(folder: Path) -> SavedState | ForeignState:
 
 
 def find_latest(output_dir: Path, name: str) -> Path | None:
-    """The whole state of run `name` with the most steps, or None. Undoes what a kill left half done."""
+    """Return the complete state of run `name` with the most steps, or None.
+
+    Repairs what a killed run left half done.
+    """
     if not output_dir.is_dir():
         return None
     pattern = re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
@@ -149,7 +149,7 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
             try:
                 record = _read_record(folder)
             except CheckpointError as error:
-                logger.warning("%s is left out of the search for the latest state: %s", folder, error)
+                logger.warning("%s is ignored in the search for the latest state: %s", folder, error)
                 continue
             found.append((record["progress"]["step"], folder.name, folder))
     return max(found)[2] if found else None
@@ -174,7 +174,7 @@ def check_identity(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Pa
 
 
 def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Name the settings that may change between the runs and did."""
+    """Warn of the settings that may change between the runs and did."""
     for name, value in here.items():
         if name in saved and saved[name] != value:
             logger.warning(
@@ -229,8 +229,9 @@ def require_finite(tensor: Tensor, name: str, folder: Path) -> Tensor:
 
 
 def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Whether the state dict holds the parameters and buffers themselves, nothing made of them, as foreign
-    networks may have it.
+    """Return whether the state dict holds exactly the parameters and buffers themselves.
+
+    Foreign networks may compute what they store.
     """
     named = {
         **dict(module.named_parameters(remove_duplicate=False)),
@@ -281,8 +282,9 @@ def _read_part(folder: Path, part: str, file: Mapping[str, int]) -> StoredPart:
 
 
 def _read_foreign(folder: Path) -> ForeignState:
-    """A folder of accelerate: model.safetensors and optimizer.bin. Its schedule and random states need a
-    count it does not hold.
+    """Read a folder of accelerate: model.safetensors and optimizer.bin.
+
+    Its schedule and random states need a step count that it does not hold.
     """
     weights, optimizer = folder / "model.safetensors", folder / "optimizer.bin"
     if weights.exists():
@@ -294,15 +296,15 @@ def _read_foreign(folder: Path) -> ForeignState:
         network = load_pickled(folder / "pytorch_model.bin")
     else:
         raise CheckpointError(
-            f"{folder} is no state folder: it has neither {RECORD} nor model.safetensors. Give a ...-state "
-            "folder.",
+            f"{folder} is not a state folder: it has neither {RECORD} nor model.safetensors. Give a "
+            "...-state folder.",
             path=folder,
         )
     return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else None)
 
 
 def _as_read(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as it comes back from JSON, with texts for keys and lists for tuples."""
+    """Return the record as JSON would: keys become text, tuples become lists."""
     return dict(json.loads(json.dumps(record)))
 
 

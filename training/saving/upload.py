@@ -1,4 +1,4 @@
-"""To and from the Hugging Face hub. A failed upload is reported and never ends a run."""
+"""Upload to and download from the Hugging Face hub. A failed upload is logged and never ends a run."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def hub() -> Any:
-    """The client library. Raises OptionError where it is not installed."""
+    """Return the client library. Raises OptionError if it is not installed."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -27,9 +27,9 @@ def hub() -> Any:
 
 @dataclass(frozen=True)
 class Uploads:
-    """Sends finished files and folders to the repository of --huggingface_repo_id; does nothing without one.
+    """Upload finished files and folders to the repository of --huggingface_repo_id; do nothing without one.
 
-    api: the client, `huggingface_hub.HfApi`. Uploads are made one after the other, so that the repository is
+    api: the client, `huggingface_hub.HfApi`. Uploads run one after the other, so that the repository is
     created once.
     """
 
@@ -38,7 +38,7 @@ class Uploads:
     _waiting: list[threading.Thread] = field(default_factory=list)
 
     def publish(self, path: Path) -> None:
-        """Upload a file or a folder; with --async_upload while training goes on."""
+        """Upload a file or a folder; with --async_upload in the background."""
         if self.options.huggingface_repo_id is None:
             return
         if not self.options.async_upload:
@@ -50,20 +50,20 @@ class Uploads:
         thread.start()
 
     def publish_state(self, folder: Path) -> None:
-        """Upload a state folder where --save_state_to_huggingface asks for it."""
+        """Upload a state folder if --save_state_to_huggingface is given."""
         if self.options.save_state_to_huggingface:
             self.publish(folder)
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
-        """Wait for what is under way however the block ends: the files are saved and asked for."""
+        """Wait for uploads however the block ends, also after an error: the files are saved."""
         try:
             yield
         finally:
             self.wait()
 
     def wait(self) -> None:
-        """Until everything is uploaded or has failed."""
+        """Wait until every upload is done or has failed."""
         while self._waiting:
             self._waiting.pop(0).join()
 
@@ -75,7 +75,7 @@ class Uploads:
     def _try_upload(self, path: Path) -> None:
         try:
             self._upload(path)
-        except Exception as error:  # whatever it is, the file is saved and training goes on
+        except Exception as error:  # whatever it is, the file is saved and training continues
             logger.error(
                 "%s was saved but not uploaded to %s: %s", path, self.options.huggingface_repo_id, error
             )
@@ -100,7 +100,7 @@ class Uploads:
 
 
 def make_uploads(options: HubOptions, make_api: Callable[..., Any] | None = None) -> Uploads:
-    """The uploads of a run. Raises OptionError where the client library is missing."""
+    """Return the uploads of a run. Raises OptionError if the client library is missing."""
     if options.huggingface_repo_id is None:
         return Uploads(options)
     return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
@@ -109,9 +109,9 @@ def make_uploads(options: HubOptions, make_api: Callable[..., Any] | None = None
 def download_state(
     place: str, token: str | None, folder: Path, download: Callable[..., str] | None = None
 ) -> Path:
-    """Fetch the state folder that `owner/repo/path[:revision[:type]]` names. Returns where it lies.
+    """Download the state folder that `owner/repo/path[:revision[:type]]` names and return its path.
 
-    folder: files are put below it. Raises OptionError where the name is malformed or nothing is there.
+    folder: files are put below it. Raises OptionError if the name is malformed or nothing is found.
     """
     name, _, rest = place.partition(":")
     revision, _, repo_type = rest.partition(":")
@@ -131,8 +131,8 @@ def download_state(
             local_dir=str(folder),
             token=token,
         )
-    except Exception as error:  # the client has many kinds, for networks, rights and names
-        raise OptionError(f"--resume {place}: cannot be fetched from the hub: {error}") from error
+    except Exception as error:  # the client raises many kinds: network, rights, names
+        raise OptionError(f"--resume {place}: cannot be downloaded from the hub: {error}") from error
     state = Path(fetched) / path
     if not state.is_dir():
         raise OptionError(

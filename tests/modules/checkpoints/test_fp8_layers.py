@@ -226,14 +226,14 @@ def test_rows_put_together_from_two_formats_are_widened(tmp_path: Path) -> None:
 
 def test_a_device_without_such_numbers_is_refused(tmp_path: Path, kind: Kind) -> None:
     path = kind.write(tmp_path, in_bf16(kind))
-    with pytest.raises(OptionError, match="Apple's GPUs have no numbers of 8 bits"):
+    with pytest.raises(OptionError, match="Apple's GPUs do not support fp8"):
         kind.load(path, Placement(torch.device("mps"), fp8=ROWS))
 
 
 def test_fp8_files_are_not_rounded_again(tmp_path: Path, kind: Kind) -> None:
     path = kind.write(tmp_path, kind.state(), "fp8_scaled")
     with pytest.raises(
-        CheckpointError, match=r"--fp8_scaled: .* is in fp8 already.*\n  Leave --fp8_scaled out"
+        CheckpointError, match=r"--fp8_scaled: .* is already in fp8.*\n  Leave --fp8_scaled out"
     ):
         kind.load(path, replace(CPU, fp8=ROWS))
 

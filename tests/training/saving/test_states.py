@@ -101,7 +101,7 @@ def test_a_record_that_is_none_is_one_clear_error(tmp_path: Path, content: str) 
 
 
 def test_a_folder_that_is_no_state_and_one_that_is_missing_say_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no state folder"):
+    with pytest.raises(CheckpointError, match="not a state folder"):
         read_state(tmp_path)
     with pytest.raises(OptionError, match="no such folder"):
         read_state(tmp_path / "missing")
