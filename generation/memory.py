@@ -24,7 +24,7 @@ from modules.contract.loading import Placement
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Step
 from modules.errors import MemoryPlanError, OptionError, UserError
-from modules.planning.advice import advise, resolve_swap
+from modules.plan_advice import advise, resolve_swap
 from modules.planning.dry_run import (
     ACCELERATOR,
     WEIGHTS,

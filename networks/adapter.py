@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from modules.atomic_write import save_tensors
+from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
-from modules.finite import FiniteCheck
 from modules.seeds import derive_seed
 from networks.hashes import saved_dtype, with_hashes
 from networks.loading import import_network_module, read_lora

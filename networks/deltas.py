@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from modules.checkpoints.finite import is_finite
 from modules.devices import dtype_name
-from modules.finite import is_finite
 
 Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, TensorInfo, checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import stream_tensors
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
-from modules.finite import FiniteCheck
 from networks.deltas import DORA, Factors, bias_delta, decompose, has_input_magnitudes, rows_of, weight_delta
 from networks.key_formats import OURS, module_of_tensor, rename_modules
 from networks.loading import LoraFile, listed, read_lora, warn_of_other_family, warn_of_rest

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError
 from modules.options import NO_OPTIONS, options_with
-from training.optimizer_checks import RecordedState, check_like
+from training.optimizers.checks import RecordedState, check_like
 from training.optimizers.lr_schedule import Imported, LrSchedule, OwnRates
 from training.optimizers.state import (
     decode,
@@ -29,6 +29,7 @@ from training.options import TrainingOptions
 from training.progress import Progress
 from training.reports.logs import public_config
 from training.saving.options import LATEST
+from training.saving.state_record import is_count, is_finite_number, refuse
 from training.saving.states import (
     RECORD,
     ForeignState,
@@ -41,7 +42,6 @@ from training.saving.states import (
     warn_of_changes,
 )
 from training.saving.upload import download_state
-from training.state_record import is_count, is_finite_number, refuse
 from training.steps import Plan
 from training.trainable import Trainable
 

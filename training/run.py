@@ -254,7 +254,8 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     else:
-        for line in ignored_options(options, family.defaults.embedded_guidance is not None, family.noise):
+        takes_guidance = family.defaults.embedded_guidance is not None
+        for line in ignored_options(options, takes_guidance, family.noise.table_is_shifted):
             logger.warning(line)
     check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
     fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from modules.attention.options import TRAINING_FLAGS, TrainingAttentionOptions
-from modules.contract.noise import NoiseSpec
 from training.data.options import TimestepOptions
 from training.loss_options import L2, LossOptions
 from training.optimizers.lr_schedule_options import LrScheduleOptions
@@ -14,14 +13,15 @@ from training.saving.options import HubOptions, SavingOptions
 Given = tuple[str, object, str]  # an option, whether it was given, why it has no effect
 
 
-def ignored_options(options: TrainingOptions, takes_guidance: bool, noise: NoiseSpec) -> list[str]:
+def ignored_options(options: TrainingOptions, takes_guidance: bool, shifts_table: bool) -> list[str]:
     """Return one line for each of them.
 
-    takes_guidance: the model has an input for embedded guidance. noise: `Family.noise`.
+    takes_guidance: the model has an input for embedded guidance. shifts_table: see
+    `NoiseSpec.table_is_shifted`.
     """
     loop, network = options.loop, options.network
     found: list[Given] = [
-        *_of_timesteps(options.timesteps, noise),
+        *_of_timesteps(options.timesteps, shifts_table),
         *_of_loss(options.loss),
         *_of_schedule(options.lr_schedule),
         *_of_saving(options.saving),
@@ -49,9 +49,9 @@ def ignored_options(options: TrainingOptions, takes_guidance: bool, noise: Noise
     return [f"{option} has no effect: {reason}." for option, is_given, reason in found if is_given]
 
 
-def _of_timesteps(options: TimestepOptions, noise: NoiseSpec) -> Iterator[Given]:
+def _of_timesteps(options: TimestepOptions, shifts_table: bool) -> Iterator[Given]:
     sampler, weighting = options.timestep_sampling, options.weighting_scheme
-    if sampler != "shift" and not (sampler == "sigma" and noise.table_is_shifted):
+    if sampler != "shift" and not (sampler == "sigma" and shifts_table):
         yield "--discrete_flow_shift", options.flow_shift != 1, "only --timestep_sampling shift uses it"
     if sampler not in {"sigmoid", "shift", "flux_shift"}:
         yield (

@@ -13,7 +13,7 @@ from torch import nn
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
-from dataset.cache_checks import CacheChecks
+from dataset.cache.checks import CacheChecks
 from training.data.feed import seeded
 from training.data.options import TimestepOptions
 from training.data.timesteps import times_at

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _by
+from dataset.cache.checks import CacheChecks
 from dataset.cache.files import Entry, read_entry
 from dataset.cache.records import (
     LatentRecord,
@@ -17,7 +18,6 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
-from dataset.cache_checks import CacheChecks
 from dataset.config_keys import SECTION_DEFAULTS
 from dataset.sources.decoding import bucket_of
 from modules.contract.data import LATENTS_MADE, Batch, MadeBy

@@ -33,10 +33,10 @@ from dataset.caching.source_jobs import check_memory, decode_ahead, progress
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.frames import Span, frames_wanted
+from modules.checkpoints.finite import is_finite
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
-from modules.finite import is_finite
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
 

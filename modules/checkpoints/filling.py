@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.fp8_layers import Fp8Loading
 from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint, TensorInfo
 from modules.checkpoints.sources import Source
 from modules.contract.loading import HostPlace, WeightPatch
 from modules.errors import CheckpointError
-from modules.finite import FiniteCheck
 from modules.fp8.weights import E4M3, attach
 
 

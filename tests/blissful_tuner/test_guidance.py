@@ -162,14 +162,14 @@ def test_skip_layer_original_adds_a_third_pass_while_active() -> None:
 
 @pytest.mark.parametrize("mode", ["original", "uncond"])
 def test_a_pass_without_layers_is_made_once_however_often_it_is_asked_for(mode: str) -> None:
-    def asking_twice(step: int, scale: float, predict: Predict, section: Section) -> Tensor:
+    def asking_twice(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
         plain_cfg(step, scale, predict, section)
         return plain_cfg(step, scale, predict, section)
 
     network, combine = passes(), with_skipped_layers(asking_twice, skipping(mode, "1"), 4)
     predict = remembering(network)
     for _ in range(2):
-        combine(0, 5.0, predict, network.section)
+        combine(step(0), 5.0, predict, network.section)
 
     assert network.made.count((False, frozenset({1}))) == 1
 

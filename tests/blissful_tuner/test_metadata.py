@@ -88,7 +88,9 @@ def test_decoding_passes_on_what_is_known_and_says_anew_what_it_is_decoded_with(
 def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
     settings = {"guidance_rescale": 0.0, "sample_solver": "unipc"}
     made = output_metadata(
-        replace(REQUEST, extra={"video_seconds": "5", "latent_window_size": "9"}), {}, settings=settings
+        replace(REQUEST, own_metadata={"video_seconds": "5", "latent_window_size": "9"}),
+        {},
+        settings=settings,
     )
     latents = with_plain_keys(made)
     plain = {name: text for name, text in latents.items() if not name.startswith("bt_")}

@@ -45,7 +45,8 @@ class Script:
     def facts(self) -> Mapping[str, str]:
         """What of a video's metadata its options are: `setting`, `request`, `decoding` or `nothing`."""
         facts = facts_of(GenerationOptions) | facts_of(self.record)
-        own = dict.fromkeys(self.defaults.extras, "request")  # a prompt line may give them
+        # a prompt line may give the extras; --optimized turns on options that are recorded
+        own = dict.fromkeys([*self.defaults.extras, "optimized"], "request")
         return {
             name: facts[name].get("record", "setting") if name in facts else own[name]
             for name in self.actions
@@ -76,6 +77,7 @@ SAID_AS = {  # where the metadata have another name for it
     "one_frame_inference": ("one_frame",),
     "lora_weight": ("lora_0",),
     "lora_multiplier": ("lora_0",),
+    "optimized": ("attn_mode", "compile", "fp8_scaled"),
 }
 RECORDED = [
     (name, option)

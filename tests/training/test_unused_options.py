@@ -12,7 +12,7 @@ from training.unused_options import ignored_options
 def named(
     folder: Path, *arguments: object, takes_guidance: bool = False, noise: NoiseSpec = FLOW
 ) -> set[str]:
-    lines = ignored_options(toy_options(folder, *arguments), takes_guidance, noise)
+    lines = ignored_options(toy_options(folder, *arguments), takes_guidance, noise.table_is_shifted)
     return {line.partition(" has no effect: ")[0] for line in lines}
 
 

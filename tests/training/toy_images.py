@@ -15,7 +15,7 @@ from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
 from modules.options import NO_OPTIONS
-from tests.training.toy import WIDTH, ToyTextEncoder, WanAttentionBlock
+from tests.training.toy import WIDTH, ToyBlock, ToyTextEncoder
 from training.loss import Trains
 
 LATENT = LatentSpec(channels=3, stride=(1, 8, 8), pixel_step=16, frame_step=1, scale=2.0, shift=-1.0)
@@ -40,10 +40,12 @@ class MeanVae(nn.Module):
 class PictureDit(nn.Module):
     """Tokens B L 12 -> B L 12. It wants times from 0 to 1 and remembers what it was fed."""
 
+    spec = DitSpec(("blocks",))
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(PATCH, WIDTH)
-        self.blocks = nn.ModuleList(WanAttentionBlock() for _ in range(2))
+        self.blocks = nn.ModuleList(ToyBlock() for _ in range(2))
         self.head = nn.Linear(WIDTH, PATCH)
         self.fed: list[tuple[Tensor, Tensor]] = []
 

@@ -22,7 +22,7 @@ from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
-from dataset.cache_checks import CacheChecks
+from dataset.cache.checks import CacheChecks
 from modules.contract.data import Batch
 from modules.contract.family import LatentSpec
 from modules.contract.noise import FLOW, NoiseSpec

@@ -89,9 +89,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
     if finds_own_rate(optimizer):
         return OwnRates(ADAFACTOR, optimizer, lambda: _adafactor_rates(optimizer, float(first_rate or 0)))
     if name == ADAFACTOR:
-        raise OptionError(
-            "--lr_scheduler adafactor needs --optimizer_type Adafactor and relative_step=True"
-        )
+        raise OptionError("--lr_scheduler adafactor needs --optimizer_type Adafactor and relative_step=True")
     if "relative_step" in optimizer.defaults and name != "constant_with_warmup":
         logger.warning(
             "Adafactor without relative_step usually runs with --lr_scheduler constant_with_warmup, not "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from modules.errors import CheckpointError, OptionError
-from training.optimizer_checks import ANY_STATE, RecordedState, check_optimizer, check_outline
+from training.optimizers.checks import ANY_STATE, RecordedState, check_optimizer, check_outline
 from training.saving.states import require_finite
 
 # have the shape of their parameter

@@ -11,7 +11,7 @@ import torch
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from modules.contract.family import Described, LatentSpec
-from modules.planning.advice import advise, resolve_swap
+from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import MemoryPlan, Room, gib, present, room_on
 from training.data.feed import Randomness

@@ -25,7 +25,7 @@ from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError, OptionError
 from training.progress import Progress
-from training.state_record import REMEDY, check_record
+from training.saving.state_record import REMEDY, check_record
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from dataset.batches.finding import (
 )
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
+from dataset.cache.checks import MOST_KNOWN, CacheChecks
 from dataset.cache.files import parse_latent_name, write_tensors
-from dataset.cache_checks import MOST_KNOWN, CacheChecks
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
 from modules.errors import CacheError

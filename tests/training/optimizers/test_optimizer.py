@@ -133,7 +133,7 @@ def test_what_cannot_be_built_is_refused_with_a_reason(
 
 @pytest.mark.parametrize("rate", [1e300, math.inf, math.nan, -1.0])
 def test_a_learning_rate_that_no_run_survives_is_refused(rate: float) -> None:
-    with pytest.raises(OptionError, match=r"--learning_rate (1e\+300|inf|nan|-1\.0): has to be"):
+    with pytest.raises(OptionError, match=r"--learning_rate (1e\+300|inf|nan|-1\.0): must be"):
         options(rate=rate)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from training.saving.state_record import LARGEST_COUNT, is_finite_number, refuse
 from training.saving.states import RECORD, info_of
-from training.state_record import LARGEST_COUNT, is_finite_number, refuse
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modules.checkpoints.filling import load_module
+from modules.checkpoints.finite import FiniteCheck, is_finite
 from modules.checkpoints.opening import open_checkpoint, plain_sources
 from modules.errors import CheckpointError
-from modules.finite import FiniteCheck, is_finite
 
 CPU = torch.device("cpu")
 WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
