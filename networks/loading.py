@@ -1,7 +1,6 @@
 """Read LoRA files of any dialect, and import the modules that build networks."""
 
 import importlib
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
+from modules.text_files import parse_json, read_text
 from networks.deltas import fault, group_by_module, rank_of
 from networks.hashes import is_damaged
 from networks.key_formats import OURS, NativeTensors, other_kind, to_native
@@ -163,10 +163,10 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     folder = path if path.is_dir() else path.parent
     config_path = folder / "adapter_config.json"
     if PEFT_SETTINGS in metadata:
-        entries = json.loads(metadata[PEFT_SETTINGS])
+        entries = parse_json(metadata[PEFT_SETTINGS])
         return {key.removeprefix("transformer."): value for key, value in entries.items()}
     if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
-        return dict(json.loads(config_path.read_text(encoding="utf-8")))
+        return dict(parse_json(read_text(config_path)))
     return {}
 
 

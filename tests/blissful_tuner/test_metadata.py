@@ -112,7 +112,7 @@ def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
         **{"sample_solver": "unipc", "fps": "16"},
     }
     assert made.items() <= latents.items()
-    assert not plain.keys() & decoded_metadata(latents, {}, 16.0).keys()
+    assert not plain.keys() & decoded_metadata(latents, {}, (), 16.0).keys()
     assert with_plain_keys({"bt_seeds": "N/A"}) == {"bt_seeds": "N/A"}
 
 

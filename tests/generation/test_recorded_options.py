@@ -225,6 +225,7 @@ LISTS = {
             "one_frame_inference",
             "lora_weight",
             "lora_multiplier",
+            "optimized",  # turns on options that are recorded
         ),
     },
     "decoding": {

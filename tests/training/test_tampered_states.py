@@ -5,6 +5,7 @@ bits.
 import copy
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -281,3 +282,16 @@ def test_the_state_of_a_gradient_scaler_is_checked(scale: Any) -> None:
         restore_scaler(scaler, {**scaler.state_dict(), "scale": scale}, Path("state.json"))
     restore_scaler(scaler, {**scaler.state_dict(), "scale": 8.0}, Path("state.json"))
     assert scaler.state_dict()["scale"] == 8.0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_record_that_is_a_pipe_or_nested_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "x-state"
+    folder.mkdir()
+    os.mkfifo(folder / "state.json")
+    with pytest.raises(CheckpointError, match="state.json"):
+        read_state(folder)
+    (folder / "state.json").unlink()
+    (folder / "state.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="state.json"):
+        read_state(folder)

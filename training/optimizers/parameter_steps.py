@@ -47,7 +47,6 @@ ALONE: Mapping[str, frozenset[str]] = {
 TOGETHER: Mapping[str, str] = {
     "prodigy": "it finds one learning rate from the gradients of all weights together",
     "schedulefree": "it counts its steps for all weights together",
-    "lbfgs": "it computes the loss several times a step",
 }
 _LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 

@@ -24,6 +24,7 @@ from modules.checkpoints.containers import SafetensorsFile, load_pickled
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError, OptionError
+from modules.text_files import parse_json, read_text
 from training.progress import Progress
 from training.saving.state_record import REMEDY, check_record
 
@@ -251,7 +252,7 @@ def info_of(tensors: Mapping[str, Tensor], name: str) -> TensorInfo:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json(read_text(folder / RECORD))
         if record["format"] != FORMAT:
             raise _damaged(folder / RECORD, f"its format is not {FORMAT!r}")
         if record["version"] != VERSION:
