@@ -80,7 +80,7 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
     from modules.options import read_options
     from training.loop import advance
     from training.options import TrainingOptions, read_arguments, training_parser
-    from training.run import prepared_run
+    from training.run import prepare_run
     from training.whole_dit_options import add_whole_dit_arguments
     from wan.family import family_for_training
     from wan.options import WanTrainingOptions, add_training_arguments
@@ -93,7 +93,7 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
         read_options(TrainingOptions, given),
     )
     before = start_of_peak()
-    with prepared_run(family, options) as run, contextlib.closing(run.feed.start(0, 0)) as micro_batches:
+    with prepare_run(family, options) as run, contextlib.closing(run.feed.start(0, 0)) as micro_batches:
         for group in _groups(run.plan.groups(0)):
             advance(run, group, micro_batches)
         highest = peak() - before

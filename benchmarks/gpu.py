@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        print(json.dumps(measured(ROWS[args.child], args.device)))
+        print(json.dumps(measure_row(ROWS[args.child], args.device)))
         return
     print_table(args.rows, args.seconds, args.device)
 
@@ -111,7 +111,7 @@ class Bench:
     loading: float  # seconds
 
 
-def measured(row: Row, device: str) -> dict[str, float]:
+def measure_row(row: Row, device: str) -> dict[str, float]:
     """Return the figures of a row, in the process that loads its model."""
     import torch
 
@@ -122,8 +122,8 @@ def measured(row: Row, device: str) -> dict[str, float]:
         # all in bf16, although the release has some in float32
         in_bf16 = {name: ("BF16", shape) for name, (_, shape) in tensor_list(row.model.manifest).items()}
         path = write_hollow(Path(folder) / "dit.safetensors", in_bf16)
-        bench = (generation if row.generates else training)(row, path, where)
-        seconds = clocked(
+        bench = (generation if row.generates else train_steps)(row, path, where)
+        seconds = time_call(
             bench.call, where, rounds=1 if row.generates else STEPS, warm_up=1 if row.generates else WARM_UP
         )
     device_peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
@@ -138,7 +138,7 @@ def measured(row: Row, device: str) -> dict[str, float]:
     }
 
 
-def clocked(call: Callable[[], object], device: Any, rounds: int, warm_up: int) -> float:
+def time_call(call: Callable[[], object], device: Any, rounds: int, warm_up: int) -> float:
     """Return the mean seconds of `rounds` calls.
 
     The peak of the device's memory counts from the last warm-up call on.
@@ -158,7 +158,7 @@ def clocked(call: Callable[[], object], device: Any, rounds: int, warm_up: int) 
     return (time.perf_counter() - start) / rounds
 
 
-def training(row: Row, path: Path, device: Any) -> Bench:
+def train_steps(row: Row, path: Path, device: Any) -> Bench:
     """Prepare training steps of a LoRA of rank 32 on random latents.
 
     A step is loss, backward pass, clipping and optimizer step, as in the training loop.
@@ -166,7 +166,7 @@ def training(row: Row, path: Path, device: Any) -> Bench:
     import torch
 
     from benchmarks.noise import fill_with_noise
-    from modules.fp8.products import with_product
+    from modules.fp8.products import add_product
     from modules.offload.block_swap import host_weights
     from modules.offload.swap_plan import SwapPlan
     from networks.adapter import make_network
@@ -181,7 +181,7 @@ def training(row: Row, path: Path, device: Any) -> Bench:
     planned = predict(family, options, batch, device).device(options.speed.swap.number)
     begun = time.monotonic()
     host = host_weights(SwapPlan(family.dit, options.speed.swap.number), device)
-    placement = placement_of(options, device, with_product(options.speed.fp8.quantisation, device))
+    placement = placement_of(options, device, add_product(options.speed.fp8.quantisation, device))
     dit = family.load_dit(replace(placement, host=host)).requires_grad_(False)
     loading = time.monotonic() - begun
     fill_with_noise(dit)

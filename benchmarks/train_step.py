@@ -45,7 +45,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[
     from modules.options import read_options
     from training.loop import advance
     from training.options import TrainingOptions, read_arguments, training_parser
-    from training.run import prepared_run
+    from training.run import prepare_run
     from wan.family import family_for_training
     from wan.options import WanTrainingOptions, add_training_arguments
 
@@ -56,7 +56,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[
     bare: list[float] = []
     loop: list[float] = []
     with (
-        prepared_run(family, read_options(TrainingOptions, given)) as run,
+        prepare_run(family, read_options(TrainingOptions, given)) as run,
         contextlib.closing(run.feed.start(0, 0)) as micro_batches,
     ):
         groups = run.plan.groups(0)

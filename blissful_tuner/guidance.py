@@ -31,8 +31,8 @@ def make_guidance(
     Raises OptionError if the request's schedule and the options do not go together.
     """
     scales = guidance_scales(prepared, options)
-    combine = with_rescaling(
-        with_skipped_layers(plain_cfg, options, prepared.num_steps), options.guidance_rescale
+    combine = add_rescaling(
+        add_skipped_layers(plain_cfg, options, prepared.num_steps), options.guidance_rescale
     )
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
@@ -40,7 +40,7 @@ def make_guidance(
         if scale is None or section.negative is None:
             (velocity,) = predict(section.positive)
             return velocity
-        return combine(step, scale, remembering(predict), section)
+        return combine(step, scale, remember_passes(predict), section)
 
     return guide
 
@@ -66,7 +66,7 @@ def _scales_of_steps(prepared: Prepared, options: GuidanceOptions, scale: float)
         return tuple(table.get(step + 1) for step in range(num_steps))
     if scale == 1.0:  # the formula gives the positive velocity back
         return (None,) * num_steps
-    applied = applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
+    applied = choose_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
     return tuple(scale if is_applied else None for is_applied in applied)
 
 
@@ -80,7 +80,7 @@ def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
     )
 
 
-def applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:
+def choose_applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:
     """Return for each step whether `--cfg_skip_mode` keeps guidance.
 
     int(num_steps * ratio) steps keep it, with "alternate" about that many. The mode names the steps that skip
@@ -89,7 +89,7 @@ def applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool,
     if mode == "none" or ratio is None:
         return (True,) * num_steps
     if mode == "alternate":
-        return _alternating(ratio, num_steps)
+        return _alternate(ratio, num_steps)
     kept = int(num_steps * ratio)
     skipped = num_steps - kept
     kept_at = {
@@ -101,7 +101,7 @@ def applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool,
     return tuple(step in kept_at for step in range(num_steps))
 
 
-def _alternating(ratio: float, num_steps: int) -> tuple[bool, ...]:
+def _alternate(ratio: float, num_steps: int) -> tuple[bool, ...]:
     # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
     applied, due = [], 0.0
     for _ in range(num_steps):
@@ -122,7 +122,7 @@ def plain_cfg(step: Step, scale: float, predict: Predict, section: Section) -> T
     return negative + scale * (positive - negative)
 
 
-def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int) -> Combine:
+def add_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int) -> Combine:
     """Skip-layer guidance: steer away from the velocity of a pass that skips some blocks.
 
     Source: the released code of Stable Diffusion 3.5 ("original"). "uncond" needs no further pass: it skips
@@ -133,7 +133,7 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
     if not layers:
         return inner
 
-    @functools.cache  # the same tweaks at every call: `remembering` knows them by identity
+    @functools.cache  # the same tweaks at every call: `remember_passes` knows them by identity
     def without_layers(tweaks: Tweaks) -> Tweaks:
         return replace(tweaks, skip_blocks=tweaks.skip_blocks | layers)
 
@@ -157,7 +157,7 @@ def with_skipped_layers(inner: Combine, options: GuidanceOptions, num_steps: int
     return uncond if options.slg_mode == "uncond" else original
 
 
-def with_rescaling(inner: Combine, share: float) -> Combine:
+def add_rescaling(inner: Combine, share: float) -> Combine:
     """Undo a share (0 to 1) of the increase that guidance causes in the velocity's standard deviation.
 
     This corrects overexposed, too contrasty pictures.
@@ -176,7 +176,7 @@ def with_rescaling(inner: Combine, share: float) -> Combine:
     return rescaled
 
 
-def remembering(predict: Predict) -> Predict:
+def remember_passes(predict: Predict) -> Predict:
     """Wrap `predict` for one step so that each pass runs once, however often it is requested."""
     made: dict[tuple[int, Tweaks], Tensor] = {}
 

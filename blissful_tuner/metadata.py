@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.atomic_write import storable
+from modules.atomic_write import make_storable
 from modules.contract.prepared import Prepared
 
 TUNER_VERSION = "reelsmith 0.1.0"
@@ -72,13 +72,14 @@ def output_metadata(
         for name, text in request.own_metadata.items()
     }
     values |= {f"lora_{index}": f"{name}: {multiplier}" for index, (name, multiplier) in enumerate(loras)}
-    values |= _recorded(settings or {})
+    values |= _record(settings or {})
     return {
-        f"bt_{name}": NOT_SET if value is None else storable(str(value)) for name, value in values.items()
+        f"bt_{name}": NOT_SET if value is None else make_storable(str(value))
+        for name, value in values.items()
     }
 
 
-def decoded_metadata(
+def read_decoded_metadata(
     saved: Mapping[str, str], settings: Mapping[str, Any], of_decoding: Collection[str], fps: float
 ) -> dict[str, str]:
     """Return the metadata of pixels decoded from a latent file: what that says, and what this run decoded it
@@ -91,11 +92,11 @@ def decoded_metadata(
     }
     # what a latent file says twice
     kept = {name: text for name, text in kept.items() if f"bt_{name}" not in kept}
-    values = {name: text for name, text in _recorded(settings).items() if name in of_decoding}
-    return kept | {f"bt_{name}": storable(text) for name, text in {**values, "fps": f"{fps:g}"}.items()}
+    values = {name: text for name, text in _record(settings).items() if name in of_decoding}
+    return kept | {f"bt_{name}": make_storable(text) for name, text in {**values, "fps": f"{fps:g}"}.items()}
 
 
-def _recorded(settings: Mapping[str, Any]) -> dict[str, str]:
+def _record(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: _as_text(value) for name, value in settings.items() if value is not None}
 
 

@@ -10,8 +10,8 @@ from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.caching.planning import (
     Caches,
-    Plan,
     Recipe,
+    SourcePlan,
     complete,
     list_names,
     media_table,
@@ -23,7 +23,7 @@ from dataset.caching.source_jobs import decode_ahead, progress
 from dataset.caching.texts import plan_text
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import decode_source
-from dataset.sources.listing import Source, find_sources, missing_captions
+from dataset.sources.listing import MediaSource, find_sources, missing_captions
 from modules.contract.family import Encodes, LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
 
@@ -46,8 +46,8 @@ class CheckResult:
 class _Table:
     """Result of comparing one table with its caches."""
 
-    sources: Sequence[Source]
-    plans: Sequence[Plan]
+    sources: Sequence[MediaSource]
+    plans: Sequence[SourcePlan]
     unreadable: Sequence[Failure]
 
     @property
@@ -71,7 +71,7 @@ def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existi
     recipe = Recipe(
         family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, family.sections_of
     )
-    lines, ok = ["Files recognised:", *_indented(files)], True
+    lines, ok = ["Files recognised:", *_indent(files)], True
     batches = 0
     for table in config.datasets:
         sources = find_sources(table)
@@ -86,13 +86,13 @@ def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existi
         kept = sum(len(plan.kept) for plan in found.plans)
         to_encode = sum(len(plan.missing or ()) for plan in found.plans)
         lines += [f"{table.name}: {len(found.sources)} {table.kind}s, {found.buckets.total()} items"]
-        lines += _indented(_bucket_lines(table, found.buckets))
+        lines += _indent(_bucket_lines(table, found.buckets))
         if encoder:
-            lines += _indented([f"caches: {kept} files are valid, {to_encode} items need encoding"])
+            lines += _indent([f"caches: {kept} files are valid, {to_encode} items need encoding"])
         batches += _num_batches(table, found.buckets)
-        lines += _listed("give no item", dropped)
-        lines += _listed("cannot be read", found.unreadable)
-        lines += _listed("have no caption", captions)
+        lines += _list_names("give no item", dropped)
+        lines += _list_names("cannot be read", found.unreadable)
+        lines += _list_names("have no caption", captions)
         ok = ok and not captions and not found.unreadable
     lines += [f"Training on all of it: {batches} batches an epoch, as many steps without accumulation"]
     return CheckResult((*lines, _verdict(ok)), ok)
@@ -102,7 +102,7 @@ def check_texts(family: Encodes, config: DatasetConfig, skip_existing: bool) -> 
     """Report what text caching would do. No encoder is loaded."""
     encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
     lines, ok = ["Files recognised:"], True
-    lines += _indented(
+    lines += _indent(
         f"{encoder.name} {key}: {value}" for encoder, identity in encoders for key, value in identity.items()
     )
     for table in config.datasets:
@@ -113,10 +113,8 @@ def check_texts(family: Encodes, config: DatasetConfig, skip_existing: bool) -> 
         for encoder, _ in encoders:
             to_do = sum(encoder.name in plan.missing for plan in plans)
             kept = len(plans) - to_do
-            lines += _indented(
-                [f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding"]
-            )
-        lines += _listed("have no caption", captions)
+            lines += _indent([f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding"])
+        lines += _list_names("have no caption", captions)
         ok = ok and not captions
     return CheckResult((*lines, _verdict(ok)), ok)
 
@@ -137,7 +135,7 @@ def check_training(
     checkpoints that the caller recognised. text_keys: keys of a complete text cache.
     """
     found = find_items(config, cache_tag, latent, text_keys)
-    lines, ok = ["Files recognised:", *_indented(files)], True
+    lines, ok = ["Files recognised:", *_indent(files)], True
     encoders = SameEncoders(commands)
     for table in config.datasets:
         items = [item for item in found.items if item.table.index == table.index]
@@ -145,14 +143,14 @@ def check_training(
         lines += [
             f"{table.name}: {len(items)} cached items" + (", for validation" if table.validation else "")
         ]
-        lines += _indented(_bucket_lines(table, buckets))
+        lines += _indent(_bucket_lines(table, buckets))
         missing = [path for path in found.missing_text if path.parent == table.cache_directory]
         unfinished = [path for path in found.unfinished_text if path.parent == table.cache_directory]
         faults, remarks = _unusable(items, latent, encoders)
-        lines += _listed("text caches are missing", missing)
-        lines += _listed("text caches are unfinished", unfinished)
-        lines += _listed("cannot be used", faults)
-        lines += _indented(remarks)
+        lines += _list_names("text caches are missing", missing)
+        lines += _list_names("text caches are unfinished", unfinished)
+        lines += _list_names("cannot be used", faults)
+        lines += _indent(remarks)
         lines += _source_lines(table, items)
         ok = ok and not missing and not unfinished and not faults and bool(items)
     training = [item for item in found.items if not item.table.validation]
@@ -163,15 +161,15 @@ def check_training(
         f" ({accumulation} accumulated, {processes} processes)"
     ]
     if not ok:
-        lines += ["Caches are made by:", *_indented([commands.latents, commands.text])]
+        lines += ["Caches are made by:", *_indent([commands.latents, commands.text])]
     return CheckResult((*lines, _verdict(ok)), ok)
 
 
-def _look_at(table: DatasetTable, sources: Sequence[Source], recipe: Recipe, workers: int) -> _Table:
+def _look_at(table: DatasetTable, sources: Sequence[MediaSource], recipe: Recipe, workers: int) -> _Table:
     existing = {table.index: list_names(table, recipe.tag)}
     plans, unreadable = plan_all(sources, existing, recipe, workers)
 
-    def decoded(plan: Plan) -> Plan:
+    def decoded(plan: SourcePlan) -> SourcePlan:
         media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
         return complete(plan, media, names_of(existing, plan.source), recipe)
 
@@ -224,24 +222,24 @@ def _source_lines(table: DatasetTable, items: Sequence[TrainingItem]) -> list[st
     try:
         sources = find_sources(table)
     except DatasetError as error:
-        return _indented([f"its sources are not checked: {error}"])
+        return _indent([f"its sources are not checked: {error}"])
     stems = {item.source_stem for item in items}
     uncached = [one.path for one in sources if one.stem not in stems]
     return [
-        *_listed("have no cache: too short, unreadable, or not cached yet", uncached),
-        *_listed("have no caption", missing_captions(sources)),
+        *_list_names("have no cache: too short, unreadable, or not cached yet", uncached),
+        *_list_names("have no caption", missing_captions(sources)),
     ]
 
 
-def _listed(what: str, ones: Sequence[object]) -> list[str]:
+def _list_names(what: str, ones: Sequence[object]) -> list[str]:
     """Return lines with a count and at most LISTED of the objects."""
     if not ones:
         return []
     more = [f"... and {len(ones) - LISTED} more"] if len(ones) > LISTED else []
-    return _indented([f"{len(ones)} {what}:", *_indented([str(one) for one in ones[:LISTED]]), *more])
+    return _indent([f"{len(ones)} {what}:", *_indent([str(one) for one in ones[:LISTED]]), *more])
 
 
-def _indented(lines: Iterable[str]) -> list[str]:
+def _indent(lines: Iterable[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 

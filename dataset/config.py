@@ -187,7 +187,7 @@ def _without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]
     if table is None:
         return {}
     if not isinstance(table, dict):
-        problems.append(f"{name} = {_shown(table)} is not a table of keys")
+        problems.append(f"{name} = {_show(table)} is not a table of keys")
         return {}
     return {key: value for key, value in table.items() if value is not None}
 
@@ -199,7 +199,7 @@ def _check_general(general: Table, problems: list[str]) -> None:
             _read_value(name, value, "[general]", problems)
         elif name in KEYS:
             problems.append(
-                f"[general]: {name} = {_shown(value)} is allowed only in a [[datasets]] table; move it there"
+                f"[general]: {name} = {_show(value)} is allowed only in a [[datasets]] table; move it there"
             )
         else:
             problems.append(f"[general]: {_unknown(name, value, allowed)}")
@@ -253,8 +253,7 @@ def _check_names(entry: Table, kind: str, source_key: str, where: str, problems:
         elif name not in allowed:
             other = "video" if kind == "image" else "image"
             problems.append(
-                f"{where}: {name} = {_shown(value)} is for {other} tables; {source_key} makes this one "
-                f"{kind}s"
+                f"{where}: {name} = {_show(value)} is for {other} tables; {source_key} makes this one {kind}s"
             )
 
 
@@ -272,9 +271,7 @@ def _read_value(name: str, value: Any, where: str, problems: list[str]) -> Any:
             else []
         )
         hint = f'. Did you mean "{near[0]}"?' if near else ""
-        problems.append(
-            f"{where}: {name} = {_shown(value)} ({_kind_of(value)}); allowed: {key.allowed}{hint}"
-        )
+        problems.append(f"{where}: {name} = {_show(value)} ({_kind_of(value)}); allowed: {key.allowed}{hint}")
         return _BAD
 
 
@@ -297,7 +294,7 @@ def _finish_table(
         return None
     fields["cache_directory"] = fields["cache_directory"] or directory
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
-    fields["target_frames"] = _rounded_targets(fields["target_frames"], f"{path}, {where}")
+    fields["target_frames"] = _round_targets(fields["target_frames"], f"{path}, {where}")
     if fields["frame_extraction"] == "uniform" and fields["frame_sample"] == 1:
         logger.warning(
             '%s, %s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', path, where
@@ -306,7 +303,7 @@ def _finish_table(
     return DatasetTable(path, index, kind, directory, jsonl_file, **fields)
 
 
-def _rounded_targets(targets: tuple[int, ...], where: str) -> tuple[int, ...]:
+def _round_targets(targets: tuple[int, ...], where: str) -> tuple[int, ...]:
     rounded = tuple(sorted({(target - 1) // FRAME_STEP * FRAME_STEP + 1 for target in targets}))
     if not set(targets) <= set(rounded):
         logger.warning(
@@ -336,10 +333,10 @@ def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[
 def _unknown(name: str, value: Any, allowed: tuple[str, ...] | list[str]) -> str:
     near = difflib.get_close_matches(name, allowed, 1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"unknown key {name} = {_shown(value)}.{hint} Allowed: {', '.join(allowed)}"
+    return f"unknown key {name} = {_show(value)}.{hint} Allowed: {', '.join(allowed)}"
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 

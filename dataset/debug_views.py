@@ -39,7 +39,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     for table in config.datasets:
         logger.info("%s", table.name)
         shown = 0
-        for result in _decoded(family, table, workers):
+        for result in _decode(family, table, workers):
             if isinstance(result, Failure):
                 failures.append(result)
                 continue
@@ -103,7 +103,7 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
     return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
 
 
-def _decoded(family: Described, table: DatasetTable, workers: int) -> Iterator[DecodedSource | Failure]:
+def _decode(family: Described, table: DatasetTable, workers: int) -> Iterator[DecodedSource | Failure]:
     latent, fps = family.latent, family.defaults.fps
     sources = find_sources(table)
     bar = progress(len(sources), "decoding", shown=False)

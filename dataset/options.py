@@ -61,7 +61,7 @@ def read_latent_caching(
     add_caching_arguments(parser)
     add_arguments(parser)
     add_debug_arguments(parser)
-    args = _parsed(parser, argv)
+    args = _parse(parser, argv)
     return read_options(CachingOptions, args), read_options(DebugOptions, args), read_options(record, args)
 
 
@@ -72,11 +72,11 @@ def read_text_caching(
     parser = Parser(description=description)
     add_caching_arguments(parser)
     add_arguments(parser)
-    args = _parsed(parser, argv)
+    args = _parse(parser, argv)
     return read_options(CachingOptions, args), read_options(record, args)
 
 
-def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args)
     return args

@@ -120,11 +120,12 @@ def _check_places(batch: Batch, tensors: Mapping[str, Tensor]) -> None:
             or shape[3:] != target.shape[3:]
         ):
             raise CacheError(
-                f"{batch.keys[0]}: {indices} of shape {_by(places)} ({places.dtype}) and {latents} of "
-                f"{_by(tensors[latents])} "
-                f"do not fit latents of {_by(target)}. Cache again with {LATENTS_AGAIN}."
+                f"{batch.keys[0]}: {indices} of shape {_join_sides(places)} ({places.dtype}) and {latents} "
+                "of "
+                f"{_join_sides(tensors[latents])} "
+                f"do not fit latents of {_join_sides(target)}. Cache again with {LATENTS_AGAIN}."
             )
 
 
-def _by(tensor: Tensor) -> str:
+def _join_sides(tensor: Tensor) -> str:
     return "x".join(map(str, torch.Size(tensor.shape[1:])))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import Modulation, Tokens, attend_turned, gated, gelu, modulated
+from hunyuan_model.blocks import HunyuanTokens, Modulation, add_gated, attend_turned, gelu, modulate
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
@@ -40,7 +40,7 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim)
 
-    def forward(self, video: Tensor, text: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def forward(self, video: Tensor, text: Tensor, tokens: HunyuanTokens) -> tuple[Tensor, Tensor]:
         # video: B L C    text: B T C    returned in the same two
         q = rotate(self.norm_q(heads(self.to_q, video, self.num_heads)), tokens.rotary)
         k = rotate(self.norm_k(heads(self.to_k, video, self.num_heads)), tokens.rotary)
@@ -66,7 +66,7 @@ class SingleAttention(nn.Module):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         q, k = (
             self.norm_q(heads(self.to_q, x, self.num_heads)),
@@ -129,7 +129,7 @@ class HunyuanVideoTransformerBlock(nn.Module):
         self.ff = FeedForward(dim, ffn_dim, gelu)
         self.ff_context = FeedForward(dim, ffn_dim, gelu)
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         video, text = x[:, : tokens.video], x[:, tokens.video :]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(tokens.vector)
@@ -137,14 +137,14 @@ class HunyuanVideoTransformerBlock(nn.Module):
             tokens.vector
         )
         seen, text_seen = self.attn(
-            modulated(self.layer_norm(video), shift1, scale1, tokens.dtype),
-            modulated(self.layer_norm(text), text_shift1, text_scale1, tokens.dtype),
+            modulate(self.layer_norm(video), shift1, scale1, tokens.dtype),
+            modulate(self.layer_norm(text), text_shift1, text_scale1, tokens.dtype),
             tokens,
         )
-        text = gated(text, text_gate1, text_seen)
+        text = add_gated(text, text_gate1, text_seen)
         text = self.feed_forward(text, self.ff_context, text_shift2, text_scale2, text_gate2, tokens.dtype)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        video = self.feed_forward(gated(video, gate1, seen), self.ff, shift2, scale2, gate2, tokens.dtype)
+        video = self.feed_forward(add_gated(video, gate1, seen), self.ff, shift2, scale2, gate2, tokens.dtype)
         return torch.cat([video, text], dim=1)
 
     def feed_forward(
@@ -154,7 +154,7 @@ class HunyuanVideoTransformerBlock(nn.Module):
 
         x: B L C; shift, scale, gate: B 1 C float32.
         """
-        return gated(x, gate, ff(modulated(self.layer_norm(x), shift, scale, dtype)))
+        return add_gated(x, gate, ff(modulate(self.layer_norm(x), shift, scale, dtype)))
 
 
 class HunyuanVideoSingleTransformerBlock(nn.Module):
@@ -168,15 +168,15 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
         self.proj_mlp = nn.Linear(dim, ffn_dim)
         self.proj_out = nn.Linear(dim + ffn_dim, dim)
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         shift, scale, gate = self.norm(tokens.vector)
-        h = modulated(self.layer_norm(x), shift, scale, tokens.dtype)
+        h = modulate(self.layer_norm(x), shift, scale, tokens.dtype)
         seen = self.attn(h, tokens)
-        return gated(x, gate, run(self.proj_out, torch.cat([seen, gelu(run(self.proj_mlp, h))], dim=-1)))
+        return add_gated(x, gate, run(self.proj_out, torch.cat([seen, gelu(run(self.proj_mlp, h))], dim=-1)))
 
 
-class RefinerBlock(nn.Module):
+class FramePackRefinerBlock(nn.Module):
     """Self-attention and feed-forward among text tokens.
 
     Timestep and mean text only gate the two branches.
@@ -195,8 +195,8 @@ class RefinerBlock(nn.Module):
     ) -> Tensor:
         # x: B T C    vector: B C float32
         gate1, gate2 = self.norm_out(vector)
-        x = gated(x, gate1, self.attn(self.norm1(x).to(x.dtype), lengths, attention))
-        return gated(x, gate2, self.ff(self.norm2(x).to(x.dtype)))
+        x = add_gated(x, gate1, self.attn(self.norm1(x).to(x.dtype), lengths, attention))
+        return add_gated(x, gate2, self.ff(self.norm2(x).to(x.dtype)))
 
 
 def heads(layer: nn.Linear, x: Tensor, num_heads: int) -> Tensor:

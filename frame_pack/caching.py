@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from frame_pack.masks import masked
+from frame_pack.masks import apply_masks
 from frame_pack.one_frame import OneFrame, one_frame_indices
 from frame_pack.sections import LATENT_STRIDE, Indices, Order, sections_in, video_frames
 from hunyuan_model.conditioning import posterior_generator
@@ -124,7 +124,7 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
     """
     window = media.table.window
     frames = video_frames(count_sections(media.table, media.frames.shape[1]), window)
-    latents = _encoded(encoders, media.keys, [media.frames[:, :frames]])[0]
+    latents = _encode(encoders, media.keys, [media.frames[:, :frames]])[0]
     features = _features(encoders, media.frames[:, :1])
     return [clip_sections(*one, order, window) for one in zip(latents.split(1), features, strict=True)]
 
@@ -166,10 +166,11 @@ def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFra
         has_post=table.has_post,
     )
     indices = one_frame_indices(settings, len(media.control), table.window)
-    target, *controls = _encoded(encoders, media.keys, [media.frames, *media.control])
-    target = masked(target, media.alpha)
+    target, *controls = _encode(encoders, media.keys, [media.frames, *media.control])
+    target = apply_masks(target, media.alpha)
     clean = [
-        masked(latents, _alpha_of(frames)) for latents, frames in zip(controls, media.control, strict=True)
+        apply_masks(latents, _alpha_of(frames))
+        for latents, frames in zip(controls, media.control, strict=True)
     ]
     clean += [torch.zeros_like(target)] * (len(indices.clean) - len(clean))
     seen = torch.cat(clean, dim=2)
@@ -188,7 +189,7 @@ def _alpha_of(frames: Tensor) -> Tensor | None:
 # Both
 
 
-def _encoded(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor]) -> list[Tensor]:
+def _encode(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor]) -> list[Tensor]:
     """Encode each of `clips`, B F H W C uint8, as B C F h w in model space, VAE's dtype, on the CPU."""
     vae = encoders.vae
     # one after the other for all that belongs to an item

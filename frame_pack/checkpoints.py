@@ -10,7 +10,7 @@ from frame_pack.configs import FramePackConfig
 from frame_pack.model import FramePackModel
 from frame_pack.spec import DIT
 from modules.checkpoints.dialects import DitShapes, other_kind
-from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
+from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
@@ -54,14 +54,15 @@ def load_dit(path: Path, placement: Placement) -> FramePackModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
     path: a safetensors file, or a folder of shards or its index. dtype: see
-    `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and pooled text
-    and the last layer are kept in float32. `placement.patch` is called with the published parameter names.
-    Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown tensors.
+    `modules.checkpoints.dits.choose_dtype` and `fill_dit`. The embeddings of timestep, guidance and pooled
+    text and the last layer are kept in float32. `placement.patch` is called with the published parameter
+    names. Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown
+    tensors.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)
-        config, target = header.config, kept_dtype(header.block_dtype, placement)
+        config, target = header.config, choose_dtype(header.block_dtype, placement)
         blocks = f"{config.double_blocks} + {config.single_blocks} blocks of width {config.dim}"
         logger.info("Loading %s: %s, %s, as %s", path, WHAT, blocks, dtype_name(target))
         with torch.device("meta"):

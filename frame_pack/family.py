@@ -13,7 +13,7 @@ from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, conditions_of
 from frame_pack.checkpoints import load_dit
 from frame_pack.files import FramePackFiles
-from frame_pack.generating import decoded, one_frame_section, video_sections
+from frame_pack.generating import decode_video, one_frame_section, video_sections
 from frame_pack.image_encoder import load_siglip
 from frame_pack.inputs import one_frame_inputs, video_inputs
 from frame_pack.one_frame import OneFrame
@@ -32,7 +32,7 @@ from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.family import GUIDANCE_UNIT
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
-from modules.checkpoints.dits import kept_dtype
+from modules.checkpoints.dits import choose_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -40,7 +40,7 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Sect
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
-from modules.devices import sent
+from modules.devices import send
 from modules.options import NO_OPTIONS
 from modules.vae_options import VAE_TILE
 
@@ -167,7 +167,7 @@ class FramePack:
 
         Stored in the VAE's dtype, in model space.
         """
-        parts = media.encoded_at_once(encoders.vae.device)
+        parts = media.split_for(encoders.vae.device)
         if self.one_frame is not None:
             return [
                 item for part in parts for item in caching.picture_entries(encoders, part, self.one_frame)
@@ -184,7 +184,7 @@ class FramePack:
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return kept_dtype(self.files.dit_header().block_dtype, placement)
+        return choose_dtype(self.files.dit_header().block_dtype, placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer."""
@@ -213,7 +213,7 @@ class FramePack:
         def given(name: str) -> Tensor:
             value = cond[name]
             assert isinstance(value, Tensor)
-            return sent(value, noisy.device)
+            return send(value, noisy.device)
 
         history: dict[str, Tensor] = {}
         for name, (latents, indices) in HISTORY.items():
@@ -299,7 +299,7 @@ class FramePack:
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
-        return decoded(encoders.vae, latents, self.window, self.bulk_decode)
+        return decode_video(encoders.vae, latents, self.window, self.bulk_decode)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
@@ -327,7 +327,7 @@ class FramePack:
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
     """Describe the family for fpack_cache_latents.py."""
-    encoders = replace(_tiled(Encoders().with_vae(options.vae)), vae_tile_frames=caching.WHOLE_FRAMES)
+    encoders = replace(_check_tiled(Encoders().add_vae(options.vae)), vae_tile_frames=caching.WHOLE_FRAMES)
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
         FramePackFiles(encoders=encoders, image_encoder=options.image_encoder),
@@ -338,7 +338,7 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
 
 def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
     """Describe the family for fpack_cache_text_encoder_outputs.py."""
-    return FramePack(FramePackFiles(encoders=Encoders().with_text(options.text)))
+    return FramePack(FramePackFiles(encoders=Encoders().add_text(options.text)))
 
 
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
@@ -376,7 +376,7 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
     )
 
 
-def _tiled(encoders: Encoders) -> Encoders:
+def _check_tiled(encoders: Encoders) -> Encoders:
     """Turn on tiling of the VAE, because FramePack's clips are long."""
     return replace(encoders, vae_tile=encoders.vae_tile or VAE_TILE)
 
@@ -386,7 +386,7 @@ def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -
 
     Clips that are decoded together are not tiled in time, because sections have their own transitions.
     """
-    encoders = _tiled(Encoders().with_vae(options.vae).with_text(options.text))
+    encoders = _check_tiled(Encoders().add_vae(options.vae).add_text(options.text))
     return FramePackFiles(options.dit, replace(encoders, vae_tile_frames=UNCUT), options.image_encoder)
 
 

@@ -10,7 +10,7 @@ from frame_pack.configs import FramePackConfig
 from frame_pack.image_checkpoints import FILES, OPTION, read_siglip
 from hunyuan_model.encoders import Encoders
 from modules.checkpoints.dits import DitHeader
-from modules.checkpoints.model_files import existing, inside, read_once
+from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError, OptionError
 
@@ -28,12 +28,12 @@ class FramePackFiles:
 
     @property
     def dit_path(self) -> Path:
-        return existing(self.dit, "--dit", "the transformer checkpoint")
+        return require_file(self.dit, "--dit", "the transformer checkpoint")
 
     @property
     def image_encoder_path(self) -> Path:
         return inside(
-            existing(self.image_encoder, OPTION, "FramePack encodes its start image with SigLIP"),
+            require_file(self.image_encoder, OPTION, "FramePack encodes its start image with SigLIP"),
             "image_encoder",
         )
 

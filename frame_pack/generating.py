@@ -56,7 +56,7 @@ def video_sections(
         conditions = {
             "image_embeddings": given["image_embeddings"],
             "guidance": guidance,
-            **_placed(section.indices, order.seen(start, history)),
+            **_place(section.indices, order.seen(start, history)),
         }
         drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))
         label = f"section {number + 1} of {len(plan)}"
@@ -72,7 +72,7 @@ def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
     first = window if order.in_front else window + 1
     length = 2 * window if number else first
     latents = history[:, :, :length] if order.in_front else history[:, :, -length:]
-    return Piece(latents, section_frames(window) if number else 0, order.in_front, decoded_part)
+    return Piece(latents, section_frames(window) if number else 0, order.in_front, decode_part)
 
 
 def one_frame_section(
@@ -103,7 +103,7 @@ def one_frame_section(
     return (yield prompts.section(noise.draw(shape), conditions))
 
 
-def decoded(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
+def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
     """Decode latents (1 C F h w in model space) to pixels 1 3 F H W in -1..1, in playing order.
 
     Sections are decoded in overlapping pairs and blended, on the CPU. at_once: decode all together, which has
@@ -123,12 +123,12 @@ def decoded(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Ite
         yield chunk.clamp_(-1, 1)  # only now, as released
 
 
-def decoded_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
     """Decode a `Piece` to pixels 1 3 F H W in playing order: at once, not clamped before its transitions."""
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 
-def _placed(indices: Indices, seen: CleanLatents) -> dict[str, Tensor]:
+def _place(indices: Indices, seen: CleanLatents) -> dict[str, Tensor]:
     """Return indices and finished latents under their names in caches, with a batch dimension."""
     history = {
         "latents_clean": seen.clean,

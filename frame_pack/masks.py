@@ -19,7 +19,7 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(numpy.asarray(small).copy()).float() / 255
 
 
-def masked(latents: Tensor, alpha: Tensor | None) -> Tensor:
+def apply_masks(latents: Tensor, alpha: Tensor | None) -> Tensor:
     """Multiply latents B C F h w by the masks of `alpha`, B H W uint8. Returns their dtype.
 
     If `alpha` is None, the latents are returned unchanged.

@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from frame_pack.blocks import HunyuanVideoSingleTransformerBlock, HunyuanVideoTransformerBlock, RefinerBlock
+from frame_pack.blocks import (
+    FramePackRefinerBlock,
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformerBlock,
+)
 from frame_pack.configs import FramePackConfig
 from frame_pack.positions import Layout, Stretch, rotary_table
 from frame_pack.spec import DIT
-from hunyuan_model.blocks import Modulation, Tokens, modulated
+from hunyuan_model.blocks import HunyuanTokens, Modulation, modulate
 from hunyuan_model.model import PatchEmbedding, check_sizes, from_patches, real_tokens, rotary_widths
-from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refined
+from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refine_tokens
 from modules.attention.lengths import lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Tweaks
@@ -60,10 +64,12 @@ class Refiner(nn.Module):
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
         sizes = (config.dim, config.refiner_ffn_dim, config.num_heads, config.eps)
-        self.refiner_blocks = nn.ModuleList(RefinerBlock(*sizes) for _ in range(config.refiner_blocks))
+        self.refiner_blocks = nn.ModuleList(
+            FramePackRefinerBlock(*sizes) for _ in range(config.refiner_blocks)
+        )
 
 
-class TokenRefiner(nn.Module):
+class FramePackRefiner(nn.Module):
     """Turn states of the language model into text tokens, given the timestep."""
 
     def __init__(self, config: FramePackConfig) -> None:
@@ -82,7 +88,7 @@ class TokenRefiner(nn.Module):
     ) -> Tensor:
         """Do the same as `hunyuan_model.token_refiner.TokenRefiner.forward`."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
-        return refined(
+        return refine_tokens(
             run(self.proj_in, text).to(dtype), self.token_refiner.refiner_blocks, vector, counts, attention
         )
 
@@ -151,7 +157,7 @@ class FramePackModel(nn.Module):
         dim = config.dim
         self.x_embedder = PatchEmbedding(config.in_dim, dim, config.patch_size)
         self.clean_x_embedder = CleanEmbedding(config)
-        self.context_embedder = TokenRefiner(config)
+        self.context_embedder = FramePackRefiner(config)
         self.image_projection = ImageProjection(config)
         self.time_text_embed = ConditionEmbedding(config, config.pooled_dim, has_guidance=True)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
@@ -205,9 +211,9 @@ class FramePackModel(nn.Module):
         sizes do not go together.
         """
         history = (
-            _given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
-            _given("clean_latents_2x", clean_latents_2x, clean_latent_2x_indices, 2),
-            _given("clean_latents", clean_latents, clean_latent_indices, 1),
+            _describe_given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
+            _describe_given("clean_latents_2x", clean_latents_2x, clean_latent_2x_indices, 2),
+            _describe_given("clean_latents", clean_latents, clean_latent_indices, 1),
         )
         given = [*(one for one in history if one is not None), Given("noisy", noisy, latent_indices, 1)]
         self._check(given, llama, llama_mask)
@@ -229,7 +235,7 @@ class FramePackModel(nn.Module):
         guidance: Tensor,
         image_embeddings: Tensor,
         position_scale: float,
-    ) -> tuple[Tensor, Tokens]:
+    ) -> tuple[Tensor, HunyuanTokens]:
         """Return tokens B L+T C and the blocks' other inputs. given: latents in order, noisy ones last."""
         noisy = given[-1].latents
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -244,16 +250,16 @@ class FramePackModel(nn.Module):
         text = self.context_embedder(llama[:, :longest], timesteps, counts, dtype, self.attention)
         before = rotary.shape[-4] + image.shape[1]  # tokens in front of the text
         lengths = None if counts is None else lengths_on([before + count for count in counts], noisy.device)
-        tokens = Tokens(grid, rotary, lengths, vector, dtype, self.attention)
+        tokens = HunyuanTokens(grid, rotary, lengths, vector, dtype, self.attention)
         return torch.cat([*latents, image, text], dim=1), tokens
 
-    def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity of the noisy latents, B out_dim F H W in float32."""
         frames, rows, columns = tokens.grid
         scale, shift = self.norm_out(tokens.vector)
         noisy = self.layer_norm(x[:, tokens.video - frames * rows * columns : tokens.video])
         return from_patches(
-            run_float32(self.proj_out, modulated(noisy, shift, scale, torch.float32)),
+            run_float32(self.proj_out, modulate(noisy, shift, scale, torch.float32)),
             tokens.grid,
             self.config.patch_size,
         )
@@ -275,7 +281,7 @@ class FramePackModel(nn.Module):
                 )
 
 
-def _given(name: str, latents: Tensor | None, indices: Tensor | None, times: int) -> Given | None:
+def _describe_given(name: str, latents: Tensor | None, indices: Tensor | None, times: int) -> Given | None:
     if latents is not None and indices is not None:
         return Given(name, latents, indices, times)
     if latents is None and indices is None:

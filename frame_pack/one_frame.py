@@ -48,11 +48,11 @@ def parse_one_frame(text: str) -> OneFrame:
                 settings, control_indices=tuple(_index(number, text) for number in value.split(";"))
             )
         elif _WHOLE.fullmatch(item):
-            raise _refused(
+            raise _refuse(
                 text, f"{item!r} stands alone: separate indices by semicolons, as in control_index=0;10"
             )
         else:
-            raise _refused(text, f"{item!r} is unknown")
+            raise _refuse(text, f"{item!r} is unknown")
     return settings
 
 
@@ -66,13 +66,13 @@ _SWITCHES: Mapping[str, Callable[[OneFrame], OneFrame]] = {
 
 def _index(number: str, text: str) -> int:
     if not _WHOLE.fullmatch(number.strip()):
-        raise _refused(text, f"{number.strip()!r} is not a whole number")
+        raise _refuse(text, f"{number.strip()!r} is not a whole number")
     if len(number.strip().lstrip("-")) > len(str(MOST_PLACE)):
-        raise _refused(text, f"the largest index is {MOST_PLACE}")
+        raise _refuse(text, f"the largest index is {MOST_PLACE}")
     return int(number)
 
 
-def _refused(text: str, why: str) -> OptionError:
+def _refuse(text: str, why: str) -> OptionError:
     return OptionError(
         f"--one_frame_inference {text!r}: {why}. Give default, no_post, no_2x, no_4x, target_index=N and "
         "control_index=N;N, separated by commas."

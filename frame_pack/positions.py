@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.devices import sent_ahead
+from modules.devices import send_ahead
 from modules.layers.rope import CPU, angles_at, on_grid, turns
 
 
@@ -71,7 +71,7 @@ def _table(
         axes = [
             _axis(one, width, theta, stretch.coarseness) for one, width in zip(positions, widths, strict=True)
         ]
-        parts.append(on_grid([sent_ahead(one, device) for one in axes]))
+        parts.append(on_grid([send_ahead(one, device) for one in axes]))
     return torch.cat(parts).unsqueeze(1)
 
 

@@ -26,7 +26,7 @@ from frame_pack.sections import (
 from modules.contract.family import LatentSpec, SamplingDefaults
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.prepared import Prepared
-from modules.contract.requests import check_size, settle, size_of, with_media
+from modules.contract.requests import check_size, keep_usable_media, settle, size_of
 from modules.errors import MediaError, OptionError
 from modules.options import require
 
@@ -121,10 +121,12 @@ def _one_frame_of(request: Request, is_f1: bool) -> OneFrame | None:
 def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
     """Leave out media that cannot be used, with a warning. Raises OptionError if the end image is none."""
     why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
-    request = with_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
+    request = keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
-    return with_media(request, {"control_path": False, "video_path": False}, "FramePack does not take it")
+    return keep_usable_media(
+        request, {"control_path": False, "video_path": False}, "FramePack does not take it"
+    )
 
 
 def _metadata_of(extra: Mapping[str, str], sections: int, window: int, is_f1: bool) -> dict[str, str]:

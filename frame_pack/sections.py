@@ -235,21 +235,21 @@ def _black(start: Tensor) -> Tensor:
     return start.new_zeros(*start.shape[:2], HISTORY, *start.shape[3:])
 
 
-def _seen_backwards(start: Tensor, history: Tensor) -> CleanLatents:
+def _look_backwards(start: Tensor, history: Tensor) -> CleanLatents:
     near, half, quarter = history[:, :, :HISTORY].split([1, FRAMES_2X, FRAMES_4X], dim=2)
     return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
 
-def _seen_forwards(start: Tensor, history: Tensor) -> CleanLatents:
+def _look_forwards(start: Tensor, history: Tensor) -> CleanLatents:
     quarter, half, near = history[:, :, -HISTORY:].split([FRAMES_4X, FRAMES_2X, 1], dim=2)
     return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
 
-def _grown_backwards(history: Tensor, section: Tensor) -> Tensor:
+def _grow_backwards(history: Tensor, section: Tensor) -> Tensor:
     return torch.cat([section, history], dim=2)
 
 
-def _grown_forwards(history: Tensor, section: Tensor) -> Tensor:
+def _grow_forwards(history: Tensor, section: Tensor) -> Tensor:
     return torch.cat([history, section], dim=2)
 
 
@@ -263,9 +263,9 @@ def _video_forwards(_start: Tensor, history: Tensor, made: int) -> Tensor:
 
 # F1 ignores --latent_paddings and the end image
 ANTI_DRIFTING = Order(
-    _plan_backwards, _begin_backwards, _seen_backwards, _grown_backwards, _video_backwards, in_front=True
+    _plan_backwards, _begin_backwards, _look_backwards, _grow_backwards, _video_backwards, in_front=True
 )
-F1 = Order(_plan_forwards, _begin_forwards, _seen_forwards, _grown_forwards, _video_forwards, in_front=False)
+F1 = Order(_plan_forwards, _begin_forwards, _look_forwards, _grow_forwards, _video_forwards, in_front=False)
 
 
 # The flow shift

@@ -85,7 +85,7 @@ def framepack_clip(
     It returns {"clip_l_pooler": C}. path: file or folder of the model, or a release's folder that holds it as
     `text_encoder_2`. dtype: compute dtype.
     """
-    return FramePackTextEncoder("clip_l", CLIP_KEYS, ClipTextEncoder(path, dtype, tokenizer), _pooled)
+    return FramePackTextEncoder("clip_l", CLIP_KEYS, ClipTextEncoder(path, dtype, tokenizer), _pool)
 
 
 def _in_rows(encoded: Conditions) -> Conditions:
@@ -98,5 +98,5 @@ def _in_rows(encoded: Conditions) -> Conditions:
     return {"llama_vec": rows, "llama_attention_mask": torch.arange(TEXT_ROWS) < count}
 
 
-def _pooled(encoded: Conditions) -> Conditions:
+def _pool(encoded: Conditions) -> Conditions:
     return {"clip_l_pooler": encoded["clipL"]}

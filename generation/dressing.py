@@ -10,7 +10,7 @@ from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.dressing import dress, swapped_weights
 from modules.errors import OptionError
-from modules.fp8.products import with_product
+from modules.fp8.products import add_product
 from networks.merge import LoraPatch, LoraUse
 
 
@@ -22,7 +22,7 @@ def dit_loader(
     Raises OptionError.
     """
     speed = options.speed
-    fp8 = with_product(speed.fp8.quantisation, device)
+    fp8 = add_product(speed.fp8.quantisation, device)
 
     def load_dit(expert: int) -> nn.Module:
         patch = LoraPatch(uses) if uses else None

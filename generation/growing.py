@@ -27,7 +27,7 @@ from modules.atomic_write import give_name
 from modules.contract.generation import Piece
 from modules.errors import OutputError
 from modules.media.fading import cross_fade
-from modules.media.writing import Segment, join_videos, segment_of, write_video
+from modules.media.writing import Segment, join_videos, measure_segment, write_video
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,9 @@ FORGOTTEN_SECONDS = 24 * 3600.0  # a folder of segments this old is unused, on w
 _PARTS = re.compile(r"\..+_progress\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})\.parts")
 
 
-def settled(edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool) -> tuple[Tensor | None, Tensor]:
+def fade_in_clip(
+    edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool
+) -> tuple[Tensor | None, Tensor]:
     """Join the newest clip to the waiting frames; return the frames now final and those that still wait.
 
     edge: waiting frames of the clip before, or None for the first clip. clip: the newest clip; `overlap` of
@@ -62,7 +64,7 @@ def settled(edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool) -> 
 
 @dataclass
 class GrowingVideo:
-    """Preview of one video. Use it through `growing`, which cleans up."""
+    """Preview of one video. Use it through `grow_preview`, which cleans up."""
 
     session: Session
     path: Path
@@ -87,9 +89,9 @@ class GrowingVideo:
         clip = None
         with self._optional():
             if self.session.dit_can_stay(self.needed):
-                clip = self._decoded_beside(piece)
+                clip = self._decode_beside(piece)
         if clip is None and not self._has_failed:
-            clip = self._decoded_alone(piece)
+            clip = self._decode_alone(piece)
         with self._optional():
             if clip is not None:
                 final = self._take(clip, piece)
@@ -108,13 +110,13 @@ class GrowingVideo:
                 "The preview of the video has failed (%s). The video is still generated.%s", reason, stays
             )
 
-    def _decoded_beside(self, piece: Piece) -> Tensor | None:
-        """Decode as `_decoded` does; return None if the device runs out of memory beside the DiT.
+    def _decode_beside(self, piece: Piece) -> Tensor | None:
+        """Decode as `_decode` does; return None if the device runs out of memory beside the DiT.
 
         From then on the DiT leaves the device while pieces are decoded.
         """
         try:
-            return self._decoded(piece)
+            return self._decode(piece)
         except torch.OutOfMemoryError:
             if self.session.device.type == "cpu":
                 raise
@@ -124,8 +126,8 @@ class GrowingVideo:
             self.needed = None
             return None
 
-    def _decoded_alone(self, piece: Piece) -> Tensor | None:
-        """Decode as `_decoded` does while the DiT is in host memory; return None if moving or decoding fails.
+    def _decode_alone(self, piece: Piece) -> Tensor | None:
+        """Decode as `_decode` does while the DiT is in host memory; return None if moving or decoding fails.
 
         If the DiT cannot be moved away it stays where it was, and only the preview ends. If it cannot be
         moved back, the error is raised: the generation needs it.
@@ -135,10 +137,10 @@ class GrowingVideo:
                 stack.enter_context(self.session.dit_aside())
             if not self._has_failed:
                 with self._optional():
-                    return self._decoded(piece)
+                    return self._decode(piece)
         return None
 
-    def _decoded(self, piece: Piece) -> Tensor:
+    def _decode(self, piece: Piece) -> Tensor:
         """Decode a piece to pixels 1 3 F H W in host memory."""
         with self.session.media(images=False, again=True) as encoders:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
@@ -148,7 +150,7 @@ class GrowingVideo:
         if self._grows_in_front not in (None, piece.in_front):
             raise ValueError("a video can grow at one end only")
         self._grows_in_front = piece.in_front
-        final, self._edge = settled(self._edge, clip, piece.overlap, piece.in_front)
+        final, self._edge = fade_in_clip(self._edge, clip, piece.overlap, piece.in_front)
         return final
 
     def _write(self, final: Tensor | None) -> None:
@@ -186,7 +188,7 @@ class GrowingVideo:
         path = self.parts / f"{self._count:06d}.mp4"
         self._count += 1
         write_video(path, frames_of(pixels.split(4, dim=2)), self.fps, preset=PRESET)
-        return segment_of(path, self.fps)
+        return measure_segment(path, self.fps)
 
 
 def preview_path(folder: Path, stem: str) -> Path:
@@ -195,7 +197,7 @@ def preview_path(folder: Path, stem: str) -> Path:
 
 
 @contextmanager
-def growing(
+def grow_preview(
     session: Session, folder: Path, stem: str, fps: float, needed: int | None = None
 ) -> Iterator[GrowingVideo]:
     """Yield a preview for a block that generates the sections of one video with the session's DiT.
@@ -207,14 +209,14 @@ def growing(
     parts = folder / f".{stem}_progress.{_machine()}-{os.getpid()}.parts"
     video = GrowingVideo(session, preview_path(folder, stem), fps, needed, parts)
     try:
-        with kept_where_it_fails(video.path):
+        with name_preview_on_failure(video.path):
             yield video
     finally:
         shutil.rmtree(parts, ignore_errors=True)
 
 
 @contextmanager
-def kept_where_it_fails(preview: Path) -> Iterator[None]:
+def name_preview_on_failure(preview: Path) -> Iterator[None]:
     """Log the preview's path if the block fails or is interrupted (Ctrl-C)."""
     try:
         yield

@@ -16,7 +16,7 @@ from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line, read_generation_lines
 from generation.request import prepare_line
 from generation.sections import on_device
-from generation.session import NO_ENCODERS, encode_inputs, encoded, texts_of, wanted_texts
+from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, texts_of, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompt
@@ -33,7 +33,7 @@ from modules.planning.dry_run import (
     Ledger,
     Moment,
     dry_run,
-    extrapolated,
+    extrapolate,
     keep_blocks,
     largest,
     modules_in,
@@ -42,14 +42,14 @@ from modules.planning.dry_run import (
     watch_blocks,
 )
 from modules.planning.memory_plan import (
+    MemoryPart,
     MemoryPlan,
-    Part,
     Phase,
     Room,
     dtypes_of,
     gib,
     parts_of,
-    present,
+    print_plan,
     room_on,
     swaps_of,
     workspace,
@@ -72,7 +72,7 @@ class Peaks:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PhasePrediction:
     """Phases of one request; the transformer's is a function of the number of swapped blocks."""
 
     before: tuple[Phase, ...]  # texts and inputs
@@ -91,7 +91,7 @@ class Prediction:
 
 def predict(
     family: Family, options: GenerationOptions, prepared: Prepared, device: torch.device
-) -> Prediction:
+) -> PhasePrediction:
     """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
     as loading does.
 
@@ -103,11 +103,11 @@ def predict(
     denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra)
     before = [*texts, *([] if inputs_phase is None else [inputs_phase])]
     after = [rehearse_decoding(family, prepared, extra)] if options.output.decodes else []
-    return Prediction(tuple(before), tuple(after), denoising, most)
+    return PhasePrediction(tuple(before), tuple(after), denoising, most)
 
 
 def rehearse_texts(
-    family: Family, options: GenerationOptions, prepared: Prepared, extra: Part
+    family: Family, options: GenerationOptions, prepared: Prepared, extra: MemoryPart
 ) -> tuple[list[Phase], Mapping[int, EncodedPrompts]]:
     """Return a phase for each text encoder, and its outputs for the prompts as tensors without content."""
     wanted = wanted_texts(prepared, options.guidance)
@@ -121,13 +121,13 @@ def rehearse_texts(
             found = [encoder.encode([text])[0] for text in outputs]
             phases.append(phase_of(f"text encoder {encoder.name}", ledger, extra))
         for text, conditions in zip(outputs, found, strict=True):
-            outputs[text].update(solid(conditions))
+            outputs[text].update(make_solid(conditions))
 
-    return phases, {section: encoded(prompts, outputs) for section, prompts in wanted.items()}
+    return phases, {section: gather_encoded(prompts, outputs) for section, prompts in wanted.items()}
 
 
 def rehearse_inputs(
-    family: Family, prepared: Prepared, extra: Part
+    family: Family, prepared: Prepared, extra: MemoryPart
 ) -> tuple[Phase | None, Mapping[int, Conditions]]:
     """Return the phase that encodes images and videos as conditions; None if there are none."""
     if not family.needs_media(prepared):
@@ -138,7 +138,7 @@ def rehearse_inputs(
             place(module, ledger)
         (inputs,) = encode_inputs(family, encoders, [prepared])
         phase = phase_of("images and videos", ledger, extra)
-    return phase, {section: solid(conditions) for section, conditions in inputs.items()}
+    return phase, {section: make_solid(conditions) for section, conditions in inputs.items()}
 
 
 def rehearse_denoising(
@@ -147,7 +147,7 @@ def rehearse_denoising(
     prepared: Prepared,
     encoded: Mapping[int, EncodedPrompts],
     inputs: Mapping[int, Conditions],
-    extra: Part,
+    extra: MemoryPart,
 ) -> tuple[Callable[[int], Phase], int]:
     """Return the denoising phase as a function of the number of swapped blocks, and the largest number."""
     speed = options.speed
@@ -174,7 +174,7 @@ def rehearse_denoising(
                 guidance(step, predict_at, section)
             return dict(ledger.peaks)
 
-        moments = extrapolated(measure, tuple(map(len, blocks.values())))
+        moments = extrapolate(measure, tuple(map(len, blocks.values())))
     place_name, moment = largest(moments)
 
     def phase(count: int) -> Phase:
@@ -197,7 +197,7 @@ def heaviest_step(
     return Step(index, prepared.num_steps, 1.0, timestep, noisy)
 
 
-def rehearse_decoding(family: Family, prepared: Prepared, extra: Part) -> Phase:
+def rehearse_decoding(family: Family, prepared: Prepared, extra: MemoryPart) -> Phase:
     """Return the phase that decodes latents to pixels."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
@@ -212,17 +212,17 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: Part) -> Phase:
         return phase_of("decoding", ledger, extra)
 
 
-def phase_of(name: str, ledger: Ledger, extra: Part) -> Phase:
+def phase_of(name: str, ledger: Ledger, extra: MemoryPart) -> Phase:
     """Return a phase in which one network works at one place."""
     _, moment = largest(ledger.peaks)
     parts = [
-        Part("weights", moment.get(WEIGHTS, 0)),
-        Part("work", sum(moment.values()) - moment.get(WEIGHTS, 0)),
+        MemoryPart("weights", moment.get(WEIGHTS, 0)),
+        MemoryPart("work", sum(moment.values()) - moment.get(WEIGHTS, 0)),
     ]
     return Phase(name, (*parts, extra))
 
 
-def solid(conditions: Conditions) -> Conditions:
+def make_solid(conditions: Conditions) -> Conditions:
     """Return conditions that outlive their rehearsal: real tensors of the same sizes.
 
     Whole numbers, whose values matter, stay as they are.
@@ -241,7 +241,7 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
     """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
     with quiet():
         prepared, prediction = predict_largest(family, options, largest_requests(family, options), device)
-    present(
+    print_plan(
         prediction,
         options.speed.swap,
         room_on(device, options.speed.plan.plan),
@@ -252,7 +252,7 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
 
 def predict_largest(
     family: Family, options: GenerationOptions, requests: Sequence[Prepared], device: torch.device
-) -> tuple[Prepared, Prediction]:
+) -> tuple[Prepared, PhasePrediction]:
     """Return the request that needs most memory while denoising, and its prediction."""
     predictions = [(prepared, predict(family, options, prepared, device)) for prepared in requests]
     return max(predictions, key=lambda each: each[1].device(0))
@@ -291,7 +291,7 @@ def advice(
     family: Family,
     options: GenerationOptions,
     prepared: Prepared,
-    prediction: Prediction,
+    prediction: PhasePrediction,
     room: Room,
     device: torch.device,
 ) -> list[str]:
@@ -305,7 +305,7 @@ def advice(
         return lines
     speed = options.speed
 
-    def in_fp8() -> Prediction:
+    def in_fp8() -> PhasePrediction:
         fp8 = replace(options, speed=replace(speed, fp8=replace(speed.fp8, fp8_scaled=True)))
         with quiet():
             return predict(family, fp8, prepared, device)
@@ -325,7 +325,7 @@ SMALLER = {
 }
 
 
-def resolved(
+def resolve_options(
     family: Family, options: GenerationOptions, device: torch.device, room: Room | None
 ) -> tuple[GenerationOptions, Peaks | None]:
     """Replace --blocks_to_swap auto by a number before loading; return the options and predicted peaks.
@@ -348,7 +348,7 @@ def resolved(
             ) from error
         return options, None
 
-    def found() -> Prediction:
+    def found() -> PhasePrediction:
         with quiet():
             return predict_largest(family, options, requests, device)[1]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blissful_tuner.metadata import as_tags, output_metadata, with_plain_keys
 from generation.options import OutputOptions
-from modules.atomic_write import atomic_folder, claimed, save_tensors
+from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import Family
@@ -58,7 +58,9 @@ def own_stem(folder: Path, stem: str) -> Iterator[str]:
     block ends.
     """
     with ExitStack() as claims:
-        while not claims.enter_context(claimed(folder / stem)) or free_stem(folder, stem, SUFFIXES) != stem:
+        while (
+            not claims.enter_context(claim_name(folder / stem)) or free_stem(folder, stem, SUFFIXES) != stem
+        ):
             stem += "_"
         yield stem
 
@@ -119,7 +121,7 @@ def save_pixels(
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
     a single frame only if the script does not number single images).
     """
-    frames = without_tail(frames_of(chunks), options.trim_tail_frames)
+    frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
     tags = as_tags(metadata or {})
     ending = "_000.png" if options.numbers_single else ".png"
     first = list(islice(frames, 2))
@@ -128,7 +130,7 @@ def save_pixels(
     if options.writes_images and not is_picture:
         path = options.save_path / free_stem(options.save_path, stem, [""])
         with atomic_folder(path) as folder:
-            count = sum(1 for _ in written(playing, folder, f"{path.name}_{{:03d}}.png", tags))
+            count = sum(1 for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", tags))
         logger.info("Images: %s (%d)", path, count)
         return path
     if is_picture:
@@ -143,7 +145,7 @@ def save_pixels(
     if options.format.keep_pngs:
         pngs = options.save_path / free_stem(options.save_path, "frames", [""])
         pngs.mkdir(parents=True)
-        playing = written(playing, pngs, "{:06d}.png", tags)
+        playing = write_frames(playing, pngs, "{:06d}.png", tags)
         logger.info("Frames: %s", pngs)
     write_video(path, playing, fps, codec=options.format.codec, tags=tags)
     logger.info("Video: %s", path)
@@ -157,7 +159,9 @@ def sample_tags(family: Family, prepared: Prepared, model: str, device: torch.de
     )
 
 
-def written(frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]) -> Iterator[Frame]:
+def write_frames(
+    frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]
+) -> Iterator[Frame]:
     """Write each frame as PNG and pass it on; `name` is a format string for the frame number."""
     for index, frame in enumerate(frames):
         write_png(folder / name.format(index), frame, tags)
@@ -177,7 +181,7 @@ def pixels_to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
     return array
 
 
-def without_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
+def drop_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
     """Yield all but the last `count` frames, which are held back; a shorter video keeps its first frame."""
     held: deque[Frame] = deque()
     passed = False

@@ -16,7 +16,7 @@ from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.errors import OptionError
-from modules.fp8.products import with_product
+from modules.fp8.products import add_product
 from modules.speed_options import GenerationSpeedOptions
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
         "attn_mode": check_attention,
         "compile": lambda speed: check_compilation(speed.compilation.choice, device),
         "fp8_scaled": lambda _: _check_rounding(files, device),
-        "fp8_fast": lambda speed: with_product(speed.fp8.quantisation, device),
+        "fp8_fast": lambda speed: add_product(speed.fp8.quantisation, device),
         "fp16_accumulation": lambda _: _check_fp16_sums(device),
     }
     speed, left_out = options.speed, []

@@ -259,7 +259,7 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
                 f"--sample_prompts {path}: {suffix or 'a file without suffix'} is not supported. Use .txt, "
                 ".toml or .json"
             )
-    return [_checked_entry(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, 1)]
+    return [_check_entry(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, 1)]
 
 
 def _toml_entries(path: Path, text: str) -> list[dict[str, Any]]:
@@ -283,7 +283,7 @@ def _json_entries(path: Path, text: str) -> list[dict[str, Any]]:
     return [parse_sample_line(entry) if isinstance(entry, str) else entry for entry in entries]
 
 
-def _checked_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
+def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     kinds = {option.key: _kind_of(option) for option in SAMPLE_OPTIONS.values()} | {"prompt": str}
     values = {}
     for key, value in entry.items():

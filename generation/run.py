@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import needs
-from blissful_tuner.metadata import decoded_metadata, frame_rate_in, output_metadata, seed_in
+from blissful_tuner.metadata import frame_rate_in, output_metadata, read_decoded_metadata, seed_in
 from blissful_tuner.options import STRENGTH
 from generation.dressing import dit_loader
-from generation.growing import growing, kept_where_it_fails, preview_path, remove_parts, remove_preview
-from generation.memory import Peaks, plan_generation, resolved
+from generation.growing import (
+    grow_preview,
+    name_preview_on_failure,
+    preview_path,
+    remove_parts,
+    remove_preview,
+)
+from generation.memory import Peaks, plan_generation, resolve_options
 from generation.options import GenerationOptions, OutputOptions
 from generation.outputs import (
     LATENT_SUFFIX,
@@ -56,7 +62,7 @@ PROMPT_SIGN = "> "
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """One request to generate; `label` names it in messages ("line 3")."""
 
     label: str
@@ -67,7 +73,7 @@ class Job:
 class Denoised:
     """Latents of a job (1 C F H W, on the CPU), also kept in a file until its pixels are written."""
 
-    job: Job
+    job: GenerationJob
     latents: Tensor
     latent_path: Path
     stem: str
@@ -82,7 +88,7 @@ class Failures:
     reasons: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def noted(self, label: str, fatal: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    def note_errors(self, label: str, fatal: type[Exception] | tuple[()] = ()) -> Iterator[None]:
         """Record an error of the block and go on, unless the error is `fatal`."""
         try:
             yield
@@ -101,7 +107,7 @@ class Failures:
 
 
 @dataclass(frozen=True)
-class Run:
+class GenerationRun:
     """Family, options and session that every mode works with."""
 
     family: Family
@@ -152,9 +158,9 @@ def do(family: Family, options: GenerationOptions) -> None:
     if options.speed.plan.is_asked:
         plan_generation(family, options, device)
         return
-    options, predicted = resolved(family, options, device, room_on(device))
+    options, predicted = resolve_options(family, options, device, room_on(device))
     session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
-    run = Run(family, options, session, predicted)
+    run = GenerationRun(family, options, session, predicted)
     tell_where_metadata_is(options.output)
     if options.latent_path:
         decode_files(run, options.latent_path)
@@ -181,7 +187,7 @@ def tell_where_metadata_is(output: OutputOptions) -> None:
         logger.info("MP4 files store no prompt and settings; --container mkv, PNG and latent files do")
 
 
-def tell_unused_strength(strength: float | None, jobs: Sequence[Job]) -> None:
+def tell_unused_strength(strength: float | None, jobs: Sequence[GenerationJob]) -> None:
     """Warn if --strength was given and no job starts from a video."""
     if strength not in (None, STRENGTH) and all(job.prepared.asked.video_path is None for job in jobs):
         logger.warning(
@@ -190,7 +196,7 @@ def tell_unused_strength(strength: float | None, jobs: Sequence[Job]) -> None:
         )
 
 
-def check_models(run: Run) -> None:
+def check_models(run: GenerationRun) -> None:
     """Raise UserError if a model file that every prompt needs is missing or of another kind.
 
     Also raises it if the chosen attention is not available. Loads nothing.
@@ -212,7 +218,7 @@ def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, devic
         merge_into_file(file, uses, target, device)
 
 
-def make_from_file(run: Run, path: Path) -> None:
+def make_from_file(run: GenerationRun, path: Path) -> None:
     """Generate every line of a prompt file, phase by phase, so that each network is loaded once."""
     lines = read_generation_lines(path)
     failures = Failures()
@@ -220,7 +226,7 @@ def make_from_file(run: Run, path: Path) -> None:
     with each_warning_once():
         for number, line in lines:
             # a wrong model file is wrong for every line
-            with failures.noted(label := f"line {number}", fatal=CheckpointError):
+            with failures.note_errors(label := f"line {number}", fatal=CheckpointError):
                 jobs.append(make_job(run, label, run.read_line(line)))
     if jobs:
         tell_unused_strength(run.options.request.strength, jobs)
@@ -228,7 +234,7 @@ def make_from_file(run: Run, path: Path) -> None:
     failures.raise_if_any(len(lines))
 
 
-def converse(run: Run) -> None:
+def converse(run: GenerationRun) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
     try:
         import readline  # noqa: F401 (line editing and history for input(); not there on Windows)
@@ -243,7 +249,7 @@ def converse(run: Run) -> None:
             line = input(PROMPT_SIGN)
             if not is_blank(line):
                 failures = Failures()
-                with failures.noted("the prompt"):
+                with failures.note_errors("the prompt"):
                     make(run, [make_job(run, "the prompt", run.read_line(line))], failures)
         except EOFError:
             sys.stdout.write("\n")
@@ -253,15 +259,15 @@ def converse(run: Run) -> None:
             logger.warning("The prompt is cancelled. Ctrl-D quits.")
 
 
-def make_job(run: Run, label: str, overrides: Mapping[str, Any]) -> Job:
+def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
     """Make the job of a prompt line, or of the command line alone.
 
     Loads no network; raises as `prepare_line`.
     """
-    return Job(label, prepare_line(run.family, run.options, overrides))
+    return GenerationJob(label, prepare_line(run.family, run.options, overrides))
 
 
-def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
+def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> None:
     """Encode all texts, encode all images and videos, denoise all, decode all."""
     if any(run.family.needs_media(job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
@@ -283,7 +289,7 @@ def make(run: Run, jobs: Sequence[Job], failures: Failures) -> None:
 
 
 def encode_all_inputs(
-    run: Run, jobs: Sequence[Job], failures: Failures
+    run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
 ) -> Mapping[str, Mapping[int, Conditions]]:
     """Return the media conditions of each job by its label, without the jobs that failed."""
     inputs: dict[str, Mapping[int, Conditions]] = {}
@@ -294,26 +300,26 @@ def encode_all_inputs(
     if with_media:
         with run.session.media(images=True, again=run.options.output.decodes) as encoders:
             for job in with_media:
-                with failures.noted(job.label):
+                with failures.note_errors(job.label):
                     (inputs[job.label],) = encode_inputs(run.family, encoders, [job.prepared])
         run.session.drop_image_encoder()
     return inputs
 
 
-Ready = tuple[Job, Mapping[int, EncodedPrompts], Mapping[int, Conditions]]
+Ready = tuple[GenerationJob, Mapping[int, EncodedPrompts], Mapping[int, Conditions]]
 
 
-def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[Denoised]:
+def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) -> list[Denoised]:
     """Return the latents of each job; each is written when it is done, so a kill loses at most one."""
     done = []
     with run.session.dit() as dit_at:
         for job, texts, inputs in ready:
-            with failures.noted(job.label):
+            with failures.note_errors(job.label):
                 describe(job.label, job.prepared)
                 with own_stem(
                     run.options.output.save_path, output_stem(datetime.now(), job.prepared.seed)
                 ) as stem:
-                    with watched(run, job, stem) as (watcher, on_section):
+                    with watch(run, job, stem) as (watcher, on_section):
                         latents = make_latents(
                             run.family,
                             dit_at,
@@ -327,17 +333,17 @@ def denoise_all(run: Run, ready: Sequence[Ready], failures: Failures) -> list[De
                             run.options.splits_guidance,
                             on_section,
                         ).to(CPU)
-                    done.append(kept(run, job, latents, stem))
+                    done.append(keep_latents(run, job, latents, stem))
     return done
 
 
 @contextmanager
-def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[Watcher, OnSection]]:
+def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[Watcher, OnSection]]:
     """Yield the callbacks for one job: progress bars over the steps, previews of a video in sections."""
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
     with (
-        growing(run.session, output.save_path, stem, prepared.fps, needed) as video,
+        grow_preview(run.session, output.save_path, stem, prepared.fps, needed) as video,
         Bars(prepared.num_steps) as bars,
     ):
 
@@ -350,7 +356,7 @@ def watched(run: Run, job: Job, stem: str) -> Iterator[tuple[Watcher, OnSection]
         yield bars.advance, on_section
 
 
-def kept(run: Run, job: Job, latents: Tensor, stem: str) -> Denoised:
+def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> Denoised:
     """Write the latents of a job, named `stem` if no other output has taken that name meanwhile.
 
     The preview keeps its name.
@@ -366,7 +372,7 @@ def kept(run: Run, job: Job, latents: Tensor, stem: str) -> Denoised:
     return Denoised(job, latents, path, stem, preview)
 
 
-def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
+def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures) -> None:
     """Turn latents into videos or images.
 
     Latent files and previews that are not part of the result are then removed.
@@ -374,7 +380,7 @@ def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
     output = run.options.output
     with run.session.media(images=False, again=False) as encoders:
         for one in done:
-            with failures.noted(one.job.label), kept_where_it_fails(one.preview):
+            with failures.note_errors(one.job.label), name_preview_on_failure(one.preview):
                 prepared = one.job.prepared
                 chunks = run.family.decode(encoders, one.latents)
                 save_pixels(output, one.stem, chunks, prepared.fps, run.metadata(prepared))
@@ -383,17 +389,17 @@ def decode_all(run: Run, done: Sequence[Denoised], failures: Failures) -> None:
                     one.latent_path.unlink(missing_ok=True)
 
 
-def decode_files(run: Run, paths: Sequence[Path]) -> None:
+def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     """Decode latent files; their metadata are passed on, with the settings of this decoding."""
-    saved = [checked_latents(run.family, path) for path in paths]
+    saved = [check_latents(run.family, path) for path in paths]
     options, output = run.options, run.options.output
     failures = Failures(strict=len(paths) == 1)
     make_folder(output.save_path, "--save_path")
     with run.session.media(images=False, again=False) as encoders:
         for path, one in zip(paths, saved, strict=True):
-            with failures.noted(str(path)):
+            with failures.note_errors(str(path)):
                 fps = frame_rate(run, one)
-                said = decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
+                said = read_decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
                 metadata = None if output.no_metadata else said
                 with own_stem(
                     output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
@@ -402,7 +408,7 @@ def decode_files(run: Run, paths: Sequence[Path]) -> None:
     failures.raise_if_any(len(paths))
 
 
-def checked_latents(family: Family, path: Path) -> SavedLatents:
+def check_latents(family: Family, path: Path) -> SavedLatents:
     """Load a latent file. Raises CheckpointError if it is not of this family's latent space."""
     saved = load_latents(path)
     _, channels, frames, rows, columns = saved.latents.shape
@@ -416,7 +422,7 @@ def checked_latents(family: Family, path: Path) -> SavedLatents:
     return saved
 
 
-def frame_rate(run: Run, saved: SavedLatents) -> float:
+def frame_rate(run: GenerationRun, saved: SavedLatents) -> float:
     """Return --fps if it differs from the model's, else the latent file's rate, else the model's."""
     given, usual = run.options.request.fps, run.family.defaults.fps
     return given if given != usual else frame_rate_in(saved.metadata) or usual

@@ -16,7 +16,7 @@ from modules.contract.family import Family
 from modules.contract.generation import DitAt, EncodedPrompts, Section
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
-from modules.devices import sent
+from modules.devices import send
 from modules.flow.solvers import Solver, solver_for
 
 OnSection = Callable[[Section], None]
@@ -94,6 +94,6 @@ def on_device(section: Section, device: torch.device) -> Section:
 def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:
     """Move conditions to `device`, except whole numbers, which stay on the host."""
     return {
-        name: [sent(item, device) for item in value] if isinstance(value, list) else sent(value, device)
+        name: [send(item, device) for item in value] if isinstance(value, list) else send(value, device)
         for name, value in conditions.items()
     }

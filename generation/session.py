@@ -91,7 +91,7 @@ class Session:
                     outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
         self._known.update(outputs)  # only now: an interrupted text is not known by half
         return [
-            {section: encoded(prompts, self._known) for section, prompts in by_section.items()}
+            {section: gather_encoded(prompts, self._known) for section, prompts in by_section.items()}
             for by_section in wanted
         ]
 
@@ -242,7 +242,7 @@ def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
             )
 
 
-def encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> EncodedPrompts:
+def gather_encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> EncodedPrompts:
     """What the encoders made of a section's texts."""
 
     def of(text: Prompt | None) -> Conditions | None:

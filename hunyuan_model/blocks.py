@@ -23,7 +23,7 @@ from modules.layers.rope import rotate
 
 
 @dataclass(frozen=True)
-class Tokens:
+class HunyuanTokens:
     """Inputs of the blocks besides the tokens x (B L+T C, the video first); built once per forward pass."""
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
@@ -92,7 +92,7 @@ class MMDoubleStreamBlock(nn.Module):
         self.txt_attn_proj = nn.Linear(dim, dim)
         self.txt_mlp = Mlp(dim, ffn_dim, gelu)
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         video, text = x[:, : tokens.video], x[:, tokens.video :]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(tokens.vector)
@@ -100,18 +100,18 @@ class MMDoubleStreamBlock(nn.Module):
             tokens.vector
         )
 
-        h = run(self.img_attn_qkv, modulated(self.norm(video), shift1, scale1, tokens.dtype))
+        h = run(self.img_attn_qkv, modulate(self.norm(video), shift1, scale1, tokens.dtype))
         q, k, v = heads(h, self.num_heads)
         q, k = rotate(self.img_attn_q_norm(q), tokens.rotary), rotate(self.img_attn_k_norm(k), tokens.rotary)
-        h = run(self.txt_attn_qkv, modulated(self.norm(text), text_shift1, text_scale1, tokens.dtype))
+        h = run(self.txt_attn_qkv, modulate(self.norm(text), text_shift1, text_scale1, tokens.dtype))
         text_q, text_k, text_v = heads(h, self.num_heads)
         text_q, text_k = self.txt_attn_q_norm(text_q), self.txt_attn_k_norm(text_k)
         # B L+T N D
         q, k, v = torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1), torch.cat([v, text_v], dim=1)
         seen = attend(q, k, v, tokens.attention, tokens.lengths).flatten(2)
 
-        video = gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
-        text = gated(text, text_gate1, run(self.txt_attn_proj, seen[:, tokens.video :]))
+        video = add_gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
+        text = add_gated(text, text_gate1, run(self.txt_attn_proj, seen[:, tokens.video :]))
         text = self.feed_forward(text, self.txt_mlp, text_shift2, text_scale2, text_gate2, tokens.dtype)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         video = self.feed_forward(video, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
@@ -124,7 +124,7 @@ class MMDoubleStreamBlock(nn.Module):
 
         x: B L C; shift, scale, gate: B 1 C float32.
         """
-        return gated(x, gate, mlp(modulated(self.norm(x), shift, scale, dtype)))
+        return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype)))
 
 
 class MMSingleStreamBlock(nn.Module):
@@ -141,23 +141,23 @@ class MMSingleStreamBlock(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads, eps)
         self.linear2 = nn.Linear(dim + ffn_dim, dim)
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
-        qkv, hidden = run(self.linear1, modulated(self.norm(x), shift, scale, tokens.dtype)).split(
+        qkv, hidden = run(self.linear1, modulate(self.norm(x), shift, scale, tokens.dtype)).split(
             self.widths, dim=-1
         )
         q, k, v = heads(qkv, self.num_heads)
         seen = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
-        return gated(x, gate, run(self.linear2, torch.cat([seen, gelu(hidden)], dim=-1)))
+        return add_gated(x, gate, run(self.linear2, torch.cat([seen, gelu(hidden)], dim=-1)))
 
 
-def modulated(normed: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return normed * (1 + scale) + shift, computed in float32."""
     return torch.addcmul(shift, normed, 1 + scale).to(dtype)
 
 
-def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """Return x + gate * branch in one pass, in the dtype of x."""
     return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))
 
@@ -168,12 +168,12 @@ def heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens) -> Tensor:
+def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
     """Rotate the video tokens and attend; return B L+T C. query, key, value: B L+T N D, normalised."""
     query, key = _rotate_video(query, tokens), _rotate_video(key, tokens)
     return attend(query, key, value, tokens.attention, tokens.lengths).flatten(2)
 
 
-def _rotate_video(x: Tensor, tokens: Tokens) -> Tensor:
+def _rotate_video(x: Tensor, tokens: HunyuanTokens) -> Tensor:
     """Rotate the first L tokens of x, B L+T N D, by their positions."""
     return torch.cat([rotate(x[:, : tokens.video], tokens.rotary), x[:, tokens.video :]], dim=1)

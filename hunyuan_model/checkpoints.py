@@ -13,14 +13,15 @@ from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.spec import DIT
 from modules.checkpoints.containers import load_pickled
-from modules.checkpoints.dialects import DitShapes, Names, other_kind, translated
-from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
-from modules.checkpoints.opening import Checkpoint, Source, open_checkpoint, plain_sources
+from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
+from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.fp8.weights import dequantise, stored_scale
+from modules.fp8.weights import dequantise, store_scale
 
 logger = logging.getLogger(__name__)
 
@@ -156,15 +157,15 @@ def describe(checkpoint: Checkpoint) -> str | None:
 def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-    dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. The embeddings of timestep, guidance and
-    pooled text are kept in float32. `placement.patch` is called with the published parameter names.
+    dtype: see `modules.checkpoints.dits.choose_dtype` and `fill_dit`. The embeddings of timestep, guidance
+    and pooled text are kept in float32. `placement.patch` is called with the published parameter names.
     Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown tensors.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)
         config, what = header.config, _name_of(header.config)
-        target = kept_dtype(header.block_dtype, placement)
+        target = choose_dtype(header.block_dtype, placement)
         blocks = f"{config.double_blocks} + {config.single_blocks} blocks of width {config.dim}"
         logger.info("Loading %s: %s, %s, as %s", path, what, blocks, dtype_name(target))
         with torch.device("meta"):
@@ -202,7 +203,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
         )
         raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
     mark, table = DIALECTS[dialect]
-    shapes = {translated(name, table): info.shape for name, info in names.items()}
+    shapes = {translate_name(name, table): info.shape for name, info in names.items()}
     config = _config(DitShapes(path, shapes, "HunyuanVideo"))
     known = {config.out_dim, config.out_dim + IMAGE_CHANNELS}
     if config.in_dim not in known:
@@ -289,20 +290,20 @@ def _relative(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, Source]:
+def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
     """Map each published name to how its tensor is made from the file's tensors."""
     table = DIALECTS[header.dialect][1]
-    parts: dict[str, dict[int, Source]] = {}
+    parts: dict[str, dict[int, TensorSource]] = {}
     for stored, source in _with_scales(checkpoint, header).items():
-        name, _, part = translated(stored, table).partition("#")
+        name, _, part = translate_name(stored, table).partition("#")
         parts.setdefault(name, {})[int(part or 0)] = source
-    sources = {name: _joined([found[part] for part in sorted(found)]) for name, found in parts.items()}
+    sources = {name: _join([found[part] for part in sorted(found)]) for name, found in parts.items()}
     if header.dialect == "diffusers":
         sources |= {name: sources[name].then(_swap_halves) for name in SWAPPED if name in sources}
     return sources
 
 
-def _joined(parts: list[Source]) -> Source:
+def _join(parts: list[TensorSource]) -> TensorSource:
     """Stack the rows of the parts to one tensor."""
     if len(parts) == 1:
         return parts[0]
@@ -332,7 +333,7 @@ def _joined(parts: list[Source]) -> Source:
 
     names = tuple(name for part in parts for name in part.names)
     kept = all(part.as_fp8 is not None for part in parts)
-    return Source(names, build, as_fp8 if kept else None)
+    return TensorSource(names, build, as_fp8 if kept else None)
 
 
 def _swap_halves(tensor: Tensor) -> Tensor:
@@ -342,7 +343,7 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 # Scales in a separate file, as for the official fp8 weights
 
 
-def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, Source]:
+def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
     """Map each tensor of the file by its own name; fp8 weights are multiplied by their scales."""
     sources = plain_sources(checkpoint)
     plain_fp8 = [
@@ -384,12 +385,12 @@ def _read_scale_map(path: Path) -> dict[str, float]:
         ) from error
 
 
-def _times(name: str, scale: float) -> Source:
+def _times(name: str, scale: float) -> TensorSource:
     def factor(weight: Tensor) -> Tensor:
         return torch.tensor([scale], device=weight.device)
 
-    return Source(
+    return TensorSource(
         (name,),
         lambda weight: dequantise(weight, factor(weight)),
-        lambda weight: (weight, stored_scale(factor(weight))),
+        lambda weight: (weight, store_scale(factor(weight))),
     )

@@ -19,7 +19,7 @@ from modules.seeds import derive_seed
 logger = logging.getLogger(__name__)
 
 
-def cached_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list[CacheEntry]:
+def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list[CacheEntry]:
     """Encode clips in one batch; return the cache entry of each, a posterior sample seeded by its name.
 
     with_image: also encode the first frame alone, for image-to-video training. Latents are not in model

@@ -11,9 +11,9 @@ from hunyuan_model.text_checkpoints import CLIP_FILES, LLAMA_FILES, read_clip_te
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
-from modules.checkpoints.model_files import existing, inside, read_once
+from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, fingerprint
-from modules.devices import computing_dtype, dtype_name
+from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import CheckpointError
 
 
@@ -39,27 +39,29 @@ class Encoders:
 
     @property
     def vae_path(self) -> Path:
-        return inside(existing(self.vae, "--vae", "it turns pixels into latents and back"), "vae")
+        return inside(require_file(self.vae, "--vae", "it turns pixels into latents and back"), "vae")
 
     @property
     def text_encoder1_path(self) -> Path:
-        return existing(self.text_encoder1, "--text_encoder1", "LLaVA's language model encodes the prompts")
+        return require_file(
+            self.text_encoder1, "--text_encoder1", "LLaVA's language model encodes the prompts"
+        )
 
     @property
     def text_encoder2_path(self) -> Path:
-        return existing(self.text_encoder2, "--text_encoder2", "CLIP-L encodes the prompts too")
+        return require_file(self.text_encoder2, "--text_encoder2", "CLIP-L encodes the prompts too")
 
-    def with_vae(self, options: HunyuanVaeOptions) -> "Encoders":
+    def add_vae(self, options: HunyuanVaeOptions) -> "Encoders":
         """Return a copy with the options of the VAE."""
         return replace(
             self,
             vae=options.file.vae,
-            vae_dtype=computing_dtype(options.file.vae_dtype, "--vae_dtype", None),
+            vae_dtype=choose_compute_dtype(options.file.vae_dtype, "--vae_dtype", None),
             vae_tile=options.file.tile,
             vae_chunk_size=options.vae_chunk_size,
         )
 
-    def with_text(self, options: HunyuanTextOptions) -> "Encoders":
+    def add_text(self, options: HunyuanTextOptions) -> "Encoders":
         """Return a copy with the options of the text encoders."""
         return replace(
             self,
@@ -67,7 +69,7 @@ class Encoders:
             text_encoder2=options.text_encoder2,
             text_encoder1_tokenizer=options.text_encoder1_tokenizer,
             text_encoder2_tokenizer=options.text_encoder2_tokenizer,
-            text_dtype=computing_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             llm_in_fp8=options.fp8_llm,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.conditioning import (
-    cached_latents,
+    encode_latents,
     first_frame_condition,
     first_frame_of,
     posterior_generator,
@@ -28,15 +28,15 @@ from hunyuan_model.options import (
 from hunyuan_model.spec import DIT
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
-from modules.checkpoints.dits import kept_dtype
+from modules.checkpoints.dits import choose_dtype
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
-from modules.contract.requests import check_size, settle, size_of, whole_frames, with_media
-from modules.devices import computing_dtype, sent
+from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
+from modules.devices import choose_compute_dtype, send
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, video_pixels
 from modules.options import NO_OPTIONS, require
@@ -151,8 +151,8 @@ class HunyuanVideo:
 
         Stored in the VAE's dtype, not scaled.
         """
-        parts = media.encoded_at_once(encoders.vae.device)
-        return [[entry] for part in parts for entry in cached_latents(encoders.vae, part, self.caches_image)]
+        parts = media.split_for(encoders.vae.device)
+        return [[entry] for part in parts for entry in encode_latents(encoders.vae, part, self.caches_image)]
 
     # the network
 
@@ -174,7 +174,7 @@ class HunyuanVideo:
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return kept_dtype(self.files.dit_header().block_dtype, self._with_dtype(placement))
+        return choose_dtype(self.files.dit_header().block_dtype, self._with_dtype(placement))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer, checked against --dit_in_channels.
@@ -219,7 +219,7 @@ class HunyuanVideo:
         def given(name: str) -> Tensor:
             value = cond[name]
             assert isinstance(value, Tensor)
-            return sent(value, noisy.device)
+            return send(value, noisy.device)
 
         if "condition_latents" in cond:
             noisy = torch.cat([noisy, given("condition_latents").to(noisy)], dim=1)
@@ -259,7 +259,7 @@ class HunyuanVideo:
             "control_path": False,
             "video_path": True,
         }
-        request = with_media(request, taken, f"{self.files.dit_path} does not take it")
+        request = keep_usable_media(request, taken, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
             require(request.image_path, "--image_path", f"{self.files.dit_path} starts from an image")
         usual = self.defaults
@@ -349,19 +349,19 @@ class HunyuanVideo:
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
     """Describe the family for cache_latents.py."""
-    return HunyuanVideo(HunyuanFiles(encoders=Encoders().with_vae(options.vae)), caches_image=options.i2v)
+    return HunyuanVideo(HunyuanFiles(encoders=Encoders().add_vae(options.vae)), caches_image=options.i2v)
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
     """Describe the family for cache_text_encoder_outputs.py."""
-    return HunyuanVideo(HunyuanFiles(encoders=Encoders().with_text(options.text)))
+    return HunyuanVideo(HunyuanFiles(encoders=Encoders().add_text(options.text)))
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
     """Describe the family for hv_train_network.py and hv_train.py."""
     return HunyuanVideo(
-        HunyuanFiles(options.dit, Encoders().with_vae(options.vae).with_text(options.text)),
-        dit_dtype=computing_dtype(options.dit_dtype, "--dit_dtype", None),
+        HunyuanFiles(options.dit, Encoders().add_vae(options.vae).add_text(options.text)),
+        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
         # 16 is the option's default and checks nothing
         dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,
         trained_guidance=options.embedded_guidance,
@@ -373,7 +373,7 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
     """Describe the family for hv_generate_video.py."""
     return HunyuanVideo(
-        HunyuanFiles(options.dit, Encoders().with_vae(options.vae).with_text(options.text)),
+        HunyuanFiles(options.dit, Encoders().add_vae(options.vae).add_text(options.text)),
         dit_channels=options.dit_in_channels,
         skip_layers=options.hidden_state_skip_layer,
         final_norm=options.apply_final_norm,

@@ -7,7 +7,7 @@ from hunyuan_model.checkpoints import read_dit_header
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.encoders import Encoders
 from modules.checkpoints.dits import DitHeader
-from modules.checkpoints.model_files import existing, read_once
+from modules.checkpoints.model_files import read_once, require_file
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class HunyuanFiles:
 
     @property
     def dit_path(self) -> Path:
-        return existing(self.dit, "--dit", "the transformer checkpoint")
+        return require_file(self.dit, "--dit", "the transformer checkpoint")
 
     def dit_header(self) -> DitHeader[HunyuanVideoConfig]:
         """Read dimensions, dialect and dtype of the transformer file."""

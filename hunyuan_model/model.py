@@ -12,7 +12,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import MMDoubleStreamBlock, MMSingleStreamBlock, Tokens, modulated
+from hunyuan_model.blocks import HunyuanTokens, MMDoubleStreamBlock, MMSingleStreamBlock, modulate
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.spec import DIT
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
@@ -58,14 +58,14 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.dim, frames * rows * columns * config.out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         shift, scale = (
             run(self.adaLN_modulation[1], functional.silu(tokens.vector))
             .float()
             .unsqueeze(1)
             .chunk(2, dim=-1)
         )
-        return run(self.linear, modulated(self.norm_final(x), shift, scale, tokens.dtype))
+        return run(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
 
 class HunyuanVideoModel(nn.Module):
@@ -131,7 +131,7 @@ class HunyuanVideoModel(nn.Module):
         llama_mask: Tensor,
         clip_l: Tensor,
         guidance: Tensor | None,
-    ) -> tuple[Tensor, Tokens]:
+    ) -> tuple[Tensor, HunyuanTokens]:
         """Return video and text tokens, B L+T C, and the other inputs of the blocks."""
         self._check(noisy, llama, llama_mask, guidance)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -146,10 +146,10 @@ class HunyuanVideoModel(nn.Module):
         lengths = (
             None if counts is None else lengths_on([len(rotary) + count for count in counts], noisy.device)
         )
-        tokens = Tokens(grid, rotary, lengths, vector, dtype, self.attention)
+        tokens = HunyuanTokens(grid, rotary, lengths, vector, dtype, self.attention)
         return torch.cat([rearrange(patches, "b c f h w -> b (f h w) c"), text], dim=1), tokens
 
-    def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B out_dim F H W in float32."""
         return from_patches(
             self.final_layer(x[:, : tokens.video], tokens).float(), tokens.grid, self.config.patch_size

@@ -185,7 +185,7 @@ class LlavaTextEncoder:
                 )
         results: list[Conditions] = []
         for first in range(0, len(rows), PROMPTS_AT_ONCE):
-            ids, mask = _filled(
+            ids, mask = _fill(
                 [row[:length] for row in rows[first : first + PROMPTS_AT_ONCE]], length, tokenizer.pad
             )
             _check_ids(ids, llama.embed_tokens.num_embeddings, self.path, "--text_encoder1_tokenizer")
@@ -256,7 +256,7 @@ class ClipTextEncoder:
         ]
         if not rows:
             return []
-        ids, mask = _filled(rows, CLIP_TOKENS, tokenizer.end)
+        ids, mask = _fill(rows, CLIP_TOKENS, tokenizer.end)
         _check_ids(
             ids, clip.embeddings.token_embedding.num_embeddings, self.path, "--text_encoder2_tokenizer"
         )
@@ -272,7 +272,7 @@ class ClipTextEncoder:
         self._loaded.free()
 
 
-def _filled(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
+def _fill(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, each B L int64, with the rows padded on the right."""
     ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
     mask = torch.tensor([[*[1] * len(row), *[0] * (length - len(row))] for row in rows])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import Mlp, gated, heads
+from hunyuan_model.blocks import Mlp, add_gated, heads
 from hunyuan_model.configs import HunyuanVideoConfig
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths, lengths_on
@@ -74,8 +74,8 @@ class RefinerBlock(nn.Module):
         )
         q, k, v = heads(run(self.self_attn_qkv, self.norm1(x).to(x.dtype)), self.num_heads)
         seen = attend(q, k, v, attention, lengths).flatten(2)
-        x = gated(x, gate1, run(self.self_attn_proj, seen))
-        return gated(x, gate2, self.mlp(self.norm2(x).to(x.dtype)))
+        x = add_gated(x, gate1, run(self.self_attn_proj, seen))
+        return add_gated(x, gate2, self.mlp(self.norm2(x).to(x.dtype)))
 
 
 class IndividualTokenRefiner(nn.Module):
@@ -110,10 +110,10 @@ class TokenRefiner(nn.Module):
         """
         vector = self.t_embedder(timesteps) + self.c_embedder(mean_text(text, counts))
         x = run(self.input_embedder, text).to(dtype)
-        return refined(x, self.individual_token_refiner.blocks, vector, counts, attention)
+        return refine_tokens(x, self.individual_token_refiner.blocks, vector, counts, attention)
 
 
-def refined(
+def refine_tokens(
     x: Tensor,
     blocks: Iterable[nn.Module],
     vector: Tensor,

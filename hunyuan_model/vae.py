@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.vae_blocks import Decoder, Encoder, VaeConfig
+from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, HunyuanVaeEncoder
 from hunyuan_model.vae_checkpoints import read_vae
-from hunyuan_model.vae_tiles import Cut, in_spans, in_tiles
+from hunyuan_model.vae_tiles import Cut, compute_in_spans, compute_in_tiles
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name
@@ -49,11 +49,11 @@ class HunyuanVae(nn.Module):
     """
 
     def __init__(
-        self, config: VaeConfig, chunk_size: int | None = None, tiling: Tiling | None = None
+        self, config: HunyuanVaeConfig, chunk_size: int | None = None, tiling: Tiling | None = None
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = HunyuanVaeEncoder(config)
+        self.decoder = HunyuanVaeDecoder(config)
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
         self.chunk_size = chunk_size
@@ -108,7 +108,7 @@ class HunyuanVae(nn.Module):
             width // PIXELS,
         )
         moments, done = torch.empty(shape, device=self.device), 0
-        for span in in_spans(self._encode, pixels, Cut(self.tiling.frames // FRAMES, FRAMES, 1)):
+        for span in compute_in_spans(self._encode, pixels, Cut(self.tiling.frames // FRAMES, FRAMES, 1)):
             moments[:, :, done : done + span.shape[2]] = span
             done += span.shape[2]
         return moments
@@ -128,7 +128,7 @@ class HunyuanVae(nn.Module):
         if self.tiling is None or latents.shape[2] <= self.tiling.frames // FRAMES:
             yield from _in_playing_order(self._decode(latents))
             return
-        for span in in_spans(self._decode, latents, Cut(self.tiling.frames // FRAMES, 1, FRAMES)):
+        for span in compute_in_spans(self._decode, latents, Cut(self.tiling.frames // FRAMES, 1, FRAMES)):
             yield from _in_playing_order(span)
             del span  # free it before the next one is computed
 
@@ -136,23 +136,25 @@ class HunyuanVae(nn.Module):
         """Return the moments B 2Z f h w, float32, of pixels that need no cut in time."""
         if self.tiling is None or max(pixels.shape[-2:]) <= self.tiling.edge:
             return self._moments(pixels)
-        return in_tiles(self._moments, pixels, Cut(self.tiling.edge // PIXELS, PIXELS, 1), self.device)
+        return compute_in_tiles(
+            self._moments, pixels, Cut(self.tiling.edge // PIXELS, PIXELS, 1), self.device
+        )
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Return the pixels B 3 F H W, float32, of latents that need no cut in time."""
         if self.tiling is None or max(latents.shape[-2:]) <= self.tiling.edge // PIXELS:
             return self._pixels(latents)
-        return in_tiles(
+        return compute_in_tiles(
             self._pixels, latents, Cut(self.tiling.edge // PIXELS, 1, PIXELS), torch.device("cpu")
         )
 
     def _moments(self, pixels: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(self._placed(pixels), self.chunk_size)).float()
+        return self.quant_conv(self.encoder(self._place(pixels), self.chunk_size)).float()
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(self._placed(latents)), self.chunk_size).float()
+        return self.decoder(self.post_quant_conv(self._place(latents)), self.chunk_size).float()
 
-    def _placed(self, x: Tensor) -> Tensor:
+    def _place(self, x: Tensor) -> Tensor:
         """Move to the VAE's device, dtype and memory layout, which all layers keep. Bytes become -1..1."""
         if x.dtype == torch.uint8:
             x = from_bytes(x.to(self.device))

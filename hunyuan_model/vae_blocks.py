@@ -28,7 +28,7 @@ Factors = tuple[int, int, int]  # for time, height, width
 
 
 @dataclass(frozen=True)
-class VaeConfig:
+class HunyuanVaeConfig:
     """Dimensions of a VAE, read from a checkpoint's tensors."""
 
     latent_channels: int
@@ -83,7 +83,7 @@ class ClipNorm(nn.GroupNorm):
         return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
 
 
-class CausalConv3d(nn.Module):
+class HunyuanCausalConv(nn.Module):
     """A 3x3x3 convolution that sees no later frame.
 
     It pads by repeating the border of the picture and the first frame of the clip. kernel: 1 for a pointwise
@@ -115,7 +115,7 @@ class CausalConv3d(nn.Module):
         for start, stop in steps(
             frames, max(self.conv.in_channels, self.conv.out_channels) * height * width, chunk
         ):
-            piece = self._convolved(self._padded(x, start, stop, factors))
+            piece = self._convolve(self._pad(x, start, stop, factors))
             if out is None and stop - start == frames:
                 return piece
             if out is None:
@@ -133,7 +133,7 @@ class CausalConv3d(nn.Module):
         seen = 1 + (frames - 1) * self.enlarge[0], height * self.enlarge[1], width * self.enlarge[2]
         return tuple((size - 1) // stride + 1 for size, stride in zip(seen, self.conv.stride, strict=True))
 
-    def _padded(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _pad(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the input of the results `start` to `stop`, B C T H+2 W+2. A single frame stays one."""
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
@@ -159,7 +159,7 @@ class CausalConv3d(nn.Module):
             _repeat_borders(padded[:, :, place])
         return padded
 
-    def _convolved(self, padded: Tensor) -> Tensor:
+    def _convolve(self, padded: Tensor) -> Tensor:
         conv = self.conv
         if padded.shape[2] == 1:  # an image: all three taps in time see the same frame
             weight = conv.weight.float().sum(dim=2).to(conv.weight.dtype)
@@ -173,16 +173,18 @@ def _repeat_borders(frame: Tensor) -> None:
     frame[..., 0], frame[..., -1] = frame[..., 1], frame[..., -2]
 
 
-class ResidualBlock(nn.Module):
+class HunyuanResidualBlock(nn.Module):
     """Norm, SiLU and convolution, twice, with a shortcut. Overwrites its input if that is the shortcut."""
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
         self.norm1 = ClipNorm(groups, width_in)
-        self.conv1 = CausalConv3d(width_in, width_out)
+        self.conv1 = HunyuanCausalConv(width_in, width_out)
         self.norm2 = ClipNorm(groups, width_out)
-        self.conv2 = CausalConv3d(width_out, width_out)
-        self.conv_shortcut = CausalConv3d(width_in, width_out, kernel=1) if width_in != width_out else None
+        self.conv2 = HunyuanCausalConv(width_out, width_out)
+        self.conv_shortcut = (
+            HunyuanCausalConv(width_in, width_out, kernel=1) if width_in != width_out else None
+        )
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
         h = self.conv1(x, chunk, self.norm1)
@@ -190,7 +192,7 @@ class ResidualBlock(nn.Module):
         return self.conv2(h, chunk, self.norm2, onto=shortcut)
 
 
-class FrameAttention(nn.Module):
+class HunyuanFrameAttention(nn.Module):
     """One-head attention of each pixel to its own frame and all earlier ones. Adds to its input in place."""
 
     def __init__(self, width: int, groups: int) -> None:
@@ -219,7 +221,7 @@ class Resample(nn.Module):
 
     def __init__(self, width: int, stride: Factors = (1, 1, 1), enlarge: Factors = (1, 1, 1)) -> None:
         super().__init__()
-        self.conv = CausalConv3d(width, width, stride=stride, enlarge=enlarge)
+        self.conv = HunyuanCausalConv(width, width, stride=stride, enlarge=enlarge)
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
         return self.conv(x, chunk)
@@ -239,7 +241,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks)
+            HunyuanResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks)
         )
         self.downsamplers = nn.ModuleList([] if down is None else [Resample(width, stride=down)])
         self.upsamplers = nn.ModuleList([] if up is None else [Resample(width, enlarge=up)])
@@ -255,9 +257,9 @@ class Middle(nn.Module):
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([FrameAttention(width, groups)])
+        self.attentions = nn.ModuleList([HunyuanFrameAttention(width, groups)])
         self.resnets = nn.ModuleList(
-            [ResidualBlock(width, width, groups), ResidualBlock(width, width, groups)]
+            [HunyuanResidualBlock(width, width, groups), HunyuanResidualBlock(width, width, groups)]
         )
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
@@ -265,20 +267,20 @@ class Middle(nn.Module):
         return self.resnets[1](x, chunk)
 
 
-class Encoder(nn.Module):
+class HunyuanVaeEncoder(nn.Module):
     """Encode pixels B 3 T H W as features of means and log variances B 2Z t h w."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: HunyuanVaeConfig) -> None:
         super().__init__()
         widths, groups = config.encoder, config.groups
-        self.conv_in = CausalConv3d(3, widths[0])
+        self.conv_in = HunyuanCausalConv(3, widths[0])
         self.down_blocks = nn.ModuleList(
             Level(before, width, config.encoder_blocks, groups, down=down)
             for before, width, down in _levels(widths, DOWN)
         )
         self.mid_block = Middle(widths[-1], groups)
         self.conv_norm_out = ClipNorm(groups, widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
+        self.conv_out = HunyuanCausalConv(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
         x = self.conv_in(x, chunk)
@@ -287,20 +289,20 @@ class Encoder(nn.Module):
         return self.conv_out(self.mid_block(x, chunk), chunk, self.conv_norm_out)
 
 
-class Decoder(nn.Module):
+class HunyuanVaeDecoder(nn.Module):
     """Decode features of latents B Z t h w to pixels B 3 T H W."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: HunyuanVaeConfig) -> None:
         super().__init__()
         widths, groups = config.decoder, config.groups
-        self.conv_in = CausalConv3d(config.latent_channels, widths[0])
+        self.conv_in = HunyuanCausalConv(config.latent_channels, widths[0])
         self.mid_block = Middle(widths[0], groups)
         self.up_blocks = nn.ModuleList(
             Level(before, width, config.decoder_blocks, groups, up=up)
             for before, width, up in _levels(widths, UP)
         )
         self.conv_norm_out = ClipNorm(groups, widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], 3)
+        self.conv_out = HunyuanCausalConv(widths[-1], 3)
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
         x = self.mid_block(self.conv_in(x, chunk), chunk)

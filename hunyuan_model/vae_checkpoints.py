@@ -9,9 +9,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hunyuan_model.vae_blocks import DOWN, UP, VaeConfig
-from modules.checkpoints.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
-from modules.checkpoints.opening import Checkpoint, Source, plain_sources
+from hunyuan_model.vae_blocks import DOWN, UP, HunyuanVaeConfig
+from modules.checkpoints.dialects import (
+    LoadPlan,
+    Names,
+    count,
+    other_kind,
+    rename_sources,
+    shapes_of,
+    translate_name,
+)
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 
@@ -37,7 +46,7 @@ COMFY_LEVEL: Names = (  # inside a numbered level
 )
 
 
-def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
+def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanVaeConfig]:
     """Plan how to load a HunyuanVideo VAE: official file, diffusers layout or ComfyUI's file.
 
     Raises CheckpointError for any other file.
@@ -56,7 +65,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
     if "encoder.down.0.block.0.conv1.conv.weight" in names:
         sources = _from_comfy(sources)
     shape = shapes_of(checkpoint, sources)
-    config = VaeConfig(
+    config = HunyuanVaeConfig(
         shape("post_quant_conv.weight")[0],
         _groups(checkpoint, shape("encoder.conv_in.conv.weight")[0]),
         _widths(checkpoint, sources, "encoder.down_blocks", len(DOWN) + 1),
@@ -80,9 +89,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
     return LoadPlan(config, checkpoint, sources)
 
 
-def _from_comfy(sources: Mapping[str, Source]) -> dict[str, Source]:
+def _from_comfy(sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
     levels = count(sources, r"decoder\.up\.\d+")
-    ours = renamed(sources, lambda name: _comfy_name(name, levels))
+    ours = rename_sources(sources, lambda name: _comfy_name(name, levels))
     for name, source in ours.items():  # 1x1x1 convolutions in the file, linear layers here
         if re.fullmatch(r".+\.attentions\.0\.to_.+\.weight", name):
             ours[name] = source.then(_as_matrix)
@@ -93,7 +102,7 @@ def _comfy_name(name: str, levels: int) -> str:
     up = re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", name)
     if up:
         name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{up[2]}"
-    return translated(translated(name, COMFY), COMFY_LEVEL)
+    return translate_name(translate_name(name, COMFY), COMFY_LEVEL)
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -101,7 +110,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 
 
 def _widths(
-    checkpoint: Checkpoint, sources: Mapping[str, Source], start: str, levels: int
+    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], start: str, levels: int
 ) -> tuple[int, ...]:
     """Return the channels of each level.
 

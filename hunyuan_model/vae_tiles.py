@@ -28,7 +28,7 @@ class Cut:
         return int(self.size * 0.75)
 
 
-def in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Tensor:
+def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Tensor:
     """Apply `compute` to x, B C F H W, tile by tile in height and width.
 
     Returns B C' F' H' W', float32, on `device`.
@@ -60,7 +60,7 @@ def in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Ten
     return whole
 
 
-def in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
+def compute_in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
     """Apply `compute` to x, B C F H W, span by span of frames.
 
     Yields B C' F' H' W' in order and without overlaps. A span begins with the last frame of the units before

@@ -30,7 +30,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     runs are removed. size_bytes: what will be written; compared with the free space first. Raises OutputError
     if the folder cannot be written or the disk is full; an existing file then stays unchanged.
     """
-    with _explained(path):
+    with _explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         check_space(path, size_bytes)
@@ -52,7 +52,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
     renames. Raises OutputError if the folder cannot be written.
     """
-    with _explained(path):
+    with _explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -98,7 +98,7 @@ def make_folder(folder: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
-def claimed(path: Path) -> Iterator[bool]:
+def claim_name(path: Path) -> Iterator[bool]:
     """Claim the name `path` for the block; yields False if another block, in any process, has claimed it.
 
     The claim is a hidden file with the name of a temporary one, so that the claim of a killed run is removed
@@ -106,7 +106,7 @@ def claimed(path: Path) -> Iterator[bool]:
     """
     # different from every name of a temporary file or folder of `path`
     claim = path.with_name(f".{path.name}.claim.{'0' * 8}.tmp")
-    with _explained(path):
+    with _explain_errors(path):
         try:
             claim.touch(exist_ok=False)
             is_ours = True
@@ -165,7 +165,7 @@ def give_name(file: Path, path: Path) -> None:
 
     Raises OutputError if that fails.
     """
-    with _explained(path):
+    with _explain_errors(path):
         os.replace(file, path)
         _flush_folder(path.parent)
 
@@ -181,7 +181,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def storable(text: str) -> str:
+def make_storable(text: str) -> str:
     """Return the text as valid UTF-8, for metadata: bytes of file names that are not become `\\udce9`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -232,7 +232,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -13,9 +13,9 @@ def escape_control_codes(text: str) -> str:
     Names, captions and metadata come from others' files: their codes could colour, move, hide or reorder what
     is shown. Newlines and tabs stay, and letters of every language.
     """
-    return _CODES.sub(_written_out, text)
+    return _CODES.sub(_compute_plainly, text)
 
 
-def _written_out(found: re.Match[str]) -> str:
+def _compute_plainly(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -65,7 +65,7 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def sent(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
     """Send a tensor of a batch or of conditions to `device`; integer and bool tensors stay on the host.
 
     Those hold positions and masks of tokens, which code reads: reading from a device would make the host wait
@@ -75,7 +75,7 @@ def sent(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Te
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
 
 
-def sent_ahead(tensor: Tensor, device: torch.device) -> Tensor:
+def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
     """Send a host tensor to a device without waiting for the work that is queued there.
 
     MPS waits: it might read the host's memory after it is freed.
@@ -88,7 +88,7 @@ def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype 
 
     Does not wait for the device, as `torch.tensor` with a device would.
     """
-    return sent_ahead(torch.tensor(numbers, dtype=dtype), device)
+    return send_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
 def make_deterministic() -> None:
@@ -114,7 +114,7 @@ def dtype_named(name: str, option: str) -> torch.dtype:
         raise OptionError(f"{option} {name}: unknown dtype. Use one of {', '.join(DTYPES)}.") from None
 
 
-def computing_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
+def choose_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
     """Return the dtype that a network computes in; `usual` if the option is not given.
 
     Raises OptionError if the name is unknown or an fp8 dtype.

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from modules.planning.memory_plan import Room, Swappable, gib, predicted_before_run, smallest_swap, swap_for
-from modules.speed_options import Speed, swapping
+from modules.planning.memory_plan import Room, Swappable, gib, predict_before_run, smallest_swap, swap_for
+from modules.speed_options import Speed, set_blocks_to_swap
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +25,14 @@ def resolve_swap(
     OptionError if the network has fewer blocks than are to be swapped.
     """
     if room is None:
-        return (swapping(speed, 0) if speed.swap.is_auto else speed), None
-    prediction = predicted_before_run(predict, speed.swap)
+        return (set_blocks_to_swap(speed, 0) if speed.swap.is_auto else speed), None
+    prediction = predict_before_run(predict, speed.swap)
     if prediction is None:
         return speed, None
     blocks, reason = swap_for(prediction, speed.swap, room)
     if reason is not None:
         logger.info(reason)
-        speed = swapping(speed, blocks)
+        speed = set_blocks_to_swap(speed, blocks)
     return speed, prediction
 
 

@@ -54,7 +54,7 @@ class GenerationSpeedOptions:
 Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
 
 
-def swapping(speed: Speed, blocks: int) -> Speed:
+def set_blocks_to_swap(speed: Speed, blocks: int) -> Speed:
     """Return the options with that number of blocks to swap, as after resolving --blocks_to_swap auto."""
     return replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks))
 

@@ -18,7 +18,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.seeds import derive_seed
-from networks.hashes import saved_dtype, with_hashes
+from networks.hashes import add_hashes, saved_dtype
 from networks.loading import import_network_module, read_lora
 from networks.lora import LoraNetwork
 from networks.lora_settings import DEFAULT_RANK
@@ -54,7 +54,7 @@ class TrainableNetwork:
 
     def parameter_groups(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and a name of each for logs."""
-        prepare = self._offered("prepare_optimizer_params")
+        prepare = self._find_offered("prepare_optimizer_params")
         if prepare is None:
             return [{"params": self.parameters(), "lr": learning_rate}], ["unet"]
         result = _call(
@@ -85,7 +85,7 @@ class TrainableNetwork:
 
         A foreign network draws from torch's global generators, so these are seeded for it.
         """
-        own = self._offered("set_dropout_seed")
+        own = self._find_offered("set_dropout_seed")
         if own is None:
             torch.manual_seed(seed)
         else:
@@ -93,7 +93,7 @@ class TrainableNetwork:
 
     def set_multiplier(self, multiplier: float) -> None:
         """Set the strength of the network; 1 during training."""
-        own = self._offered("set_multiplier")
+        own = self._find_offered("set_multiplier")
         if own is not None:
             own(multiplier)
             return
@@ -103,12 +103,12 @@ class TrainableNetwork:
 
     def on_epoch_start(self) -> None:
         self.module.train()
-        own = self._offered("on_epoch_start")
+        own = self._find_offered("on_epoch_start")
         if own is not None:
             _call(own, text_encoder=None, unet=self.dit, transformer=self.dit)
 
     def on_step_start(self) -> None:
-        own = self._offered("on_step_start")
+        own = self._find_offered("on_step_start")
         if own is not None:
             own()
 
@@ -117,7 +117,7 @@ class TrainableNetwork:
 
         Returns the three numbers of a `NormReport` on `device`; they may still be computed there.
         """
-        scale = self._offered("apply_max_norm_regularization")
+        scale = self._find_offered("apply_max_norm_regularization")
         assert scale is not None  # make_network refuses the option without it
         report: Sequence[Any] = scale(max_norm, device)
         if all(isinstance(number, Tensor) for number in report):
@@ -130,7 +130,7 @@ class TrainableNetwork:
         Raises CheckpointError if the file is damaged or of other sizes, or if nothing in it is of this
         network.
         """
-        own = self._offered("load_weights")
+        own = self._find_offered("load_weights")
         if not isinstance(self.module, LoraNetwork):
             self._check_weights(path)
         result = (
@@ -172,9 +172,9 @@ class TrainableNetwork:
         dtype: of the tensors in the file; None: as trained.
         """
         tensors = saved_dtype(self.module.state_dict(), dtype)
-        save_tensors(path, tensors, with_hashes(tensors, metadata))
+        save_tensors(path, tensors, add_hashes(tensors, metadata))
 
-    def _offered(self, name: str) -> Callable[..., Any] | None:
+    def _find_offered(self, name: str) -> Callable[..., Any] | None:
         """Return an optional method of the network, or None."""
         method: Callable[..., Any] | None = getattr(self.module, name, None)
         return method
@@ -206,7 +206,7 @@ def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, s
         )
     if options.network_weights is not None:
         network.load_weights(options.network_weights)
-    prepare = network._offered("prepare_grad_etc")
+    prepare = network._find_offered("prepare_grad_etc")
     if prepare is None:
         network.module.requires_grad_(True)
     else:

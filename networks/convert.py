@@ -5,10 +5,10 @@ from pathlib import Path
 
 from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError
-from networks.hashes import with_hashes
-from networks.key_formats import OURS, to_other, with_rank_as_alpha
-from networks.loading import PEFT_SETTINGS, listed, read_lora
-from networks.module_names import FRAMEPACK, TRAINED_ON, choose_family, named_family
+from networks.hashes import add_hashes
+from networks.key_formats import OURS, add_missing_alphas, to_other
+from networks.loading import PEFT_SETTINGS, list_some, read_lora
+from networks.module_names import FRAMEPACK, TRAINED_ON, choose_family, read_family
 from networks.parts import fuse
 
 logger = getLogger(__name__)
@@ -25,23 +25,23 @@ def convert_file(source: Path, output: Path, target: str) -> None:
     module are put together. Raises CheckpointError where the file is no LoRA or nothing of it can be written.
     """
     lora = read_lora(source)
-    made = named_family(lora.metadata)
+    made = read_family(lora.metadata)
     hint = LIKELY_FAMILY.get(lora.dialect) if made is None else made.name
     family = choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
     native = fuse(lora.tensors) if family is not None and family.parts else lora.tensors
     if target == "default":
-        tensors = with_rank_as_alpha(native)
+        tensors = add_missing_alphas(native)
     else:
         other = to_other(native, hint)
         reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
         if not other.tensors:
-            raise CheckpointError(f"{source} cannot be converted: {listed(reasons, 3)}.", source)
+            raise CheckpointError(f"{source} cannot be converted: {list_some(reasons, 3)}.", source)
         if reasons:
-            logger.warning(f"{source}: {len(reasons)} modules are left out: {listed(reasons)}")
+            logger.warning(f"{source}: {len(reasons)} modules are left out: {list_some(reasons)}")
         tensors = other.tensors
     # its alphas are in the tensors now
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
     if family is FRAMEPACK and made is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
-    save_tensors(output, tensors, with_hashes(tensors, metadata))
+    save_tensors(output, tensors, add_hashes(tensors, metadata))
     logger.info(f"{output}: {len(tensors)} tensors written")

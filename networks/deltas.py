@@ -45,7 +45,7 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
     return modules
 
 
-def fault(factors: Factors) -> str | None:
+def find_fault(factors: Factors) -> str | None:
     """Say why these factors define no change of a weight; return None if they do."""
     for pair in _PAIRS:
         if (pair[0] in factors) != (pair[1] in factors):

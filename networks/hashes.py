@@ -28,7 +28,7 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     }
 
 
-def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata with the hashes of these tensors, replacing older ones; `is_damaged` reads them."""
     return {**metadata, **model_hashes(tensors, metadata), LAYOUT_KEY: layout_hash(tensors)}
 

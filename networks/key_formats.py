@@ -27,7 +27,7 @@ from networks.deltas import (
     rank_of,
     strength,
 )
-from networks.module_names import IN_DIFFUSERS, alias, choose_family, module_path, underscored
+from networks.module_names import IN_DIFFUSERS, alias, choose_family, module_path, replace_dots
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
@@ -127,7 +127,7 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     path, _, leaf = name.rpartition(".")
     for prefix in ("model.diffusion_model.", "model.model.", OTHER, "transformer.", "module.", "_orig_mod."):
         path = path.removeprefix(prefix)
-    return underscored(path), leaf
+    return replace_dots(path), leaf
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Key:
 
     @property
     def module(self) -> str:
-        return underscored(self.path)
+        return replace_dots(self.path)
 
 
 def _split(key: str) -> _Key | None:
@@ -170,7 +170,7 @@ def _as_ours(key: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *[1] * max(tensor.ndim - 1, 1)) if ".lora_magnitude_vector" in key else tensor
 
 
-def with_rank_as_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors in our order; a LoRA without alpha gets alpha = rank, an integer."""
     completed = {}
     for module, factors in group_by_module(tensors).items():
@@ -219,7 +219,7 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor] | str:
     """
     if set(factors) - {"alpha", *LORA, "diff", "diff_b", "lora_up.bias", DORA}:
         return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
-    form = _folded(factors) | {part: factors[part] for part in ("diff", DORA) if part in factors}
+    form = _fold(factors) | {part: factors[part] for part in ("diff", DORA) if part in factors}
     bias = bias_delta(factors, torch.device("cpu"))
     if bias is not None:
         form["diff_b"] = bias.to(factors["diff_b" if "diff_b" in factors else "lora_up.bias"].dtype)
@@ -232,7 +232,7 @@ def _in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
         return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
     if has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, diffusers has them by output"
-    form = _folded(factors)
+    form = _fold(factors)
     bias = bias_delta(factors, torch.device("cpu"))
     if bias is not None and DORA in factors:
         return "it has a bias beside DoRA magnitudes, which has no form in that dialect"
@@ -246,7 +246,7 @@ def _in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
     return form
 
 
-def _folded(factors: Factors) -> dict[str, Tensor]:
+def _fold(factors: Factors) -> dict[str, Tensor]:
     """LoRA factors with alpha / rank shared out between the two."""
     scale = strength(factors)
     halves = {

@@ -16,10 +16,10 @@ from torch import Tensor
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
-from networks.deltas import fault, group_by_module, rank_of
+from networks.deltas import find_fault, group_by_module, rank_of
 from networks.hashes import is_damaged
 from networks.key_formats import OURS, NativeTensors, other_kind, to_native
-from networks.module_names import FamilyNames, choose_family, named_family
+from networks.module_names import FamilyNames, choose_family, read_family
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
@@ -55,9 +55,7 @@ class LoraFile:
 
     def family(self) -> FamilyNames | None:
         """Return the family it was trained for, from its metadata, else its names; None if unknown."""
-        return named_family(self.metadata) or choose_family(
-            name.removeprefix(OURS) for name in self.modules()
-        )
+        return read_family(self.metadata) or choose_family(name.removeprefix(OURS) for name in self.modules())
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -81,23 +79,24 @@ def read_lora(path: Path) -> LoraFile:
             "  Supported are LoRA, DoRA, LoHa, LoKr and whole differences of weights. Give such a file.",
             path,
         )
-    made = named_family(metadata)
+    made = read_family(metadata)
     native = to_native(stored, None if made is None else made.name)
     if not native.tensors:
         raise CheckpointError(
-            f"{path} is no LoRA for a video model: it has tensors such as {listed(sorted(stored), 3)}. Give "
+            f"{path} is no LoRA for a video model: it has tensors such as {list_some(sorted(stored), 3)}. "
+            "Give "
             "a LoRA file.",
             path,
         )
     if native.text_encoder:
         logger.warning(
             f"{path}: {len(native.text_encoder)} tensors change a text encoder and are ignored: "
-            f"{listed(native.text_encoder)}"
+            f"{list_some(native.text_encoder)}"
         )
     if native.unknown:
         warn_of_rest(path, native.unknown, len(stored), "tensors are no part of a LoRA and are ignored")
     for module, factors in group_by_module(native.tensors).items():
-        reason = fault(factors)
+        reason = find_fault(factors)
         if reason is not None:
             raise CheckpointError(
                 f"{path} cannot be used: {module}: {reason}. Download or copy it again, or give another "
@@ -117,7 +116,7 @@ def read_lora(path: Path) -> LoraFile:
     return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
 
 
-def listed(names: Sequence[str], most: int = SHOWN) -> str:
+def list_some(names: Sequence[str], most: int = SHOWN) -> str:
     """`a, b, c and 9 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -130,7 +129,7 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
     """
     if not rest:
         return
-    logger.warning(f"{path}: {len(rest)} of {whole} {what}: {listed(rest)}")
+    logger.warning(f"{path}: {len(rest)} of {whole} {what}: {list_some(rest)}")
     if len(rest) > A_FEW * whole:
         logger.warning(
             f"{path} IS USED ONLY IN PART: it is damaged or for another model, and does not do here what it "
@@ -141,7 +140,7 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
     """Warn if a LoRA fits by its names but its metadata say that it was trained for another model."""
-    made = named_family(lora.metadata)
+    made = read_family(lora.metadata)
     name = next(
         (text for key in MADE_FOR if (text := lora.metadata.get(key, "")).startswith(OF_EQUAL_NAMES)), None
     )

@@ -19,12 +19,12 @@ from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
 from networks.deltas import LORA, Factors, group_by_module, rank_of
-from networks.hashes import saved_dtype, with_hashes
-from networks.key_formats import OURS, to_native, with_rank_as_alpha
-from networks.loading import listed, read_lora, warn_of_other_family
+from networks.hashes import add_hashes, saved_dtype
+from networks.key_formats import OURS, add_missing_alphas, to_native
+from networks.loading import list_some, read_lora, warn_of_other_family
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_settings import LoraSettings, read_settings
-from networks.module_names import choose_family, underscored
+from networks.module_names import choose_family, replace_dots
 from networks.parts import for_model
 
 logger = getLogger(__name__)
@@ -68,7 +68,7 @@ def create_arch_network(
                 f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}"
             )
         if size is not None and chosen:
-            layers[OURS + underscored(path)] = LoraLayer(module, *size)
+            layers[OURS + replace_dots(path)] = LoraLayer(module, *size)
     if not layers:
         raise OptionError(
             "--network_args exclude_patterns: the LoRA has no module left. Exclude fewer, or add some with "
@@ -95,14 +95,14 @@ def build_network_from_weights(
     others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
     settings = read_settings(None, None, arguments.get("neuron_dropout"), others)
     known = {
-        OURS + underscored(path): module
+        OURS + replace_dots(path): module
         for path, module in unet.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     }
     native = for_model(
         to_native(weights).tensors, lambda name: known[name].weight.shape[0] if name in known else None
     )
-    stored = group_by_module(with_rank_as_alpha(native))
+    stored = group_by_module(add_missing_alphas(native))
     layers, missed = {}, []
     for name, factors in stored.items():
         if LORA[0] not in factors or not isinstance(factors.get("alpha"), Tensor):
@@ -113,11 +113,12 @@ def build_network_from_weights(
             missed.append(name)
     if not layers:
         raise CheckpointError(
-            f"--dim_from_weights: the model has none of the file's modules, such as {listed(missed, 3)}"
+            f"--dim_from_weights: the model has none of the file's modules, such as {list_some(missed, 3)}"
         )
     if missed:
         logger.warning(
-            f"--dim_from_weights: {len(missed)} modules of the file are not in this model: {listed(missed)}"
+            f"--dim_from_weights: {len(missed)} modules of the file are not in this model: "
+            f"{list_some(missed)}"
         )
     return LoraNetwork(layers, settings, multiplier)
 
@@ -161,7 +162,7 @@ class LoraNetwork(nn.Module):
             self.add_module(name, layer)
         self.set_multiplier(multiplier)
         ranks = sorted({layer.rank for layer in self.layers})
-        logger.info(f"LoRA on {len(self.layers)} modules, rank {listed([str(rank) for rank in ranks])}")
+        logger.info(f"LoRA on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
 
     def apply_to(
         self,
@@ -232,7 +233,7 @@ class LoraNetwork(nn.Module):
         lora = read_lora(path)
         warn_of_other_family(lora, choose_family(name.removeprefix(OURS) for name in own))
         fitted = for_model(lora.tensors, lambda name: len(own[name][LORA[1]]) if name in own else None)
-        stored = group_by_module(with_rank_as_alpha(fitted))
+        stored = group_by_module(add_missing_alphas(fitted))
         wrong = [
             name for name, factors in stored.items() if name in own and not _same_shapes(factors, own[name])
         ]
@@ -266,7 +267,9 @@ class LoraNetwork(nn.Module):
         problems = [f"{name} is not in this network" for name in unknown]
         problems += [f"{name} is not in the file" for name in own if name not in stored]
         if problems:
-            logger.warning(f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {listed(problems)}")
+            logger.warning(
+                f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {list_some(problems)}"
+            )
         return problems
 
     def save_weights(
@@ -274,7 +277,7 @@ class LoraNetwork(nn.Module):
     ) -> None:
         """Write a LoRA file, completely or not at all, with the hashes of its tensors in the metadata."""
         tensors = saved_dtype(self.state_dict(), dtype)
-        save_tensors(Path(file), tensors, with_hashes(tensors, metadata or {}))
+        save_tensors(Path(file), tensors, add_hashes(tensors, metadata or {}))
 
     @torch.no_grad()
     def apply_max_norm_regularization(

@@ -117,7 +117,7 @@ class LoraLayer(nn.Module):
         # B L R: scaled here because this tensor is small
         hidden = self.lora_down(x) * (self.multiplier * self.scale)
         if dropping:
-            hidden = self._dropped(hidden)
+            hidden = self._drop(hidden)
         whole = out + self.lora_up(hidden).to(out.dtype)
         # compiled code computes it in any case
         if self.seed_table is not None and in_tensors and self.dropouts.module > 0:
@@ -137,16 +137,16 @@ class LoraLayer(nn.Module):
             return low, high
         return halves(self.seed.derive(self.index, kind))
 
-    def _dropped(self, hidden: Tensor) -> Tensor:
+    def _drop(self, hidden: Tensor) -> Tensor:
         if self.dropouts.neuron > 0:
-            hidden = self._masked(hidden, "neuron", hidden.shape, self.dropouts.neuron)
+            hidden = self._mask(hidden, "neuron", hidden.shape, self.dropouts.neuron)
         if self.dropouts.rank > 0:
             axes = [1] * hidden.ndim
             axes[0], axes[-1 if isinstance(self.lora_down, nn.Linear) else 1] = hidden.shape[0], self.rank
-            hidden = self._masked(hidden, "rank", axes, self.dropouts.rank)
+            hidden = self._mask(hidden, "rank", axes, self.dropouts.rank)
         return hidden
 
-    def _masked(self, hidden: Tensor, kind: str, shape: Sequence[int], share: float) -> Tensor:
+    def _mask(self, hidden: Tensor, kind: str, shape: Sequence[int], share: float) -> Tensor:
         """Set dropped elements to 0 and divide the others by 1 - share."""
         keep = keep_mask(shape, share, self._halves(kind), hidden.device)
         # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, with
@@ -164,14 +164,14 @@ def _factors(
             nn.Linear(original.in_features, rank, **made),
             nn.Linear(rank, original.out_features, **made),
         )
-        return _emptied(down), _emptied(up)
+        return _make_empty(down), _make_empty(up)
     places: Any = {"stride": original.stride, "padding": original.padding, "dilation": original.dilation}
     places["kernel_size"] = original.kernel_size
     down_conv = nn.Conv2d(original.in_channels, rank, **places, **made)
-    return _emptied(down_conv), _emptied(nn.Conv2d(rank, original.out_channels, 1, **made))
+    return _make_empty(down_conv), _make_empty(nn.Conv2d(rank, original.out_channels, 1, **made))
 
 
-def _emptied(layer: Layer) -> Layer:
+def _make_empty(layer: Layer) -> Layer:
     """Move a layer from the meta device to the CPU, uninitialised; works in a dry run too."""
     layer.weight = nn.Parameter(torch.empty(layer.weight.shape, dtype=layer.weight.dtype))
     return layer
@@ -190,12 +190,12 @@ def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.de
     """
     numbers = torch.arange(math.prod(shape), device=device)  # int64
     low, high = seed
-    numbers = _hashed(numbers ^ low)
-    numbers = _hashed((numbers + high) & _32_BITS)
+    numbers = _hash(numbers ^ low)
+    numbers = _hash((numbers + high) & _32_BITS)
     return (numbers >= int(share * (_32_BITS + 1))).view(*shape)
 
 
-def _hashed(x: Tensor) -> Tensor:
+def _hash(x: Tensor) -> Tensor:
     """Mix the bits of 32-bit numbers held in int64.
 
     Source: C. Wellons, "Prospecting for hash functions", lowbias32.

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.finite import FiniteCheck
-from modules.checkpoints.opening import Checkpoint, TensorInfo, checkpoint_paths, open_checkpoint
+from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import stream_tensors
+from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import DORA, Factors, bias_delta, decompose, has_input_magnitudes, rows_of, weight_delta
 from networks.key_formats import OURS, module_of_tensor, rename_modules
-from networks.loading import LoraFile, listed, read_lora, warn_of_other_family, warn_of_rest
+from networks.loading import LoraFile, list_some, read_lora, warn_of_other_family, warn_of_rest
 from networks.module_names import FamilyNames, Relative, choose_family, relatives
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import part_rows
@@ -195,7 +196,7 @@ class LoraPatch:
         changes = []
         for key, change, relative in self._changes_of(name):
             self._taken[id(change.use)].add(key)
-            changes.append(_fitted(change, relative, weight, name, self._model).on(weight.device))
+            changes.append(_fit(change, relative, weight, name, self._model).on(weight.device))
         for rows in () if weight.is_meta else _blocks(weight, changes):
             part = weight if rows is None else weight[rows]
             total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
@@ -241,7 +242,7 @@ class LoraPatch:
         if self._path is not None and family is None:
             return CheckpointError(
                 f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
-                f"{listed(list(self._modules), 3)}.\n  Give the model's own file.",
+                f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
                 self._path,
             )
         made = lora.family()
@@ -252,7 +253,7 @@ class LoraPatch:
         )
         return CheckpointError(
             f"{lora.path} does not fit {self._model}, which has none of its {len(missed)} weights, such as "
-            f"{listed(missed, 2)}."
+            f"{list_some(missed, 2)}."
             f"{kinds}\n  Give a LoRA that was trained for this model.",
             self._path or lora.path,
         )
@@ -321,7 +322,7 @@ def _blocks(weight: Tensor, changes: Sequence[_Change]) -> Iterator[slice | None
         yield slice(start, min(start + step, len(weight)))
 
 
-def _fitted(change: _Change, relative: Relative | None, weight: Tensor, name: str, model: str) -> _Change:
+def _fit(change: _Change, relative: Relative | None, weight: Tensor, name: str, model: str) -> _Change:
     """Return the change for this weight. Raises CheckpointError if the shapes differ; computes nothing."""
     path = change.use.lora.path
     try:

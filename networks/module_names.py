@@ -15,7 +15,7 @@ TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name it
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightPart:
     """A module of another layout whose weight is rows of one of ours."""
 
     theirs: str  # path in the other layout
@@ -34,7 +34,7 @@ class FamilyNames:
     architecture: str  # as in `modelspec.architecture`, before its "/lora"
     modules: tuple[str, ...]
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
-    parts: tuple[Part, ...] = ()  # of a layout that cuts some of our modules up
+    parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
 
@@ -98,13 +98,13 @@ WAN = FamilyNames(
 )
 
 
-def _qkv_parts(theirs: str, ours: str) -> tuple[Part, ...]:
+def _qkv_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
     """Return the parts for q, k and v ({x} in `theirs`), stacked in this order in the rows of ours."""
-    return tuple(Part(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate("qkv"))
+    return tuple(WeightPart(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate("qkv"))
 
 
-def _same(theirs: str, ours: str, endings: tuple[tuple[str, str], ...]) -> tuple[Part, ...]:
-    return tuple(Part(theirs + ending, ours + own) for ending, own in endings)
+def _same(theirs: str, ours: str, endings: tuple[tuple[str, str], ...]) -> tuple[WeightPart, ...]:
+    return tuple(WeightPart(theirs + ending, ours + own) for ending, own in endings)
 
 
 _MLPS = tuple(
@@ -198,7 +198,9 @@ HUNYUAN_VIDEO = FamilyNames(
         *_qkv_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn_qkv"),
         *_same("transformer_blocks.{n}.", "double_blocks.{n}.", _DIFFUSERS_DOUBLE),
         *_qkv_parts("single_transformer_blocks.{n}.attn.to_{x}", "single_blocks.{n}.linear1"),
-        Part("single_transformer_blocks.{n}.proj_mlp", "single_blocks.{n}.linear1", REST, usual_height=4),
+        WeightPart(
+            "single_transformer_blocks.{n}.proj_mlp", "single_blocks.{n}.linear1", REST, usual_height=4
+        ),
         *_same("single_transformer_blocks.{n}.", "single_blocks.{n}.", _DIFFUSERS_SINGLE),
         *_qkv_parts(
             "context_embedder.token_refiner.refiner_blocks.{n}.attn.to_{x}",
@@ -210,7 +212,7 @@ HUNYUAN_VIDEO = FamilyNames(
             _DIFFUSERS_REFINER,
         ),
         *_same("", "", _DIFFUSERS_REST),
-        Part("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
+        WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
     ),
 )
 
@@ -257,7 +259,7 @@ FRAMEPACK = FamilyNames(
 FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
 
 
-def underscored(path: str) -> str:
+def replace_dots(path: str) -> str:
     """`blocks.0.self_attn.q` -> `blocks_0_self_attn_q`."""
     return path.replace(".", "_")
 
@@ -278,7 +280,7 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
     return best if score(best)[0] else None
 
 
-def named_family(metadata: Mapping[str, str]) -> FamilyNames | None:
+def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     """Return the family that a LoRA file's metadata name; None if they name none, or an unknown one."""
     version, architecture = (
         metadata.get(TRAINED_ON),
@@ -293,14 +295,14 @@ def module_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family has no such module."""
     known, _, _ = _patterns(family)
     found = known.fullmatch(name)
-    return None if found is None else _filled(family.modules, found)
+    return None if found is None else _fill(family.modules, found)
 
 
 def alias(name: str, family: FamilyNames) -> str:
     """Return our underscored name for one of another layout; return any other name unchanged."""
     _, foreign, _ = _patterns(family)
     found = foreign.fullmatch(name)
-    return name if found is None else underscored(_filled([ours for _, ours in family.aliases], found))
+    return name if found is None else replace_dots(_fill([ours for _, ours in family.aliases], found))
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,7 @@ class Relative:
     """A module whose weight has all or some rows of another module's weight, or the reverse."""
 
     name: str  # underscored
-    part: Part
+    part: WeightPart
     is_part: bool  # of the module that was asked for; otherwise that one is part of this
 
 
@@ -321,17 +323,17 @@ def relatives(name: str) -> tuple[Relative, ...]:
             for own, other, is_part in ((part.ours, part.theirs, True), (part.theirs, part.ours, False)):
                 match = _template(own).fullmatch(name)
                 if match is not None:
-                    found.append(Relative(underscored(other.replace("{n}", match["n"])), part, is_part))
+                    found.append(Relative(replace_dots(other.replace("{n}", match["n"])), part, is_part))
     return tuple(found)
 
 
 @cache
 def _template(path: str) -> re.Pattern[str]:
-    before, _, after = underscored(path).partition("{n}")
+    before, _, after = replace_dots(path).partition("{n}")
     return re.compile(re.escape(before) + (r"(?P<n>\d+)" if "{n}" in path else "(?P<n>)") + re.escape(after))
 
 
-def _filled(templates: Iterable[str], found: re.Match[str]) -> str:
+def _fill(templates: Iterable[str], found: re.Match[str]) -> str:
     """Return the template whose group matched, with its block number filled in."""
     index, number = next(
         (int(key[1:]), value) for key, value in found.groupdict().items() if value is not None
@@ -352,7 +354,7 @@ def _patterns(family: FamilyNames) -> tuple[re.Pattern[str], re.Pattern[str], re
 def _pattern(templates: Iterable[str]) -> re.Pattern[str]:
     parts = []
     for index, template in enumerate(templates):
-        before, _, after = underscored(template).partition("{n}")
+        before, _, after = replace_dots(template).partition("{n}")
         number = rf"(?P<t{index}>\d+)" if "{n}" in template else rf"(?P<t{index}>)"
         parts.append(re.escape(before) + number + re.escape(after))
     return re.compile("|".join(parts) or r"(?!)")

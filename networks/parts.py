@@ -18,13 +18,13 @@ from networks.deltas import (
     strength,
 )
 from networks.key_formats import OURS
-from networks.module_names import FAMILIES, REST, SWAPPED, Part, Relative, relatives
+from networks.module_names import FAMILIES, REST, SWAPPED, Relative, WeightPart, relatives
 
 logger = getLogger(__name__)
-Pieces = Sequence[tuple[Part, Factors]]  # of one fused module
+Pieces = Sequence[tuple[WeightPart, Factors]]  # of one fused module
 
 
-def part_rows(part: Part, own: int, whole: int) -> slice | Tensor | None:
+def part_rows(part: WeightPart, own: int, whole: int) -> slice | Tensor | None:
     """Return which of the fused weight's `whole` rows the part's `own` rows are; None if they do not fit."""
     if part.index is None or part.index == SWAPPED:
         if own != whole:
@@ -104,7 +104,7 @@ def fuse(
     likely = _likely_heights(pieces.values()) if height is None else {}
     for into, names in found.items():
         rows = likely[pieces[into][0][0].ours] if height is None else height(into)
-        joined = _joined(pieces[into], rows or 0)
+        joined = _join(pieces[into], rows or 0)
         if isinstance(joined, str):
             logger.warning(f"{into}: {joined}; they stay apart")
             fused.update({name: modules[name] for name in names})
@@ -118,7 +118,7 @@ def _larger(name: str) -> Relative | None:
     return next((other for other in relatives(name.removeprefix(OURS)) if not other.is_part), None)
 
 
-def _part(name: str) -> Part:
+def _part(name: str) -> WeightPart:
     larger = _larger(name)
     assert larger is not None
     return larger.part
@@ -149,7 +149,7 @@ def _likely_height(ours: str, rows: Mapping[int | None, int]) -> int:
     return (equal or last // rest.usual_height) * (len(siblings) - 1) + (last or equal * rest.usual_height)
 
 
-def _joined(pieces: Pieces, height: int) -> Factors | str:
+def _join(pieces: Pieces, height: int) -> Factors | str:
     """Return factors for a weight of this height, or the reason why there are none."""
     (part, factors), *others = pieces
     if part.index is None and not others:
@@ -170,12 +170,12 @@ def _joined(pieces: Pieces, height: int) -> Factors | str:
             return "only DoRA magnitudes by output, for all of its rows, can be put together"
         if sum(len(factors[DORA]) for _, factors in pieces) != height:
             return f"its parts have DoRA magnitudes for less than its {height} rows"
-    return _stacked(
+    return _stack(
         [factors for _, factors in pieces], [place for place in places if isinstance(place, slice)], height
     )
 
 
-def _stacked(parts: Sequence[Factors], places: Sequence[slice], height: int) -> Factors:
+def _stack(parts: Sequence[Factors], places: Sequence[slice], height: int) -> Factors:
     """Return one LoRA whose up factor has the parts' up factors as blocks, each in its rows."""
     downs, ups = [factors[LORA[0]] for factors in parts], [factors[LORA[1]] for factors in parts]
     scales = [strength(factors) for factors in parts]

@@ -60,11 +60,13 @@ class Concept:
         """Draw a scene that shows the concept; return it with its caption."""
         scene = drawing.scene(random)
         # large forms: latents have an eighth of the size, and small forms come back from them as circles
-        thing = drawing.thing(random, shape=self.form, rgb=self.rgb, width="large" if self.form else None)
+        thing = drawing.draw_thing(
+            random, shape=self.form, rgb=self.rgb, width="large" if self.form else None
+        )
         return replace(scene, things=(thing,)), self.caption(thing)
 
 
-def known(random: np.random.Generator) -> tuple[drawing.Scene, str]:
+def draw_known(random: np.random.Generator) -> tuple[drawing.Scene, str]:
     """Draw a scene of something the model knows; return it with its plain caption."""
     scene = drawing.scene(random)
     return scene, plain(scene.things[0])
@@ -79,7 +81,7 @@ CONCEPTS: Mapping[str, Concept] = {
 def lay_out(folder: Path, concept: Concept) -> Path:
     """Write clips to learn from, clips to validate on and dataset.toml into `folder`; return its path."""
     write_clips(folder / "clips", CLIPS, seed=1, make=concept.make)
-    write_clips(folder / "known_clips", KNOWN_CLIPS, seed=3, make=known)
+    write_clips(folder / "known_clips", KNOWN_CLIPS, seed=3, make=draw_known)
     write_clips(folder / "validation_clips", VALIDATION_CLIPS, seed=2, make=concept.make)
     config = folder / "dataset.toml"
     write_text(config, DATASET.format(folder=folder.as_posix()))

@@ -68,7 +68,7 @@ class Scene:
     ground_rgb: Colour
 
 
-def thing(
+def draw_thing(
     random: np.random.Generator,
     colour: str | None = None,
     shape: str | None = None,
@@ -99,10 +99,10 @@ def scene(random: np.random.Generator, two: float = 0.0) -> Scene:
     ground = pick(random, tuple(GROUNDS))
     rgb = near(random, GROUNDS[ground], 6)
     if random.uniform() >= two:
-        return Scene((thing(random),), ground, rgb)
-    first = thing(random, width="small")
+        return Scene((draw_thing(random),), ground, rgb)
+    first = draw_thing(random, width="small")
     while True:
-        second = thing(random, width="small")
+        second = draw_thing(random, width="small")
         if (second.colour, second.shape) != (first.colour, first.shape) and _apart(first, second):
             return Scene((first, second), ground, rgb)
 

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_text(lines, "".join(f"{each.prompt} --d {seed}\n" for seed, each in asked.items()))
     clip = ["--from_file", str(lines), "--save_path", str(args.save_path / "clips")]
     wan_generate_video.main([*model_options(args.model), *CLIP, *clip, *others])
-    accuracy = judged(asked, read_verdicts(args.save_path / "clips"))
+    accuracy = judge(asked, read_verdicts(args.save_path / "clips"))
     text = json.dumps({"word": args.word, "options": others, **asdict(accuracy)})
     write_text(args.save_path / "accuracy.json", text + "\n")
     sys.stdout.write(text + "\n")
@@ -121,7 +121,7 @@ def read_verdicts(folder: Path) -> dict[int, Verdict]:
     return found
 
 
-def judged(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accuracy:
+def judge(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accuracy:
     """Return how often the clips show what was asked for. Raises KeyError if a clip is missing."""
     pairs = [(each, verdicts[seed]) for seed, each in asked.items()]
     rows = np.array(

@@ -57,7 +57,7 @@ def write_report(folder: Path) -> Path:
     sections = [
         f"<p class=ok>Of {asked} clips that ask for a <b>{blorp.word}</b>, a form that the model has never "
         "seen, "
-        f"{counts[0]} show it before and {counts[1]} after {learned(folder / blorp.word)} steps.</p>",
+        f"{counts[0]} show it before and {counts[1]} after {read_steps(folder / blorp.word)} steps.</p>",
         "<h2>Before and after: same prompts, same seeds</h2>",
         *(pair(folder, *clips) for clips in zip(before, after, strict=True)),
         f"<h2>The second LoRA: {zindle.word} is a colour</h2>",
@@ -116,7 +116,7 @@ def pair(folder: Path, *clips: GeneratedClip) -> str:
     """Return HTML: clips of one prompt side by side, the prompt above, the detectors' verdict under each."""
     return (
         f"<h3>{html.escape(clips[0].prompt)}</h3><div "
-        f"class=pair>{''.join(_judged(folder, clip) for clip in clips)}</div>"
+        f"class=pair>{''.join(_judge(folder, clip) for clip in clips)}</div>"
     )
 
 
@@ -147,7 +147,7 @@ def footage_figures(folder: Path, reconstructed: Path) -> list[str]:
     ]
 
 
-def learned(folder: Path) -> int:
+def read_steps(folder: Path) -> int:
     """Return how many steps a LoRA was trained for."""
     return len(read_scalars(folder / "logs", "loss/current"))
 
@@ -188,7 +188,7 @@ def figure(folder: Path, video: Path, text: str) -> str:
     )
 
 
-def _judged(folder: Path, clip: GeneratedClip) -> str:
+def _judge(folder: Path, clip: GeneratedClip) -> str:
     verdict = clip.verdict
     seen = (
         "nothing"

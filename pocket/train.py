@@ -28,7 +28,7 @@ from pocket.clips import write_clips, write_dataset
 from pocket.footage import real_clips
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.run import prepared_run
+from training.run import prepare_run
 from training.whole_dit_options import add_whole_dit_arguments
 from wan.configs import WanConfig
 from wan.family import family_for_training
@@ -124,7 +124,7 @@ def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
     add_training_arguments(parser)
     args = read_arguments(parser, dit_options(settings, dataset, start, vae, t5))
     family = family_for_training(read_options(WanTrainingOptions, args))
-    with prepared_run(family, read_options(TrainingOptions, args)) as run:
+    with prepare_run(family, read_options(TrainingOptions, args)) as run:
         if not train(run):
             raise SystemExit(0)  # stopped on request; the next run resumes
     with open_checkpoint(output / "trained.safetensors") as trained:

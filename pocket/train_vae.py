@@ -24,7 +24,7 @@ from pocket import drawing, vae_learning
 from pocket.muon import Muon
 from pocket.vae_learning import decode, encode
 from wan.vae import WanVae
-from wan.vae_blocks import VaeConfig, VaeLayer
+from wan.vae_blocks import VaeLayer, WanVaeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ SCALES = (64, 88)  # short sides of the real frames from which 64 x 64 pieces ar
 
 
 @dataclass(frozen=True)
-class Phase:
+class LearningPhase:
     """One phase of the training.
 
     Batches are (clips, frames, side in pixels), used in turn; the learning rate falls as a cosine.
@@ -52,13 +52,13 @@ class Phase:
 
 
 PHASES = (
-    Phase("frames", 900, ((24, 1, 32),), 1.2e-3, 8e-4),
-    Phase("clips", 700, ((8, 5, 32), (6, 9, 32), (24, 1, 32), (2, 9, 64)), 8e-4, 1e-4),
-    Phase("decoder", 800, ((6, 9, 32), (2, 9, 64), (1, 17, 64)), 5e-4, 1e-5, learns_encoder=False),
+    LearningPhase("frames", 900, ((24, 1, 32),), 1.2e-3, 8e-4),
+    LearningPhase("clips", 700, ((8, 5, 32), (6, 9, 32), (24, 1, 32), (2, 9, 64)), 8e-4, 1e-4),
+    LearningPhase("decoder", 800, ((6, 9, 32), (2, 9, 64), (1, 17, 64)), 5e-4, 1e-5, learns_encoder=False),
 )
 
 
-def config(width: int = WIDTH) -> VaeConfig:
+def config(width: int = WIDTH) -> WanVaeConfig:
     """Return the released structure with one residual block per level (two in the decoder)."""
     widths = [width, width, 2 * width, 4 * width, 4 * width]
     down, up = [], []
@@ -70,13 +70,13 @@ def config(width: int = WIDTH) -> VaeConfig:
         first = wide if level == 0 else widths[5 - level] // 2
         up += [VaeLayer("residual", first, wide), VaeLayer("residual", wide, wide)]
         up += [VaeLayer(kind, wide, wide // 2)] if kind else []
-    return VaeConfig(16, tuple(down), tuple(up))
+    return WanVaeConfig(16, tuple(down), tuple(up))
 
 
 def train(
     folder: Path,
     clips: Mapping[str, Path],
-    phases: tuple[Phase, ...] = PHASES,
+    phases: tuple[LearningPhase, ...] = PHASES,
     seed: int = 0,
     every: int = 200,
     statistics_clips: int = 300,
@@ -91,7 +91,7 @@ def train(
     vae = WanVae(config())
     vae_learning.begin(vae)
     optimizer = Muon(vae.parameters())
-    source = Source(clips, seed)
+    source = ClipSource(clips, seed)
     state_path, step = folder / "vae_state.pt", 0
     if state_path.exists():
         state = torch.load(state_path)
@@ -132,7 +132,7 @@ def train(
     return folder / "vae.safetensors"
 
 
-class Source:
+class ClipSource:
     """Training batches by step: drawn clips and pieces of real footage, in -1..1."""
 
     def __init__(self, clips: Mapping[str, Path], seed: int) -> None:
@@ -142,9 +142,11 @@ class Source:
         for name, path in clips.items():
             frames = list(video_frames(path))
             self.held_out[name] = np.stack(
-                [fitted(frame, 64)[:64, :64] for frame in _middle(frames[: drawing.FRAMES])]
+                [fit_frame(frame, 64)[:64, :64] for frame in _middle(frames[: drawing.FRAMES])]
             )
-            self._real += [np.stack([fitted(frame, side) for frame in frames[HELD_OUT:]]) for side in SCALES]
+            self._real += [
+                np.stack([fit_frame(frame, side) for frame in frames[HELD_OUT:]]) for side in SCALES
+            ]
 
     def batch(self, step: int, clips: int, frames: int, side: int) -> Tensor:
         """Return the batch of a step, B 3 F H W with H = W = side. It does not depend on earlier calls."""
@@ -210,7 +212,7 @@ def finish_encoder(vae: WanVae, clips: int = 300) -> None:
 
 
 @torch.no_grad()
-def measure(vae: WanVae, source: Source) -> dict[str, float]:
+def measure(vae: WanVae, source: ClipSource) -> dict[str, float]:
     """Return the PSNR in dB of held-out drawn and real clips."""
     random = np.random.default_rng(derive_seed("held-out clips"))
     drawn = as_pixels(np.stack([drawing.draw(drawing.scene(random, two=0.1)) for _ in range(12)]))
@@ -232,7 +234,7 @@ def as_pixels(clips: NDArray[np.uint8]) -> Tensor:
     return to_pixels(torch.from_numpy(clips))
 
 
-def fitted(frame: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
+def fit_frame(frame: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
     """Shrink the frame until its short side has `short_side` pixels."""
     height, width = frame.shape[:2]
     scale = short_side / min(height, width)
@@ -247,7 +249,7 @@ def _middle(frames: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
     return [frame[top : top + side, left : left + side] for frame in frames]
 
 
-def _phase_at(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
+def _phase_at(phases: tuple[LearningPhase, ...], step: int) -> tuple[LearningPhase, int]:
     for phase in phases:
         if step < phase.steps:
             return phase, step
@@ -256,7 +258,12 @@ def _phase_at(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
 
 
 def _step(
-    vae: WanVae, optimizer: torch.optim.Optimizer, phase: Phase, position: int, pixels: Tensor, step: int
+    vae: WanVae,
+    optimizer: torch.optim.Optimizer,
+    phase: LearningPhase,
+    position: int,
+    pixels: Tensor,
+    step: int,
 ) -> float:
     fall = 0.5 + 0.5 * math.cos(math.pi * position / phase.steps)
     warm = min(1.0, (position + 1) / 50)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.vae import MEAN, STD, WanVae
-from wan.vae_blocks import CausalConv3d, Downsample, FrameAttention, ResidualBlock, RmsNorm, Upsample
+from wan.vae_blocks import Downsample, RmsNorm, Upsample, WanCausalConv, WanFrameAttention, WanResidualBlock
 
 
 def encode(vae: WanVae, pixels: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def begin(vae: WanVae) -> None:
     """
     for module in vae.modules():
         match module:
-            case CausalConv3d():
+            case WanCausalConv():
                 nn.init.zeros_(module.weight)
                 nn.init.normal_(module.weight[:, :, -1], std=(9 * module.in_channels) ** -0.5)
                 nn.init.zeros_(module.get_parameter("bias"))
@@ -65,9 +65,9 @@ def begin(vae: WanVae) -> None:
                 nn.init.zeros_(module.get_parameter("bias"))
     for module in vae.modules():
         match module:
-            case ResidualBlock():
+            case WanResidualBlock():
                 nn.init.zeros_(module.residual["6"].get_parameter("weight"))
-            case FrameAttention():
+            case WanFrameAttention():
                 nn.init.zeros_(module.proj.weight)
             case Downsample(time_conv=nn.Conv3d() as conv):  # two frames become their mean
                 nn.init.zeros_(conv.weight)
@@ -85,10 +85,10 @@ def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 def _layer(layer: nn.Module, x: Tensor) -> Tensor:
     match layer:
-        case ResidualBlock():
+        case WanResidualBlock():
             norm1, conv1, norm2, conv2 = layer.residual.values()
             return _causal(conv2, _causal(conv1, x, norm1), norm2) + layer.shortcut(x)
-        case FrameAttention():
+        case WanFrameAttention():
             return _attend(layer, x)
         case Downsample():
             x = _each_frame(layer.resample["1"], F.pad(x, (0, 1, 0, 1)))
@@ -107,24 +107,24 @@ def _layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _causal(conv: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-    assert isinstance(conv, CausalConv3d)
+    assert isinstance(conv, WanCausalConv)
     if isinstance(norm, RmsNorm):
-        x = F.silu(_normalised(norm, x))
+        x = F.silu(_normalise(norm, x))
     if x.shape[2] == 1:
         return F.conv2d(x.squeeze(2), conv.weight[:, :, -1], conv.bias, padding=1).unsqueeze(2)
     return F.conv3d(F.pad(x, (0, 0, 0, 0, 2, 0)), conv.weight, conv.bias, padding=(0, 1, 1))
 
 
-def _normalised(norm: RmsNorm, x: Tensor) -> Tensor:
+def _normalise(norm: RmsNorm, x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
     return x * (x.shape[1] ** 0.5 / length).to(x.dtype) * norm.gamma.to(x.dtype)
 
 
-def _attend(layer: FrameAttention, x: Tensor) -> Tensor:
+def _attend(layer: WanFrameAttention, x: Tensor) -> Tensor:
     batch, _, _, height, _ = x.shape
     frames = x.transpose(1, 2).flatten(0, 1)  # B*F C H W
     q, k, v = (
-        layer.to_qkv(_normalised(layer.norm, frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        layer.to_qkv(_normalise(layer.norm, frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
     )
     seen = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)  # B*F C H*W
     return x + layer.proj(seen.unflatten(2, (height, -1))).unflatten(0, (batch, -1)).transpose(1, 2)

@@ -66,7 +66,7 @@ def waits(dit: torch.nn.Module, inputs: dict[str, Any]) -> list[str]:
 
 
 def sent(value: Any) -> Any:
-    """As `modules.devices.sent`, which leaves whole numbers on the host."""
+    """As `modules.devices.send`, which leaves whole numbers on the host."""
     if isinstance(value, list):
         return [sent(each) for each in value]
     return value.to(META) if value.is_floating_point() else value

@@ -36,7 +36,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     values = {}
     for key, value in _flatten(_load(path)):
         if key in actions:
-            values[key] = _converted(path, actions[key], value)
+            values[key] = _convert(path, actions[key], value)
         else:
             close = difflib.get_close_matches(key, actions, n=1)
             logger.warning(
@@ -65,7 +65,7 @@ def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _converted(path: Path, action: argparse.Action, value: Any) -> Any:
+def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
     """Convert a TOML value to what the command line would give."""
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):

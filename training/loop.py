@@ -33,11 +33,11 @@ from training.optimizers.parameter_steps import ParameterSteps
 from training.options import TrainingOptions
 from training.processes.gradients import fill_missing_gradients, is_any, norm_of_gradients, sum_over_processes
 from training.progress import Progress
-from training.reports.logs import Logs, StepReport, named_rates
+from training.reports.logs import Logs, StepReport, name_rates
 from training.reports.readings import Notes, Reading, Readings
 from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.saving.files import MinuteClock, Saver
-from training.steps import Plan
+from training.steps import StepPlan
 from training.stopping import StopRequest
 from training.trainable import Trainable
 from training.validation import Validation
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """Hold everything that the loop works with.
 
     `progress`, the network, the optimizer and the schedule change while training.
@@ -58,7 +58,7 @@ class Run:
     trainable: Trainable
     optimizer: Optimizer
     schedule: LrSchedule
-    plan: Plan
+    plan: StepPlan
     feed: Feed
     progress: Progress
     device: torch.device
@@ -81,13 +81,13 @@ class Run:
         return self.trainable.parameters
 
 
-def train(run: Run) -> bool:
+def train(run: TrainingRun) -> bool:
     """Train from `run.progress` to the last step.
 
     Returns False if the run was asked to end before.
     """
     progress, plan = run.progress, run.plan
-    with run.stop.listening():
+    with run.stop.listen():
         _begin(run)
         if is_ending(run):
             return False
@@ -108,7 +108,7 @@ def train(run: Run) -> bool:
     return True
 
 
-def advance(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
+def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
     """Take a step and do what is due after it. Returns whether the run has to end here."""
     is_due_by_clock = take_step(run, group, micro_batches)
     progress = run.progress
@@ -119,16 +119,16 @@ def advance(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool
     return is_ending(run)
 
 
-def is_ending(run: Run) -> bool:
+def is_ending(run: TrainingRun) -> bool:
     """Return whether the run was asked to end before its last step and all processes know it."""
     return run.stop.agreed and run.progress.step < run.plan.total_steps
 
 
-def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
+def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
     """Take one optimizer step on the micro-batches of `group`. Returns whether the clock asks for saving."""
     run.trainable.start_step()
     # before any weight is stepped
-    rates = named_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
+    rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
     loss, keys = _accumulate(run, group, micro_batches)
     numbers = loss.view(1)
     is_alone = run.plan.processes == 1
@@ -150,7 +150,7 @@ def take_step(run: Run, group: range, micro_batches: Iterator[MicroBatch]) -> bo
 
 
 def _accumulate(
-    run: Run, group: range, micro_batches: Iterator[MicroBatch]
+    run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Accumulate the gradients of this process' share of the group.
 
@@ -177,7 +177,7 @@ def _accumulate(
     return total, keys
 
 
-def _seed(run: Run, number: int) -> None:
+def _seed(run: TrainingRun, number: int) -> None:
     """Make dropout a function of the seed and the micro-batch number.
 
     The global generators are seeded too, for networks that use them.
@@ -192,7 +192,7 @@ def _seed(run: Run, number: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def _update(run: Run) -> Tensor:
+def _update(run: TrainingRun) -> Tensor:
     """Clip, step optimizer and schedule, clear the gradients.
 
     Returns the gradients' norm before clipping, on the device.
@@ -203,7 +203,7 @@ def _update(run: Run) -> Tensor:
     return norm.detach().float()
 
 
-def _clip_and_step(run: Run) -> Tensor:
+def _clip_and_step(run: TrainingRun) -> Tensor:
     """Clip the gradients and step the optimizer. Returns the gradients' norm before clipping."""
     max_norm = run.options.optimizer.max_grad_norm
     if run.scaler is not None:
@@ -221,7 +221,7 @@ def _clip_and_step(run: Run) -> Tensor:
     return norm
 
 
-def _note(run: Run, reading: Reading) -> None:
+def _note(run: TrainingRun, reading: Reading) -> None:
     """Log a step.
 
     Raises UserError if its loss or gradient norm is NaN or infinite, before anything made from it is saved.
@@ -247,14 +247,14 @@ def _note(run: Run, reading: Reading) -> None:
     run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, norms))
 
 
-def _settle(run: Run) -> None:
+def _settle(run: TrainingRun) -> None:
     """Wait for the last step's numbers, so that its loss is checked and counted."""
     reading = run.readings.flush()
     if reading is not None:
         _note(run, reading)
 
 
-def _begin(run: Run) -> None:
+def _begin(run: TrainingRun) -> None:
     """Do what is due before the first step, or what was still due when the resumed state was saved."""
     progress = run.progress
     if progress.step == 0 and is_due_at_step(run.options.samples, 0) and progress.sampled_step != 0:
@@ -268,7 +268,7 @@ def _begin(run: Run) -> None:
     run.logs.restart_clock()
 
 
-def _after_step(run: Run, saves: bool) -> None:
+def _after_step(run: TrainingRun, saves: bool) -> None:
     """Do what is due after an optimizer step.
 
     Samples come before saving. If the run is to end, its samples are generated after resuming.
@@ -298,7 +298,7 @@ def _after_step(run: Run, saves: bool) -> None:
     run.logs.restart_clock()
 
 
-def _after_epoch(run: Run) -> None:
+def _after_epoch(run: TrainingRun) -> None:
     """Do what is due at the end of an epoch: save, then sample.
 
     An epoch cut short by --max_train_steps stays unfinished.
@@ -330,7 +330,7 @@ def _after_epoch(run: Run) -> None:
     run.logs.restart_clock()
 
 
-def _save_to_go_on(run: Run) -> None:
+def _save_to_go_on(run: TrainingRun) -> None:
     """Save the model and the state of a run that ends here."""
     if run.saver is not None:
         run.saver.save_step(run.progress.step, with_state=True)
@@ -339,7 +339,7 @@ def _save_to_go_on(run: Run) -> None:
     )
 
 
-def _sample(run: Run) -> None:
+def _sample(run: TrainingRun) -> None:
     """Make the pending samples.
 
     If the run is asked to end meanwhile, it ends at this step and the samples stay pending: the resumed run
@@ -361,7 +361,7 @@ def _sample(run: Run) -> None:
     progress.sample_pending, progress.sampled_step = "", progress.step
 
 
-def _validate(run: Run) -> None:
+def _validate(run: TrainingRun) -> None:
     assert run.validation is not None
     with evaluation((run.dit, *run.trainable.modules.values()), run.optimizer, run.parameters):
         losses = run.validation.measure(run.dit, run.autocast)

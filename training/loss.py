@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from modules.contract.data import Batch, Conditions
 from modules.contract.family import Described, Predicts
 from modules.contract.noise import NoiseSpec
-from modules.devices import sent
+from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from training.loss_options import L2, LossOptions
 
@@ -55,7 +55,7 @@ class NoisyBatch:
         """Copy to the device, without waiting if pinned. Whole numbers stay on the host."""
         # its streams keep the source alive until it is read; other devices do not promise that
         is_ordered = device.type == "cuda"
-        return self.moved(lambda tensor: sent(tensor, device, is_ordered))
+        return self.moved(lambda tensor: send(tensor, device, is_ordered))
 
 
 def measure_errors(

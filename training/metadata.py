@@ -10,7 +10,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
-from modules.atomic_write import storable
+from modules.atomic_write import make_storable
 from networks.loading import TRAINED_FOR
 from training.loss_options import L2
 from training.options import TrainingOptions
@@ -90,7 +90,7 @@ def file_metadata(
             "ss_epoch": str(epoch),
         }
     values |= _modelspec(options, family_metadata, now)
-    return {key: storable(text) for key, text in values.items()}
+    return {key: make_storable(text) for key, text in values.items()}
 
 
 def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from training.saving.states import (
     warn_of_changes,
 )
 from training.saving.upload import download_state
-from training.steps import Plan
+from training.steps import StepPlan
 from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def identity_of(
     options: TrainingOptions,
     seed: int,
     order: BatchOrder,
-    plan: Plan,
+    plan: StepPlan,
     network_module: str,
     own: Any = NO_OPTIONS,
 ) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
         )
 
 
-def check_progress(saved: SavedState | ForeignState | None, plan: Plan) -> None:
+def check_progress(saved: SavedState | ForeignState | None, plan: StepPlan) -> None:
     """Raise CheckpointError if the counts of a state contradict each other, or its own settings.
 
     For after `check_resumable`.

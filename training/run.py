@@ -35,18 +35,18 @@ from modules.devices import DTYPES, choose_device, dtype_name
 from modules.dressing import swapped_weights
 from modules.errors import DatasetError, OptionError
 from modules.fp8.options import Quantisation
-from modules.fp8.products import with_product
+from modules.fp8.products import add_product
 from modules.offload.block_swap import HostWeights, settle
 from modules.options import require
 from modules.planning.memory_plan import too_little
-from modules.speed_options import swapping
+from modules.speed_options import set_blocks_to_swap
 from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
-from training.loop import Run, train
+from training.loop import TrainingRun, train
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.optimizers.finished_weights import finished_weights
 from training.optimizers.fused_backward import FusedBackward, check_fused_backward
@@ -75,17 +75,17 @@ from training.samples import Sampler, prepare_samples
 from training.saving.files import MinuteClock, Names, Saver
 from training.saving.states import ForeignState, SavedState, write_state
 from training.saving.upload import Uploads, make_uploads
-from training.steps import Plan, total_steps
+from training.steps import StepPlan, total_steps
 from training.trainable import train_dit
 from training.trainable import train_network as as_trainable
-from training.unused_options import ignored_options
+from training.unused_options import list_unused_options
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """Hold what everything below is built from."""
 
     family: Family
@@ -118,7 +118,7 @@ class Data:
     training: Sequence[TrainingItem]
     order: BatchOrder
     validation: Sequence[TrainingItem]
-    plan: Plan
+    plan: StepPlan
     encoders: SameEncoders
 
 
@@ -139,7 +139,7 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
         _plan(family, options, commands)
         return 0
     try:
-        with prepared_run(family, options, commands) as run:
+        with prepare_run(family, options, commands) as run:
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
@@ -149,9 +149,9 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
 
 
 @contextlib.contextmanager
-def prepared_run(
+def prepare_run(
     family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS
-) -> Iterator[Run]:
+) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
     config = _read_config(options)  # a fault in it is told before anything is started
     job = _start(family, options, commands)
@@ -171,7 +171,7 @@ def prepared_run(
     if job.options.speed.swap.is_auto:
         number = options.speed.swap.number
         number = largest(number, job.accelerator.num_processes, job.accelerator.device)
-        options = replace(options, speed=swapping(options.speed, number))
+        options = replace(options, speed=set_blocks_to_swap(options.speed, number))
     job = replace(job, options=options)
     host = swapped_weights(family.dit, options.speed.swap, job.accelerator.device)
     dit = _load_dit(job, host)
@@ -192,13 +192,13 @@ def prepared_run(
     log_config = public_config(options) if options.logs.log_config else None
     tracker = TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft"
     with (
-        uploads.finishing(),
+        uploads.finish_uploads(),
         start_logs(
             job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config, tracker
         ) as logs,
     ):
         logger.info(_summary(job, data))
-        yield Run(
+        yield TrainingRun(
             options=options,
             family=family,
             dit=dit,
@@ -245,7 +245,7 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -
     plan_training(family, options, items or found, commands, choose_device(None))
 
 
-def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> Job:
+def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> TrainingJob:
     """Join the processes and find where to begin."""
     check_trackers(options.logs)
     accelerator = make_accelerator(
@@ -255,13 +255,13 @@ def _start(family: Family, options: TrainingOptions, commands: CachingCommands) 
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     else:
         takes_guidance = family.defaults.embedded_guidance is not None
-        for line in ignored_options(options, takes_guidance, family.noise.table_is_shifted):
+        for line in list_unused_options(options, takes_guidance, family.noise.table_is_shifted):
             logger.warning(line)
     check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
-    fp8 = with_product(options.speed.fp8.quantisation, accelerator.device)
+    fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
-    return Job(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
+    return TrainingJob(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
 
 
 def _read_config(options: TrainingOptions) -> DatasetConfig:
@@ -270,7 +270,7 @@ def _read_config(options: TrainingOptions) -> DatasetConfig:
     )
 
 
-def _find_data(job: Job, config: DatasetConfig) -> Data:
+def _find_data(job: TrainingJob, config: DatasetConfig) -> Data:
     """Find the caches by their names and plan the steps.
 
     Raises CacheError with the caching commands if there are none.
@@ -293,11 +293,11 @@ def _find_data(job: Job, config: DatasetConfig) -> Data:
     steps = total_steps(
         loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation
     )
-    plan = Plan(order.num_batches, processes, accumulation, steps)
+    plan = StepPlan(order.num_batches, processes, accumulation, steps)
     return Data(config, training, order, validation, plan, SameEncoders(job.commands))
 
 
-def _make_sampler(job: Job) -> Sampler | None:
+def _make_sampler(job: TrainingJob) -> Sampler | None:
     """Encode the texts and images of the samples.
 
     Raises OptionError if an encoder is missing, before the DiT is loaded.
@@ -318,12 +318,12 @@ def _make_sampler(job: Job) -> Sampler | None:
     )
 
 
-def _placement(job: Job) -> Placement:
+def _placement(job: TrainingJob) -> Placement:
     """Return where the DiT goes and its dtype; see `placement_of`."""
     return placement_of(job.options, job.accelerator.device, job.fp8)
 
 
-def _check_attention(job: Job) -> None:
+def _check_attention(job: TrainingJob) -> None:
     """Raise OptionError if the requested attention is not available; nothing is loaded yet."""
     autocast = AUTOCAST.get(job.options.accelerator.mixed_precision)
     placement = _placement(job)
@@ -335,7 +335,7 @@ def _check_attention(job: Job) -> None:
     )
 
 
-def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
+def _load_dit(job: TrainingJob, host: HostWeights | None) -> nn.Module:
     """Load the DiT onto the device, frozen, merging --base_weights while loading.
 
     A DiT that is to be trained gets the training dtype. host: keeps the weights of swapped blocks.
@@ -358,7 +358,9 @@ def _load_dit(job: Job, host: HostWeights | None) -> nn.Module:
     return dit.requires_grad_(False)
 
 
-def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: int) -> tuple[Learning, str]:
+def _make_learning(
+    job: TrainingJob, dit: nn.Module, host: HostWeights | None, steps: int
+) -> tuple[Learning, str]:
     """Wrap the DiT (network, compiling, checkpointing, swap) and make optimizer and schedule.
 
     Also returns the optimizer's name for metadata.
@@ -383,7 +385,7 @@ def _make_learning(job: Job, dit: nn.Module, host: HostWeights | None, steps: in
     return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32), name
 
 
-def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
+def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
     """Return what steps single weights and what does so in the backward pass, if the options ask for it."""
     whole, trainable, optimizer = job.options.whole_dit, learning.trainable, learning.optimizer
     if whole is None or not (whole.full_bf16 or whole.fused_backward_pass):
@@ -405,7 +407,7 @@ def _make_steps(job: Job, learning: Learning) -> tuple[ParameterSteps | None, Fu
     return steps, FusedBackward(steps, trainable.parameters, max_norm)
 
 
-def _make_feed(job: Job, data: Data) -> Feed:
+def _make_feed(job: TrainingJob, data: Data) -> Feed:
     loop, accelerator = job.options.loop, job.accelerator
     randomness = Randomness(job.options.timesteps, job.progress.seed, job.family.noise)
     return Feed(
@@ -419,7 +421,7 @@ def _make_feed(job: Job, data: Data) -> Feed:
     )
 
 
-def _make_validation(job: Job, data: Data) -> Validation | None:
+def _make_validation(job: TrainingJob, data: Data) -> Validation | None:
     if not data.validation:
         return None
     accelerator = job.accelerator
@@ -436,7 +438,7 @@ def _make_validation(job: Job, data: Data) -> Validation | None:
 
 
 def _make_saver(
-    job: Job,
+    job: TrainingJob,
     dit: nn.Module,
     learning: Learning,
     facts: RunFacts,
@@ -483,7 +485,7 @@ def _make_saver(
     return saver
 
 
-def _facts(job: Job, data: Data, optimizer: str, schedule: str) -> RunFacts:
+def _facts(job: TrainingJob, data: Data, optimizer: str, schedule: str) -> RunFacts:
     progress, plan = job.progress, data.plan
     return RunFacts(
         session_id=progress.session_id,
@@ -507,7 +509,7 @@ def _dtype_of(dit: nn.Module) -> torch.dtype:
     return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
 
 
-def _summary(job: Job, data: Data) -> str:
+def _summary(job: TrainingJob, data: Data) -> str:
     plan = data.plan
     held_back = f", {len(data.validation)} items for validation" if data.validation else ""
     return (

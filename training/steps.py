@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Hold the plan of a run's steps. `total_steps` includes the steps before a resume."""
 
     num_batches: int  # micro-batches of an epoch

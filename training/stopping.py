@@ -22,7 +22,7 @@ class StopRequest:
     agreed: bool = False  # all processes know of it
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listen(self) -> Iterator[None]:
         """Treat SIGINT and SIGTERM as requests to end. Does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield

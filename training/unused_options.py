@@ -13,7 +13,7 @@ from training.saving.options import HubOptions, SavingOptions
 Given = tuple[str, object, str]  # an option, whether it was given, why it has no effect
 
 
-def ignored_options(options: TrainingOptions, takes_guidance: bool, shifts_table: bool) -> list[str]:
+def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_table: bool) -> list[str]:
     """Return one line for each of them.
 
     takes_guidance: the model has an input for embedded guidance. shifts_table: see

@@ -14,7 +14,7 @@ from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
-from training.data.feed import seeded
+from training.data.feed import seed_generator
 from training.data.options import TimestepOptions
 from training.data.timesteps import times_at
 from training.loss import Autocast, NoisyBatch, Trains, measure_errors
@@ -73,7 +73,7 @@ class Validation:
         losses = []
         for band, sigma in enumerate(self.sigmas):
             # seeded by the item alone: not by the run's seed, so that runs can be compared
-            noise = torch.randn(shape, generator=seeded("validation", item.key, band))
+            noise = torch.randn(shape, generator=seed_generator("validation", item.key, band))
             times = times_at(self.timesteps, torch.tensor([sigma]), self.family.noise)
             noisy_batch = NoisyBatch(batch, noise, times.sigmas, times.timesteps, torch.ones(1)).to(
                 self.device

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from modules.checkpoints.dits import DitHeader, bare_names, fill_dit, kept_dtype
-from modules.checkpoints.opening import Checkpoint, Source, open_checkpoint, plain_sources
+from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -62,7 +63,7 @@ def identify(path: Path) -> str | None:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
             shapes = {_published_name(name): tuple(info.shape) for name, info in named.tensors.items()}
-            what = _what_else(shapes)
+            what = _describe_other(shapes)
             if what.startswith("it looks like"):
                 return what
             return f"it is a Wan2.1 transformer (--dit) for --task {_names_of(_header(named))}"
@@ -100,14 +101,14 @@ def note_size(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
 def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-    dtype: see `modules.checkpoints.dits.kept_dtype` and `fill_dit`. Time embedding and final layer are kept
+    dtype: see `modules.checkpoints.dits.choose_dtype` and `fill_dit`. Time embedding and final layer are kept
     in float32. `placement.patch` is called with the published parameter names. Raises CheckpointError if the
     file is not a Wan2.1 transformer, is incomplete, or has unknown tensors.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)
-        target = kept_dtype(header.block_dtype, placement)
+        target = choose_dtype(header.block_dtype, placement)
         logger.info(
             "Loading %s: Wan2.1 %s, %d blocks of width %d, as %s",
             path,
@@ -134,7 +135,7 @@ def _published_name(name: str) -> str:
     return name
 
 
-def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, Source]:
+def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, TensorSource]:
     plain = plain_sources(checkpoint)
     return (
         {_published_name(name): source for name, source in plain.items()}
@@ -152,7 +153,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     }
     if len(shapes.get("patch_embedding.weight", ())) != 5 or "blocks.0.self_attn.q.weight" not in shapes:
         raise CheckpointError(
-            f"{checkpoint.path} is not a Wan2.1 transformer: {_what_else(shapes)}.\n  Give the checkpoint "
+            f"{checkpoint.path} is not a Wan2.1 transformer: {_describe_other(shapes)}.\n  Give the "
+            "checkpoint "
             "of a transformer to --dit.",
             checkpoint.path,
         )
@@ -225,7 +227,7 @@ def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
         )
 
 
-def _what_else(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _describe_other(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Describe in a few words a file that is not a Wan transformer."""
     for name, what in (
         ("decoder.conv1.weight", "it looks like the Wan VAE (--vae)"),

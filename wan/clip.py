@@ -24,7 +24,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class ClipAttention(nn.Module):
+class ImageAttention(nn.Module):
     """Attention among all tokens, with one matrix for q, k and v."""
 
     def __init__(self, config: ClipConfig) -> None:
@@ -48,7 +48,7 @@ class ClipBlock(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim)
-        self.attn = ClipAttention(config)
+        self.attn = ImageAttention(config)
         self.norm2 = nn.LayerNorm(config.dim)
         self.mlp = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(), nn.Linear(config.ffn_dim, config.dim)

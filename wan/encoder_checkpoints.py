@@ -12,10 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.checkpoints.dialects import LoadPlan, Names, count, other_kind, renamed, shapes_of, translated
-from modules.checkpoints.opening import Checkpoint, Source, plain_sources
+from modules.checkpoints.dialects import (
+    LoadPlan,
+    Names,
+    count,
+    other_kind,
+    rename_sources,
+    shapes_of,
+    translate_name,
+)
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
-from wan.vae_blocks import VaeConfig, VaeLayer
+from wan.vae_blocks import VaeLayer, WanVaeConfig
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ DIFFUSERS_RESIDUAL: Names = (  # inside a numbered layer of a list
 _UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)")
 
 
-def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
+def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
     """Plan how to load a Wan2.1 VAE: official or ComfyUI file, or diffusers layout.
 
     Raises CheckpointError for any other file.
@@ -83,7 +92,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
         sources = plain_sources(checkpoint)
     elif "encoder.down_blocks.0.conv1.weight" in names and "quant_conv.weight" in names:
         up_layers = _diffusers_up_layers(names)
-        sources = renamed(plain_sources(checkpoint), lambda name: _diffusers_vae_name(name, up_layers))
+        sources = rename_sources(plain_sources(checkpoint), lambda name: _diffusers_vae_name(name, up_layers))
     else:
         raise other_kind(
             checkpoint,
@@ -92,7 +101,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[VaeConfig]:
             "Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers vae folder",
         )
     shape = shapes_of(checkpoint, sources)
-    config = VaeConfig(
+    config = WanVaeConfig(
         shape("conv2.weight")[0],
         _vae_layers(checkpoint, sources, "encoder.downsamples"),
         _vae_layers(checkpoint, sources, "decoder.upsamples"),
@@ -114,10 +123,12 @@ def _diffusers_vae_name(name: str, up_layers: Mapping[tuple[int, str, int], int]
     up = _UP_BLOCK.fullmatch(name)
     if up:
         name = f"decoder.upsamples.{up_layers[int(up[1]), up[2], int(up[3])]}.{up[4]}"
-    return translated(translated(name, DIFFUSERS_VAE), DIFFUSERS_RESIDUAL)
+    return translate_name(translate_name(name, DIFFUSERS_VAE), DIFFUSERS_RESIDUAL)
 
 
-def _vae_layers(checkpoint: Checkpoint, sources: Mapping[str, Source], start: str) -> tuple[VaeLayer, ...]:
+def _vae_layers(
+    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], start: str
+) -> tuple[VaeLayer, ...]:
     shape = shapes_of(checkpoint, sources)
     layers = []
     for index in range(count(sources, rf"{re.escape(start)}\.\d+")):
@@ -135,7 +146,7 @@ def _vae_layers(checkpoint: Checkpoint, sources: Mapping[str, Source], start: st
     return tuple(layers)
 
 
-def _check_vae(config: VaeConfig, checkpoint: Checkpoint) -> None:
+def _check_vae(config: WanVaeConfig, checkpoint: Checkpoint) -> None:
     path = checkpoint.path
     if config.latent_channels != LATENT_CHANNELS:
         raise CheckpointError(
@@ -192,8 +203,8 @@ def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
         checkpoint = checkpoint.without_prefix("encoder.", others=_NOT_T5)
     # the same tensor, stored twice
     tied = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
-    sources = renamed(
-        plain_sources(checkpoint), lambda name: name if name == tied else translated(name, HF_T5)
+    sources = rename_sources(
+        plain_sources(checkpoint), lambda name: name if name == tied else translate_name(name, HF_T5)
     )
     layers = count(sources, r"blocks\.\d+")
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
@@ -249,7 +260,7 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     Raises CheckpointError for any other file.
     """
     checkpoint = checkpoint.without_prefix("model.", "visual.", "vision_model.", others=_OTHER_TOWERS)
-    sources = renamed(plain_sources(checkpoint), lambda name: translated(name, HF_CLIP))
+    sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, HF_CLIP))
     if (
         "cls_embedding" not in sources
         or "pos_embedding" not in sources
@@ -288,14 +299,14 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     return LoadPlan(config, checkpoint, sources, unused)
 
 
-def _join_qkv(sources: dict[str, Source], blocks: int) -> None:
+def _join_qkv(sources: dict[str, TensorSource], blocks: int) -> None:
     """Replace separate q, k and v by one source of their joined rows."""
     for index in range(blocks):
         for leaf in ("weight", "bias"):
             names = [f"transformer.{index}.attn.{part}.{leaf}" for part in "qkv"]
             if all(name in sources for name in names):
                 parts = [sources.pop(name) for name in names]
-                sources[f"transformer.{index}.attn.to_qkv.{leaf}"] = Source(
+                sources[f"transformer.{index}.attn.to_qkv.{leaf}"] = TensorSource(
                     tuple(part.names[0] for part in parts), _rows
                 )
 

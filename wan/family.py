@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.dits import kept_dtype
+from modules.checkpoints.dits import choose_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -17,7 +17,7 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Sect
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
-from modules.contract.requests import check_size, settle, size_of, whole_frames, with_media
+from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
@@ -155,7 +155,7 @@ class Wan:
         With an image kind, also return the CLIP features and the image condition. Stored in the VAE's dtype,
         CLIP features in float16, as in the caches of other tuners.
         """
-        parts = media.encoded_at_once(encoders.vae.device)
+        parts = media.split_for(encoders.vae.device)
         return [[entry] for part in parts for entry in self._encode_together(encoders, part)]
 
     def _encode_together(self, encoders: MediaEncoders, media: MediaBatch) -> list[CacheEntry]:
@@ -191,7 +191,7 @@ class Wan:
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return kept_dtype(self.files.dit_header().block_dtype, placement)
+        return choose_dtype(self.files.dit_header().block_dtype, placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer, checked against --task."""
@@ -209,7 +209,7 @@ class Wan:
         batch.check(needed, f"--task {self.task.name}")
         conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
         if self.task.kind != "t2v":
-            conditions["clip"] = self._checked_clip(batch)
+            conditions["clip"] = self._check_clip(batch)
         else:
             conditions |= self._no_image(len(batch))
         if self.task.has_control:
@@ -260,7 +260,7 @@ class Wan:
         """
         task, usual = self.task, self.defaults
         self._check_dit()
-        request = self._with_inputs(request)
+        request = self._take_inputs(request)
         self.files.check_encoders(*(("clip",) if task.kind != "t2v" else ()))
         width, height, frames = size_of(request, usual)
         if task.frames == 1 and frames != 1:
@@ -370,7 +370,7 @@ class Wan:
         width = self.files.dit_header().config.image_dim
         return {"clip": torch.zeros(batch_size, CLIP_TOKENS, width)}
 
-    def _checked_clip(self, batch: Batch) -> Tensor:
+    def _check_clip(self, batch: Batch) -> Tensor:
         """Return the cached image features. Raises CacheError if their number of images is wrong."""
         clip, positions = batch.tensor("clip"), self.files.dit_header().config.image_positions
         fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
@@ -389,7 +389,7 @@ class Wan:
         """Whether an end image adds a latent frame (image-to-video), or lies inside the clip (FLF2V)."""
         return self.task.kind == "i2v" and request.end_image_path is not None
 
-    def _with_inputs(self, request: Request) -> Request:
+    def _take_inputs(self, request: Request) -> Request:
         """Return the request with the media that the task takes, checked."""
         task = self.task
         if task.kind != "t2v":
@@ -404,7 +404,7 @@ class Wan:
             "control_path": task.has_control,
             "video_path": False,
         }
-        return with_media(request, taken, f"--task {task.name} does not take it")
+        return keep_usable_media(request, taken, f"--task {task.name} does not take it")
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
@@ -440,7 +440,7 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
     """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
     files = WanFiles(options.dit, options.vae.vae, options.text.t5, options.text.t5_tokenizer, options.clip)
     if options.ckpt_dir is not None:
-        files = files.with_release(options.ckpt_dir)
+        files = files.add_release(options.ckpt_dir)
     task = TASKS[options.task]
     if options.i2v_extra_noise and task.kind == "t2v":
         logger.warning("--i2v_extra_noise is ignored because --task %s starts from no image", task.name)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modules.checkpoints.dits import DitHeader
-from modules.checkpoints.model_files import existing, read_once
+from modules.checkpoints.model_files import read_once, require_file
 from modules.errors import OptionError
 from wan.checkpoints import read_dit_header
 from wan.configs import WanConfig
@@ -32,7 +32,7 @@ class WanFiles:
     t5_tokenizer: Path | None = None
     clip: Path | None = None
 
-    def with_release(self, folder: Path) -> "WanFiles":
+    def add_release(self, folder: Path) -> "WanFiles":
         """Return these files; those that are not given come from the official release's folder."""
         if not folder.is_dir():
             raise OptionError(f"--ckpt_dir {folder}: no such folder")
@@ -45,19 +45,19 @@ class WanFiles:
 
     @property
     def dit_path(self) -> Path:
-        return existing(self.dit, "--dit", "the transformer checkpoint")
+        return require_file(self.dit, "--dit", "the transformer checkpoint")
 
     @property
     def vae_path(self) -> Path:
-        return existing(self.vae, "--vae", "the VAE converts between pixels and latents")
+        return require_file(self.vae, "--vae", "the VAE converts between pixels and latents")
 
     @property
     def t5_path(self) -> Path:
-        return existing(self.t5, "--t5", "the umT5 text encoder encodes the prompts")
+        return require_file(self.t5, "--t5", "the umT5 text encoder encodes the prompts")
 
     @property
     def clip_path(self) -> Path:
-        return existing(self.clip, "--clip", "the task is conditioned on image features")
+        return require_file(self.clip, "--clip", "the task is conditioned on image features")
 
     def dit_header(self) -> DitHeader[WanConfig]:
         """Read variant, dialect and dtype of the transformer file."""

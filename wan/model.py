@@ -32,7 +32,7 @@ REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` take
 
 
 @dataclass(frozen=True)
-class Tokens:
+class WanTokens:
     """Inputs of the blocks besides the video tokens; built once per forward pass by `WanModel.embed`."""
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         heads = (self.num_heads, -1)
         q = rotate(self.norm_q(run(self.q, x)).unflatten(-1, heads), tokens.rotary)
         k = rotate(self.norm_k(run(self.k, x)).unflatten(-1, heads), tokens.rotary)
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
             self.v_img = nn.Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         heads = (self.num_heads, -1)
         q = self.norm_q(run(self.q, x)).unflatten(-1, heads)
         k = self.norm_k(run(self.k, tokens.text)).unflatten(-1, heads)
@@ -119,7 +119,7 @@ class WanAttentionBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         # x: B L C float32, also between the branches
         modulation = self.modulation.float() + tokens.modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)  # each B 1 C
@@ -151,7 +151,7 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, frames * rows * columns * config.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         # each B 1 C
         shift, scale = (self.modulation.float() + tokens.time.unsqueeze(1)).unsqueeze(2).unbind(1)
         return run_float32(self.head, torch.addcmul(shift, self.norm(x), 1 + scale))
@@ -247,7 +247,7 @@ class WanModel(nn.Module):
 
     def embed(
         self, noisy: Tensor, timesteps: Tensor, text: Sequence[Tensor] | Tensor, image_embeds: Tensor | None
-    ) -> tuple[Tensor, Tokens]:
+    ) -> tuple[Tensor, WanTokens]:
         """Return the video tokens, B L C in float32, and the other inputs of the blocks."""
         self._check(noisy, image_embeds)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -258,7 +258,7 @@ class WanModel(nn.Module):
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
         text_is_image = self.config.has_image and image_embeds is None
         merges = noisy.device.type == "cpu" and self.attention.mode == SDPA.mode and not text_is_image
-        rows, repeats = _padded(text, self.config.text_len, merges)
+        rows, repeats = _pad(text, self.config.text_len, merges)
         text_tokens = run(
             self.text_embedding[2], self.text_embedding[1](run(self.text_embedding[0], rows))
         ).to(dtype)
@@ -271,12 +271,12 @@ class WanModel(nn.Module):
                 text_tokens[:, TEXT_ROWS_AS_IMAGE:],
             )
         rotary = self._rotary.of(grid, noisy.device)
-        tokens = Tokens(
+        tokens = WanTokens(
             grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention
         )
         return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
 
-    def unembed(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def unembed(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Turn video tokens B L C into the velocity, B out_dim F H W in float32."""
         frames, rows, columns = tokens.grid
         pf, ph, pw = self.config.patch_size
@@ -303,13 +303,13 @@ class WanModel(nn.Module):
             raise ValueError("image features are given, but the model has no image attention")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, repeats: Tensor | None = None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:
     """Compute attention in one dtype; those of q, k and v differ only if a file mixes dtypes."""
     q, k, v = (each.to(tokens.dtype) for each in (q, k, v))
     return attend(q, k, v, tokens.attention, repeats=repeats)
 
 
-def _padded(text: Sequence[Tensor] | Tensor, length: int, merges: bool) -> tuple[Tensor, Tensor | None]:
+def _pad(text: Sequence[Tensor] | Tensor, length: int, merges: bool) -> tuple[Tensor, Tensor | None]:
     """Stack texts of any length to B T text_dim, padded with zeros, which are unmasked as in training.
 
     merges: merge the rows that are zero in every sample into one, and return T numbers that say how many rows

@@ -63,7 +63,7 @@ def load_tokenizer(path: Path | None, checkpoint_path: Path) -> Tokenize:
     place = find_tokenizer(path, checkpoint_path)
     if place.inside is not None:
         logger.info("tokenizer: the one inside %s", place.inside)
-        return _from_sentencepiece(_embedded(place.inside), place.inside)
+        return _from_sentencepiece(_read_embedded(place.inside), place.inside)
     file = place.file or FILES.download(checkpoint_path)
     logger.info("tokenizer: %s", file)
     if file.suffix == ".json":
@@ -71,7 +71,7 @@ def load_tokenizer(path: Path | None, checkpoint_path: Path) -> Tokenize:
     return _from_sentencepiece(FILES.read_bytes(file), file)
 
 
-def _embedded(checkpoint_path: Path) -> bytes:
+def _read_embedded(checkpoint_path: Path) -> bytes:
     with open_checkpoint(checkpoint_path) as checkpoint:
         name = next(name for name in checkpoint.tensors if name.endswith(SPIECE_MODEL))
         return checkpoint.read(name).numpy().tobytes()

@@ -16,7 +16,7 @@ from modules.devices import dtype_name
 from modules.layers.memory_layouts import lay_out, layouts
 from modules.media.pixels import check_clip
 from wan.encoder_checkpoints import read_vae
-from wan.vae_blocks import Decoder, Encoder, TimeMemory, VaeConfig
+from wan.vae_blocks import TimeMemory, WanVaeConfig, WanVaeDecoder, WanVaeEncoder
 from wan.vae_tiles import Tile, add_tile, tiles
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,10 @@ class WanVae(nn.Module):
     are cut into overlapping tiles of this size, and each tile goes through the whole clip before the next.
     """
 
-    def __init__(self, config: VaeConfig, cache_on_cpu: bool = False, tile: int | None = None) -> None:
+    def __init__(self, config: WanVaeConfig, cache_on_cpu: bool = False, tile: int | None = None) -> None:
         super().__init__()
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = WanVaeEncoder(config)
+        self.decoder = WanVaeDecoder(config)
         self.conv1 = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.conv2 = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
         self.cache_on_cpu = cache_on_cpu
@@ -116,7 +116,7 @@ class WanVae(nn.Module):
         frames = pixels.shape[2]
         memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
         groups = pixels.split([1] + [FRAMES] * ((frames - 1) // FRAMES), dim=2)
-        moments = [self.conv1(self.encoder(self._placed(group), memory)) for group in groups]
+        moments = [self.conv1(self.encoder(self._place(group), memory)) for group in groups]
         means = torch.cat([moment.chunk(2, dim=1)[0].float() for moment in moments], dim=2)
         mean, std = self._statistics()
         return ((means - mean) / std).contiguous()
@@ -127,9 +127,9 @@ class WanVae(nn.Module):
         mean, std = self._statistics()
         for index in range(frames):
             latent = latents[:, :, index : index + 1].to(self.device).float() * std + mean
-            yield self.decoder(self.conv2(self._placed(latent)), memory).float()
+            yield self.decoder(self.conv2(self._place(latent)), memory).float()
 
-    def _placed(self, x: Tensor) -> Tensor:
+    def _place(self, x: Tensor) -> Tensor:
         """Move to the VAE's device, dtype and memory layout. All layers keep the layout."""
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
 

@@ -28,7 +28,7 @@ class VaeLayer:
 
 
 @dataclass(frozen=True)
-class VaeConfig:
+class WanVaeConfig:
     """Dimensions of a VAE, read from a checkpoint's tensors."""
 
     latent_channels: int
@@ -79,7 +79,7 @@ class RmsNorm(nn.Module):
         return torch.mul(x, x.shape[1] ** 0.5 / length, out=out).mul_(self.gamma)
 
 
-class CausalConv3d(nn.Conv3d):
+class WanCausalConv(nn.Conv3d):
     """A 3x3x3 convolution that sees no later frame.
 
     Zeros pad the space around the clip and the time before it.
@@ -127,7 +127,7 @@ def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Ten
     return joined
 
 
-class ResidualBlock(nn.Module):
+class WanResidualBlock(nn.Module):
     """Norm, SiLU and convolution, twice, with a shortcut."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
@@ -135,9 +135,9 @@ class ResidualBlock(nn.Module):
         self.residual = nn.ModuleDict(
             {
                 "0": RmsNorm(width_in),
-                "2": CausalConv3d(width_in, width_out),
+                "2": WanCausalConv(width_in, width_out),
                 "3": RmsNorm(width_out),
-                "6": CausalConv3d(width_out, width_out),
+                "6": WanCausalConv(width_out, width_out),
             }
         )
         self.shortcut = nn.Conv3d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
@@ -148,7 +148,7 @@ class ResidualBlock(nn.Module):
         return h.add_(self.shortcut(x))
 
 
-class FrameAttention(nn.Module):
+class WanFrameAttention(nn.Module):
     """One-head attention among the pixels of each frame."""
 
     def __init__(self, width: int) -> None:
@@ -198,10 +198,10 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
         if self.time_conv is not None and memory is not None:
-            x = self._doubled(self.time_conv, x, memory)
+            x = self._double(self.time_conv, x, memory)
         return _each_frame(self.resample["1"], x, enlarge=True)
 
-    def _doubled(self, time_conv: nn.Module, x: Tensor, memory: TimeMemory) -> Tensor:
+    def _double(self, time_conv: nn.Module, x: Tensor, memory: TimeMemory) -> Tensor:
         """Return B C 2T H W, or x itself if it is the clip's first frame, which later frames do not see."""
         if self not in memory:
             memory.keep(self, x[:, :, :0])
@@ -226,13 +226,13 @@ def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = F
     return conv(frames).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-class Encoder(nn.Module):
+class WanVaeEncoder(nn.Module):
     """Encode pixels B 3 T H W as means and log variances B 2Z t h w, chunk by chunk."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: WanVaeConfig) -> None:
         super().__init__()
         narrow, wide = config.encoder[0].width_in, config.encoder[-1].width_out
-        self.conv1 = CausalConv3d(3, narrow)
+        self.conv1 = WanCausalConv(3, narrow)
         self.downsamples = nn.ModuleList(_down(layer) for layer in config.encoder)
         self.middle = _middle(wide)
         self.head = _head(wide, 2 * config.latent_channels)
@@ -243,13 +243,13 @@ class Encoder(nn.Module):
         return self.head["2"](x, memory, self.head["0"])
 
 
-class Decoder(nn.Module):
+class WanVaeDecoder(nn.Module):
     """Decode latents B Z t h w to pixels B 3 T H W, chunk by chunk."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: WanVaeConfig) -> None:
         super().__init__()
         wide, narrow = config.decoder[0].width_in, config.decoder[-1].width_out
-        self.conv1 = CausalConv3d(config.latent_channels, wide)
+        self.conv1 = WanCausalConv(config.latent_channels, wide)
         self.middle = _middle(wide)
         self.upsamples = nn.ModuleList(_up(layer) for layer in config.decoder)
         self.head = _head(narrow, 3)
@@ -262,22 +262,24 @@ class Decoder(nn.Module):
 
 def _down(layer: VaeLayer) -> nn.Module:
     if layer.kind == "residual":
-        return ResidualBlock(layer.width_in, layer.width_out)
+        return WanResidualBlock(layer.width_in, layer.width_out)
     return Downsample(layer.width_in, layer.kind == "temporal")
 
 
 def _up(layer: VaeLayer) -> nn.Module:
     if layer.kind == "residual":
-        return ResidualBlock(layer.width_in, layer.width_out)
+        return WanResidualBlock(layer.width_in, layer.width_out)
     return Upsample(layer.width_in, layer.width_out, layer.kind == "temporal")
 
 
 def _middle(width: int) -> nn.ModuleList:
-    return nn.ModuleList([ResidualBlock(width, width), FrameAttention(width), ResidualBlock(width, width)])
+    return nn.ModuleList(
+        [WanResidualBlock(width, width), WanFrameAttention(width), WanResidualBlock(width, width)]
+    )
 
 
 def _head(width: int, width_out: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": RmsNorm(width), "2": CausalConv3d(width, width_out)})
+    return nn.ModuleDict({"0": RmsNorm(width), "2": WanCausalConv(width, width_out)})
 
 
 def _through(layers: Iterable[nn.Module], x: Tensor, memory: TimeMemory | None) -> Tensor:

@@ -237,5 +237,5 @@ def _stem_hash(stem: str) -> bytes:
     return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 
-def _by(shape: Iterable[int]) -> str:
+def _join_sides(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _by
+from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _join_sides
 from dataset.cache.checks import CacheChecks
 from dataset.cache.files import Entry, read_entry
 from dataset.cache.records import (
@@ -52,7 +52,7 @@ def read_batch(
                 f"{paths[0]} and {paths[1]} do not have the same tensors: {odd}.\n"
                 f"  Make them again with the same options: {commands.text if in_text else commands.latents}"
             )
-    tensors = {name: _stacked(name, items, read, commands) for name in first.tensors}
+    tensors = {name: _stack(name, items, read, commands) for name in first.tensors}
     made_by = tuple(made for one in read for made in one.made_by)
     return Batch(tensors, tuple(one.caption for one in read), tuple(item.key for item in items), made_by)
 
@@ -81,7 +81,7 @@ def _read_item(
                 + (f" (made for {maker})" if maker else "")
             )
         texts = text_records(text.header)
-        caption = _checked_caption(item, text, texts, checks)
+        caption = _check_caption(item, text, texts, checks)
     checks.add(item.table.index, item.key)
     tensors = {**latents.tensors, **text.tensors}
     made_by = [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
@@ -116,8 +116,9 @@ def _read_latents(
     found = list(entry.tensors["latents"].shape)
     if found != expected:
         raise CacheError(
-            f"{item.latent_path}: its latents have the shape {_by(found)}, {item.table.name} asks for "
-            f"{_by(expected)}"
+            f"{item.latent_path}: its latents have the shape {_join_sides(found)}, {item.table.name} asks "
+            "for "
+            f"{_join_sides(expected)}"
             f" ({frames} frames of {width}x{height})"
         )
     return entry, record
@@ -130,7 +131,8 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
     bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step, item.latent_path)
     if tuple(made_for) != bucket:
         raise CacheError(
-            f"{item.latent_path}: made for {_by(made_for)} pixels, {item.table.name} asks for {_by(bucket)}"
+            f"{item.latent_path}: made for {_join_sides(made_for)} pixels, {item.table.name} asks for "
+            f"{_join_sides(bucket)}"
         )
     rate = record.options.get("source_fps")
     if item.table.kind == "video" and rate != item.table.source_fps:
@@ -147,7 +149,7 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
         )
 
 
-def _checked_caption(
+def _check_caption(
     item: TrainingItem, text: Entry, records: Mapping[str, TextRecord], checks: CacheChecks
 ) -> str:
     is_known = checks.knows(item.table.index, item.key)
@@ -164,7 +166,7 @@ def _checked_caption(
     return stored[0] if stored else text.header.metadata.get("caption1", "")
 
 
-def _stacked(
+def _stack(
     name: str, items: Sequence[TrainingItem], read: Sequence[_ReadItem], commands: CachingCommands
 ) -> Tensor | list[Tensor]:
     tensors = [one.tensors[name] for one in read]
@@ -173,9 +175,11 @@ def _stacked(
     for item, tensor in zip(items, tensors, strict=True):
         if tensor.shape != tensors[0].shape:
             raise CacheError(
-                f"{item.latent_path}: {name} has the shape {_by(tensor.shape)}, in {items[0].latent_path} it "
+                f"{item.latent_path}: {name} has the shape {_join_sides(tensor.shape)}, in "
+                f"{items[0].latent_path} it "
                 "has"
-                f" {_by(tensors[0].shape)}.\n  Make both again with the same options: {commands.latents}"
+                f" {_join_sides(tensors[0].shape)}.\n  Make both again with the same options: "
+                f"{commands.latents}"
             )
     return torch.stack(tensors)
 

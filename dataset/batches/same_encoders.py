@@ -39,7 +39,7 @@ class SameEncoders:
         pairs = []
         for made in made_by:
             first = self._first.setdefault(made.part, made)
-            if made.part not in self._told and _differing(first, made):
+            if made.part not in self._told and _find_differing(first, made):
                 self._told.add(made.part)
                 pairs.append((first, made))
         if not pairs:
@@ -62,11 +62,13 @@ class SameEncoders:
 
 def _in_words(one: MadeBy, other: MadeBy) -> str:
     """Describe what differs in an encoder's identity from the other's; fingerprints are shortened."""
-    texts = {key: _FINGERPRINT.sub(r"\1...", one.encoder.get(key, "none")) for key in _differing(one, other)}
+    texts = {
+        key: _FINGERPRINT.sub(r"\1...", one.encoder.get(key, "none")) for key in _find_differing(one, other)
+    }
     return ", ".join(f"{key} {text}" for key, text in texts.items())
 
 
-def _differing(one: MadeBy, other: MadeBy) -> list[str]:
+def _find_differing(one: MadeBy, other: MadeBy) -> list[str]:
     """Return the keys in which two identities differ.
 
     A latent file without image conditions has no image encoder; this is not a difference.
@@ -79,5 +81,5 @@ def _differing(one: MadeBy, other: MadeBy) -> list[str]:
 
 
 def _are_other_networks(one: MadeBy, other: MadeBy) -> bool:
-    texts = [made.encoder.get(key, "") for key in _differing(one, other) for made in (one, other)]
+    texts = [made.encoder.get(key, "") for key in _find_differing(one, other) for made in (one, other)]
     return any(_FINGERPRINT.fullmatch(text) for text in texts)

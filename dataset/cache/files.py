@@ -160,13 +160,13 @@ class Entry:
 
 def read_header(path: Path) -> Header:
     """Read metadata and tensor names. Raises CacheError if the file is missing or damaged."""
-    with _opened(path) as file:
+    with _open(path) as file:
         return Header(path, file.metadata() or {}, tuple(file.keys()))
 
 
 def read_entry(path: Path) -> Entry:
     """Read a cache file to the CPU. Raises CacheError if the file is missing or damaged."""
-    with _opened(path) as file:
+    with _open(path) as file:
         # copies: what the library gives maps the file, and Windows does not replace one that is mapped
         named = {name: file.get_tensor(name).clone() for name in tuple(file.keys())}
         return Entry(Header(path, file.metadata() or {}, tuple(named)), named)
@@ -209,7 +209,7 @@ def _all_cache_names(header: Header) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise CacheError(f"{path}: no such cache file")
     try:

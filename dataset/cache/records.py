@@ -71,12 +71,12 @@ class TextRecord:
 
 def latent_metadata(record: LatentRecord) -> dict[str, str]:
     """Return the metadata entries for a record."""
-    return _guarded({"latents": dataclasses.asdict(record)})
+    return _guard({"latents": dataclasses.asdict(record)})
 
 
 def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
     """Return the metadata entries for the records of a text cache, by encoder name."""
-    return _guarded({"texts": {name: dataclasses.asdict(record) for name, record in records.items()}})
+    return _guard({"texts": {name: dataclasses.asdict(record) for name, record in records.items()}})
 
 
 def latent_record(header: Header) -> LatentRecord | None:
@@ -101,7 +101,7 @@ def latent_record(header: Header) -> LatentRecord | None:
             crc32=dict(data["crc32"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(header, error) from error
+        raise _damage_error(header, error) from error
 
 
 def _frames(value: Any) -> int:
@@ -129,7 +129,7 @@ def text_records(header: Header) -> dict[str, TextRecord]:
             for name, data in found["texts"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(header, error) from error
+        raise _damage_error(header, error) from error
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
@@ -200,7 +200,7 @@ def _files(path: Path) -> list[Path]:
     return folder_images(path) if path.is_dir() else [path]
 
 
-def _guarded(content: Mapping[str, Any]) -> dict[str, str]:
+def _guard(content: Mapping[str, Any]) -> dict[str, str]:
     text = json.dumps({"version": VERSION, **content}, sort_keys=True, ensure_ascii=False)
     return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
 
@@ -219,7 +219,7 @@ def _read(header: Header) -> dict[str, Any] | None:
                 f"{VERSION}"
             )
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(header, error) from error
+        raise _damage_error(header, error) from error
     return dict(content)
 
 
@@ -227,7 +227,7 @@ def _crc(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def _damaged(header: Header, error: Exception) -> CacheError:
+def _damage_error(header: Header, error: Exception) -> CacheError:
     return CacheError(f"{header.path}: damaged, its record cannot be read ({type(error).__name__}: {error})")
 
 

@@ -33,7 +33,7 @@ def remove_stale_latents(
     """
     tag = family.cache_tag
     stale = []
-    for path in _listed(table):
+    for path in _list_names(table):
         name = parse_latent_name(path.name, tag, table.kind)
         if name is not None and path.name not in names and name.stem not in failed_stems:
             stale.append(path)
@@ -56,13 +56,15 @@ def remove_stale_texts(table: DatasetTable, family: Caches, names: Container[str
         return parse_text_name(name.removesuffix(PART), family.cache_tag) is not None
 
     stale = [
-        path for path in _listed(table) if is_text(path.name) and path.name.removesuffix(PART) not in names
+        path
+        for path in _list_names(table)
+        if is_text(path.name) and path.name.removesuffix(PART) not in names
     ]
     _remove_leftovers(table, is_text)
     return _remove(stale, lambda header: is_text_cache(header, family.name))
 
 
-def _listed(table: DatasetTable) -> list[Path]:
+def _list_names(table: DatasetTable) -> list[Path]:
     return sorted(table.cache_directory.iterdir()) if table.cache_directory.is_dir() else []
 
 

@@ -20,8 +20,8 @@ from dataset.caching.planning import (
     Caches,
     ExistingNames,
     Names,
-    Plan,
     Recipe,
+    SourcePlan,
     complete,
     media_table,
     names_of,
@@ -61,7 +61,7 @@ class Crop:
 class Decoded:
     """A source whose frames are in memory."""
 
-    plan: Plan  # its `missing` is known
+    plan: SourcePlan  # its `missing` is known
     media: DecodedSource  # without frames if all crops are cut already
     crops: Mapping[Span, Crop]
     files: tuple[FileIdentity, ...]
@@ -72,7 +72,7 @@ class Decoded:
         return self.crops[span] if span in self.crops else cut(self.media, span)
 
 
-def decode(plan: Plan, existing: Names, recipe: Recipe) -> Decoded:
+def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     """Read the frames of a source, complete its plan, and hash its files if something is missing.
 
     Raises MediaError, DatasetError or OSError if the source cannot be used.
@@ -128,7 +128,7 @@ class LatentEncoding:
     """One run over the sources that need encoding. Its public attributes report what was done."""
 
     def __init__(self, family: Caches, recipe: Recipe, device: torch.device, batch_size: int | None) -> None:
-        self.finished: list[Plan] = []
+        self.finished: list[SourcePlan] = []
         self.failures: list[Failure] = []
         self.written: set[tuple[int, str]] = set()  # table index and name of each file
         self._family = family
@@ -140,13 +140,15 @@ class LatentEncoding:
         self._pending: dict[tuple[object, ...], list[_Pending]] = {}
         self._writer = WriteBehind()
 
-    def run(self, plans: Sequence[Plan], existing: ExistingNames, workers: int, show_progress: bool) -> None:
+    def run(
+        self, plans: Sequence[SourcePlan], existing: ExistingNames, workers: int, show_progress: bool
+    ) -> None:
         """Decode and encode what is missing in the plans. Sources that cannot be read become failures.
 
         Raises CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
         """
 
-        def work(plan: Plan) -> Decoded:
+        def work(plan: SourcePlan) -> Decoded:
             return decode(plan, names_of(existing, plan.source), self._recipe)
 
         bar = progress(len(plans), "encoding", shown=show_progress)
@@ -201,11 +203,12 @@ class LatentEncoding:
         if self._encoders is None:
             self._encoders = self._family.media_encoders(self._device)
         media = MediaBatch(
-            frames=_batched([item.crop.frames for item in items]),
+            frames=_stack_batch([item.crop.frames for item in items]),
             keys=tuple(item.path.stem for item in items),
             spans=tuple(item.span for item in items),
             control=tuple(
-                _batched(controls) for controls in zip(*(item.crop.control for item in items), strict=True)
+                _stack_batch(controls)
+                for controls in zip(*(item.crop.control for item in items), strict=True)
             ),
             alpha=_all_or_none([item.crop.alpha for item in items]),
             table=media_table(items[0].table, bool(items[0].crop.control)),
@@ -265,7 +268,7 @@ def require_finite(tensor: Tensor, item: str, key: str) -> None:
     )
 
 
-def _batched(tensors: Sequence[Tensor]) -> Tensor:
+def _stack_batch(tensors: Sequence[Tensor]) -> Tensor:
     """Stack tensors; a single one is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
@@ -273,7 +276,7 @@ def _batched(tensors: Sequence[Tensor]) -> Tensor:
 def _all_or_none(alphas: Sequence[Tensor | None]) -> Tensor | None:
     """Stack the alphas of a batch; None if its items have none."""
     given = [alpha for alpha in alphas if alpha is not None]
-    return _batched(given) if given else None
+    return _stack_batch(given) if given else None
 
 
 def _clip_facts(media: DecodedSource) -> ClipFacts | None:

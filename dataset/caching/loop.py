@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataset.cache.files import text_file_name
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
 from dataset.caching.latents import LatentEncoding
-from dataset.caching.planning import Caches, Plan, Recipe, list_names, media_table, plan_all
-from dataset.caching.processes import Share, joined_processes
-from dataset.caching.reports import CacheReport, Failure, joined
+from dataset.caching.planning import Caches, Recipe, SourcePlan, list_names, media_table, plan_all
+from dataset.caching.processes import Share, join_processes
+from dataset.caching.reports import CacheReport, Failure, join_reports
 from dataset.caching.texts import TextEncoding
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
@@ -39,7 +39,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     recipe = recipe_of(family, options.skip_existing)
     existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
     workers = workers_of(options)
-    with joined_processes() as share:
+    with join_processes() as share:
         plans, failures = plan_all(share.of(sources), existing, recipe, workers, share.is_main)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         logger.info(
@@ -70,9 +70,9 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
         if share.is_main and not options.keep_cache:
             for table in config.datasets:
                 belongs = {name for of_process in names for index, name in of_process if index == table.index}
-                failed = {one.stem for one in joined(reports).failures if one.table == table.index}
+                failed = {one.stem for one in join_reports(reports).failures if one.table == table.index}
                 removed += remove_stale_latents(table, family, belongs, failed)
-        return joined(reports, sum(share.gather(removed)), share.is_main)
+        return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
 def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) -> CacheReport:
@@ -84,7 +84,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     """
     sources = [source for table in config.datasets for source in find_sources(table)]
     require_captions(sources)
-    with joined_processes() as share:
+    with join_processes() as share:
         device = choose_device(share.device_name(options.device))
         encoding = TextEncoding(
             family, device, options.batch_size, workers_of(options), options.skip_existing, share.is_main
@@ -100,10 +100,10 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
                     if one.table.index == table.index
                 }
                 removed += remove_stale_texts(table, family, names)
-        return joined(reports, sum(share.gather(removed)), share.is_main)
+        return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
-def log_outdated(plans: Sequence[Plan]) -> None:
+def log_outdated(plans: Sequence[SourcePlan]) -> None:
     """Log why existing files were made again, so that the extra work is explained."""
     reasons = [plan.outdated for plan in plans if plan.outdated is not None]
     if reasons:

@@ -26,7 +26,7 @@ from dataset.caching.source_jobs import progress, read_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, frames_wanted, spans
-from dataset.sources.listing import Source
+from dataset.sources.listing import MediaSource
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
 from modules.errors import CacheError, MediaError
@@ -62,10 +62,10 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SourcePlan:
     """What to do for one source."""
 
-    source: Source
+    source: MediaSource
     kept: frozenset[str]  # names of valid files
     foreign: int  # how many of them have no record
     missing: tuple[Span, ...] | None  # what to encode; None: unknown before decoding
@@ -86,23 +86,23 @@ def list_names(table: DatasetTable, tag: str) -> dict[str, dict[str, LatentName]
     return found
 
 
-def names_of(existing: ExistingNames, source: Source) -> Names:
+def names_of(existing: ExistingNames, source: MediaSource) -> Names:
     """Return the existing cache files of one source."""
     return existing[source.table.index].get(source.stem, {})
 
 
 def plan_all(
-    sources: Sequence[Source],
+    sources: Sequence[MediaSource],
     existing: ExistingNames,
     recipe: Recipe,
     workers: int,
     show_progress: bool = True,
-) -> tuple[list[Plan], list[Failure]]:
+) -> tuple[list[SourcePlan], list[Failure]]:
     """Compare all sources with their cache files. Sources whose header cannot be read become failures."""
-    plans: list[Plan] = []
+    plans: list[SourcePlan] = []
     failures: list[Failure] = []
 
-    def work(source: Source) -> Plan:
+    def work(source: MediaSource) -> SourcePlan:
         return plan_latents(source, names_of(existing, source), recipe)
 
     bar = progress(len(sources), "comparing", shown=show_progress)
@@ -114,7 +114,7 @@ def plan_all(
     return plans, failures
 
 
-def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
+def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> SourcePlan:
     """Compare the cache files of a source with what this run would make.
 
     Raises MediaError if its header cannot be read.
@@ -122,9 +122,9 @@ def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
     if source.table.kind == "image":
         return compare(source, image_size(source.path), [(0, 1)], existing, recipe)
     if not existing:
-        return Plan(source, frozenset(), 0, None)
+        return SourcePlan(source, frozenset(), 0, None)
     table, step = source.table, recipe.latent.frame_step
-    clip = _known_clip(source, existing, recipe)
+    clip = _find_known_clip(source, existing, recipe)
     if clip is not None:
         wanted = frames_wanted(table)
         if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
@@ -144,10 +144,12 @@ def plan_latents(source: Source, existing: Names, recipe: Recipe) -> Plan:
             plan = compare(source, headers.size, headers.spans, existing, recipe)
             if plan.kept == existing.keys() and not plan.missing:
                 return plan
-    return Plan(source, frozenset(), 0, None)
+    return SourcePlan(source, frozenset(), 0, None)
 
 
-def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names, recipe: Recipe) -> Plan:
+def compare(
+    source: MediaSource, size: Size, wanted: Iterable[Span], existing: Names, recipe: Recipe
+) -> SourcePlan:
     """Return the plan for a source whose size and spans are known."""
     bucket = bucket_of(source.table, size, recipe.latent.pixel_step, source.path)
     kept: set[str] = set()
@@ -173,7 +175,7 @@ def compare(source: Source, size: Size, wanted: Iterable[Span], existing: Names,
         except CacheError as error:
             missing.append(span)
             outdated = outdated or str(error)
-    return Plan(source, frozenset(kept), foreign, tuple(missing), tuple(items), outdated=outdated)
+    return SourcePlan(source, frozenset(kept), foreign, tuple(missing), tuple(items), outdated=outdated)
 
 
 def _frames_of(table: DatasetTable, span: Span, sections: int | None, recipe: Recipe) -> int:
@@ -181,7 +183,7 @@ def _frames_of(table: DatasetTable, span: Span, sections: int | None, recipe: Re
     return span[1] if sections is None else section_frames(table.fp_latent_window_size, recipe.latent)
 
 
-def complete(plan: Plan, media: DecodedSource, existing: Names, recipe: Recipe) -> Plan:
+def complete(plan: SourcePlan, media: DecodedSource, existing: Names, recipe: Recipe) -> SourcePlan:
     """Return the plan of a source that has been decoded."""
     if plan.missing is not None:
         return plan
@@ -198,7 +200,7 @@ def _by_item(existing: Names) -> Mapping[tuple[Size, Span | None], Names]:
     return found
 
 
-def _check_sections(source: Source, files: Names, sections: int | None) -> None:
+def _check_sections(source: MediaSource, files: Names, sections: int | None) -> None:
     """Raise CacheError if the files of an item are not those of all its sections."""
     expected = [None] if sections is None else list(range(sections))
     found = [name.section for name in files.values()]
@@ -208,7 +210,9 @@ def _check_sections(source: Source, files: Names, sections: int | None) -> None:
         raise CacheError(f"{path}: sections {theirs} were found, {len(expected)} files belong together")
 
 
-def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe) -> int:
+def _check_item(
+    source: MediaSource, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe
+) -> int:
     """Check that the files of an item are what this run would write; return how many have no record.
 
     Raises CacheError if they are not.
@@ -228,7 +232,7 @@ def _check_item(source: Source, size: Size, bucket: Size, span: Span, files: Nam
         changed = (
             difference(record.encoder, recipe.encoder)
             or options_difference(record.options, expected, recipe.latent)
-            or _changed(source, record)
+            or _find_change(source, record)
         )
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
@@ -250,7 +254,7 @@ def _check_foreign(
         raise CacheError(f"{path}: it holds {found}, this configuration writes {frames}x{height}x{width}")
 
 
-def _changed(source: Source, record: LatentRecord) -> str | None:
+def _find_change(source: MediaSource, record: LatentRecord) -> str | None:
     paths = paths_of(source)
     if len(paths) != len(record.files):
         return f"it was made from {len(record.files)} source files, now there are {len(paths)}"
@@ -260,7 +264,7 @@ def _changed(source: Source, record: LatentRecord) -> str | None:
     return f"{', '.join(changed)} changed since" if changed else None
 
 
-def _known_clip(source: Source, existing: Names, recipe: Recipe) -> ClipFacts | None:
+def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe) -> ClipFacts | None:
     """Return what an earlier run learned by decoding the source; None if unknown or if the source changed."""
     rate = recipe.options(source.table, (0, 0), (0, 0), (0, 0))
     known = []
@@ -294,6 +298,6 @@ def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
     )
 
 
-def paths_of(source: Source) -> tuple[Path, ...]:
+def paths_of(source: MediaSource) -> tuple[Path, ...]:
     """Return the files or folders that a source's latents are made from."""
     return (source.path, *source.control)

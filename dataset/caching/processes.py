@@ -55,7 +55,7 @@ class Share:
 
 
 @contextlib.contextmanager
-def joined_processes(environment: Mapping[str, str] | None = None) -> Iterator[Share]:
+def join_processes(environment: Mapping[str, str] | None = None) -> Iterator[Share]:
     """Join the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
 
     Processes communicate through gloo, on the CPU, whatever device they encode on.

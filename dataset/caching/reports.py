@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.sources.listing import Source
+from dataset.sources.listing import MediaSource
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class Failure:
     stem: str
 
     @staticmethod
-    def of(source: Source, reason: object) -> "Failure":
+    def of(source: MediaSource, reason: object) -> "Failure":
         """Make the failure of a source. reason: a text or the exception."""
         return Failure(source.path, str(reason), source.table.index, source.stem)
 
@@ -43,7 +43,7 @@ class CacheReport:
     is_main: bool = True  # whether this process reports for all
 
 
-def joined(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = True) -> CacheReport:
+def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = True) -> CacheReport:
     """Join the reports of several processes to one."""
     return CacheReport(
         written=sum(report.written for report in reports),

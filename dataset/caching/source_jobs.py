@@ -10,7 +10,7 @@ from tqdm import tqdm
 from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
 from dataset.sources.frames import frames_wanted
-from dataset.sources.listing import Source
+from dataset.sources.listing import MediaSource
 from modules.errors import MediaError, UserError
 from modules.media.reading import video_info
 
@@ -24,24 +24,26 @@ UNKNOWN_FRAMES = 256  # assumed for a clip whose header has no count
 
 def read_ahead(
     jobs: Sequence[T],
-    source_of: Callable[[T], Source],
+    source_of: Callable[[T], MediaSource],
     work: Callable[[T], R],
     workers: int,
     bar: "tqdm[None]",
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Yield (job, result or Failure) in order while threads work on later jobs, which read little."""
-    return _settled(jobs, source_of, work, workers, lambda _: 0, bar)
+    return _finish_done(jobs, source_of, work, workers, lambda _: 0, bar)
 
 
 def decode_ahead(
     jobs: Sequence[T],
-    source_of: Callable[[T], Source],
+    source_of: Callable[[T], MediaSource],
     work: Callable[[T], R],
     workers: int,
     bar: "tqdm[None]",
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Do as `read_ahead` for work that decodes its source: waiting frames stay under DECODED_BYTES."""
-    return _settled(jobs, source_of, work, workers, lambda job: decoded_bytes(source_of(job)), bar)
+    return _finish_done(
+        jobs, source_of, work, workers, lambda job: estimate_decoded_bytes(source_of(job)), bar
+    )
 
 
 def progress(total: int, what: str, unit: str = "source", shown: bool = True) -> "tqdm[None]":
@@ -49,7 +51,7 @@ def progress(total: int, what: str, unit: str = "source", shown: bool = True) ->
     return tqdm(total=total, desc=what, unit=unit, delay=1, disable=not shown)
 
 
-def decoded_bytes(source: Source) -> int:
+def estimate_decoded_bytes(source: MediaSource) -> int:
     """Estimate the bytes of a source's decoded frames.
 
     Reads its header only if the table uses the whole clip.
@@ -59,9 +61,9 @@ def decoded_bytes(source: Source) -> int:
     return int(frames) * width * height * 3 * (1 + len(source.control))
 
 
-def check_memory(source: Source) -> None:
+def check_memory(source: MediaSource) -> None:
     """Raise MediaError if a clip's frames do not fit into memory, before the system kills the program."""
-    needed, limit = decoded_bytes(source), machine_bytes()
+    needed, limit = estimate_decoded_bytes(source), machine_bytes()
     if limit and needed > 0.6 * limit:
         width, height = source.table.resolution
         raise MediaError(
@@ -79,7 +81,7 @@ def machine_bytes() -> int | None:
         return None
 
 
-def _frames_in_header(source: Source) -> float:
+def _frames_in_header(source: MediaSource) -> float:
     try:
         frames = video_info(source.path).frames or UNKNOWN_FRAMES
     except UserError:
@@ -87,9 +89,9 @@ def _frames_in_header(source: Source) -> float:
     return frames * min(1.0, FASTEST_FPS / (source.table.source_fps or FASTEST_FPS))
 
 
-def _settled(
+def _finish_done(
     jobs: Sequence[T],
-    source_of: Callable[[T], Source],
+    source_of: Callable[[T], MediaSource],
     work: Callable[[T], R],
     workers: int,
     size_bytes: Callable[[T], int],

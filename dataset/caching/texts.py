@@ -41,7 +41,7 @@ from dataset.caching.latents import require_finite
 from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.source_jobs import progress
-from dataset.sources.listing import Source
+from dataset.sources.listing import MediaSource
 from modules.atomic_write import give_name
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
@@ -58,7 +58,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 class TextPlan:
     """What to do for one source, by names of encoders."""
 
-    source: Source
+    source: MediaSource
     path: Path  # of its cache file
     missing: tuple[str, ...]  # those that must encode, in order
     in_part: tuple[str, ...]  # those whose outputs are valid in the unfinished file only
@@ -69,7 +69,7 @@ class TextPlan:
         return encoder == self.missing[-1]
 
 
-def plan_text(source: Source, tag: str, encoders: Encoders, skip_existing: bool) -> TextPlan:
+def plan_text(source: MediaSource, tag: str, encoders: Encoders, skip_existing: bool) -> TextPlan:
     """Compare a source's file, finished or not, with what the encoders would write. Nothing is changed."""
     path = source.table.cache_directory / text_file_name(source.stem, tag)
     right, _ = _right(path, source, encoders, skip_existing)
@@ -111,7 +111,7 @@ class TextEncoding:
         self._skip_existing = skip_existing
         self._show_progress = show_progress
 
-    def run(self, sources: Sequence[Source]) -> None:
+    def run(self, sources: Sequence[MediaSource]) -> None:
         """Encode what is missing, one encoder after the other; an encoder without work is not loaded."""
         encoders = [(encoder, dict(encoder.identity)) for encoder in self._family.text_encoders()]
         plans = self._plan(sources, encoders)
@@ -127,10 +127,10 @@ class TextEncoding:
             finally:
                 encoder.free()
 
-    def _plan(self, sources: Sequence[Source], encoders: Encoders) -> list[TextPlan]:
+    def _plan(self, sources: Sequence[MediaSource], encoders: Encoders) -> list[TextPlan]:
         """Compare all sources with their files. Finish or remove unfinished files that need nothing else."""
 
-        def compare(source: Source) -> TextPlan:
+        def compare(source: MediaSource) -> TextPlan:
             return plan_text(source, self._family.cache_tag, encoders, self._skip_existing)
 
         plans = []
@@ -154,7 +154,7 @@ class TextEncoding:
         self,
         encoder: TextEncoder,
         identity: Mapping[str, str],
-        sources: Sequence[Source],
+        sources: Sequence[MediaSource],
         to_do: Mapping[Path, TextPlan],
         bar: "tqdm[None]",
     ) -> None:
@@ -181,7 +181,7 @@ class TextEncoding:
                     )
                 bar.update(len(missing))
 
-    def _path(self, source: Source) -> Path:
+    def _path(self, source: MediaSource) -> Path:
         return source.table.cache_directory / text_file_name(source.stem, self._family.cache_tag)
 
 
@@ -204,20 +204,20 @@ def write_text(
     metadata |= text_metadata({encoder: dataclasses.replace(record, crc32=sums)})
     part = part_path(path)
     new = Entry(Header(path, metadata, tuple(tensors)), tensors)
-    unfinished = _existing(part)
+    unfinished = _require_existing(part)
     if unfinished is not None:
-        new = _joined(unfinished, new)
+        new = _join(unfinished, new)
     if not is_last:
         write_tensors(part, new.named, new.header.metadata)
         return
-    old = _existing(path)
+    old = _require_existing(path)
     if old is not None:
         before = old.header.metadata.get("caption1", record.caption)
         if before != record.caption:
             logger.warning(
                 "%s: the caption was %r, now it is %r; it is replaced", path, before, record.caption
             )
-        new = _joined(old, new)
+        new = _join(old, new)
     if unfinished is None:
         write_tensors(path, new.named, new.header.metadata)
     else:
@@ -231,14 +231,14 @@ def finish_text(path: Path) -> None:
     Raises CacheError if the `.part` is damaged, OutputError if writing fails.
     """
     part = part_path(path)
-    old, new = _existing(path), read_entry(part)
+    old, new = _require_existing(path), read_entry(part)
     if old is not None:
-        new = _joined(old, new)
+        new = _join(old, new)
         write_tensors(part, new.named, new.header.metadata)
     give_name(part, path)
 
 
-def _joined(old: Entry, new: Entry) -> Entry:
+def _join(old: Entry, new: Entry) -> Entry:
     """Join two entries; the new one wins if both have something."""
     new_keys = new.header.keys
     kept = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
@@ -249,7 +249,7 @@ def _joined(old: Entry, new: Entry) -> Entry:
 
 
 def _right(
-    path: Path, source: Source, encoders: Encoders, skip_existing: bool
+    path: Path, source: MediaSource, encoders: Encoders, skip_existing: bool
 ) -> tuple[dict[str, bool], frozenset[str]]:
     """Return the encoders whose outputs in a file are valid (name -> has a record), and all other records.
 
@@ -285,7 +285,7 @@ def _right(
     return right, frozenset(records.keys() - right.keys())
 
 
-def _existing(path: Path) -> Entry | None:
+def _require_existing(path: Path) -> Entry | None:
     try:
         entry = read_entry(path) if path.exists() else None
         if entry is not None:
@@ -311,13 +311,13 @@ def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> d
     return named
 
 
-def _caption_file(source: Source) -> FileIdentity | None:
+def _caption_file(source: MediaSource) -> FileIdentity | None:
     return None if source.caption_path is None else identify(source.caption_path)
 
 
-def _batches(sources: Sequence[Source], batch_size: int | None) -> list[Sequence[Source]]:
+def _batches(sources: Sequence[MediaSource], batch_size: int | None) -> list[Sequence[MediaSource]]:
     """Group consecutive sources of one table by `batch_size`, or by the table's batch size."""
-    batches: list[list[Source]] = []
+    batches: list[list[MediaSource]] = []
     for source in sources:
         last = batches[-1] if batches else None
         if (

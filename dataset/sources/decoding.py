@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
-from dataset.sources.listing import Source
+from dataset.sources.listing import MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size, bucket_sizes, choose_bucket
 from modules.media.reading import Frame, image_size, read_image, resize_cover, video_frames, video_info
@@ -27,7 +27,7 @@ IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 class Item:
     """An item to encode: an image, or a span of a clip."""
 
-    source: Source
+    source: MediaSource
     key: str  # for messages: "clip_00000-017" or "pic"
     span: Span  # first kept frame, number of frames; (0, 1) for images
     size: Size  # of the original, upright
@@ -38,7 +38,7 @@ class Item:
 class DecodedSource:
     """The kept frames of one source, resized to its bucket. Images have one frame."""
 
-    source: Source
+    source: MediaSource
     size: Size
     bucket: Size
     frames: Clip  # F H W 3; empty from `plan_source`
@@ -70,7 +70,7 @@ class DecodedSource:
         return tuple(_cut(frames, span) for frames in self.control)
 
 
-def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
+def decode_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
     """Read a source and its control media.
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
@@ -92,7 +92,7 @@ def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 
     first = next(decoded)
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, source.path)
-    frames = _gathered(itertools.chain([first], decoded), bucket, frames_wanted(table))
+    frames = _gather(itertools.chain([first], decoded), bucket, frames_wanted(table))
     found, reason = _spans_or_reason(table, len(frames), frame_step)
     control = (
         tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control)
@@ -102,7 +102,7 @@ def decode_source(source: Source, fps: float, step: int = 16, frame_step: int = 
     return DecodedSource(source, size, bucket, frames, control, found, reason)
 
 
-def plan_source(source: Source, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
+def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
     """Do the same as `decode_source` from headers, without frames, to compare with caches without a record.
 
     A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
@@ -168,7 +168,7 @@ def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]
     return itertools.islice(kept, frames_wanted(table))
 
 
-def _gathered(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
+def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
     """Collect frames at bucket size in one growing array, so that a clip is never copied."""
     width, height = bucket
     clip, count = np.empty((min(wanted or GROWTH, GROWTH), height, width, 3), np.uint8), 0
@@ -203,7 +203,7 @@ def _control_image(image: Frame, bucket: Size) -> Clip:
 def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num_frames: int) -> Clip:
     """Read `num_frames` control frames; a longer clip is cut, a shorter one repeats its last frame."""
     kept = itertools.islice(_kept_frames(path, table, fps), num_frames)
-    frames = _gathered(kept, bucket, num_frames)
+    frames = _gather(kept, bucket, num_frames)
     return (
         np.concatenate([frames, *[frames[-1:]] * (num_frames - len(frames))])
         if len(frames) < num_frames

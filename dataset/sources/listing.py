@@ -22,7 +22,7 @@ LISTED = 20  # how many problems of one kind a message shows
 
 
 @dataclass(frozen=True)
-class Source:
+class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 
     path: Path  # a file, or for a clip also a folder of images
@@ -34,7 +34,7 @@ class Source:
     table: DatasetTable
 
 
-def find_sources(table: DatasetTable, captions: bool = True) -> list[Source]:
+def find_sources(table: DatasetTable, captions: bool = True) -> list[MediaSource]:
     """Return all sources of a table, sorted by path.
 
     captions=False reads no caption files: latents do not need them. A missing caption is None. It is not
@@ -56,19 +56,19 @@ def find_sources(table: DatasetTable, captions: bool = True) -> list[Source]:
     return sources
 
 
-def missing_captions(sources: Iterable[Source]) -> list[str]:
+def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
     """Return one line per source without a caption: the file, and where its caption was searched."""
     return [f"{source.path}: {_where_caption(source)}" for source in sources if source.caption is None]
 
 
-def require_captions(sources: Sequence[Source]) -> None:
+def require_captions(sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError listing the sources without a caption."""
     _raise_listed(
         f"of {len(sources)} captions are missing; write them, then run again", missing_captions(sources)
     )
 
 
-def _where_caption(source: Source) -> str:
+def _where_caption(source: MediaSource) -> str:
     if source.caption_path is not None:
         return f"no {source.caption_path.name} beside it"
     return (
@@ -82,8 +82,8 @@ def _suffixes(table: DatasetTable) -> frozenset[str]:
     return image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES
 
 
-def _check_stems(table: DatasetTable, sources: Sequence[Source]) -> None:
-    first: dict[str, Source] = {}
+def _check_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
+    first: dict[str, MediaSource] = {}
     clashes = []
     for source in sources:
         other = first.setdefault(os.path.normcase(source.stem), source)
@@ -105,7 +105,7 @@ def _raise_listed(what: str, lines: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _from_folder(table: DatasetTable, captions: bool) -> list[Source]:
+def _from_folder(table: DatasetTable, captions: bool) -> list[MediaSource]:
     assert table.directory is not None
     suffixes = _suffixes(table)
     entries = list_folder(table.directory, f"{table.name}: {table.kind}_directory")
@@ -119,7 +119,7 @@ def _from_folder(table: DatasetTable, captions: bool) -> list[Source]:
     for path, control in zip(paths, controls, strict=True):
         text_path = caption_path(path, table.caption_extension) if table.caption_extension else None
         caption = read_caption(text_path) if captions and text_path else None
-        sources.append(Source(path, path.stem, caption, text_path, control, table))
+        sources.append(MediaSource(path, path.stem, caption, text_path, control, table))
     return sources
 
 
@@ -162,7 +162,7 @@ def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _from_list(table: DatasetTable) -> list[Source]:
+def _from_list(table: DatasetTable) -> list[MediaSource]:
     path = table.jsonl_file
     assert path is not None
     sources = []
@@ -177,10 +177,10 @@ def _from_list(table: DatasetTable) -> list[Source]:
         raise DatasetError(
             f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path."
         ) from error
-    return _checked_controls(table, sources)
+    return _check_controls(table, sources)
 
 
-def _from_line(table: DatasetTable, where: str, line: str) -> Source:
+def _from_line(table: DatasetTable, where: str, line: str) -> MediaSource:
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -195,7 +195,7 @@ def _from_line(table: DatasetTable, where: str, line: str) -> Source:
     _check_text(record[name], f"{where}: {name}")
     _check_text(caption or "", f"{where}: caption")
     path = Path(record[name]).expanduser()
-    return Source(path, path.stem, caption, None, _line_controls(table, record, where), table)
+    return MediaSource(path, path.stem, caption, None, _line_controls(table, record, where), table)
 
 
 def _check_text(text: str, where: str) -> None:
@@ -232,7 +232,7 @@ def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> t
     return tuple(Path(numbered[number]).expanduser() for number in sorted(numbered))[: table.control_count]
 
 
-def _checked_controls(table: DatasetTable, sources: list[Source]) -> list[Source]:
+def _check_controls(table: DatasetTable, sources: list[MediaSource]) -> list[MediaSource]:
     if any(source.control for source in sources):
         lacking = [str(source.path) for source in sources if len(source.control) < table.control_count]
         needed = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.attention.lengths import Dense, Lengths, by_sample, lengths_on, pack, unpack
+from modules.attention.lengths import Dense, Lengths, attend_by_sample, lengths_on, pack, unpack
 from modules.attention.options import SDPA, AttentionChoice, flag_of
 from modules.attention.packages import (
     flash,
@@ -131,7 +131,7 @@ def attend(
     if lengths is None and not (choice.split and len(query) > 1):
         return dense(query, key, value)
     if lengths is None or choice.split or backend.packed is None:
-        return by_sample(dense, query, key, value, lengths)
+        return attend_by_sample(dense, query, key, value, lengths)
     packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
     return unpack(packed, lengths, query.shape[1])
 

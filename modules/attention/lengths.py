@@ -44,20 +44,20 @@ def pack(tokens: Tensor, lengths: Lengths) -> Tensor:
 
 def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
     """Undo `pack`: T N D to B `length` N D, with zeros in the padding."""
-    return _filled_up(packed.split(lengths.counts), length)
+    return _fill_up(packed.split(lengths.counts), length)
 
 
-def by_sample(
+def attend_by_sample(
     dense: Dense, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths | None = None
 ) -> Tensor:
     """Run `dense` on one sample at a time, over its real tokens only. Returns zeros in the padding."""
     counts: Sequence[int | None] = [None] * len(query) if lengths is None else lengths.counts
     samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), counts, strict=True)
     parts = [dense(q[None, :count], k[None, :count], v[None, :count])[0] for q, k, v, count in samples]
-    return torch.stack(parts) if lengths is None else _filled_up(parts, query.shape[1])
+    return torch.stack(parts) if lengths is None else _fill_up(parts, query.shape[1])
 
 
-def _filled_up(samples: Sequence[Tensor], length: int) -> Tensor:
+def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
     """Pad samples (n N D) to one B `length` N D. One concatenation, so that real tokens are copied once."""
     pieces = [piece for one in samples for piece in (one, one.new_zeros(length - len(one), *one.shape[1:]))]
     return torch.cat(pieces).unflatten(0, (len(samples), length))

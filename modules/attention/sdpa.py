@@ -24,12 +24,12 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     # n equal keys: n exp(x) = exp(x + log n)
     bias = None if repeats is None else repeats.log().expand(1, 1, query.shape[1], -1)
     if query.device.type == "cpu" and query.dtype.itemsize < 4 and q.shape[2] * k.shape[2] <= WRITTEN_OUT:
-        return _written_out(q, k, v, bias).transpose(1, 2)
+        return _compute_plainly(q, k, v, bias).transpose(1, 2)
     if query.device.type != "cuda":
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     order = kernels(_capability(query.device), dtype, query.shape[-1], bias is not None, _cudnn())
-    return ordered(q, k, v, bias, order).transpose(1, 2)
+    return attend_in_order(q, k, v, bias, order).transpose(1, 2)
 
 
 def kernels(
@@ -61,7 +61,7 @@ def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
     )
 
 
-def ordered(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, order: list[SDPBackend]) -> Tensor:
+def attend_in_order(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, order: list[SDPBackend]) -> Tensor:
     """Run scaled_dot_product_attention on B N L D with only these kernels, in this order.
 
     The context manager costs about 40 microseconds on the host, and nothing under torch.compile, which runs
@@ -86,7 +86,7 @@ for _fact in (_capability, _cudnn):
     _fact._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _compute_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the same attention (B N L D) as matrix products.
 
     With few tokens in 16 bit on a CPU this is two to five times faster than PyTorch's kernels.

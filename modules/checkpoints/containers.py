@@ -88,10 +88,10 @@ def open_file(path: Path) -> TensorFile:
             return SafetensorsFile(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
-    raise CheckpointError(f"{path} {_what_it_is(start)}", path)
+    raise CheckpointError(f"{path} {_describe_kind(start)}", path)
 
 
-def _what_it_is(start: bytes) -> str:
+def _describe_kind(start: bytes) -> str:
     if start.startswith(b"GGUF"):
         return "is a GGUF file, which is not supported. Give the safetensors file of the same model."
     if start.startswith(b"version https://"):
@@ -148,9 +148,9 @@ class SafetensorsFile:
         size = self._path.stat().st_size
         length = struct.unpack("<Q", self._file.read(8))[0] if size >= 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise self._damaged(f"its header claims {length} bytes, the file has {size}")
+            raise self._damage_error(f"its header claims {length} bytes, the file has {size}")
         try:
-            header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_without_repeats)
+            header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_drop_repeats)
             metadata = {
                 str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()
             }
@@ -158,16 +158,16 @@ class SafetensorsFile:
             # raises for what could not be written again
             "".join([*header, *metadata, *metadata.values()]).encode("utf-8")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise self._damaged(f"its header cannot be read ({error})") from error
+            raise self._damage_error(f"its header cannot be read ({error})") from error
         end = 0
         for name, (info, offset) in sorted(
             entries.items(), key=lambda item: (item[1][1], item[1][0].size_bytes)
         ):
             if offset != end:
-                raise self._damaged(f"the data of {name} begin at byte {offset}, not {end}")
+                raise self._damage_error(f"the data of {name} begin at byte {offset}, not {end}")
             end += info.size_bytes
         if 8 + length + end != size:
-            raise self._damaged(f"it has {size} bytes, its header describes {8 + length + end}")
+            raise self._damage_error(f"it has {size} bytes, its header describes {8 + length + end}")
         return metadata, entries, 8 + length
 
     def _entry(self, name: str, entry: Mapping[str, Any]) -> tuple[TensorInfo, int]:
@@ -183,13 +183,13 @@ class SafetensorsFile:
             raise ValueError(f"{name} has {end - begin} bytes for shape {list(info.shape)}")
         return info, begin
 
-    def _damaged(self, how: str) -> CheckpointError:
+    def _damage_error(self, how: str) -> CheckpointError:
         return CheckpointError(
             f"{self._path} is damaged or incomplete: {how}. Download or copy it again.", self._path
         )
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _drop_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("it has a name twice")
@@ -202,7 +202,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.metadata: dict[str, str] = {}
-        self._tensors = _unwrapped(load_pickled(path), path)
+        self._tensors = _unwrap(load_pickled(path), path)
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
         }
@@ -242,7 +242,7 @@ def load_pickled(path: Path) -> Any:
     try:
         is_zip = start[:4] == ZIP
         if start and not is_zip and start[:1] != PICKLE:
-            raise CheckpointError(f"{path} {_what_it_is(start)}", path)
+            raise CheckpointError(f"{path} {_describe_kind(start)}", path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the pickle protocol, of no use to a user
             # the older format cannot be mapped
@@ -252,7 +252,7 @@ def load_pickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         nonsense = re.search(r"Unsupported operand \d+", str(error))
         if nonsense is not None or "weights_only" not in str(error):
-            raise _damaged_pickle(path, nonsense[0] if nonsense else str(error)) from error
+            raise _pickle_damage_error(path, nonsense[0] if nonsense else str(error)) from error
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
             f"{path} holds program code beside its tensors and is refused: opening it would run that code.\n"
@@ -264,7 +264,7 @@ def load_pickled(path: Path) -> Any:
     except (
         Exception
     ) as error:  # torch's reader meets a damaged file with whatever error its next step happens to raise
-        raise _damaged_pickle(path, str(error) or type(error).__name__) from error
+        raise _pickle_damage_error(path, str(error) or type(error).__name__) from error
 
 
 _PLAIN = "Only plain weights can be read: save them as dense tensors, best in a safetensors file."
@@ -297,12 +297,12 @@ def _special_kind(tensor: Tensor) -> str | None:
     return f"a tensor without data ({tensor.device.type})" if tensor.device.type != "cpu" else None
 
 
-def _damaged_pickle(path: Path, reason: str) -> CheckpointError:
+def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
     reason = reason.strip().splitlines()[0].split(". ")[0]
     return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
 
 
-def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     """Return the named tensors inside the containers that a trainer wrapped around them.
 
     A step count beside a wrapper may be a tensor too.

@@ -11,7 +11,8 @@ from torch import nn
 
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.fp8_layers import encoder_loading
-from modules.checkpoints.opening import Checkpoint, Source
+from modules.checkpoints.opening import Checkpoint
+from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
 
 Config = TypeVar("Config")
@@ -25,7 +26,7 @@ class LoadPlan(Generic[Config]):
 
     config: Config
     checkpoint: Checkpoint  # without prefixes
-    sources: Mapping[str, Source]
+    sources: Mapping[str, TensorSource]
     ignore: tuple[str, ...] = ()
 
 
@@ -60,7 +61,7 @@ def load_planned(
     return network.eval()
 
 
-def translated(name: str, table: Names) -> str:
+def translate_name(name: str, table: Names) -> str:
     """Return our name for one in the file; a name not in the table stays, to be reported as unexpected."""
     for pattern, ours in table:
         found = re.fullmatch(pattern, name)
@@ -69,7 +70,9 @@ def translated(name: str, table: Names) -> str:
     return name
 
 
-def renamed(sources: Mapping[str, Source], name_of: Callable[[str], str]) -> dict[str, Source]:
+def rename_sources(
+    sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
+) -> dict[str, TensorSource]:
     """Return the same sources under the names that `name_of` returns."""
     return {name_of(name): source for name, source in sources.items()}
 
@@ -80,7 +83,9 @@ def count(names: Iterable[str], start: str) -> int:
     return len({found[1] for found in map(pattern.match, names) if found})
 
 
-def shapes_of(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Callable[[str], tuple[int, ...]]:
+def shapes_of(
+    checkpoint: Checkpoint, sources: Mapping[str, TensorSource]
+) -> Callable[[str], tuple[int, ...]]:
     """Return a function: our name -> shape of the tensor in the file.
 
     It raises CheckpointError if the file has no such tensor.

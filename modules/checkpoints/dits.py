@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from modules.checkpoints.filling import load_module
-from modules.checkpoints.fp8_layers import Fp8Loading, kept_in_fp8
-from modules.checkpoints.opening import Checkpoint, Source
+from modules.checkpoints.fp8_layers import Fp8Loading, find_fp8_weights
+from modules.checkpoints.opening import Checkpoint
+from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
@@ -67,7 +68,7 @@ class DitHeader(Generic[Config]):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype that the model computes in unless an option says otherwise."""
-        return own_dtype(self.block_dtype)
+        return choose_own_dtype(self.block_dtype)
 
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:
@@ -75,7 +76,7 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
 
 
-def own_dtype(block_dtype: torch.dtype, for_fp8: torch.dtype | None = None) -> torch.dtype:
+def choose_own_dtype(block_dtype: torch.dtype, for_fp8: torch.dtype | None = None) -> torch.dtype:
     """Return the default compute dtype of a file whose block weights have this dtype.
 
     That is the file's own; fp8 files compute in `for_fp8` or bfloat16.
@@ -83,19 +84,19 @@ def own_dtype(block_dtype: torch.dtype, for_fp8: torch.dtype | None = None) -> t
     return block_dtype if block_dtype.itemsize > 1 else for_fp8 or FP8_COMPUTE
 
 
-def kept_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
+def choose_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
     """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else the file's own."""
     return (
         placement.compute_dtype
         or placement.storage_dtype
-        or own_dtype(block_dtype, placement.fp8_compute_dtype)
+        or choose_own_dtype(block_dtype, placement.fp8_compute_dtype)
     )
 
 
 def fill_dit(
     dit: nn.Module,
     checkpoint: Checkpoint,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, TensorSource],
     placement: Placement,
     target: torch.dtype,
     spec: DitSpec,
@@ -135,7 +136,11 @@ def fill_dit(
 
 
 def _fp8_layers(
-    dit: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source], placement: Placement, spec: DitSpec
+    dit: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    placement: Placement,
+    spec: DitSpec,
 ) -> Fp8Loading | None:
     """Return the linear layers of the blocks that are kept in 8 bits: the file's, else the family's choice.
 
@@ -145,7 +150,9 @@ def _fp8_layers(
     if quantisation is None:
         return None
     last = _last_blocks(dit, spec) if quantisation.fp8_matmul else ()
-    kept = kept_in_fp8(_without(linear_weights(dit, spec.block_lists), last), sources, checkpoint.tensors)
+    kept = find_fp8_weights(
+        _without(linear_weights(dit, spec.block_lists), last), sources, checkpoint.tensors
+    )
     if not kept:
         rounded = _without(linear_weights(dit, spec.block_lists, spec.fp8_exclude), last)
         return Fp8Loading(quantisation, rounded, (), placement.device)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.fp8_layers import Fp8Loading
-from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint, TensorInfo
-from modules.checkpoints.sources import Source
-from modules.contract.loading import HostPlace, WeightPatch
+from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
+from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import HostPlace, TensorInfo, WeightPatch
 from modules.errors import CheckpointError
 from modules.fp8.weights import E4M3, attach
 
@@ -31,7 +31,7 @@ from modules.fp8.weights import E4M3, attach
 def load_module(
     module: nn.Module,
     checkpoint: Checkpoint,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, TensorSource],
     *,
     device: torch.device | Callable[[str], torch.device],
     dtype: Callable[[str, torch.dtype], torch.dtype],
@@ -78,7 +78,7 @@ def load_module(
     for name, target in plan.items():
         place = held.get(name)
         if fp8 is not None and name in fp8:
-            _put_fp8(
+            _place_fp8(
                 module,
                 name,
                 sources[name],
@@ -112,9 +112,9 @@ def load_module(
             )
             if devices[name].type != "meta":
                 tensor.copy_(
-                    _made(name, sources[name], checkpoint, scratch, devices[name], target, patch, finite)
+                    _make(name, sources[name], checkpoint, scratch, devices[name], target, patch, finite)
                 )
-        _put(module, name, tensor)
+        _place_weight(module, name, tensor)
     finite.finish()
     if fp8 is not None:
         fp8.report(what)
@@ -128,7 +128,7 @@ _CPU = torch.device("cpu")
 def _hold(
     module: nn.Module,
     checkpoint: Checkpoint,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, TensorSource],
     plan: Mapping[str, torch.dtype],
     fp8: Fp8Loading | None,
     host: HostPlace | None,
@@ -163,20 +163,22 @@ def _read_into(room: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
 _ALIGNMENT = 64  # bytes; where tensors begin in `scratch`
 
 
-def _is_as_stored(source: Source, checkpoint: Checkpoint, target: torch.dtype, device: torch.device) -> bool:
+def _is_as_stored(
+    source: TensorSource, checkpoint: Checkpoint, target: torch.dtype, device: torch.device
+) -> bool:
     return (
         device.type == "cpu" and source.build is None and checkpoint.tensors[source.names[0]].dtype == target
     )
 
 
-def _room(source: Source, checkpoint: Checkpoint) -> int:
+def _room(source: TensorSource, checkpoint: Checkpoint) -> int:
     """Return the bytes needed to read all parts of a tensor."""
     return sum(checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in source.names)
 
 
-def _made(
+def _make(
     name: str,
-    source: Source,
+    source: TensorSource,
     checkpoint: Checkpoint,
     scratch: Tensor,
     device: torch.device,
@@ -194,7 +196,7 @@ def _made(
 
 
 def _parts(
-    source: Source, checkpoint: Checkpoint, scratch: Tensor, device: torch.device, finite: FiniteCheck
+    source: TensorSource, checkpoint: Checkpoint, scratch: Tensor, device: torch.device, finite: FiniteCheck
 ) -> list[Tensor]:
     """Read what a tensor is made of, on that device; may be views of `scratch`."""
     parts, start = [], 0
@@ -205,10 +207,10 @@ def _parts(
     return parts
 
 
-def _put_fp8(
+def _place_fp8(
     module: nn.Module,
     name: str,
-    source: Source,
+    source: TensorSource,
     checkpoint: Checkpoint,
     scratch: Tensor,
     device: torch.device,
@@ -233,7 +235,7 @@ def _put_fp8(
         weight = weight.to(device, copy=True) if room is None else weight
     else:
         stored = checkpoint.tensors[source.names[0]].dtype
-        made = _made(name, source, checkpoint, scratch, fp8.device, stored, patch, finite)
+        made = _make(name, source, checkpoint, scratch, fp8.device, stored, patch, finite)
         weight, scale = fp8.round(name, made)
         weight = weight.to(device) if room is None else weight
     if room is not None:
@@ -241,7 +243,7 @@ def _put_fp8(
     attach(layer, weight, None if scale is None else scale.to(fp8.device, copy=True), fp8.quantisation)
 
 
-def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+def _place_weight(module: nn.Module, name: str, tensor: Tensor) -> None:
     parent_name, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent_name)
     if leaf in parent._parameters:
@@ -253,7 +255,7 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 def _check_fit(
     wanted: Mapping[str, Tensor],
     checkpoint: Checkpoint,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, TensorSource],
     ignore: Sequence[str],
     what: str,
 ) -> None:
@@ -291,7 +293,7 @@ def _check_fit(
         )
 
 
-def _built_shape(source: Source, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+def _built_shape(source: TensorSource, checkpoint: Checkpoint) -> tuple[int, ...] | None:
     infos = [checkpoint.tensors[part] for part in source.names]
     if source.build is None:
         return infos[0].shape

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.sources import Source
+from modules.checkpoints.sources import TensorSource
 from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError, OptionError
 from modules.fp8.options import Quantisation
@@ -84,20 +84,23 @@ class Fp8Loading:
         logger.info(text, what, len(errors), how[self.quantisation.kind], 100 * mean, 100 * low, 100 * high)
 
 
-def kept_in_fp8(
-    names: Collection[str], sources: Mapping[str, Source], tensors: Mapping[str, TensorInfo]
+def find_fp8_weights(
+    names: Collection[str], sources: Mapping[str, TensorSource], tensors: Mapping[str, TensorInfo]
 ) -> frozenset[str]:
     """Return those of the weights that a file with these tensors holds in 8 bits."""
     return frozenset(name for name in names if name in sources and sources[name].is_fp8_in(tensors))
 
 
 def encoder_loading(
-    encoder: nn.Module, sources: Mapping[str, Source], tensors: Mapping[str, TensorInfo], device: torch.device
+    encoder: nn.Module,
+    sources: Mapping[str, TensorSource],
+    tensors: Mapping[str, TensorInfo],
+    device: torch.device,
 ) -> Fp8Loading:
     """Keep all linear layers of a text encoder in 8 bits; those of an fp8 file stay as they are.
 
     Embeddings and norms are not rounded.
     """
     names = linear_weights(encoder)
-    kept = kept_in_fp8(names, sources, tensors)
+    kept = find_fp8_weights(names, sources, tensors)
     return Fp8Loading(TEXT_ENCODERS, names - kept, kept, device)

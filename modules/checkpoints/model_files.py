@@ -12,7 +12,7 @@ from modules.options import require
 Found = TypeVar("Found")
 
 
-def existing(path: Path | None, option: str, why: str) -> Path:
+def require_file(path: Path | None, option: str, why: str) -> Path:
     """Return the path.
 
     Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.

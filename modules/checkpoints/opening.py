@@ -18,13 +18,11 @@ from typing import Self
 from torch import Tensor
 
 from modules.checkpoints.containers import TensorFile, open_file
-from modules.checkpoints.sources import Source
+from modules.checkpoints.sources import TensorSource
 from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError
-from modules.fp8.weights import dequantise, is_fp8, stored_scale
+from modules.fp8.weights import dequantise, is_fp8, store_scale
 from modules.text_files import parse_json, read_text, require_regular_file
-
-__all__ = ["Checkpoint", "Source", "TensorInfo", "fingerprint", "open_checkpoint", "plain_sources"]
 
 LISTED = 8  # file names in a message
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
@@ -51,7 +49,7 @@ class Checkpoint:
         Raises CheckpointError if the file ends too soon.
         """
         file, stored = self._places[name]
-        with self._explained():
+        with self._explain_errors():
             return file.read(stored)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
@@ -60,11 +58,11 @@ class Checkpoint:
         scratch: bytes (uint8) that may be used.
         """
         file, stored = self._places[name]
-        with self._explained():
+        with self._explain_errors():
             return file.borrow(stored, scratch)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -141,7 +139,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
             f"{path} cannot be read: {error.strerror or error}. Give the model's file.", path
         ) from error
     if path.name.endswith(".index.json"):
-        return _indexed_paths(path)
+        return _read_index(path)
     shard = _SHARD.fullmatch(path.name)
     if shard is None:
         return [path]
@@ -149,10 +147,10 @@ def checkpoint_paths(path: Path) -> list[Path]:
     names = [
         f"{shard['stem']}-{number:05d}-of-{count:05d}{shard['suffix']}" for number in range(1, count + 1)
     ]
-    return _existing(path, names)
+    return _require_existing(path, names)
 
 
-def _indexed_paths(path: Path) -> list[Path]:
+def _read_index(path: Path) -> list[Path]:
     try:
         named = parse_json(read_text(path))["weight_map"]
         names = sorted({str(Path(name)) for name in named.values()})
@@ -162,10 +160,10 @@ def _indexed_paths(path: Path) -> list[Path]:
         raise CheckpointError(
             f"{path} is not an index of model files: {error!r}. Give the first of the files instead.", path
         ) from error
-    return _existing(path, names)
+    return _require_existing(path, names)
 
 
-def _existing(path: Path, names: Sequence[str]) -> list[Path]:
+def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         which = ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else "")
@@ -179,7 +177,7 @@ def _folder_paths(folder: Path) -> list[Path]:
     """Return the files of an index, else all safetensors files, else the only other model file."""
     indexes = sorted(folder.glob("*.index.json"))
     if len(indexes) == 1:
-        return _indexed_paths(indexes[0])
+        return _read_index(indexes[0])
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
     safe = [file for file in files if file.suffix in {".safetensors", ".sft"}]
     if not indexes and safe:
@@ -226,7 +224,7 @@ _QUANT_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
 _FOREIGN = ("*.absmax", "*.quant_map", "*.quant_state.*", "*.weight_scale_2", "*.qweight", "*.qzeros")
 
 
-def plain_sources(checkpoint: Checkpoint) -> dict[str, Source]:
+def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     """Return each tensor of the file by its own name; scaled fp8 weights are multiplied by their scales.
 
     The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
@@ -244,14 +242,14 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, Source]:
             continue
         in_fp8 = is_fp8(checkpoint.tensors[name].dtype)
         if name in scales:
-            sources[name] = Source((name, scales[name]), dequantise, _with_scale if in_fp8 else None)
+            sources[name] = TensorSource((name, scales[name]), dequantise, _with_scale if in_fp8 else None)
         else:
-            sources[name] = Source((name,), as_fp8=_without_scale if in_fp8 else None)
+            sources[name] = TensorSource((name,), as_fp8=_without_scale if in_fp8 else None)
     return sources
 
 
 def _with_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return weight, stored_scale(scale)
+    return weight, store_scale(scale)
 
 
 def _without_scale(weight: Tensor) -> tuple[Tensor, None]:

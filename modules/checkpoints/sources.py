@@ -10,7 +10,7 @@ from modules.fp8.weights import is_fp8
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Hold how one tensor is made: names in the file, and a function of these tensors.
 
     `build` None takes the only tensor; it also runs on meta tensors, to compare shapes before anything is
@@ -22,10 +22,10 @@ class Source:
     build: Callable[..., Tensor] | None = None
     as_fp8: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
-    def then(self, change: Callable[[Tensor], Tensor]) -> "Source":
+    def then(self, change: Callable[[Tensor], Tensor]) -> "TensorSource":
         """Return the same source with a further step, such as cutting rows or transposing."""
         build = self.build
-        return Source(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
+        return TensorSource(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0] if self.build is None else self.build(*tensors)

@@ -32,7 +32,7 @@ class TokenizerFiles:
         path: what the option names. Raises CheckpointError if `path` is given and is not a tokenizer.
         """
         if path is not None:
-            return self._given(path)
+            return self._describe_given(path)
         folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
         for place in self.beside:
             parts = place.split("/")
@@ -60,7 +60,7 @@ class TokenizerFiles:
         except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
             raise CheckpointError(
                 f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and the hub "
-                f"cannot be reached ({first_line(error)})\n  Give {self.option} {self._what()}.",
+                f"cannot be reached ({first_line(error)})\n  Give {self.option} {self._describe()}.",
                 checkpoint_path,
             ) from error
 
@@ -114,11 +114,12 @@ class TokenizerFiles:
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
         """Return the error for a file that is not a tokenizer."""
         return CheckpointError(
-            f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} {self._what()}.",
+            f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
+            f"{self._describe()}.",
             file,
         )
 
-    def _given(self, path: Path) -> Path:
+    def _describe_given(self, path: Path) -> Path:
         if not path.is_dir():
             try:
                 require_regular_file(path)
@@ -136,14 +137,14 @@ class TokenizerFiles:
         found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it holds {found}). Give "
-            f"{self._what()}.",
+            f"{self._describe()}.",
             path,
         )
 
     def _file_in(self, folder: Path) -> Path | None:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
-    def _what(self) -> str:
+    def _describe(self) -> str:
         place = (
             f"the folder {self.folder} of {self.repository}"
             if self.folder

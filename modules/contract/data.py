@@ -120,7 +120,7 @@ class MediaBatch:
             alpha=alpha,
         )
 
-    def encoded_at_once(self, device: torch.device) -> "list[MediaBatch]":
+    def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """The items as an encoder on that device takes them: all in one batch, on a CPU each by itself.
 
         A batch gains nothing there, and singly an item's numbers do not depend on what else a run that was
@@ -140,7 +140,7 @@ class CacheEntry:
     grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
 
 
-def batched(conditions: Conditions) -> Conditions:
+def add_batch_axis(conditions: Conditions) -> Conditions:
     """Give conditions of a single sample their batch dimension: tensors gain an axis, lists stay (one entry
     per sample).
     """

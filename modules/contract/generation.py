@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from modules.contract.data import Conditions, MediaEncoders, batched
+from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class EncodedPrompts:
         """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised."""
 
         def joined(text: Conditions | None) -> Conditions | None:
-            return None if text is None else {**batched(text), **(inputs or {})}
+            return None if text is None else {**add_batch_axis(text), **(inputs or {})}
 
         positive = joined(self.positive)
         assert positive is not None

@@ -70,7 +70,7 @@ def first_step(steps: int, strength: float) -> int:
     return steps - min(max(int(steps * strength), 1), steps)
 
 
-def with_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:
+def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:
     """Return the request without media that cannot be used, and warn about those.
 
     taken: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".

@@ -161,7 +161,7 @@ def choose_product(
     )
 
 
-def with_product(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
+def add_product(quantisation: Quantisation | None, device: torch.device) -> Quantisation | None:
     """Return the quantisation with its `product` chosen for the device, if --fp8_fast is given.
 
     Raises OptionError as `choose_product` does.
@@ -268,16 +268,16 @@ def quantise_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> 
     """
     rows = max(1, piece // x.shape[1])
     if torch.compiler.is_compiling() or x.shape[0] <= rows:
-        return _quantised(x, fold)
+        return _quantise(x, fold)
     out = torch.empty(x.shape, dtype=WEIGHT_DTYPE, device=x.device)
     scales = torch.empty(x.shape[0], 1, device=x.device)
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
-        out[part], scales[part] = _quantised(x[part], fold)
+        out[part], scales[part] = _quantise(x[part], fold)
     return out, scales
 
 
-def _quantised(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantise(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
     if fold is not None:
         x = x * fold  # float32, as the scales are
     largest = x.abs().amax(dim=1, keepdim=True).float()

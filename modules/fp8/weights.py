@@ -84,7 +84,7 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
     return plain.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
-def stored_scale(scale: Tensor) -> Tensor:
+def store_scale(scale: Tensor) -> Tensor:
     """Return a file's scale as layers store it: float32, [1], [out, 1] or [out, blocks, 1]."""
     if scale.numel() == 1:
         return scale.float().reshape(1)

@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from modules.devices import sent_ahead
+from modules.devices import send_ahead
 
 Layout = TypeVar("Layout", bound=Hashable)
 Asked = TypeVar("Asked", bound=Hashable, contravariant=True)
@@ -73,7 +73,7 @@ def _table(
         turns(axis_angles(size, width, theta, dtype)).float()
         for size, width in zip(sizes, widths, strict=True)
     ]
-    return on_grid([sent_ahead(one, device) for one in axes]).unsqueeze(1)
+    return on_grid([send_ahead(one, device) for one in axes]).unsqueeze(1)
 
 
 def turns(angles: Tensor) -> Tensor:

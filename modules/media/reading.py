@@ -114,7 +114,7 @@ def video_frames(path: Path) -> Iterator[Frame]:
             for frame in packet.decode():
                 num_frames += 1
                 end_seconds = max(end_seconds, frame.time or 0.0)
-                yield _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                yield _turn_upright(frame.to_ndarray(format="rgb24"), frame.rotation)
         _check_whole(path, container, stream, num_frames, end_seconds)
 
 
@@ -166,7 +166,7 @@ def folder_images(folder: Path) -> list[Path]:
     return images
 
 
-def _upright(frame: Frame, degrees: float) -> Frame:
+def _turn_upright(frame: Frame, degrees: float) -> Frame:
     """Rotate a frame counter-clockwise by the rotation stored in the file; only quarter turns occur."""
     turns = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame

@@ -81,7 +81,7 @@ def write_video(
     first = next(remaining, None)
     if first is None:
         raise MediaError(f"{path}: there is no frame to write")
-    with atomic_path(path) as temporary, _writing():
+    with atomic_path(path) as temporary, name_write_errors():
         # no random ids
         container = av.open(file_url(temporary), "w", format=_MUXERS[suffix], options={"fflags": "+bitexact"})
         with container:
@@ -130,7 +130,7 @@ class Segment:
     lead: int
 
 
-def segment_of(path: Path, fps: float) -> Segment:
+def measure_segment(path: Path, fps: float) -> Segment:
     """Measure a finished file. Raises MediaError if it cannot be read."""
     with open_video(path) as (container, _):
         places = [_place(packet, fps) for packet in _packets(container)]
@@ -145,7 +145,7 @@ def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
     written.
     """
     lead = max(segment.lead for segment in segments)
-    with atomic_path(path) as temporary, _writing():
+    with atomic_path(path) as temporary, name_write_errors():
         target = av.open(file_url(temporary), "w", format=_MUXERS[".mp4"], options={"fflags": "+bitexact"})
         with target:
             stream: Any = None
@@ -190,7 +190,7 @@ def _rate(fps: float) -> Fraction:
 
 
 @contextlib.contextmanager
-def _writing() -> Iterator[None]:
+def name_write_errors() -> Iterator[None]:
     """Turn FFmpeg's errors into OSError, which `atomic_path` explains."""
     try:
         yield

@@ -62,7 +62,7 @@ class _Block:
         keeps = self.keeps_attention and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         )
-        contexts = keeping_attention if keeps else noop_context_fn
+        contexts = reuse_attention if keeps else noop_context_fn
         kept: AbstractContextManager[object] = nullcontext() if self.offload is None else self.offload.hooks()
         with kept:
             return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=contexts)
@@ -84,7 +84,7 @@ def checkpoint_blocks(
         block.forward = _Block(block, block.forward, keep_attention, place, is_first=index == 0)
 
 
-def keeping_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def reuse_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Return the contexts of computing and recomputing a block; the second reuses attention's results."""
     return create_selective_checkpoint_contexts(_policy)
 

@@ -70,7 +70,7 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine = A
         starts.append(size)
         size += -(-info.size_bytes // ALIGNMENT) * ALIGNMENT
     size = max(size, 1)
-    mapping = _shared(size, machine) if machine.is_shared else None
+    mapping = _share(size, machine) if machine.is_shared else None
     whole = _as_tensor(_private(size) if mapping is None else mapping, pinned)
     tensors = {
         name: whole[start : start + info.size_bytes].view(info.dtype).view(info.shape)
@@ -95,7 +95,7 @@ def _private(size: int) -> mmap.mmap:
     return mapping
 
 
-def _shared(size: int, machine: Machine) -> mmap.mmap | None:
+def _share(size: int, machine: Machine) -> mmap.mmap | None:
     """Map memory shared by a machine's processes; None if they cannot share, so that each needs its own.
 
     The first process makes a file without a name; the others open it through its list of open files.

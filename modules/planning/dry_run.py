@@ -36,7 +36,7 @@ KEPT, WORKING = "kept", "working"
 Moment = Mapping[str, int]  # bytes by kind
 
 
-def rounded(size: int) -> int:
+def round_up_bytes(size: int) -> int:
     """Return the bytes that an allocation takes."""
     return -(-size // GRANULE) * GRANULE
 
@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
             and isinstance(args[0], FakeTensor)
         ):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-        result = _computed(func, args, kwargs or {}, self.device)
+        result = _compute(func, args, kwargs or {}, self.device)
         kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -129,7 +129,7 @@ class Ledger(TorchDispatchMode):
                 self._add(known[1], 1)
             return
         made = _Allocation(
-            rounded(storage.nbytes()), kind or self._kind, self._number, tensor.device == self.device
+            round_up_bytes(storage.nbytes()), kind or self._kind, self._number, tensor.device == self.device
         )
         key = id(storage)
         self._known[key] = (weakref.ref(storage, lambda _: self._gone(key)), made)
@@ -160,7 +160,7 @@ class Ledger(TorchDispatchMode):
             self.peaks[self._place] = self.moment
 
 
-def _computed(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
+def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     """Run an operation; the result has values if all inputs have, or if it creates a small integer tensor."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     is_fake = [isinstance(tensor, FakeTensor) for tensor in given]
@@ -274,11 +274,11 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
     is_first = True
     for name, all_of_them in blocks.items():
         for index, block in enumerate(all_of_them):
-            block.forward = _watched(block.forward, name, index, ledger, is_first)
+            block.forward = _watch(block.forward, name, index, ledger, is_first)
             is_first = False
 
 
-def _watched(
+def _watch(
     forward: Callable[..., Tensor], name: str, index: int, ledger: Ledger, is_first: bool
 ) -> Callable[..., Tensor]:
     def entering(place: str) -> Callable[[Tensor], None]:
@@ -290,7 +290,7 @@ def _watched(
                 return forward(x, *others)
             if is_first and x.requires_grad:
                 x.register_hook(entering("backward before the blocks"))
-            ledger.inputs[name] = rounded(x.nbytes)
+            ledger.inputs[name] = round_up_bytes(x.nbytes)
             where = _nth(index, ledger.counts[name])
             ledger.enter(f"forward of {name}, {where}")
             result = forward(x, *others)
@@ -326,7 +326,7 @@ def keep_blocks(
         ledger.counts[name] = count
 
 
-def extrapolated(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
+def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
     """Return what `measure` would give for `counts` blocks, from runs with few: bytes grow by the block.
 
     The bytes at a block's place depend linearly on its index, so the largest is at an end of a list.

@@ -24,7 +24,7 @@ from modules.planning.dry_run import (
     WEIGHTS,
     WORKING,
     Moment,
-    rounded,
+    round_up_bytes,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ TOLERANCE = 0.07  # a larger relative difference between prediction and measurem
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """One line of the plan, in bytes."""
 
     name: str
@@ -57,7 +57,7 @@ class Phase:
     """What is held at the peak of one phase of the run."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryPart, ...]
 
     @property
     def device(self) -> int:
@@ -116,11 +116,11 @@ def room_on(device: torch.device, planned_gib: float | None = None) -> Room | No
     return Room(torch.cuda.get_device_name(device), total, free + torch.cuda.memory_reserved(device))
 
 
-def workspace(device: torch.device, is_training: bool) -> Part:
+def workspace(device: torch.device, is_training: bool) -> MemoryPart:
     """Return the part for cuBLAS's workspaces; without a CUDA device, those of a Hopper GPU."""
     is_large = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
     size = WORKSPACE if is_large else SMALL_WORKSPACE
-    return Part("cuBLAS", (2 if is_training else 1) * size, note="workspace of matrix products")
+    return MemoryPart("cuBLAS", (2 if is_training else 1) * size, note="workspace of matrix products")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Swapped:
         return self.away - self.ring
 
 
-def swapped(dit: nn.Module, plan: SwapPlan) -> Swapped:
+def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
     """Return the bytes of a swap plan for a network on any device.
 
     Raises OptionError if it has too few blocks.
@@ -155,7 +155,7 @@ def swapped(dit: nn.Module, plan: SwapPlan) -> Swapped:
 
 
 def _weight_bytes(dit: nn.Module, names: Iterable[str]) -> int:
-    return sum(rounded(dit.get_parameter(name).nbytes) for name in names)
+    return sum(round_up_bytes(dit.get_parameter(name).nbytes) for name in names)
 
 
 def smallest_swap(device_bytes: Callable[[int], int], most: int, usable: int) -> int | None:
@@ -167,12 +167,12 @@ def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool) -> list[Swapped]
     """Return the effect of every possible --blocks_to_swap, from 0 on."""
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     return [
-        swapped(dit, SwapPlan(spec, count, input_layers))
+        plan_swapped_bytes(dit, SwapPlan(spec, count, input_layers))
         for count in range(most_blocks(totals, spec.swap_counts) + 1)
     ]
 
 
-def chosen_swap(device_bytes: Callable[[int], int], most: int, room: Room | None) -> tuple[int, str]:
+def choose_swap(device_bytes: Callable[[int], int], most: int, room: Room | None) -> tuple[int, str]:
     """Return the smallest --blocks_to_swap that fits the room, and the reason.
 
     Without a room it is 0; if none fits, the largest. device_bytes: bytes on the device for a number of
@@ -208,7 +208,9 @@ NAMES = {
 }
 
 
-def parts_of(moment: Moment, swap: Swapped, notes: Mapping[str, str], waiting: int = 0) -> tuple[Part, ...]:
+def parts_of(
+    moment: Moment, swap: Swapped, notes: Mapping[str, str], waiting: int = 0
+) -> tuple[MemoryPart, ...]:
     """Return a moment as lines of a plan. waiting: bytes of activations in host memory."""
     parts = []
     for kind, name in NAMES.items():
@@ -218,7 +220,7 @@ def parts_of(moment: Moment, swap: Swapped, notes: Mapping[str, str], waiting: i
         elif kind == KEPT:
             host = waiting
         if size or host:
-            parts.append(Part(name, size, host, notes.get(kind, "")))
+            parts.append(MemoryPart(name, size, host, notes.get(kind, "")))
     return tuple(parts)
 
 
@@ -227,7 +229,7 @@ def dtypes_of(dit: nn.Module) -> str:
     sizes: dict[str, int] = {}
     for tensor in [*dit.parameters(), *dit.buffers()]:
         name = str(tensor.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + rounded(tensor.nbytes)
+        sizes[name] = sizes.get(name, 0) + round_up_bytes(tensor.nbytes)
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     return ", ".join(
         f"{gib(size)} {name}" for name, size in ordered if size >= GIB // 200 or name == ordered[0][0]
@@ -315,7 +317,7 @@ def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tup
     Raises OptionError if there are too few blocks.
     """
     if swap.is_auto:
-        return chosen_swap(prediction.device, prediction.most, room)
+        return choose_swap(prediction.device, prediction.most, room)
     if swap.number > prediction.most:
         most = prediction.most
         raise OptionError(
@@ -325,7 +327,7 @@ def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tup
     return swap.number, None
 
 
-def present(
+def print_plan(
     prediction: Swappable,
     swap: SwapOptions,
     room: Room | None,
@@ -342,7 +344,7 @@ def present(
     show(plan, verdict(plan, room, () if fits or room is None else advice(room)))
 
 
-def predicted_before_run(predict: Callable[[], Result], swap: SwapOptions) -> Result | None:
+def predict_before_run(predict: Callable[[], Result], swap: SwapOptions) -> Result | None:
     """Return the prediction of a dry run, None with a warning if it fails: the run itself needs no plan.
 
     Passes on UserErrors. Raises MemoryPlanError if it fails and --blocks_to_swap auto needs the plan.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import clocked, generation, line_of, training
+from benchmarks.gpu import generation, line_of, time_call, train_steps
 from benchmarks.gpu_rows import HUNYUAN, ROWS, SMALL, WAN_14B, WAN_14B_I2V, Row, Size
 from tests.manifests import manifest_names
 from tests.tiny.hunyuan_dit import tiny_state as hunyuan_state
@@ -34,9 +34,9 @@ TINY = Size(32, 32, 5)
 def test_a_training_step_is_measured_and_planned(tmp_path: Path, options: tuple[str, ...]) -> None:
     path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16))
 
-    bench = training(Row("tiny", WAN_14B, TINY, options, text_tokens=7), path, CPU)
+    bench = train_steps(Row("tiny", WAN_14B, TINY, options, text_tokens=7), path, CPU)
 
-    assert clocked(bench.call, CPU, rounds=1, warm_up=1) > 0
+    assert time_call(bench.call, CPU, rounds=1, warm_up=1) > 0
     assert bench.planned > path.stat().st_size / 2
     assert bench.operations > 0
 
@@ -44,9 +44,9 @@ def test_a_training_step_is_measured_and_planned(tmp_path: Path, options: tuple[
 def test_a_training_step_of_hunyuan_video_is_measured(tmp_path: Path) -> None:
     path = write_hunyuan(tmp_path, hunyuan_state("t2v", dtype=torch.bfloat16))
 
-    bench = training(Row("tiny", HUNYUAN, TINY, ("--gradient_checkpointing",), text_tokens=7), path, CPU)
+    bench = train_steps(Row("tiny", HUNYUAN, TINY, ("--gradient_checkpointing",), text_tokens=7), path, CPU)
 
-    assert clocked(bench.call, CPU, rounds=1, warm_up=1) > 0
+    assert time_call(bench.call, CPU, rounds=1, warm_up=1) > 0
 
 
 def test_a_generation_is_measured(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_generation_is_measured(tmp_path: Path) -> None:
         Row("tiny", WAN_14B_I2V, TINY, ("--fp8_scaled",), generates=True, text_tokens=7), path, CPU
     )
 
-    assert clocked(bench.call, CPU, rounds=1, warm_up=0) > 0
+    assert time_call(bench.call, CPU, rounds=1, warm_up=0) > 0
 
 
 def test_every_row_names_a_list_of_tensors_that_is_there() -> None:

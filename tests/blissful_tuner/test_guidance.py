@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import (
-    applied_steps,
+    add_skipped_layers,
+    choose_applied_steps,
     guidance_scales,
     make_guidance,
     needs,
     plain_cfg,
-    remembering,
-    with_skipped_layers,
+    remember_passes,
 )
 from blissful_tuner.options import (
     PLAIN_GUIDANCE,
@@ -76,7 +76,7 @@ def test_plain_guidance_equals_the_recorded_values() -> None:
     ],
 )
 def test_skip_modes_follow_the_documented_pattern(mode: str, expected: str) -> None:
-    assert "".join("A" if applied else "S" for applied in applied_steps(mode, 0.6, 10)) == expected
+    assert "".join("A" if applied else "S" for applied in choose_applied_steps(mode, 0.6, 10)) == expected
 
 
 def test_a_skipped_step_makes_one_pass() -> None:
@@ -166,8 +166,8 @@ def test_a_pass_without_layers_is_made_once_however_often_it_is_asked_for(mode: 
         plain_cfg(step, scale, predict, section)
         return plain_cfg(step, scale, predict, section)
 
-    network, combine = passes(), with_skipped_layers(asking_twice, skipping(mode, "1"), 4)
-    predict = remembering(network)
+    network, combine = passes(), add_skipped_layers(asking_twice, skipping(mode, "1"), 4)
+    predict = remember_passes(network)
     for _ in range(2):
         combine(step(0), 5.0, predict, network.section)
 

@@ -9,9 +9,9 @@ import pytest
 from blissful_tuner.metadata import (
     TUNER_VERSION,
     as_tags,
-    decoded_metadata,
     frame_rate_in,
     output_metadata,
+    read_decoded_metadata,
     seed_in,
     with_plain_keys,
 )
@@ -79,7 +79,7 @@ def test_settings_are_said_as_they_are_typed() -> None:
 
 def test_decoding_passes_on_what_is_known_and_says_anew_what_it_is_decoded_with() -> None:
     saved = {"bt_prompt": "a cat", "seeds": "7", "bt_bulk_decode": "True", "bt_vae": "old.pt", "bt_fps": "16"}
-    found = decoded_metadata(
+    found = read_decoded_metadata(
         saved, {"vae": Path("m/new.pt"), "dit": Path("other")}, {"vae", "bulk_decode"}, 24.0
     )
     assert found == {"bt_prompt": "a cat", "seeds": "7", "bt_vae": "new.pt", "bt_fps": "24"}
@@ -112,7 +112,7 @@ def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
         **{"sample_solver": "unipc", "fps": "16"},
     }
     assert made.items() <= latents.items()
-    assert not plain.keys() & decoded_metadata(latents, {}, (), 16.0).keys()
+    assert not plain.keys() & read_decoded_metadata(latents, {}, (), 16.0).keys()
     assert with_plain_keys({"bt_seeds": "N/A"}) == {"bt_seeds": "N/A"}
 
 
@@ -121,7 +121,7 @@ def test_names_of_files_that_are_no_utf_8_can_be_stored() -> None:
     name = "caf\udce9 é.png"  # as the system gives a byte of Latin-1
     request = replace(REQUEST, asked=replace(ASKED, image_path=Path("m") / name))
     made = output_metadata(request, {}, settings={"dit": Path(name)})
-    decoded = decoded_metadata({}, {"vae": Path(name)}, {"vae"}, 24.0)
+    decoded = read_decoded_metadata({}, {"vae": Path(name)}, {"vae"}, 24.0)
     for text in (made["bt_image_path"], made["bt_dit"], decoded["bt_vae"]):
         assert ascii(text) == ascii("caf\\udce9 é.png")  # `ascii`, as pytest could not print what is wrong
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from frame_pack.caching import check_table, clip_entries, clip_sections, count_sections, picture_entries
 from frame_pack.family import family_for_latent_caching
 from frame_pack.image_encoder import load_siglip
-from frame_pack.masks import latent_mask, masked
+from frame_pack.masks import apply_masks, latent_mask
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import FramePackLatentCachingOptions
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
@@ -218,7 +218,7 @@ def assert_same(items: list[list[CacheEntry]], others: list[list[CacheEntry]]) -
 def test_what_is_hidden_has_no_latents() -> None:
     alpha = torch.zeros(2, 32, 48, dtype=torch.uint8)
     alpha[1, :, 24:] = 255
-    latents = masked(torch.ones(2, 16, 1, 4, 6), alpha)
+    latents = apply_masks(torch.ones(2, 16, 1, 4, 6), alpha)
     assert latents.shape == (2, 16, 1, 4, 6)
     assert not latents[0].any()
     # Lanczos swings beside the edge: by a step of 255 where it is two latents away

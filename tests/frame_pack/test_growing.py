@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fpack_generate_video import main
 from frame_pack.family import FramePack
 from frame_pack.sections import section_frames, video_frames, video_latents
-from generation.growing import settled
+from generation.growing import fade_in_clip
 from generation.sections import make_latents
 from modules.contract.data import MediaEncoders
 from modules.contract.generation import DecodePart, Piece, Section
@@ -75,7 +75,7 @@ def test_what_is_shown_is_what_the_finished_video_shows(is_f1: bool, window: int
     pieces, latents = made(model)
     finished, final, edge = pixels(model.decode, latents), [], None
     for piece in pieces:
-        new, edge = settled(edge, pixels(piece.decode, piece.latents), piece.overlap, piece.in_front)
+        new, edge = fade_in_clip(edge, pixels(piece.decode, piece.latents), piece.overlap, piece.in_front)
         final += [] if new is None else [new]
     assert edge is not None
     assert len(finished.unique()) > 5  # pictures, not a surface

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from frame_pack.model import FramePackModel
-from hunyuan_model.blocks import Tokens
+from hunyuan_model.blocks import HunyuanTokens
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import Tweaks
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
@@ -16,9 +16,9 @@ from tests.modules.attention_packages import PACKAGES, put_in
 NEAR = 2e-6  # of the largest value: the same formulas in float32, summed in another order
 
 
-def embedded(model: FramePackModel, inputs: dict[str, Any]) -> tuple[Tensor, Tokens]:
+def embedded(model: FramePackModel, inputs: dict[str, Any]) -> tuple[Tensor, HunyuanTokens]:
     """What the model hands its first block."""
-    found: list[tuple[Tensor, Tokens]] = []
+    found: list[tuple[Tensor, HunyuanTokens]] = []
     hook = model.transformer_blocks[0].register_forward_pre_hook(lambda _, given: found.append(given))
     model(**inputs)
     hook.remove()

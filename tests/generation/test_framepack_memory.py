@@ -22,7 +22,7 @@ from generation.memory import (
     predict_largest,
     rehearse_decoding,
     rehearse_denoising,
-    resolved,
+    resolve_options,
 )
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions, generation_parser, read_arguments
@@ -35,7 +35,7 @@ from modules.errors import MemoryPlanError
 from modules.options import read_options
 from modules.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
-from modules.planning.memory_plan import GIB, Part, Room
+from modules.planning.memory_plan import GIB, MemoryPart, Room
 from tests.manifests import tensor_list, write_hollow
 from tests.preparing import prepare
 from tests.tiny.framepack import write_tiny_framepack
@@ -78,7 +78,7 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     }
     inputs = dict.fromkeys(range(SECTIONS), image)
 
-    phase, most = rehearse_denoising(family, options, request, encoded, inputs, Part("more", 0))
+    phase, most = rehearse_denoising(family, options, request, encoded, inputs, MemoryPart("more", 0))
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
     section = on_device(next(family.sections(request, encoded, inputs, SeededNoise(0, HOST))), HOST)
@@ -137,14 +137,14 @@ def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path)
     """Images come with the lines; auto has to know before."""
     room = Room("some GPU", 8 * GIB, 8 * GIB)
     family, options = made_for(tmp_path, "--interactive")
-    assert resolved(family, options, HOST, room) == (options, None)
+    assert resolve_options(family, options, HOST, room) == (options, None)
 
     family, options = made_for(tmp_path, "--interactive", "--blocks_to_swap", "auto")
     with pytest.raises(
         MemoryPlanError,
         match="complete request on the command line: --image_path is missing",
     ):
-        resolved(family, options, HOST, room)
+        resolve_options(family, options, HOST, room)
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_at_full_size_a_section_fits_a_card_of_6_gb(tmp_path: Path) -> None:
             request,
             dict.fromkeys(sections, encoded),
             dict.fromkeys(sections, inputs),
-            Part("cuBLAS", 32 << 20),
+            MemoryPart("cuBLAS", 32 << 20),
         )
         assert most == 38
         found[more] = [round(phase(count).device / GIB, 1) for count in (0, 36, 38)]
@@ -206,5 +206,5 @@ def test_of_a_video_no_more_is_decoded_than_shows_what_decoding_holds(
 ) -> None:
     """FramePack's pieces are two sections each; a long video has many."""
     family: Any = Decoding(sizes)
-    rehearse_decoding(family, Request("x", 0, 64, 64, 145), Part("more", 0))
+    rehearse_decoding(family, Request("x", 0, 64, 64, 145), MemoryPart("more", 0))
     assert family.made == made

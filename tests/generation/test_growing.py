@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
-from generation.growing import growing, remove_parts, settled
+from generation.growing import fade_in_clip, grow_preview, remove_parts
 from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
 from generation.outputs import pixels_to_uint8
 from generation.run import generate
@@ -94,7 +94,7 @@ def joined(pieces: list[Piece]) -> tuple[Tensor, Tensor]:
     edge: Tensor | None = None
     for piece in pieces:
         clip = torch.cat(list(piece.decode(ENCODERS, piece.latents)), dim=2)
-        final, edge = settled(edge, clip, piece.overlap, piece.in_front)
+        final, edge = fade_in_clip(edge, clip, piece.overlap, piece.in_front)
         if final is not None:
             shown = [final, *shown] if piece.in_front else [*shown, final]
     assert edge is not None
@@ -122,9 +122,9 @@ def test_what_grows_behind_is_the_start_of_the_finished_video_but_for_two_sectio
 def test_clips_that_are_too_short_to_overlap_are_refused() -> None:
     clip = torch.zeros(1, 3, 4, 8, 8)
     with pytest.raises(ValueError, match="cannot overlap by 5"):
-        settled(clip, clip, 5, True)
+        fade_in_clip(clip, clip, 5, True)
     with pytest.raises(ValueError, match="no clip before it to overlap"):
-        settled(None, clip, 1, True)
+        fade_in_clip(None, clip, 1, True)
 
 
 @ORDERS
@@ -134,7 +134,7 @@ def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(
     family = ToyFamily(sections_made=4, makes_last_first=backwards)
     pieces, _ = pieces_of(family)
     lengths = []
-    with growing(session(family), tmp_path, "film", 16) as video:
+    with grow_preview(session(family), tmp_path, "film", 16) as video:
         for piece in pieces:
             video.add(piece)
             lengths.append(sum(1 for _ in video_frames(tmp_path / "film_progress.mp4")))
@@ -263,7 +263,7 @@ def test_a_preview_that_cannot_be_written_does_not_end_the_generation(
     pieces, _ = pieces_of(ToyFamily(sections_made=3))
     (tmp_path / "film_progress.mp4").mkdir()
     (tmp_path / "film_progress.mp4" / "in the way").touch()
-    with growing(session(ToyFamily(sections_made=3)), tmp_path, "film", 16) as video:
+    with grow_preview(session(ToyFamily(sections_made=3)), tmp_path, "film", 16) as video:
         for piece in pieces:
             video.add(piece)
     assert caplog.text.count("The preview of the video has failed") == 1
@@ -283,7 +283,7 @@ def test_a_preview_that_a_player_holds_is_replaced_later(
     family = ToyFamily(sections_made=5)
     pieces, _ = pieces_of(family)
     lengths = []
-    with growing(session(family), tmp_path, "film", 16) as video:
+    with grow_preview(session(family), tmp_path, "film", 16) as video:
         video.give_name = rename
         for piece in pieces:
             video.add(piece)
@@ -293,7 +293,7 @@ def test_a_preview_that_a_player_holds_is_replaced_later(
 
 
 def test_segments_of_killed_runs_are_removed_and_those_of_others_are_not(tmp_path: Path) -> None:
-    with growing(session(ToyFamily()), tmp_path, "film", 16) as video:
+    with grow_preview(session(ToyFamily()), tmp_path, "film", 16) as video:
         mine = video.parts
         machine, _ = mine.name.removesuffix(".parts").split(".film_progress.")[1].split("-")
         # above the largest number of a process
@@ -311,7 +311,7 @@ def test_segments_of_killed_runs_are_removed_and_those_of_others_are_not(tmp_pat
 
 
 def test_the_next_run_of_a_folder_removes_them(tmp_path: Path) -> None:
-    with growing(session(ToyFamily()), tmp_path, "film", 16) as video:
+    with grow_preview(session(ToyFamily()), tmp_path, "film", 16) as video:
         machine = video.parts.name.removesuffix(".parts").split("_progress.")[1].split("-")[0]
     (tmp_path / f".film_progress.{machine}-{2**22 + 1}.parts").mkdir()
     generate(ToyFamily(), options(tmp_path))
@@ -340,7 +340,7 @@ def test_the_dit_leaves_the_device_unless_both_fit(
     family = ToyFamily(sections_made=4)
     pieces, _ = pieces_of(family)
     made = session(family, "cuda", spare)
-    with dit_at_work(made), growing(made, tmp_path, "film", 16, needed) as video:
+    with dit_at_work(made), grow_preview(made, tmp_path, "film", 16, needed) as video:
         for piece in pieces:
             video.add(piece)
             assert family.places == {"dit": "cuda", "vae": "cpu"}
@@ -354,7 +354,11 @@ def test_the_dit_leaves_the_device_where_it_turns_out_that_both_do_not_fit(
     family = ToyFamily(sections_made=4, has_room_for_two=False)
     pieces, _ = pieces_of(family)
     made = session(family, "cuda", 100)
-    with caplog.at_level(logging.INFO), dit_at_work(made), growing(made, tmp_path, "film", 16, 100) as video:
+    with (
+        caplog.at_level(logging.INFO),
+        dit_at_work(made),
+        grow_preview(made, tmp_path, "film", 16, 100) as video,
+    ):
         for piece in pieces:
             video.add(piece)
     notes = [line for line in family.diary if not line.startswith("pass")]
@@ -369,7 +373,7 @@ def test_a_dit_for_which_the_host_has_no_room_stays_and_there_is_no_preview(
 ) -> None:
     family = ToyFamily(sections_made=2, has_room_for_two=False)
     made = session(family, "cuda", spare, host=-1)
-    with dit_at_work(made), growing(made, tmp_path, "film", 16, 100) as video:
+    with dit_at_work(made), grow_preview(made, tmp_path, "film", 16, 100) as video:
         video.add(black_piece(family))
     assert "would have to wait in host memory" in caplog.text
     assert not list(tmp_path.iterdir())
@@ -382,7 +386,7 @@ def test_a_dit_that_cannot_leave_stays_and_there_is_no_preview(
     """Where the system does not say how much memory the host has, it shows only when there is none left."""
     family = ToyFamily(sections_made=2, has_room_on_host=False)
     made = session(family, "cuda")
-    with made.dit(), growing(made, tmp_path, "film", 16) as video:
+    with made.dit(), grow_preview(made, tmp_path, "film", 16) as video:
         video.add(black_piece(family))
         assert family.places["dit"] == "cuda"
     assert caplog.text.count("The preview of the video has failed (RuntimeError: not enough memory)") == 1
@@ -392,7 +396,11 @@ def test_a_dit_that_cannot_leave_stays_and_there_is_no_preview(
 def test_ctrl_c_while_a_piece_is_decoded_brings_the_dit_back(tmp_path: Path) -> None:
     family = ToyFamily(sections_made=2, stop_loading={"media"})
     made = session(family, "cuda")
-    with pytest.raises(KeyboardInterrupt), dit_at_work(made), growing(made, tmp_path, "film", 16) as video:  # noqa: PT012
+    with (
+        pytest.raises(KeyboardInterrupt),
+        dit_at_work(made),
+        grow_preview(made, tmp_path, "film", 16) as video,
+    ):  # noqa: PT012
         video.add(black_piece(family))
     assert family.places["dit"] == "cuda"
 

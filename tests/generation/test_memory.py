@@ -16,7 +16,7 @@ from modules.contract.steps import Step
 from modules.options import read_options
 from modules.planning.dry_run import HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
-from modules.planning.memory_plan import Part
+from modules.planning.memory_plan import MemoryPart
 from tests.commands import run_script
 from tests.preparing import prepare
 from tests.tiny import wan_dit
@@ -81,7 +81,7 @@ TEXT: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.
 def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
     family, options = tiny_generation(tmp_path)
     phase, most = rehearse_denoising(
-        family, options, REQUEST, {0: EncodedPrompts(TEXT, TEXT)}, {0: {}}, Part("more", 0)
+        family, options, REQUEST, {0: EncodedPrompts(TEXT, TEXT)}, {0: {}}, MemoryPart("more", 0)
     )
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
@@ -103,7 +103,7 @@ def test_the_plan_counts_the_passes_of_a_step_with_guidance_whichever_that_is(tm
         request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule=schedule))
         texts = {0: EncodedPrompts(TEXT, TEXT)}
         phase, _ = rehearse_denoising(
-            family, replace(options, split_uncond=False), request, texts, {0: {}}, Part("more", 0)
+            family, replace(options, split_uncond=False), request, texts, {0: {}}, MemoryPart("more", 0)
         )
         return phase(0).device
 

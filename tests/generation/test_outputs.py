@@ -13,6 +13,7 @@ from torch import Tensor
 from blissful_tuner.options import FormatOptions
 from generation.options import OutputOptions
 from generation.outputs import (
+    drop_tail,
     free_stem,
     load_latents,
     output_stem,
@@ -20,7 +21,6 @@ from generation.outputs import (
     pixels_to_uint8,
     save_latents,
     save_pixels,
-    without_tail,
 )
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, read_tags, video_frames, video_info
@@ -192,7 +192,7 @@ def test_pngs_are_kept_beside_the_video(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "left"), [(0, [0, 1, 2]), (1, [0, 1]), (2, [0]), (5, [0])])
 def test_the_tail_is_cut_but_one_frame_stays(count: int, left: list[int]) -> None:
     frames = [np.full((1, 1, 3), index, dtype=np.uint8) for index in range(3)]
-    assert [int(frame[0, 0, 0]) for frame in without_tail(iter(frames), count)] == left
+    assert [int(frame[0, 0, 0]) for frame in drop_tail(iter(frames), count)] == left
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:

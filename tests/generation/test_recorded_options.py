@@ -16,7 +16,7 @@ import wan_generate_video
 from frame_pack import options as frame_pack
 from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_generation
 from generation.request import make_request
-from generation.run import Run
+from generation.run import GenerationRun
 from generation.session import Session
 from hunyuan_model import options as hunyuan
 from modules.options import facts_of
@@ -114,7 +114,7 @@ def recorded(options: GenerationOptions) -> Mapping[str, str]:
     are.
     """
     device = torch.device("cpu")
-    run = Run(
+    run = GenerationRun(
         ToyFamily(), options, Session(ToyFamily(), device, lambda expert: torch.nn.Identity(), keep=False)
     )
     request = make_request(options.request)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hunyuan_model.conditioning import cached_latents
+from hunyuan_model.conditioning import encode_latents
 from hunyuan_model.vae import HunyuanVae, load_vae
 from modules.contract.data import MediaBatch
 from tests.tiny.hunyuan_vae import write_vae
@@ -34,9 +34,9 @@ def test_a_batch_gives_each_clip_what_it_gets_alone(vae: HunyuanVae, with_image:
     """
     media = clips("one", "two", "three")
 
-    together = cached_latents(vae, media, with_image)
+    together = encode_latents(vae, media, with_image)
 
-    alone = [entry for one in media.singly() for entry in cached_latents(vae, one, with_image)]
+    alone = [entry for one in media.singly() for entry in encode_latents(vae, one, with_image)]
     assert len(together) == len(alone) == 3
     for ours, expected in zip(together, alone, strict=True):
         assert set(ours.tensors) == ({"latents", "latents_image"} if with_image else {"latents"})
@@ -51,8 +51,8 @@ def test_a_clip_keeps_its_sample_whatever_stands_beside_it(vae: HunyuanVae) -> N
     turned = MediaBatch(media.frames.flip(0), media.keys[::-1], media.spans)
 
     (first, second), (second_too, first_too) = (
-        cached_latents(vae, media, False),
-        cached_latents(vae, turned, False),
+        encode_latents(vae, media, False),
+        encode_latents(vae, turned, False),
     )
 
     for ours, expected in ((first_too, first), (second_too, second)):
@@ -66,5 +66,5 @@ def test_a_clip_keeps_its_sample_whatever_stands_beside_it(vae: HunyuanVae) -> N
 def test_only_a_cpu_takes_clips_one_by_one() -> None:
     media = clips("one", "two")
 
-    assert [part.keys for part in media.encoded_at_once(CPU)] == [("one",), ("two",)]
-    assert [part.keys for part in media.encoded_at_once(torch.device("cuda"))] == [("one", "two")]
+    assert [part.keys for part in media.split_for(CPU)] == [("one",), ("two",)]
+    assert [part.keys for part in media.split_for(torch.device("cuda"))] == [("one", "two")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frame_pack.model import TokenRefiner as FramePackRefiner
+from frame_pack.model import FramePackRefiner as FramePackRefiner
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, HUNYUAN_REFINER, multiply_text
 from hunyuan_model.token_refiner import TokenRefiner

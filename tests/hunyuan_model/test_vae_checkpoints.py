@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hunyuan_model.vae import HunyuanVae, load_vae
-from hunyuan_model.vae_blocks import VaeConfig
+from hunyuan_model.vae_blocks import HunyuanVaeConfig
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import open_checkpoint
@@ -43,7 +43,7 @@ def test_published_files_fit_tensor_for_tensor(tmp_path: Path, manifest: str, pr
         load_module(
             vae, plan.checkpoint, plan.sources, device=torch.device("meta"), dtype=lambda *_: torch.float16
         )
-    assert plan.config == VaeConfig(16, 32, (128, 256, 512, 512), 2, (512, 512, 256, 128), 3)
+    assert plan.config == HunyuanVaeConfig(16, 32, (128, 256, 512, 512), 2, (512, 512, 256, 128), 3)
     assert {tensor.dtype for tensor in vae.state_dict().values()} == {torch.float16}
 
 

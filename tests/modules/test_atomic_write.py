@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from modules.atomic_write import (
     atomic_folder,
     atomic_path,
-    claimed,
+    claim_name,
     make_folder,
     recover_folder,
     remove_leftovers,
@@ -95,10 +95,10 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
 
 def test_a_name_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "video"
-    with claimed(path) as first, claimed(path) as second, claimed(tmp_path / "other") as other:
+    with claim_name(path) as first, claim_name(path) as second, claim_name(tmp_path / "other") as other:
         assert (first, second, other) == (True, False, True)
         assert not path.exists()
-    with claimed(path) as again:
+    with claim_name(path) as again:
         assert again
         (claim,) = tmp_path.iterdir()
         with atomic_folder(path):  # sweeps what it finds of its own name
@@ -110,7 +110,7 @@ def test_a_name_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
         assert not claim.exists()
     with (
         pytest.raises(OutputError, match="video cannot be written"),
-        claimed(tmp_path / "no folder" / "video"),
+        claim_name(tmp_path / "no folder" / "video"),
     ):
         pass
 

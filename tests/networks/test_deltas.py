@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from networks.deltas import bias_delta, fault, strength, weight_delta
+from networks.deltas import bias_delta, find_fault, strength, weight_delta
 
 CPU = torch.device("cpu")
 
@@ -14,7 +14,7 @@ def random(*shape: int) -> Tensor:
 
 
 def check(factors: dict[str, Tensor], expected: Tensor) -> None:
-    assert fault(factors) is None
+    assert find_fault(factors) is None
     delta = weight_delta(factors, CPU)
     assert delta is not None
     torch.testing.assert_close(delta.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
@@ -106,7 +106,7 @@ def test_whole_differences_and_bias_differences() -> None:
     ],
 )
 def test_incomplete_factors_are_explained(parts: list[str], words: str) -> None:
-    reason = fault(dict.fromkeys(parts, torch.ones(2, 2)))
+    reason = find_fault(dict.fromkeys(parts, torch.ones(2, 2)))
     assert reason is not None
     assert words in reason
 
@@ -121,6 +121,6 @@ def test_incomplete_factors_are_explained(parts: list[str], words: str) -> None:
     ],
 )
 def test_factors_that_are_no_matrices_are_explained(wrong: dict[str, Tensor]) -> None:
-    reason = fault({"lora_down.weight": random(3, 5), "lora_up.weight": random(7, 3)} | wrong)
+    reason = find_fault({"lora_down.weight": random(3, 5), "lora_up.weight": random(7, 3)} | wrong)
     assert reason is not None
     assert next(iter(wrong)) in reason

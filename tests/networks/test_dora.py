@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modules.errors import CheckpointError
 from networks.convert import convert_file
-from networks.deltas import decompose, fault
+from networks.deltas import decompose, find_fault
 from networks.loading import LoraFile, read_lora
 from networks.merge import LoraPatch, LoraUse
 from networks.parts import for_model
@@ -30,7 +30,7 @@ MODULE = "blocks.0.ffn.0"
 def lora_of(factors: dict[str, Tensor], module: str = MODULE) -> LoraFile:
     """A file with these factors of one module."""
     name = f"lora_unet_{module.replace('.', '_')}"
-    assert fault(factors) is None
+    assert find_fault(factors) is None
     return LoraFile(Path("x"), {f"{name}.{part}": tensor for part, tensor in factors.items()}, {}, "ours")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from networks.key_formats import module_of_tensor, to_native, to_other, with_rank_as_alpha
+from networks.key_formats import add_missing_alphas, module_of_tensor, to_native, to_other
 from networks.module_names import (
     FAMILIES,
     FRAMEPACK,
@@ -13,7 +13,7 @@ from networks.module_names import (
     alias,
     choose_family,
     module_path,
-    underscored,
+    replace_dots,
 )
 from tests.golden_cases import read_case
 from tests.manifests import manifest_names, tensor_list
@@ -59,7 +59,7 @@ def test_conversion_to_the_other_dialect_equals_the_recorded_one() -> None:
 def test_conversion_back_equals_the_recorded_one() -> None:
     _, tensors, expected = golden_tensors()
 
-    back = with_rank_as_alpha(to_native(to_other(tensors).tensors).tensors)
+    back = add_missing_alphas(to_native(to_other(tensors).tensors).tensors)
 
     assert back.keys() == tensors.keys()
     for name in (name for name in expected if name.startswith("back.")):
@@ -71,12 +71,12 @@ def test_from_the_other_dialect_and_back_is_exact() -> None:
     _, tensors, _ = golden_tensors()
     other = to_other(tensors).tensors
 
-    there = with_rank_as_alpha(to_native(other).tensors)
+    there = add_missing_alphas(to_native(other).tensors)
     again = to_other(there).tensors
 
     assert list(again) == list(other)
     assert all(torch.equal(tensor, other[name]) for name, tensor in again.items())
-    once_more = with_rank_as_alpha(to_native(again).tensors)
+    once_more = add_missing_alphas(to_native(again).tensors)
     assert list(once_more) == list(there)
     assert all(torch.equal(tensor, there[name]) for name, tensor in once_more.items())
 
@@ -129,7 +129,7 @@ def test_every_matrix_of_a_published_wan_model_is_named(manifest: str) -> None:
     }
 
     for path in paths:
-        assert module_path(underscored(path), WAN) == path
+        assert module_path(replace_dots(path), WAN) == path
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_every_matrix_of_a_published_wan_model_is_named(manifest: str) -> None:
 def test_names_of_the_diffusers_layout_are_brought_into_ours(manifest: str) -> None:
     for name in tensor_list(manifest):
         if name.endswith(".weight") and "control_adapter" not in name and "ref_conv" not in name:
-            foreign = underscored(diffusers_name(name).removesuffix(".weight"))
-            assert alias(foreign, WAN) == underscored(name.removesuffix(".weight"))
+            foreign = replace_dots(diffusers_name(name).removesuffix(".weight"))
+            assert alias(foreign, WAN) == replace_dots(name.removesuffix(".weight"))
 
 
 def test_no_name_belongs_to_two_families() -> None:
     for family in FAMILIES:
         for module in family.modules:
-            name = underscored(module.replace("{n}", "7"))
+            name = replace_dots(module.replace("{n}", "7"))
             assert [other.name for other in FAMILIES if module_path(name, other)] == [family.name]
 
 

@@ -14,7 +14,14 @@ from networks import lora_framepack
 from networks.deltas import weight_delta
 from networks.loading import LoraFile, read_lora
 from networks.merge import LoraPatch, LoraUse
-from networks.module_names import FRAMEPACK, HUNYUAN_VIDEO, choose_family, module_path, relatives, underscored
+from networks.module_names import (
+    FRAMEPACK,
+    HUNYUAN_VIDEO,
+    choose_family,
+    module_path,
+    relatives,
+    replace_dots,
+)
 from networks.parts import cut, for_model
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.manifests import tensor_list
@@ -50,7 +57,7 @@ def random_lora(kind: str) -> LoraFile:
     generator, tensors = torch.Generator().manual_seed(3), dict[str, Tensor]()
 
     def draw(module: str, part: str, *shape: int) -> None:
-        tensors[f"lora_unet_{underscored(module)}.{part}"] = 0.1 * torch.randn(shape, generator=generator)
+        tensors[f"lora_unet_{replace_dots(module)}.{part}"] = 0.1 * torch.randn(shape, generator=generator)
 
     for module in MATRICES:
         rows, columns = TRUNK[f"{module}.weight"].flatten(1).shape
@@ -70,7 +77,7 @@ def random_lora(kind: str) -> LoraFile:
                 draw(module, "diff", rows, columns)
                 draw(module, "diff_b", rows)
         if kind != "whole":
-            tensors[f"lora_unet_{underscored(module)}.alpha"] = torch.tensor(3.0)
+            tensors[f"lora_unet_{replace_dots(module)}.alpha"] = torch.tensor(3.0)
     return LoraFile(Path("hv.safetensors"), tensors, {"ss_base_model_version": "hunyuan_video"}, "ours")
 
 
@@ -370,20 +377,20 @@ def test_every_module_of_the_published_model_is_named() -> None:
         if name.endswith(".weight") and not (
             path.startswith("context_embedder.") and path.endswith((".norm1", ".norm2"))
         ):
-            assert module_path(underscored(path), FRAMEPACK) == path
+            assert module_path(replace_dots(path), FRAMEPACK) == path
 
 
 def test_every_layer_of_the_model_here_is_named() -> None:
     for path, module in tiny_model().named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            assert module_path(underscored(path), FRAMEPACK) == path
+            assert module_path(replace_dots(path), FRAMEPACK) == path
 
 
 def test_hunyuan_videos_parts_are_modules_of_framepack() -> None:
     for name in tensor_list("hunyuanvideo-t2v-dit"):
-        path = underscored(name.removesuffix(".weight"))
+        path = replace_dots(name.removesuffix(".weight"))
         if name.endswith(".weight") and not path.endswith(("_norm1", "_norm2")):
-            parts = [underscored(part.removesuffix(".weight")) for part in diffusers_parts(name)]
+            parts = [replace_dots(part.removesuffix(".weight")) for part in diffusers_parts(name)]
             assert [relative.name for relative in relatives(path)] == parts
             assert all(module_path(part, FRAMEPACK) for part in parts)
 
@@ -392,7 +399,7 @@ def test_a_lora_on_every_matrix_of_the_published_hunyuan_video_fits_the_publishe
     tensors: dict[str, Tensor] = {}
     for name, (_, shape) in tensor_list("hunyuanvideo-t2v-dit").items():
         if name.endswith(".weight") and len(shape) == 2:
-            module = f"lora_unet_{underscored(name.removesuffix('.weight'))}"
+            module = f"lora_unet_{replace_dots(name.removesuffix('.weight'))}"
             tensors |= {
                 f"{module}.lora_down.weight": torch.zeros(1, shape[1]),
                 f"{module}.lora_up.weight": torch.zeros(shape[0], 1),
@@ -412,7 +419,7 @@ def test_a_lora_on_every_matrix_of_the_published_hunyuan_video_fits_the_publishe
 
 def test_only_framepack_has_modules_for_finished_latents() -> None:
     names = [
-        underscored(name.removesuffix(".weight"))
+        replace_dots(name.removesuffix(".weight"))
         for name in tensor_list("framepack-dit")
         if name.endswith(".weight")
     ]

@@ -15,7 +15,7 @@ from networks import lora_hunyuan
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse, merge_into_file
-from networks.module_names import HUNYUAN_VIDEO, alias, choose_family, module_path, relatives, underscored
+from networks.module_names import HUNYUAN_VIDEO, alias, choose_family, module_path, relatives, replace_dots
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, tiny_inputs, tiny_model
 from tests.manifests import tensor_list
@@ -168,24 +168,24 @@ def test_every_matrix_of_the_published_model_is_named() -> None:
     for name in tensor_list("hunyuanvideo-t2v-dit"):
         path = name.removesuffix(".weight")
         if name.endswith(".weight") and not path.endswith((".norm1", ".norm2")):
-            assert module_path(underscored(path), HUNYUAN_VIDEO) == path
+            assert module_path(replace_dots(path), HUNYUAN_VIDEO) == path
 
 
 def test_names_of_comfyui_are_brought_into_ours() -> None:
     for name in tensor_list("hunyuanvideo-t2v-dit"):
         (theirs,) = comfy_state({name: torch.empty(0)})
         if theirs.endswith(".weight"):
-            assert alias(underscored(theirs.removesuffix(".weight")), HUNYUAN_VIDEO) == underscored(
+            assert alias(replace_dots(theirs.removesuffix(".weight")), HUNYUAN_VIDEO) == replace_dots(
                 name.removesuffix(".weight")
             )
 
 
 def test_every_module_of_the_diffusers_layout_finds_what_it_is_part_of() -> None:
     for name in tensor_list("hunyuanvideo-t2v-dit"):
-        path = underscored(name.removesuffix(".weight"))
+        path = replace_dots(name.removesuffix(".weight"))
         if not name.endswith(".weight") or path.endswith(("_norm1", "_norm2")):
             continue
-        parts = [underscored(part.removesuffix(".weight")) for part in diffusers_parts(name)]
+        parts = [replace_dots(part.removesuffix(".weight")) for part in diffusers_parts(name)]
         assert [relative.name for relative in relatives(path)] == parts
         for part in parts:
             assert [relative.name for relative in relatives(part)] == [path]

@@ -17,7 +17,7 @@ from networks import lora_hunyuan
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
-from networks.module_names import HUNYUAN_VIDEO, module_path, underscored
+from networks.module_names import HUNYUAN_VIDEO, module_path, replace_dots
 from networks.parts import fuse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
@@ -75,7 +75,7 @@ def test_at_full_width_diffusers_cuts_our_factors_where_its_layout_does(tmp_path
         "single_blocks.0.linear1": (21504, 3072),
         "single_blocks.0.linear2": (3072, 15360),
     }.items():
-        name = f"lora_unet_{underscored(module)}"
+        name = f"lora_unet_{replace_dots(module)}"
         factors[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator)
         factors[f"{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator)
         factors[f"{name}.alpha"] = torch.tensor(2.0)

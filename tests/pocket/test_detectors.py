@@ -49,7 +49,7 @@ def test_forms_that_captions_do_not_know_are_no_circle_square_or_triangle() -> N
     random = np.random.default_rng(7)
     for form in ("ring", "cross", "star"):
         clip = drawing.draw(
-            drawing.Scene((drawing.thing(random, shape=form, width="large"),), "black", (10, 10, 10))
+            drawing.Scene((drawing.draw_thing(random, shape=form, width="large"),), "black", (10, 10, 10))
         )
         assert look(clip).shape is None
         assert look(clip, (*drawing.SHAPES, form)).shape == form
@@ -57,7 +57,7 @@ def test_forms_that_captions_do_not_know_are_no_circle_square_or_triangle() -> N
 
 def test_a_thing_that_changes_its_colour_is_seen_to() -> None:
     random = np.random.default_rng(8)
-    red = drawing.thing(random, colour="red", direction="left")
+    red = drawing.draw_thing(random, colour="red", direction="left")
     clip = drawing.draw(drawing.Scene((red,), "black", (10, 10, 10)))
     clip[12:] = clip[12:, :, :, ::-1]
     verdict = look(clip)

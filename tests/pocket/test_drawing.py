@@ -60,7 +60,7 @@ def test_captions_name_colour_shape_and_direction() -> None:
         text = caption(random, scene)
         for thing in scene.things:
             assert all(word in text for word in (thing.colour, thing.shape, thing.direction))
-    assert plain(drawing.thing(random, "red", "circle", "left")) == "a red circle moving left"
+    assert plain(drawing.draw_thing(random, "red", "circle", "left")) == "a red circle moving left"
 
 
 def test_some_captions_are_empty(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from modules.fp8 import products as fp8_matmul
 from modules.fp8.products import Product, emulated_product
 from modules.options import read_options
 from pocket.clips import write_clips
-from pocket.concepts import CONCEPTS, known
+from pocket.concepts import CONCEPTS, draw_known
 from pocket.measure import POCKET, model_options
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.run import prepared_run
+from training.run import prepare_run
 from wan.family import family_for_training
 from wan.options import WanTrainingOptions, add_training_arguments
 
@@ -64,7 +64,7 @@ def cached(folder: Path, clips: int, validation: int, batch_size: int) -> Path:
     text = f'[general]\nresolution = [64, 64]\ncaption_extension = ".txt"\nbatch_size = {batch_size}\n'
     sets = (
         ("new", clips, CONCEPTS["blorp"].make),
-        ("known", clips, known),
+        ("known", clips, draw_known),
         ("held_out", validation, CONCEPTS["blorp"].make),
     )
     for seed, (name, count, make) in enumerate(sets):
@@ -112,7 +112,7 @@ def losses(folder: Path, product: Product | None, *options: object) -> tuple[flo
     family: Any = family_for_training(read_options(WanTrainingOptions, args))
     if product is not None:
         family = Emulating(family, product)
-    with prepared_run(family, read_options(TrainingOptions, args)) as run:
+    with prepare_run(family, read_options(TrainingOptions, args)) as run:
         assert run.validation is not None
         found = []
         for step in (lambda: None, lambda: train(run)):

@@ -20,7 +20,7 @@ import wan_generate_video
 from modules.atomic_write import save_tensors, write_text
 from modules.media.reading import video_frames
 from pocket import drawing
-from pocket.measure import CLIP, POCKET, Accuracy, Asked, judged, model_options
+from pocket.measure import CLIP, POCKET, Accuracy, Asked, judge, model_options
 from pocket.train_vae import as_pixels, psnr
 from tests.pocket.detectors import Verdict, look
 from wan.t5 import WanTextEncoder
@@ -95,7 +95,7 @@ def test_the_set_is_small_and_complete() -> None:
 
 
 def test_it_draws_and_moves_what_it_is_asked_for(plain: tuple[Path, dict[int, Verdict]]) -> None:
-    accuracy = judged(ASKED, plain[1])
+    accuracy = judge(ASKED, plain[1])
     assert obeys(accuracy), accuracy
 
 
@@ -132,7 +132,7 @@ def test_every_solver_draws_what_it_is_asked_for(
     plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, solver: str
 ) -> None:
     verdicts = generate(tmp_path, asked_for(), "--sample_solver", solver)
-    assert obeys(judged(ASKED, verdicts)), verdicts
+    assert obeys(judge(ASKED, verdicts)), verdicts
     assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
 
 
@@ -161,7 +161,7 @@ def test_another_flow_shift_gives_another_clip_of_the_same_thing(
 ) -> None:
     verdicts = generate(tmp_path, asked_for(), "--flow_shift", 5)
     assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
-    assert obeys(judged(ASKED, verdicts)), verdicts
+    assert obeys(judge(ASKED, verdicts)), verdicts
 
 
 def write_lora(path: Path, scale: float) -> Path:

@@ -21,13 +21,13 @@ from modules.contract.loading import Placement
 from modules.options import read_options
 from pocket import drawing
 from pocket.captions import plain
-from pocket.measure import POCKET, judged, model_options
+from pocket.measure import POCKET, judge, model_options
 from pocket.train_vae import as_pixels
 from tests.pocket.test_model import ASKED, asked_for, generate, obeys
 from training.loss import NoisyBatch, training_loss
 from training.options import read_arguments, training_parser
 from wan.family import Wan, family_for_training
-from wan.model import Tokens, WanModel
+from wan.model import WanModel, WanTokens
 from wan.options import WanTrainingOptions, add_training_arguments
 from wan.t5 import load_t5
 from wan.tokenizer import load_tokenizer
@@ -38,12 +38,12 @@ LOSS = 0.25  # of the pocket model on drawn clips at the noise below: 0.2 with e
 Mutate = Callable[[pytest.MonkeyPatch], None]
 
 
-def in_tokens(change: Callable[[Tokens], dict[str, Any]]) -> Mutate:
+def in_tokens(change: Callable[[WanTokens], dict[str, Any]]) -> Mutate:
     """What the blocks are given beside the video tokens is changed."""
     embed = WanModel.embed
 
     def mutate(patch: pytest.MonkeyPatch) -> None:
-        def mutated(self: WanModel, *args: Any) -> tuple[Tensor, Tokens]:
+        def mutated(self: WanModel, *args: Any) -> tuple[Tensor, WanTokens]:
             x, tokens = embed(self, *args)
             return x, dataclasses.replace(tokens, **change(tokens))
 
@@ -65,7 +65,7 @@ def in_forward(change: Callable[..., Tensor]) -> Mutate:
     return mutate
 
 
-def swapped(tokens: Tokens, first: int, second: int) -> dict[str, Any]:
+def swapped(tokens: WanTokens, first: int, second: int) -> dict[str, Any]:
     """Rotary turns of one axis at places of another: both sides are cut to the shorter one and repeat."""
     table = tokens.rotary.unflatten(0, tokens.grid)
     places = [torch.arange(size) for size in tokens.grid]
@@ -102,7 +102,7 @@ def test_the_detectors_see_it(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     asked = {seed: ASKED[seed] for seed in (1, 2, 3, 4)}
     MUTATIONS[name](monkeypatch)
 
-    accuracy = judged(asked, generate(tmp_path, asked_for(*asked)))
+    accuracy = judge(asked, generate(tmp_path, asked_for(*asked)))
 
     assert not obeys(accuracy), accuracy
 

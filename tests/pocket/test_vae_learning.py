@@ -93,8 +93,8 @@ def test_the_vae_loop_learns_resumes_and_writes_a_file_that_loads(tmp_path: Path
         clip, [drawing.draw(drawing.scene(np.random.default_rng(1)))[index % 17] for index in range(60)], 16
     )
     phases = (
-        train_vae.Phase("frames", 2, ((2, 1, 16),), 1e-3, 1e-3),
-        train_vae.Phase("decoder", 2, ((1, 5, 16),), 1e-3, 1e-4, learns_encoder=False),
+        train_vae.LearningPhase("frames", 2, ((2, 1, 16),), 1e-3, 1e-3),
+        train_vae.LearningPhase("decoder", 2, ((1, 5, 16),), 1e-3, 1e-4, learns_encoder=False),
     )
     whole = train_vae.train(tmp_path / "whole", {"real": clip}, phases, every=2, statistics_clips=3)
     train_vae.train(tmp_path / "parts", {"real": clip}, phases[:1], every=2, statistics_clips=3)

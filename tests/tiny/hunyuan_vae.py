@@ -9,14 +9,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hunyuan_model.vae import HunyuanVae
-from hunyuan_model.vae_blocks import VaeConfig
+from hunyuan_model.vae_blocks import HunyuanVaeConfig
 from tests.tiny.wan_encoders import random_tensors
 
 
-def vae_config(width: int = 8, z: int = 16) -> VaeConfig:
+def vae_config(width: int = 8, z: int = 16) -> HunyuanVaeConfig:
     """The released structure at another base width: levels of width 1, 2, 4, 4, two channels to a group."""
     levels = (width, 2 * width, 4 * width, 4 * width)
-    return VaeConfig(z, min(32, width // 2), levels, 2, levels[::-1], 3)
+    return HunyuanVaeConfig(z, min(32, width // 2), levels, 2, levels[::-1], 3)
 
 
 def vae_tensors(width: int = 8, seed: int = 4) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from wan.clip import ClipVision
 from wan.encoder_checkpoints import ClipConfig, T5Config
 from wan.t5 import UmT5
 from wan.vae import WanVae
-from wan.vae_blocks import VaeConfig, VaeLayer
+from wan.vae_blocks import VaeLayer, WanVaeConfig
 
 VAE_FILE = "Wan2.1_VAE.pth"
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -36,7 +36,7 @@ CORPUS = (
 )
 
 
-def vae_config(width: int = 8, z: int = 16, blocks: int = 2) -> VaeConfig:
+def vae_config(width: int = 8, z: int = 16, blocks: int = 2) -> WanVaeConfig:
     """The released structure at another base width: levels of width 1, 2, 4, 4; strides 8 in space and 4 in
     time.
     """
@@ -51,7 +51,7 @@ def vae_config(width: int = 8, z: int = 16, blocks: int = 2) -> VaeConfig:
         first = wide if level == 0 else widths[5 - level] // 2
         up += [VaeLayer("residual", first if index == 0 else wide, wide) for index in range(blocks + 1)]
         up += [VaeLayer(kind, wide, wide // 2)] if kind else []
-    return VaeConfig(z, tuple(down), tuple(up))
+    return WanVaeConfig(z, tuple(down), tuple(up))
 
 
 def t5_config(vocabulary: int = 256, dim: int = TEXT_DIM, heads: int = 4, layers: int = 2) -> T5Config:

@@ -18,7 +18,7 @@ from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.optimizers.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
 from training.progress import Progress
-from training.run import prepared_run, train_network
+from training.run import prepare_run, train_network
 from training.saving.states import SavedState, StoredPart, read_state
 
 FUSED = "--fused_backward_pass"
@@ -152,7 +152,7 @@ def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(
         options = toy_options(
             tmp_path, *UNCLIPPED, *precision, "--optimizer_type", "Adafactor", *more, whole_dit=True
         )
-        with prepared_run(ToyFamily(), options) as run:
+        with prepare_run(ToyFamily(), options) as run:
             with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
                 take_step(run, range(1), micro_batches)
             reading = run.readings.flush()

@@ -21,7 +21,7 @@ from networks.adapter import make_network
 from tests.training.toy import LATENT, ToyDit, ToyFamily, same, toy_options, train_toy, write_caches
 from training.data.feed import Randomness
 from training.loop import take_step
-from training.run import prepared_run, train_network
+from training.run import prepare_run, train_network
 
 
 def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path
     weights = {}
     for scale in (None, 2.0**10, float("inf")):
         scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-        with prepared_run(ToyFamily(), toy_options(tmp_path, "--gradient_accumulation_steps", 2)) as prepared:
+        with prepare_run(ToyFamily(), toy_options(tmp_path, "--gradient_accumulation_steps", 2)) as prepared:
             run = replace(prepared, scaler=scaler)
             with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
                 take_step(run, range(2), micro_batches)
@@ -213,5 +213,5 @@ def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path
 def test_a_process_without_a_micro_batch_in_the_first_step_can_scale_gradients_too(tmp_path: Path) -> None:
     write_caches(tmp_path)
 
-    with prepared_run(ToyFamily(), toy_options(tmp_path)) as prepared:
+    with prepare_run(ToyFamily(), toy_options(tmp_path)) as prepared:
         take_step(replace(prepared, scaler=torch.amp.GradScaler("cpu")), range(0), iter(()))

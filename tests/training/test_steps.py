@@ -2,18 +2,18 @@
 
 import pytest
 
-from training.steps import Plan, total_steps
+from training.steps import StepPlan, total_steps
 
 
 def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
-    plan = Plan(num_batches=7, processes=2, accumulation=2, total_steps=100)
+    plan = StepPlan(num_batches=7, processes=2, accumulation=2, total_steps=100)
 
     assert list(plan.groups(0)) == [range(0, 4), range(4, 7)]
     assert plan.steps_per_epoch == 2
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation() -> None:
-    two, one = Plan(7, 2, 2, 5), Plan(7, 1, 4, 5)
+    two, one = StepPlan(7, 2, 2, 5), StepPlan(7, 1, 4, 5)
 
     for group in two.groups(0):
         assert sorted(two.share(group, 0) + two.share(group, 1)) == one.share(group, 0)
@@ -22,13 +22,13 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation() -> No
 
 @pytest.mark.parametrize("position", [0, 4, 7])
 def test_groups_after_a_resume_are_the_rest_of_the_epoch(position: int) -> None:
-    plan = Plan(7, 1, 4, 100)
+    plan = StepPlan(7, 1, 4, 100)
 
     assert list(plan.groups(0, position)) == [group for group in plan.groups(0) if group.start >= position]
 
 
 def test_the_run_ends_at_its_total_in_the_middle_of_an_epoch() -> None:
-    plan = Plan(num_batches=6, processes=1, accumulation=2, total_steps=4)
+    plan = StepPlan(num_batches=6, processes=1, accumulation=2, total_steps=4)
 
     assert plan.num_epochs == 2
     assert list(plan.groups(1)) == [range(0, 2)]

@@ -6,13 +6,13 @@ import pytest
 
 from modules.contract.noise import FLOW, NoiseSpec
 from tests.training.toy import toy_options
-from training.unused_options import ignored_options
+from training.unused_options import list_unused_options
 
 
 def named(
     folder: Path, *arguments: object, takes_guidance: bool = False, noise: NoiseSpec = FLOW
 ) -> set[str]:
-    lines = ignored_options(toy_options(folder, *arguments), takes_guidance, noise.table_is_shifted)
+    lines = list_unused_options(toy_options(folder, *arguments), takes_guidance, noise.table_is_shifted)
     return {line.partition(" has no effect: ")[0] for line in lines}
 
 

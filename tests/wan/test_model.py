@@ -11,7 +11,7 @@ from modules.contract.generation import Tweaks
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model
-from wan.model import WanModel, _padded
+from wan.model import WanModel, _pad
 
 CASES = ("wan_dit_t2v", "wan_dit_i2v", "wan_dit_fun_control", "wan_dit_flf2v")
 
@@ -106,7 +106,7 @@ def test_padding_rows_computed_once_give_what_all_of_them_give(
     model, inputs = tiny_model(kind).requires_grad_(True), tiny_inputs(kind)
     merged = gradients(model, inputs)
     monkeypatch.setattr(
-        "wan.model._padded", lambda text, length, merges, padded=_padded: padded(text, length, False)
+        "wan.model._pad", lambda text, length, merges, padded=_pad: padded(text, length, False)
     )
 
     for name, gradient in gradients(model, inputs).items():

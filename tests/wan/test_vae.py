@@ -14,7 +14,14 @@ from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import vae_config, vae_diffusers_tensors, vae_tensors
 from wan.vae import MEAN, STD, WanVae, load_vae
-from wan.vae_blocks import CausalConv3d, Downsample, FrameAttention, ResidualBlock, TimeMemory, Upsample
+from wan.vae_blocks import (
+    Downsample,
+    TimeMemory,
+    Upsample,
+    WanCausalConv,
+    WanFrameAttention,
+    WanResidualBlock,
+)
 from wan.vae_tiles import tiles
 
 CPU = torch.device("cpu")
@@ -194,7 +201,7 @@ def test_another_number_of_latent_channels_is_refused(tmp_path: Path) -> None:
 
 
 def causal(conv: torch.nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(conv, CausalConv3d)
+    assert isinstance(conv, WanCausalConv)
     return F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), conv.weight, conv.bias)
 
 
@@ -204,11 +211,11 @@ def normed(norm: torch.nn.Module, x: Tensor) -> Tensor:
 
 def whole(layer: torch.nn.Module, x: Tensor) -> Tensor:
     match layer:
-        case ResidualBlock():
+        case WanResidualBlock():
             parts = layer.residual
             h = causal(parts["6"], normed(parts["3"], causal(parts["2"], normed(parts["0"], x))))
             return h + layer.shortcut(x)
-        case FrameAttention():
+        case WanFrameAttention():
             return layer(x, None)
         case Downsample():
             frames = torch.stack(

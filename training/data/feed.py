@@ -31,7 +31,7 @@ from modules.seeds import derive_seed
 from training.data.options import TimestepOptions
 from training.data.timesteps import draw, loss_weights
 from training.loss import NoisyBatch
-from training.steps import Plan
+from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
 ALIGNMENT = 64  # bytes: enough for every dtype
@@ -98,13 +98,13 @@ class Randomness:
         first_sample: how many samples the run has seen before.
         """
         shape = batch.tensor("latents").shape
-        noise = torch.randn(shape, generator=seeded(self.seed, "noise", number))
-        generator = seeded(self.seed, "timesteps", number)
+        noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
+        generator = seed_generator(self.seed, "timesteps", number)
         times = draw(self.timesteps, len(batch), generator, self.seed, first_sample, self.noise, shape)
         return NoisyBatch(batch, noise, times.sigmas, times.timesteps, loss_weights(self.timesteps, times))
 
 
-def seeded(*parts: int | str) -> torch.Generator:
+def seed_generator(*parts: int | str) -> torch.Generator:
     """Return a CPU generator seeded by `parts`."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
@@ -144,7 +144,7 @@ class Feed:
     """Yield the micro-batches of one process, in the order of the plan."""
 
     batches: MicroBatches
-    plan: Plan
+    plan: StepPlan
     process: int
     workers: int  # as asked for; never more than there are CPUs
     keep_workers: bool  # from one epoch to the next

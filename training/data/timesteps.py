@@ -52,7 +52,7 @@ def draw(
     """
     flow_shift = find_shift(options, noise, shape)
     low, high = (
-        accepted_part(options, noise, flow_shift) if options.preserve_distribution_shape else (0.0, 1.0)
+        find_accepted_range(options, noise, flow_shift) if options.preserve_distribution_shape else (0.0, 1.0)
     )
 
     def uniform() -> Tensor:
@@ -175,7 +175,7 @@ def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLO
 
 
 @functools.cache
-def accepted_part(options: TimestepOptions, noise: NoiseSpec, flow_shift: float) -> tuple[float, float]:
+def find_accepted_range(options: TimestepOptions, noise: NoiseSpec, flow_shift: float) -> tuple[float, float]:
     """The smallest range of u that holds all accepted draws, a little widened.
 
     Narrowing u to it leaves few draws to reject.

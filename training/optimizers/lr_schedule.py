@@ -121,7 +121,7 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
     curve = Curve(
         learning_rate=learning_rate,
         warmup=warmup_steps(options, total_steps),
-        decay=in_steps(options.lr_decay_steps, total_steps),
+        decay=count_steps(options.lr_decay_steps, total_steps),
         total=total_steps,
         **{**standard, **arguments},
     )
@@ -140,14 +140,14 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
     return curve
 
 
-def in_steps(steps: int | float, total_steps: int) -> int:
+def count_steps(steps: int | float, total_steps: int) -> int:
     """Convert a number or a fraction of the run to a number of steps."""
     return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
 def warmup_steps(options: LrScheduleOptions, total_steps: int) -> int:
     """Return the number of steps over which the learning rate rises from 0."""
-    return in_steps(options.lr_warmup_steps, total_steps)
+    return count_steps(options.lr_warmup_steps, total_steps)
 
 
 # the curves: factor on the learning rate at a step (from 0)

@@ -121,7 +121,7 @@ def restore_optimizer(
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
         name = names[parameter]
         if name in description["states"]:
-            optimizer.state[parameter] = _placed(
+            optimizer.state[parameter] = _place(
                 description["states"][name], tensors, device, record.path.parent
             )
 
@@ -169,7 +169,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _placed(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device, folder: Path) -> Any:
+def _place(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device, folder: Path) -> Any:
     """As `decode`, with tensors where they were: step counters on the CPU, the rest beside the parameter."""
     if not isinstance(encoded, dict):
         return encoded
@@ -179,10 +179,10 @@ def _placed(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device, f
         return tensor.clone() if encoded["on_cpu"] and not tensor.dim() else tensor.clone().to(device)
     if "mapping" in encoded:
         return {
-            decode(key, tensors): _placed(item, tensors, device, folder) for key, item in encoded["mapping"]
+            decode(key, tensors): _place(item, tensors, device, folder) for key, item in encoded["mapping"]
         }
     kind = "tuple" if "tuple" in encoded else "list"
-    items = [_placed(item, tensors, device, folder) for item in encoded[kind]]
+    items = [_place(item, tensors, device, folder) for item in encoded[kind]]
     return tuple(items) if kind == "tuple" else items
 
 

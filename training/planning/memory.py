@@ -13,11 +13,11 @@ from dataset.batches.reading import read_batch
 from modules.contract.family import Described, LatentSpec
 from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch
-from modules.planning.memory_plan import MemoryPlan, Room, gib, present, room_on
+from modules.planning.memory_plan import MemoryPlan, Room, gib, print_plan, room_on
 from training.data.feed import Randomness
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
-from training.planning.prediction import Prediction, predict
+from training.planning.prediction import StepPrediction, predict
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def plan_training(
         if options.speed.compilation.choice is None
         else ["Compiled blocks usually need less than planned here."]
     )
-    present(
+    print_plan(
         prediction,
         options.speed.swap,
         room_on(device, options.speed.plan.plan),
@@ -99,7 +99,7 @@ def prepare_memory(
 
 
 def advice(
-    family: Trains, prediction: Prediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
+    family: Trains, prediction: StepPrediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
     """Return what to change so that the run fits, the cheapest first.
 
@@ -158,8 +158,10 @@ def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[
     count, _, frames, height, width = noisy_batch.noise.shape
     step, vertical, horizontal = latent.stride
     token = latent.pixel_step // horizontal  # sides are multiples of it
-    by_count = [(str(number), cut(noisy_batch, number, frames, height, width)) for number in halved(count)]
-    lengths, least = ([], frames) if latent.in_sections else (halved(frames), 1)
+    by_count = [
+        (str(number), cut(noisy_batch, number, frames, height, width)) for number in list_halves(count)
+    ]
+    lengths, least = ([], frames) if latent.in_sections else (list_halves(frames), 1)
     by_frames = [
         (str(step * (number - 1) + 1), cut(noisy_batch, 1, number, height, width)) for number in lengths
     ]
@@ -174,7 +176,7 @@ def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[
     return [("batch_size", by_count), ("target_frames", by_frames), ("resolution", by_side)]
 
 
-def halved(number: int) -> list[int]:
+def list_halves(number: int) -> list[int]:
     """Return half of it, half of that, and so on down to 1."""
     found = []
     while number > 1:

@@ -40,7 +40,7 @@ def state_bytes(optimizer: Optimizer) -> int:
         per_element = BYTES[kind.__name__]
     else:
         try:
-            per_element = measured(optimizer)
+            per_element = measure_states(optimizer)
         except Exception as error:  # a plan is made, whatever a foreign class raises
             logger.warning(
                 "The states of %s cannot be measured (%s); assuming %g bytes per element.",
@@ -55,7 +55,7 @@ def state_bytes(optimizer: Optimizer) -> int:
     )
 
 
-def measured(optimizer: Optimizer) -> float:
+def measure_states(optimizer: Optimizer) -> float:
     """Return the bytes of states per element, from one step of a second optimizer on small copies."""
     from torch.utils._python_dispatch import _disable_current_modes
 

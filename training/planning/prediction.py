@@ -7,7 +7,16 @@ import torch
 
 from modules.contract.family import Described
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
-from modules.planning.memory_plan import Part, Phase, Swapped, dtypes_of, gib, parts_of, swaps_of, workspace
+from modules.planning.memory_plan import (
+    MemoryPart,
+    Phase,
+    Swapped,
+    dtypes_of,
+    gib,
+    parts_of,
+    swaps_of,
+    workspace,
+)
 from training.dressing import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
@@ -17,7 +26,7 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Prediction:
+class StepPrediction:
     """Hold what a step needs before any block is swapped, and what swapping changes."""
 
     options: TrainingOptions
@@ -27,7 +36,7 @@ class Prediction:
     waiting: int  # bytes of activations in host memory
     weights: str  # their dtypes
     swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
-    workspace: Part
+    workspace: MemoryPart
 
     def phase(self, blocks: int) -> Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -60,7 +69,7 @@ class Prediction:
 
 def predict(
     family: Trains, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device
-) -> Prediction:
+) -> StepPrediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run.
 
     8-bit products are rehearsed as 16-bit products of the same weights. Raises what loading raises.
@@ -72,7 +81,7 @@ def predict(
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap.img_in_txt_in_offloading)
     with quiet():
         moments, waiting = rehearse(family, options, dit, noisy_batch)
-    return Prediction(
+    return StepPrediction(
         options,
         describe(family, noisy_batch),
         noisy_batch.noise.numel(),

@@ -23,7 +23,7 @@ from modules.planning.dry_run import (
     Ledger,
     Moment,
     dry_run,
-    extrapolated,
+    extrapolate,
     keep_blocks,
     place,
     watch_blocks,
@@ -163,16 +163,16 @@ def rehearse(
     afterwards. noisy_batch: on the CPU.
     """
     with dry_run() as ledger:
-        rehearsal = dressed(family, options, dit, ledger)
+        rehearsal = dress_trainable(family, options, dit, ledger)
         found = rehearsal.measure_step()
         if rehearsal.is_fused:
             step_in_backward(rehearsal)
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
-        found |= extrapolated(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
+        found |= extrapolate(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
         return found, rehearsal.waiting
 
 
-def dressed(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
+def dress_trainable(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
     """The order of dressing of `training.run`: network, then `dress`; and the optimizer."""
     place(dit, ledger)
     dit.requires_grad_(False)

@@ -39,7 +39,7 @@ class StepReport:
     step: int  # from 1
     loss: float
     average: float  # of the losses of the last epoch-length window
-    rates: Mapping[str, float]  # as `named_rates` gives them
+    rates: Mapping[str, float]  # as `name_rates` gives them
     gradient_norm: float | None = None  # before clipping
     norms: NormReport | None = None  # of --scale_weight_norms
 
@@ -212,7 +212,7 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
     return config
 
 
-def named_rates(rates: Sequence[float], group_names: Sequence[str], optimizer: Optimizer) -> dict[str, float]:
+def name_rates(rates: Sequence[float], group_names: Sequence[str], optimizer: Optimizer) -> dict[str, float]:
     """Return learning rates by tracker name, `lr/unet`.
 
     Also `lr/d*lr/unet` if the optimizer estimates a factor d itself (Prodigy).

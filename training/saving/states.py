@@ -107,7 +107,7 @@ def write_state(folder: Path, state: SavedState) -> None:
             "described": dict(state.described),
             "parts": files,
         }
-        record = _as_read(record)
+        record = _sort_as_json(record)
         record["crc32"] = _record_checksum(record)
         (temporary / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -254,21 +254,21 @@ def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = parse_json(read_text(folder / RECORD))
         if record["format"] != FORMAT:
-            raise _damaged(folder / RECORD, f"its format is not {FORMAT!r}")
+            raise _damage_error(folder / RECORD, f"its format is not {FORMAT!r}")
         if record["version"] != VERSION:
             raise CheckpointError(
                 f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder
             )
         if record.pop("crc32", None) != _record_checksum(record):
-            raise _damaged(folder / RECORD, "its checksum is not the recorded one")
+            raise _damage_error(folder / RECORD, "its checksum is not the recorded one")
         check_record(record, folder / RECORD)
         for part, file in record["parts"].items():
             path = folder / f"{part}.safetensors"
             size_bytes = path.stat().st_size if path.exists() else 0
             if size_bytes != file["bytes"]:
-                raise _damaged(path, f"{size_bytes} bytes, {file['bytes']} were written")
+                raise _damage_error(path, f"{size_bytes} bytes, {file['bytes']} were written")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(folder / RECORD, str(error)) from error
+        raise _damage_error(folder / RECORD, str(error)) from error
     return record
 
 
@@ -276,10 +276,10 @@ def _read_part(folder: Path, part: str, file: Mapping[str, int]) -> StoredPart:
     path = folder / f"{part}.safetensors"
     try:
         if _checksum(path) != file["crc32"]:
-            raise _damaged(path, "its checksum is not the recorded one")
+            raise _damage_error(path, "its checksum is not the recorded one")
         return StoredPart(path)
     except OSError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damage_error(path, str(error)) from error
 
 
 def _read_foreign(folder: Path) -> ForeignState:
@@ -292,7 +292,7 @@ def _read_foreign(folder: Path) -> ForeignState:
         try:
             network = load_file(weights)
         except (SafetensorError, OSError) as error:
-            raise _damaged(weights, str(error)) from error
+            raise _damage_error(weights, str(error)) from error
     elif (folder / "pytorch_model.bin").exists():
         network = load_pickled(folder / "pytorch_model.bin")
     else:
@@ -304,7 +304,7 @@ def _read_foreign(folder: Path) -> ForeignState:
     return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else None)
 
 
-def _as_read(record: Mapping[str, Any]) -> dict[str, Any]:
+def _sort_as_json(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record as JSON would: keys become text, tuples become lists."""
     return dict(json.loads(json.dumps(record)))
 
@@ -321,7 +321,7 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
+def _damage_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {reason}.\n  Resume from another state folder.", path=path)
 
 

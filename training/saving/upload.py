@@ -55,7 +55,7 @@ class Uploads:
             self.publish(folder)
 
     @contextlib.contextmanager
-    def finishing(self) -> Iterator[None]:
+    def finish_uploads(self) -> Iterator[None]:
         """Wait for uploads however the block ends, also after an error: the files are saved."""
         try:
             yield

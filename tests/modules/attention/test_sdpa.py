@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.attention import sdpa as attention_sdpa
-from modules.attention.sdpa import cudnn_note, kernels, ordered
+from modules.attention.sdpa import attend_in_order, cudnn_note, kernels
 from tests.commands import ROOT, run_python
 
 CUDNN, FLASH, EFFICIENT, MATH = (
@@ -109,7 +109,7 @@ def test_only_the_kernels_given_are_used_and_the_backward_pass_takes_the_forward
     before = torch._C._get_sdp_priority_order()
 
     with _Names() as forward:
-        result = ordered(*inputs, None, order)
+        result = attend_in_order(*inputs, None, order)
     with _Names() as backward:  # outside the order
         result.sum().backward()
 
@@ -134,7 +134,7 @@ def test_a_compiled_graph_holds_the_kernel_of_the_order(order: list[SDPBackend],
 
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda q, k, v: ordered(q, k, v, None, order),
+        lambda q, k, v: attend_in_order(q, k, v, None, order),
         fullgraph=True,
         backend=aot_autograd(fw_compiler=note, bw_compiler=note),
     )

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from modules.checkpoints.filling import compress_names, load_module
-from modules.checkpoints.opening import Source, open_checkpoint, plain_sources
+from modules.checkpoints.opening import open_checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
 from tests.modules.making import write
 
@@ -52,7 +53,7 @@ def test_sources_rename_split_and_transpose(tmp_path: Path) -> None:
     with torch.device("meta"):
         module = nn.ModuleDict({"k": nn.Linear(4, 8, bias=False), "v": nn.Linear(4, 8, bias=False)})
     stacked = torch.arange(64.0).reshape(4, 16)
-    both = Source(("kv",)).then(torch.t)
+    both = TensorSource(("kv",)).then(torch.t)
     sources = {"k.weight": both.then(lambda rows: rows[:8]), "v.weight": both.then(lambda rows: rows[8:])}
 
     with open_checkpoint(write(tmp_path / "a.safetensors", {"kv": stacked})) as checkpoint:

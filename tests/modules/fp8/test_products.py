@@ -27,6 +27,7 @@ from modules.fp8.options import Quantisation
 from modules.fp8.products import (
     FEWEST_ROWS,
     Product,
+    add_product,
     choose_product,
     emulated_product,
     fp8_linear,
@@ -35,7 +36,6 @@ from modules.fp8.products import (
     suits_fp8,
     supports_fp8,
     tensor_scaled_product,
-    with_product,
 )
 from modules.fp8.weights import attach, quantise
 
@@ -362,9 +362,9 @@ def test_the_first_product_that_works_is_taken(caplog: pytest.LogCaptureFixture)
 
 def test_a_product_is_looked_for_only_where_it_is_asked_for() -> None:
     for quantisation in (None, Quantisation("rows")):
-        assert with_product(quantisation, CPU) is quantisation
+        assert add_product(quantisation, CPU) is quantisation
     with pytest.raises(OptionError, match="--fp8_fast"):
-        with_product(Quantisation("rows", fp8_matmul=True), CPU)
+        add_product(Quantisation("rows", fp8_matmul=True), CPU)
 
 
 def in_fp8(quantisation: Quantisation, rows: int = N) -> nn.Linear:

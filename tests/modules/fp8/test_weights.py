@@ -17,7 +17,7 @@ from modules.fp8.weights import (
     quantise,
     quantised_layers,
     scale_of,
-    stored_scale,
+    store_scale,
 )
 from tests.golden_cases import read_case
 
@@ -149,7 +149,7 @@ def test_large_weights_are_rounded_in_pieces_to_the_same_bytes(monkeypatch: pyte
 )
 def test_scales_of_every_shape_are_applied(stored: tuple[int, ...], kept: tuple[int, ...]) -> None:
     weight, scale = drawn(6, 8).to(E4M3), drawn(*stored, seed=1).abs().bfloat16()
-    found = stored_scale(scale)
+    found = store_scale(scale)
     assert found.shape == kept
     assert found.dtype == torch.float32
     each = scale.float() if scale.ndim == 3 else scale.float().reshape(-1, 1, 1)

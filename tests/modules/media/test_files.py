@@ -19,7 +19,7 @@ from modules.media.reading import (
     video_frames,
     video_info,
 )
-from modules.media.writing import Segment, join_videos, segment_of, write_png, write_video
+from modules.media.writing import Segment, join_videos, measure_segment, write_png, write_video
 from tests.golden_cases import read_case
 
 GOLDEN_RESIZES = ["50x37_to_32x32", "20x14_to_32x32", "32x32_to_32x32", "64x20_to_32x16"]
@@ -358,7 +358,7 @@ def segments(folder: Path, frames: list[np.ndarray], lengths: list[int], fps: fl
     found, start = [], 0
     for number, length in enumerate(lengths):
         write_video(folder / f"{number}.mp4", frames[start : start + length], fps, preset="veryfast")
-        found.append(segment_of(folder / f"{number}.mp4", fps))
+        found.append(measure_segment(folder / f"{number}.mp4", fps))
         start += length
     return found
 
@@ -394,7 +394,7 @@ def test_videos_of_other_settings_are_not_joined(tmp_path: Path) -> None:
     parts = segments(tmp_path, list(gradients(4)), [4])
     write_video(tmp_path / "other.mp4", gradients(4, 32, 32), 30)
     with pytest.raises(MediaError, match="different settings"):
-        join_videos(tmp_path / "joined.mp4", [*parts, segment_of(tmp_path / "other.mp4", 30)], 30)
+        join_videos(tmp_path / "joined.mp4", [*parts, measure_segment(tmp_path / "other.mp4", 30)], 30)
     assert not (tmp_path / "joined.mp4").exists()
 
 

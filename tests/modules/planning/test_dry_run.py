@@ -15,7 +15,7 @@ from modules.planning.dry_run import (
     Counts,
     Moment,
     dry_run,
-    extrapolated,
+    extrapolate,
     keep_blocks,
     largest,
     modules_in,
@@ -143,7 +143,7 @@ def measured(counts: Counts, is_direct: bool) -> dict[str, Moment]:
             model.zero_grad()
             return dict(ledger.peaks)
 
-        return measure(counts) if is_direct else extrapolated(measure, counts)
+        return measure(counts) if is_direct else extrapolate(measure, counts)
 
 
 def test_memory_grows_by_the_block() -> None:

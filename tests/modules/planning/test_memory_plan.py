@@ -18,20 +18,20 @@ from modules.planning.dry_run import KEPT, WEIGHTS, WORKING
 from modules.planning.memory_plan import (
     CONTEXT,
     GIB,
+    MemoryPart,
     MemoryPlan,
-    Part,
     Phase,
     Room,
     Swapped,
     as_text,
-    chosen_swap,
+    choose_swap,
     comparison,
     dtypes_of,
     parts_of,
-    predicted_before_run,
-    present,
+    plan_swapped_bytes,
+    predict_before_run,
+    print_plan,
     smallest_swap,
-    swapped,
     swaps_of,
     verdict,
 )
@@ -50,11 +50,11 @@ def model(blocks: int = 6) -> nn.Module:
 
 
 def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() -> None:
-    found = swapped(model(), SwapPlan(SPEC, 3))
+    found = plan_swapped_bytes(model(), SwapPlan(SPEC, 3))
     # as much device memory as three blocks take
     assert found == Swapped(away=5 << 20, ring=2 << 20, host=5 << 20)
     assert found.saved == 3 << 20
-    assert swapped(model(), SwapPlan(SPEC, 0)).saved == 0
+    assert plan_swapped_bytes(model(), SwapPlan(SPEC, 0)).saved == 0
 
 
 def test_each_further_block_saves_one_block() -> None:
@@ -68,12 +68,12 @@ def test_the_smallest_number_that_fits_is_chosen_and_explained() -> None:
 
     assert smallest_swap(needed, 10, 15 * GIB) == 5
     room = Room("a card", 18 * GIB, 16 * GIB)
-    count, reason = chosen_swap(needed, 10, room)
+    count, reason = choose_swap(needed, 10, room)
     assert count == 6
     assert needed(count) <= room.usable < needed(count - 1)
     assert reason.startswith("--blocks_to_swap auto: 6. 14.00 GiB are predicted")
-    assert chosen_swap(needed, 3, room)[0] == 3  # none fits: the most
-    assert chosen_swap(needed, 10, None)[0] == 0  # a CPU
+    assert choose_swap(needed, 3, room)[0] == 3  # none fits: the most
+    assert choose_swap(needed, 10, None)[0] == 0  # a CPU
 
 
 def test_what_can_be_used_is_what_is_free_less_margin_and_context() -> None:
@@ -84,7 +84,9 @@ def test_what_can_be_used_is_what_is_free_less_margin_and_context() -> None:
 def plan(size: int) -> MemoryPlan:
     moment = {WEIGHTS: 8 * GIB, KEPT: GIB, WORKING: size - 6 * GIB}
     parts = parts_of(moment, Swapped(4 * GIB, GIB, 4 * GIB), {WEIGHTS: "8.00 bfloat16"}, waiting=2 * GIB)
-    return MemoryPlan("Memory plan", (Phase("text", (Part("weights", GIB),)), Phase("training step", parts)))
+    return MemoryPlan(
+        "Memory plan", (Phase("text", (MemoryPart("weights", GIB),)), Phase("training step", parts))
+    )
 
 
 def test_the_table_holds_all_parts_of_device_and_host() -> None:
@@ -162,11 +164,11 @@ def presented(swap: SwapOptions, room: Room | None, capsys: pytest.CaptureFixtur
     def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
         return MemoryPlan(
             "Memory plan",
-            (Phase("training step", (Part("weights", Even().device(blocks)),)),),
+            (Phase("training step", (MemoryPart("weights", Even().device(blocks)),)),),
             tuple(remarks),
         )
 
-    present(Even(), swap, room, plan_of, lambda room: [f"a card of more than {room.total // GIB}"])
+    print_plan(Even(), swap, room, plan_of, lambda room: [f"a card of more than {room.total // GIB}"])
     return capsys.readouterr().out
 
 
@@ -197,12 +199,12 @@ def test_a_rehearsal_that_fails_ends_a_run_only_where_auto_waits_for_it(
 
         return predict
 
-    assert predicted_before_run(lambda: 7, swap) == 7
+    assert predict_before_run(lambda: 7, swap) == 7
     with pytest.raises(OptionError, match="the user's"):
-        predicted_before_run(fails(OptionError("the user's")), swap)
+        predict_before_run(fails(OptionError("the user's")), swap)
     if swap.is_auto:
         with pytest.raises(MemoryPlanError, match=r"no plan can be made \(ours\). Give a number of blocks"):
-            predicted_before_run(fails(ValueError("ours")), swap)
+            predict_before_run(fails(ValueError("ours")), swap)
     else:
-        assert predicted_before_run(fails(ValueError("ours")), swap) is None
+        assert predict_before_run(fails(ValueError("ours")), swap) is None
         assert "The memory of this run cannot be predicted (ValueError: ours)" in caplog.text

@@ -13,7 +13,7 @@ from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.toy import write_caches
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
-from training.planning.memory import advice, cheaper, cut, halved, largest_batch, prepare_memory, shrunk
+from training.planning.memory import advice, cheaper, cut, largest_batch, list_halves, prepare_memory, shrunk
 from training.planning.prediction import describe, predict
 from wan.family import LATENT
 
@@ -81,7 +81,7 @@ def beside(noisy_batch: NoisyBatch, **tensors: torch.Tensor) -> NoisyBatch:
 
 @pytest.mark.parametrize(("number", "expected"), [(1, []), (2, [1]), (3, [2, 1]), (8, [4, 2, 1])])
 def test_sizes_are_halved_down_to_one(number: int, expected: list[int]) -> None:
-    assert halved(number) == expected
+    assert list_halves(number) == expected
 
 
 def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def counted(
     monkeypatch.setattr(rehearsal, "place", see_all)
     dit = family.load_dit(placement(options, "cpu"))
     with PlannedKernels(), Ledger(HOST) as ledger:
-        real = rehearsal.dressed(family, options, dit, ledger)
+        real = rehearsal.dress_trainable(family, options, dit, ledger)
         found = real.measure_step()
         if real.is_fused:
             rehearsal.step_in_backward(real)

@@ -24,7 +24,7 @@ from training.reports.logs import (
     Logs,
     StepReport,
     check_trackers,
-    named_rates,
+    name_rates,
     public_config,
     run_folder,
     start_logs,
@@ -128,11 +128,11 @@ def test_the_config_that_is_logged_has_no_keys_and_no_paths() -> None:
 
 def test_rates_are_named_by_group_and_scaled_where_the_optimizer_estimates_a_factor() -> None:
     optimizer = SGD([{"params": [torch.zeros(1)], "lr": 0.5}, {"params": [torch.ones(1)], "lr": 2.0}], lr=1.0)
-    assert named_rates([0.5, 2.0], ("unet", "unet plus"), optimizer) == {"lr/unet": 0.5, "lr/unet plus": 2.0}
+    assert name_rates([0.5, 2.0], ("unet", "unet plus"), optimizer) == {"lr/unet": 0.5, "lr/unet plus": 2.0}
 
     optimizer.param_groups[0]["d"] = 0.1
 
-    assert named_rates([0.5, 2.0], ("unet", "unet plus"), optimizer)["lr/d*lr/unet"] == pytest.approx(0.05)
+    assert name_rates([0.5, 2.0], ("unet", "unet plus"), optimizer)["lr/d*lr/unet"] == pytest.approx(0.05)
 
 
 def test_a_tracker_config_replaces_the_name_of_the_run(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_run_that_fails_still_sends_what_it_saved(tmp_path: Path) -> None:
     )
 
     def run() -> None:
-        with uploads.finishing():
+        with uploads.finish_uploads():
             uploads.publish(tmp_path / "x.safetensors")
             raise OptionError("something else")
 
