@@ -15,7 +15,7 @@ from frame_pack.masks import apply_masks
 from frame_pack.one_frame import OneFrame, one_frame_indices
 from frame_pack.sections import LATENT_STRIDE, Indices, Order, sections_in, video_frames
 from hunyuan_model.conditioning import posterior_generator
-from hunyuan_model.family import LATENT as VAE_LATENT
+from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips, to_pixels

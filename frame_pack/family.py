@@ -30,7 +30,7 @@ from frame_pack.sections import ANTI_DRIFTING, F1, FRAMES_PER_SECOND, Order, par
 from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
-from hunyuan_model.family import GUIDANCE_UNIT
+from hunyuan_model.spec import GUIDANCE_UNIT
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
 from modules.checkpoints.opening import fingerprint

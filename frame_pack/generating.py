@@ -20,7 +20,7 @@ from frame_pack.sections import (
     sections_in,
     video_latents,
 )
-from hunyuan_model.family import LATENT as VAE_LATENT
+from hunyuan_model.spec import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import NoiseSource

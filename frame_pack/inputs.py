@@ -15,7 +15,7 @@ from torch import Tensor
 from frame_pack.masks import latent_mask
 from frame_pack.requests import FramePackRequest
 from hunyuan_model.conditioning import posterior_generator
-from hunyuan_model.family import LATENT as VAE_LATENT
+from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.prepared import Prepared
 from modules.media.buckets import Size

@@ -25,7 +25,7 @@ from hunyuan_model.options import (
     HunyuanTextCachingOptions,
     HunyuanTrainingOptions,
 )
-from hunyuan_model.spec import DIT
+from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
@@ -43,11 +43,9 @@ from modules.options import NO_OPTIONS, require
 
 logger = logging.getLogger(__name__)
 
-LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.476986)
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 FLOW_SHIFT = 7.0  # likewise
-GUIDANCE_UNIT = 1000  # the model was distilled with 1000 times the scale
 
 
 @dataclass(frozen=True)

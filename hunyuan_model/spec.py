@@ -1,7 +1,9 @@
-"""Names inside the HunyuanVideo transformer, for code that acts on it from outside."""
+"""Facts about HunyuanVideo for code outside its models: latent space, guidance, names in the transformer."""
 
-from modules.contract.family import DitSpec
+from modules.contract.family import DitSpec, LatentSpec
 
+LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.476986)
+GUIDANCE_UNIT = 1000  # the model was distilled with 1000 times the scale
 DIT = DitSpec(
     block_lists=("double_blocks", "single_blocks"),
     fp8_exclude=(

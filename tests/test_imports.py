@@ -57,7 +57,7 @@ FLOORS = {
         {"data", "optimizers", "samples"},
         {"options", "validation"},
         {"dressing", "loop", "metadata", "resuming", "unused_options"},
-        {"planning"},
+        {"job", "planning"},
         {"run"},
     ),
 }

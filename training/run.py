@@ -4,40 +4,31 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from dataset.batches.finding import (
     NO_COMMANDS,
     CachingCommands,
-    TrainingItem,
     find_items,
     require_items,
     split_validation,
 )
-from dataset.batches.order import BatchOrder
-from dataset.batches.same_encoders import SameEncoders
 from dataset.check import check_training
-from dataset.config import DatasetConfig, load_dataset_config
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
-from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.control_codes import escape_control_codes
 from modules.devices import DTYPES, choose_device, dtype_name
 from modules.dressing import swapped_weights
-from modules.errors import DatasetError, OptionError
-from modules.fp8.options import Quantisation
-from modules.fp8.products import add_product
+from modules.errors import OptionError
 from modules.offload.block_swap import HostWeights, settle
-from modules.options import require
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
 from networks.adapter import make_network
@@ -46,26 +37,23 @@ from networks.merge import LoraPatch, LoraUse
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
+from training.job import Data, TrainingJob, find_data, read_config, start_job
 from training.loop import TrainingRun, train
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.optimizers.finished_weights import finished_weights
-from training.optimizers.fused_backward import FusedBackward, check_fused_backward
+from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.lr_schedule import make_lr_schedule, warmup_steps
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
 from training.planning.memory import plan_training, prepare_memory
-from training.processes.accelerator import make_accelerator
 from training.processes.gradients import largest
-from training.progress import Progress
-from training.reports.logs import TRACKER_NAME, check_trackers, public_config, run_folder, start_logs
+from training.reports.logs import TRACKER_NAME, public_config, start_logs
 from training.resuming import (
     Learning,
     capture,
     check_progress,
     check_resumable,
-    find_state,
-    first_progress,
     habits_of,
     identity_of,
     own_values,
@@ -73,53 +61,13 @@ from training.resuming import (
 )
 from training.samples import Sampler, prepare_samples
 from training.saving.files import MinuteClock, Names, Saver
-from training.saving.states import ForeignState, SavedState, write_state
+from training.saving.states import SavedState, write_state
 from training.saving.upload import Uploads, make_uploads
-from training.steps import StepPlan, total_steps
 from training.trainable import train_dit
 from training.trainable import train_network as as_trainable
-from training.unused_options import list_unused_options
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """Hold what everything below is built from."""
-
-    family: Family
-    options: TrainingOptions
-    commands: CachingCommands
-    accelerator: Accelerator
-    fp8: Quantisation | None  # with what multiplies on the device
-    saved: SavedState | ForeignState | None
-    progress: Progress
-
-    @property
-    def output_dir(self) -> Path:
-        return require(self.options.saving.output_dir, "--output_dir", "the folder to save into")
-
-    @property
-    def output_name(self) -> str:
-        return require(self.options.saving.output_name, "--output_name", "the name of the file to train")
-
-    @property
-    def network_module(self) -> str:
-        network = self.options.network
-        return "" if network is None else network.network_module or self.family.lora_module
-
-
-@dataclass(frozen=True)
-class Data:
-    """Hold the items that a run trains and validates on, and the plan of its steps."""
-
-    config: DatasetConfig
-    training: Sequence[TrainingItem]
-    order: BatchOrder
-    validation: Sequence[TrainingItem]
-    plan: StepPlan
-    encoders: SameEncoders
 
 
 def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
@@ -153,10 +101,10 @@ def prepare_run(
     family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
-    config = _read_config(options)  # a fault in it is told before anything is started
-    job = _start(family, options, commands)
+    config = read_config(options)  # a fault in it is told before anything is started
+    job = start_job(family, options, commands)
     _check_attention(job)
-    data = _find_data(job, config)
+    data = find_data(job, config)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
     identity = identity_of(
@@ -225,7 +173,7 @@ def prepare_run(
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
     """Print what would be trained on (--check)."""
-    config = _read_config(options)
+    config = read_config(options)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
@@ -239,62 +187,10 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
 def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
     """Print how much memory the run would need (--plan)."""
     found = require_items(
-        find_items(_read_config(options), family.cache_tag, family.latent, family.text_keys), commands
+        find_items(read_config(options), family.cache_tag, family.latent, family.text_keys), commands
     )
     items, _ = split_validation(found, options.validation.validation_split)
     plan_training(family, options, items or found, commands, choose_device(None))
-
-
-def _start(family: Family, options: TrainingOptions, commands: CachingCommands) -> TrainingJob:
-    """Join the processes and find where to begin."""
-    check_trackers(options.logs)
-    accelerator = make_accelerator(
-        options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
-    )
-    if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
-    else:
-        takes_guidance = family.defaults.embedded_guidance is not None
-        for line in list_unused_options(options, takes_guidance, family.noise.table_is_shifted):
-            logger.warning(line)
-    check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
-    fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
-    check_compilation(options.speed.compilation.choice, accelerator.device)
-    saved = find_state(options, accelerator.is_main_process)
-    return TrainingJob(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
-
-
-def _read_config(options: TrainingOptions) -> DatasetConfig:
-    return load_dataset_config(
-        require(options.loop.dataset_config, "--dataset_config", "the clips to train on")
-    )
-
-
-def _find_data(job: TrainingJob, config: DatasetConfig) -> Data:
-    """Find the caches by their names and plan the steps.
-
-    Raises CacheError with the caching commands if there are none.
-    """
-    loop, family = job.options.loop, job.family
-    found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
-    training, validation = split_validation(found, job.options.validation.validation_split)
-    if not training:
-        raise DatasetError(
-            f"{config.path}: all {len(found)} items are for validation. Leave at least one table without "
-            "`validation = true`."
-        )
-    if not validation and job.options.validation.validate_every_n_steps is not None:
-        raise OptionError(
-            "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = "
-            "true` in a table"
-        )
-    order = BatchOrder(training, job.progress.seed)
-    processes, accumulation = job.accelerator.num_processes, loop.gradient_accumulation_steps
-    steps = total_steps(
-        loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation
-    )
-    plan = StepPlan(order.num_batches, processes, accumulation, steps)
-    return Data(config, training, order, validation, plan, SameEncoders(job.commands))
 
 
 def _make_sampler(job: TrainingJob) -> Sampler | None:

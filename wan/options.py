@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modules.command import as_typed
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, IDENTITY, NO_PIXELS, OF_DECODING, OF_REQUEST
 from modules.vae_options import VaeOptions, add_vae_arguments
@@ -183,3 +184,21 @@ def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
         action="store_true",
         help="keep T5's linear layers in fp8: half the memory of bf16, slightly different embeddings",
     )
+
+
+def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -> tuple[str, str]:
+    """Return the commands that make missing caches, of latents and of texts."""
+    dataset = ["--dataset_config", str(dataset_config)]
+    latents = ["python", "wan_cache_latents.py", *dataset, "--vae", str(options.vae.vae or "VAE_FILE")]
+    if options.task.startswith(("i2v", "flf2v")):
+        latents += ["--clip", str(options.clip or "CLIP_FILE")]
+    if options.task.startswith("flf2v"):
+        latents.append("--flf2v")
+    text = [
+        "python",
+        "wan_cache_text_encoder_outputs.py",
+        *dataset,
+        "--t5",
+        str(options.text.t5 or "T5_FILE"),
+    ]
+    return as_typed(latents), as_typed(text)

@@ -12,7 +12,7 @@ from torch import Tensor
 from frame_pack.family import family_for_generation
 from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
 from frame_pack.sections import section_frames
-from hunyuan_model.family import LATENT as VAE_LATENT
+from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import MediaEncoders
 from modules.options import read_options
 from tests.frame_pack.stubs import RepeatingVae, family

@@ -1,0 +1,131 @@
+"""What a training run finds before anything large is loaded: options, processes, state, items."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dataset.batches.finding import (
+    CachingCommands,
+    TrainingItem,
+    find_items,
+    require_items,
+    split_validation,
+)
+from dataset.batches.order import BatchOrder
+from dataset.batches.same_encoders import SameEncoders
+from dataset.config import DatasetConfig, load_dataset_config
+from modules.compile import check_compilation
+from modules.contract.family import Family
+from modules.errors import DatasetError, OptionError
+from modules.fp8.options import Quantisation
+from modules.fp8.products import add_product
+from modules.options import require
+from training.optimizers.fused_backward import check_fused_backward
+from training.options import TrainingOptions
+from training.processes.accelerator import make_accelerator
+from training.progress import Progress
+from training.reports.logs import check_trackers, run_folder
+from training.resuming import (
+    find_state,
+    first_progress,
+)
+from training.saving.states import ForeignState, SavedState
+from training.steps import StepPlan, total_steps
+from training.unused_options import list_unused_options
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Hold what everything below is built from."""
+
+    family: Family
+    options: TrainingOptions
+    commands: CachingCommands
+    accelerator: Accelerator
+    fp8: Quantisation | None  # with what multiplies on the device
+    saved: SavedState | ForeignState | None
+    progress: Progress
+
+    @property
+    def output_dir(self) -> Path:
+        return require(self.options.saving.output_dir, "--output_dir", "the folder to save into")
+
+    @property
+    def output_name(self) -> str:
+        return require(self.options.saving.output_name, "--output_name", "the name of the file to train")
+
+    @property
+    def network_module(self) -> str:
+        network = self.options.network
+        return "" if network is None else network.network_module or self.family.lora_module
+
+
+@dataclass(frozen=True)
+class Data:
+    """Hold the items that a run trains and validates on, and the plan of its steps."""
+
+    config: DatasetConfig
+    training: Sequence[TrainingItem]
+    order: BatchOrder
+    validation: Sequence[TrainingItem]
+    plan: StepPlan
+    encoders: SameEncoders
+
+
+def start_job(family: Family, options: TrainingOptions, commands: CachingCommands) -> TrainingJob:
+    """Join the processes and find where to begin."""
+    check_trackers(options.logs)
+    accelerator = make_accelerator(
+        options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
+    )
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
+    else:
+        takes_guidance = family.defaults.embedded_guidance is not None
+        for line in list_unused_options(options, takes_guidance, family.noise.table_is_shifted):
+            logger.warning(line)
+    check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
+    fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
+    check_compilation(options.speed.compilation.choice, accelerator.device)
+    saved = find_state(options, accelerator.is_main_process)
+    return TrainingJob(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
+
+
+def read_config(options: TrainingOptions) -> DatasetConfig:
+    """Read the --dataset_config of a training."""
+    return load_dataset_config(
+        require(options.loop.dataset_config, "--dataset_config", "the clips to train on")
+    )
+
+
+def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
+    """Find the caches by their names and plan the steps.
+
+    Raises CacheError with the caching commands if there are none.
+    """
+    loop, family = job.options.loop, job.family
+    found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
+    training, validation = split_validation(found, job.options.validation.validation_split)
+    if not training:
+        raise DatasetError(
+            f"{config.path}: all {len(found)} items are for validation. Leave at least one table without "
+            "`validation = true`."
+        )
+    if not validation and job.options.validation.validate_every_n_steps is not None:
+        raise OptionError(
+            "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = "
+            "true` in a table"
+        )
+    order = BatchOrder(training, job.progress.seed)
+    processes, accumulation = job.accelerator.num_processes, loop.gradient_accumulation_steps
+    steps = total_steps(
+        loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation
+    )
+    plan = StepPlan(order.num_batches, processes, accumulation, steps)
+    return Data(config, training, order, validation, plan, SameEncoders(job.commands))
