@@ -22,6 +22,8 @@ from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, store_scale
+from networks.names.hunyuan import HUNYUAN_VIDEO
+from networks.names.layouts import tensor_patterns
 
 logger = logging.getLogger(__name__)
 
@@ -46,61 +48,12 @@ FROM_COMFY: Names = (
 # diffusers' names -> the published ones. Source: checkpoints of hunyuanvideo-community/HunyuanVideo and
 # Skywork/SkyReels-V1-*. A name that ends in #n is the nth of the parts that are stacked by rows in the
 # published tensor.
-_DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)", r"single_transformer_blocks\.(\d+)"
-_REFINER, _REFINED = (
-    r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)",
-    r"txt_in.individual_token_refiner.blocks.\1",
-)
-_QKV = (("q", 0), ("k", 1), ("v", 2))
 FROM_DIFFUSERS: Names = (
-    (r"x_embedder\.proj\.(\w+)", r"img_in.proj.\1"),
-    (r"time_text_embed\.timestep_embedder\.linear_1\.(\w+)", r"time_in.mlp.0.\1"),
-    (r"time_text_embed\.timestep_embedder\.linear_2\.(\w+)", r"time_in.mlp.2.\1"),
-    (r"time_text_embed\.guidance_embedder\.linear_1\.(\w+)", r"guidance_in.mlp.0.\1"),
-    (r"time_text_embed\.guidance_embedder\.linear_2\.(\w+)", r"guidance_in.mlp.2.\1"),
-    (r"time_text_embed\.text_embedder\.linear_1\.(\w+)", r"vector_in.in_layer.\1"),
-    (r"time_text_embed\.text_embedder\.linear_2\.(\w+)", r"vector_in.out_layer.\1"),
-    (r"context_embedder\.proj_in\.(\w+)", r"txt_in.input_embedder.\1"),
-    (r"context_embedder\.time_text_embed\.timestep_embedder\.linear_1\.(\w+)", r"txt_in.t_embedder.mlp.0.\1"),
-    (r"context_embedder\.time_text_embed\.timestep_embedder\.linear_2\.(\w+)", r"txt_in.t_embedder.mlp.2.\1"),
-    (r"context_embedder\.time_text_embed\.text_embedder\.(linear_[12])\.(\w+)", r"txt_in.c_embedder.\1.\2"),
-    *(
-        (rf"{_REFINER}\.attn\.to_{letter}\.(\w+)", rf"{_REFINED}.self_attn_qkv.\2#{part}")
-        for letter, part in _QKV
+    *tensor_patterns(HUNYUAN_VIDEO),
+    (
+        r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)\.(norm[12])\.(\w+)",
+        r"txt_in.individual_token_refiner.blocks.\1.\2.\3",
     ),
-    (rf"{_REFINER}\.attn\.to_out\.0\.(\w+)", rf"{_REFINED}.self_attn_proj.\2"),
-    (rf"{_REFINER}\.ff\.net\.0\.proj\.(\w+)", rf"{_REFINED}.mlp.fc1.\2"),
-    (rf"{_REFINER}\.ff\.net\.2\.(\w+)", rf"{_REFINED}.mlp.fc2.\2"),
-    (rf"{_REFINER}\.norm_out\.linear\.(\w+)", rf"{_REFINED}.adaLN_modulation.1.\2"),
-    (rf"{_REFINER}\.(norm[12])\.(\w+)", rf"{_REFINED}.\2.\3"),
-    (rf"{_DOUBLE}\.norm1\.linear\.(\w+)", r"double_blocks.\1.img_mod.linear.\2"),
-    (rf"{_DOUBLE}\.norm1_context\.linear\.(\w+)", r"double_blocks.\1.txt_mod.linear.\2"),
-    *(
-        (rf"{_DOUBLE}\.attn\.to_{letter}\.(\w+)", rf"double_blocks.\1.img_attn_qkv.\2#{part}")
-        for letter, part in _QKV
-    ),
-    *(
-        (rf"{_DOUBLE}\.attn\.add_{letter}_proj\.(\w+)", rf"double_blocks.\1.txt_attn_qkv.\2#{part}")
-        for letter, part in _QKV
-    ),
-    (rf"{_DOUBLE}\.attn\.to_out\.0\.(\w+)", r"double_blocks.\1.img_attn_proj.\2"),
-    (rf"{_DOUBLE}\.attn\.to_add_out\.(\w+)", r"double_blocks.\1.txt_attn_proj.\2"),
-    (rf"{_DOUBLE}\.attn\.norm_([qk])\.(\w+)", r"double_blocks.\1.img_attn_\2_norm.\3"),
-    (rf"{_DOUBLE}\.attn\.norm_added_([qk])\.(\w+)", r"double_blocks.\1.txt_attn_\2_norm.\3"),
-    (rf"{_DOUBLE}\.ff\.net\.0\.proj\.(\w+)", r"double_blocks.\1.img_mlp.fc1.\2"),
-    (rf"{_DOUBLE}\.ff\.net\.2\.(\w+)", r"double_blocks.\1.img_mlp.fc2.\2"),
-    (rf"{_DOUBLE}\.ff_context\.net\.0\.proj\.(\w+)", r"double_blocks.\1.txt_mlp.fc1.\2"),
-    (rf"{_DOUBLE}\.ff_context\.net\.2\.(\w+)", r"double_blocks.\1.txt_mlp.fc2.\2"),
-    *(
-        (rf"{_SINGLE}\.attn\.to_{letter}\.(\w+)", rf"single_blocks.\1.linear1.\2#{part}")
-        for letter, part in _QKV
-    ),
-    (rf"{_SINGLE}\.proj_mlp\.(\w+)", r"single_blocks.\1.linear1.\2#3"),
-    (rf"{_SINGLE}\.proj_out\.(\w+)", r"single_blocks.\1.linear2.\2"),
-    (rf"{_SINGLE}\.norm\.linear\.(\w+)", r"single_blocks.\1.modulation.linear.\2"),
-    (rf"{_SINGLE}\.attn\.norm_([qk])\.(\w+)", r"single_blocks.\1.\2_norm.\3"),
-    (r"norm_out\.linear\.(\w+)", r"final_layer.adaLN_modulation.1.\1"),
-    (r"proj_out\.(\w+)", r"final_layer.linear.\1"),
 )
 # diffusers: scale first, then shift
 SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")

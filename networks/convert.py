@@ -8,7 +8,9 @@ from modules.errors import CheckpointError
 from networks.hashes import add_hashes
 from networks.key_formats import OURS, add_missing_alphas, to_other
 from networks.loading import PEFT_SETTINGS, list_some, read_lora
-from networks.module_names import FRAMEPACK, TRAINED_ON, choose_family, read_family
+from networks.module_names import choose_family, read_family
+from networks.names.framepack import FRAMEPACK
+from networks.names.layouts import TRAINED_ON
 from networks.parts import fuse
 
 logger = getLogger(__name__)

@@ -27,7 +27,8 @@ from networks.deltas import (
     rank_of,
     strength,
 )
-from networks.module_names import IN_DIFFUSERS, alias, choose_family, module_path, replace_dots
+from networks.module_names import alias, choose_family, module_path, replace_dots
+from networks.names.layouts import IN_DIFFUSERS
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."

@@ -19,7 +19,8 @@ from modules.text_files import parse_json, read_text
 from networks.deltas import find_fault, group_by_module, rank_of
 from networks.hashes import is_damaged
 from networks.key_formats import OURS, NativeTensors, other_kind, to_native
-from networks.module_names import FamilyNames, choose_family, read_family
+from networks.module_names import choose_family, read_family
+from networks.names.layouts import FamilyNames
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)

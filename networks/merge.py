@@ -19,7 +19,8 @@ from modules.errors import CheckpointError, OptionError
 from networks.deltas import DORA, Factors, bias_delta, decompose, has_input_magnitudes, rows_of, weight_delta
 from networks.key_formats import OURS, module_of_tensor, rename_modules
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_family, warn_of_rest
-from networks.module_names import FamilyNames, Relative, choose_family, relatives
+from networks.module_names import Relative, choose_family, relatives
+from networks.names.layouts import FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import part_rows
 

@@ -18,7 +18,8 @@ from networks.deltas import (
     strength,
 )
 from networks.key_formats import OURS
-from networks.module_names import FAMILIES, REST, SWAPPED, Relative, WeightPart, relatives
+from networks.module_names import FAMILIES, Relative, relatives
+from networks.names.layouts import REST, SWAPPED, WeightPart
 
 logger = getLogger(__name__)
 Pieces = Sequence[tuple[WeightPart, Factors]]  # of one fused module

@@ -13,39 +13,21 @@ from modules.checkpoints.sources import TensorSource
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from networks.names.layouts import tensor_patterns
+from networks.names.wan import WAN
 from wan.configs import HEAD_WIDTH, TASKS, WanConfig, WanTask
 from wan.model import WanModel
 from wan.spec import DIT
 
 logger = logging.getLogger(__name__)
 
-# Names in diffusers' layout -> the published names. norm2 and norm3 are swapped. Source: checkpoints of
+# Names in diffusers' layout -> the published names; norm2 is the published norm3. Source: checkpoints of
 # Wan-AI/*-Diffusers.
 FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
-    (r"condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-    (r"condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-    (r"condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-    (r"condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-    (r"condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
-    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
-    (r"condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
-    (r"condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
-    (r"condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
-    (r"scale_shift_table$", "head.modulation"),
-    (r"proj_out\.", "head.head."),
-    (r"(blocks\.\d+\.)scale_shift_table$", r"\1modulation"),
-    (r"(blocks\.\d+\.)attn1\.to_([qkv])\.", r"\1self_attn.\2."),
-    (r"(blocks\.\d+\.)attn1\.to_out\.0\.", r"\1self_attn.o."),
-    (r"(blocks\.\d+\.)attn1\.norm_([qk])\.", r"\1self_attn.norm_\2."),
-    (r"(blocks\.\d+\.)attn2\.to_([qkv])\.", r"\1cross_attn.\2."),
-    (r"(blocks\.\d+\.)attn2\.to_out\.0\.", r"\1cross_attn.o."),
-    (r"(blocks\.\d+\.)attn2\.norm_([qk])\.", r"\1cross_attn.norm_\2."),
-    (r"(blocks\.\d+\.)attn2\.add_([kv])_proj\.", r"\1cross_attn.\2_img."),
-    (r"(blocks\.\d+\.)attn2\.norm_added_k\.", r"\1cross_attn.norm_k_img."),
-    (r"(blocks\.\d+\.)norm2\.", r"\1norm3."),
-    (r"(blocks\.\d+\.)ffn\.net\.0\.proj\.", r"\1ffn.0."),
-    (r"(blocks\.\d+\.)ffn\.net\.2\.", r"\1ffn.2."),
+    *tensor_patterns(WAN),
+    (r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
+    (r"scale_shift_table", "head.modulation"),
+    (r"(blocks\.\d+\.)scale_shift_table", r"\1modulation"),
 )
 
 
@@ -129,9 +111,9 @@ def _size(header: DitHeader[WanConfig]) -> tuple[int, int]:
 
 def _published_name(name: str) -> str:
     for pattern, replacement in FROM_DIFFUSERS:
-        new, count = re.subn("^" + pattern, replacement, name)
-        if count:
-            return new
+        found = re.fullmatch(pattern, name)
+        if found is not None:
+            return found.expand(replacement)
     return name
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from networks.lora import LoraNetwork
-from networks.module_names import FamilyNames, module_path
+from networks.module_names import module_path
+from networks.names.layouts import FamilyNames
 
 
 def saved_by_diffusers(

@@ -5,16 +5,10 @@ import torch
 from torch import Tensor
 
 from networks.key_formats import add_missing_alphas, module_of_tensor, to_native, to_other
-from networks.module_names import (
-    FAMILIES,
-    FRAMEPACK,
-    HUNYUAN_VIDEO,
-    WAN,
-    alias,
-    choose_family,
-    module_path,
-    replace_dots,
-)
+from networks.module_names import FAMILIES, alias, choose_family, module_path, replace_dots
+from networks.names.framepack import FRAMEPACK
+from networks.names.hunyuan import HUNYUAN_VIDEO
+from networks.names.wan import WAN
 from tests.golden_cases import read_case
 from tests.manifests import manifest_names, tensor_list
 from tests.networks.making import golden_dit, golden_lora

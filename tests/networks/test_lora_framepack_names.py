@@ -14,14 +14,9 @@ from networks import lora_framepack
 from networks.deltas import weight_delta
 from networks.loading import LoraFile, read_lora
 from networks.merge import LoraPatch, LoraUse
-from networks.module_names import (
-    FRAMEPACK,
-    HUNYUAN_VIDEO,
-    choose_family,
-    module_path,
-    relatives,
-    replace_dots,
-)
+from networks.module_names import choose_family, module_path, relatives, replace_dots
+from networks.names.framepack import FRAMEPACK
+from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.parts import cut, for_model
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.manifests import tensor_list

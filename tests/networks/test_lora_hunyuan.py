@@ -15,7 +15,8 @@ from networks import lora_hunyuan
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse, merge_into_file
-from networks.module_names import HUNYUAN_VIDEO, alias, choose_family, module_path, relatives, replace_dots
+from networks.module_names import alias, choose_family, module_path, relatives, replace_dots
+from networks.names.hunyuan import HUNYUAN_VIDEO
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, tiny_inputs, tiny_model
 from tests.manifests import tensor_list

@@ -17,7 +17,8 @@ from networks import lora_hunyuan
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
-from networks.module_names import HUNYUAN_VIDEO, module_path, replace_dots
+from networks.module_names import module_path, replace_dots
+from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.parts import fuse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved

@@ -1,0 +1,1 @@
+"""Module names of each family's network in every layout: data, which checkpoints and LoRA files share."""

@@ -1,0 +1,62 @@
+"""How the names of a family's modules are written down, and renaming the tensors of a checkpoint by them.
+
+`{n}` stands for a block number. LoRA files of our dialect write a path with "_" for "."; these lists restore
+the path.
+"""
+
+import re
+from dataclasses import dataclass
+
+REST, SWAPPED = -1, -2
+IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
+TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """A module of another layout whose weight is rows of one of ours."""
+
+    theirs: str  # path in the other layout
+    ours: str
+    # None: all rows; n: the nth group of as many rows as the part has; REST: the last rows; SWAPPED: all
+    # rows, with the two halves swapped
+    index: int | None = None
+    usual_height: int = 1  # REST: how many times as high as the others, in every published model
+
+
+@dataclass(frozen=True)
+class FamilyNames:
+    """Module paths of one network."""
+
+    name: str  # as in `ss_base_model_version`
+    architecture: str  # as in `modelspec.architecture`, before its "/lora"
+    modules: tuple[str, ...]
+    aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
+    parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
+    takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
+    start: str = IN_COMFYUI  # of the LoRA files that other tools read
+
+
+def each(start: str, endings: str) -> tuple[str, ...]:
+    """Return `start` + each of `endings`, which are separated by blanks."""
+    return tuple(start + ending for ending in endings.split())
+
+
+def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
+    """Return (pattern, replacement) for the tensors of a checkpoint in the family's other layout.
+
+    A replacement that ends in #n is the nth of the parts that are stacked by rows in our tensor.
+    """
+    parts = names.parts or tuple(WeightPart(theirs, ours) for theirs, ours in names.aliases)
+    counts: dict[str, int] = {}
+    patterns = []
+    for part in parts:
+        place = ""
+        if part.index is not None and part.index != SWAPPED:
+            place = f"#{counts.get(part.ours, 0)}"
+            counts[part.ours] = counts.get(part.ours, 0) + 1
+        blocks = "{n}" in part.theirs
+        pattern = re.escape(part.theirs).replace(re.escape("{n}"), r"(\d+)") + r"\.(\w+)"
+        ours = part.ours.replace("{n}", r"\1") + (r".\2" if blocks else r".\1")
+        patterns.append((pattern, ours + place))
+    return tuple(patterns)
