@@ -100,24 +100,6 @@ def tensor_scaled_product(
     return (out if bias is None else out + bias).to(dtype)
 
 
-def emulated_product(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    fast_sums: bool,
-) -> Tensor:
-    """Compute a `Product` in plain float32, on devices without fp8 units: slow, for tests only.
-
-    Sums are exact regardless of `fast_sums`.
-    """
-    with torch.autocast(a.device.type, enabled=False):
-        out = (a.float() @ b.float()) * scale_a * scale_b
-        return (out if bias is None else out + bias.float()).to(dtype)
-
-
 def supports_fp8(device: torch.device) -> bool:
     """Return whether torch can use fp8 units of the device: NVIDIA from compute capability 8.9.
 

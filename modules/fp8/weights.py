@@ -109,15 +109,6 @@ def is_quantised(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and is_fp8(layer.weight.dtype)
 
 
-def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """Return the quantised layers of a network by name."""
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and is_quantised(layer)
-    }
-
-
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     # x: ... in -> ... out
     quantisation = layer.quantisation

@@ -138,19 +138,6 @@ def video_info(path: Path) -> VideoInfo:
         return VideoInfo(width, height, frames, float(stream.average_rate) if stream.average_rate else None)
 
 
-def read_tags(path: Path) -> dict[str, str]:
-    """Return the text stored in a PNG or a video, {} if there is none.
-
-    Keys of videos are lower case, because mkv stores them in upper case.
-    Raises MediaError if the file cannot be read.
-    """
-    if path.suffix.lower() in image_suffixes():
-        with open_image(path) as image:
-            return {str(name): str(value) for name, value in getattr(image, "text", {}).items()}
-    with open_video(path) as (container, _):
-        return {name.lower(): value for name, value in container.metadata.items()}
-
-
 def folder_images(folder: Path) -> list[Path]:
     """Return the images of a folder that is used as a video, in name order.
 

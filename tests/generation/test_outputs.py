@@ -23,7 +23,8 @@ from generation.outputs import (
     save_pixels,
 )
 from modules.errors import CheckpointError, OptionError
-from modules.media.reading import read_image, read_tags, video_frames, video_info
+from modules.media.reading import read_image, video_frames, video_info
+from tests.media_tags import read_tags
 
 
 def options(

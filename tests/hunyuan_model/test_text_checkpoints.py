@@ -16,7 +16,8 @@ from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
-from modules.fp8.weights import dequantise, quantised_layers, scale_of
+from modules.fp8.weights import dequantise, scale_of
+from tests.fp8_reference import quantised_layers
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_encoders import (
     CLIP_VOCABULARY,

@@ -21,7 +21,7 @@ from transformers import (
 from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, ClipTextEncoder, LlavaTextEncoder
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
-from modules.fp8.weights import quantised_layers
+from tests.fp8_reference import quantised_layers
 from tests.golden_cases import read_case
 from tests.tiny.hunyuan_encoders import (
     CLIP_DIM,

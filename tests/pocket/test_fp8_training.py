@@ -21,11 +21,12 @@ import wan_cache_text_encoder_outputs
 from modules.contract.loading import Placement
 from modules.errors import UserError
 from modules.fp8 import products as fp8_matmul
-from modules.fp8.products import Product, emulated_product
+from modules.fp8.products import Product
 from modules.options import read_options
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS, draw_known
 from pocket.measure import POCKET, model_options
+from tests.fp8_reference import emulated_product
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import prepare_run

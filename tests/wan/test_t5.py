@@ -10,7 +10,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
-from modules.fp8.weights import dequantise, quantised_layers, scale_of
+from modules.fp8.weights import dequantise, scale_of
+from tests.fp8_reference import quantised_layers
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import (
     T5_FILE,

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from modules.contract.loading import Placement
 from modules.fp8.options import Quantisation
-from modules.fp8.products import emulated_product
-from modules.fp8.weights import E4M3, quantised_layers
+from modules.fp8.weights import E4M3
 from pocket.measure import POCKET
+from tests.fp8_reference import emulated_product, quantised_layers
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
 

@@ -24,8 +24,9 @@ from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from modules.fp8.options import Quantisation
-from modules.fp8.weights import E4M3, dequantise, quantise, quantised_layers, scale_of
+from modules.fp8.weights import E4M3, dequantise, quantise, scale_of
 from tests.commands import ROOT, run_python
+from tests.fp8_reference import quantised_layers
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 

@@ -29,7 +29,6 @@ from modules.fp8.products import (
     Product,
     add_product,
     choose_product,
-    emulated_product,
     fp8_linear,
     quantise_rows,
     row_scaled_product,
@@ -38,6 +37,7 @@ from modules.fp8.products import (
     tensor_scaled_product,
 )
 from modules.fp8.weights import attach, quantise
+from tests.fp8_reference import emulated_product
 
 CPU = torch.device("cpu")
 PRODUCTS = (row_scaled_product, tensor_scaled_product, emulated_product)

@@ -15,10 +15,10 @@ from modules.fp8.weights import (
     is_quantised,
     linear_weights,
     quantise,
-    quantised_layers,
     scale_of,
     store_scale,
 )
+from tests.fp8_reference import quantised_layers
 from tests.golden_cases import read_case
 
 CAST, TENSOR, ROWS = (Quantisation(kind) for kind in ("cast", "tensor", "rows"))
