@@ -186,7 +186,7 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
     assert "linear layers stay in fp8" in caplog.text
     # both compute in bf16; modulation, where it is in fp8, is then multiplied in float32
     assert difference({"latent": found}, {"latent": expected}) < 1e-2
-    with pytest.raises(CheckpointError, match="--fp8_scaled: .*fp8 already"):
+    with pytest.raises(CheckpointError, match="--fp8_scaled: .*already in fp8"):
         generated(here, tmp_path / "again", "--fp8_scaled")
 
     train = TinyFamily(**{**vars(family), "train": with_dit(family.train, tmp_path / "dit.safetensors")})

@@ -309,7 +309,7 @@ CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "no source": ("video_directory", "# video_directory", ("video_directory", "image_directory")),
     "no table": ("[[datasets]]", "[other]", ("other", "[[datasets]]")),
-    "no TOML": ("[general]", "[general", ("no valid TOML", "line 1")),
+    "no TOML": ("[general]", "[general", ("not valid TOML", "line 1")),
     "clips that are not there": ('/clips"', '/nowhere"', ("nowhere", "No such file")),
 }
 

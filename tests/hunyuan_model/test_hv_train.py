@@ -330,7 +330,7 @@ def test_a_switch_that_does_nothing_here_is_refused_by_name(
         (["--dit_dtype", "bfloat16"], ["--dit_dtype", "--full_bf16"]),
         (["--full_bf16"], ["--full_bf16", "--mixed_precision"]),
         (["--blocks_to_swap", "2"], ["--blocks_to_swap 2", "Add --fused_backward_pass"]),
-        (["--img_in_txt_in_offloading"], ["--img_in_txt_in_offloading", "these layers learn"]),
+        (["--img_in_txt_in_offloading"], ["--img_in_txt_in_offloading", "these layers are trained"]),
         (
             ["--fused_backward_pass", "--gradient_accumulation_steps", "2"],
             ["--gradient_accumulation_steps 2"],

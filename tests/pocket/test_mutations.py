@@ -79,12 +79,13 @@ def shuffled(patch: pytest.MonkeyPatch) -> None:
     in_forward(lambda forward, noisy, times, text, *rest: forward(noisy, times, [*text[1:], text[0]], *rest))(
         patch
     )
-    encode = session.encode_texts_with
-    patch.setattr(
-        session,
-        "encode_texts_with",
-        lambda *args, **options: (found := encode(*args, **options))[1:] + found[:1],
-    )
+    encode = session.Session.texts
+
+    def neighbours(self: session.Session, wanted: Any) -> Any:
+        found = encode(self, wanted)
+        return found[1:] + found[:1]
+
+    patch.setattr(session.Session, "texts", neighbours)
 
 
 MUTATIONS: dict[str, Mutate] = {

@@ -98,7 +98,7 @@ def test_the_host_computes_and_sends_axes_but_no_table(kind: str, monkeypatch: p
         sent.append(tensor.numel())
         return tensor.to(device)
 
-    monkeypatch.setattr(rope, "sent_ahead", record)
+    monkeypatch.setattr(rope, "send_ahead", record)
 
     table = TABLES[kind]((21, 30, 52), WIDTHS, device=torch.device("meta"))
 
