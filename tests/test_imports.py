@@ -26,7 +26,7 @@ FLOORS = {
         {"control_codes", "errors", "flow", "seeds", "text_files"},
         {"atomic_write", "command", "devices", "environment", "fp8", "options", "vae_options"},
         {"attention", "compile_options", "layers", "media"},
-        {"contract"},
+        {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
         {"dressing", "planning"},
@@ -71,7 +71,19 @@ LIGHT_FILES = {
     "dataset/config.py",
     "dataset/config_keys.py",
 } | {"frame_pack/section_syntax.py"}
-HEAVY = ("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops")
+HEAVY = (
+    "torch",
+    "numpy",
+    "av",
+    "cv2",
+    "accelerate",
+    "transformers",
+    "safetensors",
+    "PIL",
+    "einops",
+    "jinja2",
+    "matplotlib",
+)
 SCRIPTS = sorted(
     path.name
     for path in ROOT.glob("*.py")

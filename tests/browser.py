@@ -1,0 +1,55 @@
+"""Open an HTML page in a real browser: a headless Chromium, driven by Playwright.
+
+On Debian and Ubuntu: apt-get install --no-install-recommends chromium-headless-shell
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+]
+
+
+@contextlib.contextmanager
+def open_page(path: Path, width: int = 1280, height: int = 900) -> Iterator[Any]:
+    """Yield Playwright's page with this file open. `page.problems` lists errors, dialogs and requests.
+
+    Skips the test if no browser is installed.
+    """
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser_path = next((found for name in NAMES if (found := shutil.which(name))), None)
+    if browser_path is None:
+        pytest.skip("no browser: apt-get install --no-install-recommends chromium-headless-shell")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.problems = []
+        page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
+        page.on("console", lambda message: page.problems.append(f"console: {message.text}"))
+        page.on("dialog", lambda dialog: (page.problems.append("dialog"), dialog.dismiss()))
+        page.on("request", lambda request: _note_request(page, request.url))
+        page.goto(path.resolve().as_uri())
+        page.wait_for_load_state("load")
+        try:
+            yield page
+        finally:
+            browser.close()
+
+
+def _note_request(page: Any, url: str) -> None:
+    if not url.startswith(("data:", "file:")):
+        page.problems.append(f"request: {url}")
