@@ -35,7 +35,7 @@ from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from training.data.feed import Feed, MicroBatches, Randomness
-from training.data.timesteps import show_timesteps
+from training.data.shown_timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
 from training.job import Data, TrainingJob, find_data, read_config, start_job
 from training.loop import TrainingRun, train
