@@ -30,11 +30,14 @@ OF_A_CHECKOUT = {"quickstart", "run_tests"}  # scripts that set up a checkout; t
 
 @dataclass(frozen=True)
 class ScriptCommand:
-    """One command: the script behind it and what it is for."""
+    """One command and the script behind it."""
 
     words: tuple[str, ...]  # "train", "wan"
-    script: str  # "wan_train_network"
-    summary: str
+    path: Path  # of wan_train_network.py
+
+    @property
+    def script(self) -> str:
+        return self.path.stem
 
 
 def find_commands(folder: Path) -> list[ScriptCommand]:
@@ -47,8 +50,7 @@ def find_commands(folder: Path) -> list[ScriptCommand]:
         text = path.read_text(encoding="utf-8")
         if path.stem in OF_A_CHECKOUT or not re.search(r"^ +command_line\(", text, re.MULTILINE):
             continue
-        summary = re.split(r"(?<=\.)\s", ast.get_docstring(ast.parse(text)) or "")[0]
-        commands.append(ScriptCommand(tuple(name_words(path.stem).split()), path.stem, summary))
+        commands.append(ScriptCommand(tuple(name_words(path.stem).split()), path))
     return sorted(commands, key=lambda command: command.words)
 
 
@@ -59,6 +61,12 @@ def name_words(script: str) -> str:
         if match:
             return words.format(family=match[1] or FAMILY)
     return script.replace("_", "-")
+
+
+def read_summary(command: ScriptCommand) -> str:
+    """Return the first sentence of a script's docstring."""
+    text = ast.get_docstring(ast.parse(command.path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"(?<=\.)\s", text)[0]
 
 
 def main() -> None:
@@ -99,7 +107,7 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
 
 def _listing(commands: Sequence[ScriptCommand]) -> str:
     width = max(len(" ".join(one.words)) for one in commands)
-    lines = [f"  {' '.join(one.words):{width}}  {one.summary}" for one in commands]
+    lines = [f"  {' '.join(one.words):{width}}  {read_summary(one)}" for one in commands]
     return "\n".join(
         (
             f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists the options of one",

@@ -7,15 +7,13 @@ import pytest
 
 from modules.version import VERSION
 from package.reelsmith import commands
-from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words
+from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words, read_summary
 from tests.commands import ROOT
 from tests.test_imports import SCRIPTS
 
 FOUND = [
-    ScriptCommand(("cache", "latents", "wan"), "wan_cache_latents", "Encode."),
-    ScriptCommand(("merge",), "merge_lora", "Merge."),
-    ScriptCommand(("train", "hv"), "hv_train_network", "Train."),
-    ScriptCommand(("train", "wan"), "wan_train_network", "Train."),
+    ScriptCommand(tuple(name_words(name).split()), ROOT / f"{name}.py")
+    for name in ("wan_cache_latents", "merge_lora", "hv_train_network", "wan_train_network")
 ]
 
 
@@ -32,8 +30,8 @@ def test_each_command_has_its_own_words_and_none_hides_another() -> None:
 
 def test_every_command_says_what_it_is_for() -> None:
     for command in find_commands(ROOT):
-        assert command.summary.endswith("."), command
-        assert "python" not in command.summary, command
+        assert read_summary(command).endswith("."), command
+        assert "python" not in read_summary(command), command
 
 
 @pytest.mark.parametrize(
@@ -87,3 +85,18 @@ def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(sys, "argv", [str(Path("bin/reelsmith")), "--version"])
     commands.main()
     assert capsys.readouterr().out == f"reelsmith {VERSION}\n"
+
+
+def test_the_pages_name_commands_that_exist() -> None:
+    known = {command.words: command.script for command in find_commands(ROOT)}
+    named = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            words = line.split()
+            if line.startswith("reelsmith "):
+                named.append(words)
+                has_command = any(tuple(words[1 : 1 + len(one)]) == one for one in known)
+                assert has_command or words[1:] == ["--help"], line
+            for module in (word for word in words if word.startswith("reelsmith.")):
+                assert module.removeprefix("reelsmith.") in known.values(), line
+    assert len(named) >= 5

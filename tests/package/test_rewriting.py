@@ -45,6 +45,10 @@ def test_texts_name_console_commands() -> None:
     text = 'f("python", "wan_cache_latents.py", x)  # python cache_latents.py, my_cache_latents.py, or wan.py'
     renamed = 'f("wan_cache_latents", x)  # cache_latents, my_cache_latents.py, or wan.py'
     assert rename_scripts(text, scripts) == renamed
+    launch = "accelerate launch --cpu {}cache_latents --x"
+    assert rename_scripts(launch.format("").replace("s --x", "s.py --x"), scripts) == launch.format(
+        "-m reelsmith."
+    )
 
 
 def test_a_script_gets_an_entry_point_that_does_what_it_does_as_a_program() -> None:

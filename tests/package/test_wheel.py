@@ -101,6 +101,11 @@ def test_the_package_runs_in_an_empty_folder_and_names_its_own_commands(installe
     )
     mistyped = installed.run("python", "-m", "reelsmith.wan_train_network", "--tusk", check=False)
 
+    names = ("networks.lora_wan", "networks.mine", "lycoris.kohya")
+    ask = f"from reelsmith.modules.installation import own_name; print(*map(own_name, {names}))"
+    resolved = installed.run("python", "-c", ask).stdout.split()
+
+    assert resolved == ["reelsmith.networks.lora_wan", "networks.mine", "lycoris.kohya"]
     assert_user_error(wrong, "it is a Wan2.1 transformer")  # `families.identify` found the family's module
     assert mistyped.stderr.startswith("wan_train_network: error: Unknown option --tusk")
     assert f"reelsmith {VERSION}" in installed.run("reelsmith", "--version").stdout
@@ -138,11 +143,11 @@ def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installe
     launch = ["python", "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m"]
     installed.run(*launch, "reelsmith.wan_train_network", *training, "launched")
     installed.run("reelsmith", "train", "wan", *training, "direct")
-    spawning = "import multiprocessing, runpy, sys; sys.argv = sys.argv[1:]; "
-    spawning += "multiprocessing.set_start_method('spawn'); "
-    command = installed.python.with_name("wan_train_network")
-    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
-    installed.run("python", "-c", spawning + run, command, *training, "spawned")
+    spawning = (
+        "import multiprocessing, runpy, sys; multiprocessing.set_start_method('spawn'); "
+        "runpy.run_module('reelsmith.wan_train_network', run_name='__main__', alter_sys=True)"
+    )
+    installed.run("python", "-c", spawning, *training, "spawned")
     generate = [*family.generate[1:], "--prompt", "a cat", "--video_size", 32, 32, "--infer_steps", 2]
     installed.run(
         "reelsmith",
