@@ -5,6 +5,7 @@ Standard library only. In the package, all of our code lies below `reelsmith` (p
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from modules.errors import InstallationError
 
 ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
-PREFIX = __name__.removesuffix("modules.installation")
+PREFIX = __name__.rpartition("modules.")[0]
 # distribution -> what it is imported as, if that is another name
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL"}
 
@@ -70,10 +71,11 @@ def _remedy(whole: bool) -> str:
     if not whole:
         return f'Install it: {python} -m pip install -r "{ROOT / "requirements.txt"}"'
     folder = ROOT / ".venv"
+    commands = folder / ("Scripts" if os.name == "nt" else "bin")
     if folder.is_dir() and not Path(sys.prefix).is_relative_to(folder):
         return (
-            f'Activate the environment: . "{folder / "bin" / "activate"}"\n'
-            f'  (PowerShell: & "{folder / "Scripts" / "Activate.ps1"}"), then run the command again.'
+            f'Activate the environment: . "{commands / "activate"}"\n'
+            f'  (PowerShell: & "{commands / "Activate.ps1"}"), then run the command again.'
         )
     return (
         "Activate the environment that has it, or set one up: python quickstart.py makes one in .venv and "

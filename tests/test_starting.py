@@ -91,7 +91,8 @@ def test_an_environment_that_is_there_is_named_with_its_command(tmp_path: Path) 
 
     done = run_python("-S", copy / "convert_lora.py", check=False)
 
-    assert_user_error(done, str(copy / ".venv" / "bin" / "activate"), "PowerShell", "Activate.ps1")
+    commands = copy / ".venv" / ("Scripts" if sys.platform == "win32" else "bin")
+    assert_user_error(done, f'. "{commands / "activate"}"', f'PowerShell: & "{commands / "Activate.ps1"}"')
     assert len(done.stderr.splitlines()) == 3
 
 
