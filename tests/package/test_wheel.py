@@ -73,7 +73,7 @@ def test_nothing_in_the_wheel_imports_a_name_of_the_checkout(wheel: Path) -> Non
 
 
 def test_texts_that_name_our_modules_are_those_that_are_resolved() -> None:
-    """Plain importlib finds none in a wheel: families go through `import_own`, networks through `own_name`."""
+    """Plain importlib finds none in a wheel: `import_own` imports families, `own_name` names networks."""
     named = re.compile(rf"""["'](?:{"|".join(find_rooms(ROOT))})(?:\.\w+)+["']""")
     found = set()
     for room in [*find_rooms(ROOT), "."]:
