@@ -116,11 +116,15 @@ def test_the_package_runs_in_an_empty_folder_and_names_its_own_commands(installe
     )
     mistyped = installed.run("python", "-m", "reelsmith.wan_train_network", "--tusk", check=False)
 
+    bare = {"PYTHONPATH": str(installed.packages)}  # with -S: no other package
+    start = "from reelsmith.merge_lora import run; run()"
+    lacking = installed.run("python", "-S", "-c", start, environment=bare, check=False)
     names = ("networks.lora_wan", "networks.mine", "lycoris.kohya")
     ask = f"from reelsmith.modules.installation import own_name; print(*map(own_name, {names}))"
     resolved = installed.run("python", "-c", ask).stdout.split()
 
     assert resolved == ["reelsmith.networks.lora_wan", "networks.mine", "lycoris.kohya"]
+    assert_user_error(lacking, "torch is not installed", "-m pip install torch reelsmith")
     assert_user_error(wrong, "it is a Wan2.1 transformer")  # `families.identify` found the family's module
     assert mistyped.stderr.startswith("wan_train_network: error: Unknown option --tusk")
     assert f"reelsmith {VERSION}" in installed.run("reelsmith", "--version").stdout
@@ -183,7 +187,6 @@ def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installe
     assert list((installed.folder / "videos").glob("*.mp4"))
 
 
-@pytest.mark.slow
 def test_pip_builds_the_same_wheel_from_the_sdist(wheel: Path, tmp_path: Path) -> None:
     sdist = build("sdist", tmp_path / "sdist")
     flags = ["--no-deps", "--no-index", "--no-build-isolation", "-q", "-w", tmp_path / "again"]
