@@ -1,7 +1,8 @@
 """The list of families, and how to identify their files."""
 
-from importlib import import_module
 from pathlib import Path
+
+from modules.installation import import_own
 
 # name -> the module with `identify` for its files; Wan's is last: it also recognises files of no family
 FAMILIES = {
@@ -18,7 +19,7 @@ def identify(path: Path) -> str | None:
     help loads none of them.
     """
     for module in FAMILIES.values():
-        found: str | None = import_module(module).identify(path)
+        found: str | None = import_own(module).identify(path)
         if found is not None:
             return found
     return None

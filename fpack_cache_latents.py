@@ -5,6 +5,7 @@ All options: python fpack_cache_latents.py --help
 
 from collections.abc import Sequence
 
+import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
 from dataset.options import read_latent_caching
 from families import identify

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.environment import ROOT, prepare_environment
 from modules.errors import UserError
@@ -169,4 +170,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, needs_packages=False)

@@ -5,6 +5,7 @@ All options: python wan_cache_text_encoder_outputs.py --help
 
 from collections.abc import Sequence
 
+import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
 from dataset.options import read_text_caching
 from families import identify

@@ -9,8 +9,9 @@ from typing import Any
 
 from modules.atomic_write import make_storable
 from modules.contract.prepared import Prepared
+from modules.version import VERSION
 
-TUNER_VERSION = "reelsmith 0.1.0"
+TUNER_VERSION = f"reelsmith {VERSION}"
 NOT_SET = "N/A"
 
 # keys that the known FramePack tools write into latent files without a prefix, and read from there

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError, UserError
+from modules.installation import check_requirements
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 
@@ -63,14 +64,20 @@ def _once() -> Callable[[logging.LogRecord], bool]:
     return is_new
 
 
-def command_line(main: Callable[[], None], explain: Callable[[Path], str | None] | None = None) -> None:
+def command_line(
+    main: Callable[[], None],
+    explain: Callable[[Path], str | None] | None = None,
+    needs_packages: bool = True,
+) -> None:
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
     explain: given the file of a CheckpointError, returns what that file really is, or None; printed as a
-    hint.
+    hint. needs_packages: end at once if a package of requirements.txt is missing, but show the help without.
     """
     start_logging()
     try:
+        if needs_packages and not {"-h", "--help"} & set(sys.argv[1:]):
+            check_requirements()
         main()
     except UserError as error:
         print(escape_control_codes(f"{type(error).__name__}: {error}"), file=sys.stderr)

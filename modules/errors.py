@@ -12,6 +12,10 @@ class UserError(Exception):
     exit_code = 1
 
 
+class InstallationError(UserError):
+    """A package that is not installed in this Python."""
+
+
 class OptionError(UserError):
     """An option, or a combination of options, that cannot be used."""
 

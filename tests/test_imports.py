@@ -18,13 +18,14 @@ MAY_IMPORT = {
     "frame_pack": {"modules", "networks.names", "hunyuan_model"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "training": {"modules", "networks", "dataset", "generation"},
-    "families": {"wan", "hunyuan_model", "frame_pack"},
+    "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "seeds", "text_files"},
-        {"atomic_write", "command", "devices", "environment", "fp8", "options", "vae_options"},
+        {"control_codes", "errors", "flow", "interpreter", "seeds", "text_files", "version"},
+        {"atomic_write", "devices", "fp8", "installation", "options", "vae_options"},
+        {"command", "environment"},
         {"attention", "compile_options", "layers", "media"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
@@ -66,6 +67,9 @@ LIGHT_FILES = {
     "modules/command.py",
     "modules/errors.py",
     "modules/control_codes.py",
+    "modules/installation.py",
+    "modules/interpreter.py",
+    "modules/version.py",
     "modules/text_files.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
