@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import modules.interpreter  # noqa: F401
 from families import identify
 from frame_pack.options import FramePackTrainingOptions, add_training_arguments, caching_commands
 from modules.command import command_line

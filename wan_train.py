@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import modules.interpreter  # noqa: F401
 from families import identify
 from modules.command import command_line
 from modules.errors import OptionError
