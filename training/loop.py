@@ -244,7 +244,7 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         run.stop.agreed = run.stop.agreed or reading.values[1] > 0
     average = sum(losses) / max(len(losses), 1)
     norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
-    run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, norms))
+    run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, norms, reading.seconds))
 
 
 def _settle(run: TrainingRun) -> None:
@@ -252,6 +252,12 @@ def _settle(run: TrainingRun) -> None:
     reading = run.readings.flush()
     if reading is not None:
         _note(run, reading)
+
+
+def _restart_clock(run: TrainingRun) -> None:
+    """Exclude a pause (samples, validation, saving) from the time of the next step."""
+    run.readings.restart_clock(run.device)
+    run.logs.skip_next_time()
 
 
 def _begin(run: TrainingRun) -> None:
@@ -265,7 +271,7 @@ def _begin(run: TrainingRun) -> None:
         logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
     elif progress.step == 0 and run.validation is not None:
         _validate(run)
-    run.logs.restart_clock()
+    _restart_clock(run)
 
 
 def _after_step(run: TrainingRun, saves: bool) -> None:
@@ -295,7 +301,7 @@ def _after_step(run: TrainingRun, saves: bool) -> None:
         run.clock.restart()
         if run.saver is not None:
             run.saver.save_step(progress.step)
-    run.logs.restart_clock()
+    _restart_clock(run)
 
 
 def _after_epoch(run: TrainingRun) -> None:
@@ -327,7 +333,7 @@ def _after_epoch(run: TrainingRun) -> None:
         _save_to_go_on(run)
     elif run.validation is not None and options.validation.validate_every_n_steps is None:
         _validate(run)
-    run.logs.restart_clock()
+    _restart_clock(run)
 
 
 def _save_to_go_on(run: TrainingRun) -> None:
