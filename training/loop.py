@@ -35,6 +35,7 @@ from training.processes.gradients import fill_missing_gradients, is_any, norm_of
 from training.progress import Progress
 from training.reports.logs import Logs, StepReport, name_rates
 from training.reports.readings import Notes, Reading, Readings
+from training.reports.reporter import RunReporter
 from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.saving.files import MinuteClock, Saver
 from training.steps import StepPlan
@@ -70,6 +71,7 @@ class TrainingRun:
     saver: Saver | None = None  # in the main process only
     sampler: Sampler | None = None
     validation: Validation | None = None
+    reporter: RunReporter | None = None  # to the page; in the main process
     memory: MemoryWatch | None = None  # on a CUDA device, in the main process
     stop: StopRequest = field(default_factory=StopRequest)
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
@@ -244,7 +246,10 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         run.stop.agreed = run.stop.agreed or reading.values[1] > 0
     average = sum(losses) / max(len(losses), 1)
     norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
-    run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, norms, reading.seconds))
+    report = StepReport(reading.step, loss, average, reading.notes.rates, norm, norms, reading.seconds)
+    run.logs.step(report)
+    if run.reporter is not None:
+        run.reporter.note_step(report)
 
 
 def _settle(run: TrainingRun) -> None:
@@ -364,6 +369,8 @@ def _sample(run: TrainingRun) -> None:
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.stop.agreed = True
             return
+        if run.reporter is not None:
+            run.reporter.note_samples(progress.step, progress.sample_pending)
     progress.sample_pending, progress.sampled_step = "", progress.step
 
 
@@ -372,6 +379,8 @@ def _validate(run: TrainingRun) -> None:
     with evaluation((run.dit, *run.trainable.modules.values()), run.optimizer, run.parameters):
         losses = run.validation.measure(run.dit, run.autocast)
     run.logs.values(losses, run.progress.step)
+    if run.reporter is not None:
+        run.reporter.note_validation(run.progress.step, losses)
     logger.info(
         "Step %d: %s", run.progress.step, ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
     )
