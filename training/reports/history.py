@@ -163,9 +163,11 @@ def _is_sound(row: Row) -> bool:
     if "validation" in row:
         return _is_table(row["validation"], _is_number)
     if "samples" in row:
-        texts = [row.get("files"), row.get("prompts")]
-        return isinstance(row["samples"], str) and all(_is_table(each, _is_text, True) for each in texts)
-    return isinstance(row.get("saved"), str) or row.get("started") is True
+        is_sound = _is_table(row.get("files"), _is_file, True) and _is_table(
+            row.get("prompts"), _is_text, True
+        )
+        return isinstance(row["samples"], str) and is_sound
+    return _is_file(row.get("saved")) or row.get("started") is True
 
 
 def _is_number(value: Any) -> bool:
@@ -176,6 +178,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_file(value: Any) -> bool:
+    """Return whether it is the name of a file in a folder, not a path to somewhere else."""
+    return isinstance(value, str) and "\0" not in value and Path(value).name == value
 
 
 def _is_table(table: Any, is_value: Any, is_numbered: bool = False) -> bool:
