@@ -128,7 +128,8 @@ def shown(folder: Path) -> torch.Tensor:
     """The frames of the only video or picture in a folder."""
     from modules.media.reading import read_image, video_frames
 
-    (path,) = (path for path in folder.iterdir() if path.suffix in {".mp4", ".png"})
+    files = [path for path in folder.iterdir() if path.suffix in {".mp4", ".png"}]
+    (path,) = (path for path in files if not path.stem.endswith("_sheet"))
     frames = [read_image(path)] if path.suffix == ".png" else list(video_frames(path))
     return torch.stack([torch.from_numpy(frame) for frame in frames])
 

@@ -24,8 +24,9 @@ def make_reporter(
     sampler: Sampler | None,
     memory: MemoryWatch | None,
 ) -> RunReporter | None:
-    """Return what reports the run; None with --no_page, and in all processes but the main one."""
-    if not job.accelerator.is_main_process or job.options.logs.no_page:
+    """Return what reports the run, in the main process; None if there is nothing to report to."""
+    logs = job.options.logs
+    if not job.accelerator.is_main_process or (logs.no_page and not logs.trackers):
         return None
     folder, name, progress = job.output_dir, job.output_name, job.progress
     given = given_options(job.options, job.family.options, scripts)
@@ -50,7 +51,8 @@ def make_reporter(
         lambda: list_memory(device, memory),
     )
     history = open_history(folder / f"{name}-history.jsonl", progress.session_id, progress.step)
-    return RunReporter(folder / f"{name}.html", facts, history, _prompts(job, sampler), progress.step)
+    page = None if logs.no_page else folder / f"{name}.html"
+    return RunReporter(page, facts, history, _prompts(job, sampler), progress.step)
 
 
 def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:

@@ -164,6 +164,8 @@ def prepare_run(
         ) as logs,
         contextlib.nullcontext() if reporter is None else reporter,
     ):
+        if reporter is not None:
+            reporter.logs = logs
         logger.info(_summary(job, data))
         yield TrainingRun(
             options=options,

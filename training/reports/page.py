@@ -17,7 +17,7 @@ from modules.pages.embedding import embed_clip
 from modules.pages.page import write_page
 from training.reports.curves import BinnedCurve
 from training.reports.history import History, SampleRow
-from training.reports.sample_files import SIDE, read_reduced
+from training.reports.sample_files import SIDE, ReducedClip, read_reduced
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 MOST_COLUMNS = 10  # of the grid of samples
@@ -77,12 +77,15 @@ class ClipStore:
         if self.now() > deadline:
             return "shown when the page is written next"
         try:
-            clip = read_reduced(self.folder / name)
-            tag = embed_clip(clip.frames, clip.fps, text, SIDE, has_controls=False)
-            if len(tag) > MOST_CLIP_BYTES:
-                tag = embed_clip(clip.frames, clip.fps, text, SMALL_SIDE, has_controls=False)
+            return self.add(name, text, read_reduced(self.folder / name))
         except (OSError, UserError):
             return "the file is gone, or cannot be read"
+
+    def add(self, name: str, text: str, clip: ReducedClip) -> Markup:
+        """Encode a clip that was read. Raises UserError if that fails."""
+        tag = embed_clip(clip.frames, clip.fps, text, SIDE, has_controls=False)
+        if len(tag) > MOST_CLIP_BYTES:
+            tag = embed_clip(clip.frames, clip.fps, text, SMALL_SIDE, has_controls=False)
         self._clips[name] = tag
         return tag
 
@@ -158,7 +161,9 @@ def _grid(history: History, clips: ClipStore) -> dict[str, Any]:
             name = row.files.get(index)
             if name is None or row.prompts.get(index, "") != prompt:
                 continue
-            tag = clips.load(name, f"{prompt}, step {row.step}", math.inf if row is columns[-1] else deadline)
+            tag = clips.load(
+                name, describe_clip(prompt, row.step), math.inf if row is columns[-1] else deadline
+            )
             cells[index, prompt, _key(row)] = {"clip": tag, "href": link("sample", name)}
     clips.keep({name for row in columns for name in row.files.values()})
     return {
@@ -175,6 +180,11 @@ def _grid(history: History, clips: ClipStore) -> dict[str, Any]:
         "prompts": len(prompts),
         "most_columns": MOST_COLUMNS,
     }
+
+
+def describe_clip(prompt: str, step: int) -> str:
+    """Return what a clip shows, for those who cannot see it."""
+    return f"{prompt}, step {step}"
 
 
 def _key(row: SampleRow) -> str:

@@ -4,12 +4,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from modules.media.reading import Frame, read_image, video_frames, video_info
 from modules.pages.embedding import reduce_frame
 
 SIDE = 256  # pixels of the longer side
 MOST_FRAMES = 96  # of a clip; longer ones keep every second frame, or fewer, at the same speed
-STRIP = 3  # frames of a strip: first, middle, last
+GAP = 4  # pixels between the frames of a strip
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,13 @@ def read_reduced(path: Path, side: int = SIDE) -> ReducedClip:
         if len(frames) > MOST_FRAMES:
             frames, stride = frames[::2], 2 * stride
     return ReducedClip(frames, (video_info(path).fps or 16.0) / stride)
+
+
+def join_strip(clip: ReducedClip) -> Frame:
+    """Return the first, the middle and the last frame side by side (H W 3), or the only one."""
+    frames = clip.strip
+    gap = np.full((frames[0].shape[0], GAP, 3), 24, np.uint8)
+    joined = [frames[0]]
+    for frame in frames[1:]:
+        joined += [gap, frame]
+    return np.concatenate(joined, axis=1)

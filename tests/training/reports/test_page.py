@@ -9,19 +9,27 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from modules.errors import UserError
+from modules.media.reading import read_image, video_frames
 from tests.browser import open_page
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.loop import train
 from training.reports.history import History, SampleRow
+from training.reports.logs import Logs
 from training.reports.page import ClipStore, PageFacts, Standing, choose_columns, write_training_page
 from training.reports.reporter import PAUSE, RunReporter
+from training.reports.sample_logs import log_samples
+from training.reports.sheets import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, write_sheet
 from training.run import prepare_run, train_network
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
@@ -240,6 +248,79 @@ def test_a_clip_is_encoded_once_and_forgotten_with_its_column(tmp_path: Path, sa
     assert clips.load(name, "a", deadline=4.0) is first
     clips.keep(set())
     assert clips.load(name, "a", deadline=6.0) == "the file is gone, or cannot be read"
+
+
+def test_a_sheet_shows_all_prompts_of_a_step_and_sorts_behind_their_samples(
+    tmp_path: Path, sampling: list[object]
+) -> None:
+    train_toy(tmp_path, *sampling, "--max_train_steps", 3, has_page=True)
+
+    video, picture, sheet = sorted((tmp_path / "output" / "sample").iterdir())
+    assert sheet.name == "x_000003_sheet.png"
+    shown = read_image(sheet).astype(int)
+    for row, frame in zip((0, 1), (next(iter(video_frames(video))), read_image(picture)), strict=True):
+        top = TITLE_SIZE + 3 * GAP + TEXT_SIZE + GAP + row * (TEXT_SIZE + GAP + 32 + 2 * GAP)
+        assert abs(shown[top : top + 32, GAP : GAP + 32] - frame).mean() < 3
+
+
+def test_a_sheet_of_any_prompt_can_be_drawn(tmp_path: Path) -> None:
+    strips = {index: np.zeros((16, 16, 3), np.uint8) for index in range(3)}
+
+    write_sheet(tmp_path / "s.png", HOSTILE, strips, {0: HOSTILE, 1: "\u732b " * 5000, 2: "\ud800 \n\0"})
+
+    assert read_image(tmp_path / "s.png").shape[1] == LEAST_WIDTH + 2 * GAP
+
+
+def test_samples_go_to_tensorboard_with_and_without_a_page(tmp_path: Path, sampling: list[object]) -> None:
+    for name, has_page in (("with", True), ("without", False)):
+        logs = tmp_path / name
+        train_toy(tmp_path, *sampling, "--logging_dir", logs, "--max_train_steps", 6, has_page=has_page)
+
+        (events,) = logs.rglob("events.out.tfevents.*")
+        accumulator = EventAccumulator(str(events), size_guidance={"images": 0})
+        accumulator.Reload()
+        assert accumulator.Tags()["images"] == ["samples/00", "samples/01"]
+        images = accumulator.Images("samples/00")
+        assert [image.step for image in images] == [3, 6]
+        assert (images[0].width, images[0].height) == (3 * 32 + 2 * 4, 32)
+
+
+def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[dict[str, Any], int]] = []
+
+    class Tracker:
+        """Only what is called of it."""
+
+        name = "wandb"
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            sent.append((values, step))
+
+    class Accelerator:
+        """One process with that tracker."""
+
+        trackers = (Tracker(),)
+        is_main_process = True
+
+    def media(kind: str) -> Any:
+        return lambda path, **settings: (kind, path, settings)
+
+    stand_in = SimpleNamespace(Video=media("video"), Image=media("image"))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)  # type: ignore[arg-type]
+    logs = Logs(Accelerator(), tqdm(disable=True))  # type: ignore[arg-type]
+    files = {0: tmp_path / "a.mp4", 1: tmp_path / "b.png"}
+
+    log_samples(logs, 5, files, {}, {0: "a cat", 1: "a dog"})
+
+    assert sent == [
+        (
+            {
+                "samples/00": ("video", str(files[0]), {"caption": "a cat", "format": "mp4"}),
+                "samples/01": ("image", str(files[1]), {"caption": "a dog"}),
+            },
+            5,
+        )
+    ]
 
 
 def test_pages_without_new_samples_are_far_apart(tmp_path: Path) -> None:
