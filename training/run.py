@@ -39,7 +39,7 @@ from training.data.timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
 from training.job import Data, TrainingJob, find_data, read_config, start_job
 from training.loop import TrainingRun, train
-from training.metadata import RunFacts, file_metadata, run_metadata
+from training.metadata import RunFacts, file_metadata, model_card, run_metadata
 from training.optimizers.finished_weights import finished_weights
 from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.lr_schedule import make_lr_schedule, warmup_steps
@@ -358,21 +358,26 @@ def _make_saver(
     else:  # of a whole DiT every tensor as it is
         dtype = None if options.network is None else _dtype_of(dit)
 
-    def write_file(path: Path) -> None:
+    def metadata_now() -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        metadata = file_metadata(
-            run_values, options, job.family.metadata, progress.step, epoch, datetime.now()
+        licence = job.family.release.licence
+        return file_metadata(
+            run_values, options, job.family.metadata, progress.step, epoch, datetime.now(), licence
         )
+
+    def write_file(path: Path) -> None:
+        metadata = metadata_now()
         settle(dit)
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
 
+    card = model_card(options, job.family.release, metadata_now())
     saver = Saver(
         options.saving,
         Names(job.output_dir, job.output_name),
         write_file,
         lambda folder: write_state(folder, take_state()),
-        uploads.publish,
+        lambda path: uploads.publish(path, card),
         uploads.publish_state,
     )
     saver.remove_leftovers()

@@ -25,8 +25,10 @@ from downloads.listing import describe_set, family_table, models_tables
 from downloads.options import DownloadOptions, add_download_arguments
 from fpack_generate_video import DEFAULTS as FRAMEPACK_DEFAULTS
 from frame_pack import options as frame_pack
+from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
 from generation.options import read_generation
 from hunyuan_model import options as hunyuan_model
+from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from modules.command import Parser, as_typed
 from modules.errors import UserError
 from modules.options import read_options
@@ -35,6 +37,7 @@ from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
 from training.options import read_training
 from wan import options as wan
+from wan.configs import TASKS
 
 SETS = [*model_sets(), *model_sets(fp8_encoders=True)]
 FILES = [file for component in known_components().values() for file in component.files]
@@ -258,3 +261,16 @@ def test_what_cannot_be_downloaded_is_refused_at_once(words: str, message: str, 
 
 def test_a_family_with_one_task_needs_no_task() -> None:
     assert read_download(["--family", "hunyuan_video"]).task is None
+
+
+def test_families_name_the_releases_and_licences_of_the_list() -> None:
+    known = {one.released_by: one.components[0].licence for one in SETS}
+    releases = [task.release for task in TASKS.values()]
+    for release in [*releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
+        for repository in release.repositories:
+            licence = known[repository]
+            assert (release.licence, release.licence_key, release.licence_url) == (
+                licence.name,
+                licence.key,
+                licence.url,
+            )
