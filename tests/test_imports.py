@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "frame_pack": {"modules", "networks.names", "hunyuan_model"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "training": {"modules", "networks", "dataset", "generation"},
-    "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack"},
+    "downloads": {"modules"},
+    "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack", "downloads"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
@@ -75,7 +76,7 @@ LIGHT_FILES = {
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",
-} | {"frame_pack/section_syntax.py"}
+} | {"frame_pack/section_syntax.py", "downloads/catalogue.py"}
 HEAVY = (
     "torch",
     "numpy",

@@ -19,6 +19,7 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Reque
 from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,9 @@ class Described(Protocol):
 
     @property
     def options(self) -> Any: ...  # the family's own option record; its facts say what resume compares
+
+    @property
+    def release(self) -> ModelRelease: ...  # for licence and card of what is trained from it
 
     @property
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files

@@ -14,9 +14,11 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Piece, Prompt
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.requests import settle, size_of
 from modules.errors import CheckpointError, MediaError, OptionError
 
+TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
 WINDOW = 3
 
@@ -137,6 +139,10 @@ class ToyFamily:
         if network in self.stop_loading:
             self.stop_loading.remove(network)
             raise KeyboardInterrupt
+
+    @property
+    def release(self) -> ModelRelease:
+        return TOY_RELEASE
 
     @property
     def metadata(self) -> Mapping[str, str]:
