@@ -23,7 +23,7 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "seeds", "text_files"},
+        {"control_codes", "errors", "flow", "seeds", "text_encodings", "text_files"},
         {"atomic_write", "command", "devices", "environment", "fp8", "options", "vae_options"},
         {"attention", "compile_options", "layers", "media"},
         {"contract", "pages"},
@@ -67,6 +67,7 @@ LIGHT_FILES = {
     "modules/errors.py",
     "modules/control_codes.py",
     "modules/text_files.py",
+    "modules/text_encodings.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",

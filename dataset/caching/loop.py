@@ -18,7 +18,7 @@ from dataset.caching.reports import CacheReport, Failure, join_reports
 from dataset.caching.texts import TextEncoding
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
-from dataset.sources.listing import find_sources, require_captions
+from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
 from modules.devices import choose_device
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
     CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
-    sources = []
+    sources = find_all_sources(config, captions=False)
     for table in config.datasets:
-        found = find_sources(table, captions=False)
-        family.check_table(media_table(table, any(source.control for source in found)))
-        sources += found
+        has_control = any(source.control for source in sources if source.table is table)
+        family.check_table(media_table(table, has_control))
+    warn_missing_captions(sources)
     recipe = recipe_of(family, options.skip_existing)
     existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
     workers = workers_of(options)
@@ -82,7 +82,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     run continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be
     loaded, OutputError if a file cannot be written.
     """
-    sources = [source for table in config.datasets for source in find_sources(table)]
+    sources = find_all_sources(config)
     require_captions(sources)
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
