@@ -3,6 +3,7 @@ counted.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from dataset.options import CachingOptions
 from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import LatentSpec, SamplingDefaults
 from modules.contract.generation import Prompt
+from modules.contract.tokens import CountTokens, TokenCount, kept_characters
 from modules.errors import DatasetError, MediaError
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
@@ -46,6 +48,15 @@ class ToyText:
     @property
     def keys(self) -> frozenset[str]:
         return frozenset({self.name})
+
+    def token_counter(self) -> CountTokens:
+        """Count words, of which four are read."""
+
+        def count(text: str) -> TokenCount:
+            ends = [found.end() for found in re.finditer(r"\S+", text)]
+            return TokenCount(text, len(ends), 4, kept_characters(ends, 4, len(text)))
+
+        return count
 
     def load(self, device: torch.device) -> None:
         self.loaded += 1

@@ -15,6 +15,7 @@ from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.requests import settle, size_of
+from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import CheckpointError, MediaError, OptionError
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
@@ -33,6 +34,9 @@ class ToyTextEncoder:
         self.diary = diary
         self.stop = stop
         self.loaded = False
+
+    def token_counter(self) -> CountTokens:
+        return lambda text: TokenCount(text, 1, 1, len(text))
 
     def load(self, device: torch.device) -> None:
         self.diary.append("move text" if self.loaded else "load text")
