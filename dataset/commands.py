@@ -5,7 +5,8 @@ import sys
 from dataset.caching.loop import cache_media, cache_texts, workers_of
 from dataset.caching.planning import Caches
 from dataset.caching.reports import conclude
-from dataset.check import CheckResult, check_media, check_texts
+from dataset.check import check_media, check_texts
+from dataset.checking.findings import CheckResult
 from dataset.config import DatasetConfig
 from dataset.debug_views import show_datasets
 from dataset.options import CachingOptions, DebugOptions

@@ -39,6 +39,7 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
+        {"checking"},
         {"check", "debug_views"},
         {"commands"},
     ),

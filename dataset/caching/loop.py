@@ -60,6 +60,9 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
             dropped=tuple(
                 Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None
             ),
+            shortened=tuple(
+                Failure.of(plan.source, plan.short) for plan in finished if plan.short is not None
+            ),
         )
         right = {
             (plan.source.table.index, name) for plan in finished for name in plan.kept

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from modules.contract.tokens import TokenCount
 from modules.errors import DatasetError
 from modules.text_encodings import EncodingGuess, guess_encodings
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_content, read_text
@@ -56,6 +57,13 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
             error = f"{error} It looks like {guess.name}: {words!r}; --check --repair_captions converts it."
         explained.append(error)
     return explained
+
+
+def describe_cut(place: Path, encoder: str, count: TokenCount) -> str:
+    """Say how much of a caption is read and what is lost."""
+    words = " ".join(count.cut_text.split())
+    lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"
+    return f"{place}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"
 
 
 def _content(path: Path) -> bytes:

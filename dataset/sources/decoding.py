@@ -126,6 +126,17 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
     )
 
 
+def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
+    """Yield the frames of a source that are used, H W 3, at their own size: one of an image.
+
+    Raises MediaError if the file cannot be read.
+    """
+    if source.table.kind == "image":
+        yield read_image(source.path)
+    else:
+        yield from _kept_frames(source.path, source.table, fps)
+
+
 def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
     """Return the size that an image of `size` is resized to. path: for messages.
 
