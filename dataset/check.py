@@ -47,20 +47,18 @@ def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existi
     recipe = Recipe(
         family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, family.sections_of
     )
-    tables = []
-    lines = ["Files recognised:", *indent(files)]
+    head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
         found = _find(config, table)
         if found.sources:
             _check_table(family, found)
             _check_sources(found, recipe, workers)
             check_captions(found, NO_COUNTERS)
+        found.title = f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"
         tables.append(found)
-        lines += [f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"]
-        lines += indent([*found.bucket_lines(), *found.caches, *found.fault_lines()])
     batches = sum(found.num_batches for found in tables)
-    lines += [f"Training on all of it: {batches} batches an epoch, as many steps without accumulation"]
-    return _conclude(lines, tables)
+    tail = f"Training on all of it: {batches} batches an epoch, as many steps without accumulation"
+    return CheckResult(head, tuple(tables), (tail,))
 
 
 def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> CheckResult:
@@ -70,12 +68,10 @@ def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> C
     """
     counters = load_counters(family.text_encoders)
     encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
-    lines = ["Files recognised:"]
-    lines += indent(
+    files = [
         f"{encoder.name} {key}: {value}" for encoder, identity in encoders for key, value in identity.items()
-    )
-    lines += indent(counters.missing)
-    tables = []
+    ]
+    head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
         found = _find(config, table)
         plans = [plan_text(source, family.cache_tag, encoders, skip_existing) for source in found.sources]
@@ -84,10 +80,9 @@ def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> C
             kept = len(plans) - to_do
             found.caches.append(f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding")
         check_captions(found, counters)
+        found.title = f"{table.name}: {len(found.sources)} {table.kind}s"
         tables.append(found)
-        lines += [f"{table.name}: {len(found.sources)} {table.kind}s"]
-        lines += indent([*found.caches, *found.fault_lines()])
-    return _conclude(lines, tables)
+    return CheckResult(head, tuple(tables))
 
 
 def check_training(
@@ -108,33 +103,25 @@ def check_training(
     """
     cached = find_items(config, cache_tag, latent, text_keys)
     encoders = SameEncoders(commands)
-    lines = ["Files recognised:", *indent([*files, *counters.missing])]
-    tables = []
+    head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
         found = TableFindings(table)
         items = [item for item in cached.items if item.table.index == table.index]
         found.buckets.update(item.bucket for item in items)
         _check_caches(found, items, cached, latent, encoders)
         _compare_sources(config, found, items, counters)
+        is_held_back = ", for validation" if table.validation else ""
+        found.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(found)
-        lines += [
-            f"{table.name}: {len(items)} cached items" + (", for validation" if table.validation else "")
-        ]
-        lines += indent([*found.bucket_lines(), *found.caches, *found.fault_lines()])
     order = BatchOrder([item for item in cached.items if not item.table.validation], seed=0)
     steps = -(-order.num_batches // (accumulation * processes))
-    lines += [
+    tail = [
         f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps} steps"
         f" ({accumulation} accumulated, {processes} processes)"
     ]
     if any(found.faults for found in tables):
-        lines += ["Caches are made by:", *indent([commands.latents, commands.text])]
-    return _conclude(lines, tables)
-
-
-def _conclude(lines: list[str], tables: Sequence[TableFindings]) -> CheckResult:
-    result = CheckResult((), tuple(tables))
-    return CheckResult((*lines, result.verdict), tuple(tables))
+        tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
+    return CheckResult(head, tuple(tables), tuple(tail))
 
 
 def _find(config: DatasetConfig, table: DatasetTable) -> TableFindings:

@@ -6,6 +6,7 @@ in words of their own script, and the most frequent letters and signs of the lan
 """
 
 import codecs
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ _FREQUENT = {
 }
 _SCRIPTS = {"cp1251": "CYRILLIC", "koi8_r": "CYRILLIC", "cp1253": "GREEK"}  # others write Latin or signs
 _PUNCTUATION = set("“”‘’„–—…•«»¿¡€°、。，！？「」『』（）：；・ー～　")
+LETTERS = 0.6  # least share of letters, blanks and punctuation
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 SCORED = 20_000  # characters of a file that are looked at
 _SURE = 0.75  # least score of a guess that is converted without being asked
 _AHEAD = 0.4  # and how far the next one must be behind,
@@ -80,10 +83,9 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
     """Return the most probable encoding of bytes that are not UTF-8; None if they are probably no text."""
     marked = next((name for mark, name in _MARKS if content.startswith(mark)), None)
     if marked is not None or b"\0" in content:
-        names = [marked] if marked else ["utf-16-le", "utf-16-be"]
-        texts = [(name, text) for name in names if (text := _decode(content, name)) is not None]
-        good = [(name, text) for name, text in texts if "\0" not in text and _share_of_letters(text) > 0.6]
-        return EncodingGuess(*good[0], is_sure=len(good) == 1) if good else None
+        return _guess_wide(content, marked)
+    if _CONTROL.search(content):
+        return None
     damaged = content.decode("utf-8", "replace")
     wrong = damaged.count("\ufffd")
     if (
@@ -98,6 +100,18 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
     count = sum(char > "\x7f" for char in text)
     is_ahead = ahead >= _AHEAD or ahead * count >= _AHEAD_IN_ALL
     return EncodingGuess(name, text, is_sure=score >= _SURE and is_ahead)
+
+
+def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
+    """Return the guess for two or four bytes a character. marked: by a byte order mark."""
+    half = len(content) // 2
+    zeros = content[::2].count(0), content[1::2].count(0)
+    # without a mark only ASCII is recognised, half of whose bytes are 0
+    name = marked or ("utf-16-le" if zeros[1] > zeros[0] else "utf-16-be")
+    text = _decode(content, name)
+    if text is None or "\0" in text or _share_of_letters(text) < LETTERS:
+        return None
+    return EncodingGuess(name, text, is_sure=True) if marked or max(zeros) > LETTERS * half else None
 
 
 def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:

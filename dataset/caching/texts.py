@@ -195,7 +195,8 @@ def warn_cut_captions(encoder: TextEncoder, sources: Sequence[MediaSource]) -> N
     except CheckpointError as error:
         logger.info("tokens of the captions are not counted: %s", error)
         return
-    number, lines = 0, []
+    number = 0
+    lines: list[str] = []
     for source in sources:
         count = count_tokens(source.caption or "")
         number += count.is_cut

@@ -18,6 +18,7 @@ class TableFindings:
     """What a check finds in one table; filled as it goes on."""
 
     table: DatasetTable
+    title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
     sources: Sequence[MediaSource] = ()
     buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)
     faults: list[Fault] = field(default_factory=list)  # must be mended
@@ -54,20 +55,27 @@ class TableFindings:
             )
         return lines
 
-    def fault_lines(self) -> list[str]:
-        return list_faults([*self.faults, *self.remarks], LISTED)
+    def lines(self) -> list[str]:
+        """Return all of it as lines to print."""
+        found = list_faults([*self.faults, *self.remarks], LISTED)
+        return [self.title, *indent([*self.bucket_lines(), *self.caches, *found])]
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Lines to print, and what was found in each table, for the page."""
+    """What was found in each table, with lines to print before and after."""
 
-    lines: tuple[str, ...]
+    head: tuple[str, ...]
     tables: tuple[TableFindings, ...] = ()
+    tail: tuple[str, ...] = ()
 
     @property
     def num_faults(self) -> int:
         return sum(len(found.faults) for found in self.tables)
+
+    @property
+    def num_remarks(self) -> int:
+        return sum(len(found.remarks) for found in self.tables)
 
     @property
     def ok(self) -> bool:
@@ -78,10 +86,14 @@ class CheckResult:
         return 0 if self.ok else 1
 
     @property
-    def verdict(self) -> str:
-        faults, remarks = self.num_faults, sum(len(found.remarks) for found in self.tables)
-        said = f" {remarks} remarks are above." if remarks else ""
-        return f"Something is wrong: {faults} faults, see above." if faults else f"Nothing is wrong.{said}"
+    def lines(self) -> list[str]:
+        """Return all lines to print; the last one is the verdict."""
+        remarks = f" Remarks above: {self.num_remarks}." if self.num_remarks else ""
+        verdict = (
+            "Nothing is wrong." if self.ok else f"Something is wrong: see above. Faults: {self.num_faults}."
+        )
+        tables = [line for found in self.tables for line in found.lines()]
+        return [*self.head, *tables, *self.tail, verdict + remarks]
 
 
 def indent(lines: Iterable[str]) -> list[str]:
@@ -90,12 +102,13 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 
 def join_findings(first: CheckResult, second: CheckResult) -> CheckResult:
-    """Return the first result with what only the second one found; both are of one configuration."""
+    """Return what two checks of one configuration found, each fault once."""
     tables = []
     for one, other in zip(first.tables, second.tables, strict=True):
         tables.append(
             TableFindings(
                 one.table,
+                one.title,
                 one.sources or other.sources,
                 one.buckets or other.buckets,
                 list(dict.fromkeys([*one.faults, *other.faults])),
@@ -103,4 +116,5 @@ def join_findings(first: CheckResult, second: CheckResult) -> CheckResult:
                 [*one.caches, *other.caches],
             )
         )
-    return CheckResult(first.lines, tuple(tables))
+    head = (*first.head, *(line for line in second.head if line not in first.head))
+    return CheckResult(head, tuple(tables), (*first.tail, *second.tail))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dataset.options import CachingOptions
+from dataset.options import CachingOptions, CheckPageOptions
 from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import LatentSpec, SamplingDefaults
 from modules.contract.generation import Prompt
@@ -27,6 +27,8 @@ OPTIONS = CachingOptions(
     skip_existing=False,
     keep_cache=False,
     check=False,
+    repair_captions=None,
+    page=CheckPageOptions(html=None, html_items=500),
 )
 
 
