@@ -24,7 +24,7 @@ from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, indent
 from dataset.checking.folders import check_unused, folder_id
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.decoding import decode_source
+from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
 from dataset.sources.listing import MediaSource, find_sources
 from modules.contract.family import LatentSpec
@@ -51,8 +51,8 @@ def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existi
     for table in config.datasets:
         found = _find(config, table)
         if found.sources:
-            _check_table(family, found)
-            _check_sources(found, recipe, workers)
+            if _is_usable(family, found):
+                _check_sources(found, recipe, workers)
             check_captions(found, NO_COUNTERS)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"
         tables.append(found)
@@ -137,11 +137,15 @@ def _find(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     return found
 
 
-def _check_table(family: Caches, found: TableFindings) -> None:
+def _is_usable(family: Caches, found: TableFindings) -> bool:
+    """Return whether the family can cache the table; if not, add why."""
     try:
+        check_resolution(found.table, family.latent.pixel_step)
         family.check_table(media_table(found.table, any(source.control for source in found.sources)))
     except DatasetError as error:
         found.faults.append(Fault(UNUSABLE, str(error)))
+        return False
+    return True
 
 
 def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:

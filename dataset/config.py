@@ -127,11 +127,16 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     ]
     general = _without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
+    is_misspelt = entries is None and any("Did you mean datasets?" in problem for problem in problems)
     if not isinstance(entries, list) or not entries:
-        problems.append(
-            "[datasets] has two pairs of brackets: write [[datasets]], once for each folder or list"
-            if isinstance(entries, dict)
-            else "there is no [[datasets]] table; each folder or list of images or videos needs one"
+        problems += (
+            []
+            if is_misspelt
+            else [
+                "[datasets] needs two pairs of brackets: write [[datasets]], once for each folder or list"
+                if isinstance(entries, dict)
+                else "there is no [[datasets]] table; each folder or list of images or videos needs one"
+            ]
         )
         entries = [entries] if isinstance(entries, dict) else []
     _check_general(general, problems)
@@ -192,7 +197,7 @@ def _without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]
     if not isinstance(table, dict):
         is_doubled = name == "[general]" and isinstance(table, list)
         problems.append(
-            "[[general]] has one pair of brackets: write [general]"
+            "[[general]] needs one pair of brackets: write [general]"
             if is_doubled
             else f"{name} = {_show(table)} is not a table of keys"
         )

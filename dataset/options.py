@@ -71,9 +71,11 @@ class CachingOptions:
 
 def _is_encoding(name: str) -> bool:
     try:
-        return isinstance(b"".decode(name), str)
-    except (LookupError, ValueError):
+        return isinstance(b"a".decode(name), str)
+    except LookupError:
         return False
+    except ValueError:  # of two bytes a character
+        return True
 
 
 @dataclass(frozen=True)

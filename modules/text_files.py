@@ -126,7 +126,9 @@ def explain_toml(text: str, error: str) -> str:
     line = lines[int(found[1]) - 1].strip() if found and int(found[1]) <= len(lines) else ""
     table = re.fullmatch(r"Cannot declare \('([^']*)',\) twice.*", error)
     if table:
-        return f"\n  [{table[1]}] may stand once; tables that repeat have two brackets: [[{table[1]}]]."
+        return f"\n  [{table[1]}] may stand once: join the tables, or write [[{table[1]}]] if it is a list of tables."
+    if error.startswith("Cannot overwrite a value"):
+        return "\n  A key may stand once in a table: remove one of the two."
     value = line.partition("=")[2].strip()
     hints = (
         (r"(?i)none|null|nil|nan_?", "TOML has no word for nothing: leave the key out."),

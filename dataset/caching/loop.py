@@ -18,8 +18,10 @@ from dataset.caching.reports import CacheReport, Failure, join_reports
 from dataset.caching.texts import TextEncoding
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
-from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
+from dataset.sources.decoding import check_resolution
+from dataset.sources.listing import MediaSource, find_all_sources, require_captions, warn_missing_captions
 from modules.devices import choose_device
+from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +34,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
     sources = find_all_sources(config, captions=False)
-    for table in config.datasets:
-        has_control = any(source.control for source in sources if source.table is table)
-        family.check_table(media_table(table, has_control))
+    _check_tables(family, config, sources)
     warn_missing_captions(sources)
     recipe = recipe_of(family, options.skip_existing)
     existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
@@ -104,6 +104,20 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 }
                 removed += remove_stale_texts(table, family, names)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
+
+
+def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError with the reasons of all tables that cannot be cached."""
+    problems = []
+    for table in config.datasets:
+        has_control = any(source.control for source in sources if source.table is table)
+        try:
+            check_resolution(table, family.latent.pixel_step)
+            family.check_table(media_table(table, has_control))
+        except DatasetError as error:
+            problems.append(str(error))
+    if problems:
+        raise DatasetError("\n".join(problems))
 
 
 def log_outdated(plans: Sequence[SourcePlan]) -> None:
