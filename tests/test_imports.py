@@ -24,7 +24,16 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "interpreter", "seeds", "text_files", "version"},
+        {
+            "control_codes",
+            "errors",
+            "flow",
+            "interpreter",
+            "seeds",
+            "text_encodings",
+            "text_files",
+            "version",
+        },
         {"atomic_write", "devices", "fp8", "installation", "options", "vae_options"},
         {"command", "environment"},
         {"attention", "compile_options", "layers", "media"},
@@ -41,6 +50,7 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
+        {"checking"},
         {"check", "debug_views"},
         {"commands"},
     ),
@@ -73,6 +83,7 @@ LIGHT_FILES = {
     "modules/interpreter.py",
     "modules/version.py",
     "modules/text_files.py",
+    "modules/text_encodings.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",

@@ -20,6 +20,8 @@ from dataset.batches.finding import (
     split_validation,
 )
 from dataset.check import check_training
+from dataset.checking.captions import load_counters
+from dataset.checking.page import write_check_page
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.contract.family import Family
@@ -199,9 +201,23 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
+    counters = load_counters(family.text_encoders)
     result = check_training(
-        config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys
+        config,
+        family.cache_tag,
+        family.latent,
+        commands,
+        accumulation,
+        processes,
+        files,
+        family.text_keys,
+        counters,
     )
+    page, workers = options.loop.page, max(1, os.cpu_count() or 1)
+    if page.html is not None:
+        write_check_page(
+            page.html, config, result, counters, family.latent, family.defaults.fps, page.html_items, workers
+        )
     sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     return result.exit_code
 

@@ -20,6 +20,7 @@ from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
+from modules.contract.tokens import CountTokens
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ class TextEncoder(Protocol):
     @property
     # what an output depends on beside the text; found without loading the weights
     def identity(self) -> Mapping[str, str]: ...
+
+    # loads the tokenizer only, and downloads nothing; CheckpointError if there is none
+    def token_counter(self) -> CountTokens: ...
 
     def load(self, device: torch.device) -> None: ...  # one that is loaded already moves there
 

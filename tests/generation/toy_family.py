@@ -16,6 +16,7 @@ from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import settle, size_of
+from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import CheckpointError, MediaError, OptionError
 
 TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
@@ -35,6 +36,9 @@ class ToyTextEncoder:
         self.diary = diary
         self.stop = stop
         self.loaded = False
+
+    def token_counter(self) -> CountTokens:
+        return lambda text: TokenCount(text, 1, 1, len(text))
 
     def load(self, device: torch.device) -> None:
         self.diary.append("move text" if self.loaded else "load text")

@@ -20,6 +20,7 @@ from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import settle, size_of
+from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from training.loss import Trains
@@ -81,6 +82,9 @@ class ToyTextEncoder:
     keys = frozenset({"letters"})
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
+
+    def token_counter(self) -> CountTokens:
+        return lambda text: TokenCount(text, 1, 1, len(text))
 
     def load(self, device: torch.device) -> None: ...
 
