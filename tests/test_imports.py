@@ -24,8 +24,8 @@ MAY_IMPORT = {
 FLOORS = {
     "modules": (
         {"control_codes", "errors", "flow", "seeds", "text_files"},
-        {"atomic_write", "command", "devices", "environment", "fp8", "options", "vae_options"},
-        {"attention", "compile_options", "layers", "media"},
+        {"atomic_write", "command", "console", "devices", "environment", "fp8", "options", "vae_options"},
+        {"attention", "bars", "compile_options", "layers", "media"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
@@ -83,6 +83,8 @@ HEAVY = (
     "einops",
     "jinja2",
     "matplotlib",
+    "rich",
+    "tqdm",
 )
 SCRIPTS = sorted(
     path.name
