@@ -3,7 +3,12 @@
 from collections.abc import Sequence
 
 from families import identify
-from hunyuan_model.options import HunyuanTrainingOptions, add_training_arguments, caching_commands
+from hunyuan_model.options import (
+    HunyuanTrainingOptions,
+    add_training_arguments,
+    caching_commands,
+    generation_command,
+)
 from modules.command import command_line
 from training.options import read_training
 
@@ -19,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = CachingCommands(
         *caching_commands(options.loop.dataset_config, hunyuan_options, family.caching_switches)
     )
-    code = train_network(family, options, commands)
+    generate = generation_command(hunyuan_options, options.saving.result)
+    code = train_network(family, options, commands, generate)
     if code:
         raise SystemExit(code)
 

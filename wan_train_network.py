@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from families import identify
 from modules.command import command_line
 from training.options import read_training
-from wan.options import WanTrainingOptions, add_training_arguments, caching_commands
+from wan.options import WanTrainingOptions, add_training_arguments, caching_commands, generation_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from wan.family import family_for_training
 
     commands = CachingCommands(*caching_commands(options.loop.dataset_config, wan_options))
-    code = train_network(family_for_training(wan_options), options, commands)
+    generate = generation_command(wan_options, options.saving.result)
+    code = train_network(family_for_training(wan_options), options, commands, generate)
     if code:
         raise SystemExit(code)
 

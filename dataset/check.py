@@ -19,11 +19,12 @@ from dataset.caching.planning import (
     plan_all,
 )
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import decode_ahead, progress
+from dataset.caching.source_jobs import decode_ahead
 from dataset.caching.texts import plan_text
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import MediaSource, find_sources, missing_captions
+from modules.bars import Bar
 from modules.contract.family import Encodes, LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
 
@@ -176,7 +177,7 @@ def _look_at(table: DatasetTable, sources: Sequence[MediaSource], recipe: Recipe
     known = [plan for plan in plans if plan.missing is not None]
     unknown = [plan for plan in plans if plan.missing is None]
     for _, result in decode_ahead(
-        unknown, lambda plan: plan.source, decoded, workers, progress(len(unknown), "decoding")
+        unknown, lambda plan: plan.source, decoded, workers, Bar(len(unknown), "Decoding", "source")
     ):
         if isinstance(result, Failure):
             unreadable.append(result)

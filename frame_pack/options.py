@@ -247,6 +247,21 @@ def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def generation_command(options: FramePackTrainingOptions, lora: Path) -> str:
+    """Return the command that makes a video with a trained LoRA."""
+    files = {
+        "--dit": options.dit,
+        "--vae": options.vae.file.vae,
+        "--text_encoder1": options.text.text_encoder1,
+        "--text_encoder2": options.text.text_encoder2,
+        "--image_encoder": options.image_encoder,
+    }
+    words = [word for option, path in files.items() for word in (option, str(path or option[2:].upper()))]
+    words += ["--image_path", "FIRST_IMAGE", "--lora_weight", str(lora)]
+    words += ["--prompt", "A PROMPT", "--save_path", "videos", *(["--f1"] if options.f1 else [])]
+    return as_typed(["python", "fpack_generate_video.py", *words])
+
+
 def caching_commands(
     dataset_config: Path | None, options: FramePackTrainingOptions, switches: Iterable[str] = ()
 ) -> tuple[str, str]:

@@ -191,6 +191,20 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add_split_argument(group)
 
 
+def generation_command(options: HunyuanTrainingOptions, trained: Path, is_whole: bool = False) -> str:
+    """Return the command that makes a video with a trained LoRA, or with a trained model (is_whole)."""
+    files = {
+        "--dit": trained if is_whole else options.dit,
+        "--vae": options.vae.file.vae,
+        "--text_encoder1": options.text.text_encoder1,
+        "--text_encoder2": options.text.text_encoder2,
+    }
+    words = [word for option, path in files.items() for word in (option, str(path or option[2:].upper()))]
+    words += [] if is_whole else ["--lora_weight", str(trained)]
+    words += ["--prompt", "A PROMPT", "--save_path", "videos"]
+    return as_typed(["python", "hv_generate_video.py", *words])
+
+
 def caching_commands(
     dataset_config: Path | None, options: HunyuanTrainingOptions, switches: Iterable[str] = ()
 ) -> tuple[str, str]:

@@ -45,6 +45,7 @@ class Bar:
     def __post_init__(self) -> None:
         self.what = escape_control_codes(self.what)
         self._start = self._told = self.now()
+        self.shown = self.shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
         if self.shown and self.is_terminal():
             self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar
             self._bar = self._open.enter_context(

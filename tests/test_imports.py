@@ -58,6 +58,7 @@ FLOORS = {
         {"options", "validation"},
         {"dressing", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
+        {"summary"},
         {"run"},
     ),
 }

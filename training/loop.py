@@ -71,6 +71,7 @@ class TrainingRun:
     sampler: Sampler | None = None
     validation: Validation | None = None
     memory: MemoryWatch | None = None  # on a CUDA device, in the main process
+    validations: dict[int, float] = field(default_factory=dict)  # step -> loss
     stop: StopRequest = field(default_factory=StopRequest)
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
     readings: Readings = field(default_factory=Readings)
@@ -257,6 +258,7 @@ def _settle(run: TrainingRun) -> None:
 def _begin(run: TrainingRun) -> None:
     """Do what is due before the first step, or what was still due when the resumed state was saved."""
     progress = run.progress
+    run.logs.pause()
     if progress.step == 0 and is_due_at_step(run.options.samples, 0) and progress.sampled_step != 0:
         progress.sample_pending = "e000000"
     if progress.sample_pending:
@@ -283,6 +285,7 @@ def _after_step(run: TrainingRun, saves: bool) -> None:
     if not (saves or validates or samples):
         return
     _settle(run)
+    run.logs.pause()
     if validates:
         _validate(run)
     if samples:
@@ -307,6 +310,7 @@ def _after_epoch(run: TrainingRun) -> None:
     epoch = progress.epoch + 1
     is_whole = progress.position >= run.plan.num_batches
     _settle(run)
+    run.logs.pause()
     run.logs.values({"loss/epoch": sum(progress.losses) / max(len(progress.losses), 1)}, progress.step)
     if is_due_after_epoch(options.samples, epoch) and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"
@@ -366,6 +370,7 @@ def _validate(run: TrainingRun) -> None:
     with evaluation((run.dit, *run.trainable.modules.values()), run.optimizer, run.parameters):
         losses = run.validation.measure(run.dit, run.autocast)
     run.logs.values(losses, run.progress.step)
+    run.validations[run.progress.step] = losses["validation/loss"]
     logger.info(
         "Step %d: %s", run.progress.step, ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
     )

@@ -63,6 +63,7 @@ from training.samples import Sampler, prepare_samples
 from training.saving.files import MinuteClock, Names, Saver
 from training.saving.states import SavedState, write_state
 from training.saving.upload import Uploads, make_uploads
+from training.summary import show_end, show_start, watch_run
 from training.trainable import train_dit
 from training.trainable import train_network as as_trainable
 from training.validation import Validation
@@ -70,11 +71,13 @@ from training.validation import Validation
 logger = logging.getLogger(__name__)
 
 
-def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
+def train_network(
+    family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS, generate: str = ""
+) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    commands: what to type if caches are missing. Returns the program's exit code.
-    Raises UserError if the user has to change something.
+    commands: what to type if caches are missing. generate: what to type to use the result. Returns the
+    program's exit code. Raises UserError if the user has to change something.
     """
     if options.timesteps.show_timesteps is not None:
         show_timesteps(
@@ -88,7 +91,9 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
         return 0
     try:
         with prepare_run(family, options, commands) as run:
-            train(run)
+            is_done = train(run)
+        if is_done and run.saver is not None:
+            show_end(run, run.saver.names, generate)
     except torch.OutOfMemoryError as error:
         raise too_little(
             error, "Samples need memory too. What was saved is untouched: continue with --resume latest."
@@ -142,10 +147,16 @@ def prepare_run(
     with (
         uploads.finish_uploads(),
         start_logs(
-            job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config, tracker
+            job.accelerator,
+            options.logs,
+            data.plan.total_steps,
+            job.progress.step,
+            log_config,
+            tracker,
+            extras=watch_run(job, data.plan),
         ) as logs,
     ):
-        logger.info(_summary(job, data))
+        show_start(job, data, learning.trainable.parameters, _file_dtype(options, dit))
         yield TrainingRun(
             options=options,
             family=family,
@@ -352,11 +363,7 @@ def _make_saver(
         facts,
         own_values(job.family.options, "identity", "habit"),
     )
-    precision = options.saving.save_precision
-    if precision is not None:
-        dtype: torch.dtype | None = DTYPES[precision]
-    else:  # of a whole DiT every tensor as it is
-        dtype = None if options.network is None else _dtype_of(dit)
+    dtype = _file_dtype(options, dit)
 
     def write_file(path: Path) -> None:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
@@ -399,17 +406,15 @@ def _facts(job: TrainingJob, data: Data, optimizer: str, schedule: str) -> RunFa
     )
 
 
+def _file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
+    """Return the dtype of saved models; None: every tensor as it is."""
+    precision = options.saving.save_precision
+    if precision is not None:
+        return DTYPES[precision]
+    return None if options.network is None else _dtype_of(dit)
+
+
 def _dtype_of(dit: nn.Module) -> torch.dtype:
     """Return the dtype in which the DiT computes without autocast."""
     own = getattr(dit, "compute_dtype", None)
     return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
-
-
-def _summary(job: TrainingJob, data: Data) -> str:
-    plan = data.plan
-    held_back = f", {len(data.validation)} items for validation" if data.validation else ""
-    return (
-        f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches, "
-        f"{plan.steps_per_epoch} steps an epoch, "
-        f"{plan.total_steps} steps in {plan.num_epochs} epochs, seed {job.progress.seed}"
-    )

@@ -186,6 +186,18 @@ def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
     )
 
 
+def generation_command(options: WanTrainingOptions, lora: Path) -> str:
+    """Return the command that makes a video with a trained LoRA."""
+    files = {"--dit": options.dit, "--vae": options.vae.vae, "--t5": options.text.t5}
+    words = ["--task", options.task]
+    if options.task.startswith(("i2v", "flf2v")):
+        files["--clip"] = options.clip
+        words += ["--image_path", "FIRST_IMAGE"]
+    words += [word for option, path in files.items() for word in (option, str(path or option[2:].upper()))]
+    words += ["--lora_weight", str(lora), "--prompt", "A PROMPT", "--save_path", "videos"]
+    return as_typed(["python", "wan_generate_video.py", *words])
+
+
 def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -> tuple[str, str]:
     """Return the commands that make missing caches, of latents and of texts."""
     dataset = ["--dataset_config", str(dataset_config)]

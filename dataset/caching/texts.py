@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset.cache.files import (
     FORMAT_VERSION,
@@ -40,9 +39,9 @@ from dataset.cache.records import (
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
-from dataset.caching.source_jobs import progress
 from dataset.sources.listing import MediaSource
 from modules.atomic_write import give_name
+from modules.bars import Bar
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
@@ -122,7 +121,7 @@ class TextEncoding:
                 continue
             encoder.load(self._device)
             try:
-                with progress(len(to_do), encoder.name, "caption", self._show_progress) as bar:
+                with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
                     self._encode(encoder, identity, sources, to_do, bar)
             finally:
                 encoder.free()
@@ -156,7 +155,7 @@ class TextEncoding:
         identity: Mapping[str, str],
         sources: Sequence[MediaSource],
         to_do: Mapping[Path, TextPlan],
-        bar: "tqdm[None]",
+        bar: Bar,
     ) -> None:
         """Encode every batch of `sources` in which something is missing, and write what is missing.
 

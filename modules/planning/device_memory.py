@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -78,6 +79,18 @@ def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     except OSError:
         return None
     return None if found is None else int(found[1]) * 1024
+
+
+def peak_in_words(device: torch.device) -> str | None:
+    """Return the most memory used so far: of a CUDA device, else of this process; None if unknown."""
+    if device.type == "cuda":
+        return f"{gib(torch.cuda.max_memory_allocated(device))} GiB"
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} GiB"
 
 
 EVERY = 50  # steps between two checks of the driver

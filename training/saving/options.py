@@ -33,6 +33,11 @@ class SavingOptions:
     # a state folder, "latest", or with resume_from_huggingface owner/repo/path[:revision[:type]]
     resume: str | None
 
+    @property
+    def result(self) -> Path:
+        """Return the file that a finished run leaves."""
+        return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
+
     def __post_init__(self) -> None:
         for name in ("save_every_n_epochs", "save_every_n_steps"):
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to save at the end only")
