@@ -116,7 +116,7 @@ def save_pixels(
     fps: float,
     metadata: Mapping[str, str] | None,
 ) -> Path:
-    """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come, and log the path.
+    """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come; return the path.
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
     a single frame only if the script does not number single images).
@@ -130,13 +130,12 @@ def save_pixels(
     if options.writes_images and not is_picture:
         path = options.save_path / free_stem(options.save_path, stem, [""])
         with atomic_folder(path) as folder:
-            count = sum(1 for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", tags))
-        logger.info("Images: %s (%d)", path, count)
+            for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", tags):
+                pass
         return path
     if is_picture:
         path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
         write_png(path, first[0], tags)
-        logger.info("Image: %s", path)
         return path
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
@@ -148,7 +147,6 @@ def save_pixels(
         playing = write_frames(playing, pngs, "{:06d}.png", tags)
         logger.info("Frames: %s", pngs)
     write_video(path, playing, fps, codec=options.format.codec, tags=tags)
-    logger.info("Video: %s", path)
     return path
 
 
