@@ -168,7 +168,7 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
         help="h264 plays everywhere, h265 is smaller, prores (10 bit, .mkv) is for editing",
     )
     group.add_argument(
-        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="only mkv holds metadata"
+        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="kind of video file"
     )
     group.add_argument(
         "--keep_pngs", action="store_true", help="also keep the frames as PNG files in a folder `frames`"

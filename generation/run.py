@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import needs
-from blissful_tuner.metadata import frame_rate_in, output_metadata, read_decoded_metadata, seed_in
+from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
 from blissful_tuner.options import STRENGTH
 from generation.dressing import dit_loader
 from generation.growing import (
@@ -25,7 +25,7 @@ from generation.growing import (
     remove_preview,
 )
 from generation.memory import Peaks, plan_generation, resolve_options
-from generation.options import GenerationOptions, OutputOptions
+from generation.options import GenerationOptions
 from generation.outputs import (
     LATENT_SUFFIX,
     SavedLatents,
@@ -169,7 +169,6 @@ def do(family: Family, options: GenerationOptions) -> None:
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
     run = GenerationRun(family, options, session, predicted)
-    tell_where_metadata_is(options.output)
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
@@ -182,17 +181,6 @@ def do(family: Family, options: GenerationOptions) -> None:
         job = make_job(run, "the prompt", {})
         tell_unused_strength(options.request.strength, [job])
         make(run, [job], Failures(strict=True))
-
-
-def tell_where_metadata_is(output: OutputOptions) -> None:
-    """Log once that MP4 files have no metadata, if the output is MP4 and metadata were not turned off."""
-    if (
-        output.decodes
-        and not output.writes_images
-        and output.format.suffix == ".mp4"
-        and not output.no_metadata
-    ):
-        logger.info("MP4 files store no prompt and settings; --container mkv, PNG and latent files do")
 
 
 def tell_unused_strength(strength: float | None, jobs: Sequence[GenerationJob]) -> None:
@@ -331,9 +319,10 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
         for job, texts, inputs in ready:
             with failures.note_errors(job.label):
                 queue.begin(job.label)
-                with own_stem(
-                    run.options.output.save_path, output_stem(datetime.now(), job.prepared.seed)
-                ) as stem:
+                output = run.options.output
+                prompt = job.prepared.asked.prompt if output.prompt_in_name else ""
+                name = output_stem(datetime.now(), job.prepared.seed, prompt=prompt)
+                with own_stem(output.save_path, name) as stem:
                     with watch(run, job, stem) as (watcher, on_section):
                         latents = make_latents(
                             run.family,
@@ -357,8 +346,9 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[W
     """Yield the callbacks for one job: progress bars over the steps, previews of a video in sections."""
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
+    tags = as_tags(run.metadata(prepared) or {})
     with (
-        grow_preview(run.session, output.save_path, stem, prepared.fps, needed) as video,
+        grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
         Bars(prepared.num_steps) as bars,
     ):
 
