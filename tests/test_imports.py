@@ -24,19 +24,11 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {
-            "control_codes",
-            "errors",
-            "flow",
-            "interpreter",
-            "seeds",
-            "text_encodings",
-            "text_files",
-            "version",
-        },
+        {"control_codes", "errors", "flow", "interpreter", "seeds"}
+        | {"text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "fp8", "installation", "options", "vae_options"},
-        {"command", "environment"},
-        {"attention", "compile_options", "layers", "media"},
+        {"command", "console", "environment"},
+        {"attention", "bars", "compile_options", "layers", "media"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
@@ -70,7 +62,7 @@ FLOORS = {
         {"options", "validation"},
         {"dressing", "following", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
-        {"reporting"},
+        {"reporting", "summary"},
         {"run"},
     ),
 }
@@ -100,6 +92,8 @@ HEAVY = (
     "einops",
     "jinja2",
     "matplotlib",
+    "rich",
+    "tqdm",
 )
 SCRIPTS = sorted(
     path.name

@@ -17,36 +17,37 @@ from training.reports.reporter import RunReporter
 from training.samples import Sampler
 
 
+def plan_next_steps(
+    job: TrainingJob, scripts: FamilyScripts, total_steps: int, sampler: Sampler | None
+) -> NextSteps:
+    """Return what makes the command lines that can follow the run."""
+    return NextSteps(
+        given_options(job.options, job.family.options, scripts),
+        scripts,
+        job.options,
+        job.output_dir / f"{job.output_name}.safetensors",
+        total_steps,
+        job.accelerator.num_processes,
+        _first_sample(job, sampler),
+    )
+
+
 def make_reporter(
-    job: TrainingJob,
-    scripts: FamilyScripts,
-    total_steps: int,
-    sampler: Sampler | None,
-    memory: MemoryWatch | None,
+    job: TrainingJob, following: NextSteps, sampler: Sampler | None, memory: MemoryWatch | None
 ) -> RunReporter | None:
     """Return what reports the run, in the main process; None if there is nothing to report to."""
     logs = job.options.logs
     if not job.accelerator.is_main_process or (logs.no_page and not logs.trackers):
         return None
     folder, name, progress = job.output_dir, job.output_name, job.progress
-    given = given_options(job.options, job.family.options, scripts)
-    following = NextSteps(
-        given,
-        scripts,
-        job.options,
-        folder / f"{name}.safetensors",
-        total_steps,
-        job.accelerator.num_processes,
-        _first_sample(job, sampler),
-    )
     device = job.accelerator.device
     facts = PageFacts(
         name,
         job.family.name,
         folder,
-        total_steps,
-        given.rows(is_changed=True),
-        given.rows(is_changed=False),
+        following.total_steps,
+        following.given.rows(is_changed=True),
+        following.given.rows(is_changed=False),
         following.commands,
         lambda: list_memory(device, memory),
     )

@@ -51,7 +51,7 @@ from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
 from training.planning.memory import plan_training, prepare_memory
 from training.processes.gradients import largest
-from training.reporting import make_reporter
+from training.reporting import make_reporter, plan_next_steps
 from training.reports.logs import TRACKER_NAME, public_config, start_logs
 from training.resuming import (
     Learning,
@@ -67,6 +67,7 @@ from training.samples import Sampler, prepare_samples
 from training.saving.files import MinuteClock, Names, Publish, Saver
 from training.saving.states import SavedState, write_state
 from training.saving.upload import make_uploads
+from training.summary import show_end, show_start, watch_run
 from training.trainable import train_dit
 from training.trainable import train_network as as_trainable
 from training.validation import Validation
@@ -149,7 +150,8 @@ def prepare_run(
         settle(dit)
         return capture(job.progress, learning, identity, habits)
 
-    reporter = make_reporter(job, scripts, data.plan.total_steps, sampler, memory)
+    following = plan_next_steps(job, scripts, data.plan.total_steps, sampler)
+    reporter = make_reporter(job, following, sampler, memory)
 
     def publish(path: Path, card: str | None) -> None:
         uploads.publish(path, card)
@@ -162,14 +164,20 @@ def prepare_run(
     with (
         uploads.finish_uploads(),
         start_logs(
-            job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config, tracker
+            job.accelerator,
+            options.logs,
+            data.plan.total_steps,
+            job.progress.step,
+            log_config,
+            tracker,
+            extras=watch_run(job, data.plan),
         ) as logs,
         contextlib.nullcontext() if reporter is None else reporter,
     ):
         if reporter is not None:
             reporter.logs = logs
-        logger.info(_summary(job, data))
-        yield TrainingRun(
+        show_start(job, data, learning.trainable.parameters, _file_dtype(options, dit))
+        run = TrainingRun(
             options=options,
             family=family,
             dit=dit,
@@ -192,7 +200,10 @@ def prepare_run(
             memory=memory if job.accelerator.is_main_process else None,
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
+        yield run
         job.accelerator.wait_for_everyone()
+    if saver is not None and job.progress.step >= data.plan.total_steps:
+        show_end(run, saver.names, following)
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
@@ -394,11 +405,7 @@ def _make_saver(
         facts,
         own_values(job.family.options, "identity", "habit"),
     )
-    precision = options.saving.save_precision
-    if precision is not None:
-        dtype: torch.dtype | None = DTYPES[precision]
-    else:  # of a whole DiT every tensor as it is
-        dtype = None if options.network is None else _dtype_of(dit)
+    dtype = _file_dtype(options, dit)
 
     def metadata_now() -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
@@ -446,17 +453,15 @@ def _facts(job: TrainingJob, data: Data, optimizer: str, schedule: str) -> RunFa
     )
 
 
+def _file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
+    """Return the dtype of saved models; None: every tensor as it is."""
+    precision = options.saving.save_precision
+    if precision is not None:
+        return DTYPES[precision]
+    return None if options.network is None else _dtype_of(dit)
+
+
 def _dtype_of(dit: nn.Module) -> torch.dtype:
     """Return the dtype in which the DiT computes without autocast."""
     own = getattr(dit, "compute_dtype", None)
     return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
-
-
-def _summary(job: TrainingJob, data: Data) -> str:
-    plan = data.plan
-    held_back = f", {len(data.validation)} items for validation" if data.validation else ""
-    return (
-        f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches, "
-        f"{plan.steps_per_epoch} steps an epoch, "
-        f"{plan.total_steps} steps in {plan.num_epochs} epochs, seed {job.progress.seed}"
-    )

@@ -44,6 +44,6 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `SampleOptions`."""
     group = parser.add_argument_group("samples while training")
     group.add_argument("--sample_prompts", help="file with prompts (txt, toml, json) to make samples from")
-    group.add_argument("--sample_every_n_steps", type=int)
-    group.add_argument("--sample_every_n_epochs", type=int)
+    group.add_argument("--sample_every_n_steps", type=int, help="make samples after every so many steps")
+    group.add_argument("--sample_every_n_epochs", type=int, help="make samples after every so many epochs")
     group.add_argument("--sample_at_first", action="store_true", help="sample before the first step too")

@@ -57,7 +57,7 @@ class Sampler:
     session: Session  # holds the VAE, on the CPU between uses
     folder: Path
     name: str  # --output_name
-    has_metadata: bool = True  # pictures say what made them, as those of a generation do; MP4 holds nothing
+    has_metadata: bool = True  # samples say what made them, as the files of a generation do
 
     def make(self, dit: nn.Module, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
@@ -97,17 +97,14 @@ class Sampler:
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
         with self.session.media(images=False, again=True) as encoders:
             frames = frames_of(self.session.family.decode(encoders, latents))
+            tags = sample_tags(self.session.family, prepared, model, self.session.device)
+            tags = tags if self.has_metadata else {}
             if prepared.frames == 1:
                 path = self.folder / f"{stem}_000.png"
-                tags = (
-                    sample_tags(self.session.family, prepared, model, self.session.device)
-                    if self.has_metadata
-                    else None
-                )
                 write_png(path, next(frames), tags)
             else:
                 path = self.folder / f"{stem}.mp4"
-                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE)
+                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags)
         return path
 
 

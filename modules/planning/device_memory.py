@@ -92,6 +92,12 @@ def host_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_in_words(device: torch.device) -> str:
+    """Return the most memory used so far: of a CUDA device, else of this process."""
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
+    return f"{gib(used)} GiB"
+
+
 EVERY = 50  # steps between two checks of the driver
 
 

@@ -51,7 +51,12 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help='arguments of the optimizer, e.g. weight_decay=0.01 "betas=0.9,0.95"',
     )
-    group.add_argument("--learning_rate", type=float, default=2.0e-6)
+    group.add_argument(
+        "--learning_rate",
+        type=float,
+        default=2.0e-6,
+        help="how far a step moves the weights; 1e-4 is usual for a LoRA, 1 for Prodigy",
+    )
     group.add_argument(
         "--max_grad_norm",
         type=float,

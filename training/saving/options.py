@@ -33,6 +33,11 @@ class SavingOptions:
     # a state folder, "latest", or with resume_from_huggingface owner/repo/path[:revision[:type]]
     resume: str | None
 
+    @property
+    def result(self) -> Path:
+        """Return the file that a finished run leaves."""
+        return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
+
     def __post_init__(self) -> None:
         for name in ("save_every_n_epochs", "save_every_n_steps"):
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to save at the end only")
@@ -107,8 +112,8 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SAVE_PRECISIONS,
         help="dtype of saved weights; the model's dtype when not given",
     )
-    group.add_argument("--save_every_n_epochs", type=int)
-    group.add_argument("--save_every_n_steps", type=int)
+    group.add_argument("--save_every_n_epochs", type=int, help="save the model after every so many epochs")
+    group.add_argument("--save_every_n_steps", type=int, help="save the model after every so many steps")
     group.add_argument(
         "--save_every_n_minutes",
         type=float,
@@ -164,7 +169,7 @@ def add_metadata_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_metadata", action="store_true", help="keep only what loading the file needs")
     group.add_argument("--training_comment", help="free text")
     group.add_argument("--metadata_title", help="title; --output_name when not given")
-    group.add_argument("--metadata_author")
-    group.add_argument("--metadata_description")
-    group.add_argument("--metadata_license", help="licence of the file; that of the model when not given")
+    group.add_argument("--metadata_author", help="who made the model")
+    group.add_argument("--metadata_description", help="what the model is for, in a sentence")
+    group.add_argument("--metadata_license", help="licence of the model, for example apache-2.0")
     group.add_argument("--metadata_tags", help="words, separated by commas")
