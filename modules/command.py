@@ -17,10 +17,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modules.control_codes import escape_control_codes
+from modules.control_codes import escape_control_codes, shorten, shorten_lines
 from modules.errors import CheckpointError, UserError
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
+MOST_OF_LINE = 2000  # characters of a line of a message
+MOST_OF_WORD = 240  # characters of a typed word in a message
+# type of an option -> what it takes, in words
+NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
+_JOINED = re.compile(r"(\d+)[x*×,:](\d+)", re.IGNORECASE)  # 480x832
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -73,15 +78,31 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
     try:
         main()
     except UserError as error:
-        print(escape_control_codes(f"{type(error).__name__}: {error}"), file=sys.stderr)
+        print(plain_message(f"{type(error).__name__}: {error}", sys.argv), file=sys.stderr)
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None:
             hint = explain(error.path)
             if hint and hint not in str(error):
-                print(escape_control_codes(f"  {error.path.name}: {hint}."), file=sys.stderr)
+                print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def plain_message(text: str, typed: Sequence[str] = ()) -> str:
+    """Return a message as a console can show it: control codes are written out, long lines shortened.
+
+    typed: words of the command line; in the message each is one line, and a long one is shortened.
+    """
+    for word in typed:
+        for part in (word, word.partition("=")[2]):
+            if len(part) > MOST_OF_WORD or "\n" in part:
+                text = text.replace(part, _one_line(part))
+    return shorten_lines(escape_control_codes(text), MOST_OF_LINE)
+
+
+def _one_line(word: str) -> str:
+    return shorten(word, MOST_OF_WORD).replace("\n", "\\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,6 +116,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         if not {"-h", "--help"} & set(words):
             self._refuse_unknown(words)
+            self._refuse_joined(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
             self.error(f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes.")
@@ -102,9 +124,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, without the list of all options."""
-        self.exit(
-            2, f"{self.prog}: error: {escape_control_codes(message)}\n{self.prog} --help lists all options\n"
-        )
+        message = plain_message(message.replace("\n", "\\n"), sys.argv)
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         flags = {flag: action for action in self._actions for flag in action.option_strings}
@@ -129,14 +150,41 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
+            shown = _one_line(str(value))
             raise argparse.ArgumentError(
-                action, f"{value} is no choice. Use {', '.join(choices)}.{_hint(str(value), choices)}"
+                action, f"{shown} is no choice. Use {', '.join(choices)}.{_hint(str(value), choices)}"
             )
+
+    def _refuse_joined(self, words: Sequence[str]) -> None:
+        """Say how to write two numbers if they are typed as one word: 480x832."""
+        pairs = {flag for action in self._actions if action.nargs == 2 for flag in action.option_strings}
+        for before, word in pairwise(words):
+            found = _JOINED.fullmatch(word)
+            if before in pairs and found is not None:
+                self.error(f"{before} {word}: give two numbers: {before} {found[1]} {found[2]}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Convert a word as argparse does, but say in plain words what an option takes."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if action.type not in NUMBERS:
+                raise
+        example = action.default if type(action.default) in NUMBERS else 1
+        raise argparse.ArgumentError(
+            action, f"{_one_line(arg_string)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
+        )
 
 
 def _hint(given: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(known), 1)
-    return f" Did you mean {near[0]}?" if near else ""
+    near = nearest(given, known)
+    return f" Did you mean {near}?" if near is not None else ""
+
+
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was probably meant; None if none is similar."""
+    near = difflib.get_close_matches(given[:MOST_OF_WORD], list(known), 1)
+    return near[0] if near else None
 
 
 def as_typed(words: Sequence[str]) -> str:
@@ -159,7 +207,7 @@ class _LineFormatter(logging.Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        line = escape_control_codes(super().format(record))
+        line = shorten_lines(escape_control_codes(super().format(record)), MOST_OF_LINE)
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
         start = self._colours.get(record.levelno) if self._colour else None

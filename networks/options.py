@@ -13,6 +13,8 @@ from modules.options import FREE, HABIT, IDENTITY, split_pairs
 
 logger = logging.getLogger(__name__)
 
+MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
+MOST_ALPHA = 1_000_000
 MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
 
 
@@ -34,9 +36,10 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         if self.network_dim is not None and self.network_dim < 1:
             raise OptionError(f"--network_dim {self.network_dim}: the rank must be at least 1")
-        if not math.isfinite(self.network_alpha) or self.network_alpha < 0:
+        if not 0 <= self.network_alpha <= MOST_ALPHA:
             raise OptionError(
-                f"--network_alpha {self.network_alpha}: give a positive number, or 0 for alpha = rank"
+                f"--network_alpha {self.network_alpha:g}: give a number up to {MOST_ALPHA:,}, or 0 for alpha "
+                "= rank"
             )
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
             raise OptionError(f"--network_dropout {self.network_dropout}: give a share from 0 to below 1")
@@ -238,11 +241,18 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, choices=["other", "default"], help=targets)
 
 
-def require_files(option: str, paths: Sequence[Path]) -> None:
-    """Raise OptionError for the first path that does not exist, before anything heavy is loaded."""
+def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:
+    """Raise OptionError for the first path that does not exist, before anything heavy is loaded.
+
+    folders: how to get a file; if it is given, folders are refused too.
+    """
     for path in paths:
         if not path.exists():
-            raise OptionError(f"{option} {path}: no such file")
+            raise OptionError(f"{option} {path}: no such file. Give the path of an existing one")
+        if folders is not None and path.is_dir():
+            inside = next((file.name for file in sorted(path.glob("*.safetensors"))), None)
+            example = f", such as {path / inside}" if inside is not None else f" ({folders})"
+            raise OptionError(f"{option} {path}: is a folder. Give the files in it{example}")
 
 
 def _warn_of_surplus(files: Sequence[Path] | None, multipliers: Sequence[float], option: str) -> None:
@@ -262,4 +272,6 @@ def multipliers_for(files: Sequence[Path], multipliers: Sequence[float], option:
     for value in multipliers:
         if not math.isfinite(value):
             raise OptionError(f"{option} {value}: give a finite number")
+        if abs(value) > MOST_MULTIPLIER:
+            raise OptionError(f"{option} {value:g}: give at most {MOST_MULTIPLIER}; 0 to 2 are usual")
     return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))

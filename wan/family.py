@@ -18,7 +18,7 @@ from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
-from modules.devices import dtype_name, dtype_named
+from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
 from modules.options import NO_OPTIONS, require
@@ -461,7 +461,7 @@ def _vae_settings(
     default_dtype: torch.dtype | None,
 ) -> Mapping[str, Any]:
     vae = options.vae
-    dtype = default_dtype if vae.vae_dtype is None else dtype_named(vae.vae_dtype, "--vae_dtype")
+    dtype = choose_compute_dtype(vae.vae_dtype, "--vae_dtype", None) or default_dtype
     return {"vae_dtype": dtype, "vae_cache_cpu": options.vae_cache_cpu, "vae_tile": vae.tile}
 
 

@@ -6,7 +6,16 @@ from pathlib import Path
 
 from modules.command import as_typed
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, IDENTITY, NO_PIXELS, OF_DECODING, OF_REQUEST
+from modules.options import (
+    FREE,
+    HABIT,
+    IDENTITY,
+    NO_PIXELS,
+    OF_DECODING,
+    OF_REQUEST,
+    check_at_least,
+    check_at_most,
+)
 from modules.vae_options import VaeOptions, add_vae_arguments
 from wan.configs import TASKS
 
@@ -76,6 +85,11 @@ class WanGenerationOptions:
     mixed_precision_transformer: bool
     text_as_image_tokens: bool
     i2v_extra_noise: float | None
+
+    def __post_init__(self) -> None:
+        usual = "0.02 to 0.04 are usual"
+        check_at_least("--i2v_extra_noise", self.i2v_extra_noise, 0, usual)
+        check_at_most("--i2v_extra_noise", self.i2v_extra_noise, 10, usual)
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,10 @@ class LogOptions:
     log_config: bool
 
     def __post_init__(self) -> None:
+        if self.logging_dir is not None and self.logging_dir.is_file():
+            raise OptionError(
+                f"--logging_dir {self.logging_dir}: is a file; give a folder, it will be created"
+            )
         if self.log_with in {"tensorboard", "all"} and self.logging_dir is None:
             raise OptionError(
                 f"--log_with {self.log_with} needs --logging_dir: the folder for TensorBoard's files"
