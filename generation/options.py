@@ -36,6 +36,7 @@ from networks.options import (
     LoraPatternOptions,
     add_lora_arguments,
     add_lora_pattern_arguments,
+    check_output_file,
     require_files,
 )
 
@@ -211,6 +212,8 @@ class GenerationOptions:
             raise OptionError("--from_file and --interactive cannot be used together: give one of them")
         if self.latent_path and (self.from_file is not None or self.interactive):
             raise OptionError("--latent_path only decodes: leave out --from_file and --interactive")
+        if self.save_merged_model is not None:
+            check_output_file("--save_merged_model", self.save_merged_model)
         if self.latent_path and self.output.keeps_latents:
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "

@@ -311,9 +311,19 @@ def _kind_of(option: LineOption) -> type:
     return int if option.read in (_leading_whole, _steps) else str
 
 
+# how files begin that were saved in place of another one: a Git LFS pointer, a web page
+_NO_PROMPTS = re.compile(r"\s*(version https://git-lfs|<!doctype html|<html)", re.IGNORECASE)
+
+
 def _read_text(path: Path, option: str) -> str:
     try:
-        return read_text(path)
+        text = read_text(path)
+        if _NO_PROMPTS.match(text):
+            raise OptionError(
+                f"{option} {path}: the file is a web page or a Git LFS pointer, not a list of prompts. "
+                "Download it again"
+            )
+        return text
     except OSError as error:
         raise OptionError(f"{option} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -53,7 +53,9 @@ from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, UserError
+from modules.offload.swap_plan import check_swap
 from modules.planning.memory_plan import comparison, room_on, too_little
+from networks.fitting import check_loras_fit
 from networks.merge import LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)
@@ -166,6 +168,8 @@ def do(family: Family, options: GenerationOptions) -> None:
         decode_files(run, options.latent_path)
         return
     check_models(run)
+    for file in family.dit_files:
+        check_loras_fit(file, uses)
     if options.from_file is not None:
         make_from_file(run, options.from_file)
     elif options.interactive:
@@ -206,6 +210,10 @@ def check_models(run: GenerationRun) -> None:
         placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
     )
     run.family.check_files(media=run.options.output.decodes)
+    run.family.check_given_files()
+    counts = run.family.block_counts()
+    if counts:
+        check_swap(run.family.dit, run.options.speed.swap.number, counts)
 
 
 def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:

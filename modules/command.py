@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
             if is_value and not word.startswith("--"):
                 message = f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
             else:
-                message = f"Unknown option {name}.{_hint('--' + name.lstrip('-'), flags)}"
+                message = f"Unknown option {name}.{did_you_mean('--' + name.lstrip('-'), flags)}"
             said[message] = None
         if said:
             self.error(" ".join(said))
@@ -152,7 +152,7 @@ class Parser(argparse.ArgumentParser):
             choices = [str(choice) for choice in action.choices]
             shown = _one_line(str(value))
             raise argparse.ArgumentError(
-                action, f"{shown} is no choice. Use {', '.join(choices)}.{_hint(str(value), choices)}"
+                action, f"{shown} is no choice. Use {', '.join(choices)}.{did_you_mean(str(value), choices)}"
             )
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
@@ -176,15 +176,10 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def _hint(given: str, known: Iterable[str]) -> str:
-    near = nearest(given, known)
-    return f" Did you mean {near}?" if near is not None else ""
-
-
-def nearest(given: str, known: Iterable[str]) -> str | None:
-    """Return the known name that was probably meant; None if none is similar."""
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return " Did you mean NAME?" with the most similar name; empty if none is similar."""
     near = difflib.get_close_matches(given[:MOST_OF_WORD], list(known), 1)
-    return near[0] if near else None
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def as_typed(words: Sequence[str]) -> str:

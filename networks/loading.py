@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
+from modules.command import did_you_mean
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.deltas import find_fault, group_by_module, rank_of
@@ -24,6 +25,7 @@ from networks.names.layouts import FamilyNames
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
+OWN_MODULES = ("networks.lora", "networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack")
 SHOWN = 6  # names listed in a message
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 # where diffusers keeps the adapter's settings among a file's metadata
@@ -217,8 +219,8 @@ def import_network_module(name: str) -> ModuleType:
         module = importlib.import_module(name)
     except ImportError as error:
         raise OptionError(
-            f"--network_module {name} cannot be imported: {error}. Install the package, or use "
-            "networks.lora_wan or networks.lora."
+            f"--network_module {name} cannot be imported: {error}."
+            f"{did_you_mean(name, OWN_MODULES)} Install the package, or use one of {', '.join(OWN_MODULES)}."
         ) from error
     except Exception as error:  # the module may run any code of its own
         raise OptionError(

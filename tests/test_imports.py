@@ -24,8 +24,8 @@ MAY_IMPORT = {
 FLOORS = {
     "modules": (
         {"control_codes", "errors", "flow", "seeds", "text_files"},
-        {"atomic_write", "command", "devices", "environment", "fp8", "options", "vae_options"},
-        {"attention", "compile_options", "layers", "media"},
+        {"atomic_write", "command", "devices", "environment", "fp8", "options"},
+        {"attention", "compile_options", "layers", "media", "vae_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
@@ -56,7 +56,7 @@ FLOORS = {
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"options", "validation"},
-        {"dressing", "loop", "metadata", "resuming", "unused_options"},
+        {"dressing", "early_checks", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
         {"run"},
     ),

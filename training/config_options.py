@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.command import nearest
+from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
 from modules.options import int_or_float
 from modules.text_files import parse_toml, read_text
@@ -89,10 +89,10 @@ def _single(path: Path, action: argparse.Action, value: Any) -> Any:
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         raise _wrong(path, action, value) from None
     if action.choices is not None and converted not in action.choices:
-        near = nearest(str(converted), map(str, action.choices))
+        choices = [str(choice) for choice in action.choices]
         raise OptionError(
-            f"{path}: {action.dest} = {value!r}: choose from {', '.join(map(str, action.choices))}"
-            f"{f'. Did you mean {near}?' if near else ''}"
+            f"{path}: {action.dest} = {value!r}: choose from {', '.join(choices)}."
+            f"{did_you_mean(str(converted), choices)}"
         )
     return converted
 

@@ -109,6 +109,13 @@ class Wan:
 
     # encoding
 
+    def check_given_files(self) -> None:
+        """Check every file that an option names, needed or not. Loads nothing."""
+        self.files.check_encoders()
+        self.files.check_tokenizer()
+        if self.files.dit is not None:
+            self._check_dit()
+
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return umT5; its file is opened when it is loaded."""
         return [WanTextEncoder(self.files.t5_path, self.files.t5_tokenizer, self.t5_in_fp8)]
@@ -188,6 +195,10 @@ class Wan:
         """Path of the transformer's checkpoint, checked against --task."""
         self._check_dit()
         return (self.files.dit_path,)
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the number of blocks; the file's header says it."""
+        return (self.files.dit_header().config.num_layers,)
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""

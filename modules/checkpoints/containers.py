@@ -86,12 +86,12 @@ def open_file(path: Path) -> TensorFile:
         if start[:4] == ZIP or start[:1] == PICKLE:
             return TorchFile(path)
         if is_pointer_or_page(start):
-            raise CheckpointError(f"{path} {_describe_kind(start)}", path)
+            raise CheckpointError(f"{path} {describe_kind(start)}", path)
         if path.suffix in {".safetensors", ".sft"}:
             return SafetensorsFile(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
-    raise CheckpointError(f"{path} {_describe_kind(start)}", path)
+    raise CheckpointError(f"{path} {describe_kind(start)}", path)
 
 
 def is_pointer_or_page(start: bytes) -> bool:
@@ -99,7 +99,8 @@ def is_pointer_or_page(start: bytes) -> bool:
     return start.startswith(LFS_POINTER) or start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
 
 
-def _describe_kind(start: bytes) -> str:
+def describe_kind(start: bytes) -> str:
+    """Return what a file that begins so is instead of a model, and what to do."""
     if start.startswith(b"GGUF"):
         return "is a GGUF file, which is not supported. Give the safetensors file of the same model."
     if start.startswith(LFS_POINTER):
@@ -256,7 +257,7 @@ def load_pickled(path: Path) -> Any:
     try:
         is_zip = start[:4] == ZIP
         if start and not is_zip and start[:1] != PICKLE:
-            raise CheckpointError(f"{path} {_describe_kind(start)}", path)
+            raise CheckpointError(f"{path} {describe_kind(start)}", path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the pickle protocol, of no use to a user
             # the older format cannot be mapped

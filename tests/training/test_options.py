@@ -210,7 +210,9 @@ def test_a_mistyped_key_of_the_config_file_is_an_error_with_the_nearest_name(tmp
     file = tmp_path / "c.toml"
     file.write_text("max_train_step = 5")
 
-    with pytest.raises(OptionError, match=r"c\.toml: no option is called max_train_step\. .*max_train_steps\?"):
+    with pytest.raises(
+        OptionError, match=r"c\.toml: no option is called max_train_step\. .*max_train_steps\?"
+    ):
         options("--config_file", str(file))
 
 

@@ -25,6 +25,11 @@ class LogOptions:
             raise OptionError(
                 f"--logging_dir {self.logging_dir}: is a file; give a folder, it will be created"
             )
+        if self.log_tracker_config is not None and not self.log_tracker_config.is_file():
+            raise OptionError(
+                f"--log_tracker_config {self.log_tracker_config}: no such file; give a TOML file with a "
+                "table [wandb] or [tensorboard]"
+            )
         if self.log_with in {"tensorboard", "all"} and self.logging_dir is None:
             raise OptionError(
                 f"--log_with {self.log_with} needs --logging_dir: the folder for TensorBoard's files"
