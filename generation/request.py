@@ -13,7 +13,7 @@ from generation.prompt_lines import SEED_BITS, text_to_seed
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
-from modules.errors import OptionError
+from modules.errors import MediaError, OptionError
 from modules.options import check_seed, show_number
 from modules.text_files import bad_character
 
@@ -102,7 +102,27 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     """
     prepared = family.prepare(make_request(options.request, overrides))
     check_guidance(prepared, options.guidance)
+    check_media(prepared.asked)
     return prepared
+
+
+def check_media(request: Request) -> None:
+    """Raise OptionError if an image or a video cannot be opened. Reads headers, and a frame of a video."""
+    from modules.media.reading import image_size, video_info
+
+    for name in ("image_path", "end_image_path", "control_path", "video_path"):
+        path = getattr(request, name)
+        if path is None or not path.exists():  # which the family has checked
+            continue
+        is_image = name in {"image_path", "end_image_path"}
+        try:
+            if is_image:
+                image_size(path)
+            else:
+                video_info(path)
+        except MediaError as error:
+            kind = "an image file" if is_image else "a video, or a folder of images"
+            raise OptionError(f"--{name}: {error}. Give {kind}.") from None
 
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:

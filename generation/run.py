@@ -101,11 +101,11 @@ class Failures:
             is_known = isinstance(error, (UserError, torch.OutOfMemoryError))
             logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
 
-    def raise_if_any(self, total: int) -> None:
-        """Raise UserError listing what failed."""
+    def raise_if_any(self, total: int, where: str = "") -> None:
+        """Raise UserError listing what failed. where: begins the message, as "prompts.txt: "."""
         if self.reasons:
             lines = "\n".join(f"  {label}: {reason}" for label, reason in self.reasons.items())
-            raise UserError(f"{len(self.reasons)} of {total} failed:\n{lines}")
+            raise UserError(f"{where}{len(self.reasons)} of {total} failed:\n{lines}")
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ class GenerationRun:
             prepared, self.family.metadata, loras, self.options.settings, self.session.device.type
         )
 
-    def read_line(self, line: str) -> Mapping[str, Any]:
-        """Parse a prompt line. Raises OptionError."""
-        return parse_generation_line(line, self.options.line_options)
+    def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
+        """Parse a prompt line. where: names it in warnings. Raises OptionError."""
+        return parse_generation_line(line, self.options.line_options, where)
 
 
 def generate(family: Family, options: GenerationOptions) -> None:
@@ -235,11 +235,11 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
         for number, line in lines:
             # a wrong model file is wrong for every line
             with failures.note_errors(label := f"line {number}", fatal=CheckpointError):
-                jobs.append(make_job(run, label, run.read_line(line)))
+                jobs.append(make_job(run, label, run.read_line(line, f"{path}, {label}")))
     if jobs:
         tell_unused_strength(run.options.request.strength, jobs)
         make(run, jobs, failures)
-    failures.raise_if_any(len(lines))
+    failures.raise_if_any(len(lines), f"{path}: ")
 
 
 def converse(run: GenerationRun) -> None:

@@ -151,6 +151,9 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             shown = _one_line(str(value))
+            reason = getattr(action, "refused", {}).get(value)  # from `refuse_value`
+            if reason is not None:
+                raise argparse.ArgumentError(action, f"{value}: {reason}. Use {', '.join(choices)}.")
             raise argparse.ArgumentError(
                 action, f"{shown} is no choice. Use {', '.join(choices)}.{did_you_mean(str(value), choices)}"
             )

@@ -180,6 +180,12 @@ def add_unsupported(
     action.harmless = (action.default, *harmless)  # type: ignore[attr-defined]
 
 
+def refuse_value(action: argparse.Action, *values: str, reason: str) -> None:
+    """Have `Parser` say why these values are not among the choices of an option."""
+    known = getattr(action, "refused", {})
+    action.refused = {**known, **dict.fromkeys(values, reason)}  # type: ignore[attr-defined]
+
+
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise OptionError if an option declared by `add_unsupported` is used."""
     for action in parser._actions:

@@ -15,9 +15,12 @@ from modules.options import (
     OF_REQUEST,
     check_at_least,
     check_at_most,
+    refuse_value,
 )
 from modules.vae_options import VaeOptions, add_vae_arguments
 from wan.configs import TASKS
+
+OF_WAN_2_2 = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "s2v-14B", "animate-14B")
 
 
 @dataclass(frozen=True)
@@ -161,9 +164,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_dit(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    task = group.add_argument(
         "--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults"
     )
+    refuse_value(task, *OF_WAN_2_2, reason="a task of Wan2.2, which is not built yet")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     group.add_argument(
         "--mixed_precision_transformer",
