@@ -14,7 +14,7 @@ from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
 from modules.errors import MediaError, OptionError
-from modules.options import check_seed, show_number
+from modules.options import check_seed, show_number, to_path
 from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
 
     def path(name: str) -> Path | None:
         value = None if name in options.extras else line.get(name, getattr(options, name))
-        return None if value is None or str(value) == "" else Path(value).expanduser()
+        return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
     request = Request(
         prompt=line.get("prompt", options.prompt) or "",

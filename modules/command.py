@@ -21,6 +21,7 @@ from modules.control_codes import escape_control_codes, shorten, shorten_lines
 from modules.errors import CheckpointError, UserError
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
+MOST_LINES = 3  # of a message; a hint below it is one of them
 MOST_OF_LINE = 2000  # characters of a line of a message
 MOST_OF_WORD = 240  # characters of a typed word in a message
 # type of an option -> what it takes, in words
@@ -79,7 +80,8 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
         main()
     except UserError as error:
         print(plain_message(f"{type(error).__name__}: {error}", sys.argv), file=sys.stderr)
-        if isinstance(error, CheckpointError) and error.path is not None and explain is not None:
+        has_room = len(str(error).splitlines()) < MOST_LINES
+        if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
             if hint and hint not in str(error):
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)

@@ -9,12 +9,14 @@ import argparse
 import ast
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.text_files import bad_character
 
@@ -22,6 +24,7 @@ T = TypeVar("T")
 
 MOST = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
 UNBOUNDED = {"seed"}
+MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
 
 # Facts of a field, for `field(metadata=...)`; one that holds a record passes its own on to all options in it.
 IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
@@ -125,6 +128,20 @@ def _check_characters(option: str, value: Any) -> None:
             )
 
 
+def to_path(option: str, text: str) -> Path:
+    """Return the path with `~` resolved. Raises OptionError for a name that no file can have."""
+    path = Path(text)
+    longest = max(len(os.fsencode(part)) for part in (*path.parts, ""))
+    if longest > MOST_OF_NAME or len(text) > MOST_OF_PATH:
+        raise OptionError(
+            f"{option} {shorten(text, 80)!r}: no file has so long a name. Give the path of a file"
+        )
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise OptionError(f"{option} {path}: there is no such user. Write the path out") from None
+
+
 def _check_numbers(option: str, value: Any) -> None:
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(number, (int, float)) or option in UNBOUNDED:
@@ -152,7 +169,7 @@ def _convert(value: Any, hint: Any, option: str) -> Any:
         if kind is Path:
             if not str(value):
                 raise OptionError(f"--{option} is empty: give a path, or leave the option out")
-            return Path(value).expanduser()
+            return to_path(f"--{option}", str(value))
         if typing.get_origin(kind) is tuple:
             items = value if isinstance(value, (list, tuple)) else [value]
             return tuple(_convert(item, typing.get_args(kind)[0], option) for item in items)

@@ -2,8 +2,9 @@
 
 import importlib
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -27,6 +28,8 @@ from networks.peft_patterns import PeftPatterns
 logger = getLogger(__name__)
 OWN_MODULES = ("networks.lora", "networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack")
 SHOWN = 6  # names listed in a message
+# in a name of every kind of network beside a model, read here or not
+_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_b)?$|norm$")
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
@@ -68,6 +71,10 @@ def read_lora(path: Path) -> LoraFile:
     Raises CheckpointError if it is missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
+        kind = other_kind(checkpoint.tensors)
+        # a whole model is told by its names, before gigabytes are read
+        if kind is None and not any(_OF_NETWORKS.search(name) for name in checkpoint.tensors):
+            raise _no_lora(path, checkpoint.tensors)
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
     if path.is_file() and is_damaged(path, stored, metadata):
@@ -75,7 +82,6 @@ def read_lora(path: Path) -> LoraFile:
             f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
             path,
         )
-    kind = other_kind(stored)
     if kind is not None:
         raise CheckpointError(
             f"{path} is a network of the kind {kind[0]}, which is not supported: it has {kind[1]}.\n"
@@ -85,12 +91,7 @@ def read_lora(path: Path) -> LoraFile:
     made = read_family(metadata)
     native = to_native(stored, None if made is None else made.name)
     if not native.tensors:
-        raise CheckpointError(
-            f"{path} is no LoRA for a video model: it has tensors such as {list_some(sorted(stored), 3)}. "
-            "Give "
-            "a LoRA file.",
-            path,
-        )
+        raise _no_lora(path, stored)
     if native.text_encoder:
         logger.warning(
             f"{path}: {len(native.text_encoder)} tensors change a text encoder and are ignored: "
@@ -117,6 +118,14 @@ def read_lora(path: Path) -> LoraFile:
     use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
     logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
     return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
+
+
+def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no LoRA for a video model: it has tensors such as {list_some(sorted(names), 3)}. Give a "
+        "LoRA file.",
+        path,
+    )
 
 
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.options import int_or_float
+from modules.options import int_or_float, to_path
 from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     warning: it may be another tool's. Raises UserError if the file is missing or is not TOML, OptionError if
     a key is a mistyped option, or if a value has a wrong type or is not one of the choices.
     """
-    path = Path(name if name.endswith(".toml") else f"{name}.toml").expanduser()
+    path = to_path("--config_file", name if name.endswith(".toml") else f"{name}.toml")
     actions = {
         action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}
     }
