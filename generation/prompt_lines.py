@@ -337,8 +337,10 @@ def _read_text(path: Path, option: str) -> str:
             )
         return text
     except OSError as error:
-        raise OptionError(f"{option} {path}: {error.strerror or error}") from None
+        reason = "is a folder" if path.is_dir() else error.strerror or error
+        raise OptionError(f"{option} {path}: {reason}. Give a text file with a prompt on each line") from None
     except UnicodeDecodeError as error:
         raise OptionError(
-            f"{option} {path}: the file is not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{option} {path}: the file is not UTF-8 text ({error.reason} at byte {error.start}). Save it as "
+            "UTF-8"
         ) from None

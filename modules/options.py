@@ -258,7 +258,7 @@ def int_or_float(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps and not a fraction from 0 to 1")
     if text.endswith("%") or value < 1:
         if value > 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run")
+            raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run: give at most 100%")
         return value if value else 0
     if value != int(value):
         raise argparse.ArgumentTypeError(

@@ -238,6 +238,6 @@ def import_network_module(name: str) -> ModuleType:
     if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
         raise OptionError(
             f"--network_module {name} offers neither create_arch_network nor create_network, so it builds no "
-            "network"
+            f"network. Use another module, such as one of {', '.join(OWN_MODULES)}"
         )
     return module

@@ -67,7 +67,9 @@ class NetworkOptions:
                 f"--scale_weight_norms {self.scale_weight_norms}: give a positive norm, or leave it out"
             )
         if self.base_weights_multiplier and not self.base_weights:
-            raise OptionError("--base_weights_multiplier is given without --base_weights")
+            raise OptionError(
+                "--base_weights_multiplier is given without --base_weights: give both, or leave it out"
+            )
         self.arguments()
         _warn_of_surplus(self.base_weights, self.base_weights_multiplier or (), "--base_weights_multiplier")
         require_files("--network_weights", [self.network_weights] if self.network_weights else [])
@@ -292,7 +294,7 @@ def refuse_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
         is_same = output.resolve() == path.resolve()
         if is_same or (output.exists() and path.exists() and output.samefile(path)):
             raise OptionError(
-                f"{option} {output} is {path}, which is read and would be lost. Give a new name."
+                f"{option} {output} is the file that is read, {path}, which would be lost. Give a new name."
             )
 
 

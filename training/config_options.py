@@ -55,6 +55,11 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--config_file {path}: cannot be read ({error.strerror}). Give the path of a TOML file."
         ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--config_file {path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it "
+            "as UTF-8."
+        ) from None
     except ValueError as error:
         raise UserError(f"--config_file {path} is not valid TOML: {error}") from None
 

@@ -36,7 +36,7 @@ class WanFiles:
     def add_release(self, folder: Path) -> "WanFiles":
         """Return these files; those that are not given come from the official release's folder."""
         if not folder.is_dir():
-            raise OptionError(f"--ckpt_dir {folder}: no such folder")
+            raise OptionError(f"--ckpt_dir {folder}: no such folder. Give that of the official release")
         found = {
             key: folder / name
             for key, name in RELEASE.items()

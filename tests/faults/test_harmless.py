@@ -207,7 +207,7 @@ def test_a_file_is_not_converted_or_merged_onto_itself(
             *rest, options[0], original.name, option, through(kind, original), folder=folder
         )
 
-        assert_one_message(code, said, option, "which is read and would be lost. Give a new name.")
+        assert_one_message(code, said, option, "would be lost. Give a new name.")
         assert original.read_bytes() == before
 
 

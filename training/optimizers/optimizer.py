@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def make_optimizer(
     elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
         logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: 1 is usual.")
     described = ",".join(f"{key}={value}" for key, value in arguments.items())
-    _check_arguments(kind, arguments)
+    check_arguments("--optimizer_args", kind, arguments, {"params"})
     try:
         optimizer = kind(groups, lr=rate, **arguments)
     except Exception as error:  # whatever a class makes of arguments that it does not take
@@ -71,19 +71,27 @@ def make_optimizer(
     return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({described})" if described else "")
 
 
-def _check_arguments(kind: Callable[..., Optimizer], arguments: Mapping[str, Any]) -> None:
-    """Raise OptionError for an argument that the class does not have, naming the nearest."""
-    parameters = inspect.signature(kind).parameters
+def check_arguments(
+    option: str, kind: Callable[..., Any], arguments: Mapping[str, Any], given: Container[str]
+) -> None:
+    """Raise OptionError for an argument that a class does not have, naming the nearest.
+
+    given: names of arguments that are not the option's.
+    """
+    try:
+        parameters = inspect.signature(kind).parameters
+    except (ValueError, TypeError):  # of compiled code that does not tell
+        return
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return
-    known = [name for name in parameters if name not in {"params", "lr"}]
+    known = [name for name in parameters if name not in given and name != "lr"]
     for key, value in arguments.items():
         if key in known:
             continue
         if key == "lr":
-            raise OptionError("--optimizer_args lr: give the learning rate to --learning_rate")
+            raise OptionError(f"{option} lr: give the learning rate to --learning_rate")
         raise OptionError(
-            f"--optimizer_args {key}={value}: {kind.__name__} has no such argument."
+            f"{option} {key}={value}: {getattr(kind, '__name__', kind)} has no such argument."
             f"{did_you_mean(key, known)} Use some of {', '.join(known)}."
         )
 
