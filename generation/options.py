@@ -36,6 +36,7 @@ from networks.options import (
     LoraPatternOptions,
     add_lora_arguments,
     add_lora_pattern_arguments,
+    check_output_file,
     require_files,
 )
 
@@ -212,13 +213,17 @@ class GenerationOptions:
             raise OptionError("--from_file and --interactive cannot be used together: give one of them")
         if self.latent_path and (self.from_file is not None or self.interactive):
             raise OptionError("--latent_path only decodes: leave out --from_file and --interactive")
+        if self.save_merged_model is not None:
+            check_output_file("--save_merged_model", self.save_merged_model)
         if self.latent_path and self.output.keeps_latents:
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
                 "Use video or images"
             )
+        if self.request.prompt is not None and not self.request.prompt.strip():
+            raise OptionError("--prompt is empty: say what the video should show, or leave the option out")
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
-        require_files("--latent_path", self.latent_path or ())
+        require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
 
 
 def read_generation(

@@ -55,7 +55,9 @@ from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, UserError
+from modules.offload.swap_plan import check_swap
 from modules.planning.memory_plan import comparison, room_on, too_little
+from networks.fitting import check_loras_fit
 from networks.merge import LoraUse, lora_uses, merge_into_file
 
 logger = logging.getLogger(__name__)
@@ -101,11 +103,11 @@ class Failures:
             is_known = isinstance(error, (UserError, torch.OutOfMemoryError))
             logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
 
-    def raise_if_any(self, total: int) -> None:
-        """Raise UserError listing what failed."""
+    def raise_if_any(self, total: int, where: str = "") -> None:
+        """Raise UserError listing what failed. where: begins the message, as "prompts.txt: "."""
         if self.reasons:
             lines = "\n".join(f"  {label}: {reason}" for label, reason in self.reasons.items())
-            raise UserError(f"{len(self.reasons)} of {total} failed:\n{lines}")
+            raise UserError(f"{where}{len(self.reasons)} of {total} failed:\n{lines}")
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,9 @@ class GenerationRun:
             for path, strength in zip(lora.lora_weight or (), lora.multipliers(), strict=True)
         ]
 
-    def read_line(self, line: str) -> Mapping[str, Any]:
-        """Parse a prompt line. Raises OptionError."""
-        return parse_generation_line(line, self.options.line_options)
+    def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
+        """Parse a prompt line. where: names it in warnings. Raises OptionError."""
+        return parse_generation_line(line, self.options.line_options, where)
 
 
 def generate(family: Family, options: GenerationOptions) -> None:
@@ -173,6 +175,8 @@ def do(family: Family, options: GenerationOptions) -> None:
         decode_files(run, options.latent_path)
         return
     check_models(run)
+    for file in family.dit_files:
+        check_loras_fit(file, uses)
     if options.from_file is not None:
         make_from_file(run, options.from_file)
     elif options.interactive:
@@ -202,6 +206,10 @@ def check_models(run: GenerationRun) -> None:
         placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
     )
     run.family.check_files(media=run.options.output.decodes)
+    run.family.check_given_files()
+    counts = run.family.block_counts()
+    if counts:
+        check_swap(run.family.dit, run.options.speed.swap.number, counts)
 
 
 def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:
@@ -223,11 +231,11 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
         for number, line in lines:
             # a wrong model file is wrong for every line
             with failures.note_errors(label := f"line {number}", fatal=CheckpointError):
-                jobs.append(make_job(run, label, run.read_line(line)))
+                jobs.append(make_job(run, label, run.read_line(line, f"{path}, {label}")))
     if jobs:
         tell_unused_strength(run.options.request.strength, jobs)
         make(run, jobs, failures)
-    failures.raise_if_any(len(lines))
+    failures.raise_if_any(len(lines), f"{path}: ")
 
 
 def converse(run: GenerationRun) -> None:

@@ -112,6 +112,13 @@ class HunyuanVideo:
 
     # encoding
 
+    def check_given_files(self) -> None:
+        """Check every file that an option names, needed or not. Loads nothing."""
+        if self.files.dit is not None:
+            self._check_dit()
+            self.files.check_encoders()
+        self.files.check_given()
+
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
         files = self.files.encoders
@@ -175,6 +182,11 @@ class HunyuanVideo:
                 f"{'the SkyReels V1 image-to-video' if channels == LATENT.channels else 'a text-to-video'} "
                 "checkpoint to --dit."
             )
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the numbers of double and of single blocks; the file's header says them."""
+        config = self.files.dit_header().config
+        return config.double_blocks, config.single_blocks
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""

@@ -11,7 +11,7 @@ from hunyuan_model.configs import SKIP_LAYERS
 from modules.attention.options import add_split_argument
 from modules.command import as_typed
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, check_at_least
+from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, check_at_least, check_at_most
 from modules.vae_options import VaeOptions, add_vae_arguments
 
 INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
@@ -25,9 +25,9 @@ class HunyuanVaeOptions:
     vae_chunk_size: int | None = field(metadata=NO_PIXELS)
 
     def __post_init__(self) -> None:
-        check_at_least(
-            "--vae_chunk_size", self.vae_chunk_size, 1, "the number of frames that a layer computes at a time"
-        )
+        frames = "the number of frames that a layer computes at a time"
+        check_at_least("--vae_chunk_size", self.vae_chunk_size, 1, frames)
+        check_at_most("--vae_chunk_size", self.vae_chunk_size, 100_000, frames)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modules.control_codes import escape_control_codes
+from modules.control_codes import escape_control_codes, shorten, shorten_lines
 from modules.errors import CheckpointError, UserError
 from modules.installation import check_requirements
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
+MOST_LINES = 3  # of a message; a hint below it is one of them
+MOST_OF_LINE = 2000  # characters of a line of a message
+MOST_OF_WORD = 240  # characters of a typed word in a message
+# type of an option -> what it takes, in words
+NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
+_JOINED = re.compile(r"(\d+)[x*×,:](\d+)", re.IGNORECASE)  # 480x832
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -106,15 +112,32 @@ def command_line(
             check_requirements()
         main()
     except UserError as error:
-        print(escape_control_codes(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        if isinstance(error, CheckpointError) and error.path is not None and explain is not None:
+        print(plain_message(f"{type(error).__name__}: {error}", sys.argv), file=sys.stderr)
+        has_room = len(str(error).splitlines()) < MOST_LINES
+        if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
             if hint and hint not in str(error):
-                print(escape_control_codes(f"  {error.path.name}: {hint}."), file=sys.stderr)
+                print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def plain_message(text: str, typed: Sequence[str] = ()) -> str:
+    """Return a message as a console can show it: control codes are written out, long lines shortened.
+
+    typed: words of the command line; in the message each is one line, and a long one is shortened.
+    """
+    for word in typed:
+        for part in (word, word.partition("=")[2]):
+            if len(part) > MOST_OF_WORD or "\n" in part:
+                text = text.replace(part, _one_line(part))
+    return shorten_lines(escape_control_codes(text), MOST_OF_LINE)
+
+
+def _one_line(word: str) -> str:
+    return shorten(word, MOST_OF_WORD).replace("\n", "\\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,6 +161,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         if not {"-h", "--help"} & set(words):
             self._refuse_unknown(words)
+            self._refuse_joined(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
             self.error(f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes.")
@@ -145,9 +169,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, without the list of all options."""
-        self.exit(
-            2, f"{self.prog}: error: {escape_control_codes(message)}\n{self.prog} --help lists all options\n"
-        )
+        message = plain_message(message.replace("\n", "\\n"), sys.argv)
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         flags = {flag: action for action in self._actions for flag in action.option_strings}
@@ -164,7 +187,7 @@ class Parser(argparse.ArgumentParser):
             if is_value and not word.startswith("--"):
                 message = f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
             else:
-                message = f"Unknown option {name}.{_hint('--' + name.lstrip('-'), flags)}"
+                message = f"Unknown option {name}.{did_you_mean('--' + name.lstrip('-'), flags)}"
             said[message] = None
         if said:
             self.error(" ".join(said))
@@ -172,13 +195,38 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
+            shown = _one_line(str(value))
+            reason = getattr(action, "refused", {}).get(value)  # from `refuse_value`
+            if reason is not None:
+                raise argparse.ArgumentError(action, f"{value}: {reason}. Use {', '.join(choices)}.")
             raise argparse.ArgumentError(
-                action, f"{value} is no choice. Use {', '.join(choices)}.{_hint(str(value), choices)}"
+                action, f"{shown} is no choice. Use {', '.join(choices)}.{did_you_mean(str(value), choices)}"
             )
 
+    def _refuse_joined(self, words: Sequence[str]) -> None:
+        """Say how to write two numbers if they are typed as one word: 480x832."""
+        pairs = {flag for action in self._actions if action.nargs == 2 for flag in action.option_strings}
+        for before, word in pairwise(words):
+            found = _JOINED.fullmatch(word)
+            if before in pairs and found is not None:
+                self.error(f"{before} {word}: give two numbers: {before} {found[1]} {found[2]}")
 
-def _hint(given: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(known), 1)
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Convert a word as argparse does, but say in plain words what an option takes."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if action.type not in NUMBERS:
+                raise
+        example = action.default if type(action.default) in NUMBERS else 1
+        raise argparse.ArgumentError(
+            action, f"{_one_line(arg_string)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
+        )
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return " Did you mean NAME?" with the most similar name; empty if none is similar."""
+    near = difflib.get_close_matches(given[:MOST_OF_WORD], list(known), 1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
@@ -231,7 +279,7 @@ class _LineFormatter(logging.Formatter):
         draw: Callable[[bool, bool], str] | None = getattr(record, "draw", None)
         if draw is not None and self._boxes:
             return draw(self._colour, self._unicode)
-        line = escape_control_codes(super().format(record))
+        line = shorten_lines(escape_control_codes(super().format(record)), MOST_OF_LINE)
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
         start = self._colours.get(record.levelno) if self._colour else None

@@ -8,12 +8,23 @@ from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
 
+from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.lora_layer import Dropouts
 
 logger = getLogger(__name__)
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
+SETTINGS = (
+    "conv_dim",
+    "conv_alpha",
+    "rank_dropout",
+    "module_dropout",
+    "include_patterns",
+    "exclude_patterns",
+    "loraplus_lr_ratio",
+    "verbose",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,10 @@ def read_settings(
         verbose=str(rest.pop("verbose", False)) == "True",
     )
     for key in rest:
-        logger.warning(f"--network_args {key} is ignored because this network has no such setting")
+        logger.warning(
+            f"--network_args {key} is ignored because this network has no such setting."
+            f"{did_you_mean(key, SETTINGS)}"
+        )
     return settings
 
 
@@ -87,7 +101,7 @@ def _number(
 def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
     """Remove a list of regular expressions, or the text of a Python list, from `rest` and return it.
 
-    Warns of invalid expressions.
+    Raises OptionError for an invalid expression.
     """
     given = rest.pop(key, ())
     if isinstance(given, str):
@@ -104,7 +118,8 @@ def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            logger.warning(
-                f"--network_args {key}: {pattern!r} is ignored: it is not a regular expression ({error})"
-            )
+            raise OptionError(
+                f"--network_args {key}: {pattern!r} is not a regular expression ({error}). Correct it, or "
+                "leave it out"
+            ) from None
     return tuple(compiled)

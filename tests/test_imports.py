@@ -26,9 +26,9 @@ FLOORS = {
     "modules": (
         {"control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"text_encodings", "text_files", "version"},
-        {"atomic_write", "devices", "fp8", "installation", "options", "vae_options"},
+        {"atomic_write", "devices", "fp8", "installation", "options"},
         {"command", "console", "environment"},
-        {"attention", "bars", "compile_options", "layers", "media"},
+        {"attention", "bars", "compile_options", "layers", "media", "vae_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
@@ -60,7 +60,7 @@ FLOORS = {
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"options", "validation"},
-        {"dressing", "following", "loop", "metadata", "resuming", "unused_options"},
+        {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
         {"reporting", "summary"},
         {"run"},

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError
-from modules.options import NO_OPTIONS, options_with
+from modules.options import NO_OPTIONS, options_with, to_path
 from training.optimizers.checks import RecordedState, check_like
 from training.optimizers.lr_schedule import Imported, LrSchedule, OwnRates
 from training.optimizers.state import (
@@ -84,7 +84,7 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
     elif options.hub.resume_from_huggingface:
         folder = download_state(saving.resume, options.hub.huggingface_token, saving.output_dir / "resumed")
     else:
-        folder = Path(saving.resume).expanduser()
+        folder = to_path("--resume", saving.resume)
     logger.info("Resuming from %s", folder)
     return read_state(folder)
 

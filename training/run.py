@@ -39,6 +39,7 @@ from networks.merge import LoraPatch, LoraUse
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.shown_timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
+from training.early_checks import check_before_loading
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, read_config, start_job
 from training.loop import TrainingRun, train
@@ -121,6 +122,7 @@ def prepare_run(
     data = find_data(job, config)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
+    check_before_loading(family, options, data.plan.total_steps)
     identity = identity_of(
         options, job.progress.seed, data.order, data.plan, job.network_module, family.options
     )

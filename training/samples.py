@@ -24,6 +24,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from modules.media.writing import write_png, write_video
+from modules.options import to_path
 from training.loss import Autocast
 from training.sample_options import SampleOptions
 
@@ -168,7 +169,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     latent = family.latent
 
     def path(key: str) -> Path | None:
-        return Path(values[key]).expanduser() if values.get(key) else None
+        return to_path(key, str(values[key])) if values.get(key) else None
 
     controls = values.get("control_image_path") or []
     extra = {"one_frame": str(values["one_frame"])} if values.get("one_frame") is not None else {}

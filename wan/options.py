@@ -8,9 +8,21 @@ from typing import Any
 
 from modules.command import as_typed
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, IDENTITY, NO_PIXELS, OF_DECODING, OF_REQUEST
+from modules.options import (
+    FREE,
+    HABIT,
+    IDENTITY,
+    NO_PIXELS,
+    OF_DECODING,
+    OF_REQUEST,
+    check_at_least,
+    check_at_most,
+    refuse_value,
+)
 from modules.vae_options import VaeOptions, add_vae_arguments
 from wan.configs import TASKS
+
+OF_WAN_2_2 = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "s2v-14B", "animate-14B")
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,11 @@ class WanGenerationOptions:
     mixed_precision_transformer: bool
     text_as_image_tokens: bool
     i2v_extra_noise: float | None
+
+    def __post_init__(self) -> None:
+        usual = "0.02 to 0.04 are usual"
+        check_at_least("--i2v_extra_noise", self.i2v_extra_noise, 0, usual)
+        check_at_most("--i2v_extra_noise", self.i2v_extra_noise, 10, usual)
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,9 +166,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_dit(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    task = group.add_argument(
         "--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults"
     )
+    refuse_value(task, *OF_WAN_2_2, reason="a task of Wan2.2, which is not built yet")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     group.add_argument(
         "--mixed_precision_transformer",

@@ -165,6 +165,9 @@ class Encodes(Protocol):
     @property
     def cache_tag(self) -> str: ...  # "wan": at the end of cache file names
 
+    # raises if a file that an option names is missing or of another kind, needed or not; loads nothing
+    def check_given_files(self) -> None: ...
+
     def text_encoders(self) -> Sequence[TextEncoder]: ...
 
     @property
@@ -198,6 +201,9 @@ class Predicts(Protocol):
 
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
+
+    # blocks of each list of `DitSpec.block_lists`, from headers alone; () if these do not tell
+    def block_counts(self) -> tuple[int, ...]: ...
 
     # of the loaded network without autocast; from headers alone
     def compute_dtype(self, placement: Placement) -> torch.dtype: ...

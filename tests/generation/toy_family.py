@@ -164,6 +164,11 @@ class ToyFamily:
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         raise NotImplementedError
 
+    def check_given_files(self) -> None: ...
+
+    def block_counts(self) -> tuple[int, ...]:
+        return ()
+
     @property
     def dit_files(self) -> tuple[Path, ...]:
         return ()

@@ -132,6 +132,11 @@ class ToyFamily:
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         return MediaEncoders(ToyVae())
 
+    def check_given_files(self) -> None: ...
+
+    def block_counts(self) -> tuple[int, ...]:
+        return ()
+
     @property
     def dit_files(self) -> tuple[Path, ...]:
         return ()

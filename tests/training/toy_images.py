@@ -88,6 +88,11 @@ class PictureFamily:
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         return MediaEncoders(MeanVae())
 
+    def check_given_files(self) -> None: ...
+
+    def block_counts(self) -> tuple[int, ...]:
+        return ()
+
     def check_table(self, table: MediaTable) -> None: ...
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:

@@ -59,10 +59,10 @@ def draw(
         if first_sample is None:
             raise ValueError("with num_timestep_buckets the number of the first sample is needed")
         u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
-    shares = _from_uniform(options, low + u * (high - low), noise, flow_shift)
+    shares = shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
     while options.preserve_distribution_shape and not (fits := is_in_range(options, shares, noise)).all():
         shares = torch.where(
-            fits, shares, _from_uniform(options, low + uniform() * (high - low), noise, flow_shift)
+            fits, shares, shares_of_uniform(options, low + uniform() * (high - low), noise, flow_shift)
         )
     return times_at(options, shares, noise)
 
@@ -84,18 +84,10 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     return math.exp(0.5 + (noise.tokens(shape) - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
-def from_uniform(
-    options: TimestepOptions, u: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
-) -> Timesteps:
-    """The timesteps that uniform numbers stand for, through the normal quantiles where the sampler takes
-    those.
-    """
-    return times_at(options, _from_uniform(options, u, noise, find_shift(options, noise, shape)), noise)
-
-
-def _from_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+    """Return `shares_of` uniform numbers: of their normal quantiles if the sampler takes those."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
-    return _shares(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
+    return shares_of(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
 
 
 def takes_normal(options: TimestepOptions) -> bool:
@@ -104,17 +96,11 @@ def takes_normal(options: TimestepOptions) -> bool:
     return by_weighting or options.timestep_sampling in {"sigmoid", "shift", "flux_shift", "logsnr"}
 
 
-def from_numbers(
-    options: TimestepOptions, numbers: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
-) -> Timesteps:
-    """The deterministic part of the samplers. numbers: B, normal where `takes_normal`, else uniform."""
-    return times_at(
-        options, _shares(options, numbers.double(), noise, find_shift(options, noise, shape)), noise
-    )
+def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+    """Return the share of noise t, or the place in the family's table of noise levels: B, float64, 0..1.
 
-
-def _shares(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """The share of noise t, or the place in the family's table of noise levels: B, float64, 0..1."""
+    numbers: B, normal if `takes_normal`, else uniform. flow_shift: from `find_shift`.
+    """
     match options.timestep_sampling:
         case "sigma":
             return _from_table(options, numbers, noise)
@@ -177,7 +163,7 @@ def find_accepted_range(options: TimestepOptions, noise: NoiseSpec, flow_shift: 
     Narrowing u to it leaves few draws to reject.
     """
     u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
-    accepted = u[is_in_range(options, _from_uniform(options, u, noise, flow_shift), noise)]
+    accepted = u[is_in_range(options, shares_of_uniform(options, u, noise, flow_shift), noise)]
     if not len(accepted):
         raise OptionError(
             f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {SCAN} draws of "

@@ -24,6 +24,7 @@ from modules.bars import LINE_EVERY
 from modules.console import in_words
 from modules.errors import OptionError, UserError
 from modules.options import option_name, record_of
+from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
 from training.reports.options import LogOptions
@@ -198,7 +199,10 @@ def run_folder(options: LogOptions, started: datetime) -> Path | None:
 
 
 def check_trackers(options: LogOptions) -> None:
-    """Raise OptionError, naming what to install, if a tracker's package is missing."""
+    """Raise OptionError, naming what to install, if a tracker's package is missing.
+
+    Raises UserError if --log_tracker_config cannot be read.
+    """
     for tracker in options.trackers:
         try:
             __import__(tracker)
@@ -206,6 +210,9 @@ def check_trackers(options: LogOptions) -> None:
             raise OptionError(
                 f"--log_with {tracker}: the package is not installed. Run: pip install {tracker}"
             ) from None
+    if options.trackers:
+        with quiet():  # `start_logs` reads it again
+            tracker_arguments(options)
 
 
 def tracker_arguments(options: LogOptions) -> dict[str, Any]:

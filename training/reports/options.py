@@ -22,6 +22,15 @@ class LogOptions:
     no_page: bool  # write neither OUTPUT_NAME.html, nor its history, nor sheets of samples
 
     def __post_init__(self) -> None:
+        if self.logging_dir is not None and self.logging_dir.is_file():
+            raise OptionError(
+                f"--logging_dir {self.logging_dir}: is a file; give a folder, it will be created"
+            )
+        if self.log_tracker_config is not None and not self.log_tracker_config.is_file():
+            raise OptionError(
+                f"--log_tracker_config {self.log_tracker_config}: no such file; give a TOML file with a "
+                "table [wandb] or [tensorboard]"
+            )
         if self.log_with in {"tensorboard", "all"} and self.logging_dir is None:
             raise OptionError(
                 f"--log_with {self.log_with} needs --logging_dir: the folder for TensorBoard's files"

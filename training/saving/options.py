@@ -42,7 +42,10 @@ class SavingOptions:
         for name in ("save_every_n_epochs", "save_every_n_steps"):
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to save at the end only")
         if self.save_every_n_minutes is not None and not self.save_every_n_minutes > 0:
-            raise OptionError(f"--save_every_n_minutes {self.save_every_n_minutes}: must be positive")
+            raise OptionError(
+                f"--save_every_n_minutes {self.save_every_n_minutes:g}: give a number above 0, or leave it "
+                "out"
+            )
         for name in ("save_last_n_epochs", "save_last_n_epochs_state"):
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to keep all")
         for name in ("save_last_n_steps", "save_last_n_steps_state"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.contract.noise import NoiseSpec
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
 from modules.options import read_options
 from tests.golden_cases import read_case
@@ -17,9 +17,10 @@ from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepO
 from training.data.timesteps import (
     Timesteps,
     draw,
-    from_numbers,
-    from_uniform,
+    find_shift,
     loss_weights,
+    shares_of,
+    shares_of_uniform,
     takes_normal,
     times_at,
     timesteps_at,
@@ -32,6 +33,13 @@ IMAGES, _ = read_case("image_timesteps")
 def count_tokens(shape: Sequence[int]) -> int:
     """A token is 2 x 2 latents."""
     return (shape[-2] // 2) * (shape[-1] // 2)
+
+
+def from_numbers(
+    made: TimestepOptions, numbers: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
+) -> Timesteps:
+    """The deterministic part of the samplers. numbers: normal where `takes_normal`, else uniform."""
+    return times_at(made, shares_of(made, numbers.double(), noise, find_shift(made, noise, shape)), noise)
 
 
 IMAGE_NOISE = {
@@ -222,7 +230,7 @@ def test_weights_have_their_closed_forms() -> None:
 def test_extreme_uniform_numbers_stay_finite() -> None:
     for sampling in ("sigmoid", "shift", "logsnr", "sigma", "uniform"):
         made = options("--timestep_sampling", sampling, "--sigmoid_scale", "0")
-        assert torch.isfinite(from_uniform(made, torch.tensor([0.0, 1.0])).timesteps).all()
+        assert torch.isfinite(shares_of_uniform(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)).all()
 
 
 def test_the_network_is_fed_one_more_except_on_the_table() -> None:
