@@ -55,7 +55,7 @@ FLOORS = {
         | {"steps", "stopping", "trainable", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
-        {"options", "validation"},
+        {"changes", "options", "validation"},
         {"dressing", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
         {"run"},

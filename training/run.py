@@ -34,10 +34,11 @@ from modules.speed_options import set_blocks_to_swap
 from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
+from training.changes import listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
-from training.job import Data, TrainingJob, find_data, read_config, start_job
+from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.loop import TrainingRun, train
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.optimizers.finished_weights import finished_weights
@@ -52,12 +53,12 @@ from training.reports.logs import TRACKER_NAME, public_config, start_logs
 from training.resuming import (
     Learning,
     capture,
-    check_progress,
     check_resumable,
     habits_of,
     identity_of,
     own_values,
     restore,
+    resume_progress,
 )
 from training.samples import Sampler, prepare_samples
 from training.saving.files import MinuteClock, Names, Saver
@@ -111,8 +112,9 @@ def prepare_run(
         options, job.progress.seed, data.order, data.plan, job.network_module, family.options
     )
     habits = habits_of(options, family.metadata, family.options)
-    check_resumable(job.saved, identity, habits)
-    check_progress(job.saved, data.plan)
+    changes = check_resumable(job.saved, identity, habits, options)
+    resume_progress(job.saved, changes, job.progress, data.plan)
+    data = replace(data, plan=plan_steps(job, data.order))
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
     # each process looked at its own device, but all share the weights on the host
@@ -125,7 +127,7 @@ def prepare_run(
     dit = _load_dit(job, host)
     learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
     if job.saved is not None:
-        restore(job.saved, learning)
+        restore(job.saved, learning, bool(changes))
         job = replace(job, saved=None)  # gives its tensors free
     steps, fused = _make_steps(job, learning)
 
@@ -134,7 +136,7 @@ def prepare_run(
 
     def take_state() -> SavedState:
         settle(dit)
-        return capture(job.progress, learning, identity, habits)
+        return capture(job.progress, learning, identity, habits, listed_settings(options))
 
     saver = _make_saver(job, dit, learning, facts, uploads, take_state)
     log_config = public_config(options) if options.logs.log_config else None
@@ -396,6 +398,7 @@ def _facts(job: TrainingJob, data: Data, optimizer: str, schedule: str) -> RunFa
         lr_scheduler=schedule,
         network_module=job.network_module,
         datasets=[table.describe() for table in data.config.datasets],
+        changes=tuple(progress.changes),
     )
 
 

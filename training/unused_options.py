@@ -109,6 +109,7 @@ def _of_schedule(options: LrScheduleOptions) -> Iterator[Given]:
 
 
 def _of_saving(options: SavingOptions) -> Iterator[Given]:
+    yield "--resume_changed", options.resume_changed and options.resume is None, "there is no --resume"
     saves_by_step = options.save_every_n_steps is not None or options.save_every_n_minutes is not None
     for kind, is_saved, files, states in (
         (
