@@ -52,7 +52,7 @@ FLOORS = {
             "reports",
             "sample_options",
         }
-        | {"steps", "stopping", "trainable", "whole_dit_options"},
+        | {"steps", "stopping", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"changes", "options", "validation"},

@@ -66,6 +66,7 @@ from training.saving.states import SavedState, write_state
 from training.saving.upload import Uploads, make_uploads
 from training.trainable import train_dit
 from training.trainable import train_network as as_trainable
+from training.triggers import TriggerFiles, trigger_paths
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -168,9 +169,17 @@ def prepare_run(
             sampler=sampler,
             validation=_make_validation(job, data),
             memory=memory if job.accelerator.is_main_process else None,
+            triggers=_watch_files(job, can_sample=sampler is not None),
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
         job.accelerator.wait_for_everyone()
+
+
+def _watch_files(job: TrainingJob, can_sample: bool) -> TriggerFiles:
+    """Watch for files that ask for samples or a save (--sample_now), in the main process."""
+    if not (job.options.samples.sample_now and job.accelerator.is_main_process):
+        return TriggerFiles()
+    return TriggerFiles(trigger_paths(job.output_dir, job.output_name), can_sample)
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
@@ -203,10 +212,10 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
     options, accelerator = job.options.samples, job.accelerator
     if options.sample_prompts is None:
         return None
-    if not options.is_timed:
+    if not (options.is_timed or options.sample_now):
         logger.warning(
-            "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs and "
-            "--sample_at_first is given."
+            "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs, "
+            "--sample_at_first and --sample_now is given."
         )
         return None
     share = accelerator.process_index, accelerator.num_processes

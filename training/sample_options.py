@@ -16,6 +16,7 @@ class SampleOptions:
     sample_every_n_steps: int | None
     sample_every_n_epochs: int | None
     sample_at_first: bool
+    sample_now: bool  # look for files that ask for samples or a save
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -47,3 +48,9 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sample_every_n_steps", type=int)
     group.add_argument("--sample_every_n_epochs", type=int)
     group.add_argument("--sample_at_first", action="store_true", help="sample before the first step too")
+    group.add_argument(
+        "--sample_now",
+        action="store_true",
+        help="look into --output_dir once a second: a file OUTPUT_NAME.sample asks for samples at the end of "
+        "the next step, OUTPUT_NAME.save for a save; it is removed when that is done",
+    )
