@@ -24,6 +24,7 @@ from modules.errors import UserError
 from modules.planning.device_memory import MemoryWatch
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
+from networks.added import AddedLoras
 from training.data.feed import Feed, MicroBatch
 from training.loss import Autocast, Trains, training_loss
 from training.optimizers.finished_weights import evaluation
@@ -73,6 +74,7 @@ class TrainingRun:
     device: torch.device
     autocast: Autocast
     logs: Logs
+    compute_dtype: torch.dtype = torch.float32  # of the DiT
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
     steps: ParameterSteps | None = None  # if weights are stepped one by one
     fused: FusedBackward | None = None  # if that happens inside the backward pass
@@ -83,6 +85,7 @@ class TrainingRun:
     stop: StopRequest = field(default_factory=StopRequest)
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
     readings: Readings = field(default_factory=Readings)
+    sample_loras: AddedLoras | None = None  # switched on for samples
     triggers: TriggerFiles = field(default_factory=TriggerFiles)  # watched by the main process only
 
     @cached_property
@@ -364,7 +367,7 @@ def _sample(run: TrainingRun) -> None:
         modules = (run.dit, *run.trainable.modules.values())
         was_stopped = False
         try:
-            with evaluation(modules, run.optimizer, run.parameters):
+            with evaluation(modules, run.optimizer, run.parameters), _with_sample_loras(run):
                 run.sampler.make(run.dit, run.autocast, progress.sample_pending, lambda: run.stop.asked)
         except SamplingStopped:
             was_stopped = True
@@ -373,6 +376,12 @@ def _sample(run: TrainingRun) -> None:
             run.stop.agreed = True
             return
     progress.sample_pending, progress.sampled_step = "", progress.step
+
+
+def _with_sample_loras(run: TrainingRun) -> contextlib.AbstractContextManager[None]:
+    if run.sample_loras is None:
+        return contextlib.nullcontext()
+    return run.sample_loras.switched_on(run.device, run.compute_dtype)
 
 
 def _validate(run: TrainingRun) -> None:

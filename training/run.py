@@ -32,6 +32,7 @@ from modules.offload.block_swap import HostWeights, settle
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
 from networks.adapter import make_network
+from networks.added import AddedFile, add_loras
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from training.changes import listed_settings
@@ -64,7 +65,7 @@ from training.samples import Sampler, prepare_samples
 from training.saving.files import MinuteClock, Names, Saver
 from training.saving.states import SavedState, write_state
 from training.saving.upload import Uploads, make_uploads
-from training.trainable import train_dit
+from training.trainable import Trainable, train_dit
 from training.trainable import train_network as as_trainable
 from training.triggers import TriggerFiles, trigger_paths
 from training.validation import Validation
@@ -116,6 +117,7 @@ def prepare_run(
     changes = check_resumable(job.saved, identity, habits, options)
     resume_progress(job.saved, changes, job.progress, data.plan)
     data = replace(data, plan=plan_steps(job, data.order))
+    extra = [AddedFile(read_lora(path), multiplier) for path, multiplier in options.samples.loras()]
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
     # each process looked at its own device, but all share the weights on the host
@@ -126,7 +128,11 @@ def prepare_run(
     job = replace(job, options=options)
     host = swapped_weights(family.dit, options.speed.swap, job.accelerator.device)
     dit = _load_dit(job, host)
-    learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
+    trainable = _make_trainable(job, dit)
+    sample_loras = (
+        add_loras(dit, extra, options.speed.compilation.choice is not None) if sampler and extra else None
+    )
+    learning, optimizer_name = _make_learning(job, dit, trainable, host, data.plan.total_steps)
     if job.saved is not None:
         restore(job.saved, learning, bool(changes))
         job = replace(job, saved=None)  # gives its tensors free
@@ -167,6 +173,8 @@ def prepare_run(
             fused=fused,
             saver=saver,
             sampler=sampler,
+            sample_loras=sample_loras,
+            compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, _dtype_of(dit)),
             validation=_make_validation(job, data),
             memory=memory if job.accelerator.is_main_process else None,
             triggers=_watch_files(job, can_sample=sampler is not None),
@@ -220,8 +228,16 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
         return None
     share = accelerator.process_index, accelerator.num_processes
     folder, has_metadata = job.output_dir / "sample", not job.options.metadata.no_metadata
+    loras = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
     return prepare_samples(
-        job.family, options.sample_prompts, folder, job.output_name, accelerator.device, *share, has_metadata
+        job.family,
+        options.sample_prompts,
+        folder,
+        job.output_name,
+        accelerator.device,
+        *share,
+        has_metadata,
+        loras,
     )
 
 
@@ -265,22 +281,25 @@ def _load_dit(job: TrainingJob, host: HostWeights | None) -> nn.Module:
     return dit.requires_grad_(False)
 
 
+def _make_trainable(job: TrainingJob, dit: nn.Module) -> Trainable:
+    """Put the network into the DiT, or choose what of the DiT itself learns."""
+    options = job.options
+    if options.network is None:
+        assert options.whole_dit is not None  # one of the two is there
+        return train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+    network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
+    max_norm = options.network.scale_weight_norms
+    return as_trainable(network, options.optimizer.learning_rate, max_norm, job.accelerator.device)
+
+
 def _make_learning(
-    job: TrainingJob, dit: nn.Module, host: HostWeights | None, steps: int
+    job: TrainingJob, dit: nn.Module, trainable: Trainable, host: HostWeights | None, steps: int
 ) -> tuple[Learning, str]:
-    """Wrap the DiT (network, compiling, checkpointing, swap) and make optimizer and schedule.
+    """Dress the DiT (compiling, checkpointing, swap) and make optimizer and schedule.
 
     Also returns the optimizer's name for metadata.
     """
     options, device = job.options, job.accelerator.device
-    if options.network is not None:
-        network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
-        trainable = as_trainable(
-            network, options.optimizer.learning_rate, options.network.scale_weight_norms, device
-        )
-    else:
-        assert options.whole_dit is not None  # one of the two is there
-        trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
     dress(dit, job.family.dit, options.loop, device, options.speed.compilation.choice, host)
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)

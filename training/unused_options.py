@@ -29,6 +29,9 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
         *_of_hub(options.hub),
         *_of_attention(options.speed.attention),
     ]
+    samples = options.samples
+    no_samples = samples.sample_prompts is None or not (samples.is_timed or samples.sample_now)
+    found.append(("--sample_lora", samples.sample_lora and no_samples, "no samples are made"))
     fp8 = options.speed.fp8
     found.append(
         (
