@@ -44,6 +44,7 @@ FLOORS = {
     ),
     "training": (
         {
+            "average_options",
             "config_options",
             "loop_options",
             "loss_options",
@@ -55,7 +56,7 @@ FLOORS = {
         | {"steps", "stopping", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
-        {"changes", "options", "validation"},
+        {"averages", "changes", "options", "validation"},
         {"dressing", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
         {"run"},

@@ -25,6 +25,7 @@ from modules.planning.device_memory import MemoryWatch
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
 from networks.added import AddedLoras
+from training.averages import WeightAverage
 from training.data.feed import Feed, MicroBatch
 from training.loss import Autocast, Trains, training_loss
 from training.optimizers.finished_weights import evaluation
@@ -85,6 +86,7 @@ class TrainingRun:
     stop: StopRequest = field(default_factory=StopRequest)
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
     readings: Readings = field(default_factory=Readings)
+    average: WeightAverage | None = None  # of the trained weights
     sample_loras: AddedLoras | None = None  # switched on for samples
     triggers: TriggerFiles = field(default_factory=TriggerFiles)  # watched by the main process only
 
@@ -151,6 +153,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
         numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes]))
     norm = _update(run)
     norms = [] if run.trainable.limit_norms is None else [run.trainable.limit_norms()]
+    if run.average is not None:
+        run.average.after_step()
     reading = run.readings.push(
         run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), Notes(keys, rates)
     )
@@ -367,7 +371,7 @@ def _sample(run: TrainingRun) -> None:
         modules = (run.dit, *run.trainable.modules.values())
         was_stopped = False
         try:
-            with evaluation(modules, run.optimizer, run.parameters), _with_sample_loras(run):
+            with evaluation(modules, run.optimizer, run.parameters), _as_sampled(run):
                 run.sampler.make(run.dit, run.autocast, progress.sample_pending, lambda: run.stop.asked)
         except SamplingStopped:
             was_stopped = True
@@ -378,10 +382,15 @@ def _sample(run: TrainingRun) -> None:
     progress.sample_pending, progress.sampled_step = "", progress.step
 
 
-def _with_sample_loras(run: TrainingRun) -> contextlib.AbstractContextManager[None]:
-    if run.sample_loras is None:
-        return contextlib.nullcontext()
-    return run.sample_loras.switched_on(run.device, run.compute_dtype)
+@contextlib.contextmanager
+def _as_sampled(run: TrainingRun) -> Iterator[None]:
+    """Let the network be what samples show: with LoRAs of their own, with the average of the weights."""
+    with contextlib.ExitStack() as stack:
+        if run.sample_loras is not None:
+            stack.enter_context(run.sample_loras.switched_on(run.device, run.compute_dtype))
+        if run.average is not None and run.options.average.sample_ema:
+            stack.enter_context(run.average.in_place())
+        yield
 
 
 def _validate(run: TrainingRun) -> None:

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError
 from modules.options import NO_OPTIONS, options_with
+from training.averages import PART as AVERAGE
+from training.averages import WeightAverage
 from training.changes import (
     BATCHES,
     GROUP_SIZE,
@@ -70,6 +72,7 @@ class Learning:
     device: torch.device  # where steps are computed; swapped weights may be elsewhere
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
     steps_in_float32: bool = False  # weights in bf16 too: `ParameterSteps`
+    average: WeightAverage | None = None
 
 
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
@@ -194,6 +197,9 @@ def capture(
         "scaler": None if learning.scaler is None else learning.scaler.state_dict(),
         "settings": dict(settings),
     }
+    if learning.average is not None:
+        parts[AVERAGE] = learning.average.tensors()
+        described[AVERAGE] = learning.average.described()
     return SavedState(
         Path(), progress, identity, habits, described, {**parts, "optimizer": optimizer_tensors}
     )
@@ -312,6 +318,8 @@ def restore(saved: SavedState | ForeignState, learning: Learning, is_changed: bo
         )
     if learning.scaler is not None:
         restore_scaler(learning.scaler, saved.described.get("scaler"), record)
+    if learning.average is not None:
+        learning.average.restore(saved)
     for part in saved.parts.values():
         if isinstance(part, StoredPart):
             part.close()
@@ -370,6 +378,8 @@ def restore_scaler(scaler: Any, state: Any, record: Path) -> None:
 def _restore_foreign(saved: ForeignState, learning: Learning) -> None:
     (module,) = learning.trainable.modules.values()
     load_module(module, saved.network, saved.folder)
+    if learning.average is not None:
+        learning.average.begin()
     if saved.optimizer is not None:
         restore_foreign_optimizer(learning.optimizer, saved.optimizer)
         move_states(learning.optimizer, learning.device)

@@ -35,6 +35,7 @@ from networks.adapter import make_network
 from networks.added import AddedFile, add_loras
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
+from training.averages import make_average, metadata_of
 from training.changes import listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.timesteps import show_timesteps
@@ -173,6 +174,7 @@ def prepare_run(
             fused=fused,
             saver=saver,
             sampler=sampler,
+            average=learning.average,
             sample_loras=sample_loras,
             compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, _dtype_of(dit)),
             validation=_make_validation(job, data),
@@ -228,7 +230,9 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
         return None
     share = accelerator.process_index, accelerator.num_processes
     folder, has_metadata = job.output_dir / "sample", not job.options.metadata.no_metadata
-    loras = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
+    weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
+    if job.options.average.sample_ema:
+        weights = " (EMA)" + weights
     return prepare_samples(
         job.family,
         options.sample_prompts,
@@ -237,7 +241,7 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
         accelerator.device,
         *share,
         has_metadata,
-        loras,
+        weights,
     )
 
 
@@ -308,7 +312,8 @@ def _make_learning(
     in_float32 = (
         whole is not None and (whole.full_bf16 or whole.fused_backward_pass) and steps_alone(type(optimizer))
     )
-    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32), name
+    average = make_average(options.average, dit, trainable, optimizer, job.accelerator.is_main_process)
+    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32, average), name
 
 
 def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
@@ -388,14 +393,19 @@ def _make_saver(
     else:  # of a whole DiT every tensor as it is
         dtype = None if options.network is None else _dtype_of(dit)
 
-    def write_file(path: Path) -> None:
+    def metadata() -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        metadata = file_metadata(
-            run_values, options, job.family.metadata, progress.step, epoch, datetime.now()
-        )
+        return file_metadata(run_values, options, job.family.metadata, progress.step, epoch, datetime.now())
+
+    def write_file(path: Path) -> None:
         settle(dit)
         with finished_weights(learning.optimizer, trainable.parameters):
-            trainable.write(path, dtype, metadata)
+            trainable.write(path, dtype, metadata())
+
+    def write_average(path: Path) -> None:
+        assert learning.average is not None
+        with learning.average.in_place():
+            trainable.write(path, dtype, {**metadata(), **metadata_of(learning.average)})
 
     saver = Saver(
         options.saving,
@@ -404,6 +414,7 @@ def _make_saver(
         lambda folder: write_state(folder, take_state()),
         uploads.publish,
         uploads.publish_state,
+        None if learning.average is None else write_average,
     )
     saver.remove_leftovers()
     saver.tidy_steps(progress.step)  # what a run that was killed had no time for
