@@ -56,10 +56,24 @@ def create_arch_network(
 
     `vae` and `text_encoders` are not used. Raises OptionError if no module is left.
     """
-    spec = spec_of(unet)
     settings = read_settings(network_dim, network_alpha, neuron_dropout, arguments)
+    layers = {
+        name: LoraLayer(module, rank, alpha)
+        for name, (module, rank, alpha) in choose_modules(unet, settings).items()
+    }
+    return LoraNetwork(layers, settings, multiplier)
+
+
+def choose_modules(
+    unet: nn.Module, settings: LoraSettings
+) -> dict[str, tuple[nn.Linear | nn.Conv2d, int, float]]:
+    """Return the modules that the DiT's spec and the patterns choose, by our names, with rank and alpha.
+
+    Raises OptionError if no module is left.
+    """
+    spec = spec_of(unet)
     settings = replace(settings, exclude=(*settings.exclude, *map(_anywhere, spec.lora_exclude)))
-    layers = {}
+    found = {}
     for path, module in _modules_in_blocks(unet, spec):
         size = _size(module, settings)
         chosen = size is not None and settings.takes(path)
@@ -68,13 +82,13 @@ def create_arch_network(
                 f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}"
             )
         if size is not None and chosen:
-            layers[OURS + replace_dots(path)] = LoraLayer(module, *size)
-    if not layers:
+            found[OURS + replace_dots(path)] = (module, *size)
+    if not found:
         raise OptionError(
             "--network_args exclude_patterns: the LoRA has no module left. Exclude fewer, or add some with "
             "include_patterns"
         )
-    return LoraNetwork(layers, settings, multiplier)
+    return found
 
 
 def build_network_from_weights(

@@ -35,7 +35,10 @@ T = TypeVar("T")
 
 # near the width of the largest models, where a LoRA is larger than the weights that it changes
 MOST_RANK = 4096
-OWN_NETWORKS = "networks."  # a rank beyond all sense has a meaning in others: LoKr's whole matrix
+OWN_NETWORKS = (
+    "networks.lora",
+    "networks.loha",
+)  # in others a huge rank may have a meaning: LoKr's whole matrix
 
 
 @dataclass(frozen=True)
