@@ -188,8 +188,8 @@ def rebuild_factored(
 
 
 def _refuse_settings(settings: LoraSettings) -> None:
-    if settings.dropouts or settings.loraplus_lr_ratio is not None:
+    if settings.dropouts or settings.decomposes or settings.loraplus_lr_ratio is not None:
         raise OptionError(
-            "--network_dropout, and rank_dropout, module_dropout and loraplus_lr_ratio of --network_args, "
-            "are for LoRAs only: leave them out, or use --network_module networks.lora"
+            "--network_dropout, and rank_dropout, module_dropout, dora_wd and loraplus_lr_ratio of "
+            "--network_args, are for LoRAs only: leave them out, or use --network_module networks.lora"
         )

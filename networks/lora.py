@@ -18,7 +18,7 @@ from modules.atomic_write import save_tensors
 from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
-from networks.deltas import LORA, Factors, group_by_module, rank_of
+from networks.deltas import DORA, LORA, Factors, group_by_module, rank_of
 from networks.hashes import add_hashes, saved_dtype
 from networks.key_formats import OURS, add_missing_alphas, to_native
 from networks.loading import list_some, read_lora, warn_of_other_family
@@ -58,7 +58,7 @@ def create_arch_network(
     """
     settings = read_settings(network_dim, network_alpha, neuron_dropout, arguments)
     layers = {
-        name: LoraLayer(module, rank, alpha)
+        name: LoraLayer(module, rank, alpha, settings.decomposes)
         for name, (module, rank, alpha) in choose_modules(unet, settings).items()
     }
     return LoraNetwork(layers, settings, multiplier)
@@ -122,7 +122,8 @@ def build_network_from_weights(
         if LORA[0] not in factors or not isinstance(factors.get("alpha"), Tensor):
             raise CheckpointError(f"--dim_from_weights needs a plain LoRA; {name} has {', '.join(factors)}")
         if name in known:
-            layers[name] = LoraLayer(known[name], factors[LORA[0]].shape[0], float(factors["alpha"]))
+            rank, alpha = factors[LORA[0]].shape[0], float(factors["alpha"])
+            layers[name] = LoraLayer(known[name], rank, alpha, DORA in factors)
         else:
             missed.append(name)
     if not layers:
@@ -137,7 +138,7 @@ def build_network_from_weights(
     return LoraNetwork(layers, settings, multiplier)
 
 
-_FROM_FILE = {"conv_dim", "conv_alpha", "include_patterns", "exclude_patterns"}
+_FROM_FILE = {"conv_dim", "conv_alpha", "include_patterns", "exclude_patterns", "dora_wd"}
 _BESIDE_FILE = {"rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"}
 
 
@@ -220,9 +221,10 @@ class LoraNetwork(nn.Module):
         if ratio is None:
             return [{"params": list(self.parameters()), **rate}], ["unet"]
         ups = [layer.lora_up.weight for layer in self.layers]
-        downs = [layer.lora_down.weight for layer in self.layers]
+        fast = set(map(id, ups))
+        others = [weight for weight in self.parameters() if id(weight) not in fast]
         faster = {key: value * ratio for key, value in rate.items()}
-        return [{"params": downs, **rate}, {"params": ups, **faster}], ["unet", "unet plus"]
+        return [{"params": others, **rate}, {"params": ups, **faster}], ["unet", "unet plus"]
 
     def prepare_grad_etc(self, unet: nn.Module) -> None:
         self.requires_grad_(True)
