@@ -38,7 +38,8 @@ class WeightAverage:
         assert options.ema_decay is not None
         self.decay, self.every, self.on_host = options.ema_decay, options.ema_update_every, on_host
         self._dit, self._parameters = dit, trainable.parameters
-        self._names = [trainable.names[parameter] for parameter in self._parameters]
+        names = trainable.names
+        self._names = [names[parameter] for parameter in self._parameters]
         self.steps, self.values = 0, list[Tensor]()
         self.begin()
 
