@@ -147,7 +147,7 @@ def lay_out_inputs(folder: Path) -> None:
     for name in ("start", "sofa", "end", "person", "person_mask", "dress", "dress_mask"):
         write_image(folder / f"{name}.png", 32, 32)
     shutil.copy(folder / "clips" / "clip 0.mp4", folder / "cat.mp4")
-    for name in ("my_lora", "style"):
+    for name in ("my_lora", "style", "my_lora-step00000200", "my_lora-step00000400"):
         write_lora(
             folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors"
         )

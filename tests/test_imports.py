@@ -48,6 +48,7 @@ FLOORS = {
     ),
     "training": (
         {
+            "average_options",
             "config_options",
             "loop_options",
             "loss_options",
@@ -56,10 +57,10 @@ FLOORS = {
             "reports",
             "sample_options",
         }
-        | {"steps", "stopping", "trainable", "whole_dit_options"},
+        | {"steps", "stopping", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
-        {"options", "validation"},
+        {"averages", "changes", "options", "validation"},
         {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
         {"reporting", "summary"},

@@ -38,6 +38,7 @@ class RunFacts:
     lr_scheduler: str
     network_module: str
     datasets: Sequence[Mapping[str, Any]]  # `DatasetTable.describe()` of each
+    changes: Sequence[str] = ()  # what --resume_changed changed on the way
 
 
 def run_metadata(
@@ -67,6 +68,8 @@ def run_metadata(
         values |= _training_values(options, facts)
         if options.loss != L2:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
+        if facts.changes:
+            values["ss_resume_changes"] = json.dumps(list(facts.changes), ensure_ascii=False)
         values |= {f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", "vae_name")}
         if "trained_for" in family_metadata:
             values[TRAINED_FOR] = family_metadata["trained_for"]

@@ -34,14 +34,17 @@ from modules.offload.block_swap import HostWeights, settle
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
 from networks.adapter import make_network
+from networks.added import AddedFile, add_loras
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
+from training.averages import make_average, metadata_of
+from training.changes import listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.shown_timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
 from training.early_checks import check_before_loading
 from training.following import NO_SCRIPTS, FamilyScripts
-from training.job import Data, TrainingJob, find_data, read_config, start_job
+from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.loop import TrainingRun, train
 from training.metadata import RunFacts, file_metadata, model_card, run_metadata
 from training.optimizers.finished_weights import finished_weights
@@ -57,20 +60,21 @@ from training.reports.logs import TRACKER_NAME, public_config, start_logs
 from training.resuming import (
     Learning,
     capture,
-    check_progress,
     check_resumable,
     habits_of,
     identity_of,
     own_values,
     restore,
+    resume_progress,
 )
 from training.samples import Sampler, prepare_samples
 from training.saving.files import MinuteClock, Names, Publish, Saver
 from training.saving.states import SavedState, write_state
 from training.saving.upload import make_uploads
 from training.summary import show_end, show_start, watch_run
-from training.trainable import train_dit
+from training.trainable import Trainable, train_dit
 from training.trainable import train_network as as_trainable
+from training.triggers import TriggerFiles, trigger_paths
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -127,8 +131,10 @@ def prepare_run(
         options, job.progress.seed, data.order, data.plan, job.network_module, family.options
     )
     habits = habits_of(options, family.metadata, family.options)
-    check_resumable(job.saved, identity, habits)
-    check_progress(job.saved, data.plan)
+    changes = check_resumable(job.saved, identity, habits, options)
+    resume_progress(job.saved, changes, job.progress, data.plan)
+    data = replace(data, plan=plan_steps(job, data.order))
+    extra = [AddedFile(read_lora(path), multiplier) for path, multiplier in options.samples.loras()]
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
     # each process looked at its own device, but all share the weights on the host
@@ -139,9 +145,13 @@ def prepare_run(
     job = replace(job, options=options)
     host = swapped_weights(family.dit, options.speed.swap, job.accelerator.device)
     dit = _load_dit(job, host)
-    learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
+    trainable = _make_trainable(job, dit)
+    sample_loras = (
+        add_loras(dit, extra, options.speed.compilation.choice is not None) if sampler and extra else None
+    )
+    learning, optimizer_name = _make_learning(job, dit, trainable, host, data.plan.total_steps)
     if job.saved is not None:
-        restore(job.saved, learning)
+        restore(job.saved, learning, bool(changes))
         job = replace(job, saved=None)  # gives its tensors free
     steps, fused = _make_steps(job, learning)
 
@@ -150,7 +160,7 @@ def prepare_run(
 
     def take_state() -> SavedState:
         settle(dit)
-        return capture(job.progress, learning, identity, habits)
+        return capture(job.progress, learning, identity, habits, listed_settings(options))
 
     following = plan_next_steps(job, scripts, data.plan.total_steps, sampler)
     reporter = make_reporter(job, following, sampler, memory)
@@ -197,15 +207,26 @@ def prepare_run(
             fused=fused,
             saver=saver,
             sampler=sampler,
+            average=learning.average,
+            sample_loras=sample_loras,
+            compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, _dtype_of(dit)),
             validation=_make_validation(job, data),
             reporter=reporter,
             memory=memory if job.accelerator.is_main_process else None,
+            triggers=_watch_files(job, can_sample=sampler is not None),
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
         yield run
         job.accelerator.wait_for_everyone()
     if saver is not None and job.progress.step >= data.plan.total_steps:
         show_end(run, saver.names, following)
+
+
+def _watch_files(job: TrainingJob, can_sample: bool) -> TriggerFiles:
+    """Watch for files that ask for samples or a save (--sample_now), in the main process."""
+    if not (job.options.samples.sample_now and job.accelerator.is_main_process):
+        return TriggerFiles()
+    return TriggerFiles(trigger_paths(job.output_dir, job.output_name), can_sample)
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
@@ -252,16 +273,26 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
     options, accelerator = job.options.samples, job.accelerator
     if options.sample_prompts is None:
         return None
-    if not options.is_timed:
+    if not (options.is_timed or options.sample_now):
         logger.warning(
-            "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs and "
-            "--sample_at_first is given."
+            "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs, "
+            "--sample_at_first and --sample_now is given."
         )
         return None
     share = accelerator.process_index, accelerator.num_processes
     folder, has_metadata = job.output_dir / "sample", not job.options.metadata.no_metadata
+    weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
+    if job.options.average.sample_ema:
+        weights = " (EMA)" + weights
     return prepare_samples(
-        job.family, options.sample_prompts, folder, job.output_name, accelerator.device, *share, has_metadata
+        job.family,
+        options.sample_prompts,
+        folder,
+        job.output_name,
+        accelerator.device,
+        *share,
+        has_metadata,
+        weights,
     )
 
 
@@ -305,22 +336,25 @@ def _load_dit(job: TrainingJob, host: HostWeights | None) -> nn.Module:
     return dit.requires_grad_(False)
 
 
+def _make_trainable(job: TrainingJob, dit: nn.Module) -> Trainable:
+    """Put the network into the DiT, or choose what of the DiT itself learns."""
+    options = job.options
+    if options.network is None:
+        assert options.whole_dit is not None  # one of the two is there
+        return train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+    network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
+    max_norm = options.network.scale_weight_norms
+    return as_trainable(network, options.optimizer.learning_rate, max_norm, job.accelerator.device)
+
+
 def _make_learning(
-    job: TrainingJob, dit: nn.Module, host: HostWeights | None, steps: int
+    job: TrainingJob, dit: nn.Module, trainable: Trainable, host: HostWeights | None, steps: int
 ) -> tuple[Learning, str]:
-    """Wrap the DiT (network, compiling, checkpointing, swap) and make optimizer and schedule.
+    """Dress the DiT (compiling, checkpointing, swap) and make optimizer and schedule.
 
     Also returns the optimizer's name for metadata.
     """
     options, device = job.options, job.accelerator.device
-    if options.network is not None:
-        network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
-        trainable = as_trainable(
-            network, options.optimizer.learning_rate, options.network.scale_weight_norms, device
-        )
-    else:
-        assert options.whole_dit is not None  # one of the two is there
-        trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
     dress(dit, job.family.dit, options.loop, device, options.speed.compilation.choice, host)
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
@@ -329,7 +363,8 @@ def _make_learning(
     in_float32 = (
         whole is not None and (whole.full_bf16 or whole.fused_backward_pass) and steps_alone(type(optimizer))
     )
-    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32), name
+    average = make_average(options.average, dit, trainable, optimizer, job.accelerator.is_main_process)
+    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32, average), name
 
 
 def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
@@ -417,10 +452,14 @@ def _make_saver(
         )
 
     def write_file(path: Path) -> None:
-        metadata = metadata_now()
         settle(dit)
         with finished_weights(learning.optimizer, trainable.parameters):
-            trainable.write(path, dtype, metadata)
+            trainable.write(path, dtype, metadata_now())
+
+    def write_average(path: Path) -> None:
+        assert learning.average is not None
+        with learning.average.in_place():
+            trainable.write(path, dtype, {**metadata_now(), **metadata_of(learning.average)})
 
     card = model_card(options, job.family.release, metadata_now())
     saver = Saver(
@@ -452,6 +491,7 @@ def _facts(job: TrainingJob, data: Data, optimizer: str, schedule: str) -> RunFa
         lr_scheduler=schedule,
         network_module=job.network_module,
         datasets=[table.describe() for table in data.config.datasets],
+        changes=tuple(progress.changes),
     )
 
 

@@ -59,6 +59,7 @@ class Sampler:
     folder: Path
     name: str  # --output_name
     has_metadata: bool = True  # samples say what made them, as the files of a generation do
+    weights: str = ""  # for the metadata: what of the run's weights they show, or what is added to them
 
     def make(self, dit: nn.Module, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
@@ -90,7 +91,7 @@ class Sampler:
                 )
             seed = f"_{prepared.seed}" if sample.is_seeded else ""
             stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
-            paths.append(self._write(latents, prepared, stem, f"{self.name}_{mark}"))
+            paths.append(self._write(latents, prepared, stem, f"{self.name}_{mark}{self.weights}"))
             logger.info("Sample %s", paths[-1])
         return paths
 
@@ -118,6 +119,7 @@ def prepare_samples(
     process: int,
     processes: int,
     has_metadata: bool = True,
+    weights: str = "",
 ) -> Sampler:
     """Read and check the prompts, and encode this process' share of texts and images.
 
@@ -157,7 +159,7 @@ def prepare_samples(
     samples = [
         Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)
     ]
-    return Sampler(samples, session, folder, name, has_metadata)
+    return Sampler(samples, session, folder, name, has_metadata, weights)
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:

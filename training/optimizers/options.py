@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.options import HABIT, IDENTITY, check_at_least, check_below, read_literals
+from modules.options import CHANGEABLE, HABIT, IDENTITY, check_at_least, check_below, read_literals
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class OptimizerOptions:
 
     optimizer_type: str = field(metadata=IDENTITY)  # a name or an import path; "" means AdamW
     optimizer_args: tuple[str, ...] | None = field(metadata=IDENTITY)  # key=value
-    learning_rate: float = field(metadata=IDENTITY)
+    learning_rate: float = field(metadata=CHANGEABLE)
     max_grad_norm: float = field(metadata=HABIT)  # 0 turns clipping off
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class SavingOptions:
     save_state_on_train_end: bool
     # a state folder, "latest", or with resume_from_huggingface owner/repo/path[:revision[:type]]
     resume: str | None
+    resume_changed: bool  # go on although settings or clips differ
 
     @property
     def result(self) -> Path:
@@ -139,6 +140,12 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--save_state_on_train_end", action="store_true", help="save it at the end only")
     group.add_argument("--resume", help="state folder to continue from, or latest")
+    group.add_argument(
+        "--resume_changed",
+        action="store_true",
+        help="go on from --resume with another learning rate, other clips or more accumulation: lists what "
+        "differs, old -> new; the network and the optimizer have to stay",
+    )
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
