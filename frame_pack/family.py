@@ -18,6 +18,7 @@ from frame_pack.image_encoder import load_siglip
 from frame_pack.inputs import one_frame_inputs, video_inputs
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import (
+    FRAMES_PER_SECOND,
     WINDOW,
     FramePackGenerationOptions,
     FramePackLatentCachingOptions,
@@ -26,7 +27,7 @@ from frame_pack.options import (
 )
 from frame_pack.positions import position_scale
 from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
-from frame_pack.sections import ANTI_DRIFTING, F1, FRAMES_PER_SECOND, Order, parse_paddings, video_frames
+from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
 from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside

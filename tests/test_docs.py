@@ -41,6 +41,8 @@ SMALLER = {  # appended, so that the last value wins
     "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
+    "wan_train.py": TRAINING,
+    "fpack_train.py": [*TRAINING, "--latent_window_size", "1"],
     "fpack_train_network.py": [
         *TRAINING,
         "--network_dim",
@@ -78,6 +80,8 @@ CACHES = {
     "wan_train_network.py": WAN_CACHES,
     "hv_train_network.py": HUNYUAN_CACHES,
     "hv_train.py": HUNYUAN_CACHES,
+    "wan_train.py": WAN_CACHES,
+    "fpack_train.py": FRAMEPACK_CACHES,
     "fpack_train_network.py": FRAMEPACK_CACHES,
 }
 DATASET = """[general]

@@ -57,8 +57,9 @@ FLOORS = {
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"options", "validation"},
-        {"dressing", "loop", "metadata", "resuming", "unused_options"},
+        {"dressing", "following", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
+        {"reporting"},
         {"run"},
     ),
 }

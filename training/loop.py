@@ -35,6 +35,7 @@ from training.processes.gradients import fill_missing_gradients, is_any, norm_of
 from training.progress import Progress
 from training.reports.logs import Logs, StepReport, name_rates
 from training.reports.readings import Notes, Reading, Readings
+from training.reports.reporter import RunReporter
 from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.saving.files import MinuteClock, Saver
 from training.steps import StepPlan
@@ -70,6 +71,7 @@ class TrainingRun:
     saver: Saver | None = None  # in the main process only
     sampler: Sampler | None = None
     validation: Validation | None = None
+    reporter: RunReporter | None = None  # to the page; in the main process
     memory: MemoryWatch | None = None  # on a CUDA device, in the main process
     stop: StopRequest = field(default_factory=StopRequest)
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
@@ -244,7 +246,10 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         run.stop.agreed = run.stop.agreed or reading.values[1] > 0
     average = sum(losses) / max(len(losses), 1)
     norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
-    run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, norms))
+    report = StepReport(reading.step, loss, average, reading.notes.rates, norm, norms, reading.seconds)
+    run.logs.step(report)
+    if run.reporter is not None:
+        run.reporter.note_step(report)
 
 
 def _settle(run: TrainingRun) -> None:
@@ -252,6 +257,12 @@ def _settle(run: TrainingRun) -> None:
     reading = run.readings.flush()
     if reading is not None:
         _note(run, reading)
+
+
+def _restart_clock(run: TrainingRun) -> None:
+    """Exclude a pause (samples, validation, saving) from the time of the next step."""
+    run.readings.restart_clock(run.device)
+    run.logs.skip_next_time()
 
 
 def _begin(run: TrainingRun) -> None:
@@ -265,7 +276,7 @@ def _begin(run: TrainingRun) -> None:
         logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
     elif progress.step == 0 and run.validation is not None:
         _validate(run)
-    run.logs.restart_clock()
+    _restart_clock(run)
 
 
 def _after_step(run: TrainingRun, saves: bool) -> None:
@@ -295,7 +306,7 @@ def _after_step(run: TrainingRun, saves: bool) -> None:
         run.clock.restart()
         if run.saver is not None:
             run.saver.save_step(progress.step)
-    run.logs.restart_clock()
+    _restart_clock(run)
 
 
 def _after_epoch(run: TrainingRun) -> None:
@@ -327,7 +338,7 @@ def _after_epoch(run: TrainingRun) -> None:
         _save_to_go_on(run)
     elif run.validation is not None and options.validation.validate_every_n_steps is None:
         _validate(run)
-    run.logs.restart_clock()
+    _restart_clock(run)
 
 
 def _save_to_go_on(run: TrainingRun) -> None:
@@ -358,6 +369,8 @@ def _sample(run: TrainingRun) -> None:
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.stop.agreed = True
             return
+        if run.reporter is not None:
+            run.reporter.note_samples(progress.step, progress.sample_pending)
     progress.sample_pending, progress.sampled_step = "", progress.step
 
 
@@ -366,6 +379,8 @@ def _validate(run: TrainingRun) -> None:
     with evaluation((run.dit, *run.trainable.modules.values()), run.optimizer, run.parameters):
         losses = run.validation.measure(run.dit, run.autocast)
     run.logs.values(losses, run.progress.step)
+    if run.reporter is not None:
+        run.reporter.note_validation(run.progress.step, losses)
     logger.info(
         "Step %d: %s", run.progress.step, ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
     )

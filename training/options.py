@@ -93,7 +93,7 @@ class TrainingOptions:
         if self.speed.fp8.fp8_base:
             raise OptionError(
                 "--fp8_base: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
-                "fp8 would lose the steps; leave it out, or train a LoRA with hv_train_network.py"
+                "fp8 would lose the steps; leave it out, or train a LoRA"
             )
         swap = self.speed.swap
         if swap.blocks_to_swap and not options.fused_backward_pass:

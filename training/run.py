@@ -35,8 +35,9 @@ from networks.adapter import make_network
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from training.data.feed import Feed, MicroBatches, Randomness
-from training.data.timesteps import show_timesteps
+from training.data.shown_timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
+from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, read_config, start_job
 from training.loop import TrainingRun, train
 from training.metadata import RunFacts, file_metadata, run_metadata
@@ -48,6 +49,7 @@ from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
 from training.planning.memory import plan_training, prepare_memory
 from training.processes.gradients import largest
+from training.reporting import make_reporter
 from training.reports.logs import TRACKER_NAME, public_config, start_logs
 from training.resuming import (
     Learning,
@@ -60,9 +62,9 @@ from training.resuming import (
     restore,
 )
 from training.samples import Sampler, prepare_samples
-from training.saving.files import MinuteClock, Names, Saver
+from training.saving.files import MinuteClock, Names, Publish, Saver
 from training.saving.states import SavedState, write_state
-from training.saving.upload import Uploads, make_uploads
+from training.saving.upload import make_uploads
 from training.trainable import train_dit
 from training.trainable import train_network as as_trainable
 from training.validation import Validation
@@ -70,10 +72,16 @@ from training.validation import Validation
 logger = logging.getLogger(__name__)
 
 
-def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
+def train_network(
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands = NO_COMMANDS,
+    scripts: FamilyScripts = NO_SCRIPTS,
+) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    commands: what to type if caches are missing. Returns the program's exit code.
+    commands: what to type if caches are missing. scripts: what the page tells to type next. Returns the
+    program's exit code.
     Raises UserError if the user has to change something.
     """
     if options.timesteps.show_timesteps is not None:
@@ -87,7 +95,7 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
         _plan(family, options, commands)
         return 0
     try:
-        with prepare_run(family, options, commands) as run:
+        with prepare_run(family, options, commands, scripts) as run:
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
@@ -98,7 +106,10 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
 
 @contextlib.contextmanager
 def prepare_run(
-    family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands = NO_COMMANDS,
+    scripts: FamilyScripts = NO_SCRIPTS,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
     config = read_config(options)  # a fault in it is told before anything is started
@@ -136,7 +147,14 @@ def prepare_run(
         settle(dit)
         return capture(job.progress, learning, identity, habits)
 
-    saver = _make_saver(job, dit, learning, facts, uploads, take_state)
+    reporter = make_reporter(job, scripts, data.plan.total_steps, sampler, memory)
+
+    def publish(path: Path) -> None:
+        uploads.publish(path)
+        if reporter is not None:
+            reporter.note_saved(path, job.progress.step)
+
+    saver = _make_saver(job, dit, learning, facts, publish, uploads.publish_state, take_state)
     log_config = public_config(options) if options.logs.log_config else None
     tracker = TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft"
     with (
@@ -144,7 +162,10 @@ def prepare_run(
         start_logs(
             job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config, tracker
         ) as logs,
+        contextlib.nullcontext() if reporter is None else reporter,
     ):
+        if reporter is not None:
+            reporter.logs = logs
         logger.info(_summary(job, data))
         yield TrainingRun(
             options=options,
@@ -165,6 +186,7 @@ def prepare_run(
             saver=saver,
             sampler=sampler,
             validation=_make_validation(job, data),
+            reporter=reporter,
             memory=memory if job.accelerator.is_main_process else None,
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
@@ -338,7 +360,8 @@ def _make_saver(
     dit: nn.Module,
     learning: Learning,
     facts: RunFacts,
-    uploads: Uploads,
+    publish: Publish,
+    publish_state: Publish,
     take_state: Callable[[], SavedState],
 ) -> Saver | None:
     """Make the saver in the main process; the others save nothing."""
@@ -372,8 +395,8 @@ def _make_saver(
         Names(job.output_dir, job.output_name),
         write_file,
         lambda folder: write_state(folder, take_state()),
-        uploads.publish,
-        uploads.publish_state,
+        publish,
+        publish_state,
     )
     saver.remove_leftovers()
     saver.tidy_steps(progress.step)  # what a run that was killed had no time for

@@ -215,10 +215,12 @@ def record_encoders(folder: Path, names: Mapping[str, str]) -> None:
         write_tensors(entry.header.path, entry.named, text_metadata({"letters": record}))
 
 
-def toy_options(folder: Path, *arguments: object, whole_dit: bool = False) -> TrainingOptions:
+def toy_options(
+    folder: Path, *arguments: object, whole_dit: bool = False, has_page: bool = False
+) -> TrainingOptions:
     """Options as from a command line; output goes to `folder`/output under the name x.
 
-    whole_dit: full fine-tuning.
+    whole_dit: full fine-tuning. has_page: write the page too, which takes longer than the toy's training.
     """
     usual = [
         "--dataset_config",
@@ -231,6 +233,7 @@ def toy_options(folder: Path, *arguments: object, whole_dit: bool = False) -> Tr
         3,
     ]
     usual += ["--learning_rate", "1e-2", "--max_train_steps", 8, "--max_data_loader_n_workers", 0]
+    usual += [] if has_page else ["--no_page"]
     parser = training_parser("", add_whole_dit_arguments) if whole_dit else training_parser("")
     return read_options(
         TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {})
@@ -238,10 +241,11 @@ def toy_options(folder: Path, *arguments: object, whole_dit: bool = False) -> Tr
 
 
 def train_toy(
-    folder: Path, *arguments: object, family: Any = None, whole_dit: bool = False
+    folder: Path, *arguments: object, family: Any = None, whole_dit: bool = False, has_page: bool = False
 ) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of the final file."""
-    assert train_network(family or ToyFamily(), toy_options(folder, *arguments, whole_dit=whole_dit)) == 0
+    options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
+    assert train_network(family or ToyFamily(), options) == 0
     return load_file(folder / "output" / "x.safetensors")
 
 

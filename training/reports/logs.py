@@ -42,6 +42,7 @@ class StepReport:
     rates: Mapping[str, float]  # as `name_rates` gives them
     gradient_norm: float | None = None  # before clipping
     norms: NormReport | None = None  # of --scale_weight_norms
+    seconds: float | None = None  # that the step took, without pauses
 
 
 @dataclass
@@ -52,14 +53,12 @@ class Logs:
     bar: "tqdm[Any]"
     now: Callable[[], float] = time.monotonic
     clock: StepClock = field(default_factory=StepClock)
-    _last: float | None = field(default=None, init=False)
     _flushed: float = field(default=0.0, init=False)
     _redirect: Any = field(default=None, init=False)
 
     def __enter__(self) -> "Logs":
         self._redirect = logging_redirect_tqdm()  # log lines go above the bar, not through it
         self._redirect.__enter__()
-        self.restart_clock()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -67,25 +66,21 @@ class Logs:
         self._redirect.__exit__(*error)
         self.accelerator.end_training()
 
-    def restart_clock(self) -> None:
-        """Exclude the time since the last step (samples, saving) from the steps per second."""
-        self._last = self.now()
+    def skip_next_time(self) -> None:
+        """Leave the next step out of the search for slow steps: it follows a pause."""
         self.clock.skip()
 
     def step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
-        now = self.now()
-        seconds = now - self._last if self._last is not None else 0.0
-        self._last = now
-        slow = self.clock.note(report.step, seconds)
+        slow = None if report.seconds is None else self.clock.note(report.step, report.seconds)
         if slow is not None:
             logger.warning(slow)
         values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
         shown: dict[str, Any] = {"avr_loss": f"{report.average:.4g}"}
         if report.gradient_norm is not None:
             values["grad_norm"] = report.gradient_norm
-        if seconds > 0:
-            values["steps_per_second"] = 1 / seconds
+        if report.seconds:
+            values["steps_per_second"] = 1 / report.seconds
         if report.norms is not None:
             values["max_norm/keys_scaled"] = report.norms.keys_scaled
             values["max_norm/average_key_norm"] = report.norms.mean_norm
@@ -115,9 +110,10 @@ class Logs:
         """
         for name, value in values.items():
             writer.add_scalar(name, value, step)
-        if self._last is not None and self._last - self._flushed >= FLUSH_SECONDS:
+        now = self.now()
+        if now - self._flushed >= FLUSH_SECONDS:
             writer.flush()
-            self._flushed = self._last
+            self._flushed = now
 
 
 def start_logs(
