@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +35,29 @@ def own_name(name: str) -> str:
         return name
     file = ROOT.joinpath(*name.split("."))
     return PREFIX + name if file.with_suffix(".py").is_file() or (file / "__init__.py").is_file() else name
+
+
+def command_words(words: Sequence[str]) -> list[str]:
+    """Return a command of ours as this copy has it.
+
+    words: as in a checkout: `python wan_train_network.py ...` or `accelerate launch ... wan_train_network.py
+    ...`. In the package this is `wan_train_network ...` or `accelerate launch ... -m
+    reelsmith.wan_train_network ...`.
+    """
+    words = list(words)
+    if not PREFIX:
+        return words
+    if words[:1] == ["python"] and any(map(_is_script, words[1:2])):
+        return [words[1].removesuffix(".py"), *words[2:]]
+    place = next((index for index, word in enumerate(words) if _is_script(word)), None)
+    if words[:2] == ["accelerate", "launch"] and place is not None:
+        return [*words[:place], "-m", PREFIX + words[place].removesuffix(".py"), *words[place + 1 :]]
+    return words
+
+
+def _is_script(word: str) -> bool:
+    is_name = re.fullmatch(r"\w+(\.py)?", word) is not None
+    return is_name and (ROOT / f"{word.removesuffix('.py')}.py").is_file()
 
 
 def read_requirements() -> list[str]:

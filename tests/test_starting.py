@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from modules.environment import TORCH
-from modules.installation import IMPORTED_AS, own_name, read_requirements, requirement_name
+from modules.installation import IMPORTED_AS, command_words, own_name, read_requirements, requirement_name
 from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
 from tests.commands import ROOT, assert_user_error, run_python
 
@@ -121,3 +121,5 @@ def test_what_the_quickstart_installs_is_in_the_range_of_torch() -> None:
 def test_in_a_checkout_a_module_is_imported_by_the_name_that_was_typed() -> None:
     assert own_name("networks.lora_wan") == "networks.lora_wan"
     assert own_name("lycoris.kohya") == "lycoris.kohya"
+    words = ["python", "wan_train_network.py", "--seed", "1"]
+    assert command_words(words) == words
