@@ -81,18 +81,18 @@ def check_requirements() -> None:
     ]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        whole = "torch" in missing  # this is not the Python that was set up
-        what = "torch is" if whole else f"{', '.join(missing)} {verb}"
+        # without torch this is not the Python that was set up: no need to name the rest
+        what = "torch is" if "torch" in missing else f"{', '.join(missing)} {verb}"
         raise InstallationError(
-            f"{what} not installed in this Python ({sys.executable}).\n  {_remedy(whole)}"
+            f"{what} not installed in this Python ({sys.executable}).\n  {_remedy(missing)}"
         )
 
 
-def _remedy(whole: bool) -> str:
+def _remedy(missing: Sequence[str]) -> str:
     python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     if PREFIX:
-        return f"Install what is missing: {python} -m pip install torch reelsmith"
-    if not whole:
+        return f"Install what is missing: {python} -m pip install {' '.join(missing)}"
+    if "torch" not in missing:
         return f'Install it: {python} -m pip install -r "{ROOT / "requirements.txt"}"'
     folder = ROOT / ".venv"
     commands = folder / ("Scripts" if os.name == "nt" else "bin")

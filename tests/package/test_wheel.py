@@ -138,7 +138,7 @@ def test_the_package_runs_in_an_empty_folder_and_names_its_own_commands(installe
         "git lfs pull",
         "merge_lora",
     ]
-    assert_user_error(lacking, "torch is not installed", "-m pip install torch reelsmith")
+    assert_user_error(lacking, "torch is not installed", "-m pip install torch accelerate")
     assert_user_error(wrong, "it is a Wan2.1 transformer")  # `families.identify` found the family's module
     assert mistyped.stderr.startswith("wan_train_network: error: Unknown option --tusk")
     assert f"reelsmith {VERSION}" in installed.run("reelsmith", "--version").stdout
