@@ -51,3 +51,7 @@ class OutputError(UserError):
 
 class MemoryPlanError(UserError):
     """A run that does not fit into the device's memory."""
+
+
+class DownloadError(UserError):
+    """A file that cannot be downloaded: no connection, no rights, damaged data."""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
 PREFIX = __name__.rpartition("modules.")[0]
 # distribution -> what it is imported as, if that is another name
-IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL"}
+IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 
 
 def import_own(name: str) -> ModuleType:

@@ -20,7 +20,8 @@ from tests.tiny.project import (
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-NOT_HERE = ("quickstart.py", "run_tests.py")  # they have tests of their own, or are running this one
+# they have tests of their own, or are running this one
+NOT_HERE = ("quickstart.py", "run_tests.py", "download.py")
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
 TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
 QUICK_VAE = ["--vae_dtype", "float32"]  # a CPU takes long in float16

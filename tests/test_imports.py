@@ -18,12 +18,22 @@ MAY_IMPORT = {
     "frame_pack": {"modules", "networks.names", "hunyuan_model"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "training": {"modules", "networks", "dataset", "generation"},
-    "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack"},
+    "downloads": {"modules"},
+    "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack", "downloads"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "interpreter", "seeds", "text_files", "version"},
+        {
+            "control_codes",
+            "errors",
+            "flow",
+            "interpreter",
+            "seeds",
+            "text_encodings",
+            "text_files",
+            "version",
+        },
         {"atomic_write", "devices", "fp8", "installation", "options", "vae_options"},
         {"command", "environment"},
         {"attention", "compile_options", "layers", "media"},
@@ -40,6 +50,7 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
+        {"checking"},
         {"check", "debug_views"},
         {"commands"},
     ),
@@ -72,10 +83,11 @@ LIGHT_FILES = {
     "modules/interpreter.py",
     "modules/version.py",
     "modules/text_files.py",
+    "modules/text_encodings.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",
-} | {"frame_pack/section_syntax.py"}
+} | {"frame_pack/section_syntax.py", "downloads/catalogue.py"}
 HEAVY = (
     "torch",
     "numpy",

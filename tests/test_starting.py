@@ -83,7 +83,7 @@ def test_without_torch_a_script_says_how_to_get_to_it(script: str) -> None:
 
 def test_an_environment_that_is_there_is_named_with_its_command(tmp_path: Path) -> None:
     copy = tmp_path / "a checkout"
-    for name in ("modules", "networks"):
+    for name in ("modules", "networks", "downloads"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("families.py", "convert_lora.py", "requirements.txt"):
         shutil.copy(ROOT / name, copy / name)

@@ -20,6 +20,8 @@ from dataset.batches.finding import (
     split_validation,
 )
 from dataset.check import check_training
+from dataset.checking.captions import load_counters
+from dataset.checking.page import write_check_page
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.contract.family import Family
@@ -40,7 +42,7 @@ from training.dressing import AUTOCAST, dress, placement_of
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, read_config, start_job
 from training.loop import TrainingRun, train
-from training.metadata import RunFacts, file_metadata, run_metadata
+from training.metadata import RunFacts, file_metadata, model_card, run_metadata
 from training.optimizers.finished_weights import finished_weights
 from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.lr_schedule import make_lr_schedule, warmup_steps
@@ -149,8 +151,8 @@ def prepare_run(
 
     reporter = make_reporter(job, scripts, data.plan.total_steps, sampler, memory)
 
-    def publish(path: Path) -> None:
-        uploads.publish(path)
+    def publish(path: Path, card: str | None) -> None:
+        uploads.publish(path, card)
         if reporter is not None:
             reporter.note_saved(path, job.progress.step)
 
@@ -199,9 +201,23 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
+    counters = load_counters(family.text_encoders)
     result = check_training(
-        config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys
+        config,
+        family.cache_tag,
+        family.latent,
+        commands,
+        accumulation,
+        processes,
+        files,
+        family.text_keys,
+        counters,
     )
+    page, workers = options.loop.page, max(1, os.cpu_count() or 1)
+    if page.html is not None:
+        write_check_page(
+            page.html, config, result, counters, family.latent, family.defaults.fps, page.html_items, workers
+        )
     sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     return result.exit_code
 
@@ -360,11 +376,14 @@ def _make_saver(
     dit: nn.Module,
     learning: Learning,
     facts: RunFacts,
-    publish: Publish,
+    publish: Callable[[Path, str | None], None],
     publish_state: Publish,
     take_state: Callable[[], SavedState],
 ) -> Saver | None:
-    """Make the saver in the main process; the others save nothing."""
+    """Make the saver in the main process; the others save nothing.
+
+    publish: is given the file and the model card.
+    """
     if not job.accelerator.is_main_process:
         return None
     options, progress, trainable = job.options, job.progress, learning.trainable
@@ -381,21 +400,26 @@ def _make_saver(
     else:  # of a whole DiT every tensor as it is
         dtype = None if options.network is None else _dtype_of(dit)
 
-    def write_file(path: Path) -> None:
+    def metadata_now() -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        metadata = file_metadata(
-            run_values, options, job.family.metadata, progress.step, epoch, datetime.now()
+        licence = job.family.release.licence
+        return file_metadata(
+            run_values, options, job.family.metadata, progress.step, epoch, datetime.now(), licence
         )
+
+    def write_file(path: Path) -> None:
+        metadata = metadata_now()
         settle(dit)
         with finished_weights(learning.optimizer, trainable.parameters):
             trainable.write(path, dtype, metadata)
 
+    card = model_card(options, job.family.release, metadata_now())
     saver = Saver(
         options.saving,
         Names(job.output_dir, job.output_name),
         write_file,
         lambda folder: write_state(folder, take_state()),
-        publish,
+        lambda path: publish(path, card),
         publish_state,
     )
     saver.remove_leftovers()

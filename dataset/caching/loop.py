@@ -18,8 +18,10 @@ from dataset.caching.reports import CacheReport, Failure, join_reports
 from dataset.caching.texts import TextEncoding
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
-from dataset.sources.listing import find_sources, require_captions
+from dataset.sources.decoding import check_resolution
+from dataset.sources.listing import MediaSource, find_all_sources, require_captions, warn_missing_captions
 from modules.devices import choose_device
+from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +33,9 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
     CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
-    sources = []
-    for table in config.datasets:
-        found = find_sources(table, captions=False)
-        family.check_table(media_table(table, any(source.control for source in found)))
-        sources += found
+    sources = find_all_sources(config, captions=False)
+    _check_tables(family, config, sources)
+    warn_missing_captions(sources)
     recipe = recipe_of(family, options.skip_existing)
     existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
     workers = workers_of(options)
@@ -60,6 +60,9 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
             dropped=tuple(
                 Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None
             ),
+            shortened=tuple(
+                Failure.of(plan.source, plan.short) for plan in finished if plan.short is not None
+            ),
         )
         right = {
             (plan.source.table.index, name) for plan in finished for name in plan.kept
@@ -82,7 +85,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     run continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be
     loaded, OutputError if a file cannot be written.
     """
-    sources = [source for table in config.datasets for source in find_sources(table)]
+    sources = find_all_sources(config)
     require_captions(sources)
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
@@ -101,6 +104,20 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 }
                 removed += remove_stale_texts(table, family, names)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
+
+
+def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError with the reasons of all tables that cannot be cached."""
+    problems = []
+    for table in config.datasets:
+        has_control = any(source.control for source in sources if source.table is table)
+        try:
+            check_resolution(table, family.latent.pixel_step)
+            family.check_table(media_table(table, has_control))
+        except DatasetError as error:
+            problems.append(str(error))
+    if problems:
+        raise DatasetError("\n".join(problems))
 
 
 def log_outdated(plans: Sequence[SourcePlan]) -> None:

@@ -10,6 +10,8 @@ from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
+NAMED = 3  # how many of the clips that give fewer items
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -40,6 +42,7 @@ class CacheReport:
     removed: int = 0
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
+    shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
     is_main: bool = True  # whether this process reports for all
 
 
@@ -52,6 +55,7 @@ def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool
         removed=removed,
         failures=tuple(sorted((one for report in reports for one in report.failures), key=_by_path)),
         dropped=tuple(sorted((one for report in reports for one in report.dropped), key=_by_path)),
+        shortened=tuple(sorted((one for report in reports for one in report.shortened), key=_by_path)),
         is_main=is_main,
     )
 
@@ -68,6 +72,12 @@ def conclude(report: CacheReport) -> None:
     if report.dropped:
         lines = "\n  ".join(map(str, report.dropped))
         logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)
+    if report.shortened:
+        logger.warning(
+            "%d clips give no item of some lengths. The first: %s",
+            len(report.shortened),
+            "; ".join(map(str, report.shortened[:NAMED])),
+        )
     if report.foreign:
         logger.warning(
             "%d files were made by another program: only their sizes could be compared (--skip_existing)",

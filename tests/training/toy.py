@@ -18,7 +18,9 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Reque
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.requests import settle, size_of
+from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from training.loss import Trains
@@ -26,6 +28,7 @@ from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
 from training.whole_dit_options import add_whole_dit_arguments
 
+TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.5)
 WIDTH = 8
 
@@ -80,6 +83,9 @@ class ToyTextEncoder:
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
 
+    def token_counter(self) -> CountTokens:
+        return lambda text: TokenCount(text, 1, 1, len(text))
+
     def load(self, device: torch.device) -> None: ...
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -111,6 +117,10 @@ class ToyFamily:
     media_identity: Mapping[str, str] = field(default_factory=dict)
     passes: list[bool] = field(default_factory=list)  # one for each pass: with gradients
     requests: list[Request] = field(default_factory=list)
+
+    @property
+    def release(self) -> ModelRelease:
+        return TOY_RELEASE
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -166,5 +166,5 @@ def add_metadata_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metadata_title", help="title; --output_name when not given")
     group.add_argument("--metadata_author")
     group.add_argument("--metadata_description")
-    group.add_argument("--metadata_license")
+    group.add_argument("--metadata_license", help="licence of the file; that of the model when not given")
     group.add_argument("--metadata_tags", help="words, separated by commas")
