@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from modules.control_codes import escape_control_codes, shorten, shorten_lines
 from modules.errors import CheckpointError, UserError
-from modules.installation import check_requirements
+from modules.installation import check_requirements, command_words
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
@@ -231,7 +231,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def as_typed(words: Sequence[str]) -> str:
-    """Return a command as a user types it, quoted for this system's shell."""
+    """Return a command as a user types it, quoted for this system's shell.
+
+    In the installed package, scripts are its console commands.
+    """
+    words = command_words(words)
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,29 @@ def own_name(name: str) -> str:
     return PREFIX + name if file.with_suffix(".py").is_file() or (file / "__init__.py").is_file() else name
 
 
+def command_words(words: Sequence[str]) -> list[str]:
+    """Return a command of ours as this copy has it.
+
+    words: as in a checkout: `python wan_train_network.py ...` or `accelerate launch ... wan_train_network.py
+    ...`. In the package this is `wan_train_network ...` or `accelerate launch ... -m
+    reelsmith.wan_train_network ...`.
+    """
+    words = list(words)
+    if not PREFIX:
+        return words
+    if words[:1] == ["python"] and any(map(_is_script, words[1:2])):
+        return [words[1].removesuffix(".py"), *words[2:]]
+    place = next((index for index, word in enumerate(words) if _is_script(word)), None)
+    if words[:2] == ["accelerate", "launch"] and place is not None:
+        return [*words[:place], "-m", PREFIX + words[place].removesuffix(".py"), *words[place + 1 :]]
+    return words
+
+
+def _is_script(word: str) -> bool:
+    is_name = re.fullmatch(r"\w+(\.py)?", word) is not None
+    return is_name and (ROOT / f"{word.removesuffix('.py')}.py").is_file()
+
+
 def read_requirements() -> list[str]:
     """Return the lines of requirements.txt, without comments."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -57,18 +81,18 @@ def check_requirements() -> None:
     ]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        whole = "torch" in missing  # this is not the Python that was set up
-        what = "torch is" if whole else f"{', '.join(missing)} {verb}"
+        # without torch this is not the Python that was set up: no need to name the rest
+        what = "torch is" if "torch" in missing else f"{', '.join(missing)} {verb}"
         raise InstallationError(
-            f"{what} not installed in this Python ({sys.executable}).\n  {_remedy(whole)}"
+            f"{what} not installed in this Python ({sys.executable}).\n  {_remedy(missing)}"
         )
 
 
-def _remedy(whole: bool) -> str:
+def _remedy(missing: Sequence[str]) -> str:
     python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     if PREFIX:
-        return f"Install what is missing: {python} -m pip install torch reelsmith"
-    if not whole:
+        return f"Install what is missing: {python} -m pip install {' '.join(missing)}"
+    if "torch" not in missing:
         return f'Install it: {python} -m pip install -r "{ROOT / "requirements.txt"}"'
     folder = ROOT / ".venv"
     commands = folder / ("Scripts" if os.name == "nt" else "bin")

@@ -70,11 +70,11 @@ def _find_imports(
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
     """Let texts name the console commands: `wan_cache_latents` for `python wan_cache_latents.py`.
 
-    The launcher gets the module: `accelerate launch ... -m reelsmith.wan_train_network`.
+    The launcher gets the module: `accelerate launch ... -m reelsmith.wan_train_network`. Commands in lists of
+    words are translated when they are shown, by `command_words`.
     """
     names = "|".join(sorted(scripts))
     source = re.sub(rf'(accelerate launch [^"\n]*?)\b({names})\.py\b', rf"\1-m {PACKAGE}.\2", source)
-    source = re.sub(rf'"python",\s*"({names})\.py"', r'"\1"', source)
     return re.sub(rf"(?:\bpython )?\b({names})\.py\b", r"\1", source)
 
 

@@ -11,8 +11,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from modules.environment import TORCH
-from modules.installation import IMPORTED_AS, own_name, read_requirements, requirement_name
+from modules.installation import IMPORTED_AS, command_words, own_name, read_requirements, requirement_name
 from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
+from package.staging import find_rooms
 from tests.commands import ROOT, assert_user_error, run_python
 
 SCRIPTS = sorted(command.script for command in find_commands(ROOT))
@@ -83,7 +84,7 @@ def test_without_torch_a_script_says_how_to_get_to_it(script: str) -> None:
 
 def test_an_environment_that_is_there_is_named_with_its_command(tmp_path: Path) -> None:
     copy = tmp_path / "a checkout"
-    for name in ("modules", "networks", "downloads"):
+    for name in find_rooms(ROOT):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("families.py", "convert_lora.py", "requirements.txt"):
         shutil.copy(ROOT / name, copy / name)
@@ -121,3 +122,5 @@ def test_what_the_quickstart_installs_is_in_the_range_of_torch() -> None:
 def test_in_a_checkout_a_module_is_imported_by_the_name_that_was_typed() -> None:
     assert own_name("networks.lora_wan") == "networks.lora_wan"
     assert own_name("lycoris.kohya") == "lycoris.kohya"
+    words = ["python", "wan_train_network.py", "--seed", "1"]
+    assert command_words(words) == words

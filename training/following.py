@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modules.installation import command_words
 from modules.options import option_values
 from networks.options import add_network_arguments
 from training.options import TrainingOptions, training_parser
@@ -152,6 +153,7 @@ def quote_for_powershell(words: Sequence[str]) -> str:
 
 
 def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
+    words = command_words(words)
     return PageCommand(title, shlex.join(words), quote_for_powershell(words), note)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.commands import QUIET, ROOT, run_python
+from tests.commands import ROOT, run_program, run_python
 
 BUILD = "import sys; from package import backend; to = sys.argv[1]; backend.build_{kind}(to)"
 
@@ -28,21 +28,9 @@ class Installed:
         self, *words: object, environment: Mapping[str, str] | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run a console command, or `python`, in the empty folder."""
-        name, *arguments = map(str, words)
-        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(
-            [str(self.python.with_name(name)), *arguments],
-            cwd=self.folder,
-            env={**clean, **QUIET, **(environment or {})},
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=600,
-        )
-        if check:
-            assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        return done
+        program = self.python.with_name(str(words[0]))
+        clean = {"PYTHONPATH": "", **(environment or {})}
+        return run_program(program, *words[1:], folder=self.folder, environment=clean, check=check)
 
 
 def build(kind: str, folder: Path) -> Path:
@@ -58,16 +46,10 @@ def install(wheel: Path, folder: Path) -> Installed:
     venv.create(home, symlinks=os.name != "nt")
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(run_python_of(python, "-c", ask).strip())
+    packages = Path(run_program(python, "-c", ask).stdout.strip())
     shared = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (packages / "shared.pth").write_text("\n".join(shared), encoding="utf-8")
     run_python("-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
     empty = folder / "an empty folder ü"
     empty.mkdir()
     return Installed(python, packages, empty)
-
-
-def run_python_of(python: Path, *arguments: str) -> str:
-    """Run another Python and return what it prints."""
-    done = subprocess.run([str(python), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout

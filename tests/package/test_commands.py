@@ -1,5 +1,6 @@
 """The words of the command `reelsmith`."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from modules.version import VERSION
 from package.reelsmith import commands
 from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words, read_summary
+from package.staging import find_rooms
 from tests.commands import ROOT
 from tests.test_imports import SCRIPTS
 
@@ -100,3 +102,11 @@ def test_the_pages_name_commands_that_exist() -> None:
             for module in (word for word in words if word.startswith("reelsmith.")):
                 assert module.removeprefix("reelsmith.") in known.values(), line
     assert len(named) >= 5
+
+
+def test_nobody_is_told_to_install_the_other_project_of_this_name_from_pypi() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    sources = [path for room in find_rooms(ROOT) for path in (ROOT / room).rglob("*.py")]
+    for path in [*pages, *sources, *ROOT.glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"""pip install(?: [^`\n]*)?["' ]reelsmith(?![\w-])""", text), path

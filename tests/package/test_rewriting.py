@@ -42,7 +42,7 @@ def test_an_import_whose_name_would_change_is_refused() -> None:
 
 def test_texts_name_console_commands() -> None:
     scripts = {"cache_latents", "wan_cache_latents"}
-    text = 'f("python", "wan_cache_latents.py", x)  # python cache_latents.py, my_cache_latents.py, or wan.py'
+    text = 'f("wan_cache_latents.py", x)  # python cache_latents.py, my_cache_latents.py, or wan.py'
     renamed = 'f("wan_cache_latents", x)  # cache_latents, my_cache_latents.py, or wan.py'
     assert rename_scripts(text, scripts) == renamed
     launch = "accelerate launch --cpu {}cache_latents --x"

@@ -33,6 +33,13 @@ for name in {NAMES!r}:
     said[name] = text.getvalue()
 print(json.dumps(said))
 """
+SHOW = """
+from reelsmith.modules.command import as_typed
+print(as_typed(["python", "wan_generate_video.py", "--prompt", "merge_lora.py"]))
+print(as_typed(["accelerate", "launch", "--num_processes", "2", "wan_train_network", "--seed", "1"]))
+print(as_typed(["git", "lfs", "pull"]))
+print(as_typed(["merge_lora"]))
+"""
 WIDE = {"COLUMNS": "9999"}
 
 
@@ -122,9 +129,16 @@ def test_the_package_runs_in_an_empty_folder_and_names_its_own_commands(installe
     names = ("networks.lora_wan", "networks.mine", "lycoris.kohya")
     ask = f"from reelsmith.modules.installation import own_name; print(*map(own_name, {names}))"
     resolved = installed.run("python", "-c", ask).stdout.split()
+    shown = installed.run("python", "-c", SHOW).stdout.splitlines()
 
     assert resolved == ["reelsmith.networks.lora_wan", "networks.mine", "lycoris.kohya"]
-    assert_user_error(lacking, "torch is not installed", "-m pip install torch reelsmith")
+    assert shown == [
+        "wan_generate_video --prompt merge_lora.py",
+        "accelerate launch --num_processes 2 -m reelsmith.wan_train_network --seed 1",
+        "git lfs pull",
+        "merge_lora",
+    ]
+    assert_user_error(lacking, "torch is not installed", "-m pip install torch accelerate")
     assert_user_error(wrong, "it is a Wan2.1 transformer")  # `families.identify` found the family's module
     assert mistyped.stderr.startswith("wan_train_network: error: Unknown option --tusk")
     assert f"reelsmith {VERSION}" in installed.run("reelsmith", "--version").stdout
