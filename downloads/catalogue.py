@@ -21,7 +21,7 @@ class Licence:
     key: str
     url: str
     terms: str  # what somebody who downloads the weights should know of it
-    verified: bool = True  # False: the card of the release could not be read
+    verified: bool = True  # False: the release's own page does not say it, or could not be read
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ huggingface_hub's own function starts again after an interruption, so the data a
 """
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
@@ -53,6 +54,8 @@ def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None
                 )
             logger.warning("%s arrived damaged: %s. It is downloaded again.", target.name, damage)
         give_name(partial, target)
+        for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):  # of other versions
+            old.unlink(missing_ok=True)
 
 
 def partial_path(remote: RemoteFile, target: Path) -> Path:

@@ -10,6 +10,7 @@ from downloads.fetching import download_file, find_damage, partial_path
 from downloads.hubs import RemoteFile, find_on_hub, find_on_modelscope
 from downloads.listing import describe_licences, gigabytes, print_lines
 from downloads.options import DownloadOptions
+from modules.atomic_write import make_folder
 from modules.errors import DownloadError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,12 @@ def run_download(options: DownloadOptions) -> None:
     _check_space(planned, options.to)
     for one in planned:
         logger.info("%s (%s) from %s", one.target, gigabytes(one.remote.size_bytes), one.remote.page)
-        download_file(one.remote, one.target)
+        try:
+            download_file(one.remote, one.target)
+        except OSError as error:
+            raise OutputError(
+                f"{one.target} cannot be written: {error.strerror or error}. Choose another --to."
+            ) from error
     _report(chosen, options)
 
 
@@ -106,11 +112,8 @@ def _check_space(planned: list[PlannedFile], folder: Path) -> None:
         missing += one.remote.size_bytes - (partial.stat().st_size if partial.exists() else 0)
     if not planned:
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise OutputError(f"--to {folder}: {error.strerror}. Choose another folder.") from error
+    make_folder(folder, "--to")
+    free = shutil.disk_usage(folder).free
     if free < missing + SPARE_BYTES:
         raise OutputError(
             f"--to {folder}: {gigabytes(missing)} are to be downloaded and {gigabytes(free)} are free. Free "

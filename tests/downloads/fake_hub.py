@@ -22,6 +22,7 @@ class FakeHub:
     cuts: list[int] = field(default_factory=list)  # bytes after which the next answers end
     busy: int = 0  # answers of 503 before the next right one
     ignores_ranges: bool = False
+    redirects_to: str = ""  # another address of this server that sends the data, as the hub's does
     sends_instead: dict[str, bytes] = field(default_factory=dict)  # damaged data
     small: set[str] = field(default_factory=set)  # files with a git SHA-1 instead of a SHA-256
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
@@ -96,6 +97,13 @@ def serve() -> Iterator[FakeHub]:
             self._send_data(name, with_data)
 
         def _send_data(self, name: str, with_data: bool) -> None:
+            if hub.redirects_to and self.headers["Host"] != urllib.parse.urlsplit(hub.redirects_to).netloc:
+                self.send_response(302)
+                self.send_header("Location", f"{hub.redirects_to}{self.path}")
+                self._describe(name)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             data, start = hub.sends_instead.get(name, hub.files[name]), 0
             asked = self.headers.get("Range")
             if asked and with_data and not hub.ignores_ranges:
@@ -107,10 +115,7 @@ def serve() -> Iterator[FakeHub]:
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
             self.send_header("Content-Length", str(len(data) - start))
-            self.send_header("ETag", f'"{hub.etag(name)}"')
-            self.send_header("X-Linked-Etag", f'"{hub.etag(name)}"')
-            self.send_header("X-Linked-Size", str(len(hub.files[name])))
-            self.send_header("X-Repo-Commit", COMMIT)
+            self._describe(name)
             self.end_headers()
             if not with_data:
                 return
@@ -118,6 +123,12 @@ def serve() -> Iterator[FakeHub]:
             self.wfile.write(data[start:end])
             if end < len(data):
                 self.close_connection = True
+
+        def _describe(self, name: str) -> None:
+            self.send_header("ETag", f'"{hub.etag(name)}"')
+            self.send_header("X-Linked-Etag", f'"{hub.etag(name)}"')
+            self.send_header("X-Linked-Size", str(len(hub.files[name])))
+            self.send_header("X-Repo-Commit", COMMIT)
 
         def _reply(self, status: int, body: bytes) -> None:
             self.send_response(status)

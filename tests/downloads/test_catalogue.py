@@ -160,9 +160,9 @@ def test_sizes_are_those_of_the_tensors(component: str, manifest: str, width: in
 
     if found.tensor_bytes is not None:
         assert found.tensor_bytes == total
-    else:  # the exact size of the file: a header or the structure of a pickle more
+    else:  # the exact size of the file: a header or the structure of a pickle more, for Llama a tokenizer too
         assert found.size_bytes is not None
-        assert total < found.size_bytes < total + 400_000
+        assert total < found.size_bytes < total + (10_000_000 if component == "llava_llama3" else 400_000)
 
 
 @pytest.mark.parametrize("family", families())

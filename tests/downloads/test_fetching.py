@@ -211,3 +211,29 @@ def test_modelscope_without_the_repository_or_the_file_names_the_other_site(hub:
     for file in (other, missing):
         with pytest.raises(DownloadError, match="--source huggingface"):
             find_on_modelscope(file, hub.address)
+
+
+def test_the_token_goes_to_the_hub_and_not_to_the_host_that_sends_the_data(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.redirects_to = hub.address.replace("127.0.0.1", "localhost")
+    hub.cuts = [131_072]
+
+    _fetch(hub, tmp_path / "weights.bin")
+
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+    of_hub, of_other = ([], [])  # type: ignore[var-annotated]
+    for _, _, headers in hub.requests:
+        (of_other if headers["host"].startswith("localhost") else of_hub).append("authorization" in headers)
+    assert (of_hub, of_other) == ([True] * 3, [False] * 2)
+
+
+def test_data_of_an_earlier_version_are_removed_when_the_file_is_complete(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    (tmp_path / ".weights.bin.0123456789ab.part").write_bytes(b"earlier")
+    (tmp_path / ".weights.bin2.0123456789ab.part").write_bytes(b"another file")
+
+    _fetch(hub, tmp_path / "weights.bin")
+
+    assert _left(tmp_path) == [".weights.bin2.0123456789ab.part", "weights.bin"]

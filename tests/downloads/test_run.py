@@ -211,3 +211,9 @@ def test_without_a_network_the_message_is_short(
 
     assert len(str(raised.value).splitlines()) == 2
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
+def test_a_folder_that_nothing_can_be_written_to_is_named(hub: FakeHub) -> None:
+    with pytest.raises(OutputError, match="--to /proc/self: nothing can be written there"):
+        run_download(_options(Path("/proc/self")))

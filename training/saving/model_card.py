@@ -104,6 +104,7 @@ def _front_matter(facts: CardFacts, spec: Mapping[str, str], words: Sequence[str
     own_key = facts.release.licence_key if given == facts.release.licence else "other"
     values: dict[str, Any] = {
         "base_model": list(facts.release.repositories),
+        "base_model_relation": "adapter" if facts.is_lora else "finetune",
         "tags": list(dict.fromkeys(filter(None, ["reelsmith", *(["lora"] if facts.is_lora else []), *tags]))),
         "license": key if key in HUB_LICENCES else own_key,
     }

@@ -151,7 +151,10 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `HubOptions`."""
     group = parser.add_argument_group("Hugging Face hub")
-    group.add_argument("--huggingface_repo_id", help="upload each saved file to this repository (owner/name)")
+    group.add_argument(
+        "--huggingface_repo_id",
+        help="upload each saved file to this repository (owner/name); it gets a model card if it has none",
+    )
     group.add_argument("--huggingface_repo_type", help="model (when not given), dataset or space")
     group.add_argument("--huggingface_path_in_repo", help="folder in the repository")
     group.add_argument(

@@ -50,6 +50,7 @@ def test_the_card_says_what_the_file_is_and_how_it_was_made() -> None:
 
     assert front_matter(card) == {
         "base_model": ["Wan-AI/Wan2.1-T2V-1.3B"],
+        "base_model_relation": "adapter",
         "tags": ["reelsmith", "lora", "cat", "video"],
         "license": "apache-2.0",
         "instance_prompt": "blorp",
@@ -94,7 +95,8 @@ def test_hostile_text_stays_text() -> None:
     )
 
     values = front_matter(card)
-    assert set(values) == {"base_model", "tags", "license", "license_name", "instance_prompt", "widget"}
+    own = {"base_model", "base_model_relation", "tags", "license", "license_name"}
+    assert set(values) == {*own, "instance_prompt", "widget"}
     assert values["license"] == "other"
     assert values["widget"][0]["text"].startswith("x --- license: mit")
     body = card.split("---\n", 2)[2]
