@@ -133,9 +133,8 @@ def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path
     family, original = trained
     folder = shutil.copytree(original, tmp_path / "a copy")
     page = (folder / "output" / "lora.html").read_text(encoding="utf-8")
-    commands = [
-        shlex.split(html.unescape(text)) for text in re.findall(r"(?s)</h3>.*?<pre>(.*?)</pre>", page)
-    ]
+    texts = re.findall(r"(?s)</h3>.*?<pre>(.*?)</pre>", page)  # of each the first, for bash
+    commands = [shlex.split(html.unescape(re.sub("<[^>]*>", "", text))) for text in texts]
     assert [words[:2] for words in commands] == [
         ["python", family.train[0]],
         ["python", family.generate[0]],

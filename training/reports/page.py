@@ -1,6 +1,7 @@
 """Describe a training on one HTML page: samples, curves, files, memory, commands to go on, and settings."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ class PageCommand:
     bash: str
     powershell: str
     note: str = ""
+
+    @property
+    def parts(self) -> list[list[str]]:
+        """Return both, cut before each option: a line of the page ends there, not within one."""
+        return [re.split(r" (?=--)", text) for text in (self.bash, self.powershell)]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from modules.errors import UserError
 from modules.media.reading import read_image, video_frames
 from tests.browser import open_page
+from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.loop import train
 from training.reports.history import History, SampleRow
@@ -183,6 +184,22 @@ def test_samples_that_are_gone_or_broken_leave_a_note(tmp_path: Path, sampling: 
     train_toy(tmp_path, *options, "--max_train_steps", 7, has_page=True)
 
     assert text_of(page_of(tmp_path)).count("the file is gone, or cannot be read") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+def test_of_two_processes_one_writes_the_page_with_the_samples_of_both(
+    tmp_path: Path, sampling: list[object]
+) -> None:
+    train_in_two_processes(tmp_path, 29647, *map(str, sampling), environment={"TOY_PAGE": "1"})
+
+    page = page_of(tmp_path)
+    assert columns_of(page) == ["step 3", "step 6"]
+    assert page.count("<video") == 2
+    assert page.count('<a href="./sample/') == 4
+    assert "accelerate launch --num_processes 2" in text_of(page)
+    lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if '"loss"' in line]) == 8
 
 
 def facts(folder: Path, total_steps: int = 100, **changed: Any) -> PageFacts:
