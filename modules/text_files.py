@@ -126,7 +126,8 @@ def explain_toml(text: str, error: str) -> str:
     line = lines[int(found[1]) - 1].strip() if found and int(found[1]) <= len(lines) else ""
     table = re.fullmatch(r"Cannot declare \('([^']*)',\) twice.*", error)
     if table:
-        return f"\n  [{table[1]}] may stand once: join the tables, or write [[{table[1]}]] if it is a list of tables."
+        name = table[1]
+        return f"\n  [{name}] may stand once: join the tables, or write [[{name}]] if it is a list of tables."
     if error.startswith("Cannot overwrite a value"):
         return "\n  A key may stand once in a table: remove one of the two."
     value = line.partition("=")[2].strip()
