@@ -28,6 +28,7 @@ from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
 from dataset.sources.listing import MediaSource, find_sources
 from modules.bars import Bar
+from modules.contract.data import MediaTable
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
 
@@ -35,24 +36,34 @@ NO_COUNTERS = Counters(())
 UNUSABLE = "tables cannot be used"
 
 
-def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existing: bool) -> CheckResult:
+def check_media(
+    family: Caches, config: DatasetConfig, workers: int, skip_existing: bool, encodes_media: bool = True
+) -> CheckResult:
     """Report what latent caching would do.
 
-    Sources whose records are missing or outdated are decoded; nothing is encoded or written.
+    Sources whose records are missing or outdated are decoded; nothing is encoded or written. encodes_media:
+    False if the family was made for another script, without the options of latent caching.
     """
-    try:
-        encoder = dict(family.media_identity)
-        files = [f"{name}: {value}" for name, value in encoder.items()]
-    except OptionError as error:
-        encoder, files = {}, [f"caches are not compared: {error}"]
-    recipe = Recipe(
-        family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, family.sections_of
-    )
+    encoder: dict[str, str] = {}
+    files: list[str] = []
+    if encodes_media:
+        try:
+            encoder = dict(family.media_identity)
+            files = [f"{name}: {value}" for name, value in encoder.items()]
+        except OptionError as error:
+            files = [f"caches are not compared: {error}"]
+
+    def sections(table: MediaTable, frames: int) -> int | None:
+        # whether images are taken alone is an option of latent caching
+        is_whole = table.kind == "image" and not encodes_media
+        return None if is_whole else family.sections_of(table, frames)
+
+    recipe = Recipe(family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, sections)
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
         found = _find(config, table)
         if found.sources:
-            if _is_usable(family, found):
+            if _is_usable(family, found, encodes_media):
                 _check_sources(found, recipe, workers)
             check_captions(found, NO_COUNTERS)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"
@@ -138,11 +149,12 @@ def _find(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     return found
 
 
-def _is_usable(family: Caches, found: TableFindings) -> bool:
-    """Return whether the family can cache the table; if not, add why."""
+def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> bool:
+    """Return whether the table can be cached; if not, add why."""
     try:
         check_resolution(found.table, family.latent.pixel_step)
-        family.check_table(media_table(found.table, any(source.control for source in found.sources)))
+        if encodes_media:
+            family.check_table(media_table(found.table, any(source.control for source in found.sources)))
     except DatasetError as error:
         found.faults.append(Fault(UNUSABLE, str(error)))
         return False

@@ -128,17 +128,17 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     general = _without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
     is_misspelt = entries is None and any("Did you mean datasets?" in problem for problem in problems)
-    if not isinstance(entries, list) or not entries:
-        problems += (
-            []
-            if is_misspelt
-            else [
-                "[datasets] needs two pairs of brackets: write [[datasets]], once for each folder or list"
-                if isinstance(entries, dict)
-                else "there is no [[datasets]] table; each folder or list of images or videos needs one"
-            ]
+    if isinstance(entries, dict):
+        problems.append(
+            "[datasets] needs two pairs of brackets: write [[datasets]], once for each folder or list"
         )
-        entries = [entries] if isinstance(entries, dict) else []
+        entries = [entries]
+    elif not isinstance(entries, list) or not entries:
+        if not is_misspelt:
+            problems.append(
+                "there is no [[datasets]] table; each folder or list of images or videos needs one"
+            )
+        entries = []
     _check_general(general, problems)
     tables = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
     datasets = tuple(table for table in tables if table is not None)

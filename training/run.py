@@ -247,12 +247,12 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         family.text_keys,
         counters,
     )
+    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     page, workers = options.loop.page, max(1, os.cpu_count() or 1)
     if page.html is not None:
         write_check_page(
             page.html, config, result, counters, family.latent, family.defaults.fps, page.html_items, workers
         )
-    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     return result.exit_code
 
 

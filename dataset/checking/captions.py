@@ -61,7 +61,7 @@ def _is_unread(source: MediaSource) -> bool:
 def _cut(source: MediaSource, counters: Counters) -> list[Fault]:
     place = source.caption_path or source.path
     return [
-        Fault(f"captions are longer than {name} reads", describe_cut(place, name, count), source.stem)
+        Fault(f"have a caption longer than {name} reads", describe_cut(place, name, count), source.stem)
         for name, count in counters.count(source.caption or "")
         if count.is_cut
     ]

@@ -157,7 +157,7 @@ def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> li
             bad[text_path] = path.stem, str(error)
         sources.append(MediaSource(path, path.stem, caption, text_path, control, table))
     messages = explain_captions(list(bad), [message for _, message in bad.values()])
-    kind = "captions cannot be used"
+    kind = "have a caption that cannot be used"
     faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
     return sources
 
