@@ -23,7 +23,7 @@ from generation.memory import resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, load_latents, own_stem, save_latents, save_pixels, words_of
 from generation.preset import leave_out_missing
-from generation.progress import Bars, Queue, in_short, name_model, show_end
+from generation.progress import Bars, Queue, in_short, name_model
 from generation.prompt_lines import read_generation_lines
 from generation.run import (
     Failures,
@@ -39,12 +39,13 @@ from generation.session import CPU, Session, wanted_texts
 from modules.atomic_write import make_folder
 from modules.command import as_typed
 from modules.compile import check_compilation
-from modules.console import count_of, show_box
+from modules.console import count_of, in_words, show_box
 from modules.contract.family import Family
 from modules.contract.generation import DitAt
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import OptionError, UserError
 from modules.media.tags import read_tags
+from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on, too_little
 from networks.merge import LoraUse, lora_uses
 from networks.options import LoraOptions
@@ -120,7 +121,9 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
     if to_denoise:
         denoise_cells(run, variants, to_denoise)
     decode_cells(run, [one for one in cells if not one.video(options).exists()])
-    show_end(write_grid(run, variants, jobs, cells), time.monotonic() - start, device)
+    grids = write_grid(run, variants, jobs, cells)
+    costs = [("time", in_words(time.monotonic() - start)), ("peak memory", peak_in_words(device))]
+    show_box("Comparison is finished", [("look at", "\n".join(map(str, grids))), *costs])
 
 
 def _check(options: GenerationOptions) -> None:
