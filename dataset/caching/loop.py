@@ -21,7 +21,7 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.listing import MediaSource, find_all_sources, require_captions, warn_missing_captions
-from modules.console import Row, as_size, show_box
+from modules.console import Row, as_size, count_of, show_box
 from modules.devices import choose_device
 from modules.errors import DatasetError
 
@@ -54,7 +54,8 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
             ("disk", _disk(config, family, to_do)),
             ("device", str(device)),
         ]
-        show_box("Caching latents", rows)
+        if share.is_main:
+            show_box("Caching latents", rows)
         if to_do:
             encoding.run(to_do, existing, workers, share.is_main)
         finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
@@ -99,6 +100,9 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
         encoding = TextEncoding(
             family, device, options.batch_size, workers_of(options), options.skip_existing, share.is_main
         )
+        if share.is_main:
+            captions = count_of(len(sources), "caption")
+            show_box("Caching texts", [("data", f"{config.path}, {captions}"), ("device", str(device))])
         encoding.run(share.of(sources))
         reports = share.gather(CacheReport(encoding.written, encoding.kept, encoding.foreign))
         removed = 0
