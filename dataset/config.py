@@ -46,7 +46,7 @@ class DatasetTable:
     frame_stride: int
     frame_sample: int
     max_frames: int
-    source_fps: float | None
+    source_fps: float | str | None  # AUTO: by the times in each file
     fp_latent_window_size: int
     fp_1f_clean_indices: tuple[int, ...] | None
     fp_1f_target_index: int | None
@@ -68,6 +68,11 @@ class DatasetTable:
     def control_count(self) -> int:
         """Return how many control images an image has, if it has any."""
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
+
+    @property
+    def stated_fps(self) -> float | None:
+        """Return source_fps if it is a number."""
+        return None if isinstance(self.source_fps, str) else self.source_fps
 
     @property
     def section_keys(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ MOST_REPEATS = 100_000
 MOST_SAMPLES = 10_000  # spans of a clip
 LONGEST_SIDE = 16_384  # pixels
 RATES = (0.001, 1_000_000)  # frames a second
+AUTO = "auto"  # as source_fps: the times of the frames in each clip's file
 
 
 class Unfit(Exception):
@@ -57,6 +58,10 @@ def _rate(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not RATES[0] <= value <= RATES[1]:
         raise Unfit
     return float(value)
+
+
+def _source_fps(value: Any) -> float | str:
+    return AUTO if value == AUTO else _rate(value)
 
 
 def _yes_no(value: Any) -> bool:
@@ -129,7 +134,7 @@ class Key:
 
 _POSITIVE = "a whole number, 1 or more"
 _PIXELS = f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}"
-_RATE = f"a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})"
+_RATE = f'"{AUTO}", or a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})'
 _BOOL = "true or false, without quotes"
 _FOLDER = "a path in quotes"
 
@@ -156,7 +161,7 @@ KEYS: Mapping[str, Key] = {
     "frame_stride": Key(_count, _POSITIVE, 1, ("video",)),
     "frame_sample": Key(_samples, f"{_POSITIVE}, at most {MOST_SAMPLES}", 1, ("video",)),
     "max_frames": Key(_count, _POSITIVE, 129, ("video",)),
-    "source_fps": Key(_rate, _RATE, None, ("video",)),
+    "source_fps": Key(_source_fps, _RATE, None, ("video",)),
     "fp_latent_window_size": Key(_count, _POSITIVE, 9),
     "fp_1f_clean_indices": Key(
         _indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)

@@ -9,9 +9,11 @@ from tqdm import tqdm
 
 from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
+from dataset.config_keys import AUTO
 from dataset.sources.frames import frames_wanted
 from dataset.sources.listing import MediaSource
 from modules.errors import MediaError, UserError
+from modules.media.animations import is_animation
 from modules.media.reading import video_info
 
 T = TypeVar("T")
@@ -83,10 +85,14 @@ def machine_bytes() -> int | None:
 
 def _frames_in_header(source: MediaSource) -> float:
     try:
-        frames = video_info(source.path).frames or UNKNOWN_FRAMES
+        info = video_info(source.path)
+        is_timed = source.table.source_fps == AUTO or is_animation(source.path)
     except UserError:
         return 0  # decoding reports the reason
-    return frames * min(1.0, FASTEST_FPS / (source.table.source_fps or FASTEST_FPS))
+    frames = info.frames or UNKNOWN_FRAMES
+    if is_timed and info.fps:  # they may be repeated too
+        return frames * FASTEST_FPS / info.fps
+    return frames * min(1.0, FASTEST_FPS / (source.table.stated_fps or FASTEST_FPS))
 
 
 def _finish_done(

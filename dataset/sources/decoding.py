@@ -10,11 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
+from dataset.config_keys import AUTO
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
 from dataset.sources.listing import MediaSource
 from modules.errors import DatasetError, MediaError
+from modules.media.animations import is_animation
 from modules.media.buckets import Size, bucket_sizes, choose_bucket
-from modules.media.reading import Frame, image_size, read_image, resize_cover, video_frames, video_info
+from modules.media.reading import (
+    Frame,
+    frames_at_rate,
+    image_size,
+    read_image,
+    resize_cover,
+    video_frames,
+    video_info,
+)
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -116,10 +126,10 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
         )
     info = video_info(source.path)
     size = (info.width, info.height)
-    if info.frames is None:
+    if info.frames is None or table.source_fps == AUTO or is_animation(source.path):
         kept = sum(1 for _ in _kept_frames(source.path, table, fps))
     else:
-        kept = len(resample_indices(info.frames, table.source_fps, fps))
+        kept = len(resample_indices(info.frames, table.stated_fps, fps))
     found, reason = _spans_or_reason(table, kept, frame_step)
     return DecodedSource(
         source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason
@@ -160,12 +170,19 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]:
     """Yield the frames kept at `fps`, at their own size, no more than the table needs."""
-    kept = (
-        frame
-        for frame, keep in zip(video_frames(path), keep_pattern(table.source_fps, fps), strict=False)
-        if keep
-    )
+    frames = _played_frames(path, table, fps)
+    kept = (frame for frame, keep in zip(frames, keep_pattern(table.stated_fps, fps), strict=False) if keep)
     return itertools.islice(kept, frames_wanted(table))
+
+
+def _played_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]:
+    """Yield all frames of a clip, or what it shows at `fps`: with source_fps = "auto", and of GIF and WebP.
+
+    These are played at the source_fps of their table if it is a number, as if they were clips of that rate. A
+    folder of images has no times: all of them are frames.
+    """
+    is_timed = is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
+    return frames_at_rate(path, table.stated_fps or fps) if is_timed else video_frames(path)
 
 
 def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
@@ -215,7 +232,10 @@ def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[t
     found = spans(table, kept, frame_step)
     if found:
         return found, None
-    rate = f" after dropping from source_fps = {table.source_fps:g}" if table.source_fps else ""
+    stated = table.stated_fps
+    rate = f" after dropping from source_fps = {stated:g}" if stated else ""
+    if table.source_fps == AUTO:
+        rate = ' at the rate of the model (source_fps = "auto")'
     return (), f"{kept} frames{rate}, the shortest of target_frames is {min(table.target_frames)}"
 
 

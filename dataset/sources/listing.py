@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetTable
+from dataset.sources.animations import animation_suffixes, find_animations
 from dataset.sources.captions import caption_path, read_caption
 from dataset.sources.control import ControlFolder, list_folder
 from modules.errors import DatasetError
@@ -44,7 +45,7 @@ def find_sources(table: DatasetTable, captions: bool = True) -> list[MediaSource
     """
     sources = _from_folder(table, captions) if table.directory is not None else _from_list(table)
     if not sources:
-        kinds = ", ".join(sorted(_suffixes(table)))
+        kinds = ", ".join(sorted(_suffixes(table) | animation_suffixes(table)))
         holds = (
             f"has no {table.kind}s ({kinds}; folders inside it are not searched)"
             if table.directory
@@ -79,6 +80,7 @@ def _where_caption(source: MediaSource) -> str:
 
 
 def _suffixes(table: DatasetTable) -> frozenset[str]:
+    """Return the suffixes of a folder's files. For those of `find_animations` the content counts too."""
     return image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES
 
 
@@ -110,6 +112,7 @@ def _from_folder(table: DatasetTable, captions: bool) -> list[MediaSource]:
     suffixes = _suffixes(table)
     entries = list_folder(table.directory, f"{table.name}: {table.kind}_directory")
     paths = [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]
+    paths = sorted([*paths, *find_animations(table, entries, paths)], key=str)
     unnameable = [ascii(str(path)) for path in paths if bad_character(path.name)]
     _raise_listed(
         f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files", unnameable
