@@ -8,6 +8,8 @@ from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, 
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
+from dataset.cache.files import EMPTY
+from dataset.caching.caption_files import list_caption_files
 from dataset.caching.planning import (
     Caches,
     Recipe,
@@ -109,7 +111,8 @@ def check_texts(family: Encodes, config: DatasetConfig, skip_existing: bool) -> 
         sources = find_sources(table)
         captions = missing_captions(sources)
         lines += [f"{table.name}: {len(sources)} {table.kind}s"]
-        plans = [plan_text(source, family.cache_tag, encoders, skip_existing) for source in sources]
+        texts = list_caption_files(sources, family.cache_tag)
+        plans = [plan_text(text, encoders, skip_existing) for text in texts]
         for encoder, _ in encoders:
             to_do = sum(encoder.name in plan.missing for plan in plans)
             kept = len(plans) - to_do
@@ -144,7 +147,8 @@ def check_training(
             f"{table.name}: {len(items)} cached items" + (", for validation" if table.validation else "")
         ]
         lines += _indent(_bucket_lines(table, buckets))
-        missing = [path for path in found.missing_text if path.parent == table.cache_directory]
+        absent = (*found.missing_text, *found.missing_empty)
+        missing = [path for path in absent if path.parent == table.cache_directory]
         unfinished = [path for path in found.unfinished_text if path.parent == table.cache_directory]
         faults, remarks = _unusable(items, latent, encoders)
         lines += _list_names("text caches are missing", missing)
@@ -207,9 +211,13 @@ def _unusable(
 ) -> tuple[list[str], list[str]]:
     """Read every item; return why some cannot be trained on, and remarks about the others."""
     faults, remarks = [], []
-    for item in items:
+    drops = [EMPTY] if items and items[0].table.caption_dropout_rate else []
+    # each caption, and the empty prompt once
+    pairs = [(item, number) for item in items for number in range(item.captions)]
+    for item, number in [*pairs, *((item, number) for item in items[:1] for number in drops)]:
         try:
-            said = encoders.difference(read_batch([item], latent, encoders.commands).made_by)
+            batch = read_batch([item], latent, encoders.commands, captions=[number])
+            said = encoders.difference(batch.made_by)
         except CacheError as error:
             faults.append(str(error).splitlines()[0])
         else:

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import KEYS, MODES, SECTION_DEFAULTS, SOURCES, Unfit
+from dataset.config_keys import (
+    CAPTION_DEFAULTS,
+    KEYS,
+    LEARNING_DEFAULTS,
+    MODES,
+    SECTION_DEFAULTS,
+    SOURCES,
+    Unfit,
+)
 from modules.errors import DatasetError
 from modules.text_files import parse_json, parse_toml, read_text
 
@@ -36,6 +44,11 @@ class DatasetTable:
     cache_directory: Path
     resolution: tuple[int, int]  # width, height
     caption_extension: str | None
+    trigger_word: str  # these three: "" for none
+    caption_prefix: str
+    caption_suffix: str
+    multi_caption: bool  # each line of a caption file is a caption
+    caption_dropout_rate: float
     batch_size: int
     num_repeats: int
     enable_bucket: bool
@@ -77,12 +90,21 @@ class DatasetTable:
     @property
     def section_keys(self) -> dict[str, Any]:
         """Return the keys of SECTION_DEFAULTS that are set to another value, as JSON values."""
-        given = {
-            name: getattr(self, name)
-            for name, usual in SECTION_DEFAULTS.items()
-            if getattr(self, name) != usual
-        }
+        given = self._changed(SECTION_DEFAULTS)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+    @property
+    def caption_settings(self) -> dict[str, Any]:
+        """Return the keys of CAPTION_DEFAULTS that are set to another value."""
+        return self._changed(CAPTION_DEFAULTS)
+
+    @property
+    def learning_keys(self) -> dict[str, Any]:
+        """Return the keys of LEARNING_DEFAULTS that are set to another value, as JSON values."""
+        return self._changed(LEARNING_DEFAULTS)
+
+    def _changed(self, defaults: Table) -> dict[str, Any]:
+        return {name: getattr(self, name) for name, usual in defaults.items() if getattr(self, name) != usual}
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
         """Return the table's entry of the metadata list `ss_datasets`.
@@ -105,7 +127,7 @@ class DatasetTable:
             entry["target_frames"] = list(self.target_frames)
             names = ("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
             entry |= {name: getattr(self, name) for name in names}
-        return entry | self.section_keys
+        return entry | self.section_keys | self.learning_keys
 
 
 @dataclass(frozen=True)

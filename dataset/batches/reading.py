@@ -3,22 +3,25 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _join_sides
 from dataset.cache.checks import CacheChecks
-from dataset.cache.files import Entry, read_entry
+from dataset.cache.files import EMPTY, Entry, read_entry
 from dataset.cache.records import (
     LatentRecord,
     TextRecord,
+    difference,
     latent_record,
     options_difference,
     text_records,
     verify_tensors,
 )
-from dataset.config_keys import SECTION_DEFAULTS
+from dataset.config_keys import CAPTION_DEFAULTS, SECTION_DEFAULTS
 from dataset.sources.decoding import bucket_of
 from modules.contract.data import LATENTS_MADE, Batch, MadeBy
 from modules.contract.family import LatentSpec
@@ -30,23 +33,28 @@ def read_batch(
     latent: LatentSpec,
     commands: CachingCommands = NO_COMMANDS,
     checks: CacheChecks | None = None,
+    captions: Sequence[int] | None = None,
 ) -> Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
 
     Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other
     options, made from a source or a caption that has changed since, or not of the shape that the
-    configuration asks for. checks: of the run, which remembers what it has looked at.
+    configuration asks for. checks: of the run, which remembers what it has looked at. captions: the number of
+    the caption to use of each item, or EMPTY; without it the first.
     """
     checks = checks or CacheChecks()
-    read = [_read_item(item, latent, commands, checks) for item in items]
+    read = [
+        _read_item(item, latent, commands, checks, number)
+        for item, number in zip(items, captions or [0] * len(items), strict=True)
+    ]
     first = read[0]
     for item, other in zip(items, read, strict=True):
         if other.tensors.keys() != first.tensors.keys():
             odd = ", ".join(sorted(other.tensors.keys() ^ first.tensors.keys()))
             in_text = other.text != first.text
             paths = (
-                (item.text_path, items[0].text_path) if in_text else (item.latent_path, items[0].latent_path)
+                (other.text_path, first.text_path) if in_text else (item.latent_path, items[0].latent_path)
             )
             raise CacheError(
                 f"{paths[0]} and {paths[1]} do not have the same tensors: {odd}.\n"
@@ -60,6 +68,7 @@ def read_batch(
 @dataclass(frozen=True)
 class _ReadItem:
     tensors: Mapping[str, Tensor]
+    text_path: Path
     text: frozenset[str]  # names of those that come from the text cache
     variable: frozenset[str]
     caption: str
@@ -67,27 +76,29 @@ class _ReadItem:
 
 
 def _read_item(
-    item: TrainingItem, latent: LatentSpec, commands: CachingCommands, checks: CacheChecks
+    item: TrainingItem, latent: LatentSpec, commands: CachingCommands, checks: CacheChecks, number: int
 ) -> _ReadItem:
     with _remedy(commands.latents):
         latents, media = _read_latents(item, latent, checks)
     with _remedy(commands.text):
-        text = read_entry(item.text_path)
+        text_path = item.caption_path(number)
+        text = read_entry(text_path)
         absent = sorted(item.kind.text_keys - text.tensors.keys())
         if absent:
             maker = text.header.metadata.get("architecture", "")
             raise CacheError(
-                f"{item.text_path}: the text cache is incomplete, it has no {', '.join(absent)}"
+                f"{text_path}: the text cache is incomplete, it has no {', '.join(absent)}"
                 + (f" (made for {maker})" if maker else "")
             )
         texts = text_records(text.header)
-        caption = _check_caption(item, text, texts, checks)
+        caption = _check_caption(item, number, text, texts, checks)
     checks.add(item.table.index, item.key)
+    checks.add(item.table.index, text_path.name)
     tensors = {**latents.tensors, **text.tensors}
     made_by = [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
-    made_by += [MadeBy(item.text_path, name, record.encoder) for name, record in texts.items()]
+    made_by += [MadeBy(text_path, name, record.encoder) for name, record in texts.items()]
     return _ReadItem(
-        tensors, frozenset(text.tensors), latents.variable | text.variable, caption, tuple(made_by)
+        tensors, text_path, frozenset(text.tensors), latents.variable | text.variable, caption, tuple(made_by)
     )
 
 
@@ -150,20 +161,34 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
 
 
 def _check_caption(
-    item: TrainingItem, text: Entry, records: Mapping[str, TextRecord], checks: CacheChecks
+    item: TrainingItem, number: int, text: Entry, records: Mapping[str, TextRecord], checks: CacheChecks
 ) -> str:
-    is_known = checks.knows(item.table.index, item.key)
+    """Return the caption of a text file. Raises CacheError if its table or caption file has changed since."""
+    path = text.header.path
+    is_known = number == EMPTY or checks.knows(item.table.index, path.name)
+    if not is_known and not records:
+        _check_settings(item, path, {})
     for record in records.values():
         verify_tensors(text, record.crc32)
-        if is_known or record.file is None or item.table.directory is None:
+        if is_known:
             continue
-        now = checks.changed_caption(item.table.directory / record.file.name, record.caption)
+        _check_settings(item, path, record.settings)
+        if record.file is None or item.table.directory is None:
+            continue
+        caption_path = item.table.directory / record.file.name
+        now = checks.changed_caption(caption_path, record.caption, item.table, number)
         if now is not None:
-            raise CacheError(
-                f"{item.text_path}: made from the caption {record.caption!r}, which now is {now!r}"
-            )
+            raise CacheError(f"{path}: made from the caption {record.caption!r}, which now is {now!r}")
     stored = [record.caption for record in records.values()]
     return stored[0] if stored else text.header.metadata.get("caption1", "")
+
+
+def _check_settings(item: TrainingItem, path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise CacheError if a caption was made with other keys of its table, or is one of another number."""
+    then = {**CAPTION_DEFAULTS, "captions": 1, **settings}
+    changed = difference(then, {**CAPTION_DEFAULTS, **item.table.caption_settings, "captions": item.captions})
+    if changed is not None:
+        raise CacheError(f"{path}: {changed} in {item.table.name}")
 
 
 def _stack(

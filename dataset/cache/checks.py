@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.cache.records import FileIdentity, is_unchanged, modified_ns
-from dataset.sources.captions import read_caption
+from dataset.config import DatasetTable
+from dataset.sources.captions import captions_in, read_caption
 
 MOST_KNOWN = 1 << 16  # items that are remembered: a few megabytes
 
@@ -53,7 +54,9 @@ class CacheChecks:
                 return path
         return None
 
-    def changed_caption(self, path: Path, caption: str) -> str | None:
-        """Return the text of a caption file if it is there and not `caption`."""
+    def changed_caption(self, path: Path, caption: str, table: DatasetTable, number: int = 0) -> str | None:
+        """Return the text of a caption file if it is there and its caption `number` is not `caption`."""
         now = read_caption(path)
-        return now if now is not None and now != caption and modified_ns(path) <= self.started_ns else None
+        if now is None or captions_in(now, table)[number : number + 1] == (caption,):
+            return None
+        return now if modified_ns(path) <= self.started_ns else None

@@ -1,7 +1,10 @@
-"""Caption files: a text file beside an image or a clip."""
+"""Caption files: a text file beside an image or a clip, and what a table adds to their text."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
+from dataset.config import DatasetTable
 from modules.errors import DatasetError
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_text
 
@@ -32,3 +35,27 @@ def read_caption(path: Path) -> str | None:
     if found is not None:
         raise DatasetError(f"{path}: this caption holds {found}. Save it as UTF-8.")
     return caption
+
+
+def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
+    """Return the captions in the text of a caption file, as they are encoded; at least one.
+
+    With multi_caption each line that is not empty is one.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()] if table.multi_caption else [text]
+    return complete_captions(lines or [""], table)
+
+
+def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
+    """Return captions with trigger word, prefix and suffix of their table, equal ones once."""
+    return tuple(dict.fromkeys(_complete(caption, table) for caption in captions))
+
+
+def _complete(caption: str, table: DatasetTable) -> str:
+    """Return "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is."""
+    trigger = table.trigger_word
+    if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+        caption = f"{trigger}, {caption}" if caption else trigger
+    if not (table.caption_prefix or table.caption_suffix):
+        return caption
+    return " ".join(part for part in (table.caption_prefix, caption, table.caption_suffix) if part)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dataset.config import DatasetTable
 from dataset.sources.animations import animation_suffixes, find_animations
-from dataset.sources.captions import caption_path, read_caption
+from dataset.sources.captions import caption_path, captions_in, complete_captions, read_caption
 from dataset.sources.control import ControlFolder, list_folder
 from modules.errors import DatasetError
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
@@ -33,6 +33,7 @@ class MediaSource:
     caption_path: Path | None
     control: tuple[Path, ...]  # control images in order, or one control clip; () without control
     table: DatasetTable
+    more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
 
 
 def find_sources(table: DatasetTable, captions: bool = True) -> list[MediaSource]:
@@ -121,8 +122,9 @@ def _from_folder(table: DatasetTable, captions: bool) -> list[MediaSource]:
     sources = []
     for path, control in zip(paths, controls, strict=True):
         text_path = caption_path(path, table.caption_extension) if table.caption_extension else None
-        caption = read_caption(text_path) if captions and text_path else None
-        sources.append(MediaSource(path, path.stem, caption, text_path, control, table))
+        text = read_caption(text_path) if captions and text_path else None
+        first, more = _first_and_more(None if text is None else captions_in(text, table))
+        sources.append(MediaSource(path, path.stem, first, text_path, control, table, more))
     return sources
 
 
@@ -192,13 +194,29 @@ def _from_line(table: DatasetTable, where: str, line: str) -> MediaSource:
     name = f"{table.kind}_path"
     if not isinstance(record, dict) or not isinstance(record.get(name), str):
         raise DatasetError(f"{where}: {name} is missing. Each line is one object such as {_example(table)}")
+    _check_text(record[name], f"{where}: {name}")
+    captions = _line_captions(table, record, where)
+    first, more = _first_and_more(complete_captions(captions, table) if captions else None)
+    path = Path(record[name]).expanduser()
+    return MediaSource(path, path.stem, first, None, _line_controls(table, record, where), table, more)
+
+
+def _line_captions(table: DatasetTable, record: dict[str, Any], where: str) -> list[str]:
+    """Return `caption`, and with multi_caption the texts of the list `captions` behind it."""
     caption = record.get("caption")
     if caption is not None and not isinstance(caption, str):
         raise DatasetError(f"{where}: caption = {json.dumps(caption)} is not a text")
-    _check_text(record[name], f"{where}: {name}")
-    _check_text(caption or "", f"{where}: caption")
-    path = Path(record[name]).expanduser()
-    return MediaSource(path, path.stem, caption, None, _line_controls(table, record, where), table)
+    more = record.get("captions") if table.multi_caption else None
+    if more is not None and not (isinstance(more, list) and all(isinstance(one, str) for one in more)):
+        raise DatasetError(f"{where}: captions = {json.dumps(more)[:80]} is not a list of texts")
+    captions = [*([] if caption is None else [caption]), *(more or ())]
+    for one in captions:
+        _check_text(one, f"{where}: caption")
+    return captions
+
+
+def _first_and_more(captions: tuple[str, ...] | None) -> tuple[str | None, tuple[str, ...]]:
+    return (captions[0], captions[1:]) if captions else (None, ())
 
 
 def _check_text(text: str, where: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dataset.batches.captions import choose_captions
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
@@ -127,7 +128,9 @@ class MicroBatches:
         epoch, index = key
         self.open_epoch(epoch)
         number = epoch * self.order.num_batches + index
-        batch = read_batch(self._batches[index], self.latent, self.commands, self.checks)
+        items = self._batches[index]
+        captions = choose_captions(items, self.randomness.seed, number)
+        batch = read_batch(items, self.latent, self.commands, self.checks, captions)
         return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
 
     def open_epoch(self, epoch: int) -> None:

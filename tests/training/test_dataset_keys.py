@@ -1,0 +1,88 @@
+"""What dataset keys change in a run: texts, masks and weights. All is exact on resume and over processes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dataset.cache.files import checksum, write_tensors
+from dataset.cache.records import TextRecord, text_metadata
+from modules.errors import OptionError
+from tests.training.test_resume import Killed, killed_at, train_in_two_processes
+from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from training.run import train_network
+
+KEYS = "multi_caption = true\ncaption_dropout_rate = 0.3"
+
+
+def write_text(path: Path, value: float, captions: int) -> None:
+    tensors = {"varlen_letters_float32": torch.full((1, 1), value)}
+    crc32 = {name: checksum(name, tensor) for name, tensor in tensors.items()}
+    settings = {"multi_caption": True, "captions": captions}
+    record = TextRecord({"letters": "1"}, "a text", None, crc32, settings)
+    write_tensors(path, tensors, {"architecture": "toy"} | text_metadata({"letters": record}))
+
+
+def write_dataset(folder: Path, keys: str = KEYS, batch_size: int = 2) -> None:
+    """Caches of five pictures with three captions each, and of the empty prompt."""
+    write_caches(folder, batch_size=batch_size, more=keys)
+    for index in range(5):
+        for number, name in enumerate(["", ".caption2", ".caption3"]):
+            path = folder / "cache" / f"clip{index}_toy_te{name}.safetensors"
+            write_text(path, 0.1 * index + 10 * number, captions=3)
+    write_text(folder / "cache" / "toy_te.empty.safetensors", -50.0, captions=1)
+
+
+def test_captions_and_dropout_change_the_run(tmp_path: Path) -> None:
+    found = []
+    for place, keys in enumerate([KEYS, KEYS.replace("0.3", "0.0"), KEYS.replace("0.3", "1")]):
+        write_dataset(tmp_path / str(place), keys)
+        found.append(train_toy(tmp_path / str(place)))
+
+    assert not same(found[0], found[1])
+    assert not same(found[0], found[2])
+
+
+def test_readers_ahead_of_the_loop_choose_the_same_texts(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+
+    assert same(train_toy(tmp_path), train_toy(tmp_path, "--max_data_loader_n_workers", 2))
+
+
+@pytest.mark.parametrize("moment", [1, 4, 8])
+def test_a_killed_run_goes_on_with_the_same_texts(tmp_path: Path, moment: int) -> None:
+    settings = ["--gradient_accumulation_steps", 2, "--save_every_n_steps", 2, "--save_state"]
+    settings += ["--resume", "latest"]
+    for name in ("whole", "killed"):
+        write_dataset(tmp_path / name)
+    whole = train_toy(tmp_path / "whole", *settings)
+
+    with pytest.raises(Killed):
+        train_toy(tmp_path / "killed", *settings, family=killed_at(moment))
+
+    assert same(whole, train_toy(tmp_path / "killed", *settings))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    expected = train_toy(tmp_path, "--gradient_accumulation_steps", 2)
+
+    train_in_two_processes(tmp_path, 29633, "--output_dir", str(tmp_path / "two"))
+
+    found = load_file(tmp_path / "two" / "x.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", [KEYS.replace("0.3", "0.2"), "multi_caption = true"])
+def test_resuming_with_other_keys_is_refused(tmp_path: Path, keys: str) -> None:
+    write_dataset(tmp_path)
+    train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
+    write_dataset(tmp_path, keys)
+
+    with pytest.raises(OptionError, match=r"batches of an epoch .* in the state, .* now"):
+        train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest"))
