@@ -54,6 +54,7 @@ class DatasetTable:
     enable_bucket: bool
     bucket_no_upscale: bool  # always False if enable_bucket is False
     validation: bool  # not trained on
+    prior_loss_weight: float  # factor on the loss of its items in training
     target_frames: tuple[int, ...]  # ascending, each 4n + 1
     frame_extraction: str
     frame_stride: int

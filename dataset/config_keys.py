@@ -17,6 +17,7 @@ FAR = 10_000  # latent frames; places in time stay far below
 MOST_COUNT = 10**9
 MOST_REPEATS = 100_000
 MOST_SAMPLES = 10_000  # spans of a clip
+MOST_WEIGHT = 100
 MOST_WORDS = 2000  # characters of trigger_word, caption_prefix and caption_suffix
 LONGEST_SIDE = 16_384  # pixels
 RATES = (0.001, 1_000_000)  # frames a second
@@ -126,6 +127,12 @@ def _share(value: Any) -> float:
     return float(value)
 
 
+def _weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST_WEIGHT:
+        raise Unfit
+    return float(value)
+
+
 def _mode(value: Any) -> str:
     if value not in MODES:
         raise Unfit
@@ -174,6 +181,7 @@ KEYS: Mapping[str, Key] = {
     "video_jsonl_file": Key(_path, _FOLDER, None, ("video",)),
     "control_directory": Key(_path, _FOLDER, None),
     "validation": Key(_yes_no, _BOOL, False),
+    "prior_loss_weight": Key(_weight, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5", 1.0),
     "target_frames": Key(
         _counts, "a list of whole numbers, each 1 or more, such as [1, 25, 45]", (1,), ("video",)
     ),
@@ -196,5 +204,8 @@ CAPTION_DEFAULTS = {
     name: KEYS[name].default for name in ("trigger_word", "caption_prefix", "caption_suffix", "multi_caption")
 }
 # what a run depends on besides names, sizes and order of its items
-LEARNING_DEFAULTS = {**CAPTION_DEFAULTS, "caption_dropout_rate": KEYS["caption_dropout_rate"].default}
+LEARNING_DEFAULTS = {
+    **CAPTION_DEFAULTS,
+    **{name: KEYS[name].default for name in ("caption_dropout_rate", "prior_loss_weight")},
+}
 SOURCES = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")

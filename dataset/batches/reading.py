@@ -62,7 +62,14 @@ def read_batch(
             )
     tensors = {name: _stack(name, items, read, commands) for name in first.tensors}
     made_by = tuple(made for one in read for made in one.made_by)
-    return Batch(tensors, tuple(one.caption for one in read), tuple(item.key for item in items), made_by)
+    weights = tuple(item.table.prior_loss_weight for item in items)
+    return Batch(
+        tensors,
+        tuple(one.caption for one in read),
+        tuple(item.key for item in items),
+        made_by,
+        () if set(weights) == {1.0} else weights,
+    )
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Batch:
     captions: tuple[str, ...]
     keys: tuple[str, ...]  # which items, for messages
     made_by: tuple[MadeBy, ...] = ()  # of all files that say so
+    loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () where all are 1
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -49,6 +49,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         enable_bucket=False,
         bucket_no_upscale=False,
         validation=False,
+        prior_loss_weight=1.0,
         target_frames=(1,),
         frame_extraction="head",
         frame_stride=1,

@@ -1,6 +1,7 @@
 """What dataset keys change in a run: texts, masks and weights. All is exact on resume and over processes."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from dataset.cache.records import TextRecord, text_metadata
 from modules.errors import OptionError
 from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.run import train_network
+from training.loss import training_loss
+from training.run import prepare_run, train_network
 
 KEYS = "multi_caption = true\ncaption_dropout_rate = 0.3"
 
@@ -83,6 +85,48 @@ def test_resuming_with_other_keys_is_refused(tmp_path: Path, keys: str) -> None:
     write_dataset(tmp_path)
     train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
     write_dataset(tmp_path, keys)
+
+    with pytest.raises(OptionError, match=r"batches of an epoch .* in the state, .* now"):
+        train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest"))
+
+
+def two_tables(folder: Path, weight: str) -> None:
+    """Three pictures, and two of a second table with `weight`."""
+    write_caches(folder)
+    (folder / "more").mkdir()
+    for index in (3, 4):
+        for path in (folder / "cache").glob(f"clip{index}_*"):
+            path.rename(folder / "more" / path.name)
+    with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
+        cache = (folder / "more").as_posix()
+        file.write(f'[[datasets]]\nimage_directory = "x"\ncache_directory = "{cache}"\n{weight}\n')
+
+
+def test_items_of_a_regularisation_table_count_by_its_weight(tmp_path: Path) -> None:
+    losses = {}
+    for weight in ("", "prior_loss_weight = 1", "prior_loss_weight = 0.25"):
+        folder = tmp_path / str(len(losses))
+        two_tables(folder, weight)
+        with prepare_run(ToyFamily(), toy_options(folder)) as run:
+            batches = [run.feed.batches[0, index].data for index in range(5)]
+            losses[weight] = {
+                batch.batch.keys[0][:5]: training_loss(ToyFamily(), run.dit, batch, nullcontext).item()
+                for batch in batches
+            }
+
+    plain, one, quarter = losses.values()
+    assert one == plain
+    assert quarter == {
+        stem: pytest.approx(loss * (0.25 if stem in {"clip3", "clip4"} else 1), rel=1e-6)
+        for stem, loss in plain.items()
+    }
+
+
+def test_a_changed_weight_is_another_run(tmp_path: Path) -> None:
+    two_tables(tmp_path, "prior_loss_weight = 0.5")
+    train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
+    path = tmp_path / "dataset.toml"
+    path.write_text(path.read_text(encoding="utf-8").replace("0.5", "0.7"), encoding="utf-8")
 
     with pytest.raises(OptionError, match=r"batches of an epoch .* in the state, .* now"):
         train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest"))

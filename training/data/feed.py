@@ -102,7 +102,10 @@ class Randomness:
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         generator = seed_generator(self.seed, "timesteps", number)
         times = draw(self.timesteps, len(batch), generator, self.seed, first_sample, self.noise, shape)
-        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, loss_weights(self.timesteps, times))
+        weights = loss_weights(self.timesteps, times)
+        if batch.loss_weights:
+            weights = weights * torch.tensor(batch.loss_weights)
+        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, weights)
 
 
 def seed_generator(*parts: int | str) -> torch.Generator:
