@@ -89,6 +89,9 @@ def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existi
         to_encode = sum(len(plan.missing or ()) for plan in found.plans)
         lines += [f"{table.name}: {len(found.sources)} {table.kind}s, {found.buckets.total()} items"]
         lines += _indent(_bucket_lines(table, found.buckets))
+        masked = sum(source.mask is not None for source in found.sources)
+        if masked:
+            lines += _indent([f"{masked} of {len(found.sources)} have a mask; the others are learned whole"])
         if encoder:
             lines += _indent([f"caches: {kept} files are valid, {to_encode} items need encoding"])
         batches += _num_batches(table, found.buckets)

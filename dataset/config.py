@@ -53,6 +53,8 @@ class DatasetTable:
     num_repeats: int
     enable_bucket: bool
     bucket_no_upscale: bool  # always False if enable_bucket is False
+    mask_directory: Path | None
+    alpha_mask: bool  # transparent parts are not learned
     validation: bool  # not trained on
     prior_loss_weight: float  # factor on the loss of its items in training
     target_frames: tuple[int, ...]  # ascending, each 4n + 1
@@ -102,7 +104,8 @@ class DatasetTable:
     @property
     def learning_keys(self) -> dict[str, Any]:
         """Return the keys of LEARNING_DEFAULTS that are set to another value, as JSON values."""
-        return self._changed(LEARNING_DEFAULTS)
+        masks = {} if self.mask_directory is None else {"mask_directory": self.mask_directory.name}
+        return self._changed(LEARNING_DEFAULTS) | masks
 
     def _changed(self, defaults: Table) -> dict[str, Any]:
         return {name: getattr(self, name) for name, usual in defaults.items() if getattr(self, name) != usual}
@@ -319,6 +322,10 @@ def _finish_table(
         fields["control_directory"] = None
     if fields["cache_directory"] is None and jsonl_file:
         problems.append(f"{where}: cache_directory is required with {kind}_jsonl_file")
+        return None
+    if fields["mask_directory"] and (jsonl_file or fields["alpha_mask"]):
+        other = "give mask_path in the lines of the list" if jsonl_file else "leave out it or alpha_mask"
+        problems.append(f"{where}: mask_directory cannot be used here; {other}")
         return None
     fields["cache_directory"] = fields["cache_directory"] or directory
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]

@@ -180,6 +180,8 @@ KEYS: Mapping[str, Key] = {
     "video_directory": Key(_path, _FOLDER, None, ("video",)),
     "video_jsonl_file": Key(_path, _FOLDER, None, ("video",)),
     "control_directory": Key(_path, _FOLDER, None),
+    "mask_directory": Key(_path, _FOLDER, None),
+    "alpha_mask": Key(_yes_no, _BOOL, False),
     "validation": Key(_yes_no, _BOOL, False),
     "prior_loss_weight": Key(_weight, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5", 1.0),
     "target_frames": Key(
@@ -206,6 +208,8 @@ CAPTION_DEFAULTS = {
 # what a run depends on besides names, sizes and order of its items
 LEARNING_DEFAULTS = {
     **CAPTION_DEFAULTS,
-    **{name: KEYS[name].default for name in ("caption_dropout_rate", "prior_loss_weight")},
+    **{name: KEYS[name].default for name in ("caption_dropout_rate", "prior_loss_weight", "alpha_mask")},
 }
+# `mask` of a latent record: where the mask of its loss is from
+FROM_FILE, FROM_ALPHA = "file", "alpha"
 SOURCES = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")

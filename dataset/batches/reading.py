@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
-from dataset.config_keys import CAPTION_DEFAULTS, SECTION_DEFAULTS
+from dataset.config_keys import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from dataset.sources.decoding import bucket_of
-from modules.contract.data import LATENTS_MADE, Batch, MadeBy
+from dataset.sources.masks import names_in
+from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, MadeBy
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError
 
@@ -48,6 +49,8 @@ def read_batch(
         _read_item(item, latent, commands, checks, number)
         for item, number in zip(items, captions or [0] * len(items), strict=True)
     ]
+    if any(LOSS_MASK in one.tensors for one in read):
+        read = [_with_mask(one) for one in read]
     first = read[0]
     for item, other in zip(items, read, strict=True):
         if other.tensors.keys() != first.tensors.keys():
@@ -70,6 +73,12 @@ def read_batch(
         made_by,
         () if set(weights) == {1.0} else weights,
     )
+
+
+def _with_mask(read: "_ReadItem") -> "_ReadItem":
+    """Return an item with a mask; one that has none gets ones, which change nothing."""
+    whole = torch.ones(read.tensors["latents"].shape[1:], dtype=torch.float16)
+    return replace(read, tensors={LOSS_MASK: whole, **read.tensors})
 
 
 @dataclass(frozen=True)
@@ -118,15 +127,12 @@ def _read_latents(
             f"{item.latent_path}: it has no latents, so it is not a cache; move it out of the cache folder"
         )
     record = latent_record(entry.header)
+    _check_mask(item, record)
     if record is not None:
         verify_tensors(entry, record.crc32)
         _check_options(item, record, latent)
-        folders = tuple(
-            folder for folder in (item.table.directory, item.table.control_directory) if folder is not None
-        )
-        changed = (
-            None if checks.knows(item.table.index, item.key) else checks.changed_file(folders, record.files)
-        )
+        is_known = checks.knows(item.table.index, item.key)
+        changed = None if is_known else checks.changed_file(_folders_of(item, record), record.files)
         if changed is not None:
             raise CacheError(f"{item.latent_path}: {changed} has changed since it was encoded")
     width, height, frames = (*item.bucket, 1)[:3]
@@ -139,7 +145,43 @@ def _read_latents(
             f"{_join_sides(expected)}"
             f" ({frames} frames of {width}x{height})"
         )
+    mask = entry.tensors.get(LOSS_MASK)
+    if mask is not None and list(mask.shape) != expected[1:]:
+        raise CacheError(
+            f"{item.latent_path}: the mask of its loss is {_join_sides(mask.shape)}, its latents are "
+            f"{_join_sides(expected[1:])}"
+        )
     return entry, record
+
+
+def _folders_of(item: TrainingItem, record: LatentRecord) -> list[Path | None]:
+    """Return the folder of each file of a record: the source, its control media, its mask."""
+    table, count = item.table, len(record.files)
+    if table.directory is None:
+        return [None] * count
+    folders = [table.directory, *[table.control_directory] * (count - 1)][:count]
+    if record.options.get("mask") == FROM_FILE:
+        folders[-1] = table.mask_directory
+    return folders
+
+
+def _check_mask(item: TrainingItem, record: LatentRecord | None) -> None:
+    """Raise CacheError if the mask of an item is not from where its table says."""
+    table = item.table
+    made_from = None if record is None else record.options.get("mask")
+    if table.alpha_mask:
+        wanted: set[str | None] = {FROM_ALPHA}
+    elif table.mask_directory is not None:
+        has_file = item.source_stem in names_in(table.mask_directory)
+        wanted = {FROM_FILE} if has_file else {FROM_FILE, None}
+    else:
+        wanted = {FROM_FILE, None} if table.jsonl_file is not None else {None}
+    if made_from not in wanted:
+        now = "alpha_mask = true" if table.alpha_mask else "no mask" if wanted == {None} else "a mask for it"
+        raise CacheError(
+            f"{item.latent_path}: the mask of its loss is from {made_from or 'nowhere'}, {table.name} has "
+            f"{now}"
+        )
 
 
 def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec) -> None:

@@ -3,6 +3,7 @@ reads.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,13 +39,13 @@ class CacheChecks:
             self._known.clear()
         self._known.add((table, key))
 
-    def changed_file(self, folders: tuple[Path, ...], files: tuple[FileIdentity, ...]) -> Path | None:
+    def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
         """Return the first source that is there and not what it was.
 
-        folders: of the source, then of its control media.
+        folders: of each file; None if unknown.
         """
-        for place, file in enumerate(files):
-            path = folders[min(place, len(folders) - 1)] / file.name if folders else None
+        for folder, file in zip(folders, files, strict=True):
+            path = None if folder is None else folder / file.name
             if (
                 path is not None
                 and path.exists()

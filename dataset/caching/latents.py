@@ -33,8 +33,9 @@ from dataset.caching.source_jobs import check_memory, decode_ahead, progress
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.frames import Span, frames_wanted
+from dataset.sources.masks import shrink_mask
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
+from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 
@@ -50,10 +51,11 @@ class Crop:
     frames: Tensor  # F H W C uint8
     control: tuple[Tensor, ...]  # each F H W C uint8
     alpha: Tensor | None  # H W uint8
+    mask: Tensor | None = None  # F H W uint8: of the loss
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all tensors of the crop."""
+        """Return what is encoded."""
         return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)))
 
 
@@ -94,7 +96,8 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
         # overlapping or large: cut each when its turn comes
         return Decoded(plan, media, {}, files, clip)
     crops = {span: cut(media, span) for span in missing}
-    return Decoded(plan, dataclasses.replace(media, frames=NO_FRAMES, control=()), crops, files, clip)
+    media = dataclasses.replace(media, frames=NO_FRAMES, control=(), mask=None)
+    return Decoded(plan, media, crops, files, clip)
 
 
 def cut(media: DecodedSource, span: Span) -> Crop:
@@ -104,7 +107,13 @@ def cut(media: DecodedSource, span: Span) -> Crop:
         torch.from_numpy(clip.copy() if alone else clip)
         for clip in (media.crop(span), *media.control_crops(span))
     )
-    return Crop(frames, tuple(control), None if media.alpha is None else torch.from_numpy(media.alpha))
+    mask = media.mask_crop(span)
+    return Crop(
+        frames,
+        tuple(control),
+        None if media.alpha is None else torch.from_numpy(media.alpha),
+        None if mask is None else torch.from_numpy(mask.copy()),
+    )
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,8 @@ class _Pending:
 
     @property
     def size_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.crop.tensors)
+        mask = 0 if self.crop.mask is None else self.crop.mask.nbytes
+        return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
 
 
 class LatentEncoding:
@@ -183,7 +193,7 @@ class LatentEncoding:
         source, media, recipe = decoded.plan.source, decoded.media, self._recipe
         is_image = source.table.kind == "image"
         name = LatentName(source.stem, media.size if is_image else media.bucket, None if is_image else span)
-        options = recipe.options(source.table, media.size, media.bucket, span)
+        options = recipe.options(source, media.size, media.bucket, span)
         return _Pending(
             table=source.table,
             path=source.table.cache_directory / name.file_name(recipe.tag),
@@ -223,6 +233,9 @@ class LatentEncoding:
             name = dataclasses.replace(item.name, section=entry.section)
             path = item.path.with_name(name.file_name(self._recipe.tag))
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+            if item.crop.mask is not None:
+                mask = shrink_mask(item.crop.mask, self._recipe.latent.stride)
+                tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
             record = dataclasses.replace(item.record, parts=len(entries))
             whole = dataclasses.replace(entry, tensors=tensors)
             self._writer.submit(partial(write_latents, path, name, record, whole, self._family.name))

@@ -60,7 +60,8 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     """
     width, height = source.table.resolution
     frames = 1.0 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source)
-    return int(frames) * width * height * 3 * (1 + len(source.control))
+    channels = 3 * (1 + len(source.control)) + (source.mask_from is not None)
+    return int(frames) * width * height * channels
 
 
 def check_memory(source: MediaSource) -> None:

@@ -263,7 +263,7 @@ def _right(
     for encoder, identity in encoders:
         record = records.get(encoder.name)
         if record is None:
-            if skip_existing and _is_foreign(entry.header, encoder, file.caption):
+            if skip_existing and not file.settings and _is_foreign(entry.header, encoder, file.caption):
                 right[encoder.name] = False
             continue
         changed = difference(record.encoder, identity) or difference(

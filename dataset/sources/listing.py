@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetTable
+from dataset.config_keys import FROM_ALPHA, FROM_FILE
 from dataset.sources.animations import animation_suffixes, find_animations
 from dataset.sources.captions import caption_path, captions_in, complete_captions, read_caption
 from dataset.sources.control import ControlFolder, list_folder
+from dataset.sources.masks import find_masks
 from modules.errors import DatasetError
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, read_lines
@@ -34,6 +36,12 @@ class MediaSource:
     control: tuple[Path, ...]  # control images in order, or one control clip; () without control
     table: DatasetTable
     more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
+    mask: Path | None = None  # an image, clip or folder of images: white is learned
+
+    @property
+    def mask_from(self) -> str | None:
+        """Return FROM_FILE, FROM_ALPHA, or None."""
+        return FROM_ALPHA if self.table.alpha_mask else FROM_FILE if self.mask is not None else None
 
 
 def find_sources(table: DatasetTable, captions: bool = True) -> list[MediaSource]:
@@ -119,12 +127,14 @@ def _from_folder(table: DatasetTable, captions: bool) -> list[MediaSource]:
         f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files", unnameable
     )
     controls = _folder_controls(table, paths)
+    masks = find_masks(table, paths)
     sources = []
     for path, control in zip(paths, controls, strict=True):
         text_path = caption_path(path, table.caption_extension) if table.caption_extension else None
         text = read_caption(text_path) if captions and text_path else None
         first, more = _first_and_more(None if text is None else captions_in(text, table))
-        sources.append(MediaSource(path, path.stem, first, text_path, control, table, more))
+        mask = masks.get(path)
+        sources.append(MediaSource(path, path.stem, first, text_path, control, table, more, mask))
     return sources
 
 
@@ -197,8 +207,18 @@ def _from_line(table: DatasetTable, where: str, line: str) -> MediaSource:
     _check_text(record[name], f"{where}: {name}")
     captions = _line_captions(table, record, where)
     first, more = _first_and_more(complete_captions(captions, table) if captions else None)
-    path = Path(record[name]).expanduser()
-    return MediaSource(path, path.stem, first, None, _line_controls(table, record, where), table, more)
+    path, mask = Path(record[name]).expanduser(), _line_mask(table, record, where)
+    return MediaSource(path, path.stem, first, None, _line_controls(table, record, where), table, more, mask)
+
+
+def _line_mask(table: DatasetTable, record: dict[str, Any], where: str) -> Path | None:
+    mask = record.get("mask_path")
+    if mask is None or table.alpha_mask:
+        return None
+    if not isinstance(mask, str):
+        raise DatasetError(f"{where}: mask_path = {json.dumps(mask)[:80]} is not a path in quotes")
+    _check_text(mask, f"{where}: mask_path")
+    return Path(mask).expanduser()
 
 
 def _line_captions(table: DatasetTable, record: dict[str, Any], where: str) -> list[str]:

@@ -48,6 +48,8 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         num_repeats=1,
         enable_bucket=False,
         bucket_no_upscale=False,
+        mask_directory=None,
+        alpha_mask=False,
         validation=False,
         prior_loss_weight=1.0,
         target_frames=(1,),

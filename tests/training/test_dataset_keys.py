@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from dataset.cache.files import checksum, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
+from modules.contract.data import LOSS_MASK
 from modules.errors import OptionError
 from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
@@ -28,12 +29,16 @@ def write_text(path: Path, value: float, captions: int) -> None:
 
 
 def write_dataset(folder: Path, keys: str = KEYS, batch_size: int = 2) -> None:
-    """Caches of five pictures with three captions each, and of the empty prompt."""
+    """Caches of five pictures with three captions each, two of them with masks, and of the empty prompt."""
     write_caches(folder, batch_size=batch_size, more=keys)
     for index in range(5):
         for number, name in enumerate(["", ".caption2", ".caption3"]):
             path = folder / "cache" / f"clip{index}_toy_te{name}.safetensors"
             write_text(path, 0.1 * index + 10 * number, captions=3)
+    for index in (1, 4):
+        path = folder / "cache" / f"clip{index}_0032x0032_toy.safetensors"
+        mask = torch.linspace(0, 1, 16).view(1, 4, 4).half()
+        write_tensors(path, {**load_file(path), LOSS_MASK: mask}, {})
     write_text(folder / "cache" / "toy_te.empty.safetensors", -50.0, captions=1)
 
 
@@ -45,6 +50,16 @@ def test_captions_and_dropout_change_the_run(tmp_path: Path) -> None:
 
     assert not same(found[0], found[1])
     assert not same(found[0], found[2])
+
+
+def test_masks_change_the_run(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    masked = train_toy(tmp_path)
+    for path in (tmp_path / "cache").glob("*_0032x0032_toy.safetensors"):
+        tensors = load_file(path)
+        write_tensors(path, {name: one for name, one in tensors.items() if name != LOSS_MASK}, {})
+
+    assert not same(masked, train_toy(tmp_path))
 
 
 def test_readers_ahead_of_the_loop_choose_the_same_texts(tmp_path: Path) -> None:
