@@ -116,7 +116,12 @@ def _caption_extension(value: Any) -> str:
 
 def _words(value: Any) -> str:
     """Return a part of captions; an empty one overrides [general]."""
-    if not isinstance(value, str) or len(value) > MOST_WORDS or "\n" in value or bad_character(value):
+    if (
+        not isinstance(value, str)
+        or len(value) > MOST_WORDS
+        or len(value.splitlines()) > 1
+        or bad_character(value)
+    ):
         raise Unfit
     return value.strip()
 

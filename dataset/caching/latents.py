@@ -229,12 +229,13 @@ class LatentEncoding:
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
         """Write an item's files, then remove its other files: sections that it no longer has."""
         names = set()
+        crop, stride = item.crop, self._recipe.latent.stride
+        mask = None if crop.mask is None else shrink_mask(crop.mask, stride)
         for entry in entries:
             name = dataclasses.replace(item.name, section=entry.section)
             path = item.path.with_name(name.file_name(self._recipe.tag))
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
-            if item.crop.mask is not None:
-                mask = shrink_mask(item.crop.mask, self._recipe.latent.stride)
+            if mask is not None:
                 tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
             record = dataclasses.replace(item.record, parts=len(entries))
             whole = dataclasses.replace(entry, tensors=tensors)

@@ -42,7 +42,7 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
 
     With multi_caption each line that is not empty is one.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()] if table.multi_caption else [text]
+    lines = [line.strip() for line in text.split("\n") if line.strip()] if table.multi_caption else [text]
     return complete_captions(lines or [""], table)
 
 

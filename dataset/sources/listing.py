@@ -21,6 +21,7 @@ from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, rea
 
 logger = logging.getLogger(__name__)
 
+MOST_CAPTIONS = 100  # of an item; each has a cache file
 LISTED = 20  # how many problems of one kind a message shows
 
 
@@ -132,7 +133,7 @@ def _from_folder(table: DatasetTable, captions: bool) -> list[MediaSource]:
     for path, control in zip(paths, controls, strict=True):
         text_path = caption_path(path, table.caption_extension) if table.caption_extension else None
         text = read_caption(text_path) if captions and text_path else None
-        first, more = _first_and_more(None if text is None else captions_in(text, table))
+        first, more = _first_and_more(None if text is None else captions_in(text, table), text_path)
         mask = masks.get(path)
         sources.append(MediaSource(path, path.stem, first, text_path, control, table, more, mask))
     return sources
@@ -206,15 +207,17 @@ def _from_line(table: DatasetTable, where: str, line: str) -> MediaSource:
         raise DatasetError(f"{where}: {name} is missing. Each line is one object such as {_example(table)}")
     _check_text(record[name], f"{where}: {name}")
     captions = _line_captions(table, record, where)
-    first, more = _first_and_more(complete_captions(captions, table) if captions else None)
+    first, more = _first_and_more(complete_captions(captions, table) if captions else None, where)
     path, mask = Path(record[name]).expanduser(), _line_mask(table, record, where)
     return MediaSource(path, path.stem, first, None, _line_controls(table, record, where), table, more, mask)
 
 
 def _line_mask(table: DatasetTable, record: dict[str, Any], where: str) -> Path | None:
     mask = record.get("mask_path")
-    if mask is None or table.alpha_mask:
+    if mask is None:
         return None
+    if table.alpha_mask:
+        raise DatasetError(f"{where}: mask_path and alpha_mask = true exclude each other; leave out one")
     if not isinstance(mask, str):
         raise DatasetError(f"{where}: mask_path = {json.dumps(mask)[:80]} is not a path in quotes")
     _check_text(mask, f"{where}: mask_path")
@@ -235,7 +238,14 @@ def _line_captions(table: DatasetTable, record: dict[str, Any], where: str) -> l
     return captions
 
 
-def _first_and_more(captions: tuple[str, ...] | None) -> tuple[str | None, tuple[str, ...]]:
+def _first_and_more(
+    captions: tuple[str, ...] | None, where: Path | str | None
+) -> tuple[str | None, tuple[str, ...]]:
+    if captions and len(captions) > MOST_CAPTIONS:
+        raise DatasetError(
+            f"{where}: {len(captions)} captions, at most {MOST_CAPTIONS} are used. With multi_caption = true "
+            "each line is one; leave it out if the lines are one text."
+        )
     return (captions[0], captions[1:]) if captions else (None, ())
 
 

@@ -85,6 +85,15 @@ def test_a_list_may_give_several_captions_in_a_line(tmp_path: Path) -> None:
     assert [one.caption for one in single] == ["one", None, None]  # as other keys, it is ignored
 
 
+def test_a_text_of_many_lines_is_no_list_of_captions(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(map(str, range(101))), encoding="utf-8")
+    make_image(tmp_path / "a.png")
+    table = make_table(tmp_path, "image_directory", multi_caption=True, caption_extension=".txt")
+
+    with pytest.raises(DatasetError, match=r"a\.txt: 101 captions, at most 100 .* multi_caption"):
+        find_sources(table)
+
+
 @pytest.mark.parametrize("value", ['"two"', "[1]", '["\\u0000"]'])
 def test_captions_of_a_list_have_to_be_texts(tmp_path: Path, value: str) -> None:
     (tmp_path / "list.jsonl").write_text(f'{{"image_path": "a.png", "captions": {value}}}', encoding="utf-8")

@@ -155,6 +155,14 @@ def test_a_list_names_masks_in_its_lines(tmp_path: Path) -> None:
     assert mask[0, 0].tolist() == [255] * 16 + [0] * 16
 
 
+@pytest.mark.parametrize(("keys", "value"), [({"alpha_mask": True}, '"m.png"'), ({}, "3"), ({}, '"\\u0000"')])
+def test_a_wrong_mask_path_is_named_with_its_line(tmp_path: Path, keys: dict, value: str) -> None:
+    (tmp_path / "list.jsonl").write_text(f'{{"image_path": "a.png", "mask_path": {value}}}', encoding="utf-8")
+
+    with pytest.raises(DatasetError, match=r"line 1: mask_path"):
+        find_sources(make_table(tmp_path, "image_jsonl_file", **keys))
+
+
 def test_only_items_whose_mask_changed_are_encoded_again(tmp_path: Path) -> None:
     assert cache(make_dataset(tmp_path, "")) == 2
     config = make_dataset(tmp_path, masks(tmp_path))
