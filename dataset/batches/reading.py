@@ -23,7 +23,7 @@ from dataset.cache.records import (
 )
 from dataset.config_keys import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from dataset.sources.decoding import bucket_of
-from dataset.sources.masks import names_in
+from dataset.sources.masks import has_mask
 from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, MadeBy
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError
@@ -172,8 +172,7 @@ def _check_mask(item: TrainingItem, record: LatentRecord | None) -> None:
     if table.alpha_mask:
         wanted: set[str | None] = {FROM_ALPHA}
     elif table.mask_directory is not None:
-        has_file = item.source_stem in names_in(table.mask_directory)
-        wanted = {FROM_FILE} if has_file else {FROM_FILE, None}
+        wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
     else:
         wanted = {FROM_FILE, None} if table.jsonl_file is not None else {None}
     if made_from not in wanted:

@@ -34,14 +34,7 @@ def find_masks(table: DatasetTable, media: Iterable[Path]) -> Mapping[Path, Path
     """
     if table.mask_directory is None:
         return {}
-    suffixes = image_suffixes() | {".gif"}
-    if table.kind == "video":
-        suffixes |= VIDEO_SUFFIXES | ANIMATION_SUFFIXES
-    there: dict[str, list[Path]] = {}
-    for path in list_folder(table.mask_directory, "mask_directory"):
-        is_folder = table.kind == "video" and path.is_dir()
-        if is_folder or (path.suffix.lower() in suffixes and path.is_file()):
-            there.setdefault(path.name if is_folder else path.stem, []).append(path)
+    there = _masks_by_stem(table.kind, list_folder(table.mask_directory, "mask_directory"))
     found = {path: there[path.stem] for path in media if path.stem in there}
     doubled = next((masks for masks in found.values() if len(masks) > 1), None)
     if doubled is not None:
@@ -57,14 +50,30 @@ def find_masks(table: DatasetTable, media: Iterable[Path]) -> Mapping[Path, Path
     return {path: masks[0] for path, masks in found.items()}
 
 
-@functools.lru_cache(maxsize=64)
-def names_in(folder: Path) -> frozenset[str]:
-    """Return the names in a mask_directory without their suffixes; none if there is no such folder.
+def has_mask(table: DatasetTable, stem: str) -> bool:
+    """Return whether the mask_directory has a mask of that name now; False if there is no such folder.
 
-    For training, which asks once for each item whether a mask was added after caching.
+    For training, which asks for each item whether a mask was added after caching; the folder is listed once.
     """
-    found = list(folder.iterdir()) if folder.is_dir() else []
-    return frozenset(path.name if path.is_dir() else path.stem for path in found)
+    return table.mask_directory is not None and stem in _stems_in(table.mask_directory, table.kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _stems_in(folder: Path, kind: str) -> frozenset[str]:
+    return frozenset(_masks_by_stem(kind, sorted(folder.iterdir()) if folder.is_dir() else []))
+
+
+def _masks_by_stem(kind: str, entries: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return the masks for images or clips among the entries of a folder, by their names without suffix."""
+    suffixes = image_suffixes() | {".gif"}
+    if kind == "video":
+        suffixes |= VIDEO_SUFFIXES | ANIMATION_SUFFIXES
+    there: dict[str, list[Path]] = {}
+    for path in entries:
+        is_folder = kind == "video" and path.is_dir()
+        if is_folder or (path.suffix.lower() in suffixes and path.is_file()):
+            there.setdefault(path.name if is_folder else path.stem, []).append(path)
+    return there
 
 
 def is_still(path: Path) -> bool:

@@ -208,6 +208,15 @@ def test_training_notices_a_changed_mask(tmp_path: Path) -> None:
         read_batch([item], LATENT, COMMANDS)
 
 
+def test_other_files_in_the_folder_are_no_masks(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path, masks(tmp_path))
+    half(tmp_path / "masks" / "clip0.png")
+    (tmp_path / "masks" / "clip1.txt").write_text("a note", encoding="utf-8")
+    cache(config)
+
+    assert len(read_batch(find_items(config, "toy", LATENT).items, LATENT)) == 2
+
+
 def test_a_folder_without_any_mask_and_two_masks_of_a_clip_are_errors(tmp_path: Path) -> None:
     make_clip(tmp_path / "clip.mkv", 2)
     (tmp_path / "masks").mkdir()
