@@ -59,6 +59,7 @@ FLOORS = {
         {"averages", "changes", "options", "validation"},
         {"dressing", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
+        {"learning"},
         {"run"},
     ),
 }
