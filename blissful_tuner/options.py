@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 from dataclasses import dataclass
 
 from modules.errors import OptionError
@@ -10,6 +9,7 @@ from modules.options import add_unsupported
 
 logger = logging.getLogger(__name__)
 
+MOST_SCALE = 1000  # of guidance
 STRENGTH = 0.8  # of --video_path, where nothing is said
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
@@ -40,8 +40,12 @@ class GuidanceOptions:
         if self.cfg_apply_ratio is not None and self.cfg_skip_mode == "none":
             logger.warning("--cfg_apply_ratio is ignored because --cfg_skip_mode is none")
         for option, share in (("--slg_start", self.slg_start), ("--slg_end", self.slg_end)):
-            if not math.isfinite(share):
+            if not 0 <= share <= 1:
                 raise OptionError(f"{option} {share}: give a share of the steps from 0 to 1")
+        if not abs(self.slg_scale) <= MOST_SCALE:
+            raise OptionError(
+                f"--slg_scale {self.slg_scale}: give a number from -{MOST_SCALE} to {MOST_SCALE}; 3 is usual"
+            )
         if not 0 <= self.guidance_rescale <= 1:  # nan too
             raise OptionError(f"--guidance_rescale {self.guidance_rescale}: give a share from 0 to 1")
         if (self.slg_mode is None) != (self.slg_layers is None):
@@ -160,9 +164,15 @@ def add_rescale_argument(group: argparse._ArgumentGroup) -> None:
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `FormatOptions`."""
     group = parser.add_argument_group("video format")
-    group.add_argument("--codec", type=str, default="h264", choices=["prores", "h264", "h265"])
     group.add_argument(
-        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="only mkv holds metadata"
+        "--codec",
+        type=str,
+        default="h264",
+        choices=["prores", "h264", "h265"],
+        help="h264 plays everywhere, h265 is smaller, prores (10 bit, .mkv) is for editing",
+    )
+    group.add_argument(
+        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="kind of video file"
     )
     group.add_argument(
         "--keep_pngs", action="store_true", help="also keep the frames as PNG files in a folder `frames`"

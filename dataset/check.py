@@ -18,7 +18,7 @@ from dataset.caching.planning import (
     plan_all,
 )
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import decode_ahead, progress
+from dataset.caching.source_jobs import decode_ahead
 from dataset.caching.texts import plan_text
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, indent
@@ -27,6 +27,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
 from dataset.sources.listing import MediaSource, find_sources
+from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
@@ -199,7 +200,7 @@ def _look_at(
     known = [plan for plan in plans if plan.missing is not None]
     unknown = [plan for plan in plans if plan.missing is None]
     for _, result in decode_ahead(
-        unknown, lambda plan: plan.source, decoded, workers, progress(len(unknown), "decoding")
+        unknown, lambda plan: plan.source, decoded, workers, Bar(len(unknown), "Decoding", "source")
     ):
         if isinstance(result, Failure):
             unreadable.append(result)

@@ -1,6 +1,7 @@
 """Run a caching script after its options are read: show what the model will see, check, or cache."""
 
 import sys
+import time
 from collections.abc import Sequence
 
 from dataset.caching.loop import cache_media, cache_texts, workers_of
@@ -14,18 +15,22 @@ from dataset.checking.repair import repair_captions
 from dataset.config import DatasetConfig
 from dataset.debug_views import show_datasets
 from dataset.options import CachingOptions, DebugOptions
+from modules.console import Row, in_words
 from modules.control_codes import escape_control_codes
+from modules.devices import choose_device
+from modules.planning.device_memory import peak_in_words
 
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
 
 
 def run_latent_caching(
-    family: Caches, config: DatasetConfig, options: CachingOptions, debug: DebugOptions
+    family: Caches, config: DatasetConfig, options: CachingOptions, debug: DebugOptions, following: str = ""
 ) -> None:
-    """Run --debug_mode, --check, or the caching of latents.
+    """Run --debug_mode, --check, or the caching of latents. following: the command that comes next.
 
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
+    family.check_given_files()
     if debug.debug_mode is not None:
         conclude(show_datasets(family, config, debug, workers_of(options)))
     elif options.check:
@@ -35,14 +40,19 @@ def run_latent_caching(
         _write_page(family, config, options, result, TOKENS_ELSEWHERE)
         raise SystemExit(result.exit_code)
     else:
-        conclude(cache_media(family, config, options))
+        start = time.monotonic()
+        report = cache_media(family, config, options)
+        conclude(report, _costs(options, start), [("Next, cache the captions", following)])
 
 
-def run_text_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> None:
-    """Run --check, or the caching of texts.
+def run_text_caching(
+    family: Caches, config: DatasetConfig, options: CachingOptions, following: str = ""
+) -> None:
+    """Run --check, or the caching of texts. following: the command that comes next.
 
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
+    family.check_given_files()
     if options.check:
         _repair(config, options)
         result = check_texts(family, config, options.skip_existing)
@@ -53,7 +63,15 @@ def run_text_caching(family: Caches, config: DatasetConfig, options: CachingOpti
         _say(result.lines)
         _write_page(family, config, options, result, load_counters(family.text_encoders))
         raise SystemExit(result.exit_code)
-    conclude(cache_texts(family, config, options))
+    start = time.monotonic()
+    report = cache_texts(family, config, options)
+    conclude(report, _costs(options, start), [("Next, check all before training", following)])
+
+
+def _costs(options: CachingOptions, start: float) -> list[Row]:
+    """Return the rows of a box about time and memory. start: of `time.monotonic`."""
+    memory = peak_in_words(choose_device(options.device))
+    return [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
 
 
 def _repair(config: DatasetConfig, options: CachingOptions) -> None:

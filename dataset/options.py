@@ -8,12 +8,14 @@ from typing import TypeVar
 
 from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import read_options, refuse_unsupported
+from modules.options import check_at_most, read_options, refuse_unsupported
 
 T = TypeVar("T")
 AddArguments = Callable[[argparse.ArgumentParser], None]
 
 GUESS = "guess"  # of --repair_captions without a value
+MOST_AT_ONCE = 1024  # items or threads
+MOST_CHARACTERS = 1000
 COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
 
 
@@ -57,6 +59,8 @@ class CachingOptions:
             raise OptionError(f"--batch_size {self.batch_size}: give at least 1")
         if self.num_workers is not None and self.num_workers < 1:
             raise OptionError(f"--num_workers {self.num_workers}: give at least 1")
+        check_at_most("--batch_size", self.batch_size, MOST_AT_ONCE, "items to encode at once")
+        check_at_most("--num_workers", self.num_workers, MOST_AT_ONCE, "threads that read ahead")
         self.page.require_check(self.check)
         if self.repair_captions is None:
             return
@@ -90,6 +94,7 @@ class DebugOptions:
     def __post_init__(self) -> None:
         if self.console_width < 8:
             raise OptionError(f"--console_width {self.console_width}: give at least 8 characters")
+        check_at_most("--console_width", self.console_width, MOST_CHARACTERS, "characters; 80 is usual")
         if self.console_back is not None and self.console_back.lower() not in COLOURS:
             raise OptionError(f"--console_back {self.console_back}: use one of {', '.join(COLOURS)}")
         if self.console_num_images is not None and self.console_num_images < 1:

@@ -55,6 +55,12 @@ class FramePackFiles:
                     path,
                 )
 
+    def check_given(self) -> None:
+        """Check the files of encoders that are given, without a transformer."""
+        self.encoders.check_given()
+        if self.image_encoder is not None:
+            read_once(self.image_encoder_path, _siglip_width)
+
 
 def saved_window(paths: Sequence[Path], otherwise: int) -> int:
     """Return the number of latent frames per section in files of latents; `otherwise` if they do not say.

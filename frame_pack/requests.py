@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from frame_pack.one_frame import OneFrame, parse_one_frame
+from frame_pack.options import FRAMES_PER_SECOND
 from frame_pack.section_syntax import MOST_SECTIONS, parse_entries
 from frame_pack.sections import (
-    FRAMES_PER_SECOND,
     LATENT_STRIDE,
     count_sections,
     count_tokens,
@@ -28,7 +28,7 @@ from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.prepared import Prepared
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of
 from modules.errors import MediaError, OptionError
-from modules.options import require
+from modules.options import require, to_path
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def _images_of(request: Request, sections: int, is_picture: bool) -> tuple[Path,
         None if request.image_path is None else str(request.image_path)
     )
     entries = _entries_of(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_picture)
-    paths = tuple(Path(path).expanduser() for path in entries)
+    paths = tuple(to_path("--image_path", path) for path in entries)
     for path in dict.fromkeys(paths):
         _check_image("--image_path", path)
     return paths
@@ -244,4 +244,4 @@ def _check_image(option: str, path: Path) -> None:
 
 
 def _paths(extra: Mapping[str, str], name: str) -> tuple[Path, ...]:
-    return tuple(Path(line).expanduser() for line in extra.get(name, "").split("\n") if line)
+    return tuple(to_path(f"--{name}", line) for line in extra.get(name, "").split("\n") if line)

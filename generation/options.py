@@ -36,6 +36,7 @@ from networks.options import (
     LoraPatternOptions,
     add_lora_arguments,
     add_lora_pattern_arguments,
+    check_output_file,
     require_files,
 )
 
@@ -131,6 +132,7 @@ class OutputOptions:
     no_metadata: bool
     trim_tail_frames: int = field(metadata=OF_DECODING)
     no_progressive_save: bool
+    prompt_in_name: bool = field(metadata=NO_PIXELS)
     numbers_single: bool  # a single picture is NAME_000.png, never in a folder
     format: FormatOptions
 
@@ -211,13 +213,17 @@ class GenerationOptions:
             raise OptionError("--from_file and --interactive cannot be used together: give one of them")
         if self.latent_path and (self.from_file is not None or self.interactive):
             raise OptionError("--latent_path only decodes: leave out --from_file and --interactive")
+        if self.save_merged_model is not None:
+            check_output_file("--save_merged_model", self.save_merged_model)
         if self.latent_path and self.output.keeps_latents:
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
                 "Use video or images"
             )
+        if self.request.prompt is not None and not self.request.prompt.strip():
+            raise OptionError("--prompt is empty: say what the video should show, or leave the option out")
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
-        require_files("--latent_path", self.latent_path or ())
+        require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
 
 
 def read_generation(
@@ -251,7 +257,7 @@ def read_generation(
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
     """Build a parser with the shared options, as the family's script has them."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     _add_request_arguments(parser, defaults)
     if "video_path" in defaults.media:
         add_video_to_video_arguments(parser)
@@ -403,6 +409,11 @@ def _add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
     )
     group.add_argument(
         "--no_metadata", action="store_true", help="do not write the prompt, seed and settings into the files"
+    )
+    group.add_argument(
+        "--prompt_in_name",
+        action="store_true",
+        help="add the first words of the prompt to the file's name, after time and seed",
     )
     group.add_argument(
         "--trim_tail_frames",

@@ -170,31 +170,32 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
 
 
 def parse_generation_line(
-    line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS
+    line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS, where: str = "the prompt line"
 ) -> dict[str, Any]:
     """Parse a line into `prompt` and its options by key; None cancels the command line's value.
 
-    Option names are case-sensitive. Raises OptionError if a value cannot be read.
+    Option names are case-sensitive. where: names the line in warnings. Raises OptionError if a value cannot
+    be read.
     """
-    values, problems = _split_line(line, options, fold_case=False)
+    values, problems = _split_line(line, options, where, fold_case=False)
     if problems:
         raise OptionError("; ".join(problems))
     return values
 
 
-def parse_sample_line(line: str) -> dict[str, Any]:
+def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, Any]:
     """Parse a line of a training prompt file into `prompt` and its options by key.
 
-    Options whose values cannot be read are ignored with a warning.
+    Options whose values cannot be read are ignored with a warning. where: names the line in warnings.
     """
-    values, problems = _split_line(line, SAMPLE_OPTIONS, fold_case=True)
+    values, problems = _split_line(line, SAMPLE_OPTIONS, where, fold_case=True)
     for problem in problems:
-        logger.warning("in the sample prompt %r: %s; the option is ignored", line.strip(), problem)
+        logger.warning("%s %r: %s; the option is ignored", where, line.strip(), problem)
     return values
 
 
 def _split_line(
-    line: str, options: Mapping[str, LineOption], fold_case: bool
+    line: str, options: Mapping[str, LineOption], where: str, fold_case: bool
 ) -> tuple[dict[str, Any], list[str]]:
     prompt, *parts = line.split(" --")
     values: dict[str, Any] = {"prompt": prompt.strip()}
@@ -203,7 +204,14 @@ def _split_line(
         word, _, text = part.partition(" ")
         option = options.get(word.lower() if fold_case else word)
         if option is None:
-            logger.warning("unknown option --%s in the prompt line %r is ignored", part.strip(), line.strip())
+            near = next((letter for letter, known in options.items() if known.key == word), None)
+            logger.warning(
+                "%s %r: the unknown option --%s is ignored. Use %s",
+                where,
+                line.strip(),
+                part.strip(),
+                f"--{near}" if near is not None else " ".join(f"--{letter}" for letter in options),
+            )
             continue
         try:
             value = option.read(text.strip())
@@ -249,7 +257,11 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     text = _read_text(path, "--sample_prompts")
     match path.suffix.lower():
         case ".txt":
-            return [parse_sample_line(line) for line in text.split("\n") if not is_blank(line)]
+            return [
+                parse_sample_line(line, f"{path}, line {number}")
+                for number, line in enumerate(text.split("\n"), 1)
+                if not is_blank(line)
+            ]
         case ".toml":
             entries = _toml_entries(path, text)
         case ".json":
@@ -311,12 +323,24 @@ def _kind_of(option: LineOption) -> type:
     return int if option.read in (_leading_whole, _steps) else str
 
 
+# how files begin that were saved in place of another one: a Git LFS pointer, a web page
+_NO_PROMPTS = re.compile(r"\s*(version https://git-lfs|<!doctype html|<html)", re.IGNORECASE)
+
+
 def _read_text(path: Path, option: str) -> str:
     try:
-        return read_text(path)
+        text = read_text(path)
+        if _NO_PROMPTS.match(text):
+            raise OptionError(
+                f"{option} {path}: the file is a web page or a Git LFS pointer, not a list of prompts. "
+                "Download it again"
+            )
+        return text
     except OSError as error:
-        raise OptionError(f"{option} {path}: {error.strerror or error}") from None
+        reason = "is a folder" if path.is_dir() else error.strerror or error
+        raise OptionError(f"{option} {path}: {reason}. Give a text file with a prompt on each line") from None
     except UnicodeDecodeError as error:
         raise OptionError(
-            f"{option} {path}: the file is not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{option} {path}: the file is not UTF-8 text ({error.reason} at byte {error.start}). Save it as "
+            "UTF-8"
         ) from None

@@ -1,7 +1,6 @@
 """From options, a prompt line and defaults to a `Request`, and to one that can be made."""
 
 import logging
-import math
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +13,24 @@ from generation.prompt_lines import SEED_BITS, text_to_seed
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
-from modules.errors import OptionError
-from modules.options import check_seed
+from modules.errors import MediaError, OptionError
+from modules.options import check_seed, show_number, to_path
 from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)
 
-# what is larger is a slip of the finger; the models know 1000 timesteps
-MOST = {
-    "the width": 16384,
-    "the height": 16384,
-    "the number of frames": 100_000,
-    "the number of steps": 10_000,
+# field of a request -> its option, its letter in a prompt line, the most: what is larger is a slip of the
+# finger; the models know 1000 timesteps
+COUNTS = {
+    "width": ("--video_size, width", "w", 16384),
+    "height": ("--video_size, height", "h", 16384),
+    "frames": ("--video_length", "f", 100_000),
+    "steps": ("--infer_steps", "s", 10_000),
+}
+VALUES = {
+    "guidance_scale": ("--guidance_scale", "l", 1000),
+    "embedded_guidance": ("--embedded_cfg_scale", "g", 1000),
+    "flow_shift": ("--flow_shift", "fs", 1000),
 }
 SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.flow.solvers
 
@@ -42,6 +47,8 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
     Raises OptionError for numbers that make no sense.
     """
     line = overrides or {}
+    if "prompt" in line and not line["prompt"].strip():
+        raise OptionError("the line has no prompt: write what the video should show before the options")
     seed = line.get("seed")
     if seed is None:
         seed = draw_seed() if options.seed is None else _seed_of(options.seed)
@@ -50,7 +57,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
 
     def path(name: str) -> Path | None:
         value = None if name in options.extras else line.get(name, getattr(options, name))
-        return None if value is None or str(value) == "" else Path(value).expanduser()
+        return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
     request = Request(
         prompt=line.get("prompt", options.prompt) or "",
@@ -95,7 +102,27 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     """
     prepared = family.prepare(make_request(options.request, overrides))
     check_guidance(prepared, options.guidance)
+    check_media(prepared.asked)
     return prepared
+
+
+def check_media(request: Request) -> None:
+    """Raise OptionError if an image or a video cannot be opened. Reads headers, and a frame of a video."""
+    from modules.media.reading import image_size, video_info
+
+    for name in ("image_path", "end_image_path", "control_path", "video_path"):
+        path = getattr(request, name)
+        if path is None or not path.exists():  # which the family has checked
+            continue
+        is_image = name in {"image_path", "end_image_path"}
+        try:
+            if is_image:
+                image_size(path)
+            else:
+                video_info(path)
+        except MediaError as error:
+            kind = "an image file" if is_image else "a video, or a folder of images"
+            raise OptionError(f"--{name}: {error}. Give {kind}.") from None
 
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
@@ -145,25 +172,25 @@ def _check_texts(request: Request) -> None:
 
 
 def _check_numbers(request: Request) -> None:
-    counts = {
-        "the width": request.width,
-        "the height": request.height,
-        "the number of frames": request.frames,
-        "the number of steps": request.steps,
-    }
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise OptionError(f"{name} is {count}: it has to be at least 1")
-        if count is not None and count > MOST.get(name, count):
-            raise OptionError(f"{name} is {count}: {MOST[name]} is the most")
-    values = {
-        "the guidance scale": request.guidance_scale,
-        "the embedded guidance scale": request.embedded_guidance,
-        "the flow shift": request.flow_shift,
-    }
-    for name, value in values.items():
-        if value is not None and not math.isfinite(value):
-            raise OptionError(f"{name} is {value}: give a finite number")
+    for name, (option, letter, most) in COUNTS.items():
+        count = getattr(request, name)
+        if count is not None and not 1 <= count <= most:
+            raise OptionError(
+                f"{option} {show_number(count)} (--{letter} in a prompt line): give a number from 1 to {most}"
+            )
+    for name, (option, letter, most) in VALUES.items():
+        value = getattr(request, name)
+        if value is not None and not abs(value) <= most:  # nan too
+            raise OptionError(
+                f"{option} {value:g} (--{letter} in a prompt line): give a number of at most {most}"
+            )
     if request.flow_shift is not None and request.flow_shift <= 0:
-        raise OptionError(f"the flow shift is {request.flow_shift:g}: it has to be above 0")
-    check_seed("the seed", request.seed)
+        raise OptionError(
+            f"--flow_shift {request.flow_shift:g} (--fs in a prompt line): give a number above 0; 3 to 7 are "
+            "usual"
+        )
+    if request.embedded_guidance is not None and request.embedded_guidance < 0:
+        raise OptionError(
+            f"--embedded_cfg_scale {request.embedded_guidance:g} (--g in a prompt line): give 0 or more"
+        )
+    check_seed("--seed (--d in a prompt line)", request.seed)

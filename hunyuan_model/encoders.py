@@ -9,6 +9,8 @@ import torch
 from hunyuan_model.options import HunyuanTextOptions, HunyuanVaeOptions
 from hunyuan_model.text_checkpoints import CLIP_FILES, LLAMA_FILES, read_clip_text, read_llama
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
+from hunyuan_model.tokenizer import CLIP_FILES as CLIP_TOKENIZER
+from hunyuan_model.tokenizer import LLAMA_FILES as LLAMA_TOKENIZER
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.checkpoints.model_files import inside, read_once, require_file
@@ -84,6 +86,19 @@ class Encoders:
         """Return what latents depend on besides the pixels."""
         dtype = dtype_name(beside(self.vae_dtype, dit_dtype))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
+
+    def check_given(self) -> None:
+        """Raise CheckpointError if a file that is given is missing or of another kind. Loads nothing."""
+        if self.vae is not None:
+            read_once(self.vae_path, read_vae)
+        if self.text_encoder1 is not None:
+            read_once(LlavaTextEncoder(self.text_encoder1_path).path, _llama_width)
+        if self.text_encoder2 is not None:
+            read_once(ClipTextEncoder(self.text_encoder2_path).path, _clip_width)
+        if self.text_encoder1_tokenizer is not None:
+            LLAMA_TOKENIZER.check_given(self.text_encoder1_tokenizer)
+        if self.text_encoder2_tokenizer is not None:
+            CLIP_TOKENIZER.check_given(self.text_encoder2_tokenizer)
 
     def check(self, dit_path: Path, text_dim: int, pooled_dim: int, needed: Collection[str] = ()) -> None:
         """Check the files that are given or needed ("vae", "text_encoder1", "text_encoder2"). Loads nothing.

@@ -16,7 +16,7 @@ from hunyuan_model.conditioning import (
     first_frame_of,
     posterior_generator,
 )
-from hunyuan_model.configs import SKIP_LAYERS
+from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
@@ -35,6 +35,7 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Reque
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
 from modules.devices import choose_compute_dtype, send
 from modules.errors import DatasetError, OptionError
@@ -94,6 +95,11 @@ class HunyuanVideo:
         )
 
     @property
+    def release(self) -> ModelRelease:
+        """Where the model comes from; SkyReels V1's text-to-video cannot be told from HunyuanVideo."""
+        return SKYREELS_I2V if self.files.dit_header().kind == "i2v" else HUNYUAN_VIDEO
+
+    @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
         names = {"sd_model_name": self.files.dit, "vae_name": self.files.encoders.vae}
@@ -105,6 +111,13 @@ class HunyuanVideo:
         }
 
     # encoding
+
+    def check_given_files(self) -> None:
+        """Check every file that an option names, needed or not. Loads nothing."""
+        if self.files.dit is not None:
+            self._check_dit()
+            self.files.check_encoders()
+        self.files.check_given()
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
@@ -169,6 +182,11 @@ class HunyuanVideo:
                 f"{'the SkyReels V1 image-to-video' if channels == LATENT.channels else 'a text-to-video'} "
                 "checkpoint to --dit."
             )
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the numbers of double and of single blocks; the file's header says them."""
+        config = self.files.dit_header().config
+        return config.double_blocks, config.single_blocks
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""

@@ -32,3 +32,7 @@ class HunyuanFiles:
         """Check the files of encoders that are given or needed, as `Encoders.check`."""
         config = self.dit_header().config
         self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim, needed)
+
+    def check_given(self) -> None:
+        """Check the files of encoders that are given, without a transformer, as `Encoders.check_given`."""
+        self.encoders.check_given()

@@ -28,8 +28,8 @@ LLAMA_FILES = TokenizerFiles(
     names=("tokenizer.json",),
     folder="tokenizer",
     repository="hunyuanvideo-community/HunyuanVideo",
-    # inside the encoder's folder (official); beside text_encoder (diffusers); beside a single file
-    beside=(".", "tokenizer", "../tokenizer"),
+    # inside the encoder's folder (official); beside a single file; beside text_encoder (diffusers)
+    beside=(".", "llava_llama3", "tokenizer", "../tokenizer"),
     token=BEGIN,
 )
 CLIP_FILES = TokenizerFiles(
@@ -37,7 +37,7 @@ CLIP_FILES = TokenizerFiles(
     names=("tokenizer.json", "vocab.json"),
     folder="",
     repository="openai/clip-vit-large-patch14",
-    beside=(".", "tokenizer_2", "../tokenizer_2"),
+    beside=(".", "clip_l", "tokenizer_2", "../tokenizer_2"),
     token=CLIP_START,
 )
 

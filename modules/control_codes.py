@@ -16,6 +16,19 @@ def escape_control_codes(text: str) -> str:
     return _CODES.sub(_compute_plainly, text)
 
 
+def shorten(text: str, most: int) -> str:
+    """Return the text, or its beginning and its end if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    left_out = len(text) - most
+    return f"{text[: most // 2]}... ({left_out:,} characters left out) ...{text[len(text) - most // 2 :]}"
+
+
+def shorten_lines(text: str, most: int) -> str:
+    """Return the text with each line shortened to about `most` characters."""
+    return "\n".join(shorten(line, most) for line in text.split("\n"))
+
+
 def _compute_plainly(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 Usual = TypeVar("Usual", torch.dtype, None)
 
+DEVICES = ("cuda", "mps", "cpu", "xpu")
 # every spelling that the known command lines accept
 DTYPES: dict[str, torch.dtype] = {
     "float": torch.float32,
@@ -50,13 +51,16 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise OptionError(f"--device {name}: not a device name. Use cuda, cuda:1, mps or cpu.") from error
+    if device.type not in DEVICES:
+        raise OptionError(f"--device {name}: nothing here computes on {device.type}. Use cuda, mps or cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(
             f"--device {name}: torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from cuda:0."
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from cuda:0. Use "
+            f"at most cuda:{torch.cuda.device_count() - 1}."
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"--device {name}: torch sees no Apple GPU. Use --device cpu.")
@@ -111,7 +115,8 @@ def dtype_named(name: str, option: str) -> torch.dtype:
     try:
         return DTYPES[name.lower()]
     except KeyError:
-        raise OptionError(f"{option} {name}: unknown dtype. Use one of {', '.join(DTYPES)}.") from None
+        known = ", ".join(each for each, dtype in DTYPES.items() if dtype.itemsize > 1)
+        raise OptionError(f"{option} {name}: unknown dtype. Use one of {known}.") from None
 
 
 def choose_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:

@@ -8,19 +8,27 @@ and `metadata={"option": "public_name"}`.
 import argparse
 import ast
 import dataclasses
+import math
+import os
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.text_files import bad_character
 
 T = TypeVar("T")
 
+MOST = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
+UNBOUNDED = {"seed"}
+MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
+
 # Facts of a field, for `field(metadata=...)`; one that holds a record passes its own on to all options in it.
 IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
+CHANGEABLE = {"resume": "identity", "resume_changed": True}  # unless --resume_changed is given
 HABIT = {"resume": "habit"}  # it may give another one, which is warned about
 FREE = {"resume": "free"}  # it may give another one
 # What the metadata of a generated file say of an option:
@@ -45,8 +53,9 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
     record is read the same way; if the type is `Record | None` and the parser has no arguments of that
     record, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Raises OptionError if a text holds what no text can (`bad_character`), TypeError if a field has no
-    argument: that is our mistake, not the user's.
+    Raises OptionError if a text holds what no text can (`bad_character`), if a path is empty, or if a number
+    is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
+    user's.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -64,8 +73,11 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
         value = getattr(args, option)
         _check_characters(option, value)
-        values[field.name] = _convert(value, hint)
-    return cls(**values)
+        values[field.name] = _convert(value, hint, option)
+    made = cls(**values)  # first, as a record's own checks say more
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        _check_numbers(option_name(field), values[field.name])
+    return made
 
 
 def option_values(options: Any) -> dict[str, Any]:
@@ -117,7 +129,38 @@ def _check_characters(option: str, value: Any) -> None:
             )
 
 
-def _convert(value: Any, hint: Any) -> Any:
+def to_path(option: str, text: str) -> Path:
+    """Return the path with `~` resolved. Raises OptionError for a name that no file can have."""
+    path = Path(text)
+    longest = max(len(os.fsencode(part)) for part in (*path.parts, ""))
+    if longest > MOST_OF_NAME or len(text) > MOST_OF_PATH:
+        raise OptionError(
+            f"{option} {shorten(text, 80)!r}: no file has so long a name. Give the path of a file"
+        )
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise OptionError(f"{option} {path}: there is no such user. Write the path out") from None
+
+
+def _check_numbers(option: str, value: Any) -> None:
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(number, (int, float)) or option in UNBOUNDED:
+            continue
+        if isinstance(number, float) and not math.isfinite(number):
+            raise OptionError(f"--{option} {number}: give a finite number")
+        if abs(number) > MOST:
+            raise OptionError(f"--{option} {show_number(number)}: give a number of at most {MOST:,}")
+
+
+def show_number(number: float) -> str:
+    """Return a number in few characters."""
+    if isinstance(number, int) and abs(number) >= 10**40:
+        return f"of {len(str(abs(number)))} digits"
+    return str(number) if isinstance(number, int) else f"{number:.12g}"
+
+
+def _convert(value: Any, hint: Any, option: str) -> Any:
     if value is None:
         return None
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -125,10 +168,12 @@ def _convert(value: Any, hint: Any) -> Any:
         return value
     for kind in kinds:
         if kind is Path:
-            return Path(value).expanduser()
+            if not str(value):
+                raise OptionError(f"--{option} is empty: give a path, or leave the option out")
+            return to_path(f"--{option}", str(value))
         if typing.get_origin(kind) is tuple:
             items = value if isinstance(value, (list, tuple)) else [value]
-            return tuple(_convert(item, typing.get_args(kind)[0]) for item in items)
+            return tuple(_convert(item, typing.get_args(kind)[0], option) for item in items)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
     return value
@@ -151,6 +196,12 @@ def add_unsupported(
     action = group.add_argument(*flags, help=f"{text} (not supported yet)".strip(), **settings)
     action.unsupported_reason = reason  # type: ignore[attr-defined]
     action.harmless = (action.default, *harmless)  # type: ignore[attr-defined]
+
+
+def refuse_value(action: argparse.Action, *values: str, reason: str) -> None:
+    """Have `Parser` say why these values are not among the choices of an option."""
+    known = getattr(action, "refused", {})
+    action.refused = {**known, **dict.fromkeys(values, reason)}  # type: ignore[attr-defined]
 
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -177,6 +228,12 @@ def check_at_least(option: str, value: float | None, minimum: float, meaning: st
         raise OptionError(f"{option} {value}: must be at least {minimum} ({meaning})")
 
 
+def check_at_most(option: str, value: float | None, maximum: float, meaning: str) -> None:
+    """Raise OptionError if a value is given and is above `maximum`; `meaning` says what to give instead."""
+    if value is not None and not value <= maximum:
+        raise OptionError(f"{option} {show_number(value)}: must be at most {maximum:,} ({meaning})")
+
+
 def check_below(option: str, value: float | None, limit: float, meaning: str) -> None:
     """Raise OptionError if a value is given and not below `limit`; `meaning` says what to give instead."""
     if value is not None and not value < limit:
@@ -186,8 +243,7 @@ def check_below(option: str, value: float | None, limit: float, meaning: str) ->
 def check_seed(option: str, seed: int | None) -> None:
     """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
     if seed is not None and not -(2**63) <= seed < 2**64:
-        shown = str(seed) if abs(seed) < 10**40 else f"of {len(str(abs(seed)))} digits"
-        raise OptionError(f"{option} {shown} does not fit 64 bits: give a number below 2^64")
+        raise OptionError(f"{option} {show_number(seed)} does not fit 64 bits: give a number below 2^64")
 
 
 def int_or_float(text: str) -> int | float:
@@ -203,7 +259,7 @@ def int_or_float(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps and not a fraction from 0 to 1")
     if text.endswith("%") or value < 1:
         if value > 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run")
+            raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run: give at most 100%")
         return value if value else 0
     if value != int(value):
         raise argparse.ArgumentTypeError(

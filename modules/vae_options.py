@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import show_number
 
 VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
-LEAST_TILE, TILE_STEP = 32, 16
+LEAST_TILE, MOST_TILE, TILE_STEP = 32, 16384, 16
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class VaeOptions:
 
     def __post_init__(self) -> None:
         size = self.vae_spatial_tile_sample_min_size
-        if size is not None and (size < LEAST_TILE or size % TILE_STEP):
+        if size is not None and (not LEAST_TILE <= size <= MOST_TILE or size % TILE_STEP):
             raise OptionError(
-                f"--vae_spatial_tile_sample_min_size {size}: give a multiple of {TILE_STEP}, at least "
-                f"{LEAST_TILE}"
+                f"--vae_spatial_tile_sample_min_size {show_number(size)}: give a multiple of {TILE_STEP}, at "
+                f"least {LEAST_TILE} and at most {MOST_TILE}"
             )
 
     @property

@@ -18,10 +18,11 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.seeds import derive_seed
+from networks.factored import FactoredNetwork
 from networks.hashes import add_hashes, saved_dtype
 from networks.loading import import_network_module, read_lora
-from networks.lora import LoraNetwork
-from networks.lora_settings import DEFAULT_RANK
+from networks.lora import LoraNetwork, create_arch_network
+from networks.lora_settings import DEFAULT_RANK, read_settings
 from networks.options import NetworkOptions
 
 logger = getLogger(__name__)
@@ -131,7 +132,7 @@ class TrainableNetwork:
         network.
         """
         own = self._find_offered("load_weights")
-        if not isinstance(self.module, LoraNetwork):
+        if not isinstance(self.module, (LoraNetwork, FactoredNetwork)):  # these compare more
             self._check_weights(path)
         result = (
             self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
@@ -178,6 +179,18 @@ class TrainableNetwork:
         """Return an optional method of the network, or None."""
         method: Callable[..., Any] | None = getattr(self.module, name, None)
         return method
+
+
+def check_network(options: NetworkOptions, name: str) -> None:
+    """Raise OptionError if a module cannot be imported, or a setting of one of ours has no sense.
+
+    name: of the module. Nothing of the model is needed.
+    """
+    builder = import_network_module(name)
+    if getattr(builder, "create_arch_network", None) is create_arch_network:
+        read_settings(
+            options.network_dim, options.network_alpha, options.network_dropout, options.arguments()
+        )
 
 
 def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, seed: int) -> TrainableNetwork:

@@ -4,6 +4,8 @@ from logging import getLogger
 from pathlib import Path
 
 from modules.atomic_write import save_tensors
+from modules.checkpoints.opening import checkpoint_paths
+from modules.console import as_size, show_box
 from modules.errors import CheckpointError
 from networks.hashes import add_hashes
 from networks.key_formats import OURS, add_missing_alphas, to_other
@@ -11,6 +13,7 @@ from networks.loading import PEFT_SETTINGS, list_some, read_lora
 from networks.module_names import choose_family, read_family
 from networks.names.framepack import FRAMEPACK
 from networks.names.layouts import TRAINED_ON
+from networks.options import refuse_replacing
 from networks.parts import fuse
 
 logger = getLogger(__name__)
@@ -24,8 +27,10 @@ def convert_file(source: Path, output: Path, target: str) -> None:
 
     Metadata are copied, the hashes among them made anew; they name the family where the names alone no longer
     would. Modules without a form in the other dialect are listed in a warning. LoRAs for parts of a fused
-    module are put together. Raises CheckpointError where the file is no LoRA or nothing of it can be written.
+    module are put together. Raises CheckpointError where the file is no LoRA or nothing of it can be written,
+    OptionError where the result would replace it.
     """
+    refuse_replacing("--output", output, checkpoint_paths(source))
     lora = read_lora(source)
     made = read_family(lora.metadata)
     hint = LIKELY_FAMILY.get(lora.dialect) if made is None else made.name
@@ -46,4 +51,9 @@ def convert_file(source: Path, output: Path, target: str) -> None:
     if family is FRAMEPACK and made is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
     save_tensors(output, tensors, add_hashes(tensors, metadata))
-    logger.info(f"{output}: {len(tensors)} tensors written")
+    rows = [
+        ("from", f"{source}, names as of {lora.dialect}"),
+        ("to", f"{output} ({as_size(output.stat().st_size)})"),
+        ("tensors", f"{len(tensors)} written"),
+    ]
+    show_box("The LoRA is converted", rows)

@@ -2,8 +2,9 @@
 
 import importlib
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
+from modules.command import did_you_mean
 from modules.errors import CheckpointError, OptionError
+from modules.installation import own_name
 from modules.text_files import parse_json, read_text
 from networks.deltas import find_fault, group_by_module, rank_of
 from networks.hashes import is_damaged
@@ -24,7 +27,10 @@ from networks.names.layouts import FamilyNames
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
+OWN_MODULES = ("networks.lora", "networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack")
 SHOWN = 6  # names listed in a message
+# in a name of every kind of network beside a model, read here or not
+_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_b)?$|norm$")
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
@@ -66,6 +72,10 @@ def read_lora(path: Path) -> LoraFile:
     Raises CheckpointError if it is missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
+        kind = other_kind(checkpoint.tensors)
+        # a whole model is told by its names, before gigabytes are read
+        if kind is None and not any(_OF_NETWORKS.search(name) for name in checkpoint.tensors):
+            raise _no_lora(path, checkpoint.tensors)
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
     if path.is_file() and is_damaged(path, stored, metadata):
@@ -73,7 +83,6 @@ def read_lora(path: Path) -> LoraFile:
             f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
             path,
         )
-    kind = other_kind(stored)
     if kind is not None:
         raise CheckpointError(
             f"{path} is a network of the kind {kind[0]}, which is not supported: it has {kind[1]}.\n"
@@ -83,12 +92,7 @@ def read_lora(path: Path) -> LoraFile:
     made = read_family(metadata)
     native = to_native(stored, None if made is None else made.name)
     if not native.tensors:
-        raise CheckpointError(
-            f"{path} is no LoRA for a video model: it has tensors such as {list_some(sorted(stored), 3)}. "
-            "Give "
-            "a LoRA file.",
-            path,
-        )
+        raise _no_lora(path, stored)
     if native.text_encoder:
         logger.warning(
             f"{path}: {len(native.text_encoder)} tensors change a text encoder and are ignored: "
@@ -115,6 +119,14 @@ def read_lora(path: Path) -> LoraFile:
     use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
     logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
     return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
+
+
+def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no LoRA for a video model: it has tensors such as {list_some(sorted(names), 3)}. Give a "
+        "LoRA file.",
+        path,
+    )
 
 
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:
@@ -214,11 +226,11 @@ def import_network_module(name: str) -> ModuleType:
     if here not in sys.path:
         sys.path.append(here)
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(own_name(name))
     except ImportError as error:
         raise OptionError(
-            f"--network_module {name} cannot be imported: {error}. Install the package, or use "
-            "networks.lora_wan or networks.lora."
+            f"--network_module {name} cannot be imported: {error}."
+            f"{did_you_mean(name, OWN_MODULES)} Install the package, or use one of {', '.join(OWN_MODULES)}."
         ) from error
     except Exception as error:  # the module may run any code of its own
         raise OptionError(
@@ -227,6 +239,6 @@ def import_network_module(name: str) -> ModuleType:
     if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
         raise OptionError(
             f"--network_module {name} offers neither create_arch_network nor create_network, so it builds no "
-            "network"
+            f"network. Use another module, such as one of {', '.join(OWN_MODULES)}"
         )
     return module

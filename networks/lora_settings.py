@@ -8,12 +8,23 @@ from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
 
+from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.lora_layer import Dropouts
 
 logger = getLogger(__name__)
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
+SETTINGS = (
+    "conv_dim",
+    "conv_alpha",
+    "rank_dropout",
+    "module_dropout",
+    "include_patterns",
+    "exclude_patterns",
+    "loraplus_lr_ratio",
+    "verbose",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class LoraSettings:
     include: tuple[re.Pattern[str], ...] = ()  # matched at the start of module paths
     exclude: tuple[re.Pattern[str], ...] = ()
     loraplus_lr_ratio: float | None = None
+    decomposes: bool = False  # DoRA
     verbose: bool = False
 
     def takes(self, path: str) -> bool:
@@ -58,10 +70,14 @@ def read_settings(
         include=_patterns(rest, "include_patterns"),
         exclude=_patterns(rest, "exclude_patterns"),
         loraplus_lr_ratio=_number(rest, "loraplus_lr_ratio", float, 0, math.inf),
+        decomposes=_switch(rest, "dora_wd"),
         verbose=str(rest.pop("verbose", False)) == "True",
     )
     for key in rest:
-        logger.warning(f"--network_args {key} is ignored because this network has no such setting")
+        logger.warning(
+            f"--network_args {key} is ignored because this network has no such setting."
+            f"{did_you_mean(key, SETTINGS)}"
+        )
     return settings
 
 
@@ -84,10 +100,18 @@ def _number(
     return value
 
 
+def _switch(rest: dict[str, Any], key: str) -> bool:
+    """Remove True or False, or its text, from `rest` and return it; False if missing."""
+    text = str(rest.pop(key, False))
+    if text not in {"True", "False"}:
+        raise OptionError(f"--network_args {key}={text}: give True or False")
+    return text == "True"
+
+
 def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
     """Remove a list of regular expressions, or the text of a Python list, from `rest` and return it.
 
-    Warns of invalid expressions.
+    Raises OptionError for an invalid expression.
     """
     given = rest.pop(key, ())
     if isinstance(given, str):
@@ -104,7 +128,8 @@ def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            logger.warning(
-                f"--network_args {key}: {pattern!r} is ignored: it is not a regular expression ({error})"
-            )
+            raise OptionError(
+                f"--network_args {key}: {pattern!r} is not a regular expression ({error}). Correct it, or "
+                "leave it out"
+            ) from None
     return tuple(compiled)

@@ -2,6 +2,8 @@
 
 import math
 import re
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
@@ -13,6 +15,7 @@ from torch import Tensor
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import stream_tensors
+from modules.console import as_size, in_words, show_box
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
@@ -21,7 +24,7 @@ from networks.key_formats import OURS, module_of_tensor, rename_modules
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_family, warn_of_rest
 from networks.module_names import Relative, choose_family, relatives
 from networks.names.layouts import FamilyNames
-from networks.options import LoraOptions, LoraPatternOptions
+from networks.options import LoraOptions, LoraPatternOptions, refuse_replacing
 from networks.parts import part_rows
 
 logger = getLogger(__name__)
@@ -224,19 +227,25 @@ class LoraPatch:
 
         Raises CheckpointError if no part of a LoRA has a weight.
         """
+        self.refuse_misfits()
         family = choose_family(self._modules, LIKELY_MODEL)
         for use in self._uses:
             path, keys = use.lora.path, self._keys(use)
             missed = [key for key in keys if key not in self._seen]
             taken = self._taken[id(use)]
-            if keys and len(missed) == len(keys):
-                raise self._misfit(use.lora, missed, family)
             if not taken:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor")
             else:
                 logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
                 warn_of_other_family(use.lora, family)
                 warn_of_rest(path, missed, len(keys), f"weights are not in {self._model}")
+
+    def refuse_misfits(self) -> None:
+        """Raise CheckpointError if no part of a LoRA has a weight."""
+        for use in self._uses:
+            keys = self._keys(use)
+            if keys and not self._seen.intersection(keys):
+                raise self._misfit(use.lora, keys, choose_family(self._modules, LIKELY_MODEL))
 
     def _misfit(self, lora: LoraFile, missed: Sequence[str], family: FamilyNames | None) -> CheckpointError:
         """Return the error for a model and a LoRA that have nothing in common."""
@@ -386,7 +395,10 @@ def merge_into_file(
     unusable or a LoRA fits nothing, OptionError where the result would replace one of them, OutputError where
     it cannot be written.
     """
-    _refuse_replacing([*checkpoint_paths(model), *(use.lora.path for use in uses)], output)
+    start = time.monotonic()
+    refuse_replacing(
+        "--save_merged_model", output, [*checkpoint_paths(model), *(use.lora.path for use in uses)]
+    )
     with open_checkpoint(model) as checkpoint:
         if in_channels is not None:
             _check_in_channels(checkpoint, in_channels)
@@ -404,20 +416,25 @@ def merge_into_file(
             finite.note(name, tensor)
             return patch.add_to(name, tensor.to(device)) if patch.touches(name) else tensor
 
+        needed = sum(info.size_bytes for info in checkpoint.tensors.values())
+        _show_start(model, uses, output, needed)
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
         if not uses:
             logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
         else:
             metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
         stream_tensors(output, checkpoint.tensors, read, metadata)
-    logger.info("Merged model: %s", output)
+    result = f"{output} ({as_size(output.stat().st_size)})"
+    show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
 
 
-def _refuse_replacing(inputs: Sequence[Path], output: Path) -> None:
-    if output.resolve() in {path.resolve() for path in inputs}:
-        raise OptionError(
-            f"--save_merged_model {output} is one of the files that are merged. Give a new name."
-        )
+def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
+    """Show what is merged. needed: bytes of the result."""
+    folder = next(path for path in output.resolve().parents if path.exists())
+    free = shutil.disk_usage(folder).free
+    loras = "\n".join(f"{use.lora.path}, strength {use.multiplier:g}" for use in uses)
+    rows = [("model", str(model)), ("LoRAs", loras), ("result", str(output))]
+    show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {as_size(free)} free")])
 
 
 def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:

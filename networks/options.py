@@ -13,6 +13,23 @@ from modules.options import FREE, HABIT, IDENTITY, split_pairs
 
 logger = logging.getLogger(__name__)
 
+# of files that are no safetensors file
+OTHER_KINDS = {
+    ".pt",
+    ".pth",
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".txt",
+    ".json",
+    ".toml",
+    ".zip",
+    ".mp4",
+    ".png",
+}
+MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
+MOST_ALPHA = 1_000_000
 MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
 
 
@@ -34,9 +51,10 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         if self.network_dim is not None and self.network_dim < 1:
             raise OptionError(f"--network_dim {self.network_dim}: the rank must be at least 1")
-        if not math.isfinite(self.network_alpha) or self.network_alpha < 0:
+        if not 0 <= self.network_alpha <= MOST_ALPHA:
             raise OptionError(
-                f"--network_alpha {self.network_alpha}: give a positive number, or 0 for alpha = rank"
+                f"--network_alpha {self.network_alpha:g}: give a number up to {MOST_ALPHA:,}, or 0 for alpha "
+                "= rank"
             )
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
             raise OptionError(f"--network_dropout {self.network_dropout}: give a share from 0 to below 1")
@@ -49,7 +67,9 @@ class NetworkOptions:
                 f"--scale_weight_norms {self.scale_weight_norms}: give a positive norm, or leave it out"
             )
         if self.base_weights_multiplier and not self.base_weights:
-            raise OptionError("--base_weights_multiplier is given without --base_weights")
+            raise OptionError(
+                "--base_weights_multiplier is given without --base_weights: give both, or leave it out"
+            )
         self.arguments()
         _warn_of_surplus(self.base_weights, self.base_weights_multiplier or (), "--base_weights_multiplier")
         require_files("--network_weights", [self.network_weights] if self.network_weights else [])
@@ -123,6 +143,7 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         require_files("--dit", [self.dit])
+        check_output_file("--save_merged_model", self.save_merged_model)
 
 
 @dataclass(frozen=True)
@@ -135,6 +156,8 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         require_files("--input", [self.input])
+        check_output_file("--output", self.output)
+        refuse_replacing("--output", self.output, [self.input])
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,8 +165,8 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument(
         "--network_module",
-        help="module that builds the network, e.g. networks.lora_wan or lycoris.kohya; default: the family's "
-        "LoRA",
+        help="module that builds the network: networks.lora, networks.loha, networks.lokr, or another "
+        "package's, such as lycoris.kohya; default: the family's LoRA",
     )
     group.add_argument("--network_dim", type=int, help="rank of the network; default 4")
     group.add_argument(
@@ -238,11 +261,41 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, choices=["other", "default"], help=targets)
 
 
-def require_files(option: str, paths: Sequence[Path]) -> None:
-    """Raise OptionError for the first path that does not exist, before anything heavy is loaded."""
+def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:
+    """Raise OptionError for the first path that does not exist, before anything heavy is loaded.
+
+    folders: how to get a file; if it is given, folders are refused too.
+    """
     for path in paths:
         if not path.exists():
-            raise OptionError(f"{option} {path}: no such file")
+            raise OptionError(f"{option} {path}: no such file. Give the path of an existing one")
+        if folders is not None and path.is_dir():
+            inside = next((file.name for file in sorted(path.glob("*.safetensors"))), None)
+            example = f", such as {path / inside}" if inside is not None else f" ({folders})"
+            raise OptionError(f"{option} {path}: is a folder. Give the files in it{example}")
+
+
+def check_output_file(option: str, path: Path) -> None:
+    """Raise OptionError if a safetensors file cannot be written under this name."""
+    if path.is_dir():
+        raise OptionError(f"{option} {path}: is a folder. Give the name of the file to write in it")
+    if path.suffix.lower() in OTHER_KINDS:
+        raise OptionError(
+            f"{option} {path}: a safetensors file is written. Give a name that ends in .safetensors"
+        )
+    above = next((folder for folder in path.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise OptionError(f"{option} {path}: {above} is a file, not a folder. Choose another folder")
+
+
+def refuse_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
+    """Raise OptionError if the file to write is one of those that are read, under whatever name."""
+    for path in inputs:
+        is_same = output.resolve() == path.resolve()
+        if is_same or (output.exists() and path.exists() and output.samefile(path)):
+            raise OptionError(
+                f"{option} {output} is the file that is read, {path}, which would be lost. Give a new name."
+            )
 
 
 def _warn_of_surplus(files: Sequence[Path] | None, multipliers: Sequence[float], option: str) -> None:
@@ -262,4 +315,6 @@ def multipliers_for(files: Sequence[Path], multipliers: Sequence[float], option:
     for value in multipliers:
         if not math.isfinite(value):
             raise OptionError(f"{option} {value}: give a finite number")
+        if abs(value) > MOST_MULTIPLIER:
+            raise OptionError(f"{option} {value:g}: give at most {MOST_MULTIPLIER}; 0 to 2 are usual")
     return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))

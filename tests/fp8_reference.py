@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from modules.fp8.weights import is_quantised
+from modules.fp8.weights import is_fp8
 
 
 def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -13,6 +13,11 @@ def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear) and is_quantised(layer)
     }
+
+
+def is_quantised(layer: nn.Linear) -> bool:
+    """Return whether the layer has an 8-bit weight."""
+    return is_fp8(layer.weight.dtype)
 
 
 def emulated_product(

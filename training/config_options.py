@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.options import int_or_float
+from modules.options import int_or_float, to_path
 from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
+
+TYPING_MISTAKE = 0.9  # similarity of a name and the one that was meant; 1 is the same
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
@@ -25,11 +28,11 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
 def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read options from the TOML file `name` (".toml" may be left out), converted as the command line would.
 
-    Tables are flattened; the last of equal keys wins. An unknown key is ignored with a warning.
-    Raises UserError if the file is missing or is not TOML, OptionError if a value has a wrong type or is not
-    one of the choices.
+    Tables are flattened; the last of equal keys wins. A key that is similar to no option is ignored with a
+    warning: it may be another tool's. Raises UserError if the file is missing or is not TOML, OptionError if
+    a key is a mistyped option, or if a value has a wrong type or is not one of the choices.
     """
-    path = Path(name if name.endswith(".toml") else f"{name}.toml").expanduser()
+    path = to_path("--config_file", name if name.endswith(".toml") else f"{name}.toml")
     actions = {
         action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}
     }
@@ -38,11 +41,10 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
         if key in actions:
             values[key] = _convert(path, actions[key], value)
         else:
-            close = difflib.get_close_matches(key, actions, n=1)
-            logger.warning(
-                f"{path}: {key} is ignored because no option has that "
-                f"name{f'; did you mean {close[0]}?' if close else ''}"
-            )
+            close = difflib.get_close_matches(key, actions, n=1, cutoff=TYPING_MISTAKE)
+            if close:
+                raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
+            logger.warning(f"{path}: {key} is ignored because no option has that name")
     return values
 
 
@@ -52,6 +54,11 @@ def _load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(
             f"--config_file {path}: cannot be read ({error.strerror}). Give the path of a TOML file."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--config_file {path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it "
+            "as UTF-8."
         ) from None
     except ValueError as error:
         raise UserError(f"--config_file {path} is not valid TOML: {error}") from None
@@ -87,8 +94,10 @@ def _single(path: Path, action: argparse.Action, value: Any) -> Any:
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         raise _wrong(path, action, value) from None
     if action.choices is not None and converted not in action.choices:
+        choices = [str(choice) for choice in action.choices]
         raise OptionError(
-            f"{path}: {action.dest} = {value!r}: choose from {', '.join(map(str, action.choices))}"
+            f"{path}: {action.dest} = {value!r}: choose from {', '.join(choices)}."
+            f"{did_you_mean(str(converted), choices)}"
         )
     return converted
 

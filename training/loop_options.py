@@ -6,7 +6,12 @@ from pathlib import Path
 
 from dataset.options import CheckPageOptions, add_page_arguments
 from modules.errors import OptionError
-from modules.options import HABIT, check_at_least, check_below, check_seed
+from modules.options import HABIT, check_at_least, check_at_most, check_below, check_seed
+
+MOST_STEPS = 100_000_000  # a year at three steps a second
+MOST_READERS = 1024
+MOST_ACCUMULATED = 1_000_000
+MOST_GUIDANCE = 1000  # beyond it the model has seen nothing
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,19 @@ class LoopOptions:
         check_at_least(
             "--max_train_epochs", self.max_train_epochs, 1, "how many times to go through the data"
         )
+        check_at_most("--max_train_steps", self.max_train_steps, MOST_STEPS, "how many steps to train")
+        check_at_most("--max_train_epochs", self.max_train_epochs, MOST_STEPS, "use fewer passes")
         check_at_least(
             "--max_data_loader_n_workers",
             self.max_data_loader_n_workers,
             0,
             "0 reads in the training process itself",
         )
+        workers, accumulation = self.max_data_loader_n_workers, self.gradient_accumulation_steps
+        check_at_most("--max_data_loader_n_workers", workers, MOST_READERS, "8 is usual")
+        check_at_most("--gradient_accumulation_steps", accumulation, MOST_ACCUMULATED, "1 to 16 are usual")
+        check_at_least("--guidance_scale", self.embedded_guidance, 0, "1 is usual for training")
+        check_at_most("--guidance_scale", self.embedded_guidance, MOST_GUIDANCE, "1 is usual for training")
         self._check_checkpointing()
         check_at_least(
             "--gradient_accumulation_steps", self.gradient_accumulation_steps, 1, "1 means no accumulation"

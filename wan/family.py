@@ -17,8 +17,9 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Sect
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
-from modules.devices import dtype_name, dtype_named
+from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
 from modules.options import NO_OPTIONS, require
@@ -96,6 +97,11 @@ class Wan:
         )
 
     @property
+    def release(self) -> ModelRelease:
+        """Where the task's model comes from."""
+        return self.task.release
+
+    @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
         names = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
@@ -108,6 +114,13 @@ class Wan:
         }
 
     # encoding
+
+    def check_given_files(self) -> None:
+        """Check every file that an option names, needed or not. Loads nothing."""
+        self.files.check_encoders()
+        self.files.check_tokenizer()
+        if self.files.dit is not None:
+            self._check_dit()
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return umT5; its file is opened when it is loaded."""
@@ -188,6 +201,10 @@ class Wan:
         """Path of the transformer's checkpoint, checked against --task."""
         self._check_dit()
         return (self.files.dit_path,)
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the number of blocks; the file's header says it."""
+        return (self.files.dit_header().config.num_layers,)
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
@@ -461,7 +478,7 @@ def _vae_settings(
     default_dtype: torch.dtype | None,
 ) -> Mapping[str, Any]:
     vae = options.vae
-    dtype = default_dtype if vae.vae_dtype is None else dtype_named(vae.vae_dtype, "--vae_dtype")
+    dtype = choose_compute_dtype(vae.vae_dtype, "--vae_dtype", None) or default_dtype
     return {"vae_dtype": dtype, "vae_cache_cpu": options.vae_cache_cpu, "vae_tile": vae.tile}
 
 

@@ -9,6 +9,7 @@ from modules.errors import OptionError
 from wan.checkpoints import read_dit_header
 from wan.configs import WanConfig
 from wan.encoder_checkpoints import read_clip, read_t5, read_vae
+from wan.tokenizer import FILES as TOKENIZER
 
 # file names in the folder of the official release (--ckpt_dir)
 RELEASE = {
@@ -35,7 +36,7 @@ class WanFiles:
     def add_release(self, folder: Path) -> "WanFiles":
         """Return these files; those that are not given come from the official release's folder."""
         if not folder.is_dir():
-            raise OptionError(f"--ckpt_dir {folder}: no such folder")
+            raise OptionError(f"--ckpt_dir {folder}: no such folder. Give that of the official release")
         found = {
             key: folder / name
             for key, name in RELEASE.items()
@@ -75,3 +76,8 @@ class WanFiles:
             read_once(self.t5_path, read_t5)
         if self.clip is not None or "clip" in needed:
             read_once(self.clip_path, read_clip)
+
+    def check_tokenizer(self) -> None:
+        """Raise CheckpointError if --t5_tokenizer is given and names no tokenizer."""
+        if self.t5_tokenizer is not None:
+            TOKENIZER.check_given(self.t5_tokenizer)

@@ -1,14 +1,28 @@
 """Wan2.1's own options for caching, training and generation."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modules.command import as_typed
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, IDENTITY, NO_PIXELS, OF_DECODING, OF_REQUEST
+from modules.options import (
+    FREE,
+    HABIT,
+    IDENTITY,
+    NO_PIXELS,
+    OF_DECODING,
+    OF_REQUEST,
+    check_at_least,
+    check_at_most,
+    refuse_value,
+)
 from modules.vae_options import VaeOptions, add_vae_arguments
 from wan.configs import TASKS
+
+OF_WAN_2_2 = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "s2v-14B", "animate-14B")
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,11 @@ class WanGenerationOptions:
     mixed_precision_transformer: bool
     text_as_image_tokens: bool
     i2v_extra_noise: float | None
+
+    def __post_init__(self) -> None:
+        usual = "0.02 to 0.04 are usual"
+        check_at_least("--i2v_extra_noise", self.i2v_extra_noise, 0, usual)
+        check_at_most("--i2v_extra_noise", self.i2v_extra_noise, 10, usual)
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,9 +166,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_dit(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    task = group.add_argument(
         "--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults"
     )
+    refuse_value(task, *OF_WAN_2_2, reason="a task of Wan2.2, which is not built yet")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
     group.add_argument(
         "--mixed_precision_transformer",
@@ -202,3 +222,22 @@ def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -
         str(options.text.t5 or "T5_FILE"),
     ]
     return as_typed(latents), as_typed(text)
+
+
+def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
+    """Return the script and the options that generate with the models of a training.
+
+    sample: what a sample was asked for, by the names of `Request`; may be empty.
+    """
+    files = {"--dit": options.dit, "--vae": options.vae.vae, "--t5": options.text.t5}
+    words = ["wan_generate_video.py", "--task", options.task]
+    words += [
+        word for name, path in files.items() for word in (name, str(path or f"{name[2:].upper()}_FILE"))
+    ]
+    media = ["image_path", "end_image_path", "control_path"]
+    if options.task.startswith(("i2v", "flf2v")):
+        words += ["--clip", str(options.clip or "CLIP_FILE")]
+        words += [] if sample.get("image_path") else ["--image_path", "IMAGE_FILE"]
+    words += ["--t5_tokenizer", str(options.text.t5_tokenizer)] if options.text.t5_tokenizer else []
+    words += [word for name in media if sample.get(name) for word in (f"--{name}", str(sample[name]))]
+    return words + (["--video_length", str(sample["frames"])] if sample.get("frames") else [])

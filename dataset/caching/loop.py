@@ -7,6 +7,7 @@ partial, so the same command continues a run that was killed. The encoding is in
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 
 from dataset.cache.files import text_file_name
@@ -20,10 +21,13 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.listing import MediaSource, find_all_sources, require_captions, warn_missing_captions
+from modules.console import Row, as_size, count_of, show_box
 from modules.devices import choose_device
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
+
+NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
 def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) -> CacheReport:
@@ -42,12 +46,16 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     with join_processes() as share:
         plans, failures = plan_all(share.of(sources), existing, recipe, workers, share.is_main)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
-        logger.info(
-            "%s: %d sources, %d of them to encode", _who(share), len(plans) + len(failures), len(to_do)
-        )
-        encoding = LatentEncoding(
-            family, recipe, choose_device(share.device_name(options.device)), options.batch_size
-        )
+        device = choose_device(share.device_name(options.device))
+        encoding = LatentEncoding(family, recipe, device, options.batch_size)
+        rows: list[Row] = [
+            ("data", str(config.path)),
+            (_who(share), f"{len(plans) + len(failures)} sources, {len(to_do)} of them to encode"),
+            ("disk", _disk(config, family, to_do)),
+            ("device", str(device)),
+        ]
+        if share.is_main:
+            show_box("Caching latents", rows)
         if to_do:
             encoding.run(to_do, existing, workers, share.is_main)
         finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
@@ -92,6 +100,9 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
         encoding = TextEncoding(
             family, device, options.batch_size, workers_of(options), options.skip_existing, share.is_main
         )
+        if share.is_main:
+            captions = count_of(len(sources), "caption")
+            show_box("Caching texts", [("data", f"{config.path}, {captions}"), ("device", str(device))])
         encoding.run(share.of(sources))
         reports = share.gather(CacheReport(encoding.written, encoding.kept, encoding.foreign))
         removed = 0
@@ -129,6 +140,23 @@ def log_outdated(plans: Sequence[SourcePlan]) -> None:
             len(reasons),
             reasons[0],
         )
+
+
+def _disk(config: DatasetConfig, family: Caches, plans: Sequence[SourcePlan]) -> str | None:
+    """Estimate what the latents of some sources take on disk; None if no size is known yet."""
+    spec, sizes = family.latent, [size for plan in plans for size in plan.items]
+    known = sum(plan.missing is not None for plan in plans)
+    if not sizes:
+        return None
+    step, rows, columns = spec.stride
+
+    def numbers(width: int, height: int, frames: int = 1) -> int:
+        return spec.channels * ((frames - 1) // step + 1) * (height // rows) * (width // columns)
+
+    needed = sum(numbers(*size) for size in sizes) * NUMBER_BYTES * len(plans) / known
+    folder = config.datasets[0].cache_directory.resolve()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 
 
 def recipe_of(family: Caches, skip_existing: bool) -> Recipe:

@@ -22,11 +22,12 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import progress, read_ahead
+from dataset.caching.source_jobs import read_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.listing import MediaSource
+from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
 from modules.errors import CacheError, MediaError
@@ -106,7 +107,7 @@ def plan_all(
     def work(source: MediaSource) -> SourcePlan:
         return plan_latents(source, names_of(existing, source), recipe)
 
-    bar = progress(len(sources), "comparing", shown=show_progress)
+    bar = Bar(len(sources), "Comparing", "source", show_progress)
     for _, result in read_ahead(sources, lambda source: source, work, workers, bar):
         if isinstance(result, Failure):
             failures.append(result)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.sources.listing import MediaSource
+from modules.console import Row, show_box
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool
     )
 
 
-def conclude(report: CacheReport) -> None:
-    """Log what was done.
+def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
+    """Show what was done. rows, commands: what else the box says.
 
     Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
     """
@@ -84,9 +85,8 @@ def conclude(report: CacheReport) -> None:
             report.foreign,
         )
     if report.written or report.kept or report.removed:
-        logger.info(
-            "cache files: %d written, %d kept, %d removed", report.written, report.kept, report.removed
-        )
+        files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
+        show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)
     if report.failures:
         lines = "\n  ".join(map(str, report.failures))
         raise DatasetError(

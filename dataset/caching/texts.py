@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset.cache.files import (
     FORMAT_VERSION,
@@ -41,10 +40,10 @@ from dataset.caching.latents import require_finite
 from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED
-from dataset.caching.source_jobs import progress
 from dataset.sources.captions import describe_cut
 from dataset.sources.listing import MediaSource
 from modules.atomic_write import give_name
+from modules.bars import Bar
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
@@ -125,7 +124,7 @@ class TextEncoding:
             encoder.load(self._device)
             warn_cut_captions(encoder, [plan.source for plan in to_do.values()])
             try:
-                with progress(len(to_do), encoder.name, "caption", self._show_progress) as bar:
+                with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
                     self._encode(encoder, identity, sources, to_do, bar)
             finally:
                 encoder.free()
@@ -159,7 +158,7 @@ class TextEncoding:
         identity: Mapping[str, str],
         sources: Sequence[MediaSource],
         to_do: Mapping[Path, TextPlan],
-        bar: "tqdm[None]",
+        bar: Bar,
     ) -> None:
         """Encode every batch of `sources` in which something is missing, and write what is missing.
 

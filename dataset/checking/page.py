@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import progress, read_ahead
+from dataset.caching.source_jobs import read_ahead
 from dataset.checking.captions import Counters
 from dataset.checking.findings import CheckResult, TableFindings
 from dataset.checking.looks import Look, look_at
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.faults import Fault
 from dataset.sources.listing import MediaSource
+from modules.bars import Bar
 from modules.contract.family import LatentSpec
 from modules.contract.tokens import TokenCount
 from modules.control_codes import escape_control_codes
@@ -87,7 +88,7 @@ def write_check_page(
         (found, source) for found, sources in zip(result.tables, chosen, strict=True) for source in sources
     ]
     cards: dict[int, list[Card]] = {found.table.index: [] for found in result.tables}
-    bar = progress(len(pairs), "pictures", unit="file")
+    bar = Bar(len(pairs), "Reading pictures", "file")
 
     told = _by_source(result.tables)
 

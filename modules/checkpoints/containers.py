@@ -28,6 +28,7 @@ MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arit
 
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+LFS_POINTER = b"version https://"
 
 # keys under which trainers store the tensors
 WRAPPERS = ("module", "state_dict", "model_state_dict", "ema", "model")
@@ -84,20 +85,34 @@ def open_file(path: Path) -> TensorFile:
             return SafetensorsFile(path)
         if start[:4] == ZIP or start[:1] == PICKLE:
             return TorchFile(path)
+        if is_pointer_or_page(start):
+            raise CheckpointError(f"{path} {describe_kind(start)}", path)
         if path.suffix in {".safetensors", ".sft"}:
             return SafetensorsFile(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
-    raise CheckpointError(f"{path} {_describe_kind(start)}", path)
+    raise CheckpointError(f"{path} {describe_kind(start)}", path)
 
 
-def _describe_kind(start: bytes) -> str:
+def is_pointer_or_page(start: bytes) -> bool:
+    """Return whether a file that begins so stands for the real one: a Git LFS pointer or a web page."""
+    return start.startswith(LFS_POINTER) or start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
+
+
+def describe_kind(start: bytes) -> str:
+    """Return what a file that begins so is instead of a model, and what to do."""
     if start.startswith(b"GGUF"):
         return "is a GGUF file, which is not supported. Give the safetensors file of the same model."
-    if start.startswith(b"version https://"):
-        return "is a Git LFS pointer, not the model. Fetch the real file (git lfs pull, or download it)."
-    if start.lstrip()[:1] == b"<":
-        return "is a web page, not a model: the download went wrong. Download the file again."
+    if start.startswith(LFS_POINTER):
+        return (
+            "is a Git LFS pointer, a text of a few lines in place of the model. Run git lfs pull in its "
+            "folder, or download the file itself."
+        )
+    if is_pointer_or_page(start):
+        return (
+            "is a web page, not a model: the site may have asked for a login. Log in and download the file "
+            "again."
+        )
     return (
         "is neither a safetensors nor a torch file, or its beginning is damaged. Download or copy it again."
     )
@@ -242,7 +257,7 @@ def load_pickled(path: Path) -> Any:
     try:
         is_zip = start[:4] == ZIP
         if start and not is_zip and start[:1] != PICKLE:
-            raise CheckpointError(f"{path} {_describe_kind(start)}", path)
+            raise CheckpointError(f"{path} {describe_kind(start)}", path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the pickle protocol, of no use to a user
             # the older format cannot be mapped

@@ -19,7 +19,7 @@ def require_file(path: Path | None, option: str, why: str) -> Path:
     """
     given = require(path, option, why)
     if not given.exists():
-        raise CheckpointError(f"{option} {given}: no such file or folder", given)
+        raise CheckpointError(f"{option} {given}: no such file or folder. Give the path of the model", given)
     return given
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from tokenizers import Tokenizer
 
+from modules.checkpoints.containers import describe_kind, is_pointer_or_page
 from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizer_growth import check_sentencepiece, check_tokenizer
 from modules.errors import CheckpointError
 from modules.text_files import require_regular_file
 
+SUFFIXES = (".json", ".model")
 MAX_BYTES = 1 << 26  # 64 MiB; the largest tokenizer.json in use has 34
 
 
@@ -43,6 +45,24 @@ class TokenizerFiles:
             if file is not None and not (is_loose and self.token.encode() not in self.read_bytes(file)):
                 return file
         return None
+
+    def check_given(self, path: Path) -> None:
+        """Raise CheckpointError if `path`, which the option names, is not a tokenizer by its first bytes."""
+        file = self._describe_given(path)
+        self.check_bytes(file)
+        try:
+            with file.open("rb") as opened:
+                start = opened.read(64)
+        except OSError as error:
+            raise self.unreadable(file, error) from error
+        if not start:
+            raise self.unreadable(file, ValueError("it is empty"))
+        if is_pointer_or_page(start):
+            raise CheckpointError(f"{self.option} {file} {describe_kind(start)}", file)
+        if file.suffix == ".json" and start.lstrip()[:1] != b"{":
+            raise self.unreadable(file, ValueError("it is not JSON"))
+        if file.suffix not in SUFFIXES:
+            raise self.unreadable(file, ValueError(f"its name ends in none of {', '.join(SUFFIXES)}"))
 
     def identity(self, file: Path | None) -> str:
         """Return what distinguishes a tokenizer in cache records. file: None for the hub's."""

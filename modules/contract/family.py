@@ -19,6 +19,7 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Reque
 from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.tokens import CountTokens
 
 
@@ -151,6 +152,9 @@ class Described(Protocol):
     def options(self) -> Any: ...  # the family's own option record; its facts say what resume compares
 
     @property
+    def release(self) -> ModelRelease: ...  # for licence and card of what is trained from it
+
+    @property
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
     def metadata(self) -> Mapping[str, str]: ...
 
@@ -160,6 +164,9 @@ class Encodes(Protocol):
 
     @property
     def cache_tag(self) -> str: ...  # "wan": at the end of cache file names
+
+    # raises if a file that an option names is missing or of another kind, needed or not; loads nothing
+    def check_given_files(self) -> None: ...
 
     def text_encoders(self) -> Sequence[TextEncoder]: ...
 
@@ -194,6 +201,9 @@ class Predicts(Protocol):
 
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
+
+    # blocks of each list of `DitSpec.block_lists`, from headers alone; () if these do not tell
+    def block_counts(self) -> tuple[int, ...]: ...
 
     # of the loaded network without autocast; from headers alone
     def compute_dtype(self, placement: Placement) -> torch.dtype: ...

@@ -104,11 +104,6 @@ def attach(layer: nn.Linear, weight: Tensor, scale: Tensor | None, quantisation:
     layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
 
 
-def is_quantised(layer: nn.Module) -> bool:
-    """Return whether `attach` has given the layer an 8-bit weight."""
-    return isinstance(layer, nn.Linear) and is_fp8(layer.weight.dtype)
-
-
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     # x: ... in -> ... out
     quantisation = layer.quantisation

@@ -41,7 +41,9 @@ def number_or_auto(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of blocks nor {AUTO}") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of blocks nor {AUTO}. Give one of them"
+        ) from None
 
 
 def add_swap_arguments(group: argparse._ArgumentGroup, default: int | None) -> None:

@@ -74,13 +74,7 @@ class SwapPlan:
         Raises OptionError if the network has too few blocks.
         """
         totals = [len(blocks) for blocks in self.spec.blocks(dit).values()]
-        swapped = self.spec.swap_counts(self.blocks) if self.blocks else [0] * len(totals)
-        if not _fits(totals, swapped):
-            most, has = most_blocks(totals, self.spec.swap_counts), " + ".join(map(str, totals))
-            raise OptionError(
-                f"--blocks_to_swap {self.blocks}: the transformer has {has} blocks, at most {most} can be "
-                f"swapped. Use {most} or less"
-            )
+        swapped = check_swap(self.spec, self.blocks, totals)
         return [plan_list(*each) for each in zip(self.spec.block_lists, totals, swapped, strict=True)]
 
     def names(self, dit: nn.Module) -> list[str]:
@@ -96,6 +90,21 @@ class SwapPlan:
     def input_layer_names(self, dit: nn.Module) -> list[str]:
         """Return the names of the offloaded input layers that this variant of the network has."""
         return [name for name in self.spec.input_layers if hasattr(dit, name)] if self.input_layers else []
+
+
+def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[int]:
+    """Return how many blocks of each list are swapped. totals: how many there are.
+
+    Raises OptionError if the network has too few.
+    """
+    swapped = spec.swap_counts(blocks) if blocks else [0] * len(totals)
+    if not _fits(totals, swapped):
+        most, has = most_blocks(totals, spec.swap_counts), " + ".join(map(str, totals))
+        raise OptionError(
+            f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {most} can be "
+            f"swapped. Use {most} or less"
+        )
+    return swapped
 
 
 def big_weights(network: nn.Module, path: str) -> Iterator[str]:

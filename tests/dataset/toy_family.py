@@ -102,6 +102,8 @@ class ToyFamily:
         self.loaded += 1
         return MediaEncoders(vae=None)
 
+    def check_given_files(self) -> None: ...
+
     def check_table(self, table: MediaTable) -> None:
         if self.refuses is not None:
             raise DatasetError(f"{table.name}: {self.refuses}")

@@ -3,12 +3,17 @@ copies of what is in it.
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.commands import ROOT, run_python, run_script
+from tests.faults.messages import run_here
+from tests.faults.mistakes import COMMANDS
+from tests.faults.mistakes import FAMILIES as MISTAKEN
 from tests.faults.runs import (
     DYING,
     FAMILIES,
@@ -113,3 +118,59 @@ def undisturbed(
         passed = json.loads((folder / "passed.json").read_text(encoding="utf-8"))
         trainings[scripts.name] = Undisturbed(folder / "out", passed, seconds)
     return trainings[scripts.name]
+
+
+@pytest.fixture(scope="session")
+def made_projects(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each family a folder in which the good commands work."""
+    for name, scripts in MISTAKEN.items():
+        if name not in projects:
+            folder = tmp_path_factory.mktemp("project")
+            write_project(folder, scripts)
+            for command in (scripts.cache_latents, scripts.cache_texts):
+                code, said = run_here(*command, folder=folder)
+                assert code == 0, said
+            projects[name] = folder
+        folder = projects[name]
+        text = (folder / "dataset.toml").read_text(encoding="utf-8").replace('/cache"', '/none"')
+        (folder / "uncached.toml").write_text(text, encoding="utf-8")
+        if not (folder / "lora.safetensors").exists():
+            words = (*COMMANDS[scripts.train_script].words, "--max_train_steps", "1")
+            code, said = run_here(*words, "--output_name", "lora", "--output_dir", ".", folder=folder)
+            assert code == 0, said
+        if not (folder / "latent.safetensors").exists():
+            shutil.copy(folder / "lora.safetensors", folder / "latent.safetensors")  # never read
+    return {name: projects[name] for name in MISTAKEN}
+
+
+@pytest.fixture(scope="session")
+def bad(made_projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files that no option can take."""
+    folder = tmp_path_factory.mktemp("bad files")
+    (folder / "folder").mkdir()
+    texts = {
+        "lfs": "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n",
+        "page": "\ufeff\n<!DOCTYPE html>\n<html><head><title>Log in</title></head></html>",
+        "empty": "",
+    }
+    for name, text in texts.items():
+        for suffix in (".safetensors", ".json"):
+            (folder / f"{name}{suffix}").write_text(text, encoding="utf-8")
+    for name, text in {
+        "text.txt": "nothing",
+        "text.toml": "nothing",
+        "prompts.md": "a cat",
+        "typo.toml": "learning_rat = 1e-4",
+        "section.toml": '[run]\nmax_train_steps = "ten"',
+        "switch.toml": 'sdpa = "yes"',
+        "choice.toml": 'mixed_precision = "bf61"',
+    }.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name in ("utf16.txt", "utf16.toml"):
+        (folder / name).write_text("a cat", encoding="utf-16")
+    whole = (made_projects["wan"] / "model" / "dit.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[: len(whole) * 2 // 3])
+    tensors = load_file(made_projects["wan"] / "lora.safetensors")
+    other = {name.replace("_blocks_", "_layers_"): tensor for name, tensor in tensors.items()}
+    save_file(other, folder / "other_lora.safetensors")
+    return folder

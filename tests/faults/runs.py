@@ -202,6 +202,19 @@ two dogs --w 32 --h 48 --vs 1 --d 3 --s 2 --i start.png
     length=("--video_sections", "1", "--image_path", "start.png"),
     longer=("--video_sections", "2", "--image_path", "start.png"),
 )
+# given, so that none is looked for on the hub
+TOKENIZERS = {
+    WAN.name: ("--t5_tokenizer", "model/google/umt5-xxl"),
+    HUNYUAN_VIDEO.name: tuple(
+        word
+        for option, folder in (
+            ("--text_encoder1_tokenizer", "text_encoder"),
+            ("--text_encoder2_tokenizer", "text_encoder_2"),
+        )
+        for word in (option, f"model/{folder}")
+    ),
+}
+TOKENIZERS[FRAMEPACK.name] = TOKENIZERS[HUNYUAN_VIDEO.name]
 FRAMEPACK_ONE_FRAME = replace(
     FRAMEPACK,
     name="framepack one frame",

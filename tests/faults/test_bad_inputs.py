@@ -34,6 +34,7 @@ from tests.faults.messages import assert_one_message, run_here
 from tests.faults.runs import (
     FRAMEPACK,
     HUNYUAN_VIDEO,
+    TOKENIZERS,
     WAN,
     Scripts,
     Undisturbed,
@@ -46,18 +47,6 @@ from training.saving.states import ForeignState, SavedState, read_state
 
 # of tests that do not choose themselves: what is wrong there is found by code that all share
 FAMILIES = (WAN,)
-TOKENIZERS = {
-    WAN.name: ("--t5_tokenizer", "model/google/umt5-xxl"),
-    HUNYUAN_VIDEO.name: tuple(
-        word
-        for option, folder in (
-            ("--text_encoder1_tokenizer", "text_encoder"),
-            ("--text_encoder2_tokenizer", "text_encoder_2"),
-        )
-        for word in (option, f"model/{folder}")
-    ),
-}
-TOKENIZERS[FRAMEPACK.name] = TOKENIZERS[HUNYUAN_VIDEO.name]
 TOKENIZER = TOKENIZERS[WAN.name]
 SMALL = ("--video_size", "32", "32", "--infer_steps", "1", "--prompt", "a cat", "--save_path", "made")
 

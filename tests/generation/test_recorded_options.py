@@ -85,7 +85,7 @@ RECORDED = [
     for option, kind in script.facts.items()
     if kind != "nothing" and option not in FROM_FAMILY
 ]
-SHARES = {"strength", "guidance_rescale", "cfg_apply_ratio"}  # not above 1
+SHARES = {"strength", "guidance_rescale", "cfg_apply_ratio", "slg_start", "slg_end"}  # not above 1
 LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
     "seed": ["5"],
@@ -183,6 +183,7 @@ LISTS = {
             "output_type",
             "no_metadata",
             "no_progressive_save",
+            "prompt_in_name",
             "keep_pngs",
             "codec",
             "container",

@@ -14,10 +14,12 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Piece, Prompt
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.requests import settle, size_of
 from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import CheckpointError, MediaError, OptionError
 
+TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
 WINDOW = 3
 
@@ -143,6 +145,10 @@ class ToyFamily:
             raise KeyboardInterrupt
 
     @property
+    def release(self) -> ModelRelease:
+        return TOY_RELEASE
+
+    @property
     def metadata(self) -> Mapping[str, str]:
         return {"model_type": "toy", "task": "t2v"}
 
@@ -157,6 +163,11 @@ class ToyFamily:
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         raise NotImplementedError
+
+    def check_given_files(self) -> None: ...
+
+    def block_counts(self) -> tuple[int, ...]:
+        return ()
 
     @property
     def dit_files(self) -> tuple[Path, ...]:

@@ -39,7 +39,7 @@ def _parser() -> command.Parser:
             "--save_path x --codec prorse",
             "argument --codec: prorse is no choice. Use h264, prores. Did you mean prores?",
         ),
-        ("--save_path x --layers one", "argument --layers: invalid int value: 'one'"),
+        ("--save_path x --layers one", "argument --layers: one is not a whole number. Give one, such as 1."),
         ("--save_path x --prompt a cat", "cat belongs to no option. Put a text with blanks in quotes."),
         ("--prompt cat", "the following arguments are required: --save_path"),
     ],

@@ -194,17 +194,26 @@ def test_a_config_file_is_checked_like_the_command_line(tmp_path: Path, line: st
     assert expected in str(error.value)
 
 
-def test_an_unknown_key_of_the_config_file_is_warned_about(
+def test_a_key_of_another_tool_in_the_config_file_is_warned_about(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "c.toml"
-    file.write_text("max_train_step = 5")
+    file.write_text("text_encoder_lr = 5")
 
     with caplog.at_level(logging.WARNING):
         assert options("--config_file", str(file)).loop.max_train_steps == 1600
 
-    assert "max_train_step is ignored" in caplog.text
-    assert "max_train_steps?" in caplog.text
+    assert "text_encoder_lr is ignored" in caplog.text
+
+
+def test_a_mistyped_key_of_the_config_file_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("max_train_step = 5")
+
+    with pytest.raises(
+        OptionError, match=r"c\.toml: no option is called max_train_step\. .*max_train_steps\?"
+    ):
+        options("--config_file", str(file))
 
 
 @pytest.mark.parametrize("content", [None, "a = ", "\ud800"])

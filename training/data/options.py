@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import FREE, check_at_least
+from modules.options import FREE, check_at_least, check_at_most
 
 SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
 # whose shift follows the size: for families with `NoiseSpec.tokens`
 SIZE_SAMPLERS = ("flux_shift", "nextdit_shift")
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
+MOST_SHIFT = 1000  # beyond it every timestep is pure noise
+# a sigmoid of these is 0 or 1 to seven digits
+MOST_SCALE, MOST_LOGIT = 100, 16
+MOST_BUCKETS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,30 @@ class TimestepOptions:
     show_timesteps: str | None = field(metadata=FREE)  # image, console: draw the distribution and exit
 
     def __post_init__(self) -> None:
-        if self.flow_shift <= 0:
-            raise OptionError(f"--discrete_flow_shift {self.flow_shift}: must be positive; 1 means no shift")
+        if not 0 < self.flow_shift <= MOST_SHIFT:
+            raise OptionError(
+                f"--discrete_flow_shift {self.flow_shift:g}: give a number above 0 and at most {MOST_SHIFT}; "
+                "1 means no shift, 3 to 7 are usual"
+            )
+        if not 0 <= self.sigmoid_scale <= MOST_SCALE:
+            raise OptionError(
+                f"--sigmoid_scale {self.sigmoid_scale:g}: give a number from 0 to {MOST_SCALE}; 1 is usual"
+            )
         check_at_least("--logit_std", self.logit_std, 0, "the width of the normal distribution")
+        check_at_most("--logit_std", self.logit_std, MOST_LOGIT, "the width of the normal distribution")
+        if not abs(self.logit_mean) <= MOST_LOGIT:
+            raise OptionError(
+                f"--logit_mean {self.logit_mean:g}: give a number from -{MOST_LOGIT} to {MOST_LOGIT}; 0 is "
+                "usual"
+            )
+        if not abs(self.mode_scale) <= MOST_LOGIT:
+            raise OptionError(
+                f"--mode_scale {self.mode_scale:g}: give a number from -{MOST_LOGIT} to {MOST_LOGIT}; 1.29 "
+                "is usual"
+            )
+        check_at_most(
+            "--num_timestep_buckets", self.num_timestep_buckets, MOST_BUCKETS, "10 to 1000 are usual"
+        )
         check_at_least(
             "--num_timestep_buckets", self.num_timestep_buckets, 1, "leave it out for independent draws"
         )

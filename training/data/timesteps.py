@@ -1,4 +1,4 @@
-"""Choose how noisy each training sample is: draw timesteps, weight losses, and show both.
+"""Choose how noisy each training sample is: draw timesteps, and weight losses.
 
 Letters: u is uniform in 0..1, n standard normal, t the share of noise (sigma). Every sampler is a function of
 one number per sample, so draws can be spread evenly by spreading u.
@@ -6,23 +6,19 @@ one number per sample, so draws can be spread evenly by spreading u.
 
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from modules.contract.noise import FLOW, NoiseSpec
-from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from training.data.options import NUM_TIMESTEPS, SIZE_SAMPLERS, TimestepOptions
 
 SCAN = 10_000  # points at which the accepted part of a sampler is looked for
 NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
-SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of a picture of 1024 x 1024 pixels, for --show_timesteps
 
 
 @dataclass(frozen=True)
@@ -63,10 +59,10 @@ def draw(
         if first_sample is None:
             raise ValueError("with num_timestep_buckets the number of the first sample is needed")
         u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
-    shares = _from_uniform(options, low + u * (high - low), noise, flow_shift)
+    shares = shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
     while options.preserve_distribution_shape and not (fits := is_in_range(options, shares, noise)).all():
         shares = torch.where(
-            fits, shares, _from_uniform(options, low + uniform() * (high - low), noise, flow_shift)
+            fits, shares, shares_of_uniform(options, low + uniform() * (high - low), noise, flow_shift)
         )
     return times_at(options, shares, noise)
 
@@ -88,18 +84,10 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     return math.exp(0.5 + (noise.tokens(shape) - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
-def from_uniform(
-    options: TimestepOptions, u: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
-) -> Timesteps:
-    """The timesteps that uniform numbers stand for, through the normal quantiles where the sampler takes
-    those.
-    """
-    return times_at(options, _from_uniform(options, u, noise, find_shift(options, noise, shape)), noise)
-
-
-def _from_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+    """Return `shares_of` uniform numbers: of their normal quantiles if the sampler takes those."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
-    return _shares(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
+    return shares_of(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
 
 
 def takes_normal(options: TimestepOptions) -> bool:
@@ -108,17 +96,11 @@ def takes_normal(options: TimestepOptions) -> bool:
     return by_weighting or options.timestep_sampling in {"sigmoid", "shift", "flux_shift", "logsnr"}
 
 
-def from_numbers(
-    options: TimestepOptions, numbers: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
-) -> Timesteps:
-    """The deterministic part of the samplers. numbers: B, normal where `takes_normal`, else uniform."""
-    return times_at(
-        options, _shares(options, numbers.double(), noise, find_shift(options, noise, shape)), noise
-    )
+def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+    """Return the share of noise t, or the place in the family's table of noise levels: B, float64, 0..1.
 
-
-def _shares(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """The share of noise t, or the place in the family's table of noise levels: B, float64, 0..1."""
+    numbers: B, normal if `takes_normal`, else uniform. flow_shift: from `find_shift`.
+    """
     match options.timestep_sampling:
         case "sigma":
             return _from_table(options, numbers, noise)
@@ -181,7 +163,7 @@ def find_accepted_range(options: TimestepOptions, noise: NoiseSpec, flow_shift: 
     Narrowing u to it leaves few draws to reject.
     """
     u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
-    accepted = u[is_in_range(options, _from_uniform(options, u, noise, flow_shift), noise)]
+    accepted = u[is_in_range(options, shares_of_uniform(options, u, noise, flow_shift), noise)]
     if not len(accepted):
         raise OptionError(
             f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {SCAN} draws of "
@@ -246,69 +228,3 @@ def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Te
             orders[deal] = torch.randperm(num_buckets, generator=generator)
         spread[i] = (orders[deal][place] + u[i]) / num_buckets
     return spread
-
-
-# --show_timesteps
-
-
-def show_timesteps(
-    options: TimestepOptions, seed: int = 0, folder: Path = Path(), noise: NoiseSpec = FLOW
-) -> None:
-    """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png."""
-    counts, weights = timestep_statistics(options, seed, noise=noise)
-    if options.show_timesteps == "console":
-        sys.stdout.write(f"timesteps drawn\n{bars(counts)}\nloss weights\n{bars(weights)}\n")
-        return
-    from modules.media.writing import write_png  # slow to import, and only this needs it
-
-    path = folder / "timesteps.png"
-    write_png(path, _plots(counts, weights).numpy())
-    what = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
-    sys.stdout.write(escape_control_codes(f"{path}: {what}\n"))
-
-
-def timestep_statistics(
-    options: TimestepOptions,
-    seed: int,
-    num_batches: int = 100,
-    batch_size: int = 1000,
-    noise: NoiseSpec = FLOW,
-) -> tuple[Tensor, Tensor]:
-    """How often each of 1000 timesteps is drawn, and the loss weight of each."""
-    counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
-    for number in range(num_batches):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number))
-        times = draw(options, batch_size, generator, seed, number * batch_size, noise, SHOWN_LATENTS)
-        shares = times.timesteps / NUM_TIMESTEPS if noise.table else times.sigmas
-        # float32 holds 0.7 as 0.69999999
-        index = (shares.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
-        counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
-    each = torch.arange(NUM_TIMESTEPS).float()
-    return counts, loss_weights(options, Timesteps(each / NUM_TIMESTEPS, each)).double()
-
-
-def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
-    """Return text with a bar for the mean of each of `lines` equal runs, the longest `width` characters."""
-    means = values.double().view(lines, -1).mean(1)
-    step = len(values) // lines
-    scale = width / max(float(means.max()), 1e-12)
-    return "\n".join(
-        f"{i * step:4d}..{(i + 1) * step - 1:4d} {mean:10.2f} {'#' * round(mean * scale)}"
-        for i, mean in enumerate(means.tolist())
-    )
-
-
-def _plots(*rows: Tensor, height: int = 300, margin: int = 20) -> Tensor:
-    """Return an image H W 3 uint8 with one bar plot per row of 1000 values, a mark at every hundred."""
-    plots = []
-    for values in rows:
-        # first filled line of each column
-        tops = height - (values / max(float(values.max()), 1e-12) * height).round().long()
-        filled = torch.arange(height).view(-1, 1) >= tops
-        axis = torch.zeros(margin, len(values), dtype=torch.bool)
-        axis[0] = True
-        axis[: margin // 2, ::100] = True
-        plots.append(torch.cat([torch.zeros(margin, len(values), dtype=torch.bool), filled, axis]))
-    dark = torch.nn.functional.pad(torch.cat(plots), (margin, margin))
-    white, blue = torch.tensor([255, 255, 255]), torch.tensor([40, 90, 160])
-    return torch.where(dark.unsqueeze(-1), blue, white).to(torch.uint8)

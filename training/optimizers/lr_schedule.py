@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from modules.errors import CheckpointError, OptionError
 from training.optimizers.lr_schedule_options import ADAFACTOR, LrScheduleOptions
-from training.optimizers.optimizer import finds_own_rate, import_object, is_schedule_free
+from training.optimizers.optimizer import check_arguments, finds_own_rate, import_object, is_schedule_free
 from training.optimizers.state import decode, encode
 
 logger = logging.getLogger(__name__)
@@ -378,6 +378,7 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
             "torch.optim.lr_scheduler, "
             "as CosineAnnealingLR, or leave it out and use --lr_scheduler."
         )
+    check_arguments("--lr_scheduler_args", kind, options.arguments(), {"optimizer"})
     try:
         made = kind(optimizer, **options.arguments())
     except Exception as error:  # whatever a class makes of arguments that it does not take

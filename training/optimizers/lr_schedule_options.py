@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import check_at_least, check_below, int_or_float, read_literals
 
@@ -64,8 +65,10 @@ class LrScheduleOptions:
 
     def _check_named(self, arguments: dict[str, Any]) -> None:
         if self.lr_scheduler not in CURVES and self.lr_scheduler.partition(":")[0] != ADAFACTOR:
+            names = (*CURVES, ADAFACTOR)
             raise OptionError(
-                f"--lr_scheduler {self.lr_scheduler}: unknown. Use one of {', '.join((*CURVES, ADAFACTOR))}, "
+                f"--lr_scheduler {self.lr_scheduler}: unknown.{did_you_mean(self.lr_scheduler, names)} Use "
+                f"one of {', '.join(names)}, "
                 "or give the import path of a torch scheduler to --lr_scheduler_type."
             )
         if self.lr_warmup_steps and (

@@ -1,13 +1,15 @@
 """Make the optimizer from a short name, a class name of torch.optim, or an import path."""
 
 import importlib
+import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from modules.command import did_you_mean
 from modules.errors import OptionError
 from training.optimizers.options import OptimizerOptions
 
@@ -58,6 +60,7 @@ def make_optimizer(
     elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
         logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: 1 is usual.")
     described = ",".join(f"{key}={value}" for key, value in arguments.items())
+    check_arguments("--optimizer_args", kind, arguments, {"params"})
     try:
         optimizer = kind(groups, lr=rate, **arguments)
     except Exception as error:  # whatever a class makes of arguments that it does not take
@@ -66,6 +69,31 @@ def make_optimizer(
             f"--optimizer_type {options.optimizer_type or 'AdamW'} with --optimizer_args {described}: {said}"
         ) from None
     return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({described})" if described else "")
+
+
+def check_arguments(
+    option: str, kind: Callable[..., Any], arguments: Mapping[str, Any], given: Container[str]
+) -> None:
+    """Raise OptionError for an argument that a class does not have, naming the nearest.
+
+    given: names of arguments that are not the option's.
+    """
+    try:
+        parameters = inspect.signature(kind).parameters
+    except (ValueError, TypeError):  # of compiled code that does not tell
+        return
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return
+    known = [name for name in parameters if name not in given and name != "lr"]
+    for key, value in arguments.items():
+        if key in known:
+            continue
+        if key == "lr":
+            raise OptionError(f"{option} lr: give the learning rate to --learning_rate")
+        raise OptionError(
+            f"{option} {key}={value}: {getattr(kind, '__name__', kind)} has no such argument."
+            f"{did_you_mean(key, known)} Use some of {', '.join(known)}."
+        )
 
 
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
@@ -133,8 +161,8 @@ def _torch_optimizer(name: str) -> Callable[..., Optimizer]:
     if name.lower() not in classes:
         known = sorted({*(key for key in NAMES if key), *classes})
         raise OptionError(
-            f"--optimizer_type {name}: unknown. Use one of {', '.join(known)}, or an import path such "
-            "as package.module.Class."
+            f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), known)} Use one of "
+            f"{', '.join(known)}, or an import path such as package.module.Class."
         )
     return classes[name.lower()]
 

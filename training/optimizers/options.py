@@ -1,11 +1,17 @@
 """Options of the optimizer."""
 
 import argparse
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.options import HABIT, IDENTITY, check_at_least, check_below, read_literals
+from modules.options import CHANGEABLE, HABIT, IDENTITY, check_at_least, check_below, read_literals
 
+logger = logging.getLogger(__name__)
+
+HIGH_RATE = 0.1  # above it a network is usually lost within a few steps
+# beginnings of names of optimizers that find their own rate, for which --learning_rate is a factor near 1
+FIND_RATE = ("prodigy", "dadapt", "adafactor", "came")
 LARGEST_RATE = 1000.0  # far above any that learns; beyond it the first step only makes infinities
 
 
@@ -15,7 +21,7 @@ class OptimizerOptions:
 
     optimizer_type: str = field(metadata=IDENTITY)  # a name or an import path; "" means AdamW
     optimizer_args: tuple[str, ...] | None = field(metadata=IDENTITY)  # key=value
-    learning_rate: float = field(metadata=IDENTITY)
+    learning_rate: float = field(metadata=CHANGEABLE)
     max_grad_norm: float = field(metadata=HABIT)  # 0 turns clipping off
 
     def __post_init__(self) -> None:
@@ -28,6 +34,14 @@ class OptimizerOptions:
         check_below(
             "--learning_rate", self.learning_rate, LARGEST_RATE, "1e-4 is usual for a LoRA, 1 for Prodigy"
         )
+        name = self.optimizer_type.rpartition(".")[2].lower()
+        if self.learning_rate > HIGH_RATE and not name.startswith(FIND_RATE):
+            logger.warning(
+                "--learning_rate %g is very high for %s: 1e-4 is usual for a LoRA, and 1 for Prodigy, which "
+                "finds its own rate. The network may be lost within a few steps.",
+                self.learning_rate,
+                self.optimizer_type or "AdamW",
+            )
         check_at_least("--max_grad_norm", self.max_grad_norm, 0, "0 turns clipping off")
         read_literals("--optimizer_args", self.optimizer_args)
 
@@ -51,7 +65,12 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help='arguments of the optimizer, e.g. weight_decay=0.01 "betas=0.9,0.95"',
     )
-    group.add_argument("--learning_rate", type=float, default=2.0e-6)
+    group.add_argument(
+        "--learning_rate",
+        type=float,
+        default=2.0e-6,
+        help="how far a step moves the weights; 1e-4 is usual for a LoRA, 1 for Prodigy",
+    )
     group.add_argument(
         "--max_grad_norm",
         type=float,

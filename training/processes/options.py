@@ -4,9 +4,10 @@ import argparse
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, check_at_least
+from modules.options import FREE, HABIT, check_at_least, check_at_most
 
 PRECISIONS = ("no", "fp16", "bf16")
+MOST_MINUTES = 525_600  # a year
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class AcceleratorOptions:
                 f"{', '.join(PRECISIONS)}"
             )
         check_at_least("--ddp_timeout", self.ddp_timeout, 1, "minutes that processes wait for each other")
+        check_at_most("--ddp_timeout", self.ddp_timeout, MOST_MINUTES, "minutes; that is a year")
 
 
 def add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,18 @@ class LogOptions:
     log_tracker_config: Path | None  # TOML, one table per tracker
     wandb_api_key: str | None
     log_config: bool
+    no_page: bool  # write neither OUTPUT_NAME.html, nor its history, nor sheets of samples
 
     def __post_init__(self) -> None:
+        if self.logging_dir is not None and self.logging_dir.is_file():
+            raise OptionError(
+                f"--logging_dir {self.logging_dir}: is a file; give a folder, it will be created"
+            )
+        if self.log_tracker_config is not None and not self.log_tracker_config.is_file():
+            raise OptionError(
+                f"--log_tracker_config {self.log_tracker_config}: no such file; give a TOML file with a "
+                "table [wandb] or [tensorboard]"
+            )
         if self.log_with in {"tensorboard", "all"} and self.logging_dir is None:
             raise OptionError(
                 f"--log_with {self.log_with} needs --logging_dir: the folder for TensorBoard's files"
@@ -56,4 +66,10 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--wandb_api_key", help="log in to wandb with this key; it is never written anywhere")
     group.add_argument(
         "--log_config", action="store_true", help="send the options, without keys and paths, to the trackers"
+    )
+    group.add_argument(
+        "--no_page",
+        action="store_true",
+        help="do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
+        "each time that samples are made",
     )

@@ -12,13 +12,12 @@ from modules.fp8.weights import (
     E4M3,
     attach,
     dequantise,
-    is_quantised,
     linear_weights,
     quantise,
     scale_of,
     store_scale,
 )
-from tests.fp8_reference import quantised_layers
+from tests.fp8_reference import is_quantised, quantised_layers
 from tests.golden_cases import read_case
 
 CAST, TENSOR, ROWS = (Quantisation(kind) for kind in ("cast", "tensor", "rows"))

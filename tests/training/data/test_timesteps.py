@@ -3,29 +3,26 @@
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from modules.contract.noise import NoiseSpec
+from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
 from modules.options import read_options
 from tests.golden_cases import read_case
 from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions, add_timestep_arguments
 from training.data.timesteps import (
     Timesteps,
-    bars,
     draw,
-    from_numbers,
-    from_uniform,
+    find_shift,
     loss_weights,
-    show_timesteps,
+    shares_of,
+    shares_of_uniform,
     takes_normal,
     times_at,
-    timestep_statistics,
     timesteps_at,
 )
 
@@ -36,6 +33,13 @@ IMAGES, _ = read_case("image_timesteps")
 def count_tokens(shape: Sequence[int]) -> int:
     """A token is 2 x 2 latents."""
     return (shape[-2] // 2) * (shape[-1] // 2)
+
+
+def from_numbers(
+    made: TimestepOptions, numbers: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
+) -> Timesteps:
+    """The deterministic part of the samplers. numbers: normal where `takes_normal`, else uniform."""
+    return times_at(made, shares_of(made, numbers.double(), noise, find_shift(made, noise, shape)), noise)
 
 
 IMAGE_NOISE = {
@@ -226,7 +230,7 @@ def test_weights_have_their_closed_forms() -> None:
 def test_extreme_uniform_numbers_stay_finite() -> None:
     for sampling in ("sigmoid", "shift", "logsnr", "sigma", "uniform"):
         made = options("--timestep_sampling", sampling, "--sigmoid_scale", "0")
-        assert torch.isfinite(from_uniform(made, torch.tensor([0.0, 1.0])).timesteps).all()
+        assert torch.isfinite(shares_of_uniform(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)).all()
 
 
 def test_the_network_is_fed_one_more_except_on_the_table() -> None:
@@ -236,29 +240,3 @@ def test_the_network_is_fed_one_more_except_on_the_table() -> None:
         timesteps_at(options("--timestep_sampling", "shift"), sigmas), torch.tensor([101.0, 901.0])
     )
     torch.testing.assert_close(timesteps_at(options(), sigmas), torch.tensor([100.0, 900.0]))
-
-
-def test_statistics_count_every_draw_once() -> None:
-    counts, weights = timestep_statistics(
-        options("--weighting_scheme", "sigma_sqrt"), seed=0, num_batches=3, batch_size=100
-    )
-
-    assert float(counts.sum()) == 300
-    assert counts.shape == weights.shape == (1000,)
-    assert torch.isfinite(weights).all()
-
-
-def test_the_console_shows_forty_bars_for_counts_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    show_timesteps(options("--show_timesteps", "console", "--timestep_sampling", "uniform"))
-
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 82
-    assert max(line.count("#") for line in lines) == 64
-    assert bars(torch.ones(1000)).splitlines()[39].startswith(" 975.. 999       1.00 ####")
-
-
-def test_the_image_is_written_into_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show_timesteps(options("--show_timesteps", "image"), folder=tmp_path)
-
-    assert (tmp_path / "timesteps.png").stat().st_size > 500
-    assert "timesteps.png" in capsys.readouterr().out

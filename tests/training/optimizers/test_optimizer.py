@@ -104,7 +104,11 @@ def test_arguments_reach_the_optimizer_and_groups_keep_their_rates() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
-        ("adamw8bit_apex_fused", (), "--optimizer_type adamw8bit_apex_fused: unknown. Use one of"),
+        (
+            "adamw8bit_apex_fused",
+            (),
+            "--optimizer_type adamw8bit_apex_fused: unknown. Did you mean adamw8bit? Use one of",
+        ),
         ("nowhere.Fast", (), "the package nowhere is not installed"),
         ("torch.optim.Fast", (), "cannot be imported"),
         ("AdamW", ("speed=3",), "--optimizer_args speed=3"),

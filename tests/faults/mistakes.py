@@ -1,0 +1,116 @@
+"""Commands of every script that work, for tests that make one mistake in them, and how these are run.
+
+Reading a tensor of a model's file counts as loading it: `Loading` ends the command there.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from accelerate.state import AcceleratorState
+
+from modules.checkpoints.containers import SafetensorsFile, TorchFile
+from tests.faults.messages import run_here
+from tests.faults.runs import FRAMEPACK, HUNYUAN_VIDEO, TOKENIZERS, WAN, Scripts
+
+FAMILIES = {scripts.name: scripts for scripts in (WAN, HUNYUAN_VIDEO, FRAMEPACK)}
+LOADED = "a model was loaded"
+
+
+class Loading(BaseException):
+    """A tensor of a model is about to be read."""
+
+
+@dataclass(frozen=True)
+class GoodCommand:
+    """A command that works in the project of a family."""
+
+    family: str
+    words: tuple[str, ...]
+
+
+def _training(scripts: Scripts, script: str, learner: tuple[str, ...]) -> GoodCommand:
+    data = ("--dataset_config", "dataset.toml", "--max_data_loader_n_workers", "0")
+    output = ("--output_dir", "made", "--output_name", "x", *learner)
+    return GoodCommand(scripts.name, (script, *scripts.models, *TOKENIZERS[scripts.name], *data, *output))
+
+
+def _all_commands() -> dict[str, GoodCommand]:
+    found: dict[str, GoodCommand] = {}
+    for scripts in FAMILIES.values():
+        name, tokenizers = scripts.name, TOKENIZERS[scripts.name]
+        uncached = ("--dataset_config", "uncached.toml")
+        image = ("--image_path", "start.png") if scripts is FRAMEPACK else ()
+        small = ("--video_size", "32", "32", "--infer_steps", "1", "--save_path", "made")
+        commands = (
+            (*scripts.cache_latents, *uncached),
+            (*scripts.cache_texts, *uncached, *tokenizers),
+            (scripts.generate_script, *scripts.models, *tokenizers, *image, *small, "--prompt", "a cat"),
+        )
+        found |= {words[0]: GoodCommand(name, words) for words in commands}
+        learner = ("--network_module", scripts.learner[1], "--learning_rate", "1e-3")
+        found[scripts.train_script] = _training(scripts, scripts.train_script, learner)
+    found["hv_train.py"] = _training(HUNYUAN_VIDEO, "hv_train.py", ())
+    files = ("--dit", "model/dit.safetensors", "--lora_weight", "lora.safetensors")
+    merge = ("merge_lora.py", *files, "--save_merged_model", "never.safetensors")
+    convert = ("convert_lora.py", "--input", "lora.safetensors", "--output", "never.safetensors")
+    found["merge_lora.py"] = GoodCommand(WAN.name, merge)
+    found["convert_lora.py"] = GoodCommand(WAN.name, (*convert, "--target", "other"))
+    return found
+
+
+COMMANDS = _all_commands()
+TRAININGS = ("wan_train_network.py", "hv_train_network.py", "hv_train.py", "fpack_train_network.py")
+NETWORK_TRAININGS = tuple(script for script in TRAININGS if script != "hv_train.py")
+GENERATIONS = ("wan_generate_video.py", "hv_generate_video.py", "fpack_generate_video.py")
+
+
+def drop(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The words of a command without some options and what stands behind these."""
+    kept, is_dropped = [], False
+    for word in words:
+        if word.startswith("--"):
+            is_dropped = word in options
+        if not is_dropped:
+            kept.append(word)
+    return kept
+
+
+@contextlib.contextmanager
+def no_model_is_loaded() -> Iterator[None]:
+    """Raise Loading when a tensor of a file in the folder `model` is read."""
+
+    def guard(method: Callable[..., Any]) -> Callable[..., Any]:
+        def read(self: Any, name: str, *rest: Any) -> Any:
+            if "model" in self._path.parts:
+                raise Loading
+            return method(self, name, *rest)
+
+        return read
+
+    kinds: tuple[type, ...] = (SafetensorsFile, TorchFile)
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            for method in ("read", "borrow"):
+                stack.enter_context(patch.object(kind, method, guard(getattr(kind, method))))
+        yield
+
+
+def try_mistake(
+    script: str, *words: object, folder: Path, without: Sequence[str] = ()
+) -> tuple[int | str, str]:
+    """Run a good command with more words behind it. Returns the exit code, or LOADED, and what it said.
+
+    without: options to leave out of the good command.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with no_model_is_loaded():
+            return run_here(*drop(COMMANDS[script].words, without), *words, folder=folder)
+    except Loading:
+        return LOADED, ""
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

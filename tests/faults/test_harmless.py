@@ -1,0 +1,235 @@
+"""Hostile texts in messages, mistakes in prompt files and at the prompt, and files that must not be lost."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from tests.faults.messages import assert_one_message, run_here
+from tests.faults.mistakes import (
+    COMMANDS,
+    GENERATIONS,
+    LOADED,
+    TRAININGS,
+    drop,
+    no_model_is_loaded,
+    try_mistake,
+)
+
+WAN, WAN_TRAIN = GENERATIONS[0], TRAININGS[0]
+HOSTILE = {
+    "colours": "\x1b[31mred\x1b[0m",
+    "a bell and a return": "a\x07b\rc",
+    "markup": "[bold red]x[/bold red] <script>alert(1)</script>",
+    "lines": "one\nOptionError: two\nthree",
+    "right to left": "\u202egnp.exe",
+    "separators": "a\u2028b\u2029c",
+    "ten megabytes": "x" * 10_000_000,
+    "ten megabytes of lines": "x\n" * 5_000_000,
+    "ten megabytes of numbers": "1" * 10_000_000,
+}
+PLACES = {
+    "a path": (WAN, ("--dit",)),
+    "a folder": (WAN, ("--ckpt_dir",)),
+    "a choice": (WAN, ("--task",)),
+    "a number": (WAN, ("--video_length",)),
+    "a size": (WAN, ("--video_size",)),
+    "a device": (WAN, ("--device",)),
+    "a schedule": (WAN, ("--cfg_schedule",)),
+    "a LoRA": (WAN, ("--lora_weight",)),
+    "a file of options": (WAN_TRAIN, ("--config_file",)),
+    "a network": (WAN_TRAIN, ("--network_module",)),
+    "settings": (WAN_TRAIN, ("--network_args",)),
+    "an optimizer": (WAN_TRAIN, ("--optimizer_type",)),
+    "its arguments": (WAN_TRAIN, ("--optimizer_args",)),
+    "a dataset": (WAN_TRAIN, ("--dataset_config",)),
+    "a state": (WAN_TRAIN, ("--resume",)),
+    "a schedule of rates": (WAN_TRAIN, ("--lr_scheduler",)),
+}
+
+
+def assert_harmless(said: str) -> None:
+    """Nothing of it moves, colours or floods a terminal."""
+    codes = [code for code in said if ord(code) < 32 and code != "\n" or code in "\u2028\u2029\u202e\x7f"]
+    assert not codes, codes[:5]
+    assert len(said) < 9000, f"{len(said)} characters"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("place", PLACES)
+def test_hostile_text_in_an_option_is_shown_harmlessly_and_shortly(
+    place: str, text: str, made_projects: dict[str, Path]
+) -> None:
+    script, words = PLACES[place]
+
+    code, said = try_mistake(script, *words, HOSTILE[text], folder=made_projects["wan"])
+
+    assert code in {1, 2}, code
+    assert "Traceback" not in said
+    message = said[said.index("rror: ") :]
+    assert len(message.splitlines()) <= 3, message[:500]
+    assert_harmless(message)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_as_an_option_is_shown_harmlessly(text: str, made_projects: dict[str, Path]) -> None:
+    code, said = try_mistake(WAN, f"--{HOSTILE[text]}", folder=made_projects["wan"])
+
+    assert code == 2
+    assert len(said.splitlines()) == 2, said[:500]
+    assert_harmless(said)
+
+
+@pytest.mark.parametrize("text", ["colours", "markup", "right to left", "ten megabytes"])
+def test_hostile_text_in_a_file_of_options_is_shown_harmlessly(
+    text: str, made_projects: dict[str, Path], tmp_path: Path
+) -> None:
+    content = HOSTILE[text].replace("\x1b", "\\u001b").replace("\u202e", "\\u202e")
+    for line in (f'max_train_steps = "{content}"', f'mixed_precision = "{content}"'):
+        (tmp_path / "options.toml").write_text(line, encoding="utf-8")
+
+        code, said = try_mistake(
+            WAN_TRAIN, "--config_file", tmp_path / "options.toml", folder=made_projects["wan"]
+        )
+
+        assert code in {1, 2}, code
+        assert "Traceback" not in said
+        assert_harmless(said)
+
+
+# --- prompts
+
+
+def test_wrong_numbers_in_a_prompt_file_name_the_file_and_the_line(
+    made_projects: dict[str, Path], tmp_path: Path
+) -> None:
+    lines = ["# sizes", "a cat --w many", "a dog --s 0", " --w 32", "a cow --g nan", "a pig --f 99999999"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    code, said = try_mistake(WAN, "--from_file", tmp_path / "prompts.txt", folder=made_projects["wan"])
+
+    assert code == 1
+    assert "Traceback" not in said
+    assert "prompts.txt: 5 of 5 failed:" in said
+    for words in (
+        "line 2: OptionError: --w: 'many' is not a whole number",
+        "line 3: OptionError: --infer_steps 0 (--s in a prompt line): give a number from 1",
+        "line 4: OptionError: the line has no prompt",
+        "line 5: OptionError: --guidance_scale nan",
+        "line 6: OptionError: --video_length 99999999",
+    ):
+        assert words in said
+
+
+@pytest.mark.parametrize("script", GENERATIONS)
+def test_an_unknown_option_in_a_prompt_file_names_the_file_the_line_and_the_known_ones(
+    script: str, made_projects: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --width 32 --s 0\n", encoding="utf-8")
+
+    folder = made_projects[COMMANDS[script].family]
+    code, said = try_mistake(script, "--from_file", tmp_path / "prompts.txt", folder=folder)
+
+    assert code == 1
+    assert f"{tmp_path / 'prompts.txt'}, line 1 'a cat --width 32 --s 0': the unknown option --width" in said
+    assert "Use --w --h" in said
+
+
+def test_mistakes_at_the_prompt_do_not_end_the_session(made_projects: dict[str, Path]) -> None:
+    lines = ["a cat --w many", "a cat --s 0", " --w 32", "", "# a", "a cat --w 33", f"a cat --i {'x' * 5000}"]
+    typed: Iterator[str] = iter(lines)
+
+    def answer(sign: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    words = drop(COMMANDS[WAN].words, ["--prompt"])
+    with patch("builtins.input", answer), no_model_is_loaded():
+        code, said = run_here(*words, "--interactive", folder=made_projects["wan"])
+
+    assert code == 0, said
+    assert said.count("ERROR: the prompt is skipped. OptionError: ") == 5, said
+    assert "Traceback" not in said
+    assert_harmless(said)
+
+
+# --- nothing is lost
+
+
+def through(kind: str, original: Path) -> str:
+    """Another way to the same file."""
+    other = original.with_name("other.safetensors")
+    if kind == "a link":
+        other.symlink_to(original)
+    elif kind == "a hard link":
+        os.link(original, other)
+    elif kind == "a linked folder":
+        (original.parent / "linked").symlink_to(original.parent, target_is_directory=True)
+        return "linked/" + original.name
+    elif kind == "a relative path":
+        return f"../{original.parent.name}/{original.name}"
+    else:
+        return original.name
+    return other.name
+
+
+@pytest.mark.parametrize("kind", ["its name", "a relative path", "a link", "a hard link", "a linked folder"])
+def test_a_file_is_not_converted_or_merged_onto_itself(
+    kind: str, made_projects: dict[str, Path], tmp_path: Path
+) -> None:
+    for script, option, source in (
+        ("convert_lora.py", "--output", "lora.safetensors"),
+        ("merge_lora.py", "--save_merged_model", "lora.safetensors"),
+        ("merge_lora.py", "--save_merged_model", "model/dit.safetensors"),
+    ):
+        folder = tmp_path / f"{script} {Path(source).stem}"
+        folder.mkdir()
+        original = folder / Path(source).name
+        shutil.copy(made_projects["wan"] / source, original)
+        before = original.read_bytes()
+        taken = {"lora.safetensors": ("--input", "--lora_weight"), "model/dit.safetensors": ("--dit",)}[
+            source
+        ]
+        options = [word for word in taken if word in COMMANDS[script].words]
+        rest = drop(COMMANDS[script].words, [*options, option])
+        if "--dit" in rest:
+            rest = [*drop(rest, ["--dit"]), "--dit", str(made_projects["wan"] / "model" / "dit.safetensors")]
+        if "--lora_weight" in rest:
+            lora = made_projects["wan"] / "lora.safetensors"
+            rest = [*drop(rest, ["--lora_weight"]), "--lora_weight", str(lora)]
+
+        code, said = run_here(
+            *rest, options[0], original.name, option, through(kind, original), folder=folder
+        )
+
+        assert_one_message(code, said, option, "would be lost. Give a new name.")
+        assert original.read_bytes() == before
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_a_disk_without_room_for_one_file_is_told_before_a_model_is_loaded(
+    script: str, made_projects: dict[str, Path]
+) -> None:
+    usage = shutil.disk_usage(".")
+    with patch.object(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20)):
+        code, said = try_mistake(script, folder=made_projects[COMMANDS[script].family])
+
+    assert code != LOADED
+    assert isinstance(code, int)
+    assert_one_message(code, said, "x.safetensors", "MB free", "Free some space")
+
+
+def test_a_high_learning_rate_is_warned_about_but_not_for_prodigy(made_projects: dict[str, Path]) -> None:
+    for words, is_told in (
+        (("--learning_rate", "0.5"), True),
+        (("--learning_rate", "1", "--optimizer_type", "Prodigy"), False),
+        (("--learning_rate", "1", "--optimizer_type", "prodigyopt.Prodigy"), False),
+        (("--learning_rate", "0.05"), False),
+    ):
+        _, said = try_mistake(WAN_TRAIN, *words, "--lr_scheduler", "none", folder=made_projects["wan"])
+        assert ("is very high" in said) == is_told, said

@@ -1,0 +1,310 @@
+"""Mistakes on the command line: one short message with the remedy, before any model is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.messages import assert_one_message
+from tests.faults.mistakes import (
+    COMMANDS,
+    GENERATIONS,
+    LOADED,
+    NETWORK_TRAININGS,
+    TRAININGS,
+    try_mistake,
+)
+
+WAN_TRAIN, HV_TRAIN, FULL_TRAIN, FP_TRAIN = TRAININGS
+WAN, HV, FP = GENERATIONS
+CACHE, CACHE_TEXTS = "wan_cache_latents.py", "wan_cache_text_encoder_outputs.py"
+MERGE, CONVERT = "merge_lora.py", "convert_lora.py"
+SAMPLED = "--sample_at_first --sample_prompts samples.txt"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A line to add to a good command, options to take away, and what the message has to hold."""
+
+    scripts: tuple[str, ...]
+    line: str  # BAD stands for the folder of bad files
+    words: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+
+def wrong(scripts: str | Sequence[str], line: str, *words: str, without: Sequence[str] = ()) -> Mistake:
+    return Mistake((scripts,) if isinstance(scripts, str) else tuple(scripts), line, words, tuple(without))
+
+
+NUMBERS = (
+    wrong(GENERATIONS, "--infer_steps 0", "--infer_steps 0", "from 1 to 10000"),
+    wrong((WAN, HV), "--video_length 0", "--video_length 0", "from 1"),
+    wrong((WAN, HV), "--video_length 1000001", "--video_length 1000001", "100000"),
+    wrong((WAN, HV), "--video_size 16384 16384 --video_length 81", "--video_size 16384 16384", "Lower it"),
+    wrong(GENERATIONS, "--video_size 0 32", "--video_size, height 0", "--h in a prompt line"),
+    wrong(GENERATIONS, "--video_size 32 -32", "--video_size, width -32", "from 1"),
+    wrong(GENERATIONS, "--video_size 33 47", "--video_size 33 47", "Nearest"),
+    wrong(GENERATIONS, "--video_size 480x832", "give two numbers: --video_size 480 832"),
+    wrong(GENERATIONS, "--video_size 480", "--video_size", "expected 2 arguments"),
+    wrong(GENERATIONS, "--video_size large small", "large is not a whole number. Give one"),
+    wrong(GENERATIONS, "--guidance_scale nan", "--guidance_scale nan", "give a"),
+    wrong(GENERATIONS, "--guidance_scale=-inf", "--guidance_scale -inf", "give a"),
+    wrong((HV, FP), "--embedded_cfg_scale=-1", "--embedded_cfg_scale -1", "0 or more"),
+    wrong((WAN, HV), "--flow_shift inf", "--flow_shift inf", "give a"),
+    wrong((WAN, HV), "--flow_shift 0", "--flow_shift 0", "above 0"),
+    wrong(GENERATIONS, "--fps 0", "--fps 0", "above 0"),
+    wrong(GENERATIONS, "--fps 24.5", "24.5 is not a whole number"),
+    wrong(GENERATIONS, f"--seed {2**70}", "--seed", "64 bits"),
+    wrong(GENERATIONS, "--lora_weight lora.safetensors --lora_multiplier 1e9", "--lora_multiplier 1e+09"),
+    wrong(GENERATIONS, "--slg_mode original --slg_layers one", "--slg_layers 'one'", "9,10"),
+    wrong(GENERATIONS, "--slg_mode original --slg_layers 9 --slg_end 7", "--slg_end 7", "0 to 1"),
+    wrong(GENERATIONS, "--cfg_schedule 1-99999", "--cfg_schedule", "the steps are 1 to 1"),
+    wrong(GENERATIONS, "--trim_tail_frames -4", "--trim_tail_frames -4", "give 0"),
+    wrong(HV, "--hidden_state_skip_layer=-1", "--hidden_state_skip_layer -1"),
+    wrong(HV, "--te_multiplier 1 many", "--te_multiplier 1 many", "two numbers"),
+    wrong(WAN, "--i2v_extra_noise=-1", "--i2v_extra_noise -1", "at least 0"),
+    wrong(FP, "--video_sections 100000", "Lower --video_seconds"),
+    wrong(FP, "--latent_window_size 0", "--latent_window_size 0"),
+    wrong(
+        FP, "--rope_scaling_timestep_threshold 8000", "--rope_scaling_timestep_threshold 8000", "0 to 1000"
+    ),
+    wrong(TRAININGS, "--max_train_steps 0", "--max_train_steps 0", "at least 1"),
+    wrong(TRAININGS, "--max_train_steps 1e3", "1e3 is not a whole number"),
+    wrong(TRAININGS, "--max_train_epochs=-1", "--max_train_epochs -1"),
+    wrong(TRAININGS, f"--seed {2**70}", "--seed", "64 bits"),
+    wrong(TRAININGS, "--seed=-3", "--seed -3", "random seed"),
+    wrong(TRAININGS, "--learning_rate 2e4", "--learning_rate 20000", "1e-4 is usual"),
+    wrong(TRAININGS, "--learning_rate 1e_4x", "1e_4x is not a number"),
+    wrong(TRAININGS, "--discrete_flow_shift inf", "--discrete_flow_shift inf", "3 to 7 are usual"),
+    wrong(TRAININGS, "--discrete_flow_shift 0", "--discrete_flow_shift 0"),
+    wrong(TRAININGS, "--save_every_n_steps 0", "--save_every_n_steps 0", "leave it out"),
+    wrong(TRAININGS, "--save_every_n_epochs=-2", "--save_every_n_epochs -2", "leave it out"),
+    wrong(TRAININGS, "--sample_every_n_steps 0", "--sample_every_n_steps 0", "leave it out"),
+    wrong(TRAININGS, "--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0"),
+    wrong(TRAININGS, "--validation_split 1.5", "--validation_split 1.5", "below 1"),
+    wrong(TRAININGS, "--min_timestep 900 --max_timestep 100", "--min_timestep 900", "min < max"),
+    wrong(TRAININGS, "--lr_warmup_steps 200%", "'200%' is more than the whole run"),
+    wrong(TRAININGS, "--ddp_timeout 10000000", "--ddp_timeout 10000000", "a year"),
+    wrong(TRAININGS, "--save_every_n_minutes 0", "--save_every_n_minutes 0", "above 0"),
+    wrong(TRAININGS, "--max_grad_norm nan", "--max_grad_norm nan"),
+    wrong(NETWORK_TRAININGS, "--network_dim 0", "--network_dim 0", "at least 1"),
+    wrong(NETWORK_TRAININGS, "--network_dim 9999999", "--network_dim 9999999", "4096"),
+    wrong(NETWORK_TRAININGS, "--network_alpha inf", "--network_alpha inf"),
+    wrong(NETWORK_TRAININGS, "--network_dropout 1.2", "--network_dropout 1.2", "below 1"),
+    wrong(NETWORK_TRAININGS, "--network_args rank_dropout=7", "rank_dropout=7", "below 1"),
+    wrong((*NETWORK_TRAININGS, WAN, FP), "--blocks_to_swap 99", "--blocks_to_swap 99", "Use", "or less"),
+    wrong((WAN_TRAIN, WAN), "--blocks_to_swap many", "neither a number of blocks nor auto"),
+    wrong(CACHE, "--batch_size 0", "--batch_size 0"),
+    wrong(CACHE, "--num_workers=-1", "--num_workers -1"),
+    wrong(CACHE, "--vae_spatial_tile_sample_min_size 7", "multiple of 16"),
+    wrong("cache_latents.py", "--vae_chunk_size 0", "--vae_chunk_size 0"),
+)
+NAMES = (
+    wrong(WAN, "--task t2v-14b", "t2v-14b is no choice", "Did you mean t2v-14B?"),
+    wrong((WAN, WAN_TRAIN), "--task t2v-A14B", "Wan2.2", "not built yet", "Use t2v-14B"),
+    wrong(GENERATIONS, "--sample_solver unipcc", "Did you mean unipc?"),
+    wrong(GENERATIONS, "--output_type vidoe", "Did you mean video?"),
+    wrong(GENERATIONS, "--attn_mode spda", "Did you mean sdpa?"),
+    wrong(GENERATIONS, "--device gpu", "--device gpu", "Use cuda"),
+    wrong(GENERATIONS, "--device cuda:99", "--device cuda:99"),
+    wrong(GENERATIONS, "--device meta", "--device meta", "Use cuda, mps or cpu"),
+    wrong((CACHE, CACHE_TEXTS), "--device gpu", "--device gpu", "Use cuda"),
+    wrong((CACHE, *TRAININGS, *GENERATIONS), "--vae_dtype fp8", "--vae_dtype fp8", "Use bfloat16"),
+    wrong((CACHE, WAN), "--vae_dtype halff", "--vae_dtype halff", "Use one of"),
+    wrong((HV, HV_TRAIN), "--text_encoder_dtype int8", "--text_encoder_dtype int8"),
+    wrong(TRAININGS, "--optimizer_type AdamWW", "--optimizer_type AdamWW", "Did you mean adamw?"),
+    wrong(TRAININGS, "--optimizer_type no_such_package.Fast", "pip install no_such_package"),
+    wrong(TRAININGS, "--optimizer_args weigth_decay=0.1", "Did you mean weight_decay?", "betas"),
+    wrong(TRAININGS, "--optimizer_args betas", "write key=value"),
+    wrong(TRAININGS, "--optimizer_args betas=2,3", "betas=(2, 3)"),
+    wrong(TRAININGS, "--lr_scheduler cosin", "Did you mean cosine?"),
+    wrong(TRAININGS, "--lr_scheduler polynomial --lr_scheduler_args powerr=2", "powerr"),
+    wrong(TRAININGS, "--lr_scheduler_type StepLRR", "--lr_scheduler_type StepLRR"),
+    wrong(TRAININGS, "--lr_scheduler_type StepLR --lr_scheduler_args step=2", "StepLR", "step"),
+    wrong(TRAININGS, "--timestep_sampling sigmoit", "Did you mean sigmoid?"),
+    wrong(TRAININGS, "--mixed_precision bf61", "Did you mean bf16?"),
+    wrong(TRAININGS, "--loss_type l3", "l3 is no choice", "Use l1, l2"),
+    wrong(TRAININGS, "--learning_rat 1e-4x", "1e-4x is not a number"),  # argparse takes beginnings
+    wrong(TRAININGS, "--learnin_rate 1e-4", "Unknown option --learnin_rate", "--learning_rate?"),
+    wrong(NETWORK_TRAININGS, "--network_module networks.lora_wann", "Did you mean networks.lora_wan?"),
+    wrong(NETWORK_TRAININGS, "--network_module networks.lora-wan", "is not an import path"),
+    wrong(NETWORK_TRAININGS, "--network_module json", "create_network"),
+    wrong(
+        NETWORK_TRAININGS, "--network_args exclude_patterns=[r'(']", "'('", "not a regular expression", "("
+    ),
+    wrong(NETWORK_TRAININGS, "--network_args include_patterns=.*ffn.*", "write a Python list"),
+    wrong(NETWORK_TRAININGS, "--network_args rank_dropout 0.1", "'rank_dropout'", "write key=value"),
+    wrong(GENERATIONS, "--lora_weight lora.safetensors --include_patterns [", "--include_patterns '['"),
+    wrong(GENERATIONS, "--include_patterns a b", "2 patterns for 0 LoRA files", "one per file"),
+    wrong((WAN, FP), "--compile --compile_args inductor fast auto False", "fast is unknown", "max-autotune"),
+    wrong(CONVERT, "--target ohter", "Did you mean other?"),
+    wrong(CACHE, "--debug_mode picture", "picture is no choice", "Use image"),
+    wrong(CACHE, "--debug_mode console --console_back pink", "--console_back pink", "use one of"),
+)
+FILES = (
+    wrong(GENERATIONS, "--dit BAD/lfs.safetensors", "lfs.safetensors", "git lfs pull"),
+    wrong(GENERATIONS, "--vae BAD/page.safetensors", "page.safetensors", "Log in and download"),
+    wrong(GENERATIONS, "--dit BAD/empty.safetensors", "empty.safetensors is empty", "Download"),
+    wrong(GENERATIONS, "--dit BAD/cut.safetensors", "cut.safetensors is damaged or incomplete", "Download"),
+    wrong(GENERATIONS, "--vae BAD/text.txt", "text.txt is neither a safetensors nor a torch file"),
+    wrong(GENERATIONS, "--dit BAD/folder", "without exactly one model", "Give the path of the file"),
+    wrong(GENERATIONS, "--dit 5", "--dit 5: no such file"),
+    wrong(GENERATIONS, "--dit=", "--dit is empty", "leave the option out"),
+    wrong(GENERATIONS, "--vae model/dit.safetensors", "dit.safetensors is not", "--vae"),
+    wrong(GENERATIONS, "--lora_weight model/dit.safetensors", "is no LoRA for a video model", "Give a LoRA"),
+    wrong(GENERATIONS, "--lora_weight BAD/other_lora.safetensors", "does not fit", "Give a LoRA"),
+    wrong(GENERATIONS, "--lora_weight BAD/lfs.safetensors", "git lfs pull"),
+    wrong(GENERATIONS, "--save_path BAD/text.txt", "--save_path", "it is a file; give a folder"),
+    wrong(GENERATIONS, "--save_path BAD/text.txt/inside", "--save_path", "Choose another folder"),
+    wrong(GENERATIONS, "--from_file BAD/none.txt", "--from_file", "no such file"),
+    wrong(GENERATIONS, "--from_file BAD/folder", "--from_file"),
+    wrong(GENERATIONS, "--from_file BAD/empty.safetensors", "has no prompt", "Write one per line"),
+    wrong(GENERATIONS, "--from_file BAD/lfs.safetensors", "Git LFS pointer", "Download it again"),
+    wrong(GENERATIONS, "--from_file BAD/utf16.txt", "utf16.txt", "not UTF-8"),
+    wrong(GENERATIONS, "--latent_path BAD/folder", "--latent_path", "is a folder. Give the files in it"),
+    wrong(GENERATIONS, "--latent_path model/vae.safetensors", "vae.safetensors", "no tensor `latent`"),
+    wrong(GENERATIONS, "--latent_path BAD/none.safetensors", "--latent_path", "no such file"),
+    wrong(GENERATIONS, "--save_merged_model BAD/folder", "is a folder. Give the name of the file"),
+    wrong(GENERATIONS, "--save_merged_model merged.ckpt", "Give a name that ends in .safetensors"),
+    wrong(GENERATIONS, "--save_merged_model model/dit.safetensors", "would be lost. Give a new name"),
+    wrong(WAN, "--t5 BAD/page.safetensors", "page.safetensors is a web page"),
+    wrong(WAN, "--t5_tokenizer BAD/lfs.json", "--t5_tokenizer", "git lfs pull"),
+    wrong(WAN, "--clip BAD/lfs.safetensors", "git lfs pull"),
+    wrong(WAN, "--ckpt_dir BAD/text.txt", "--ckpt_dir", "no such folder"),
+    wrong((HV, FP), "--text_encoder1 BAD/page.safetensors", "Log in and download"),
+    wrong((HV, FP), "--text_encoder2 model/text_encoder", "--text_encoder2"),
+    wrong((HV, FP), "--text_encoder2_tokenizer BAD/page.json", "--text_encoder2_tokenizer", "a web page"),
+    wrong(HV, "--video_path BAD/text.txt", "--video_path", "text.txt"),
+    wrong(HV, "--video_path BAD/folder", "--video_path", "a folder without images"),
+    wrong(FP, "--image_path BAD/text.txt", "--image_path", "Give an image file"),
+    wrong(FP, "--end_image_path BAD/text.txt", "--end_image_path", "Give an image file"),
+    wrong(FP, "--one_frame_inference default --control_image_path BAD/none.png", "--control_image_path"),
+    wrong(FP, "--image_encoder BAD/lfs.safetensors", "git lfs pull"),
+    wrong(TRAININGS, "--dit BAD/lfs.safetensors", "git lfs pull"),
+    wrong(TRAININGS, "--vae BAD/none.safetensors", "--vae", "no such file"),
+    wrong(TRAININGS, "--vae BAD/page.safetensors", "Log in and download"),
+    wrong(WAN_TRAIN, "--t5 model/vae.safetensors", "is not an umT5 encoder", "--t5"),
+    wrong(WAN_TRAIN, "--clip BAD/empty.safetensors", "empty.safetensors is empty"),
+    wrong((HV_TRAIN, FULL_TRAIN, FP_TRAIN), "--text_encoder1_tokenizer BAD/lfs.json", "git lfs pull"),
+    wrong(TRAININGS, "--logging_dir BAD/text.txt", "--logging_dir", "is a file; give a folder"),
+    wrong(TRAININGS, "--output_dir BAD/text.txt", "--output_dir", "is a file; give a folder"),
+    wrong(TRAININGS, "--output_name a/b", "--output_name 'a/b'", "give the folder to --output_dir"),
+    wrong(TRAININGS, "--resume BAD/text.txt", "--resume", "Give a ...-state folder"),
+    wrong(TRAININGS, "--resume BAD/folder", "is not a state folder", "Give a ...-state folder"),
+    wrong(TRAININGS, "--log_tracker_config BAD/none.toml", "--log_tracker_config", "no such file"),
+    wrong(TRAININGS, "--logging_dir logs --log_tracker_config BAD/text.toml", "is not valid TOML"),
+    wrong(TRAININGS, "--sample_prompts BAD/none.txt", "--sample_prompts", "no such file; give a .txt"),
+    wrong(TRAININGS, "--sample_at_first", "give --sample_prompts"),
+    wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/folder", "is a folder; give a .txt"),
+    wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/lfs.safetensors", "Git LFS pointer"),
+    wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/prompts.md", ".md is not supported. Use .txt"),
+    wrong(TRAININGS, SAMPLED, "--vae is missing", without=["--vae"]),
+    wrong(WAN_TRAIN, SAMPLED, "--t5 is missing", without=["--t5"]),
+    wrong((HV_TRAIN, FP_TRAIN), SAMPLED, "--text_encoder1 is missing", without=["--text_encoder1"]),
+    wrong(FP_TRAIN, SAMPLED, "--image_encoder is missing", without=["--image_encoder"]),
+    wrong(NETWORK_TRAININGS, "--network_weights model/dit.safetensors", "is no LoRA for a video model"),
+    wrong(NETWORK_TRAININGS, "--network_weights BAD/other_lora.safetensors", "does not fit", "Give a LoRA"),
+    wrong(NETWORK_TRAININGS, "--network_weights BAD/page.safetensors", "Log in and download"),
+    wrong(NETWORK_TRAININGS, "--network_weights BAD/none.safetensors", "--network_weights", "no such file"),
+    wrong(NETWORK_TRAININGS, "--base_weights BAD/other_lora.safetensors", "does not fit"),
+    wrong(NETWORK_TRAININGS, "--dim_from_weights", "--dim_from_weights needs --network_weights"),
+    wrong(TRAININGS, "--config_file BAD/none.toml", "--config_file", "Give the path of a TOML file"),
+    wrong(TRAININGS, "--config_file BAD/utf16.toml", "--config_file", "utf16.toml is not"),
+    wrong(TRAININGS, "--config_file BAD/typo.toml", "no option is called learning_rat", "learning_rate?"),
+    wrong(TRAININGS, "--config_file BAD/section.toml", "max_train_steps = 'ten'", "a whole number"),
+    wrong(TRAININGS, "--config_file BAD/switch.toml", "sdpa = 'yes'", "true or false"),
+    wrong(TRAININGS, "--config_file BAD/choice.toml", "mixed_precision", "Did you mean bf16?"),
+    wrong(CACHE, "--vae BAD/lfs.safetensors", "git lfs pull"),
+    wrong(CACHE, "--clip BAD/page.safetensors", "Log in and download"),
+    wrong(CACHE, "--flf2v", "--flf2v needs --clip"),
+    wrong(CACHE, "", "--vae is missing", without=["--vae"]),
+    wrong(CACHE_TEXTS, "--t5 BAD/lfs.safetensors", "git lfs pull"),
+    wrong("fpack_cache_latents.py", "--vae BAD/lfs.safetensors", "git lfs pull"),
+    wrong("fpack_cache_latents.py", "", "--image_encoder is missing", without=["--image_encoder"]),
+    wrong("cache_text_encoder_outputs.py", "--text_encoder2_tokenizer BAD/lfs.json", "git lfs pull"),
+    wrong("fpack_cache_text_encoder_outputs.py", "--text_encoder2 BAD/page.safetensors", "Log in"),
+    wrong(MERGE, "--dit BAD/lfs.safetensors", "git lfs pull"),
+    wrong(MERGE, "--dit model/vae.safetensors", "is no transformer that a LoRA could be added to"),
+    wrong(MERGE, "--lora_weight BAD/other_lora.safetensors", "does not fit", "Give a LoRA"),
+    wrong(MERGE, "--save_merged_model model/dit.safetensors", "would be lost. Give a new name"),
+    wrong(MERGE, "--save_merged_model model/../lora.safetensors", "would be lost. Give a new name"),
+    wrong(MERGE, "--save_merged_model BAD/text.txt/merged.safetensors", "text.txt is a file, not a folder"),
+    wrong(MERGE, "--dit_in_channels 7", "--dit_in_channels asks for 7"),
+    wrong(CONVERT, "--input model/dit.safetensors", "is no LoRA"),
+    wrong(CONVERT, "--input BAD/page.safetensors", "Log in and download"),
+    wrong(CONVERT, "--output lora.safetensors", "would be lost. Give a new name"),
+    wrong(CONVERT, "--output model/../lora.safetensors", "would be lost. Give a new name"),
+    wrong(CONVERT, "--output BAD/folder", "is a folder. Give the name of the file"),
+    wrong(CONVERT, "--output converted.gguf", "Give a name that ends in .safetensors"),
+)
+TOGETHER = (
+    wrong(GENERATIONS, "--prompt=", "--prompt is empty", "say what the video should show"),
+    wrong(GENERATIONS, "", "nothing to do", "--prompt", without=["--prompt"]),
+    wrong(GENERATIONS, "--from_file prompts.txt --interactive", "cannot be used together"),
+    wrong(GENERATIONS, "--latent_path latent.safetensors --interactive", "--latent_path only decodes"),
+    wrong(GENERATIONS, "--latent_path latent.safetensors --output_type latent", "Use video or images"),
+    wrong(GENERATIONS, "--cfg_skip_mode early", "--cfg_skip_mode early needs --cfg_apply_ratio"),
+    wrong(GENERATIONS, "--upcast_linear", "--upcast_linear needs --fp8_scaled"),
+    wrong(GENERATIONS, "a dog", "a dog belongs to no option", "in quotes"),
+    wrong(GENERATIONS, "", "--save_path", "required", without=["--save_path"]),
+    wrong(TRAININGS, "--log_with tensorboard", "--log_with tensorboard needs --logging_dir"),
+    wrong(TRAININGS, "--gradient_checkpointing_cpu_offload", "add --gradient_checkpointing"),
+    wrong(TRAININGS, "--save_state_to_huggingface", "need --huggingface_repo_id"),
+    wrong(TRAININGS, "--compile --dynamo_backend inductor", "Give either --compile"),
+    wrong(TRAININGS, "--lr_scheduler piecewise_constant", "step_rules"),
+    wrong(TRAININGS, "--lr_scheduler constant --lr_warmup_steps 10", "constant_with_warmup"),
+    wrong(TRAININGS, "", "--output_name is missing", without=["--output_name"]),
+    wrong(TRAININGS, "", "--output_dir is missing", without=["--output_dir"]),
+    wrong(TRAININGS, "", "--dit is missing", without=["--dit"]),
+    wrong(TRAININGS, "--validate_every_n_steps 5", "give --validation_split"),
+    wrong(NETWORK_TRAININGS, "--base_weights_multiplier 0.5", "without --base_weights"),
+    wrong(FULL_TRAIN, "--fp8_base", "--fp8_base", "leave it out"),
+    wrong(FULL_TRAIN, "--full_bf16", "--full_bf16", "use bf16 for both"),
+    wrong(FULL_TRAIN, "--blocks_to_swap 1", "--fused_backward_pass"),
+    wrong(FULL_TRAIN, "--dit_dtype bfloat16", "--dit_dtype", "leave it out"),
+    wrong(FP, "--f1 --one_frame_inference default", "--one_frame_inference needs the FramePack model"),
+    wrong(FP, "--sample_solver vanilla", "--sample_solver vanilla", "Leave the option out"),
+    wrong(FP, "", "--image_path is missing", without=["--image_path"]),
+    wrong(HV, "--dit_in_channels 32", "--dit_in_channels 32", "Leave the option out"),
+    wrong(WAN, "--task i2v-14B", "t2v"),
+    wrong(WAN_TRAIN, "--task i2v-14B", "t2v"),
+    wrong(WAN, "--riflex_index 3", "--riflex_index is not supported yet"),
+)
+MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "together": TOGETHER}
+HEAVY_LETTERS = "x" * 50_000
+
+
+def _cases() -> list[object]:
+    return [
+        pytest.param(script, mistake, id=f"{kind} {script} {mistake.line or mistake.words[0]}")
+        for kind, mistakes in MISTAKES.items()
+        for mistake in mistakes
+        for script in mistake.scripts
+    ]
+
+
+def test_there_are_at_least_150_mistakes() -> None:
+    assert sum(map(len, MISTAKES.values())) >= 150
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_without_a_mistake_a_command_begins_to_load(script: str, made_projects: dict[str, Path]) -> None:
+    code, said = try_mistake(script, folder=made_projects[COMMANDS[script].family])
+
+    assert code == (0 if script == CONVERT else LOADED), said
+
+
+@pytest.mark.parametrize(("script", "mistake"), _cases())
+def test_a_mistake_is_one_short_message_before_a_model_is_loaded(
+    script: str, mistake: Mistake, made_projects: dict[str, Path], bad: Path
+) -> None:
+    folder = made_projects[COMMANDS[script].family]
+    line = [word.replace("BAD", str(bad)) for word in mistake.line.split()]
+
+    code, said = try_mistake(script, *line, folder=folder, without=mistake.without)
+
+    assert code != LOADED, f"{LOADED} before it was found out"
+    assert isinstance(code, int)
+    message = assert_one_message(code, said, *mistake.words, remedy=False)
+    assert 1 <= len(message.splitlines()) <= 3, message

@@ -1,0 +1,70 @@
+"""Check what options and file headers tell about a run before gigabytes are loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.nn import Parameter
+
+from modules.atomic_write import check_space
+from modules.contract.family import Family
+from modules.offload.swap_plan import check_swap
+from modules.planning.dry_run import quiet
+from networks.adapter import check_network
+from networks.fitting import check_loras_fit, smallest_lora_bytes
+from networks.loading import read_lora
+from networks.lora_settings import DEFAULT_RANK
+from networks.merge import LoraUse
+from networks.options import NetworkOptions
+from training.optimizers.lr_schedule import make_lr_schedule
+from training.optimizers.optimizer import make_optimizer
+from training.options import OWN_NETWORKS, TrainingOptions
+
+
+def check_before_loading(family: Family, options: TrainingOptions, total_steps: int) -> None:
+    """Raise UserError for what could not be trained so.
+
+    The optimizer and its schedule are made once for a stand-in of a weight. total_steps: of the whole run.
+    """
+    family.check_given_files()
+    counts = family.block_counts()
+    swap = options.speed.swap
+    if counts and isinstance(swap.blocks_to_swap, int):
+        check_swap(family.dit, swap.number, counts)
+    with quiet():
+        stand_in: Mapping[str, object] = {
+            "params": [Parameter(torch.zeros(2, 2))],
+            "lr": options.optimizer.learning_rate,
+        }
+        optimizer, _ = make_optimizer(options.optimizer, [stand_in])
+        make_lr_schedule(options.lr_schedule, optimizer, total_steps)
+    if options.network is not None:
+        _check_network(family, options.network)
+    _check_room(family, options)
+
+
+def _check_network(family: Family, options: NetworkOptions) -> None:
+    """Check the module, its settings, and the LoRAs that it starts from."""
+    module = options.network_module or family.lora_module
+    check_network(options, module)
+    files = zip(options.base_weights or (), options.base_multipliers(), strict=True)
+    with quiet():
+        uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
+        if options.network_weights is not None and module.startswith(OWN_NETWORKS):
+            uses.append(LoraUse(read_lora(options.network_weights)))
+        for file in family.dit_files:
+            check_loras_fit(file, uses)
+
+
+def _check_room(family: Family, options: TrainingOptions) -> None:
+    """Raise OutputError if the disk has no room for one file of what is trained."""
+    folder, name = options.saving.output_dir, options.saving.output_name
+    if folder is None or name is None or not folder.is_dir():
+        return
+    size = 0
+    if options.whole_dit is not None:
+        size = sum(file.stat().st_size for file in family.dit_files if file.is_file())
+    elif options.network is not None and not options.network.arguments():
+        rank = options.network.network_dim or DEFAULT_RANK
+        size = sum(smallest_lora_bytes(file, rank) for file in family.dit_files)
+    check_space(Path(folder) / f"{name}.safetensors", size)
