@@ -9,11 +9,12 @@ model's files, --from_file or --prompt, sizes, steps, --save_path.
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
+import modules.interpreter  # noqa: F401
 from families import GENERATION_SCRIPTS, identify
 from generation.compare_options import CompareOptions, add_compare_arguments, expand_patterns, family_of
 from modules.command import Parser, command_line
+from modules.installation import import_own
 from modules.options import read_options
 
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = read_options(CompareOptions, argparse.Namespace(**{**vars(args), "lora": loras}))
     if any(word.partition("=")[0] == "--lora_weight" for word in others):
         parser.error("--lora_weight: give the files to --lora, which makes a column of each")
-    script = import_module(GENERATION_SCRIPTS[asked.family or family_of(loras[0], families)])
+    script = import_own(GENERATION_SCRIPTS[asked.family or family_of(loras[0], families)])
     others += ["--lora_weight", *map(str, loras)]
 
     def make(family: object, options: object) -> None:
