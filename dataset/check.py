@@ -7,6 +7,8 @@ from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, Tr
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
+from dataset.cache.files import EMPTY
+from dataset.caching.caption_files import list_caption_files
 from dataset.caching.planning import (
     Caches,
     Recipe,
@@ -89,7 +91,8 @@ def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> C
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
         found = _find(config, table)
-        plans = [plan_text(source, family.cache_tag, encoders, skip_existing) for source in found.sources]
+        texts = list_caption_files(found.sources, family.cache_tag)
+        plans = [plan_text(text, encoders, skip_existing) for text in texts]
         for encoder, _ in encoders:
             to_do = sum(encoder.name in plan.missing for plan in plans)
             kept = len(plans) - to_do
@@ -181,6 +184,9 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
         found.remarks += [
             Fault(kind, f"{plan.source.path}: {line}", plan.source.stem) for plan, line in lines
         ]
+    masked = sum(source.mask is not None for source in found.sources)
+    if masked:
+        found.caches.append(f"{masked} of {len(found.sources)} have a mask; the others are learned whole")
     if recipe.encoder:
         kept = sum(len(plan.kept) for plan in plans)
         to_encode = sum(len(plan.missing or ()) for plan in plans)
@@ -219,16 +225,20 @@ def _check_caches(
     """Read every item of a table; add why some cannot be trained on."""
     folder = found.table.cache_directory
     for kind, paths in (
-        ("text caches are missing", cached.missing_text),
+        ("text caches are missing", (*cached.missing_text, *cached.missing_empty)),
         ("text caches are unfinished", cached.unfinished_text),
     ):
         found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
     if not items:
         found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
     remarks = []
-    for item in items:
+    drops = [EMPTY] if items and items[0].table.caption_dropout_rate else []
+    # each caption, and the empty prompt once
+    pairs = [(item, number) for item in items for number in range(item.captions)]
+    for item, number in [*pairs, *((item, number) for item in items[:1] for number in drops)]:
         try:
-            said = encoders.difference(read_batch([item], latent, encoders.commands).made_by)
+            batch = read_batch([item], latent, encoders.commands, captions=[number])
+            said = encoders.difference(batch.made_by)
         except CacheError as error:
             found.faults.append(Fault("cannot be used", str(error).splitlines()[0], item.source_stem))
         else:

@@ -154,7 +154,10 @@ def _make_card(source: MediaSource, look: Look, counters: Counters, told: _Told)
     faults, remarks = (told.get((which, index, source.stem), []) for which in ("fault", "remark"))
     counts = counters.count(source.caption) if source.caption else []
     name = escape_control_codes(source.path.name)
-    return Card(name, source, look, faults, remarks, counts, caption_segments(source, counts), _windows(look))
+    texts = [] if source.caption is None else caption_segments(source.caption, counts)
+    for caption in source.more_captions:
+        texts += caption_segments(caption, counters.count(caption))
+    return Card(name, source, look, faults, remarks, counts, texts, _windows(look))
 
 
 def _by_source(tables: Sequence[TableFindings]) -> _Told:
@@ -173,12 +176,10 @@ def _escape(faults: Sequence[Fault]) -> list[Fault]:
     return [Fault(one.kind, escape_control_codes(one.text), one.stem) for one in faults]
 
 
-def caption_segments(source: MediaSource, counts: Sequence[tuple[str, TokenCount]]) -> list[list[Segment]]:
+def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[Segment]]:
     """Split a caption where encoders stop reading. Encoders that read the same text share one entry."""
-    if source.caption is None:
-        return []
     if not counts:
-        return [[Segment(_shorten(source.caption), (), False)]]
+        return [[Segment(_shorten(caption), (), False)]]
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}
     for name, count in counts:
         by_text.setdefault(count.text, []).append((name, count))

@@ -78,9 +78,8 @@ def test_the_page_says_what_is_cut_off_and_left_out_and_why(tmp_path: Path) -> N
 def test_words_that_only_one_encoder_reads_are_marked() -> None:
     text = "one two three"
     counts = [("llm", TokenCount(text, 9, 8, 7)), ("clip", TokenCount(text, 9, 4, 3))]
-    source = MediaSource(Path("a.mp4"), "a", text, None, (), None)  # type: ignore[arg-type]
 
-    (segments,) = caption_segments(source, counts)
+    (segments,) = caption_segments(text, counts)
 
     assert [(one.text, one.unread_by, one.is_lost) for one in segments] == [
         ("one", (), False),
