@@ -78,10 +78,13 @@ def check_media(
 def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> CheckResult:
     """Report what text caching would do, and which captions are longer than an encoder reads.
 
-    No encoder is loaded.
+    No encoder is loaded. Without the encoders' files only the captions are checked.
     """
     counters = load_counters(family.text_encoders)
-    encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+    try:
+        encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+    except OptionError:  # an encoder was not given: `counters` says which
+        encoders = []
     files = [
         f"{encoder.name} {key}: {value}" for encoder, identity in encoders for key, value in identity.items()
     ]

@@ -6,6 +6,7 @@ in words of their own script, and the most frequent letters and signs of the lan
 """
 
 import codecs
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ _SCRIPTS = {"cp1251": "CYRILLIC", "koi8_r": "CYRILLIC", "cp1253": "GREEK"}  # ot
 _PUNCTUATION = set("“”‘’„–—…•«»¿¡€°、。，！？「」『』（）：；・ー～　")
 LETTERS = 0.6  # least share of letters, blanks and punctuation
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-SCORED = 20_000  # characters of a file that are looked at
+SCORED = 5000  # characters of a file that are looked at
 _SURE = 0.75  # least score of a guess that is converted without being asked
 _AHEAD = 0.4  # and how far the next one must be behind,
 _AHEAD_IN_ALL = 1.5  # or how far in the sum over all characters
@@ -173,6 +174,7 @@ def _score(text: str, encoding: str) -> float:
     return sum(points) / max(len(points), 1)
 
 
+@functools.lru_cache(1 << 16)
 def _points(before: str, char: str, after: str, encoding: str) -> float:
     if char in _PUNCTUATION:
         return 0.8

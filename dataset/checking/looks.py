@@ -13,6 +13,7 @@ from dataset.sources.frames import Span, describe_short, spans
 from dataset.sources.listing import MediaSource
 from modules.contract.family import LatentSpec
 from modules.errors import DatasetError, MediaError
+from modules.media.animations import is_animation
 from modules.media.buckets import Fit, fit_cover
 from modules.media.reading import Frame, video_info
 from modules.pages.embedding import embed_picture
@@ -68,7 +69,8 @@ def look_at(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         if is_clip:
             info = video_info(source.path)
             values |= {"fps": info.fps, "frames": info.frames}
-            values["rate_remark"] = _compare_rates(info.fps, source.table.source_fps, fps)
+            if not is_animation(source.path):  # these are played by the times in the file
+                values["rate_remark"] = _compare_rates(info.fps, source.table.source_fps, fps)
         for frame in source_frames(source, fps):
             if fit is None:
                 size = (frame.shape[1], frame.shape[0])

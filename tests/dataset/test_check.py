@@ -154,3 +154,17 @@ def test_caching_names_clips_that_are_too_short_for_some_lengths(tmp_path: Path,
         assert "1 clips give no item of some lengths. The first: " in caplog.text
         assert "clip_1.mp4: 7 frames, too few for 9 of target_frames" in caplog.text
         caplog.clear()
+
+
+def test_captions_are_checked_without_an_encoder(tmp_path: Path) -> None:
+    class NoEncoder(ToyFamily):
+        def text_encoders(self) -> Any:
+            raise OptionError("--t5 is missing")
+
+    config = make_config(tmp_path)
+    (tmp_path / "clip_0.txt").unlink()
+
+    result = check_texts(NoEncoder(), config, skip_existing=False)
+
+    assert "  tokens are not counted: --t5 is missing" in result.lines
+    assert result.num_faults == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dataset.check import check_media, check_texts
 from dataset.checking.captions import load_counters
@@ -148,6 +149,18 @@ def test_a_damaged_clip_shows_what_could_be_read(tmp_path: Path) -> None:
 
     assert look.problem is not None
     assert "a.mp4" in look.problem
+
+
+def test_an_animation_has_its_own_times_and_no_remark_about_its_rate(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (32, 32), (8 * index, 0, 0)) for index in range(9)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    (source,) = find_sources(make_table(tmp_path, resolution=(32, 32), target_frames=(5,)))
+
+    look = look_at(source, 16.0, LATENT)
+
+    assert look.problem is None
+    assert look.fps == pytest.approx(10)
+    assert look.rate_remark is None
 
 
 def test_an_empty_result_is_ok() -> None:
