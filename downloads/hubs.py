@@ -1,5 +1,6 @@
 """Ask a site for the address, size and checksum of a file before it is downloaded."""
 
+import logging
 import os
 import re
 import urllib.parse
@@ -12,6 +13,8 @@ from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, 
 
 from downloads.catalogue import ReleasedFile
 from modules.errors import DownloadError
+
+logger = logging.getLogger(__name__)
 
 TIMEOUTS = (10.0, 60.0)  # seconds: to connect; between two pieces of data
 # the owners' names on ModelScope, where they differ; other repositories are tried under their own name
@@ -31,6 +34,19 @@ class RemoteFile:
     git_sha1: str | None  # of small files, which git stores itself
     headers: Mapping[str, str]  # for the request: the user's token
     page: str  # for people
+
+
+def find_file(file: ReleasedFile, source: str) -> RemoteFile:
+    """Look up a file on a site of `SOURCES`; what ModelScope does not have is looked up on the hub.
+
+    Raises DownloadError if the site cannot be reached, or does not have or does not give the file.
+    """
+    if source == "modelscope":
+        found = find_on_modelscope(file)
+        if found is not None:
+            return found
+        logger.info("%s: not on ModelScope, so it comes from the Hugging Face hub", file.name)
+    return find_on_hub(file)
 
 
 def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
@@ -96,10 +112,10 @@ def unreachable(page: str, error: Exception) -> DownloadError:
     )
 
 
-def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
+def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile | None:
     """Look up a file on ModelScope by its HTTP interface; endpoint None: what MODELSCOPE_DOMAIN says.
 
-    Raises DownloadError if the site cannot be reached or does not have the file.
+    Returns None if the site does not have the file. Raises DownloadError if it cannot be reached.
     Source: the paths of modelscope/hub/file_download.py in the package modelscope.
     """
     site = endpoint or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
@@ -111,12 +127,12 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
             f"{address}/files", {"Revision": "master", "Recursive": "true"}, timeout=TIMEOUTS
         )
         if answer.status_code == 404:
-            raise DownloadError(f"{page} does not exist. Use --source huggingface for {file.file}.")
+            return None
         if not answer.ok:
             raise explain_status(answer.status_code, file.file, page, has_token=False)
         entry = _entry(answer.json(), file.file)
         if entry is None:
-            raise DownloadError(f"{page} has no file {file.file}. Use --source huggingface.")
+            return None
         size, sum_text = int(entry["Size"]), str(entry.get("Sha256") or "").lower()
     except requests.JSONDecodeError as error:
         raise DownloadError(f"{page}: the answer is no list of files. Try again later.") from error

@@ -69,7 +69,7 @@ def add_download_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         default=SOURCES[0],
         choices=SOURCES,
-        help="site to download from (%(default)s); modelscope has most of the files for Wan2.1. The variable "
+        help="site to download from (%(default)s); what modelscope does not have comes from huggingface. "
         "HF_ENDPOINT names a mirror of huggingface, MODELSCOPE_DOMAIN one of modelscope",
     )
     group = parser.add_argument_group("checks")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from downloads.catalogue import ModelSet, ReleasedFile
 from downloads.fetching import download_file, find_damage, partial_path
-from downloads.hubs import RemoteFile, find_on_hub, find_on_modelscope
+from downloads.hubs import RemoteFile, find_file
 from downloads.listing import describe_licences, gigabytes, print_lines
 from downloads.options import DownloadOptions
 from modules.atomic_write import make_folder
@@ -16,7 +16,6 @@ from modules.errors import DownloadError, OutputError
 logger = logging.getLogger(__name__)
 
 SPARE_BYTES = 1 << 30  # left free on the disk
-FINDERS = {"huggingface": find_on_hub, "modelscope": find_on_modelscope}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedFile | None:
     if is_there and not options.verify and file.size_bytes == target.stat().st_size:
         logger.info("%s is there and complete", target)
         return None
-    remote = FINDERS[options.source](file)
+    remote = find_file(file, options.source)
     if not options.accept_changed:
         remote = _compare(file, remote)
     if not is_there:

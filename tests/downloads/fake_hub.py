@@ -24,6 +24,7 @@ class FakeHub:
     ignores_ranges: bool = False
     redirects_to: str = ""  # another address of this server that sends the data, as the hub's does
     sends_instead: dict[str, bytes] = field(default_factory=dict)  # damaged data
+    absent_on_modelscope: set[str] = field(default_factory=set)  # repositories
     small: set[str] = field(default_factory=set)  # files with a git SHA-1 instead of a SHA-256
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     address: str = ""
@@ -76,7 +77,7 @@ def serve() -> Iterator[FakeHub]:
                 files = [
                     {"Path": name.removeprefix(f"{repository}/"), "Size": len(data), "Sha256": hub.etag(name)}
                     for name, data in hub.files.items()
-                    if name.startswith(f"{repository}/")
+                    if name.startswith(f"{repository}/") and repository not in hub.absent_on_modelscope
                 ]
                 status = hub.status.get(repository, 200 if files else 404)
                 self._reply(status, json.dumps({"Code": status, "Data": {"Files": files}}).encode())

@@ -180,6 +180,19 @@ def test_modelscope_has_the_same_files(hub: FakeHub, tmp_path: Path) -> None:
     assert any("/models/AI-ModelScope/HunyuanVideo/" in path for _, path, _ in hub.requests)
 
 
+def test_what_modelscope_does_not_have_comes_from_the_hub(
+    hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.absent_on_modelscope.add("openai/clip-vit-large-patch14")
+    hub.absent_on_modelscope.add("AI-ModelScope/clip-vit-large-patch14")
+
+    with caplog.at_level(logging.INFO):
+        run_download(_options(tmp_path, source="modelscope", family="hunyuan_video", task=None))
+
+    assert "clip_l/tokenizer.json: not on ModelScope, so it comes from the Hugging Face hub" in caplog.text
+    assert "clip_l/tokenizer.json" in _names(tmp_path)
+
+
 def test_the_list_needs_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--list"])
     main(["--list", "--family", "framepack", "--task", "f1", "--to", str(tmp_path)])

@@ -1,0 +1,215 @@
+"""Print the tables of docs/cards.md: which options fit which card, as `--plan` predicts. Nothing is measured.
+
+    python benchmarks/cards.py
+
+The models are headers of the released files with holes behind them (tests/manifests.py), which take no space
+on disk. Each cell is one run of a script with `--plan N`: the options that it asks for until the run fits.
+"""
+
+import contextlib
+import io
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402  # found from here on
+
+import hv_generate_video  # noqa: E402
+import hv_train_network  # noqa: E402
+import wan_generate_video  # noqa: E402
+import wan_train_network  # noqa: E402
+from modules.atomic_write import save_tensors  # noqa: E402
+from tests.manifests import tensor_list, write_hollow  # noqa: E402
+from tests.tiny.hunyuan_encoders import write_clip_tokenizer, write_llama_tokenizer  # noqa: E402
+from tests.tiny.project import write_image  # noqa: E402
+
+CARDS = (8, 12, 16, 24)  # GiB
+FILES = {
+    "wan_small": "wan2.1-t2v-1.3b",
+    "wan_t2v": "wan2.1-t2v-14b",
+    "wan_i2v": "wan2.1-i2v-14b",
+    "hunyuan": "hunyuanvideo-t2v-dit",
+    "wan_vae": "wan2.1-vae",
+    "umt5": "umt5-xxl-comfy",
+    "clip_h": "clip-vision-h",
+    "hunyuan_vae": "hunyuanvideo-vae",
+    "llava": "llava-llama3-single",
+    "clip_l": "clip-l-text",
+}
+IN_BF16 = ("wan_small", "wan_t2v", "wan_i2v")
+WAN = "--vae {wan_vae} --t5 {umt5} --t5_tokenizer {pocket} --prompt cat --save_path {out}"
+HUNYUAN = (
+    "--vae {hunyuan_vae} --text_encoder1 {llava} --text_encoder2 {clip_l} --text_encoder1_tokenizer {llama}"
+    " --text_encoder2_tokenizer {clip} --prompt cat --save_path {out}"
+)
+TRAIN = (
+    "--sdpa --mixed_precision bf16 --gradient_checkpointing --network_dim 32 --optimizer_type adamw8bit"
+    " --learning_rate 2e-4 --max_train_steps 100 --output_dir {out} --output_name x"
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A row: what runs, with the option that keeps the text encoder in 8 bits on cards below 16 GiB."""
+
+    about: str
+    main: Callable[[list[str]], None]
+    words: str
+    encoder: str = ""
+
+
+RUNS = {
+    "Generation": (
+        PlannedRun(
+            "Wan2.1 T2V 1.3B, 832x480, 81 frames",
+            wan_generate_video.main,
+            f"--task t2v-1.3B --dit {{wan_small}} --video_size 480 832 {WAN}",
+            "--fp8_t5",
+        ),
+        PlannedRun(
+            "Wan2.1 T2V 14B, 832x480, 81 frames",
+            wan_generate_video.main,
+            f"--task t2v-14B --dit {{wan_t2v}} --video_size 480 832 {WAN}",
+            "--fp8_t5",
+        ),
+        PlannedRun(
+            "Wan2.1 I2V 14B, 1280x720, 81 frames",
+            wan_generate_video.main,
+            "--task i2v-14B --dit {wan_i2v} --clip {clip_h} --image_path {image} --video_size 720 1280 "
+            + WAN,
+            "--fp8_t5",
+        ),
+        PlannedRun(
+            "HunyuanVideo, 960x544, 129 frames",
+            hv_generate_video.main,
+            f"--dit {{hunyuan}} --video_size 544 960 --vae_spatial_tile_sample_min_size 128 {HUNYUAN}",
+            "--fp8_llm",
+        ),
+    ),
+    "Training of a LoRA of rank 32": (
+        PlannedRun(
+            "Wan2.1 T2V 1.3B, clips of 832x480, 81 frames",
+            wan_train_network.main,
+            f"--task t2v-1.3B --dit {{wan_small}} --dataset_config {{wan_clips}} {TRAIN}",
+        ),
+        PlannedRun(
+            "Wan2.1 T2V 14B, pictures of 832x480",
+            wan_train_network.main,
+            f"--task t2v-14B --dit {{wan_t2v}} --dataset_config {{wan_pictures}} {TRAIN}",
+        ),
+        PlannedRun(
+            "Wan2.1 T2V 14B, clips of 832x480, 33 frames",
+            wan_train_network.main,
+            f"--task t2v-14B --dit {{wan_t2v}} --dataset_config {{wan_short}} {TRAIN}",
+        ),
+        PlannedRun(
+            "HunyuanVideo, pictures of 960x544",
+            hv_train_network.main,
+            f"--dit {{hunyuan}} --dataset_config {{hunyuan_pictures}} {TRAIN}",
+        ),
+        PlannedRun(
+            "HunyuanVideo, clips of 960x544, 33 frames",
+            hv_train_network.main,
+            f"--dit {{hunyuan}} --dataset_config {{hunyuan_short}} {TRAIN}",
+        ),
+    ),
+}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as made:
+        places = lay_out(Path(made))
+        for title, runs in RUNS.items():
+            print(f"\n## {title}\n")
+            print(f"| | {' | '.join(f'{card} GB' for card in CARDS)} |\n|---|{'---|' * len(CARDS)}")
+            for run in runs:
+                cells = [plan_for(run, card, places) for card in CARDS]
+                print(f"| {run.about} | {' | '.join(cells)} |", flush=True)
+
+
+def lay_out(folder: Path) -> dict[str, str]:
+    """Write headers, tokenizers, an image and caches; return the path of each by its name."""
+    places = {"out": str(folder / "out"), "pocket": str(ROOT / "pocket" / "tokenizer")}
+    for name, manifest in FILES.items():
+        tensors = tensor_list(manifest)
+        if name in IN_BF16:
+            tensors = {key: ("BF16", shape) for key, (_, shape) in tensors.items()}
+        places[name] = str(write_hollow(folder / f"{name}.safetensors", tensors))
+    write_llama_tokenizer(folder / "llama")
+    write_clip_tokenizer(folder / "clip")
+    write_image(folder / "image.png", 1280, 720)
+    places |= {
+        "llama": str(folder / "llama"),
+        "clip": str(folder / "clip"),
+        "image": str(folder / "image.png"),
+    }
+    for name, tag, frames, height, width in (
+        ("wan_clips", "wan", 81, 480, 832),
+        ("wan_short", "wan", 33, 480, 832),
+        ("wan_pictures", "wan", 1, 480, 832),
+        ("hunyuan_short", "hv", 33, 544, 960),
+        ("hunyuan_pictures", "hv", 1, 544, 960),
+    ):
+        places[name] = str(write_cache(folder / name, tag, frames, height, width))
+    return places
+
+
+def write_cache(folder: Path, tag: str, frames: int, height: int, width: int) -> Path:
+    """Write the caches of one item with a text of 256 tokens, and the dataset file."""
+    shape = ((frames - 1) // 4 + 1, height // 8, width // 8)
+    name = (
+        f"x_00000-{frames:03d}_{width:04d}x{height:04d}_{tag}"
+        if frames > 1
+        else f"x_{width:04d}x{height:04d}_{tag}"
+    )
+    latents = torch.zeros(16, *shape)
+    save_tensors(folder / f"{name}.safetensors", {f"latents_{'x'.join(map(str, shape))}_float32": latents})
+    if tag == "wan":
+        texts = {"varlen_t5_bfloat16": torch.zeros(256, 4096, dtype=torch.bfloat16)}
+    else:
+        texts = {
+            "llm_float16": torch.zeros(256, 4096, dtype=torch.float16),
+            "llm_mask": torch.ones(256, dtype=torch.bool),
+            "clipL_float16": torch.zeros(768, dtype=torch.float16),
+            "clipL_mask": torch.ones(77, dtype=torch.bool),
+        }
+    save_tensors(folder / f"x_{tag}_te.safetensors", texts)
+    kind = "video" if frames > 1 else "image"
+    more = f"target_frames = [{frames}]\n" if frames > 1 else ""
+    text = (
+        f'[[datasets]]\n{kind}_directory = "{folder.as_posix()}"\ncache_directory = "{folder.as_posix()}"\n'
+        f"resolution = [{width}, {height}]\n{more}"
+    )
+    path = folder / "dataset.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def plan_for(run: PlannedRun, card: int, places: dict[str, str]) -> str:
+    """Return the options that make a run fit a card, as its plan asks for them."""
+    encoder = run.encoder if card < 16 else ""
+    argv = [*run.words.format(**places).split(), *encoder.split(), "--plan", str(card)]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        run.main(argv)
+    text = shown.getvalue()
+    if "\nFits:" in text:
+        return f"`{encoder}`" if encoder else "as it is"
+    advice = re.findall(
+        r"^  (.+?)(?:: ([\d.]+) GiB.*)?$", text.partition("the cheapest first:\n")[2], re.MULTILINE
+    )
+    options = [option for option, _ in advice if option.startswith("--")]
+    fits = text.rstrip().endswith("fits") and "by itself" not in text
+    if not fits:
+        return "does not fit"
+    return "`" + " ".join(filter(None, [encoder, *options])) + "`"
+
+
+if __name__ == "__main__":
+    main()
