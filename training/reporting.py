@@ -79,7 +79,12 @@ def _prompts(job: TrainingJob, sampler: Sampler | None) -> Mapping[int, str]:
     file: Path | None = job.options.samples.sample_prompts
     if sampler is None or file is None:
         return {}
-    return {index: str(entry.get("prompt", "")) for index, entry in enumerate(read_sample_prompts(file))}
+    own = {sample.index: sample.prepared.asked.prompt for sample in sampler.samples}
+    if job.accelerator.num_processes == 1:
+        return own
+    return {
+        index: str(entry.get("prompt", "")) for index, entry in enumerate(read_sample_prompts(file))
+    } | own
 
 
 def _first_sample(job: TrainingJob, sampler: Sampler | None) -> Mapping[str, Any]:

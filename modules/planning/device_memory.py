@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -85,6 +84,8 @@ def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 def host_peak() -> int:
     """Return the most host memory that this process has held, in bytes."""
     if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
         return int(psutil.Process().memory_info().peak_wset)
     import resource  # not on Windows
 

@@ -284,6 +284,11 @@ def assert_whole(folder: Path) -> None:
             assert frames in {5, 9} or (frames and path.stem.endswith("_progress")), path
         elif path.suffix == ".png":
             read_image(path)
+        elif path.suffix == ".html":
+            assert path.read_text(encoding="utf-8").rstrip().endswith("</html>"), path
+        elif path.suffix == ".jsonl":
+            # appended to: only the last line may be unfinished
+            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         else:
             assert path.name == "state.json", f"{path} is no finished file"
     for state in folder.glob("x*-state"):
@@ -328,6 +333,7 @@ def assert_same_end(output: Path, undisturbed: Path) -> None:
     for path in (undisturbed / "x.safetensors", *states):
         assert_same_tensors(output / path.relative_to(undisturbed), path)
     assert _progress(output) == _progress(undisturbed)
+    assert _reported(output) == _reported(undisturbed)
     expected = {timeless(path): path for path in (undisturbed / "sample").iterdir()}
     found = {timeless(path): path for path in (output / "sample").iterdir() if not path.name.startswith(".")}
     assert found.keys() == expected.keys()
@@ -344,7 +350,8 @@ def assert_same_pixels(one: Path, two: Path) -> None:
         for path in (one, two)
     )
     difference = np.abs(first.astype(int) - second.astype(int))
-    is_same = difference.mean() < 2 if one.suffix == ".mp4" else not difference.any()
+    shows_video = one.suffix == ".mp4" or one.stem.endswith("_sheet")
+    is_same = difference.mean() < 2 if shows_video else not difference.any()
     assert is_same, f"{one.name} shows something else than {two.name}: {difference.mean()} on average"
 
 
@@ -355,6 +362,14 @@ def timeless(path: Path) -> str:
 
 def _names(folder: Path) -> set[str]:
     return {timeless(path) for path in folder.rglob("*")}
+
+
+def _reported(output: Path) -> dict[tuple[int, str], object]:
+    """What the history says of each step: its loss, its validation, its samples, without their times."""
+    lines = (output / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "step" in row and "started" not in row]
+    kinds = ("loss", "validation", "samples", "saved")
+    return {(row["step"], kind): row[kind] for row in rows for kind in kinds if kind in row}
 
 
 def _progress(output: Path) -> dict[str, object]:
