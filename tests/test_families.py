@@ -230,3 +230,26 @@ def test_compiled_generation_makes_the_same_latents(trained: tuple[TinyFamily, P
 
     found = [load_file(next((folder / name).glob("*.safetensors")))["latent"] for name in ("plain", "fast")]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[TinyFamily, Path]) -> None:
+    """The LoRA says which family it is for; its clip and the one without it are equal to the bit."""
+    family, folder = trained
+    options = [*SIZE, "--prompt", "a cat", "--seed", "7"]
+    weights = ["--lora_weight", "output/lora.safetensors", "--lora_multiplier", "0.5"]
+
+    succeed_here(
+        *("compare.py", *family.generate[1:], *options, "--output_type", "both", "--save_path", "compared"),
+        *("--lora", "output/lora.safetensors", "--lora_multiplier", "0.5"),
+        folder=folder,
+    )
+    for column, more in {"without": [], "lora": weights}.items():
+        succeed_here(
+            *(*family.generate, *options, *more, "--output_type", "latent", "--save_path", f"as {column}"),
+            folder=folder,
+        )
+        (theirs,) = (folder / f"as {column}").glob("*_latent.safetensors")
+        (ours,) = (folder / "compared").glob(f"001_7_{column}*_latent.safetensors")
+        assert torch.equal(load_file(ours)["latent"], load_file(theirs)["latent"])
+    assert list((folder / "compared").glob("compare_*.html"))
