@@ -19,7 +19,6 @@ def run_latent_caching(
 
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
-    family.check_given_files()
     if debug.debug_mode is not None:
         conclude(show_datasets(family, config, debug, workers_of(options)))
     elif options.check:
@@ -33,7 +32,6 @@ def run_text_caching(family: Caches, config: DatasetConfig, options: CachingOpti
 
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
-    family.check_given_files()
     if options.check:
         _end_with(check_texts(family, config, options.skip_existing))
     conclude(cache_texts(family, config, options))

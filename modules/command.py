@@ -80,7 +80,7 @@ def command_line(main: Callable[[], None], explain: Callable[[Path], str | None]
         main()
     except UserError as error:
         print(plain_message(f"{type(error).__name__}: {error}", sys.argv), file=sys.stderr)
-        has_room = len(str(error).splitlines()) < MOST_LINES
+        has_room = str(error).count("\n") + 1 < MOST_LINES
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
             if hint and hint not in str(error):

@@ -36,6 +36,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
         found = find_sources(table, captions=False)
         family.check_table(media_table(table, any(source.control for source in found)))
         sources += found
+    family.check_given_files()
     recipe = recipe_of(family, options.skip_existing)
     existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
     workers = workers_of(options)
@@ -84,6 +85,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     """
     sources = [source for table in config.datasets for source in find_sources(table)]
     require_captions(sources)
+    family.check_given_files()
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
         encoding = TextEncoding(
